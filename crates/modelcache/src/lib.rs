@@ -1,1 +1,28 @@
-//! Tiered cache.
+//! A tiered cache for model artifacts: local disk, an object store, the origin.
+
+pub mod digest;
+pub mod error;
+pub mod key;
+pub mod ladder;
+pub mod limits;
+pub mod manifest;
+pub mod reference;
+pub mod selection;
+
+pub mod config;
+pub mod progress;
+pub mod settings;
+pub mod source;
+
+pub mod cache;
+pub mod disk;
+pub mod origin;
+pub mod remote;
+pub mod transfer;
+
+pub use cache::Cache;
+pub use config::Config;
+pub use error::{Error, ErrorKind, Result, Tier};
+pub use key::ArtifactKey;
+pub use reference::Reference;
+pub use selection::Selection;

@@ -1,0 +1,193 @@
+//! Configuration as the library takes it: handed in, complete, checked.
+//!
+//! The library reads no environment variable; doors gather settings through [`settings`](crate::settings) and hand
+//! over a [`Config`]. Secrets are held in a type that never prints.
+
+use crate::error::{Error, Result};
+use crate::key::ArtifactKey;
+use crate::reference::Reference;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Everything a [`Cache`](crate::Cache) needs to know.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The local directory.
+    pub dir: PathBuf,
+    /// The budget: most bytes the directory may take.
+    pub max_bytes: ByteBound,
+    /// Bytes of the filesystem that are left free.
+    pub min_free_bytes: ByteBound,
+    /// The far tier, if there is one.
+    pub remote: Option<RemoteConfig>,
+    /// What an unavailable remote means.
+    pub on_remote_down: OnRemoteDown,
+    /// Where a bare `name@version` comes from, in order; the next only where the one before does not have it.
+    pub origins: Vec<OriginTemplate>,
+    /// The Hugging Face Hub.
+    pub hub: HubConfig,
+    /// How long a resolved revision is taken to be current.
+    pub ref_ttl: Duration,
+    /// How requests are tried again.
+    pub retry: RetryConfig,
+}
+
+/// A number of bytes, or a share of the filesystem that holds the directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ByteBound {
+    /// This many bytes.
+    Bytes(u64),
+    /// This share of the filesystem's size, in percent (0 to 100).
+    Percent(u8),
+}
+
+impl ByteBound {
+    /// The bound in bytes on a filesystem of `filesystem_bytes`.
+    pub fn bytes(self, filesystem_bytes: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(percent) => filesystem_bytes / 100 * u64::from(percent),
+        }
+    }
+}
+
+/// Where the remote is and how to reach it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RemoteConfig {
+    /// `s3://bucket/prefix` or `file:///folder`.
+    pub url: String,
+    /// Options of the store by name: `region`, `endpoint`, `path_style`, encryption and so on.
+    pub options: BTreeMap<String, String>,
+    /// The environment in which AWS credentials and settings are looked up (`AWS_*`, `HOME`).
+    pub environment: Environment,
+}
+
+/// Environment variables, handed in by the door.
+#[derive(Clone, Default, PartialEq)]
+pub struct Environment(pub HashMap<String, String>);
+
+impl Environment {
+    /// The value of `name`, unless it is unset or empty.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+}
+
+/// Values may be secrets: only the number is printed.
+impl fmt::Debug for Environment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Environment({} variables)", self.0.len())
+    }
+}
+
+/// What an unavailable remote means, after retries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnRemoteDown {
+    /// Go on to the origin.
+    #[default]
+    Origin,
+    /// Fail.
+    Fail,
+}
+
+/// How to reach the Hub.
+#[derive(Debug, Clone)]
+pub struct HubConfig {
+    /// Scheme and host, without a slash at the end.
+    pub endpoint: String,
+    /// The token sent to that endpoint, and to no other host.
+    pub token: Option<Secret>,
+}
+
+impl Default for HubConfig {
+    fn default() -> Self {
+        Self { endpoint: "https://huggingface.co".into(), token: None }
+    }
+}
+
+/// How requests are tried again.
+#[derive(Debug, Clone, Copy)]
+pub struct RetryConfig {
+    /// How long after the first failure a request may still be tried again.
+    pub deadline: Duration,
+    /// Longest silence of a server: connecting, to the first byte, between bytes.
+    pub read_timeout: Duration,
+}
+
+impl Default for RetryConfig {
+    fn default() -> Self {
+        Self { deadline: Duration::from_secs(60), read_timeout: Duration::from_secs(30) }
+    }
+}
+
+/// A text that must not appear in logs, errors or metrics.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Keeps `text` secret.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    /// The text, for the one place that sends it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+/// A reference with `{name}` and `{version}` in it: where a bare key comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OriginTemplate(String);
+
+impl OriginTemplate {
+    /// Checks that the template gives a reference that an origin can answer.
+    pub fn new(text: &str) -> Result<Self> {
+        let template = Self(text.trim().to_owned());
+        if !template.0.contains("{name}") && !template.0.contains("{version}") {
+            return Err(Error::invalid(format!("the origin {text:?} names neither {{name}} nor {{version}}"))
+                .hint("for instance hf://{name}@{version} or file:///models/{name}/{version}"));
+        }
+        template.apply(&ArtifactKey::bare("a@1")?)?;
+        Ok(template)
+    }
+
+    /// The reference for `key`.
+    pub fn apply(&self, key: &ArtifactKey) -> Result<Reference> {
+        let text = self.0.replace("{name}", key.name.as_str()).replace("{version}", key.version.as_str());
+        let reference = Reference::parse(&text)?;
+        match reference.target {
+            crate::reference::Target::Bare(_) => Err(Error::invalid(format!("the origin {:?} is no URI", self.0))),
+            _ => Ok(reference),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_do_not_print() {
+        let config = HubConfig { token: Some(Secret::new("hf_canary")), ..HubConfig::default() };
+        let environment = Environment(HashMap::from([("AWS_SECRET_ACCESS_KEY".into(), "canary".into())]));
+        assert!(!format!("{config:?}{environment:?}").contains("canary"));
+    }
+
+    #[test]
+    fn templates_fill_in_name_and_version() {
+        let template = OriginTemplate::new("hf://{name}@{version}").expect("template");
+        let reference = template.apply(&ArtifactKey::bare("org/model@v2").expect("key")).expect("applies");
+        assert_eq!(reference.to_string(), "hf://org/model@v2");
+        assert!(OriginTemplate::new("hf://org/model").is_err());
+        assert!(OriginTemplate::new("{name}@{version}").is_err());
+    }
+}

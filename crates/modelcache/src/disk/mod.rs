@@ -1,0 +1,1 @@
+//! The near tier: a local directory.

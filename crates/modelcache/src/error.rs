@@ -1,0 +1,265 @@
+//! The one error type of the library.
+//!
+//! Every failure says what a caller can do about it ([`ErrorKind`]), what was being done, to which artifact,
+//! in which tier, and how to mend it. Doors translate kinds once (exit codes, HTTP statuses); nobody matches
+//! on text. Absence is not an error inside the library: look-ups return `Option`, and only the outermost call
+//! turns "nowhere" into [`ErrorKind::NotFound`].
+
+use std::fmt;
+use std::time::Duration;
+
+/// The result of every fallible library call.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+type Cause = Box<dyn std::error::Error + Send + Sync + 'static>;
+
+/// What kind of failure this is, chosen by what the caller can do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The artifact, revision or file exists in none of the places asked.
+    NotFound,
+    /// Credentials are missing, wrong, expired, or lack the right; or the repository is gated.
+    Unauthorized,
+    /// Bytes did not match their digest, or a stored record is damaged.
+    Corrupt,
+    /// The budget or the filesystem has no room.
+    Full,
+    /// A service did not answer, answered with an error, or was too slow.
+    Unavailable,
+    /// The request itself is wrong: a name, a reference, a setting.
+    Invalid,
+    /// The key is taken by other content, or by another writer.
+    Conflict,
+    /// The cache directory cannot be used.
+    Directory,
+    /// Anything else, an input/output error in a caller's own file for instance.
+    Other,
+}
+
+impl ErrorKind {
+    /// The stable name of the kind, as machine-readable output carries it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NotFound => "not_found",
+            Self::Unauthorized => "unauthorized",
+            Self::Corrupt => "corrupt",
+            Self::Full => "full",
+            Self::Unavailable => "unavailable",
+            Self::Invalid => "invalid",
+            Self::Conflict => "conflict",
+            Self::Directory => "directory",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// A place that was being asked when something failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tier {
+    /// The local directory.
+    Disk,
+    /// The object store.
+    Remote,
+    /// The authority an artifact first came from.
+    Origin,
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Disk => "disk",
+            Self::Remote => "remote",
+            Self::Origin => "origin",
+        })
+    }
+}
+
+/// A failure: its kind, what failed, where, and what to do about it.
+#[derive(Debug)]
+pub struct Error(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    kind: ErrorKind,
+    message: String,
+    artifact: Option<String>,
+    tier: Option<Tier>,
+    hint: Option<String>,
+    retry_after: Option<Duration>,
+    transient: bool,
+    cause: Option<Cause>,
+}
+
+impl Error {
+    /// A failure of `kind`, described in one line without a full stop.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            message: message.into(),
+            artifact: None,
+            tier: None,
+            hint: None,
+            retry_after: None,
+            transient: false,
+            cause: None,
+        }))
+    }
+
+    /// [`ErrorKind::Invalid`] with `message`.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Invalid, message)
+    }
+
+    /// [`ErrorKind::NotFound`] with `message`.
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::NotFound, message)
+    }
+
+    /// [`ErrorKind::Corrupt`] with `message`.
+    pub fn corrupt(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Corrupt, message)
+    }
+
+    /// [`ErrorKind::Unavailable`] with `message`, worth trying again.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        let mut error = Self::new(ErrorKind::Unavailable, message);
+        error.0.transient = true;
+        error
+    }
+
+    /// Names the artifact, unless an inner call already did.
+    #[must_use]
+    pub fn artifact(mut self, artifact: impl fmt::Display) -> Self {
+        self.0.artifact.get_or_insert_with(|| artifact.to_string());
+        self
+    }
+
+    /// Names the tier, unless an inner call already did.
+    #[must_use]
+    pub fn tier(mut self, tier: Tier) -> Self {
+        self.0.tier.get_or_insert(tier);
+        self
+    }
+
+    /// Says what to do about it, unless an inner call already did.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.0.hint.get_or_insert_with(|| hint.into());
+        self
+    }
+
+    /// Keeps the underlying failure.
+    #[must_use]
+    pub fn cause(mut self, cause: impl Into<Cause>) -> Self {
+        self.0.cause = Some(cause.into());
+        self
+    }
+
+    /// Marks the failure as worth (or not worth) trying again.
+    #[must_use]
+    pub fn transient(mut self, transient: bool) -> Self {
+        self.0.transient = transient;
+        self
+    }
+
+    /// The server asked to wait this long before the next attempt; implies that one makes sense.
+    #[must_use]
+    pub fn retry_after(mut self, wait: Duration) -> Self {
+        self.0.retry_after = Some(wait);
+        self.0.transient = true;
+        self
+    }
+
+    /// What a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// What failed, in one line, without artifact, tier and hint.
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+
+    /// How to mend it, if anybody knows.
+    pub fn hint_text(&self) -> Option<&str> {
+        self.0.hint.as_deref()
+    }
+
+    /// The artifact it concerns, if one is known.
+    pub fn artifact_name(&self) -> Option<&str> {
+        self.0.artifact.as_deref()
+    }
+
+    /// The tier that failed, if one did.
+    pub fn failed_tier(&self) -> Option<Tier> {
+        self.0.tier
+    }
+
+    /// How long the server asked to wait.
+    pub fn wait(&self) -> Option<Duration> {
+        self.0.retry_after
+    }
+
+    /// Whether the same request may succeed when sent again.
+    pub fn is_transient(&self) -> bool {
+        self.0.transient
+    }
+}
+
+/// `what failed (artifact, tier): the underlying failure`; the hint is left to the door.
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = &self.0;
+        match (&inner.artifact, inner.tier) {
+            (Some(artifact), Some(tier)) => write!(f, "{artifact}: {tier}: {}", inner.message)?,
+            (Some(artifact), None) => write!(f, "{artifact}: {}", inner.message)?,
+            (None, Some(tier)) => write!(f, "{tier}: {}", inner.message)?,
+            (None, None) => f.write_str(&inner.message)?,
+        }
+        if let Some(cause) = &inner.cause {
+            write!(f, ": {cause}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.cause.as_deref().map(|cause| cause as _)
+    }
+}
+
+/// Names the artifact and tier on the way up: `disk.lend(key).context(key, Tier::Disk)?`.
+pub(crate) trait Context<T> {
+    /// Adds whichever of artifact and tier is not named yet.
+    fn context(self, artifact: impl fmt::Display, tier: Tier) -> Result<T>;
+}
+
+impl<T> Context<T> for Result<T> {
+    fn context(self, artifact: impl fmt::Display, tier: Tier) -> Result<T> {
+        self.map_err(|error| error.artifact(artifact).tier(tier))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn display_names_artifact_tier_message_and_cause() {
+        let error = Error::corrupt("sha256 mismatch")
+            .artifact("org/model@3")
+            .tier(Tier::Remote)
+            .cause(std::io::Error::other("short"));
+        assert_eq!(error.to_string(), "org/model@3: remote: sha256 mismatch: short");
+    }
+
+    #[test]
+    fn the_innermost_context_wins() {
+        let error = Error::not_found("x").artifact("inner").artifact("outer").hint("first").hint("second");
+        assert_eq!(error.artifact_name(), Some("inner"));
+        assert_eq!(error.hint_text(), Some("first"));
+    }
+}

@@ -1,0 +1,287 @@
+//! The ladder: SHA-256 midstates at each part boundary of a file.
+//!
+//! With the state before and after a part, the part checks alone, in any order and on any core. When every rung
+//! holds, from SHA-256's initial value through the padded end, the file's digest is proven; no trust in the
+//! ladder's source is needed for that. [`PartHasher`] is SHA-256 that can start and stop at a boundary.
+//! Source of the algorithm: FIPS 180-4.
+
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::limits;
+use base64::prelude::{BASE64_STANDARD, Engine as _};
+use serde::{Deserialize, Serialize};
+use sha2::block_api::compress256;
+
+/// SHA-256's chaining value: eight 32-bit words.
+pub type State = [u32; 8];
+
+/// SHA-256's initial value (FIPS 180-4, 5.3.3).
+pub const INITIAL: State =
+    [0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19];
+
+const BLOCK: usize = 64;
+
+/// The size of every part but the last, in bytes, for a file of `size` bytes: a power of two that grows with the
+/// file, so that a ladder stays small and requests stay worth their round trip.
+pub fn part_size(size: u64) -> u64 {
+    let usual = if size > limits::LARGE_FILE_BYTES { 2 * limits::PART_BYTES_MIN } else { limits::PART_BYTES_MIN };
+    usual.max(size.div_ceil(limits::PARTS_MAX).next_power_of_two())
+}
+
+/// The states at the part boundaries strictly inside a file, first boundary first.
+///
+/// A file of `size` bytes has `ceil(size / part_size)` parts and one state less than parts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Wire", into = "Wire")]
+pub struct Ladder {
+    part_size: u64,
+    states: Vec<State>,
+}
+
+/// How a ladder is written: the states as big-endian words, concatenated, in base64.
+#[derive(Serialize, Deserialize)]
+struct Wire {
+    part_size: u64,
+    states: String,
+}
+
+impl Ladder {
+    /// A ladder from states gathered while hashing. `part_size` is in bytes and a multiple of 64.
+    pub fn new(part_size: u64, states: Vec<State>) -> Result<Self> {
+        if part_size == 0 || part_size % BLOCK as u64 != 0 {
+            return Err(Error::corrupt(format!("a ladder with parts of {part_size} bytes")));
+        }
+        Ok(Self { part_size, states })
+    }
+
+    /// Bytes of every part but the last.
+    pub fn part_size(&self) -> u64 {
+        self.part_size
+    }
+
+    /// Whether this ladder belongs to a file of `size` bytes: one state for each boundary strictly inside it.
+    pub fn fits(&self, size: u64) -> bool {
+        self.states.len() as u64 == size.div_ceil(self.part_size).saturating_sub(1)
+    }
+
+    /// The state before part `index` (0-based), or `None` beyond the end.
+    pub fn before(&self, index: u64) -> Option<State> {
+        match index.checked_sub(1) {
+            None => Some(INITIAL),
+            Some(at) => self.states.get(usize::try_from(at).ok()?).copied(),
+        }
+    }
+
+    /// The state after part `index`, or `None` for the last part, whose end is the digest itself.
+    pub fn after(&self, index: u64) -> Option<State> {
+        self.states.get(usize::try_from(index).ok()?).copied()
+    }
+}
+
+impl From<Ladder> for Wire {
+    fn from(ladder: Ladder) -> Self {
+        let bytes: Vec<u8> = ladder.states.iter().flatten().flat_map(|word| word.to_be_bytes()).collect();
+        Self { part_size: ladder.part_size, states: BASE64_STANDARD.encode(bytes) }
+    }
+}
+
+impl TryFrom<Wire> for Ladder {
+    type Error = Error;
+
+    fn try_from(wire: Wire) -> Result<Self> {
+        let bytes = BASE64_STANDARD
+            .decode(&wire.states)
+            .map_err(|cause| Error::corrupt("a ladder that is no base64").cause(cause))?;
+        let (states, rest) = bytes.as_chunks::<32>();
+        if !rest.is_empty() {
+            return Err(Error::corrupt(format!("a ladder of {} bytes, no multiple of 32", bytes.len())));
+        }
+        let states = states.iter().map(|state| {
+            let (words, _) = state.as_chunks::<4>();
+            std::array::from_fn(|at| u32::from_be_bytes(words[at]))
+        });
+        Self::new(wire.part_size, states.collect())
+    }
+}
+
+/// SHA-256 over a stretch of a file that starts and may end at a block boundary.
+#[derive(Clone)]
+pub struct PartHasher {
+    state: State,
+    /// Bytes hashed since the start of the **file**.
+    hashed: u64,
+    pending: [u8; BLOCK],
+    pending_len: usize,
+}
+
+impl PartHasher {
+    /// A hasher at the start of a file.
+    pub fn new() -> Self {
+        Self::resume(INITIAL, 0)
+    }
+
+    /// A hasher that goes on from `state`, which is the state after `hashed` bytes; `hashed` is a multiple of 64.
+    pub fn resume(state: State, hashed: u64) -> Self {
+        assert_eq!(hashed % BLOCK as u64, 0, "a midstate lies at a block boundary");
+        Self { state, hashed, pending: [0; BLOCK], pending_len: 0 }
+    }
+
+    /// Takes the next bytes of the file.
+    pub fn update(&mut self, mut bytes: &[u8]) {
+        self.hashed += bytes.len() as u64;
+        if self.pending_len > 0 {
+            let take = bytes.len().min(BLOCK - self.pending_len);
+            self.pending[self.pending_len..self.pending_len + take].copy_from_slice(&bytes[..take]);
+            self.pending_len += take;
+            bytes = &bytes[take..];
+            if self.pending_len < BLOCK {
+                return;
+            }
+            compress256(&mut self.state, &[self.pending]);
+            self.pending_len = 0;
+        }
+        let (blocks, rest) = bytes.as_chunks::<BLOCK>();
+        compress256(&mut self.state, blocks);
+        self.pending[..rest.len()].copy_from_slice(rest);
+        self.pending_len = rest.len();
+    }
+
+    /// Bytes hashed since the start of the file.
+    pub fn position(&self) -> u64 {
+        self.hashed
+    }
+
+    /// The state here, or `None` between block boundaries.
+    pub fn state(&self) -> Option<State> {
+        (self.pending_len == 0).then_some(self.state)
+    }
+
+    /// Pads, as at the end of a file of [`position`](Self::position) bytes, and returns the digest.
+    pub fn finish(mut self) -> Digest {
+        let bits = self.hashed * 8;
+        let mut tail = [0; 2 * BLOCK];
+        tail[..self.pending_len].copy_from_slice(&self.pending[..self.pending_len]);
+        tail[self.pending_len] = 0x80;
+        let len = if self.pending_len < BLOCK - 8 { BLOCK } else { 2 * BLOCK };
+        tail[len - 8..len].copy_from_slice(&bits.to_be_bytes());
+        compress256(&mut self.state, tail[..len].as_chunks::<BLOCK>().0);
+        let mut digest = [0; 32];
+        for (bytes, word) in digest.as_chunks_mut::<4>().0.iter_mut().zip(self.state) {
+            *bytes = word.to_be_bytes();
+        }
+        Digest::from_bytes(digest)
+    }
+}
+
+impl Default for PartHasher {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Hashes a whole file in order and gathers its ladder on the way.
+pub struct LadderHasher {
+    hasher: PartHasher,
+    part_size: u64,
+    states: Vec<State>,
+}
+
+impl LadderHasher {
+    /// For a file whose parts are `part_size` bytes; see [`part_size`].
+    pub fn new(part_size: u64) -> Self {
+        Self { hasher: PartHasher::new(), part_size, states: Vec::new() }
+    }
+
+    /// Takes the next bytes of the file.
+    pub fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let position = self.hasher.position();
+            if position > 0 && position % self.part_size == 0 {
+                self.states.extend(self.hasher.state());
+            }
+            let left_in_part = self.part_size - position % self.part_size;
+            let take = bytes.len().min(usize::try_from(left_in_part).unwrap_or(usize::MAX));
+            self.hasher.update(&bytes[..take]);
+            bytes = &bytes[take..];
+        }
+    }
+
+    /// Bytes hashed so far.
+    pub fn position(&self) -> u64 {
+        self.hasher.position()
+    }
+
+    /// The file's digest and ladder.
+    pub fn finish(self) -> (Digest, Ladder) {
+        (self.hasher.finish(), Ladder { part_size: self.part_size, states: self.states })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn bytes(len: usize) -> Vec<u8> {
+        (0..len).map(|at| (at as u64).wrapping_mul(2_654_435_761).to_le_bytes()[2]).collect()
+    }
+
+    fn hashed(content: &[u8], part: u64, slice: usize) -> (Digest, Ladder) {
+        let mut hasher = LadderHasher::new(part);
+        content.chunks(slice.max(1)).for_each(|slice| hasher.update(slice));
+        hasher.finish()
+    }
+
+    #[test]
+    fn digests_equal_sha2_at_every_padding_edge() {
+        for len in (0..=130).chain([191, 192, 193, 255, 256, 257, 4095, 4096, 4097]) {
+            let content = bytes(len);
+            assert_eq!(hashed(&content, 64, 7).0, Digest::of(&content), "length {len}");
+        }
+    }
+
+    #[test]
+    fn part_sizes_keep_ladders_small() {
+        assert_eq!(part_size(0), 8 << 20);
+        assert_eq!(part_size(1 << 30), 8 << 20);
+        assert_eq!(part_size((1 << 30) + 1), 16 << 20);
+        let huge = 800_000_000_000;
+        assert!(huge / part_size(huge) * 32 < 2 << 20);
+    }
+
+    proptest! {
+        #[test]
+        fn every_part_checks_alone_and_a_flipped_bit_is_found(
+            len in 0usize..2000, part in 1u64..8, slice in 1usize..300, flip in any::<proptest::sample::Index>(),
+        ) {
+            let part = part * 64;
+            let content = bytes(len);
+            let (digest, ladder) = hashed(&content, part, slice);
+            prop_assert_eq!(digest, Digest::of(&content));
+            prop_assert!(ladder.fits(len as u64));
+            let wire = serde_json::to_string(&ladder).expect("serializes");
+            prop_assert_eq!(&serde_json::from_str::<Ladder>(&wire).expect("parses"), &ladder);
+
+            let holds = |content: &[u8]| -> Vec<bool> {
+                content.chunks(part as usize).enumerate().map(|(index, bytes)| {
+                    let index = index as u64;
+                    let mut hasher = PartHasher::resume(ladder.before(index).expect("inside"), index * part);
+                    hasher.update(bytes);
+                    match ladder.after(index) {
+                        Some(after) => hasher.state() == Some(after),
+                        None => hasher.finish() == digest,
+                    }
+                }).collect()
+            };
+            prop_assert!(holds(&content).into_iter().all(|held| held));
+            if len > 0 {
+                let at = flip.index(len);
+                let mut bad = content.clone();
+                bad[at] ^= 1;
+                for (index, held) in holds(&bad).into_iter().enumerate() {
+                    prop_assert_eq!(held, index != at / part as usize, "only the part with the flipped bit fails");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,418 @@
+//! The manifest: the list of **all** files of an artifact, held here or not.
+//!
+//! It is monotone: an entry gains a digest, a ladder, a holding; it never changes a size or digest. Whoever merges
+//! two manifests that contradict each other gets [`ErrorKind::Conflict`]. On disk and on the remote it is the
+//! commit point, published last, in one envelope that carries a format number and its own checksum; fields that
+//! this release does not know are kept.
+
+use crate::digest::{Digest, GitOid, Provenance};
+use crate::error::{Error, ErrorKind, Result};
+use crate::key::{ArtifactKey, FilePath};
+use crate::ladder::Ladder;
+use crate::limits;
+use crate::selection::Selection;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use std::collections::BTreeMap;
+
+/// The number of this format. A reader refuses a higher one; minor releases never raise it.
+pub const FORMAT: u32 = 1;
+
+/// Whether an artifact is one file or a tree of files, which decides the path that is lent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shape {
+    /// One file; the path lent is that file.
+    File,
+    /// Any number of files; the path lent is the folder.
+    Tree,
+}
+
+/// All files of an artifact and what is known of each.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The artifact.
+    #[serde(flatten)]
+    pub key: ArtifactKey,
+    /// One file, or a tree.
+    pub shape: Shape,
+    /// Every file by its path.
+    pub files: BTreeMap<FilePath, FileEntry>,
+    /// Fields of other releases, kept as they are.
+    #[serde(flatten)]
+    pub extra: serde_json::Map<String, serde_json::Value>,
+}
+
+/// What is known of one file.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Bytes.
+    pub size: u64,
+    /// The SHA-256 of the bytes, once anybody knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<Digest>,
+    /// Where the digest came from: of `sha256`, or of `git_oid` while that is all there is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provenance: Option<Provenance>,
+    /// Git's identity of the bytes, stated by the Hub for small files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub git_oid: Option<GitOid>,
+    /// SHA-256 midstates at part boundaries, known once the file was hashed in order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ladder: Option<Ladder>,
+    /// How the tier that keeps this manifest holds the bytes; `None` where it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<Held>,
+    /// Fields of other releases, kept as they are.
+    #[serde(flatten)]
+    pub extra: serde_json::Map<String, serde_json::Value>,
+}
+
+/// How a tier recognises the bytes that it holds, without reading them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Held {
+    /// On disk: the identity of the file when its bytes were last hashed.
+    Disk(FileIdentity),
+    /// On the remote: the object as it was written.
+    Remote(ObjectIdentity),
+}
+
+/// A file's identity on a filesystem. As long as it is unchanged the bytes are taken to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileIdentity {
+    /// Inode number.
+    pub inode: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Time of last modification, nanoseconds since the Unix epoch, by the filesystem's clock.
+    pub mtime_ns: i64,
+}
+
+/// An object's identity in a store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectIdentity {
+    /// The store's entity tag, where it gives one.
+    pub etag: Option<String>,
+    /// Bytes.
+    pub object_bytes: u64,
+}
+
+/// The envelope around a manifest, wherever one is stored.
+#[derive(Serialize, Deserialize)]
+struct Envelope<'a> {
+    format: u32,
+    /// SHA-256 of the bytes of `manifest` exactly as they stand.
+    sha256: Digest,
+    #[serde(borrow)]
+    manifest: &'a RawValue,
+}
+
+impl Manifest {
+    /// A manifest without files.
+    pub fn new(key: ArtifactKey, shape: Shape) -> Self {
+        Self { key, shape, files: BTreeMap::new(), extra: serde_json::Map::new() }
+    }
+
+    /// The files that `selection` chooses.
+    pub fn selected<'a>(&'a self, selection: &'a Selection) -> impl Iterator<Item = (&'a FilePath, &'a FileEntry)> {
+        self.files.iter().filter(|(path, _)| selection.matches(path))
+    }
+
+    /// Whether every file that `selection` chooses is held, and it chooses any (or the artifact is empty).
+    pub fn holds(&self, selection: &Selection) -> bool {
+        let mut selected = self.selected(selection).peekable();
+        (selected.peek().is_some() || self.files.is_empty()) && selected.all(|(_, entry)| entry.held.is_some())
+    }
+
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        self.files.values().map(|entry| entry.size).sum()
+    }
+
+    /// Bytes of the files that are held.
+    pub fn held_bytes(&self) -> u64 {
+        self.files.values().filter(|entry| entry.held.is_some()).map(|entry| entry.size).sum()
+    }
+
+    /// The same list with nothing held: what another tier may learn from it.
+    pub fn without_holdings(mut self) -> Self {
+        self.files.values_mut().for_each(|entry| entry.held = None);
+        self
+    }
+
+    /// Learns what `other` knows of the same files: digests, ladders; not what it holds.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] when the two list different files, sizes or digests; `self` is then unchanged.
+    pub fn learn(&mut self, other: &Self) -> Result<()> {
+        self.agrees_with(other)?;
+        for (path, theirs) in &other.files {
+            if let Some(ours) = self.files.get_mut(path) {
+                ours.learn(theirs);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether `other` may describe the same artifact: same files and sizes, no digest that contradicts.
+    pub fn agrees_with(&self, other: &Self) -> Result<()> {
+        let conflict = |what: String| {
+            Err(Error::new(ErrorKind::Conflict, what).artifact(&self.key).hint(
+                "a version never changes: publish the new content under another version, or replace it with --force",
+            ))
+        };
+        if self.shape != other.shape {
+            return conflict("is a single file in one place and a folder in the other".into());
+        }
+        for (path, ours) in &self.files {
+            match other.files.get(path) {
+                None => return conflict(format!("{path} is listed in one place and not in the other")),
+                Some(theirs) if ours.size != theirs.size => {
+                    return conflict(format!(
+                        "{path} has {} bytes in one place and {} in the other",
+                        ours.size, theirs.size
+                    ));
+                }
+                Some(theirs) => {
+                    if let (Some(a), Some(b)) = (ours.sha256, theirs.sha256)
+                        && a != b
+                    {
+                        return conflict(format!("{path} has other content: sha256 {} and {}", a.short(), b.short()));
+                    }
+                    if let (Some(a), Some(b)) = (ours.git_oid, theirs.git_oid)
+                        && a != b
+                    {
+                        return conflict(format!("{path} has other content: git {a} and {b}"));
+                    }
+                }
+            }
+        }
+        match other.files.keys().find(|path| !self.files.contains_key(*path)) {
+            Some(path) => conflict(format!("{path} is listed in one place and not in the other")),
+            None => Ok(()),
+        }
+    }
+
+    /// The digest of the file list: SHA-256 over `<sha256>  <path>\n` for every file in byte order of the paths, as
+    /// `sha256sum` prints them. `None` until every digest is known.
+    pub fn list_digest(&self) -> Option<Digest> {
+        let mut text = String::new();
+        for (path, entry) in &self.files {
+            text.push_str(&format!("{}  {path}\n", entry.sha256?));
+        }
+        Some(Digest::of(text.as_bytes()))
+    }
+
+    /// The stored form: the envelope with format number and checksum.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let encode = |cause: serde_json::Error| Error::new(ErrorKind::Other, "cannot write a manifest").cause(cause);
+        let manifest = serde_json::value::to_raw_value(self).map_err(encode)?;
+        let envelope = Envelope { format: FORMAT, sha256: Digest::of(manifest.get().as_bytes()), manifest: &manifest };
+        let mut bytes = serde_json::to_vec(&envelope).map_err(encode)?;
+        bytes.push(b'\n');
+        Ok(bytes)
+    }
+
+    /// Reads the stored form and checks it: checksum, format number, limits, internal agreement.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let damaged = |cause: serde_json::Error| Error::corrupt("the manifest is damaged").cause(cause);
+        #[derive(Deserialize)]
+        struct FormatOnly {
+            format: u32,
+        }
+        if bytes.len() as u64 > limits::MANIFEST_BYTES_MAX {
+            return Err(Error::corrupt(format!(
+                "a manifest of {} bytes; at most {}",
+                bytes.len(),
+                limits::MANIFEST_BYTES_MAX
+            )));
+        }
+        let FormatOnly { format } = serde_json::from_slice(bytes).map_err(damaged)?;
+        if format > FORMAT {
+            return Err(Error::invalid(format!("the manifest has format {format}; this release reads up to {FORMAT}"))
+                .hint("update modelcache"));
+        }
+        let envelope: Envelope<'_> = serde_json::from_slice(bytes).map_err(damaged)?;
+        let text = envelope.manifest.get();
+        if Digest::of(text.as_bytes()) != envelope.sha256 {
+            return Err(Error::corrupt("the manifest does not match its own checksum"));
+        }
+        let manifest: Self = serde_json::from_str(text).map_err(damaged)?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// What a well-formed manifest obeys beyond its types. For listings from outside, too.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |what: String| Err(Error::corrupt(what).artifact(&self.key));
+        if self.files.len() > limits::FILES_MAX {
+            return refuse(format!("{} files; at most {}", self.files.len(), limits::FILES_MAX));
+        }
+        if self.shape == Shape::File && self.files.len() != 1 {
+            return refuse(format!("a single file that lists {} files", self.files.len()));
+        }
+        let mut folder_of_previous = None;
+        for (path, entry) in &self.files {
+            if entry.size > limits::FILE_BYTES_MAX {
+                return refuse(format!("{path} has {} bytes; at most {}", entry.size, limits::FILE_BYTES_MAX));
+            }
+            if entry.ladder.as_ref().is_some_and(|ladder| !ladder.fits(entry.size)) {
+                return refuse(format!("{path} has a ladder of another length"));
+            }
+            let mut folder = path.as_str();
+            while let Some((parent, _)) = folder.rsplit_once('/') {
+                if folder_of_previous == Some(parent) {
+                    break;
+                }
+                if self.files.contains_key(&FilePath::new(parent)?) {
+                    return refuse(format!("{parent} is listed both as a file and as a folder"));
+                }
+                folder = parent;
+            }
+            folder_of_previous = path.as_str().rsplit_once('/').map(|(parent, _)| parent);
+        }
+        Ok(())
+    }
+}
+
+impl FileEntry {
+    /// Takes over digests and ladder that it lacks.
+    pub fn learn(&mut self, other: &Self) {
+        if self.sha256.is_none() && other.sha256.is_some() {
+            self.sha256 = other.sha256;
+            self.provenance = other.provenance;
+        }
+        self.provenance = self.provenance.or(other.provenance);
+        self.git_oid = self.git_oid.or(other.git_oid);
+        if self.ladder.is_none() && self.sha256.is_some() && self.sha256 == other.sha256 {
+            self.ladder.clone_from(&other.ladder);
+        }
+        for (field, value) in &other.extra {
+            self.extra.entry(field.clone()).or_insert_with(|| value.clone());
+        }
+    }
+
+    /// The identity on disk, if that is where it is held.
+    pub fn on_disk(&self) -> Option<FileIdentity> {
+        match self.held {
+            Some(Held::Disk(identity)) => Some(identity),
+            _ => None,
+        }
+    }
+
+    /// The identity on the remote, if that is where it is held.
+    pub fn on_remote(&self) -> Option<&ObjectIdentity> {
+        match &self.held {
+            Some(Held::Remote(identity)) => Some(identity),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ladder::LadderHasher;
+
+    fn manifest(files: &[(&str, &[u8])]) -> Manifest {
+        let mut manifest = Manifest::new(ArtifactKey::bare("team/model@1").expect("key"), Shape::Tree);
+        for (path, content) in files {
+            let mut hasher = LadderHasher::new(64);
+            hasher.update(content);
+            let (digest, ladder) = hasher.finish();
+            let entry = FileEntry {
+                size: content.len() as u64,
+                sha256: Some(digest),
+                provenance: Some(Provenance::Put),
+                ladder: Some(ladder),
+                held: Some(Held::Disk(FileIdentity { inode: 7, bytes: content.len() as u64, mtime_ns: -5 })),
+                ..FileEntry::default()
+            };
+            manifest.files.insert(FilePath::new(path).expect("path"), entry);
+        }
+        manifest
+    }
+
+    #[test]
+    fn stored_form_round_trips_and_finds_every_flipped_byte() {
+        let manifest = manifest(&[("a", &[1; 200]), ("b/c", b"x")]);
+        let bytes = manifest.to_bytes().expect("writes");
+        assert_eq!(Manifest::from_bytes(&bytes).expect("reads"), manifest);
+        for at in 0..bytes.len() - 1 {
+            let mut bad = bytes.clone();
+            bad[at] ^= 1;
+            match Manifest::from_bytes(&bad) {
+                Err(_) => {}
+                Ok(read) => assert_eq!(read, manifest, "byte {at} changed the manifest unnoticed"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_newer_format_is_refused_with_the_remedy() {
+        let text = String::from_utf8(manifest(&[]).to_bytes().expect("writes"))
+            .expect("text")
+            .replace("\"format\":1", "\"format\":2");
+        let error = Manifest::from_bytes(text.as_bytes()).expect_err("newer");
+        assert_eq!(error.hint_text(), Some("update modelcache"));
+    }
+
+    #[test]
+    fn fields_of_other_releases_survive() {
+        let mut manifest = manifest(&[("a", b"1")]);
+        manifest.extra.insert("colour".into(), "red".into());
+        manifest.files.values_mut().for_each(|entry| {
+            entry.extra.insert("mode".into(), 7.into());
+        });
+        let read = Manifest::from_bytes(&manifest.to_bytes().expect("writes")).expect("reads");
+        assert_eq!(read, manifest);
+    }
+
+    #[test]
+    fn learning_adds_and_never_changes() {
+        let full = manifest(&[("a", b"1"), ("b", b"22")]);
+        let mut bare = full.clone().without_holdings();
+        bare.files.values_mut().for_each(|entry| {
+            entry.sha256 = None;
+            entry.ladder = None;
+            entry.provenance = None;
+        });
+        bare.learn(&full).expect("agrees");
+        assert_eq!(bare, full.clone().without_holdings());
+
+        let other = manifest(&[("a", b"1"), ("b", b"23")]);
+        let before = bare.clone();
+        assert_eq!(bare.learn(&other).expect_err("other content").kind(), ErrorKind::Conflict);
+        assert_eq!(bare, before);
+        assert!(bare.learn(&manifest(&[("a", b"1")])).is_err(), "another list of files");
+    }
+
+    #[test]
+    fn a_part_is_never_taken_for_the_whole() {
+        let mut manifest = manifest(&[("a.json", b"1"), ("b.bin", b"2")]);
+        if let Some(entry) = manifest.files.values_mut().last() {
+            entry.held = None;
+        }
+        assert!(manifest.holds(&Selection::globs(&["*.json"], &[]).expect("globs")));
+        assert!(!manifest.holds(&Selection::all()));
+        assert!(!manifest.holds(&Selection::globs(&["*.gguf"], &[]).expect("globs")), "nothing chosen is not held");
+    }
+
+    #[test]
+    fn a_path_is_a_file_or_a_folder_not_both() {
+        assert_eq!(manifest(&[("a", b"1"), ("a/b", b"2")]).check().expect_err("both").kind(), ErrorKind::Corrupt);
+        assert_eq!(
+            manifest(&[("a", b"1"), ("a-b", b"3"), ("a/b", b"2")]).check().expect_err("both").kind(),
+            ErrorKind::Corrupt
+        );
+        assert!(manifest(&[("a/b", b"1"), ("a/c", b"2"), ("b/a/c", b"2")]).check().is_ok());
+    }
+
+    #[test]
+    fn the_list_digest_is_that_of_sha256sum() {
+        let manifest = manifest(&[("a", b"1"), ("b", b"2")]);
+        let text = format!("{}  a\n{}  b\n", Digest::of(b"1"), Digest::of(b"2"));
+        assert_eq!(manifest.list_digest(), Some(Digest::of(text.as_bytes())));
+    }
+}

@@ -1,0 +1,1 @@
+//! Origins: the authorities that resolve references and serve bytes.

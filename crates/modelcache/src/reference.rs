@@ -1,0 +1,392 @@
+//! References: what a person types to name an artifact.
+//!
+//! Every form of the interface is understood here. Forms whose origin is not built yet are refused with a reason
+//! that says so, rather than taken for something else. A bare `name@version` never implies a public place.
+
+use crate::digest::{Digest, GitOid};
+use crate::error::{Error, Result};
+use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
+use percent_encoding::percent_decode_str;
+use std::fmt;
+use std::str::FromStr;
+
+/// The kinds of repository at the Hub, which has one space of names for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RepoKind {
+    /// Models: the default, without a prefix.
+    Model,
+    /// Datasets: `datasets/`.
+    Dataset,
+    /// Spaces: `spaces/`.
+    Space,
+}
+
+impl RepoKind {
+    /// The segment that names the kind in API paths: `models`, `datasets`, `spaces`.
+    pub fn api_segment(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+            Self::Space => "spaces",
+        }
+    }
+
+    /// What stands before the repository in file URLs and references: empty for models.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            Self::Model => "",
+            Self::Dataset => "datasets/",
+            Self::Space => "spaces/",
+        }
+    }
+}
+
+/// A repository at the Hub, at a revision.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct HubRepo {
+    /// Model, dataset or space.
+    pub kind: RepoKind,
+    /// `org/name`, or one segment for old repositories.
+    pub id: String,
+    /// A branch, a tag, `refs/pr/N`, or a commit of 40 hex digits.
+    pub revision: String,
+}
+
+/// What kind of place a reference points into.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// A bare key: found on disk or the remote, else at the configured origin.
+    Bare(ArtifactKey),
+    /// A repository at the Hugging Face Hub.
+    Hub(HubRepo),
+    /// A local file or folder, by absolute path.
+    Folder(String),
+}
+
+/// What a person typed, understood.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Reference {
+    /// Where it points.
+    pub target: Target,
+    /// The one file it selects, if it does.
+    pub file: Option<FilePath>,
+    /// The digest it demands: of the file, or of the file list for a tree.
+    pub digest: Option<Digest>,
+}
+
+impl Reference {
+    /// Understands `text`, or says why not.
+    pub fn parse(text: &str) -> Result<Self> {
+        let (body, digest) = split_digest(text)?;
+        let reference = match body.split_once("://") {
+            Some(("hf", rest)) => parse_hub(rest)?,
+            Some(("file", rest)) => Self { target: Target::Folder(parse_folder(rest)?), file: None, digest: None },
+            Some(("s3" | "https" | "http" | "oci", _)) | None if later(body).is_some() => {
+                let what = later(body).unwrap_or("this");
+                return Err(Error::invalid(format!("{text:?}: {what} cannot be an origin in this release"))
+                    .hint("hf:// and file:// can; put the files with `modelcache put NAME@VERSION PATH`"));
+            }
+            Some((scheme, _)) => {
+                return Err(Error::invalid(format!("{text:?}: no origin is called {scheme:?}"))
+                    .hint("write name@version, hf://org/model@revision or file:///path"));
+            }
+            None => Self { target: Target::Bare(ArtifactKey::bare(body)?), file: None, digest: None },
+        };
+        Ok(Self { digest, ..reference })
+    }
+
+    /// The same reference at another revision: what `--revision` means. Refused where there is none.
+    pub fn at_revision(mut self, revision: &str) -> Result<Self> {
+        match &mut self.target {
+            Target::Hub(repo) => repo.revision = checked_revision(revision)?,
+            Target::Bare(_) | Target::Folder(_) => {
+                return Err(
+                    Error::invalid(format!("{self} has no revisions")).hint("only hf:// references take --revision")
+                );
+            }
+        }
+        Ok(self)
+    }
+
+    /// The key, when the reference alone decides it: a bare key, or a commit at the Hub.
+    pub fn exact_key(&self) -> Option<ArtifactKey> {
+        match &self.target {
+            Target::Bare(key) => Some(key.clone()),
+            Target::Hub(repo) if repo.is_commit() => repo.key_at(&repo.revision).ok(),
+            Target::Hub(_) | Target::Folder(_) => None,
+        }
+    }
+}
+
+impl HubRepo {
+    /// Whether the revision is a commit, which never moves.
+    pub fn is_commit(&self) -> bool {
+        self.revision.parse::<GitOid>().is_ok()
+    }
+
+    /// The artifact's name: `hf/`, the kind's prefix, the repository.
+    pub fn name(&self) -> Result<ArtifactName> {
+        let prefix = self.kind.prefix().trim_end_matches('/');
+        let parts = Some(prefix).filter(|prefix| !prefix.is_empty()).into_iter().chain(self.id.split('/'));
+        ArtifactName::from_uri("hf", parts)
+    }
+
+    /// The key of this repository at `commit` (40 hex digits).
+    pub fn key_at(&self, commit: &str) -> Result<ArtifactKey> {
+        let commit: GitOid = commit.parse()?;
+        Ok(ArtifactKey::new(self.name()?, Version::new(&commit.to_string())?))
+    }
+}
+
+/// What `body` asks for, if it is a known form whose origin is not built yet.
+fn later(body: &str) -> Option<&'static str> {
+    match body.split_once(':')? {
+        ("s3", rest) if rest.starts_with("//") => Some("an S3 prefix"),
+        ("https" | "http", rest) if rest.starts_with("//") => Some("a web address"),
+        ("oci", rest) if rest.starts_with("//") => Some("an OCI registry"),
+        ("models", rest) if rest.starts_with('/') => Some("an MLflow registry"),
+        _ => None,
+    }
+}
+
+/// Takes `#sha256=<hex>` off the end.
+fn split_digest(text: &str) -> Result<(&str, Option<Digest>)> {
+    match text.split_once('#') {
+        None => Ok((text, None)),
+        Some((body, fragment)) => match fragment.strip_prefix("sha256=") {
+            Some(hex) => Ok((body, Some(hex.parse()?))),
+            None => Err(Error::invalid(format!("{text:?}: after '#' only sha256=<64 hex digits> is understood"))),
+        },
+    }
+}
+
+/// `[datasets/|spaces/]org/name`, then `@rev[/file]`, or `:rev`.
+fn parse_hub(rest: &str) -> Result<Reference> {
+    let refuse = |why: &str| {
+        Error::invalid(format!("hf://{rest}: {why}"))
+            .hint("write hf://org/model@revision or hf://org/model@revision/file")
+    };
+    let (path, revision, file) = match rest.split_once('@') {
+        Some((path, after)) => {
+            let (revision, file) = split_revision(after);
+            (path, revision, file)
+        }
+        None => match rest.split_once(':') {
+            Some((path, revision)) => (path, revision, None),
+            None => (rest, "main", None),
+        },
+    };
+    let path = path.trim_end_matches('/');
+    let (kind, id) = if let Some(id) = path.strip_prefix("datasets/") {
+        (RepoKind::Dataset, id)
+    } else if let Some(id) = path.strip_prefix("spaces/") {
+        (RepoKind::Space, id)
+    } else {
+        (RepoKind::Model, path.strip_prefix("models/").unwrap_or(path))
+    };
+    let segments: Vec<&str> = id.split('/').collect();
+    if segments.len() > 2 {
+        return Err(refuse("a repository has one or two segments; a file needs the revision before it"));
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if segments
+        .iter()
+        .any(|segment| segment.is_empty() || *segment == "." || *segment == ".." || !segment.chars().all(plain))
+    {
+        return Err(refuse("no repository can be called that"));
+    }
+    let repo = HubRepo { kind, id: id.to_owned(), revision: checked_revision(revision)? };
+    repo.name()?;
+    let file = match file {
+        Some(file) => Some(FilePath::new(
+            &percent_decode_str(file).decode_utf8().map_err(|_| refuse("the file name is not UTF-8"))?,
+        )?),
+        None => None,
+    };
+    Ok(Reference { target: Target::Hub(repo), file, digest: None })
+}
+
+/// Splits `rev[/file]`; `refs/pr/N` and `refs/convert/X` are one revision of three segments.
+fn split_revision(after: &str) -> (&str, Option<&str>) {
+    let segments = if after.starts_with("refs/pr/") || after.starts_with("refs/convert/") { 3 } else { 1 };
+    match after.match_indices('/').nth(segments - 1) {
+        Some((at, _)) => (&after[..at], Some(&after[at + 1..]).filter(|file| !file.is_empty())),
+        None => (after, None),
+    }
+}
+
+/// A revision, with `%2F` decoded; what git refuses in a ref name is refused here.
+fn checked_revision(text: &str) -> Result<String> {
+    let revision = percent_decode_str(text).decode_utf8_lossy().into_owned();
+    let bad = |c: char| c.is_control() || matches!(c, ' ' | '~' | '^' | ':' | '?' | '*' | '[' | '\\' | '@' | '#');
+    if revision.is_empty()
+        || revision.chars().any(bad)
+        || revision.split('/').any(|segment| segment.is_empty() || segment.starts_with('.') || segment == "..")
+        || revision.contains("..")
+    {
+        return Err(
+            Error::invalid(format!("{text:?} is not a revision")).hint("a branch, a tag, refs/pr/N or a commit")
+        );
+    }
+    if revision.parse::<GitOid>().is_ok() { Ok(revision.to_ascii_lowercase()) } else { Ok(revision) }
+}
+
+/// The absolute path of `file:///path`.
+fn parse_folder(rest: &str) -> Result<String> {
+    let path = rest.strip_prefix("localhost").unwrap_or(rest);
+    let refuse = |why: &str| Error::invalid(format!("file://{rest}: {why}")).hint("write file:///absolute/path");
+    if !path.starts_with('/') {
+        return Err(refuse("the path is not absolute"));
+    }
+    let path = percent_decode_str(path).decode_utf8().map_err(|_| refuse("the path is not UTF-8"))?;
+    if path.contains('\0') || path.split('/').any(|segment| segment == "..") {
+        return Err(refuse("the path climbs"));
+    }
+    let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+    if parts.is_empty() {
+        return Err(refuse("the root folder is no artifact"));
+    }
+    Ok(format!("/{}", parts.join("/")))
+}
+
+/// The name under which a folder or file at the absolute `path` is cached.
+pub fn folder_name(path: &str) -> Result<ArtifactName> {
+    ArtifactName::from_uri("file", path.split('/').filter(|part| !part.is_empty()))
+}
+
+impl FromStr for Reference {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        Self::parse(text)
+    }
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.target {
+            Target::Bare(key) => write!(f, "{key}")?,
+            Target::Hub(repo) => write!(f, "hf://{}{}@{}", repo.kind.prefix(), repo.id, repo.revision)?,
+            Target::Folder(path) => write!(f, "file://{path}")?,
+        }
+        if let Some(file) = &self.file {
+            write!(f, "/{file}")?;
+        }
+        if let Some(digest) = &self.digest {
+            write!(f, "#sha256={digest}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn hub(text: &str) -> (RepoKind, String, String, Option<String>) {
+        let reference = Reference::parse(text).unwrap_or_else(|error| panic!("{text}: {error}"));
+        match reference.target {
+            Target::Hub(repo) => (repo.kind, repo.id, repo.revision, reference.file.map(String::from)),
+            other => panic!("{text} is {other:?}"),
+        }
+    }
+
+    #[test]
+    fn hub_references_parse_in_every_documented_form() {
+        use RepoKind::*;
+        let row = |kind, id: &str, revision: &str, file: Option<&str>| {
+            (kind, id.to_owned(), revision.to_owned(), file.map(str::to_owned))
+        };
+        assert_eq!(hub("hf://org/model"), row(Model, "org/model", "main", None));
+        assert_eq!(hub("hf://gpt2"), row(Model, "gpt2", "main", None));
+        assert_eq!(hub("hf://org/model@v1"), row(Model, "org/model", "v1", None));
+        assert_eq!(hub("hf://org/model:v1"), row(Model, "org/model", "v1", None));
+        assert_eq!(hub("hf://org/model@v1/sub dir/f%C3%A9.txt"), row(Model, "org/model", "v1", Some("sub dir/fé.txt")));
+        assert_eq!(hub("hf://org/model@refs/pr/1"), row(Model, "org/model", "refs/pr/1", None));
+        assert_eq!(hub("hf://org/model@refs%2Fpr%2F1/a.bin"), row(Model, "org/model", "refs/pr/1", Some("a.bin")));
+        assert_eq!(hub("hf://org/model@refs/pr/1/a.bin"), row(Model, "org/model", "refs/pr/1", Some("a.bin")));
+        assert_eq!(hub("hf://datasets/org/name@main"), row(Dataset, "org/name", "main", None));
+        assert_eq!(hub("hf://spaces/org/name"), row(Space, "org/name", "main", None));
+    }
+
+    #[test]
+    fn a_commit_is_an_exact_key_and_a_branch_is_not() {
+        let commit = "AB".repeat(20);
+        let key = Reference::parse(&format!("hf://org/model@{commit}")).expect("parses").exact_key().expect("exact");
+        assert_eq!(key.name.as_str(), "hf/org/model");
+        assert_eq!(key.version.as_str(), commit.to_lowercase());
+        assert!(Reference::parse("hf://org/model").expect("parses").exact_key().is_none());
+    }
+
+    #[test]
+    fn bare_keys_split_at_the_last_at_and_have_no_default_origin() {
+        let reference = Reference::parse("team/fraud@3").expect("parses");
+        assert_eq!(reference.exact_key().map(|key| key.to_string()), Some("team/fraud@3".into()));
+        for bad in ["fraud", "@3", "fraud@", "hf/org/model@3", "a@b@c", "s3/x@1"] {
+            assert!(Reference::parse(bad).is_err(), "{bad} was accepted");
+        }
+    }
+
+    #[test]
+    fn a_demanded_digest_is_taken_off() {
+        let digest = Digest::of(b"x");
+        assert_eq!(Reference::parse(&format!("a@1#sha256={digest}")).expect("parses").digest, Some(digest));
+        assert!(Reference::parse("a@1#md5=00").is_err());
+        assert!(Reference::parse("a@1#sha256=00").is_err());
+    }
+
+    #[test]
+    fn forms_of_later_releases_say_so() {
+        for text in [
+            "s3://bucket/prefix",
+            "https://host/file.tar.gz@1",
+            "oci://registry/repo:tag",
+            "models:/name/3",
+            "models:/name@prod",
+        ] {
+            let error = Reference::parse(text).expect_err(text);
+            assert!(error.message().contains("in this release"), "{text}: {error}");
+        }
+        let error = Reference::parse("ftp://x/y").expect_err("no such scheme");
+        assert!(error.message().contains("no origin is called"), "{error}");
+    }
+
+    #[test]
+    fn folders_are_absolute_and_do_not_climb() {
+        assert_eq!(
+            Reference::parse("file:///models//a/./b/").expect("parses").target,
+            Target::Folder("/models/a/b".into())
+        );
+        for bad in ["file://relative", "file:///", "file:///a/../b", "file:///a/%2e%2e/b"] {
+            assert!(Reference::parse(bad).is_err(), "{bad} was accepted");
+        }
+    }
+
+    #[test]
+    fn climbing_or_odd_repositories_and_revisions_are_refused() {
+        for bad in [
+            "hf://",
+            "hf://../x",
+            "hf://a/..",
+            "hf://a/b/c",
+            "hf://a/b@",
+            "hf://a/b@..",
+            "hf://a/b@x/../y",
+            "hf://a b/c",
+            "hf://a/b@v1/..%2f..%2fetc",
+            "hf://a/b@x y",
+        ] {
+            assert!(Reference::parse(bad).is_err(), "{bad} was accepted");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn parsing_never_panics_and_what_parses_prints_to_itself(text in "(hf://|file:///|)[a-z/@:#%2fF.=é ]{0,40}") {
+            if let Ok(reference) = Reference::parse(&text) && !text.contains('%') {
+                prop_assert_eq!(Reference::parse(&reference.to_string()).expect("prints what parses"), reference);
+            }
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! The far tier: an object store.

@@ -1,0 +1,143 @@
+//! Which files of an artifact a caller wants.
+//!
+//! Patterns are those of Python's `fnmatch`, as `huggingface_hub` applies them: `*` crosses `/`, `?` is one
+//! character, `[…]` a set, a pattern that ends in `/` means everything below. A file is selected when it matches
+//! any include pattern (or there is none) and no exclude pattern.
+
+use crate::error::{Error, Result};
+use crate::key::FilePath;
+use regex::Regex;
+
+/// A choice among the files of an artifact.
+#[derive(Debug, Clone, Default)]
+pub struct Selection {
+    file: Option<FilePath>,
+    include: Vec<Regex>,
+    exclude: Vec<Regex>,
+    patterns: Vec<String>,
+}
+
+impl Selection {
+    /// Every file.
+    pub fn all() -> Self {
+        Self::default()
+    }
+
+    /// Exactly one file.
+    pub fn file(path: FilePath) -> Self {
+        Self { patterns: vec![path.to_string()], file: Some(path), ..Self::default() }
+    }
+
+    /// What the patterns choose.
+    pub fn globs<S: AsRef<str>>(include: &[S], exclude: &[S]) -> Result<Self> {
+        let compile =
+            |patterns: &[S]| patterns.iter().map(|pattern| fnmatch(pattern.as_ref())).collect::<Result<Vec<_>>>();
+        Ok(Self {
+            file: None,
+            include: compile(include)?,
+            exclude: compile(exclude)?,
+            patterns: include.iter().chain(exclude).map(|pattern| pattern.as_ref().to_owned()).collect(),
+        })
+    }
+
+    /// Whether `path` is chosen.
+    pub fn matches(&self, path: &FilePath) -> bool {
+        if let Some(file) = &self.file {
+            return file == path;
+        }
+        let any = |patterns: &[Regex]| patterns.iter().any(|pattern| pattern.is_match(path.as_str()));
+        (self.include.is_empty() || any(&self.include)) && !any(&self.exclude)
+    }
+
+    /// The one file it names, if it was made by [`file`](Self::file).
+    pub fn one_file(&self) -> Option<&FilePath> {
+        self.file.as_ref()
+    }
+
+    /// Whether it chooses every file of any artifact.
+    pub fn is_all(&self) -> bool {
+        self.file.is_none() && self.include.is_empty() && self.exclude.is_empty()
+    }
+
+    /// The patterns as given, for messages.
+    pub fn patterns(&self) -> &[String] {
+        &self.patterns
+    }
+}
+
+/// A pattern of Python's `fnmatch` as a regular expression that must match the whole text.
+fn fnmatch(pattern: &str) -> Result<Regex> {
+    let mut regex = String::from("(?s)^");
+    let mut rest = pattern;
+    while let Some(c) = rest.chars().next() {
+        rest = &rest[c.len_utf8()..];
+        match c {
+            '*' => regex.push_str(".*"),
+            '?' => regex.push('.'),
+            '[' => match set_end(rest) {
+                Some(end) => {
+                    push_set(&rest[..end], &mut regex);
+                    rest = &rest[end + 1..];
+                }
+                None => regex.push_str("\\["),
+            },
+            literal => regex.push_str(&regex::escape(literal.encode_utf8(&mut [0; 4]))),
+        }
+    }
+    if pattern.ends_with('/') {
+        regex.push_str(".*");
+    }
+    regex.push('$');
+    Regex::new(&regex).map_err(|cause| Error::invalid(format!("the pattern {pattern:?} cannot be used")).cause(cause))
+}
+
+/// Where the set that begins before `rest` is closed; a `]` in first place (after `!`) is a member.
+fn set_end(rest: &str) -> Option<usize> {
+    let first = usize::from(rest.starts_with('!'));
+    let skip = first + usize::from(rest[first..].starts_with(']'));
+    rest[skip..].find(']').map(|at| at + skip)
+}
+
+fn push_set(set: &str, regex: &mut String) {
+    let (open, members) = match set.strip_prefix('!') {
+        Some(members) => ("[^", members),
+        None => ("[", set),
+    };
+    regex.push_str(open);
+    for c in members.chars() {
+        if matches!(c, '\\' | '[' | ']' | '^' | '&' | '~') {
+            regex.push('\\');
+        }
+        regex.push(c);
+    }
+    regex.push(']');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(include: &[&str], exclude: &[&str], path: &str) -> bool {
+        Selection::globs(include, exclude).expect("patterns").matches(&FilePath::new(path).expect("path"))
+    }
+
+    #[test]
+    fn patterns_match_as_fnmatch_does() {
+        assert!(chosen(&["*.json"], &[], "sub/dir/config.json"), "a star crosses slashes");
+        assert!(!chosen(&["*.json"], &[], "config.jsonl"));
+        assert!(chosen(&["model-?.bin"], &[], "model-1.bin"));
+        assert!(chosen(&["model-[0-3].bin"], &[], "model-2.bin"));
+        assert!(!chosen(&["model-[!0-3].bin"], &[], "model-2.bin"));
+        assert!(chosen(&["[]]x"], &[], "]x"));
+        assert!(chosen(&["a[b"], &[], "a[b"), "an unclosed set is a bracket");
+        assert!(chosen(&["onnx/"], &[], "onnx/model.onnx"));
+        assert!(chosen(&["{a,b}"], &[], "{a,b}"), "braces mean themselves");
+        assert!(chosen(&["a.b"], &[], "a.b") && !chosen(&["a.b"], &[], "axb"));
+    }
+
+    #[test]
+    fn exclude_beats_include() {
+        assert!(!chosen(&["*"], &["*.bin"], "a.bin"));
+        assert!(chosen(&[], &["*.bin"], "a.json"));
+    }
+}
