@@ -1,1 +1,33 @@
-//! Testkit.
+//! Stand-ins for the things modelcache talks to, and the faults they may have.
+//!
+//! Everything listens on loopback with a port the kernel picks, and ends when its handle is dropped. Content comes
+//! from a seed, so a file of any size costs no memory and can be recomputed by whoever checks it.
+//!
+//! | module | stands in for |
+//! |---|---|
+//! | [`hub`] | the Hugging Face Hub and, on another address, its CDN |
+//! | [`s3`] | an S3 endpoint over a folder, with the conditions of the real one kept |
+//! | [`moto`] | nothing: it starts the real moto server as a second opinion |
+//! | [`proxy`] | a bad network, in front of any of them |
+//!
+//! Surprise: the stand-ins run on threads of their own, not on the caller's runtime. A test may block its thread (run
+//! a command, join a child) and the servers go on answering.
+
+pub mod content;
+pub mod faults;
+pub mod hub;
+pub mod log;
+pub mod moto;
+pub mod proxy;
+pub mod s3;
+
+mod range;
+mod serve;
+
+pub use content::Content;
+pub use faults::{Fault, Faults, Hits};
+pub use hub::Hub;
+pub use log::{Place, Seen};
+pub use moto::Moto;
+pub use proxy::FaultProxy;
+pub use s3::S3;

@@ -1,0 +1,154 @@
+//! Answers that carry file content: ranges, streaming and the faults of a body.
+//!
+//! Content is produced a chunk at a time as the client takes it, so a file of any size costs one chunk of memory.
+//! Surprise: to cut a body short of its announced length the stream waits a moment before it ends, because hyper may
+//! throw away what it has buffered when a body ends too early.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures::stream;
+use http_body_util::{BodyExt as _, StreamBody};
+use hyper::body::Frame;
+use hyper::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, RANGE};
+use hyper::{Method, Response, StatusCode};
+
+use super::Shared;
+use super::fault::Kind;
+use crate::content::{CHUNK, Content};
+use crate::range::{Wanted, wanted};
+use crate::serve::{Answer, Body, BoxError, Dropped, full};
+
+const CUT_GRACE: Duration = Duration::from_millis(30);
+
+/// Serves `content`, or the range of it that the headers ask for. `subject` is what body faults are aimed at.
+pub(super) fn content(
+    shared: &Arc<Shared>,
+    subject: &str,
+    content: &Content,
+    method: &Method,
+    headers: &HeaderMap,
+) -> Answer {
+    let asked = headers.get(RANGE).and_then(|value| value.to_str().ok());
+    let strike = |wanted: fn(&Kind) -> bool| shared.faults.strike(method.as_str(), subject, wanted);
+    let ignore_range = asked.is_some() && strike(|kind| matches!(kind, Kind::IgnoreRange)).is_some();
+    let len = content.len();
+    let (status, mut range) = match wanted(asked.filter(|_| !ignore_range), len) {
+        Wanted::Whole => (StatusCode::OK, 0..len),
+        Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
+        Wanted::Unsatisfiable => return unsatisfiable(len),
+    };
+    let content_range = format!("bytes {}-{}/{len}", range.start, range.end.saturating_sub(1));
+
+    let mut plan = Plan::default();
+    if method == Method::GET {
+        if let Some(Kind::Short(by)) = strike(|kind| matches!(kind, Kind::Short(_))) {
+            range.end = range.end.saturating_sub(by).max(range.start);
+        }
+        plan = Plan::from_faults(shared, subject, &range);
+    }
+    let length = range.end - range.start;
+    let body = if method == Method::HEAD { full(Bytes::new()) } else { stream_body(shared, content, range, plan) };
+
+    let mut answer = Response::new(body);
+    *answer.status_mut() = status;
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_LENGTH, length.into());
+    headers.insert(CONTENT_TYPE, "application/octet-stream".parse().expect("a content type is a header value"));
+    if !ignore_range {
+        headers.insert(ACCEPT_RANGES, "bytes".parse().expect("a word is a header value"));
+    }
+    if status == StatusCode::PARTIAL_CONTENT {
+        headers.insert(CONTENT_RANGE, content_range.parse().expect("digits are a header value"));
+    }
+    answer
+}
+
+fn unsatisfiable(len: u64) -> Answer {
+    let mut answer = Response::new(full(Bytes::new()));
+    *answer.status_mut() = StatusCode::RANGE_NOT_SATISFIABLE;
+    answer.headers_mut().insert(CONTENT_LENGTH, 0.into());
+    answer.headers_mut().insert(CONTENT_RANGE, format!("bytes */{len}").parse().expect("digits are a header value"));
+    answer
+}
+
+/// What will be wrong with one body; positions are offsets in the file.
+#[derive(Debug, Default)]
+struct Plan {
+    flip: Option<u64>,
+    cut: Option<u64>,
+    stall: Option<(u64, Duration)>,
+}
+
+impl Plan {
+    fn from_faults(shared: &Shared, subject: &str, range: &Range<u64>) -> Self {
+        let take = |wanted: &dyn Fn(&Kind) -> bool| shared.faults.strike("GET", subject, wanted);
+        let mut plan = Self::default();
+        if let Some(Kind::Flip(at)) = take(&|kind| matches!(kind, Kind::Flip(at) if range.contains(at))) {
+            plan.flip = Some(at);
+        }
+        let size = range.end - range.start;
+        if let Some(Kind::Cut(bytes)) = take(&|kind| matches!(kind, Kind::Cut(bytes) if *bytes < size)) {
+            plan.cut = Some(range.start + bytes);
+        }
+        if let Some(Kind::Stall(bytes, time)) = take(&|kind| matches!(kind, Kind::Stall(bytes, _) if *bytes < size)) {
+            plan.stall = Some((range.start + bytes, time));
+        }
+        plan
+    }
+
+    /// The next place where something happens, so that chunks end there.
+    fn chunk_end(&self, at: u64, end: u64) -> u64 {
+        let marks = [self.cut, self.stall.map(|(mark, _)| mark)];
+        let next = marks.into_iter().flatten().filter(|mark| *mark > at).min().unwrap_or(end);
+        (at + CHUNK).min(next).min(end)
+    }
+}
+
+struct Reading {
+    shared: Arc<Shared>,
+    content: Content,
+    at: u64,
+    end: u64,
+    plan: Plan,
+}
+
+impl Reading {
+    async fn next(mut self) -> Option<(Result<Frame<Bytes>, BoxError>, Self)> {
+        if let Some((mark, time)) = self.plan.stall
+            && mark == self.at
+        {
+            self.plan.stall = None;
+            tokio::time::sleep(time).await;
+        }
+        if self.plan.cut == Some(self.at) {
+            tokio::time::sleep(CUT_GRACE).await;
+            return Some((Err(Dropped.into()), self));
+        }
+        if self.at >= self.end {
+            return None;
+        }
+        let range = self.at..self.plan.chunk_end(self.at, self.end);
+        let mut bytes = match self.content.read(range.clone()) {
+            Ok(bytes) => bytes,
+            Err(error) => return Some((Err(error.into()), self)),
+        };
+        if let Some(flip) = self.plan.flip.filter(|flip| range.contains(flip)) {
+            let mut spoiled = BytesMut::from(&bytes[..]);
+            spoiled[usize::try_from(flip - range.start).expect("a place inside a chunk")] ^= 1;
+            bytes = spoiled.freeze();
+        }
+        self.at = range.end;
+        self.shared.body_bytes.fetch_add(bytes.len() as u64, Ordering::SeqCst);
+        Some((Ok(Frame::data(bytes)), self))
+    }
+}
+
+fn stream_body(shared: &Arc<Shared>, content: &Content, range: Range<u64>, plan: Plan) -> Body {
+    let (shared, content) = (shared.clone(), content.clone());
+    let reading = Reading { shared, content, at: range.start, end: range.end, plan };
+    StreamBody::new(stream::unfold(reading, Reading::next)).boxed_unsync()
+}

@@ -1,0 +1,373 @@
+//! A stand-in of the Hugging Face Hub, with a CDN on another address.
+//!
+//! Speaks the routes, headers and error codes that download clients depend on, for repos that a test fills itself.
+//! LFS files are redirected to the CDN by signed URLs, everything asked is logged, and [`Hub::faults`] breaks what
+//! should be broken.
+//!
+//! Surprise: the CDN listens on 127.0.0.2 where the system allows it, so that a client which compares hosts, not
+//! ports, also sees another host. Tokens that arrive there are kept in the log: see [`Hub::tokens_at_cdn`].
+
+mod api;
+mod body;
+mod fault;
+mod refuse;
+mod repo;
+mod resolve;
+mod route;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use hyper::header::{AUTHORIZATION, HeaderMap};
+use hyper::{Method, Request, StatusCode};
+
+pub use self::fault::{HubFault, Kind as HubFaultKind};
+pub use self::repo::{CommitBuilder, Repo};
+
+use self::fault::Kind;
+use self::repo::{Entry, RepoData, RepoId, Repos, Tree};
+use self::resolve::CdnObject;
+use self::route::Route;
+use crate::content::Content;
+use crate::faults::Faults;
+use crate::log::{Log, Place, Seen};
+use crate::serve::{Answer, Dropped, Server, bind, lock, serve};
+
+/// A running Hub with its CDN; both end when it is dropped.
+#[derive(Debug)]
+pub struct Hub {
+    shared: Arc<Shared>,
+    hub: Server,
+    cdn: Server,
+}
+
+/// What both listeners work on.
+#[derive(Debug, Default)]
+struct Shared {
+    repos: Mutex<Repos>,
+    cdn_objects: Mutex<HashMap<String, CdnObject>>,
+    settings: Mutex<Settings>,
+    faults: Faults<Kind>,
+    log: Log,
+    body_bytes: AtomicU64,
+    urls: OnceLock<(String, String)>,
+}
+
+#[derive(Debug)]
+struct Settings {
+    page_size: usize,
+    redirect_revisions: bool,
+    signed_url_ttl: Duration,
+    signing_epoch: u64,
+    users: BTreeMap<String, String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            page_size: 1000,
+            redirect_revisions: false,
+            signed_url_ttl: Duration::from_secs(3600),
+            signing_epoch: 0,
+            users: BTreeMap::new(),
+        }
+    }
+}
+
+impl Hub {
+    /// Starts an empty Hub on a free port. Errors if nothing can listen on loopback.
+    pub async fn start() -> anyhow::Result<Self> {
+        Self::start_on(0)
+    }
+
+    /// Like [`Hub::start`], for code without a runtime and for a fixed port (0 picks one).
+    pub fn start_on(port: u16) -> anyhow::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let hub = bind(("127.0.0.1", port))?;
+        let cdn = bind("127.0.0.2:0").or_else(|_| bind("127.0.0.1:0"))?;
+        let urls = (format!("http://{}", hub.1), format!("http://{}", cdn.1));
+        shared.urls.set(urls).expect("a new hub has no addresses yet");
+        let hub = serve(hub, handler(&shared, Place::Hub));
+        let cdn = serve(cdn, handler(&shared, Place::Cdn));
+        Ok(Self { shared, hub, cdn })
+    }
+
+    /// The address for `HF_ENDPOINT`, without a slash at the end.
+    pub fn url(&self) -> String {
+        self.shared.hub_url().to_owned()
+    }
+
+    /// The address of the CDN, without a slash at the end.
+    pub fn cdn_url(&self) -> String {
+        self.shared.cdn_url().to_owned()
+    }
+
+    /// The repo of this name, created empty if need be: `org/model`, `gpt2`, `datasets/org/set`, `spaces/org/app`.
+    pub fn repo(&self, name: &str) -> Repo {
+        Repo::new(self.shared.clone(), name)
+    }
+
+    /// Commits every file below `folder` to a repo, paths relative to it. Errors are those of reading the folder.
+    pub fn repo_from_folder(&self, name: &str, folder: impl AsRef<Path>) -> anyhow::Result<Repo> {
+        let folder = folder.as_ref();
+        let repo = self.repo(name);
+        let mut commit = repo.commit();
+        for path in files_below(folder)? {
+            let inside = path.strip_prefix(folder).expect("a file found below a folder has its prefix");
+            let inside = inside.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
+            commit = commit.file(inside, Content::on_disk(&path)?);
+        }
+        commit.publish()?;
+        Ok(repo)
+    }
+
+    /// The faults; see [`HubFault`] for what there is.
+    pub fn faults(&self) -> &Faults<HubFaultKind> {
+        &self.shared.faults
+    }
+
+    /// While down, both listeners close every connection without an answer.
+    pub fn down(&self, down: bool) {
+        self.hub.set_down(down);
+        self.cdn.set_down(down);
+    }
+
+    /// Entries in one page of a tree, 1,000 unless changed.
+    pub fn page_size(&self, entries: usize) {
+        lock(&self.shared.settings).page_size = entries.max(1);
+    }
+
+    /// Whether a revision that can move is answered with 307 to its commit. The real Hub does not; off at first.
+    pub fn redirect_revisions(&self, on: bool) {
+        lock(&self.shared.settings).redirect_revisions = on;
+    }
+
+    /// How long signed URLs live that are handed out from now on: an hour unless changed, in whole seconds.
+    pub fn signed_url_ttl(&self, ttl: Duration) {
+        lock(&self.shared.settings).signed_url_ttl = ttl;
+    }
+
+    /// Makes every signed URL handed out so far worthless: the CDN answers 403.
+    pub fn expire_signed_urls(&self) {
+        lock(&self.shared.settings).signing_epoch += 1;
+    }
+
+    /// Makes a token known to `whoami-v2` under this name.
+    pub fn user(&self, name: &str, token: &str) {
+        lock(&self.shared.settings).users.insert(token.to_owned(), name.to_owned());
+    }
+
+    /// Every request so far, on both listeners.
+    pub fn requests(&self) -> Vec<Seen> {
+        self.shared.log.all()
+    }
+
+    /// Forgets the requests and the count of body bytes.
+    pub fn clear_requests(&self) {
+        self.shared.log.clear();
+        self.shared.body_bytes.store(0, Ordering::SeqCst);
+    }
+
+    /// GETs that were answered with file content: the CDN's, and those the Hub served in place.
+    pub fn body_gets(&self) -> Vec<Seen> {
+        let is_body = |seen: &Seen| seen.method == "GET" && seen.file.is_some() && matches!(seen.status, 200 | 206);
+        self.requests().into_iter().filter(is_body).collect()
+    }
+
+    /// Bytes of file content handed to connections; what a client asked for and did not read may be among them.
+    pub fn body_bytes(&self) -> u64 {
+        self.shared.body_bytes.load(Ordering::SeqCst)
+    }
+
+    /// Values of `Authorization` that reached the CDN, where none belongs.
+    pub fn tokens_at_cdn(&self) -> Vec<String> {
+        let at_cdn = self.requests().into_iter().filter(|seen| seen.place == Place::Cdn);
+        at_cdn.filter_map(|seen| seen.authorization).collect()
+    }
+}
+
+impl Shared {
+    fn hub_url(&self) -> &str {
+        self.urls.get().map_or("", |urls| &urls.0)
+    }
+
+    fn cdn_url(&self) -> &str {
+        self.urls.get().map_or("", |urls| &urls.1)
+    }
+
+    /// The size that metadata says, which a fault may have put off.
+    fn told_size(&self, entry: &Entry) -> u64 {
+        let size = entry.content.len();
+        match self.faults.strike("GET", &entry.path, |kind| matches!(kind, Kind::LieSize(_))) {
+            Some(Kind::LieSize(by)) => size.saturating_add_signed(by),
+            _ => size,
+        }
+    }
+}
+
+type Answering = futures::future::BoxFuture<'static, Result<Answer, Dropped>>;
+
+fn handler(shared: &Arc<Shared>, place: Place) -> impl Fn(Request<Incoming>) -> Answering + Clone + use<> {
+    let shared = shared.clone();
+    move |request| {
+        let shared = shared.clone();
+        Box::pin(async move { logged(shared, place, request).await })
+    }
+}
+
+/// Answers one request and writes it down.
+async fn logged(shared: Arc<Shared>, place: Place, request: Request<Incoming>) -> Result<Answer, Dropped> {
+    let mut seen = Seen::of(place, &request);
+    let answer = answered(&shared, &mut seen, request).await;
+    seen.status = answer.as_ref().map_or(0, |answer| answer.status().as_u16());
+    shared.log.push(seen);
+    answer
+}
+
+async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {
+    let object = match seen.place {
+        Place::Cdn => Some(resolve::cdn_object(shared, &seen.path, &seen.query)),
+        _ => None,
+    };
+    let subject = match &object {
+        Some(Ok(object)) => object.subject.clone(),
+        _ => route::decode(&seen.path).unwrap_or_else(|| seen.path.clone()),
+    };
+    if let Some(kind) = shared.faults.strike(&seen.method, &subject, Kind::replaces_answer)
+        && let Some(answer) = struck(kind, seen).await?
+    {
+        return Ok(answer);
+    }
+    match object {
+        Some(Ok(object)) => {
+            seen.file = Some(object.entry.path.clone());
+            Ok(resolve::cdn(shared, &object, request.method(), request.headers()))
+        }
+        Some(Err(refusal)) => Ok(*refusal),
+        None => at_hub(shared, seen, request).await,
+    }
+}
+
+/// What a fault answers in place of the right thing; `None` if it only took time.
+async fn struck(kind: Kind, seen: &Seen) -> Result<Option<Answer>, Dropped> {
+    Ok(match kind {
+        Kind::Throttle(seconds) => Some(refuse::throttled(seconds, false)),
+        Kind::RateLimit(seconds) => Some(refuse::throttled(seconds, true)),
+        Kind::Status(code) => {
+            let status = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            Some(refuse::refuse(status, None, "Internal Error - We're working hard to fix this"))
+        }
+        Kind::RedirectLoop => Some(resolve::loop_back(&seen.path, &seen.query)),
+        Kind::HangUp => return Err(Dropped),
+        Kind::Delay(time) => {
+            tokio::time::sleep(time).await;
+            None
+        }
+        _ => None,
+    })
+}
+
+async fn at_hub(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {
+    let (parts, body) = request.into_parts();
+    let body = match parts.method {
+        Method::POST => body.collect().await.map_err(|_| Dropped)?.to_bytes(),
+        _ => Default::default(),
+    };
+    let body = String::from_utf8_lossy(&body);
+    let route = route::route(&seen.path);
+    let allowed = match (&route, &parts.method) {
+        (Route::PathsInfo { .. }, method) => method == Method::POST,
+        (_, method) => matches!(*method, Method::GET | Method::HEAD),
+    };
+    if !allowed {
+        return Ok(refuse::no_route());
+    }
+    if let Route::Resolve { file, .. } = &route {
+        seen.file = Some(file.clone());
+    }
+    let headers = &parts.headers;
+    let repos = lock(&shared.repos);
+    let visible = |id: &RepoId| visible(&repos, id, headers);
+    let at = api::PageOf { headers, path: &seen.path, query: &seen.query, own_url: shared.hub_url() };
+    let answer = match &route {
+        Route::Unknown => Err(refuse::no_route()),
+        Route::WhoAmI => Ok(api::whoami(shared, headers)),
+        Route::Refs { repo } => visible(repo).map(api::refs),
+        Route::AuthCheck { repo } => visible(repo).and_then(|data| open(repo, data, headers)).map(|_| api::json(&"OK".into())),
+        Route::Info { repo, revision } => {
+            at_revision(visible(repo), revision).map(|(data, tree)| api::info(shared, repo, data, &tree, &seen.query))
+        }
+        Route::Commits { repo, revision } => {
+            at_revision(visible(repo), revision).map(|(data, tree)| api::commits(data, &tree))
+        }
+        Route::Tree { repo, revision, folder } => {
+            at_revision(visible(repo), revision).map(|(data, tree)| api::tree(shared, data, &tree, folder, &at))
+        }
+        Route::PathsInfo { repo, revision } => {
+            at_revision(visible(repo), revision).map(|(data, tree)| api::paths_info(shared, data, &tree, &body))
+        }
+        Route::Resolve { repo, revision, file } => {
+            let data = visible(repo).and_then(|data| open(repo, data, headers));
+            at_revision(data, revision).map(|(data, tree)| {
+                let method = &parts.method;
+                let ask = resolve::Ask { repo, revision, tree: &tree, file, method, headers, xet: data.xet };
+                resolve::resolve(shared, &ask)
+            })
+        }
+    };
+    Ok(answer.unwrap_or_else(|refusal| refusal))
+}
+
+#[expect(clippy::result_large_err, reason = "the refusal is the answer; boxing it would only move it about")]
+fn visible<'a>(repos: &'a Repos, id: &RepoId, headers: &HeaderMap) -> Result<&'a RepoData, Answer> {
+    let repo = repos.by_id.get(id).ok_or_else(refuse::no_repo)?;
+    let token = bearer(headers).unwrap_or_default();
+    let may_read = repo.readers.as_ref().is_none_or(|readers| readers.contains(token));
+    may_read.then_some(repo).ok_or_else(refuse::no_repo)
+}
+
+#[expect(clippy::result_large_err, reason = "the refusal is the answer; boxing it would only move it about")]
+fn open<'a>(id: &RepoId, repo: &'a RepoData, headers: &HeaderMap) -> Result<&'a RepoData, Answer> {
+    let token = bearer(headers).unwrap_or_default();
+    let may_read = repo.accepted.as_ref().is_none_or(|accepted| accepted.contains(token));
+    may_read.then_some(repo).ok_or_else(|| refuse::gated(&id.name))
+}
+
+#[expect(clippy::result_large_err, reason = "the refusal is the answer; boxing it would only move it about")]
+fn at_revision<'a>(
+    repo: Result<&'a RepoData, Answer>,
+    revision: &str,
+) -> Result<(&'a RepoData, Arc<Tree>), Answer> {
+    let repo = repo?;
+    let tree = repo.tree(revision).ok_or_else(|| refuse::no_revision(revision))?;
+    Ok((repo, tree))
+}
+
+/// The token of an `Authorization: Bearer` header.
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
+    value.strip_prefix("Bearer ").or_else(|| value.strip_prefix("bearer ")).map(str::trim)
+}
+
+fn files_below(folder: &Path) -> anyhow::Result<Vec<std::path::PathBuf>> {
+    let mut files = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        let listing = std::fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))?;
+        for entry in listing {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.is_file() {
+                files.push(path);
+            }
+        }
+    }
+    Ok(files)
+}

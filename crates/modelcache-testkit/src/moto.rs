@@ -1,0 +1,88 @@
+//! The real moto server, as a second opinion on S3.
+//!
+//! Runs `moto_server` from a Python environment that the caller has, waits until it answers and kills it when dropped.
+//! It keeps objects in memory and accepts any key pair.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+
+use crate::s3::create_bucket_unsigned;
+
+const START_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A running moto server.
+#[derive(Debug)]
+pub struct Moto {
+    child: Child,
+    addr: SocketAddr,
+}
+
+impl Moto {
+    /// Starts `<venv>/bin/moto_server` on a free port; blocks until it answers, at most 30 s. Errors if it is not
+    /// there, ends early or stays silent.
+    pub fn start(venv: impl AsRef<Path>) -> anyhow::Result<Self> {
+        let program = venv.as_ref().join("bin/moto_server");
+        let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let child = Command::new(&program)
+            .args(["-H", "127.0.0.1", "-p", &addr.port().to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        let mut moto = Self { child, addr };
+        let deadline = Instant::now() + START_DEADLINE;
+        while status_of(addr, "GET", "/moto-api/").is_err() {
+            anyhow::ensure!(moto.child.try_wait()?.is_none(), "moto_server ended before it answered");
+            anyhow::ensure!(Instant::now() < deadline, "moto_server did not answer within {START_DEADLINE:?}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(moto)
+    }
+
+    /// The address for `AWS_ENDPOINT_URL`, without a slash at the end.
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.addr)
+    }
+
+    /// Creates a bucket. Errors if moto refuses.
+    pub fn bucket(&self, name: &str) -> anyhow::Result<()> {
+        create_bucket_unsigned(self.addr, name)
+    }
+
+    /// The environment variables that point an S3 client here.
+    pub fn env(&self) -> Vec<(String, String)> {
+        let pairs = [
+            ("AWS_ACCESS_KEY_ID", "moto".to_owned()),
+            ("AWS_SECRET_ACCESS_KEY", "moto".to_owned()),
+            ("AWS_REGION", "us-east-1".to_owned()),
+            ("AWS_ENDPOINT_URL", self.endpoint()),
+            ("AWS_EC2_METADATA_DISABLED", "true".to_owned()),
+        ];
+        pairs.map(|(name, value)| (name.to_owned(), value)).into()
+    }
+}
+
+impl Drop for Moto {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Status of one request without body or signature.
+pub(crate) fn status_of(addr: SocketAddr, method: &str, path: &str) -> anyhow::Result<u16> {
+    let mut stream = TcpStream::connect(addr)?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    write!(stream, "{method} {path} HTTP/1.1\r\nHost: {addr}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let text = String::from_utf8_lossy(&answer);
+    let status = text.split(' ').nth(1).context("the answer has no status line")?;
+    Ok(status.parse()?)
+}

@@ -1,0 +1,61 @@
+//! The `Range` header, single ranges only.
+//!
+//! Follows RFC 9110 section 14: what cannot be parsed is ignored and the whole is served; what can be parsed but lies
+//! past the end is unsatisfiable. Several ranges in one header count as "cannot be parsed".
+
+use std::ops::Range;
+
+/// What a `Range` header asks of a content of known length.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Whole,
+    Part(Range<u64>),
+    Unsatisfiable,
+}
+
+/// Reads a `Range` header against a content of `len` bytes.
+pub(crate) fn wanted(header: Option<&str>, len: u64) -> Wanted {
+    let Some(spec) = header.and_then(|header| header.trim().strip_prefix("bytes=")) else {
+        return Wanted::Whole;
+    };
+    let Some((first, last)) = spec.split_once('-') else {
+        return Wanted::Whole;
+    };
+    match (first.trim().parse::<u64>(), last.trim().parse::<u64>()) {
+        (Ok(first), _) if first >= len && (last.trim().is_empty() || !last.contains(',')) => Wanted::Unsatisfiable,
+        (Ok(first), Ok(last)) if first <= last => Wanted::Part(first..last.saturating_add(1).min(len)),
+        (Ok(first), Err(_)) if last.trim().is_empty() => Wanted::Part(first..len),
+        (Err(_), Ok(suffix)) if first.trim().is_empty() => match suffix.min(len) {
+            0 => Wanted::Unsatisfiable,
+            suffix => Wanted::Part(len - suffix..len),
+        },
+        _ => Wanted::Whole,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_read_as_the_standard_says() {
+        let cases = [
+            ("bytes=0-0", 10, Wanted::Part(0..1)),
+            ("bytes=2-4", 10, Wanted::Part(2..5)),
+            ("bytes=2-", 10, Wanted::Part(2..10)),
+            ("bytes=2-99", 10, Wanted::Part(2..10)),
+            ("bytes=-3", 10, Wanted::Part(7..10)),
+            ("bytes=-99", 10, Wanted::Part(0..10)),
+            ("bytes=-0", 10, Wanted::Unsatisfiable),
+            ("bytes=10-", 10, Wanted::Unsatisfiable),
+            ("bytes=0-0", 0, Wanted::Unsatisfiable),
+            ("bytes=4-2", 10, Wanted::Whole),
+            ("bytes=0-1,4-5", 10, Wanted::Whole),
+            ("lines=0-1", 10, Wanted::Whole),
+        ];
+        for (header, len, want) in cases {
+            assert_eq!(wanted(Some(header), len), want, "{header} of {len}");
+        }
+        assert_eq!(wanted(None, 10), Wanted::Whole);
+    }
+}

@@ -1,0 +1,100 @@
+//! What can go wrong at the S3 server.
+//!
+//! The aim of [`Fault::on`] is compared with the decoded `/bucket/key?query`, so that `partNumber=2` or `list-type` can
+//! be aimed at as well as a key. Errors are struck before the request does anything; only [`S3Fault::lose_reply`] comes
+//! after.
+
+use std::time::Duration;
+
+use crate::faults::Fault;
+
+/// The kinds; build them with the constructors on [`S3Fault`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Kind {
+    /// Status, S3 error code and message, as XML.
+    Error(u16, String, String),
+    /// 301 with the region the bucket is said to live in.
+    WrongRegion(String),
+    /// The connection is closed without an answer and nothing is done.
+    HangUp,
+    /// The answer is held back for this long.
+    Delay(Duration),
+    /// The request is done, then the connection closed without an answer.
+    LoseReply,
+    /// `If-Match` and `If-None-Match` have no effect.
+    IgnoreConditions,
+    /// A missing key answers 403 instead of 404, and listings are refused.
+    NoListPermission,
+}
+
+/// A fault of the S3 stand-in. Without `.times(n)` it stays; without `.on(part)` it strikes every request.
+pub type S3Fault = Fault<Kind>;
+
+impl Fault<Kind> {
+    /// Any error: status, code, message.
+    pub fn error(status: u16, code: &str, message: &str) -> Self {
+        Self::new(Kind::Error(status, code.to_owned(), message.to_owned()))
+    }
+
+    /// 403 `AccessDenied`.
+    pub fn access_denied() -> Self {
+        Self::error(403, "AccessDenied", "Access Denied")
+    }
+
+    /// 403 `InvalidAccessKeyId`.
+    pub fn invalid_access_key() -> Self {
+        Self::error(403, "InvalidAccessKeyId", "The access key id you provided does not exist in our records.")
+    }
+
+    /// `ExpiredToken`, with the status S3 documents for it: 400. Some look-alikes say 403: use [`S3Fault::error`].
+    pub fn expired_token() -> Self {
+        Self::error(400, "ExpiredToken", "The provided token has expired.")
+    }
+
+    /// 403 `RequestTimeTooSkewed`.
+    pub fn clock_skew() -> Self {
+        let message = "The difference between the request time and the current time is too large.";
+        Self::error(403, "RequestTimeTooSkewed", message)
+    }
+
+    /// 503 `SlowDown`.
+    pub fn slow_down() -> Self {
+        Self::error(503, "SlowDown", "Please reduce your request rate.")
+    }
+
+    /// 500 `InternalError`.
+    pub fn internal_error() -> Self {
+        Self::error(500, "InternalError", "We encountered an internal error. Please try again.")
+    }
+
+    /// 301 `PermanentRedirect` that names another region.
+    pub fn wrong_region(region: &str) -> Self {
+        Self::new(Kind::WrongRegion(region.to_owned()))
+    }
+
+    /// The connection is closed instead of an answer; nothing is done.
+    pub fn hang_up() -> Self {
+        Self::new(Kind::HangUp)
+    }
+
+    /// The answer comes this much later.
+    pub fn delay(time: Duration) -> Self {
+        Self::new(Kind::Delay(time))
+    }
+
+    /// The request takes effect, and the client never hears of it.
+    pub fn lose_reply() -> Self {
+        Self::new(Kind::LoseReply)
+    }
+
+    /// Conditional requests succeed whatever the condition: a store that answers 200 and overwrites.
+    pub fn ignore_conditions() -> Self {
+        Self::new(Kind::IgnoreConditions)
+    }
+
+    /// As if the caller lacked `s3:ListBucket`: 403 for listings and for keys that do not exist.
+    pub fn no_list_permission() -> Self {
+        Self::new(Kind::NoListPermission)
+    }
+}

@@ -1,0 +1,281 @@
+//! A stand-in of S3: path-style, one key pair, objects as files in a folder.
+//!
+//! Signatures are checked, objects stream, conditional requests hold as on the real S3, every request is logged, and
+//! [`S3::faults`] breaks what should be broken. A test may look at objects, change or remove them behind the server's
+//! back: an object is the file `<folder>/<bucket>/<key>`.
+//!
+//! Surprise: [`S3::flip_byte`] leaves the ETag as it was, which is the point: only a digest of one's own notices.
+
+mod fault;
+mod store;
+
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use async_trait::async_trait;
+use futures::future::BoxFuture;
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use hyper::header::HeaderName;
+use hyper::{Request, StatusCode};
+use percent_encoding::percent_decode_str;
+use s3s::auth::{S3Auth, SecretKey};
+use s3s::service::{S3Service, S3ServiceBuilder};
+use s3s::{S3Result, s3_error};
+use tempfile::TempDir;
+
+pub use self::fault::{Kind as S3FaultKind, S3Fault};
+
+use self::fault::Kind;
+use self::store::Store;
+use crate::content::Content;
+use crate::faults::Faults;
+use crate::log::{Log, Place, Seen};
+use crate::serve::{Answer, Dropped, Server, answer, bind, serve};
+
+const ACCESS_KEY: &str = "TESTKITACCESSKEY";
+const SECRET_KEY: &str = "testkit/secret+key";
+const REGION: &str = "us-east-1";
+
+/// A running S3 server; it ends, and a folder it made goes, when it is dropped.
+#[derive(Debug)]
+pub struct S3 {
+    shared: Arc<Shared>,
+    server: Server,
+    folder: PathBuf,
+    _own_folder: Option<TempDir>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    service: S3Service,
+    faults: Arc<Faults<Kind>>,
+    log: Log,
+}
+
+impl S3 {
+    /// Starts a server over a new folder on a free port. Errors if nothing can listen or no folder be made.
+    pub async fn start() -> anyhow::Result<Self> {
+        let own = tempfile::tempdir()?;
+        let mut server = Self::start_in(own.path(), 0)?;
+        server._own_folder = Some(own);
+        Ok(server)
+    }
+
+    /// Starts a server over this folder, for code without a runtime and for a fixed port (0 picks one).
+    pub fn start_in(folder: impl AsRef<Path>, port: u16) -> anyhow::Result<Self> {
+        let folder = folder.as_ref();
+        std::fs::create_dir_all(folder)?;
+        let folder = folder.canonicalize()?;
+        let faults = Arc::new(Faults::default());
+        let mut builder = S3ServiceBuilder::new(Store::new(folder.clone(), faults.clone())?);
+        builder.set_auth(OneKey);
+        let shared = Arc::new(Shared { service: builder.build(), faults, log: Log::default() });
+        let server = serve(bind(("127.0.0.1", port))?, handler(&shared));
+        Ok(Self { shared, server, folder, _own_folder: None })
+    }
+
+    /// The address for `AWS_ENDPOINT_URL`, without a slash at the end.
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.server.addr())
+    }
+
+    /// The access key id that is let in.
+    pub fn access_key(&self) -> &'static str {
+        ACCESS_KEY
+    }
+
+    /// The secret that goes with it.
+    pub fn secret_key(&self) -> &'static str {
+        SECRET_KEY
+    }
+
+    /// The environment variables that point an S3 client here.
+    pub fn env(&self) -> Vec<(String, String)> {
+        let pairs = [
+            ("AWS_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
+            ("AWS_SECRET_ACCESS_KEY", SECRET_KEY.to_owned()),
+            ("AWS_REGION", REGION.to_owned()),
+            ("AWS_ENDPOINT_URL", self.endpoint()),
+            ("AWS_EC2_METADATA_DISABLED", "true".to_owned()),
+        ];
+        pairs.map(|(name, value)| (name.to_owned(), value)).into()
+    }
+
+    /// Creates a bucket if it is not there. Errors are those of the filesystem.
+    pub fn bucket(&self, name: &str) -> io::Result<()> {
+        std::fs::create_dir_all(self.folder.join(name))
+    }
+
+    /// The faults; see [`S3Fault`] for what there is.
+    pub fn faults(&self) -> &Faults<S3FaultKind> {
+        &self.shared.faults
+    }
+
+    /// While down, every connection is closed without an answer.
+    pub fn down(&self, down: bool) {
+        self.server.set_down(down);
+    }
+
+    /// Every request so far.
+    pub fn requests(&self) -> Vec<Seen> {
+        self.shared.log.all()
+    }
+
+    /// Forgets the requests.
+    pub fn clear_requests(&self) {
+        self.shared.log.clear();
+    }
+
+    /// GETs that were answered with the content of an object whose key contains `part`.
+    pub fn object_gets(&self, part: &str) -> Vec<Seen> {
+        let is_object = |seen: &Seen| {
+            let has_key = seen.file.as_ref().is_some_and(|key| key.contains(part));
+            seen.method == "GET" && has_key && matches!(seen.status, 200 | 206) && !seen.query.contains("uploadId")
+        };
+        self.requests().into_iter().filter(is_object).collect()
+    }
+
+    /// The file that is this object, whether it exists or not.
+    pub fn object_path(&self, bucket: &str, key: &str) -> PathBuf {
+        self.folder.join(bucket).join(key)
+    }
+
+    /// The bytes of an object; `None` if there is none.
+    pub fn object(&self, bucket: &str, key: &str) -> Option<Vec<u8>> {
+        std::fs::read(self.object_path(bucket, key)).ok()
+    }
+
+    /// The keys in a bucket, sorted; empty if there is no bucket.
+    pub fn keys(&self, bucket: &str) -> Vec<String> {
+        let root = self.folder.join(bucket);
+        let (mut folders, mut keys) = (vec![root.clone()], Vec::new());
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+                let path = entry.path();
+                match path.strip_prefix(&root) {
+                    _ if path.is_dir() => folders.push(path),
+                    Ok(key) => keys.push(key.to_string_lossy().into_owned()),
+                    Err(_) => {}
+                }
+            }
+        }
+        keys.sort();
+        keys
+    }
+
+    /// Puts an object behind the server's back, as a foreign tool would have. Errors are those of the filesystem.
+    pub fn put(&self, bucket: &str, key: &str, content: impl Into<Content>) -> io::Result<()> {
+        let path = self.object_path(bucket, key);
+        let _ = std::fs::remove_file(&path);
+        self.forget_note(bucket, key);
+        content.into().write_to(path)
+    }
+
+    /// Removes an object behind the server's back, as a lifecycle rule would. Errors if there is none.
+    pub fn remove(&self, bucket: &str, key: &str) -> io::Result<()> {
+        self.forget_note(bucket, key);
+        std::fs::remove_file(self.object_path(bucket, key))
+    }
+
+    /// Inverts one bit of an object; size, time of change and ETag stay. Errors if it has no such byte.
+    pub fn flip_byte(&self, bucket: &str, key: &str, offset: u64) -> io::Result<()> {
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(self.object_path(bucket, key))?;
+        let modified = file.metadata()?.modified()?;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset)?;
+        file.write_all_at(&[byte[0] ^ 1], offset)?;
+        file.set_modified(modified)
+    }
+
+    fn forget_note(&self, bucket: &str, key: &str) {
+        let _ = std::fs::remove_file(store::note_path(&self.folder, bucket, key));
+    }
+}
+
+/// Knows the one key pair.
+struct OneKey;
+
+#[async_trait]
+impl S3Auth for OneKey {
+    async fn get_secret_key(&self, access_key: &str) -> S3Result<SecretKey> {
+        if access_key == ACCESS_KEY {
+            return Ok(SECRET_KEY.into());
+        }
+        Err(s3_error!(InvalidAccessKeyId, "The access key id you provided does not exist in our records."))
+    }
+}
+
+fn handler(shared: &Arc<Shared>) -> impl Fn(Request<Incoming>) -> BoxFuture<'static, Result<Answer, Dropped>> + Clone + use<> {
+    let shared = shared.clone();
+    move |request| {
+        let shared = shared.clone();
+        Box::pin(async move {
+            let mut seen = Seen::of(Place::S3, &request);
+            let answer = answered(&shared, &mut seen, request).await;
+            seen.status = answer.as_ref().map_or(0, |answer| answer.status().as_u16());
+            shared.log.push(seen);
+            answer
+        })
+    }
+}
+
+async fn answered(shared: &Shared, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {
+    let path = percent_decode_str(&seen.path).decode_utf8_lossy().into_owned();
+    seen.file = path.trim_start_matches('/').split_once('/').map(|(_, key)| key.to_owned());
+    let subject = format!("{path}?{}", percent_decode_str(&seen.query).decode_utf8_lossy());
+    let struck = shared.faults.strike(&seen.method, &subject, |kind| {
+        !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission)
+    });
+    let mut lose_reply = false;
+    match struck {
+        Some(Kind::HangUp) => return Err(Dropped),
+        Some(Kind::Delay(time)) => tokio::time::sleep(time).await,
+        Some(Kind::LoseReply) => lose_reply = true,
+        Some(Kind::Error(status, code, message)) => return refused(request, status, &code, &message, None).await,
+        Some(Kind::WrongRegion(region)) => {
+            let message = "The bucket you are attempting to access must be addressed using the specified endpoint.";
+            return refused(request, 301, "PermanentRedirect", message, Some(&region)).await;
+        }
+        Some(Kind::IgnoreConditions | Kind::NoListPermission) | None => {}
+    }
+    let answer = shared.service.call(request.map(s3s::Body::from)).await.map_err(|_| Dropped)?;
+    if lose_reply {
+        return Err(Dropped);
+    }
+    Ok(answer.map(|body| body.boxed_unsync()))
+}
+
+/// An S3 error document, after the body of the request was taken in: a client still sending would see a reset.
+async fn refused(
+    mut request: Request<Incoming>,
+    status: u16,
+    code: &str,
+    message: &str,
+    region: Option<&str>,
+) -> Result<Answer, Dropped> {
+    while let Some(frame) = request.body_mut().frame().await {
+        drop(frame.map_err(|_| Dropped)?);
+    }
+    let endpoint = region.map(|region| format!("<Endpoint>s3.{region}.invalid</Endpoint>")).unwrap_or_default();
+    let body = format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>{code}</Code><Message>{message}</Message>{endpoint}\
+         <RequestId>TESTKIT</RequestId></Error>"
+    );
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let mut answer = answer(status, "application/xml", body);
+    if let Some(region) = region.and_then(|region| region.parse().ok()) {
+        answer.headers_mut().insert(HeaderName::from_static("x-amz-bucket-region"), region);
+    }
+    Ok(answer)
+}
+
+/// Creates a bucket on a server that wants no signature, moto for example.
+pub(crate) fn create_bucket_unsigned(addr: std::net::SocketAddr, name: &str) -> anyhow::Result<()> {
+    let status = crate::moto::status_of(addr, "PUT", &format!("/{name}")).context("no answer to the bucket's PUT")?;
+    anyhow::ensure!(status == 200, "creating bucket {name} answered {status}");
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! Listeners and answers shared by the stand-ins.
+//!
+//! One small runtime of the testkit's own carries every server of the process. A [`Server`] ends, with all its
+//! connections, when it is dropped; while it is `down` it closes whatever connects.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::{SocketAddr, TcpListener as StdListener, ToSocketAddrs};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio::task::{AbortHandle, JoinSet};
+
+pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type Body = UnsyncBoxBody<Bytes, BoxError>;
+pub(crate) type Answer = Response<Body>;
+
+/// The connection is to be dropped without an answer.
+#[derive(Debug)]
+pub(crate) struct Dropped;
+
+impl std::fmt::Display for Dropped {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str("connection dropped on purpose")
+    }
+}
+
+impl std::error::Error for Dropped {}
+
+/// A value behind a mutex, also after a test thread panicked while holding it.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The runtime that all stand-ins of this process share; it is never shut down.
+pub(crate) fn runtime() -> &'static Runtime {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    RUNTIME.get_or_init(|| {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("testkit")
+            .enable_all()
+            .build()
+            .expect("a test process can start two threads")
+    })
+}
+
+/// A listening task and the switch that makes it hang up.
+#[derive(Debug)]
+pub(crate) struct Server {
+    addr: SocketAddr,
+    down: Arc<AtomicBool>,
+    task: AbortHandle,
+}
+
+impl Server {
+    pub(crate) fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// While down, new connections are closed at once and open ones at their next request.
+    pub(crate) fn set_down(&self, down: bool) {
+        self.down.store(down, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Binds `addr` for use on the testkit's runtime.
+pub(crate) fn bind(addr: impl ToSocketAddrs + std::fmt::Debug) -> anyhow::Result<(TcpListener, SocketAddr)> {
+    let listener = StdListener::bind(&addr).with_context(|| format!("cannot listen on {addr:?}"))?;
+    listener.set_nonblocking(true)?;
+    let addr = listener.local_addr()?;
+    let _inside = runtime().enter();
+    Ok((TcpListener::from_std(listener)?, addr))
+}
+
+/// Answers HTTP/1.1 on `listener` with `handler` until the server is dropped.
+pub(crate) fn serve<H, F>((listener, addr): (TcpListener, SocketAddr), handler: H) -> Server
+where
+    H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = Result<Answer, Dropped>> + Send + 'static,
+{
+    let down = Arc::new(AtomicBool::new(false));
+    let accept = accept(listener, down.clone(), handler);
+    let task = runtime().spawn(accept).abort_handle();
+    Server { addr, down, task }
+}
+
+async fn accept<H, F>(listener: TcpListener, down: Arc<AtomicBool>, handler: H) -> Infallible
+where
+    H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = Result<Answer, Dropped>> + Send + 'static,
+{
+    // Owned by this task, so that aborting it ends the connections too.
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let Ok((stream, _)) = listener.accept().await else { continue };
+        if down.load(Ordering::SeqCst) {
+            continue;
+        }
+        let _ = stream.set_nodelay(true);
+        let (down, handler) = (down.clone(), handler.clone());
+        let service = service_fn(move |request| {
+            let answer = (!down.load(Ordering::SeqCst)).then(|| handler(request));
+            async move {
+                match answer {
+                    Some(answer) => answer.await,
+                    None => Err(Dropped),
+                }
+            }
+        });
+        let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+        // An error here is a client that went away, or a fault that was asked for.
+        connections.spawn(async move { drop(connection.await) });
+    }
+}
+
+/// A body that is already there.
+pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
+    Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// An answer with a small body and its type.
+pub(crate) fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
+    let body = body.into();
+    let length = body.len();
+    let mut answer = Response::new(full(body));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_TYPE, content_type.parse().expect("a content type is a header value"));
+    answer.headers_mut().insert(CONTENT_LENGTH, length.into());
+    answer
+}
