@@ -9,9 +9,10 @@ use hyper::StatusCode;
 use hyper::header::{HOST, HeaderMap, LINK};
 use serde_json::{Value, json};
 
+use super::answer::bearer;
 use super::repo::{Entry, RepoData, RepoId, RepoKind, Tree};
 use super::route::{is_set, values};
-use super::{Shared, bearer, refuse};
+use super::{Shared, refuse};
 use crate::content;
 use crate::serve::{Answer, answer, lock};
 
@@ -131,7 +132,8 @@ pub(super) fn refs(repo: &RepoData) -> Answer {
 /// The commits of the repo, newest first, from the one the revision names.
 pub(super) fn commits(repo: &RepoData, tree: &Tree) -> Answer {
     let from_here = repo.commits.iter().rev().skip_while(|commit| **commit != tree.commit);
-    let row = |commit: &String| json!({ "id": commit, "title": "commit", "message": "", "authors": [], "date": LONG_AGO });
+    let row =
+        |commit: &String| json!({ "id": commit, "title": "commit", "message": "", "authors": [], "date": LONG_AGO });
     json(&from_here.map(row).collect())
 }
 

@@ -209,7 +209,9 @@ impl S3Auth for OneKey {
     }
 }
 
-fn handler(shared: &Arc<Shared>) -> impl Fn(Request<Incoming>) -> BoxFuture<'static, Result<Answer, Dropped>> + Clone + use<> {
+fn handler(
+    shared: &Arc<Shared>,
+) -> impl Fn(Request<Incoming>) -> BoxFuture<'static, Result<Answer, Dropped>> + Clone + use<> {
     let shared = shared.clone();
     move |request| {
         let shared = shared.clone();
@@ -227,9 +229,9 @@ async fn answered(shared: &Shared, seen: &mut Seen, request: Request<Incoming>) 
     let path = percent_decode_str(&seen.path).decode_utf8_lossy().into_owned();
     seen.file = path.trim_start_matches('/').split_once('/').map(|(_, key)| key.to_owned());
     let subject = format!("{path}?{}", percent_decode_str(&seen.query).decode_utf8_lossy());
-    let struck = shared.faults.strike(&seen.method, &subject, |kind| {
-        !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission)
-    });
+    let struck = shared
+        .faults
+        .strike(&seen.method, &subject, |kind| !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission));
     let mut lose_reply = false;
     match struck {
         Some(Kind::HangUp) => return Err(Dropped),
