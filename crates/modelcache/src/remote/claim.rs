@@ -118,6 +118,14 @@ impl Claim {
     /// # Errors
     /// [`ErrorKind::Unavailable`] naming the holder, when it does not end in time.
     pub(super) async fn take(remote: &Remote, folder: &Folder, files: Listed) -> Result<Self> {
+        // In a task of its own: a caller that is cancelled while the claim is on its way must not leave it behind. The
+        // task ends, and dropping its result gives the claim back.
+        let (remote, folder) = (remote.clone(), folder.clone());
+        let taken = tokio::spawn(async move { Self::take_now(&remote, &folder, files).await });
+        taken.await.map_err(cut_short)?
+    }
+
+    async fn take_now(remote: &Remote, folder: &Folder, files: Listed) -> Result<Self> {
         let store = remote.store().await?.clone();
         let mut record = Record::new(files);
         let deadline = Instant::now() + PATIENCE;
@@ -190,7 +198,8 @@ impl Claim {
     pub(super) async fn close(mut self) -> Result<()> {
         self.closed = true;
         self.renewal.abort();
-        give_back(&self.held, self.touched).await
+        let (held, touched) = (self.held.clone(), self.touched);
+        tokio::spawn(async move { give_back(&held, touched).await }).await.map_err(cut_short)?
     }
 }
 
@@ -210,6 +219,10 @@ impl Drop for Claim {
             });
         }
     }
+}
+
+fn cut_short(cause: tokio::task::JoinError) -> Error {
+    Error::new(ErrorKind::Other, "the work on a claim was cut short").cause(cause)
 }
 
 fn held_by(theirs: &Record) -> Error {
