@@ -112,6 +112,19 @@ struct Held {
     lost: AtomicBool,
 }
 
+impl Held {
+    fn new(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: Record, etag: Option<String>) -> Self {
+        Self {
+            store: store.clone(),
+            folder: folder.clone(),
+            record,
+            conditions: remote.conditions(),
+            etag: tokio::sync::Mutex::new(etag),
+            lost: AtomicBool::new(false),
+        }
+    }
+}
+
 impl Claim {
     /// Takes the claim, waiting for a living one of another writer, taking over one that has ended.
     ///
@@ -121,25 +134,33 @@ impl Claim {
         // In a task of its own: a caller that is cancelled while the claim is on its way must not leave it behind. The
         // task ends, and dropping its result gives the claim back.
         let (remote, folder) = (remote.clone(), folder.clone());
-        let taken = tokio::spawn(async move { Self::take_now(&remote, &folder, files).await });
+        let taken = tokio::spawn(async move {
+            let store = remote.store().await?.clone();
+            let mut record = Record::new(files);
+            let taken = Self::take_now(&remote, &store, &folder, &mut record).await;
+            if taken.is_err() {
+                abandon(&remote, &store, &folder, record).await;
+            }
+            taken
+        });
         taken.await.map_err(cut_short)?
     }
 
-    async fn take_now(remote: &Remote, folder: &Folder, files: Listed) -> Result<Self> {
-        let store = remote.store().await?.clone();
-        let mut record = Record::new(files);
+    async fn take_now(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: &mut Record) -> Result<Self> {
         let deadline = Instant::now() + PATIENCE;
         let mut pause = PAUSES.0;
         loop {
-            let there = match create(remote, &store, folder, &record).await? {
-                Created::Ours(etag) => return Ok(Self::holding(remote, store, folder, record, etag, Listed::new())),
+            let there = match create(remote, store, folder, record).await? {
+                Created::Ours(etag) => {
+                    return Ok(Self::holding(remote, store, folder, record.clone(), etag, Listed::new()));
+                }
                 Created::Taken(there) => there,
             };
             if let Some((theirs, etag)) = there {
                 if theirs.has_ended() {
                     record.files.extend(theirs.files.clone());
-                    if let Some(etag) = take_over(remote, &store, folder, &record, etag).await? {
-                        return Ok(Self::holding(remote, store, folder, record, etag, theirs.files));
+                    if let Some(etag) = take_over(remote, store, folder, record, etag).await? {
+                        return Ok(Self::holding(remote, store, folder, record.clone(), etag, theirs.files));
                     }
                 } else if Instant::now() >= deadline {
                     return Err(held_by(&theirs));
@@ -156,20 +177,13 @@ impl Claim {
 
     fn holding(
         remote: &Remote,
-        store: Arc<Store>,
+        store: &Arc<Store>,
         folder: &Folder,
         record: Record,
         etag: Option<String>,
         inherited: Listed,
     ) -> Self {
-        let held = Arc::new(Held {
-            store,
-            folder: folder.clone(),
-            record,
-            conditions: remote.conditions(),
-            etag: tokio::sync::Mutex::new(etag),
-            lost: AtomicBool::new(false),
-        });
+        let held = Arc::new(Held::new(remote, store, folder, record, etag));
         let renewal = tokio::spawn(renew(held.clone()));
         let touched = !inherited.is_empty();
         Self { held, inherited, renewal, touched, closed: false }
@@ -352,7 +366,27 @@ async fn rewrite(held: &Held, record: &Record) -> Result<bool> {
     Ok(true)
 }
 
+/// A failed attempt may have left our claim: what it inherited must not be lost with it, so it is ended.
+async fn abandon(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: Record) {
+    let held = Held::new(remote, store, folder, record, None);
+    if let Err(error) = try_to_give_back(&held, true).await {
+        tracing::debug!(%error, "a claim, if it arrived, is left to end by itself");
+    }
+}
+
+/// Tries twice, since what failed may have been a single answer.
 async fn give_back(held: &Held, touched: bool) -> Result<()> {
+    match try_to_give_back(held, touched).await {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            tracing::debug!(%error, "giving a claim back once more");
+            tokio::time::sleep(PAUSES.0).await;
+            try_to_give_back(held, touched).await
+        }
+    }
+}
+
+async fn try_to_give_back(held: &Held, touched: bool) -> Result<()> {
     if held.lost.load(Ordering::Relaxed) {
         return Ok(());
     }

@@ -56,8 +56,11 @@ pub(super) async fn evict(remote: &Remote, key: &ArtifactKey, dry_run: bool) -> 
 async fn under_claim(remote: &Remote, store: &Arc<Store>, folder: &Folder, listed: Listed) -> Result<Option<u64>> {
     let mut claim = Claim::take(remote, folder, listed).await?;
     let done = remove_all(store, folder, &mut claim).await;
-    claim.close().await?;
+    let closed = claim.close().await;
     let done = done?;
+    if let Err(error) = closed {
+        tracing::warn!(artifact = %folder.key, %error, "evicted, but the claim could not be removed; it will end by itself");
+    }
     if let Some(root) = store.folder() {
         let (root, version) = (root.to_path_buf(), root.join(&folder.base));
         let _ = tokio::task::spawn_blocking(move || remove_empty(&version, &root)).await;

@@ -205,11 +205,11 @@ impl Place {
         self.remote.source(&key(name)).manifest().await.expect("reads").expect("is there")
     }
 
-    /// Longest file name that what stands behind it can hold: the stand-in keeps 56 bytes for itself.
+    /// Longest file name that what stands behind it can hold: the stand-in makes one file name of a whole key.
     pub fn name_bytes_max(&self) -> usize {
         match &self.behind {
             Behind::Folder(_) => 255,
-            Behind::Bucket(_) => 199,
+            Behind::Bucket(_) => 80,
         }
     }
 
