@@ -17,6 +17,10 @@ macro_rules! over_every_remote {
         mod bucket_without_conditions {
             $(#[tokio::test] async fn $name() { super::$name(super::Place::bucket_without_conditions().await).await; })*
         }
+        /// Only where TESTKIT_MOTO_VENV names an environment with the real moto server.
+        mod moto {
+            $(#[tokio::test] async fn $name() { if let Some(place) = super::Place::moto() { super::$name(place).await; } })*
+        }
     };
 }
 

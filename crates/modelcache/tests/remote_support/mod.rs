@@ -13,7 +13,9 @@ use modelcache::remote::{PublishOptions, Published, Remote, RemoteSource};
 use modelcache::source::{Body, Source};
 use modelcache::transfer::Retry;
 use modelcache_testkit::s3::S3Fault;
-use modelcache_testkit::{Content, S3};
+use modelcache_testkit::{Content, Moto, S3};
+use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::{ObjectStore, ObjectStoreExt};
 use std::collections::{BTreeMap, HashMap};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
@@ -137,6 +139,19 @@ pub struct Place {
 enum Behind {
     Folder(TempDir),
     Bucket(S3),
+    Moto(Moto),
+}
+
+/// A client of its own for a server whose objects are no files.
+fn client(moto: &Moto) -> AmazonS3 {
+    let builder = AmazonS3Builder::new().with_endpoint(moto.endpoint()).with_allow_http(true).with_bucket_name(BUCKET);
+    builder.with_region("us-east-1").with_access_key_id("a").with_secret_access_key("b").build().expect("client")
+}
+
+/// Runs `work` on a runtime of its own, for callers that do not wait.
+fn block_on<T: Send>(work: impl Future<Output = T> + Send) -> T {
+    let run = || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime").block_on(work);
+    std::thread::scope(|scope| scope.spawn(run).join().expect("runs"))
 }
 
 /// A configuration for the stand-in, with more variables and options.
@@ -168,12 +183,38 @@ impl Place {
         place
     }
 
+    /// The real moto server, where the environment says that there is one.
+    pub fn moto() -> Option<Self> {
+        let moto = Moto::start(std::env::var_os("TESTKIT_MOTO_VENV")?).expect("starts");
+        moto.bucket(BUCKET).expect("bucket");
+        let variables = [
+            ("AWS_ACCESS_KEY_ID", "a".to_owned()),
+            ("AWS_SECRET_ACCESS_KEY", "b".to_owned()),
+            ("AWS_ENDPOINT_URL_S3", moto.endpoint()),
+        ];
+        let config = RemoteConfig {
+            url: format!("s3://{BUCKET}/some/prefix"),
+            options: BTreeMap::new(),
+            environment: Environment(variables.map(|(name, value)| (name.to_owned(), value)).into()),
+        };
+        Some(Self::open(config, Behind::Moto(moto)))
+    }
+
     fn open(config: RemoteConfig, behind: Behind) -> Self {
         Self { remote: Remote::open(&config, retry()).expect("opens"), config, behind }
     }
 
     pub fn remote(&self) -> &Remote {
         &self.remote
+    }
+
+    /// The address of what stands behind it.
+    pub fn endpoint(&self) -> String {
+        match &self.behind {
+            Behind::Folder(folder) => folder.path().display().to_string(),
+            Behind::Bucket(s3) => s3.endpoint(),
+            Behind::Moto(moto) => moto.endpoint(),
+        }
     }
 
     /// Another process's view of the same place.
@@ -184,7 +225,7 @@ impl Place {
     pub fn s3(&self) -> &S3 {
         match &self.behind {
             Behind::Bucket(s3) => s3,
-            Behind::Folder(_) => panic!("no bucket"),
+            _ => panic!("not the stand-in"),
         }
     }
 
@@ -208,7 +249,7 @@ impl Place {
     /// Longest file name that what stands behind it can hold: the stand-in makes one file name of a whole key.
     pub fn name_bytes_max(&self) -> usize {
         match &self.behind {
-            Behind::Folder(_) => 255,
+            Behind::Folder(_) | Behind::Moto(_) => 255,
             Behind::Bucket(_) => 80,
         }
     }
@@ -217,11 +258,23 @@ impl Place {
         match &self.behind {
             Behind::Folder(folder) => folder.path().join("not yet/there"),
             Behind::Bucket(s3) => s3.object_path(BUCKET, "some/prefix"),
+            Behind::Moto(_) => panic!("not files"),
         }
+    }
+
+    fn object_key(key: &str) -> object_store::path::Path {
+        object_store::path::Path::parse(format!("some/prefix/{key}")).expect("key")
     }
 
     /// All objects below the remote's prefix, sorted.
     pub fn keys(&self) -> Vec<String> {
+        if let Behind::Moto(moto) = &self.behind {
+            let client = client(moto);
+            let mut keys: Vec<String> =
+                block_on(client.list(None).map_ok(|meta| meta.location.to_string()).try_collect()).expect("lists");
+            keys.sort();
+            return keys.iter().map(|key| key.strip_prefix("some/prefix/").unwrap_or(key).to_owned()).collect();
+        }
         let root = self.root();
         let (mut folders, mut keys) = (vec![root.clone()], Vec::new());
         while let Some(folder) = folders.pop() {
@@ -239,6 +292,10 @@ impl Place {
     }
 
     pub fn object(&self, key: &str) -> Option<Vec<u8>> {
+        if let Behind::Moto(moto) = &self.behind {
+            let read = async { client(moto).get(&Self::object_key(key)).await.ok()?.bytes().await.ok() };
+            return block_on(read).map(|bytes| bytes.to_vec());
+        }
         std::fs::read(self.root().join(key)).ok()
     }
 
@@ -251,6 +308,9 @@ impl Place {
                 )
                 .expect("folder");
                 s3.put(BUCKET, &format!("some/prefix/{key}"), Content::Held(bytes.to_vec().into())).expect("puts");
+            }
+            Behind::Moto(moto) => {
+                block_on(client(moto).put(&Self::object_key(key), bytes.to_vec().into())).expect("puts");
             }
             Behind::Folder(_) => {
                 let file = self.root().join(key);
@@ -265,6 +325,7 @@ impl Place {
     pub fn remove(&self, key: &str) {
         match &self.behind {
             Behind::Bucket(s3) => s3.remove(BUCKET, &format!("some/prefix/{key}")).expect("removes"),
+            Behind::Moto(moto) => block_on(client(moto).delete(&Self::object_key(key))).expect("removes"),
             Behind::Folder(_) => std::fs::remove_file(self.root().join(key)).expect("removes"),
         }
     }
