@@ -211,7 +211,7 @@ pub fn safetensors(seed: u64, names: &[&str], floats: usize) -> Vec<u8> {
         header.insert((*name).to_owned(), row);
     }
     let mut text = serde_json::Value::Object(header).to_string();
-    while text.len() % 8 != 0 {
+    while !text.len().is_multiple_of(8) {
         text.push(' ');
     }
     let mut file = (text.len() as u64).to_le_bytes().to_vec();

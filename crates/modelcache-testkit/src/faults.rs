@@ -124,7 +124,7 @@ mod tests {
     fn a_fault_strikes_as_often_as_it_was_told() {
         let faults = Faults::default();
         let hits = faults.add(Fault::new('a').times(2).on("/x").method("GET").after_skipping(1));
-        let mut strike = |method, subject| faults.strike(method, subject, |_| true);
+        let strike = |method, subject| faults.strike(method, subject, |_| true);
         assert_eq!(strike("GET", "/y"), None);
         assert_eq!(strike("PUT", "/x"), None);
         assert_eq!(strike("GET", "/x"), None, "skipped");

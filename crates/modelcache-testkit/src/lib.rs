@@ -13,6 +13,8 @@
 //! Surprise: the stand-ins run on threads of their own, not on the caller's runtime. A test may block its thread (run
 //! a command, join a child) and the servers go on answering.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test ends at the first surprise"))]
+
 pub mod content;
 pub mod faults;
 pub mod hub;

@@ -9,9 +9,10 @@ use hyper::StatusCode;
 use hyper::header::{HOST, HeaderMap, LINK};
 use serde_json::{Value, json};
 
+use super::answer::bearer;
 use super::repo::{Entry, RepoData, RepoId, RepoKind, Tree};
 use super::route::{is_set, values};
-use super::{Shared, bearer, refuse};
+use super::{Shared, refuse};
 use crate::content;
 use crate::serve::{Answer, answer, lock};
 
@@ -28,11 +29,12 @@ pub(super) fn info(shared: &Shared, id: &RepoId, repo: &RepoData, tree: &Tree, q
     let sibling = |entry: &Entry| {
         let mut row = json!({ "rfilename": entry.path });
         if blobs {
-            row["size"] = shared.told_size(entry).into();
+            let size = shared.told_size(entry);
+            row["size"] = size.into();
             row["blobId"] = entry.oid.as_str().into();
             if let Some(lfs) = &entry.lfs {
                 row["lfs"] = json!({
-                    "sha256": lfs.sha256, "size": shared.told_size(entry), "pointerSize": lfs.pointer_size,
+                    "sha256": lfs.sha256, "size": size, "pointerSize": lfs.pointer_size,
                 });
             }
         }
@@ -131,7 +133,8 @@ pub(super) fn refs(repo: &RepoData) -> Answer {
 /// The commits of the repo, newest first, from the one the revision names.
 pub(super) fn commits(repo: &RepoData, tree: &Tree) -> Answer {
     let from_here = repo.commits.iter().rev().skip_while(|commit| **commit != tree.commit);
-    let row = |commit: &String| json!({ "id": commit, "title": "commit", "message": "", "authors": [], "date": LONG_AGO });
+    let row =
+        |commit: &String| json!({ "id": commit, "title": "commit", "message": "", "authors": [], "date": LONG_AGO });
     json(&from_here.map(row).collect())
 }
 

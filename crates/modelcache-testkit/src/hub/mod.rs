@@ -7,6 +7,7 @@
 //! Surprise: the CDN listens on 127.0.0.2 where the system allows it, so that a client which compares hosts, not
 //! ports, also sees another host. Tokens that arrive there are kept in the log: see [`Hub::tokens_at_cdn`].
 
+mod answer;
 mod api;
 mod body;
 mod fault;
@@ -22,22 +23,18 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
-use hyper::header::{AUTHORIZATION, HeaderMap};
-use hyper::{Method, Request, StatusCode};
 
 pub use self::fault::{HubFault, Kind as HubFaultKind};
 pub use self::repo::{CommitBuilder, Repo};
 
+use self::answer::handler;
 use self::fault::Kind;
-use self::repo::{Entry, RepoData, RepoId, Repos, Tree};
+use self::repo::{Entry, Repos};
 use self::resolve::CdnObject;
-use self::route::Route;
 use crate::content::Content;
 use crate::faults::Faults;
 use crate::log::{Log, Place, Seen};
-use crate::serve::{Answer, Dropped, Server, bind, lock, serve};
+use crate::serve::{Server, bind, lock, serve};
 
 /// A running Hub with its CDN; both end when it is dropped.
 #[derive(Debug)]
@@ -209,150 +206,6 @@ impl Shared {
             _ => size,
         }
     }
-}
-
-type Answering = futures::future::BoxFuture<'static, Result<Answer, Dropped>>;
-
-fn handler(shared: &Arc<Shared>, place: Place) -> impl Fn(Request<Incoming>) -> Answering + Clone + use<> {
-    let shared = shared.clone();
-    move |request| {
-        let shared = shared.clone();
-        Box::pin(async move { logged(shared, place, request).await })
-    }
-}
-
-/// Answers one request and writes it down.
-async fn logged(shared: Arc<Shared>, place: Place, request: Request<Incoming>) -> Result<Answer, Dropped> {
-    let mut seen = Seen::of(place, &request);
-    let answer = answered(&shared, &mut seen, request).await;
-    seen.status = answer.as_ref().map_or(0, |answer| answer.status().as_u16());
-    shared.log.push(seen);
-    answer
-}
-
-async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {
-    let object = match seen.place {
-        Place::Cdn => Some(resolve::cdn_object(shared, &seen.path, &seen.query)),
-        _ => None,
-    };
-    let subject = match &object {
-        Some(Ok(object)) => object.subject.clone(),
-        _ => route::decode(&seen.path).unwrap_or_else(|| seen.path.clone()),
-    };
-    if let Some(kind) = shared.faults.strike(&seen.method, &subject, Kind::replaces_answer)
-        && let Some(answer) = struck(kind, seen).await?
-    {
-        return Ok(answer);
-    }
-    match object {
-        Some(Ok(object)) => {
-            seen.file = Some(object.entry.path.clone());
-            Ok(resolve::cdn(shared, &object, request.method(), request.headers()))
-        }
-        Some(Err(refusal)) => Ok(*refusal),
-        None => at_hub(shared, seen, request).await,
-    }
-}
-
-/// What a fault answers in place of the right thing; `None` if it only took time.
-async fn struck(kind: Kind, seen: &Seen) -> Result<Option<Answer>, Dropped> {
-    Ok(match kind {
-        Kind::Throttle(seconds) => Some(refuse::throttled(seconds, false)),
-        Kind::RateLimit(seconds) => Some(refuse::throttled(seconds, true)),
-        Kind::Status(code) => {
-            let status = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            Some(refuse::refuse(status, None, "Internal Error - We're working hard to fix this"))
-        }
-        Kind::RedirectLoop => Some(resolve::loop_back(&seen.path, &seen.query)),
-        Kind::HangUp => return Err(Dropped),
-        Kind::Delay(time) => {
-            tokio::time::sleep(time).await;
-            None
-        }
-        _ => None,
-    })
-}
-
-async fn at_hub(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {
-    let (parts, body) = request.into_parts();
-    let body = match parts.method {
-        Method::POST => body.collect().await.map_err(|_| Dropped)?.to_bytes(),
-        _ => Default::default(),
-    };
-    let body = String::from_utf8_lossy(&body);
-    let route = route::route(&seen.path);
-    let allowed = match (&route, &parts.method) {
-        (Route::PathsInfo { .. }, method) => method == Method::POST,
-        (_, method) => matches!(*method, Method::GET | Method::HEAD),
-    };
-    if !allowed {
-        return Ok(refuse::no_route());
-    }
-    if let Route::Resolve { file, .. } = &route {
-        seen.file = Some(file.clone());
-    }
-    let headers = &parts.headers;
-    let repos = lock(&shared.repos);
-    let visible = |id: &RepoId| visible(&repos, id, headers);
-    let at = api::PageOf { headers, path: &seen.path, query: &seen.query, own_url: shared.hub_url() };
-    let answer = match &route {
-        Route::Unknown => Err(refuse::no_route()),
-        Route::WhoAmI => Ok(api::whoami(shared, headers)),
-        Route::Refs { repo } => visible(repo).map(api::refs),
-        Route::AuthCheck { repo } => visible(repo).and_then(|data| open(repo, data, headers)).map(|_| api::json(&"OK".into())),
-        Route::Info { repo, revision } => {
-            at_revision(visible(repo), revision).map(|(data, tree)| api::info(shared, repo, data, &tree, &seen.query))
-        }
-        Route::Commits { repo, revision } => {
-            at_revision(visible(repo), revision).map(|(data, tree)| api::commits(data, &tree))
-        }
-        Route::Tree { repo, revision, folder } => {
-            at_revision(visible(repo), revision).map(|(data, tree)| api::tree(shared, data, &tree, folder, &at))
-        }
-        Route::PathsInfo { repo, revision } => {
-            at_revision(visible(repo), revision).map(|(data, tree)| api::paths_info(shared, data, &tree, &body))
-        }
-        Route::Resolve { repo, revision, file } => {
-            let data = visible(repo).and_then(|data| open(repo, data, headers));
-            at_revision(data, revision).map(|(data, tree)| {
-                let method = &parts.method;
-                let ask = resolve::Ask { repo, revision, tree: &tree, file, method, headers, xet: data.xet };
-                resolve::resolve(shared, &ask)
-            })
-        }
-    };
-    Ok(answer.unwrap_or_else(|refusal| refusal))
-}
-
-#[expect(clippy::result_large_err, reason = "the refusal is the answer; boxing it would only move it about")]
-fn visible<'a>(repos: &'a Repos, id: &RepoId, headers: &HeaderMap) -> Result<&'a RepoData, Answer> {
-    let repo = repos.by_id.get(id).ok_or_else(refuse::no_repo)?;
-    let token = bearer(headers).unwrap_or_default();
-    let may_read = repo.readers.as_ref().is_none_or(|readers| readers.contains(token));
-    may_read.then_some(repo).ok_or_else(refuse::no_repo)
-}
-
-#[expect(clippy::result_large_err, reason = "the refusal is the answer; boxing it would only move it about")]
-fn open<'a>(id: &RepoId, repo: &'a RepoData, headers: &HeaderMap) -> Result<&'a RepoData, Answer> {
-    let token = bearer(headers).unwrap_or_default();
-    let may_read = repo.accepted.as_ref().is_none_or(|accepted| accepted.contains(token));
-    may_read.then_some(repo).ok_or_else(|| refuse::gated(&id.name))
-}
-
-#[expect(clippy::result_large_err, reason = "the refusal is the answer; boxing it would only move it about")]
-fn at_revision<'a>(
-    repo: Result<&'a RepoData, Answer>,
-    revision: &str,
-) -> Result<(&'a RepoData, Arc<Tree>), Answer> {
-    let repo = repo?;
-    let tree = repo.tree(revision).ok_or_else(|| refuse::no_revision(revision))?;
-    Ok((repo, tree))
-}
-
-/// The token of an `Authorization: Bearer` header.
-fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
-    value.strip_prefix("Bearer ").or_else(|| value.strip_prefix("bearer ")).map(str::trim)
 }
 
 fn files_below(folder: &Path) -> anyhow::Result<Vec<std::path::PathBuf>> {

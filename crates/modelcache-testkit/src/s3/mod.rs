@@ -105,7 +105,8 @@ impl S3 {
         pairs.map(|(name, value)| (name.to_owned(), value)).into()
     }
 
-    /// Creates a bucket if it is not there. Errors are those of the filesystem.
+    /// Creates a bucket if it is not there; a name has 3 to 63 characters of `a-z0-9.-`, or requests are refused.
+    /// Errors are those of the filesystem.
     pub fn bucket(&self, name: &str) -> io::Result<()> {
         std::fs::create_dir_all(self.folder.join(name))
     }
@@ -209,7 +210,9 @@ impl S3Auth for OneKey {
     }
 }
 
-fn handler(shared: &Arc<Shared>) -> impl Fn(Request<Incoming>) -> BoxFuture<'static, Result<Answer, Dropped>> + Clone + use<> {
+fn handler(
+    shared: &Arc<Shared>,
+) -> impl Fn(Request<Incoming>) -> BoxFuture<'static, Result<Answer, Dropped>> + Clone + use<> {
     let shared = shared.clone();
     move |request| {
         let shared = shared.clone();
@@ -227,9 +230,9 @@ async fn answered(shared: &Shared, seen: &mut Seen, request: Request<Incoming>) 
     let path = percent_decode_str(&seen.path).decode_utf8_lossy().into_owned();
     seen.file = path.trim_start_matches('/').split_once('/').map(|(_, key)| key.to_owned());
     let subject = format!("{path}?{}", percent_decode_str(&seen.query).decode_utf8_lossy());
-    let struck = shared.faults.strike(&seen.method, &subject, |kind| {
-        !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission)
-    });
+    let struck = shared
+        .faults
+        .strike(&seen.method, &subject, |kind| !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission));
     let mut lose_reply = false;
     match struck {
         Some(Kind::HangUp) => return Err(Dropped),

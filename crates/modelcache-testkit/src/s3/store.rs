@@ -2,7 +2,8 @@
 //!
 //! Put right: conditions on GET and HEAD; conditional writes that race (one wins, and no reader sees the bytes of one
 //! version with the ETag of another); ETags in listings; `NoSuchBucket`; a folder is not an object; an upload whose
-//! digest is refused leaves no object; unfinished uploads can be listed and an unknown one is `NoSuchUpload`.
+//! digest is refused leaves no object; unfinished uploads can be listed, survive a refused completion, and an unknown one
+//! is `NoSuchUpload`.
 //!
 //! Surprise: an object is a file, so the keys `a` and `a/b` cannot both exist here, as they can in S3.
 
@@ -220,9 +221,10 @@ impl S3 for Store {
         if req.input.content_length.is_some_and(|len| len <= SMALL_BYTES)
             && let Some(body) = req.input.body.take()
         {
-            let chunks: Vec<Bytes> = body.try_collect().await.map_err(|error| {
-                s3s::S3Error::with_source(S3ErrorCode::IncompleteBody, error)
-            })?;
+            let chunks: Vec<Bytes> = body
+                .try_collect()
+                .await
+                .map_err(|error| s3s::S3Error::with_source(S3ErrorCode::IncompleteBody, error))?;
             let chunks = chunks.into_iter().map(Ok::<_, io::Error>);
             req.input.body = Some(StreamingBlob::wrap(stream::iter(chunks)));
         }
@@ -331,9 +333,15 @@ impl S3 for Store {
             (req.input.if_match, req.input.if_none_match) = (None, None);
         }
         let _held = self.writing(&bucket, &key).await;
-        let answer = self.inner.complete_multipart_upload(req).await?;
-        lock(&self.uploads).remove(&id);
-        Ok(answer)
+        // s3s-fs forgets the upload before it looks at the parts; a refused completion leaves it open at S3.
+        let ticket = self.root.join(format!(".upload-{id}.json"));
+        let kept = std::fs::read(&ticket);
+        let answer = self.inner.complete_multipart_upload(req).await;
+        match (&answer, kept) {
+            (Err(_), Ok(kept)) => std::fs::write(&ticket, kept).map_err(s3s::S3Error::internal_error)?,
+            _ => drop(lock(&self.uploads).remove(&id)),
+        }
+        answer
     }
 
     async fn abort_multipart_upload(

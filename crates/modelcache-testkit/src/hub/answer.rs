@@ -1,0 +1,174 @@
+//! From a request to its answer: faults first, then the route, then the right to read.
+//!
+//! Every request is written down with the status it got, whichever way it went. A private repo looks absent to those
+//! who may not read it; a gated one shows its listings and keeps its files.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use hyper::header::{AUTHORIZATION, HeaderMap};
+use hyper::http::request::Parts;
+use hyper::{Method, Request, StatusCode};
+
+use super::fault::Kind;
+use super::repo::{RepoData, RepoId, Repos, Tree};
+use super::route::{self, Route};
+use super::{Shared, api, refuse, resolve};
+use crate::log::{Place, Seen};
+use crate::serve::{Answer, Dropped, lock};
+
+type Answering = BoxFuture<'static, Result<Answer, Dropped>>;
+
+/// What a listener answers with.
+pub(super) fn handler(shared: &Arc<Shared>, place: Place) -> impl Fn(Request<Incoming>) -> Answering + Clone + use<> {
+    let shared = shared.clone();
+    move |request| {
+        let shared = shared.clone();
+        Box::pin(async move { logged(shared, place, request).await })
+    }
+}
+
+/// Answers one request and writes it down.
+async fn logged(shared: Arc<Shared>, place: Place, request: Request<Incoming>) -> Result<Answer, Dropped> {
+    let mut seen = Seen::of(place, &request);
+    let answer = answered(&shared, &mut seen, request).await;
+    seen.status = answer.as_ref().map_or(0, |answer| answer.status().as_u16());
+    shared.log.push(seen);
+    answer
+}
+
+async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {
+    let object = match seen.place {
+        Place::Cdn => Some(resolve::cdn_object(shared, &seen.path, &seen.query)),
+        _ => None,
+    };
+    let subject = match &object {
+        Some(Ok(object)) => object.subject.clone(),
+        _ => route::decode(&seen.path).unwrap_or_else(|| seen.path.clone()),
+    };
+    if let Some(kind) = shared.faults.strike(&seen.method, &subject, Kind::replaces_answer)
+        && let Some(answer) = struck(kind, seen).await?
+    {
+        return Ok(answer);
+    }
+    match object {
+        Some(Ok(object)) => {
+            seen.file = Some(object.entry.path.clone());
+            Ok(resolve::cdn(shared, &object, request.method(), request.headers()))
+        }
+        Some(Err(refusal)) => Ok(*refusal),
+        None => at_hub(shared, seen, request).await,
+    }
+}
+
+/// What a fault answers in place of the right thing; `None` if it only took time.
+async fn struck(kind: Kind, seen: &Seen) -> Result<Option<Answer>, Dropped> {
+    Ok(match kind {
+        Kind::Throttle(seconds) => Some(refuse::throttled(seconds, false)),
+        Kind::RateLimit(seconds) => Some(refuse::throttled(seconds, true)),
+        Kind::Status(code) => {
+            let status = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            Some(refuse::refuse(status, None, "Internal Error - We're working hard to fix this"))
+        }
+        Kind::RedirectLoop => Some(resolve::loop_back(&seen.path, &seen.query)),
+        Kind::HangUp => return Err(Dropped),
+        Kind::Delay(time) => {
+            tokio::time::sleep(time).await;
+            None
+        }
+        _ => None,
+    })
+}
+
+async fn at_hub(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {
+    let (parts, body) = request.into_parts();
+    let body = match parts.method {
+        Method::POST => body.collect().await.map_err(|_| Dropped)?.to_bytes(),
+        _ => Default::default(),
+    };
+    let route = route::route(&seen.path);
+    if let Route::Resolve { file, .. } = &route {
+        seen.file = Some(file.clone());
+    }
+    let asked = Asked { shared, seen, parts: &parts, body: &String::from_utf8_lossy(&body) };
+    Ok(asked.route(&route).unwrap_or_else(|refusal| *refusal))
+}
+
+/// One request at the Hub, read in full.
+struct Asked<'a> {
+    shared: &'a Arc<Shared>,
+    seen: &'a Seen,
+    parts: &'a Parts,
+    body: &'a str,
+}
+
+impl Asked<'_> {
+    fn route(&self, route: &Route) -> Result<Answer, Box<Answer>> {
+        let (shared, headers, method) = (self.shared, &self.parts.headers, &self.parts.method);
+        let fits = match route {
+            Route::PathsInfo { .. } => method == Method::POST,
+            _ => matches!(*method, Method::GET | Method::HEAD),
+        };
+        if !fits {
+            return Ok(refuse::no_route());
+        }
+        let repos = lock(&shared.repos);
+        Ok(match route {
+            Route::Unknown => refuse::no_route(),
+            Route::WhoAmI => api::whoami(shared, headers),
+            Route::Refs { repo } => api::refs(visible(&repos, repo, headers)?),
+            Route::AuthCheck { repo } => {
+                check_gate(repo, visible(&repos, repo, headers)?, headers)?;
+                api::json(&"OK".into())
+            }
+            Route::Info { repo, revision } => {
+                let data = visible(&repos, repo, headers)?;
+                api::info(shared, repo, data, &*tree_at(data, revision)?, &self.seen.query)
+            }
+            Route::Commits { repo, revision } => {
+                let data = visible(&repos, repo, headers)?;
+                api::commits(data, &*tree_at(data, revision)?)
+            }
+            Route::Tree { repo, revision, folder } => {
+                let data = visible(&repos, repo, headers)?;
+                let (path, query) = (&self.seen.path, &self.seen.query);
+                let page = api::PageOf { headers, path, query, own_url: shared.hub_url() };
+                api::tree(shared, data, &*tree_at(data, revision)?, folder, &page)
+            }
+            Route::PathsInfo { repo, revision } => {
+                let data = visible(&repos, repo, headers)?;
+                api::paths_info(shared, data, &*tree_at(data, revision)?, self.body)
+            }
+            Route::Resolve { repo, revision, file } => {
+                let data = visible(&repos, repo, headers)?;
+                check_gate(repo, data, headers)?;
+                let tree = &*tree_at(data, revision)?;
+                resolve::resolve(shared, &resolve::Ask { repo, revision, tree, file, method, headers, xet: data.xet })
+            }
+        })
+    }
+}
+
+fn visible<'a>(repos: &'a Repos, id: &RepoId, headers: &HeaderMap) -> Result<&'a RepoData, Box<Answer>> {
+    let token = bearer(headers).unwrap_or_default();
+    let may_read = |repo: &&RepoData| repo.readers.as_ref().is_none_or(|readers| readers.contains(token));
+    repos.by_id.get(id).filter(may_read).ok_or_else(|| Box::new(refuse::no_repo()))
+}
+
+fn check_gate(id: &RepoId, repo: &RepoData, headers: &HeaderMap) -> Result<(), Box<Answer>> {
+    let token = bearer(headers).unwrap_or_default();
+    let may_read = repo.accepted.as_ref().is_none_or(|accepted| accepted.contains(token));
+    may_read.then_some(()).ok_or_else(|| Box::new(refuse::gated(&id.name)))
+}
+
+fn tree_at(repo: &RepoData, revision: &str) -> Result<Arc<Tree>, Box<Answer>> {
+    repo.tree(revision).ok_or_else(|| Box::new(refuse::no_revision(revision)))
+}
+
+/// The token of an `Authorization: Bearer` header.
+pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
+    value.strip_prefix("Bearer ").or_else(|| value.strip_prefix("bearer ")).map(str::trim)
+}
