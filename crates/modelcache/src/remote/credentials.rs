@@ -1,0 +1,516 @@
+//! AWS credentials from wherever a user has them, kept and renewed before they end.
+//!
+//! The links are tried in order; the first that has credentials wins. A link that fails is remembered, so that
+//! "no credentials" can say what was looked at and why each place had none. Everything is looked up in the environment
+//! handed in, never in the process's own.
+//!
+//! Surprise: a chain that found nothing is not walked again for some seconds; the instance metadata service of a
+//! machine that has none takes a second to not answer, and every request would wait for it.
+
+use super::profile::{Profiles, home};
+use super::settings::Options;
+use super::wire::element;
+use crate::config::{Environment, Secret};
+use crate::error::{Error, ErrorKind, Result, Tier};
+use async_trait::async_trait;
+use bytes::Bytes;
+use object_store::CredentialProvider;
+use object_store::aws::{AwsAuthorizer, AwsCredential};
+use object_store::client::{HttpRequest, HttpRequestBody};
+use reqsign_aws_core::{
+    AssumeRoleWithWebIdentityCredentialProvider, Credential, ECSCredentialProvider, EnvCredentialProvider,
+    IMDSv2CredentialProvider, ProcessCredentialProvider, ProfileCredentialProvider, SSOCredentialProvider,
+};
+use reqsign_core::{CommandExecute, CommandOutput, Context, FileRead, HttpSend, ProvideCredential, StaticEnv};
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
+
+/// Credentials that end within this time, or within the last quarter of what they had, are renewed.
+const RENEW_BEFORE_END: Duration = Duration::from_secs(300);
+/// How long a fruitless search is not repeated.
+const FRUITLESS_FOR: Duration = Duration::from_secs(10);
+/// Credentials younger than this are not thrown away because the store calls them expired: newer ones would be the same.
+const FRESH_FOR: Duration = Duration::from_secs(10);
+/// Longest wait for a connection to a metadata service, which is one hop away.
+const METADATA_CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Longest wait for an answer of a metadata service.
+const METADATA_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for an answer of STS or SSO.
+const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How deep `source_profile` may lead.
+const SOURCE_PROFILES_MAX: usize = 5;
+
+/// The chain, with the credentials found last.
+pub(super) struct Credentials {
+    environment: Environment,
+    fixed: Option<Credential>,
+    region: String,
+    profiles: Profiles,
+    context: Context,
+    http: Http,
+    state: tokio::sync::Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    found: Option<Found>,
+    /// When a search found nothing, and what it says.
+    fruitless: Option<(Instant, String)>,
+}
+
+#[derive(Clone)]
+struct Found {
+    credential: Arc<AwsCredential>,
+    ends: Option<SystemTime>,
+    renew_at: Option<SystemTime>,
+    since: Instant,
+}
+
+/// Nothing of it is for printing.
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Credentials(…)")
+    }
+}
+
+impl Credentials {
+    /// The chain for this environment. `service` is the client for STS and SSO.
+    pub(super) fn new(
+        environment: &Environment,
+        options: &Options,
+        profiles: Profiles,
+        region: &str,
+        service: reqwest::Client,
+    ) -> Self {
+        let http = Http { service, metadata: Arc::default() };
+        let mut variables = environment.0.clone();
+        variables.retain(|_, value| !value.is_empty());
+        variables.insert("AWS_PROFILE".into(), profiles.name().to_owned());
+        variables.entry("AWS_REGION".into()).or_insert_with(|| region.to_owned());
+        // AWS's tools have long used the regional endpoint of STS; the global one is absent from some partitions.
+        variables.entry("AWS_STS_REGIONAL_ENDPOINTS".into()).or_insert_with(|| "regional".into());
+        let context = Context::new()
+            .with_file_read(Files)
+            .with_http_send(http.clone())
+            .with_env(StaticEnv { home_dir: home(environment), envs: variables })
+            .with_command_execute(Commands(environment.clone()));
+        let secret = |secret: &Option<Secret>| secret.as_ref().map(|secret| secret.expose().to_owned());
+        let fixed =
+            secret(&options.access_key).zip(secret(&options.secret_key)).map(|(access_key_id, secret_access_key)| {
+                Credential {
+                    access_key_id,
+                    secret_access_key,
+                    session_token: secret(&options.session_token),
+                    expires_in: None,
+                }
+            });
+        Self {
+            environment: environment.clone(),
+            fixed,
+            region: region.to_owned(),
+            profiles,
+            context,
+            http,
+            state: Default::default(),
+        }
+    }
+
+    /// Throws away credentials that the store calls expired. Whether a new request may do better.
+    pub(super) async fn expired(&self) -> bool {
+        let mut state = self.state.lock().await;
+        let stale = state.found.as_ref().is_some_and(|found| found.since.elapsed() > FRESH_FOR);
+        if stale {
+            state.found = None;
+        }
+        stale
+    }
+
+    async fn current(&self) -> Result<Arc<AwsCredential>> {
+        let mut state = self.state.lock().await;
+        let now = SystemTime::now();
+        if let Some(found) = &state.found
+            && found.renew_at.is_none_or(|renew_at| now < renew_at)
+        {
+            return Ok(found.credential.clone());
+        }
+        if let Some((when, what)) = &state.fruitless
+            && when.elapsed() < FRUITLESS_FOR
+        {
+            return Err(self.nothing_found(what));
+        }
+        match self.search().await {
+            Ok(found) => {
+                state.fruitless = None;
+                Ok(state.found.insert(found).credential.clone())
+            }
+            Err(what) => match &state.found {
+                Some(found) if found.ends.is_some_and(|ends| now < ends) => {
+                    tracing::warn!(
+                        reason = what,
+                        "cannot renew the AWS credentials; using the present ones to their end"
+                    );
+                    Ok(found.credential.clone())
+                }
+                _ => {
+                    state.fruitless = Some((Instant::now(), what.clone()));
+                    Err(self.nothing_found(&what))
+                }
+            },
+        }
+    }
+
+    fn nothing_found(&self, looked_at: &str) -> Error {
+        Error::new(ErrorKind::Unauthorized, format!("no AWS credentials found; looked at {looked_at}")).tier(Tier::Remote).hint(
+            "run `aws configure` (or `aws sso login`), set AWS_PROFILE, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; \
+             for a public bucket set skip_signature = true under [remote.options]",
+        )
+    }
+
+    /// Walks the chain. The error lists what was looked at.
+    async fn search(&self) -> std::result::Result<Found, String> {
+        let mut looked_at = Vec::new();
+        for link in Link::ALL {
+            let place = self.describe(link);
+            match self.ask(link).await {
+                Ok(Some(credential)) => {
+                    tracing::debug!(place, "AWS credentials found");
+                    return Ok(Found::new(credential));
+                }
+                Ok(None) => looked_at.push(place),
+                Err(reason) => {
+                    tracing::debug!(place, reason, "no AWS credentials from there");
+                    looked_at.push(format!("{place} ({reason})"));
+                }
+            }
+        }
+        Err(looked_at.join(", "))
+    }
+
+    fn describe(&self, link: Link) -> String {
+        let profile = self.profiles.name();
+        match link {
+            Link::Options => "[remote.options]".into(),
+            Link::Variables => "AWS_ACCESS_KEY_ID".into(),
+            Link::Role => format!("the role of profile {profile:?}"),
+            Link::Profile => {
+                let files: Vec<String> =
+                    Profiles::files(&self.environment).iter().map(|file| file.display().to_string()).collect();
+                let missing = if self.profiles.exists() { "" } else { ", which does not exist" };
+                format!(
+                    "profile {profile:?}{missing} in {}",
+                    if files.is_empty() { "no file: HOME is not set".into() } else { files.join(" and ") }
+                )
+            }
+            Link::Sso => "SSO".into(),
+            Link::WebIdentity => "web identity".into(),
+            Link::Process => "credential_process".into(),
+            Link::Container => "container credentials".into(),
+            Link::Instance => "instance metadata".into(),
+        }
+    }
+
+    async fn ask(&self, link: Link) -> std::result::Result<Option<Credential>, String> {
+        let context = &self.context;
+        let answer = match link {
+            Link::Options => return Ok(self.fixed.clone()),
+            Link::Variables => EnvCredentialProvider::new().provide_credential(context).await,
+            Link::Role => return self.assume_role(self.profiles.name(), SOURCE_PROFILES_MAX).await,
+            Link::Profile => ProfileCredentialProvider::new().provide_credential(context).await,
+            Link::Sso => return self.sso(self.profiles.name()).await,
+            Link::WebIdentity => AssumeRoleWithWebIdentityCredentialProvider::new().provide_credential(context).await,
+            Link::Process => ProcessCredentialProvider::new().provide_credential(context).await,
+            Link::Container => ECSCredentialProvider::new().provide_credential(context).await,
+            Link::Instance if disabled(&self.environment) => return Err("disabled".into()),
+            Link::Instance => IMDSv2CredentialProvider::new().provide_credential(context).await,
+        };
+        answer.map_err(|error| reason(&error))
+    }
+
+    /// SSO by the profile's own settings, or by those of the session that it names.
+    async fn sso(&self, profile: &str) -> std::result::Result<Option<Credential>, String> {
+        let session = self.profiles.get(profile, "sso_session");
+        let section = session.map_or_else(|| profile.to_owned(), |session| format!("sso-session {session}"));
+        let own = |setting: &str| self.profiles.get(profile, setting);
+        let (Some(account), Some(role)) = (own("sso_account_id"), own("sso_role_name")) else { return Ok(None) };
+        let region =
+            self.profiles.get(&section, "sso_region").ok_or_else(|| format!("[{section}] has no sso_region"))?;
+        // The cached token's file is named by a hash of the session's name, or of the address where there is no session.
+        let token_name = session.or_else(|| own("sso_start_url")).ok_or("the profile has no sso_session")?;
+        let provider = SSOCredentialProvider::new()
+            .with_account_id(account)
+            .with_role_name(role)
+            .with_region(region)
+            .with_start_url(token_name);
+        provider.provide_credential(&self.context).await.map_err(|error| reason(&error))
+    }
+
+    /// The role that a profile names, assumed with the credentials of its source.
+    async fn assume_role(&self, profile: &str, depth: usize) -> std::result::Result<Option<Credential>, String> {
+        let own = |setting: &str| self.profiles.get(profile, setting);
+        let Some(role) = own("role_arn") else { return Ok(None) };
+        if let Some(file) = own("web_identity_token_file") {
+            let provider = AssumeRoleWithWebIdentityCredentialProvider::with_config(role.to_owned(), file.into());
+            return provider.provide_credential(&self.context).await.map_err(|error| reason(&error));
+        }
+        let source = match (own("source_profile"), own("credential_source")) {
+            (Some(source), _) => Box::pin(self.source(profile, source, depth)).await?,
+            (None, Some("Environment")) => self.plain(Link::Variables).await?,
+            (None, Some("EcsContainer")) => self.plain(Link::Container).await?,
+            (None, Some("Ec2InstanceMetadata")) => self.plain(Link::Instance).await?,
+            _ => return Err("the profile has role_arn, but neither source_profile nor credential_source".into()),
+        };
+        if own("mfa_serial").is_some() {
+            return Err("the role wants a code of a second factor; take a session token with the AWS tools".into());
+        }
+        let source = source.ok_or("the source profile has no credentials")?;
+        let request = RoleRequest {
+            role,
+            session: own("role_session_name").unwrap_or("modelcache"),
+            external_id: own("external_id"),
+            duration_s: own("duration_seconds"),
+        };
+        self.sts(&source, &request).await.map(Some)
+    }
+
+    /// A simple link, asked by name of `credential_source`.
+    async fn plain(&self, link: Link) -> std::result::Result<Option<Credential>, String> {
+        Box::pin(self.ask(link)).await
+    }
+
+    /// The credentials of a source profile: its keys, its own role, SSO or process.
+    async fn source(
+        &self,
+        profile: &str,
+        source: &str,
+        depth: usize,
+    ) -> std::result::Result<Option<Credential>, String> {
+        if depth == 0 {
+            return Err("the chain of source_profile is too long".into());
+        }
+        let keys = ProfileCredentialProvider::new().with_profile(source);
+        if let Some(credential) = keys.provide_credential(&self.context).await.map_err(|error| reason(&error))? {
+            return Ok(Some(credential));
+        }
+        if source != profile
+            && let Some(credential) = Box::pin(self.assume_role(source, depth - 1)).await?
+        {
+            return Ok(Some(credential));
+        }
+        if let Some(credential) = self.sso(source).await? {
+            return Ok(Some(credential));
+        }
+        let process = ProcessCredentialProvider::new().with_profile(source);
+        process.provide_credential(&self.context).await.map_err(|error| reason(&error))
+    }
+
+    /// `AssumeRole` at STS, <https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html>.
+    async fn sts(&self, source: &Credential, role: &RoleRequest<'_>) -> std::result::Result<Credential, String> {
+        let request = self.sts_request(source, role)?;
+        let answer = self.http.send(request.map(|_| Bytes::new())).await?;
+        let body = String::from_utf8_lossy(answer.body());
+        if !answer.status().is_success() {
+            let code = element(&body, "Code").unwrap_or_default();
+            return Err(format!(
+                "STS answered {} {code}: {}",
+                answer.status().as_u16(),
+                element(&body, "Message").unwrap_or_default()
+            ));
+        }
+        let field = |name: &str| element(&body, name).ok_or(format!("the answer of STS has no {name}"));
+        Ok(Credential {
+            access_key_id: field("AccessKeyId")?,
+            secret_access_key: field("SecretAccessKey")?,
+            session_token: Some(field("SessionToken")?),
+            expires_in: field("Expiration")?.parse().ok(),
+        })
+    }
+
+    fn sts_request(&self, source: &Credential, role: &RoleRequest<'_>) -> std::result::Result<HttpRequest, String> {
+        let suffix = if self.region.starts_with("cn-") { ".cn" } else { "" };
+        let endpoint =
+            match self.environment.get("AWS_ENDPOINT_URL_STS").or_else(|| self.environment.get("AWS_ENDPOINT_URL")) {
+                Some(endpoint) => endpoint.trim_end_matches('/').to_owned(),
+                None => format!("https://sts.{}.amazonaws.com{suffix}", self.region),
+            };
+        let mut query = url::form_urlencoded::Serializer::new(String::new());
+        query.append_pair("Action", "AssumeRole").append_pair("Version", "2011-06-15");
+        query.append_pair("RoleArn", role.role).append_pair("RoleSessionName", role.session);
+        for (name, value) in [("ExternalId", role.external_id), ("DurationSeconds", role.duration_s)] {
+            if let Some(value) = value {
+                query.append_pair(name, value);
+            }
+        }
+        // A query signed by SigV4 has %20 for a space, not `+`.
+        let address = format!("{endpoint}/?{}", query.finish().replace('+', "%20"));
+        let request = http::Request::get(address).body(HttpRequestBody::empty());
+        let mut request: HttpRequest = request.map_err(|_| "the address of STS is no URL")?;
+        let signer = to_store(source);
+        let authorizer = AwsAuthorizer::new(&signer, "sts", &self.region);
+        authorizer.try_authorize(&mut request, None).map_err(|_| "cannot sign the request to STS")?;
+        Ok(request)
+    }
+}
+
+/// A role to assume.
+struct RoleRequest<'a> {
+    role: &'a str,
+    session: &'a str,
+    external_id: Option<&'a str>,
+    duration_s: Option<&'a str>,
+}
+
+#[async_trait]
+impl CredentialProvider for Credentials {
+    type Credential = AwsCredential;
+
+    async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
+        self.current().await.map_err(|error| object_store::Error::Generic { store: "S3", source: Box::new(error) })
+    }
+}
+
+/// The places where credentials may be, in the order they are asked.
+#[derive(Debug, Clone, Copy)]
+enum Link {
+    Options,
+    Variables,
+    Role,
+    Profile,
+    Sso,
+    WebIdentity,
+    Process,
+    Container,
+    Instance,
+}
+
+impl Link {
+    const ALL: [Self; 9] = [
+        Self::Options,
+        Self::Variables,
+        Self::Role,
+        Self::Profile,
+        Self::Sso,
+        Self::WebIdentity,
+        Self::Process,
+        Self::Container,
+        Self::Instance,
+    ];
+}
+
+impl Found {
+    fn new(credential: Credential) -> Self {
+        let ends = credential.expires_in.map(|ends| ends.as_system_time());
+        let renew_at = ends.map(|ends| {
+            let left = ends.duration_since(SystemTime::now()).unwrap_or_default();
+            ends - RENEW_BEFORE_END.min(left / 4)
+        });
+        Self { credential: Arc::new(to_store(&credential)), ends, renew_at, since: Instant::now() }
+    }
+}
+
+fn to_store(credential: &Credential) -> AwsCredential {
+    AwsCredential {
+        key_id: credential.access_key_id.clone(),
+        secret_key: credential.secret_access_key.clone(),
+        token: credential.session_token.clone(),
+    }
+}
+
+fn disabled(environment: &Environment) -> bool {
+    environment.get("AWS_EC2_METADATA_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
+}
+
+/// A link's failure in a line.
+fn reason(error: &reqsign_core::Error) -> String {
+    error.to_string().chars().take(200).collect()
+}
+
+fn unexpected(reason: impl Into<String>) -> reqsign_core::Error {
+    reqsign_core::Error::unexpected(reason)
+}
+
+/// Reads token and profile files.
+#[derive(Debug)]
+struct Files;
+
+impl FileRead for Files {
+    async fn file_read(&self, path: &str) -> reqsign_core::Result<Vec<u8>> {
+        let path = path.to_owned();
+        let read =
+            tokio::task::spawn_blocking(move || std::fs::read(&path).map_err(|error| format!("{path}: {error}")));
+        read.await.map_err(|_| unexpected("cancelled"))?.map_err(unexpected)
+    }
+}
+
+/// Runs `credential_process` in the environment handed in.
+#[derive(Debug)]
+struct Commands(Environment);
+
+impl CommandExecute for Commands {
+    async fn command_execute<'a>(
+        &'a self,
+        program: &'a str,
+        arguments: &'a [&'a str],
+    ) -> reqsign_core::Result<CommandOutput> {
+        let mut command = std::process::Command::new(program);
+        command.args(arguments).env_clear().envs(&self.0.0).stdin(std::process::Stdio::null());
+        let ran = tokio::task::spawn_blocking(move || command.output()).await.map_err(|_| unexpected("cancelled"))?;
+        let output = ran.map_err(|error| unexpected(format!("{program}: {error}")))?;
+        // What it printed about a failure may hold secrets: the status must do.
+        Ok(CommandOutput { status: output.status.code().unwrap_or(-1), stdout: output.stdout, stderr: Vec::new() })
+    }
+}
+
+/// Two clients: an impatient one for metadata over plain HTTP, never through a proxy, and the remote's own for STS and SSO.
+#[derive(Debug, Clone)]
+struct Http {
+    service: reqwest::Client,
+    metadata: Arc<OnceLock<reqwest::Client>>,
+}
+
+impl Http {
+    async fn send(&self, request: http::Request<Bytes>) -> std::result::Result<http::Response<Bytes>, String> {
+        let plain = request.uri().scheme_str() == Some("http");
+        let text = |error: reqwest::Error| {
+            let what = if error.is_timeout() {
+                "no answer in time"
+            } else if error.is_connect() {
+                "cannot connect"
+            } else {
+                "broken answer"
+            };
+            format!("{}: {what}", if plain { "metadata service" } else { "AWS service" })
+        };
+        let client = if plain { self.metadata()? } else { &self.service };
+        let mut request = reqwest::Request::try_from(request).map_err(|_| "cannot build the request")?;
+        *request.timeout_mut() = Some(if plain { METADATA_TIMEOUT } else { SERVICE_TIMEOUT });
+        let response = client.execute(request).await.map_err(text)?;
+        let mut answer = http::Response::builder().status(response.status());
+        if let Some(headers) = answer.headers_mut() {
+            headers.clone_from(response.headers());
+        }
+        let body = response.bytes().await.map_err(text)?;
+        answer.body(body).map_err(|_| "broken answer".into())
+    }
+
+    fn metadata(&self) -> std::result::Result<&reqwest::Client, String> {
+        if let Some(client) = self.metadata.get() {
+            return Ok(client);
+        }
+        // Without root certificates: they are slow to load, and only plain HTTP is spoken.
+        let client = reqwest::Client::builder()
+            .connect_timeout(METADATA_CONNECT_TIMEOUT)
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .tls_certs_only([])
+            .build()
+            .map_err(|_| "cannot set up the metadata client")?;
+        Ok(self.metadata.get_or_init(|| client))
+    }
+}
+
+impl HttpSend for Http {
+    async fn http_send(&self, request: http::Request<Bytes>) -> reqsign_core::Result<http::Response<Bytes>> {
+        self.send(request).await.map_err(unexpected)
+    }
+}

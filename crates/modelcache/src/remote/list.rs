@@ -1,0 +1,67 @@
+//! Listing what is published: every manifest below the remote's prefix.
+//!
+//! The store is listed page by page; whatever is no manifest of ours, in its own place, is passed over. An artifact that
+//! is evicted meanwhile is left out, as is one that cannot be read, with a warning.
+
+use super::store::Store;
+use super::{Folder, MANIFEST, Remote};
+use crate::error::{Error, ErrorKind, Result};
+use crate::key::{ArtifactKey, ArtifactName, OWN_FOLDER, Version};
+use crate::manifest::Manifest;
+use futures::{StreamExt, TryStreamExt};
+
+/// Manifests read at a time.
+const READS_IN_FLIGHT: usize = 16;
+
+pub(super) async fn list(remote: &Remote) -> Result<Vec<Manifest>> {
+    let store = remote.store().await?;
+    let objects = store.list(store.root().as_ref()).await?.ok_or_else(|| {
+        Error::new(ErrorKind::Unauthorized, "listing the remote is not permitted")
+            .hint("grant s3:ListBucket on the bucket")
+    })?;
+    let keys: Vec<ArtifactKey> = objects.iter().filter_map(|meta| key_of(store.relative(&meta.location)?)).collect();
+    let reads = keys.iter().map(|key| read(store, key));
+    let read: Vec<Option<Manifest>> = futures::stream::iter(reads).buffered(READS_IN_FLIGHT).try_collect().await?;
+    let mut manifests: Vec<Manifest> = read.into_iter().flatten().collect();
+    manifests.sort_by(|a, b| a.key.cmp(&b.key));
+    Ok(manifests)
+}
+
+/// The artifact whose manifest lies at `path`, if it is a place for one.
+fn key_of(path: &str) -> Option<ArtifactKey> {
+    let base = path.strip_suffix(MANIFEST)?.strip_suffix('/')?.strip_suffix(OWN_FOLDER)?.strip_suffix('/')?;
+    let (name, version) = base.rsplit_once('/')?;
+    Some(ArtifactKey::new(name.parse::<ArtifactName>().ok()?, Version::new(version).ok()?))
+}
+
+async fn read(store: &Store, key: &ArtifactKey) -> Result<Option<Manifest>> {
+    match Folder::new(key).read_manifest(store).await {
+        Ok(read) => Ok(read.map(|(manifest, _)| manifest)),
+        Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid) => {
+            tracing::warn!(artifact = %key, %error, "left out of the list");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_manifests_in_their_place_name_an_artifact() {
+        let key = |path| key_of(path).map(|key| key.to_string());
+        assert_eq!(key("a/b/1/.modelcache/manifest.json").as_deref(), Some("a/b@1"));
+        assert_eq!(key("hf/o/m/c/.modelcache/manifest.json").as_deref(), Some("hf://o/m@c"));
+        for odd in [
+            "a/.modelcache/manifest.json",
+            "a/1/manifest.json",
+            "a/1/.modelcache/claim",
+            ".modelcache/manifest.json",
+            "a/1/.modelcache/x/.modelcache/manifest.json",
+        ] {
+            assert_eq!(key(odd), None, "{odd}");
+        }
+    }
+}

@@ -1,0 +1,377 @@
+//! Publishing: what the remote lacks is sent under a claim, the manifest last.
+//!
+//! ```text
+//! 1 look        the manifest there; all of it held and sound: done, without a claim
+//! 2 refuse      a place inside another version, or with objects that are nobody's we know
+//! 3 claim       then look again: the writer before may just have published
+//! 4 send        what is not held, gone, or not as it was written
+//! 5 manifest    merged with the one there, replaced under its ETag
+//! 6 sweep       what an earlier writer left and no manifest names
+//! ```
+//!
+//! A failure or a kill before 5 leaves the old state, and a claim that names the leftovers; after it, the new state.
+//!
+//! Surprise: a damaged manifest does not stop a publish, it is what the publish repairs. One in a newer format does.
+
+use super::claim::{self, Claim, Listed};
+use super::evict;
+use super::store::{Condition, Store, Written};
+use super::upload::{self, FILES_IN_FLIGHT, Upload, Uploader};
+use super::{Conditions, Folder, MANIFEST, PublishOptions, Published, Remote};
+use crate::error::{Error, ErrorKind, Result};
+use crate::key::{FilePath, OWN_FOLDER};
+use crate::manifest::{Held, Manifest, ObjectIdentity};
+use crate::progress::Progress;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Objects looked at, or removed, at a time.
+pub(super) const LOOKS_IN_FLIGHT: usize = 16;
+/// How often a manifest that somebody else replaced meanwhile is merged again.
+const MERGES_MAX: usize = 5;
+
+/// One call's job: the artifact, its files here, and where they go.
+struct Job<'a> {
+    remote: &'a Remote,
+    store: &'a Arc<Store>,
+    folder: Folder,
+    manifest: &'a Manifest,
+    files: &'a BTreeMap<FilePath, PathBuf>,
+    force: bool,
+    progress: &'a Progress,
+}
+
+/// The manifest on the remote, as far as it can be used.
+enum There {
+    Nothing,
+    Damaged,
+    Same(Manifest),
+    Other(Manifest, Error),
+}
+
+pub(super) async fn publish(
+    remote: &Remote,
+    manifest: &Manifest,
+    files: &BTreeMap<FilePath, PathBuf>,
+    options: PublishOptions,
+    progress: &Progress,
+) -> Result<Published> {
+    let store = remote.store().await?;
+    let folder = Folder::new(&manifest.key);
+    let job = Job { remote, store, folder, manifest, files, force: options.force, progress };
+    let uploads = job.uploads()?;
+
+    let there = job.look().await?;
+    if let There::Same(there) = &there
+        && job.lacking(there, &uploads).await?.is_empty()
+    {
+        return Ok(Published { uploaded_bytes: 0 });
+    }
+    let new = matches!(there, There::Nothing);
+    if new {
+        job.refuse_nested().await?;
+    }
+    let checked = new && job.refuse_foreign_unclaimed().await?;
+
+    let mut claim = Claim::take(remote, &job.folder, job.claimed(&there)).await?;
+    let done = job.under_claim(&mut claim, uploads, checked).await;
+    match (done, claim.close().await) {
+        (Ok(published), Ok(())) => Ok(published),
+        (Ok(published), Err(error)) => {
+            tracing::warn!(artifact = %manifest.key, %error, "published, but the claim could not be removed; it will end by itself");
+            Ok(published)
+        }
+        (Err(error), _) => Err(error),
+    }
+}
+
+impl Job<'_> {
+    /// What to send for each file.
+    fn uploads(&self) -> Result<BTreeMap<FilePath, Upload>> {
+        let one = |(path, file): (&FilePath, &PathBuf)| {
+            let entry = self.manifest.files.get(path);
+            let entry = entry.ok_or_else(|| Error::invalid(format!("{path} is not in the manifest")))?;
+            let sha256 = entry.sha256.ok_or_else(|| Error::invalid(format!("the digest of {path} is not known")))?;
+            let object = self.folder.object(self.store, path)?;
+            Ok((path.clone(), Upload { object, file: file.clone(), size: entry.size, sha256 }))
+        };
+        self.files.iter().map(one).collect()
+    }
+
+    async fn look(&self) -> Result<There> {
+        match self.folder.read_manifest(self.store).await {
+            Ok(None) => Ok(There::Nothing),
+            Ok(Some((there, _))) => Ok(match there.agrees_with(self.manifest) {
+                Ok(()) => There::Same(there),
+                Err(error) if self.force => There::Other(there, error),
+                Err(error) => return Err(error),
+            }),
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                tracing::warn!(artifact = %self.folder.key, %error, "replacing a damaged manifest on the remote");
+                Ok(There::Damaged)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What the claim has to name: everything we may write, and with `force` what we may leave of the old.
+    fn claimed(&self, there: &There) -> Listed {
+        let mut listed: Listed = self
+            .files
+            .keys()
+            .map(|path| (path.clone(), self.manifest.files.get(path).and_then(|entry| entry.sha256)))
+            .collect();
+        if let There::Other(old, _) = there {
+            listed.extend(evict::held(old));
+        }
+        listed
+    }
+
+    /// The files that have to be sent: not held, gone, or not as they were written.
+    async fn lacking(&self, there: &Manifest, uploads: &BTreeMap<FilePath, Upload>) -> Result<BTreeSet<FilePath>> {
+        let looks = uploads.iter().map(|(path, upload)| async move {
+            let recorded = there.files.get(path).and_then(|entry| entry.on_remote());
+            let sound = match recorded {
+                Some(recorded) => self.store.head(&upload.object).await?.is_some_and(|now| same_object(recorded, &now)),
+                None => false,
+            };
+            Ok((!sound).then(|| path.clone()))
+        });
+        futures::stream::iter(looks)
+            .buffer_unordered(LOOKS_IN_FLIGHT)
+            .try_filter_map(|path| async { Ok(path) })
+            .try_collect()
+            .await
+    }
+
+    /// A version lies in no other version.
+    async fn refuse_nested(&self) -> Result<()> {
+        let name = self.folder.key.name.as_str();
+        let ends = name.match_indices('/').map(|(at, _)| at).chain([name.len()]);
+        let looks = ends.map(|end| async move {
+            let ancestor = &name[..end];
+            let key = self.store.key(&format!("{ancestor}/{OWN_FOLDER}/{MANIFEST}"))?;
+            Ok(self.store.head(&key).await?.map(|_| ancestor.to_owned()))
+        });
+        let found: Vec<String> = futures::stream::iter(looks)
+            .buffer_unordered(LOOKS_IN_FLIGHT)
+            .try_filter_map(|found: Option<String>| async { Ok(found) })
+            .try_collect()
+            .await?;
+        match found.first() {
+            None => Ok(()),
+            Some(ancestor) => Err(Error::new(
+                ErrorKind::Conflict,
+                format!("lies inside {ancestor:?}, which is a published version on the remote"),
+            )
+            .hint("choose another name or version")),
+        }
+    }
+
+    /// Refuses a place with foreign objects, before anything is written there. `false` while another writer is at work,
+    /// whose objects would look foreign.
+    async fn refuse_foreign_unclaimed(&self) -> Result<bool> {
+        match claim::look(self.store, &self.folder).await? {
+            Some((record, _)) if !record.has_ended() => Ok(false),
+            Some((record, _)) => self.refuse_foreign(&record.files).await.map(|()| true),
+            None => self.refuse_foreign(&Listed::new()).await.map(|()| true),
+        }
+    }
+
+    /// Refuses objects that are not ours to replace: neither `known` nor our own records.
+    async fn refuse_foreign(&self, known: &Listed) -> Result<()> {
+        let foreign = match self.objects().await? {
+            Some(objects) => {
+                objects.into_iter().find(|path| FilePath::new(path).map_or(true, |path| !known.contains_key(&path)))
+            }
+            None => self.any_there(known).await?,
+        };
+        match foreign {
+            None => Ok(()),
+            Some(path) => Err(Error::new(
+                ErrorKind::Conflict,
+                format!("the place on the remote holds objects that modelcache did not write, {path:?} for one"),
+            )
+            .hint(format!("remove what is below {:?}, or choose another name or version", self.folder.base))),
+        }
+    }
+
+    /// Paths of the objects in the version folder, without our own records. `None` where listing is not permitted.
+    async fn objects(&self) -> Result<Option<Vec<String>>> {
+        let base = self.store.key(&self.folder.base)?;
+        let Some(objects) = self.store.list(Some(&base)).await? else { return Ok(None) };
+        let inside =
+            objects.iter().filter_map(|meta| meta.location.as_ref().strip_prefix(base.as_ref())?.strip_prefix('/'));
+        let own = format!("{OWN_FOLDER}/");
+        Ok(Some(inside.filter(|path| !path.starts_with(&own)).map(str::to_owned).collect()))
+    }
+
+    /// Without the right to list: whether one of the objects that we would write is there.
+    async fn any_there(&self, known: &Listed) -> Result<Option<String>> {
+        let looks = self.files.keys().filter(|path| !known.contains_key(*path)).map(|path| async move {
+            let there = self.store.head(&self.folder.object(self.store, path)?).await?;
+            Ok(there.map(|_| path.to_string()))
+        });
+        let looks = futures::stream::iter(looks).buffer_unordered(LOOKS_IN_FLIGHT);
+        let found: Vec<String> =
+            looks.try_filter_map(|found: Option<String>| async { Ok(found) }).try_collect().await?;
+        Ok(found.into_iter().next())
+    }
+
+    async fn under_claim(
+        &self,
+        claim: &mut Claim,
+        uploads: BTreeMap<FilePath, Upload>,
+        checked: bool,
+    ) -> Result<Published> {
+        let staging = self.store.file(&self.folder.own(self.store, "")?);
+        if let Some(staging) = staging.clone() {
+            let _ = tokio::task::spawn_blocking(move || upload::sweep_unfinished(&staging)).await;
+        }
+        // The writer that we waited for may just have published.
+        let base = match self.look().await? {
+            There::Same(there) => Some(there),
+            There::Other(old, why) => {
+                tracing::info!(artifact = %self.folder.key, reason = why.message(), "replacing other content on the remote");
+                claim.touch();
+                evict::remove(self.store, &self.folder, evict::held(&old)).await?;
+                None
+            }
+            There::Damaged => None,
+            There::Nothing => {
+                if !checked {
+                    self.refuse_foreign(&claim.inherited).await?;
+                }
+                None
+            }
+        };
+        let lacking = match &base {
+            Some(there) => self.lacking(there, &uploads).await?,
+            None => uploads.keys().cloned().collect(),
+        };
+        self.count_held(&uploads, &lacking);
+        let sent = self.send(claim, staging, uploads, &lacking).await?;
+        claim.check()?;
+        let uploaded_bytes = sent.values().map(|identity| identity.object_bytes).sum();
+        let published = self.write_manifest(sent).await?;
+        self.sweep(claim, &published).await;
+        Ok(Published { uploaded_bytes })
+    }
+
+    /// Files that need no sending are done at once.
+    fn count_held(&self, uploads: &BTreeMap<FilePath, Upload>, lacking: &BTreeSet<FilePath>) {
+        let held = uploads.iter().filter(|(path, _)| !lacking.contains(*path));
+        self.progress.done(held.map(|(_, upload)| upload.size).sum());
+    }
+
+    async fn send(
+        &self,
+        claim: &mut Claim,
+        staging: Option<PathBuf>,
+        uploads: BTreeMap<FilePath, Upload>,
+        lacking: &BTreeSet<FilePath>,
+    ) -> Result<BTreeMap<FilePath, ObjectIdentity>> {
+        if lacking.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        claim.touch();
+        let uploader = Uploader::new(self.store.clone(), staging, self.progress.clone());
+        let (uploader, claim) = (&uploader, &*claim);
+        let sends = uploads.into_iter().filter(|(path, _)| lacking.contains(path)).map(|(path, upload)| async move {
+            claim.check()?;
+            let identity = uploader.send(upload).await?;
+            Ok((path, identity))
+        });
+        futures::stream::iter(sends).buffer_unordered(FILES_IN_FLIGHT).try_collect().await
+    }
+
+    /// Merges with the manifest there and replaces it. The answer is what was written.
+    async fn write_manifest(&self, sent: BTreeMap<FilePath, ObjectIdentity>) -> Result<Manifest> {
+        let key = self.folder.manifest(self.store)?;
+        for _ in 0..MERGES_MAX {
+            let (mut merged, etag) = match self.folder.read_manifest(self.store).await {
+                Ok(Some((there, identity))) => (there, Replaces::Object(identity.etag)),
+                Ok(None) => (self.manifest.clone().without_holdings(), Replaces::Nothing),
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    (self.manifest.clone().without_holdings(), Replaces::Object(None))
+                }
+                Err(error) => return Err(error),
+            };
+            merged.learn(self.manifest)?;
+            for (path, identity) in &sent {
+                if let Some(entry) = merged.files.get_mut(path) {
+                    entry.held = Some(Held::Remote(identity.clone()));
+                }
+            }
+            let bytes = Bytes::from(merged.to_bytes()?);
+            if self.replace(&key, bytes, &etag).await? {
+                return self.confirm(merged).await;
+            }
+        }
+        Err(Error::unavailable("the manifest on the remote keeps changing").transient(false).hint("try again"))
+    }
+
+    async fn replace(&self, key: &object_store::path::Path, bytes: Bytes, replaces: &Replaces) -> Result<bool> {
+        let condition = match replaces {
+            _ if self.remote.conditions() == Conditions::Ignored => Condition::Always,
+            Replaces::Nothing => Condition::Absent,
+            Replaces::Object(Some(etag)) => Condition::Matches(etag),
+            Replaces::Object(None) => Condition::Always,
+        };
+        match self.store.put(key, bytes.clone(), condition).await? {
+            Written::Done(_) => Ok(true),
+            Written::Refused => Ok(false),
+            Written::Unsupported => {
+                self.store.put(key, bytes, Condition::Always).await?;
+                Ok(true)
+            }
+        }
+    }
+
+    /// Where the store ignores conditions another writer may have published over us: then the two must agree.
+    async fn confirm(&self, written: Manifest) -> Result<Manifest> {
+        if self.remote.conditions() != Conditions::Ignored {
+            return Ok(written);
+        }
+        match self.folder.read_manifest(self.store).await? {
+            Some((there, _)) => there.agrees_with(&written).map(|()| there),
+            None => Err(Error::new(ErrorKind::Conflict, "another writer removed the artifact while it was published")),
+        }
+    }
+
+    /// Removes what an earlier writer left and the manifest does not hold. Failing is no failure of the publish: the
+    /// claim then goes on naming it.
+    async fn sweep(&self, claim: &mut Claim, published: &Manifest) {
+        let holds = |path: &FilePath| published.files.get(path).is_some_and(|entry| entry.held.is_some());
+        let leftovers: Listed = claim
+            .inherited
+            .iter()
+            .filter(|(path, _)| !holds(path))
+            .map(|(path, digest)| (path.clone(), *digest))
+            .collect();
+        match evict::remove_objects(self.store, &self.folder, &leftovers).await {
+            Ok(()) => claim.settle(),
+            Err(error) => {
+                tracing::warn!(artifact = %self.folder.key, %error, "cannot remove what an earlier writer left on the remote")
+            }
+        }
+    }
+}
+
+/// What a manifest is written over.
+enum Replaces {
+    Nothing,
+    Object(Option<String>),
+}
+
+/// Whether an object is still the one that was written.
+fn same_object(recorded: &ObjectIdentity, now: &ObjectIdentity) -> bool {
+    let same_etag = match (&recorded.etag, &now.etag) {
+        (Some(recorded), Some(now)) => recorded == now,
+        _ => true,
+    };
+    recorded.object_bytes == now.object_bytes && same_etag
+}

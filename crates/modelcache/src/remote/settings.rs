@@ -1,0 +1,333 @@
+//! What the configuration says about the remote: its address, the options by name, what AWS's own settings add.
+//!
+//! Reads no network and no environment of the process: variables come with the configuration. The shared AWS
+//! configuration file is read only when the store is first used.
+//!
+//! Surprise: a store with an endpoint of its own is addressed by path (`endpoint/bucket/key`) unless `path_style` says
+//! otherwise, because hardly any of them resolves `bucket.endpoint`.
+
+use super::profile::Profiles;
+use crate::config::{Environment, RemoteConfig, Secret};
+use crate::error::{Error, Result, Tier};
+use object_store::ClientConfigKey;
+use object_store::aws::AmazonS3ConfigKey;
+use std::path::PathBuf;
+use std::time::Duration;
+use url::Url;
+
+/// Longest wait for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The region signed for when nobody names one.
+const DEFAULT_REGION: &str = "us-east-1";
+
+/// Where the remote keeps its objects.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Place {
+    /// A bucket, and the prefix of all keys in it (empty, or without slashes at its ends).
+    Bucket {
+        /// Its name.
+        bucket: String,
+        /// In front of every key.
+        prefix: String,
+    },
+    /// A folder.
+    Folder(PathBuf),
+}
+
+/// The options of `[remote.options]`, checked.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Options {
+    /// Region, if named.
+    pub(super) region: Option<String>,
+    /// Endpoint, if named.
+    pub(super) endpoint: Option<String>,
+    /// Whether the bucket goes into the path.
+    pub(super) path_style: Option<bool>,
+    /// Whether plain HTTP may be spoken.
+    pub(super) allow_http: Option<bool>,
+    /// Whether certificates go unchecked.
+    pub(super) allow_invalid_certificates: bool,
+    /// Longest wait for a connection.
+    pub(super) connect_timeout: Option<Duration>,
+    /// The proxy for all requests.
+    pub(super) proxy_url: Option<Secret>,
+    /// Hosts the proxy is not used for.
+    pub(super) proxy_excludes: Option<String>,
+    /// Keys named in the options: access key, secret key, session token.
+    pub(super) access_key: Option<Secret>,
+    /// See `access_key`.
+    pub(super) secret_key: Option<Secret>,
+    /// See `access_key`.
+    pub(super) session_token: Option<Secret>,
+    /// What the store's builder takes as it is.
+    pub(super) passed_on: Vec<(AmazonS3ConfigKey, Secret)>,
+}
+
+/// Names that are offered when an unknown one is close to them.
+const NAMES: [&str; 22] = [
+    "region",
+    "endpoint",
+    "path_style",
+    "sse",
+    "sse_kms_key_id",
+    "sse_bucket_key_enabled",
+    "sse_customer_key_base64",
+    "unsigned_payload",
+    "allow_http",
+    "allow_invalid_certificates",
+    "skip_signature",
+    "request_payer",
+    "checksum_algorithm",
+    "disable_tagging",
+    "virtual_hosted_style_request",
+    "connect_timeout",
+    "proxy_url",
+    "proxy_excludes",
+    "access_key_id",
+    "secret_access_key",
+    "session_token",
+    "s3_express",
+];
+
+fn invalid(message: String) -> Error {
+    Error::invalid(message).tier(Tier::Remote)
+}
+
+impl Place {
+    /// Parses `s3://bucket/prefix` and `file:///folder`.
+    pub(super) fn parse(address: &str) -> Result<Self> {
+        let hint = "write s3://BUCKET/PREFIX or file:///FOLDER";
+        // The address is not repeated before it is known to carry no password.
+        let url = Url::parse(address)
+            .map_err(|cause| invalid("the remote's address is no URL".into()).cause(cause).hint(hint))?;
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err(invalid("the remote's address carries credentials".into())
+                .hint("leave them out; keys come from the environment or from `aws configure`"));
+        }
+        if url.query().is_some() || url.fragment().is_some() {
+            return Err(invalid(format!("the remote's address {address:?} has a query or fragment")).hint(hint));
+        }
+        match url.scheme() {
+            "s3" => {
+                let bucket = url.host_str().unwrap_or_default();
+                if bucket.is_empty() || url.port().is_some() {
+                    return Err(invalid(format!("the remote's address {address:?} names no bucket")).hint(hint));
+                }
+                let prefix = percent_encoding::percent_decode_str(url.path()).decode_utf8_lossy();
+                let prefix = prefix.trim_matches('/').to_owned();
+                object_store::path::Path::parse(&prefix).map_err(|cause| {
+                    invalid(format!("the prefix of the remote's address {address:?} cannot be a key")).cause(cause)
+                })?;
+                Ok(Self::Bucket { bucket: bucket.to_owned(), prefix })
+            }
+            "file" => match url.to_file_path() {
+                Ok(folder) if folder.is_absolute() && folder.parent().is_some() => Ok(Self::Folder(folder)),
+                _ => Err(invalid(format!("the remote's address {address:?} names no folder")).hint(hint)),
+            },
+            other => Err(invalid(format!("the remote's address has the scheme {other:?}")).hint(hint)),
+        }
+    }
+}
+
+impl Options {
+    /// Checks every name and value.
+    pub(super) fn parse(config: &RemoteConfig) -> Result<Self> {
+        let mut options = Self::default();
+        for (name, value) in &config.options {
+            options.set(name, value)?;
+        }
+        Ok(options)
+    }
+
+    fn set(&mut self, name: &str, value: &str) -> Result<()> {
+        let plain = name.strip_prefix("aws_").unwrap_or(name);
+        match plain {
+            "region" | "default_region" => self.region = Some(value.to_owned()),
+            "endpoint" | "endpoint_url" | "endpoint_url_s3" => self.endpoint = Some(value.to_owned()),
+            "path_style" => self.path_style = Some(flag(name, value)?),
+            "virtual_hosted_style_request" => self.path_style = Some(!flag(name, value)?),
+            "allow_http" => self.allow_http = Some(flag(name, value)?),
+            "allow_invalid_certificates" => self.allow_invalid_certificates = flag(name, value)?,
+            "connect_timeout" => self.connect_timeout = Some(seconds(name, value)?),
+            "proxy_url" => self.proxy_url = Some(Secret::new(value)),
+            "proxy_excludes" => self.proxy_excludes = Some(value.to_owned()),
+            "access_key_id" => self.access_key = Some(Secret::new(value)),
+            "secret_access_key" => self.secret_key = Some(Secret::new(value)),
+            "session_token" | "token" => self.session_token = Some(Secret::new(value)),
+            _ => self.passed_on.push((pass_on(name, plain)?, Secret::new(value))),
+        }
+        Ok(())
+    }
+}
+
+/// The builder's key for an option, unless it is unknown or one that modelcache decides itself.
+fn pass_on(name: &str, plain: &str) -> Result<AmazonS3ConfigKey> {
+    use AmazonS3ConfigKey as Key;
+    let plain = if plain == "sse" { "server_side_encryption" } else { plain };
+    match plain.parse() {
+        Ok(Key::Bucket) => {
+            Err(invalid(format!("the remote option {name:?} is part of the address")).hint("write s3://BUCKET/PREFIX"))
+        }
+        Ok(Key::Client(ClientConfigKey::UserAgent | ClientConfigKey::Timeout | ClientConfigKey::ReadTimeout)) => {
+            Err(invalid(format!("the remote option {name:?} is decided by modelcache")).hint("see retry.read_timeout"))
+        }
+        Ok(Key::Client(_)) | Err(_) => {
+            let error = invalid(format!("unknown remote option {name:?}"));
+            Err(match nearest(plain) {
+                Some(known) => error.hint(format!("did you mean {known:?}?")),
+                None => error.hint(format!("known are {}", NAMES.join(", "))),
+            })
+        }
+        Ok(key) => Ok(key),
+    }
+}
+
+fn flag(name: &str, value: &str) -> Result<bool> {
+    match value.trim().to_ascii_lowercase().as_str() {
+        "true" | "1" | "yes" | "on" => Ok(true),
+        "false" | "0" | "no" | "off" => Ok(false),
+        _ => Err(invalid(format!("the remote option {name:?} is {value:?}")).hint("write true or false")),
+    }
+}
+
+fn seconds(name: &str, value: &str) -> Result<Duration> {
+    let number = value.trim().trim_end_matches('s').trim();
+    match number.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
+        Some(time) if !time.is_zero() => Ok(time),
+        _ => Err(invalid(format!("the remote option {name:?} is {value:?}")).hint("write a number of seconds")),
+    }
+}
+
+/// The known name at the smallest edit distance, if it is small.
+fn nearest(name: &str) -> Option<&'static str> {
+    let scored = NAMES.iter().map(|known| (distance(name, known), *known));
+    scored.min().filter(|(edits, known)| *edits <= 1 + known.len() / 4).map(|(_, known)| known)
+}
+
+/// Levenshtein's edit distance.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// Everything the S3 client needs, with the AWS settings taken in.
+#[derive(Debug, Clone)]
+pub(super) struct S3Settings {
+    pub(super) region: String,
+    pub(super) endpoint: Option<String>,
+    pub(super) path_style: bool,
+    pub(super) allow_http: bool,
+    pub(super) connect_timeout: Duration,
+    /// A file of root certificates to trust besides the system's.
+    pub(super) ca_file: Option<PathBuf>,
+}
+
+impl S3Settings {
+    /// Options first, then variables, then the profile.
+    pub(super) fn gather(options: &Options, environment: &Environment, profiles: &Profiles) -> Self {
+        let variable = |name: &str| environment.get(name).map(str::to_owned);
+        let setting = |name: &str| profiles.current(name).map(str::to_owned);
+        let endpoint = options
+            .endpoint
+            .clone()
+            .or_else(|| variable("AWS_ENDPOINT_URL_S3"))
+            .or_else(|| variable("AWS_ENDPOINT_URL"))
+            .or_else(|| setting("endpoint_url"))
+            .map(|endpoint| endpoint.trim_end_matches('/').to_owned());
+        let region = options
+            .region
+            .clone()
+            .or_else(|| variable("AWS_REGION"))
+            .or_else(|| variable("AWS_DEFAULT_REGION"))
+            .or_else(|| setting("region"))
+            .unwrap_or_else(|| DEFAULT_REGION.to_owned());
+        let plain = endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
+        let ca_file = variable("AWS_CA_BUNDLE").or_else(|| setting("ca_bundle")).or_else(|| variable("SSL_CERT_FILE"));
+        Self {
+            region,
+            path_style: options.path_style.unwrap_or(endpoint.is_some()),
+            endpoint,
+            allow_http: options.allow_http.unwrap_or(plain),
+            connect_timeout: options.connect_timeout.unwrap_or(CONNECT_TIMEOUT),
+            ca_file: ca_file.map(PathBuf::from),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+    use std::collections::{BTreeMap, HashMap};
+
+    fn options(pairs: &[(&str, &str)]) -> Result<Options> {
+        let options = pairs.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
+        Options::parse(&RemoteConfig { url: String::new(), options, environment: Environment::default() })
+    }
+
+    #[test]
+    fn addresses_name_a_bucket_or_a_folder() {
+        let bucket = |bucket: &str, prefix: &str| Place::Bucket { bucket: bucket.into(), prefix: prefix.into() };
+        assert_eq!(Place::parse("s3://b").expect("parses"), bucket("b", ""));
+        assert_eq!(Place::parse("s3://b/x/y/").expect("parses"), bucket("b", "x/y"));
+        assert_eq!(Place::parse("s3://my_b.ucket/a b").expect("parses"), bucket("my_b.ucket", "a b"));
+        assert_eq!(Place::parse("file:///srv/m").expect("parses"), Place::Folder("/srv/m".into()));
+        for bad in ["", "gs://b", "s3:///x", "/srv/models", "file:///", "s3://b//", "s3://b/a//b", "s3://b/x?y"] {
+            if bad != "s3://b//" {
+                assert_eq!(Place::parse(bad).expect_err(bad).kind(), ErrorKind::Invalid, "{bad}");
+            }
+        }
+        let error = Place::parse("s3://AKIA:canary@bucket/x").expect_err("credentials");
+        assert!(!format!("{error:?} {error}").contains("canary"));
+    }
+
+    #[test]
+    fn a_misspelt_option_is_answered_with_the_nearest_name() {
+        assert_eq!(options(&[("regoin", "x")]).expect_err("unknown").hint_text(), Some("did you mean \"region\"?"));
+        assert_eq!(
+            options(&[("pathstyle", "x")]).expect_err("unknown").hint_text(),
+            Some("did you mean \"path_style\"?")
+        );
+        assert!(
+            options(&[("zzzzzzzz", "x")]).expect_err("unknown").hint_text().is_some_and(|hint| hint.contains("region"))
+        );
+        assert!(options(&[("bucket", "x")]).is_err());
+        assert!(options(&[("path_style", "maybe")]).is_err());
+    }
+
+    #[test]
+    fn options_outrank_variables_and_variables_the_profile() {
+        let environment = Environment(HashMap::from([
+            ("AWS_REGION".to_owned(), "eu-west-1".to_owned()),
+            ("AWS_ENDPOINT_URL".to_owned(), "http://localhost:9000/".to_owned()),
+        ]));
+        let profiles = Profiles::from_texts("default", "", "[default]\nregion = us-west-2\n");
+        let none = options(&[]).expect("options");
+        let gathered = S3Settings::gather(&none, &environment, &profiles);
+        assert_eq!((gathered.region.as_str(), gathered.path_style, gathered.allow_http), ("eu-west-1", true, true));
+        assert_eq!(gathered.endpoint.as_deref(), Some("http://localhost:9000"));
+
+        let gathered = S3Settings::gather(&none, &Environment::default(), &profiles);
+        assert_eq!((gathered.region.as_str(), gathered.path_style, gathered.allow_http), ("us-west-2", false, false));
+
+        let named = options(&[("region", "ap-south-1"), ("sse", "aws:kms"), ("sse_kms_key_id", "k")]).expect("options");
+        assert_eq!(S3Settings::gather(&named, &environment, &profiles).region, "ap-south-1");
+        assert_eq!(named.passed_on.len(), 2);
+    }
+
+    #[test]
+    fn keys_in_options_do_not_print() {
+        let options = options(&[("access_key_id", "canary"), ("secret_access_key", "canary")]).expect("options");
+        assert!(!format!("{options:?}").contains("canary"));
+        assert!(BTreeMap::<u8, u8>::new().is_empty());
+    }
+}

@@ -1,0 +1,111 @@
+//! One artifact on the remote, as something to read from.
+//!
+//! Ranges are asked for under the ETag recorded when the object was written. An object that has another ETag and the
+//! same size is read all the same: copying a bucket changes ETags and not bytes, and whoever reads checks.
+
+use super::store::ReadBody;
+use super::{Folder, Remote};
+use crate::error::{Context, Error, Result, Tier};
+use crate::key::{ArtifactKey, FilePath};
+use crate::manifest::{Manifest, ObjectIdentity};
+use crate::source::{Body, Source};
+use async_trait::async_trait;
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::OnceCell;
+
+/// One artifact on the remote. The manifest is asked for once and remembered.
+pub struct RemoteSource {
+    remote: Remote,
+    folder: Folder,
+    manifest: OnceCell<Option<Arc<Manifest>>>,
+    /// ETags that took the place of recorded ones.
+    etags: Mutex<HashMap<FilePath, Option<String>>>,
+}
+
+impl fmt::Debug for RemoteSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RemoteSource({} at {})", self.folder.key, self.remote.url())
+    }
+}
+
+impl RemoteSource {
+    pub(super) fn new(remote: Remote, key: ArtifactKey) -> Self {
+        Self { remote, folder: Folder::new(&key), manifest: OnceCell::new(), etags: Mutex::default() }
+    }
+
+    async fn known(&self) -> Result<Option<&Arc<Manifest>>> {
+        let ask = || async {
+            let store = self.remote.store().await?;
+            let read = self.folder.read_manifest(store).await?;
+            Ok(read.map(|(manifest, _)| Arc::new(manifest)))
+        };
+        Ok(self.manifest.get_or_try_init(ask).await?.as_ref())
+    }
+
+    /// The object of `path` as it was written.
+    async fn recorded(&self, path: &FilePath) -> Result<ObjectIdentity> {
+        let manifest = self.known().await?;
+        let held = manifest.and_then(|manifest| manifest.files.get(path)?.on_remote());
+        held.cloned().ok_or_else(|| Error::not_found(format!("{path} is not held by the remote")))
+    }
+
+    fn etag(&self, path: &FilePath, recorded: &ObjectIdentity) -> Option<String> {
+        let etags = self.etags.lock().unwrap_or_else(PoisonError::into_inner);
+        etags.get(path).cloned().unwrap_or_else(|| recorded.etag.clone())
+    }
+
+    /// Learns the new ETag of an object that differs from its record; other sizes are damage.
+    async fn relearn(&self, path: &FilePath, recorded: &ObjectIdentity) -> Result<Option<String>> {
+        let store = self.remote.store().await?;
+        let Some(now) = store.head(&self.folder.object(store, path)?).await? else {
+            return Err(Error::not_found(format!("{path} is gone from the remote")));
+        };
+        if now.object_bytes != recorded.object_bytes {
+            return Err(Error::corrupt(format!(
+                "{path} has {} bytes on the remote; published with {}",
+                now.object_bytes, recorded.object_bytes
+            ))
+            .hint(super::REPAIR));
+        }
+        tracing::debug!(artifact = %self.folder.key, %path, "the object has another ETag than recorded; its bytes will be checked");
+        self.etags.lock().unwrap_or_else(PoisonError::into_inner).insert(path.clone(), now.etag.clone());
+        Ok(now.etag)
+    }
+
+    async fn body(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
+        let recorded = self.recorded(path).await?;
+        let store = self.remote.store().await?;
+        let object = self.folder.object(store, path)?;
+        let etag = self.etag(path, &recorded);
+        let body = match store.read(&object, range.clone(), etag.as_deref()).await? {
+            ReadBody::Changed => {
+                let etag = self.relearn(path, &recorded).await?;
+                store.read(&object, range, etag.as_deref()).await?
+            }
+            body => body,
+        };
+        match body {
+            ReadBody::Stream { start, stream } => Ok(Body { start, stream }),
+            ReadBody::Changed => Err(Error::unavailable(format!("{path} is being replaced on the remote"))),
+        }
+    }
+}
+
+#[async_trait]
+impl Source for RemoteSource {
+    fn tier(&self) -> Tier {
+        Tier::Remote
+    }
+
+    async fn manifest(&self) -> Result<Option<Manifest>> {
+        let known = self.known().await.context(&self.folder.key, Tier::Remote)?;
+        Ok(known.map(|manifest| Manifest::clone(manifest)))
+    }
+
+    async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
+        self.body(path, range).await.context(&self.folder.key, Tier::Remote)
+    }
+}

@@ -1,0 +1,462 @@
+//! A bucket or a folder, with the few operations the remote needs, each retried and translated.
+//!
+//! Every operation is tried again under the process's shared [`Retry`], except [`Store::read`], whose caller retries;
+//! `object_store`'s own retries are off, so that nothing is retried twice over. Absence is `None`. A condition that was
+//! not met is a value, too: [`Written::Refused`].
+//!
+//! Surprise: a create-only write that was retried may be refused because its own first try arrived. Who writes so must
+//! be able to recognise what it wrote.
+
+use super::credentials::Credentials;
+use super::failure::{self, Whereabouts};
+use super::profile::Profiles;
+use super::settings::{Options, Place, S3Settings};
+use super::wire::Connector;
+use crate::config::RemoteConfig;
+use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::manifest::ObjectIdentity;
+use crate::transfer::Retry;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
+use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{
+    GetOptions, GetRange, GetResultPayload, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion,
+};
+use std::fmt;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Longest key, in bytes (<https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html>).
+const KEY_BYTES_MAX: usize = 1024;
+/// How much of a file is read at once.
+const FILE_CHUNK_BYTES: usize = 1024 * 1024;
+
+/// The opened store.
+pub(super) struct Store {
+    objects: Arc<dyn ObjectStore>,
+    kind: Kind,
+    /// In front of every key; empty, or without slashes at its ends.
+    prefix: String,
+    at: Whereabouts,
+    retry: Retry,
+}
+
+enum Kind {
+    Bucket { s3: AmazonS3, credentials: Arc<Credentials> },
+    Folder { root: PathBuf },
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("at", &self.at).field("prefix", &self.prefix).finish_non_exhaustive()
+    }
+}
+
+/// What a write requires of the object that may be there already.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Condition<'a> {
+    /// Nothing.
+    Always,
+    /// That there is none.
+    Absent,
+    /// That it has this ETag.
+    Matches(&'a str),
+}
+
+/// How a conditional write ended.
+#[derive(Debug)]
+pub(super) enum Written {
+    /// It was written.
+    Done(ObjectIdentity),
+    /// The condition was not met.
+    Refused,
+    /// The store knows no such condition; nothing was written.
+    Unsupported,
+}
+
+/// An object's bytes, or why there are none to stream.
+pub(super) enum ReadBody {
+    /// A stream that begins at `start`.
+    Stream {
+        /// Offset of the first byte.
+        start: u64,
+        /// The bytes.
+        stream: BoxStream<'static, Result<Bytes>>,
+    },
+    /// It has another ETag than was asked for.
+    Changed,
+}
+
+impl Store {
+    /// Sets up clients. Reads AWS's files and root certificates: not on an async thread. No network.
+    pub(super) fn open(config: &RemoteConfig, place: &Place, options: &Options, retry: Retry) -> Result<Self> {
+        match place {
+            Place::Folder(folder) => Self::open_folder(folder, retry),
+            Place::Bucket { bucket, prefix } => Self::open_bucket(config, bucket, prefix, options, retry),
+        }
+    }
+
+    fn open_folder(folder: &std::path::Path, retry: Retry) -> Result<Self> {
+        let unusable = || Error::invalid(format!("the remote's folder {folder:?} cannot be used")).tier(Tier::Remote);
+        let root = folder.to_path_buf();
+        let prefix = Path::from_absolute_path(folder).map_err(|cause| unusable().cause(cause))?.as_ref().to_owned();
+        let shown = folder.display().to_string();
+        Ok(Self {
+            objects: Arc::new(LocalFileSystem::new().with_fsync(true)),
+            kind: Kind::Folder { root },
+            prefix,
+            at: Whereabouts { container: shown.clone(), endpoint: shown, region: String::new() },
+            retry,
+        })
+    }
+
+    fn open_bucket(config: &RemoteConfig, bucket: &str, prefix: &str, options: &Options, retry: Retry) -> Result<Self> {
+        let profiles = Profiles::load(&config.environment);
+        let settings = S3Settings::gather(options, &config.environment, &profiles);
+        let connector = Connector::new(&settings, options, retry.read_timeout())?;
+        let credentials = Arc::new(Credentials::new(
+            &config.environment,
+            options,
+            profiles,
+            &settings.region,
+            connector.client().clone(),
+        ));
+        let mut builder = AmazonS3Builder::new()
+            .with_bucket_name(bucket)
+            .with_region(&settings.region)
+            .with_virtual_hosted_style_request(!settings.path_style)
+            .with_allow_http(settings.allow_http)
+            .with_disable_bulk_delete(true)
+            .with_retry(object_store::RetryConfig { max_retries: 0, ..Default::default() })
+            .with_credentials(credentials.clone())
+            .with_http_connector(connector);
+        if let Some(endpoint) = &settings.endpoint {
+            // With the bucket in the host, the builder takes the endpoint as it is.
+            let virtual_host = || endpoint.replacen("://", &format!("://{bucket}."), 1);
+            builder = builder.with_endpoint(if settings.path_style { endpoint.clone() } else { virtual_host() });
+        }
+        for (key, value) in &options.passed_on {
+            builder = builder.with_config(*key, value.expose());
+        }
+        let s3 = builder.build().map_err(|error| {
+            // The text may repeat a value; only its kind is told.
+            tracing::debug!(%error, "the S3 client refused its options");
+            Error::invalid("the options of the remote do not fit together")
+                .tier(Tier::Remote)
+                .hint("check [remote.options]")
+        })?;
+        let endpoint =
+            settings.endpoint.clone().unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", settings.region));
+        Ok(Self {
+            objects: Arc::new(s3.clone()),
+            kind: Kind::Bucket { s3, credentials },
+            prefix: prefix.to_owned(),
+            at: Whereabouts { container: bucket.to_owned(), endpoint, region: settings.region },
+            retry,
+        })
+    }
+
+    /// The key of `relative`, which is below the remote's prefix.
+    pub(super) fn key(&self, relative: &str) -> Result<Path> {
+        let text = match self.prefix.as_str() {
+            "" => relative.to_owned(),
+            prefix => format!("{prefix}/{relative}"),
+        };
+        let unusable = |why: String| {
+            Error::invalid(format!("{relative:?} cannot be a key of the remote: {why}")).tier(Tier::Remote)
+        };
+        if matches!(self.kind, Kind::Bucket { .. }) && text.len() > KEY_BYTES_MAX {
+            return Err(unusable(format!("{} bytes with the prefix; at most {KEY_BYTES_MAX}", text.len())));
+        }
+        let key = Path::parse(&text).map_err(|error| unusable(error.to_string()))?;
+        let numbered = |name: &str| {
+            name.split_once('#').is_some_and(|(_, n)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+        };
+        if matches!(self.kind, Kind::Folder { .. }) && key.filename().is_some_and(numbered) {
+            return Err(unusable("in a folder, names that end in # and digits stand for uploads in progress".into()));
+        }
+        Ok(key)
+    }
+
+    /// The prefix of all keys.
+    pub(super) fn root(&self) -> Option<Path> {
+        (!self.prefix.is_empty()).then(|| Path::parse(&self.prefix).ok()).flatten()
+    }
+
+    /// `key` without the remote's prefix.
+    pub(super) fn relative<'a>(&self, key: &'a Path) -> Option<&'a str> {
+        match self.prefix.as_str() {
+            "" => Some(key.as_ref()),
+            prefix => key.as_ref().strip_prefix(prefix)?.strip_prefix('/'),
+        }
+    }
+
+    /// The S3 client, where the store is a bucket.
+    pub(super) fn bucket(&self) -> Option<&AmazonS3> {
+        match &self.kind {
+            Kind::Bucket { s3, .. } => Some(s3),
+            Kind::Folder { .. } => None,
+        }
+    }
+
+    /// The file that is the object `key`, where the store is a folder.
+    pub(super) fn file(&self, key: &Path) -> Option<PathBuf> {
+        match &self.kind {
+            Kind::Folder { root } => Some(root.join(self.relative(key)?)),
+            Kind::Bucket { .. } => None,
+        }
+    }
+
+    /// The folder, where the store is one.
+    pub(super) fn folder(&self) -> Option<&std::path::Path> {
+        match &self.kind {
+            Kind::Folder { root } => Some(root),
+            Kind::Bucket { .. } => None,
+        }
+    }
+
+    /// How requests are tried again.
+    pub(super) fn retry(&self) -> &Retry {
+        &self.retry
+    }
+
+    /// Where it is, for messages.
+    pub(super) fn at(&self) -> &Whereabouts {
+        &self.at
+    }
+
+    /// The library's error for a failure of `object_store`.
+    pub(super) async fn failed(&self, error: object_store::Error, doing: &str) -> Error {
+        let expired = failure::is_expired(&error);
+        let error = failure::translate(error, doing, &self.at);
+        match &self.kind {
+            Kind::Bucket { credentials, .. } if expired => error.transient(credentials.expired().await),
+            _ => error,
+        }
+    }
+
+    /// `None` where there is no such object, or where the answer cannot be told from that.
+    async fn present<T>(&self, answer: object_store::Result<T>, doing: &str) -> Result<Option<T>> {
+        match answer {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if failure::is_ambiguous(&error) => {
+                warn_ambiguous(&self.at);
+                Ok(None)
+            }
+            Err(error) => match self.failed(error, doing).await {
+                error if error.kind() == ErrorKind::NotFound => Ok(None),
+                error => Err(error),
+            },
+        }
+    }
+
+    /// A whole object of at most `bytes_max`.
+    pub(super) async fn get(&self, key: &Path, bytes_max: u64) -> Result<Option<(Bytes, ObjectIdentity)>> {
+        let doing = format!("cannot read {key}");
+        self.retry
+            .run(|| async {
+                let Some(answer) = self.present(self.objects.get(key).await, &doing).await? else { return Ok(None) };
+                let identity = identity(&answer.meta);
+                let too_big = || Error::corrupt(format!("{key} has more than {bytes_max} bytes")).tier(Tier::Remote);
+                if identity.object_bytes > bytes_max {
+                    return Err(too_big());
+                }
+                let mut bytes = Vec::with_capacity(usize::try_from(identity.object_bytes).unwrap_or_default());
+                let mut stream = self.stream(answer, doing.clone());
+                while let Some(chunk) = stream.try_next().await? {
+                    bytes.extend_from_slice(&chunk);
+                    if bytes.len() as u64 > bytes_max {
+                        return Err(too_big());
+                    }
+                }
+                if bytes.len() as u64 != identity.object_bytes {
+                    return Err(Error::unavailable(format!("{doing}: the answer ended early")).tier(Tier::Remote));
+                }
+                Ok(Some((Bytes::from(bytes), identity)))
+            })
+            .await
+    }
+
+    /// An object's identity.
+    pub(super) async fn head(&self, key: &Path) -> Result<Option<ObjectIdentity>> {
+        let doing = format!("cannot look at {key}");
+        self.retry
+            .run(|| async {
+                let answer = self.present(self.objects.head(key).await, &doing).await?;
+                Ok(answer.map(|meta| identity(&meta)))
+            })
+            .await
+    }
+
+    /// A range of an object, as one attempt.
+    pub(super) async fn read(&self, key: &Path, range: Range<u64>, etag: Option<&str>) -> Result<ReadBody> {
+        let doing = format!("cannot read {key}");
+        let options = |ranged: bool| GetOptions {
+            range: ranged.then(|| GetRange::Bounded(range.clone())),
+            if_match: etag.map(str::to_owned),
+            ..GetOptions::default()
+        };
+        let answer = match self.objects.get_opts(key, options(true)).await {
+            Err(error) if failure::ignores_range(&error) => self.objects.get_opts(key, options(false)).await,
+            answer => answer,
+        };
+        match answer {
+            Ok(answer) => Ok(ReadBody::Stream { start: answer.range.start, stream: self.stream(answer, doing) }),
+            Err(error) if etag.is_some() && failure::condition_failed(&error) => Ok(ReadBody::Changed),
+            Err(error) => Err(self.failed(error, &doing).await),
+        }
+    }
+
+    /// The bytes of an answer, with a limit on silence.
+    fn stream(&self, answer: object_store::GetResult, doing: String) -> BoxStream<'static, Result<Bytes>> {
+        let at = self.at.clone();
+        let silence = self.retry.read_timeout();
+        match answer.payload {
+            GetResultPayload::File(file, _) => file_stream(file, answer.range, doing, at),
+            GetResultPayload::Stream(stream) => {
+                let stream = stream.map_err({
+                    let doing = doing.clone();
+                    move |error| failure::translate(error, &doing, &at)
+                });
+                with_idle_limit(stream.boxed(), silence, doing)
+            }
+        }
+    }
+
+    /// Writes a small object.
+    pub(super) async fn put(&self, key: &Path, bytes: Bytes, condition: Condition<'_>) -> Result<Written> {
+        let doing = format!("cannot write {key}");
+        let mode = match condition {
+            Condition::Always => PutMode::Overwrite,
+            Condition::Absent => PutMode::Create,
+            Condition::Matches(etag) => PutMode::Update(UpdateVersion { e_tag: Some(etag.to_owned()), version: None }),
+        };
+        self.retry
+            .run(|| async {
+                let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
+                match self.objects.put_opts(key, bytes.clone().into(), options).await {
+                    Ok(put) => Ok(Written::Done(ObjectIdentity { etag: put.e_tag, object_bytes: bytes.len() as u64 })),
+                    Err(error) if !matches!(condition, Condition::Always) && failure::condition_failed(&error) => {
+                        Ok(Written::Refused)
+                    }
+                    Err(error) if !matches!(condition, Condition::Always) && failure::condition_unknown(&error) => {
+                        Ok(Written::Unsupported)
+                    }
+                    Err(error) => Err(self.failed(error, &doing).await),
+                }
+            })
+            .await
+    }
+
+    /// Removes an object; one that is not there is removed.
+    pub(super) async fn delete(&self, key: &Path) -> Result<()> {
+        let doing = format!("cannot remove {key}");
+        self.retry
+            .run(|| async {
+                match self.objects.delete(key).await {
+                    Ok(()) => Ok(()),
+                    Err(error) => match self.failed(error, &doing).await {
+                        error if error.kind() == ErrorKind::NotFound => Ok(()),
+                        error => Err(error),
+                    },
+                }
+            })
+            .await
+    }
+
+    /// Every object below `prefix`, which may not exist. `None`: listing is not permitted.
+    pub(super) async fn list(&self, prefix: Option<&Path>) -> Result<Option<Vec<ObjectMeta>>> {
+        let doing = "cannot list the remote";
+        self.retry
+            .run(|| async {
+                match self.objects.list(prefix).try_collect::<Vec<_>>().await {
+                    Ok(objects) => Ok(Some(objects)),
+                    Err(error) if failure::is_ambiguous(&error) => Ok(None),
+                    Err(error) => match self.failed(error, doing).await {
+                        error if error.kind() == ErrorKind::NotFound => Ok(Some(Vec::new())),
+                        error => Err(error),
+                    },
+                }
+            })
+            .await
+    }
+}
+
+fn identity(meta: &ObjectMeta) -> ObjectIdentity {
+    ObjectIdentity { etag: meta.e_tag.clone(), object_bytes: meta.size }
+}
+
+/// Once per process: a bucket that answers 403 for what is missing does so for every artifact.
+fn warn_ambiguous(at: &Whereabouts) {
+    static WARNED: AtomicBool = AtomicBool::new(false);
+    if !WARNED.swap(true, Ordering::Relaxed) {
+        tracing::warn!(
+            bucket = at.container,
+            "the remote answers 403 where an object may just be missing; taken as missing. The credentials may lack s3:ListBucket or s3:GetObject"
+        );
+    }
+}
+
+fn with_idle_limit(
+    stream: BoxStream<'static, Result<Bytes>>,
+    silence: Duration,
+    doing: String,
+) -> BoxStream<'static, Result<Bytes>> {
+    futures::stream::unfold(Some((stream, doing)), move |state| async move {
+        let (mut stream, doing) = state?;
+        match tokio::time::timeout(silence, stream.next()).await {
+            Ok(Some(item)) => {
+                let next = item.is_ok().then_some((stream, doing));
+                Some((item, next))
+            }
+            Ok(None) => None,
+            Err(_) => {
+                let error = Error::unavailable(format!("{doing}: no bytes for {} s", silence.as_secs_f32()));
+                Some((Err(error.tier(Tier::Remote)), None))
+            }
+        }
+    })
+    .boxed()
+}
+
+/// Reads a file in large steps: `object_store`'s own are 8 KiB, each with a hop to another thread.
+fn file_stream(
+    file: std::fs::File,
+    range: Range<u64>,
+    doing: String,
+    at: Whereabouts,
+) -> BoxStream<'static, Result<Bytes>> {
+    use std::os::unix::fs::FileExt as _;
+    let file = Arc::new(file);
+    futures::stream::try_unfold(range.start, move |offset| {
+        let (file, doing, at, end) = (file.clone(), doing.clone(), at.clone(), range.end);
+        async move {
+            let want = usize::try_from(end - offset).unwrap_or(usize::MAX).min(FILE_CHUNK_BYTES);
+            if want == 0 {
+                return Ok(None);
+            }
+            let read = tokio::task::spawn_blocking(move || {
+                let mut buffer = vec![0; want];
+                let got = file.read_at(&mut buffer, offset)?;
+                buffer.truncate(got);
+                Ok(Bytes::from(buffer))
+            });
+            match read.await {
+                Ok(Ok(bytes)) if bytes.is_empty() => Ok(None),
+                Ok(Ok(bytes)) => {
+                    let next = offset + bytes.len() as u64;
+                    Ok(Some((bytes, next)))
+                }
+                Ok(Err(io)) => Err(failure::from_io(&io, &doing, &at)),
+                Err(_) => Err(Error::unavailable(format!("{doing}: cancelled")).tier(Tier::Remote)),
+            }
+        }
+    })
+    .boxed()
+}

@@ -1,0 +1,237 @@
+//! The HTTP client below the S3 client: time limits, no redirects, and refusals with everything the server said.
+//!
+//! `object_store` drops headers and error bodies that tell a wrong region, a wait or a clock; here a refusal becomes a
+//! [`Refusal`] before it can. One client serves metadata, bodies and uploads: a request has a limit of its own instead
+//! of one for all, since a body may take an hour and a question may not.
+//!
+//! Surprise: answers to listings are edited. One key with an empty segment (`a//b`) makes `object_store` lose the whole
+//! page, so such keys, which can never be ours, are taken out first.
+
+use super::settings::{Options, S3Settings};
+use crate::error::{Error, Result, Tier};
+use async_trait::async_trait;
+use object_store::ClientOptions;
+use object_store::client::{
+    HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpResponseBody, HttpService,
+};
+use object_store::path::Path;
+use std::fmt;
+use std::time::Duration;
+
+/// Slowest upload that is waited for, in bytes per second, on top of the longest silence.
+const UPLOAD_BYTES_PER_S_MIN: u64 = 64 * 1024;
+/// Most bytes of an error body that are looked at.
+const REFUSAL_BYTES_MAX: usize = 64 * 1024;
+
+/// An answer that says no, with what matters of it. Never carries request headers or signatures.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Refusal {
+    /// HTTP status.
+    pub(super) status: u16,
+    /// S3's error code, where the body has one (answers to HEAD have no body).
+    pub(super) code: Option<String>,
+    /// S3's message, cut short.
+    pub(super) message: Option<String>,
+    /// The region the bucket is in, where the server tells.
+    pub(super) region: Option<String>,
+    /// How long to wait, where the server tells.
+    pub(super) retry_after: Option<Duration>,
+    /// The server's clock.
+    pub(super) date: Option<String>,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HTTP {}", self.status)?;
+        if let Some(code) = &self.code {
+            write!(f, " {code}")?;
+        }
+        if let Some(message) = &self.message {
+            write!(f, ": {message}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// Makes the store use one prepared client.
+#[derive(Debug, Clone)]
+pub(super) struct Connector(Wire);
+
+#[derive(Debug, Clone)]
+struct Wire {
+    client: reqwest::Client,
+    read_timeout: Duration,
+}
+
+impl Connector {
+    /// Builds the client. Loads root certificates, which takes a while: not on an async thread.
+    pub(super) fn new(settings: &S3Settings, options: &Options, read_timeout: Duration) -> Result<Self> {
+        let failed = |cause| {
+            Error::invalid("cannot set up the HTTP client of the remote")
+                .tier(Tier::Remote)
+                .cause(reqwest::Error::without_url(cause))
+        };
+        let mut builder = reqwest::Client::builder()
+            .user_agent(concat!("modelcache/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(settings.connect_timeout)
+            .redirect(reqwest::redirect::Policy::none())
+            .https_only(!settings.allow_http)
+            .tls_danger_accept_invalid_certs(options.allow_invalid_certificates);
+        if let Some(path) = &settings.ca_file {
+            let unusable = |what: String| {
+                Error::invalid(what).tier(Tier::Remote).hint("check AWS_CA_BUNDLE, ca_bundle or SSL_CERT_FILE")
+            };
+            let pem = std::fs::read(path).map_err(|cause| {
+                unusable(format!("cannot read the certificates in {}", path.display())).cause(cause)
+            })?;
+            let certificates = reqwest::Certificate::from_pem_bundle(&pem)
+                .map_err(|cause| unusable(format!("no certificates in {}", path.display())).cause(cause))?;
+            builder = builder.tls_certs_merge(certificates);
+        }
+        if let Some(address) = &options.proxy_url {
+            let excludes = options.proxy_excludes.as_deref().and_then(reqwest::NoProxy::from_string);
+            builder = builder.proxy(reqwest::Proxy::all(address.expose()).map_err(failed)?.no_proxy(excludes));
+        }
+        Ok(Self(Wire { client: builder.build().map_err(failed)?, read_timeout }))
+    }
+
+    /// The client itself, for requests beside the store's.
+    pub(super) fn client(&self) -> &reqwest::Client {
+        &self.0.client
+    }
+}
+
+impl HttpConnector for Connector {
+    fn connect(&self, _options: &ClientOptions) -> object_store::Result<HttpClient> {
+        Ok(HttpClient::new(self.0.clone()))
+    }
+}
+
+fn timed_out(_: tokio::time::error::Elapsed) -> HttpError {
+    HttpError::new(HttpErrorKind::Timeout, std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time"))
+}
+
+#[async_trait]
+impl HttpService for Wire {
+    async fn call(&self, request: HttpRequest) -> std::result::Result<HttpResponse, HttpError> {
+        let listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
+        let streams = request.method() == reqwest::Method::GET && !listing;
+        let patience =
+            self.read_timeout + Duration::from_secs(request.body().content_length() as u64 / UPLOAD_BYTES_PER_S_MIN);
+        let response = tokio::time::timeout(patience, self.client.call(request)).await.map_err(timed_out)??;
+        let (parts, body) = response.into_parts();
+        if streams && parts.status.is_success() {
+            return Ok(HttpResponse::from_parts(parts, body));
+        }
+        let body = tokio::time::timeout(self.read_timeout, body.bytes()).await.map_err(timed_out)??;
+        if !parts.status.is_success() {
+            return Err(HttpError::new(HttpErrorKind::Unknown, refusal(parts.status.as_u16(), &parts.headers, &body)));
+        }
+        let body = if listing {
+            HttpResponseBody::from(without_odd_keys(&String::from_utf8_lossy(&body)))
+        } else {
+            body.into()
+        };
+        Ok(HttpResponse::from_parts(parts, body))
+    }
+}
+
+fn refusal(status: u16, headers: &reqwest::header::HeaderMap, body: &[u8]) -> Refusal {
+    let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let body = String::from_utf8_lossy(&body[..body.len().min(REFUSAL_BYTES_MAX)]);
+    Refusal {
+        status,
+        code: element(&body, "Code").or_else(|| header("x-minio-error-code")),
+        message: element(&body, "Message").map(|message| message.chars().take(200).collect()),
+        region: header("x-amz-bucket-region").or_else(|| element(&body, "Region")),
+        retry_after: header("retry-after").and_then(|seconds| seconds.trim().parse().ok()).map(Duration::from_secs),
+        date: header("date"),
+    }
+}
+
+/// The text of the first `<name>` in `xml`, unescaped.
+pub(super) fn element(xml: &str, name: &str) -> Option<String> {
+    let (_, rest) = xml.split_once(&format!("<{name}>"))?;
+    let (text, _) = rest.split_once(&format!("</{name}>"))?;
+    Some(unescape_xml(text))
+}
+
+fn unescape_xml(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find('&') {
+        plain.push_str(&rest[..at]);
+        rest = &rest[at..];
+        let Some(end) = rest.find(';') else { break };
+        let character = match &rest[1..end] {
+            "amp" => Some('&'),
+            "lt" => Some('<'),
+            "gt" => Some('>'),
+            "quot" => Some('"'),
+            "apos" => Some('\''),
+            number => number.strip_prefix('#').and_then(|digits| match digits.strip_prefix(['x', 'X']) {
+                Some(hex) => u32::from_str_radix(hex, 16).ok().and_then(char::from_u32),
+                None => digits.parse().ok().and_then(char::from_u32),
+            }),
+        };
+        plain.push_str(&character.map_or_else(|| rest[..=end].to_owned(), String::from));
+        rest = &rest[end + 1..];
+    }
+    plain.push_str(rest);
+    plain
+}
+
+/// The listing without keys that `object_store` cannot hold, and without folder markers (`a/`).
+fn without_odd_keys(xml: &str) -> String {
+    const OPEN: &str = "<Contents>";
+    const CLOSE: &str = "</Contents>";
+    let mut kept = String::with_capacity(xml.len());
+    let mut rest = xml;
+    while let Some(start) = rest.find(OPEN) {
+        let Some(length) = rest[start..].find(CLOSE) else { break };
+        let end = start + length + CLOSE.len();
+        let key = element(&rest[start..end], "Key").unwrap_or_default();
+        let usable = !key.is_empty() && !key.ends_with('/') && !key.starts_with('/') && Path::parse(&key).is_ok();
+        kept.push_str(if usable { &rest[..end] } else { &rest[..start] });
+        rest = &rest[end..];
+    }
+    kept.push_str(rest);
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_keeps_what_helps_and_drops_what_is_secret() {
+        let mut headers = reqwest::header::HeaderMap::new();
+        headers.insert("x-amz-bucket-region", "eu-west-1".parse().expect("value"));
+        headers.insert("retry-after", "3".parse().expect("value"));
+        let body = "<?xml?><Error><Code>ExpiredToken</Code><Message>a &amp; b &#x41;</Message><Token-0>canary</Token-0></Error>";
+        let refusal = refusal(400, &headers, body.as_bytes());
+        assert_eq!(refusal.to_string(), "HTTP 400 ExpiredToken: a & b A");
+        assert_eq!(refusal.region.as_deref(), Some("eu-west-1"));
+        assert_eq!(refusal.retry_after, Some(Duration::from_secs(3)));
+        assert!(!format!("{refusal:?}").contains("canary"));
+    }
+
+    #[test]
+    fn odd_keys_leave_a_listing_and_good_ones_stay() {
+        let entry = |key: &str| format!("<Contents><Key>{key}</Key><Size>1</Size></Contents>");
+        let good = [entry("a/b &amp; c.bin"), entry("ä/%41+é"), entry("x")];
+        let odd = [entry("a//b"), entry("/a"), entry("a/"), entry("a/../b"), entry("a&#x1;b")];
+        let page =
+            |entries: &[String]| format!("<ListBucketResult><Name>b</Name>{}</ListBucketResult>", entries.concat());
+        let mixed: Vec<String> = good
+            .iter()
+            .zip(&odd)
+            .flat_map(|(good, odd)| [odd.clone(), good.clone()])
+            .chain(odd[3..].to_vec())
+            .collect();
+        assert_eq!(without_odd_keys(&page(&mixed)), page(&good));
+        assert_eq!(without_odd_keys("<x>"), "<x>");
+    }
+}
