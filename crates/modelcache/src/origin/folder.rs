@@ -259,3 +259,153 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     let joined = tokio::task::spawn_blocking(work).await;
     joined.map_err(|cause| Error::new(ErrorKind::Other, "a reading task ended early").cause(cause))?
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::fs::symlink;
+
+    fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("folder");
+        for (path, content) in files {
+            let path = folder.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("parent")).expect("folders");
+            std::fs::write(path, content).expect("file");
+        }
+        folder
+    }
+
+    async fn resolved(path: &Path) -> Result<Option<Resolved>> {
+        resolve(path.to_str().expect("UTF-8")).await
+    }
+
+    async fn key(path: &Path) -> ArtifactKey {
+        resolved(path).await.expect("resolves").expect("is there").key
+    }
+
+    async fn read(source: &Arc<dyn Source>, path: &str, range: Range<u64>) -> Result<Vec<u8>> {
+        let mut body = source.read(&FilePath::new(path)?, range).await?;
+        let mut bytes = Vec::new();
+        while let Some(chunk) = body.stream.next().await {
+            bytes.extend_from_slice(&chunk?);
+        }
+        Ok(bytes)
+    }
+
+    #[tokio::test]
+    async fn nothing_there_is_absence() {
+        let folder = folder(&[("a", b"1")]);
+        assert!(resolved(&folder.path().join("b")).await.expect("no failure").is_none());
+        assert!(resolved(&folder.path().join("a/b")).await.expect("no failure").is_none());
+    }
+
+    #[tokio::test]
+    async fn the_version_changes_with_the_folder_and_only_then() {
+        let folder = folder(&[("a", b"1"), ("d/b", b"2")]);
+        let path = folder.path();
+        let mut seen = vec![key(path).await];
+        assert_eq!(key(path).await, seen[0], "nothing changed");
+        assert_eq!(seen[0].name, folder_name(path.to_str().expect("UTF-8")).expect("name"));
+        let mut changed = async |what: &str| {
+            let key = key(path).await;
+            assert!(!seen.contains(&key), "{what} went unnoticed");
+            seen.push(key);
+        };
+        std::fs::write(path.join("c"), b"3").expect("new");
+        changed("a new file").await;
+        std::fs::rename(path.join("c"), path.join("c2")).expect("renamed");
+        changed("another name").await;
+        std::fs::write(path.join("a"), b"11").expect("longer");
+        changed("another size").await;
+        let times = std::fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH);
+        File::open(path.join("a")).and_then(|file| file.set_times(times)).expect("older");
+        changed("another mtime").await;
+        std::fs::write(path.join("other"), b"22").expect("other");
+        File::open(path.join("other")).and_then(|file| file.set_times(times)).expect("as old");
+        std::fs::rename(path.join("other"), path.join("a")).expect("replaced");
+        changed("another inode").await;
+        assert_ne!(key(&path.join("a")).await.version, key(path).await.version);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_file_is_refused_by_name() {
+        let cases: [(&str, fn(&Path)); 5] = [
+            ("a pipe", |path| {
+                let mode = rustix::fs::Mode::RUSR;
+                rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).expect("pipe");
+            }),
+            ("a socket", |path| drop(std::os::unix::net::UnixListener::bind(path).expect("socket"))),
+            ("a device", |path| symlink("/dev/null", path).expect("link")),
+            ("leads nowhere", |path| symlink("no/such/file", path).expect("link")),
+            ("leads back", |path| symlink("..", path).expect("link")),
+        ];
+        for (what, make) in cases {
+            let folder = folder(&[("d/a", b"1")]);
+            make(&folder.path().join("d/odd"));
+            let error = resolved(folder.path()).await.expect_err(what);
+            assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+            assert!(error.message().contains("d/odd") && error.message().contains(what), "{what}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn names_that_no_artifact_may_have_are_refused() {
+        for name in [&b"\xff.bin"[..], b"a\\b", b"a\nb", b".modelcache"] {
+            let folder = folder(&[("fine", b"1")]);
+            std::fs::write(folder.path().join(std::ffi::OsStr::from_bytes(name)), b"1").expect("file");
+            let error = resolved(folder.path()).await.expect_err("odd name");
+            assert_eq!((error.kind(), error.hint_text()), (ErrorKind::Invalid, Some("rename it")), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_changed_since_is_not_read() {
+        let folder = folder(&[("a", b"12345"), ("gone", b"1"), ("pipe", b"1")]);
+        let source = resolved(folder.path()).await.expect("resolves").expect("is there").source;
+        assert_eq!(read(&source, "a", 1..4).await.expect("unchanged"), b"234");
+        std::fs::write(folder.path().join("a"), b"54321").expect("written");
+        let error = read(&source, "a", 0..5).await.expect_err("another mtime");
+        assert!(error.kind() == ErrorKind::Corrupt && !error.is_transient(), "{error}");
+        assert!(error.message().contains("changed while being read") && error.hint_text().is_some(), "{error}");
+
+        std::fs::remove_file(folder.path().join("gone")).expect("removed");
+        assert_eq!(read(&source, "gone", 0..1).await.expect_err("gone").kind(), ErrorKind::NotFound);
+
+        let pipe = folder.path().join("pipe");
+        std::fs::remove_file(&pipe).expect("removed");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).expect("pipe");
+        assert_eq!(read(&source, "pipe", 0..1).await.expect_err("a pipe now").kind(), ErrorKind::Corrupt);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_changes_meanwhile_fails_the_stream() {
+        let content = vec![7; 3 * CHUNK_BYTES as usize];
+        let folder = folder(&[("a", &content)]);
+        let source = resolved(folder.path()).await.expect("resolves").expect("is there").source;
+        let mut body = source.read(&FilePath::new("a").expect("path"), 0..content.len() as u64).await.expect("opens");
+        body.stream.next().await.expect("first").expect("first chunk");
+        let file = OpenOptions::new().write(true).open(folder.path().join("a")).expect("opens");
+        file.set_len(CHUNK_BYTES + 1).expect("cut");
+        let error = body.stream.next().await.expect("second").expect_err("cut short");
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        assert!(body.stream.next().await.is_none(), "an error ends the stream");
+    }
+
+    #[tokio::test]
+    async fn folders_linked_twice_are_no_loop() {
+        let folder = folder(&[("d/a", b"1")]);
+        symlink("d", folder.path().join("e")).expect("link");
+        let source = resolved(folder.path()).await.expect("resolves").expect("is there").source;
+        let manifest = source.manifest().await.expect("listed").expect("is there");
+        assert_eq!(manifest.files.keys().map(FilePath::as_str).collect::<Vec<_>>(), ["d/a", "e/a"]);
+        assert_eq!(manifest.files.values().filter(|entry| entry.provenance.is_some()).count(), 0);
+    }
+
+    #[test]
+    fn what_may_not_be_read_is_unauthorized_and_named() {
+        let error = unreadable(Path::new("/x/y"), io::ErrorKind::PermissionDenied.into());
+        assert!(error.kind() == ErrorKind::Unauthorized && error.message().contains("/x/y"), "{error}");
+    }
+}

@@ -167,6 +167,23 @@ pub(super) async fn body_up_to(mut response: Response, url: &Url, bytes_max: u64
     Ok(body)
 }
 
+/// Reads a short body to its end, so that the connection can be used again; gives up on a long one.
+pub(super) async fn drain(response: Response) {
+    read_some(response).await;
+}
+
+/// What comes first in a body, and nothing where reading it fails.
+async fn read_some(mut response: Response) -> Vec<u8> {
+    let mut body = Vec::new();
+    while let Ok(Some(chunk)) = response.chunk().await {
+        body.extend_from_slice(&chunk);
+        if body.len() > ERROR_BYTES_MAX {
+            break;
+        }
+    }
+    body
+}
+
 /// The body of a file's answer as it comes in.
 pub(super) fn body_stream(response: Response, url: &Url) -> BoxStream<'static, Result<Bytes>> {
     let url = url.clone();
@@ -293,21 +310,13 @@ pub(super) struct Refusal {
 
 impl Refusal {
     /// Reads status and headers; the words only where `quote` says that they may be repeated.
-    pub(super) async fn read(mut response: Response, quote: bool) -> Self {
+    pub(super) async fn read(response: Response, quote: bool) -> Self {
         let headers = response.headers();
         let (status, wait) = (response.status(), asked_wait(headers));
         let code = header(headers, "x-error-code").map(one_line);
-        let mut message = header(headers, "x-error-message").filter(|_| quote).map(one_line);
-        if quote && message.is_none() {
-            let mut body = Vec::new();
-            while let Ok(Some(chunk)) = response.chunk().await {
-                body.extend_from_slice(&chunk);
-                if body.len() > ERROR_BYTES_MAX {
-                    break;
-                }
-            }
-            message = json_error(&body);
-        }
+        let message = header(headers, "x-error-message").map(one_line);
+        let body = read_some(response).await;
+        let message = message.or_else(|| json_error(&body)).filter(|_| quote);
         Self { status, code, message: message.filter(|text| !text.is_empty()), wait }
     }
 

@@ -141,10 +141,11 @@ impl Hub {
                 commit = told("x-repo-commit").map(str::to_owned).or(commit);
                 linked_size = told("x-linked-size").and_then(|text| text.parse().ok()).or(linked_size);
             }
-            match response.status().as_u16() {
-                301 | 302 | 303 | 307 | 308 => url = http::redirect_target(&url, response.headers().get(LOCATION))?,
-                _ => return Ok(Answer { response, url, at_home, commit, linked_size }),
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(Answer { response, url, at_home, commit, linked_size });
             }
+            url = http::redirect_target(&url, response.headers().get(LOCATION))?;
+            http::drain(response).await;
         }
         let server = Server(&url);
         Err(Error::unavailable(format!("{server} still redirects after {} redirects", limits::REDIRECTS_MAX))
@@ -258,8 +259,7 @@ struct TreeEntry {
     #[serde(rename = "type")]
     kind: String,
     path: String,
-    #[serde(default)]
-    size: u64,
+    size: Option<u64>,
     oid: Option<String>,
     lfs: Option<Lfs>,
 }
@@ -336,6 +336,7 @@ impl HubSource {
             }
             tracing::debug!(%path, status = answer.response.status().as_u16(), "an address is spent; resolving again");
             self.places().remove(path);
+            http::drain(answer.response).await;
         }
         let HubRepo { kind, id, revision } = &self.repo;
         let url = format!("{}{id}/resolve/{revision}/{}", kind.prefix(), http::segments(path.as_str()));
@@ -424,7 +425,8 @@ fn add(manifest: &mut Manifest, entry: TreeEntry) -> Result<()> {
     let path = FilePath::new(&entry.path).map_err(|error| {
         refuse(&error.message()).hint("nothing of this repository was fetched; such a name is refused as a whole")
     })?;
-    let mut file = FileEntry { size: entry.size, ..FileEntry::default() };
+    let Some(size) = entry.size else { return Err(refuse(&"no size")) };
+    let mut file = FileEntry { size, ..FileEntry::default() };
     match (&entry.lfs, &entry.oid) {
         (Some(lfs), _) => {
             let digest = lfs.oid.strip_prefix("sha256:").unwrap_or(&lfs.oid);
@@ -519,6 +521,7 @@ mod tests {
             r#"{"type":"file","path":"a\u0000","size":1}"#,
             r#"{"type":"file","path":".modelcache/manifest.json","size":1}"#,
             r#"{"type":"file","path":"taken","size":1}"#,
+            r#"{"type":"file","path":"x"}"#,
             r#"{"type":"file","path":"x","size":1,"oid":"zz"}"#,
             r#"{"type":"file","path":"x","size":1,"lfs":{"oid":"00"}}"#,
         ] {
