@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 /// A tiered, verifying cache for model artifacts: local disk, an object store, the origin.
 #[derive(Debug, Parser)]
-#[command(name = "modelcache", version, arg_required_else_help = true, infer_long_args = false)]
+#[command(name = "modelcache", version, arg_required_else_help = true)]
 #[command(after_long_help = exit::help())]
 pub(crate) struct Arguments {
     /// What holds for every verb.
@@ -96,7 +96,8 @@ pub(crate) fn explain(refusal: &clap::Error, args: &[OsString]) -> u8 {
     let _ = refusal.print();
     if refusal.use_stderr() && args.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--json") {
         let rendered = refusal.render().to_string();
-        let message = rendered.lines().next().unwrap_or_default().trim_start_matches("error: ");
+        let first = rendered.lines().take_while(|line| !line.is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
+        let message = first.trim_start_matches("error: ");
         let object = serde_json::json!({"error": {
             "code": modelcache::ErrorKind::Invalid.name(), "message": message,
             "hint": null, "artifact": null, "tier": null,

@@ -9,6 +9,8 @@ use indicatif::{MultiProgress, ProgressDrawTarget};
 use modelcache::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 use std::io::{self, IsTerminal, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -64,14 +66,22 @@ impl Output {
         })
     }
 
-    /// A part of the answer: `text` and a line end, unless it has one.
+    /// A part of the answer: `text` and one line end.
     pub(crate) fn answer(&self, text: &str) -> Result<()> {
+        self.write(text.trim_end_matches('\n').as_bytes())
+    }
+
+    /// A path as it is, also where it is not UTF-8.
+    pub(crate) fn answer_path(&self, path: &Path) -> Result<()> {
+        self.write(path.as_os_str().as_bytes())
+    }
+
+    fn write(&self, line: &[u8]) -> Result<()> {
         if self.closed.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let end = if text.ends_with('\n') { "" } else { "\n" };
         let mut stdout = io::stdout().lock();
-        match stdout.write_all(format!("{text}{end}").as_bytes()).and_then(|()| stdout.flush()) {
+        match stdout.write_all(&[line, b"\n"].concat()).and_then(|()| stdout.flush()) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 self.closed.store(true, Ordering::Relaxed);
                 Ok(())

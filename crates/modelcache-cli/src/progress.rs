@@ -75,7 +75,11 @@ impl<'a> View<'a> {
             bar.set_prefix(label.to_owned());
             bar
         });
-        let template = if reading.total_bytes > 0 { "{prefix} [{bar:20}] {msg}" } else { "{prefix} {spinner} {msg}" };
+        let template = if reading.total_bytes > 0 {
+            "{prefix:.48} [{bar:20}] {wide_msg}"
+        } else {
+            "{prefix:.48} {spinner} {wide_msg}"
+        };
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
         }

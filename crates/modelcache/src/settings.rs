@@ -6,6 +6,9 @@
 //! that the file should not have is an error, a `MODEL_CACHE_*` variable that means nothing only a warning, because
 //! environments are shared.
 
+mod file;
+mod values;
+
 use crate::config::{
     ByteBound, Config, Environment, HubConfig, OnRemoteDown, OriginTemplate, RemoteConfig, RetryConfig, Secret,
 };
@@ -14,6 +17,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use file::File;
+use values::{DURATION_ACCEPTS, SIZE_ACCEPTS, nearest};
+pub use values::{parse_duration, parse_size};
 
 /// The name of the configuration file in the user's and in the system's folder.
 pub const FILE_NAME: &str = "modelcache.toml";
@@ -123,7 +130,7 @@ pub const SETTINGS: &[Setting] = &[
         accepts: "the name of a bucket",
         set: |given, draft| {
             if given.text.contains("://") {
-                return Err(Error::invalid("is a URL").hint("put a URL into MODEL_CACHE_REMOTE; here only the bucket"));
+                return Err(Error::invalid("a URL").hint("put a URL into MODEL_CACHE_REMOTE; here only the bucket"));
             }
             let url = checked_remote(&format!("s3://{}", given.text))?;
             draft.offer_remote(given, Some(url))
@@ -151,7 +158,7 @@ pub const SETTINGS: &[Setting] = &[
             draft.on_remote_down = match given.text.as_str() {
                 "origin" => OnRemoteDown::Origin,
                 "fail" => OnRemoteDown::Fail,
-                _ => return Err(Error::invalid("is neither")),
+                _ => return Err(Error::invalid("not one of them")),
             };
             Ok(())
         },
@@ -239,15 +246,12 @@ pub const SETTINGS: &[Setting] = &[
             draft.log.format = match given.text.as_str() {
                 "text" => LogFormat::Text,
                 "json" => LogFormat::Json,
-                _ => return Err(Error::invalid("is neither")),
+                _ => return Err(Error::invalid("not one of them")),
             };
             Ok(())
         },
     },
 ];
-
-const SIZE_ACCEPTS: &str = "14GB, 1.5TiB, 80% of the filesystem, or a number of bytes";
-const DURATION_ACCEPTS: &str = "for instance 500ms, 30s, 1.5m, 1h30m, 7d, or a number of seconds";
 
 /// Variables of other programs that are honoured, and what they do here.
 const HONOURED: &[(&str, &str)] = &[
@@ -351,13 +355,6 @@ struct Draft {
     ref_ttl: Duration,
     retry: RetryConfig,
     log: LogSettings,
-}
-
-/// One configuration file, taken apart.
-struct File {
-    path: PathBuf,
-    values: BTreeMap<String, String>,
-    options: BTreeMap<String, String>,
 }
 
 impl Settings {
@@ -474,148 +471,6 @@ impl Draft {
     }
 }
 
-impl File {
-    fn parse(path: &Path, text: &str) -> Result<Self> {
-        let table: toml::Table = toml::from_str(text).map_err(|error: toml::de::Error| {
-            let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-            Error::invalid(format!("{}: line {line}: {}", path.display(), error.message()))
-                .hint("the file is TOML, for instance max_bytes = \"200GB\"")
-        })?;
-        let mut file = Self { path: path.to_owned(), values: BTreeMap::new(), options: BTreeMap::new() };
-        for (key, value) in table {
-            match (key.as_str(), value) {
-                ("remote", toml::Value::Table(remote)) => file.take_remote(remote)?,
-                (_, value) => file.take(&key, &value)?,
-            }
-        }
-        Ok(file)
-    }
-
-    /// `[remote]` with `url` and `options`: what `remote = "…"` grows into when it needs options.
-    fn take_remote(&mut self, remote: toml::Table) -> Result<()> {
-        for (key, value) in remote {
-            match (key.as_str(), value) {
-                ("url", value) => self.take("remote", &value)?,
-                ("options", toml::Value::Table(options)) => {
-                    for (name, value) in options {
-                        let key = format!("{OPTIONS_KEY}.{name}");
-                        let text = one_text(&value).ok_or_else(|| self.wrong_type(&key, &value))?;
-                        self.options.insert(name, text);
-                    }
-                }
-                (_, value) => self.take(&format!("remote.{key}"), &value)?,
-            }
-        }
-        Ok(())
-    }
-
-    fn take(&mut self, key: &str, value: &toml::Value) -> Result<()> {
-        if !SETTINGS.iter().any(|setting| setting.key == key) {
-            return Err(self.unknown(key));
-        }
-        let text = match value {
-            toml::Value::Array(items) => items.iter().map(one_text).collect::<Option<Vec<_>>>().map(|t| t.join(",")),
-            value => one_text(value),
-        };
-        let text = text.filter(|_| key != OPTIONS_KEY).ok_or_else(|| self.wrong_type(key, value))?;
-        self.values.insert(key.to_owned(), text);
-        Ok(())
-    }
-
-    fn unknown(&self, key: &str) -> Error {
-        let known = SETTINGS.iter().map(|setting| setting.key).chain(["remote.url"]);
-        let hint = match nearest(key, known.clone()) {
-            Some(near) => format!("did you mean {near:?}?"),
-            None => format!("known: {}", known.collect::<Vec<_>>().join(", ")),
-        };
-        Error::invalid(format!("{}: no setting is called {key:?}", self.path.display())).hint(hint)
-    }
-
-    fn wrong_type(&self, key: &str, value: &toml::Value) -> Error {
-        let setting = SETTINGS.iter().find(|setting| setting.key == key);
-        Error::invalid(format!("{}: {key} is a TOML {}", self.path.display(), value.type_str()))
-            .hint(format!("accepted: {}", setting.map_or("a text, a number, true or false", |setting| setting.accepts)))
-    }
-}
-
-fn one_text(value: &toml::Value) -> Option<String> {
-    match value {
-        toml::Value::String(text) => Some(text.clone()),
-        toml::Value::Integer(number) => Some(number.to_string()),
-        toml::Value::Boolean(truth) => Some(truth.to_string()),
-        _ => None,
-    }
-}
-
-/// A size: a number of bytes, with a unit, or a whole percentage.
-///
-/// Units go by the SI (`kB`, `MB`, …) and the IEC (`KiB`, `MiB`, …), in any case, with or without the `B`, as in
-/// Kubernetes' quantities.
-pub fn parse_size(text: &str) -> Result<ByteBound> {
-    let refuse = || Error::invalid("is no size");
-    let text = text.trim();
-    if let Some(percent) = text.strip_suffix('%') {
-        return match percent.trim().parse() {
-            Ok(percent @ 0..=100) => Ok(ByteBound::Percent(percent)),
-            _ => Err(Error::invalid("is no whole percentage between 0% and 100%")),
-        };
-    }
-    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len()));
-    let unit = unit.trim().to_ascii_lowercase();
-    let unit = match unit.strip_suffix('b').unwrap_or(&unit) {
-        "" => 1,
-        "k" => 1000,
-        "m" => 1000_u128.pow(2),
-        "g" => 1000_u128.pow(3),
-        "t" => 1000_u128.pow(4),
-        "p" => 1000_u128.pow(5),
-        "ki" => 1024,
-        "mi" => 1024_u128.pow(2),
-        "gi" => 1024_u128.pow(3),
-        "ti" => 1024_u128.pow(4),
-        "pi" => 1024_u128.pow(5),
-        _ => return Err(refuse()),
-    };
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    if fraction.len() > 12 || (whole.is_empty() && fraction.is_empty()) {
-        return Err(refuse());
-    }
-    let digits = |digits: &str| if digits.is_empty() { Ok(0) } else { digits.parse::<u64>().map(u128::from) };
-    let whole = digits(whole).map_err(|_| refuse())? * unit;
-    let fraction = digits(fraction).map_err(|_| refuse())? * unit / 10_u128.pow(fraction.len() as u32);
-    u64::try_from(whole + fraction).map(ByteBound::Bytes).map_err(|_| Error::invalid("is more than can be counted"))
-}
-
-/// A duration: a number of seconds, or numbers with the units `ms`, `s`, `m` (or `min`), `h`, `d`.
-pub fn parse_duration(text: &str) -> Result<Duration> {
-    let refuse = || Error::invalid("is no duration").hint(format!("accepted: {DURATION_ACCEPTS}"));
-    let mut rest = text.trim();
-    let mut seconds = 0.0;
-    if rest.is_empty() {
-        return Err(refuse());
-    }
-    while !rest.is_empty() {
-        let (number, tail) = rest.split_at(rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len()));
-        let tail = tail.trim_start();
-        let (unit, tail) = tail.split_at(tail.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(tail.len()));
-        let unit_seconds = match unit {
-            "ms" => 0.001,
-            "s" | "sec" => 1.0,
-            "" if number.len() == text.trim().len() => 1.0,
-            "m" | "min" => 60.0,
-            "h" => 3600.0,
-            "d" => 86_400.0,
-            _ => return Err(refuse()),
-        };
-        seconds += number.parse::<f64>().map_err(|_| refuse())? * unit_seconds;
-        rest = tail.trim_start();
-    }
-    // `try_from_secs_f64` keeps nanoseconds that binary fractions invent; nobody means less than a microsecond.
-    Duration::try_from_secs_f64(seconds)
-        .map(|duration| Duration::from_micros(u64::try_from((duration.as_nanos() + 500) / 1000).unwrap_or(u64::MAX)))
-        .map_err(|_| refuse())
-}
-
 /// The address of a remote, without slashes at its end.
 fn checked_remote(text: &str) -> Result<String> {
     let url = text.trim_end_matches('/');
@@ -629,8 +484,8 @@ fn checked_remote(text: &str) -> Result<String> {
     }
     match text.strip_prefix("file://") {
         Some(path) if path.starts_with('/') && !url.ends_with(':') => Ok(url.to_owned()),
-        Some(_) => Err(Error::invalid("is no absolute path").hint("write file:///folder")),
-        None => Err(Error::invalid("is no address of an object store")),
+        Some(_) => Err(Error::invalid("not an absolute path").hint("write file:///folder")),
+        None => Err(Error::invalid("not the address of an object store")),
     }
 }
 
@@ -716,28 +571,6 @@ fn unknown_variables(environment: &Environment) -> Vec<String> {
         None => format!("{name} is no setting of this release and is ignored"),
     };
     unknown.into_iter().map(warn).collect()
-}
-
-/// The one of `known` that is nearest to `name`, if a person may have meant it.
-fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let (distance, near) = known.into_iter().map(|known| (edit_distance(name, known), known)).min()?;
-    (distance <= (name.chars().count() / 3).clamp(1, 3)).then_some(near)
-}
-
-/// Insertions, deletions and replacements that turn `a` into `b`; case and the kind of dash count for nothing.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let plain = |c: char| if c == '-' { '_' } else { c.to_ascii_lowercase() };
-    let b: Vec<char> = b.chars().map(plain).collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (at, from) in a.chars().map(plain).enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], at + 1);
-        for (column, to) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(from != *to);
-            diagonal = row[column + 1];
-            row[column + 1] = replaced.min(row[column] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 /// The documentation of all settings as Markdown tables.
@@ -881,7 +714,7 @@ mod tests {
         ];
         for (given, source) in sources {
             let (message, hint) = given.refused();
-            assert_eq!(message, format!("max_bytes = \"much\" from {source}: is no size"));
+            assert_eq!(message, format!("max_bytes = \"much\" from {source}: not a size"));
             assert_eq!(hint, format!("accepted: {SIZE_ACCEPTS}"));
         }
         for (key, value) in [
@@ -956,42 +789,6 @@ mod tests {
         let array = "origin = ['hf://{name}@{version}', 'file:///m/{name}/{version}']";
         assert_eq!(given().file("/f", array).flag("origin", "none").config().origins.len(), 0);
         assert_eq!(given().file("/f", array).config().origins.len(), 2);
-    }
-
-    #[test]
-    fn sizes_are_read_as_people_write_them() {
-        let bytes = |text: &str| match parse_size(text) {
-            Ok(ByteBound::Bytes(bytes)) => Some(bytes),
-            _ => None,
-        };
-        assert_eq!(bytes("14GB"), Some(14_000_000_000));
-        assert_eq!(bytes("1.5TiB"), Some(1_649_267_441_664));
-        assert_eq!(bytes("1.5 tib"), Some(1_649_267_441_664));
-        assert_eq!(bytes("10Gi"), Some(10 << 30));
-        assert_eq!(bytes("500M"), Some(500_000_000));
-        assert_eq!(bytes("12"), Some(12));
-        assert_eq!(bytes("12B"), Some(12));
-        assert_eq!(bytes("18446744073709551615"), Some(u64::MAX));
-        assert_eq!(parse_size("80%").expect("size"), ByteBound::Percent(80));
-        for bad in ["", "GB", ".", "-1", "1.2.3GB", "1e3", "99999999PB", "1GBit", "80.5%", "%", "256%", "٣GB"] {
-            assert!(parse_size(bad).is_err(), "{bad:?} was accepted");
-        }
-    }
-
-    #[test]
-    fn durations_are_read_as_people_write_them() {
-        let seconds = |text: &str| parse_duration(text).ok().map(|duration| duration.as_secs_f64());
-        assert_eq!(seconds("60s"), Some(60.0));
-        assert_eq!(seconds("500ms"), Some(0.5));
-        assert_eq!(seconds("1h30m"), Some(5400.0));
-        assert_eq!(seconds("1h 30m"), Some(5400.0));
-        assert_eq!(seconds("1.5m"), Some(90.0));
-        assert_eq!(seconds("7d"), Some(604_800.0));
-        assert_eq!(seconds("90"), Some(90.0));
-        assert_eq!(seconds("0.1s"), Some(0.1));
-        for bad in ["", "s", "-1s", "1h30", "1 fortnight", "1..5s", "1e400s", &"9".repeat(400)] {
-            assert!(parse_duration(bad).is_err(), "{bad:?} was accepted");
-        }
     }
 
     #[test]

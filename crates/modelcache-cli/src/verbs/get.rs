@@ -4,7 +4,7 @@
 //! works. One reference that fails does not keep the others from being fetched. What was fetched stays leased until
 //! the process ends.
 
-use super::{Session, absolute, extend, key_object, path_text, phase_list, seconds};
+use super::{Session, extend, key_object, path_text, phase_list, seconds};
 use crate::output::table;
 use crate::{exit, human, progress};
 use clap::Args;
@@ -105,7 +105,7 @@ impl Get {
         if output.is_json() {
             output.answer_json(&artifact_object(text, &artifact, took))?;
         } else {
-            output.answer(&path_text(&absolute(&artifact.path)?))?;
+            output.answer_path(&artifact.path)?;
         }
         output.remark(&summary(&artifact.key, &artifact.report, took));
         Ok(Some(artifact))
