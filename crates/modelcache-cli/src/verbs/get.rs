@@ -12,6 +12,7 @@ use modelcache::cache::{Artifact, BytesByTier, GetOptions, GetPlan, GetReport};
 use modelcache::progress::Progress;
 use modelcache::{ArtifactKey, Cache, Error, Reference, Result, Selection, Tier, settings};
 use serde_json::{Value, json};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Make artifacts local and print their paths
@@ -103,7 +104,7 @@ impl Get {
         let artifact = progress::show(output, text, &progress, cache.get(&reference, options, &progress)).await?;
         let took = started.elapsed();
         if output.is_json() {
-            output.answer_json(&artifact_object(text, &artifact, took))?;
+            output.answer_json(&artifact_object(text, &artifact.key, &artifact.path, &artifact.report, took))?;
         } else {
             output.answer_path(&artifact.path)?;
         }
@@ -120,11 +121,10 @@ impl Get {
     }
 }
 
-fn artifact_object(reference: &str, artifact: &Artifact, took: Duration) -> Value {
-    let report = &artifact.report;
+fn artifact_object(reference: &str, key: &ArtifactKey, path: &Path, report: &GetReport, took: Duration) -> Value {
     let about = json!({
         "reference": reference,
-        "path": path_text(&artifact.path),
+        "path": path_text(path),
         "from": report.from,
         "files": report.files,
         "size": report.selected_bytes,
@@ -133,7 +133,7 @@ fn artifact_object(reference: &str, artifact: &Artifact, took: Duration) -> Valu
         "seconds": seconds(&report.phases),
         "total_seconds": took.as_secs_f64(),
     });
-    extend(key_object(&artifact.key), about)
+    extend(key_object(key), about)
 }
 
 /// The line at the end: from where, bytes by tier, seconds by phase.
@@ -224,8 +224,8 @@ mod tests {
 
     #[test]
     fn machines_get_flat_fields() {
-        let artifact = Artifact { key: key(), path: "/c/x".into(), report: report(Tier::Origin) };
-        let object = artifact_object("team/model@3", &artifact, Duration::from_secs(4));
+        let took = Duration::from_secs(4);
+        let object = artifact_object("team/model@3", &key(), Path::new("/c/x"), &report(Tier::Origin), took);
         assert_eq!(object["reference"], "team/model@3");
         assert_eq!((&object["name"], &object["version"]), (&json!("team/model"), &json!("3")));
         assert_eq!((&object["path"], &object["from"]), (&json!("/c/x"), &json!("origin")));

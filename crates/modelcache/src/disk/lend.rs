@@ -36,8 +36,8 @@ pub(crate) struct Lent {
 pub(crate) enum Lend {
     /// Everything selected is here.
     Lent(Box<Lent>),
-    /// Something selected is not; what disk knows of the artifact, if anything.
-    Absent(Option<Box<Manifest>>),
+    /// Something selected is not.
+    Absent,
     /// An eviction is at work on it; try again in a moment.
     Busy,
 }
@@ -64,7 +64,7 @@ impl Disk {
     pub(crate) fn lend(&self, key: &ArtifactKey, selection: &Selection) -> Result<Lend> {
         let dir = self.layout().artifact(key);
         if files::stat(&dir.manifest())?.is_none() {
-            return Ok(Lend::Absent(None));
+            return Ok(Lend::Absent);
         }
         let lease = match FileLock::try_shared(&self.layout().lease(&dir)) {
             Ok(Some(lease)) => Some(lease),
@@ -73,9 +73,9 @@ impl Disk {
             Err(error) => return Err(error),
         };
         for _ in 0..ROUNDS_MAX {
-            let Some(manifest) = self.read_manifest(&dir)? else { return Ok(Lend::Absent(None)) };
+            let Some(manifest) = self.read_manifest(&dir)? else { return Ok(Lend::Absent) };
             if !manifest.holds(selection) {
-                return Ok(Lend::Absent(Some(Box::new(manifest))));
+                return Ok(Lend::Absent);
             }
             match self.first_mismatch(&dir, &manifest, selection)? {
                 None => {
@@ -85,7 +85,7 @@ impl Disk {
                 Some((path, entry, mismatch)) => self.mend(&dir, &path, &entry, mismatch)?,
             }
         }
-        Ok(Lend::Absent(None))
+        Ok(Lend::Absent)
     }
 
     fn first_mismatch(

@@ -38,6 +38,7 @@ use crate::key::{ArtifactKey, ArtifactName};
 use crate::limits;
 use crate::manifest::Manifest;
 use fault::At;
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -203,19 +204,15 @@ impl Disk {
         }
     }
 
-    /// The SHA-256 that another version of `name` learnt for the file with this git identity and size.
-    pub(crate) fn digest_of_git_oid(&self, name: &ArtifactName, oid: GitOid, size: u64) -> Result<Option<Digest>> {
+    /// The SHA-256 that any version of `name` learnt for a file, by its git identity and size.
+    pub(crate) fn digests_of_git_oids(&self, name: &ArtifactName) -> Result<BTreeMap<(GitOid, u64), Digest>> {
+        let mut known = BTreeMap::new();
         for version_dir in files::entries(&self.layout().artifact_versions(name))? {
-            let manifest = self.read_manifest(&ArtifactDir(version_dir))?;
-            let known = manifest
-                .iter()
-                .flat_map(|manifest| manifest.files.values())
-                .find(|entry| entry.git_oid == Some(oid) && entry.size == size && entry.sha256.is_some());
-            if let Some(digest) = known.and_then(|entry| entry.sha256) {
-                return Ok(Some(digest));
-            }
+            let Ok(Some(manifest)) = self.read_manifest(&ArtifactDir(version_dir)) else { continue };
+            let entries = manifest.files.values();
+            known.extend(entries.filter_map(|entry| Some(((entry.git_oid?, entry.size), entry.sha256?))));
         }
-        Ok(None)
+        Ok(known)
     }
 
     /// What counts against the budget, and the bytes in quarantine among it.

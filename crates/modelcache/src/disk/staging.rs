@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -173,12 +173,6 @@ impl Staging {
     /// The identity of `name`, if it is a link to a blob whose bytes are known to be right.
     pub(crate) fn reused(&self, name: &str) -> Option<FileIdentity> {
         self.reused.get(name).copied()
-    }
-
-    /// Bytes of `wanted` that are already here, by path.
-    pub(crate) fn reused_paths(&self, wanted: &[(FilePath, FileEntry)]) -> BTreeSet<FilePath> {
-        let reused = |(path, entry): &&(FilePath, FileEntry)| self.reused.contains_key(&staged_name(path, entry));
-        wanted.iter().filter(reused).map(|(path, _)| path.clone()).collect()
     }
 
     /// Everything is written: from here on the folder counts by what it holds.

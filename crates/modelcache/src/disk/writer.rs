@@ -126,7 +126,7 @@ impl StagedWriter {
         let mut order = self.order();
         order.waiting.insert(part);
         let mut buffer = Vec::new();
-        while let Some(position) = order.next_waiting(self.part_size) {
+        while let Some(position) = order.next_waiting(self.part_size, self.size) {
             let end = ((position / self.part_size + 1) * self.part_size).min(self.size);
             buffer.resize(usize::try_from((end - position).min(1 << 20)).unwrap_or(1 << 20), 0);
             let mut at = position;
@@ -179,8 +179,8 @@ impl InOrder {
     }
 
     /// Where to go on, if the part at the cursor is written whole. Parts passed meanwhile are forgotten.
-    fn next_waiting(&mut self, part_size: u64) -> Option<u64> {
-        let position = self.hasher.position();
+    fn next_waiting(&mut self, part_size: u64, size: u64) -> Option<u64> {
+        let position = Some(self.hasher.position()).filter(|position| *position < size)?;
         let part = position / part_size;
         self.waiting = self.waiting.split_off(&part);
         self.waiting.contains(&part).then_some(position)

@@ -47,7 +47,7 @@ pub(crate) struct PourFile {
 /// A file that is staged and proven.
 #[derive(Debug, Clone)]
 pub(crate) struct Poured {
-    pub(crate) path: FilePath,
+    pub(crate) target: PathBuf,
     /// The entry with what the pour learnt: digest, ladder, provenance.
     pub(crate) entry: FileEntry,
     pub(crate) identity: FileIdentity,
@@ -100,11 +100,8 @@ impl Pourer {
 
     /// Pours all `files`; ends at the first that no source gives.
     pub(crate) async fn pour(&self, files: Vec<PourFile>, progress: &Progress) -> Result<Vec<Poured>> {
-        stream::iter(files)
-            .map(|file| self.pour_file(file, progress))
-            .buffer_unordered(FILES_AT_ONCE)
-            .try_collect()
-            .await
+        let pours: Vec<_> = files.into_iter().map(|file| self.pour_file(file, progress)).collect();
+        stream::iter(pours).buffer_unordered(FILES_AT_ONCE).try_collect().await
     }
 
     /// Pours one file, trying its sources as long as that makes sense.
@@ -127,7 +124,7 @@ impl Pourer {
             let error = match self.attempt(&file, attempt, progress).await {
                 Ok((entry, identity)) => {
                     let bad_tiers = bad_tiers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                    return Ok(Poured { path: file.path.clone(), entry, identity, bad_tiers });
+                    return Ok(Poured { target: file.target.clone(), entry, identity, bad_tiers });
                 }
                 Err(Trouble::IgnoresRanges) if !one_stream => {
                     one_stream = true;
