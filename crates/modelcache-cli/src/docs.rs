@@ -79,4 +79,15 @@ mod tests {
         assert!(!page.contains("\x1b"), "no colours in a file");
         assert!(configuration().contains("`MODEL_CACHE_DIR`"));
     }
+
+    #[test]
+    fn the_file_shown_as_an_example_is_accepted() {
+        let page = configuration();
+        let file = page.split("```").find_map(|block| block.strip_prefix("toml\n")).expect("an example");
+        let files = [("example.toml".into(), file.to_owned())];
+        let settings = settings::Settings::gather(&Default::default(), &Default::default(), &files, |_| Ok(None));
+        let config = settings.expect("accepted").config;
+        assert_eq!(config.remote.expect("a remote").options["region"], "eu-west-1");
+        assert_eq!(config.origins.len(), 1);
+    }
 }

@@ -18,6 +18,8 @@ const SHOW_AFTER: Duration = Duration::from_secs(1);
 const BAR_EVERY: Duration = Duration::from_millis(100);
 /// Time between two lines.
 const LINE_EVERY: Duration = Duration::from_secs(5);
+/// Longest name beside a bar.
+const LABEL_CHARS_MAX: usize = 28;
 /// How far back the rate looks, roughly.
 const RATE_WINDOW_SECONDS: f64 = 5.0;
 
@@ -69,25 +71,24 @@ impl<'a> View<'a> {
     }
 
     fn draw(&mut self, reading: &Reading) {
+        let style = style(reading.total_bytes > 0);
         let (output, label) = (self.output, self.label);
         let bar = self.bar.get_or_insert_with(|| {
-            let bar = output.bars().add(ProgressBar::no_length());
-            bar.set_prefix(label.to_owned());
-            bar
+            let bar = ProgressBar::no_length().with_style(style.clone()).with_prefix(shortened(label));
+            output.bars().add(bar.with_message(reading.brief()))
         });
-        let template = if reading.total_bytes > 0 {
-            "{prefix:.48} [{bar:20}] {wide_msg}"
-        } else {
-            "{prefix:.48} {spinner} {wide_msg}"
-        };
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style.progress_chars("=> "));
-        }
+        bar.set_style(style);
         bar.set_length(reading.total_bytes);
         bar.set_position(reading.done_bytes.min(reading.total_bytes));
-        bar.set_message(reading.text());
+        bar.set_message(reading.brief());
         bar.tick();
     }
+}
+
+/// A bar where the end is known, else something that turns.
+fn style(has_end: bool) -> ProgressStyle {
+    let template = if has_end { "{prefix} [{wide_bar}] {msg}" } else { "{prefix} {spinner} {wide_msg}" };
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
 }
 
 impl Drop for View<'_> {
@@ -112,25 +113,51 @@ struct Reading {
 }
 
 impl Reading {
-    fn text(&self) -> String {
-        let what = match (self.phase, self.tier) {
+    fn what(&self) -> String {
+        match (self.phase, self.tier) {
             (Phase::Join, _) => "waiting for another fill".to_owned(),
             (Phase::Backfill, _) => "backfill to remote".to_owned(),
             (Phase::Pour, Some(tier)) => format!("pour from {tier}"),
             (phase, _) => phase.name().to_owned(),
-        };
-        if self.total_bytes == 0 {
-            return what;
         }
-        let mut text = format!("{what}, {} of {}", human::bytes(self.done_bytes), human::bytes(self.total_bytes));
-        if let Some(rate) = self.bytes_per_second {
-            text.push_str(&format!(", {}", human::rate(rate)));
-            let left = self.total_bytes.saturating_sub(self.done_bytes) as f64 / rate;
-            if left.is_finite() && left < 1e7 {
-                text.push_str(&format!(", {} left", human::duration(Duration::from_secs(left.ceil() as u64))));
-            }
+    }
+
+    /// A line of its own: what, how much, how fast, how long.
+    fn text(&self) -> String {
+        self.joined(" of ", ", ")
+    }
+
+    /// The same beside a bar, where columns are few.
+    fn brief(&self) -> String {
+        self.joined("/", " ")
+    }
+
+    fn joined(&self, of: &str, separator: &str) -> String {
+        let mut parts = vec![self.what()];
+        if self.total_bytes > 0 {
+            parts.push(format!("{}{of}{}", human::bytes(self.done_bytes), human::bytes(self.total_bytes)));
+            parts.extend(self.bytes_per_second.map(human::rate));
+            parts.extend(self.left());
         }
-        text
+        parts.join(separator)
+    }
+
+    /// How long the rest of the phase takes at this rate, unless that is nobody's guess.
+    fn left(&self) -> Option<String> {
+        let left = self.total_bytes.saturating_sub(self.done_bytes) as f64 / self.bytes_per_second?;
+        match left.ceil() {
+            seconds if !seconds.is_finite() || seconds >= 1e7 => None,
+            seconds if seconds < 60.0 => Some(format!("{seconds} s left")),
+            seconds => Some(format!("{} left", human::duration(Duration::from_secs(seconds as u64)))),
+        }
+    }
+}
+
+/// A name that leaves room for the bar: its end tells more than its beginning.
+fn shortened(label: &str) -> String {
+    match label.chars().count().checked_sub(LABEL_CHARS_MAX) {
+        None | Some(0) => label.to_owned(),
+        Some(excess) => std::iter::once('…').chain(label.chars().skip(excess + 1)).collect(),
     }
 }
 
@@ -198,8 +225,8 @@ mod tests {
             meter.read(start + Duration::from_secs(second), snapshot(Phase::Pour, second * 100_000_000, 1_000_000_000))
         };
         assert_eq!(read(0).text(), "pour, 0 B of 1.0 GB");
-        assert_eq!(read(1).text(), "pour from origin, 100 MB of 1.0 GB, 100 MB/s, 9.0 s left");
-        assert_eq!(read(2).text(), "pour from origin, 200 MB of 1.0 GB, 100 MB/s, 8.0 s left");
+        assert_eq!(read(1).text(), "pour from origin, 100 MB of 1.0 GB, 100 MB/s, 9 s left");
+        assert_eq!(read(2).text(), "pour from origin, 200 MB of 1.0 GB, 100 MB/s, 8 s left");
     }
 
     #[test]
@@ -219,6 +246,12 @@ mod tests {
         meter.read(start, snapshot(Phase::Pour, 50, 100));
         let reading = meter.read(start + Duration::from_secs(1), snapshot(Phase::Pour, 20, 100));
         assert_eq!(reading.bytes_per_second, None);
+    }
+
+    #[test]
+    fn a_long_name_keeps_its_end() {
+        assert_eq!(shortened("hf://org/model@main"), "hf://org/model@main");
+        assert_eq!(shortened("hf://organisation/some-large-model@v1.2"), "…ation/some-large-model@v1.2".to_owned());
     }
 
     #[test]

@@ -47,3 +47,28 @@ async fn arrival(kind: SignalKind) {
         Err(_) => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[tokio::test]
+    async fn a_signal_ends_the_wait_and_tells_which_it_was() {
+        let send = async {
+            // Listening starts with the first poll, which comes before this sleep ends.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let process = std::process::id().to_string();
+            std::process::Command::new("kill").args(["-TERM", &process]).status().expect("kill")
+        };
+        let (outcome, sent) = tokio::join!(or_signal(std::future::pending::<()>()), send);
+        assert!(sent.success());
+        assert_eq!(outcome, Err(Signal::Terminate));
+        assert_eq!((Signal::Terminate.exit_code(), Signal::Interrupt.exit_code()), (143, 130));
+    }
+
+    #[tokio::test]
+    async fn work_that_is_done_is_not_disturbed() {
+        assert_eq!(or_signal(async { 7 }).await, Ok(7));
+    }
+}

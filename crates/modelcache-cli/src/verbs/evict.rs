@@ -67,9 +67,14 @@ impl Evict {
         }
         if self.is_for_good(&found) && !self.yes {
             if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
+                let keep = if found.remote_bytes.is_some() && found.disk_bytes.is_some() {
+                    ", or --tier disk to keep what is on the remote"
+                } else {
+                    ""
+                };
                 return Err(Error::invalid(format!("nothing can give {} back", what(&found)))
                     .artifact(&found.key)
-                    .hint("add --yes to remove it for good, or --tier disk to keep what is on the remote"));
+                    .hint(format!("add --yes to remove it for good{keep}")));
             }
             output.ask(&format!("Remove {}: {}? Nothing can give it back. [y/N] ", found.key, what(&found)));
             if !answered_yes().await {
