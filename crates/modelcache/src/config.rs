@@ -166,6 +166,9 @@ impl OriginTemplate {
         let reference = Reference::parse(&text)?;
         match reference.target {
             crate::reference::Target::Bare(_) => Err(Error::invalid(format!("the origin {:?} is no URI", self.0))),
+            _ if reference.file.is_some() => {
+                Err(Error::invalid(format!("the origin {:?} names one file of a repository", self.0)))
+            }
             _ => Ok(reference),
         }
     }

@@ -183,9 +183,15 @@ impl ArtifactKey {
         Ok(Self::new(ArtifactName::bare(name)?, Version::new(version)?))
     }
 
-    /// 32 hex digits that stand for this key where a short name without structure is needed (locks, staging).
+    /// 32 hex digits that stand for this key where a short name without structure is needed (locks, staging). Derived
+    /// from the escaped folder names, so that it can be told from an artifact's folder alone.
     pub fn hash(&self) -> String {
-        let mut text = Digest::of(format!("{}\0{}", self.name, self.version).as_bytes()).to_string();
+        Self::hash_of_folders(&escape(self.name.as_str()), &escape(self.version.as_str()))
+    }
+
+    /// [`hash`](Self::hash) from the two folder names.
+    pub(crate) fn hash_of_folders(name: &str, version: &str) -> String {
+        let mut text = Digest::of(format!("{name}/{version}").as_bytes()).to_string();
         text.truncate(32);
         text
     }

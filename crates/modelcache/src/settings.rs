@@ -1,1 +1,860 @@
-//! The table of settings: one row each, from which flags, environment, file and documentation follow.
+//! The table of settings: one row each, from which flags, variables, the file and the documentation follow.
+//!
+//! A door hands in what it found (flags, environment, the text of configuration files) and gets a complete, checked
+//! [`Config`] back; nothing is read here but what was handed in. A value that cannot be used is refused with its
+//! setting, the place it came from and what would do. An empty value counts as none at all, wherever it stands; a key
+//! that the file should not have is an error, a `MODEL_CACHE_*` variable that means nothing only a warning, because
+//! environments are shared.
+
+mod file;
+mod values;
+
+use crate::config::{
+    ByteBound, Config, Environment, HubConfig, OnRemoteDown, OriginTemplate, RemoteConfig, RetryConfig, Secret,
+};
+use crate::error::{Error, Result};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use file::File;
+use values::{DURATION_ACCEPTS, SIZE_ACCEPTS, nearest};
+pub use values::{parse_duration, parse_size};
+
+/// The name of the configuration file in the user's and in the system's folder.
+pub const FILE_NAME: &str = "modelcache.toml";
+
+/// The variable that names a configuration file.
+pub const FILE_VARIABLE: &str = "MODEL_CACHE_CONFIG";
+
+/// The system-wide configuration file.
+const SYSTEM_FILE: &str = "/etc/modelcache/modelcache.toml";
+
+/// The key of the table of store options; the only setting that is not one text.
+const OPTIONS_KEY: &str = "remote.options";
+
+/// One setting.
+pub struct Setting {
+    /// Its key in the configuration file, and its name in messages.
+    pub key: &'static str,
+    /// Its environment variable, if it has one.
+    pub variable: Option<&'static str>,
+    /// Its flag without the dashes, if it has one.
+    pub flag: Option<&'static str>,
+    /// What its value is called in help texts.
+    pub value_name: &'static str,
+    /// Its default, as a person reads it.
+    pub default: &'static str,
+    /// What it means.
+    pub meaning: &'static str,
+    /// Which values it takes; the hint when it gets another.
+    pub accepts: &'static str,
+    /// Takes the value over.
+    set: fn(&Given, &mut Draft) -> Result<()>,
+}
+
+impl fmt::Debug for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Setting").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+/// Every setting of this release, in the order of the documentation.
+pub const SETTINGS: &[Setting] = &[
+    Setting {
+        key: "dir",
+        variable: Some("MODEL_CACHE_DIR"),
+        flag: Some("dir"),
+        value_name: "FOLDER",
+        default: "`$XDG_CACHE_HOME/modelcache`, else `~/.cache/modelcache`, else `modelcache` in the temporary folder",
+        meaning: "The local directory.",
+        accepts: "a folder; it is made if it is not there",
+        set: |given, draft| {
+            draft.dir = Some(draft.expand_home(&given.text));
+            Ok(())
+        },
+    },
+    Setting {
+        key: "max_bytes",
+        variable: Some("MODEL_CACHE_MAX_BYTES"),
+        flag: Some("max-bytes"),
+        value_name: "SIZE",
+        default: "`80%`",
+        meaning: "The budget: most bytes that the local directory may take.",
+        accepts: SIZE_ACCEPTS,
+        set: |given, draft| {
+            draft.max_bytes = parse_size(&given.text)?;
+            match draft.max_bytes {
+                ByteBound::Bytes(0) | ByteBound::Percent(0) => Err(Error::invalid("leaves room for nothing")),
+                _ => Ok(()),
+            }
+        },
+    },
+    Setting {
+        key: "min_free_bytes",
+        variable: Some("MODEL_CACHE_MIN_FREE_BYTES"),
+        flag: Some("min-free-bytes"),
+        value_name: "SIZE",
+        default: "`10%`",
+        meaning: "Never leave less than this free on the filesystem. It holds beside the budget.",
+        accepts: SIZE_ACCEPTS,
+        set: |given, draft| {
+            draft.min_free_bytes = parse_size(&given.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "remote",
+        variable: Some("MODEL_CACHE_REMOTE"),
+        flag: Some("remote"),
+        value_name: "URL",
+        default: "none",
+        meaning: "The object store behind the disk; without one there are only the disk and the origins.",
+        accepts: "s3://bucket/prefix, file:///folder, or none",
+        set: |given, draft| {
+            let url = match given.text.as_str() {
+                "none" => None,
+                text => Some(checked_remote(text)?),
+            };
+            draft.offer_remote(given, url)
+        },
+    },
+    Setting {
+        key: "s3_bucket",
+        variable: Some("MODEL_CACHE_S3_BUCKET"),
+        flag: None,
+        value_name: "BUCKET",
+        default: "none",
+        meaning: "Short for the remote `s3://BUCKET`. Setting both to different places is refused.",
+        accepts: "the name of a bucket",
+        set: |given, draft| {
+            if given.text.contains("://") {
+                return Err(Error::invalid("a URL").hint("put a URL into MODEL_CACHE_REMOTE; here only the bucket"));
+            }
+            let url = checked_remote(&format!("s3://{}", given.text))?;
+            draft.offer_remote(given, Some(url))
+        },
+    },
+    Setting {
+        key: OPTIONS_KEY,
+        variable: None,
+        flag: None,
+        value_name: "TABLE",
+        default: "none",
+        meaning: "Options of the object store by name, for instance `region`, `endpoint` or encryption.",
+        accepts: "a table of texts, numbers, true and false",
+        set: |_, _| Ok(()),
+    },
+    Setting {
+        key: "on_remote_down",
+        variable: Some("MODEL_CACHE_ON_REMOTE_DOWN"),
+        flag: None,
+        value_name: "origin|fail",
+        default: "`origin`",
+        meaning: "When the remote stays unavailable: go on to the origin, or fail.",
+        accepts: "origin or fail",
+        set: |given, draft| {
+            draft.on_remote_down = match given.text.as_str() {
+                "origin" => OnRemoteDown::Origin,
+                "fail" => OnRemoteDown::Fail,
+                _ => return Err(Error::invalid("not one of them")),
+            };
+            Ok(())
+        },
+    },
+    Setting {
+        key: "origin",
+        variable: Some("MODEL_CACHE_ORIGIN"),
+        flag: Some("origin"),
+        value_name: "TEMPLATE",
+        default: "none",
+        meaning: "Where a bare `name@version` comes from: one template, or several split by commas, each asked only \
+                  where the one before does not have it.",
+        accepts: "for instance hf://{name}@{version} or file:///models/{name}/{version}; or none",
+        set: |given, draft| {
+            let templates = given.text.split(',').map(str::trim).filter(|text| !text.is_empty() && *text != "none");
+            draft.origins = templates.map(OriginTemplate::new).collect::<Result<_>>()?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "ref_ttl",
+        variable: Some("MODEL_CACHE_REF_TTL"),
+        flag: None,
+        value_name: "DURATION",
+        default: "`60s`",
+        meaning: "How long a resolved revision is taken to be current.",
+        accepts: DURATION_ACCEPTS,
+        set: |given, draft| {
+            draft.ref_ttl = parse_duration(&given.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "retry_deadline",
+        variable: Some("MODEL_CACHE_RETRY_DEADLINE"),
+        flag: None,
+        value_name: "DURATION",
+        default: "`60s`",
+        meaning: "How long after its first failure a request may be tried again; `0s` never tries again.",
+        accepts: DURATION_ACCEPTS,
+        set: |given, draft| {
+            draft.retry.deadline = parse_duration(&given.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "read_timeout",
+        variable: Some("MODEL_CACHE_READ_TIMEOUT"),
+        flag: None,
+        value_name: "DURATION",
+        default: "`30s`",
+        meaning: "The longest silence of a server that is waited for: connecting, to the first byte, between bytes.",
+        accepts: DURATION_ACCEPTS,
+        set: |given, draft| {
+            draft.retry.read_timeout = parse_duration(&given.text)?;
+            if draft.retry.read_timeout.is_zero() { Err(Error::invalid("leaves no time at all")) } else { Ok(()) }
+        },
+    },
+    Setting {
+        key: "log",
+        variable: Some("MODEL_CACHE_LOG"),
+        flag: None,
+        value_name: "FILTER",
+        default: "`info`",
+        meaning: "What is logged: a level, or a filter in the form of `RUST_LOG`.",
+        accepts: "off, error, warn, info, debug, trace, or for instance info,modelcache=debug",
+        set: |given, draft| {
+            draft.log = LogSettings {
+                filter: given.text.clone(),
+                source: Some(given.source.clone()),
+                format: draft.log.format,
+            };
+            Ok(())
+        },
+    },
+    Setting {
+        key: "log_format",
+        variable: Some("MODEL_CACHE_LOG_FORMAT"),
+        flag: None,
+        value_name: "text|json",
+        default: "`text`",
+        meaning: "How a log line is written.",
+        accepts: "text or json",
+        set: |given, draft| {
+            draft.log.format = match given.text.as_str() {
+                "text" => LogFormat::Text,
+                "json" => LogFormat::Json,
+                _ => return Err(Error::invalid("not one of them")),
+            };
+            Ok(())
+        },
+    },
+];
+
+/// Variables of other programs that are honoured, and what they do here.
+const HONOURED: &[(&str, &str)] = &[
+    ("HF_ENDPOINT", "The Hub: scheme and host of `hf://` references. Default `https://huggingface.co`."),
+    ("HF_TOKEN", "The token sent to the Hub, and to no other host."),
+    ("HF_TOKEN_PATH", "The file that holds the token when `HF_TOKEN` is not set. Default `$HF_HOME/token`."),
+    ("HF_HOME", "Folder of that file. Default `$XDG_CACHE_HOME/huggingface`, else `~/.cache/huggingface`."),
+    ("AWS_*", "Credentials, profile, region and endpoint of an S3 remote, as the AWS command line reads them."),
+    ("XDG_CACHE_HOME, XDG_CONFIG_HOME", "Base folders of the default directory and of the user's file."),
+    ("HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY", "The proxy for requests."),
+    ("NO_COLOR", "No colours on a terminal."),
+];
+
+/// What a door needs to know, complete and checked.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// What the library needs.
+    pub config: Config,
+    /// What the door's log needs.
+    pub log: LogSettings,
+    /// What was found odd without being wrong; the door logs it once its log is running.
+    pub warnings: Vec<String>,
+}
+
+/// What is logged, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogSettings {
+    /// A filter in the form of `RUST_LOG`. Not checked here: the library has no filter to check it with.
+    pub filter: String,
+    /// Where the filter was set; `None` for the default.
+    pub source: Option<String>,
+    /// How a line is written.
+    pub format: LogFormat,
+}
+
+impl LogSettings {
+    /// The refusal of a filter that cannot be parsed.
+    pub fn bad_filter(&self, why: impl fmt::Display) -> Error {
+        let source = self.source.as_deref().unwrap_or("the default");
+        Error::invalid(format!("log = {:?} from {source}: {why}", self.filter)).hint(format!(
+            "accepted: {}",
+            SETTINGS.iter().find(|setting| setting.key == "log").map_or("a level", |setting| setting.accepts)
+        ))
+    }
+}
+
+/// How a log line is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One object a line, for machines.
+    Json,
+}
+
+/// Which configuration files a door shall read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConfigFiles {
+    /// A person named this one: it must exist, and no other is read.
+    Named(PathBuf),
+    /// Those of these that exist; an earlier one overrules a later one.
+    Usual(Vec<PathBuf>),
+}
+
+impl ConfigFiles {
+    /// The files to read when `--config` was given as `flag`.
+    pub fn choose(flag: Option<&Path>, environment: &Environment) -> Self {
+        if let Some(path) = flag {
+            return Self::Named(path.to_owned());
+        }
+        if let Some(path) = environment.get(FILE_VARIABLE) {
+            return Self::Named(expand_home(path, environment));
+        }
+        let user = base_folder("XDG_CONFIG_HOME", ".config", environment);
+        let user = user.map(|folder| folder.join("modelcache").join(FILE_NAME));
+        Self::Usual(user.into_iter().chain([PathBuf::from(SYSTEM_FILE)]).collect())
+    }
+}
+
+/// A value on its way into a setting.
+#[derive(Debug)]
+struct Given {
+    text: String,
+    /// 0 for a flag, 1 for a variable, 2 and more for files: the smaller one wins.
+    rank: usize,
+    /// The flag, variable or file and key that it came from.
+    source: String,
+}
+
+/// Settings that are being gathered.
+struct Draft {
+    environment: Environment,
+    dir: Option<PathBuf>,
+    max_bytes: ByteBound,
+    min_free_bytes: ByteBound,
+    /// Rank, source and address of the best remote so far; the address is `None` where none is wanted.
+    remote: Option<(usize, String, Option<String>)>,
+    on_remote_down: OnRemoteDown,
+    origins: Vec<OriginTemplate>,
+    ref_ttl: Duration,
+    retry: RetryConfig,
+    log: LogSettings,
+}
+
+impl Settings {
+    /// Puts the settings together: a flag overrules a variable, which overrules the files, of which an earlier one
+    /// overrules a later one; then the default.
+    ///
+    /// `flags` goes by the names in [`SETTINGS`]. `files` are paths and texts. `read_secret` gives the text of the
+    /// Hub's token file, or `None` if there is no such file; a file that cannot be read becomes a warning, because
+    /// most calls need no token.
+    pub fn gather(
+        flags: &BTreeMap<&'static str, String>,
+        environment: &Environment,
+        files: &[(PathBuf, String)],
+        read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
+    ) -> Result<Self> {
+        let files = files.iter().map(|(path, text)| File::parse(path, text)).collect::<Result<Vec<_>>>()?;
+        let mut draft = Draft::new(environment.clone());
+        for setting in SETTINGS {
+            let Some(given) = setting.find(flags, environment, &files) else { continue };
+            (setting.set)(&given, &mut draft).map_err(|error| setting.refuse(&given, &error))?;
+        }
+        let mut options = BTreeMap::new();
+        for file in files {
+            for (name, value) in file.options {
+                options.entry(name).or_insert(value);
+            }
+        }
+        let mut warnings = unknown_variables(environment);
+        let hub = hub_config(environment, read_secret, &mut warnings)?;
+        let (config, log) = draft.finish(options, hub);
+        Ok(Self { config, log, warnings })
+    }
+}
+
+impl Setting {
+    /// The value that wins, if any place has one.
+    fn find(&self, flags: &BTreeMap<&'static str, String>, environment: &Environment, files: &[File]) -> Option<Given> {
+        let present = |text: &&str| !text.trim().is_empty();
+        let given = |text: &str, rank, source| Given { text: text.trim().to_owned(), rank, source };
+        let flag = self.flag.and_then(|flag| {
+            flags.get(flag).map(String::as_str).filter(present).map(|text| given(text, 0, format!("--{flag}")))
+        });
+        let variable = || {
+            let variable = self.variable?;
+            environment.get(variable).filter(present).map(|text| given(text, 1, variable.to_owned()))
+        };
+        let file = || {
+            files.iter().enumerate().find_map(|(at, file)| {
+                let text = file.values.get(self.key).map(String::as_str).filter(present)?;
+                Some(given(text, 2 + at, format!("{}: {}", file.path.display(), self.key)))
+            })
+        };
+        flag.or_else(variable).or_else(file)
+    }
+
+    fn refuse(&self, given: &Given, error: &Error) -> Error {
+        let hint = error.hint_text().map_or_else(|| format!("accepted: {}", self.accepts), str::to_owned);
+        Error::invalid(format!("{} = {:?} from {}: {}", self.key, given.text, given.source, error.message())).hint(hint)
+    }
+}
+
+impl Draft {
+    fn new(environment: Environment) -> Self {
+        Self {
+            environment,
+            dir: None,
+            max_bytes: ByteBound::Percent(80),
+            min_free_bytes: ByteBound::Percent(10),
+            remote: None,
+            on_remote_down: OnRemoteDown::default(),
+            origins: Vec::new(),
+            ref_ttl: Duration::from_secs(60),
+            retry: RetryConfig::default(),
+            log: LogSettings { filter: "info".into(), source: None, format: LogFormat::default() },
+        }
+    }
+
+    fn expand_home(&self, text: &str) -> PathBuf {
+        expand_home(text, &self.environment)
+    }
+
+    /// The remote from one of its two settings; refused when the other names another place just as loudly.
+    fn offer_remote(&mut self, given: &Given, url: Option<String>) -> Result<()> {
+        match &self.remote {
+            Some((rank, source, other)) if *rank == given.rank && *other != url => {
+                let other = other.as_deref().unwrap_or("none");
+                Err(Error::invalid(format!("names another place than {source}, which is {other:?}"))
+                    .hint("set only one of the two"))
+            }
+            Some((rank, ..)) if *rank <= given.rank => Ok(()),
+            _ => {
+                self.remote = Some((given.rank, given.source.clone(), url));
+                Ok(())
+            }
+        }
+    }
+
+    fn finish(self, options: BTreeMap<String, String>, hub: HubConfig) -> (Config, LogSettings) {
+        let dir = self.dir.unwrap_or_else(|| default_dir(&self.environment));
+        let remote = self.remote.and_then(|(_, _, url)| url);
+        let environment = self.environment;
+        let config = Config {
+            dir,
+            max_bytes: self.max_bytes,
+            min_free_bytes: self.min_free_bytes,
+            remote: remote.map(|url| RemoteConfig { url, options, environment }),
+            on_remote_down: self.on_remote_down,
+            origins: self.origins,
+            hub,
+            ref_ttl: self.ref_ttl,
+            retry: self.retry,
+        };
+        (config, self.log)
+    }
+}
+
+/// The address of a remote, without slashes at its end.
+fn checked_remote(text: &str) -> Result<String> {
+    let url = text.trim_end_matches('/');
+    if let Some(place) = url.strip_prefix("s3://") {
+        let bucket = place.split('/').next().unwrap_or_default();
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+        if bucket.is_empty() || !bucket.chars().all(plain) {
+            return Err(Error::invalid("names no bucket"));
+        }
+        return Ok(url.to_owned());
+    }
+    match text.strip_prefix("file://") {
+        Some(path) if path.starts_with('/') && !url.ends_with(':') => Ok(url.to_owned()),
+        Some(_) => Err(Error::invalid("not an absolute path").hint("write file:///folder")),
+        None => Err(Error::invalid("not the address of an object store")),
+    }
+}
+
+fn hub_config(
+    environment: &Environment,
+    read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
+    warnings: &mut Vec<String>,
+) -> Result<HubConfig> {
+    let mut hub = HubConfig::default();
+    if let Some(endpoint) = environment.get("HF_ENDPOINT") {
+        let parsed = url::Url::parse(endpoint).ok();
+        if !parsed.is_some_and(|url| matches!(url.scheme(), "https" | "http") && url.host().is_some()) {
+            return Err(Error::invalid(format!("HF_ENDPOINT = {endpoint:?} is no web address"))
+                .hint("for instance https://huggingface.co"));
+        }
+        hub.endpoint = endpoint.trim_end_matches('/').to_owned();
+    }
+    let clean = |text: &str| Some(text.trim()).filter(|text| !text.is_empty()).map(Secret::new);
+    hub.token = match environment.get("HF_TOKEN").and_then(clean) {
+        Some(token) => Some(token),
+        None => match token_file(environment) {
+            Some(path) => read_secret(&path).unwrap_or_else(|error| {
+                warnings.push(format!("the Hub's token file {} cannot be read: {error}", path.display()));
+                None
+            }),
+            None => None,
+        }
+        .as_deref()
+        .and_then(clean),
+    };
+    Ok(hub)
+}
+
+/// Where the Hub's own tools keep the token.
+fn token_file(environment: &Environment) -> Option<PathBuf> {
+    if let Some(path) = environment.get("HF_TOKEN_PATH") {
+        return Some(expand_home(path, environment));
+    }
+    let home = match environment.get("HF_HOME") {
+        Some(home) => expand_home(home, environment),
+        None => base_folder("XDG_CACHE_HOME", ".cache", environment)?.join("huggingface"),
+    };
+    Some(home.join("token"))
+}
+
+fn default_dir(environment: &Environment) -> PathBuf {
+    base_folder("XDG_CACHE_HOME", ".cache", environment)
+        .unwrap_or_else(|| PathBuf::from(environment.get("TMPDIR").unwrap_or("/tmp")))
+        .join("modelcache")
+}
+
+/// The folder in `variable`, which the XDG specification wants absolute, else `below` in the user's home.
+fn base_folder(variable: &str, below: &str, environment: &Environment) -> Option<PathBuf> {
+    let absolute = |text: &&str| Path::new(text).is_absolute();
+    match environment.get(variable).filter(absolute) {
+        Some(folder) => Some(PathBuf::from(folder)),
+        None => Some(Path::new(environment.get("HOME").filter(absolute)?).join(below)),
+    }
+}
+
+/// Variables and files are not expanded by a shell: `~/` means the user's home there, too.
+fn expand_home(text: &str, environment: &Environment) -> PathBuf {
+    match (text.strip_prefix("~/"), environment.get("HOME")) {
+        (Some(rest), Some(home)) => Path::new(home).join(rest),
+        _ => PathBuf::from(text),
+    }
+}
+
+/// A warning for each variable that looks like ours and is not. Kubernetes sets some in every pod beside a service
+/// called `model-cache`; those are not meant for anybody.
+fn unknown_variables(environment: &Environment) -> Vec<String> {
+    let known = || SETTINGS.iter().filter_map(|setting| setting.variable).chain([FILE_VARIABLE]);
+    let service_link = |name: &str| {
+        let name = name.trim_start_matches("MODEL_CACHE_");
+        name == "PORT" || name.starts_with("PORT_") || name.contains("SERVICE_HOST") || name.contains("SERVICE_PORT")
+    };
+    let ours = environment.0.keys().filter(|name| name.starts_with("MODEL_CACHE_"));
+    let mut unknown: Vec<_> =
+        ours.filter(|name| !service_link(name) && !known().any(|known| known == name.as_str())).collect();
+    unknown.sort();
+    let warn = |name: &String| match nearest(name, known()) {
+        Some(near) => format!("{name} is no setting of this release and is ignored; did you mean {near}?"),
+        None => format!("{name} is no setting of this release and is ignored"),
+    };
+    unknown.into_iter().map(warn).collect()
+}
+
+/// The documentation of all settings as Markdown tables.
+pub fn markdown() -> String {
+    let code =
+        |text: Option<String>| text.map_or_else(|| "—".to_owned(), |text| format!("`{}`", text.replace('|', "\\|")));
+    let mut text = String::from("| in the file | variable | flag | default | meaning |\n|---|---|---|---|---|\n");
+    for setting in SETTINGS {
+        text.push_str(&format!(
+            "| {} | {} | {} | {} | {} Accepted: {}. |\n",
+            code(Some(setting.key.to_owned())),
+            code(setting.variable.map(str::to_owned)),
+            code(setting.flag.map(|flag| format!("--{flag} {}", setting.value_name))),
+            setting.default,
+            setting.meaning,
+            setting.accepts,
+        ));
+    }
+    text.push_str("\n## Variables of other programs\n\n| variable | what it does here |\n|---|---|\n");
+    for (variables, meaning) in HONOURED {
+        let variables: Vec<_> = variables.split(", ").map(|variable| format!("`{variable}`")).collect();
+        text.push_str(&format!("| {} | {meaning} |\n", variables.join(", ")));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+    use std::collections::HashMap;
+
+    #[derive(Default)]
+    struct Given {
+        flags: BTreeMap<&'static str, String>,
+        environment: Environment,
+        files: Vec<(PathBuf, String)>,
+    }
+
+    impl Given {
+        fn flag(mut self, flag: &'static str, value: &str) -> Self {
+            self.flags.insert(flag, value.into());
+            self
+        }
+
+        fn variable(mut self, variable: &str, value: &str) -> Self {
+            self.environment.0.insert(variable.into(), value.into());
+            self
+        }
+
+        fn file(mut self, path: &str, text: &str) -> Self {
+            self.files.push((path.into(), text.into()));
+            self
+        }
+
+        fn gather(&self) -> Result<Settings> {
+            Settings::gather(&self.flags, &self.environment, &self.files, |_| Ok(None))
+        }
+
+        fn config(&self) -> Config {
+            self.gather().expect("settings").config
+        }
+
+        fn refused(&self) -> (String, String) {
+            let error = self.gather().expect_err("refused");
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+            (error.message().to_owned(), error.hint_text().expect("a hint").to_owned())
+        }
+    }
+
+    fn given() -> Given {
+        Given::default()
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_table() {
+        let config = given().variable("HOME", "/home/a").config();
+        assert_eq!(config.dir, Path::new("/home/a/.cache/modelcache"));
+        assert_eq!((config.max_bytes, config.min_free_bytes), (ByteBound::Percent(80), ByteBound::Percent(10)));
+        assert!(config.remote.is_none() && config.origins.is_empty() && config.hub.token.is_none());
+        assert_eq!(config.ref_ttl, Duration::from_secs(60));
+        assert_eq!(config.retry.deadline, Duration::from_secs(60));
+        assert_eq!(config.retry.read_timeout, Duration::from_secs(30));
+        assert_eq!(config.hub.endpoint, "https://huggingface.co");
+        let log = given().gather().expect("settings").log;
+        assert_eq!(log, LogSettings { filter: "info".into(), source: None, format: LogFormat::Text });
+    }
+
+    /// A default is written twice, as text and as value: the text must lead to the value.
+    #[test]
+    fn default_texts_say_what_the_defaults_are() {
+        let none = given();
+        for setting in SETTINGS {
+            let text = setting.default.trim_matches('`');
+            if text.contains('`') || text == "none" {
+                continue;
+            }
+            let set = given().file("/f", &format!("{} = {text:?}", setting.key));
+            let describe = |given: &Given| {
+                let mut settings = given.gather().expect("settings");
+                settings.log.source = None;
+                format!("{settings:?}")
+            };
+            assert_eq!(describe(&set), describe(&none), "{}", setting.key);
+        }
+    }
+
+    #[test]
+    fn the_directory_follows_the_chain() {
+        let dir = |given: Given| given.config().dir;
+        let home = || given().variable("HOME", "/home/a");
+        assert_eq!(dir(home().variable("XDG_CACHE_HOME", "/x")), Path::new("/x/modelcache"));
+        assert_eq!(dir(home().variable("XDG_CACHE_HOME", "x")), Path::new("/home/a/.cache/modelcache"));
+        assert_eq!(dir(given().variable("TMPDIR", "/t")), Path::new("/t/modelcache"));
+        assert_eq!(dir(given()), Path::new("/tmp/modelcache"));
+        assert_eq!(dir(home().variable("MODEL_CACHE_DIR", "~/m")), Path::new("/home/a/m"));
+    }
+
+    #[test]
+    fn flag_beats_variable_beats_user_file_beats_system_file() {
+        let full = given()
+            .flag("max-bytes", "1")
+            .variable("MODEL_CACHE_MAX_BYTES", "2")
+            .file("/user", "max_bytes = 3")
+            .file("/etc", "max_bytes = 4");
+        let bound = |given: &Given| given.config().max_bytes;
+        assert_eq!(bound(&full), ByteBound::Bytes(1));
+        let full = Given { flags: BTreeMap::new(), ..full };
+        assert_eq!(bound(&full), ByteBound::Bytes(2));
+        let full = full.variable("MODEL_CACHE_MAX_BYTES", "");
+        assert_eq!(bound(&full), ByteBound::Bytes(3), "an empty variable is not set");
+        assert_eq!(bound(&Given { files: full.files[1..].to_vec(), ..full }), ByteBound::Bytes(4));
+    }
+
+    #[test]
+    fn a_bad_value_is_refused_with_setting_source_and_remedy() {
+        let sources = [
+            (given().flag("max-bytes", "much"), "--max-bytes"),
+            (given().variable("MODEL_CACHE_MAX_BYTES", "much"), "MODEL_CACHE_MAX_BYTES"),
+            (given().file("/etc/x.toml", "max_bytes = 'much'"), "/etc/x.toml: max_bytes"),
+        ];
+        for (given, source) in sources {
+            let (message, hint) = given.refused();
+            assert_eq!(message, format!("max_bytes = \"much\" from {source}: not a size"));
+            assert_eq!(hint, format!("accepted: {SIZE_ACCEPTS}"));
+        }
+        for (key, value) in [
+            ("max_bytes", "0"),
+            ("min_free_bytes", "101%"),
+            ("remote", "gs://b"),
+            ("remote", "s3://"),
+            ("remote", "file://rel"),
+            ("remote", "file://"),
+            ("s3_bucket", "s3://b"),
+            ("on_remote_down", "ignore"),
+            ("origin", "hf://org/model"),
+            ("ref_ttl", "soon"),
+            ("read_timeout", "0s"),
+            ("log_format", "xml"),
+        ] {
+            let (message, _) = given().file("/f", &format!("{key} = {value:?}")).refused();
+            assert!(message.starts_with(&format!("{key} = {value:?} from /f: {key}: ")), "{message}");
+        }
+        let (message, _) = given().variable("HF_ENDPOINT", "huggingface.co").refused();
+        assert!(message.contains("HF_ENDPOINT"), "{message}");
+    }
+
+    #[test]
+    fn an_unknown_key_names_the_nearest_known_one() {
+        let hint = |text: &str| given().file("/f", text).refused().1;
+        assert_eq!(hint("max-bytes = 1"), "did you mean \"max_bytes\"?");
+        assert_eq!(hint("orgin = ''"), "did you mean \"origin\"?");
+        assert_eq!(hint("[remote]\nurll = 's3://b'"), "did you mean \"remote.url\"?");
+        assert!(hint("colour = 'red'").starts_with("known: dir, "));
+        let (message, _) = given().file("/f", "\nmax_bytes = \n").refused();
+        assert!(message.starts_with("/f: line 2: "), "{message}");
+        let (message, hint) = given().file("/f", "max_bytes = 1.5").refused();
+        assert_eq!(message, "/f: max_bytes is a TOML float");
+        assert!(hint.contains("14GB"));
+    }
+
+    #[test]
+    fn the_remote_has_two_names_that_may_not_contradict() {
+        let url = |given: Given| given.config().remote.map(|remote| remote.url);
+        let both = |a, b| given().variable("MODEL_CACHE_REMOTE", a).variable("MODEL_CACHE_S3_BUCKET", b);
+        assert_eq!(url(given().variable("MODEL_CACHE_S3_BUCKET", "b")).as_deref(), Some("s3://b"));
+        assert_eq!(url(both("s3://b/", "b")).as_deref(), Some("s3://b"));
+        let (message, hint) = both("s3://b/p", "b").refused();
+        assert!(message.contains("MODEL_CACHE_S3_BUCKET") && message.contains("MODEL_CACHE_REMOTE"), "{message}");
+        assert_eq!(hint, "set only one of the two");
+        assert_eq!(url(both("s3://b", "b").flag("remote", "file:///x")).as_deref(), Some("file:///x"), "by rank");
+        assert_eq!(url(both("s3://b", "b").flag("remote", "none")), None);
+        assert_eq!(
+            url(given().variable("MODEL_CACHE_S3_BUCKET", "b").file("/f", "remote = 's3://c'")).as_deref(),
+            Some("s3://b")
+        );
+    }
+
+    #[test]
+    fn store_options_come_from_the_files() {
+        let given = given()
+            .file("/user", "[remote]\nurl = 's3://b'\n[remote.options]\npath_style = true\nretries = 3")
+            .file("/etc", "[remote.options]\nregion = 'eu-west-1'\npath_style = false");
+        let remote = given.config().remote.expect("remote");
+        let options: Vec<_> = remote.options.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        assert_eq!(options, [("path_style", "true"), ("region", "eu-west-1"), ("retries", "3")]);
+        let (message, _) = self::given().file("/f", "[remote.options]\nx = [1]").refused();
+        assert_eq!(message, "/f: remote.options.x is a TOML array");
+        assert!(self::given().file("/f", "[remote]\noptions = 1").gather().is_err());
+    }
+
+    #[test]
+    fn origins_are_a_comma_list_or_an_array() {
+        let two = "hf://{name}@{version}, file:///m/{name}/{version}";
+        assert_eq!(given().variable("MODEL_CACHE_ORIGIN", two).config().origins.len(), 2);
+        let array = "origin = ['hf://{name}@{version}', 'file:///m/{name}/{version}']";
+        assert_eq!(given().file("/f", array).flag("origin", "none").config().origins.len(), 0);
+        assert_eq!(given().file("/f", array).config().origins.len(), 2);
+    }
+
+    #[test]
+    fn the_hub_is_configured_as_its_own_tools_are() {
+        let token = |given: Given| {
+            let read = |path: &Path| Ok(Some(format!("{}\n", path.display())));
+            let settings = Settings::gather(&given.flags, &given.environment, &given.files, read).expect("settings");
+            settings.config.hub.token.map(|token| token.expose().to_owned())
+        };
+        let home = || given().variable("HOME", "/home/a");
+        assert_eq!(token(home()).as_deref(), Some("/home/a/.cache/huggingface/token"));
+        assert_eq!(token(home().variable("XDG_CACHE_HOME", "/x")).as_deref(), Some("/x/huggingface/token"));
+        assert_eq!(token(home().variable("HF_HOME", "/h")).as_deref(), Some("/h/token"));
+        assert_eq!(
+            token(home().variable("HF_HOME", "/h").variable("HF_TOKEN_PATH", "~/t")).as_deref(),
+            Some("/home/a/t")
+        );
+        assert_eq!(token(home().variable("HF_TOKEN", " hf_x\n")).as_deref(), Some("hf_x"));
+        assert_eq!(token(given()), None);
+        assert_eq!(given().variable("HF_ENDPOINT", "http://hub:1//").config().hub.endpoint, "http://hub:1");
+    }
+
+    #[test]
+    fn an_unreadable_token_file_is_a_warning() {
+        let environment = Environment(HashMap::from([("HOME".into(), "/home/a".into())]));
+        let denied = |_: &Path| Err(std::io::ErrorKind::PermissionDenied.into());
+        let settings = Settings::gather(&BTreeMap::new(), &environment, &[], denied).expect("settings");
+        assert!(settings.config.hub.token.is_none());
+        assert!(settings.warnings[0].contains("/home/a/.cache/huggingface/token"), "{:?}", settings.warnings);
+    }
+
+    #[test]
+    fn variables_that_mean_nothing_are_warned_of_and_service_links_are_not() {
+        let given = given()
+            .variable("MODEL_CACHE_MAX_BYTE", "1")
+            .variable("MODEL_CACHE_LISTEN", "x")
+            .variable("MODEL_CACHE_CONFIG", "/f")
+            .variable("MODEL_CACHE_PORT_80_TCP_ADDR", "10.0.0.1")
+            .variable("MODEL_CACHE_SERVICE_HOST", "10.0.0.1");
+        let warnings = given.gather().expect("settings").warnings;
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert!(warnings[0].starts_with("MODEL_CACHE_LISTEN is no setting"), "{warnings:?}");
+        assert!(warnings[1].ends_with("did you mean MODEL_CACHE_MAX_BYTES?"), "{warnings:?}");
+    }
+
+    #[test]
+    fn a_named_file_is_read_alone() {
+        let environment = |rows: &[(&str, &str)]| {
+            Environment(rows.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect())
+        };
+        let home = environment(&[("HOME", "/home/a")]);
+        assert_eq!(
+            ConfigFiles::choose(None, &home),
+            ConfigFiles::Usual(vec!["/home/a/.config/modelcache/modelcache.toml".into(), SYSTEM_FILE.into()])
+        );
+        let named = environment(&[("HOME", "/home/a"), (FILE_VARIABLE, "~/c.toml")]);
+        assert_eq!(ConfigFiles::choose(None, &named), ConfigFiles::Named("/home/a/c.toml".into()));
+        assert_eq!(ConfigFiles::choose(Some(Path::new("x")), &named), ConfigFiles::Named("x".into()));
+    }
+
+    #[test]
+    fn the_documentation_has_every_setting() {
+        let text = markdown();
+        for setting in SETTINGS {
+            assert!(text.contains(&format!("| `{}` |", setting.key)), "{}", setting.key);
+            assert!(setting.variable.is_none_or(|variable| text.contains(variable)), "{}", setting.key);
+        }
+    }
+}

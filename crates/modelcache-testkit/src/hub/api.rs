@@ -29,11 +29,12 @@ pub(super) fn info(shared: &Shared, id: &RepoId, repo: &RepoData, tree: &Tree, q
     let sibling = |entry: &Entry| {
         let mut row = json!({ "rfilename": entry.path });
         if blobs {
-            row["size"] = shared.told_size(entry).into();
+            let size = shared.told_size(entry);
+            row["size"] = size.into();
             row["blobId"] = entry.oid.as_str().into();
             if let Some(lfs) = &entry.lfs {
                 row["lfs"] = json!({
-                    "sha256": lfs.sha256, "size": shared.told_size(entry), "pointerSize": lfs.pointer_size,
+                    "sha256": lfs.sha256, "size": size, "pointerSize": lfs.pointer_size,
                 });
             }
         }

@@ -105,7 +105,8 @@ impl S3 {
         pairs.map(|(name, value)| (name.to_owned(), value)).into()
     }
 
-    /// Creates a bucket if it is not there. Errors are those of the filesystem.
+    /// Creates a bucket if it is not there; a name has 3 to 63 characters of `a-z0-9.-`, or requests are refused.
+    /// Errors are those of the filesystem.
     pub fn bucket(&self, name: &str) -> io::Result<()> {
         std::fs::create_dir_all(self.folder.join(name))
     }

@@ -1,1 +1,74 @@
-//! Origins: the authorities that resolve references and serve bytes.
+//! Origins: the authorities that resolve references and serve bytes. Read-only.
+//!
+//! # Contract
+//! [`Origins::resolve`] asks an authority what a reference means now and gives the key together with a
+//! [`Source`] bound to it; [`Origins::source`] gives a source for an exact key and asks nobody. What a source promises
+//! stands in [`source`](crate::source); every origin passes its conformance suite.
+//!
+//! - A reference to nothing is `None` where there is nothing more to say (a path that is not there), and
+//!   [`NotFound`](crate::ErrorKind::NotFound) where there is: which of repository and revision is missing, and what to
+//!   check.
+//! - Credentials go to the scheme, host and port that they were configured for, on no redirect elsewhere.
+//! - Nothing is connected, and no certificate read, before the first request.
+//!
+//! A bare key belongs to no origin. Whoever wants one from an origin applies an
+//! [`OriginTemplate`](crate::config::OriginTemplate) first; the source then speaks of the key of that origin.
+
+mod folder;
+mod http;
+mod hub;
+
+use crate::config::HubConfig;
+use crate::error::{Context as _, Result, Tier};
+use crate::key::ArtifactKey;
+use crate::reference::{Reference, Target};
+use crate::source::Source;
+use crate::transfer::Retry;
+use std::sync::Arc;
+
+/// The authorities that resolve references and serve bytes. One per cache; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Origins {
+    hub: Arc<hub::Hub>,
+}
+
+/// What a reference pointed to when it was asked.
+#[derive(Debug, Clone)]
+pub struct Resolved {
+    /// The key, in the words of the origin.
+    pub key: ArtifactKey,
+    /// Where to read it.
+    pub source: Arc<dyn Source>,
+}
+
+impl Origins {
+    /// The origins of a configuration. Connects to nothing.
+    pub fn new(hub: HubConfig, retry: Retry) -> Self {
+        Self { hub: Arc::new(hub::Hub::new(hub, retry)) }
+    }
+
+    /// What the reference points to right now.
+    ///
+    /// `None`: there is no such file or folder, or the key is bare. A commit at the Hub is taken at its word: whether
+    /// it exists shows when its manifest is asked for.
+    ///
+    /// # Errors
+    /// `NotFound` for a missing repository or revision, `Unauthorized` for credentials that are missing or refused and
+    /// for gated repositories, `Unavailable` after retries, `Invalid` for a folder that cannot be an artifact,
+    /// `Corrupt` for an answer that contradicts itself.
+    pub async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+        match &reference.target {
+            Target::Bare(_) => Ok(None),
+            Target::Hub(repo) => hub::resolve(&self.hub, repo).await.context(reference, Tier::Origin).map(Some),
+            Target::Folder(path) => folder::resolve(path).await.context(reference, Tier::Origin),
+        }
+    }
+
+    /// A source for an exact key that needs no resolving; asks nobody.
+    ///
+    /// `None` if the key belongs to no origin, and for files and folders: only resolving can tell whether they are
+    /// still what the version says.
+    pub fn source(&self, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        hub::source(&self.hub, key)
+    }
+}

@@ -91,6 +91,7 @@ pub(super) async fn remove(store: &Arc<Store>, folder: &Folder, listed: Listed) 
 /// Removes objects of the version folder.
 pub(super) async fn remove_objects(store: &Arc<Store>, folder: &Folder, listed: &Listed) -> Result<()> {
     let removals = listed.keys().map(|path| async move { store.delete(&folder.object(store, path)?).await });
+    let removals: Vec<_> = removals.collect();
     futures::stream::iter(removals).buffer_unordered(LOOKS_IN_FLIGHT).try_collect().await
 }
 

@@ -20,7 +20,7 @@ pub(super) async fn list(remote: &Remote) -> Result<Vec<Manifest>> {
             .hint("grant s3:ListBucket on the bucket")
     })?;
     let keys: Vec<ArtifactKey> = objects.iter().filter_map(|meta| key_of(store.relative(&meta.location)?)).collect();
-    let reads = keys.iter().map(|key| read(store, key));
+    let reads: Vec<_> = keys.iter().map(|key| read(store, key)).collect();
     let read: Vec<Option<Manifest>> = futures::stream::iter(reads).buffered(READS_IN_FLIGHT).try_collect().await?;
     let mut manifests: Vec<Manifest> = read.into_iter().flatten().collect();
     manifests.sort_by(|a, b| a.key.cmp(&b.key));

@@ -42,7 +42,7 @@ use crate::progress::Progress;
 use crate::transfer::Retry;
 use object_store::path::Path;
 use settings::{Options, Place};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -71,10 +71,12 @@ impl fmt::Debug for Remote {
 }
 
 /// How to publish.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct PublishOptions {
     /// Replace other content under the same key.
     pub force: bool,
+    /// Files to be sent even if their objects look sound: a reader found their bytes wrong.
+    pub rewrite: BTreeSet<FilePath>,
 }
 
 /// What publishing did.

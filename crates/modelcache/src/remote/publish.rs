@@ -41,6 +41,7 @@ struct Job<'a> {
     manifest: &'a Manifest,
     files: &'a BTreeMap<FilePath, PathBuf>,
     force: bool,
+    rewrite: &'a BTreeSet<FilePath>,
     progress: &'a Progress,
 }
 
@@ -61,7 +62,7 @@ pub(super) async fn publish(
 ) -> Result<Published> {
     let store = remote.store().await?;
     let folder = Folder::new(&manifest.key);
-    let job = Job { remote, store, folder, manifest, files, force: options.force, progress };
+    let job = Job { remote, store, folder, manifest, files, force: options.force, rewrite: &options.rewrite, progress };
     let uploads = job.uploads()?;
 
     let there = job.look().await?;
@@ -134,13 +135,13 @@ impl Job<'_> {
     async fn lacking(&self, there: &Manifest, uploads: &BTreeMap<FilePath, Upload>) -> Result<BTreeSet<FilePath>> {
         let looks = uploads.iter().map(|(path, upload)| async move {
             let recorded = there.files.get(path).and_then(|entry| entry.on_remote());
-            let sound = match recorded {
+            let sound = match recorded.filter(|_| !self.rewrite.contains(path)) {
                 Some(recorded) => self.store.head(&upload.object).await?.is_some_and(|now| same_object(recorded, &now)),
                 None => false,
             };
             Ok((!sound).then(|| path.clone()))
         });
-        futures::stream::iter(looks)
+        futures::stream::iter(looks.collect::<Vec<_>>())
             .buffer_unordered(LOOKS_IN_FLIGHT)
             .try_filter_map(|path| async { Ok(path) })
             .try_collect()
@@ -156,7 +157,7 @@ impl Job<'_> {
             let key = self.store.key(&format!("{ancestor}/{OWN_FOLDER}/{MANIFEST}"))?;
             Ok(self.store.head(&key).await?.map(|_| ancestor.to_owned()))
         });
-        let found: Vec<String> = futures::stream::iter(looks)
+        let found: Vec<String> = futures::stream::iter(looks.collect::<Vec<_>>())
             .buffer_unordered(LOOKS_IN_FLIGHT)
             .try_filter_map(|found: Option<String>| async { Ok(found) })
             .try_collect()
@@ -215,7 +216,7 @@ impl Job<'_> {
             let there = self.store.head(&self.folder.object(self.store, path)?).await?;
             Ok(there.map(|_| path.to_string()))
         });
-        let looks = futures::stream::iter(looks).buffer_unordered(LOOKS_IN_FLIGHT);
+        let looks = futures::stream::iter(looks.collect::<Vec<_>>()).buffer_unordered(LOOKS_IN_FLIGHT);
         let found: Vec<String> =
             looks.try_filter_map(|found: Option<String>| async { Ok(found) }).try_collect().await?;
         Ok(found.into_iter().next())
@@ -285,7 +286,7 @@ impl Job<'_> {
             let identity = uploader.send(upload).await?;
             Ok((path, identity))
         });
-        futures::stream::iter(sends).buffer_unordered(FILES_IN_FLIGHT).try_collect().await
+        futures::stream::iter(sends.collect::<Vec<_>>()).buffer_unordered(FILES_IN_FLIGHT).try_collect().await
     }
 
     /// Merges with the manifest there and replaces it. The answer is what was written.

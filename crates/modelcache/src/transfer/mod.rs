@@ -1,5 +1,8 @@
-//! Moving bytes: trying again, and pouring a source into staging.
+//! Moving bytes: trying again, and pouring sources into staging.
 
+mod buffer;
+mod pour;
 mod retry;
 
-pub use retry::Retry;
+pub(crate) use pour::{PourFile, Pourer, blocking};
+pub use retry::{Attempts, Retry};

@@ -1,0 +1,153 @@
+//! What may stand on the command line.
+//!
+//! Flags of settings come from the library's table of settings, so that a setting is written once. They are global:
+//! before or after the verb. `ls --remote` is the one flag with two readings: there the address may be left away.
+
+use crate::exit;
+use crate::verbs::Verb;
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Parser};
+use modelcache::settings::SETTINGS;
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+
+/// A tiered, verifying cache for model artifacts: local disk, an object store, the origin.
+#[derive(Debug, Parser)]
+#[command(name = "modelcache", version, arg_required_else_help = true)]
+#[command(after_long_help = exit::help())]
+pub(crate) struct Arguments {
+    /// What holds for every verb.
+    #[command(flatten)]
+    pub(crate) global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+/// What holds for every verb.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct Global {
+    /// Answer in JSON: one object, or one a line
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// No progress and no summary; errors only
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+    /// Read this configuration file and no other [env: MODEL_CACHE_CONFIG]
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(crate) config: Option<PathBuf>,
+    /// Settings that were given as flags.
+    #[command(flatten)]
+    pub(crate) settings: SettingFlags,
+}
+
+/// Settings that were given as flags, by the name of the flag.
+#[derive(Debug, Default)]
+pub(crate) struct SettingFlags(pub(crate) BTreeMap<&'static str, String>);
+
+impl Args for SettingFlags {
+    fn augment_args(command: Command) -> Command {
+        SETTINGS.iter().filter_map(|setting| Some((setting, setting.flag?))).fold(
+            command,
+            |command, (setting, flag)| {
+                let variable = setting.variable.map_or_else(String::new, |variable| format!(" [env: {variable}]"));
+                let default = setting.default.replace('`', "");
+                let help = format!("{}{variable} [default: {default}]", setting.meaning.replace('`', ""));
+                command.arg(
+                    Arg::new(flag)
+                        .long(flag)
+                        .value_name(setting.value_name)
+                        .help(help)
+                        .action(ArgAction::Set)
+                        .global(true)
+                        .help_heading("Settings"),
+                )
+            },
+        )
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for SettingFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut flags = Self::default();
+        flags.update_from_arg_matches(matches)?;
+        Ok(flags)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        for flag in SETTINGS.iter().filter_map(|setting| setting.flag) {
+            if let Some(value) = matches.get_one::<String>(flag) {
+                self.0.insert(flag, value.clone());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Shows why the command line was not run: help, the version, or what is wrong with it. Gives the exit code.
+pub(crate) fn explain(refusal: &clap::Error, args: &[OsString]) -> u8 {
+    // A closed standard output or error is nobody's failure here.
+    let _ = refusal.print();
+    if refusal.use_stderr() && args.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--json") {
+        let rendered = refusal.render().to_string();
+        let first = rendered.lines().take_while(|line| !line.is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
+        let message = first.trim_start_matches("error: ");
+        let object = serde_json::json!({"error": {
+            "code": modelcache::ErrorKind::Invalid.name(), "message": message,
+            "hint": null, "artifact": null, "tier": null,
+        }});
+        let _ = writeln!(std::io::stdout(), "{object}");
+    }
+    u8::try_from(refusal.exit_code()).unwrap_or(exit::USAGE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(args: &[&str]) -> Arguments {
+        Arguments::try_parse_from(["modelcache"].iter().chain(args)).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_of_settings_stand_before_or_after_the_verb() {
+        for args in [["--dir", "/d", "get", "a@1"], ["get", "a@1", "--dir", "/d"], ["get", "--dir", "/d", "a@1"]] {
+            assert_eq!(parse(&args).global.settings.0.get("dir").map(String::as_str), Some("/d"), "{args:?}");
+        }
+    }
+
+    #[test]
+    fn ls_takes_remote_with_or_without_an_address() {
+        let remote = |args: &[&str]| {
+            let arguments = parse(args);
+            let Verb::Ls(ls) = &arguments.verb else { panic!("{args:?}") };
+            (ls.of_remote(), arguments.global.settings.0.get("remote").cloned().unwrap_or_default())
+        };
+        assert_eq!(remote(&["ls"]), (false, String::new()));
+        assert_eq!(remote(&["ls", "--remote"]), (true, String::new()));
+        assert_eq!(remote(&["ls", "--remote", "--json"]), (true, String::new()));
+        assert_eq!(remote(&["ls", "--remote", "s3://b"]), (true, "s3://b".into()));
+        assert_eq!(remote(&["ls", "--remote=s3://b"]), (true, "s3://b".into()));
+        assert_eq!(remote(&["--remote", "s3://b", "ls"]), (true, "s3://b".into()));
+    }
+
+    #[test]
+    fn include_is_repeated_and_swallows_no_reference() {
+        let arguments = parse(&["get", "--include", "*.json", "--include", "*.txt", "a@1", "b@2"]);
+        let Verb::Get(get) = &arguments.verb else { panic!("get") };
+        assert_eq!(get.references, ["a@1", "b@2"]);
+        assert_eq!(get.include, ["*.json", "*.txt"]);
+    }
+}

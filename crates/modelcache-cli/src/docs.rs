@@ -1,0 +1,93 @@
+//! The reference pages under `docs/`, made from the same tables that the program runs on.
+//!
+//! `cargo xtask docs` writes them; a check in CI compares them. Nobody edits them by hand.
+
+use crate::arguments::Arguments;
+use crate::exit::EXITS;
+use clap::CommandFactory;
+use modelcache::settings;
+
+/// Columns of help texts in the pages.
+const HELP_COLUMNS: usize = 100;
+
+/// Every generated page: its path from the repository's root, and its text.
+pub fn pages() -> Vec<(&'static str, String)> {
+    vec![("docs/configuration.md", configuration()), ("docs/command-line.md", command_line())]
+}
+
+/// The page of all settings.
+pub fn configuration() -> String {
+    format!(
+        "# Configuration\n\n{GENERATED}\n\n\
+         A flag overrules a variable, a variable the file, the file the default. An empty value is no value.\n\n\
+         The file is `--config PATH`, else `{variable}`; it must exist then, and is the only one read. Otherwise \
+         `$XDG_CONFIG_HOME/modelcache/{file}` (or `~/.config/modelcache/{file}`) and, below it, \
+         `/etc/modelcache/{file}`, where they exist. A key that no setting has is an error.\n\n\
+         ```toml\nmax_bytes = \"200GB\"\norigin = [\"hf://{{name}}@{{version}}\"]\n\n\
+         [remote]                      # remote = \"s3://models/prod\" does where there are no options\n\
+         url = \"s3://models/prod\"\n\n[remote.options]\nregion = \"eu-west-1\"\n```\n\n\
+         ## Settings\n\n{table}",
+        variable = settings::FILE_VARIABLE,
+        file = settings::FILE_NAME,
+        table = settings::markdown(),
+    )
+}
+
+/// The page of all verbs and exit codes.
+pub fn command_line() -> String {
+    let mut command = Arguments::command().term_width(HELP_COLUMNS).disable_help_subcommand(true);
+    command.build();
+    let mut page = format!("# Command line\n\n{GENERATED}\n");
+    let mut verbs: Vec<_> = command.get_subcommands().cloned().collect();
+    page.push_str(&help_block("modelcache", command.after_long_help("")));
+    for verb in &mut verbs {
+        // What holds for every verb is told once, above.
+        let verb = verb.clone().mut_args(|argument| {
+            let global = argument.is_global_set();
+            argument.hide(global)
+        });
+        page.push_str(&help_block(&format!("modelcache {}", verb.get_name()), verb.clone()));
+    }
+    format!("{page}\n## Exit codes\n\n{}", exit_codes())
+}
+
+/// The table of exit codes.
+pub fn exit_codes() -> String {
+    let rows = EXITS.iter().map(|exit| format!("| {} | {} |\n", exit.code, exit.meaning));
+    std::iter::once("| exit | meaning |\n|---|---|\n".to_owned()).chain(rows).collect()
+}
+
+const GENERATED: &str = "<!-- Written by `cargo xtask docs`; edit the tables in the code. -->";
+
+fn help_block(title: &str, mut command: clap::Command) -> String {
+    let help = command.render_long_help().to_string();
+    let lines: Vec<_> = help.lines().map(str::trim_end).collect();
+    format!("\n## `{title}`\n\n```text\n{}\n```\n", lines.join("\n").trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_verb_setting_and_exit_code_is_documented() {
+        let page = command_line();
+        for verb in Arguments::command().get_subcommands() {
+            assert!(page.contains(&format!("## `modelcache {}`", verb.get_name())), "{page}");
+        }
+        assert!(page.contains("| 143 | terminated"), "{page}");
+        assert!(!page.contains("\x1b"), "no colours in a file");
+        assert!(configuration().contains("`MODEL_CACHE_DIR`"));
+    }
+
+    #[test]
+    fn the_file_shown_as_an_example_is_accepted() {
+        let page = configuration();
+        let file = page.split("```").find_map(|block| block.strip_prefix("toml\n")).expect("an example");
+        let files = [("example.toml".into(), file.to_owned())];
+        let settings = settings::Settings::gather(&Default::default(), &Default::default(), &files, |_| Ok(None));
+        let config = settings.expect("accepted").config;
+        assert_eq!(config.remote.expect("a remote").options["region"], "eu-west-1");
+        assert_eq!(config.origins.len(), 1);
+    }
+}

@@ -1,0 +1,78 @@
+//! Exit codes: one table, from which the translation of errors and the documentation follow.
+
+use modelcache::ErrorKind;
+
+/// Done.
+pub const DONE: u8 = 0;
+/// Anything that has no code of its own.
+pub const OTHER: u8 = 1;
+/// The command line or the configuration is wrong.
+pub const USAGE: u8 = 2;
+/// Interrupted from the keyboard (128 + SIGINT).
+pub const INTERRUPTED: u8 = 130;
+/// Terminated (128 + SIGTERM).
+pub const TERMINATED: u8 = 143;
+
+/// One exit code.
+#[derive(Debug)]
+pub struct Exit {
+    /// The number.
+    pub code: u8,
+    /// What it means.
+    pub meaning: &'static str,
+    /// The failures that end in it.
+    pub kinds: &'static [ErrorKind],
+}
+
+/// Every exit code. A failure that stands nowhere ends in [`OTHER`].
+pub const EXITS: &[Exit] = &[
+    Exit { code: DONE, meaning: "done", kinds: &[] },
+    Exit { code: OTHER, meaning: "anything else", kinds: &[ErrorKind::Conflict, ErrorKind::Other] },
+    Exit { code: USAGE, meaning: "usage, configuration", kinds: &[ErrorKind::Invalid] },
+    Exit { code: 3, meaning: "not found", kinds: &[ErrorKind::NotFound] },
+    Exit { code: 4, meaning: "credentials missing or refused, gated", kinds: &[ErrorKind::Unauthorized] },
+    Exit { code: 5, meaning: "integrity: bytes that do not match their digest", kinds: &[ErrorKind::Corrupt] },
+    Exit { code: 6, meaning: "no room: budget or disk", kinds: &[ErrorKind::Full] },
+    Exit { code: 7, meaning: "unavailable: network, timeout, store down", kinds: &[ErrorKind::Unavailable] },
+    Exit { code: 8, meaning: "cache directory not usable", kinds: &[ErrorKind::Directory] },
+    Exit { code: INTERRUPTED, meaning: "interrupted; a later call starts again", kinds: &[] },
+    Exit { code: TERMINATED, meaning: "terminated; a later call starts again", kinds: &[] },
+];
+
+/// The exit code of a failure of `kind`.
+pub fn code(kind: ErrorKind) -> u8 {
+    EXITS.iter().find(|exit| exit.kinds.contains(&kind)).map_or(OTHER, |exit| exit.code)
+}
+
+/// The table as a help text.
+pub(crate) fn help() -> String {
+    let rows = EXITS.iter().map(|exit| format!("  {:>3}  {}\n", exit.code, exit.meaning));
+    std::iter::once("Exit codes:\n".to_owned()).chain(rows).collect::<String>().trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Scripts depend on these numbers.
+    #[test]
+    fn codes_are_those_of_the_contract() {
+        use ErrorKind::*;
+        let promised = [
+            (NotFound, 3),
+            (Unauthorized, 4),
+            (Corrupt, 5),
+            (Full, 6),
+            (Unavailable, 7),
+            (Directory, 8),
+            (Invalid, 2),
+            (Conflict, 1),
+            (Other, 1),
+        ];
+        for (kind, number) in promised {
+            assert_eq!(code(kind), number, "{kind:?}");
+            assert_eq!(EXITS.iter().filter(|exit| exit.kinds.contains(&kind)).count(), 1, "{kind:?}");
+        }
+        assert!(EXITS.windows(2).all(|pair| pair[0].code < pair[1].code), "in order, each once");
+    }
+}

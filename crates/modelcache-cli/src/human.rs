@@ -1,0 +1,105 @@
+//! Numbers as people read them: sizes in decimal units, durations, ages.
+
+use std::time::{Duration, SystemTime};
+
+/// Bytes in decimal units, with three digits or so: `0 B`, `1.2 GB`, `350 MB`.
+pub(crate) fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "kB", "MB", "GB", "TB", "PB", "EB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    // What would be shown as 1000 is shown as 1.0 of the next unit.
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let decimals = usize::from(unit > 0 && value < 99.95);
+    format!("{value:.decimals$} {}", UNITS[unit])
+}
+
+/// Bytes per second.
+pub(crate) fn rate(bytes_per_second: f64) -> String {
+    format!("{}/s", bytes(bytes_per_second.max(0.0) as u64))
+}
+
+/// A duration with the units that matter: `0.4 ms`, `3.4 s`, `2 min 5 s`, `1 h 3 min`.
+pub(crate) fn duration(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64();
+    let whole = seconds.round() as u64;
+    match seconds {
+        s if s < 0.01 => format!("{:.1} ms", s * 1e3),
+        s if s < 0.9995 => format!("{:.0} ms", s * 1e3),
+        s if s < 59.95 => format!("{s:.1} s"),
+        s if s < 3599.5 => format!("{} min {} s", whole / 60, whole % 60),
+        s if s < 86_400.0 => format!("{} h {} min", whole / 3600, whole / 60 % 60),
+        _ => format!("{} d {} h", whole / 86_400, whole / 3600 % 24),
+    }
+}
+
+/// How long ago `then` was, roughly. A time ahead of the clock is now.
+pub(crate) fn ago(then: SystemTime, now: SystemTime) -> String {
+    let count = |number: u64, unit: &str| format!("{number} {unit}{} ago", if number == 1 { "" } else { "s" });
+    match now.duration_since(then).unwrap_or_default().as_secs() {
+        0..60 => "just now".into(),
+        s @ 60..3600 => count(s / 60, "minute"),
+        s @ 3600..86_400 => count(s / 3600, "hour"),
+        s => count(s / 86_400, "day"),
+    }
+}
+
+/// A time for machines: RFC 3339 in UTC, to the second.
+pub(crate) fn timestamp(time: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(time).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_have_decimal_units() {
+        let shown = [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "1.0 kB"),
+            (1_234_567_890, "1.2 GB"),
+            (13_700_000_000, "13.7 GB"),
+            (350_400_000, "350 MB"),
+            (999_499_999, "999 MB"),
+            (999_999_999, "1.0 GB"),
+            (u64::MAX, "18.4 EB"),
+        ];
+        for (number, text) in shown {
+            assert_eq!(bytes(number), text);
+        }
+        assert_eq!(rate(2_500_000.0), "2.5 MB/s");
+    }
+
+    #[test]
+    fn durations_have_the_units_that_matter() {
+        let shown = [
+            (0.0004, "0.4 ms"),
+            (0.35, "350 ms"),
+            (0.9996, "1.0 s"),
+            (3.44, "3.4 s"),
+            (59.96, "1 min 0 s"),
+            (125.0, "2 min 5 s"),
+            (3780.0, "1 h 3 min"),
+            (90_000.0, "1 d 1 h"),
+        ];
+        for (seconds, text) in shown {
+            assert_eq!(duration(Duration::from_secs_f64(seconds)), text);
+        }
+    }
+
+    #[test]
+    fn ages_are_rough_and_never_ahead() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let ago = |seconds| ago(now - Duration::from_secs(seconds), now);
+        assert_eq!(ago(5), "just now");
+        assert_eq!(ago(60), "1 minute ago");
+        assert_eq!(ago(7200), "2 hours ago");
+        assert_eq!(ago(86_400 * 3), "3 days ago");
+        assert_eq!(super::ago(now + Duration::from_secs(9), now), "just now");
+        assert_eq!(timestamp(now), "1970-01-12T13:46:40Z");
+    }
+}

@@ -1,0 +1,81 @@
+//! The command line of modelcache: parse, gather settings, run one verb, translate its outcome.
+//!
+//! A library, so that tests and the documentation's generator can reach it; `main.rs` only calls [`run`]. Standard
+//! output carries what was asked for and nothing else; all talk goes to standard error. What is slow to build (runtime,
+//! log, cache) is built only for the verbs that need it.
+
+pub mod docs;
+pub mod exit;
+
+mod arguments;
+mod environment;
+mod human;
+mod logs;
+mod output;
+mod progress;
+mod signals;
+mod verbs;
+
+use arguments::Arguments;
+use clap::Parser;
+use modelcache::{Error, ErrorKind, Result};
+use output::Output;
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::time::Duration;
+use verbs::Session;
+
+/// Most threads that run tasks: more do not help a process that waits for the network, and each costs start-up time.
+const WORKERS_MAX: usize = 32;
+
+/// How long an interrupted command waits for its threads to put their files away.
+const PUT_AWAY: Duration = Duration::from_secs(1);
+
+/// Runs the command line `args` (the program's name first) and gives its exit code.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let code = match Arguments::try_parse_from(&args) {
+        Ok(arguments) => {
+            let output = Output::new(&arguments.global);
+            execute(&arguments, &output).unwrap_or_else(|error| {
+                output.error(&error, None);
+                exit::code(error.kind())
+            })
+        }
+        Err(refusal) => arguments::explain(&refusal, &args),
+    };
+    ExitCode::from(code)
+}
+
+/// Runs the verb; an error that it has not shown itself comes back.
+fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
+    if let Some(answered) = arguments.verb.answer_at_once(output) {
+        return answered.map(|()| exit::DONE);
+    }
+    let settings = environment::gather(&arguments.global)?;
+    logs::start(&settings.log, output)?;
+    settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+
+    let runtime = runtime()?;
+    let session = Session { output, config: settings.config };
+    match runtime.block_on(signals::or_signal(arguments.verb.run(&session))) {
+        Ok(outcome) => {
+            runtime.shutdown_background();
+            outcome
+        }
+        Err(signal) => {
+            output.interrupted(signal);
+            runtime.shutdown_timeout(PUT_AWAY);
+            Ok(signal.exit_code())
+        }
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.clamp(2, WORKERS_MAX))
+        .enable_all()
+        .build()
+        .map_err(|cause| Error::new(ErrorKind::Other, "cannot start threads").cause(cause))
+}

@@ -1,0 +1,246 @@
+//! `get`: makes artifacts local and prints where they are.
+//!
+//! Standard output gets one path per reference, in the order given, and nothing else, so that `$(modelcache get …)`
+//! works. One reference that fails does not keep the others from being fetched. What was fetched stays leased until
+//! the process ends.
+
+use super::{Session, extend, key_object, path_text, phase_list, seconds};
+use crate::output::table;
+use crate::{exit, human, progress};
+use clap::Args;
+use modelcache::cache::{Artifact, BytesByTier, GetOptions, GetPlan, GetReport};
+use modelcache::progress::Progress;
+use modelcache::{ArtifactKey, Cache, Error, Reference, Result, Selection, Tier, settings};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Make artifacts local and print their paths
+///
+/// One path per reference, in the order given: of the file, or of the folder of a tree. The nearest place that has an
+/// artifact gives it, and the nearer ones keep it. Every byte is checked.
+#[derive(Debug, Args)]
+pub(crate) struct Get {
+    /// NAME@VERSION, hf://org/model[@revision[/file]], file:///folder-or-file
+    #[arg(required = true, value_name = "REF")]
+    pub(crate) references: Vec<String>,
+    /// Only files that match; may be repeated. `*` crosses folders
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) include: Vec<String>,
+    /// No files that match; may be repeated
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) exclude: Vec<String>,
+    /// Branch, tag or commit, in place of the one in the reference
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) revision: Option<String>,
+    /// Only tell which files would come from where
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Give up after this long, for instance 90s or 10m
+    #[arg(long, value_name = "DURATION", value_parser = timeout)]
+    pub(crate) timeout: Option<Duration>,
+}
+
+fn timeout(text: &str) -> Result<Duration, String> {
+    settings::parse_duration(text).map_err(|error| match error.hint_text() {
+        Some(hint) => format!("{}; {hint}", error.message()),
+        None => error.message().to_owned(),
+    })
+}
+
+impl Get {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
+        let work = self.all(session);
+        match self.timeout {
+            None => work.await,
+            Some(limit) => tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+                Err(Error::unavailable(format!("not done within {}", human::duration(limit)))
+                    .hint("give it a longer --timeout; the same command starts again"))
+            }),
+        }
+    }
+
+    /// Tries every reference; the first failure decides the exit code.
+    async fn all(&self, session: &Session<'_>) -> Result<u8> {
+        let options = GetOptions { selection: Selection::globs(&self.include, &self.exclude)? };
+        let cache = session.cache()?;
+        let mut code = exit::DONE;
+        // Leases: they fall when the process ends.
+        let mut lent = Vec::new();
+        for text in &self.references {
+            match self.one(session, &cache, text, &options).await {
+                Ok(artifact) => lent.extend(artifact),
+                Err(error) => {
+                    session.output.error(&error, Some(text));
+                    if code == exit::DONE {
+                        code = exit::code(error.kind());
+                    }
+                }
+            }
+        }
+        Ok(code)
+    }
+
+    async fn one(
+        &self,
+        session: &Session<'_>,
+        cache: &Cache,
+        text: &str,
+        options: &GetOptions,
+    ) -> Result<Option<Artifact>> {
+        let output = session.output;
+        let reference = self.reference(text)?;
+        if self.dry_run {
+            let plan = cache.plan(&reference, options).await?;
+            if output.is_json() {
+                output.answer_json(&plan_object(text, &plan))?;
+            } else {
+                output.answer(&plan_text(&plan))?;
+            }
+            return Ok(None);
+        }
+        let progress = Progress::new();
+        let started = Instant::now();
+        let artifact = progress::show(output, text, &progress, cache.get(&reference, options, &progress)).await?;
+        let took = started.elapsed();
+        if output.is_json() {
+            output.answer_json(&artifact_object(text, &artifact.key, &artifact.path, &artifact.report, took))?;
+        } else {
+            output.answer_path(&artifact.path)?;
+        }
+        output.remark(&summary(&artifact.key, &artifact.report, took));
+        Ok(Some(artifact))
+    }
+
+    fn reference(&self, text: &str) -> Result<Reference> {
+        let reference = Reference::parse(text)?;
+        match &self.revision {
+            Some(revision) => reference.at_revision(revision),
+            None => Ok(reference),
+        }
+    }
+}
+
+fn artifact_object(reference: &str, key: &ArtifactKey, path: &Path, report: &GetReport, took: Duration) -> Value {
+    let about = json!({
+        "reference": reference,
+        "path": path_text(path),
+        "from": report.from,
+        "files": report.files,
+        "size": report.selected_bytes,
+        "bytes": report.bytes,
+        "backfilled_bytes": report.backfilled_bytes,
+        "seconds": seconds(&report.phases),
+        "total_seconds": took.as_secs_f64(),
+    });
+    extend(key_object(key), about)
+}
+
+/// The line at the end: from where, bytes by tier, seconds by phase.
+fn summary(key: &ArtifactKey, report: &GetReport, took: Duration) -> String {
+    let took = human::duration(took);
+    if report.from == Tier::Disk {
+        return format!("{key}: on disk, {took}");
+    }
+    let received = human::bytes(report.bytes.remote + report.bytes.origin);
+    let phases = phase_list(&report.phases).map_or_else(String::new, |phases| format!("{phases}; "));
+    let backfilled = match report.backfilled_bytes {
+        0 => String::new(),
+        bytes => format!("; {} to remote", human::bytes(bytes)),
+    };
+    format!("{key}: {received} from {} in {took} ({phases}{}{backfilled})", report.from, by_tier(&report.bytes))
+}
+
+fn by_tier(bytes: &BytesByTier) -> String {
+    let [disk, remote, origin] = [bytes.disk, bytes.remote, bytes.origin].map(human::bytes);
+    format!("disk {disk}, remote {remote}, origin {origin}")
+}
+
+fn planned_bytes(plan: &GetPlan) -> BytesByTier {
+    let mut bytes = BytesByTier::default();
+    for file in &plan.files {
+        *match file.from {
+            Tier::Disk => &mut bytes.disk,
+            Tier::Remote => &mut bytes.remote,
+            Tier::Origin => &mut bytes.origin,
+        } += file.size;
+    }
+    bytes
+}
+
+fn plan_object(reference: &str, plan: &GetPlan) -> Value {
+    let about = json!({"reference": reference, "files": plan.files, "bytes": planned_bytes(plan)});
+    extend(key_object(&plan.key), about)
+}
+
+fn plan_text(plan: &GetPlan) -> String {
+    let rows =
+        plan.files.iter().map(|file| vec![file.path.to_string(), human::bytes(file.size), file.from.to_string()]);
+    let files = table(&["FILE", "SIZE", "FROM"], &[1], rows);
+    format!("{}\n{files}\n{} files: {}", plan.key, plan.files.len(), by_tier(&planned_bytes(plan)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use modelcache::cache::PlannedFile;
+    use modelcache::key::FilePath;
+    use modelcache::progress::Phase;
+    use std::collections::BTreeMap;
+
+    fn key() -> ArtifactKey {
+        ArtifactKey::bare("team/model@3").expect("key")
+    }
+
+    fn report(from: Tier) -> GetReport {
+        GetReport {
+            from,
+            bytes: BytesByTier { disk: 0, remote: 0, origin: 1_200_000_000 },
+            backfilled_bytes: 0,
+            files: 2,
+            selected_bytes: 1_200_000_000,
+            phases: BTreeMap::from([
+                (Phase::Resolve, Duration::from_millis(100)),
+                (Phase::Pour, Duration::from_secs(3)),
+                (Phase::Publish, Duration::from_millis(200)),
+            ]),
+        }
+    }
+
+    #[test]
+    fn the_summary_tells_tier_bytes_and_phases() {
+        assert_eq!(
+            summary(&key(), &report(Tier::Origin), Duration::from_millis(3400)),
+            "team/model@3: 1.2 GB from origin in 3.4 s \
+             (resolve 0.1, pour 3.0, publish 0.2; disk 0 B, remote 0 B, origin 1.2 GB)"
+        );
+        let backfilled = GetReport { backfilled_bytes: 5_000_000, phases: BTreeMap::new(), ..report(Tier::Origin) };
+        assert!(
+            summary(&key(), &backfilled, Duration::from_secs(1)).ends_with("origin 1.2 GB; 5.0 MB to remote)"),
+            "backfill is told"
+        );
+        assert_eq!(summary(&key(), &report(Tier::Disk), Duration::from_micros(400)), "team/model@3: on disk, 0.4 ms");
+    }
+
+    #[test]
+    fn machines_get_flat_fields() {
+        let took = Duration::from_secs(4);
+        let object = artifact_object("team/model@3", &key(), Path::new("/c/x"), &report(Tier::Origin), took);
+        assert_eq!(object["reference"], "team/model@3");
+        assert_eq!((&object["name"], &object["version"]), (&json!("team/model"), &json!("3")));
+        assert_eq!((&object["path"], &object["from"]), (&json!("/c/x"), &json!("origin")));
+        assert_eq!(object["bytes"], json!({"disk": 0, "remote": 0, "origin": 1_200_000_000}));
+        assert_eq!(object["seconds"], json!({"resolve": 0.1, "pour": 3.0, "publish": 0.2}));
+    }
+
+    #[test]
+    fn a_plan_sums_bytes_by_tier() {
+        let file = |path, size, from| PlannedFile { path: FilePath::new(path).expect("path"), size, from };
+        let files = vec![file("a", 1, Tier::Disk), file("b", 2_000, Tier::Origin), file("c", 3_000, Tier::Origin)];
+        let plan = GetPlan { key: key(), files };
+        assert_eq!(plan_object("r", &plan)["bytes"], json!({"disk": 1, "remote": 0, "origin": 5000}));
+        let text = plan_text(&plan);
+        assert!(text.starts_with("team/model@3\nFILE") && text.contains("b     2.0 kB  origin"), "{text}");
+        assert!(text.ends_with("3 files: disk 1 B, remote 0 B, origin 5.0 kB"), "{text}");
+    }
+}

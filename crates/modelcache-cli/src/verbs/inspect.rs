@@ -1,0 +1,189 @@
+//! `inspect`: everything known of one artifact, on disk and on the remote.
+
+use super::{Session, extend, key_object, path_text};
+use crate::human;
+use crate::output::table;
+use clap::Args;
+use modelcache::cache::Inspection;
+use modelcache::key::FilePath;
+use modelcache::manifest::FileEntry;
+use modelcache::{Error, Reference, Result, Tier};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+/// Show the files of an artifact, their digests, and who holds them
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// NAME@VERSION, or another reference
+    #[arg(value_name = "REF")]
+    pub(crate) reference: String,
+}
+
+impl Inspect {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
+        let output = session.output;
+        let reference = Reference::parse(&self.reference)?;
+        let inspection = session.cache()?.inspect(&reference).await?;
+        if inspection.disk.is_none() && inspection.remote.is_none() {
+            return Err(nowhere(&inspection));
+        }
+        if output.is_json() {
+            output.answer_json(&inspection_object(&inspection))
+        } else {
+            output.answer(&inspection_text(&inspection, SystemTime::now()))
+        }
+    }
+}
+
+fn nowhere(inspection: &Inspection) -> Error {
+    match &inspection.remote_error {
+        None => Error::not_found("neither on disk nor on the remote"),
+        Some(why) => {
+            Error::unavailable(format!("not on disk, and the remote cannot be asked: {why}")).tier(Tier::Remote)
+        }
+    }
+    .artifact(&inspection.key)
+}
+
+/// One file as both tiers know it.
+struct File<'a> {
+    disk: Option<&'a FileEntry>,
+    remote: Option<&'a FileEntry>,
+}
+
+impl<'a> File<'a> {
+    /// What either knows, disk first.
+    fn known<T>(&self, field: impl Fn(&'a FileEntry) -> Option<T>) -> Option<T> {
+        self.disk.and_then(&field).or_else(|| self.remote.and_then(&field))
+    }
+
+    fn on_disk(&self) -> bool {
+        self.disk.is_some_and(|entry| entry.held.is_some())
+    }
+
+    fn on_remote(&self) -> bool {
+        self.remote.is_some_and(|entry| entry.held.is_some())
+    }
+}
+
+fn files(inspection: &Inspection) -> BTreeMap<&FilePath, File<'_>> {
+    let mut files = BTreeMap::new();
+    let empty = || File { disk: None, remote: None };
+    for (path, entry) in inspection.disk.iter().flatten() {
+        files.entry(path).or_insert_with(empty).disk = Some(entry);
+    }
+    for (path, entry) in inspection.remote.iter().flatten() {
+        files.entry(path).or_insert_with(empty).remote = Some(entry);
+    }
+    files
+}
+
+fn inspection_object(inspection: &Inspection) -> Value {
+    let file = |(path, file): (&FilePath, File<'_>)| {
+        json!({
+            "path": path,
+            "size": file.known(|entry| Some(entry.size)),
+            "sha256": file.known(|entry| entry.sha256),
+            "git_oid": file.known(|entry| entry.git_oid),
+            "provenance": file.known(|entry| entry.provenance),
+            "on_disk": file.on_disk(),
+            "on_remote": file.on_remote(),
+        })
+    };
+    let about = json!({
+        "reference": inspection.key.to_string(),
+        "shape": inspection.shape,
+        "path": inspection.path.as_deref().map(path_text),
+        "sha256": inspection.sha256,
+        "known_on_disk": inspection.disk.is_some(),
+        "known_on_remote": inspection.remote.is_some(),
+        "remote_error": inspection.remote_error,
+        "last_used": inspection.last_used.map(human::timestamp),
+        "leased": inspection.leased,
+        "files": files(inspection).into_iter().map(file).collect::<Vec<_>>(),
+    });
+    extend(key_object(&inspection.key), about)
+}
+
+fn inspection_text(inspection: &Inspection, now: SystemTime) -> String {
+    let unknown = || "unknown".to_owned();
+    let mut facts = vec![
+        ("artifact", inspection.key.to_string()),
+        ("path", inspection.path.as_deref().map_or_else(|| "not on disk".into(), path_text)),
+        ("sha256", inspection.sha256.map_or_else(unknown, |digest| digest.to_string())),
+        ("last used", inspection.last_used.map_or_else(unknown, |then| human::ago(then, now))),
+        ("in use", if inspection.leased { "yes" } else { "no" }.to_owned()),
+    ];
+    if let Some(why) = &inspection.remote_error {
+        facts.push(("remote", format!("cannot be asked: {why}")));
+    }
+    let facts: String = facts.into_iter().map(|(name, value)| format!("{name:<10} {value}\n")).collect();
+
+    let tick = |held: bool| if held { "yes" } else { "-" }.to_owned();
+    let rows = files(inspection).into_iter().map(|(path, file)| {
+        let digest = file.known(|entry| entry.sha256.map(|digest| digest.short()));
+        let provenance = file.known(|entry| entry.provenance);
+        vec![
+            path.to_string(),
+            human::bytes(file.known(|entry| Some(entry.size)).unwrap_or_default()),
+            digest.unwrap_or_else(|| "-".into()),
+            provenance.map_or_else(|| "-".into(), |provenance| provenance.to_string()),
+            tick(file.on_disk()),
+            tick(file.on_remote()),
+        ]
+    });
+    let files = table(&["FILE", "SIZE", "SHA256", "PROVENANCE", "DISK", "REMOTE"], &[1], rows);
+    format!("{facts}\n{files}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use modelcache::digest::{Digest, Provenance};
+    use modelcache::manifest::{FileIdentity, Held, Shape};
+    use modelcache::{ArtifactKey, ErrorKind};
+
+    fn inspection() -> Inspection {
+        let held = Some(Held::Disk(FileIdentity { inode: 1, bytes: 5, mtime_ns: 0 }));
+        let entry = |held| FileEntry {
+            size: 5,
+            sha256: Some(Digest::of(b"x")),
+            provenance: Some(Provenance::Put),
+            held,
+            ..FileEntry::default()
+        };
+        let path = |text| FilePath::new(text).expect("path");
+        Inspection {
+            key: ArtifactKey::bare("a@1").expect("key"),
+            shape: Shape::Tree,
+            path: Some("/c/a".into()),
+            sha256: None,
+            disk: Some(BTreeMap::from([(path("one"), entry(held)), (path("two"), entry(None))])),
+            remote: None,
+            remote_error: Some("connection refused".into()),
+            last_used: None,
+            leased: false,
+        }
+    }
+
+    #[test]
+    fn a_file_shows_where_it_is_held() {
+        let text = inspection_text(&inspection(), SystemTime::UNIX_EPOCH);
+        let short = Digest::of(b"x").short();
+        assert!(text.contains(&format!("one    5 B  {short}")), "{text}");
+        let [one, two] = ["one", "two"].map(|name| text.lines().find(|line| line.starts_with(name)).expect("row"));
+        assert!(one.contains("yes") && !two.contains("yes"), "{text}");
+        assert!(text.contains("remote     cannot be asked: connection refused"), "{text}");
+        let object = inspection_object(&inspection());
+        assert_eq!(object["files"][0]["sha256"], json!(Digest::of(b"x").to_string()), "whole for machines");
+        assert_eq!((&object["files"][0]["on_disk"], &object["files"][1]["on_disk"]), (&json!(true), &json!(false)));
+    }
+
+    #[test]
+    fn nowhere_is_not_found_unless_the_remote_was_down() {
+        let gone = Inspection { disk: None, ..inspection() };
+        assert_eq!(nowhere(&gone).kind(), ErrorKind::Unavailable);
+        assert_eq!(nowhere(&Inspection { remote_error: None, ..gone }).kind(), ErrorKind::NotFound);
+    }
+}

@@ -1,0 +1,107 @@
+//! `ls`: the artifacts on disk, or on the remote.
+
+use super::{Session, extend, key_object};
+use crate::human;
+use crate::output::table;
+use clap::Args;
+use modelcache::Result;
+use modelcache::cache::Listed;
+use serde_json::{Value, json};
+use std::time::SystemTime;
+
+/// List the artifacts on disk
+#[derive(Debug, Args)]
+pub(crate) struct Ls {
+    /// List those on the remote: the configured one, or the one at URL
+    // The same flag sets the remote for other verbs; sharing its id lets both readings live together.
+    #[arg(id = "remote", long = "remote", num_args = 0..=1, default_missing_value = "", value_name = "URL")]
+    remote: Option<String>,
+}
+
+impl Ls {
+    pub(crate) fn of_remote(&self) -> bool {
+        self.remote.is_some()
+    }
+
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
+        let output = session.output;
+        if self.of_remote() && session.config.remote.is_none() {
+            return Err(modelcache::Error::invalid("there is no remote")
+                .hint("set MODEL_CACHE_REMOTE, or write --remote s3://bucket/prefix"));
+        }
+        let cache = session.cache()?;
+        let listed = if self.of_remote() { cache.list_remote().await? } else { cache.list().await? };
+        if output.is_json() {
+            return listed.iter().try_for_each(|listed| output.answer_json(&listed_object(listed)));
+        }
+        output.answer(&listing(&listed, self.of_remote(), SystemTime::now()))
+    }
+}
+
+fn listing(listed: &[Listed], of_remote: bool, now: SystemTime) -> String {
+    let row = |listed: &Listed| {
+        let size = if listed.held_bytes == listed.bytes {
+            human::bytes(listed.bytes)
+        } else {
+            format!("{} of {}", human::bytes(listed.held_bytes), human::bytes(listed.bytes))
+        };
+        let mut row = vec![listed.reference.clone(), size, format!("{}/{}", listed.held_files, listed.files)];
+        if !of_remote {
+            let used = listed.last_used.map_or_else(|| "unknown".into(), |then| human::ago(then, now));
+            row.push(if listed.leased { "in use".into() } else { used });
+        }
+        row
+    };
+    let header = ["NAME@VERSION", "SIZE", "FILES", "LAST USED"];
+    let columns = if of_remote { 3 } else { 4 };
+    table(&header[..columns], &[1, 2], listed.iter().map(row))
+}
+
+fn listed_object(listed: &Listed) -> Value {
+    let about = json!({
+        "reference": listed.reference,
+        "shape": listed.shape,
+        "held_files": listed.held_files,
+        "files": listed.files,
+        "held_bytes": listed.held_bytes,
+        "size": listed.bytes,
+        "last_used": listed.last_used.map(human::timestamp),
+        "leased": listed.leased,
+    });
+    extend(key_object(&listed.key), about)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use modelcache::ArtifactKey;
+    use modelcache::manifest::Shape;
+    use std::time::Duration;
+
+    fn listed(name: &str, held_bytes: u64, leased: bool) -> Listed {
+        Listed {
+            key: ArtifactKey::bare(name).expect("key"),
+            reference: name.into(),
+            shape: Shape::Tree,
+            held_files: 1,
+            files: 2,
+            held_bytes,
+            bytes: 4_000_000_000,
+            last_used: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(60)),
+            leased,
+        }
+    }
+
+    #[test]
+    fn a_part_is_not_shown_as_the_whole() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(7260);
+        let rows = [listed("team/model@3", 1_200_000_000, false), listed("a@1", 4_000_000_000, true)];
+        let expected = "\
+NAME@VERSION              SIZE  FILES  LAST USED
+team/model@3  1.2 GB of 4.0 GB    1/2  2 hours ago
+a@1                     4.0 GB    1/2  in use";
+        assert_eq!(listing(&rows, false, now), expected);
+        assert!(!listing(&rows, true, now).contains("LAST USED"), "the remote knows no last use");
+        assert_eq!(listed_object(&rows[0])["last_used"], "1970-01-01T00:01:00Z");
+    }
+}

@@ -1,0 +1,79 @@
+//! `man`: the manual pages, for `man -l` or a package.
+
+use crate::arguments::Arguments;
+use crate::exit::EXITS;
+use crate::output::Output;
+use clap::{Args, Command, CommandFactory};
+use clap_mangen::roff::{Roff, bold, roman};
+use modelcache::settings::SETTINGS;
+use modelcache::{Error, ErrorKind, Result};
+use std::io;
+
+/// Print the manual page, or that of a verb, as roff
+///
+/// For instance: modelcache man get | man -l -
+#[derive(Debug, Args)]
+pub(crate) struct Man {
+    /// The verb; without it, the page of the program
+    #[arg(value_name = "VERB")]
+    pub(crate) verb: Option<String>,
+}
+
+impl Man {
+    pub(crate) fn run(&self, output: &Output) -> Result<()> {
+        let page = match &self.verb {
+            None => top_page(),
+            Some(verb) => verb_page(verb)?,
+        };
+        output.answer(&page.map_err(|cause| Error::new(ErrorKind::Other, "cannot write the page").cause(cause))?)
+    }
+}
+
+fn built() -> Command {
+    let mut command = Arguments::command();
+    command.build();
+    command
+}
+
+fn top_page() -> io::Result<String> {
+    // The table of exit codes gets a section of its own.
+    let page = clap_mangen::Man::new(Arguments::command().after_long_help(""));
+    let mut text = Vec::new();
+    page.render_title(&mut text)?;
+    page.render_name_section(&mut text)?;
+    page.render_synopsis_section(&mut text)?;
+    page.render_description_section(&mut text)?;
+    page.render_options_section(&mut text)?;
+    page.render_subcommands_section(&mut text)?;
+    exits_and_variables().to_writer(&mut text)?;
+    page.render_version_section(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+fn verb_page(verb: &str) -> Result<io::Result<String>> {
+    let command = built();
+    let verbs = || command.get_subcommands().map(Command::get_name).filter(|name| *name != "help");
+    let Some(found) = command.get_subcommands().find(|command| command.get_name() == verb && verb != "help") else {
+        return Err(Error::invalid(format!("{verb:?} is no verb"))
+            .hint(format!("verbs: {}", verbs().collect::<Vec<_>>().join(", "))));
+    };
+    let version = env!("CARGO_PKG_VERSION");
+    let page = clap_mangen::Man::new(found.clone()).source(format!("modelcache {version}"));
+    let mut text = Vec::new();
+    Ok(page.render(&mut text).map(|()| String::from_utf8_lossy(&text).into_owned()))
+}
+
+fn exits_and_variables() -> Roff {
+    let mut roff = Roff::new();
+    roff.control("SH", ["EXIT STATUS"]);
+    for exit in EXITS {
+        roff.control("TP", []).text([bold(exit.code.to_string())]).text([roman(exit.meaning)]);
+    }
+    roff.control("SH", ["ENVIRONMENT"]);
+    for setting in SETTINGS {
+        let Some(variable) = setting.variable else { continue };
+        let meaning = format!("{} Default: {}.", setting.meaning, setting.default).replace('`', "");
+        roff.control("TP", []).text([bold(variable)]).text([roman(meaning)]);
+    }
+    roff
+}

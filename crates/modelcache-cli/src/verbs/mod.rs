@@ -1,0 +1,126 @@
+//! The verbs, one file each: arguments, the call, how its outcome is shown.
+//!
+//! A verb gives the exit code it wants; a failure that it has not shown itself it gives back as an error.
+
+pub(crate) mod completions;
+pub(crate) mod evict;
+pub(crate) mod get;
+pub(crate) mod inspect;
+pub(crate) mod ls;
+pub(crate) mod man;
+pub(crate) mod put;
+pub(crate) mod stats;
+
+use crate::exit;
+use crate::output::Output;
+use clap::Subcommand;
+use modelcache::progress::Phase;
+use modelcache::{ArtifactKey, Cache, Config, Result};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    Get(get::Get),
+    Put(put::Put),
+    Evict(evict::Evict),
+    Ls(ls::Ls),
+    Inspect(inspect::Inspect),
+    Stats(stats::Stats),
+    Completions(completions::Completions),
+    Man(man::Man),
+}
+
+/// What verbs work with.
+pub(crate) struct Session<'a> {
+    pub(crate) output: &'a Output,
+    pub(crate) config: Config,
+}
+
+impl Session<'_> {
+    /// Opens the cache.
+    pub(crate) fn cache(&self) -> Result<Cache> {
+        Cache::open(self.config.clone())
+    }
+}
+
+impl Verb {
+    /// The outcome of a verb that needs neither settings nor cache; `None` for the others.
+    pub(crate) fn answer_at_once(&self, output: &Output) -> Option<Result<()>> {
+        match self {
+            Self::Completions(verb) => Some(verb.run(output)),
+            Self::Man(verb) => Some(verb.run(output)),
+            _ => None,
+        }
+    }
+
+    /// Runs the verb.
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
+        match self {
+            Self::Get(verb) => return verb.run(session).await,
+            Self::Put(verb) => verb.run(session).await,
+            Self::Evict(verb) => return verb.run(session).await,
+            Self::Ls(verb) => verb.run(session).await,
+            Self::Inspect(verb) => verb.run(session).await,
+            Self::Stats(verb) => verb.run(session).await,
+            Self::Completions(_) | Self::Man(_) => Ok(()),
+        }
+        .map(|()| exit::DONE)
+    }
+}
+
+/// Phases for machines: seconds by name.
+fn seconds(phases: &BTreeMap<Phase, Duration>) -> Value {
+    phases.iter().map(|(phase, spent)| (phase.name().to_owned(), json!(spent.as_secs_f64()))).collect()
+}
+
+/// Phases for people, those that took a tenth of a second or so: `resolve 0.1, pour 3.0`.
+fn phase_list(phases: &BTreeMap<Phase, Duration>) -> Option<String> {
+    let shown = phases.iter().filter(|(_, spent)| spent.as_secs_f64() >= 0.05);
+    let shown: Vec<_> = shown.map(|(phase, spent)| format!("{} {:.1}", phase.name(), spent.as_secs_f64())).collect();
+    (!shown.is_empty()).then(|| shown.join(", "))
+}
+
+/// The fields that every object about an artifact begins with.
+fn key_object(key: &ArtifactKey) -> Value {
+    json!({"name": key.name, "version": key.version})
+}
+
+/// The path for a line or a JSON text.
+fn path_text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// A path that does not depend on the present folder.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path)
+        .map_err(|cause| modelcache::Error::invalid(format!("{} is no path", path.display())).cause(cause))
+}
+
+/// Puts the fields of `more` into `object`.
+fn extend(mut object: Value, more: Value) -> Value {
+    if let (Value::Object(object), Value::Object(more)) = (&mut object, more) {
+        object.extend(more);
+    }
+    object
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_are_told_in_order_and_short_ones_left_out() {
+        let phases = BTreeMap::from([
+            (Phase::Pour, Duration::from_secs(3)),
+            (Phase::Resolve, Duration::from_millis(120)),
+            (Phase::Lend, Duration::from_millis(1)),
+        ]);
+        assert_eq!(phase_list(&phases).as_deref(), Some("resolve 0.1, pour 3.0"));
+        assert_eq!(phase_list(&BTreeMap::new()), None);
+        assert_eq!(seconds(&phases)["pour"], json!(3.0));
+    }
+}

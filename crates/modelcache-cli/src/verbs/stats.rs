@@ -1,0 +1,73 @@
+//! `stats`: the state of the local directory.
+
+use super::{Session, path_text};
+use crate::human;
+use clap::Args;
+use modelcache::{Error, ErrorKind, Result, cache};
+
+/// Show the budget, what is used of it, and what is free
+#[derive(Debug, Args)]
+pub(crate) struct Stats {}
+
+impl Stats {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
+        let output = session.output;
+        let stats = session.cache()?.stats().await?;
+        if output.is_json() {
+            let encode = |cause| Error::new(ErrorKind::Other, "cannot write the answer").cause(cause);
+            output.answer_json(&serde_json::to_value(&stats).map_err(encode)?)
+        } else {
+            output.answer(&stats_text(&stats))
+        }
+    }
+}
+
+fn stats_text(stats: &cache::Stats) -> String {
+    let share = match stats.budget_bytes {
+        0 => String::new(),
+        budget => format!(" ({:.0} %)", stats.used_bytes as f64 * 100.0 / budget as f64),
+    };
+    let facts = [
+        ("directory", path_text(&stats.dir)),
+        ("artifacts", format!("{} ({} files)", stats.artifacts, stats.files)),
+        ("used", format!("{} of {}{share}", human::bytes(stats.used_bytes), human::bytes(stats.budget_bytes))),
+        ("  staging", human::bytes(stats.staging_bytes)),
+        ("  quarantine", human::bytes(stats.quarantine_bytes)),
+        (
+            "free",
+            format!(
+                "{} on the filesystem; {} are always left free",
+                human::bytes(stats.filesystem_free_bytes),
+                human::bytes(stats.min_free_bytes)
+            ),
+        ),
+        ("remote", stats.remote.clone().unwrap_or_else(|| "none".into())),
+    ];
+    facts.into_iter().map(|(name, value)| format!("{name:<13} {value}\n")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_budget_is_shown_with_the_share_used() {
+        let mut stats = cache::Stats {
+            dir: "/c".into(),
+            artifacts: 3,
+            files: 12,
+            budget_bytes: 14_000_000_000,
+            used_bytes: 1_400_000_000,
+            staging_bytes: 0,
+            quarantine_bytes: 0,
+            filesystem_free_bytes: 100_000_000_000,
+            min_free_bytes: 10_000_000_000,
+            remote: None,
+        };
+        let text = stats_text(&stats);
+        assert!(text.contains("used          1.4 GB of 14.0 GB (10 %)\n"), "{text}");
+        assert!(text.ends_with("remote        none\n"), "{text}");
+        stats.budget_bytes = 0;
+        assert!(stats_text(&stats).contains("of 0 B\n"), "no share of nothing");
+    }
+}

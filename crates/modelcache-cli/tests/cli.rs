@@ -1,0 +1,230 @@
+//! The binary from outside: what stands on its streams, and with which code it ends.
+//!
+//! Nothing here asks a network. Every test has its own home and cache directory.
+
+use assert_cmd::Command;
+use serde_json::Value;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::process::{Output, Stdio};
+use tempfile::TempDir;
+
+/// A home of its own, and nothing of the environment in which the tests run.
+struct Home(TempDir);
+
+impl Home {
+    fn new() -> Self {
+        Self(TempDir::new().expect("temporary folder"))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn file(&self, name: &str, text: &str) -> String {
+        let path = self.path().join(name);
+        fs::create_dir_all(path.parent().expect("parent")).expect("folder");
+        fs::write(&path, text).expect("file");
+        path.display().to_string()
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_modelcache"));
+        command.env_clear().env("HOME", self.path()).current_dir(self.path());
+        command
+    }
+
+    fn run<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Outcome {
+        self.command().args(args).output().expect("runs").into()
+    }
+
+    fn run_with(&self, variables: &[(&str, &str)], args: &[&str]) -> Outcome {
+        self.command().envs(variables.iter().copied()).args(args).output().expect("runs").into()
+    }
+}
+
+struct Outcome {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl From<Output> for Outcome {
+    fn from(output: Output) -> Self {
+        let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+        Self { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    }
+}
+
+impl Outcome {
+    #[track_caller]
+    fn refused(self, code: i32, says: &[&str]) -> Self {
+        assert_eq!(self.code, Some(code), "{}{}", self.stdout, self.stderr);
+        for part in says {
+            assert!(self.stderr.contains(part), "{part:?} is not in:\n{}", self.stderr);
+        }
+        self
+    }
+
+    #[track_caller]
+    fn answered(self) -> Self {
+        assert_eq!(self.code, Some(0), "{}{}", self.stdout, self.stderr);
+        self
+    }
+}
+
+#[test]
+fn without_arguments_help_is_shown_and_the_code_is_2() {
+    let home = Home::new();
+    home.run::<&str>([]).refused(2, &["Usage: modelcache", "inspect"]);
+    let help = home.run(["--help"]).answered();
+    for part in ["MODEL_CACHE_DIR", "--max-bytes", "143  terminated", "completions"] {
+        assert!(help.stdout.contains(part), "{part:?} is not in:\n{}", help.stdout);
+    }
+    assert_eq!(home.run(["--version"]).answered().stdout, concat!("modelcache ", env!("CARGO_PKG_VERSION"), "\n"));
+}
+
+#[test]
+fn a_wrong_command_line_ends_in_2_and_leaves_the_answer_empty() {
+    let home = Home::new();
+    for (args, says) in [
+        (&["fetch"][..], "unrecognized subcommand 'fetch'"),
+        (&["get"], "<REF>"),
+        (&["get", "--inclde", "x", "a@1"], "--include"),
+        (&["get", "--timeout", "soon", "a@1"], "not a duration"),
+        (&["evict", "a@1", "--tier", "cloud"], "[possible values: all, disk, remote]"),
+        (&["completions", "cmd"], "possible values"),
+    ] {
+        assert_eq!(home.run(args).refused(2, &["error: ", says]).stdout, "", "{args:?}");
+    }
+}
+
+#[test]
+fn an_argument_that_is_not_utf8_is_a_usage_error() {
+    Home::new().run([OsStr::new("get"), OsStr::from_bytes(b"a\xff@1")]).refused(2, &["error: ", "UTF-8"]);
+}
+
+#[test]
+fn machines_get_usage_errors_as_an_object() {
+    let home = Home::new();
+    for args in [&["get", "--json"][..], &["--json", "stats", "--max-bytes", "much"], &["man", "fetch", "--json"]] {
+        let outcome = home.run(args).refused(2, &["error: "]);
+        let object: Value = serde_json::from_str(&outcome.stdout).expect("one object");
+        assert_eq!(object["error"]["code"], "invalid", "{object}");
+        assert!(object["error"]["message"].as_str().is_some_and(|message| !message.is_empty()), "{object}");
+    }
+}
+
+#[test]
+fn a_bad_setting_names_where_it_came_from_and_what_is_accepted() {
+    let home = Home::new();
+    let says = |source: &'static str| [source, "much", "hint: accepted: 14GB, 1.5TiB, 80%"];
+    home.run(["stats", "--max-bytes", "much"]).refused(2, &says("--max-bytes"));
+    home.run_with(&[("MODEL_CACHE_MAX_BYTES", "much")], &["stats"]).refused(2, &says("MODEL_CACHE_MAX_BYTES"));
+    home.file(".config/modelcache/modelcache.toml", "max_bytes = 'much'");
+    home.run(["stats"]).refused(2, &says("modelcache/modelcache.toml: max_bytes"));
+}
+
+#[test]
+fn an_unknown_key_names_the_nearest_known_one() {
+    let home = Home::new();
+    let file = home.file("c.toml", "max-byte = 1\n");
+    home.run(["stats", "--config", &file]).refused(2, &["c.toml", "\"max-byte\"", "did you mean \"max_bytes\"?"]);
+    home.run_with(&[("MODEL_CACHE_CONFIG", &file)], &["stats"]).refused(2, &["did you mean \"max_bytes\"?"]);
+    let file = home.file("d.toml", "[remote]\nurl = 's3://b'\n\nmax_bytes = 1 2");
+    home.run(["stats", "--config", &file]).refused(2, &["d.toml: line 4"]);
+}
+
+#[test]
+fn a_named_file_must_exist_and_the_usual_ones_need_not() {
+    let home = Home::new();
+    home.run(["stats", "--config", "none.toml"]).refused(2, &["none.toml", "--config"]);
+    home.run(["ls", "--remote"]).refused(2, &["there is no remote", "MODEL_CACHE_REMOTE"]);
+}
+
+#[test]
+fn two_remotes_are_one_too_many() {
+    let home = Home::new();
+    let both = [("MODEL_CACHE_REMOTE", "s3://a"), ("MODEL_CACHE_S3_BUCKET", "b")];
+    home.run_with(&both, &["stats"]).refused(2, &["MODEL_CACHE_REMOTE", "MODEL_CACHE_S3_BUCKET", "only one"]);
+}
+
+#[test]
+fn a_bad_log_filter_is_refused_by_name() {
+    let home = Home::new();
+    home.run_with(&[("MODEL_CACHE_LOG", "a=b=c")], &["stats"]).refused(2, &["MODEL_CACHE_LOG", "a=b=c", "debug"]);
+}
+
+#[test]
+fn a_variable_that_means_nothing_is_logged_in_the_chosen_form() {
+    let home = Home::new();
+    let odd = ("MODEL_CACHE_MAX_BYTE", "1");
+    let text = home.run_with(&[odd], &["stats"]).stderr;
+    assert!(text.contains("WARN") && text.contains("did you mean MODEL_CACHE_MAX_BYTES?"), "{text}");
+    let json = home.run_with(&[odd, ("MODEL_CACHE_LOG_FORMAT", "json")], &["stats"]).stderr;
+    let object: Value = serde_json::from_str(json.lines().next().expect("a line")).expect("an object");
+    assert_eq!(object["level"], "WARN");
+    let quiet = home.run_with(&[odd], &["stats", "--quiet"]).stderr;
+    assert!(!quiet.contains("WARN"), "{quiet}");
+}
+
+#[test]
+fn references_that_cannot_be_are_refused_with_a_remedy() {
+    let home = Home::new();
+    home.run(["evict", "fraud"]).refused(2, &["has no version", "hint: write NAME@VERSION"]);
+    home.run(["put", "hf/org/model@1", "."]).refused(2, &["stands for a URI"]);
+    home.run(["inspect", "ftp://host/x"]).refused(2, &["no origin is called"]);
+}
+
+#[test]
+fn completions_know_verbs_and_flags_of_settings() {
+    let home = Home::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = home.run(["completions", shell]).answered().stdout;
+        assert!(script.contains("inspect") && script.contains("min-free-bytes"), "{shell}: {script}");
+    }
+}
+
+#[test]
+fn completions_and_man_work_under_a_broken_configuration() {
+    let home = Home::new();
+    let broken = [("MODEL_CACHE_MAX_BYTES", "much")];
+    home.run_with(&broken, &["completions", "bash"]).answered();
+    home.run_with(&broken, &["man"]).answered();
+}
+
+#[test]
+fn manual_pages_are_roff() {
+    let home = Home::new();
+    let page = home.run(["man"]).answered().stdout;
+    for part in [".TH modelcache 1", ".SH \"EXIT STATUS\"", ".SH ENVIRONMENT", "MODEL_CACHE_DIR"] {
+        assert!(page.contains(part), "{part:?} is not in:\n{page}");
+    }
+    let page = home.run(["man", "get"]).answered().stdout;
+    assert!(page.contains("modelcache\\-get") && page.contains("\\-\\-include"), "{page}");
+    home.run(["man", "fetch"]).refused(2, &["\"fetch\" is no verb", "verbs: get, put"]);
+}
+
+#[test]
+fn a_reader_that_went_away_is_no_failure() {
+    let home = Home::new();
+    let (reader, writer) = std::io::pipe().expect("pipe");
+    drop(reader);
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_modelcache"));
+    command.args(["completions", "bash"]).env("HOME", home.path()).stdout(writer).stderr(Stdio::piped());
+    let outcome = command.output().expect("runs");
+    assert_eq!((outcome.status.code(), outcome.stderr.as_slice()), (Some(0), &b""[..]));
+}
+
+#[test]
+fn an_answer_that_cannot_be_written_is_a_failure() {
+    let home = Home::new();
+    let full = File::options().write(true).open("/dev/full").expect("/dev/full");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_modelcache"));
+    command.args(["man"]).env("HOME", home.path()).stdout(full).stderr(Stdio::piped());
+    let outcome = command.output().expect("runs");
+    assert_eq!(outcome.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&outcome.stderr).contains("cannot write to the standard output"));
+}

@@ -1,0 +1,209 @@
+//! The main path: from a reference to a lent path, in seven steps.
+//!
+//! Each step is one call; what a step decides stands in its own file. Absence is a value on the way down and becomes an
+//! error only here. Dropping the future at any point leaves nothing half-made: staging is private until published.
+
+use super::plan::FillPlan;
+use super::resolve::Wanted;
+use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
+use crate::disk::{FileLock, Lend, Lent, StagedFile, Staging, staged_name};
+use crate::error::{Context, Error, Result, Tier};
+use crate::key::FilePath;
+use crate::manifest::Manifest;
+use crate::progress::{Phase, Progress};
+use crate::reference::Reference;
+use crate::remote::PublishOptions;
+use crate::transfer::{PourFile, blocking};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How long to sleep before looking again at a lock that somebody holds.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// What a fill brought, still private.
+struct Filled {
+    staging: Staging,
+    listing: Manifest,
+    files: BTreeMap<FilePath, StagedFile>,
+    /// Files that the remote lists but gave wrong or not at all.
+    bad_on_remote: BTreeSet<FilePath>,
+}
+
+/// Who fills.
+enum Joined {
+    /// Somebody else just did.
+    Lent(Box<Lent>),
+    /// This call; it holds the key's fill lock.
+    Leading(FileLock),
+}
+
+impl Cache {
+    /// Makes the artifact local and lends its path.
+    ///
+    /// # Errors
+    /// `NotFound` when no tier has it; `Unauthorized`, `Unavailable`, `Corrupt` when the tiers that might have it
+    /// failed; `Full`, `Directory` when the local directory cannot take it.
+    pub async fn get(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
+        let wanted =
+            self.resolve(reference, &options.selection, progress).await.map_err(|error| error.artifact(reference))?;
+        self.get_resolved(&wanted, progress).await.map_err(|error| error.artifact(&wanted.key))
+    }
+
+    async fn get_resolved(&self, wanted: &Wanted, progress: &Progress) -> Result<Artifact> {
+        if let Some(lent) = self.lend(wanted, progress).await? {
+            return artifact(wanted, lent, 0, progress);
+        }
+        let flight = match self.join(wanted, progress).await? {
+            Joined::Lent(lent) => return artifact(wanted, *lent, 0, progress),
+            Joined::Leading(flight) => flight,
+        };
+        let plan = self.plan_fill(wanted, progress).await?;
+        let filled = self.pour(wanted, &plan, progress).await?;
+        let to_backfill = self.missing_on_remote(&plan, &filled);
+        let lent = self.publish(filled, progress).await?;
+        drop(flight);
+        let backfilled = self.backfill(&lent, to_backfill, progress).await;
+        artifact(wanted, lent, backfilled, progress)
+    }
+
+    async fn lend(&self, wanted: &Wanted, progress: &Progress) -> Result<Option<Lent>> {
+        let _phase = progress.enter(Phase::Lend, 0);
+        loop {
+            let (disk, key, selection) = (self.0.disk.clone(), wanted.key.clone(), wanted.selection.clone());
+            match blocking(move || disk.lend(&key, &selection)).await? {
+                Lend::Lent(lent) => return Ok(Some(*lent)),
+                Lend::Absent => return Ok(None),
+                Lend::Busy => tokio::time::sleep(LOOK_AGAIN).await,
+            }
+        }
+    }
+
+    /// Waits until the artifact was filled by somebody else, or nobody else is filling it.
+    async fn join(&self, wanted: &Wanted, progress: &Progress) -> Result<Joined> {
+        loop {
+            let flight = self.0.disk.try_fill(&wanted.key)?;
+            // Looked at after the lock was won, too: the previous leader may just have published.
+            if let Some(lent) = self.lend(wanted, progress).await? {
+                return Ok(Joined::Lent(Box::new(lent)));
+            }
+            if let Some(flight) = flight {
+                return Ok(Joined::Leading(flight));
+            }
+            let _phase = progress.enter(Phase::Join, 0);
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Reserves room, evicting if need be, and pours what disk does not have.
+    async fn pour(&self, wanted: &Wanted, plan: &FillPlan, progress: &Progress) -> Result<Filled> {
+        let (disk, key, selected) = (self.0.disk.clone(), wanted.key.clone(), plan.selected.clone());
+        let staging = blocking(move || disk.begin_fill(&key, &selected)).await?;
+        let mut to_pour: BTreeMap<String, PourFile> = BTreeMap::new();
+        for (path, entry) in &plan.selected {
+            let name = staged_name(path, entry);
+            if staging.reused(&name).is_none() && !to_pour.contains_key(&name) {
+                let (target, sources) = (staging.file(&name), plan.sources_of(path)?);
+                to_pour.insert(name, PourFile { path: path.clone(), entry: entry.clone(), target, sources });
+            }
+        }
+        let _phase = progress.enter(Phase::Pour, to_pour.values().map(|file| file.entry.size).sum());
+        let poured = self.0.pourer.pour(to_pour.into_values().collect(), progress).await?;
+
+        let by_target: BTreeMap<PathBuf, _> = poured.into_iter().map(|file| (file.target.clone(), file)).collect();
+        let (mut files, mut bad_on_remote) = (BTreeMap::new(), BTreeSet::new());
+        for (path, entry) in &plan.selected {
+            let name = staged_name(path, entry);
+            let staged = match (staging.reused(&name), by_target.get(&staging.file(&name))) {
+                (Some(identity), _) => StagedFile { name, entry: entry.clone(), identity },
+                (None, Some(poured)) => {
+                    if poured.bad_tiers.contains(&Tier::Remote) {
+                        bad_on_remote.insert(path.clone());
+                    }
+                    StagedFile { name, entry: poured.entry.clone(), identity: poured.identity }
+                }
+                (None, None) => return Err(Error::not_found(format!("{path} was not filled"))),
+            };
+            files.insert(path.clone(), staged);
+        }
+        let filled = Filled { staging, listing: plan.listing.clone(), files, bad_on_remote };
+        wanted.check_demanded_digest(&filled.known())?;
+        Ok(filled)
+    }
+
+    async fn publish(&self, filled: Filled, progress: &Progress) -> Result<Lent> {
+        let _phase = progress.enter(Phase::Publish, 0);
+        let disk = self.0.disk.clone();
+        blocking(move || disk.publish(filled.staging, &filled.listing, &filled.files)).await
+    }
+
+    /// The files of this fill that the remote should now be given, and those among them that it must write anew.
+    fn missing_on_remote(&self, plan: &FillPlan, filled: &Filled) -> Option<ToBackfill> {
+        if self.0.remote.is_none() || plan.remote_unusable {
+            return None;
+        }
+        let held = |path: &FilePath| {
+            plan.remote.as_ref().and_then(|m| m.files.get(path)).is_some_and(|entry| entry.held.is_some())
+        };
+        let missing = |path: &&FilePath| !held(path) || filled.bad_on_remote.contains(*path);
+        let paths: Vec<FilePath> = filled.files.keys().filter(missing).cloned().collect();
+        (!paths.is_empty()).then(|| ToBackfill { paths, rewrite: filled.bad_on_remote.clone() })
+    }
+
+    /// Writes to the remote; that it fails costs the next machine time, not this caller its artifact.
+    async fn backfill(&self, lent: &Lent, to_backfill: Option<ToBackfill>, progress: &Progress) -> u64 {
+        let (Some(remote), Some(ToBackfill { paths, rewrite })) = (&self.0.remote, to_backfill) else { return 0 };
+        let bytes = paths.iter().filter_map(|path| lent.manifest.files.get(path)).map(|entry| entry.size).sum();
+        let _phase = progress.enter(Phase::Backfill, bytes);
+        let files = paths.into_iter().map(|path| (path.clone(), lent.dir.view(&path))).collect();
+        let listing = lent.manifest.clone().without_holdings();
+        let options = PublishOptions { force: false, rewrite };
+        match remote.publish(&listing, &files, options, progress).await.context(&lent.manifest.key, Tier::Remote) {
+            Ok(published) => published.uploaded_bytes,
+            Err(error) => {
+                tracing::warn!(%error, hint = error.hint_text(), "could not be written to the remote; it is local all the same");
+                0
+            }
+        }
+    }
+}
+
+struct ToBackfill {
+    paths: Vec<FilePath>,
+    rewrite: BTreeSet<FilePath>,
+}
+
+impl Filled {
+    /// The listing with what this fill learnt.
+    fn known(&self) -> Manifest {
+        let mut known = self.listing.clone();
+        for (path, file) in &self.files {
+            if let Some(entry) = known.files.get_mut(path) {
+                entry.learn(&file.entry);
+            }
+        }
+        known
+    }
+}
+
+fn artifact(wanted: &Wanted, lent: Lent, backfilled_bytes: u64, progress: &Progress) -> Result<Artifact> {
+    wanted.check_demanded_digest(&lent.manifest)?;
+    let received = progress.snapshot();
+    let (files, selected_bytes) = lent
+        .manifest
+        .selected(&wanted.selection)
+        .fold((0, 0), |(files, bytes), (_, entry)| (files + 1, bytes + entry.size));
+    let from = match (received.origin_bytes, received.remote_bytes) {
+        (1.., _) => Tier::Origin,
+        (0, 1..) => Tier::Remote,
+        (0, 0) => Tier::Disk,
+    };
+    let kept = received.remote_bytes.saturating_add(received.origin_bytes);
+    let bytes = BytesByTier {
+        disk: selected_bytes.saturating_sub(kept),
+        remote: received.remote_bytes,
+        origin: received.origin_bytes,
+    };
+    let report = GetReport { from, bytes, backfilled_bytes, files, selected_bytes, phases: progress.phases() };
+    Ok(Artifact { key: wanted.key.clone(), path: lent.path(&wanted.selection), report, _lent: lent })
+}

@@ -1,0 +1,121 @@
+//! Looking: what is cached, what one artifact consists of, how full the directory is. Changes nothing.
+
+use super::{Cache, Inspection, Listed, Stats};
+use crate::disk::ScannedArtifact;
+use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::manifest::{Manifest, Shape};
+use crate::reference::Reference;
+use crate::selection::Selection;
+use crate::source::Source;
+use crate::transfer::blocking;
+use std::time::SystemTime;
+
+impl Cache {
+    /// The artifacts in the local directory, by name.
+    pub async fn list(&self) -> Result<Vec<Listed>> {
+        let disk = self.0.disk.clone();
+        blocking(move || {
+            let row = |artifact: ScannedArtifact| {
+                let leased = disk.is_leased(&artifact.dir);
+                artifact.manifest.map(|manifest| listed(&manifest, artifact.last_used, leased))
+            };
+            let mut rows: Vec<Listed> = disk.scan()?.into_iter().filter_map(row).collect();
+            rows.sort_by(|a, b| a.key.cmp(&b.key));
+            Ok(rows)
+        })
+        .await
+    }
+
+    /// The artifacts on the remote, by name.
+    ///
+    /// # Errors
+    /// `Invalid` where no remote is configured.
+    pub async fn list_remote(&self) -> Result<Vec<Listed>> {
+        let Some(remote) = &self.0.remote else {
+            return Err(Error::invalid("no remote is configured")
+                .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix"));
+        };
+        let mut rows: Vec<Listed> = remote.list().await?.iter().map(|manifest| listed(manifest, None, false)).collect();
+        rows.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(rows)
+    }
+
+    /// Everything known of one artifact. A remote that cannot be asked is reported, not failed on.
+    pub async fn inspect(&self, reference: &Reference) -> Result<Inspection> {
+        let (key, _) = self.key_without_network(reference).await.map_err(|error| error.artifact(reference))?;
+        let dir = self.0.disk.layout().artifact(&key);
+        let disk = self.0.disk.manifest(&key)?;
+        let (remote, remote_error) = match &self.0.remote {
+            Some(remote) => match remote.source(&key).manifest().await {
+                Ok(manifest) => (manifest, None),
+                Err(error) => (None, Some(error)),
+            },
+            None => (None, None),
+        };
+        let Some(known) = disk.as_ref().or(remote.as_ref()) else {
+            return Err(remote_error
+                .unwrap_or_else(|| Error::not_found("neither this disk nor the remote knows it"))
+                .artifact(&key));
+        };
+        let path = disk.as_ref().filter(|manifest| manifest.held_bytes() > 0 || manifest.holds(&Selection::all())).map(
+            |manifest| match (manifest.shape, manifest.files.keys().next()) {
+                (Shape::File, Some(file)) => dir.view(file),
+                _ => dir.files(),
+            },
+        );
+        Ok(Inspection {
+            shape: known.shape,
+            sha256: match known.shape {
+                Shape::File => known.files.values().next().and_then(|entry| entry.sha256),
+                Shape::Tree => known.list_digest(),
+            },
+            path,
+            last_used: self.0.disk.last_used(&dir)?,
+            leased: self.0.disk.is_leased(&dir),
+            disk: disk.map(|manifest| manifest.files),
+            remote: remote.map(|manifest| manifest.files),
+            remote_error: remote_error.map(|error| error.to_string()),
+            key,
+        })
+    }
+
+    /// The state of the local directory.
+    pub async fn stats(&self) -> Result<Stats> {
+        let (disk, remote) = (self.0.disk.clone(), self.0.remote.as_ref().map(|remote| remote.url().to_owned()));
+        blocking(move || {
+            let (usage, quarantine_bytes) = disk.usage()?;
+            let (space, artifacts) = (disk.space()?, disk.scan()?);
+            let manifests: Vec<&Manifest> =
+                artifacts.iter().filter_map(|artifact| artifact.manifest.as_ref()).collect();
+            let held = |manifest: &&Manifest| manifest.files.values().filter(|entry| entry.held.is_some()).count();
+            Ok(Stats {
+                dir: disk.layout().root().to_owned(),
+                artifacts: manifests.len(),
+                files: manifests.iter().map(held).sum(),
+                budget_bytes: space.budget,
+                used_bytes: usage.counted(),
+                staging_bytes: usage.staging,
+                quarantine_bytes,
+                filesystem_free_bytes: space.free,
+                min_free_bytes: space.min_free,
+                remote,
+            })
+        })
+        .await
+        .map_err(|error: Error| if error.kind() == ErrorKind::Directory { error.tier(Tier::Disk) } else { error })
+    }
+}
+
+fn listed(manifest: &Manifest, last_used: Option<SystemTime>, leased: bool) -> Listed {
+    Listed {
+        key: manifest.key.clone(),
+        reference: manifest.key.to_string(),
+        shape: manifest.shape,
+        held_files: manifest.files.values().filter(|entry| entry.held.is_some()).count(),
+        files: manifest.files.len(),
+        held_bytes: manifest.held_bytes(),
+        bytes: manifest.bytes(),
+        last_used,
+        leased,
+    }
+}

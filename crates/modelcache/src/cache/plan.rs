@@ -1,0 +1,237 @@
+//! Planning: what the artifact consists of, what disk lacks of it, and which source gives each file.
+//!
+//! The one place where it is decided what a failing tier means. *Not there* goes on to the next. *Unavailable*, after
+//! retries inside the tier, goes on too, unless configured to fail; the failure is kept, and is what the caller gets to
+//! see if nobody else has the artifact. Where the remote contradicts the origin, the origin wins and the remote is left
+//! alone.
+
+use super::resolve::Wanted;
+use super::{Cache, GetOptions, GetPlan, PlannedFile};
+use crate::config::OnRemoteDown;
+use crate::digest::Provenance;
+use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::key::FilePath;
+use crate::manifest::{FileEntry, Manifest};
+use crate::progress::{Phase, Progress};
+use crate::reference::Reference;
+use crate::source::Source;
+use crate::transfer::blocking;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Names shown when a pattern matches nothing.
+const NAMES_SHOWN: usize = 8;
+
+/// What a fill will do.
+#[derive(Debug)]
+pub(super) struct FillPlan {
+    /// All files, with everything known of them.
+    pub(super) listing: Manifest,
+    /// The files wanted.
+    pub(super) selected: Vec<(FilePath, FileEntry)>,
+    /// What the remote holds, if it could be asked and agrees.
+    pub(super) remote: Option<Manifest>,
+    /// The remote failed or contradicts the origin: neither read nor written in this fill.
+    pub(super) remote_unusable: bool,
+    sources: BTreeMap<FilePath, Vec<Arc<dyn Source>>>,
+}
+
+/// What the tiers said.
+#[derive(Default)]
+struct Survey {
+    disk: Option<Manifest>,
+    remote: Option<(Arc<dyn Source>, Manifest)>,
+    origin: Option<Manifest>,
+    remote_failure: Option<Error>,
+    origin_failure: Option<Error>,
+}
+
+impl FillPlan {
+    /// The sources of one file, best first.
+    pub(super) fn sources_of(&self, path: &FilePath) -> Result<Vec<Arc<dyn Source>>> {
+        let sources = self.sources.get(path).cloned().unwrap_or_default();
+        if sources.is_empty() {
+            return Err(Error::not_found(format!("{path} is listed, but neither the remote nor an origin holds it"))
+                .hint("put the artifact again, or configure MODEL_CACHE_ORIGIN"));
+        }
+        Ok(sources)
+    }
+}
+
+impl Cache {
+    /// What [`get`](Self::get) would do; fetches lists only.
+    pub async fn plan(&self, reference: &Reference, options: &GetOptions) -> Result<GetPlan> {
+        let progress = Progress::new();
+        let wanted =
+            self.resolve(reference, &options.selection, &progress).await.map_err(|error| error.artifact(reference))?;
+        let plan = self.plan_fill(&wanted, &progress).await.map_err(|error| error.artifact(&wanted.key))?;
+        let disk = self.0.disk.manifest(&wanted.key)?;
+        let on_disk =
+            |path: &FilePath| disk.as_ref().and_then(|m| m.files.get(path)).is_some_and(|entry| entry.held.is_some());
+        let from = |path: &FilePath| match plan.sources.get(path).and_then(|sources| sources.first()) {
+            _ if on_disk(path) => Tier::Disk,
+            Some(source) => source.tier(),
+            None => Tier::Disk,
+        };
+        let files = plan.selected.iter().map(|(path, entry)| PlannedFile {
+            path: path.clone(),
+            size: entry.size,
+            from: from(path),
+        });
+        Ok(GetPlan { key: wanted.key, files: files.collect() })
+    }
+
+    /// Step 4 of the main path.
+    pub(super) async fn plan_fill(&self, wanted: &Wanted, progress: &Progress) -> Result<FillPlan> {
+        let _phase = progress.enter(Phase::Plan, 0);
+        let mut survey = self.survey(wanted).await?;
+        let mut listing = self.agree(wanted, &mut survey)?;
+        wanted.check_demanded_digest(&listing)?;
+        self.complete_digests(wanted, &mut listing).await?;
+        let selected: Vec<_> =
+            listing.selected(&wanted.selection).map(|(path, entry)| (path.clone(), entry.clone())).collect();
+        if selected.is_empty() && !listing.files.is_empty() {
+            return Err(nothing_selected(wanted, &listing));
+        }
+        let sources = selected.iter().map(|(path, _)| (path.clone(), sources(path, &survey, wanted))).collect();
+        let remote_unusable = survey.remote_failure.is_some();
+        Ok(FillPlan {
+            listing,
+            selected,
+            remote: survey.remote.map(|(_, manifest)| manifest),
+            remote_unusable,
+            sources,
+        })
+    }
+
+    /// Asks disk, the remote, and the origin only if those two do not hold all that is wanted.
+    async fn survey(&self, wanted: &Wanted) -> Result<Survey> {
+        let (disk, key) = (self.0.disk.clone(), wanted.key.clone());
+        let mut survey = Survey { disk: blocking(move || disk.manifest(&key)).await?, ..Survey::default() };
+        if let Some(remote) = &self.0.remote {
+            let source: Arc<dyn Source> = Arc::new(remote.source(&wanted.key));
+            match source.manifest().await {
+                Ok(manifest) => survey.remote = manifest.map(|manifest| (source, manifest)),
+                Err(error) => survey.remote_failure = Some(self.remote_failed(error)?),
+            }
+        }
+        if let Some(origin) = wanted.origin.as_ref().filter(|_| !survey.satisfies(wanted)) {
+            match origin.manifest().await {
+                Ok(manifest) => survey.origin = manifest,
+                Err(error) => survey.origin_failure = Some(error.tier(Tier::Origin)),
+            }
+        }
+        Ok(survey)
+    }
+
+    /// What it means that the remote could not be asked: go on, or fail.
+    fn remote_failed(&self, error: Error) -> Result<Error> {
+        let error = error.tier(Tier::Remote);
+        if error.kind() == ErrorKind::Invalid || self.0.config.on_remote_down == OnRemoteDown::Fail {
+            return Err(error);
+        }
+        tracing::warn!(%error, hint = error.hint_text(), "the remote is left out");
+        Ok(error)
+    }
+
+    /// One list out of what the tiers said, or the reason why there is none.
+    fn agree(&self, wanted: &Wanted, survey: &mut Survey) -> Result<Manifest> {
+        let local = match (survey.disk.clone(), survey.origin.as_ref()) {
+            (Some(mut disk), Some(origin)) => {
+                disk.learn(origin)?;
+                Some(disk)
+            }
+            (disk, origin) => disk.or_else(|| origin.cloned()),
+        };
+        let remote = survey.remote.as_ref().map(|(_, manifest)| manifest.clone().without_holdings());
+        match (local, remote) {
+            (Some(mut listing), Some(remote)) => {
+                if let Err(error) = listing.learn(&remote) {
+                    tracing::error!(%error, "the remote contradicts the origin (or this disk) and is not used: it may have been tampered with");
+                    survey.remote = None;
+                    survey.remote_failure = Some(error.tier(Tier::Remote));
+                }
+                Ok(listing.without_holdings())
+            }
+            (Some(listing), None) | (None, Some(listing)) => Ok(listing.without_holdings()),
+            (None, None) => Err(self.nowhere(wanted, survey)),
+        }
+    }
+
+    /// Nobody has it: the failure that explains most, else plain absence.
+    fn nowhere(&self, wanted: &Wanted, survey: &mut Survey) -> Error {
+        let failures = [survey.origin_failure.take(), survey.remote_failure.take()];
+        let (absent, failed): (Vec<_>, Vec<_>) =
+            failures.into_iter().flatten().partition(|error| error.kind() == ErrorKind::NotFound);
+        if let Some(error) = failed.into_iter().chain(absent).next() {
+            return error;
+        }
+        let mut asked = vec!["this disk".to_owned()];
+        asked.extend(self.0.remote.as_ref().map(|remote| format!("the remote ({})", remote.url())));
+        asked.extend(wanted.origin.as_ref().map(|_| "the origin".to_owned()));
+        let hint = match (&self.0.remote, &wanted.origin) {
+            (None, None) => {
+                "no remote and no origin is configured: set MODEL_CACHE_REMOTE or MODEL_CACHE_ORIGIN, or write a URI (hf://org/model)"
+            }
+            _ => "check name and version; `modelcache ls --remote` lists what is published",
+        };
+        Error::not_found(format!("not found on {}", asked.join(", nor on "))).hint(hint)
+    }
+
+    /// Fills in digests that were learnt before: the caller's, and those that another version has for the same git blob.
+    async fn complete_digests(&self, wanted: &Wanted, listing: &mut Manifest) -> Result<()> {
+        if let (Some(demanded), Some(path)) = (wanted.digest, wanted.single_file(listing).cloned())
+            && let Some(entry) = listing.files.get_mut(&path)
+            && entry.sha256.is_none()
+        {
+            (entry.sha256, entry.provenance) = (Some(demanded), Some(Provenance::Caller));
+        }
+        let unknown: Vec<_> = listing
+            .selected(&wanted.selection)
+            .filter(|(_, entry)| entry.sha256.is_none())
+            .filter_map(|(path, entry)| Some((path.clone(), entry.git_oid?, entry.size)))
+            .collect();
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        let (disk, name) = (self.0.disk.clone(), wanted.key.name.clone());
+        let known = blocking(move || disk.digests_of_git_oids(&name)).await?;
+        for (path, oid, size) in unknown {
+            if let (Some(digest), Some(entry)) = (known.get(&(oid, size)), listing.files.get_mut(&path)) {
+                entry.sha256 = Some(*digest);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Survey {
+    /// Whether disk and remote together list and hold all that is wanted.
+    fn satisfies(&self, wanted: &Wanted) -> bool {
+        let remote = self.remote.as_ref().map(|(_, manifest)| manifest);
+        let Some(listing) = self.disk.as_ref().or(remote) else { return false };
+        let held = |manifest: Option<&Manifest>, path: &FilePath| {
+            manifest.and_then(|manifest| manifest.files.get(path)).is_some_and(|entry| entry.held.is_some())
+        };
+        listing.selected(&wanted.selection).all(|(path, _)| held(self.disk.as_ref(), path) || held(remote, path))
+    }
+}
+
+/// The remote where it holds the file, then the origin. Bytes on disk are reused by digest and need no source.
+fn sources(path: &FilePath, survey: &Survey, wanted: &Wanted) -> Vec<Arc<dyn Source>> {
+    let held = |manifest: &Manifest| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
+    let remote = survey.remote.as_ref().filter(|(_, manifest)| held(manifest)).map(|(source, _)| source.clone());
+    remote.into_iter().chain(wanted.origin.clone()).collect()
+}
+
+fn nothing_selected(wanted: &Wanted, listing: &Manifest) -> Error {
+    let mut names: Vec<&str> = listing.files.keys().map(FilePath::as_str).take(NAMES_SHOWN).collect();
+    if listing.files.len() > NAMES_SHOWN {
+        names.push("…");
+    }
+    let message = match wanted.selection.one_file() {
+        Some(file) => format!("it has no file {file}"),
+        None => format!("no file matches {}", wanted.selection.patterns().join(", ")),
+    };
+    Error::not_found(message).hint(format!("it has {} files: {}", listing.files.len(), names.join(", ")))
+}

@@ -1,0 +1,204 @@
+//! What callers ask for and what they are told: options and reports of every verb.
+
+use crate::disk::Lent;
+use crate::error::Tier;
+use crate::key::{ArtifactKey, FilePath};
+use crate::manifest::{FileEntry, Shape};
+use crate::progress::Phase;
+use crate::selection::Selection;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+/// What `get` shall fetch.
+#[derive(Debug, Clone, Default)]
+pub struct GetOptions {
+    /// Which files. A reference that names one file overrules it.
+    pub selection: Selection,
+}
+
+/// A lent artifact: its path stays valid while this value lives.
+#[derive(Debug)]
+pub struct Artifact {
+    /// What it is.
+    pub key: ArtifactKey,
+    /// The file, or the folder of the tree.
+    pub path: PathBuf,
+    /// How it came here.
+    pub report: GetReport,
+    /// Keeps the lease.
+    pub(super) _lent: Lent,
+}
+
+/// How an artifact came here.
+#[derive(Debug, Clone, Serialize)]
+pub struct GetReport {
+    /// The farthest tier that bytes came from; `disk` for a hit.
+    pub from: Tier,
+    /// Bytes by tier: reused from disk, received from the remote, received from an origin.
+    pub bytes: BytesByTier,
+    /// Bytes written to the remote.
+    pub backfilled_bytes: u64,
+    /// Files selected.
+    pub files: usize,
+    /// Bytes selected.
+    pub selected_bytes: u64,
+    /// Time by phase.
+    pub phases: BTreeMap<Phase, Duration>,
+}
+
+/// Bytes by the tier they came from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct BytesByTier {
+    /// Already in the local directory.
+    pub disk: u64,
+    /// Received from the remote.
+    pub remote: u64,
+    /// Received from an origin.
+    pub origin: u64,
+}
+
+/// What a get would do (`--dry-run`).
+#[derive(Debug, Clone, Serialize)]
+pub struct GetPlan {
+    /// What it is.
+    pub key: ArtifactKey,
+    /// Every selected file: its size, and the tier it would come from.
+    pub files: Vec<PlannedFile>,
+}
+
+/// One file of a [`GetPlan`].
+#[derive(Debug, Clone, Serialize)]
+pub struct PlannedFile {
+    /// Which file.
+    pub path: FilePath,
+    /// Bytes.
+    pub size: u64,
+    /// Where it would come from.
+    pub from: Tier,
+}
+
+/// How `put` shall publish.
+#[derive(Debug, Clone, Default)]
+pub struct PutOptions {
+    /// Replace other content under the same key.
+    pub force: bool,
+}
+
+/// What `put` did.
+#[derive(Debug, Clone, Serialize)]
+pub struct PutReport {
+    /// What it is.
+    pub key: ArtifactKey,
+    /// The file or folder in the local directory.
+    pub path: PathBuf,
+    /// Files published.
+    pub files: usize,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Bytes sent to the remote; 0 if it already held them or there is none.
+    pub uploaded_bytes: u64,
+    /// Whether there is a remote that now holds it.
+    pub on_remote: bool,
+    /// Digest of the file, or of the file list of a tree.
+    pub sha256: crate::digest::Digest,
+    /// Time by phase.
+    pub phases: BTreeMap<Phase, Duration>,
+}
+
+/// Where `evict` shall remove.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EvictTier {
+    /// Disk and remote.
+    #[default]
+    All,
+    /// The local directory only.
+    Disk,
+    /// The remote only.
+    Remote,
+}
+
+/// What `evict` removed, or would remove.
+#[derive(Debug, Clone, Serialize)]
+pub struct EvictReport {
+    /// What it is.
+    pub key: ArtifactKey,
+    /// Bytes freed on disk; `None` if it was not there or not asked for.
+    pub disk_bytes: Option<u64>,
+    /// Bytes removed from the remote; `None` if it was not there or not asked for.
+    pub remote_bytes: Option<u64>,
+    /// Whether an origin could give it back.
+    pub origin_can_give_back: bool,
+}
+
+/// One artifact as `ls` shows it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Listed {
+    /// What it is.
+    pub key: ArtifactKey,
+    /// The reference that leads to it.
+    pub reference: String,
+    /// One file or a tree.
+    pub shape: Shape,
+    /// Files held, of all files.
+    pub held_files: usize,
+    /// All files.
+    pub files: usize,
+    /// Bytes held, of all bytes.
+    pub held_bytes: u64,
+    /// All bytes.
+    pub bytes: u64,
+    /// When it was last used (disk only).
+    pub last_used: Option<SystemTime>,
+    /// Whether somebody holds it (disk only).
+    pub leased: bool,
+}
+
+/// Everything known of one artifact (`inspect`).
+#[derive(Debug, Clone, Serialize)]
+pub struct Inspection {
+    /// What it is.
+    pub key: ArtifactKey,
+    /// One file or a tree.
+    pub shape: Shape,
+    /// The path that `get` would lend; `None` if it is not on disk.
+    pub path: Option<PathBuf>,
+    /// Digest of the file, or of the file list, once every digest is known.
+    pub sha256: Option<crate::digest::Digest>,
+    /// Files as disk knows them; `None` if disk does not know the artifact.
+    pub disk: Option<BTreeMap<FilePath, FileEntry>>,
+    /// Files as the remote knows them; `None` if it does not, or was not reachable.
+    pub remote: Option<BTreeMap<FilePath, FileEntry>>,
+    /// Why the remote could not be asked, if it could not.
+    pub remote_error: Option<String>,
+    /// When it was last used.
+    pub last_used: Option<SystemTime>,
+    /// Whether somebody holds it.
+    pub leased: bool,
+}
+
+/// The state of the local directory (`stats`).
+#[derive(Debug, Clone, Serialize)]
+pub struct Stats {
+    /// The local directory.
+    pub dir: PathBuf,
+    /// Artifacts on disk.
+    pub artifacts: usize,
+    /// Files they hold.
+    pub files: usize,
+    /// The budget, in bytes.
+    pub budget_bytes: u64,
+    /// What counts against it: blobs, staging, quarantine, reservations.
+    pub used_bytes: u64,
+    /// Of those: fills in progress or abandoned.
+    pub staging_bytes: u64,
+    /// Of those: what failed a check.
+    pub quarantine_bytes: u64,
+    /// Free on the filesystem.
+    pub filesystem_free_bytes: u64,
+    /// Bytes that are always left free.
+    pub min_free_bytes: u64,
+    /// The remote's address, if there is one.
+    pub remote: Option<String>,
+}

@@ -1,0 +1,46 @@
+//! What an input/output error in the local directory means to a caller.
+
+use crate::error::{Error, ErrorKind, Tier};
+use rustix::io::Errno;
+use std::io;
+use std::path::Path;
+
+/// Translates an error of `operation` on `path` (once, here): no room, directory not usable, or the machine's trouble.
+pub(crate) fn fault(operation: &str, path: &Path, cause: io::Error) -> Error {
+    let errno = cause.raw_os_error().map(Errno::from_raw_os_error);
+    let (kind, hint) = match errno {
+        Some(Errno::NOSPC) => {
+            (ErrorKind::Full, "free space or inodes on this filesystem, or point MODEL_CACHE_DIR to a larger one")
+        }
+        Some(Errno::DQUOT) => (ErrorKind::Full, "the user's disk quota is used up"),
+        Some(Errno::ROFS) => (
+            ErrorKind::Directory,
+            "the filesystem is mounted read-only: mount it writable, or point MODEL_CACHE_DIR elsewhere",
+        ),
+        Some(Errno::ACCESS | Errno::PERM) => {
+            (ErrorKind::Directory, "give this user write access to the directory, or point MODEL_CACHE_DIR elsewhere")
+        }
+        Some(Errno::MFILE | Errno::NFILE) => (ErrorKind::Other, "too many open files: raise the limit (ulimit -n)"),
+        Some(Errno::IO) => (ErrorKind::Directory, "the disk reports an error: see the kernel's log"),
+        _ => (ErrorKind::Directory, "see whether the directory and its filesystem are in order"),
+    };
+    Error::new(kind, format!("cannot {operation} {}", path.display())).tier(Tier::Disk).hint(hint).cause(cause)
+}
+
+/// Adds operation and path to an [`io::Result`].
+pub(crate) trait At<T> {
+    /// Translates the error of `operation` on `path`.
+    fn at(self, operation: &str, path: &Path) -> crate::Result<T>;
+}
+
+impl<T> At<T> for io::Result<T> {
+    fn at(self, operation: &str, path: &Path) -> crate::Result<T> {
+        self.map_err(|cause| fault(operation, path, cause))
+    }
+}
+
+impl<T> At<T> for Result<T, Errno> {
+    fn at(self, operation: &str, path: &Path) -> crate::Result<T> {
+        self.map_err(|cause| fault(operation, path, cause.into()))
+    }
+}

@@ -1,0 +1,114 @@
+//! Small file work shared by the disk tier: identities, durable writes, walking, removing.
+
+use super::fault::At;
+use crate::digest::Digest;
+use crate::error::Result;
+use crate::ladder::{Ladder, LadderHasher};
+use crate::manifest::FileIdentity;
+use rand::distr::{Alphanumeric, SampleString};
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Bytes read at a time when hashing.
+const READ_BYTES: usize = 1 << 20;
+
+/// What tells a file from another, as manifests record it.
+pub(crate) fn identity(metadata: &Metadata) -> FileIdentity {
+    let mtime_ns = metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
+    FileIdentity { inode: metadata.ino(), bytes: metadata.len(), mtime_ns }
+}
+
+/// Bytes that a file takes on the filesystem.
+pub(crate) fn allocated(metadata: &Metadata) -> u64 {
+    metadata.blocks() * 512
+}
+
+/// The metadata of `path` itself (links are not followed), or `None` if there is nothing.
+pub(crate) fn stat(path: &Path) -> Result<Option<Metadata>> {
+    absent(fs::symlink_metadata(path)).at("look at", path)
+}
+
+/// Turns "not found" into `None`.
+pub(crate) fn absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes a file; that it is already gone is fine.
+pub(crate) fn remove_file(path: &Path) -> Result<()> {
+    absent(fs::remove_file(path)).at("remove", path).map(|_| ())
+}
+
+/// Removes a folder and all it holds; that it is already gone is fine.
+pub(crate) fn remove_tree(path: &Path) -> Result<()> {
+    absent(fs::remove_dir_all(path)).at("remove", path).map(|_| ())
+}
+
+/// Makes names in `dir` survive a power cut.
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|dir| dir.sync_all()).at("make durable", dir)
+}
+
+/// Writes `bytes` to `target` so that a reader sees the old content or the new, never a mixture; durable on return.
+/// The temporary file lies in `temporary_dir`, on the same filesystem.
+pub(crate) fn replace(target: &Path, bytes: &[u8], temporary_dir: &Path) -> Result<()> {
+    let temporary = temporary_dir.join(format!("new-{}", random_name()));
+    let written = File::create_new(&temporary)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&temporary, target));
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written.at("write", target)?;
+    target.parent().map_or(Ok(()), sync_dir)
+}
+
+/// The whole of a small file, or `None` if there is none.
+pub(crate) fn read_small(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>> {
+    let read = || {
+        let mut bytes = Vec::new();
+        File::open(path)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    absent(read()).at("read", path)
+}
+
+/// The paths directly in `dir`, none if it does not exist.
+pub(crate) fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
+    let Some(listing) = absent(fs::read_dir(dir)).at("list", dir)? else { return Ok(Vec::new()) };
+    listing.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<_>>().at("list", dir)
+}
+
+/// Calls `visit` for every path below `dir` that is no folder; links are not followed.
+pub(crate) fn walk(dir: &Path, visit: &mut dyn FnMut(&Path, &Metadata) -> Result<()>) -> Result<()> {
+    for path in entries(dir)? {
+        match stat(&path)? {
+            Some(metadata) if metadata.is_dir() => walk(&path, visit)?,
+            Some(metadata) => visit(&path, &metadata)?,
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Digest and ladder of an open file, from its start.
+pub(crate) fn hash(file: &mut File, path: &Path, part_size: u64) -> Result<(Digest, Ladder)> {
+    let mut hasher = LadderHasher::new(part_size);
+    let mut buffer = vec![0; READ_BYTES];
+    loop {
+        match file.read(&mut buffer).at("read", path)? {
+            0 => return Ok(hasher.finish()),
+            read => hasher.update(&buffer[..read]),
+        }
+    }
+}
+
+/// A name that no other process chooses.
+pub(crate) fn random_name() -> String {
+    Alphanumeric.sample_string(&mut rand::rng(), 16)
+}

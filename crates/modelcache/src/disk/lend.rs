@@ -1,0 +1,199 @@
+//! Lending: a shared lease, the manifest, one `stat` per file, and the last use touched.
+//!
+//! Nothing is hashed while every file has the identity recorded for it. A file that differs is hashed then and there:
+//! right bytes get their new identity recorded, wrong ones are quarantined and uncommitted in every artifact that
+//! recorded them. On a read-only directory hits are still served, without the lease or the touch if need be.
+
+use super::Disk;
+use super::fault::At;
+use super::files::{self, identity};
+use super::layout::ArtifactDir;
+use super::lock::FileLock;
+use super::publish::open_no_follow;
+use crate::digest::Digest;
+use crate::error::Result;
+use crate::key::{ArtifactKey, FilePath};
+use crate::ladder::part_size;
+use crate::manifest::{FileEntry, FileIdentity, Held, Manifest, Shape};
+use crate::selection::Selection;
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How often lending starts again after it found and mended something.
+const ROUNDS_MAX: usize = 1000;
+
+/// An artifact's files, held against eviction while this value lives.
+#[derive(Debug)]
+pub(crate) struct Lent {
+    pub(crate) manifest: Manifest,
+    pub(crate) dir: ArtifactDir,
+    pub(crate) _lease: Option<FileLock>,
+}
+
+/// What lending found.
+#[derive(Debug)]
+pub(crate) enum Lend {
+    /// Everything selected is here.
+    Lent(Box<Lent>),
+    /// Something selected is not.
+    Absent,
+    /// An eviction is at work on it; try again in a moment.
+    Busy,
+}
+
+/// How one view differs from what its manifest says.
+enum Mismatch {
+    Missing,
+    Right(FileIdentity),
+    Wrong(File),
+}
+
+impl Lent {
+    /// What a caller gets: the one file selected or the artifact's only file, else the folder.
+    pub(crate) fn path(&self, selection: &Selection) -> PathBuf {
+        match (selection.one_file(), self.manifest.shape, self.manifest.files.keys().next()) {
+            (Some(file), _, _) | (None, Shape::File, Some(file)) => self.dir.view(file),
+            _ => self.dir.files(),
+        }
+    }
+}
+
+impl Disk {
+    /// Lends what `selection` chooses of `key`, if all of it is here and right.
+    pub(crate) fn lend(&self, key: &ArtifactKey, selection: &Selection) -> Result<Lend> {
+        let dir = self.layout().artifact(key);
+        if files::stat(&dir.manifest())?.is_none() {
+            return Ok(Lend::Absent);
+        }
+        let lease = match FileLock::try_shared(&self.layout().lease(&dir)) {
+            Ok(Some(lease)) => Some(lease),
+            Ok(None) => return Ok(Lend::Busy),
+            Err(_) if self.is_read_only() => None,
+            Err(error) => return Err(error),
+        };
+        for _ in 0..ROUNDS_MAX {
+            let Some(manifest) = self.read_manifest(&dir)? else { return Ok(Lend::Absent) };
+            if !manifest.holds(selection) {
+                return Ok(Lend::Absent);
+            }
+            match self.first_mismatch(&dir, &manifest, selection)? {
+                None => {
+                    let _ = self.touch_last_used(&dir, false);
+                    return Ok(Lend::Lent(Box::new(Lent { manifest, dir, _lease: lease })));
+                }
+                Some((path, entry, mismatch)) => self.mend(&dir, &path, &entry, mismatch)?,
+            }
+        }
+        Ok(Lend::Absent)
+    }
+
+    fn first_mismatch(
+        &self,
+        dir: &ArtifactDir,
+        manifest: &Manifest,
+        selection: &Selection,
+    ) -> Result<Option<(FilePath, FileEntry, Mismatch)>> {
+        for (path, entry) in manifest.selected(selection) {
+            let view = dir.view(path);
+            let Some(metadata) = files::stat(&view)? else {
+                return Ok(Some((path.clone(), entry.clone(), Mismatch::Missing)));
+            };
+            if entry.on_disk() != Some(identity(&metadata)) {
+                return Ok(Some((path.clone(), entry.clone(), self.judge(&view, entry)?)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Hashes a view that is not the file its manifest recorded.
+    fn judge(&self, view: &std::path::Path, entry: &FileEntry) -> Result<Mismatch> {
+        let Ok(mut file) = open_no_follow(view) else { return Ok(Mismatch::Missing) };
+        let before = file.metadata().at("look at", view)?;
+        if !before.is_file() {
+            return Ok(Mismatch::Missing);
+        }
+        let (digest, _) = files::hash(&mut file, view, part_size(before.len()))?;
+        let after = identity(&file.metadata().at("look at", view)?);
+        if entry.sha256 == Some(digest) && after == identity(&before) {
+            Ok(Mismatch::Right(after))
+        } else {
+            Ok(Mismatch::Wrong(file))
+        }
+    }
+
+    fn mend(&self, dir: &ArtifactDir, path: &FilePath, entry: &FileEntry, mismatch: Mismatch) -> Result<()> {
+        match mismatch {
+            Mismatch::Missing => self.edit_manifest(dir, |manifest| {
+                let missing = files::stat(&dir.view(path)).is_ok_and(|metadata| !metadata.is_some_and(|m| m.is_file()));
+                manifest.files.get_mut(path).filter(|_| missing).map(|entry| entry.held = None).is_some()
+            }),
+            Mismatch::Right(identity) => self.edit_manifest(dir, |manifest| {
+                manifest
+                    .files
+                    .get_mut(path)
+                    .filter(|e| e.held.is_some())
+                    .map(|e| e.held = Some(Held::Disk(identity)))
+                    .is_some()
+            }),
+            Mismatch::Wrong(file) => self.heal(dir, path, entry, &file),
+        }
+    }
+
+    /// A file's bytes are wrong: no artifact may go on claiming to hold them.
+    ///
+    /// The inode's mtime is spoilt first, through the descriptor that was hashed: one call makes every link of it,
+    /// recorded anywhere, differ from its record.
+    fn heal(&self, dir: &ArtifactDir, path: &FilePath, entry: &FileEntry, file: &File) -> Result<()> {
+        tracing::warn!(artifact = %dir.path().display(), file = %path, "a cached file was changed on disk; it will be fetched again");
+        let _ = file.set_times(fs::FileTimes::new().set_modified(UNIX_EPOCH + Duration::from_secs(1)));
+        let inode = identity(&file.metadata().at("look at", &dir.view(path))?).inode;
+        if let Some(digest) = entry.sha256 {
+            self.quarantine_inode(&digest, inode)?;
+        }
+        for artifact in self.scan()? {
+            let records = |entry: &FileEntry| entry.on_disk().is_some_and(|held| held.inode == inode);
+            if artifact.manifest.is_some_and(|manifest| manifest.files.values().any(records)) {
+                self.edit_manifest(&artifact.dir, |manifest| {
+                    manifest.files.values_mut().filter(|entry| records(entry)).map(|entry| entry.held = None).count()
+                        > 0
+                })?;
+            }
+        }
+        // The record may name another inode than the one that lies there now.
+        self.edit_manifest(dir, |manifest| {
+            let lies_there = files::stat(&dir.view(path)).ok().flatten().map(|metadata| identity(&metadata));
+            let entry =
+                manifest.files.get_mut(path).filter(|entry| entry.held.is_some() && entry.on_disk() != lies_there);
+            entry.map(|entry| entry.held = None).is_some()
+        })
+    }
+
+    fn quarantine_inode(&self, digest: &Digest, inode: u64) -> Result<()> {
+        let blob = self.layout().blob(digest);
+        let mut hold = self.hold_budget()?;
+        if files::stat(&blob)?.is_some_and(|metadata| identity(&metadata).inode == inode) {
+            hold.begin_change()?;
+            hold.quarantine(&blob, digest)?;
+        }
+        hold.release()
+    }
+
+    /// Changes a manifest in one budget hold; `edit` tells whether it changed anything.
+    fn edit_manifest(&self, dir: &ArtifactDir, edit: impl FnOnce(&mut Manifest) -> bool) -> Result<()> {
+        let hold = self.hold_budget()?;
+        if let Some(mut manifest) = self.read_manifest(dir)?
+            && edit(&mut manifest)
+        {
+            files::replace(&dir.manifest(), &manifest.to_bytes()?, &self.layout().stagings())?;
+        }
+        hold.release()
+    }
+
+    /// Sets the last use to now; with `create`, makes the file if it is missing.
+    pub(crate) fn touch_last_used(&self, dir: &ArtifactDir, create: bool) -> Result<()> {
+        let path = dir.last_used();
+        let file = fs::OpenOptions::new().write(true).create(create).truncate(false).open(&path).at("open", &path)?;
+        file.set_times(fs::FileTimes::new().set_modified(SystemTime::now())).at("touch", &path)
+    }
+}

@@ -1,0 +1,50 @@
+//! What revisions last resolved to on this machine. Losing one costs a question to the origin, nothing else.
+
+use super::Disk;
+use super::fault::At;
+use super::files;
+use crate::error::Result;
+use crate::key::{ArtifactName, Version};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Stored {
+    version: Version,
+    /// Seconds since the Unix epoch, by this machine's clock.
+    resolved_at_unix: u64,
+}
+
+/// A remembered answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RememberedRef {
+    pub(crate) version: Version,
+    pub(crate) age: Duration,
+}
+
+impl Disk {
+    /// What `revision` of `name` last resolved to, if it ever did here.
+    pub(crate) fn remembered_ref(&self, name: &ArtifactName, revision: &str) -> Result<Option<RememberedRef>> {
+        let bytes = files::read_small(&self.layout().reference(name, revision), 4096)?;
+        let stored = bytes.and_then(|bytes| serde_json::from_slice::<Stored>(&bytes).ok());
+        Ok(stored.map(|stored| {
+            let resolved_at = UNIX_EPOCH + Duration::from_secs(stored.resolved_at_unix);
+            // A clock that went back makes an answer old, not fresh for ever.
+            let age = SystemTime::now().duration_since(resolved_at).unwrap_or(Duration::MAX);
+            RememberedRef { version: stored.version, age }
+        }))
+    }
+
+    /// Remembers what `revision` of `name` resolved to just now.
+    pub(crate) fn remember_ref(&self, name: &ArtifactName, revision: &str, version: &Version) -> Result<()> {
+        self.ensure_writable()?;
+        let path = self.layout().reference(name, revision);
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder).at("make", folder)?;
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let stored = Stored { version: version.clone(), resolved_at_unix: now.as_secs() };
+        files::replace(&path, &serde_json::to_vec(&stored).unwrap_or_default(), &self.layout().stagings())
+    }
+}

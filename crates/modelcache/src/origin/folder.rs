@@ -1,0 +1,411 @@
+//! A local file or folder as an origin.
+//!
+//! Resolving lists it once: every regular file below, through links, with size, time and inode. The version is a hash
+//! over that list, so it changes when the folder does, and every read first makes sure that the file is still the one
+//! listed. No digests: nobody states any.
+//!
+//! Surprise: links are followed wherever they lead (the Hub's own cache is made of them); only a folder that contains
+//! itself is refused.
+
+use super::Resolved;
+use crate::digest::Digest;
+use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
+use crate::key::{ArtifactKey, FilePath, Version};
+use crate::limits;
+use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
+use crate::reference::folder_name;
+use crate::source::{Body, Source};
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::StreamExt as _;
+use sha2::Digest as _;
+use std::collections::BTreeMap;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Bytes read at a time: few enough calls, little enough memory.
+const CHUNK_BYTES: u64 = 1024 * 1024;
+/// Nanoseconds in a second.
+const NS_PER_S: i64 = 1_000_000_000;
+
+/// What lies at `path` now; `None` if nothing does.
+pub(super) async fn resolve(path: &str) -> Result<Option<Resolved>> {
+    let path = path.to_owned();
+    let Some(source) = blocking(move || FolderSource::list(&path)).await? else { return Ok(None) };
+    Ok(Some(Resolved { key: source.manifest.key.clone(), source: Arc::new(source) }))
+}
+
+/// A file or folder as it was when listed.
+#[derive(Debug)]
+struct FolderSource {
+    /// The folder, or the folder that the single file lies in.
+    base: PathBuf,
+    manifest: Manifest,
+    identities: BTreeMap<FilePath, FileIdentity>,
+}
+
+#[async_trait]
+impl Source for FolderSource {
+    fn tier(&self) -> Tier {
+        Tier::Origin
+    }
+
+    async fn manifest(&self) -> Result<Option<Manifest>> {
+        Ok(Some(self.manifest.clone()))
+    }
+
+    async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
+        self.open(path, range).await.context(&self.manifest.key, Tier::Origin)
+    }
+}
+
+impl FolderSource {
+    fn list(path: &str) -> Result<Option<Self>> {
+        let root = Path::new(path);
+        let found = match root.metadata() {
+            Ok(found) => found,
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(unreadable(root, error)),
+        };
+        let mut walk = Walk::default();
+        let (base, shape) = if found.is_dir() {
+            walk.folder(root, "", &found)?;
+            (root, Shape::Tree)
+        } else {
+            let name = root.file_name().and_then(|name| name.to_str());
+            walk.entry(root, name.unwrap_or_default(), &found)?;
+            (root.parent().unwrap_or(root), Shape::File)
+        };
+        let key = ArtifactKey::new(folder_name(path)?, version(shape, &walk.identities)?);
+        let mut manifest = Manifest::new(key, shape);
+        let entry = |identity: &FileIdentity| FileEntry { size: identity.bytes, ..FileEntry::default() };
+        manifest.files = walk.identities.iter().map(|(path, identity)| (path.clone(), entry(identity))).collect();
+        manifest.check().map_err(|error| Error::invalid(error.message()))?;
+        Ok(Some(Self { base: base.to_owned(), manifest, identities: walk.identities }))
+    }
+
+    async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
+        let Some(identity) = self.identities.get(path).copied() else {
+            return Err(Error::not_found(format!("there is no file {path} in {}", self.base.display())));
+        };
+        if range.end < range.start || range.end > identity.bytes {
+            return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
+        }
+        let start = range.start;
+        let full = self.base.join(path.as_str());
+        let reading = blocking(move || Reading::open(full, identity, range)).await?;
+        let chunks = futures::stream::unfold(Some(reading), |reading| async {
+            let mut reading = reading?;
+            if reading.range.is_empty() {
+                return None;
+            }
+            let chunk = blocking(move || {
+                let chunk = reading.chunk()?;
+                Ok((chunk, reading))
+            });
+            Some(match chunk.await {
+                Ok((chunk, reading)) => (Ok(chunk), Some(reading)),
+                Err(error) => (Err(error), None),
+            })
+        });
+        Ok(Body { start, stream: chunks.boxed() })
+    }
+}
+
+/// A file being read, known by its identity.
+struct Reading {
+    file: File,
+    path: PathBuf,
+    identity: FileIdentity,
+    range: Range<u64>,
+}
+
+impl Reading {
+    fn open(path: PathBuf, identity: FileIdentity, range: Range<u64>) -> Result<Self> {
+        // Whatever took the file's place since (a pipe) must not make the open wait.
+        let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+        let file =
+            OpenOptions::new().read(true).custom_flags(flags).open(&path).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => Error::not_found(format!("{} is gone", path.display())).hint(RUN_AGAIN),
+                _ => unreadable(&path, error),
+            })?;
+        let reading = Self { file, path, identity, range };
+        reading.check()?;
+        Ok(reading)
+    }
+
+    /// The next bytes, once they are known to be those of the file that was listed.
+    fn chunk(&mut self) -> Result<Bytes> {
+        let bytes = CHUNK_BYTES.min(self.range.end - self.range.start);
+        let mut buffer = vec![0; bytes as usize];
+        match self.file.read_exact_at(&mut buffer, self.range.start) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(self.changed()),
+            Err(error) => return Err(unreadable(&self.path, error)),
+        }
+        // After reading: what changed before or meanwhile shows now.
+        self.check()?;
+        self.range.start += bytes;
+        Ok(buffer.into())
+    }
+
+    fn check(&self) -> Result<()> {
+        let now = self.file.metadata().map_err(|error| unreadable(&self.path, error))?;
+        if now.is_file() && identity(&now) == self.identity { Ok(()) } else { Err(self.changed()) }
+    }
+
+    fn changed(&self) -> Error {
+        Error::corrupt(format!("{} changed while being read", self.path.display())).hint(RUN_AGAIN)
+    }
+}
+
+const RUN_AGAIN: &str = "run it again once nothing writes there; the changed folder is another version";
+
+/// The files found so far.
+#[derive(Default)]
+struct Walk {
+    identities: BTreeMap<FilePath, FileIdentity>,
+    /// Device and inode of every folder on the way down.
+    above: Vec<(u64, u64)>,
+    folders: usize,
+}
+
+impl Walk {
+    /// Everything below the folder at `full`, whose path within the artifact is `inside`.
+    fn folder(&mut self, full: &Path, inside: &str, found: &Metadata) -> Result<()> {
+        let this = (found.dev(), found.ino());
+        if self.above.contains(&this) {
+            return Err(Error::invalid(format!("{} leads back to a folder that contains it", full.display()))
+                .hint("remove that link"));
+        }
+        self.folders += 1;
+        if self.folders > limits::FILES_MAX {
+            return Err(Error::invalid(format!("more than {} folders", limits::FILES_MAX)));
+        }
+        self.above.push(this);
+        for entry in full.read_dir().map_err(|error| unreadable(full, error))? {
+            let full = entry.map_err(|error| unreadable(full, error))?.path();
+            let Some(name) = full.file_name().and_then(|name| name.to_str()) else {
+                return Err(Error::invalid(format!("{full:?} has a name that is not UTF-8")).hint("rename it"));
+            };
+            let inside = if inside.is_empty() { name.to_owned() } else { format!("{inside}/{name}") };
+            let found = full.metadata().map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => Error::invalid(format!("{} leads nowhere", full.display())).cause(error),
+                _ => unreadable(&full, error),
+            })?;
+            self.entry(&full, &inside, &found)?;
+        }
+        self.above.pop();
+        Ok(())
+    }
+
+    fn entry(&mut self, full: &Path, inside: &str, found: &Metadata) -> Result<()> {
+        let kind = found.file_type();
+        if kind.is_dir() {
+            return self.folder(full, inside, found);
+        }
+        if !kind.is_file() {
+            let what = match () {
+                () if kind.is_fifo() => "a pipe",
+                () if kind.is_socket() => "a socket",
+                () => "a device",
+            };
+            return Err(Error::invalid(format!("{} is {what}; only files can be cached", full.display())));
+        }
+        let path = FilePath::new(inside).map_err(|error| {
+            Error::invalid(format!("{} cannot be cached: {}", full.display(), error.message())).hint("rename it")
+        })?;
+        if self.identities.len() == limits::FILES_MAX {
+            return Err(Error::invalid(format!("more than {} files", limits::FILES_MAX)));
+        }
+        self.identities.insert(path, identity(found));
+        Ok(())
+    }
+}
+
+fn identity(found: &Metadata) -> FileIdentity {
+    let mtime_ns = found.mtime().saturating_mul(NS_PER_S).saturating_add(found.mtime_nsec());
+    FileIdentity { inode: found.ino(), bytes: found.len(), mtime_ns }
+}
+
+/// A version that changes when the list does. A path has no control characters, so the lines cannot be confused.
+fn version(shape: Shape, identities: &BTreeMap<FilePath, FileIdentity>) -> Result<Version> {
+    let mut hasher = sha2::Sha256::new();
+    hasher.update(format!("{shape:?}\n"));
+    for (path, FileIdentity { inode, bytes, mtime_ns }) in identities {
+        hasher.update(format!("{path}\t{bytes}\t{mtime_ns}\t{inode}\n"));
+    }
+    Version::new(&Digest::from_bytes(hasher.finalize().into()).to_string())
+}
+
+fn unreadable(path: &Path, error: io::Error) -> Error {
+    let what = format!("cannot read {}", path.display());
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            Error::new(ErrorKind::Unauthorized, what).hint("give the user that runs this the right to read it")
+        }
+        _ => Error::new(ErrorKind::Other, what),
+    }
+    .cause(error)
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let joined = tokio::task::spawn_blocking(work).await;
+    joined.map_err(|cause| Error::new(ErrorKind::Other, "a reading task ended early").cause(cause))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::fs::symlink;
+
+    fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("folder");
+        for (path, content) in files {
+            let path = folder.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("parent")).expect("folders");
+            std::fs::write(path, content).expect("file");
+        }
+        folder
+    }
+
+    async fn resolved(path: &Path) -> Result<Option<Resolved>> {
+        resolve(path.to_str().expect("UTF-8")).await
+    }
+
+    async fn key(path: &Path) -> ArtifactKey {
+        resolved(path).await.expect("resolves").expect("is there").key
+    }
+
+    async fn read(source: &Arc<dyn Source>, path: &str, range: Range<u64>) -> Result<Vec<u8>> {
+        let mut body = source.read(&FilePath::new(path)?, range).await?;
+        let mut bytes = Vec::new();
+        while let Some(chunk) = body.stream.next().await {
+            bytes.extend_from_slice(&chunk?);
+        }
+        Ok(bytes)
+    }
+
+    #[tokio::test]
+    async fn nothing_there_is_absence() {
+        let folder = folder(&[("a", b"1")]);
+        assert!(resolved(&folder.path().join("b")).await.expect("no failure").is_none());
+        assert!(resolved(&folder.path().join("a/b")).await.expect("no failure").is_none());
+    }
+
+    #[tokio::test]
+    async fn the_version_changes_with_the_folder_and_only_then() {
+        let folder = folder(&[("a", b"1"), ("d/b", b"2")]);
+        let path = folder.path();
+        let mut seen = vec![key(path).await];
+        assert_eq!(key(path).await, seen[0], "nothing changed");
+        assert_eq!(seen[0].name, folder_name(path.to_str().expect("UTF-8")).expect("name"));
+        let mut changed = async |what: &str| {
+            let key = key(path).await;
+            assert!(!seen.contains(&key), "{what} went unnoticed");
+            seen.push(key);
+        };
+        std::fs::write(path.join("c"), b"3").expect("new");
+        changed("a new file").await;
+        std::fs::rename(path.join("c"), path.join("c2")).expect("renamed");
+        changed("another name").await;
+        std::fs::write(path.join("a"), b"11").expect("longer");
+        changed("another size").await;
+        let times = std::fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH);
+        File::open(path.join("a")).and_then(|file| file.set_times(times)).expect("older");
+        changed("another mtime").await;
+        std::fs::write(path.join("other"), b"22").expect("other");
+        File::open(path.join("other")).and_then(|file| file.set_times(times)).expect("as old");
+        std::fs::rename(path.join("other"), path.join("a")).expect("replaced");
+        changed("another inode").await;
+        assert_ne!(key(&path.join("a")).await.version, key(path).await.version);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_file_is_refused_by_name() {
+        let cases: [(&str, fn(&Path)); 5] = [
+            ("a pipe", |path| {
+                let mode = rustix::fs::Mode::RUSR;
+                rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).expect("pipe");
+            }),
+            ("a socket", |path| drop(std::os::unix::net::UnixListener::bind(path).expect("socket"))),
+            ("a device", |path| symlink("/dev/null", path).expect("link")),
+            ("leads nowhere", |path| symlink("no/such/file", path).expect("link")),
+            ("leads back", |path| symlink("..", path).expect("link")),
+        ];
+        for (what, make) in cases {
+            let folder = folder(&[("d/a", b"1")]);
+            make(&folder.path().join("d/odd"));
+            let error = resolved(folder.path()).await.expect_err(what);
+            assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+            assert!(error.message().contains("d/odd") && error.message().contains(what), "{what}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn names_that_no_artifact_may_have_are_refused() {
+        for name in [&b"\xff.bin"[..], b"a\\b", b"a\nb", b".modelcache"] {
+            let folder = folder(&[("fine", b"1")]);
+            std::fs::write(folder.path().join(std::ffi::OsStr::from_bytes(name)), b"1").expect("file");
+            let error = resolved(folder.path()).await.expect_err("odd name");
+            assert_eq!((error.kind(), error.hint_text()), (ErrorKind::Invalid, Some("rename it")), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_changed_since_is_not_read() {
+        let folder = folder(&[("a", b"12345"), ("gone", b"1"), ("pipe", b"1")]);
+        let source = resolved(folder.path()).await.expect("resolves").expect("is there").source;
+        assert_eq!(read(&source, "a", 1..4).await.expect("unchanged"), b"234");
+        std::fs::write(folder.path().join("a"), b"54321").expect("written");
+        let error = read(&source, "a", 0..5).await.expect_err("another mtime");
+        assert!(error.kind() == ErrorKind::Corrupt && !error.is_transient(), "{error}");
+        assert!(error.message().contains("changed while being read") && error.hint_text().is_some(), "{error}");
+
+        std::fs::remove_file(folder.path().join("gone")).expect("removed");
+        assert_eq!(read(&source, "gone", 0..1).await.expect_err("gone").kind(), ErrorKind::NotFound);
+
+        let pipe = folder.path().join("pipe");
+        std::fs::remove_file(&pipe).expect("removed");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).expect("pipe");
+        assert_eq!(read(&source, "pipe", 0..1).await.expect_err("a pipe now").kind(), ErrorKind::Corrupt);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_changes_meanwhile_fails_the_stream() {
+        let content = vec![7; 3 * CHUNK_BYTES as usize];
+        let folder = folder(&[("a", &content)]);
+        let source = resolved(folder.path()).await.expect("resolves").expect("is there").source;
+        let mut body = source.read(&FilePath::new("a").expect("path"), 0..content.len() as u64).await.expect("opens");
+        body.stream.next().await.expect("first").expect("first chunk");
+        let file = OpenOptions::new().write(true).open(folder.path().join("a")).expect("opens");
+        file.set_len(CHUNK_BYTES + 1).expect("cut");
+        let error = body.stream.next().await.expect("second").expect_err("cut short");
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        assert!(body.stream.next().await.is_none(), "an error ends the stream");
+    }
+
+    #[tokio::test]
+    async fn folders_linked_twice_are_no_loop() {
+        let folder = folder(&[("d/a", b"1")]);
+        symlink("d", folder.path().join("e")).expect("link");
+        let source = resolved(folder.path()).await.expect("resolves").expect("is there").source;
+        let manifest = source.manifest().await.expect("listed").expect("is there");
+        assert_eq!(manifest.files.keys().map(FilePath::as_str).collect::<Vec<_>>(), ["d/a", "e/a"]);
+        assert_eq!(manifest.files.values().filter(|entry| entry.provenance.is_some()).count(), 0);
+    }
+
+    #[test]
+    fn what_may_not_be_read_is_unauthorized_and_named() {
+        let error = unreadable(Path::new("/x/y"), io::ErrorKind::PermissionDenied.into());
+        assert!(error.kind() == ErrorKind::Unauthorized && error.message().contains("/x/y"), "{error}");
+    }
+}

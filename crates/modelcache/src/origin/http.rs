@@ -1,0 +1,504 @@
+//! HTTP as origins use it: one client, redirects never followed by it, and the few headers that matter, read.
+//!
+//! An error made here names scheme, host and port of the server, never a path's query: what stands there may be a
+//! signature. The client is built at the first request, off the runtime's threads, because reading the system's root
+//! certificates takes longer than a warm get.
+//!
+//! Surprise: the library reads no environment, but two of its dependencies do. The HTTP client takes proxies from
+//! `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`, and root certificates from `SSL_CERT_FILE` and `SSL_CERT_DIR` where
+//! these are set. Without any root certificate the client is built all the same: plain addresses then work, and the
+//! others fail with the remedy.
+
+use crate::error::{Error, ErrorKind, Result};
+use bytes::Bytes;
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use reqwest::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue, LINK};
+use reqwest::{Client, ClientBuilder, Response, StatusCode};
+use std::fmt;
+use std::time::Duration;
+use tokio::sync::OnceCell;
+use url::Url;
+
+/// Longest wait for a connection. A server that is there answers the handshake within a few round trips.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest wait that a server can ask for; above it the number is nonsense.
+const WAIT_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Most bytes of an error's body that are looked at.
+const ERROR_BYTES_MAX: usize = 64 * 1024;
+/// Most characters of a server's message that are repeated.
+const QUOTE_CHARS_MAX: usize = 200;
+/// Everything but the unreserved characters of RFC 3986: safe in any one segment of a path.
+const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+
+/// The client of one authority, built when first used.
+#[derive(Debug)]
+pub(super) struct Http {
+    client: OnceCell<Client>,
+    read_timeout: Duration,
+}
+
+impl Http {
+    /// A client that gives a silent server `read_timeout`: to the first byte, and between bytes.
+    pub(super) fn new(read_timeout: Duration) -> Self {
+        Self { client: OnceCell::new(), read_timeout }
+    }
+
+    /// One GET, redirects included in the answers. The body is always as it is stored, never compressed.
+    pub(super) async fn get(&self, url: &Url, mut headers: HeaderMap) -> Result<Response> {
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        let request = self.client().await?.get(url.clone()).headers(headers);
+        let response = request.send().await.map_err(|error| transport_error(error, url))?;
+        tracing::debug!(server = %Server(url), path = url.path(), status = response.status().as_u16(), "GET");
+        Ok(response)
+    }
+
+    async fn client(&self) -> Result<&Client> {
+        let read_timeout = self.read_timeout;
+        self.client
+            .get_or_try_init(|| async {
+                let built = tokio::task::spawn_blocking(move || build(read_timeout)).await;
+                let failed = |what: String| Error::new(ErrorKind::Other, "cannot set up HTTP").cause(what);
+                built.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(chain(&error)))
+            })
+            .await
+    }
+}
+
+fn build(read_timeout: Duration) -> reqwest::Result<Client> {
+    let builder = || {
+        ClientBuilder::new()
+            .user_agent(concat!("modelcache/", env!("CARGO_PKG_VERSION")))
+            .redirect(reqwest::redirect::Policy::none())
+            .referer(false)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .read_timeout(read_timeout)
+    };
+    builder().build().or_else(|error| {
+        tracing::warn!(error = chain(&error), "no root certificates; https will fail");
+        builder().tls_certs_only([]).build()
+    })
+}
+
+/// Shows scheme, host and port of an address: what may be said of it aloud.
+pub(super) struct Server<'a>(pub(super) &'a Url);
+
+impl fmt::Display for Server<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}", self.0.scheme(), self.0.host_str().unwrap_or_default())?;
+        self.0.port().map_or(Ok(()), |port| write!(f, ":{port}"))
+    }
+}
+
+/// Whether two addresses have the same scheme, host and port: what a credential for one may be sent to.
+pub(super) fn same_origin(a: &Url, b: &Url) -> bool {
+    a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
+}
+
+/// The address that `location` means at `from`. Refuses other schemes, and leaving TLS.
+pub(super) fn redirect_target(from: &Url, location: Option<&HeaderValue>) -> Result<Url> {
+    let refuse =
+        |why: &str| Err(Error::new(ErrorKind::Unavailable, format!("{} redirects {why}; not followed", Server(from))));
+    let Some(target) = location.and_then(|value| value.to_str().ok()).and_then(|text| from.join(text).ok()) else {
+        return refuse("without saying where to");
+    };
+    match (from.scheme(), target.scheme()) {
+        (_, "https") | ("http", "http") => Ok(target),
+        ("https", "http") => refuse(&format!("from https to {}", Server(&target))),
+        (_, scheme) => refuse(&format!("to an address that begins with {scheme:?}")),
+    }
+}
+
+/// `text` as one segment of a path, slashes included.
+pub(super) fn one_segment(text: &str) -> String {
+    utf8_percent_encode(text, SEGMENT).to_string()
+}
+
+/// `path` with each of its segments encoded, slashes kept.
+pub(super) fn segments(path: &str) -> String {
+    path.split('/').map(one_segment).collect::<Vec<_>>().join("/")
+}
+
+/// What the request itself met with: connecting, TLS, silence, a connection that broke.
+pub(super) fn transport_error(error: reqwest::Error, url: &Url) -> Error {
+    let error = error.without_url();
+    let (server, why) = (Server(url), chain(&error));
+    if why.contains("certificate") {
+        return Error::unavailable(format!("{server} is not trusted")).transient(false).cause(why).hint(
+            "install the system's root certificates (ca-certificates), or set SSL_CERT_FILE to a file with the right ones",
+        );
+    }
+    if error.is_builder() {
+        return Error::invalid(format!("{server} is no address to send a request to")).cause(why);
+    }
+    let what = match (error.is_connect(), error.is_timeout()) {
+        (true, _) => format!("cannot reach {server}"),
+        (_, true) => format!("{server} fell silent"),
+        _ => format!("the connection to {server} broke"),
+    };
+    let failed = Error::unavailable(what).cause(why);
+    if error.is_connect() { failed.hint("check the network and the proxy settings (HTTPS_PROXY)") } else { failed }
+}
+
+/// An error with all it stems from, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        let more = source.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        next = source.source();
+    }
+    text
+}
+
+/// The body of a metadata answer, refused above `bytes_max`.
+pub(super) async fn body_up_to(mut response: Response, url: &Url, bytes_max: u64) -> Result<Vec<u8>> {
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|error| transport_error(error, url))? {
+        if (body.len() + chunk.len()) as u64 > bytes_max {
+            return Err(Error::corrupt(format!("{} answers with more than {bytes_max} bytes", Server(url))));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body)
+}
+
+/// Reads a short body to its end, so that the connection can be used again; gives up on a long one.
+pub(super) async fn drain(response: Response) {
+    read_some(response).await;
+}
+
+/// What comes first in a body, and nothing where reading it fails.
+async fn read_some(mut response: Response) -> Vec<u8> {
+    let mut body = Vec::new();
+    while let Ok(Some(chunk)) = response.chunk().await {
+        body.extend_from_slice(&chunk);
+        if body.len() > ERROR_BYTES_MAX {
+            break;
+        }
+    }
+    body
+}
+
+/// The body of a file's answer as it comes in.
+pub(super) fn body_stream(response: Response, url: &Url) -> BoxStream<'static, Result<Bytes>> {
+    let url = url.clone();
+    response.bytes_stream().map(move |chunk| chunk.map_err(|error| transport_error(error, &url))).boxed()
+}
+
+/// Where the body of an answer begins in the file, once status and headers agree with what was asked.
+///
+/// `size` is the file's size where it is known; a server that states another one contradicts the list of files.
+pub(super) fn body_start(
+    status: StatusCode,
+    headers: &HeaderMap,
+    range: &std::ops::Range<u64>,
+    size: Option<u64>,
+) -> Result<u64> {
+    let (first, last) = (range.start, range.end.saturating_sub(1));
+    let (start, told) = match status {
+        StatusCode::OK => (0, content_length(headers)),
+        StatusCode::PARTIAL_CONTENT => match header(headers, "content-range").and_then(content_range) {
+            Some((start, total)) if start == first => (start, total),
+            Some((start, _)) => {
+                return Err(Error::corrupt(format!(
+                    "asked for bytes from {first} on and was given those from {start} on"
+                )));
+            }
+            None => return Err(Error::corrupt("a part of a file came without saying which part")),
+        },
+        StatusCode::RANGE_NOT_SATISFIABLE => {
+            let told = header(headers, "content-range").and_then(|text| text.strip_prefix("bytes */"));
+            let size = size.map_or("a size not known here".into(), |size| format!("{size} bytes"));
+            return Err(Error::corrupt(format!(
+                "bytes {first}-{last} were refused: the file has {size} by the list of files and {} by the server",
+                told.unwrap_or("another size"),
+            )));
+        }
+        status => return Err(Error::unavailable(format!("a file was answered with {status}")).transient(false)),
+    };
+    if let Some(encoding) = header(headers, "content-encoding").filter(|encoding| *encoding != "identity") {
+        return Err(Error::corrupt(format!("the server encodes the file ({encoding:?}), though asked not to")));
+    }
+    match (told, size) {
+        (Some(told), Some(size)) if told != size => Err(Error::corrupt(format!(
+            "the file has {size} bytes by the list of files and {told} bytes where it is read"
+        ))),
+        (Some(told), None) if told < range.end => {
+            Err(Error::corrupt(format!("asked for bytes {first}-{last} of a file of {told} bytes")))
+        }
+        _ => Ok(start),
+    }
+}
+
+/// First byte and, unless unknown, size of the whole: `bytes 5-9/10` gives `(5, Some(10))`.
+fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
+    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+    let total = if total == "*" { None } else { Some(total.parse().ok()?) };
+    (first <= last && total.is_none_or(|total| last < total)).then_some((first, total))
+}
+
+fn content_length(headers: &HeaderMap) -> Option<u64> {
+    header(headers, "content-length")?.parse().ok()
+}
+
+/// The value of a header (`name` in small letters), if it is there and is text.
+pub(super) fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
+}
+
+/// The address of the next page, as `Link: <…>; rel="next"` gives it.
+pub(super) fn next_link(headers: &HeaderMap) -> Option<&str> {
+    let values = headers.get_all(LINK).into_iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(links).find(|(_, relation)| relation.split(' ').any(|word| word == "next")).map(|(url, _)| url)
+}
+
+/// Addresses and relations of one `Link` header. A comma inside `<…>` belongs to the address.
+fn links(value: &str) -> Vec<(&str, &str)> {
+    let mut found = Vec::new();
+    let mut rest = value;
+    while let Some((url, after)) = rest.split_once('<').and_then(|(_, after)| after.split_once('>')) {
+        let (parameters, next) = after.split_once(",").unwrap_or((after, ""));
+        let relation = parameters.split(';').find_map(|parameter| {
+            let (name, value) = parameter.split_once('=')?;
+            name.trim().eq_ignore_ascii_case("rel").then(|| value.trim().trim_matches('"'))
+        });
+        found.push((url, relation.unwrap_or_default()));
+        rest = next;
+    }
+    found
+}
+
+/// How long the server asks to wait: `Retry-After` in seconds, else the reset of an exhausted `RateLimit`.
+///
+/// A `Retry-After` that is a date is not read; the usual backoff then applies.
+fn asked_wait(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = header(headers, "retry-after").and_then(|text| text.trim().parse().ok());
+    let seconds = seconds.or_else(|| header(headers, "ratelimit").and_then(rate_limit_reset))?;
+    Some(Duration::from_secs(seconds).min(WAIT_MAX))
+}
+
+/// Seconds until the first exhausted policy is reset: `"resolvers";r=0;t=55` gives 55.
+fn rate_limit_reset(text: &str) -> Option<u64> {
+    text.split(',').find_map(|policy| {
+        let of = |name: &str| {
+            let pairs = policy.split(';').filter_map(|parameter| parameter.trim().split_once('='));
+            pairs.into_iter().find(|(key, _)| *key == name).and_then(|(_, value)| value.parse::<u64>().ok())
+        };
+        of("t").filter(|_| of("r") == Some(0))
+    })
+}
+
+/// An answer that is no success, read as far as it explains itself.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    /// The status.
+    pub(super) status: StatusCode,
+    /// `X-Error-Code`, where the Hub gives one.
+    pub(super) code: Option<String>,
+    /// The server's own words: one line, bounded.
+    pub(super) message: Option<String>,
+    /// How long the server asks to wait.
+    pub(super) wait: Option<Duration>,
+}
+
+impl Refusal {
+    /// Reads status and headers; the words only where `quote` says that they may be repeated.
+    pub(super) async fn read(response: Response, quote: bool) -> Self {
+        let headers = response.headers();
+        let (status, wait) = (response.status(), asked_wait(headers));
+        let code = header(headers, "x-error-code").map(one_line);
+        let message = header(headers, "x-error-message").map(one_line);
+        let body = read_some(response).await;
+        let message = message.or_else(|| json_error(&body)).filter(|_| quote);
+        Self { status, code, message: message.filter(|text| !text.is_empty()), wait }
+    }
+
+    /// The failure that a status means wherever it comes from; authorities refine it.
+    pub(super) fn error(&self, server: &Url) -> Error {
+        let words = self.message.as_ref().map_or(String::new(), |message| format!(": {message}"));
+        let (status, server) = (self.status, Server(server));
+        let what = format!("{server} answered {status}{words}");
+        let error = match status {
+            StatusCode::TOO_MANY_REQUESTS => {
+                let wait = self.wait.map_or(String::new(), |wait| format!("; it asks to wait {} s", wait.as_secs()));
+                Error::unavailable(format!("{server} throttled the request{wait}{words}"))
+            }
+            StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY => Error::unavailable(what),
+            status if status.is_server_error() => Error::unavailable(what),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Error::new(ErrorKind::Unauthorized, what),
+            StatusCode::NOT_FOUND | StatusCode::GONE => Error::not_found(what),
+            _ => Error::unavailable(what).transient(false),
+        };
+        match self.wait {
+            Some(wait) if error.is_transient() => error.retry_after(wait),
+            _ => error,
+        }
+    }
+}
+
+/// The words in `{"error": "…"}` or `{"error": ["…"]}`.
+fn json_error(body: &[u8]) -> Option<String> {
+    let value: serde_json::Value = serde_json::from_slice(body).ok()?;
+    let error = value.get("error")?;
+    error.as_str().or_else(|| error.get(0)?.as_str()).map(one_line)
+}
+
+fn one_line(text: &str) -> String {
+    let plain: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    match plain.trim().char_indices().nth(QUOTE_CHARS_MAX) {
+        Some((at, _)) => format!("{}…", &plain.trim()[..at]),
+        None => plain.trim().to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use reqwest::header::HeaderName;
+
+    fn url(text: &str) -> Url {
+        Url::parse(text).expect(text)
+    }
+
+    fn headers(rows: &[(&'static str, &str)]) -> HeaderMap {
+        let row = |(name, value): &(&'static str, &str)| (HeaderName::from_static(name), value.parse().expect("value"));
+        rows.iter().map(row).collect()
+    }
+
+    #[test]
+    fn a_credential_belongs_to_one_scheme_host_and_port() {
+        let home = url("https://hub.example");
+        for same in
+            ["https://hub.example/x?y", "https://hub.example:443/", "https://HUB.example", "https://a@hub.example"]
+        {
+            assert!(same_origin(&home, &url(same)), "{same}");
+        }
+        for other in [
+            "http://hub.example",
+            "http://hub.example:443",
+            "https://hub.example:444",
+            "https://hub.example.evil",
+            "https://evil.hub.example",
+            "https://hub.example@evil.test",
+            "https://127.0.0.1",
+        ] {
+            assert!(!same_origin(&home, &url(other)), "{other}");
+        }
+        assert!(!same_origin(&url("http://127.0.0.1:1"), &url("http://127.0.0.1:2")));
+        assert!(!same_origin(&url("http://127.0.0.1:1"), &url("http://127.0.0.2:1")));
+        assert!(!same_origin(&url("http://localhost:1"), &url("http://127.0.0.1:1")));
+    }
+
+    #[test]
+    fn redirects_never_leave_tls_nor_http() {
+        let to = |from: &str, location: &str| {
+            let location = HeaderValue::from_str(location).expect("value");
+            redirect_target(&url(from), Some(&location)).map(|url| url.to_string())
+        };
+        assert_eq!(to("https://a.b/c/d", "/e").expect("relative"), "https://a.b/e");
+        assert_eq!(to("http://a.b/c", "https://x.y/z?s=1").expect("up"), "https://x.y/z?s=1");
+        assert_eq!(to("http://a.b/c", "//x.y/z").expect("same scheme"), "http://x.y/z");
+        for bad in ["http://a.b/c", "file:///etc/passwd", "ftp://x", "data:,x", "http://"] {
+            let error = to("https://a.b/c", bad).expect_err(bad);
+            assert!(!error.is_transient(), "{error}");
+        }
+        assert!(
+            to("https://a.b", "http://x.y/z?Signature=canary")
+                .is_err_and(|error| !error.to_string().contains("canary"))
+        );
+        assert!(redirect_target(&url("https://a.b"), None).is_err());
+    }
+
+    #[test]
+    fn segments_are_encoded_so_that_nothing_means_anything_else() {
+        assert_eq!(one_segment("refs/pr/1"), "refs%2Fpr%2F1");
+        assert_eq!(segments("sub dir/fé+%.txt"), "sub%20dir/f%C3%A9%2B%25.txt");
+        assert_eq!(segments("a?b#c;d=e&f:@"), "a%3Fb%23c%3Bd%3De%26f%3A%40");
+        let full = url(&format!("http://h/{}", segments("…/%2e%2e/x")));
+        assert_eq!(full.path(), "/%E2%80%A6/%252e%252e/x");
+    }
+
+    #[test]
+    fn waits_are_read_from_either_header_and_bounded() {
+        let wait = |rows: &[(&'static str, &str)]| asked_wait(&headers(rows)).map(|wait| wait.as_secs());
+        assert_eq!(wait(&[("retry-after", "7")]), Some(7));
+        assert_eq!(wait(&[("retry-after", " 7 "), ("ratelimit", "\"api\";r=0;t=55")]), Some(7));
+        assert_eq!(wait(&[("ratelimit", "\"resolvers\";r=0;t=55")]), Some(55));
+        assert_eq!(wait(&[("ratelimit", "\"api\";r=12;t=9, \"resolvers\"; r=0; t=55")]), Some(55));
+        assert_eq!(wait(&[("ratelimit", "\"api\";r=12;t=9")]), None);
+        assert_eq!(wait(&[("retry-after", "Wed, 21 Oct 2015 07:28:00 GMT")]), None);
+        assert_eq!(wait(&[("ratelimit", "nonsense;;=;t=")]), None);
+        assert_eq!(wait(&[("retry-after", "18446744073709551615")]), Some(WAIT_MAX.as_secs()));
+        assert_eq!(wait(&[]), None);
+    }
+
+    #[test]
+    fn the_next_page_is_found_among_links() {
+        let next = |value: &str| next_link(&headers(&[("link", value)])).map(str::to_owned);
+        assert_eq!(next("<https://h/a?cursor=1>; rel=\"next\"").as_deref(), Some("https://h/a?cursor=1"));
+        assert_eq!(next("<https://h/a,b>; rel=\"prev\", <https://h/c,d>; rel=next").as_deref(), Some("https://h/c,d"));
+        assert_eq!(next("<https://h/a>; rel=\"xet-auth\""), None);
+        assert_eq!(next("<https://h/a>; title=\"x\"; rel=\"last next\"").as_deref(), Some("https://h/a"));
+        assert_eq!(next("rel=\"next\""), None);
+        assert_eq!(next("<broken; rel=\"next\""), None);
+    }
+
+    #[test]
+    fn an_answer_must_be_the_range_that_was_asked_for() {
+        let start = |status: u16, rows: &[(&'static str, &str)]| {
+            body_start(StatusCode::from_u16(status).expect("status"), &headers(rows), &(5..9), Some(10))
+        };
+        assert_eq!(start(206, &[("content-range", "bytes 5-8/10")]).expect("exact"), 5);
+        assert_eq!(start(206, &[("content-range", "bytes 5-6/10")]).expect("shorter is allowed"), 5);
+        assert_eq!(start(206, &[("content-range", "bytes 5-8/*")]).expect("size unknown"), 5);
+        assert_eq!(start(200, &[("content-length", "10")]).expect("whole"), 0);
+        assert_eq!(start(200, &[]).expect("whole, length unknown"), 0);
+        for (status, rows) in [
+            (206, ("content-range", "bytes 4-8/10")),
+            (206, ("content-range", "bytes 5-8/11")),
+            (206, ("content-range", "bytes 8-5/10")),
+            (206, ("content-range", "bytes 5-10/10")),
+            (206, ("content-range", "items 5-8/10")),
+            (206, ("etag", "\"x\"")),
+            (200, ("content-length", "11")),
+            (200, ("content-encoding", "gzip")),
+            (416, ("content-range", "bytes */3")),
+        ] {
+            let error = start(status, &[rows]).expect_err("contradicts");
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{status} {rows:?}: {error}");
+        }
+        let error = start(206, &[("content-range", "bytes 5-8/11")]).expect_err("lies");
+        assert!(error.to_string().contains("10 bytes") && error.to_string().contains("11 bytes"), "{error}");
+        assert!(start(204, &[]).is_err());
+        assert!(body_start(StatusCode::OK, &headers(&[("content-length", "8")]), &(5..9), None).is_err());
+    }
+
+    #[test]
+    fn a_servers_words_are_one_bounded_line() {
+        assert_eq!(json_error(b"{\"error\":\"a\\nb\\u001b[31m\"}").as_deref(), Some("a b [31m"));
+        assert_eq!(json_error(b"{\"error\":[\"x\"]}").as_deref(), Some("x"));
+        assert_eq!(json_error(b"<html>"), None);
+        assert!(one_line(&"é".repeat(1000)).chars().count() <= QUOTE_CHARS_MAX + 1);
+    }
+
+    #[test]
+    fn statuses_say_whether_to_try_again() {
+        let error = |status: u16, wait: Option<u64>| {
+            let wait = wait.map(Duration::from_secs);
+            let status = StatusCode::from_u16(status).expect("status");
+            Refusal { status, code: None, message: None, wait }.error(&url("http://h/x?secret"))
+        };
+        assert_eq!(error(429, Some(5)).wait(), Some(Duration::from_secs(5)));
+        assert!(error(429, None).is_transient() && error(503, None).is_transient() && error(500, None).is_transient());
+        assert!(!error(400, Some(5)).is_transient() && !error(401, Some(5)).is_transient());
+        assert_eq!(error(404, None).kind(), ErrorKind::NotFound);
+        assert!(!error(500, None).to_string().contains("secret"));
+    }
+}

@@ -1,0 +1,554 @@
+//! The Hugging Face Hub, or whatever speaks like it at the configured endpoint.
+//!
+//! A revision resolves to a commit; the tree of that commit is the manifest, with the Hub's own digests; bytes are read
+//! from `resolve`, which redirects large files to signed addresses elsewhere. Such an address is remembered per file and
+//! asked directly until it is refused, then resolved again once. The token goes to the endpoint only.
+//!
+//! Surprise: without the right to see it, a private repository is said not to exist. The message says so.
+
+use super::Resolved;
+use super::http::{self, Http, Refusal, Server};
+use crate::config::HubConfig;
+use crate::digest::{GitOid, Provenance};
+use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
+use crate::key::{ArtifactKey, FilePath};
+use crate::limits;
+use crate::manifest::{FileEntry, Manifest, Shape};
+use crate::reference::{HubRepo, Reference, Target};
+use crate::source::{Body, Source};
+use crate::transfer::Retry;
+use async_trait::async_trait;
+use futures::StreamExt as _;
+use reqwest::header::{AUTHORIZATION, ETAG, HeaderMap, HeaderValue, IF_MATCH, LOCATION, RANGE};
+use reqwest::{Response, StatusCode};
+use serde::Deserialize;
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::OnceCell;
+use url::Url;
+
+/// One endpoint, and how to ask it.
+#[derive(Debug)]
+pub(super) struct Hub {
+    config: HubConfig,
+    http: Http,
+    retry: Retry,
+}
+
+/// The commit that the repository's revision means now, and a source bound to it.
+pub(super) async fn resolve(hub: &Arc<Hub>, repo: &HubRepo) -> Result<Resolved> {
+    let commit = match repo.is_commit() {
+        true => repo.revision.clone(),
+        false => hub.retry.run(|| hub.commit(repo)).await?,
+    };
+    let key = repo.key_at(&commit)?;
+    let repo = HubRepo { revision: commit, ..repo.clone() };
+    Ok(Resolved { source: Arc::new(HubSource::new(hub, repo, key.clone())), key })
+}
+
+/// A source for `hf/…@<commit>`; `None` for any other key.
+pub(super) fn source(hub: &Arc<Hub>, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+    key.name.as_str().strip_prefix("hf/")?;
+    let reference = Reference::parse(&key.to_string()).ok()?;
+    match reference.target {
+        Target::Hub(repo) if repo.key_at(&repo.revision).ok()? == *key => {
+            Some(Arc::new(HubSource::new(hub, repo, key.clone())))
+        }
+        _ => None,
+    }
+}
+
+/// The last answer after all redirects, where it came from, and what the endpoint said on the way.
+struct Answer {
+    response: Response,
+    url: Url,
+    /// Whether it came from the endpoint itself.
+    at_home: bool,
+    commit: Option<String>,
+    linked_size: Option<u64>,
+}
+
+impl Hub {
+    /// An endpoint that was not yet spoken to.
+    pub(super) fn new(config: HubConfig, retry: Retry) -> Self {
+        Self { config, http: Http::new(retry.read_timeout()), retry }
+    }
+
+    fn endpoint(&self) -> Result<Url> {
+        let text = self.config.endpoint.trim_end_matches('/');
+        match Url::parse(text) {
+            Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Ok(url),
+            _ => Err(Error::invalid("the Hub's endpoint is no web address")
+                .hint("set HF_ENDPOINT to scheme and host, for instance https://huggingface.co")),
+        }
+    }
+
+    /// An address below the endpoint; `path` is encoded already.
+    fn at(&self, path: &str) -> Result<Url> {
+        let mut url = self.endpoint()?;
+        let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
+        url.set_path(&format!("{}/{path}", url.path().trim_end_matches('/')));
+        url.set_query(query);
+        Ok(url)
+    }
+
+    /// What `repo.revision` means now.
+    async fn commit(&self, repo: &HubRepo) -> Result<String> {
+        // Without `expand` the answer lists every file, which for a large dataset is many megabytes.
+        let revision = http::one_segment(&repo.revision);
+        let url = self.at(&format!("api/{}/{}/revision/{revision}?expand=sha", repo.kind.api_segment(), repo.id))?;
+        #[derive(Deserialize)]
+        struct Info {
+            sha: GitOid,
+        }
+        let Some((body, _)) = self.api(url, repo).await? else { return Err(no_revision(repo)) };
+        let info: Info = parse(&body, "a revision without a commit")?;
+        Ok(info.sha.to_string())
+    }
+
+    /// One answer of the API: its body and headers; `None` if there is no such revision. Never leaves the endpoint.
+    async fn api(&self, url: Url, repo: &HubRepo) -> Result<Option<(Vec<u8>, HeaderMap)>> {
+        let answer = self.follow(url, HeaderMap::new(), true).await?;
+        let headers = answer.response.headers().clone();
+        if answer.response.status().is_success() {
+            let body = http::body_up_to(answer.response, &answer.url, limits::ANSWER_BYTES_MAX).await?;
+            return Ok(Some((body, headers)));
+        }
+        match http::header(&headers, "x-error-code") {
+            Some("RevisionNotFound") => Ok(None),
+            _ => Err(self.refused(answer, repo, None).await),
+        }
+    }
+
+    /// GETs `url` and follows redirects by hand, so that the token is sent to the endpoint and nowhere else.
+    async fn follow(&self, mut url: Url, headers: HeaderMap, stay: bool) -> Result<Answer> {
+        let endpoint = self.endpoint()?;
+        let (mut commit, mut linked_size) = (None, None);
+        for _ in 0..=limits::REDIRECTS_MAX {
+            let at_home = http::same_origin(&url, &endpoint);
+            if stay && !at_home {
+                return Err(foreign("redirects a request for metadata", &endpoint, &url));
+            }
+            let mut headers = headers.clone();
+            if let Some(token) = self.config.token.as_ref().filter(|_| at_home) {
+                headers.insert(AUTHORIZATION, bearer(token.expose())?);
+            }
+            let response = self.http.get(&url, headers).await?;
+            if at_home {
+                let told = |name| http::header(response.headers(), name);
+                commit = told("x-repo-commit").map(str::to_owned).or(commit);
+                linked_size = told("x-linked-size").and_then(|text| text.parse().ok()).or(linked_size);
+            }
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(Answer { response, url, at_home, commit, linked_size });
+            }
+            url = http::redirect_target(&url, response.headers().get(LOCATION))?;
+            http::drain(response).await;
+        }
+        let server = Server(&url);
+        Err(Error::unavailable(format!("{server} still redirects after {} redirects", limits::REDIRECTS_MAX))
+            .transient(false))
+    }
+
+    /// What a refusal means: the one place where the Hub's statuses and codes become kinds.
+    async fn refused(&self, answer: Answer, repo: &HubRepo, path: Option<&FilePath>) -> Error {
+        let Answer { response, url, at_home, .. } = answer;
+        let mut refusal = Refusal::read(response, at_home).await;
+        if !at_home {
+            return refused_elsewhere(&refusal, &url);
+        }
+        if let (Some(message), Some(token)) = (&mut refusal.message, &self.config.token) {
+            *message = message.replace(token.expose(), "…");
+        }
+        let (id, signed) = (&repo.id, self.config.token.is_some());
+        let general = || refusal.error(&url);
+        match (refusal.status.as_u16(), refusal.code.as_deref()) {
+            (401 | 403, Some("GatedRepo")) => {
+                Error::new(ErrorKind::Unauthorized, format!("{id} is gated")).hint(format!(
+                    "accept its conditions at {}/{}{id}, and set HF_TOKEN to a token of that account",
+                    Server(&url),
+                    repo.kind.prefix()
+                ))
+            }
+            (401 | 404, Some("RepoNotFound")) => no_repo(id, signed),
+            (404, Some("RevisionNotFound")) => no_revision(repo),
+            (404, Some("EntryNotFound")) => no_entry(repo, path),
+            (404 | 410, _) => general().hint("check HF_ENDPOINT: does a Hub answer there?"),
+            (401 | 403, _) if signed => general().hint("check HF_TOKEN: is it valid, and may it read this?"),
+            (401 | 403, _) => general().hint("set HF_TOKEN"),
+            (429, _) if signed => general().hint("ask less often, or use a plan with higher limits"),
+            (429, _) => general().hint("set HF_TOKEN: requests with a token have higher limits"),
+            _ => general(),
+        }
+    }
+}
+
+fn no_repo(id: &str, signed: bool) -> Error {
+    if signed {
+        return Error::not_found(format!("there is no repository {id}, or the token may not read it"))
+            .hint("check the name, and that HF_TOKEN belongs to an account with access");
+    }
+    Error::not_found(format!("there is no repository {id}, or it is private"))
+        .hint("check the name; for a private repository set HF_TOKEN")
+}
+
+fn no_revision(repo: &HubRepo) -> Error {
+    Error::not_found(format!("there is no revision {} in {}", repo.revision, repo.id))
+        .hint("check the branch, tag or commit; without @revision it is main")
+}
+
+fn no_entry(repo: &HubRepo, path: Option<&FilePath>) -> Error {
+    let what = path.map_or("such entry".to_owned(), |path| format!("file {path}"));
+    Error::not_found(format!("there is no {what} in {} at {}", repo.id, repo.revision))
+        .hint("check the name of the file")
+}
+
+/// What a refusal means at a signed address, which needs no credentials of ours: never a matter of rights.
+fn refused_elsewhere(refusal: &Refusal, url: &Url) -> Error {
+    let what = || format!("{} refused an address that the Hub has just signed ({})", Server(url), refusal.status);
+    match refusal.status.as_u16() {
+        401 | 403 => Error::unavailable(what()).hint("is the clock of this machine right?"),
+        404 | 410 | 412 => Error::unavailable(what()).transient(false),
+        _ => refusal.error(url),
+    }
+}
+
+fn foreign(what: &str, endpoint: &Url, url: &Url) -> Error {
+    let (from, to) = (Server(endpoint), Server(url));
+    Error::corrupt(format!("{from} {what} to {to}; not followed"))
+}
+
+fn bearer(token: &str) -> Result<HeaderValue> {
+    let mut value = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| {
+        Error::invalid("the Hub token contains characters that no token has").hint("check HF_TOKEN for stray line ends")
+    })?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// Reads JSON of the endpoint; `what` says what an unreadable answer amounts to.
+fn parse<'a, T: Deserialize<'a>>(body: &'a [u8], what: &str) -> Result<T> {
+    serde_json::from_slice(body).map_err(|cause| {
+        Error::corrupt(format!("the Hub answered with {what}")).cause(cause).hint("check HF_ENDPOINT: is it a Hub?")
+    })
+}
+
+/// One repository at one commit.
+struct HubSource {
+    hub: Arc<Hub>,
+    /// Its revision is the commit.
+    repo: HubRepo,
+    key: ArtifactKey,
+    manifest: OnceCell<Option<Manifest>>,
+    places: Mutex<HashMap<FilePath, Place>>,
+}
+
+/// Where a file was read last.
+#[derive(Clone)]
+struct Place {
+    url: Url,
+    /// Its strong entity tag there.
+    etag: Option<HeaderValue>,
+}
+
+/// One entry of a tree; fields of other kinds of entries are left out.
+#[derive(Deserialize)]
+struct TreeEntry {
+    #[serde(rename = "type")]
+    kind: String,
+    path: String,
+    size: Option<u64>,
+    oid: Option<String>,
+    lfs: Option<Lfs>,
+}
+
+#[derive(Deserialize)]
+struct Lfs {
+    oid: String,
+}
+
+/// Signed addresses stay unprinted.
+impl fmt::Debug for HubSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HubSource").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Source for HubSource {
+    fn tier(&self) -> Tier {
+        Tier::Origin
+    }
+
+    /// A missing commit is `None`. A repository that may be private is an error, because there is something to say.
+    async fn manifest(&self) -> Result<Option<Manifest>> {
+        self.manifest.get_or_try_init(|| self.list()).await.cloned().context(&self.key, Tier::Origin)
+    }
+
+    async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
+        self.open(path, range).await.context(&self.key, Tier::Origin)
+    }
+}
+
+impl HubSource {
+    fn new(hub: &Arc<Hub>, repo: HubRepo, key: ArtifactKey) -> Self {
+        Self { hub: hub.clone(), repo, key, manifest: OnceCell::new(), places: Mutex::default() }
+    }
+
+    /// Asks for the whole tree, page by page.
+    async fn list(&self) -> Result<Option<Manifest>> {
+        let endpoint = self.hub.endpoint()?;
+        let HubRepo { kind, id, revision } = &self.repo;
+        let path = format!("api/{}/{id}/tree/{revision}?recursive=true&expand=false", kind.api_segment());
+        let mut manifest = Manifest::new(self.key.clone(), Shape::Tree);
+        let mut next = Some(self.hub.at(&path)?);
+        let mut entries = 0;
+        while let Some(url) = next {
+            let page = self.hub.retry.run(|| self.hub.api(url.clone(), &self.repo)).await?;
+            let Some((page, headers)) = page else { return Ok(None) };
+            let page: Vec<TreeEntry> = parse(&page, "a tree that is no list of entries")?;
+            next = http::next_link(&headers).map(|link| next_page(&endpoint, &url, link)).transpose()?;
+            entries += page.len();
+            if (page.is_empty() && next.is_some()) || entries > 2 * limits::FILES_MAX {
+                return Err(Error::corrupt(format!("the list of files does not end ({entries} entries so far)")));
+            }
+            page.into_iter().try_for_each(|entry| add(&mut manifest, entry))?;
+        }
+        manifest.check()?;
+        Ok(Some(manifest))
+    }
+
+    /// One attempt at the bytes: where the file was found last, else by way of the endpoint.
+    async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
+        let size = self.known_size(path)?;
+        if range.end < range.start || size.is_some_and(|size| range.end > size) {
+            return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
+        }
+        if range.is_empty() {
+            return Ok(Body { start: range.start, stream: futures::stream::empty().boxed() });
+        }
+        if let Some(place) = self.place(path) {
+            let answer = self.ask(place.url.clone(), &range, place.etag.clone()).await?;
+            if !matches!(answer.response.status().as_u16(), 401 | 403 | 404 | 410 | 412) {
+                return self.body(path, &range, size, answer).await;
+            }
+            tracing::debug!(%path, status = answer.response.status().as_u16(), "an address is spent; resolving again");
+            self.places().remove(path);
+            http::drain(answer.response).await;
+        }
+        let HubRepo { kind, id, revision } = &self.repo;
+        let url = format!("{}{id}/resolve/{revision}/{}", kind.prefix(), http::segments(path.as_str()));
+        let answer = self.ask(self.hub.at(&url)?, &range, None).await?;
+        self.body(path, &range, size, answer).await
+    }
+
+    async fn ask(&self, url: Url, range: &Range<u64>, etag: Option<HeaderValue>) -> Result<Answer> {
+        let mut headers = HeaderMap::new();
+        let value = HeaderValue::from_str(&format!("bytes={}-{}", range.start, range.end - 1));
+        headers.insert(RANGE, value.map_err(|cause| Error::invalid("no range can be asked for").cause(cause))?);
+        if let Some(etag) = etag {
+            headers.insert(IF_MATCH, etag);
+        }
+        self.hub.follow(url, headers, false).await
+    }
+
+    /// Checks an answer against what is known of the file, remembers where it came from, and hands on its bytes.
+    async fn body(&self, path: &FilePath, range: &Range<u64>, size: Option<u64>, answer: Answer) -> Result<Body> {
+        let status = answer.response.status();
+        if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
+            return Err(self.hub.refused(answer, &self.repo, Some(path)).await);
+        }
+        let Answer { response, url, commit, linked_size, .. } = answer;
+        if let Some(commit) = commit.filter(|commit| !commit.eq_ignore_ascii_case(&self.repo.revision)) {
+            return Err(Error::corrupt(format!(
+                "{path}: asked for commit {} and was given {commit:?}",
+                self.repo.revision
+            )));
+        }
+        if let (Some(size), Some(linked)) = (size, linked_size.filter(|linked| Some(*linked) != size)) {
+            return Err(Error::corrupt(format!("{path} has {size} bytes by the tree and {linked} bytes by its link")));
+        }
+        let start = http::body_start(status, response.headers(), range, size)
+            .map_err(|error| Error::new(error.kind(), format!("{path}: {}", error.message())))?;
+        let etag = response.headers().get(ETAG).filter(|etag| etag.as_bytes().starts_with(b"\"")).cloned();
+        self.places().insert(path.clone(), Place { url: url.clone(), etag });
+        Ok(Body { start, stream: http::body_stream(response, &url) })
+    }
+
+    /// The size of a file, if the tree was asked; `NotFound` if it was and does not list the file.
+    fn known_size(&self, path: &FilePath) -> Result<Option<u64>> {
+        match self.manifest.get() {
+            None => Ok(None),
+            Some(manifest) => match manifest.as_ref().and_then(|manifest| manifest.files.get(path)) {
+                Some(entry) => Ok(Some(entry.size)),
+                None => Err(Error::not_found(format!("there is no file {path} in {}", self.repo.id))),
+            },
+        }
+    }
+
+    fn place(&self, path: &FilePath) -> Option<Place> {
+        self.places().get(path).cloned()
+    }
+
+    fn places(&self) -> MutexGuard<'_, HashMap<FilePath, Place>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The address of the next page, which must stay at the endpoint: the token is sent along.
+fn next_page(endpoint: &Url, page: &Url, link: &str) -> Result<Url> {
+    let next =
+        page.join(link).map_err(|cause| Error::corrupt("the link to the next page is no address").cause(cause))?;
+    match http::same_origin(&next, endpoint) {
+        true => Ok(next),
+        false => Err(foreign("links the next page of a tree", endpoint, &next)),
+    }
+}
+
+/// Takes one entry of a tree into the manifest. Folders say nothing that their files do not.
+fn add(manifest: &mut Manifest, entry: TreeEntry) -> Result<()> {
+    match entry.kind.as_str() {
+        "file" => {}
+        "directory" => return Ok(()),
+        kind => {
+            tracing::warn!(
+                kind,
+                path = entry.path,
+                "the tree lists something that is neither file nor folder; skipped"
+            );
+            return Ok(());
+        }
+    }
+    let refuse = |why: &dyn fmt::Display| Error::corrupt(format!("the tree lists {:?}: {why}", entry.path));
+    let path = FilePath::new(&entry.path).map_err(|error| {
+        refuse(&error.message()).hint("nothing of this repository was fetched; such a name is refused as a whole")
+    })?;
+    let Some(size) = entry.size else { return Err(refuse(&"no size")) };
+    let mut file = FileEntry { size, ..FileEntry::default() };
+    match (&entry.lfs, &entry.oid) {
+        (Some(lfs), _) => {
+            let digest = lfs.oid.strip_prefix("sha256:").unwrap_or(&lfs.oid);
+            file.sha256 = Some(digest.parse().map_err(|error: Error| refuse(&error.message()))?);
+        }
+        (None, Some(oid)) => file.git_oid = Some(oid.parse().map_err(|error: Error| refuse(&error.message()))?),
+        (None, None) => {}
+    }
+    file.provenance = (file.sha256.is_some() || file.git_oid.is_some()).then_some(Provenance::Origin);
+    match manifest.files.insert(path, file) {
+        None => Ok(()),
+        Some(_) => Err(refuse(&"listed twice")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{RetryConfig, Secret};
+
+    fn hub(endpoint: &str) -> Arc<Hub> {
+        let config = HubConfig { endpoint: endpoint.into(), token: Some(Secret::new("hf_canary")) };
+        Arc::new(Hub::new(config, Retry::new(RetryConfig::default())))
+    }
+
+    fn entry(json: &str) -> TreeEntry {
+        serde_json::from_str(json).expect(json)
+    }
+
+    #[test]
+    fn keys_of_the_hub_have_a_source_and_others_have_none() {
+        let hub = hub("https://huggingface.co");
+        let commit = "ab".repeat(20);
+        let key = |name: &str, version: &str| ArtifactKey {
+            name: name.parse().expect("name"),
+            version: version.parse().expect("version"),
+        };
+        for name in ["hf/org/model", "hf/gpt2", "hf/datasets/org/set", "hf/spaces/org/app"] {
+            assert!(source(&hub, &key(name, &commit)).is_some(), "{name}");
+        }
+        for (name, version) in [
+            ("hf/org/model", "main"),
+            ("hf/a/b/c", &*commit),
+            ("team/model", &*commit),
+            ("file/tmp/x", &*commit),
+            ("hf", &*commit),
+        ] {
+            assert!(source(&hub, &key(name, version)).is_none(), "{name}@{version}");
+        }
+        assert!(source(&hub, &key("hf/org/model", &commit.to_uppercase())).is_none(), "keys have one spelling");
+    }
+
+    #[test]
+    fn an_endpoint_may_have_a_path_and_must_be_a_web_address() {
+        let at = |endpoint: &str| hub(endpoint).at("api/models/x?a=b").map(|url| url.to_string());
+        assert_eq!(at("https://h").expect("plain"), "https://h/api/models/x?a=b");
+        assert_eq!(at("https://h:1/").expect("port"), "https://h:1/api/models/x?a=b");
+        assert_eq!(at("http://h/mirror/hf/").expect("path"), "http://h/mirror/hf/api/models/x?a=b");
+        for bad in ["", "huggingface.co", "file:///etc", "ftp://h", "https://"] {
+            assert_eq!(at(bad).expect_err(bad).kind(), ErrorKind::Invalid);
+        }
+        let segment = hub("https://h").at(&format!("r/{}", http::one_segment("refs/pr/1"))).expect("address");
+        assert_eq!(segment.path(), "/r/refs%2Fpr%2F1");
+    }
+
+    #[test]
+    fn tree_entries_become_files_with_the_right_digest() {
+        let mut manifest = Manifest::new(ArtifactKey::bare("x@1").expect("key"), Shape::Tree);
+        let (sha, oid) = ("ab".repeat(32), "cd".repeat(20));
+        let rows = [
+            format!(r#"{{"type":"directory","path":"d","oid":"{oid}","size":0}}"#),
+            format!(r#"{{"type":"file","path":"d/s","oid":"{oid}","size":3,"future":[1]}}"#),
+            format!(
+                r#"{{"type":"file","path":"l","oid":"{oid}","size":9,"lfs":{{"oid":"{sha}","size":9}},"xetHash":"x"}}"#
+            ),
+            r#"{"type":"portal","path":"../p"}"#.to_owned(),
+        ];
+        rows.iter().try_for_each(|row| add(&mut manifest, entry(row))).expect("added");
+        let file = |path: &str| &manifest.files[&FilePath::new(path).expect("path")];
+        assert_eq!(manifest.files.len(), 2);
+        assert_eq!((file("d/s").size, file("d/s").sha256, file("d/s").git_oid.is_some()), (3, None, true));
+        assert_eq!((file("l").size, file("l").sha256.is_some(), file("l").git_oid), (9, true, None));
+        assert_eq!(file("l").provenance, Some(Provenance::Origin));
+    }
+
+    #[test]
+    fn hostile_or_senseless_entries_are_refused() {
+        for row in [
+            r#"{"type":"file","path":"../x","size":1}"#,
+            r#"{"type":"file","path":"/etc/passwd","size":1}"#,
+            r#"{"type":"file","path":"a\\b","size":1}"#,
+            r#"{"type":"file","path":"a\u0000","size":1}"#,
+            r#"{"type":"file","path":".modelcache/manifest.json","size":1}"#,
+            r#"{"type":"file","path":"taken","size":1}"#,
+            r#"{"type":"file","path":"x"}"#,
+            r#"{"type":"file","path":"x","size":1,"oid":"zz"}"#,
+            r#"{"type":"file","path":"x","size":1,"lfs":{"oid":"00"}}"#,
+        ] {
+            let mut manifest = Manifest::new(ArtifactKey::bare("x@1").expect("key"), Shape::Tree);
+            add(&mut manifest, entry(r#"{"type":"file","path":"taken","size":1}"#)).expect("first");
+            assert_eq!(add(&mut manifest, entry(row)).expect_err(row).kind(), ErrorKind::Corrupt, "{row}");
+        }
+    }
+
+    #[test]
+    fn the_next_page_must_stay_at_the_endpoint() {
+        let (endpoint, page) = (Url::parse("http://h:1").expect("url"), Url::parse("http://h:1/t?a=b").expect("url"));
+        assert!(next_page(&endpoint, &page, "http://h:1/t?cursor=2").is_ok());
+        assert!(next_page(&endpoint, &page, "?cursor=2").is_ok());
+        for bad in ["http://h:2/t", "https://h:1/t", "http://evil/t?canary", "//evil/t", "http://h:1@evil/"] {
+            let error = next_page(&endpoint, &page, bad).expect_err(bad);
+            assert!(!error.to_string().contains("canary"), "{error}");
+        }
+    }
+
+    #[test]
+    fn sources_and_hubs_do_not_print_their_secrets() {
+        let hub = hub("https://h");
+        let key =
+            ArtifactKey { name: "hf/a/b".parse().expect("name"), version: "ab".repeat(20).parse().expect("version") };
+        let source = source(&hub, &key).expect("source");
+        assert!(!format!("{hub:?}{source:?}").contains("canary"));
+        assert!(bearer("a\nb").is_err());
+    }
+}

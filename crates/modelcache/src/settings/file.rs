@@ -1,0 +1,90 @@
+//! A configuration file taken apart: texts by key, and the options of the object store.
+//!
+//! Its form is checked here, the values where settings are put together. What no setting knows is refused.
+
+use super::values::nearest;
+use super::{OPTIONS_KEY, SETTINGS};
+use crate::error::{Error, Result};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// One configuration file, taken apart.
+pub(super) struct File {
+    pub(super) path: PathBuf,
+    pub(super) values: BTreeMap<String, String>,
+    pub(super) options: BTreeMap<String, String>,
+}
+
+impl File {
+    /// Takes the text of the file at `path` apart.
+    pub(super) fn parse(path: &Path, text: &str) -> Result<Self> {
+        let table: toml::Table = toml::from_str(text).map_err(|error: toml::de::Error| {
+            let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+            Error::invalid(format!("{}: line {line}: {}", path.display(), error.message()))
+                .hint("the file is TOML, for instance max_bytes = \"200GB\"")
+        })?;
+        let mut file = Self { path: path.to_owned(), values: BTreeMap::new(), options: BTreeMap::new() };
+        for (key, value) in table {
+            match (key.as_str(), value) {
+                ("remote", toml::Value::Table(remote)) => file.take_remote(remote)?,
+                (_, value) => file.take(&key, &value)?,
+            }
+        }
+        Ok(file)
+    }
+
+    /// `[remote]` with `url` and `options`: what `remote = "…"` grows into when it needs options.
+    fn take_remote(&mut self, remote: toml::Table) -> Result<()> {
+        for (key, value) in remote {
+            match (key.as_str(), value) {
+                ("url", value) => self.take("remote", &value)?,
+                ("options", toml::Value::Table(options)) => {
+                    for (name, value) in options {
+                        let key = format!("{OPTIONS_KEY}.{name}");
+                        let text = one_text(&value).ok_or_else(|| self.wrong_type(&key, &value))?;
+                        self.options.insert(name, text);
+                    }
+                }
+                (_, value) => self.take(&format!("remote.{key}"), &value)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, key: &str, value: &toml::Value) -> Result<()> {
+        if !SETTINGS.iter().any(|setting| setting.key == key) {
+            return Err(self.unknown(key));
+        }
+        let text = match value {
+            toml::Value::Array(items) => items.iter().map(one_text).collect::<Option<Vec<_>>>().map(|t| t.join(",")),
+            value => one_text(value),
+        };
+        let text = text.filter(|_| key != OPTIONS_KEY).ok_or_else(|| self.wrong_type(key, value))?;
+        self.values.insert(key.to_owned(), text);
+        Ok(())
+    }
+
+    fn unknown(&self, key: &str) -> Error {
+        let known = SETTINGS.iter().map(|setting| setting.key).chain(["remote.url"]);
+        let hint = match nearest(key, known.clone()) {
+            Some(near) => format!("did you mean {near:?}?"),
+            None => format!("known: {}", known.collect::<Vec<_>>().join(", ")),
+        };
+        Error::invalid(format!("{}: no setting is called {key:?}", self.path.display())).hint(hint)
+    }
+
+    fn wrong_type(&self, key: &str, value: &toml::Value) -> Error {
+        let setting = SETTINGS.iter().find(|setting| setting.key == key);
+        Error::invalid(format!("{}: {key} is a TOML {}", self.path.display(), value.type_str()))
+            .hint(format!("accepted: {}", setting.map_or("a text, a number, true or false", |setting| setting.accepts)))
+    }
+}
+
+fn one_text(value: &toml::Value) -> Option<String> {
+    match value {
+        toml::Value::String(text) => Some(text.clone()),
+        toml::Value::Integer(number) => Some(number.to_string()),
+        toml::Value::Boolean(truth) => Some(truth.to_string()),
+        _ => None,
+    }
+}

@@ -1,0 +1,148 @@
+//! How values of settings are written: sizes, durations, and names that were nearly right.
+
+use crate::config::ByteBound;
+use crate::error::{Error, Result};
+use std::time::Duration;
+
+pub(super) const SIZE_ACCEPTS: &str = "14GB, 1.5TiB, 80% of the filesystem, or a number of bytes";
+pub(super) const DURATION_ACCEPTS: &str = "for instance 500ms, 30s, 1.5m, 1h30m, 7d, or a number of seconds";
+
+/// A size: a number of bytes, with a unit, or a whole percentage.
+///
+/// Units go by the SI (`kB`, `MB`, …) and the IEC (`KiB`, `MiB`, …), in any case, with or without the `B`, as in
+/// Kubernetes' quantities.
+pub fn parse_size(text: &str) -> Result<ByteBound> {
+    let refuse = || Error::invalid("not a size");
+    let text = text.trim();
+    if let Some(percent) = text.strip_suffix('%') {
+        return match percent.trim().parse() {
+            Ok(percent @ 0..=100) => Ok(ByteBound::Percent(percent)),
+            _ => Err(Error::invalid("not a whole percentage between 0% and 100%")),
+        };
+    }
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len()));
+    let unit = unit.trim().to_ascii_lowercase();
+    let unit = match unit.strip_suffix('b').unwrap_or(&unit) {
+        "" => 1,
+        "k" => 1000,
+        "m" => 1000_u128.pow(2),
+        "g" => 1000_u128.pow(3),
+        "t" => 1000_u128.pow(4),
+        "p" => 1000_u128.pow(5),
+        "ki" => 1024,
+        "mi" => 1024_u128.pow(2),
+        "gi" => 1024_u128.pow(3),
+        "ti" => 1024_u128.pow(4),
+        "pi" => 1024_u128.pow(5),
+        _ => return Err(refuse()),
+    };
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    if fraction.len() > 12 || (whole.is_empty() && fraction.is_empty()) {
+        return Err(refuse());
+    }
+    let digits = |digits: &str| if digits.is_empty() { Ok(0) } else { digits.parse::<u64>().map(u128::from) };
+    let whole = digits(whole).map_err(|_| refuse())? * unit;
+    let fraction = digits(fraction).map_err(|_| refuse())? * unit / 10_u128.pow(fraction.len() as u32);
+    u64::try_from(whole + fraction).map(ByteBound::Bytes).map_err(|_| Error::invalid("more than can be counted"))
+}
+
+/// A duration: a number of seconds, or numbers with the units `ms`, `s`, `m` (or `min`), `h`, `d`.
+pub fn parse_duration(text: &str) -> Result<Duration> {
+    let refuse = || Error::invalid("not a duration").hint(format!("accepted: {DURATION_ACCEPTS}"));
+    let mut rest = text.trim();
+    let mut seconds = 0.0;
+    if rest.is_empty() {
+        return Err(refuse());
+    }
+    while !rest.is_empty() {
+        let (number, tail) = rest.split_at(rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len()));
+        let tail = tail.trim_start();
+        let (unit, tail) = tail.split_at(tail.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(tail.len()));
+        let unit_seconds = match unit {
+            "ms" => 0.001,
+            "s" | "sec" => 1.0,
+            "" if number.len() == text.trim().len() => 1.0,
+            "m" | "min" => 60.0,
+            "h" => 3600.0,
+            "d" => 86_400.0,
+            _ => return Err(refuse()),
+        };
+        seconds += number.parse::<f64>().map_err(|_| refuse())? * unit_seconds;
+        rest = tail.trim_start();
+    }
+    // `try_from_secs_f64` keeps nanoseconds that binary fractions invent; nobody means less than a microsecond.
+    Duration::try_from_secs_f64(seconds)
+        .map(|duration| Duration::from_micros(u64::try_from((duration.as_nanos() + 500) / 1000).unwrap_or(u64::MAX)))
+        .map_err(|_| refuse())
+}
+
+/// The one of `known` that is nearest to `name`, if a person may have meant it.
+pub(super) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let (distance, near) = known.into_iter().map(|known| (edit_distance(name, known), known)).min()?;
+    (distance <= (name.chars().count() / 3).clamp(1, 3)).then_some(near)
+}
+
+/// Insertions, deletions and replacements that turn `a` into `b`; case and the kind of dash count for nothing.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let plain = |c: char| if c == '-' { '_' } else { c.to_ascii_lowercase() };
+    let b: Vec<char> = b.chars().map(plain).collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (at, from) in a.chars().map(plain).enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], at + 1);
+        for (column, to) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(from != *to);
+            diagonal = row[column + 1];
+            row[column + 1] = replaced.min(row[column] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        let bytes = |text: &str| match parse_size(text) {
+            Ok(ByteBound::Bytes(bytes)) => Some(bytes),
+            _ => None,
+        };
+        assert_eq!(bytes("14GB"), Some(14_000_000_000));
+        assert_eq!(bytes("1.5TiB"), Some(1_649_267_441_664));
+        assert_eq!(bytes("1.5 tib"), Some(1_649_267_441_664));
+        assert_eq!(bytes("10Gi"), Some(10 << 30));
+        assert_eq!(bytes("500M"), Some(500_000_000));
+        assert_eq!(bytes("12"), Some(12));
+        assert_eq!(bytes("12B"), Some(12));
+        assert_eq!(bytes("18446744073709551615"), Some(u64::MAX));
+        assert_eq!(parse_size("80%").expect("size"), ByteBound::Percent(80));
+        for bad in ["", "GB", ".", "-1", "1.2.3GB", "1e3", "99999999PB", "1GBit", "80.5%", "%", "256%", "٣GB"] {
+            assert!(parse_size(bad).is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn durations_are_read_as_people_write_them() {
+        let seconds = |text: &str| parse_duration(text).ok().map(|duration| duration.as_secs_f64());
+        assert_eq!(seconds("60s"), Some(60.0));
+        assert_eq!(seconds("500ms"), Some(0.5));
+        assert_eq!(seconds("1h30m"), Some(5400.0));
+        assert_eq!(seconds("1h 30m"), Some(5400.0));
+        assert_eq!(seconds("1.5m"), Some(90.0));
+        assert_eq!(seconds("7d"), Some(604_800.0));
+        assert_eq!(seconds("90"), Some(90.0));
+        assert_eq!(seconds("0.1s"), Some(0.1));
+        for bad in ["", "s", "-1s", "1h30", "1 fortnight", "1..5s", "1e400s", &"9".repeat(400)] {
+            assert!(parse_duration(bad).is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn only_a_name_that_was_nearly_right_is_offered() {
+        let known = ["dir", "max_bytes", "origin"];
+        assert_eq!(nearest("MAX-BYTE", known), Some("max_bytes"));
+        assert_eq!(nearest("colour", known), None);
+        assert_eq!((edit_distance("", "abc"), edit_distance("kitten", "sitting")), (3, 3));
+    }
+}

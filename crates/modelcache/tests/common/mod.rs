@@ -1,0 +1,73 @@
+//! A cache in a temporary folder, with a Hub stand-in as its origin.
+#![allow(dead_code, clippy::unwrap_used, missing_docs, unreachable_pub)]
+
+use modelcache::cache::{Artifact, GetOptions};
+use modelcache::config::{ByteBound, Config, Environment, HubConfig, OnRemoteDown, RemoteConfig, RetryConfig};
+use modelcache::progress::Progress;
+use modelcache::{Cache, Reference, Result, Selection};
+use modelcache_testkit::{Content, Hub};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tempfile::TempDir;
+
+pub struct House {
+    pub hub: Hub,
+    pub folder: TempDir,
+}
+
+impl House {
+    pub async fn new() -> Self {
+        Self { hub: Hub::start().await.unwrap(), folder: tempfile::tempdir().unwrap() }
+    }
+
+    /// A configuration with directory `name`, without a remote.
+    pub fn config(&self, name: &str) -> Config {
+        Config {
+            dir: self.folder.path().join(name),
+            max_bytes: ByteBound::Bytes(1 << 30),
+            min_free_bytes: ByteBound::Bytes(0),
+            remote: None,
+            on_remote_down: OnRemoteDown::Origin,
+            origins: Vec::new(),
+            hub: HubConfig { endpoint: self.hub.url().to_owned(), token: None },
+            ref_ttl: Duration::from_secs(60),
+            retry: RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(1) },
+        }
+    }
+
+    /// The remote in a shared folder.
+    pub fn folder_remote(&self) -> Option<RemoteConfig> {
+        Some(RemoteConfig {
+            url: format!("file://{}", self.folder.path().join("remote").display()),
+            options: Default::default(),
+            environment: Environment::default(),
+        })
+    }
+
+    pub fn cache(&self, name: &str) -> Cache {
+        Cache::open(self.config(name)).unwrap()
+    }
+
+    pub fn cache_with_remote(&self, name: &str) -> Cache {
+        Cache::open(Config { remote: self.folder_remote(), ..self.config(name) }).unwrap()
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
+pub async fn get(cache: &Cache, reference: &str) -> Result<Artifact> {
+    get_some(cache, reference, &[], &[]).await
+}
+
+pub async fn get_some(cache: &Cache, reference: &str, include: &[&str], exclude: &[&str]) -> Result<Artifact> {
+    let options = GetOptions { selection: Selection::globs(include, exclude).unwrap() };
+    cache.get(&Reference::parse(reference).unwrap(), &options, &Progress::new()).await
+}
+
+pub fn assert_same(path: &Path, content: &Content) {
+    let found = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    assert_eq!(found.len() as u64, content.len(), "{}", path.display());
+    assert!(found == content.to_vec().unwrap(), "{} has other bytes", path.display());
+}
