@@ -31,6 +31,7 @@ over_every_remote!(
     equal_content_again_sends_nothing,
     a_lost_object_is_repaired,
     an_altered_object_is_repaired,
+    what_a_reader_found_wrong_is_sent_again,
     other_content_is_refused,
     force_replaces_and_leaves_no_old_object,
     a_part_widened_later_keeps_both,
@@ -122,6 +123,17 @@ async fn an_altered_object_is_repaired(place: Place) {
     place.put("m/1/a", &[7; 5_000]);
     place.put("m/1/b", b"longer than it was");
     assert_eq!(place.publish(&tree).await.expect("repairs").uploaded_bytes, 5_010);
+    assert_same_files(&place.remote().source(&tree.key()), &tree).await;
+}
+
+async fn what_a_reader_found_wrong_is_sent_again(place: Place) {
+    let tree = Tree::new("m@1", &[("a", 5_000), ("b", 10)]);
+    place.publish(&tree).await.expect("publishes");
+    let rewrite = PublishOptions { rewrite: [path("a")].into(), ..PublishOptions::default() };
+    let progress = modelcache::progress::Progress::new();
+    let published = place.remote().publish(&tree.manifest, &tree.files, rewrite, &progress).await.expect("rewrites");
+    assert_eq!(published.uploaded_bytes, 5_000);
+    assert_eq!(progress.snapshot().done_bytes, 5_010);
     assert_same_files(&place.remote().source(&tree.key()), &tree).await;
 }
 

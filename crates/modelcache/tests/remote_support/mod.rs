@@ -234,7 +234,14 @@ impl Place {
     }
 
     pub async fn publish_forced(&self, tree: &Tree) -> Result<Published> {
-        self.remote.publish(&tree.manifest, &tree.files, PublishOptions { force: true }, &Progress::new()).await
+        self.remote
+            .publish(
+                &tree.manifest,
+                &tree.files,
+                PublishOptions { force: true, ..PublishOptions::default() },
+                &Progress::new(),
+            )
+            .await
     }
 
     pub async fn publish_only(&self, tree: &Tree, names: &[&str]) -> Result<Published> {
