@@ -48,7 +48,7 @@ struct Wire {
 impl Ladder {
     /// A ladder from states gathered while hashing. `part_size` is in bytes and a multiple of 64.
     pub fn new(part_size: u64, states: Vec<State>) -> Result<Self> {
-        if part_size == 0 || part_size % BLOCK as u64 != 0 {
+        if part_size == 0 || !part_size.is_multiple_of(BLOCK as u64) {
             return Err(Error::corrupt(format!("a ladder with parts of {part_size} bytes")));
         }
         Ok(Self { part_size, states })
@@ -196,7 +196,7 @@ impl LadderHasher {
     pub fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let position = self.hasher.position();
-            if position > 0 && position % self.part_size == 0 {
+            if position > 0 && position.is_multiple_of(self.part_size) {
                 self.states.extend(self.hasher.state());
             }
             let left_in_part = self.part_size - position % self.part_size;

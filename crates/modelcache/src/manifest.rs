@@ -158,38 +158,34 @@ impl Manifest {
     /// Whether `other` may describe the same artifact: same files and sizes, no digest that contradicts.
     pub fn agrees_with(&self, other: &Self) -> Result<()> {
         let conflict = |what: String| {
-            Err(Error::new(ErrorKind::Conflict, what).artifact(&self.key).hint(
-                "a version never changes: publish the new content under another version, or replace it with --force",
-            ))
+            Err(Error::new(ErrorKind::Conflict, format!("already published with other content: {what}"))
+                .artifact(&self.key)
+                .hint("a version never changes: publish the new content under another version, or replace it with --force"))
         };
         if self.shape != other.shape {
-            return conflict("is a single file in one place and a folder in the other".into());
+            let word = |shape| if shape == Shape::File { "a single file" } else { "a folder" };
+            return conflict(format!("{} there, {} here", word(self.shape), word(other.shape)));
         }
-        for (path, ours) in &self.files {
-            match other.files.get(path) {
-                None => return conflict(format!("{path} is listed in one place and not in the other")),
-                Some(theirs) if ours.size != theirs.size => {
-                    return conflict(format!(
-                        "{path} has {} bytes in one place and {} in the other",
-                        ours.size, theirs.size
-                    ));
-                }
-                Some(theirs) => {
-                    if let (Some(a), Some(b)) = (ours.sha256, theirs.sha256)
-                        && a != b
-                    {
-                        return conflict(format!("{path} has other content: sha256 {} and {}", a.short(), b.short()));
-                    }
-                    if let (Some(a), Some(b)) = (ours.git_oid, theirs.git_oid)
-                        && a != b
-                    {
-                        return conflict(format!("{path} has other content: git {a} and {b}"));
-                    }
-                }
+        for (path, there) in &self.files {
+            let Some(here) = other.files.get(path) else {
+                return conflict(format!("it has {path}, which is not here"));
+            };
+            if there.size != here.size {
+                return conflict(format!("{path} has {} bytes there and {} here", there.size, here.size));
+            }
+            if let (Some(a), Some(b)) = (there.sha256, here.sha256)
+                && a != b
+            {
+                return conflict(format!("{path} has sha256 {} there and {} here", a.short(), b.short()));
+            }
+            if let (Some(a), Some(b)) = (there.git_oid, here.git_oid)
+                && a != b
+            {
+                return conflict(format!("{path} has git sha1 {a} there and {b} here"));
             }
         }
         match other.files.keys().find(|path| !self.files.contains_key(*path)) {
-            Some(path) => conflict(format!("{path} is listed in one place and not in the other")),
+            Some(path) => conflict(format!("it has no {path}")),
             None => Ok(()),
         }
     }

@@ -264,9 +264,7 @@ impl BudgetHold<'_> {
 
     /// Removes what crashes left: stagings without an owner, views that no manifest holds, blobs that nothing links.
     pub(crate) fn sweep(&mut self) -> Result<()> {
-        for staging in self.disk.stagings()?.into_iter().filter(|staging| !staging.live) {
-            self.drop_dead_staging(&staging)?;
-        }
+        self.drop_dead_stagings(None)?;
         self.disk.drop_old_temporaries()?;
         for artifact in self.disk.scan()? {
             self.sweep_views(&artifact.dir, artifact.manifest.as_ref())?;
@@ -284,10 +282,19 @@ impl BudgetHold<'_> {
         Ok(())
     }
 
-    fn drop_dead_staging(&mut self, staging: &StagingUse) -> Result<()> {
-        let Some(_owner) = FileLock::try_exclusive(&staging.journal())? else { return Ok(()) };
-        tracing::debug!(staging = %staging.dir.display(), bytes = staging.allocated, "removing what an ended fill left");
-        staging.remove()
+    /// Removes what ended fills left, of one key or of all.
+    pub(crate) fn drop_dead_stagings(&mut self, key: Option<&ArtifactKey>) -> Result<()> {
+        let of_key = |staging: &StagingUse| key.is_none_or(|key| staging.is_of(key));
+        for staging in self.disk.stagings()?.into_iter().filter(|staging| !staging.live && of_key(staging)) {
+            let journal = staging.journal();
+            let owner = files::stat(&journal)?.map(|_| FileLock::try_exclusive(&journal)).transpose()?;
+            if matches!(owner, Some(None)) {
+                continue;
+            }
+            tracing::debug!(staging = %staging.dir.display(), bytes = staging.allocated, "removing what an ended fill left");
+            staging.remove()?;
+        }
+        Ok(())
     }
 
     fn sweep_views(&mut self, dir: &ArtifactDir, manifest: Option<&Manifest>) -> Result<()> {

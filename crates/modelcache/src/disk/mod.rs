@@ -13,6 +13,7 @@
 mod budget;
 mod fault;
 mod files;
+mod given;
 mod layout;
 mod lend;
 mod lock;
@@ -24,6 +25,7 @@ mod writer;
 pub(crate) use budget::{Evicted, Usage};
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
+pub(crate) use given::{Given, copy_given, list_given};
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use lend::{Lend, Lent};
 pub(crate) use lock::FileLock;

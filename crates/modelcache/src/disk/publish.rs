@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity, Held, Manifest};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -82,9 +83,9 @@ impl Disk {
         let mut blobs = BTreeMap::new();
         for (path, file) in staged {
             let digest = digest_of(path, &file.entry)?;
-            if !blobs.contains_key(&digest) {
+            if let Entry::Vacant(vacant) = blobs.entry(digest) {
                 let published = hold.publish_blob(&staging.file(&file.name), &digest, file.identity);
-                blobs.insert(digest, published.map_err(|error| error.artifact(&listing.key))?);
+                vacant.insert(published.map_err(|error| error.artifact(&listing.key))?);
             }
         }
         staging.end_reservation(&listing.key)?;

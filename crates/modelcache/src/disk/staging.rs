@@ -60,6 +60,11 @@ impl StagingUse {
         self.dir.join("journal")
     }
 
+    pub(crate) fn is_of(&self, key: &ArtifactKey) -> bool {
+        let name = self.dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        name.starts_with(&key.hash())
+    }
+
     /// Removes the folder, its journal last.
     pub(crate) fn remove(&self) -> Result<()> {
         remove_staging(&self.dir)
@@ -80,6 +85,7 @@ impl Disk {
         self.ensure_writable()?;
         self.refuse_beyond_budget(key, wanted)?;
         let mut hold = self.hold_budget()?;
+        hold.drop_dead_stagings(Some(key))?;
         let mut staging = self.make_staging(key)?;
         for (path, entry) in wanted {
             staging.reuse(&mut hold, path, entry)?;

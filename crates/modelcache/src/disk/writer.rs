@@ -103,7 +103,7 @@ impl StagedWriter {
 
     fn write_bytes(&self, offset: u64, slice: &[u8]) -> io::Result<()> {
         let direct = self.direct.as_ref().filter(|_| !self.direct_failed.load(Ordering::Relaxed));
-        let Some(direct) = direct.filter(|_| offset % ALIGNMENT as u64 == 0) else {
+        let Some(direct) = direct.filter(|_| offset.is_multiple_of(ALIGNMENT as u64)) else {
             return self.buffered.write_all_at(slice, offset);
         };
         let whole_blocks = slice.len() / ALIGNMENT * ALIGNMENT;

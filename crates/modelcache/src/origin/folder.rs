@@ -330,7 +330,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_no_file_is_refused_by_name() {
-        let cases: [(&str, fn(&Path)); 5] = [
+        type Spoil = fn(&Path);
+        let cases: [(&str, Spoil); 5] = [
             ("a pipe", |path| {
                 let mode = rustix::fs::Mode::RUSR;
                 rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).expect("pipe");

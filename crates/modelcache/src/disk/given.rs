@@ -1,0 +1,139 @@
+//! What a caller gives to be put: listed, then copied into staging and hashed in the same pass.
+//!
+//! The caller's files are only read, once. One that changes meanwhile is refused rather than published half-old.
+
+use super::{StagedFile, StagedWriter};
+use crate::digest::Provenance;
+use crate::error::{Error, ErrorKind, Result};
+use crate::key::FilePath;
+use crate::ladder::part_size;
+use crate::limits;
+use crate::manifest::{FileEntry, Shape};
+use crate::progress::Progress;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// Bytes copied at a time.
+const COPY_BYTES: usize = 1 << 20;
+
+/// A file to be put.
+#[derive(Debug, Clone)]
+pub(crate) struct Given {
+    /// Its path in the artifact.
+    pub(crate) path: FilePath,
+    /// Where it lies.
+    pub(crate) from: PathBuf,
+    /// Bytes, when it was listed.
+    pub(crate) size: u64,
+}
+
+/// Copies one file into staging, hashing it; refuses one that changes meanwhile.
+pub(crate) fn copy_given(given: &Given, target: &Path, progress: &Progress) -> Result<StagedFile> {
+    let fault = |cause: std::io::Error| unreadable(&given.from, cause);
+    let changed = || {
+        Error::new(ErrorKind::Other, format!("{} changed while it was being read", given.from.display()))
+            .hint("put it again when it is complete")
+    };
+    let mut source = File::open(&given.from).map_err(fault)?;
+    let before = source.metadata().map_err(fault)?;
+    let part_size = part_size(given.size);
+    let writer = StagedWriter::create(target, given.size, part_size, true, false)?;
+    let mut buffer = vec![0; COPY_BYTES];
+    let mut offset = 0;
+    loop {
+        let read = source.read(&mut buffer).map_err(fault)?;
+        if read == 0 {
+            break;
+        }
+        if offset + read as u64 > given.size {
+            return Err(changed());
+        }
+        writer.write(offset, &buffer[..read])?;
+        offset += read as u64;
+        progress.done(read as u64);
+    }
+    let after = source.metadata().map_err(fault)?;
+    if offset != given.size || before.modified().ok() != after.modified().ok() {
+        return Err(changed());
+    }
+    let hashed = writer.hashed();
+    let entry = FileEntry {
+        size: given.size,
+        sha256: Some(hashed.sha256),
+        provenance: Some(Provenance::Put),
+        ladder: Some(hashed.ladder),
+        ..FileEntry::default()
+    };
+    Ok(StagedFile { name: String::new(), entry, identity: writer.seal()? })
+}
+
+/// The files of a file or folder. Links are followed, loops refused; what is neither file nor folder is refused.
+pub(crate) fn list_given(path: &Path) -> Result<(Shape, Vec<Given>)> {
+    let metadata = fs::metadata(path).map_err(|cause| unreadable(path, cause))?;
+    if metadata.is_file() {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let name = name.ok_or_else(|| Error::invalid(format!("the name of {} is not UTF-8", path.display())))?;
+        return Ok((
+            Shape::File,
+            vec![Given { path: FilePath::new(name)?, from: path.to_owned(), size: metadata.len() }],
+        ));
+    }
+    let mut given = Vec::new();
+    list_folder(path, "", &mut vec![canonical(path)?], &mut given)?;
+    if given.is_empty() {
+        return Err(
+            Error::invalid(format!("{} holds no files", path.display())).hint("an artifact has at least one file")
+        );
+    }
+    Ok((Shape::Tree, given))
+}
+
+fn list_folder(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, given: &mut Vec<Given>) -> Result<()> {
+    let mut entries: Vec<_> = fs::read_dir(folder)
+        .and_then(|entries| entries.collect::<std::io::Result<_>>())
+        .map_err(|cause| unreadable(folder, cause))?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let from = entry.path();
+        let name = entry.file_name();
+        let name =
+            name.to_str().ok_or_else(|| Error::invalid(format!("the name of {} is not UTF-8", from.display())))?;
+        let metadata = fs::metadata(&from).map_err(|cause| unreadable(&from, cause))?;
+        let path = format!("{prefix}{name}");
+        if metadata.is_dir() {
+            let real = canonical(&from)?;
+            if above.contains(&real) {
+                return Err(Error::invalid(format!("{} links back to a folder above it", from.display())));
+            }
+            above.push(real);
+            list_folder(&from, &format!("{path}/"), above, given)?;
+            above.pop();
+        } else if metadata.is_file() {
+            given.push(Given { path: FilePath::new(&path)?, from, size: metadata.len() });
+            if given.len() > limits::FILES_MAX {
+                return Err(Error::invalid(format!("more than {} files", limits::FILES_MAX)));
+            }
+        } else {
+            return Err(Error::invalid(format!("{} is neither a file nor a folder", from.display()))
+                .hint("take it out of the folder"));
+        }
+    }
+    Ok(())
+}
+
+fn canonical(path: &Path) -> Result<PathBuf> {
+    fs::canonicalize(path).map_err(|cause| unreadable(path, cause))
+}
+
+fn unreadable(path: &Path, cause: std::io::Error) -> Error {
+    match cause.kind() {
+        std::io::ErrorKind::NotFound => {
+            Error::not_found(format!("there is no {}", path.display())).hint("check the path")
+        }
+        std::io::ErrorKind::PermissionDenied => {
+            Error::new(ErrorKind::Unauthorized, format!("may not read {}", path.display())).cause(cause)
+        }
+        _ => Error::new(ErrorKind::Other, format!("cannot read {}", path.display())).cause(cause),
+    }
+}
