@@ -28,6 +28,15 @@ struct Filled {
     files: BTreeMap<FilePath, StagedFile>,
     /// Files that the remote lists but gave wrong or not at all.
     bad_on_remote: BTreeSet<FilePath>,
+    /// Bytes that disk did not have.
+    poured_bytes: u64,
+}
+
+/// What a fill moved, for the report.
+#[derive(Default)]
+struct Brought {
+    poured_bytes: u64,
+    backfilled_bytes: u64,
 }
 
 /// Who fills.
@@ -52,19 +61,20 @@ impl Cache {
 
     async fn get_resolved(&self, wanted: &Wanted, progress: &Progress) -> Result<Artifact> {
         if let Some(lent) = self.lend(wanted, progress).await? {
-            return artifact(wanted, lent, 0, progress);
+            return artifact(wanted, lent, Brought::default(), progress);
         }
         let flight = match self.join(wanted, progress).await? {
-            Joined::Lent(lent) => return artifact(wanted, *lent, 0, progress),
+            Joined::Lent(lent) => return artifact(wanted, *lent, Brought::default(), progress),
             Joined::Leading(flight) => flight,
         };
         let plan = self.plan_fill(wanted, progress).await?;
         let filled = self.pour(wanted, &plan, progress).await?;
         let to_backfill = self.missing_on_remote(&plan, &filled);
+        let poured_bytes = filled.poured_bytes;
         let lent = self.publish(filled, progress).await?;
         drop(flight);
-        let backfilled = self.backfill(&lent, to_backfill, progress).await;
-        artifact(wanted, lent, backfilled, progress)
+        let backfilled_bytes = self.backfill(&lent, to_backfill, progress).await;
+        artifact(wanted, lent, Brought { poured_bytes, backfilled_bytes }, progress)
     }
 
     async fn lend(&self, wanted: &Wanted, progress: &Progress) -> Result<Option<Lent>> {
@@ -107,7 +117,8 @@ impl Cache {
                 to_pour.insert(name, PourFile { path: path.clone(), entry: entry.clone(), target, sources });
             }
         }
-        let _phase = progress.enter(Phase::Pour, to_pour.values().map(|file| file.entry.size).sum());
+        let poured_bytes = to_pour.values().map(|file| file.entry.size).sum();
+        let _phase = progress.enter(Phase::Pour, poured_bytes);
         let poured = self.0.pourer.pour(to_pour.into_values().collect(), progress).await?;
 
         let by_target: BTreeMap<PathBuf, _> = poured.into_iter().map(|file| (file.target.clone(), file)).collect();
@@ -126,7 +137,7 @@ impl Cache {
             };
             files.insert(path.clone(), staged);
         }
-        let filled = Filled { staging, listing: plan.listing.clone(), files, bad_on_remote };
+        let filled = Filled { staging, listing: plan.listing.clone(), files, bad_on_remote, poured_bytes };
         wanted.check_demanded_digest(&filled.known())?;
         Ok(filled)
     }
@@ -186,7 +197,7 @@ impl Filled {
     }
 }
 
-fn artifact(wanted: &Wanted, lent: Lent, backfilled_bytes: u64, progress: &Progress) -> Result<Artifact> {
+fn artifact(wanted: &Wanted, lent: Lent, brought: Brought, progress: &Progress) -> Result<Artifact> {
     wanted.check_demanded_digest(&lent.manifest)?;
     let received = progress.snapshot();
     let (files, selected_bytes) = lent
@@ -198,12 +209,12 @@ fn artifact(wanted: &Wanted, lent: Lent, backfilled_bytes: u64, progress: &Progr
         (0, 1..) => Tier::Remote,
         (0, 0) => Tier::Disk,
     };
-    let kept = received.remote_bytes.saturating_add(received.origin_bytes);
     let bytes = BytesByTier {
-        disk: selected_bytes.saturating_sub(kept),
+        disk: selected_bytes.saturating_sub(brought.poured_bytes),
         remote: received.remote_bytes,
         origin: received.origin_bytes,
     };
+    let backfilled_bytes = brought.backfilled_bytes;
     let report = GetReport { from, bytes, backfilled_bytes, files, selected_bytes, phases: progress.phases() };
     Ok(Artifact { key: wanted.key.clone(), path: lent.path(&wanted.selection), report, _lent: lent })
 }

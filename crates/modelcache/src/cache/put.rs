@@ -54,19 +54,12 @@ impl Cache {
             }
         };
         let (staging, manifest, files) = self.stage(key, shape, &given, progress).await?;
-        self.refuse_other_content(&manifest, options)?;
+        self.settle_other_content(&manifest, options).await?;
         let uploaded_bytes = self.put_on_remote(&manifest, &staging, &files, options, progress).await?;
         let lent = {
             let _phase = progress.enter(Phase::Publish, 0);
-            let (disk, manifest, force) = (self.0.disk.clone(), manifest.clone(), options.force);
-            blocking(move || {
-                if force && disk.manifest(&manifest.key)?.is_some_and(|present| present.agrees_with(&manifest).is_err())
-                {
-                    disk.evict(&manifest.key)?;
-                }
-                disk.publish(staging, &manifest, &files)
-            })
-            .await?
+            let (disk, manifest) = (self.0.disk.clone(), manifest.clone());
+            blocking(move || disk.publish(staging, &manifest, &files)).await?
         };
         drop(flight);
         let sha256 = match shape {
@@ -114,11 +107,16 @@ impl Cache {
         Ok((staging, manifest, files))
     }
 
-    fn refuse_other_content(&self, manifest: &Manifest, options: &PutOptions) -> Result<()> {
-        match self.0.disk.manifest(&manifest.key)? {
-            Some(present) if !options.force => present.agrees_with(manifest).context(&manifest.key, Tier::Disk),
-            _ => Ok(()),
-        }
+    /// Other content under the key on disk: refused, or evicted when forced. Before the remote loses anything, so that
+    /// what somebody is reading here is not replaced.
+    async fn settle_other_content(&self, manifest: &Manifest, options: &PutOptions) -> Result<()> {
+        let (disk, manifest, force) = (self.0.disk.clone(), manifest.clone(), options.force);
+        blocking(move || match disk.manifest(&manifest.key)?.map(|present| present.agrees_with(&manifest)) {
+            Some(Err(_)) if force => disk.evict(&manifest.key).map(|_| ()),
+            Some(agreed) => agreed.context(&manifest.key, Tier::Disk),
+            None => Ok(()),
+        })
+        .await
     }
 
     async fn put_on_remote(

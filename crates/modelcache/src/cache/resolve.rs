@@ -169,13 +169,15 @@ impl TemplateOrigin {
     async fn ask(&self, template: &OriginTemplate) -> Result<Option<(Arc<dyn Source>, Manifest)>> {
         // A template need not fit every name: what it cannot express, its place does not have.
         let Ok(reference) = template.apply(&self.key) else { return Ok(None) };
-        let source = match self.origins.resolve(&reference).await {
-            Ok(Some(resolved)) => resolved.source,
-            Ok(None) => return Ok(None),
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
+        let asked = async {
+            let Some(resolved) = self.origins.resolve(&reference).await? else { return Ok::<_, Error>(None) };
+            let manifest = resolved.source.manifest().await?;
+            Ok(manifest.map(|manifest| (resolved.source, Manifest { key: self.key.clone(), ..manifest })))
         };
-        Ok(source.manifest().await?.map(|manifest| (source, Manifest { key: self.key.clone(), ..manifest })))
+        match asked.await {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            answer => answer,
+        }
     }
 }
 

@@ -11,10 +11,12 @@ use super::layout::ArtifactDir;
 use super::lock::FileLock;
 use super::staging::StagingUse;
 use super::{Disk, ScannedArtifact};
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
-use crate::manifest::Manifest;
+use crate::manifest::{FileIdentity, Manifest};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::thread;
@@ -43,6 +45,8 @@ pub(crate) struct BudgetHold<'disk> {
     /// Allocated bytes of blobs and quarantine.
     total: u64,
     dirty: bool,
+    /// Identities that manifests record, read when first asked for.
+    pub(super) vouchers: Option<HashMap<Digest, Vec<FileIdentity>>>,
 }
 
 /// What counts, by kind.
@@ -79,7 +83,7 @@ impl Disk {
                 None => thread::sleep(Duration::from_millis(2)),
             }
         };
-        let mut hold = BudgetHold { disk: self, lock, total: 0, dirty: false };
+        let mut hold = BudgetHold { disk: self, lock, total: 0, dirty: false, vouchers: None };
         match read_record(hold.lock.file()) {
             Some(record) if !record.dirty && record.boot_id == boot_id() => hold.total = record.total,
             _ => hold.recount()?,

@@ -17,7 +17,7 @@ use crate::key::FilePath;
 use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity, Held, Manifest};
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -170,7 +170,7 @@ impl Disk {
         let path = self.layout().blob(digest);
         let Some(metadata) = files::stat(&path)? else { return Ok(None) };
         let present = identity(&metadata);
-        if metadata.is_file() && self.vouched(digest, present)? {
+        if metadata.is_file() && hold.vouched(digest, present)? {
             return Ok(Some(present));
         }
         if metadata.is_file() && self.hash_unchanged(&path)? == Some((*digest, present)) {
@@ -178,12 +178,6 @@ impl Disk {
         }
         hold.quarantine(&path, digest)?;
         Ok(None)
-    }
-
-    /// Whether a committed manifest records `identity` for `digest`.
-    fn vouched(&self, digest: &Digest, identity: FileIdentity) -> Result<bool> {
-        let vouches = |entry: &FileEntry| entry.sha256.as_ref() == Some(digest) && entry.on_disk() == Some(identity);
-        Ok(self.scan()?.iter().filter_map(|artifact| artifact.manifest.as_ref()).any(|m| m.files.values().any(vouches)))
     }
 
     /// The digest of `path` and the identity it was hashed under; `None` if it is no file or changed meanwhile.
@@ -200,6 +194,22 @@ impl Disk {
 }
 
 impl BudgetHold<'_> {
+    /// Whether a committed manifest records `identity` for `digest`. The manifests are read once in a hold: an identity
+    /// under which bytes were once found right stays right, even if its manifest is gone by now.
+    fn vouched(&mut self, digest: &Digest, identity: FileIdentity) -> Result<bool> {
+        if self.vouchers.is_none() {
+            let manifests = self.disk().scan()?.into_iter().filter_map(|artifact| artifact.manifest);
+            let entries = manifests.flat_map(|manifest| manifest.files.into_values());
+            let mut vouchers: HashMap<Digest, Vec<FileIdentity>> = HashMap::new();
+            for (digest, identity) in entries.filter_map(|entry| Some((entry.sha256?, entry.on_disk()?))) {
+                vouchers.entry(digest).or_default().push(identity);
+            }
+            self.vouchers = Some(vouchers);
+        }
+        let identities = self.vouchers.as_ref().and_then(|vouchers| vouchers.get(digest));
+        Ok(identities.is_some_and(|identities| identities.contains(&identity)))
+    }
+
     /// Links the staged file as the blob of `digest`, or finds a right one there.
     fn publish_blob(&mut self, staged: &Path, digest: &Digest, checked: FileIdentity) -> Result<FileIdentity> {
         let metadata = fs::symlink_metadata(staged).at("look at", staged)?;

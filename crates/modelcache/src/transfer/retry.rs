@@ -87,8 +87,8 @@ impl Attempts {
         let deadline = *self.first_failure.get_or_insert(now) + self.retry.config.deadline;
         let backoff = FIRST_BACKOFF.saturating_mul(1 << self.failures.min(16)).min(BACKOFF_MAX);
         let jittered = backoff.mul_f64(rand::random_range(0.0..=1.0));
-        let wait = error.wait().map_or(jittered, |asked| asked + jittered.min(Duration::from_secs(1)));
-        if now + wait > deadline {
+        let wait = error.wait().map_or(jittered, |asked| asked.saturating_add(jittered.min(Duration::from_secs(1))));
+        if now.checked_add(wait).is_none_or(|then| then > deadline) {
             return None;
         }
         self.failures += 1;
