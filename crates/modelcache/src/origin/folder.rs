@@ -266,6 +266,9 @@ mod tests {
     use std::os::unix::ffi::OsStrExt as _;
     use std::os::unix::fs::symlink;
 
+    /// Makes something odd at a path.
+    type Make<'a> = &'a dyn Fn(&Path);
+
     fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().expect("folder");
         for (path, content) in files {
@@ -337,7 +340,7 @@ mod tests {
         let socket = |path: &Path| drop(std::os::unix::net::UnixListener::bind(path).expect("socket"));
         let link = |to: &'static str| move |path: &Path| symlink(to, path).expect("link");
         let (device, dangling, back) = (link("/dev/null"), link("no/such/file"), link(".."));
-        let cases: [(&str, &dyn Fn(&Path)); 5] = [
+        let cases: [(&str, Make<'_>); 5] = [
             ("a pipe", &pipe),
             ("a socket", &socket),
             ("a device", &device),
