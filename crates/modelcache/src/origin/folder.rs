@@ -266,6 +266,9 @@ mod tests {
     use std::os::unix::ffi::OsStrExt as _;
     use std::os::unix::fs::symlink;
 
+    /// Makes something odd at a path.
+    type Make<'a> = &'a dyn Fn(&Path);
+
     fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().expect("folder");
         for (path, content) in files {
@@ -330,16 +333,19 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_no_file_is_refused_by_name() {
-        type Spoil = fn(&Path);
-        let cases: [(&str, Spoil); 5] = [
-            ("a pipe", |path| {
-                let mode = rustix::fs::Mode::RUSR;
-                rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).expect("pipe");
-            }),
-            ("a socket", |path| drop(std::os::unix::net::UnixListener::bind(path).expect("socket"))),
-            ("a device", |path| symlink("/dev/null", path).expect("link")),
-            ("leads nowhere", |path| symlink("no/such/file", path).expect("link")),
-            ("leads back", |path| symlink("..", path).expect("link")),
+        let pipe = |path: &Path| {
+            let mode = rustix::fs::Mode::RUSR;
+            rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).expect("pipe");
+        };
+        let socket = |path: &Path| drop(std::os::unix::net::UnixListener::bind(path).expect("socket"));
+        let link = |to: &'static str| move |path: &Path| symlink(to, path).expect("link");
+        let (device, dangling, back) = (link("/dev/null"), link("no/such/file"), link(".."));
+        let cases: [(&str, Make<'_>); 5] = [
+            ("a pipe", &pipe),
+            ("a socket", &socket),
+            ("a device", &device),
+            ("leads nowhere", &dangling),
+            ("leads back", &back),
         ];
         for (what, make) in cases {
             let folder = folder(&[("d/a", b"1")]);

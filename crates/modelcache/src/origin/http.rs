@@ -123,7 +123,9 @@ pub(super) fn segments(path: &str) -> String {
 /// What the request itself met with: connecting, TLS, silence, a connection that broke.
 pub(super) fn transport_error(error: reqwest::Error, url: &Url) -> Error {
     let error = error.without_url();
-    let (server, why) = (Server(url), chain(&error));
+    // The client's own words ("error sending request") add nothing to what is behind them.
+    let server = Server(url);
+    let why = std::error::Error::source(&error).map_or_else(|| error.to_string(), chain);
     if why.contains("certificate") {
         return Error::unavailable(format!("{server} is not trusted")).transient(false).cause(why).hint(
             "install the system's root certificates (ca-certificates), or set SSL_CERT_FILE to a file with the right ones",

@@ -67,7 +67,6 @@ struct Answer {
     /// Whether it came from the endpoint itself.
     at_home: bool,
     commit: Option<String>,
-    linked_size: Option<u64>,
 }
 
 impl Hub {
@@ -125,7 +124,7 @@ impl Hub {
     /// GETs `url` and follows redirects by hand, so that the token is sent to the endpoint and nowhere else.
     async fn follow(&self, mut url: Url, headers: HeaderMap, stay: bool) -> Result<Answer> {
         let endpoint = self.endpoint()?;
-        let (mut commit, mut linked_size) = (None, None);
+        let mut commit = None;
         for _ in 0..=limits::REDIRECTS_MAX {
             let at_home = http::same_origin(&url, &endpoint);
             if stay && !at_home {
@@ -137,12 +136,10 @@ impl Hub {
             }
             let response = self.http.get(&url, headers).await?;
             if at_home {
-                let told = |name| http::header(response.headers(), name);
-                commit = told("x-repo-commit").map(str::to_owned).or(commit);
-                linked_size = told("x-linked-size").and_then(|text| text.parse().ok()).or(linked_size);
+                commit = http::header(response.headers(), "x-repo-commit").map(str::to_owned).or(commit);
             }
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(Answer { response, url, at_home, commit, linked_size });
+                return Ok(Answer { response, url, at_home, commit });
             }
             url = http::redirect_target(&url, response.headers().get(LOCATION))?;
             http::drain(response).await;
@@ -360,15 +357,12 @@ impl HubSource {
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
             return Err(self.hub.refused(answer, &self.repo, Some(path)).await);
         }
-        let Answer { response, url, commit, linked_size, .. } = answer;
+        let Answer { response, url, commit, .. } = answer;
         if let Some(commit) = commit.filter(|commit| !commit.eq_ignore_ascii_case(&self.repo.revision)) {
             return Err(Error::corrupt(format!(
                 "{path}: asked for commit {} and was given {commit:?}",
                 self.repo.revision
             )));
-        }
-        if let (Some(size), Some(linked)) = (size, linked_size.filter(|linked| Some(*linked) != size)) {
-            return Err(Error::corrupt(format!("{path} has {size} bytes by the tree and {linked} bytes by its link")));
         }
         let start = http::body_start(status, response.headers(), range, size)
             .map_err(|error| Error::new(error.kind(), format!("{path}: {}", error.message())))?;
