@@ -1,2 +1,48 @@
-//! Tasks.
-fn main() {}
+//! `cargo xtask demo|test|bench|docs`: what a developer does with this repository, one file per task.
+//!
+//! A task ends with code 1 and one line that says what failed. Tasks write below `target/` and, where they say so,
+//! below `docs/`; they need no credentials.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
+
+mod bench;
+mod demo;
+mod docs;
+mod repository;
+mod table;
+mod test;
+mod tidy;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+/// The tasks of this repository
+#[derive(Debug, Subcommand)]
+enum Task {
+    Demo(demo::Demo),
+    Test(test::Test),
+    Bench(bench::Bench),
+    Docs(docs::Docs),
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().task {
+        Task::Demo(task) => task.run(),
+        Task::Test(task) => task.run(),
+        Task::Bench(task) => task.run(),
+        Task::Docs(task) => task.run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

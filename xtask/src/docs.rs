@@ -1,0 +1,37 @@
+//! `cargo xtask docs`: the pages that are made from the tables in the code.
+
+use crate::repository::root;
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use std::fs;
+
+/// Write the generated pages below docs/
+#[derive(Debug, Args)]
+pub(crate) struct Docs {
+    /// Only compare them with what is there
+    #[arg(long)]
+    pub(crate) check: bool,
+}
+
+impl Docs {
+    pub(crate) fn run(&self) -> Result<()> {
+        let mut stale = Vec::new();
+        for (page, text) in modelcache_cli::docs::pages() {
+            let path = root().join(page);
+            if fs::read_to_string(&path).is_ok_and(|present| present == text) {
+                println!("{page}: up to date");
+            } else if self.check {
+                println!("{page}: differs from what the code says");
+                stale.push(page);
+            } else {
+                fs::create_dir_all(path.parent().context("a page lies in a folder")?)?;
+                fs::write(&path, text).with_context(|| format!("cannot write {page}"))?;
+                println!("{page}: written");
+            }
+        }
+        if !stale.is_empty() {
+            bail!("{} not up to date; run `cargo xtask docs`", stale.join(", "));
+        }
+        Ok(())
+    }
+}

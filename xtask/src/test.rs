@@ -1,0 +1,167 @@
+//! `cargo xtask test`: everything that must hold, in one command.
+//!
+//! Stages run from the cheap to the dear and stop at the first that fails; a table at the end says how each went. What
+//! a stage prints, it prints itself: nothing is rewritten. Needs cargo, git and Python; `cargo nextest` is used where
+//! it is installed. All stages share one set of features (`--workspace`), so that no dependency is built twice.
+
+use crate::docs::Docs;
+use crate::repository::{cargo, root, shown, target_folder};
+use crate::{table, tidy};
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Packages that the tests in Python need; the second list is installed without what its packages ask for.
+const REQUIREMENTS: &str = "crates/modelcache-cli/tests/python/requirements.txt";
+const REQUIREMENTS_NO_DEPS: &str = "crates/modelcache-cli/tests/python/requirements-no-deps.txt";
+
+/// Run everything that must hold: lints, documentation, tests
+#[derive(Debug, Args)]
+pub(crate) struct Test {
+    /// Only the tests: no lints, no documentation, no Python environment
+    #[arg(long)]
+    quick: bool,
+}
+
+impl Test {
+    pub(crate) fn run(&self) -> Result<()> {
+        let mut stages = Stages::default();
+        let mut venv = None;
+        if !self.quick {
+            stages.run("format", || run(cargo().args(["fmt", "--all", "--check"])));
+            stages.run("tidy", tidy::check);
+            stages.run("generated docs", || Docs { check: true }.run());
+            let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+            stages.run("clippy", || run(cargo().args(clippy)));
+            let doc = ["doc", "--workspace", "--no-deps"];
+            stages.run("rustdoc", || run(cargo().args(doc).env("RUSTDOCFLAGS", "-D warnings")));
+            stages.run("python packages", || {
+                venv = python_packages()?;
+                Ok(())
+            });
+        }
+        stages.run("tests", || run(with_venv(&mut test_runner(), venv.as_deref())));
+        stages.run("doc tests", || run(cargo().args(["test", "--workspace", "--doc"])));
+        stages.close()
+    }
+}
+
+/// What ran, how long it took and how it ended.
+#[derive(Default)]
+struct Stages {
+    rows: Vec<(&'static str, Option<Duration>)>,
+    failure: Option<(&'static str, anyhow::Error)>,
+}
+
+impl Stages {
+    fn run(&mut self, name: &'static str, stage: impl FnOnce() -> Result<()>) {
+        if self.failure.is_some() {
+            self.rows.push((name, None));
+            return;
+        }
+        println!("\n== {name}");
+        let started = Instant::now();
+        if let Err(error) = stage() {
+            eprintln!("xtask: {name}: {error:#}");
+            self.failure = Some((name, error));
+        }
+        self.rows.push((name, Some(started.elapsed())));
+    }
+
+    fn close(self) -> Result<()> {
+        let failed = self.failure.as_ref().map(|(name, _)| *name);
+        let result = |name, took: &Option<Duration>| match took {
+            None => "not run",
+            Some(_) if failed == Some(name) => "FAILED",
+            Some(_) => "ok",
+        };
+        let row = |(name, took): &(&'static str, Option<Duration>)| {
+            let spent = took.map_or_else(String::new, |took| format!("{:.1}", took.as_secs_f64()));
+            vec![(*name).to_owned(), spent, result(*name, took).to_owned()]
+        };
+        let total: Duration = self.rows.iter().filter_map(|(_, took)| *took).sum();
+        let mut rows: Vec<_> = self.rows.iter().map(row).collect();
+        rows.push(vec!["all".into(), format!("{:.1}", total.as_secs_f64()), failed.map_or("ok", |_| "FAILED").into()]);
+        println!("\n{}", table::markdown(&["stage", "seconds", "result"], &rows));
+        match self.failure {
+            Some((name, error)) => Err(error.context(format!("stage {name:?} failed"))),
+            None => Ok(()),
+        }
+    }
+}
+
+fn test_runner() -> Command {
+    let mut command = cargo();
+    let probe = cargo().args(["nextest", "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if probe.is_ok_and(|status| status.success()) {
+        command.args(["nextest", "run", "--workspace"]);
+    } else {
+        // Documentation tests have a stage of their own.
+        command.args(["test", "--workspace", "--no-fail-fast", "--lib", "--bins", "--tests"]);
+    }
+    command
+}
+
+/// Names the Python environment to the tests that use one; those that find none skip themselves.
+fn with_venv<'a>(command: &'a mut Command, venv: Option<&Path>) -> &'a mut Command {
+    if let Some(venv) = venv {
+        command.env("MODELCACHE_TEST_VENV", venv).env("TESTKIT_MOTO_VENV", venv);
+    }
+    command
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let words = shown(command);
+    println!("$ {words}");
+    let status = command.status().with_context(|| format!("cannot run {words}"))?;
+    ensure!(status.success(), "`{words}` ended with {status}");
+    Ok(())
+}
+
+/// A virtual environment with the packages that the tests want, made again only when their lists change.
+fn python_packages() -> Result<Option<PathBuf>> {
+    let wanted = [(REQUIREMENTS, false), (REQUIREMENTS_NO_DEPS, true)];
+    let lists: Vec<_> = wanted
+        .into_iter()
+        .filter_map(|(list, alone)| Some((list, alone, fs::read_to_string(root().join(list)).ok()?)))
+        .collect();
+    if lists.is_empty() {
+        println!("no list of packages at {REQUIREMENTS}; tests that need Python skip themselves");
+        return Ok(None);
+    }
+    let venv = target_folder()?.join("venv");
+    let stamp = venv.join("requirements.stamp");
+    let contents: String = lists.iter().map(|(list, _, text)| format!("# {list}\n{text}\n")).collect();
+    if fs::read_to_string(&stamp).is_ok_and(|present| present == contents) {
+        println!("{} is up to date", venv.display());
+        return Ok(Some(venv));
+    }
+    create_venv(&venv)?;
+    for (list, alone, _) in &lists {
+        pip_install(&venv, &[if *alone { &["--no-deps", "-r"][..] } else { &["-r"] }, &[list]].concat())?;
+    }
+    fs::write(stamp, contents)?;
+    Ok(Some(venv))
+}
+
+/// An empty virtual environment in place of whatever is there.
+pub(crate) fn create_venv(venv: &Path) -> Result<()> {
+    let mut command = Command::new("python3");
+    command.args(["-m", "venv", "--clear"]).arg(venv);
+    println!("$ {}", shown(&command));
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(_) => bail!("cannot make a Python environment; on Debian and Ubuntu: apt-get install python3-venv"),
+        Err(error) => Err(error).context("cannot run python3; on Debian and Ubuntu: apt-get install python3-venv"),
+    }
+}
+
+/// `pip install` in a virtual environment.
+pub(crate) fn pip_install(venv: &Path, arguments: &[&str]) -> Result<()> {
+    let mut command = Command::new(venv.join("bin/python"));
+    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
+    run(command.args(pip).args(arguments).current_dir(root()))
+}
