@@ -35,14 +35,22 @@ pub(crate) fn target_folder() -> Result<PathBuf> {
     Ok(metadata["target_directory"].as_str().context("cargo names no target folder")?.into())
 }
 
+/// How the program is built.
+pub(crate) enum Build {
+    /// As the tests build it, so that nothing is built twice.
+    Development,
+    /// As it is shipped: its own features and no others.
+    Release,
+}
+
 /// Builds the program `modelcache` and says where it lies.
-pub(crate) fn build_modelcache(release: bool) -> Result<PathBuf> {
+pub(crate) fn build_modelcache(build: Build) -> Result<PathBuf> {
     let mut command = cargo();
-    command.args(["build", "--package", "modelcache-cli", "--bin", "modelcache"]);
-    command.arg("--message-format=json-render-diagnostics");
-    if release {
-        command.arg("--release");
-    }
+    command.args(["build", "--bin", "modelcache", "--message-format=json-render-diagnostics"]);
+    match build {
+        Build::Development => command.arg("--workspace"),
+        Build::Release => command.args(["--package", "modelcache-cli", "--release"]),
+    };
     let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
     ensure!(output.status.success(), "modelcache does not build");
     let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());

@@ -43,8 +43,8 @@ impl Test {
                 Ok(())
             });
         }
-        stages.run("tests", || run(with_venv(&mut test_runner(), venv.as_deref())));
         stages.run("doc tests", || run(cargo().args(["test", "--workspace", "--doc"])));
+        stages.run("tests", || run(with_venv(&mut test_runner(), venv.as_deref())));
         stages.close()
     }
 }
