@@ -100,7 +100,8 @@ impl Evict {
             Where::Disk => "not on disk",
             Where::Remote => "not on the remote",
         };
-        Err(Error::not_found(place).artifact(&report.key))
+        let list = if self.tier == Where::Remote { "modelcache ls --remote" } else { "modelcache ls" };
+        Err(Error::not_found(place).artifact(&report.key).hint(format!("`{list}` lists what is there")))
     }
 
     /// With `--tier disk` a person has said that the remote's copy stays; otherwise the last copy may go.

@@ -22,7 +22,7 @@ pub(crate) struct Put {
     /// The file or folder
     #[arg(value_name = "PATH")]
     pub(crate) path: PathBuf,
-    /// Replace other content under the same key
+    /// Replace what is there: other content under the same key, or a damaged copy
     #[arg(long)]
     pub(crate) force: bool,
 }

@@ -93,8 +93,8 @@ impl House {
     #[track_caller]
     pub fn assert_nothing(&self, dir: &str) {
         assert_eq!(self.listed(dir), [""; 0]);
-        assert_eq!(self.staging(dir), [PathBuf::new(); 0], "left over");
-        assert_eq!(files_below(&self.path(dir).join("artifacts")), [PathBuf::new(); 0], "half-made");
+        assert_eq!(self.staging(dir), Vec::<PathBuf>::new(), "left over");
+        assert_eq!(files_below(&self.path(dir).join("artifacts")), Vec::<PathBuf>::new(), "half-made");
     }
 
     /// The S3 key of a file of `artifact` (`name/version`).
@@ -204,10 +204,7 @@ impl Run {
         command.args(["-m", "/bin/sh", "-euc", script, "sh"]).args(args).stdin(Stdio::null()).env_clear();
         command.envs(self.0.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command.current_dir(self.0.get_current_dir().unwrap());
-        Outcome::new(
-            script.to_owned(),
-            assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap(),
-        )
+        Outcome::new(script.to_owned(), assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap())
     }
 
     /// Starts it and comes back at once.

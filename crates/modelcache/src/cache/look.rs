@@ -54,7 +54,10 @@ impl Cache {
         };
         let Some(known) = disk.as_ref().or(remote.as_ref()) else {
             return Err(remote_error
-                .unwrap_or_else(|| Error::not_found("neither this disk nor the remote knows it"))
+                .unwrap_or_else(|| {
+                    Error::not_found("neither this disk nor the remote knows it")
+                        .hint("`modelcache ls` and `modelcache ls --remote` list what is there")
+                })
                 .artifact(&key));
         };
         let path = disk.as_ref().filter(|manifest| manifest.held_bytes() > 0 || manifest.holds(&Selection::all())).map(

@@ -130,7 +130,9 @@ impl Cache {
         let Some(remote) = &self.0.remote else { return Ok(0) };
         let _phase = progress.enter(Phase::Backfill, manifest.bytes());
         let staged = files.iter().map(|(path, file)| (path.clone(), staging.file(&file.name))).collect();
-        let options = PublishOptions { force: options.force, rewrite: BTreeSet::new() };
+        // An object can be damaged and look sound; forcing sends equal content, too.
+        let rewrite = if options.force { files.keys().cloned().collect() } else { BTreeSet::new() };
+        let options = PublishOptions { force: options.force, rewrite };
         let published =
             remote.publish(manifest, &staged, options, progress).await.context(&manifest.key, Tier::Remote)?;
         Ok(published.uploaded_bytes)

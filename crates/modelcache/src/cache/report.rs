@@ -82,7 +82,7 @@ pub struct PlannedFile {
 /// How `put` shall publish.
 #[derive(Debug, Clone, Default)]
 pub struct PutOptions {
-    /// Replace other content under the same key.
+    /// Replace other content under the same key; write equal content to the remote anew.
     pub force: bool,
 }
 

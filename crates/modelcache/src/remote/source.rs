@@ -5,7 +5,7 @@
 
 use super::store::ReadBody;
 use super::{Folder, Remote};
-use crate::error::{Context, Error, Result, Tier};
+use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{Manifest, ObjectIdentity};
 use crate::source::{Body, Source};
@@ -61,7 +61,7 @@ impl RemoteSource {
     async fn relearn(&self, path: &FilePath, recorded: &ObjectIdentity) -> Result<Option<String>> {
         let store = self.remote.store().await?;
         let Some(now) = store.head(&self.folder.object(store, path)?).await? else {
-            return Err(Error::not_found(format!("{path} is gone from the remote")));
+            return Err(Error::not_found(format!("{path} is listed there and gone")).hint(super::REPAIR));
         };
         if now.object_bytes != recorded.object_bytes {
             return Err(Error::corrupt(format!(
@@ -80,10 +80,16 @@ impl RemoteSource {
         let store = self.remote.store().await?;
         let object = self.folder.object(store, path)?;
         let etag = self.etag(path, &recorded);
-        let body = match store.read(&object, range.clone(), etag.as_deref()).await? {
+        let gone = |error: Error| match error.kind() {
+            ErrorKind::NotFound => {
+                Error::not_found(format!("{path} is listed there and gone: {error}")).hint(super::REPAIR)
+            }
+            _ => error,
+        };
+        let body = match store.read(&object, range.clone(), etag.as_deref()).await.map_err(gone)? {
             ReadBody::Changed => {
                 let etag = self.relearn(path, &recorded).await?;
-                store.read(&object, range, etag.as_deref()).await?
+                store.read(&object, range, etag.as_deref()).await.map_err(gone)?
             }
             body => body,
         };

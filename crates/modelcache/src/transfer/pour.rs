@@ -202,12 +202,16 @@ fn proven(file: &PourFile, hashed: Hashed) -> Result<FileEntry> {
     let mut entry = file.entry.clone();
     let mismatch = |what: &str, expected: String, got: String| {
         let tiers: Vec<String> = file.sources.iter().map(|source| source.tier().to_string()).collect();
+        let hint = match tiers.as_slice() {
+            [only] if only == "remote" => "the copy there is damaged; `modelcache put --force` replaces it",
+            _ => "the copy there is damaged, or something on the way alters it; nothing was kept",
+        };
         Error::corrupt(format!(
             "{what} mismatch for {} from {}: expected {expected}, got {got}; discarded",
             file.path,
             tiers.join(" and ")
         ))
-        .hint("the copy there is damaged, or something on the way alters it; nothing was kept")
+        .hint(hint)
     };
     match (entry.sha256, entry.git_oid, hashed.git_oid) {
         (Some(expected), _, _) if expected != hashed.sha256 => {
