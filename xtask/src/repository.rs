@@ -54,11 +54,11 @@ pub(crate) fn build_modelcache(build: Build) -> Result<PathBuf> {
     let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
     ensure!(output.status.success(), "modelcache does not build");
     let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
-    let programs = lines.filter_map(|line| {
+    let mut programs = lines.filter_map(|line| {
         let message: Value = serde_json::from_slice(line).ok()?;
         Some(PathBuf::from(message["executable"].as_str()?))
     });
-    programs.last().context("cargo built no program")
+    programs.next_back().context("cargo built no program")
 }
 
 /// Shows a command as a person would type it.
