@@ -35,8 +35,8 @@ pub const EXITS: &[Exit] = &[
     Exit { code: 6, meaning: "no room: budget or disk", kinds: &[ErrorKind::Full] },
     Exit { code: 7, meaning: "unavailable: network, timeout, store down", kinds: &[ErrorKind::Unavailable] },
     Exit { code: 8, meaning: "cache directory not usable", kinds: &[ErrorKind::Directory] },
-    Exit { code: INTERRUPTED, meaning: "interrupted; a later call starts again", kinds: &[] },
-    Exit { code: TERMINATED, meaning: "terminated; a later call starts again", kinds: &[] },
+    Exit { code: INTERRUPTED, meaning: "interrupted; a later get resumes", kinds: &[] },
+    Exit { code: TERMINATED, meaning: "terminated; a later get resumes", kinds: &[] },
 ];
 
 /// The exit code of a failure of `kind`.

@@ -128,8 +128,9 @@ impl Output {
 
     /// A signal ended the command.
     pub(crate) fn interrupted(&self, signal: Signal) {
-        let error = Error::new(ErrorKind::Other, signal.name()).hint("the same command starts again");
-        self.talk(&format!("modelcache: {}; the same command starts again\n", signal.name()));
+        let error =
+            Error::new(ErrorKind::Other, signal.name()).hint("the same command may be run again; a get resumes");
+        self.talk(&format!("modelcache: {}; the same command may be run again, and a get resumes\n", signal.name()));
         if self.json {
             let mut object = json!({"error": error_object(&error)});
             object["error"]["code"] = signal.name().into();

@@ -6,6 +6,7 @@
 //! turns "nowhere" into [`ErrorKind::NotFound`].
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The result of every fallible library call.
@@ -76,11 +77,12 @@ impl fmt::Display for Tier {
     }
 }
 
-/// A failure: its kind, what failed, where, and what to do about it.
-#[derive(Debug)]
+/// A failure: its kind, what failed, where, and what to do about it. Clones share the cause: everybody who waited for
+/// the same fill gets the same failure.
+#[derive(Debug, Clone)]
 pub struct Error(Box<Inner>);
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Inner {
     kind: ErrorKind,
     message: String,
@@ -89,7 +91,7 @@ struct Inner {
     hint: Option<String>,
     retry_after: Option<Duration>,
     transient: bool,
-    cause: Option<Cause>,
+    cause: Option<Arc<dyn std::error::Error + Send + Sync + 'static>>,
 }
 
 impl Error {
@@ -153,7 +155,7 @@ impl Error {
     /// Keeps the underlying failure.
     #[must_use]
     pub fn cause(mut self, cause: impl Into<Cause>) -> Self {
-        self.0.cause = Some(cause.into());
+        self.0.cause = Some(Arc::from(cause.into()));
         self
     }
 

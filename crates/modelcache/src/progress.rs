@@ -120,6 +120,21 @@ impl Progress {
         self.0.done_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
+    /// Bytes of the pour that are done, and all of them; for those who wait for it elsewhere.
+    pub(crate) fn pour_bytes(&self) -> (u64, u64) {
+        let now = self.snapshot();
+        match now.phase {
+            Phase::Pour => (now.done_bytes, now.total_bytes),
+            _ => (0, 0),
+        }
+    }
+
+    /// Shows how far somebody else is, for whom this call waits.
+    pub(crate) fn watch(&self, done_bytes: u64, total_bytes: u64) {
+        self.0.total_bytes.store(total_bytes, Ordering::Relaxed);
+        self.0.done_bytes.store(done_bytes, Ordering::Relaxed);
+    }
+
     /// Bytes that came over the network from `tier`, kept or not.
     pub(crate) fn received(&self, tier: Tier, bytes: u64) {
         match tier {

@@ -59,6 +59,13 @@ impl Selection {
         self.file.is_none() && self.include.is_empty() && self.exclude.is_empty()
     }
 
+    /// A text that two selections share only if they choose the same of any artifact.
+    pub(crate) fn identity(&self) -> String {
+        let list = |patterns: &[Regex]| patterns.iter().map(Regex::as_str).collect::<Vec<_>>().join("\0");
+        let file = self.file.as_ref().map_or_else(String::new, |file| format!("{file}\0"));
+        format!("{file}\0\0{}\0\0{}", list(&self.include), list(&self.exclude))
+    }
+
     /// The patterns as given, for messages.
     pub fn patterns(&self) -> &[String] {
         &self.patterns

@@ -55,7 +55,7 @@ impl Get {
             None => work.await,
             Some(limit) => tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
                 Err(Error::unavailable(format!("not done within {}", human::duration(limit)))
-                    .hint("give it a longer --timeout; the same command starts again"))
+                    .hint("give it a longer --timeout; the same command goes on where this one stopped"))
             }),
         }
     }

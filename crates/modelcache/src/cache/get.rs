@@ -1,24 +1,27 @@
 //! The main path: from a reference to a lent path, in seven steps.
 //!
 //! Each step is one call; what a step decides stands in its own file. Absence is a value on the way down and becomes an
-//! error only here. Dropping the future at any point leaves nothing half-made: staging is private until published.
+//! error only here. Steps 4 to 7 are a flight: they go on for whoever else waits when a caller is dropped. Whenever they
+//! end, nothing is half-made: staging is private until published, and the next fill goes on with it.
 
+use super::flight::{Joined, Landed};
 use super::plan::FillPlan;
 use super::resolve::Wanted;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
-use crate::disk::{FileLock, Lend, Lent, StagedFile, Staging, staged_name};
-use crate::error::{Context, Error, Result, Tier};
+use crate::disk::{Lend, Lent, StagedFile, Staging, staged_name};
+use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::manifest::Manifest;
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::PublishOptions;
-use crate::transfer::{PourFile, blocking};
+use crate::transfer::{PourFile, Poured, blocking};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-/// How long to sleep before looking again at a lock that somebody holds.
+/// How long to sleep while an eviction is at work on what is wanted.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// What a fill brought, still private.
@@ -30,21 +33,6 @@ struct Filled {
     bad_on_remote: BTreeSet<FilePath>,
     /// Bytes that disk did not have.
     poured_bytes: u64,
-}
-
-/// What a fill moved, for the report.
-#[derive(Default)]
-struct Brought {
-    poured_bytes: u64,
-    backfilled_bytes: u64,
-}
-
-/// Who fills.
-enum Joined {
-    /// Somebody else just did.
-    Lent(Box<Lent>),
-    /// This call; it holds the key's fill lock.
-    Leading(FileLock),
 }
 
 impl Cache {
@@ -60,25 +48,43 @@ impl Cache {
     }
 
     async fn get_resolved(&self, wanted: &Wanted, progress: &Progress) -> Result<Artifact> {
-        if let Some(lent) = self.lend(wanted, progress).await? {
-            return artifact(wanted, lent, Brought::default(), progress);
-        }
-        let flight = match self.join(wanted, progress).await? {
-            Joined::Lent(lent) => return artifact(wanted, *lent, Brought::default(), progress),
-            Joined::Leading(flight) => flight,
+        let landed = match self.lend(wanted, progress).await? {
+            Some(lent) => Landed::here(lent),
+            None => self.board(wanted, progress).await?,
+        };
+        artifact(wanted, landed, progress)
+    }
+
+    /// A flight, for everybody who waits for it; `published` is told as soon as there is something to lend.
+    pub(super) async fn fill(
+        &self,
+        wanted: &Wanted,
+        progress: &Progress,
+        published: impl FnOnce(&Landed),
+    ) -> Result<Landed> {
+        let lead = match self.lead(wanted, progress).await? {
+            Joined::Lent(lent) => return Ok(Landed::here(*lent)),
+            Joined::Leading(lead) => lead,
         };
         let plan = self.plan_fill(wanted, progress).await?;
         let filled = self.pour(wanted, &plan, progress).await?;
         let to_backfill = self.missing_on_remote(&plan, &filled);
         let poured_bytes = filled.poured_bytes;
         let lent = self.publish(filled, progress).await?;
-        drop(flight);
-        let backfilled_bytes = self.backfill(&lent, to_backfill, progress).await;
-        artifact(wanted, lent, Brought { poured_bytes, backfilled_bytes }, progress)
+        drop(lead);
+        let mut landed = Landed { poured_bytes, ..Landed::here(lent) };
+        published(&landed);
+        landed.backfilled_bytes = self.backfill(&landed.lent, to_backfill, progress).await;
+        Ok(landed)
     }
 
     async fn lend(&self, wanted: &Wanted, progress: &Progress) -> Result<Option<Lent>> {
         let _phase = progress.enter(Phase::Lend, 0);
+        self.try_lend(wanted).await
+    }
+
+    /// Lends what is wanted if disk holds all of it, waiting out an eviction that is at work on it.
+    pub(super) async fn try_lend(&self, wanted: &Wanted) -> Result<Option<Lent>> {
         loop {
             let (disk, key, selection) = (self.0.disk.clone(), wanted.key.clone(), wanted.selection.clone());
             match blocking(move || disk.lend(&key, &selection)).await? {
@@ -89,38 +95,21 @@ impl Cache {
         }
     }
 
-    /// Waits until the artifact was filled by somebody else, or nobody else is filling it.
-    async fn join(&self, wanted: &Wanted, progress: &Progress) -> Result<Joined> {
-        loop {
-            let flight = self.0.disk.try_fill(&wanted.key)?;
-            // Looked at after the lock was won, too: the previous leader may just have published.
-            if let Some(lent) = self.lend(wanted, progress).await? {
-                return Ok(Joined::Lent(Box::new(lent)));
-            }
-            if let Some(flight) = flight {
-                return Ok(Joined::Leading(flight));
-            }
-            let _phase = progress.enter(Phase::Join, 0);
-            tokio::time::sleep(LOOK_AGAIN).await;
-        }
-    }
-
     /// Reserves room, evicting if need be, and pours what disk does not have.
     async fn pour(&self, wanted: &Wanted, plan: &FillPlan, progress: &Progress) -> Result<Filled> {
         let (disk, key, selected) = (self.0.disk.clone(), wanted.key.clone(), plan.selected.clone());
         let staging = blocking(move || disk.begin_fill(&key, &selected)).await?;
-        let mut to_pour: BTreeMap<String, PourFile> = BTreeMap::new();
-        for (path, entry) in &plan.selected {
-            let name = staged_name(path, entry);
-            if staging.reused(&name).is_none() && !to_pour.contains_key(&name) {
-                let (target, sources) = (staging.file(&name), plan.sources_of(path)?);
-                to_pour.insert(name, PourFile { path: path.clone(), entry: entry.clone(), target, sources });
+        let poured = match self.pour_missing(&staging, plan, progress).await {
+            Ok(poured) => poured,
+            Err(error) => {
+                // What was fetched is kept for the next fill, unless it is what fills the disk.
+                if error.kind() == ErrorKind::Full {
+                    blocking(move || Ok(staging.discard())).await?;
+                }
+                return Err(error);
             }
-        }
-        let poured_bytes = to_pour.values().map(|file| file.entry.size).sum();
-        let _phase = progress.enter(Phase::Pour, poured_bytes);
-        let poured = self.0.pourer.pour(to_pour.into_values().collect(), progress).await?;
-
+        };
+        let poured_bytes = poured.iter().map(|file| file.entry.size - file.resumed_bytes).sum();
         let by_target: BTreeMap<PathBuf, _> = poured.into_iter().map(|file| (file.target.clone(), file)).collect();
         let (mut files, mut bad_on_remote) = (BTreeMap::new(), BTreeSet::new());
         for (path, entry) in &plan.selected {
@@ -140,6 +129,20 @@ impl Cache {
         let filled = Filled { staging, listing: plan.listing.clone(), files, bad_on_remote, poured_bytes };
         wanted.check_demanded_digest(&filled.known())?;
         Ok(filled)
+    }
+
+    async fn pour_missing(&self, staging: &Staging, plan: &FillPlan, progress: &Progress) -> Result<Vec<Poured>> {
+        let mut to_pour: BTreeMap<String, PourFile> = BTreeMap::new();
+        for (path, entry) in &plan.selected {
+            let name = staged_name(path, entry);
+            if staging.reused(&name).is_none() && !to_pour.contains_key(&name) {
+                let (target, owner) = (staging.file(&name), staging.owner());
+                let (path, entry, sources) = (path.clone(), entry.clone(), plan.sources_of(path)?);
+                to_pour.insert(name, PourFile { path, entry, target, owner, sources });
+            }
+        }
+        let _phase = progress.enter(Phase::Pour, to_pour.values().map(|file| file.entry.size).sum());
+        self.0.pourer.pour(to_pour.into_values().collect(), progress).await
     }
 
     async fn publish(&self, filled: Filled, progress: &Progress) -> Result<Lent> {
@@ -197,7 +200,15 @@ impl Filled {
     }
 }
 
-fn artifact(wanted: &Wanted, lent: Lent, brought: Brought, progress: &Progress) -> Result<Artifact> {
+impl Landed {
+    /// Disk had it all.
+    fn here(lent: Lent) -> Self {
+        Self { lent: Arc::new(lent), poured_bytes: 0, backfilled_bytes: 0 }
+    }
+}
+
+fn artifact(wanted: &Wanted, landed: Landed, progress: &Progress) -> Result<Artifact> {
+    let Landed { lent, poured_bytes, backfilled_bytes } = landed;
     wanted.check_demanded_digest(&lent.manifest)?;
     let received = progress.snapshot();
     let (files, selected_bytes) = lent
@@ -210,11 +221,10 @@ fn artifact(wanted: &Wanted, lent: Lent, brought: Brought, progress: &Progress) 
         (0, 0) => Tier::Disk,
     };
     let bytes = BytesByTier {
-        disk: selected_bytes.saturating_sub(brought.poured_bytes),
+        disk: selected_bytes.saturating_sub(poured_bytes),
         remote: received.remote_bytes,
         origin: received.origin_bytes,
     };
-    let backfilled_bytes = brought.backfilled_bytes;
     let report = GetReport { from, bytes, backfilled_bytes, files, selected_bytes, phases: progress.phases() };
     Ok(Artifact { key: wanted.key.clone(), path: lent.path(&wanted.selection), report, _lent: lent })
 }

@@ -5,6 +5,7 @@
 //! local directory only.
 
 mod evict;
+mod flight;
 mod get;
 mod look;
 mod plan;
@@ -23,6 +24,7 @@ use crate::error::Result;
 use crate::origin::Origins;
 use crate::remote::Remote;
 use crate::transfer::{Pourer, Retry};
+use flight::Flights;
 use std::sync::Arc;
 
 /// A tiered cache over one local directory. Cheap to clone; clones share everything.
@@ -36,6 +38,7 @@ struct Inner {
     remote: Option<Remote>,
     origins: Origins,
     pourer: Pourer,
+    flights: Flights,
 }
 
 impl Cache {
@@ -45,7 +48,14 @@ impl Cache {
         let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes)?;
         let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
         let origins = Origins::new(config.hub.clone(), retry.clone());
-        Ok(Self(Arc::new(Inner { config, disk, remote, origins, pourer: Pourer::new(retry) })))
+        Ok(Self(Arc::new(Inner {
+            config,
+            disk,
+            remote,
+            origins,
+            pourer: Pourer::new(retry),
+            flights: Flights::default(),
+        })))
     }
 
     /// The configuration it was opened with.

@@ -15,12 +15,9 @@ use crate::transfer::blocking;
 use futures::{StreamExt, TryStreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::time::Duration;
 
 /// Files copied and hashed at once.
 const COPIES_AT_ONCE: usize = 4;
-/// How long to sleep while another call fills the same key.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 impl Cache {
     /// Publishes a file or folder on disk and, where there is one, the remote.
@@ -47,12 +44,7 @@ impl Cache {
     ) -> Result<PutReport> {
         let source = path.to_owned();
         let (shape, given) = blocking(move || list_given(&source)).await?;
-        let flight = loop {
-            match self.0.disk.try_fill(key)? {
-                Some(flight) => break flight,
-                None => tokio::time::sleep(LOOK_AGAIN).await,
-            }
-        };
+        let lead = self.lead_alone(key, progress).await?;
         let (staging, manifest, files) = self.stage(key, shape, &given, progress).await?;
         self.settle_other_content(&manifest, options).await?;
         let uploaded_bytes = self.put_on_remote(&manifest, &staging, &files, options, progress).await?;
@@ -61,7 +53,7 @@ impl Cache {
             let (disk, manifest) = (self.0.disk.clone(), manifest.clone());
             blocking(move || disk.publish(staging, &manifest, &files)).await?
         };
-        drop(flight);
+        drop(lead);
         let sha256 = match shape {
             Shape::File => manifest.files.values().next().and_then(|entry| entry.sha256),
             Shape::Tree => manifest.list_digest(),

@@ -9,6 +9,7 @@ use crate::selection::Selection;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 /// What `get` shall fetch.
@@ -28,7 +29,7 @@ pub struct Artifact {
     /// How it came here.
     pub report: GetReport,
     /// Keeps the lease.
-    pub(super) _lent: Lent,
+    pub(super) _lent: Arc<Lent>,
 }
 
 /// How an artifact came here.

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use tokio::sync::OnceCell;
 
 /// What a get is after, once the reference is understood.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Wanted {
     pub(super) key: ArtifactKey,
     pub(super) selection: Selection,

@@ -174,12 +174,16 @@ impl BudgetHold<'_> {
     ///
     /// Order: what dead fills left, views that no manifest holds, quarantine, least recently used artifacts, blobs that
     /// nothing links. `key`'s own artifact is no victim.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Full`]; transient where what is in the way may go by itself.
     pub(crate) fn make_room(&mut self, extra: u64, key: &ArtifactKey) -> Result<()> {
         if self.shortfall(extra)? == 0 {
             return Ok(());
         }
+        self.drop_dead_stagings(|_| true)?;
         self.sweep()?;
-        let mut kept = Vec::new();
+        let mut in_the_way = InTheWay::default();
         if self.shortfall(extra)? > 0 {
             self.drop_quarantine()?;
             for artifact in self.disk.scan_by_last_use()? {
@@ -189,18 +193,23 @@ impl BudgetHold<'_> {
                 if artifact.dir == self.disk.layout().artifact(key) {
                     continue;
                 }
-                if let Evicted::Kept(why) = self.evict(&artifact)? {
-                    kept.push(why);
+                if let Evicted::Kept { why, for_now } = self.evict(&artifact)? {
+                    in_the_way.add(why, for_now);
                 }
             }
         }
         match self.shortfall(extra)? {
             0 => Ok(()),
-            short => Err(self.no_room(extra, short, &kept)),
+            short => {
+                let fills = self.disk.stagings()?;
+                let others = fills.iter().filter(|staging| staging.live && !staging.is_of(key));
+                others.for_each(|staging| in_the_way.add(staging.described(), true));
+                Err(self.no_room(extra, short, &in_the_way))
+            }
         }
     }
 
-    fn no_room(&self, extra: u64, short: u64, kept: &[String]) -> Error {
+    fn no_room(&self, extra: u64, short: u64, in_the_way: &InTheWay) -> Error {
         let counted = self.usage().map(|usage| usage.counted()).unwrap_or(self.total);
         let mut message = format!("no room for {extra} more bytes: {short} are missing");
         if let Ok(space) = self.disk.space() {
@@ -209,11 +218,12 @@ impl BudgetHold<'_> {
                 space.budget, space.free, space.min_free
             ));
         }
-        if !kept.is_empty() {
-            message.push_str(&format!("; in the way: {}", kept.join(", ")));
+        if !in_the_way.names.is_empty() {
+            message.push_str(&format!("; in the way: {}", in_the_way.names.join(", ")));
         }
         Error::new(ErrorKind::Full, message)
             .tier(Tier::Disk)
+            .transient(in_the_way.for_now)
             .hint("raise MODEL_CACHE_MAX_BYTES or lower MODEL_CACHE_MIN_FREE_BYTES, or let go of what is in the way")
     }
 
@@ -222,14 +232,15 @@ impl BudgetHold<'_> {
         let name = || {
             artifact.manifest.as_ref().map_or_else(|| artifact.dir.path().display().to_string(), |m| m.key.to_string())
         };
+        let kept = |why: &str, for_now| Ok(Evicted::Kept { why: format!("{} {why}", name()), for_now });
         let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease(&artifact.dir))? else {
-            return Ok(Evicted::Kept(format!("{} is in use", name())));
+            return kept("is in use", true);
         };
         if files::stat(&artifact.dir.pin())?.is_some() {
-            return Ok(Evicted::Kept(format!("{} is pinned", name())));
+            return kept("is pinned", false);
         }
         if self.disk.last_used(&artifact.dir)? != artifact.last_used {
-            return Ok(Evicted::Kept(format!("{} was just used", name())));
+            return kept("was just used", true);
         }
         let freed = self.remove_artifact(&artifact.dir)?;
         tracing::info!(artifact = name(), freed_bytes = freed, "evicted");
@@ -266,9 +277,10 @@ impl BudgetHold<'_> {
         }
     }
 
-    /// Removes what crashes left: stagings without an owner, views that no manifest holds, blobs that nothing links.
+    /// Removes what crashes left: stagings that nobody will resume, views that no manifest holds, blobs that nothing
+    /// links.
     pub(crate) fn sweep(&mut self) -> Result<()> {
-        self.drop_dead_stagings(None)?;
+        self.drop_dead_stagings(|staging| !staging.may_be_resumed())?;
         self.disk.drop_old_temporaries()?;
         for artifact in self.disk.scan()? {
             self.sweep_views(&artifact.dir, artifact.manifest.as_ref())?;
@@ -286,10 +298,9 @@ impl BudgetHold<'_> {
         Ok(())
     }
 
-    /// Removes what ended fills left, of one key or of all.
-    pub(crate) fn drop_dead_stagings(&mut self, key: Option<&ArtifactKey>) -> Result<()> {
-        let of_key = |staging: &StagingUse| key.is_none_or(|key| staging.is_of(key));
-        for staging in self.disk.stagings()?.into_iter().filter(|staging| !staging.live && of_key(staging)) {
+    /// Removes what ended fills left, as far as `unwanted` says.
+    pub(crate) fn drop_dead_stagings(&mut self, unwanted: impl Fn(&StagingUse) -> bool) -> Result<()> {
+        for staging in self.disk.stagings()?.into_iter().filter(|staging| !staging.live && unwanted(staging)) {
             let journal = staging.journal();
             let owner = files::stat(&journal)?.map(|_| FileLock::try_exclusive(&journal)).transpose()?;
             if matches!(owner, Some(None)) {
@@ -340,8 +351,23 @@ impl BudgetHold<'_> {
 pub(crate) enum Evicted {
     /// It is gone; so many bytes became free.
     Freed(u64),
-    /// It stays, for this reason.
-    Kept(String),
+    /// It stays, for this reason; `for_now`: which may go by itself.
+    Kept { why: String, for_now: bool },
+}
+
+/// What keeps room from being made.
+#[derive(Debug, Default)]
+struct InTheWay {
+    names: Vec<String>,
+    /// Whether any of it may go by itself.
+    for_now: bool,
+}
+
+impl InTheWay {
+    fn add(&mut self, name: String, for_now: bool) {
+        self.names.push(name);
+        self.for_now |= for_now;
+    }
 }
 
 fn read_record(file: &std::fs::File) -> Option<Record> {

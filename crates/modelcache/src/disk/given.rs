@@ -2,7 +2,7 @@
 //!
 //! The caller's files are only read, once. One that changes meanwhile is refused rather than published half-old.
 
-use super::{StagedFile, StagedWriter};
+use super::{Draft, StagedFile, StagedWriter};
 use crate::digest::Provenance;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
@@ -38,7 +38,8 @@ pub(crate) fn copy_given(given: &Given, target: &Path, progress: &Progress) -> R
     let mut source = File::open(&given.from).map_err(fault)?;
     let before = source.metadata().map_err(fault)?;
     let part_size = part_size(given.size);
-    let writer = StagedWriter::create(target, given.size, part_size, true, false)?;
+    let draft = Draft { path: target.to_owned(), size: given.size, part_size, in_order: true, git: false };
+    let writer = StagedWriter::create(draft, None)?;
     let mut buffer = vec![0; COPY_BYTES];
     let mut offset = 0;
     loop {

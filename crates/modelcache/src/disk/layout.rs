@@ -69,8 +69,10 @@ impl Layout {
         self.locks().join("budget")
     }
 
-    pub(crate) fn fill_lock(&self, key: &ArtifactKey) -> PathBuf {
-        self.locks().join(format!("{}.fill", key.hash()))
+    /// The lock of the one that fills `key`; beyond generation 0, of the one that follows a leader who fell silent.
+    pub(crate) fn fill_lock(&self, key: &ArtifactKey, generation: usize) -> PathBuf {
+        let hash = key.hash();
+        self.locks().join(if generation == 0 { format!("{hash}.fill") } else { format!("{hash}.fill-{generation}") })
     }
 
     pub(crate) fn lease(&self, artifact: &ArtifactDir) -> PathBuf {

@@ -5,9 +5,11 @@
 //! locks may be taken: fill, owner, shared lease, budget, then (one try) exclusive lease or owner.
 
 use super::fault::At;
+use super::files;
 use crate::error::Result;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// A held lock; falls with the value.
@@ -31,6 +33,17 @@ impl FileLock {
             Err(denied) => File::open(path).map_err(|_| denied).at("open the lock", path)?,
         };
         Self::locked(file.try_lock_shared(), file).at("lock", path)
+    }
+
+    /// Tries to hold `path` alone if it is there, and still is once it is held: whoever removes a locked file does so
+    /// under its lock. `None` otherwise.
+    pub(crate) fn try_existing(path: &Path) -> Result<Option<Self>> {
+        let opened = OpenOptions::new().read(true).write(true).open(path);
+        let Some(file) = files::absent(opened).at("open the lock", path)? else { return Ok(None) };
+        let Some(held) = Self::locked(file.try_lock(), file).at("lock", path)? else { return Ok(None) };
+        let inode = |metadata: std::fs::Metadata| metadata.ino();
+        let locked = held.file.metadata().map(inode).at("look at", path)?;
+        Ok((files::stat(path)?.map(inode) == Some(locked)).then_some(held))
     }
 
     /// Takes the lock of a file that this process has just made.

@@ -15,8 +15,10 @@ mod fault;
 mod files;
 mod given;
 mod layout;
+mod leader;
 mod lend;
 mod lock;
+mod parts;
 mod publish;
 mod refs;
 mod staging;
@@ -27,11 +29,12 @@ pub(crate) use fault::fault;
 pub(crate) use files::identity;
 pub(crate) use given::{Given, copy_given, list_given};
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
+pub(crate) use leader::{BEAT_EVERY, Leader, Leadership, Watch};
 pub(crate) use lend::{Lend, Lent};
 pub(crate) use lock::FileLock;
 pub(crate) use publish::StagedFile;
 pub(crate) use staging::Staging;
-pub(crate) use writer::{ALIGNMENT, Hashed, StagedWriter};
+pub(crate) use writer::{ALIGNMENT, Draft, Hashed, StagedWriter};
 
 use crate::config::ByteBound;
 use crate::digest::{Digest, GitOid};
@@ -129,12 +132,6 @@ impl Disk {
         })
     }
 
-    /// Tries to become the one that fills `key`; `None` while another is.
-    pub(crate) fn try_fill(&self, key: &ArtifactKey) -> Result<Option<FileLock>> {
-        self.ensure_writable()?;
-        FileLock::try_exclusive(&self.layout().fill_lock(key))
-    }
-
     /// What disk knows of `key`, held or not.
     pub(crate) fn manifest(&self, key: &ArtifactKey) -> Result<Option<Manifest>> {
         self.read_manifest(&self.layout().artifact(key))
@@ -199,7 +196,7 @@ impl Disk {
         hold.release()?;
         match evicted {
             Evicted::Freed(bytes) => Ok(Some(bytes)),
-            Evicted::Kept(why) => Err(Error::new(ErrorKind::Conflict, why)
+            Evicted::Kept { why, .. } => Err(Error::new(ErrorKind::Conflict, why)
                 .artifact(key)
                 .tier(Tier::Disk)
                 .hint("try again when its readers have ended")),

@@ -53,7 +53,7 @@ impl Disk {
         let lease = self.wait_for_lease(&dir)?;
         let blobs = self.publish_blobs(&staging, listing, staged)?;
         let manifest = self.publish_manifest(&dir, listing, staged, &blobs)?;
-        drop(staging);
+        staging.discard();
         Ok(Lent { manifest, dir, _lease: Some(lease) })
     }
 

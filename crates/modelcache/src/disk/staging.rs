@@ -1,7 +1,9 @@
 //! Staging: the private folder of one fill, made and reserved in one budget hold.
 //!
-//! The journal in it is locked by the fill that owns the folder; a folder whose lock can be gained is a dead fill's.
-//! Blobs that the fill reuses are linked into staging first, so that they cannot be evicted from under it.
+//! The journal in it is locked by the fill that owns the folder; a folder whose lock can be gained is a dead fill's. The
+//! next fill of the same key adopts it and goes on with files that are named by a digest; others may remove it, and do
+//! so before anything that is published goes. Blobs that the fill reuses are linked into staging first, so that they
+//! cannot be evicted from under it.
 
 use super::Disk;
 use super::budget::{BudgetHold, room_for};
@@ -9,18 +11,30 @@ use super::fault::At;
 use super::files::{self, allocated, identity};
 use super::layout::staged_name;
 use super::lock::FileLock;
+use super::parts::{journal_bytes, journal_of};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
+use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 /// Age after which a temporary file in staging is nobody's.
 const TEMPORARY_AGE_MAX: Duration = Duration::from_secs(3600);
+/// Age after which a sweep removes what a fill left to be resumed.
+const RESUME_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
+/// How long a fill waits for room that readers or other fills may give back.
+const ROOM_WAIT_MAX: Duration = Duration::from_secs(5);
+/// Time between two looks for room.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// The name of the journal in each folder.
+const JOURNAL: &str = "journal";
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Journal {
@@ -31,12 +45,12 @@ struct Journal {
     reserved: u64,
 }
 
-/// A fill's own folder. Dropped without being published, it is removed.
+/// A fill's own folder. Dropped before it is [discarded](Self::discard), it stays if its fill can be resumed.
 #[derive(Debug)]
 pub(crate) struct Staging {
     disk: Disk,
     dir: PathBuf,
-    owner: FileLock,
+    owner: Arc<FileLock>,
     /// Staged names that are links to blobs, and the identity under which their bytes are known to be right.
     reused: BTreeMap<String, FileIdentity>,
 }
@@ -48,6 +62,9 @@ pub(crate) struct StagingUse {
     pub(crate) live: bool,
     pub(crate) allocated: u64,
     reserved: u64,
+    /// The artifact, as its journal tells it.
+    key: String,
+    pid: u32,
 }
 
 impl StagingUse {
@@ -57,12 +74,23 @@ impl StagingUse {
     }
 
     pub(crate) fn journal(&self) -> PathBuf {
-        self.dir.join("journal")
+        self.dir.join(JOURNAL)
     }
 
     pub(crate) fn is_of(&self, key: &ArtifactKey) -> bool {
         let name = self.dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         name.starts_with(&key.hash())
+    }
+
+    /// A live fill, for people.
+    pub(crate) fn described(&self) -> String {
+        format!("a fill of {} by process {} ({} bytes)", self.key, self.pid, self.reserved.max(self.allocated))
+    }
+
+    /// Whether the next fill of its key may want what is left here.
+    pub(crate) fn may_be_resumed(&self) -> bool {
+        let age = || SystemTime::now().duration_since(fs::metadata(self.journal()).ok()?.modified().ok()?).ok();
+        is_resumable(&self.dir) && age().is_some_and(|age| age < RESUME_AGE_MAX)
     }
 
     /// Removes the folder, its journal last.
@@ -72,31 +100,55 @@ impl StagingUse {
 }
 
 fn remove_staging(dir: &Path) -> Result<()> {
-    let journal = dir.join("journal");
+    let journal = dir.join(JOURNAL);
     for path in files::entries(dir)?.into_iter().filter(|path| *path != journal) {
         files::remove_file(&path)?;
     }
     files::remove_tree(dir)
 }
 
+/// Whether anything in the folder is named by its content, so that whoever goes on with it can check it.
+fn is_resumable(dir: &Path) -> bool {
+    let by_content = |name: &str| name.starts_with("sha256-") || name.starts_with("git-");
+    let names = files::entries(dir).unwrap_or_default();
+    names.iter().filter_map(|path| path.file_name()?.to_str()).any(by_content)
+}
+
 impl Disk {
-    /// Makes a staging folder for `key`: links what disk already has of `wanted`, makes room for the rest, reserves it.
+    /// Makes a staging folder for `key`, or adopts what a dead fill left; links what disk already has of `wanted`, makes
+    /// room for the rest, reserves it. Waits a little for room that is only held for now.
     pub(crate) fn begin_fill(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<Staging> {
         self.ensure_writable()?;
         self.refuse_beyond_budget(key, wanted)?;
+        let started = Instant::now();
+        loop {
+            match self.try_begin_fill(key, wanted).map_err(|error| error.artifact(key)) {
+                Err(error) if error.kind() == ErrorKind::Full && error.is_transient() => {
+                    if started.elapsed() > ROOM_WAIT_MAX {
+                        return Err(error.transient(false));
+                    }
+                    thread::sleep(LOOK_AGAIN);
+                }
+                begun => return begun,
+            }
+        }
+    }
+
+    fn try_begin_fill(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<Staging> {
         let mut hold = self.hold_budget()?;
-        hold.drop_dead_stagings(Some(key))?;
-        let mut staging = self.make_staging(key)?;
+        let mut staging = match self.adopt_staging(key, wanted)? {
+            Some(adopted) => adopted,
+            None => self.make_staging(key)?,
+        };
+        hold.drop_dead_stagings(|staging| staging.is_of(key))?;
         for (path, entry) in wanted {
             staging.reuse(&mut hold, path, entry)?;
         }
-        let missing: BTreeMap<String, u64> = wanted
-            .iter()
-            .map(|(path, entry)| (staged_name(path, entry), room_for(entry.size)))
-            .filter(|(name, _)| !staging.reused.contains_key(name))
-            .collect();
-        let reserved = missing.values().sum();
-        hold.make_room(reserved, key).map_err(|error| error.artifact(key))?;
+        let missing = wanted.iter().map(|(path, entry)| (staged_name(path, entry), room_to_stage(entry.size)));
+        let missing: BTreeMap<String, u64> = missing.filter(|(name, _)| !staging.reused.contains_key(name)).collect();
+        let reserved = missing.values().sum::<u64>();
+        let extra = reserved.saturating_sub(staged_bytes(&staging.dir)?);
+        hold.make_room(extra, key)?;
         staging.write_journal(key, reserved)?;
         hold.release()?;
         Ok(staging)
@@ -105,7 +157,7 @@ impl Disk {
     /// Refuses, before anything is evicted, what could never fit.
     fn refuse_beyond_budget(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<()> {
         let distinct: BTreeMap<String, u64> =
-            wanted.iter().map(|(path, entry)| (staged_name(path, entry), room_for(entry.size))).collect();
+            wanted.iter().map(|(path, entry)| (staged_name(path, entry), room_to_stage(entry.size))).collect();
         let (needed, budget) = (distinct.values().sum::<u64>(), self.space()?.budget);
         if needed <= budget {
             return Ok(());
@@ -122,14 +174,32 @@ impl Disk {
     fn make_staging(&self, key: &ArtifactKey) -> Result<Staging> {
         let dir = self.layout().stagings().join(format!("{}-{}", key.hash(), files::random_name()));
         fs::create_dir(&dir).at("make", &dir)?;
-        let journal = dir.join("journal");
+        let journal = dir.join(JOURNAL);
         let file = File::options().read(true).write(true).create_new(true).open(&journal).at("make", &journal)?;
         let owner = FileLock::of_new(file, &journal)?.ok_or_else(|| {
             Error::new(ErrorKind::Other, "a new staging folder is locked by somebody else").tier(Tier::Disk)
         })?;
-        let staging = Staging { disk: self.clone(), dir, owner, reused: BTreeMap::new() };
+        let staging = Staging { disk: self.clone(), dir, owner: Arc::new(owner), reused: BTreeMap::new() };
         staging.write_journal(key, 0)?;
         Ok(staging)
+    }
+
+    /// Takes over the dead staging of `key` that holds most of what is wanted, and removes from it what is not wanted
+    /// or cannot be told by its name. Within a budget hold, so that nobody removes it meanwhile.
+    fn adopt_staging(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<Option<Staging>> {
+        let mut dead: Vec<StagingUse> =
+            self.stagings()?.into_iter().filter(|staging| !staging.live && staging.is_of(key)).collect();
+        dead.sort_by_key(|staging| std::cmp::Reverse(staging.allocated));
+        let names: BTreeSet<String> = wanted.iter().map(|(path, entry)| staged_name(path, entry)).collect();
+        for StagingUse { dir, .. } in dead {
+            let Some(owner) = FileLock::try_existing(&dir.join(JOURNAL))? else { continue };
+            let staging = Staging { disk: self.clone(), dir, owner: Arc::new(owner), reused: BTreeMap::new() };
+            if staging.keep_only(&names)? {
+                tracing::info!(%key, bytes = staged_bytes(&staging.dir)?, "going on with what an ended fill left");
+                return Ok(Some(staging));
+            }
+        }
+        Ok(None)
     }
 
     /// Every staging folder and what it takes. Files that are links to blobs count there, not here.
@@ -139,19 +209,12 @@ impl Disk {
             if !files::stat(&dir)?.is_some_and(|metadata| metadata.is_dir()) {
                 continue;
             }
-            let journal = dir.join("journal");
-            let live = files::stat(&journal)?.is_some() && FileLock::try_exclusive(&journal)?.is_none();
-            let reserved = files::read_small(&journal, 4096)?
-                .and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok())
-                .map_or(0, |journal| journal.reserved);
-            let mut bytes = 0;
-            files::walk(&dir, &mut |path, metadata| {
-                if metadata.nlink() == 1 && path != journal {
-                    bytes += allocated(metadata);
-                }
-                Ok(())
-            })?;
-            uses.push(StagingUse { dir, live, allocated: bytes, reserved });
+            let path = dir.join(JOURNAL);
+            let live = files::stat(&path)?.is_some() && FileLock::try_exclusive(&path)?.is_none();
+            let journal = files::read_small(&path, 4096)?;
+            let journal = journal.and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok()).unwrap_or_default();
+            let Journal { key, pid, reserved } = journal;
+            uses.push(StagingUse { allocated: staged_bytes(&dir)?, dir, live, reserved, key, pid });
         }
         Ok(uses)
     }
@@ -181,6 +244,35 @@ impl Staging {
         self.reused.get(name).copied()
     }
 
+    /// The lock that says that this folder is somebody's, for those who write into it.
+    pub(crate) fn owner(&self) -> Arc<FileLock> {
+        self.owner.clone()
+    }
+
+    /// Removes the folder: what it held is published, or of no use to anybody.
+    pub(crate) fn discard(self) {
+        if let Err(error) = remove_staging(&self.dir) {
+            tracing::debug!(%error, "staging stays until the next sweep");
+        }
+    }
+
+    /// Removes what is not called by one of `names`, and what is linked elsewhere: the blob is linked anew. Whether
+    /// anything is left.
+    fn keep_only(&self, names: &BTreeSet<String>) -> Result<bool> {
+        let mut kept = false;
+        for path in files::entries(&self.dir)? {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let staged = name.strip_suffix(".parts").unwrap_or(name);
+            let own = files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() == 1);
+            if own && names.contains(staged) && !staged.starts_with("path-") {
+                kept = true;
+            } else if name != JOURNAL {
+                files::remove_file(&path)?;
+            }
+        }
+        Ok(kept)
+    }
+
     /// Everything is written: from here on the folder counts by what it holds.
     pub(crate) fn end_reservation(&self, key: &ArtifactKey) -> Result<()> {
         self.write_journal(key, 0)
@@ -193,7 +285,7 @@ impl Staging {
         bytes.push(b'\n');
         let file = self.owner.file();
         let write = file.set_len(0).and_then(|()| file.write_all_at(&bytes, 0));
-        write.at("write", &self.dir.join("journal"))
+        write.at("write", &self.dir.join(JOURNAL))
     }
 
     /// Links the blob of `entry`, if disk has it and its bytes are known (or found) to be right.
@@ -205,6 +297,8 @@ impl Staging {
         }
         let Some(known) = self.disk.checked_blob(hold, &digest)? else { return Ok(()) };
         let (blob, target) = (self.disk.layout().blob(&digest), self.file(&name));
+        files::remove_file(&target)?;
+        files::remove_file(&journal_of(&target))?;
         if files::absent(fs::hard_link(&blob, &target)).at("link", &target)?.is_none() {
             return Ok(());
         }
@@ -220,8 +314,28 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        if let Err(error) = remove_staging(&self.dir) {
+        if self.dir.exists()
+            && !is_resumable(&self.dir)
+            && let Err(error) = remove_staging(&self.dir)
+        {
             tracing::debug!(%error, "staging stays until the next sweep");
         }
     }
+}
+
+/// Bytes that a staged file of `size` bytes takes, its journal included.
+fn room_to_stage(size: u64) -> u64 {
+    room_for(size) + room_for(journal_bytes(size, part_size(size)))
+}
+
+/// Bytes that the folder takes. Files that are links to blobs count there; the journal does not count.
+fn staged_bytes(dir: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    files::walk(dir, &mut |path, metadata| {
+        if metadata.nlink() == 1 && path.file_name().is_none_or(|name| name != JOURNAL) {
+            bytes += allocated(metadata);
+        }
+        Ok(())
+    })?;
+    Ok(bytes)
 }

@@ -5,29 +5,49 @@
 //! cursor gets there. There is no second pass over the whole file. Large files with a ladder are written past the page
 //! cache (O_DIRECT) where the filesystem takes that.
 
+use super::lock::FileLock;
+use super::parts::PartsJournal;
 use super::{fault, identity};
 use crate::digest::{Digest, GitOid};
 use crate::error::Result;
-use crate::ladder::{Ladder, LadderHasher};
+use crate::ladder::{Ladder, LadderHasher, PartHasher};
 use crate::manifest::FileIdentity;
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What direct writes must be aligned to, in memory and in the file.
 pub(crate) const ALIGNMENT: usize = 4096;
 /// Files from this size on are written past the page cache, when they need not be read back.
 const DIRECT_BYTES_MIN: u64 = 64 << 20;
 
+/// What is to be written, and how it will be checked.
+#[derive(Debug, Clone)]
+pub(crate) struct Draft {
+    /// Where it is staged.
+    pub(crate) path: PathBuf,
+    /// Bytes.
+    pub(crate) size: u64,
+    /// Bytes of a part.
+    pub(crate) part_size: u64,
+    /// Hash it as it comes; else its parts are checked by a ladder.
+    pub(crate) in_order: bool,
+    /// Compute git's identity, too.
+    pub(crate) git: bool,
+}
+
 /// A file in staging, open for writing.
 #[derive(Debug)]
 pub(crate) struct StagedWriter {
+    /// Nobody adopts the staging folder while a write may still be under way.
+    _owner: Option<Arc<FileLock>>,
+    parts: Option<PartsJournal>,
     path: PathBuf,
     size: u64,
     part_size: u64,
@@ -60,24 +80,61 @@ pub(crate) struct Hashed {
     pub(crate) ladder: Ladder,
 }
 
+impl Draft {
+    fn parts(&self) -> u64 {
+        self.size.div_ceil(self.part_size)
+    }
+}
+
 impl StagedWriter {
-    /// Makes the file with its full length allocated, so that a full disk is met now. `in_order`: hash it as it comes
-    /// (`git`: with git's identity, too); else its parts are checked by a ladder.
-    pub(crate) fn create(path: &Path, size: u64, part_size: u64, in_order: bool, git: bool) -> Result<Self> {
+    /// Makes the file with its full length allocated, so that a full disk is met now.
+    pub(crate) fn create(draft: Draft, owner: Option<Arc<FileLock>>) -> Result<Self> {
+        let path = &draft.path;
         let at = |operation, cause: io::Error| fault(operation, path, cause);
         // Always a new inode: a write of an abandoned attempt that is still under way must not land in this one.
         super::files::remove_file(path)?;
+        let parts = PartsJournal::create(path, draft.size, draft.part_size)?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
         let buffered = options.open(path).map_err(|cause| at("make", cause))?;
-        allocate(&buffered, size).map_err(|cause| at("make room for", cause))?;
-        let direct = (!in_order && size >= DIRECT_BYTES_MIN).then(|| open_direct(path)).flatten();
+        allocate(&buffered, draft.size).map_err(|cause| at("make room for", cause))?;
+        Ok(Self::over(draft, buffered, parts, owner))
+    }
+
+    /// Goes on with what an ended fill left at the same place, and the parts that are said to be there; `None` if it
+    /// left nothing of use. Each of them must be [checked](Self::recheck) before it counts.
+    pub(crate) fn resume(draft: &Draft, owner: Option<Arc<FileLock>>) -> Result<Option<(Self, BTreeSet<u64>)>> {
+        let Some(metadata) = super::files::stat(&draft.path)? else { return Ok(None) };
+        if !metadata.is_file() || metadata.len() != draft.size || metadata.nlink() != 1 {
+            return Ok(None);
+        }
+        // Read-only: it was complete and proven when its fill ended.
+        let sealed = metadata.permissions().mode() & 0o222 == 0;
+        let journal = PartsJournal::resume(&draft.path, draft.size, draft.part_size);
+        let (journal, parts) = match (journal, sealed) {
+            (journal, true) => (journal.map(|(journal, _)| journal), (0..draft.parts()).collect()),
+            (Some((journal, parts)), false) if !parts.is_empty() => (Some(journal), parts),
+            _ => return Ok(None),
+        };
+        let open = || {
+            fs::set_permissions(&draft.path, Permissions::from_mode(0o600))?;
+            OpenOptions::new().read(true).write(true).open(&draft.path)
+        };
+        let Ok(buffered) = open() else { return Ok(None) };
+        Ok(Some((Self::over(draft.clone(), buffered, journal, owner), parts)))
+    }
+
+    fn over(draft: Draft, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Self {
+        let Draft { path, size, part_size, in_order, git } = draft;
+        let direct = (!in_order && size >= DIRECT_BYTES_MIN).then(|| open_direct(&path)).flatten();
         let git = git.then(|| {
             use sha1::Digest as _;
             sha1::Sha1::new_with_prefix(format!("blob {size}\0"))
         });
-        Ok(Self {
-            path: path.to_owned(),
+        Self {
+            _owner: owner,
+            parts,
+            path,
             size,
             part_size,
             buffered,
@@ -85,7 +142,37 @@ impl StagedWriter {
             direct_failed: AtomicBool::new(false),
             cursor: AtomicU64::new(if in_order { 0 } else { u64::MAX }),
             order: Mutex::new(InOrder { hasher: LadderHasher::new(part_size), git, waiting: BTreeSet::new() }),
-        })
+        }
+    }
+
+    /// Removes the file staged at `path`, whose bytes are wrong, so that nobody goes on with it.
+    pub(crate) fn forget(path: &Path) -> Result<()> {
+        super::files::remove_file(path)?;
+        super::files::remove_file(&super::parts::journal_of(path))
+    }
+
+    /// Whether the part that an ended fill left in `range` is right: `hasher` stands before it, `holds` judges it after.
+    pub(crate) fn recheck(
+        &self,
+        range: std::ops::Range<u64>,
+        mut hasher: PartHasher,
+        holds: impl FnOnce(PartHasher) -> bool,
+    ) -> Result<bool> {
+        self.read_back(range, |bytes| hasher.update(bytes))?;
+        Ok(holds(hasher))
+    }
+
+    fn read_back(&self, range: std::ops::Range<u64>, mut take: impl FnMut(&[u8])) -> Result<()> {
+        let mut buffer = vec![0; usize::try_from((range.end - range.start).min(1 << 20)).unwrap_or(1 << 20)];
+        let mut at = range.start;
+        while at < range.end {
+            let want = buffer.len().min(usize::try_from(range.end - at).unwrap_or(usize::MAX));
+            let read = self.buffered.read_exact_at(&mut buffer[..want], at);
+            read.map_err(|cause| fault("read back", &self.path, cause))?;
+            take(&buffer[..want]);
+            at += want as u64;
+        }
+        Ok(())
     }
 
     /// Writes `slice` at `offset`, and hashes it if it is next in order. Direct writes need an aligned slice.
@@ -118,27 +205,21 @@ impl StagedWriter {
         self.buffered.write_all_at(tail, offset + whole_blocks as u64)
     }
 
-    /// A part is written whole. In order: hashes all that is next, reading back what came early.
+    /// A part is written whole, and checked if a ladder can: the journal says so. In order: hashes all that is next,
+    /// reading back what came early.
     pub(crate) fn part_done(&self, part: u64) -> Result<()> {
+        if let Some(parts) = &self.parts {
+            parts.mark(part)?;
+        }
         if self.cursor.load(Ordering::Acquire) == u64::MAX {
             return Ok(());
         }
         let mut order = self.order();
         order.waiting.insert(part);
-        let mut buffer = Vec::new();
         while let Some(position) = order.next_waiting(self.part_size, self.size) {
             let end = ((position / self.part_size + 1) * self.part_size).min(self.size);
-            buffer.resize(usize::try_from((end - position).min(1 << 20)).unwrap_or(1 << 20), 0);
-            let mut at = position;
-            while at < end {
-                let want = buffer.len().min(usize::try_from(end - at).unwrap_or(usize::MAX));
-                self.buffered
-                    .read_exact_at(&mut buffer[..want], at)
-                    .map_err(|cause| fault("read back", &self.path, cause))?;
-                order.take(&buffer[..want]);
-                at += want as u64;
-            }
-            self.cursor.store(at, Ordering::Release);
+            self.read_back(position..end, |bytes| order.take(bytes))?;
+            self.cursor.store(end, Ordering::Release);
         }
         Ok(())
     }
@@ -213,7 +294,9 @@ mod tests {
         fn parts_in_any_order_hash_to_the_file(len in 0usize..9000, seed in any::<u64>()) {
             let content: Vec<u8> = (0..len).map(|at| (at as u64 ^ seed).wrapping_mul(0x9e37_79b9) as u8).collect();
             let folder = tempfile::tempdir().expect("folder");
-            let writer = StagedWriter::create(&folder.path().join("f"), len as u64, 1024, true, true).expect("creates");
+            let path = folder.path().join("f");
+            let draft = Draft { path, size: len as u64, part_size: 1024, in_order: true, git: true };
+            let writer = StagedWriter::create(draft, None).expect("creates");
             let mut parts: Vec<usize> = (0..len.div_ceil(1024)).collect();
             parts.sort_by_key(|part| (*part as u64 ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15));
             for part in parts {

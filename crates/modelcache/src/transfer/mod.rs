@@ -4,5 +4,5 @@ mod buffer;
 mod pour;
 mod retry;
 
-pub(crate) use pour::{PourFile, Pourer, blocking};
+pub(crate) use pour::{PourFile, Poured, Pourer, blocking};
 pub use retry::{Attempts, Retry};

@@ -2,13 +2,14 @@
 //!
 //! Every file comes part by part, each part from the first of its sources that gives it right. A part that is cut goes
 //! on where it stopped; one that fails its check is fetched once more from the same source, then from the next. A file
-//! without a ladder is checked as a whole, with the same rule. Memory is bounded by the number of connections, whatever
-//! the size of files. Nothing here decides where bytes should come from or what becomes of them.
+//! without a ladder is checked as a whole, with the same rule. What an ended fill left in staging is gone on with: its
+//! parts are read and checked before they count. Memory is bounded by the number of connections, whatever the size of
+//! files. Nothing here decides where bytes should come from or what becomes of them.
 
 use super::buffer::{Buffer, BufferPool};
 use super::retry::{Attempts, Retry};
-use crate::digest::Provenance;
-use crate::disk::{Hashed, StagedWriter};
+use crate::digest::{Digest, Provenance};
+use crate::disk::{Draft, FileLock, Hashed, StagedWriter};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::ladder::{Ladder, PartHasher, part_size};
@@ -40,6 +41,8 @@ pub(crate) struct PourFile {
     pub(crate) entry: FileEntry,
     /// Where it is staged.
     pub(crate) target: PathBuf,
+    /// Says that the staging is somebody's as long as anything may be written there.
+    pub(crate) owner: Arc<FileLock>,
     /// Where it can be read, best first.
     pub(crate) sources: Vec<Arc<dyn Source>>,
 }
@@ -51,6 +54,8 @@ pub(crate) struct Poured {
     /// The entry with what the pour learnt: digest, ladder, provenance.
     pub(crate) entry: FileEntry,
     pub(crate) identity: FileIdentity,
+    /// Bytes that an ended fill had left and that were right.
+    pub(crate) resumed_bytes: u64,
     /// Tiers whose copy failed a check or was gone although they list it.
     pub(crate) bad_tiers: BTreeSet<Tier>,
 }
@@ -73,9 +78,12 @@ struct PartTask {
     sources: Vec<Arc<dyn Source>>,
     ladder: Option<Arc<Ladder>>,
     part_size: u64,
+    /// Parts that an ended fill says it wrote.
+    left_over: Arc<BTreeSet<u64>>,
     bad_tiers: Arc<Mutex<BTreeSet<Tier>>>,
-    /// Bytes that this attempt has shown as done.
+    /// Bytes that this attempt has shown as done, and those among them that were left over.
     shown: Arc<AtomicU64>,
+    resumed: Arc<AtomicU64>,
     progress: Progress,
 }
 
@@ -110,21 +118,33 @@ impl Pourer {
     /// sources once more, then without the first, and so on.
     async fn pour_file(&self, file: PourFile, progress: &Progress) -> Result<Poured> {
         let file = Arc::new(file);
+        let outcome = self.try_sources(&file, progress).await;
+        if matches!(&outcome, Err(error) if error.kind() == ErrorKind::Corrupt) {
+            let target = file.target.clone();
+            blocking(move || StagedWriter::forget(&target)).await?;
+        }
+        outcome
+    }
+
+    async fn try_sources(&self, file: &Arc<PourFile>, progress: &Progress) -> Result<Poured> {
         let bad_tiers = Arc::new(Mutex::new(BTreeSet::new()));
         let mut ladder = file.entry.ladder.clone().filter(|_| file.entry.sha256.is_some()).map(Arc::new);
-        let (mut skipped, mut mismatches, mut one_stream) = (0, 0, false);
+        let (mut skipped, mut mismatches, mut one_stream, mut resume) = (0, 0, false, true);
         loop {
             let attempt = Attempt {
                 sources: file.sources[skipped..].to_vec(),
                 ladder: ladder.clone().filter(|_| !one_stream),
                 one_stream,
+                resume: std::mem::take(&mut resume),
                 bad_tiers: bad_tiers.clone(),
             };
-            let checked_by_ladder = attempt.ladder.is_some();
-            let error = match self.attempt(&file, attempt, progress).await {
+            let (checked_by_ladder, may_resume) = (attempt.ladder.is_some(), attempt.resume);
+            let resumed = Arc::new(AtomicU64::new(0));
+            let error = match self.attempt(file, attempt, resumed.clone(), progress).await {
                 Ok((entry, identity)) => {
                     let bad_tiers = bad_tiers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                    return Ok(Poured { target: file.target.clone(), entry, identity, bad_tiers });
+                    let resumed_bytes = resumed.load(Ordering::Relaxed);
+                    return Ok(Poured { target: file.target.clone(), entry, identity, resumed_bytes, bad_tiers });
                 }
                 Err(Trouble::IgnoresRanges) if !one_stream => {
                     one_stream = true;
@@ -137,6 +157,10 @@ impl Pourer {
             };
             if error.kind() != ErrorKind::Corrupt {
                 return Err(error);
+            }
+            if may_resume && !checked_by_ladder && resumed.load(Ordering::Relaxed) > 0 {
+                tracing::warn!(%error, "what an ended fill left was wrong; fetching the file anew");
+                continue;
             }
             if checked_by_ladder {
                 // Every source failed it: perhaps it is the ladder that is wrong. Hash in order, once more.
@@ -162,16 +186,27 @@ impl Pourer {
         &self,
         file: &Arc<PourFile>,
         attempt: Attempt,
+        resumed: Arc<AtomicU64>,
         progress: &Progress,
     ) -> Result<(FileEntry, FileIdentity), Trouble> {
         let size = file.entry.size;
-        let part_size = match (&attempt.ladder, attempt.one_stream) {
-            (Some(ladder), _) => ladder.part_size(),
-            (None, _) => part_size(size),
+        let draft = Draft {
+            path: file.target.clone(),
+            size,
+            part_size: attempt.ladder.as_ref().map_or_else(|| part_size(size), |ladder| ladder.part_size()),
+            in_order: attempt.ladder.is_none(),
+            git: file.entry.sha256.is_none() && file.entry.git_oid.is_some(),
         };
-        let git = file.entry.sha256.is_none() && file.entry.git_oid.is_some();
-        let (target, in_order) = (file.target.clone(), attempt.ladder.is_none());
-        let writer = blocking(move || StagedWriter::create(&target, size, part_size, in_order, git)).await?;
+        let (part_size, owner) = (draft.part_size, file.owner.clone());
+        let may_resume = attempt.resume && !attempt.one_stream;
+        let (writer, left_over) = blocking(move || {
+            let left = if may_resume { StagedWriter::resume(&draft, Some(owner.clone()))? } else { None };
+            match left {
+                Some(left) => Ok(left),
+                None => Ok((StagedWriter::create(draft, Some(owner))?, BTreeSet::new())),
+            }
+        })
+        .await?;
         let task = PartTask {
             pourer: self.clone(),
             file: file.clone(),
@@ -179,8 +214,10 @@ impl Pourer {
             sources: attempt.sources,
             ladder: attempt.ladder,
             part_size,
+            left_over: Arc::new(left_over),
             bad_tiers: attempt.bad_tiers,
             shown: Arc::default(),
+            resumed,
             progress: progress.clone(),
         };
         let shown = task.shown.clone();
@@ -194,6 +231,8 @@ struct Attempt {
     sources: Vec<Arc<dyn Source>>,
     ladder: Option<Arc<Ladder>>,
     one_stream: bool,
+    /// Go on with what an ended fill left.
+    resume: bool,
     bad_tiers: Arc<Mutex<BTreeSet<Tier>>>,
 }
 
@@ -268,7 +307,12 @@ impl PartTask {
             let permit = permit.map_err(|_| Error::new(ErrorKind::Other, "the cache is closing"))?;
             let task = self.clone();
             running.spawn(async move {
-                let outcome = task.part(start..(start + step).min(size)).await;
+                let range = start..(start + step).min(size);
+                let outcome = match task.left_over(&range).await {
+                    Ok(false) => task.part(range).await,
+                    Ok(true) => Ok(()),
+                    Err(error) => Err(error.into()),
+                };
                 drop(permit);
                 outcome
             });
@@ -277,6 +321,35 @@ impl PartTask {
             ended_part(ended)?;
         }
         Ok(())
+    }
+
+    /// Takes the part in `range` as an ended fill left it, if it did and, where a ladder can tell, it is right.
+    async fn left_over(&self, range: &Range<u64>) -> Result<bool> {
+        let index = range.start / self.part_size;
+        if !self.left_over.contains(&index) {
+            return Ok(false);
+        }
+        let (writer, ladder, sha256, checked) =
+            (self.writer.clone(), self.ladder.clone(), self.file.entry.sha256, range.clone());
+        let right = blocking(move || {
+            let right = match ladder.as_ref().and_then(|ladder| Some((ladder, ladder.before(index)?))) {
+                Some((ladder, before)) => {
+                    let hasher = PartHasher::resume(before, checked.start);
+                    writer.recheck(checked, hasher, |hasher| holds(ladder, index, sha256, hasher))?
+                }
+                None => true,
+            };
+            if right {
+                writer.part_done(index)?;
+            }
+            Ok(right)
+        });
+        let right = right.await?;
+        if right {
+            self.resumed.fetch_add(range.end - range.start, Ordering::Relaxed);
+            self.show(range.end - range.start);
+        }
+        Ok(right)
     }
 
     /// Gets one range right, from the first source that gives it.
@@ -392,11 +465,7 @@ impl PartTask {
     async fn finish(&self, tier: Tier, range: &Range<u64>, part: &mut PartProgress) -> Result<(), Trouble> {
         if let (Some(ladder), Some(hasher)) = (&self.ladder, part.hasher.clone()) {
             let index = range.start / self.part_size;
-            let holds = match ladder.after(index) {
-                Some(after) => hasher.state() == Some(after),
-                None => Some(hasher.finish()) == self.file.entry.sha256,
-            };
-            if !holds {
+            if !holds(ladder, index, self.file.entry.sha256, hasher) {
                 part.restart(self, range);
                 let expected = self.file.entry.sha256.map(|digest| digest.short()).unwrap_or_default();
                 return Err(Trouble::Failed(
@@ -412,6 +481,14 @@ impl PartTask {
         let (writer, index, last) =
             (self.writer.clone(), range.start / self.part_size, range.end.div_ceil(self.part_size));
         Ok(blocking(move || (index..last).try_for_each(|part| writer.part_done(part))).await?)
+    }
+}
+
+/// Whether a part, hashed from the rung before it, ends at the rung after it; the last one at the file's digest.
+fn holds(ladder: &Ladder, index: u64, sha256: Option<Digest>, hasher: PartHasher) -> bool {
+    match ladder.after(index) {
+        Some(after) => hasher.state() == Some(after),
+        None => Some(hasher.finish()) == sha256,
     }
 }
 

@@ -1,0 +1,248 @@
+//! Flights: one fill for everybody who wants the same.
+//!
+//! In this process the fill is a task of its own. Callers wait for it and see its progress; it goes on as long as any of
+//! them waits, whoever of them is cancelled, and ends with the last. Other processes see it through the leader's record
+//! on disk. Callers who want another part of the same artifact meet where processes meet: at its fill lock.
+
+use super::Cache;
+use super::resolve::Wanted;
+use crate::digest::Digest;
+use crate::disk::{BEAT_EVERY, Leader, Leadership, Lent, Watch};
+use crate::error::{Error, ErrorKind, Result};
+use crate::key::ArtifactKey;
+use crate::progress::{Phase, PhaseGuard, Progress};
+use crate::transfer::blocking;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use tokio::time;
+
+/// First and longest pause before a lock that somebody holds is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+const LOOK_AGAIN_MAX: Duration = Duration::from_millis(200);
+/// A flight whose task vanished without a word is started again this often.
+const STARTS_MAX: usize = 3;
+
+/// The flights of this process.
+#[derive(Debug, Default)]
+pub(super) struct Flights(Mutex<HashMap<FlightId, Weak<Flight>>>);
+
+/// What makes two callers want the same: key, selection, demanded digest.
+type FlightId = (ArtifactKey, String, Option<Digest>);
+
+/// A fill under way. Dropped by the last who waits for it, it ends.
+#[derive(Debug)]
+struct Flight {
+    id: FlightId,
+    progress: Progress,
+    stage: watch::Receiver<Stage>,
+    task: AbortHandle,
+}
+
+/// How far a flight is, for those who wait.
+#[derive(Debug, Clone)]
+enum Stage {
+    /// Bytes are still coming.
+    Flying,
+    /// The artifact can be lent, and whoever started the flight still writes to the remote.
+    Published(Landed),
+    /// All is done, or nothing came of it.
+    Ended(Result<Landed>),
+}
+
+/// What came of a flight.
+#[derive(Debug, Clone)]
+pub(super) struct Landed {
+    pub(super) lent: Arc<Lent>,
+    /// Bytes that disk did not have.
+    pub(super) poured_bytes: u64,
+    pub(super) backfilled_bytes: u64,
+}
+
+impl Landed {
+    /// Somebody else brought it.
+    fn waited(self) -> Self {
+        Self { poured_bytes: 0, backfilled_bytes: 0, ..self }
+    }
+}
+
+/// Who fills.
+pub(super) enum Joined {
+    /// Somebody else just did.
+    Lent(Box<Lent>),
+    /// This flight.
+    Leading(Lead),
+}
+
+impl Cache {
+    /// Step 3 of the main path within this process: starts the flight, or waits for the one that is under way.
+    pub(super) async fn board(&self, wanted: &Wanted, progress: &Progress) -> Result<Landed> {
+        for _ in 0..STARTS_MAX {
+            let (flight, started) = self.flight(wanted, progress);
+            let landed = if started { flight.ended().await } else { flight.published(progress).await };
+            if let Some(landed) = landed {
+                return landed;
+            }
+        }
+        Err(Error::new(ErrorKind::Other, "the fill ended unexpectedly"))
+    }
+
+    /// The flight for `wanted`, and whether this call started it.
+    fn flight(&self, wanted: &Wanted, progress: &Progress) -> (Arc<Flight>, bool) {
+        let id = (wanted.key.clone(), wanted.selection.identity(), wanted.digest);
+        let mut flights = self.0.flights.lock();
+        flights.retain(|_, flight| flight.strong_count() > 0);
+        if let Some(flight) = flights.get(&id).and_then(Weak::upgrade).filter(|flight| flight.is_flying()) {
+            return (flight, false);
+        }
+        let (sender, stage) = watch::channel(Stage::Flying);
+        let (cache, wanted, shown) = (self.clone(), wanted.clone(), progress.clone());
+        let task = tokio::spawn(async move {
+            let published = |landed: &Landed| {
+                sender.send_replace(Stage::Published(landed.clone()));
+            };
+            let ended = cache.fill(&wanted, &shown, published).await;
+            sender.send_replace(Stage::Ended(ended));
+        });
+        let flight = Arc::new(Flight { id: id.clone(), progress: progress.clone(), stage, task: task.abort_handle() });
+        flights.insert(id, Arc::downgrade(&flight));
+        (flight, true)
+    }
+
+    /// Step 3 between processes: waits until somebody else has filled the artifact, or nobody else is filling it.
+    pub(super) async fn lead(&self, wanted: &Wanted, progress: &Progress) -> Result<Joined> {
+        let mut waiting = Waiting::new(progress);
+        loop {
+            let leadership = self.try_lead(&wanted.key, &mut waiting).await?;
+            // Looked at after the lock was won, too: the previous leader may just have published.
+            if let Some(lent) = self.try_lend(wanted).await? {
+                return Ok(Joined::Lent(Box::new(lent)));
+            }
+            match leadership {
+                Leadership::Ours(leader) => return Ok(Joined::Leading(Lead::start(leader, progress))),
+                Leadership::Theirs(beat) => waiting.pause(beat.done_bytes, beat.total_bytes).await,
+            }
+        }
+    }
+
+    /// Waits until nobody else fills `key`.
+    pub(super) async fn lead_alone(&self, key: &ArtifactKey, progress: &Progress) -> Result<Lead> {
+        let mut waiting = Waiting::new(progress);
+        loop {
+            match self.try_lead(key, &mut waiting).await? {
+                Leadership::Ours(leader) => return Ok(Lead::start(leader, progress)),
+                Leadership::Theirs(beat) => waiting.pause(beat.done_bytes, beat.total_bytes).await,
+            }
+        }
+    }
+
+    async fn try_lead(&self, key: &ArtifactKey, waiting: &mut Waiting<'_>) -> Result<Leadership> {
+        let (disk, key, mut watch) = (self.0.disk.clone(), key.clone(), std::mem::take(&mut waiting.watch));
+        let (leadership, watch) = blocking(move || Ok((disk.try_lead(&key, &mut watch)?, watch))).await?;
+        waiting.watch = watch;
+        Ok(leadership)
+    }
+}
+
+impl Flights {
+    fn lock(&self) -> MutexGuard<'_, HashMap<FlightId, Weak<Flight>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Flight {
+    fn is_flying(&self) -> bool {
+        matches!(*self.stage.borrow(), Stage::Flying)
+    }
+
+    /// Waits for the end; `None` if the task vanished.
+    async fn ended(&self) -> Option<Result<Landed>> {
+        let mut stage = self.stage.clone();
+        let ended = stage.wait_for(|stage| matches!(stage, Stage::Ended(_))).await.ok()?;
+        match &*ended {
+            Stage::Ended(landed) => Some(landed.clone()),
+            Stage::Flying | Stage::Published(_) => None,
+        }
+    }
+
+    /// Waits until there is something to lend, showing how far it is; `None` if the task vanished.
+    async fn published(&self, progress: &Progress) -> Option<Result<Landed>> {
+        let _phase = progress.enter(Phase::Join, 0);
+        let mut stage = self.stage.clone();
+        loop {
+            tokio::select! {
+                landed = stage.wait_for(|stage| !matches!(stage, Stage::Flying)) => {
+                    return match &*landed.ok()? {
+                        Stage::Published(landed) => Some(Ok(landed.clone().waited())),
+                        Stage::Ended(landed) => Some(landed.clone().map(Landed::waited)),
+                        Stage::Flying => None,
+                    };
+                }
+                () = time::sleep(LOOK_AGAIN_MAX) => {
+                    let (done, total) = self.progress.pour_bytes();
+                    progress.watch(done, total);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        if self.is_flying() {
+            tracing::debug!(key = %self.id.0, "nobody waits for this fill any more; it ends");
+        }
+        self.task.abort();
+    }
+}
+
+/// A caller that waits for another process.
+struct Waiting<'a> {
+    progress: &'a Progress,
+    watch: Watch,
+    pause: Duration,
+    phase: Option<PhaseGuard>,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(progress: &'a Progress) -> Self {
+        Self { progress, watch: Watch::default(), pause: LOOK_AGAIN, phase: None }
+    }
+
+    /// Shows how far the other one is, and sleeps a little longer each time.
+    async fn pause(&mut self, done_bytes: u64, total_bytes: u64) {
+        self.phase.get_or_insert_with(|| self.progress.enter(Phase::Join, 0));
+        self.progress.watch(done_bytes, total_bytes);
+        time::sleep(self.pause).await;
+        self.pause = (self.pause * 5 / 4).min(LOOK_AGAIN_MAX);
+    }
+}
+
+/// The lead of a fill: it beats until it is dropped.
+#[derive(Debug)]
+pub(super) struct Lead(AbortHandle);
+
+impl Lead {
+    fn start(leader: Leader, progress: &Progress) -> Self {
+        let progress = progress.clone();
+        let leader = Arc::new(leader);
+        let beating = tokio::spawn(async move {
+            let mut beats = time::interval(BEAT_EVERY);
+            loop {
+                beats.tick().await;
+                let ((done, total), leader) = (progress.pour_bytes(), leader.clone());
+                // A directory that hangs must not hold up anything else.
+                let _ = blocking(move || Ok(leader.beat(done, total))).await;
+            }
+        });
+        Self(beating.abort_handle())
+    }
+}
+
+impl Drop for Lead {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

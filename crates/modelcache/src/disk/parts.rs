@@ -1,0 +1,99 @@
+//! Which parts of a staged file were written: a hint that outlives the process, for whoever resumes the fill.
+//!
+//! One byte a part beside the staged file, set after the part's bytes were written. Nobody believes it: a part that it
+//! names is checked again before it counts. One for other sizes is no journal of the file at hand. Files of one part
+//! have none: they are complete or nothing.
+
+use super::fault;
+use super::files;
+use crate::error::Result;
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Bytes before the first part's: size of the file and of a part, little-endian.
+const HEADER_BYTES: u64 = 16;
+const WRITTEN: u8 = b'1';
+
+/// The journal of one staged file.
+#[derive(Debug)]
+pub(super) struct PartsJournal {
+    file: File,
+    path: PathBuf,
+}
+
+/// The name of the journal beside the staged file at `path`.
+pub(super) fn journal_of(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".parts");
+    path.with_file_name(name)
+}
+
+/// Bytes that the journal of a file takes.
+pub(super) fn journal_bytes(size: u64, part_size: u64) -> u64 {
+    if size > part_size { HEADER_BYTES + size.div_ceil(part_size) } else { 0 }
+}
+
+fn header(size: u64, part_size: u64) -> [u8; HEADER_BYTES as usize] {
+    let mut header = [0; HEADER_BYTES as usize];
+    header[..8].copy_from_slice(&size.to_le_bytes());
+    header[8..].copy_from_slice(&part_size.to_le_bytes());
+    header
+}
+
+impl PartsJournal {
+    /// A new journal without parts, in place of any that is there; `None` for a file of one part.
+    pub(super) fn create(staged: &Path, size: u64, part_size: u64) -> Result<Option<Self>> {
+        let path = journal_of(staged);
+        files::remove_file(&path)?;
+        if size <= part_size {
+            return Ok(None);
+        }
+        let at = |cause| fault("make", &path, cause);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).map_err(at)?;
+        file.write_all_at(&header(size, part_size), 0).map_err(at)?;
+        Ok(Some(Self { file, path }))
+    }
+
+    /// The journal that an ended fill left, and the parts it names; `None` if there is none for these sizes.
+    pub(super) fn resume(staged: &Path, size: u64, part_size: u64) -> Option<(Self, BTreeSet<u64>)> {
+        let path = journal_of(staged);
+        let file = OpenOptions::new().read(true).write(true).open(&path).ok()?;
+        let mut bytes = vec![0; usize::try_from(journal_bytes(size, part_size)).ok()?];
+        let mut read = 0;
+        while let Ok(more @ 1..) = file.read_at(&mut bytes[read..], read as u64) {
+            read += more;
+        }
+        let marks = bytes[..read].strip_prefix(&header(size, part_size))?;
+        let parts = (0..).zip(marks).filter(|(_, mark)| **mark == WRITTEN).map(|(part, _)| part).collect();
+        Some((Self { file, path }, parts))
+    }
+
+    /// The bytes of `part` are written.
+    pub(super) fn mark(&self, part: u64) -> Result<()> {
+        self.file.write_all_at(&[WRITTEN], HEADER_BYTES + part).map_err(|cause| fault("write", &self.path, cause))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_marked_is_found_again_and_other_sizes_find_nothing() {
+        let folder = tempfile::tempdir().expect("folder");
+        let staged = folder.path().join("sha256-x");
+        let journal = PartsJournal::create(&staged, 4500, 1024).expect("makes").expect("more than one part");
+        journal.mark(3).expect("marks");
+        journal.mark(0).expect("marks");
+        let found = |size, part_size| PartsJournal::resume(&staged, size, part_size).map(|(_, parts)| parts);
+        assert_eq!(found(4500, 1024), Some(BTreeSet::from([0, 3])));
+        assert_eq!((found(4501, 1024), found(4500, 2048)), (None, None));
+        assert_eq!(std::fs::metadata(journal_of(&staged)).expect("stat").len(), 16 + 4, "no more than the parts");
+        PartsJournal::create(&staged, 4500, 1024).expect("makes");
+        assert_eq!(found(4500, 1024), Some(BTreeSet::new()), "a new one knows nothing of the old");
+        assert!(PartsJournal::create(&staged, 1024, 1024).expect("makes").is_none());
+        assert_eq!(found(4500, 1024), None, "and is gone where the file has one part");
+    }
+}
