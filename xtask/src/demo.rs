@@ -11,11 +11,12 @@ use crate::table;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use modelcache_testkit::content::safetensors;
+use modelcache_testkit::hub::HubFault;
 use modelcache_testkit::{Content, Hub, S3};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -27,6 +28,8 @@ const FLOATS: usize = 64 << 20;
 /// Size of each of the three that compete for room, and a budget that holds two of them.
 const SMALL_BYTES: u64 = 48 << 20;
 const BUDGET: &str = "110MB";
+/// Bytes of a part: what a kill may cost for each connection.
+const PART_BYTES: u64 = 8 << 20;
 /// The warm call is timed this many times.
 const WARM_RUNS: usize = 11;
 
@@ -52,6 +55,8 @@ impl Demo {
         a_flipped_byte(&mut stage, &model)?;
         a_budget(&mut stage)?;
         put_and_back(&mut stage)?;
+        ten_at_once(&mut stage)?;
+        a_kill(&mut stage)?;
 
         println!("\nBytes in MB. Every step was checked: digests, bytes by tier, and what the servers were asked.\n");
         println!("{}", table::markdown(&["step", "seconds", "disk", "S3", "origin", "sent to S3"], &stage.rows));
@@ -165,6 +170,63 @@ fn put_and_back(stage: &mut Stage) -> Result<()> {
     got.bytes_are(0, SMALL_BYTES, 0)?.sent_are(0)?;
     ensure!(Content::on_disk(got.path()?)?.sha256()? == sha256, "what came back differs from what was put");
     stage.row("evicted from disk, back from S3", &got);
+    Ok(())
+}
+
+fn ten_at_once(stage: &mut Stage) -> Result<()> {
+    stage.title("Ten processes want the same at once, on one directory: one of them fetches it");
+    let crowd = Content::generated(21, SMALL_BYTES);
+    let sha256 = crowd.sha256()?;
+    stage.hub.repo("demo/crowd").commit().file(WEIGHTS, crowd).publish()?;
+    stage.hub.clear_requests();
+    let arguments = ["get", "hf://demo/crowd@main"];
+    println!(
+        "$ for i in $(seq 10); do MODEL_CACHE_DIR=node-6 {} & done; wait",
+        shown(stage.command("node-6").args(arguments))
+    );
+    let started = Instant::now();
+    let start = |_| stage.command("node-6").args(arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+    let processes = (0..10).map(start).collect::<Result<Vec<_>, _>>()?;
+    for process in processes {
+        let output = process.wait_with_output()?;
+        ensure!(output.status.success(), "one of the ten failed");
+        let path = PathBuf::from(String::from_utf8(output.stdout)?.trim_end());
+        ensure!(Content::on_disk(path.join(WEIGHTS))?.sha256()? == sha256, "one of the ten got other bytes");
+    }
+    let took = started.elapsed();
+    let sent = stage.hub.body_bytes();
+    println!("  the Hub sent {} MB, which is the model once", megabytes(sent));
+    ensure!(sent == SMALL_BYTES, "the Hub sent {sent} bytes, not {SMALL_BYTES}");
+    let cells = ["".into(), "".into(), megabytes(sent), megabytes(SMALL_BYTES)];
+    stage.rows.push(row("ten processes, one fetch", took, cells));
+    Ok(())
+}
+
+fn a_kill(stage: &mut Stage) -> Result<()> {
+    stage.title("kill -9 in the middle: the next get goes on with what is there");
+    let large = Content::generated(22, SMALL_BYTES);
+    let sha256 = large.sha256()?;
+    stage.hub.repo("demo/large").commit().file(WEIGHTS, large).publish()?;
+    stage.hub.clear_requests();
+    // One connection stands still, so that there is a middle to be killed in.
+    stage.hub.faults().add(HubFault::stall(1 << 20, Duration::from_secs(600)).on(WEIGHTS).once());
+    let reference = "hf://demo/large@main";
+    let mut command = stage.command("node-7");
+    println!("$ MODEL_CACHE_DIR=node-7 {} & kill -9 $!", shown(command.args(["get", reference])));
+    let mut process = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    while stage.hub.body_bytes() < SMALL_BYTES - PART_BYTES {
+        ensure!(process.try_wait()?.is_none(), "it ended before it was killed");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    process.kill()?;
+    process.wait()?;
+    ensure!(stage.listed("node-7")?.is_empty(), "something half-made is visible");
+    let got = stage.get("node-7", reference)?;
+    ensure!(Content::on_disk(got.path()?.join(WEIGHTS))?.sha256()? == sha256, "the resumed file is damaged");
+    let again = got.bytes("origin");
+    ensure!(again <= PART_BYTES, "{again} bytes came again, more than the part that was under way");
+    stage.row("killed, then resumed", &got);
     Ok(())
 }
 

@@ -234,7 +234,11 @@ impl Lead {
                 beats.tick().await;
                 let ((done, total), leader) = (progress.pour_bytes(), leader.clone());
                 // A directory that hangs must not hold up anything else.
-                let _ = blocking(move || Ok(leader.beat(done, total))).await;
+                let beat = blocking(move || {
+                    leader.beat(done, total);
+                    Ok(())
+                });
+                let _ = beat.await;
             }
         });
         Self(beating.abort_handle())

@@ -104,7 +104,7 @@ impl Cache {
             Err(error) => {
                 // What was fetched is kept for the next fill, unless it is what fills the disk.
                 if error.kind() == ErrorKind::Full {
-                    blocking(move || Ok(staging.discard())).await?;
+                    blocking(move || staging.discard()).await?;
                 }
                 return Err(error);
             }

@@ -53,7 +53,9 @@ impl Disk {
         let lease = self.wait_for_lease(&dir)?;
         let blobs = self.publish_blobs(&staging, listing, staged)?;
         let manifest = self.publish_manifest(&dir, listing, staged, &blobs)?;
-        staging.discard();
+        if let Err(error) = staging.discard() {
+            tracing::debug!(%error, "staging stays until the next sweep");
+        }
         Ok(Lent { manifest, dir, _lease: Some(lease) })
     }
 

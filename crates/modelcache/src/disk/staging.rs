@@ -250,10 +250,8 @@ impl Staging {
     }
 
     /// Removes the folder: what it held is published, or of no use to anybody.
-    pub(crate) fn discard(self) {
-        if let Err(error) = remove_staging(&self.dir) {
-            tracing::debug!(%error, "staging stays until the next sweep");
-        }
+    pub(crate) fn discard(self) -> Result<()> {
+        remove_staging(&self.dir)
     }
 
     /// Removes what is not called by one of `names`, and what is linked elsewhere: the blob is linked anew. Whether
