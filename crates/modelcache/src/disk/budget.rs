@@ -180,6 +180,10 @@ impl BudgetHold<'_> {
         }
         self.sweep()?;
         let mut kept = Vec::new();
+        // Not even with everything gone: then nothing goes.
+        if self.shortfall(extra)? > self.total {
+            return Err(self.no_room(extra, self.shortfall(extra)?, &kept));
+        }
         if self.shortfall(extra)? > 0 {
             self.drop_quarantine()?;
             for artifact in self.disk.scan_by_last_use()? {
@@ -212,9 +216,14 @@ impl BudgetHold<'_> {
         if !kept.is_empty() {
             message.push_str(&format!("; in the way: {}", kept.join(", ")));
         }
-        Error::new(ErrorKind::Full, message)
-            .tier(Tier::Disk)
-            .hint("raise MODEL_CACHE_MAX_BYTES or lower MODEL_CACHE_MIN_FREE_BYTES, or let go of what is in the way")
+        let over_budget = self.disk.space().is_ok_and(|space| counted + extra > space.budget);
+        let hint = match over_budget {
+            true => "raise MODEL_CACHE_MAX_BYTES, or let go of what is in the way",
+            false => {
+                "free space on this filesystem, lower MODEL_CACHE_MIN_FREE_BYTES, or point MODEL_CACHE_DIR to a larger one"
+            }
+        };
+        Error::new(ErrorKind::Full, message).tier(Tier::Disk).hint(hint)
     }
 
     /// Evicts one artifact unless somebody holds it, it is pinned, or it was used since it was scanned.
