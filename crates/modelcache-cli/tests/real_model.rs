@@ -58,9 +58,15 @@ fn assert_same_model(venv: &Path, found: &Path, original: &Path) {
     assert_eq!(read, tensors(venv, original));
 }
 
+/// Moto copies the whole object for each range, which takes seconds on a busy machine.
+fn patient(run: Run) -> Run {
+    run.env("MODEL_CACHE_READ_TIMEOUT", "30s").env("MODEL_CACHE_RETRY_DEADLINE", "30s")
+}
+
 /// Put, evicted from disk, and fetched again, here and on another machine.
 fn goes_to_s3_and_comes_back(on: &dyn Fn(&str) -> Run, venv: &Path) {
     let original = real_model(venv);
+    let on = |dir: &str| patient(on(dir));
     let put = on("a").run(["put", "minilm@1", original.to_str().unwrap(), "--json"]).object();
     assert_eq!((&put["on_remote"], &put["uploaded_bytes"]), (&json!(true), &put["size"]));
     on("a").run(["evict", "minilm@1", "--tier", "disk"]).ok();
@@ -98,9 +104,10 @@ fn a_real_model_comes_from_the_hub_as_the_real_client_gets_it() {
     let original = real_model(&venv);
     let id = "sentence-transformers/all-MiniLM-L6-v2";
     let commit = house.hub.repo_from_folder(id, &original).unwrap().resolve("main").unwrap();
-    let got = house.on("a").run(["get", &format!("hf://{id}")]).path_saying(&["from origin", "to remote"]);
+    let got =
+        patient(house.on("a")).run(["get", &format!("hf://{id}")]).path_saying(&["from origin", "91.6 MB to remote)"]);
     assert_same_model(&venv, &got, &original);
-    let second = house.on("b").run(["get", &format!("hf://{id}@{commit}")]).path_saying(&["from remote"]);
+    let second = patient(house.on("b")).run(["get", &format!("hf://{id}@{commit}")]).path_saying(&["from remote"]);
     assert_same_model(&venv, &second, &original);
 
     // The real client takes the stand-in for the Hub, so what modelcache was tested with is what it will meet.
