@@ -174,6 +174,13 @@ impl OriginTemplate {
     }
 }
 
+/// As it was written.
+impl fmt::Display for OriginTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

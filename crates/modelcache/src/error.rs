@@ -53,6 +53,17 @@ impl ErrorKind {
             Self::Other => "other",
         }
     }
+
+    fn usual_remedy(self) -> Option<&'static str> {
+        match self {
+            Self::Unavailable => Some(
+                "try again later; MODEL_CACHE_RETRY_DEADLINE says for how long a failing service is tried, \
+                 MODEL_CACHE_READ_TIMEOUT for how long a silent one is waited for",
+            ),
+            Self::Corrupt => Some("a copy is damaged, or something on the way alters it; nothing of it was kept"),
+            _ => None,
+        }
+    }
 }
 
 /// A place that was being asked when something failed.
@@ -184,9 +195,9 @@ impl Error {
         &self.0.message
     }
 
-    /// How to mend it, if anybody knows.
+    /// How to mend it, if anybody knows; where no inner call said so, what usually helps.
     pub fn hint_text(&self) -> Option<&str> {
-        self.0.hint.as_deref()
+        self.0.hint.as_deref().or_else(|| self.0.kind.usual_remedy())
     }
 
     /// The artifact it concerns, if one is known.
@@ -263,5 +274,13 @@ mod tests {
         let error = Error::not_found("x").artifact("inner").artifact("outer").hint("first").hint("second");
         assert_eq!(error.artifact_name(), Some("inner"));
         assert_eq!(error.hint_text(), Some("first"));
+    }
+
+    #[test]
+    fn what_usually_helps_never_hides_a_hint() {
+        let bare = Error::unavailable("x");
+        assert!(bare.hint_text().is_some_and(|hint| hint.contains("MODEL_CACHE_RETRY_DEADLINE")));
+        assert_eq!(bare.hint("exact").hint_text(), Some("exact"));
+        assert_eq!(Error::not_found("x").hint_text(), None);
     }
 }

@@ -62,6 +62,10 @@ fn segment_fault(segment: &str, forbidden: &[char]) -> Option<String> {
 /// Characters that mean something in a reference, and the backslash, which climbs on other systems.
 const NAME_FORBIDDEN: [char; 4] = ['@', '#', '?', '\\'];
 
+/// What to write instead of a name or version that cannot be.
+const NAME_HINT: &str =
+    "write NAME@VERSION: segments split by '/', a version of one segment, none with any of @ # ? \\ in it";
+
 impl ArtifactName {
     /// A bare name as a person gives it to `put`: one to eight segments, the first no scheme word.
     pub fn bare(text: &str) -> Result<Self> {
@@ -107,7 +111,7 @@ impl ArtifactName {
             )));
         }
         match text.split('/').find_map(|segment| segment_fault(segment, &NAME_FORBIDDEN)) {
-            Some(fault) => Err(Error::invalid(format!("the name {text:?} {fault}"))),
+            Some(fault) => Err(Error::invalid(format!("the name {text:?} {fault}")).hint(NAME_HINT)),
             None => Ok(Self(text.to_owned())),
         }
     }
@@ -128,10 +132,10 @@ impl Version {
     /// A version: one segment without `@ # ? \`, control characters or a reserved beginning.
     pub fn new(text: &str) -> Result<Self> {
         if let Some(fault) = segment_fault(text, &NAME_FORBIDDEN) {
-            return Err(Error::invalid(format!("the version {text:?} {fault}")));
+            return Err(Error::invalid(format!("the version {text:?} {fault}")).hint(NAME_HINT));
         }
         if text.contains('/') {
-            return Err(Error::invalid(format!("the version {text:?} contains '/'")));
+            return Err(Error::invalid(format!("the version {text:?} contains '/'")).hint(NAME_HINT));
         }
         Ok(Self(text.to_owned()))
     }

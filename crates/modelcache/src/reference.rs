@@ -149,13 +149,16 @@ fn later(body: &str) -> Option<&'static str> {
     }
 }
 
+const DIGEST_HINT: &str = "append #sha256= and the digest that the content must have, or nothing";
+
 /// Takes `#sha256=<hex>` off the end.
 fn split_digest(text: &str) -> Result<(&str, Option<Digest>)> {
     match text.split_once('#') {
         None => Ok((text, None)),
         Some((body, fragment)) => match fragment.strip_prefix("sha256=") {
-            Some(hex) => Ok((body, Some(hex.parse()?))),
-            None => Err(Error::invalid(format!("{text:?}: after '#' only sha256=<64 hex digits> is understood"))),
+            Some(hex) => Ok((body, Some(hex.parse().map_err(|error: Error| error.artifact(text).hint(DIGEST_HINT))?))),
+            None => Err(Error::invalid(format!("{text:?}: after '#' only sha256=<64 hex digits> is understood"))
+                .hint(DIGEST_HINT)),
         },
     }
 }

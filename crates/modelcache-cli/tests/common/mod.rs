@@ -103,6 +103,13 @@ impl House {
         assert_eq!(files_below(&self.path(dir).join("artifacts")), Vec::<PathBuf>::new(), "half-made");
     }
 
+    /// Asserts that nothing is visible in `dir`, complete or half-made; a fill that can go on may have been kept.
+    #[track_caller]
+    pub fn assert_invisible(&self, dir: &str) {
+        assert_eq!(self.listed(dir), [""; 0]);
+        assert_eq!(files_below(&self.path(dir).join("artifacts")), Vec::<PathBuf>::new(), "half-made");
+    }
+
     /// The S3 key of a file of `artifact` (`name/version`).
     pub fn s3_key(&self, artifact: &str, path: &str) -> String {
         format!("cache/{artifact}/{path}")
@@ -187,6 +194,18 @@ impl Run {
         self
     }
 
+    /// As a user that owns nothing and may do little; where the tests do not run as root, as themselves.
+    pub fn unprivileged(self) -> Self {
+        if !is_root() {
+            return self;
+        }
+        let mut command = Command::new("/usr/bin/setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", BIN]).stdin(Stdio::null()).env_clear();
+        command.envs(self.0.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.current_dir(self.0.get_current_dir().unwrap());
+        Self(command)
+    }
+
     #[track_caller]
     pub fn run<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Outcome {
         self.0.args(args);
@@ -232,6 +251,20 @@ impl Running {
         assert!(sent.success());
     }
 
+    /// Like [`Running::wait`], with the most memory it held at any time, in bytes. The kernel keeps the maximum, so
+    /// only what it grows in the last few milliseconds of its life is missed.
+    #[track_caller]
+    pub fn wait_and_weigh(self) -> (Outcome, u64) {
+        let status = PathBuf::from(format!("/proc/{}/status", self.child.id()));
+        let (mut kib_max, end) = (0, Instant::now() + PATIENCE);
+        // A process that has ended, and is not yet waited for, has a status without memory.
+        while let Some(kib) = peak_kib(&fs::read_to_string(&status).unwrap()).filter(|_| Instant::now() < end) {
+            kib_max = kib;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        (self.wait(), kib_max * 1024)
+    }
+
     /// Small outputs only: they wait in the pipe.
     #[track_caller]
     pub fn wait(mut self) -> Outcome {
@@ -245,6 +278,11 @@ impl Running {
         }
         Outcome::new(self.line, self.child.wait_with_output().unwrap())
     }
+}
+
+fn peak_kib(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix(" kB").unwrap().parse().unwrap())
 }
 
 /// Waits until `condition` holds.
@@ -342,6 +380,10 @@ impl std::fmt::Display for Outcome {
         let Self { line, code, stdout, stderr } = self;
         write!(f, "{line} ended with {code:?}\n--- stdout\n{stdout}--- stderr\n{stderr}---")
     }
+}
+
+fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0)
 }
 
 /// Whether mounts can be made in a namespace of their own; says so where they cannot.

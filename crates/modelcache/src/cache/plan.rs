@@ -130,7 +130,6 @@ impl Cache {
         if error.kind() == ErrorKind::Invalid || self.0.config.on_remote_down == OnRemoteDown::Fail {
             return Err(error);
         }
-        tracing::warn!(%error, hint = error.hint_text(), "the remote is left out");
         Ok(error)
     }
 
@@ -153,7 +152,12 @@ impl Cache {
                 }
                 Ok(listing.without_holdings())
             }
-            (Some(listing), None) | (None, Some(listing)) => Ok(listing.without_holdings()),
+            (Some(listing), None) | (None, Some(listing)) => {
+                if let Some(error) = &survey.remote_failure {
+                    tracing::warn!(%error, hint = error.hint_text(), "the remote is left out");
+                }
+                Ok(listing.without_holdings())
+            }
             (None, None) => Err(self.nowhere(wanted, survey)),
         }
     }
@@ -168,12 +172,24 @@ impl Cache {
         }
         let mut asked = vec!["this disk".to_owned()];
         asked.extend(self.0.remote.as_ref().map(|remote| format!("the remote ({})", remote.url())));
-        asked.extend(wanted.origin.as_ref().map(|_| "the origin".to_owned()));
+        let bare = wanted.key.name.scheme().is_none();
+        asked.extend(match &wanted.origin {
+            Some(_) if bare => self.0.config.origins.iter().map(|origin| format!("the origin {origin}")).collect(),
+            Some(_) => vec!["the origin".to_owned()],
+            None => Vec::new(),
+        });
         let hint = match (&self.0.remote, &wanted.origin) {
             (None, None) => {
                 "no remote and no origin is configured: set MODEL_CACHE_REMOTE or MODEL_CACHE_ORIGIN, or write a URI (hf://org/model)"
             }
-            _ => "check name and version; `modelcache ls --remote` lists what is published",
+            (_, Some(_)) if !bare => "check the commit; hf://org/model without @revision is main",
+            (None, Some(_)) => "check name and version, and what MODEL_CACHE_ORIGIN makes of them",
+            (Some(_), Some(_)) => {
+                "check name and version, and what MODEL_CACHE_ORIGIN makes of them; `modelcache ls --remote` lists what is published"
+            }
+            (Some(_), None) => {
+                "check name and version; `modelcache ls --remote` lists what is published, MODEL_CACHE_ORIGIN says where else to look"
+            }
         };
         Error::not_found(format!("not found on {}", asked.join(", nor on "))).hint(hint)
     }

@@ -44,7 +44,8 @@ impl Cache {
             Some(file) if !selection.is_all() => {
                 return Err(Error::invalid(format!(
                     "{reference} names one file, {file}; --include and --exclude choose among many"
-                )));
+                ))
+                .hint("leave either out"));
             }
             Some(file) => Selection::file(file.clone()),
             None => selection.clone(),
@@ -66,7 +67,8 @@ impl Cache {
                 Ok((key, origin))
             }
             Target::Folder(_) => {
-                let absent = || Error::not_found("there is no such file or folder").tier(Tier::Origin);
+                let absent =
+                    || Error::not_found("there is no such file or folder").tier(Tier::Origin).hint("check the path");
                 let resolved = self.0.origins.resolve(reference).await?.ok_or_else(absent)?;
                 Ok((resolved.key, Some(resolved.source)))
             }

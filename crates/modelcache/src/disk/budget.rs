@@ -184,6 +184,10 @@ impl BudgetHold<'_> {
         self.drop_dead_stagings(|_| true)?;
         self.sweep()?;
         let mut in_the_way = InTheWay::default();
+        // Not even with everything gone: then nothing goes.
+        if self.shortfall(extra)? > self.total {
+            return Err(self.no_room(extra, self.shortfall(extra)?, &in_the_way));
+        }
         if self.shortfall(extra)? > 0 {
             self.drop_quarantine()?;
             for artifact in self.disk.scan_by_last_use()? {
@@ -221,10 +225,14 @@ impl BudgetHold<'_> {
         if !in_the_way.names.is_empty() {
             message.push_str(&format!("; in the way: {}", in_the_way.names.join(", ")));
         }
-        Error::new(ErrorKind::Full, message)
-            .tier(Tier::Disk)
-            .transient(in_the_way.for_now)
-            .hint("raise MODEL_CACHE_MAX_BYTES or lower MODEL_CACHE_MIN_FREE_BYTES, or let go of what is in the way")
+        let over_budget = self.disk.space().is_ok_and(|space| counted + extra > space.budget);
+        let hint = match over_budget {
+            true => "raise MODEL_CACHE_MAX_BYTES, or let go of what is in the way",
+            false => {
+                "free space on this filesystem, lower MODEL_CACHE_MIN_FREE_BYTES, or point MODEL_CACHE_DIR to a larger one"
+            }
+        };
+        Error::new(ErrorKind::Full, message).tier(Tier::Disk).transient(in_the_way.for_now).hint(hint)
     }
 
     /// Evicts one artifact unless somebody holds it, it is pinned, or it was used since it was scanned.

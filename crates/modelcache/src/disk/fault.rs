@@ -20,6 +20,9 @@ pub(crate) fn fault(operation: &str, path: &Path, cause: io::Error) -> Error {
         Some(Errno::ACCESS | Errno::PERM) => {
             (ErrorKind::Directory, "give this user write access to the directory, or point MODEL_CACHE_DIR elsewhere")
         }
+        Some(Errno::EXIST | Errno::NOTDIR) => {
+            (ErrorKind::Directory, "what lies there is no folder: move it away, or point MODEL_CACHE_DIR elsewhere")
+        }
         Some(Errno::MFILE | Errno::NFILE) => (ErrorKind::Other, "too many open files: raise the limit (ulimit -n)"),
         Some(Errno::IO) => (ErrorKind::Directory, "the disk reports an error: see the kernel's log"),
         _ => (ErrorKind::Directory, "see whether the directory and its filesystem are in order"),

@@ -74,11 +74,14 @@ pub(crate) fn list_given(path: &Path) -> Result<(Shape, Vec<Given>)> {
     let metadata = fs::metadata(path).map_err(|cause| unreadable(path, cause))?;
     if metadata.is_file() {
         let name = path.file_name().and_then(|name| name.to_str());
-        let name = name.ok_or_else(|| Error::invalid(format!("the name of {} is not UTF-8", path.display())))?;
+        let name = name.ok_or_else(|| not_utf8(path))?;
         return Ok((
             Shape::File,
-            vec![Given { path: FilePath::new(name)?, from: path.to_owned(), size: metadata.len() }],
+            vec![Given { path: FilePath::new(name).map_err(rename)?, from: path.to_owned(), size: metadata.len() }],
         ));
+    }
+    if !metadata.is_dir() {
+        return Err(neither_file_nor_folder(path).hint("put a file or a folder"));
     }
     let mut given = Vec::new();
     list_folder(path, "", &mut vec![canonical(path)?], &mut given)?;
@@ -98,29 +101,45 @@ fn list_folder(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, given: &mu
     for entry in entries {
         let from = entry.path();
         let name = entry.file_name();
-        let name =
-            name.to_str().ok_or_else(|| Error::invalid(format!("the name of {} is not UTF-8", from.display())))?;
-        let metadata = fs::metadata(&from).map_err(|cause| unreadable(&from, cause))?;
+        let name = name.to_str().ok_or_else(|| not_utf8(&from))?;
+        let metadata = fs::metadata(&from).map_err(|cause| match cause.kind() {
+            std::io::ErrorKind::NotFound => {
+                Error::invalid(format!("the link {} leads nowhere", from.display())).hint("remove that link")
+            }
+            _ => unreadable(&from, cause),
+        })?;
         let path = format!("{prefix}{name}");
         if metadata.is_dir() {
             let real = canonical(&from)?;
             if above.contains(&real) {
-                return Err(Error::invalid(format!("{} links back to a folder above it", from.display())));
+                return Err(Error::invalid(format!("{} links back to a folder above it", from.display()))
+                    .hint("remove that link"));
             }
             above.push(real);
             list_folder(&from, &format!("{path}/"), above, given)?;
             above.pop();
         } else if metadata.is_file() {
-            given.push(Given { path: FilePath::new(&path)?, from, size: metadata.len() });
+            given.push(Given { path: FilePath::new(&path).map_err(rename)?, from, size: metadata.len() });
             if given.len() > limits::FILES_MAX {
                 return Err(Error::invalid(format!("more than {} files", limits::FILES_MAX)));
             }
         } else {
-            return Err(Error::invalid(format!("{} is neither a file nor a folder", from.display()))
-                .hint("take it out of the folder"));
+            return Err(neither_file_nor_folder(&from).hint("take it out of the folder"));
         }
     }
     Ok(())
+}
+
+fn rename(error: Error) -> Error {
+    error.hint("rename it, or take it out of the folder")
+}
+
+fn not_utf8(path: &Path) -> Error {
+    Error::invalid(format!("the name of {} is not UTF-8", path.display())).hint("rename it")
+}
+
+fn neither_file_nor_folder(path: &Path) -> Error {
+    Error::invalid(format!("{} is neither a file nor a folder", path.display()))
 }
 
 fn canonical(path: &Path) -> Result<PathBuf> {
@@ -133,7 +152,9 @@ fn unreadable(path: &Path, cause: std::io::Error) -> Error {
             Error::not_found(format!("there is no {}", path.display())).hint("check the path")
         }
         std::io::ErrorKind::PermissionDenied => {
-            Error::new(ErrorKind::Unauthorized, format!("may not read {}", path.display())).cause(cause)
+            Error::new(ErrorKind::Unauthorized, format!("may not read {}", path.display()))
+                .cause(cause)
+                .hint("give the user that runs this the right to read it")
         }
         _ => Error::new(ErrorKind::Other, format!("cannot read {}", path.display())).cause(cause),
     }

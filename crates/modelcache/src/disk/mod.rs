@@ -91,6 +91,7 @@ impl Disk {
     pub(crate) fn open(root: &Path, max_bytes: ByteBound, min_free_bytes: ByteBound) -> Result<Self> {
         let root = std::path::absolute(root).at("resolve", root)?;
         let layout = Layout::new(root);
+        check_format(&layout)?;
         let unwritable = match prepare(&layout) {
             Ok(()) => None,
             Err(error) if files::stat(&layout.format()).is_ok_and(|metadata| metadata.is_some()) => {
@@ -98,6 +99,7 @@ impl Disk {
             }
             Err(error) => return Err(error),
         };
+        // Again: another release may have made it in between.
         check_format(&layout)?;
         Ok(Self(Arc::new(Inner { layout, max_bytes, min_free_bytes, unwritable })))
     }
@@ -279,7 +281,7 @@ fn check_format(layout: &Layout) -> Result<()> {
             format!("{} has format {newer}; this release knows 1", layout.root().display()),
             "update modelcache, or point MODEL_CACHE_DIR to another directory; nothing was touched",
         ),
-        // Another process has made the file and not yet written it.
+        // There is none yet, or another process has made it and not yet written it.
         None if text.is_empty() => Ok(()),
         None => refuse(
             format!("{} is not a cache directory: its FORMAT file says something else", layout.root().display()),

@@ -146,6 +146,7 @@ impl Hub {
         }
         let server = Server(&url);
         Err(Error::unavailable(format!("{server} still redirects after {} redirects", limits::REDIRECTS_MAX))
+            .hint("check HF_ENDPOINT, and any proxy on the way")
             .transient(false))
     }
 
@@ -174,7 +175,7 @@ impl Hub {
             (404, Some("EntryNotFound")) => no_entry(repo, path),
             (404 | 410, _) => general().hint("check HF_ENDPOINT: does a Hub answer there?"),
             (401 | 403, _) if signed => general().hint("check HF_TOKEN: is it valid, and may it read this?"),
-            (401 | 403, _) => general().hint("set HF_TOKEN"),
+            (401 | 403, _) => general().hint("set HF_TOKEN, and check HF_ENDPOINT: does a Hub answer there?"),
             (429, _) if signed => general().hint("ask less often, or use a plan with higher limits"),
             (429, _) => general().hint("set HF_TOKEN: requests with a token have higher limits"),
             _ => general(),

@@ -94,7 +94,8 @@ pub(super) fn translate(error: object_store::Error, doing: &str, at: &Whereabout
 }
 
 fn from_refusal(refusal: &Refusal, doing: &str, at: &Whereabouts) -> Error {
-    let error = |kind| Error::new(kind, format!("{doing}: {refusal}"));
+    let what = || format!("{doing}: {} answered {refusal}", at.endpoint);
+    let error = |kind| Error::new(kind, what());
     let code = refusal.code.as_deref().unwrap_or_default();
     match (code, refusal.status) {
         ("NoSuchBucket", _) => Error::invalid(format!("the bucket {:?} does not exist at {}", at.container, at.endpoint))
@@ -115,7 +116,7 @@ fn from_refusal(refusal: &Refusal, doing: &str, at: &Whereabouts) -> Error {
         }
         ("SignatureDoesNotMatch", _) => error(ErrorKind::Unauthorized).hint("check AWS_SECRET_ACCESS_KEY, and that no proxy rewrites requests"),
         ("SlowDown" | "InternalError" | "ServiceUnavailable" | "RequestTimeout" | "OperationAborted" | "ConditionalRequestConflict" | "TooManyRequests", _) => {
-            waiting(Error::unavailable(format!("{doing}: {refusal}")), refusal)
+            waiting(Error::unavailable(what()), refusal)
         }
         (_, 401 | 403) => error(ErrorKind::Unauthorized).hint(format!(
             "the credentials lack a right on {:?}: reading needs s3:GetObject and s3:ListBucket, publishing s3:PutObject, evicting s3:DeleteObject",
@@ -125,7 +126,7 @@ fn from_refusal(refusal: &Refusal, doing: &str, at: &Whereabouts) -> Error {
         (_, 409 | 412) => error(ErrorKind::Conflict).transient(refusal.status == 409),
         (_, 416) => error(ErrorKind::Corrupt).hint("the object is shorter than recorded; publish the artifact again to repair it"),
         (_, 501) => error(ErrorKind::Unavailable).transient(false),
-        (_, 408 | 425 | 429 | 500..) => waiting(Error::unavailable(format!("{doing}: {refusal}")), refusal),
+        (_, 408 | 425 | 429 | 500..) => waiting(Error::unavailable(what()), refusal),
         _ => error(ErrorKind::Unavailable).transient(false),
     }
 }
@@ -163,7 +164,7 @@ fn from_transport(http: &HttpError, doing: &str, at: &Whereabouts) -> Error {
     match http.kind() {
         HttpErrorKind::Connect => Error::unavailable(format!("{doing}: cannot connect to {}: {reason}", at.endpoint))
             .hint("check the endpoint, the network and any proxy"),
-        _ => Error::unavailable(format!("{doing}: {reason}")),
+        _ => Error::unavailable(format!("{doing}: the connection to {} broke: {reason}", at.endpoint)),
     }
 }
 

@@ -12,7 +12,7 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::ObjectIdentity;
 use crate::progress::Progress;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use object_store::aws::AmazonS3;
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
@@ -20,7 +20,7 @@ use sha2::{Digest as _, Sha256};
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::path::{Path as FsPath, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
@@ -57,13 +57,32 @@ pub(super) struct Uploader {
     /// Where unfinished copies lie, where the store is a folder.
     staging: Option<PathBuf>,
     memory: Arc<Semaphore>,
+    spares: Arc<Spares>,
     progress: Progress,
+}
+
+/// Buffers of parts that were sent, to be used again. What many threads take in large pieces and free in others the
+/// allocator keeps for each of them: without this an upload holds several times what is on its way.
+#[derive(Default)]
+struct Spares(Mutex<Vec<BytesMut>>);
+
+impl Spares {
+    fn take(&self) -> BytesMut {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    fn give_back(&self, sent: Bytes) {
+        if let Ok(spare) = sent.try_into_mut() {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(spare);
+        }
+    }
 }
 
 impl Uploader {
     /// For the version folder whose claim the caller holds.
     pub(super) fn new(store: Arc<Store>, staging: Option<PathBuf>, progress: Progress) -> Self {
-        Self { store, staging, memory: Arc::new(Semaphore::new(BUFFER_KIB as usize)), progress }
+        let memory = Arc::new(Semaphore::new(BUFFER_KIB as usize));
+        Self { store, staging, memory, spares: Arc::default(), progress }
     }
 
     /// Sends one file.
@@ -85,7 +104,7 @@ impl Uploader {
     async fn single(&self, upload: &Upload) -> Result<ObjectIdentity> {
         let _permit = self.reserve(upload.size).await?;
         let reader = Reader::open(upload).await?;
-        let (reader, bytes) = reader.part(upload.size).await?;
+        let (reader, bytes) = reader.part(upload.size, BytesMut::new()).await?;
         reader.finish(upload).await?;
         let length = bytes.len() as u64;
         match self.store.put(&upload.object, bytes, Condition::Always).await? {
@@ -142,12 +161,14 @@ impl Uploader {
             }
             let size = part_bytes.min(upload.size - index as u64 * part_bytes);
             let permit = self.reserve(size).await?;
-            let (next, bytes) = reader.part(size).await?;
+            let (next, bytes) = reader.part(size, self.spares.take()).await?;
             reader = next;
             let (store, s3, progress) = (self.store.clone(), s3.clone(), self.progress.clone());
+            let spares = self.spares.clone();
             let (key, id) = (upload.object.clone(), id.to_owned());
             sending.spawn(async move {
-                let part = send_part(&store, &s3, &key, &id, index, bytes).await?;
+                let part = send_part(&store, &s3, &key, &id, index, bytes.clone()).await?;
+                spares.give_back(bytes);
                 progress.done(size);
                 drop(permit);
                 Ok((index, part))
@@ -279,16 +300,16 @@ impl Reader {
         blocking(move || Ok(Self { file: open(&path)?, hasher: Sha256::new(), path })).await
     }
 
-    /// The next `size` bytes.
-    async fn part(mut self, size: u64) -> Result<(Self, Bytes)> {
+    /// The next `size` bytes, in `buffer`.
+    async fn part(mut self, size: u64, mut buffer: BytesMut) -> Result<(Self, Bytes)> {
         blocking(move || {
-            let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
-            (&mut self.file).take(size).read_to_end(&mut bytes).map_err(|cause| unreadable(&self.path, cause))?;
-            if bytes.len() as u64 != size {
-                return Err(changed(&self.path, "it is shorter"));
-            }
-            self.hasher.update(&bytes);
-            Ok((self, Bytes::from(bytes)))
+            buffer.resize(usize::try_from(size).unwrap_or_default(), 0);
+            self.file.read_exact(&mut buffer).map_err(|cause| match cause.kind() {
+                std::io::ErrorKind::UnexpectedEof => changed(&self.path, "it is shorter"),
+                _ => unreadable(&self.path, cause),
+            })?;
+            self.hasher.update(&buffer);
+            Ok((self, buffer.freeze()))
         })
         .await
     }

@@ -239,9 +239,11 @@ struct Attempt {
 /// Compares what was hashed with what is known; the entry with what was learnt.
 fn proven(file: &PourFile, hashed: Hashed) -> Result<FileEntry> {
     let mut entry = file.entry.clone();
+    let demanded = entry.provenance == Some(Provenance::Caller);
     let mismatch = |what: &str, expected: String, got: String| {
         let tiers: Vec<String> = file.sources.iter().map(|source| source.tier().to_string()).collect();
         let hint = match tiers.as_slice() {
+            _ if demanded => "the reference demands other content; check where the digest came from",
             [only] if only == "remote" => "the copy there is damaged; `modelcache put --force` replaces it",
             _ => "the copy there is damaged, or something on the way alters it; nothing was kept",
         };
