@@ -184,6 +184,9 @@ impl BudgetHold<'_> {
         self.drop_dead_stagings(|_| true)?;
         self.sweep()?;
         let mut in_the_way = InTheWay::default();
+        let fills = self.disk.stagings()?;
+        let others = fills.iter().filter(|staging| staging.live && !staging.is_of(key));
+        others.for_each(|staging| in_the_way.add(staging.described(), true));
         // Not even with everything gone: then nothing goes.
         if self.shortfall(extra)? > self.total {
             return Err(self.no_room(extra, self.shortfall(extra)?, &in_the_way));
@@ -204,12 +207,7 @@ impl BudgetHold<'_> {
         }
         match self.shortfall(extra)? {
             0 => Ok(()),
-            short => {
-                let fills = self.disk.stagings()?;
-                let others = fills.iter().filter(|staging| staging.live && !staging.is_of(key));
-                others.for_each(|staging| in_the_way.add(staging.described(), true));
-                Err(self.no_room(extra, short, &in_the_way))
-            }
+            short => Err(self.no_room(extra, short, &in_the_way)),
         }
     }
 
