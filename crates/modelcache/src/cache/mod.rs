@@ -42,7 +42,7 @@ impl Cache {
     /// Opens the local directory, making it if need be. Asks no network.
     pub fn open(config: Config) -> Result<Self> {
         let retry = Retry::new(config.retry);
-        let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes)?;
+        let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
         let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
         let origins = Origins::new(config.hub.clone(), retry.clone());
         Ok(Self(Arc::new(Inner { config, disk, remote, origins, pourer: Pourer::new(retry) })))

@@ -9,6 +9,7 @@ use super::fault::At;
 use super::files::{self, identity};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
+use super::modes;
 use super::publish::open_no_follow;
 use crate::digest::Digest;
 use crate::error::Result;
@@ -17,8 +18,9 @@ use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity, Held, Manifest, Shape};
 use crate::selection::Selection;
 use std::fs::{self, File};
+use std::io;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 /// How often lending starts again after it found and mended something.
 const ROUNDS_MAX: usize = 1000;
@@ -190,10 +192,22 @@ impl Disk {
         hold.release()
     }
 
-    /// Sets the last use to now; with `create`, makes the file if it is missing.
+    /// Sets the last use to now; with `create`, makes the file if it is missing. Whoever may write the file may do this:
+    /// "now" needs no ownership, as any other time would.
     pub(crate) fn touch_last_used(&self, dir: &ArtifactDir, create: bool) -> Result<()> {
         let path = dir.last_used();
-        let file = fs::OpenOptions::new().write(true).create(create).truncate(false).open(&path).at("open", &path)?;
-        file.set_times(fs::FileTimes::new().set_modified(SystemTime::now())).at("touch", &path)
+        let open = || if create { modes::open_shared(&path) } else { modes::open_existing(&path, true) };
+        let file = match open() {
+            // Made by another user before the directory was shared; its folder lets us replace it.
+            Err(error) if create && error.kind() == io::ErrorKind::PermissionDenied => {
+                files::remove_file(&path)?;
+                open()
+            }
+            opened => opened,
+        }
+        .at("open", &path)?;
+        let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
+        rustix::fs::futimens(&file, &rustix::fs::Timestamps { last_access: now, last_modification: now })
+            .at("touch", &path)
     }
 }

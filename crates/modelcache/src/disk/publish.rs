@@ -9,6 +9,7 @@ use super::fault::At;
 use super::files::{self, allocated, identity};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
+use super::modes;
 use super::staging::Staging;
 use super::{Disk, Lent};
 use crate::digest::Digest;
@@ -121,7 +122,7 @@ impl Disk {
                     .artifact(&listing.key));
             }
         }
-        fs::create_dir_all(dir.files()).at("make", &dir.files())?;
+        modes::make_dirs(&dir.files()).at("make", &dir.files())?;
         for (path, file) in staged {
             let digest = digest_of(path, &file.entry)?;
             let expected = blobs.get(&digest).copied();
@@ -221,7 +222,7 @@ impl BudgetHold<'_> {
         let disk = self.disk();
         let blob = disk.layout().blob(digest);
         if let Some(folder) = blob.parent() {
-            fs::create_dir_all(folder).at("make", folder)?;
+            modes::make_dir(folder).at("make", folder)?;
         }
         loop {
             self.begin_change()?;
@@ -262,12 +263,12 @@ fn make_folders(view_root: &Path, path: &FilePath) -> Result<()> {
     segments.pop();
     for segment in segments {
         folder.push(segment);
-        match fs::create_dir(&folder) {
+        match modes::make_new_dir(&folder) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 if files::stat(&folder)?.is_some_and(|metadata| !metadata.is_dir()) {
                     files::remove_file(&folder)?;
-                    fs::create_dir(&folder).at("make", &folder)?;
+                    modes::make_new_dir(&folder).at("make", &folder)?;
                 }
             }
             Err(error) => return Err(error).at("make", &folder),

@@ -9,12 +9,13 @@ use super::fault::At;
 use super::files::{self, allocated, identity};
 use super::layout::staged_name;
 use super::lock::FileLock;
+use super::modes;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -121,9 +122,9 @@ impl Disk {
 
     fn make_staging(&self, key: &ArtifactKey) -> Result<Staging> {
         let dir = self.layout().stagings().join(format!("{}-{}", key.hash(), files::random_name()));
-        fs::create_dir(&dir).at("make", &dir)?;
+        modes::make_new_dir(&dir).at("make", &dir)?;
         let journal = dir.join("journal");
-        let file = File::options().read(true).write(true).create_new(true).open(&journal).at("make", &journal)?;
+        let file = modes::create_shared(&journal).at("make", &journal)?;
         let owner = FileLock::of_new(file, &journal)?.ok_or_else(|| {
             Error::new(ErrorKind::Other, "a new staging folder is locked by somebody else").tier(Tier::Disk)
         })?;
