@@ -28,14 +28,14 @@ struct Filled {
     files: BTreeMap<FilePath, StagedFile>,
     /// Files that the remote lists but gave wrong or not at all.
     bad_on_remote: BTreeSet<FilePath>,
-    /// Bytes that disk did not have.
-    poured_bytes: u64,
+    /// Bytes that no local directory had.
+    fetched_bytes: u64,
 }
 
 /// What a fill moved, for the report.
 #[derive(Default)]
 struct Brought {
-    poured_bytes: u64,
+    fetched_bytes: u64,
     backfilled_bytes: u64,
 }
 
@@ -70,11 +70,11 @@ impl Cache {
         let plan = self.plan_fill(wanted, progress).await?;
         let filled = self.pour(wanted, &plan, progress).await?;
         let to_backfill = self.missing_on_remote(&plan, &filled);
-        let poured_bytes = filled.poured_bytes;
+        let fetched_bytes = filled.fetched_bytes;
         let lent = self.publish(filled, progress).await?;
         drop(flight);
         let backfilled_bytes = self.backfill(&lent, to_backfill, progress).await;
-        artifact(wanted, lent, Brought { poured_bytes, backfilled_bytes }, progress)
+        artifact(wanted, lent, Brought { fetched_bytes, backfilled_bytes }, progress)
     }
 
     async fn lend(&self, wanted: &Wanted, progress: &Progress) -> Result<Option<Lent>> {
@@ -83,7 +83,7 @@ impl Cache {
             let (disk, key, selection) = (self.0.disk.clone(), wanted.key.clone(), wanted.selection.clone());
             match blocking(move || disk.lend(&key, &selection)).await? {
                 Lend::Lent(lent) => return Ok(Some(*lent)),
-                Lend::Absent => return Ok(None),
+                Lend::Absent => return self.lend_lower(wanted).await,
                 Lend::Busy => tokio::time::sleep(LOOK_AGAIN).await,
             }
         }
@@ -118,6 +118,8 @@ impl Cache {
             }
         }
         let poured_bytes = to_pour.values().map(|file| file.entry.size).sum();
+        let is_local = |file: &&PourFile| file.sources.first().is_some_and(|source| source.tier() == Tier::Disk);
+        let copied_bytes: u64 = to_pour.values().filter(is_local).map(|file| file.entry.size).sum();
         let _phase = progress.enter(Phase::Pour, poured_bytes);
         let poured = self.0.pourer.pour(to_pour.into_values().collect(), progress).await?;
 
@@ -137,7 +139,8 @@ impl Cache {
             };
             files.insert(path.clone(), staged);
         }
-        let filled = Filled { staging, listing: plan.listing.clone(), files, bad_on_remote, poured_bytes };
+        let fetched_bytes = poured_bytes - copied_bytes;
+        let filled = Filled { staging, listing: plan.listing.clone(), files, bad_on_remote, fetched_bytes };
         wanted.check_demanded_digest(&filled.known())?;
         Ok(filled)
     }
@@ -210,11 +213,12 @@ fn artifact(wanted: &Wanted, lent: Lent, brought: Brought, progress: &Progress) 
         (0, 0) => Tier::Disk,
     };
     let bytes = BytesByTier {
-        disk: selected_bytes.saturating_sub(brought.poured_bytes),
+        disk: selected_bytes.saturating_sub(brought.fetched_bytes),
         remote: received.remote_bytes,
         origin: received.origin_bytes,
     };
     let backfilled_bytes = brought.backfilled_bytes;
-    let report = GetReport { from, bytes, backfilled_bytes, files, selected_bytes, phases: progress.phases() };
+    let (link, phases) = (lent.link, progress.phases());
+    let report = GetReport { from, bytes, backfilled_bytes, files, selected_bytes, link, phases };
     Ok(Artifact { key: wanted.key.clone(), path: lent.path(&wanted.selection), report, _lent: lent })
 }

@@ -7,18 +7,20 @@
 mod evict;
 mod get;
 mod look;
+mod lower;
 mod plan;
 mod put;
 mod report;
 mod resolve;
 
+pub use crate::disk::Link;
 pub use report::{
     Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PlannedFile,
     PutOptions, PutReport, Stats,
 };
 
 use crate::config::Config;
-use crate::disk::Disk;
+use crate::disk::{Disk, Lower};
 use crate::error::Result;
 use crate::origin::Origins;
 use crate::remote::Remote;
@@ -33,6 +35,7 @@ pub struct Cache(Arc<Inner>);
 struct Inner {
     config: Config,
     disk: Disk,
+    lower: Option<Lower>,
     remote: Option<Remote>,
     origins: Origins,
     pourer: Pourer,
@@ -43,9 +46,10 @@ impl Cache {
     pub fn open(config: Config) -> Result<Self> {
         let retry = Retry::new(config.retry);
         let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
+        let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
         let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
         let origins = Origins::new(config.hub.clone(), retry.clone());
-        Ok(Self(Arc::new(Inner { config, disk, remote, origins, pourer: Pourer::new(retry) })))
+        Ok(Self(Arc::new(Inner { config, disk, lower, remote, origins, pourer: Pourer::new(retry) })))
     }
 
     /// The configuration it was opened with.

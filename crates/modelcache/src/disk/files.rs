@@ -16,6 +16,9 @@ use std::path::{Path, PathBuf};
 /// Bytes read at a time when hashing.
 const READ_BYTES: usize = 1 << 20;
 
+/// How the names of files and folders begin that are not finished; what stays of them is swept by age.
+pub(crate) const TEMPORARY: &str = "new-";
+
 /// What tells a file from another, as manifests record it.
 pub(crate) fn identity(metadata: &Metadata) -> FileIdentity {
     let mtime_ns = metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
@@ -72,7 +75,7 @@ pub(crate) fn create(target: &Path, bytes: &[u8], temporary_dir: &Path) -> Resul
 
 /// Writes `bytes` to a temporary file and gives it its name with `place`.
 fn write_then(target: &Path, bytes: &[u8], dir: &Path, place: impl Fn(&Path) -> io::Result<()>) -> io::Result<()> {
-    let temporary = dir.join(format!("new-{}", random_name()));
+    let temporary = dir.join(format!("{TEMPORARY}{}", random_name()));
     let written = modes::create_readable(&temporary)
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
         .and_then(|()| place(&temporary));

@@ -11,27 +11,34 @@
 //! written down in `docs/disk-format.md`.
 
 mod budget;
+mod clone;
 mod fault;
 mod files;
 mod given;
 mod layout;
 mod lend;
 mod lock;
+mod lower;
 mod modes;
 mod publish;
 mod refs;
+mod source;
 mod staging;
 mod trust;
 mod writer;
 
 pub(crate) use budget::{Evicted, Usage};
+pub use clone::Link;
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
 pub(crate) use given::{Given, copy_given, list_given};
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use lend::{Lend, Lent};
 pub(crate) use lock::FileLock;
+pub(crate) use lower::Lower;
 pub(crate) use publish::StagedFile;
+pub(crate) use refs::RememberedRef;
+pub(crate) use source::DiskSource;
 pub(crate) use staging::Staging;
 pub(crate) use writer::{ALIGNMENT, Hashed, StagedWriter};
 
@@ -240,11 +247,7 @@ impl Disk {
             Ok(())
         })?;
         if self.is_read_only() {
-            let mut published = quarantined;
-            files::walk(&self.layout().blobs(), &mut |_, metadata| {
-                published += files::allocated(metadata);
-                Ok(())
-            })?;
+            let published = self.published_bytes()?;
             return Ok((Usage { published, ..Usage::default() }, quarantined));
         }
         let hold = self.hold_budget()?;

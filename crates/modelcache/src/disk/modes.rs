@@ -6,7 +6,7 @@
 //! cannot leave a folder that others find and may not use. Nothing that exists is changed, and no link is followed.
 
 use super::fault::At;
-use super::files::random_name;
+use super::files::{TEMPORARY, random_name};
 use crate::config::Sharing;
 use crate::error::Result;
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
@@ -139,7 +139,7 @@ fn unless_there(path: &Path, make: impl FnOnce() -> io::Result<()>) -> io::Resul
 /// Makes a folder; with a mode, it has that mode from the moment its name is there.
 fn create_dir(path: &Path, mode: Option<u32>) -> io::Result<()> {
     let Some(mode) = mode else { return fs::create_dir(path) };
-    let temporary = path.with_file_name(format!("new-{}", random_name()));
+    let temporary = path.with_file_name(format!("{TEMPORARY}{}", random_name()));
     fs::create_dir(&temporary)?;
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let made = rustix::fs::open(&temporary, flags, Mode::empty())
@@ -156,7 +156,7 @@ fn create_dir(path: &Path, mode: Option<u32>) -> io::Result<()> {
 fn create(path: &Path, purpose: Use) -> io::Result<File> {
     let new = |path: &Path| OpenOptions::new().read(true).write(true).create_new(true).open(path);
     let Some(mode) = purpose.mode(shared_by(mode_of_parent(path)?)) else { return new(path) };
-    let temporary = path.with_file_name(format!("new-{}", random_name()));
+    let temporary = path.with_file_name(format!("{TEMPORARY}{}", random_name()));
     let file = new(&temporary)?;
     let made = file.set_permissions(Permissions::from_mode(mode)).and_then(|()| appear(&temporary, path));
     if made.is_err() {

@@ -5,6 +5,7 @@
 
 use super::Disk;
 use super::budget::{BudgetHold, room_for};
+use super::clone;
 use super::fault::At;
 use super::files::{self, allocated, identity};
 use super::layout::staged_name;
@@ -40,6 +41,8 @@ pub(crate) struct Staging {
     owner: FileLock,
     /// Staged names that are links to blobs, and the identity under which their bytes are known to be right.
     reused: BTreeMap<String, FileIdentity>,
+    /// Those of them that are reflinks, which count by themselves, and the bytes that they take.
+    reflinked: BTreeMap<String, u64>,
 }
 
 /// What one staging folder takes.
@@ -89,7 +92,7 @@ impl Disk {
         hold.drop_dead_stagings(Some(key))?;
         let mut staging = self.make_staging(key)?;
         for (path, entry) in wanted {
-            staging.reuse(&mut hold, path, entry)?;
+            staging.reuse(&mut hold, key, path, entry)?;
         }
         let missing: BTreeMap<String, u64> = wanted
             .iter()
@@ -98,7 +101,7 @@ impl Disk {
             .collect();
         let reserved = missing.values().sum();
         hold.make_room(reserved, key).map_err(|error| error.artifact(key))?;
-        staging.write_journal(key, reserved)?;
+        staging.write_journal(key, reserved + staging.reflinked.values().sum::<u64>())?;
         hold.release()?;
         Ok(staging)
     }
@@ -128,7 +131,7 @@ impl Disk {
         let owner = FileLock::of_new(file, &journal)?.ok_or_else(|| {
             Error::new(ErrorKind::Other, "a new staging folder is locked by somebody else").tier(Tier::Disk)
         })?;
-        let staging = Staging { disk: self.clone(), dir, owner, reused: BTreeMap::new() };
+        let staging = Staging { disk: self.clone(), dir, owner, reused: BTreeMap::new(), reflinked: BTreeMap::new() };
         staging.write_journal(key, 0)?;
         Ok(staging)
     }
@@ -141,7 +144,8 @@ impl Disk {
                 continue;
             }
             let journal = dir.join("journal");
-            let live = files::stat(&journal)?.is_some() && FileLock::try_exclusive(&journal)?.is_none();
+            let owned = || Ok(files::stat(&journal)?.is_some() && FileLock::try_exclusive(&journal)?.is_none());
+            let live = !self.is_idle(&dir)? || owned()?;
             let reserved = files::read_small(&journal, 4096)?
                 .and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok())
                 .map_or(0, |journal| journal.reserved);
@@ -157,14 +161,16 @@ impl Disk {
         Ok(uses)
     }
 
-    /// Removes temporary files of writers that ended long ago.
-    pub(crate) fn drop_old_temporaries(&self) -> Result<()> {
-        for path in files::entries(&self.layout().stagings())? {
+    /// Removes what writers that ended long ago had not given its name yet, directly in `folder`.
+    pub(crate) fn drop_old_temporaries(&self, folder: &Path) -> Result<()> {
+        let is_temporary =
+            |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(files::TEMPORARY));
+        for path in files::entries(folder)?.into_iter().filter(is_temporary) {
             let age = |metadata: &fs::Metadata| SystemTime::now().duration_since(metadata.modified().ok()?).ok();
-            if files::stat(&path)?
-                .is_some_and(|metadata| metadata.is_file() && age(&metadata) > Some(TEMPORARY_AGE_MAX))
-            {
-                files::remove_file(&path)?;
+            match files::stat(&path)?.filter(|metadata| age(metadata) > Some(TEMPORARY_AGE_MAX)) {
+                Some(metadata) if metadata.is_file() => files::remove_file(&path)?,
+                Some(metadata) if metadata.is_dir() => drop(fs::remove_dir(&path)),
+                _ => {}
             }
         }
         Ok(())
@@ -197,23 +203,44 @@ impl Staging {
         write.at("write", &self.dir.join("journal"))
     }
 
-    /// Links the blob of `entry`, if disk has it and its bytes are known (or found) to be right.
-    fn reuse(&mut self, hold: &mut BudgetHold<'_>, path: &FilePath, entry: &FileEntry) -> Result<()> {
+    /// Whether `name` is a reflink of a blob.
+    pub(crate) fn is_reflink(&self, name: &str) -> bool {
+        self.reflinked.contains_key(name)
+    }
+
+    /// Links (or reflinks) the bytes of `entry`, if disk has them and they are known, or found, to be right: the blob,
+    /// or where there is none behind it, this artifact's own view. What can only be copied is left to the pour.
+    fn reuse(
+        &mut self,
+        hold: &mut BudgetHold<'_>,
+        key: &ArtifactKey,
+        path: &FilePath,
+        entry: &FileEntry,
+    ) -> Result<()> {
         let Some(digest) = entry.sha256 else { return Ok(()) };
         let name = staged_name(path, entry);
         if self.reused.contains_key(&name) {
             return Ok(());
         }
-        let Some(known) = self.disk.checked_blob(hold, &digest)? else { return Ok(()) };
-        let (blob, target) = (self.disk.layout().blob(&digest), self.file(&name));
-        if files::absent(fs::hard_link(&blob, &target)).at("link", &target)?.is_none() {
-            return Ok(());
-        }
-        match files::stat(&target)?.map(|metadata| identity(&metadata)) {
-            Some(linked) if linked == known => {
-                self.reused.insert(name, known);
+        let (blob, view) = (self.disk.layout().blob(&digest), self.disk.layout().artifact(key).view(path));
+        let known = match self.disk.checked_blob(hold, &digest)? {
+            Some(known) => Some((blob, known)),
+            None => hold.vouched_file(&view, &digest)?.map(|known| (view, known)),
+        };
+        let Some((from, known)) = known else { return Ok(()) };
+        let target = self.file(&name);
+        match files::absent(clone::hard_link(&from, &target)).at("link", &target)? {
+            Some(true) => match files::stat(&target)?.map(|metadata| identity(&metadata)) {
+                Some(linked) if linked == known => drop(self.reused.insert(name, known)),
+                _ => files::remove_file(&target)?,
+            },
+            Some(false) => {
+                if let Some(cloned) = clone::reflink(&from, &target, known)? {
+                    self.reflinked.insert(name.clone(), room_for(entry.size));
+                    self.reused.insert(name, cloned);
+                }
             }
-            _ => files::remove_file(&target)?,
+            None => {}
         }
         Ok(())
     }
