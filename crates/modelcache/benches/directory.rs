@@ -5,7 +5,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
 use modelcache::cache::GetOptions;
-use modelcache::config::{ByteBound, Config, HubConfig, OnRemoteDown, RetryConfig};
+use modelcache::config::{ByteBound, Config, HubConfig, OnRemoteDown, RetryConfig, Sharing};
 use modelcache::digest::{Digest, Provenance};
 use modelcache::key::{ArtifactKey, FilePath, escape};
 use modelcache::manifest::{FileEntry, FileIdentity, Held, Manifest, Shape};
@@ -58,6 +58,8 @@ async fn get(cache: &Cache, number: usize) {
 fn open(dir: &Path) -> Cache {
     Cache::open(Config {
         dir: dir.to_owned(),
+        shared: Sharing::Off,
+        lower_dir: None,
         max_bytes: ByteBound::Bytes(1 << 40),
         min_free_bytes: ByteBound::Bytes(0),
         remote: None,

@@ -20,6 +20,10 @@ pub struct Config {
     pub max_bytes: ByteBound,
     /// Bytes of the filesystem that are left free.
     pub min_free_bytes: ByteBound,
+    /// Who else may write into the local directory.
+    pub shared: Sharing,
+    /// A cache underneath that is only read, baked into an image for instance.
+    pub lower_dir: Option<PathBuf>,
     /// The far tier, if there is one.
     pub remote: Option<RemoteConfig>,
     /// What an unavailable remote means.
@@ -51,6 +55,18 @@ impl ByteBound {
             Self::Percent(percent) => filesystem_bytes / 100 * u64::from(percent),
         }
     }
+}
+
+/// Which users share the local directory, and so which modes its files get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sharing {
+    /// As the process's umask says.
+    #[default]
+    Off,
+    /// Everybody in the folder's group.
+    Group,
+    /// Everybody.
+    World,
 }
 
 /// Where the remote is and how to reach it.

@@ -79,7 +79,7 @@ pub enum Held {
 }
 
 /// A file's identity on a filesystem. As long as it is unchanged the bytes are taken to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct FileIdentity {
     /// Inode number.
     pub inode: u64,

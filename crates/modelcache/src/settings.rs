@@ -10,7 +10,7 @@ mod file;
 mod values;
 
 use crate::config::{
-    ByteBound, Config, Environment, HubConfig, OnRemoteDown, OriginTemplate, RemoteConfig, RetryConfig, Secret,
+    ByteBound, Config, Environment, HubConfig, OnRemoteDown, OriginTemplate, RemoteConfig, RetryConfig, Secret, Sharing,
 };
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
@@ -101,6 +101,38 @@ pub const SETTINGS: &[Setting] = &[
         accepts: SIZE_ACCEPTS,
         set: |given, draft| {
             draft.min_free_bytes = parse_size(&given.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "shared",
+        variable: Some("MODEL_CACHE_SHARED"),
+        flag: Some("shared"),
+        value_name: "off|group|world",
+        default: "`off`",
+        meaning: "Which users share the local directory. It decides the modes of what is made there, whatever the \
+                  umask says; published files are always 0444. A directory that exists keeps its modes.",
+        accepts: "off, group (the folder's group) or world (everybody)",
+        set: |given, draft| {
+            draft.shared = match given.text.as_str() {
+                "off" => Sharing::Off,
+                "group" => Sharing::Group,
+                "world" => Sharing::World,
+                _ => return Err(Error::invalid("not one of them")),
+            };
+            Ok(())
+        },
+    },
+    Setting {
+        key: "lower_dir",
+        variable: Some("MODEL_CACHE_LOWER_DIR"),
+        flag: Some("lower-dir"),
+        value_name: "FOLDER",
+        default: "none",
+        meaning: "A cache underneath that is only read, baked into an image for instance: what it holds is not fetched.",
+        accepts: "a local directory that another run filled, or none",
+        set: |given, draft| {
+            draft.lower_dir = (given.text != "none").then(|| draft.expand_home(&given.text));
             Ok(())
         },
     },
@@ -348,6 +380,8 @@ struct Draft {
     dir: Option<PathBuf>,
     max_bytes: ByteBound,
     min_free_bytes: ByteBound,
+    shared: Sharing,
+    lower_dir: Option<PathBuf>,
     /// Rank, source and address of the best remote so far; the address is `None` where none is wanted.
     remote: Option<(usize, String, Option<String>)>,
     on_remote_down: OnRemoteDown,
@@ -423,6 +457,8 @@ impl Draft {
             dir: None,
             max_bytes: ByteBound::Percent(80),
             min_free_bytes: ByteBound::Percent(10),
+            shared: Sharing::default(),
+            lower_dir: None,
             remote: None,
             on_remote_down: OnRemoteDown::default(),
             origins: Vec::new(),
@@ -460,6 +496,8 @@ impl Draft {
             dir,
             max_bytes: self.max_bytes,
             min_free_bytes: self.min_free_bytes,
+            shared: self.shared,
+            lower_dir: self.lower_dir,
             remote: remote.map(|url| RemoteConfig { url, options, environment }),
             on_remote_down: self.on_remote_down,
             origins: self.origins,

@@ -130,6 +130,7 @@ fn artifact_object(reference: &str, key: &ArtifactKey, path: &Path, report: &Get
         "size": report.selected_bytes,
         "bytes": report.bytes,
         "backfilled_bytes": report.backfilled_bytes,
+        "link": report.link,
         "seconds": seconds(&report.phases),
         "total_seconds": took.as_secs_f64(),
     });
@@ -183,7 +184,7 @@ fn plan_text(plan: &GetPlan) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use modelcache::cache::PlannedFile;
+    use modelcache::cache::{Link, PlannedFile};
     use modelcache::key::FilePath;
     use modelcache::progress::Phase;
     use std::collections::BTreeMap;
@@ -199,6 +200,7 @@ mod tests {
             backfilled_bytes: 0,
             files: 2,
             selected_bytes: 1_200_000_000,
+            link: Some(Link::Copy),
             phases: BTreeMap::from([
                 (Phase::Resolve, Duration::from_millis(100)),
                 (Phase::Pour, Duration::from_secs(3)),
@@ -230,6 +232,7 @@ mod tests {
         assert_eq!((&object["name"], &object["version"]), (&json!("team/model"), &json!("3")));
         assert_eq!((&object["path"], &object["from"]), (&json!("/c/x"), &json!("origin")));
         assert_eq!(object["bytes"], json!({"disk": 0, "remote": 0, "origin": 1_200_000_000}));
+        assert_eq!(object["link"], json!("copy"));
         assert_eq!(object["seconds"], json!({"resolve": 0.1, "pour": 3.0, "publish": 0.2}));
     }
 

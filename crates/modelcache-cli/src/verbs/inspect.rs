@@ -25,7 +25,7 @@ impl Inspect {
         let output = session.output;
         let reference = Reference::parse(&self.reference)?;
         let inspection = session.cache()?.inspect(&reference).await?;
-        if inspection.disk.is_none() && inspection.remote.is_none() {
+        if [&inspection.disk, &inspection.lower, &inspection.remote].into_iter().all(Option::is_none) {
             return Err(nowhere(&inspection));
         }
         if output.is_json() {
@@ -46,20 +46,25 @@ fn nowhere(inspection: &Inspection) -> Error {
     .artifact(&inspection.key)
 }
 
-/// One file as both tiers know it.
+/// One file as every place knows it.
 struct File<'a> {
     disk: Option<&'a FileEntry>,
+    lower: Option<&'a FileEntry>,
     remote: Option<&'a FileEntry>,
 }
 
 impl<'a> File<'a> {
-    /// What either knows, disk first.
+    /// What any of them knows, disk first.
     fn known<T>(&self, field: impl Fn(&'a FileEntry) -> Option<T>) -> Option<T> {
-        self.disk.and_then(&field).or_else(|| self.remote.and_then(&field))
+        [self.disk, self.lower, self.remote].into_iter().flatten().find_map(field)
     }
 
     fn on_disk(&self) -> bool {
         self.disk.is_some_and(|entry| entry.held.is_some())
+    }
+
+    fn in_lower(&self) -> bool {
+        self.lower.is_some_and(|entry| entry.held.is_some())
     }
 
     fn on_remote(&self) -> bool {
@@ -69,9 +74,12 @@ impl<'a> File<'a> {
 
 fn files(inspection: &Inspection) -> BTreeMap<&FilePath, File<'_>> {
     let mut files = BTreeMap::new();
-    let empty = || File { disk: None, remote: None };
+    let empty = || File { disk: None, lower: None, remote: None };
     for (path, entry) in inspection.disk.iter().flatten() {
         files.entry(path).or_insert_with(empty).disk = Some(entry);
+    }
+    for (path, entry) in inspection.lower.iter().flatten() {
+        files.entry(path).or_insert_with(empty).lower = Some(entry);
     }
     for (path, entry) in inspection.remote.iter().flatten() {
         files.entry(path).or_insert_with(empty).remote = Some(entry);
@@ -88,6 +96,7 @@ fn inspection_object(inspection: &Inspection) -> Value {
             "git_oid": file.known(|entry| entry.git_oid),
             "provenance": file.known(|entry| entry.provenance),
             "on_disk": file.on_disk(),
+            "in_lower": file.in_lower(),
             "on_remote": file.on_remote(),
         })
     };
@@ -97,6 +106,7 @@ fn inspection_object(inspection: &Inspection) -> Value {
         "path": inspection.path.as_deref().map(path_text),
         "sha256": inspection.sha256,
         "known_on_disk": inspection.disk.is_some(),
+        "known_in_lower": inspection.lower.is_some(),
         "known_on_remote": inspection.remote.is_some(),
         "remote_error": inspection.remote_error,
         "last_used": inspection.last_used.map(human::timestamp),
@@ -115,6 +125,9 @@ fn inspection_text(inspection: &Inspection, now: SystemTime) -> String {
         ("last used", inspection.last_used.map_or_else(unknown, |then| human::ago(then, now))),
         ("in use", if inspection.leased { "yes" } else { "no" }.to_owned()),
     ];
+    if inspection.lower.is_some() {
+        facts.push(("lower", "the lower directory knows it".into()));
+    }
     if let Some(why) = &inspection.remote_error {
         facts.push(("remote", format!("cannot be asked: {why}")));
     }
@@ -160,6 +173,7 @@ mod tests {
             path: Some("/c/a".into()),
             sha256: None,
             disk: Some(BTreeMap::from([(path("one"), entry(held)), (path("two"), entry(None))])),
+            lower: None,
             remote: None,
             remote_error: Some("connection refused".into()),
             last_used: None,

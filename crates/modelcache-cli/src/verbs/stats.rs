@@ -27,8 +27,13 @@ fn stats_text(stats: &cache::Stats) -> String {
         0 => String::new(),
         budget => format!(" ({:.0} %)", stats.used_bytes as f64 * 100.0 / budget as f64),
     };
+    let lower = stats.lower_dir.as_ref().map_or_else(
+        || "none".into(),
+        |dir| format!("{} ({} artifacts, only read)", path_text(dir), stats.lower_artifacts),
+    );
     let facts = [
         ("directory", path_text(&stats.dir)),
+        ("lower", lower),
         ("artifacts", format!("{} ({} files)", stats.artifacts, stats.files)),
         ("used", format!("{} of {}{share}", human::bytes(stats.used_bytes), human::bytes(stats.budget_bytes))),
         ("  staging", human::bytes(stats.staging_bytes)),
@@ -54,6 +59,8 @@ mod tests {
     fn the_budget_is_shown_with_the_share_used() {
         let mut stats = cache::Stats {
             dir: "/c".into(),
+            lower_dir: Some("/baked".into()),
+            lower_artifacts: 2,
             artifacts: 3,
             files: 12,
             budget_bytes: 14_000_000_000,
@@ -65,6 +72,7 @@ mod tests {
             remote: None,
         };
         let text = stats_text(&stats);
+        assert!(text.contains("lower         /baked (2 artifacts, only read)\n"), "{text}");
         assert!(text.contains("used          1.4 GB of 14.0 GB (10 %)\n"), "{text}");
         assert!(text.ends_with("remote        none\n"), "{text}");
         stats.budget_bytes = 0;

@@ -50,7 +50,7 @@ impl Cache {
     ) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
         if let Target::Hub(repo) = &reference.target
             && reference.exact_key().is_none()
-            && let Some(remembered) = self.0.disk.remembered_ref(&repo.name()?, &repo.revision)?
+            && let Some(remembered) = self.remembered_ref(&repo.name()?, &repo.revision)?
         {
             let key = ArtifactKey::new(repo.name()?, remembered.version);
             let origin = self.0.origins.source(&key);

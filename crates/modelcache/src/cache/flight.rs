@@ -56,15 +56,15 @@ enum Stage {
 #[derive(Debug, Clone)]
 pub(super) struct Landed {
     pub(super) lent: Arc<Lent>,
-    /// Bytes that disk did not have.
-    pub(super) poured_bytes: u64,
+    /// Bytes that no local directory had.
+    pub(super) fetched_bytes: u64,
     pub(super) backfilled_bytes: u64,
 }
 
 impl Landed {
     /// Somebody else brought it.
     fn waited(self) -> Self {
-        Self { poured_bytes: 0, backfilled_bytes: 0, ..self }
+        Self { fetched_bytes: 0, backfilled_bytes: 0, ..self }
     }
 }
 

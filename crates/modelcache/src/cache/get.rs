@@ -31,8 +31,8 @@ struct Filled {
     files: BTreeMap<FilePath, StagedFile>,
     /// Files that the remote lists but gave wrong or not at all.
     bad_on_remote: BTreeSet<FilePath>,
-    /// Bytes that disk did not have.
-    poured_bytes: u64,
+    /// Bytes that no local directory had.
+    fetched_bytes: u64,
 }
 
 impl Cache {
@@ -69,10 +69,10 @@ impl Cache {
         let plan = self.plan_fill(wanted, progress).await?;
         let filled = self.pour(wanted, &plan, progress).await?;
         let to_backfill = self.missing_on_remote(&plan, &filled);
-        let poured_bytes = filled.poured_bytes;
+        let fetched_bytes = filled.fetched_bytes;
         let lent = self.publish(filled, progress).await?;
         drop(lead);
-        let mut landed = Landed { poured_bytes, ..Landed::here(lent) };
+        let mut landed = Landed { fetched_bytes, ..Landed::here(lent) };
         published(&landed);
         landed.backfilled_bytes = self.backfill(&landed.lent, to_backfill, progress).await;
         Ok(landed)
@@ -89,7 +89,7 @@ impl Cache {
             let (disk, key, selection) = (self.0.disk.clone(), wanted.key.clone(), wanted.selection.clone());
             match blocking(move || disk.lend(&key, &selection)).await? {
                 Lend::Lent(lent) => return Ok(Some(*lent)),
-                Lend::Absent => return Ok(None),
+                Lend::Absent => return self.lend_lower(wanted).await,
                 Lend::Busy => tokio::time::sleep(LOOK_AGAIN).await,
             }
         }
@@ -109,7 +109,7 @@ impl Cache {
                 return Err(error);
             }
         };
-        let poured_bytes = poured.iter().map(|file| file.entry.size - file.resumed_bytes).sum();
+        let fetched_bytes = poured.iter().map(|file| file.fetched_bytes).sum();
         let by_target: BTreeMap<PathBuf, _> = poured.into_iter().map(|file| (file.target.clone(), file)).collect();
         let (mut files, mut bad_on_remote) = (BTreeMap::new(), BTreeSet::new());
         for (path, entry) in &plan.selected {
@@ -126,7 +126,7 @@ impl Cache {
             };
             files.insert(path.clone(), staged);
         }
-        let filled = Filled { staging, listing: plan.listing.clone(), files, bad_on_remote, poured_bytes };
+        let filled = Filled { staging, listing: plan.listing.clone(), files, bad_on_remote, fetched_bytes };
         wanted.check_demanded_digest(&filled.known())?;
         Ok(filled)
     }
@@ -203,12 +203,12 @@ impl Filled {
 impl Landed {
     /// Disk had it all.
     fn here(lent: Lent) -> Self {
-        Self { lent: Arc::new(lent), poured_bytes: 0, backfilled_bytes: 0 }
+        Self { lent: Arc::new(lent), fetched_bytes: 0, backfilled_bytes: 0 }
     }
 }
 
 fn artifact(wanted: &Wanted, landed: Landed, progress: &Progress) -> Result<Artifact> {
-    let Landed { lent, poured_bytes, backfilled_bytes } = landed;
+    let Landed { lent, fetched_bytes, backfilled_bytes } = landed;
     wanted.check_demanded_digest(&lent.manifest)?;
     let received = progress.snapshot();
     let (files, selected_bytes) = lent
@@ -221,10 +221,11 @@ fn artifact(wanted: &Wanted, landed: Landed, progress: &Progress) -> Result<Arti
         (0, 0) => Tier::Disk,
     };
     let bytes = BytesByTier {
-        disk: selected_bytes.saturating_sub(poured_bytes),
+        disk: selected_bytes.saturating_sub(fetched_bytes),
         remote: received.remote_bytes,
         origin: received.origin_bytes,
     };
-    let report = GetReport { from, bytes, backfilled_bytes, files, selected_bytes, phases: progress.phases() };
+    let (link, phases) = (lent.link, progress.phases());
+    let report = GetReport { from, bytes, backfilled_bytes, files, selected_bytes, link, phases };
     Ok(Artifact { key: wanted.key.clone(), path: lent.path(&wanted.selection), report, _lent: lent })
 }

@@ -1,7 +1,7 @@
 //! Looking: what is cached, what one artifact consists of, how full the directory is. Changes nothing.
 
 use super::{Cache, Inspection, Listed, Stats};
-use crate::disk::ScannedArtifact;
+use crate::disk::{ArtifactDir, Lower, ScannedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::manifest::{Manifest, Shape};
 use crate::reference::Reference;
@@ -52,7 +52,8 @@ impl Cache {
             },
             None => (None, None),
         };
-        let Some(known) = disk.as_ref().or(remote.as_ref()) else {
+        let lower = self.lower_manifest(&key).await?;
+        let Some(known) = disk.as_ref().or(lower.as_ref()).or(remote.as_ref()) else {
             return Err(remote_error
                 .unwrap_or_else(|| {
                     Error::not_found("neither this disk nor the remote knows it")
@@ -60,12 +61,15 @@ impl Cache {
                 })
                 .artifact(&key));
         };
-        let path = disk.as_ref().filter(|manifest| manifest.held_bytes() > 0 || manifest.holds(&Selection::all())).map(
-            |manifest| match (manifest.shape, manifest.files.keys().next()) {
-                (Shape::File, Some(file)) => dir.view(file),
-                _ => dir.files(),
-            },
-        );
+        let lower_dir = self.0.lower.as_ref().map(|lower| lower.dir(&key));
+        let path_in = |dir: &ArtifactDir, manifest: &Manifest| match (manifest.shape, manifest.files.keys().next()) {
+            (Shape::File, Some(file)) => dir.view(file),
+            _ => dir.files(),
+        };
+        let lends = |manifest: &&Manifest| manifest.held_bytes() > 0 || manifest.holds(&Selection::all());
+        let own = disk.as_ref().filter(lends).map(|manifest| path_in(&dir, manifest));
+        let below = lower.as_ref().filter(lends).zip(lower_dir).map(|(manifest, dir)| path_in(&dir, manifest));
+        let path = own.or(below);
         Ok(Inspection {
             shape: known.shape,
             sha256: match known.shape {
@@ -77,6 +81,7 @@ impl Cache {
             leased: self.0.disk.is_leased(&dir),
             disk: disk.map(|manifest| manifest.files),
             remote: remote.map(|manifest| manifest.files),
+            lower: lower.map(|manifest| manifest.files),
             remote_error: remote_error.map(|error| error.to_string()),
             key,
         })
@@ -84,6 +89,7 @@ impl Cache {
 
     /// The state of the local directory.
     pub async fn stats(&self) -> Result<Stats> {
+        let lower = self.0.lower.clone();
         let (disk, remote) = (self.0.disk.clone(), self.0.remote.as_ref().map(|remote| remote.url().to_owned()));
         blocking(move || {
             let (usage, quarantine_bytes) = disk.usage()?;
@@ -93,6 +99,8 @@ impl Cache {
             let held = |manifest: &&Manifest| manifest.files.values().filter(|entry| entry.held.is_some()).count();
             Ok(Stats {
                 dir: disk.layout().root().to_owned(),
+                lower_dir: lower.as_ref().map(|lower| lower.root().to_owned()),
+                lower_artifacts: lower.as_ref().map_or(Ok(0), Lower::artifacts)?,
                 artifacts: manifests.len(),
                 files: manifests.iter().map(held).sum(),
                 budget_bytes: space.budget,

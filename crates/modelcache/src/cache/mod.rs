@@ -8,18 +8,20 @@ mod evict;
 mod flight;
 mod get;
 mod look;
+mod lower;
 mod plan;
 mod put;
 mod report;
 mod resolve;
 
+pub use crate::disk::Link;
 pub use report::{
     Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PlannedFile,
     PutOptions, PutReport, Stats,
 };
 
 use crate::config::Config;
-use crate::disk::Disk;
+use crate::disk::{Disk, Lower};
 use crate::error::Result;
 use crate::origin::Origins;
 use crate::remote::Remote;
@@ -35,6 +37,7 @@ pub struct Cache(Arc<Inner>);
 struct Inner {
     config: Config,
     disk: Disk,
+    lower: Option<Lower>,
     remote: Option<Remote>,
     origins: Origins,
     pourer: Pourer,
@@ -45,12 +48,14 @@ impl Cache {
     /// Opens the local directory, making it if need be. Asks no network.
     pub fn open(config: Config) -> Result<Self> {
         let retry = Retry::new(config.retry);
-        let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes)?;
+        let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
+        let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
         let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
         let origins = Origins::new(config.hub.clone(), retry.clone());
         Ok(Self(Arc::new(Inner {
             config,
             disk,
+            lower,
             remote,
             origins,
             pourer: Pourer::new(retry),

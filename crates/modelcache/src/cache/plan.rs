@@ -9,6 +9,7 @@ use super::resolve::Wanted;
 use super::{Cache, GetOptions, GetPlan, PlannedFile};
 use crate::config::OnRemoteDown;
 use crate::digest::Provenance;
+use crate::disk::DiskSource;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::manifest::{FileEntry, Manifest};
@@ -40,6 +41,7 @@ pub(super) struct FillPlan {
 #[derive(Default)]
 struct Survey {
     disk: Option<Manifest>,
+    lower: Option<Manifest>,
     remote: Option<(Arc<dyn Source>, Manifest)>,
     origin: Option<Manifest>,
     remote_failure: Option<Error>,
@@ -93,7 +95,8 @@ impl Cache {
         if selected.is_empty() && !listing.files.is_empty() {
             return Err(nothing_selected(wanted, &listing));
         }
-        let sources = selected.iter().map(|(path, _)| (path.clone(), sources(path, &survey, wanted))).collect();
+        let local = self.local_sources(wanted, &selected).await?;
+        let sources = selected.iter().map(|(path, _)| (path.clone(), sources(path, &local, &survey, wanted))).collect();
         let remote_unusable = survey.remote_failure.is_some();
         Ok(FillPlan {
             listing,
@@ -108,6 +111,7 @@ impl Cache {
     async fn survey(&self, wanted: &Wanted) -> Result<Survey> {
         let (disk, key) = (self.0.disk.clone(), wanted.key.clone());
         let mut survey = Survey { disk: blocking(move || disk.manifest(&key)).await?, ..Survey::default() };
+        survey.lower = self.lower_manifest(&wanted.key).await?;
         if let Some(remote) = &self.0.remote {
             let source: Arc<dyn Source> = Arc::new(remote.source(&wanted.key));
             match source.manifest().await {
@@ -141,6 +145,15 @@ impl Cache {
                 Some(disk)
             }
             (disk, origin) => disk.or_else(|| origin.cloned()),
+        };
+        let local = match (local, survey.lower.take()) {
+            (Some(mut listing), Some(lower)) => {
+                if let Err(error) = listing.learn(&lower) {
+                    tracing::warn!(%error, "the lower directory contradicts this disk or the origin; its list is not used");
+                }
+                Some(listing)
+            }
+            (local, lower) => local.or(lower),
         };
         let remote = survey.remote.as_ref().map(|(_, manifest)| manifest.clone().without_holdings());
         match (local, remote) {
@@ -194,6 +207,18 @@ impl Cache {
         Error::not_found(format!("not found on {}", asked.join(", nor on "))).hint(hint)
     }
 
+    /// What our own directory and the lower one have of the files, for what cannot be linked.
+    async fn local_sources(&self, wanted: &Wanted, selected: &[(FilePath, FileEntry)]) -> Result<Vec<Arc<DiskSource>>> {
+        let (disk, lower, key, selected) =
+            (self.0.disk.clone(), self.0.lower.clone(), wanted.key.clone(), selected.to_vec());
+        blocking(move || {
+            let own = disk.source(&key, &selected)?;
+            let below = lower.map(|lower| lower.source(&key, &selected)).transpose()?;
+            Ok([own].into_iter().chain(below).map(Arc::new).collect())
+        })
+        .await
+    }
+
     /// Fills in digests that were learnt before: the caller's, and those that another version has for the same git blob.
     async fn complete_digests(&self, wanted: &Wanted, listing: &mut Manifest) -> Result<()> {
         if let (Some(demanded), Some(path)) = (wanted.digest, wanted.single_file(listing).cloned())
@@ -222,22 +247,26 @@ impl Cache {
 }
 
 impl Survey {
-    /// Whether disk and remote together list and hold all that is wanted.
+    /// Whether disk, lower directory and remote together list and hold all that is wanted.
     fn satisfies(&self, wanted: &Wanted) -> bool {
         let remote = self.remote.as_ref().map(|(_, manifest)| manifest);
-        let Some(listing) = self.disk.as_ref().or(remote) else { return false };
+        let lower = self.lower.as_ref();
+        let Some(listing) = self.disk.as_ref().or(lower).or(remote) else { return false };
         let held = |manifest: Option<&Manifest>, path: &FilePath| {
             manifest.and_then(|manifest| manifest.files.get(path)).is_some_and(|entry| entry.held.is_some())
         };
-        listing.selected(&wanted.selection).all(|(path, _)| held(self.disk.as_ref(), path) || held(remote, path))
+        let places = [self.disk.as_ref(), lower, remote];
+        listing.selected(&wanted.selection).all(|(path, _)| places.iter().any(|manifest| held(*manifest, path)))
     }
 }
 
-/// The remote where it holds the file, then the origin. Bytes on disk are reused by digest and need no source.
-fn sources(path: &FilePath, survey: &Survey, wanted: &Wanted) -> Vec<Arc<dyn Source>> {
+/// Local bytes where there are any, then the remote where it holds the file, then the origin. Most bytes on our own disk
+/// are linked and not read at all.
+fn sources(path: &FilePath, local: &[Arc<DiskSource>], survey: &Survey, wanted: &Wanted) -> Vec<Arc<dyn Source>> {
+    let local = local.iter().filter(|source| source.holds(path)).map(|source| source.clone() as Arc<dyn Source>);
     let held = |manifest: &Manifest| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
     let remote = survey.remote.as_ref().filter(|(_, manifest)| held(manifest)).map(|(source, _)| source.clone());
-    remote.into_iter().chain(wanted.origin.clone()).collect()
+    local.chain(remote).chain(wanted.origin.clone()).collect()
 }
 
 fn nothing_selected(wanted: &Wanted, listing: &Manifest) -> Error {

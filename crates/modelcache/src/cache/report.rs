@@ -1,6 +1,6 @@
 //! What callers ask for and what they are told: options and reports of every verb.
 
-use crate::disk::Lent;
+use crate::disk::{Lent, Link};
 use crate::error::Tier;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Shape};
@@ -45,6 +45,8 @@ pub struct GetReport {
     pub files: usize,
     /// Bytes selected.
     pub selected_bytes: u64,
+    /// How the files share their bytes with other artifacts, of several ways the one that costs most; `None` for a hit.
+    pub link: Option<Link>,
     /// Time by phase.
     pub phases: BTreeMap<Phase, Duration>,
 }
@@ -173,6 +175,8 @@ pub struct Inspection {
     pub remote: Option<BTreeMap<FilePath, FileEntry>>,
     /// Why the remote could not be asked, if it could not.
     pub remote_error: Option<String>,
+    /// Files as the lower directory knows them; `None` if it does not know the artifact, or there is none.
+    pub lower: Option<BTreeMap<FilePath, FileEntry>>,
     /// When it was last used.
     pub last_used: Option<SystemTime>,
     /// Whether somebody holds it.
@@ -184,6 +188,10 @@ pub struct Inspection {
 pub struct Stats {
     /// The local directory.
     pub dir: PathBuf,
+    /// The directory underneath that is only read, if there is one.
+    pub lower_dir: Option<PathBuf>,
+    /// Artifacts in that one; 0 without one.
+    pub lower_artifacts: usize,
     /// Artifacts on disk.
     pub artifacts: usize,
     /// Files they hold.

@@ -78,8 +78,8 @@ impl Cache {
     async fn resolve_revision(&self, reference: &Reference, repo: &HubRepo) -> Result<ArtifactKey> {
         let name = repo.name()?;
         let remembered = {
-            let (disk, name, revision) = (self.0.disk.clone(), name.clone(), repo.revision.clone());
-            blocking(move || disk.remembered_ref(&name, &revision)).await?
+            let (cache, name, revision) = (self.clone(), name.clone(), repo.revision.clone());
+            blocking(move || cache.remembered_ref(&name, &revision)).await?
         };
         if let Some(fresh) = remembered.as_ref().filter(|answer| answer.age <= self.0.config.ref_ttl) {
             return Ok(ArtifactKey::new(name, fresh.version.clone()));

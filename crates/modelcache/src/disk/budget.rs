@@ -1,7 +1,7 @@
 //! The byte budget: one short lock, one record, room made before anything is written.
 //!
 //! Counted are the allocated bytes of blobs, quarantine and staging, and what live fills have reserved beyond that. The
-//! record keeps the total of blobs and quarantine; it is marked dirty before a change and written after it, so that
+//! record keeps the total of blobs, quarantine and views that no blob stands behind; it is marked dirty before a change and written after it, so that
 //! whoever finds it dirty (or from another boot) counts again instead of trusting it. Whoever holds the budget waits
 //! for nothing: other locks are tried once.
 
@@ -13,19 +13,21 @@ use super::staging::StagingUse;
 use super::{Disk, ScannedArtifact};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::key::ArtifactKey;
-use crate::manifest::{FileIdentity, Manifest};
+use crate::key::{ArtifactKey, FilePath};
+use crate::manifest::{FileEntry, FileIdentity, Manifest};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// How long to wait for the budget lock, which is held for moments.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
 /// Bytes of the record; it is padded, so that a shorter one leaves nothing of a longer one.
 const RECORD_BYTES: usize = 256;
+/// How long something must have been left alone before it is evicted or swept where locks do not tell who uses it.
+const IDLE_MIN: Duration = Duration::from_secs(3600);
 /// What a file's last block may waste.
 const BLOCK_BYTES: u64 = 4096;
 
@@ -42,9 +44,13 @@ struct Record {
 pub(crate) struct BudgetHold<'disk> {
     disk: &'disk Disk,
     lock: FileLock,
-    /// Allocated bytes of blobs and quarantine.
+    /// Allocated bytes of blobs, quarantine, and views without a blob.
     total: u64,
     dirty: bool,
+    /// The total is no longer known: count again at the next sweep, or let the next holder do it.
+    distrusted: bool,
+    /// Links that the cache itself has to each inode, counted when first asked for.
+    own_links: Option<HashMap<u64, u64>>,
     /// Identities that manifests record, read when first asked for.
     pub(super) vouchers: Option<HashMap<Digest, Vec<FileIdentity>>>,
 }
@@ -52,7 +58,7 @@ pub(crate) struct BudgetHold<'disk> {
 /// What counts, by kind.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Usage {
-    /// Blobs and quarantine.
+    /// Blobs, quarantine, and views without a blob.
     pub(crate) published: u64,
     /// What fills have written.
     pub(crate) staging: u64,
@@ -83,12 +89,54 @@ impl Disk {
                 None => thread::sleep(Duration::from_millis(2)),
             }
         };
-        let mut hold = BudgetHold { disk: self, lock, total: 0, dirty: false, vouchers: None };
+        let mut hold =
+            BudgetHold { disk: self, lock, total: 0, dirty: false, distrusted: false, own_links: None, vouchers: None };
         match read_record(hold.lock.file()) {
+            // Two may hold it at once, and each overwrites what the other counted.
+            Some(_) if !self.locks_are_honest() => hold.total = self.published_bytes()?,
             Some(record) if !record.dirty && record.boot_id == boot_id() => hold.total = record.total,
             _ => hold.recount()?,
         }
         Ok(hold)
+    }
+}
+
+impl Disk {
+    /// Counts blobs, quarantine, and views that no blob stands behind.
+    pub(crate) fn published_bytes(&self) -> Result<u64> {
+        let (mut total, mut counted) = (0, HashSet::new());
+        let layout = self.layout();
+        for dir in [layout.blobs(), layout.quarantine()] {
+            files::walk(&dir, &mut |_, metadata| {
+                counted.insert(metadata.ino());
+                total += allocated(metadata);
+                Ok(())
+            })?;
+        }
+        for name_dir in files::entries(&layout.artifacts())? {
+            for version_dir in files::entries(&name_dir)? {
+                files::walk(&ArtifactDir(version_dir).files(), &mut |_, metadata| {
+                    if counted.insert(metadata.ino()) {
+                        total += allocated(metadata);
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(total)
+    }
+
+    /// Whether nobody has been at work on the artifact or staging in `dir` for long: of two signs that it is not in use
+    /// the one that needs no locks. Always, where locks tell.
+    pub(crate) fn is_idle(&self, dir: &Path) -> Result<bool> {
+        if self.locks_are_honest() {
+            return Ok(true);
+        }
+        let mut latest = files::stat(dir)?.and_then(|metadata| metadata.modified().ok());
+        for path in files::entries(dir)? {
+            latest = latest.max(files::stat(&path)?.and_then(|metadata| metadata.modified().ok()));
+        }
+        Ok(latest.is_none_or(|latest| SystemTime::now().duration_since(latest).is_ok_and(|age| age >= IDLE_MIN)))
     }
 }
 
@@ -119,9 +167,15 @@ impl BudgetHold<'_> {
         self.total = self.total.saturating_sub(bytes);
     }
 
+    /// The total can no longer be told from what was added and taken off.
+    pub(crate) fn distrust(&mut self) -> Result<()> {
+        self.distrusted = true;
+        self.begin_change()
+    }
+
     /// Writes the total and lets go of the lock.
     pub(crate) fn release(mut self) -> Result<()> {
-        if self.dirty {
+        if self.dirty && !self.distrusted {
             self.dirty = false;
             self.write_record()?;
         }
@@ -129,24 +183,17 @@ impl BudgetHold<'_> {
     }
 
     fn write_record(&self) -> Result<()> {
-        let record = Record { total: self.total, dirty: self.dirty, boot_id: boot_id(), pid: std::process::id() };
+        // Where two may hold it at once no total is worth trusting: whoever comes next counts.
+        let dirty = self.dirty || !self.disk.locks_are_honest();
+        let record = Record { total: self.total, dirty, boot_id: boot_id(), pid: std::process::id() };
         let mut bytes = serde_json::to_vec(&record).unwrap_or_default();
         bytes.resize(RECORD_BYTES, b' ');
         self.lock.file().write_all_at(&bytes, 0).at("write", &self.disk.layout().budget_lock())
     }
 
-    /// Counts blobs and quarantine anew, and sweeps what crashes left.
+    /// Sweeps what crashes left and counts what is published anew.
     fn recount(&mut self) -> Result<()> {
-        self.dirty = true;
-        self.write_record()?;
-        self.total = 0;
-        let layout = self.disk.layout();
-        for dir in [layout.blobs(), layout.quarantine()] {
-            files::walk(&dir, &mut |_, metadata| {
-                self.total += allocated(metadata);
-                Ok(())
-            })?;
-        }
+        self.distrust()?;
         self.sweep()?;
         self.dirty = false;
         self.write_record()
@@ -198,6 +245,10 @@ impl BudgetHold<'_> {
                     return Ok(());
                 }
                 if artifact.dir == self.disk.layout().artifact(key) {
+                    continue;
+                }
+                if let Some(why) = self.pointless_victim(&artifact)? {
+                    in_the_way.add(why, false);
                     continue;
                 }
                 if let Evicted::Kept { why, for_now } = self.evict(&artifact)? {
@@ -253,25 +304,93 @@ impl BudgetHold<'_> {
         Ok(Evicted::Freed(freed))
     }
 
+    /// Why evicting this artifact would not help, if it would not: it may be in use where locks do not tell, or every
+    /// one of its files has a link outside the cache, so that no byte would become free.
+    fn pointless_victim(&mut self, artifact: &ScannedArtifact) -> Result<Option<String>> {
+        let Some(manifest) = &artifact.manifest else { return Ok(None) };
+        if !self.disk.is_idle(artifact.dir.path())? {
+            return Ok(Some(format!("{} was used lately, and locks do not work here", manifest.key)));
+        }
+        let held: Vec<&FilePath> =
+            manifest.files.iter().filter(|(_, entry)| entry.held.is_some()).map(|(path, _)| path).collect();
+        for path in &held {
+            let Some(view) = files::stat(&artifact.dir.view(path))? else { return Ok(None) };
+            if view.nlink() <= self.own_links(view.ino())? {
+                return Ok(None);
+            }
+        }
+        Ok((!held.is_empty()).then(|| format!("{}: its files are linked outside the cache", manifest.key)))
+    }
+
+    /// Links to `inode` that are the cache's own: its blob, staged files, views that manifests hold.
+    fn own_links(&mut self, inode: u64) -> Result<u64> {
+        if self.own_links.is_none() {
+            let mut links: HashMap<u64, u64> = HashMap::new();
+            let layout = self.disk.layout();
+            for dir in [layout.blobs(), layout.quarantine(), layout.stagings()] {
+                files::walk(&dir, &mut |_, metadata| {
+                    *links.entry(metadata.ino()).or_default() += 1;
+                    Ok(())
+                })?;
+            }
+            let manifests = self.disk.scan()?.into_iter().filter_map(|artifact| artifact.manifest);
+            for identity in manifests.flat_map(|manifest| manifest.files.into_values()).filter_map(|e| e.on_disk()) {
+                *links.entry(identity.inode).or_default() += 1;
+            }
+            self.own_links = Some(links);
+        }
+        Ok(self.own_links.as_ref().and_then(|links| links.get(&inode)).copied().unwrap_or_default())
+    }
+
     /// Removes manifest, views, then blobs that nothing links any more; bytes freed. The caller holds the exclusive lease.
     pub(crate) fn remove_artifact(&mut self, dir: &ArtifactDir) -> Result<u64> {
         self.begin_change()?;
         let manifest = self.disk.read_manifest(dir).unwrap_or(None);
+        let mut freed = self.take_off_copies(dir, manifest.as_ref())?;
         files::remove_file(&dir.manifest())?;
         files::remove_tree(&dir.files())?;
         files::remove_tree(dir.path())?;
         if let Some(name_dir) = dir.path().parent() {
             let _ = std::fs::remove_dir(name_dir);
         }
-        let mut freed = 0;
         for digest in manifest.iter().flat_map(|manifest| manifest.files.values()).filter_map(|entry| entry.sha256) {
             freed += self.drop_if_unlinked(&self.disk.layout().blob(&digest))?;
         }
         Ok(freed)
     }
 
+    /// Takes off the views of `dir` that no blob stands behind, which are about to go; the bytes that this frees. Where
+    /// they are not as recorded nobody knows whether they were counted.
+    fn take_off_copies(&mut self, dir: &ArtifactDir, manifest: Option<&Manifest>) -> Result<u64> {
+        let entries = || manifest.iter().flat_map(|manifest| manifest.files.values());
+        let recorded: HashSet<FileIdentity> = entries().filter_map(FileEntry::on_disk).collect();
+        let mut blobs = HashSet::new();
+        for digest in entries().filter_map(|entry| entry.sha256) {
+            blobs.extend(files::stat(&self.disk.layout().blob(&digest))?.map(|metadata| metadata.ino()));
+        }
+        let mut copies: HashMap<u64, (u64, std::fs::Metadata)> = HashMap::new();
+        files::walk(&dir.files(), &mut |_, metadata| {
+            if !blobs.contains(&metadata.ino()) {
+                copies.entry(metadata.ino()).or_insert_with(|| (0, metadata.clone())).0 += 1;
+            }
+            Ok(())
+        })?;
+        let mut freed = 0;
+        for (links, metadata) in copies.into_values() {
+            if recorded.contains(&files::identity(&metadata)) {
+                self.subtract(allocated(&metadata));
+            } else {
+                self.distrust()?;
+            }
+            if metadata.nlink() == links {
+                freed += allocated(&metadata);
+            }
+        }
+        Ok(freed)
+    }
+
     /// Removes the blob or quarantined file at `path` if this is its last link; bytes freed.
-    fn drop_if_unlinked(&mut self, path: &Path) -> Result<u64> {
+    pub(super) fn drop_if_unlinked(&mut self, path: &Path) -> Result<u64> {
         match files::stat(path)? {
             Some(metadata) if metadata.is_file() && metadata.nlink() == 1 => {
                 self.begin_change()?;
@@ -287,8 +406,11 @@ impl BudgetHold<'_> {
     /// links.
     pub(crate) fn sweep(&mut self) -> Result<()> {
         self.drop_dead_stagings(|staging| !staging.may_be_resumed())?;
-        self.disk.drop_old_temporaries()?;
+        for folder in [self.disk.layout().stagings(), self.disk.layout().locks(), self.disk.layout().blobs()] {
+            self.disk.drop_old_temporaries(&folder)?;
+        }
         for artifact in self.disk.scan()? {
+            self.disk.drop_old_temporaries(artifact.dir.path())?;
             self.sweep_views(&artifact.dir, artifact.manifest.as_ref())?;
         }
         let mut unlinked = Vec::new();
@@ -300,6 +422,10 @@ impl BudgetHold<'_> {
         })?;
         for blob in unlinked {
             self.drop_if_unlinked(&blob)?;
+        }
+        if self.distrusted {
+            self.total = self.disk.published_bytes()?;
+            self.distrusted = false;
         }
         Ok(())
     }
@@ -326,18 +452,25 @@ impl BudgetHold<'_> {
             });
             entry.is_some_and(|entry| entry.held.is_some())
         };
-        let mut loose = Vec::new();
-        files::walk(&dir.files(), &mut |path, _| {
+        let (mut loose, mut copies) = (Vec::new(), false);
+        files::walk(&dir.files(), &mut |path, metadata| {
             if !held(path) {
                 loose.push(path.to_owned());
+                copies |= metadata.nlink() == 1;
             }
             Ok(())
         })?;
         if loose.is_empty() && manifest.is_some() {
             return Ok(());
         }
+        if !self.disk.is_idle(dir.path())? {
+            return Ok(());
+        }
         let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease(dir))? else { return Ok(()) };
         self.begin_change()?;
+        if copies {
+            self.distrust()?;
+        }
         if manifest.is_none() {
             self.remove_artifact(dir)?;
         }

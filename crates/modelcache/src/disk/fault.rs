@@ -24,6 +24,10 @@ pub(crate) fn fault(operation: &str, path: &Path, cause: io::Error) -> Error {
             (ErrorKind::Directory, "what lies there is no folder: move it away, or point MODEL_CACHE_DIR elsewhere")
         }
         Some(Errno::MFILE | Errno::NFILE) => (ErrorKind::Other, "too many open files: raise the limit (ulimit -n)"),
+        Some(Errno::LOOP) => (
+            ErrorKind::Directory,
+            "a symbolic link lies where a file of the cache belongs: see who made it, and remove it",
+        ),
         Some(Errno::IO) => (ErrorKind::Directory, "the disk reports an error: see the kernel's log"),
         _ => (ErrorKind::Directory, "see whether the directory and its filesystem are in order"),
     };

@@ -1,11 +1,13 @@
 //! Small file work shared by the disk tier: identities, durable writes, walking, removing.
 
 use super::fault::At;
+use super::modes;
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::ladder::{Ladder, LadderHasher};
 use crate::manifest::FileIdentity;
 use rand::distr::{Alphanumeric, SampleString};
+use rustix::io::Errno;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -13,6 +15,9 @@ use std::path::{Path, PathBuf};
 
 /// Bytes read at a time when hashing.
 const READ_BYTES: usize = 1 << 20;
+
+/// How the names of files and folders begin that are not finished; what stays of them is swept by age.
+pub(crate) const TEMPORARY: &str = "new-";
 
 /// What tells a file from another, as manifests record it.
 pub(crate) fn identity(metadata: &Metadata) -> FileIdentity {
@@ -55,24 +60,43 @@ pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
 }
 
 /// Writes `bytes` to `target` so that a reader sees the old content or the new, never a mixture; durable on return.
-/// The temporary file lies in `temporary_dir`, on the same filesystem.
+/// The temporary file lies in `temporary_dir`, or beside the target if that is on another mount.
 pub(crate) fn replace(target: &Path, bytes: &[u8], temporary_dir: &Path) -> Result<()> {
-    let temporary = temporary_dir.join(format!("new-{}", random_name()));
-    let written = File::create_new(&temporary)
+    write_then(target, bytes, temporary_dir, |temporary| fs::rename(temporary, target)).at("write", target)
+}
+
+/// The same for a file that is not there yet; `false` if it is by now, and stays as it is.
+pub(crate) fn create(target: &Path, bytes: &[u8], temporary_dir: &Path) -> Result<bool> {
+    match write_then(target, bytes, temporary_dir, |temporary| modes::appear(temporary, target)) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        created => created.at("write", target).map(|()| true),
+    }
+}
+
+/// Writes `bytes` to a temporary file and gives it its name with `place`.
+fn write_then(target: &Path, bytes: &[u8], dir: &Path, place: impl Fn(&Path) -> io::Result<()>) -> io::Result<()> {
+    let temporary = dir.join(format!("{TEMPORARY}{}", random_name()));
+    let written = modes::create_readable(&temporary)
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&temporary, target));
+        .and_then(|()| place(&temporary));
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
     }
-    written.at("write", target)?;
-    target.parent().map_or(Ok(()), sync_dir)
+    let folder = target.parent().unwrap_or(dir);
+    match written {
+        Err(error) if error.raw_os_error() == Some(Errno::XDEV.raw_os_error()) && folder != dir => {
+            write_then(target, bytes, folder, place)
+        }
+        Ok(()) => File::open(folder)?.sync_all(),
+        failed => failed,
+    }
 }
 
 /// The whole of a small file, or `None` if there is none.
 pub(crate) fn read_small(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>> {
     let read = || {
         let mut bytes = Vec::new();
-        File::open(path)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
+        modes::open_existing(path, false)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
     absent(read()).at("read", path)

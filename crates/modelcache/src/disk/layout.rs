@@ -49,8 +49,17 @@ impl Layout {
         self.artifacts().join(escape(name.as_str()))
     }
 
+    pub(crate) fn refs(&self) -> PathBuf {
+        self.root.join("refs")
+    }
+
+    /// What was found out about files of lower directories.
+    pub(crate) fn lower_records(&self) -> PathBuf {
+        self.root.join("lower")
+    }
+
     pub(crate) fn reference(&self, name: &ArtifactName, revision: &str) -> PathBuf {
-        self.root.join("refs").join(escape(name.as_str())).join(escape(revision))
+        self.refs().join(escape(name.as_str())).join(escape(revision))
     }
 
     pub(crate) fn stagings(&self) -> PathBuf {
@@ -67,6 +76,11 @@ impl Layout {
 
     pub(crate) fn budget_lock(&self) -> PathBuf {
         self.locks().join("budget")
+    }
+
+    /// Locked to find out whether locks exclude.
+    pub(crate) fn probe_lock(&self) -> PathBuf {
+        self.locks().join("probe")
     }
 
     /// The lock of the one that fills `key`; beyond generation 0, of the one that follows a leader who fell silent.

@@ -121,11 +121,11 @@ fn read_beat(path: &std::path::Path) -> Result<(Beat, SystemTime)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::ByteBound;
+    use crate::config::{ByteBound, Sharing};
     use std::fs::File;
 
     fn disk(folder: &tempfile::TempDir) -> Disk {
-        Disk::open(folder.path(), ByteBound::Bytes(1 << 30), ByteBound::Bytes(0)).expect("opens")
+        Disk::open(folder.path(), ByteBound::Bytes(1 << 30), ByteBound::Bytes(0), Sharing::Off).expect("opens")
     }
 
     fn key() -> ArtifactKey {

@@ -5,11 +5,12 @@
 //! recorded them. On a read-only directory hits are still served, without the lease or the touch if need be.
 
 use super::Disk;
+use super::clone::Link;
 use super::fault::At;
 use super::files::{self, identity};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
-use super::publish::open_no_follow;
+use super::modes;
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::key::{ArtifactKey, FilePath};
@@ -17,8 +18,10 @@ use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity, Held, Manifest, Shape};
 use crate::selection::Selection;
 use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 /// How often lending starts again after it found and mended something.
 const ROUNDS_MAX: usize = 1000;
@@ -28,6 +31,8 @@ const ROUNDS_MAX: usize = 1000;
 pub(crate) struct Lent {
     pub(crate) manifest: Manifest,
     pub(crate) dir: ArtifactDir,
+    /// How the files share their bytes, if they were published just now.
+    pub(crate) link: Option<Link>,
     pub(crate) _lease: Option<FileLock>,
 }
 
@@ -80,7 +85,11 @@ impl Disk {
             match self.first_mismatch(&dir, &manifest, selection)? {
                 None => {
                     let _ = self.touch_last_used(&dir, false);
-                    return Ok(Lend::Lent(Box::new(Lent { manifest, dir, _lease: lease })));
+                    return Ok(Lend::Lent(Box::new(Lent { manifest, dir, link: None, _lease: lease })));
+                }
+                Some((path, _, _)) if self.is_read_only() => {
+                    tracing::warn!(artifact = %key, file = %path, "this copy is missing or was changed, and cannot be mended where nothing can be written");
+                    return Ok(Lend::Absent);
                 }
                 Some((path, entry, mismatch)) => self.mend(&dir, &path, &entry, mismatch)?,
             }
@@ -100,7 +109,11 @@ impl Disk {
                 return Ok(Some((path.clone(), entry.clone(), Mismatch::Missing)));
             };
             if entry.on_disk() != Some(identity(&metadata)) {
-                return Ok(Some((path.clone(), entry.clone(), self.judge(&view, entry)?)));
+                match self.judge(&view, entry)? {
+                    // It cannot be recorded there; it is right all the same.
+                    Mismatch::Right(_) if self.is_read_only() => {}
+                    mismatch => return Ok(Some((path.clone(), entry.clone(), mismatch))),
+                }
             }
         }
         Ok(None)
@@ -108,7 +121,7 @@ impl Disk {
 
     /// Hashes a view that is not the file its manifest recorded.
     fn judge(&self, view: &std::path::Path, entry: &FileEntry) -> Result<Mismatch> {
-        let Ok(mut file) = open_no_follow(view) else { return Ok(Mismatch::Missing) };
+        let Ok(mut file) = modes::open_existing(view, false) else { return Ok(Mismatch::Missing) };
         let before = file.metadata().at("look at", view)?;
         if !before.is_file() {
             return Ok(Mismatch::Missing);
@@ -123,6 +136,15 @@ impl Disk {
     }
 
     fn mend(&self, dir: &ArtifactDir, path: &FilePath, entry: &FileEntry, mismatch: Mismatch) -> Result<()> {
+        let lies_there = files::stat(&dir.view(path))?.map(|metadata| metadata.ino());
+        let inode = lies_there.or(entry.on_disk().map(|held| held.inode));
+        let blob = entry.sha256.map(|digest| files::stat(&self.layout().blob(&digest))).transpose()?.flatten();
+        if inode != blob.map(|metadata| metadata.ino()) {
+            // Bytes of its own, which counted by themselves, came or went.
+            let mut hold = self.hold_budget()?;
+            hold.distrust()?;
+            hold.release()?;
+        }
         match mismatch {
             Mismatch::Missing => self.edit_manifest(dir, |manifest| {
                 let missing = files::stat(&dir.view(path)).is_ok_and(|metadata| !metadata.is_some_and(|m| m.is_file()));
@@ -190,10 +212,22 @@ impl Disk {
         hold.release()
     }
 
-    /// Sets the last use to now; with `create`, makes the file if it is missing.
+    /// Sets the last use to now; with `create`, makes the file if it is missing. Whoever may write the file may do this:
+    /// "now" needs no ownership, as any other time would.
     pub(crate) fn touch_last_used(&self, dir: &ArtifactDir, create: bool) -> Result<()> {
         let path = dir.last_used();
-        let file = fs::OpenOptions::new().write(true).create(create).truncate(false).open(&path).at("open", &path)?;
-        file.set_times(fs::FileTimes::new().set_modified(SystemTime::now())).at("touch", &path)
+        let open = || if create { modes::open_shared(&path) } else { modes::open_existing(&path, true) };
+        let file = match open() {
+            // Made by another user before the directory was shared; its folder lets us replace it.
+            Err(error) if create && error.kind() == io::ErrorKind::PermissionDenied => {
+                files::remove_file(&path)?;
+                open()
+            }
+            opened => opened,
+        }
+        .at("open", &path)?;
+        let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
+        rustix::fs::futimens(&file, &rustix::fs::Timestamps { last_access: now, last_modification: now })
+            .at("touch", &path)
     }
 }

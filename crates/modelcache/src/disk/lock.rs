@@ -3,11 +3,16 @@
 //! Nobody blocks in `flock`: a lock is tried, and whoever must wait sleeps and tries again. A guard unlocks explicitly
 //! before it closes, so that a forked child that still has the descriptor does not keep the lock. The order in which
 //! locks may be taken: fill, owner, shared lease, budget, then (one try) exclusive lease or owner.
+//!
+//! Some filesystems grant every lock or refuse all. [`are_honest`] finds out; where every lock is refused, a lock counts
+//! as gained, and whoever relies on exclusion asks the directory whether its locks are honest.
 
 use super::fault::At;
 use super::files;
+use super::modes;
 use crate::error::Result;
-use std::fs::{File, OpenOptions, TryLockError};
+use rustix::io::Errno;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -21,16 +26,16 @@ pub(crate) struct FileLock {
 impl FileLock {
     /// Tries to hold `path` alone; `None` while somebody else holds it.
     pub(crate) fn try_exclusive(path: &Path) -> Result<Option<Self>> {
-        let file = open_for_writing(path).at("open the lock", path)?;
+        let file = modes::open_shared(path).at("open the lock", path)?;
         Self::locked(file.try_lock(), file).at("lock", path)
     }
 
     /// Tries to share `path`; `None` while somebody holds it alone. On a read-only directory an existing lock file is
     /// enough, and where there is none the error says so.
     pub(crate) fn try_shared(path: &Path) -> Result<Option<Self>> {
-        let file = match open_for_writing(path) {
+        let file = match modes::open_shared(path) {
             Ok(file) => file,
-            Err(denied) => File::open(path).map_err(|_| denied).at("open the lock", path)?,
+            Err(denied) => modes::open_existing(path, false).map_err(|_| denied).at("open the lock", path)?,
         };
         Self::locked(file.try_lock_shared(), file).at("lock", path)
     }
@@ -38,7 +43,7 @@ impl FileLock {
     /// Tries to hold `path` alone if it is there, and still is once it is held: whoever removes a locked file does so
     /// under its lock. `None` otherwise.
     pub(crate) fn try_existing(path: &Path) -> Result<Option<Self>> {
-        let opened = OpenOptions::new().read(true).write(true).open(path);
+        let opened = modes::open_existing(path, true);
         let Some(file) = files::absent(opened).at("open the lock", path)? else { return Ok(None) };
         let Some(held) = Self::locked(file.try_lock(), file).at("lock", path)? else { return Ok(None) };
         let inode = |metadata: std::fs::Metadata| metadata.ino();
@@ -55,6 +60,7 @@ impl FileLock {
         match outcome {
             Ok(()) => Ok(Some(Self { file })),
             Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(cause)) if has_no_locks(&cause) => Ok(Some(Self { file })),
             Err(TryLockError::Error(cause)) => Err(cause),
         }
     }
@@ -71,6 +77,22 @@ impl Drop for FileLock {
     }
 }
 
-fn open_for_writing(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
+/// Whether locks exclude on the filesystem of `path`, a file of its own: while one open holds it, a second must not get
+/// it. Somebody else who holds it at this moment is proof enough.
+pub(crate) fn are_honest(path: &Path) -> Result<bool> {
+    let [first, second] = [modes::open_shared(path), modes::open_shared(path)];
+    let (first, second) = (first.at("open the lock", path)?, second.at("open the lock", path)?);
+    match first.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Ok(true),
+        Err(TryLockError::Error(cause)) if has_no_locks(&cause) => return Ok(false),
+        Err(TryLockError::Error(cause)) => return Err(cause).at("lock", path),
+    }
+    Ok(matches!(second.try_lock(), Err(TryLockError::WouldBlock)))
+}
+
+/// Whether the filesystem has no locks at all.
+fn has_no_locks(cause: &io::Error) -> bool {
+    let errno = cause.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(errno, Some(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS))
 }

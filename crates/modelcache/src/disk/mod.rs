@@ -11,6 +11,7 @@
 //! written down in `docs/disk-format.md`.
 
 mod budget;
+mod clone;
 mod fault;
 mod files;
 mod given;
@@ -18,13 +19,18 @@ mod layout;
 mod leader;
 mod lend;
 mod lock;
+mod lower;
+mod modes;
 mod parts;
 mod publish;
 mod refs;
+mod source;
 mod staging;
+mod trust;
 mod writer;
 
 pub(crate) use budget::{Evicted, Usage};
+pub use clone::Link;
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
 pub(crate) use given::{Given, copy_given, list_given};
@@ -32,11 +38,14 @@ pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use leader::{BEAT_EVERY, Leader, Leadership, Watch};
 pub(crate) use lend::{Lend, Lent};
 pub(crate) use lock::FileLock;
+pub(crate) use lower::Lower;
 pub(crate) use publish::StagedFile;
+pub(crate) use refs::RememberedRef;
+pub(crate) use source::DiskSource;
 pub(crate) use staging::Staging;
 pub(crate) use writer::{ALIGNMENT, Draft, Hashed, StagedWriter};
 
-use crate::config::ByteBound;
+use crate::config::{ByteBound, Sharing};
 use crate::digest::{Digest, GitOid};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, ArtifactName};
@@ -46,7 +55,7 @@ use fault::At;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -67,6 +76,8 @@ struct Inner {
     min_free_bytes: ByteBound,
     /// Why nothing can be written here, if nothing can.
     unwritable: Option<String>,
+    /// Whether locks exclude on this filesystem.
+    locks_are_honest: bool,
 }
 
 /// One artifact's folder, as a scan found it.
@@ -88,11 +99,12 @@ pub(crate) struct Space {
 
 impl Disk {
     /// Opens the directory, making it if need be. A directory that cannot be written still serves what it holds.
-    pub(crate) fn open(root: &Path, max_bytes: ByteBound, min_free_bytes: ByteBound) -> Result<Self> {
+    pub(crate) fn open(root: &Path, max_bytes: ByteBound, min_free_bytes: ByteBound, sharing: Sharing) -> Result<Self> {
         let root = std::path::absolute(root).at("resolve", root)?;
+        trust::check(&root, sharing)?;
         let layout = Layout::new(root);
         check_format(&layout)?;
-        let unwritable = match prepare(&layout) {
+        let unwritable = match prepare(&layout, sharing) {
             Ok(()) => None,
             Err(error) if files::stat(&layout.format()).is_ok_and(|metadata| metadata.is_some()) => {
                 Some(error.to_string())
@@ -101,7 +113,11 @@ impl Disk {
         };
         // Again: another release may have made it in between.
         check_format(&layout)?;
-        Ok(Self(Arc::new(Inner { layout, max_bytes, min_free_bytes, unwritable })))
+        let locks_are_honest = unwritable.is_some() || lock::are_honest(&layout.probe_lock())?;
+        if !locks_are_honest {
+            tracing::warn!(path = %layout.root().display(), "file locks do not exclude on this filesystem: bytes may be fetched twice, and only what has long been idle is evicted for space");
+        }
+        Ok(Self(Arc::new(Inner { layout, max_bytes, min_free_bytes, unwritable, locks_are_honest })))
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -110,6 +126,12 @@ impl Disk {
 
     pub(crate) fn is_read_only(&self) -> bool {
         self.0.unwritable.is_some()
+    }
+
+    /// Whether locks exclude here. Where they do not, what another process is at work on cannot be told from what it
+    /// left: it is neither taken over nor removed before it has long been idle.
+    pub(crate) fn locks_are_honest(&self) -> bool {
+        self.0.locks_are_honest
     }
 
     /// Refuses what would write into a directory that cannot be written.
@@ -224,11 +246,7 @@ impl Disk {
             Ok(())
         })?;
         if self.is_read_only() {
-            let mut published = quarantined;
-            files::walk(&self.layout().blobs(), &mut |_, metadata| {
-                published += files::allocated(metadata);
-                Ok(())
-            })?;
+            let published = self.published_bytes()?;
             return Ok((Usage { published, ..Usage::default() }, quarantined));
         }
         let hold = self.hold_budget()?;
@@ -239,12 +257,15 @@ impl Disk {
 }
 
 /// Makes the folders and marks the directory as ours.
-fn prepare(layout: &Layout) -> Result<()> {
+fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
     let root = layout.root();
-    fs::create_dir_all(root).at("make the cache directory", root)?;
+    if let Some(above) = root.parent() {
+        fs::create_dir_all(above).at("make", above)?;
+    }
+    modes::make_top_dir(root, sharing)?;
     let folders = [layout.blobs(), layout.artifacts(), layout.stagings(), layout.quarantine(), layout.locks()];
-    for folder in folders {
-        make_dir(&folder)?;
+    for folder in folders.iter().chain(&[layout.refs(), layout.lower_records()]) {
+        modes::make_top_dir(folder, sharing)?;
     }
     write_new(&layout.cache_tag(), CACHE_TAG)?;
     write_new(&layout.format(), FORMAT)?;
@@ -252,15 +273,8 @@ fn prepare(layout: &Layout) -> Result<()> {
     rustix::fs::access(layout.stagings(), rustix::fs::Access::WRITE_OK).at("write to", root)
 }
 
-fn make_dir(path: &Path) -> Result<()> {
-    match fs::create_dir(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
-        result => result.at("make", path),
-    }
-}
-
-fn write_new(path: &PathBuf, content: &str) -> Result<()> {
-    match fs::File::create_new(path) {
+fn write_new(path: &Path, content: &str) -> Result<()> {
+    match modes::create_readable(path) {
         Ok(mut file) => file.write_all(content.as_bytes()).at("write", path),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(error).at("make", path),

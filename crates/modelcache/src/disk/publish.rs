@@ -4,23 +4,25 @@
 //! the steps leaves garbage to sweep and never a manifest without bytes. What is recorded as held is the identity under
 //! which the bytes were checked; a file that changed since is refused.
 
-use super::budget::BudgetHold;
+use super::budget::{BudgetHold, room_for};
+use super::clone::{self, Link};
 use super::fault::At;
 use super::files::{self, allocated, identity};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
+use super::modes;
 use super::staging::Staging;
 use super::{Disk, Lent};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::key::FilePath;
+use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity, Held, Manifest};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -52,11 +54,17 @@ impl Disk {
         let dir = self.layout().artifact(&listing.key);
         let lease = self.wait_for_lease(&dir)?;
         let blobs = self.publish_blobs(&staging, listing, staged)?;
-        let manifest = self.publish_manifest(&dir, listing, staged, &blobs)?;
+        let (manifest, link) = self.publish_manifest(&dir, listing, &staging, staged, &blobs)?;
         if let Err(error) = staging.discard() {
             tracing::debug!(%error, "staging stays until the next sweep");
         }
-        Ok(Lent { manifest, dir, _lease: Some(lease) })
+        if link.is_some_and(|how| how != Link::Hard) {
+            // A blob that no view could be linked to serves nobody.
+            let mut hold = self.hold_budget()?;
+            blobs.keys().try_for_each(|digest| hold.drop_if_unlinked(&self.layout().blob(digest)).map(|_| ()))?;
+            hold.release()?;
+        }
+        Ok(Lent { manifest, dir, link, _lease: Some(lease) })
     }
 
     fn wait_for_lease(&self, dir: &ArtifactDir) -> Result<FileLock> {
@@ -74,13 +82,14 @@ impl Disk {
         }
     }
 
-    /// First budget hold: staged files become blobs. Returns each blob's identity.
+    /// First budget hold: staged files become blobs. Returns each blob's identity; where a blob cannot be linked there is
+    /// none, and the views will hold the bytes alone.
     fn publish_blobs(
         &self,
         staging: &Staging,
         listing: &Manifest,
         staged: &BTreeMap<FilePath, StagedFile>,
-    ) -> Result<BTreeMap<Digest, FileIdentity>> {
+    ) -> Result<BTreeMap<Digest, Option<FileIdentity>>> {
         let mut hold = self.hold_budget()?;
         let mut blobs = BTreeMap::new();
         for (path, file) in staged {
@@ -92,29 +101,26 @@ impl Disk {
         }
         staging.end_reservation(&listing.key)?;
         hold.release()?;
+        let published = blobs.iter().filter(|(_, identity)| identity.is_some());
         let folders: BTreeSet<PathBuf> =
-            blobs.keys().filter_map(|digest| self.layout().blob(digest).parent().map(Path::to_owned)).collect();
+            published.filter_map(|(digest, _)| self.layout().blob(digest).parent().map(Path::to_owned)).collect();
         folders.iter().try_for_each(|folder| files::sync_dir(folder))?;
         files::sync_dir(&self.layout().blobs())?;
         Ok(blobs)
     }
 
-    /// Second budget hold: views, then the manifest, which commits.
+    /// Second budget hold: views, then the manifest, which commits. Also tells how far the views had to go from links.
     fn publish_manifest(
         &self,
         dir: &ArtifactDir,
         listing: &Manifest,
+        staging: &Staging,
         staged: &BTreeMap<FilePath, StagedFile>,
-        blobs: &BTreeMap<Digest, FileIdentity>,
-    ) -> Result<Manifest> {
-        let hold = self.hold_budget()?;
-        let mut manifest = match self.read_manifest(dir)? {
-            Some(mut present) => {
-                present.learn(listing)?;
-                present
-            }
-            None => listing.clone().without_holdings(),
-        };
+        blobs: &BTreeMap<Digest, Option<FileIdentity>>,
+    ) -> Result<(Manifest, Option<Link>)> {
+        let mut hold = self.hold_budget()?;
+        modes::make_dirs(dir.path()).at("make", dir.path())?;
+        let mut manifest = self.merged_manifest(dir, listing)?;
         for (path, file) in staged {
             let entry = manifest.files.entry(path.clone()).or_default();
             entry.learn(&file.entry);
@@ -123,18 +129,14 @@ impl Disk {
                     .artifact(&listing.key));
             }
         }
-        fs::create_dir_all(dir.files()).at("make", &dir.files())?;
+        modes::make_dir(&dir.files()).at("make", &dir.files())?;
+        let mut link = None;
         for (path, file) in staged {
-            let digest = digest_of(path, &file.entry)?;
-            let expected = blobs.get(&digest).copied();
-            let linked = self.link_view(&dir.files(), path, &self.layout().blob(&digest))?;
-            if Some(linked) != expected {
-                return Err(Error::corrupt(format!("{path} changed while it was being published"))
-                    .artifact(&listing.key)
-                    .tier(Tier::Disk));
-            }
+            let blob = blobs.get(&digest_of(path, &file.entry)?).copied().flatten();
+            let (placed, how) = hold.place_view(dir, path, file, blob, staging, &listing.key)?;
+            link = link.max(Some(how));
             if let Some(entry) = manifest.files.get_mut(path) {
-                entry.held = Some(Held::Disk(linked));
+                entry.held = Some(Held::Disk(placed));
             }
         }
         self.touch_last_used(dir, true)?;
@@ -143,27 +145,30 @@ impl Disk {
             files::sync_dir(folder)?;
         }
         hold.release()?;
-        Ok(manifest)
+        if let Some(how) = link.filter(|how| *how != Link::Hard) {
+            tracing::info!(artifact = %listing.key, link = %how, "hard links to the blobs are refused; files have bytes of their own, which count by themselves");
+        }
+        Ok((manifest, link))
     }
 
-    /// Links the view of `path` to `blob`, replacing whatever was there; the identity it then has.
-    fn link_view(&self, view_root: &Path, path: &FilePath, blob: &Path) -> Result<FileIdentity> {
-        let view = view_root.join(path.as_str());
-        make_folders(view_root, path)?;
-        if let Err(error) = fs::hard_link(blob, &view) {
-            if error.kind() != io::ErrorKind::AlreadyExists {
-                return Err(error).at("link", &view);
-            }
-            if files::stat(&view)?.is_some_and(|metadata| metadata.is_dir()) {
-                files::remove_tree(&view)?;
-            }
-            let temporary = self.layout().stagings().join(format!("new-{}", files::random_name()));
-            fs::hard_link(blob, &temporary).at("link", &temporary)?;
-            fs::rename(&temporary, &view).at("link", &view)?;
-            files::remove_file(&temporary)?; // renaming onto a link of the same file leaves both names
+    /// The manifest that is there, with what `listing` knows; refused where the two contradict each other.
+    ///
+    /// Where locks do not exclude, a manifest that is not there yet is created before any view is touched: of two writers
+    /// with different content one finds the other's, and is refused.
+    fn merged_manifest(&self, dir: &ArtifactDir, listing: &Manifest) -> Result<Manifest> {
+        if let Some(mut present) = self.read_manifest(dir)? {
+            present.learn(listing)?;
+            return Ok(present);
         }
-        let metadata = fs::symlink_metadata(&view).at("look at", &view)?;
-        Ok(identity(&metadata))
+        let bare = listing.clone().without_holdings();
+        let stagings = self.layout().stagings();
+        if self.locks_are_honest() || files::create(&dir.manifest(), &bare.to_bytes()?, &stagings)? {
+            return Ok(bare);
+        }
+        match self.read_manifest(dir)? {
+            Some(mut present) => present.learn(listing).map(|()| present),
+            None => Ok(bare),
+        }
     }
 
     /// The identity of the blob of `digest`, if it is there and right: a manifest vouches for it, or its bytes were
@@ -172,7 +177,7 @@ impl Disk {
         let path = self.layout().blob(digest);
         let Some(metadata) = files::stat(&path)? else { return Ok(None) };
         let present = identity(&metadata);
-        if metadata.is_file() && hold.vouched(digest, present)? {
+        if metadata.is_file() && hold.is_vouched(digest, present)? {
             return Ok(Some(present));
         }
         if metadata.is_file() && self.hash_unchanged(&path)? == Some((*digest, present)) {
@@ -184,7 +189,9 @@ impl Disk {
 
     /// The digest of `path` and the identity it was hashed under; `None` if it is no file or changed meanwhile.
     pub(crate) fn hash_unchanged(&self, path: &Path) -> Result<Option<(Digest, FileIdentity)>> {
-        let Some(mut file) = files::absent(open_no_follow(path)).at("open", path)? else { return Ok(None) };
+        let Some(mut file) = files::absent(modes::open_existing(path, false)).at("open", path)? else {
+            return Ok(None);
+        };
         let before = file.metadata().at("look at", path)?;
         if !before.is_file() {
             return Ok(None);
@@ -198,7 +205,7 @@ impl Disk {
 impl BudgetHold<'_> {
     /// Whether a committed manifest records `identity` for `digest`. The manifests are read once in a hold: an identity
     /// under which bytes were once found right stays right, even if its manifest is gone by now.
-    fn vouched(&mut self, digest: &Digest, identity: FileIdentity) -> Result<bool> {
+    fn is_vouched(&mut self, digest: &Digest, identity: FileIdentity) -> Result<bool> {
         if self.vouchers.is_none() {
             let manifests = self.disk().scan()?.into_iter().filter_map(|artifact| artifact.manifest);
             let entries = manifests.flat_map(|manifest| manifest.files.into_values());
@@ -212,8 +219,15 @@ impl BudgetHold<'_> {
         Ok(identities.is_some_and(|identities| identities.contains(&identity)))
     }
 
-    /// Links the staged file as the blob of `digest`, or finds a right one there.
-    fn publish_blob(&mut self, staged: &Path, digest: &Digest, checked: FileIdentity) -> Result<FileIdentity> {
+    /// The identity of the file at `path`, if a committed manifest vouches for it as `digest`.
+    pub(super) fn vouched_file(&mut self, path: &Path, digest: &Digest) -> Result<Option<FileIdentity>> {
+        let Some(metadata) = files::stat(path)?.filter(fs::Metadata::is_file) else { return Ok(None) };
+        let present = identity(&metadata);
+        Ok(self.is_vouched(digest, present)?.then_some(present))
+    }
+
+    /// Links the staged file as the blob of `digest`, or finds a right one there. `None` where the link is refused.
+    fn publish_blob(&mut self, staged: &Path, digest: &Digest, checked: FileIdentity) -> Result<Option<FileIdentity>> {
         let metadata = fs::symlink_metadata(staged).at("look at", staged)?;
         if identity(&metadata) != checked {
             return Err(Error::corrupt("a staged file changed after it was checked")
@@ -223,38 +237,125 @@ impl BudgetHold<'_> {
         let disk = self.disk();
         let blob = disk.layout().blob(digest);
         if let Some(folder) = blob.parent() {
-            fs::create_dir_all(folder).at("make", folder)?;
+            modes::make_dir(folder).at("make", folder)?;
         }
         loop {
             self.begin_change()?;
-            match fs::hard_link(staged, &blob) {
-                Ok(()) => {
-                    self.add(allocated(&metadata));
-                    return Ok(checked);
+            match clone::hard_link(staged, &blob) {
+                Ok(true) => {
+                    // A view that had no blob behind it has been counted.
+                    if metadata.nlink() == 1 {
+                        self.add(allocated(&metadata));
+                    }
+                    return Ok(Some(checked));
                 }
+                Ok(false) => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(error).at("link", &blob),
             }
             if files::stat(&blob)?.is_some_and(|metadata| identity(&metadata) == checked) {
-                return Ok(checked);
+                return Ok(Some(checked));
             }
             if let Some(theirs) = disk.checked_blob(self, digest)? {
-                return Ok(theirs);
+                return Ok(Some(theirs));
             }
         }
     }
 
-    /// Takes a bad blob out of the way; it still counts.
+    /// Makes the view of a published file: a link to its blob; where that is refused the staged file itself; where that
+    /// is refused, too, a clone or copy of it. The identity that the view then has, and how it was made.
+    fn place_view(
+        &mut self,
+        dir: &ArtifactDir,
+        path: &FilePath,
+        file: &StagedFile,
+        blob: Option<FileIdentity>,
+        staging: &Staging,
+        key: &ArtifactKey,
+    ) -> Result<(FileIdentity, Link)> {
+        let digest = digest_of(path, &file.entry)?;
+        make_folders(&dir.files(), path)?;
+        let (view, staged) = (dir.view(path), staging.file(&file.name));
+        let own = if staging.is_reflink(&file.name) { Link::Reflink } else { Link::Copy };
+        let changed = || Error::corrupt(format!("{path} changed while it was being published")).artifact(key);
+        if let Some(known) = blob
+            && self.link_view(&self.disk().layout().blob(&digest), dir, &view)?
+        {
+            let linked = identity(&fs::symlink_metadata(&view).at("look at", &view)?);
+            return if linked == known { Ok((linked, Link::Hard)) } else { Err(changed().tier(Tier::Disk)) };
+        }
+        let before = files::stat(&view)?.map(|metadata| metadata.ino());
+        if self.link_view(&staged, dir, &view)? {
+            let metadata = fs::symlink_metadata(&view).at("look at", &view)?;
+            if identity(&metadata) != file.identity {
+                return Err(changed().tier(Tier::Disk));
+            }
+            // The first link beside the one in staging: from here on it counts here, not there.
+            if metadata.nlink() == 2 && before != Some(metadata.ino()) {
+                self.begin_change()?;
+                self.add(allocated(&metadata));
+            }
+            return Ok((file.identity, own));
+        }
+        self.make_room(room_for(file.entry.size), key)?;
+        self.begin_change()?;
+        let temporary = dir.path().join(format!("{}{}", files::TEMPORARY, files::random_name()));
+        let (copied, how) = match clone::reflink(&staged, &temporary, file.identity)? {
+            Some(cloned) => (cloned, Link::Reflink),
+            None => match clone::copy(&staged, &temporary)? {
+                (copied, identity) if copied == digest => (identity, Link::Copy),
+                _ => return files::remove_file(&temporary).and(Err(changed().tier(Tier::Disk))),
+            },
+        };
+        self.clear_view(&view)?;
+        fs::rename(&temporary, &view).at("make", &view)?;
+        self.add(files::stat(&view)?.map_or(0, |metadata| allocated(&metadata)));
+        Ok((copied, how))
+    }
+
+    /// Links `from` as `view`, replacing whatever is there; `false` where the link is refused.
+    fn link_view(&mut self, from: &Path, dir: &ArtifactDir, view: &Path) -> Result<bool> {
+        let Some(present) = files::stat(view)? else { return clone::hard_link(from, view).at("link", view) };
+        if files::stat(from)?.is_some_and(|metadata| metadata.ino() == present.ino()) {
+            return Ok(true);
+        }
+        for folder in [&*self.disk().layout().stagings(), dir.path()] {
+            let temporary = folder.join(format!("{}{}", files::TEMPORARY, files::random_name()));
+            if !clone::hard_link(from, &temporary).at("link", &temporary)? {
+                continue;
+            }
+            self.clear_view(view)?;
+            match fs::rename(&temporary, view) {
+                Ok(()) => return Ok(true),
+                Err(error) if clone::is_refusal(&error) => files::remove_file(&temporary)?,
+                Err(error) => return Err(error).at("link", view),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Prepares for replacing what lies at `view`: a folder goes, and bytes that counted by themselves are counted anew.
+    fn clear_view(&mut self, view: &Path) -> Result<()> {
+        match files::stat(view)? {
+            Some(metadata) if metadata.is_dir() => files::remove_tree(view),
+            Some(metadata) if metadata.nlink() == 1 => self.distrust(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a bad blob out of the way; it still counts. Where it cannot be moved, because quarantine is another mount,
+    /// it goes.
     pub(crate) fn quarantine(&mut self, blob: &Path, digest: &Digest) -> Result<()> {
         let grave = self.disk().layout().quarantine().join(format!("{digest}-{}", files::random_name()));
         tracing::warn!(%digest, "a cached file failed its check; it is in quarantine");
-        files::absent(fs::rename(blob, &grave)).at("quarantine", blob).map(|_| ())
+        match fs::rename(blob, &grave) {
+            Err(error) if clone::is_refusal(&error) => {
+                self.distrust()?;
+                files::remove_file(blob)
+            }
+            renamed => files::absent(renamed).at("quarantine", blob).map(|_| ()),
+        }
     }
-}
-
-/// Opens for reading, refusing a symbolic link in last place.
-pub(crate) fn open_no_follow(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32).open(path)
 }
 
 /// Makes the folders above the view of `path`; a stale file in the place of a folder is removed.
@@ -264,12 +365,12 @@ fn make_folders(view_root: &Path, path: &FilePath) -> Result<()> {
     segments.pop();
     for segment in segments {
         folder.push(segment);
-        match fs::create_dir(&folder) {
+        match modes::make_new_dir(&folder) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 if files::stat(&folder)?.is_some_and(|metadata| !metadata.is_dir()) {
                     files::remove_file(&folder)?;
-                    fs::create_dir(&folder).at("make", &folder)?;
+                    modes::make_new_dir(&folder).at("make", &folder)?;
                 }
             }
             Err(error) => return Err(error).at("make", &folder),

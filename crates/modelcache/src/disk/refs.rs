@@ -3,10 +3,10 @@
 use super::Disk;
 use super::fault::At;
 use super::files;
+use super::modes;
 use crate::error::Result;
 use crate::key::{ArtifactName, Version};
 use serde::{Deserialize, Serialize};
-use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -41,7 +41,7 @@ impl Disk {
         self.ensure_writable()?;
         let path = self.layout().reference(name, revision);
         if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder).at("make", folder)?;
+            modes::make_dirs(folder).at("make", folder)?;
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let stored = Stored { version: version.clone(), resolved_at_unix: now.as_secs() };

@@ -7,10 +7,12 @@
 
 use super::Disk;
 use super::budget::{BudgetHold, room_for};
+use super::clone;
 use super::fault::At;
 use super::files::{self, allocated, identity};
 use super::layout::staged_name;
 use super::lock::FileLock;
+use super::modes;
 use super::parts::{journal_bytes, journal_of};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -18,7 +20,7 @@ use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -53,6 +55,8 @@ pub(crate) struct Staging {
     owner: Arc<FileLock>,
     /// Staged names that are links to blobs, and the identity under which their bytes are known to be right.
     reused: BTreeMap<String, FileIdentity>,
+    /// Those of them that are reflinks, which count by themselves, and the bytes that they take.
+    reflinked: BTreeMap<String, u64>,
 }
 
 /// What one staging folder takes.
@@ -142,11 +146,11 @@ impl Disk {
         };
         hold.drop_dead_stagings(|staging| staging.is_of(key))?;
         for (path, entry) in wanted {
-            staging.reuse(&mut hold, path, entry)?;
+            staging.reuse(&mut hold, key, path, entry)?;
         }
         let missing = wanted.iter().map(|(path, entry)| (staged_name(path, entry), room_to_stage(entry.size)));
         let missing: BTreeMap<String, u64> = missing.filter(|(name, _)| !staging.reused.contains_key(name)).collect();
-        let reserved = missing.values().sum::<u64>();
+        let reserved = missing.values().chain(staging.reflinked.values()).sum::<u64>();
         let extra = reserved.saturating_sub(staged_bytes(&staging.dir)?);
         hold.make_room(extra, key)?;
         staging.write_journal(key, reserved)?;
@@ -173,13 +177,13 @@ impl Disk {
 
     fn make_staging(&self, key: &ArtifactKey) -> Result<Staging> {
         let dir = self.layout().stagings().join(format!("{}-{}", key.hash(), files::random_name()));
-        fs::create_dir(&dir).at("make", &dir)?;
+        modes::make_new_dir(&dir).at("make", &dir)?;
         let journal = dir.join(JOURNAL);
-        let file = File::options().read(true).write(true).create_new(true).open(&journal).at("make", &journal)?;
+        let file = modes::create_shared(&journal).at("make", &journal)?;
         let owner = FileLock::of_new(file, &journal)?.ok_or_else(|| {
             Error::new(ErrorKind::Other, "a new staging folder is locked by somebody else").tier(Tier::Disk)
         })?;
-        let staging = Staging { disk: self.clone(), dir, owner: Arc::new(owner), reused: BTreeMap::new() };
+        let staging = Staging::owned(self, dir, owner);
         staging.write_journal(key, 0)?;
         Ok(staging)
     }
@@ -187,13 +191,16 @@ impl Disk {
     /// Takes over the dead staging of `key` that holds most of what is wanted, and removes from it what is not wanted
     /// or cannot be told by its name. Within a budget hold, so that nobody removes it meanwhile.
     fn adopt_staging(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<Option<Staging>> {
+        if !self.locks_are_honest() {
+            return Ok(None);
+        }
         let mut dead: Vec<StagingUse> =
             self.stagings()?.into_iter().filter(|staging| !staging.live && staging.is_of(key)).collect();
         dead.sort_by_key(|staging| std::cmp::Reverse(staging.allocated));
         let names: BTreeSet<String> = wanted.iter().map(|(path, entry)| staged_name(path, entry)).collect();
         for StagingUse { dir, .. } in dead {
             let Some(owner) = FileLock::try_existing(&dir.join(JOURNAL))? else { continue };
-            let staging = Staging { disk: self.clone(), dir, owner: Arc::new(owner), reused: BTreeMap::new() };
+            let staging = Staging::owned(self, dir, owner);
             if staging.keep_only(&names)? {
                 tracing::info!(%key, bytes = staged_bytes(&staging.dir)?, "going on with what an ended fill left");
                 return Ok(Some(staging));
@@ -210,7 +217,8 @@ impl Disk {
                 continue;
             }
             let path = dir.join(JOURNAL);
-            let live = files::stat(&path)?.is_some() && FileLock::try_exclusive(&path)?.is_none();
+            let owned = || Ok(files::stat(&path)?.is_some() && FileLock::try_exclusive(&path)?.is_none());
+            let live = !self.is_idle(&dir)? || owned()?;
             let journal = files::read_small(&path, 4096)?;
             let journal = journal.and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok()).unwrap_or_default();
             let Journal { key, pid, reserved } = journal;
@@ -219,14 +227,16 @@ impl Disk {
         Ok(uses)
     }
 
-    /// Removes temporary files of writers that ended long ago.
-    pub(crate) fn drop_old_temporaries(&self) -> Result<()> {
-        for path in files::entries(&self.layout().stagings())? {
+    /// Removes what writers that ended long ago had not given its name yet, directly in `folder`.
+    pub(crate) fn drop_old_temporaries(&self, folder: &Path) -> Result<()> {
+        let is_temporary =
+            |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(files::TEMPORARY));
+        for path in files::entries(folder)?.into_iter().filter(is_temporary) {
             let age = |metadata: &fs::Metadata| SystemTime::now().duration_since(metadata.modified().ok()?).ok();
-            if files::stat(&path)?
-                .is_some_and(|metadata| metadata.is_file() && age(&metadata) > Some(TEMPORARY_AGE_MAX))
-            {
-                files::remove_file(&path)?;
+            match files::stat(&path)?.filter(|metadata| age(metadata) > Some(TEMPORARY_AGE_MAX)) {
+                Some(metadata) if metadata.is_file() => files::remove_file(&path)?,
+                Some(metadata) if metadata.is_dir() => drop(fs::remove_dir(&path)),
+                _ => {}
             }
         }
         Ok(())
@@ -234,6 +244,11 @@ impl Disk {
 }
 
 impl Staging {
+    fn owned(disk: &Disk, dir: PathBuf, owner: FileLock) -> Self {
+        let (reused, reflinked) = (BTreeMap::new(), BTreeMap::new());
+        Self { disk: disk.clone(), dir, owner: Arc::new(owner), reused, reflinked }
+    }
+
     /// Where the file called `name` is (to be) staged.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.dir.join(name)
@@ -286,25 +301,46 @@ impl Staging {
         write.at("write", &self.dir.join(JOURNAL))
     }
 
-    /// Links the blob of `entry`, if disk has it and its bytes are known (or found) to be right.
-    fn reuse(&mut self, hold: &mut BudgetHold<'_>, path: &FilePath, entry: &FileEntry) -> Result<()> {
+    /// Whether `name` is a reflink of a blob.
+    pub(crate) fn is_reflink(&self, name: &str) -> bool {
+        self.reflinked.contains_key(name)
+    }
+
+    /// Links (or reflinks) the bytes of `entry`, if disk has them and they are known, or found, to be right: the blob,
+    /// or where there is none behind it, this artifact's own view. What can only be copied is left to the pour.
+    fn reuse(
+        &mut self,
+        hold: &mut BudgetHold<'_>,
+        key: &ArtifactKey,
+        path: &FilePath,
+        entry: &FileEntry,
+    ) -> Result<()> {
         let Some(digest) = entry.sha256 else { return Ok(()) };
         let name = staged_name(path, entry);
         if self.reused.contains_key(&name) {
             return Ok(());
         }
-        let Some(known) = self.disk.checked_blob(hold, &digest)? else { return Ok(()) };
-        let (blob, target) = (self.disk.layout().blob(&digest), self.file(&name));
+        let (blob, view) = (self.disk.layout().blob(&digest), self.disk.layout().artifact(key).view(path));
+        let known = match self.disk.checked_blob(hold, &digest)? {
+            Some(known) => Some((blob, known)),
+            None => hold.vouched_file(&view, &digest)?.map(|known| (view, known)),
+        };
+        let Some((from, known)) = known else { return Ok(()) };
+        let target = self.file(&name);
         files::remove_file(&target)?;
         files::remove_file(&journal_of(&target))?;
-        if files::absent(fs::hard_link(&blob, &target)).at("link", &target)?.is_none() {
-            return Ok(());
-        }
-        match files::stat(&target)?.map(|metadata| identity(&metadata)) {
-            Some(linked) if linked == known => {
-                self.reused.insert(name, known);
+        match files::absent(clone::hard_link(&from, &target)).at("link", &target)? {
+            Some(true) => match files::stat(&target)?.map(|metadata| identity(&metadata)) {
+                Some(linked) if linked == known => drop(self.reused.insert(name, known)),
+                _ => files::remove_file(&target)?,
+            },
+            Some(false) => {
+                if let Some(cloned) = clone::reflink(&from, &target, known)? {
+                    self.reflinked.insert(name.clone(), room_for(entry.size));
+                    self.reused.insert(name, cloned);
+                }
             }
-            _ => files::remove_file(&target)?,
+            None => {}
         }
         Ok(())
     }

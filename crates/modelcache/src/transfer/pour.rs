@@ -54,8 +54,8 @@ pub(crate) struct Poured {
     /// The entry with what the pour learnt: digest, ladder, provenance.
     pub(crate) entry: FileEntry,
     pub(crate) identity: FileIdentity,
-    /// Bytes that an ended fill had left and that were right.
-    pub(crate) resumed_bytes: u64,
+    /// Bytes that came over a network: all but what an ended fill had left, or another local directory has.
+    pub(crate) fetched_bytes: u64,
     /// Tiers whose copy failed a check or was gone although they list it.
     pub(crate) bad_tiers: BTreeSet<Tier>,
 }
@@ -81,10 +81,25 @@ struct PartTask {
     /// Parts that an ended fill says it wrote.
     left_over: Arc<BTreeSet<u64>>,
     bad_tiers: Arc<Mutex<BTreeSet<Tier>>>,
-    /// Bytes that this attempt has shown as done, and those among them that were left over.
+    /// Bytes that this attempt has shown as done.
     shown: Arc<AtomicU64>,
-    resumed: Arc<AtomicU64>,
+    local: Arc<Local>,
     progress: Progress,
+}
+
+/// Bytes of an attempt that came over no network.
+#[derive(Debug, Default)]
+struct Local {
+    /// Left by an ended fill.
+    resumed: AtomicU64,
+    /// Read from a local directory.
+    copied: AtomicU64,
+}
+
+impl Local {
+    fn bytes(&self) -> u64 {
+        self.resumed.load(Ordering::Relaxed) + self.copied.load(Ordering::Relaxed)
+    }
 }
 
 /// Why a part or file could not be had in the present way.
@@ -139,12 +154,12 @@ impl Pourer {
                 bad_tiers: bad_tiers.clone(),
             };
             let (checked_by_ladder, may_resume) = (attempt.ladder.is_some(), attempt.resume);
-            let resumed = Arc::new(AtomicU64::new(0));
-            let error = match self.attempt(file, attempt, resumed.clone(), progress).await {
+            let local = Arc::new(Local::default());
+            let error = match self.attempt(file, attempt, local.clone(), progress).await {
                 Ok((entry, identity)) => {
                     let bad_tiers = bad_tiers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                    let resumed_bytes = resumed.load(Ordering::Relaxed);
-                    return Ok(Poured { target: file.target.clone(), entry, identity, resumed_bytes, bad_tiers });
+                    let fetched_bytes = entry.size - local.bytes();
+                    return Ok(Poured { target: file.target.clone(), entry, identity, fetched_bytes, bad_tiers });
                 }
                 Err(Trouble::IgnoresRanges) if !one_stream => {
                     one_stream = true;
@@ -158,7 +173,7 @@ impl Pourer {
             if error.kind() != ErrorKind::Corrupt {
                 return Err(error);
             }
-            if may_resume && !checked_by_ladder && resumed.load(Ordering::Relaxed) > 0 {
+            if may_resume && !checked_by_ladder && local.resumed.load(Ordering::Relaxed) > 0 {
                 tracing::warn!(%error, "what an ended fill left was wrong; fetching the file anew");
                 continue;
             }
@@ -186,7 +201,7 @@ impl Pourer {
         &self,
         file: &Arc<PourFile>,
         attempt: Attempt,
-        resumed: Arc<AtomicU64>,
+        local: Arc<Local>,
         progress: &Progress,
     ) -> Result<(FileEntry, FileIdentity), Trouble> {
         let size = file.entry.size;
@@ -217,7 +232,7 @@ impl Pourer {
             left_over: Arc::new(left_over),
             bad_tiers: attempt.bad_tiers,
             shown: Arc::default(),
-            resumed,
+            local,
             progress: progress.clone(),
         };
         let shown = task.shown.clone();
@@ -348,7 +363,7 @@ impl PartTask {
         });
         let right = right.await?;
         if right {
-            self.resumed.fetch_add(range.end - range.start, Ordering::Relaxed);
+            self.local.resumed.fetch_add(range.end - range.start, Ordering::Relaxed);
             self.show(range.end - range.start);
         }
         Ok(right)
@@ -363,7 +378,12 @@ impl PartTask {
             let mut mismatched = false;
             loop {
                 match self.stream(source.as_ref(), &range, &mut progress).await {
-                    Ok(()) => return Ok(()),
+                    Ok(()) => {
+                        if source.tier() == Tier::Disk {
+                            self.local.copied.fetch_add(range.end - range.start, Ordering::Relaxed);
+                        }
+                        return Ok(());
+                    }
                     Err(Trouble::IgnoresRanges) => return Err(Trouble::IgnoresRanges),
                     Err(Trouble::Failed(error))
                         if error.kind() == ErrorKind::Corrupt && !mismatched && error.is_transient() =>

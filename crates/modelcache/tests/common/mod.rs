@@ -2,7 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, missing_docs, unreachable_pub)]
 
 use modelcache::cache::{Artifact, GetOptions};
-use modelcache::config::{ByteBound, Config, Environment, HubConfig, OnRemoteDown, RemoteConfig, RetryConfig};
+use modelcache::config::{ByteBound, Config, Environment, HubConfig, OnRemoteDown, RemoteConfig, RetryConfig, Sharing};
 use modelcache::progress::Progress;
 use modelcache::{Cache, Reference, Result, Selection};
 use modelcache_testkit::{Content, Hub};
@@ -26,6 +26,8 @@ impl House {
             dir: self.folder.path().join(name),
             max_bytes: ByteBound::Bytes(1 << 30),
             min_free_bytes: ByteBound::Bytes(0),
+            shared: Sharing::Off,
+            lower_dir: None,
             remote: None,
             on_remote_down: OnRemoteDown::Origin,
             origins: Vec::new(),

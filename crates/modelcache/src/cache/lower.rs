@@ -1,0 +1,33 @@
+//! The lower directory on the main path: asked after our own directory, before anybody is asked over the network.
+
+use super::Cache;
+use super::resolve::Wanted;
+use crate::disk::{Lent, RememberedRef};
+use crate::error::Result;
+use crate::key::{ArtifactKey, ArtifactName};
+use crate::manifest::Manifest;
+use crate::transfer::blocking;
+
+impl Cache {
+    /// Lends from the lower directory, if it holds all that is wanted.
+    pub(super) async fn lend_lower(&self, wanted: &Wanted) -> Result<Option<Lent>> {
+        let Some(lower) = self.0.lower.clone() else { return Ok(None) };
+        let (key, selection) = (wanted.key.clone(), wanted.selection.clone());
+        blocking(move || lower.lend(&key, &selection)).await
+    }
+
+    /// What the lower directory knows of `key`.
+    pub(super) async fn lower_manifest(&self, key: &ArtifactKey) -> Result<Option<Manifest>> {
+        let Some(lower) = self.0.lower.clone() else { return Ok(None) };
+        let key = key.clone();
+        blocking(move || Ok(lower.manifest(&key))).await
+    }
+
+    /// What `revision` of `name` last resolved to here, or where the lower directory was filled. Blocks.
+    pub(super) fn remembered_ref(&self, name: &ArtifactName, revision: &str) -> Result<Option<RememberedRef>> {
+        match (self.0.disk.remembered_ref(name, revision)?, &self.0.lower) {
+            (None, Some(lower)) => lower.remembered_ref(name, revision),
+            (remembered, _) => Ok(remembered),
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The same bytes under another name: a hard link where that may be, else a reflink, else a copy.
+//!
+//! Hard links are refused across mounts (also bind mounts of one filesystem), for another user's read-only file
+//! (`protected_hardlinks`), and beyond the filesystem's number of links. Then a file has bytes of its own, which count
+//! by themselves. Nothing here decides whether bytes are right: a clone is as right as what it was made from, and
+//! [`copy`] tells what it copied.
+
+use super::fault::At;
+use super::files::{self, identity};
+use super::modes;
+use crate::digest::Digest;
+use crate::error::Result;
+use crate::ladder::{LadderHasher, part_size};
+use crate::manifest::FileIdentity;
+use rustix::io::Errno;
+use serde::Serialize;
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+/// Bytes copied at a time.
+const COPY_BYTES: usize = 1 << 20;
+
+/// How the files of an artifact share their bytes with other artifacts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Link {
+    /// Hard links: the bytes are there once.
+    Hard,
+    /// Reflinks: files of their own whose blocks the filesystem shares.
+    Reflink,
+    /// Bytes of their own.
+    Copy,
+}
+
+impl std::fmt::Display for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Hard => "hard link",
+            Self::Reflink => "reflink",
+            Self::Copy => "copy",
+        })
+    }
+}
+
+/// Links `from` as `to`, which must not be there; `false` where the filesystem or the kernel refuses that link.
+pub(crate) fn hard_link(from: &Path, to: &Path) -> io::Result<bool> {
+    match fs::hard_link(from, to) {
+        Ok(()) => Ok(true),
+        Err(error) if is_refusal(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether a link or rename failed because these two places do not go together, not because something is wrong.
+pub(crate) fn is_refusal(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(errno, Some(Errno::PERM | Errno::XDEV | Errno::MLINK | Errno::OPNOTSUPP | Errno::NOSYS))
+}
+
+/// Makes `to` a reflink of `from` while `from` is the file `known`; the new file's identity, or `None` where that cannot
+/// be done.
+pub(crate) fn reflink(from: &Path, to: &Path, known: FileIdentity) -> Result<Option<FileIdentity>> {
+    let Ok(source) = modes::open_existing(from, false) else { return Ok(None) };
+    let target = new_file(to).at("make", to)?;
+    let cloned = rustix::fs::ioctl_ficlone(&target, &source).is_ok()
+        && identity(&source.metadata().at("look at", from)?) == known;
+    if cloned { seal(target, to).map(Some) } else { files::remove_file(to).map(|()| None) }
+}
+
+/// Copies `from` to `to`, which must not be there; what was copied, and the new file's identity.
+pub(crate) fn copy(from: &Path, to: &Path) -> Result<(Digest, FileIdentity)> {
+    let mut source = modes::open_existing(from, false).at("open", from)?;
+    let mut target = new_file(to).at("make", to)?;
+    let mut hasher = LadderHasher::new(part_size(source.metadata().at("look at", from)?.len()));
+    let mut buffer = vec![0; COPY_BYTES];
+    loop {
+        let read = source.read(&mut buffer).at("read", from)?;
+        if read == 0 {
+            return Ok((hasher.finish().0, seal(target, to)?));
+        }
+        hasher.update(&buffer[..read]);
+        target.write_all(&buffer[..read]).at("write", to)?;
+    }
+}
+
+fn new_file(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
+fn seal(file: File, path: &Path) -> Result<FileIdentity> {
+    file.set_permissions(Permissions::from_mode(0o444)).at("make read-only", path)?;
+    file.sync_all().at("make durable", path)?;
+    Ok(identity(&file.metadata().at("look at", path)?))
+}

@@ -1,0 +1,107 @@
+//! What a local directory has of one artifact, as a source for a fill of another place: a lower directory, or the blobs
+//! of our own that cannot be linked.
+//!
+//! Files are found by digest, so that other artifacts' bytes serve as well. Nothing is promised about them: the pour
+//! checks what it reads here as it checks a server's. No lock is taken; a file that is evicted meanwhile stays readable
+//! while it is open, and is `NotFound` after.
+
+use super::{Disk, fault, files, modes};
+use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::key::{ArtifactKey, FilePath};
+use crate::manifest::{FileEntry, Manifest};
+use crate::source::{Body, Source};
+use crate::transfer::blocking;
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::StreamExt as _;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+
+/// Bytes read at a time.
+const CHUNK_BYTES: u64 = 1 << 20;
+
+/// Files of one artifact that lie in a local directory.
+#[derive(Debug)]
+pub(crate) struct DiskSource {
+    manifest: Option<Manifest>,
+    files: BTreeMap<FilePath, PathBuf>,
+}
+
+impl Disk {
+    /// Those of `wanted` whose bytes lie here, in the blobs or in views of `key`.
+    pub(crate) fn source(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<DiskSource> {
+        let (dir, manifest) = (self.layout().artifact(key), self.manifest(key)?);
+        let mut found = BTreeMap::new();
+        for (path, entry) in wanted {
+            let Some(digest) = entry.sha256 else { continue };
+            let held = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
+            let view = held.filter(|held| held.held.is_some() && held.sha256 == Some(digest)).map(|_| dir.view(path));
+            for candidate in [Some(self.layout().blob(&digest)), view].into_iter().flatten() {
+                let metadata = files::stat(&candidate)?.filter(|metadata| metadata.is_file());
+                if metadata.is_some_and(|metadata| metadata.len() == entry.size) {
+                    found.entry(path.clone()).or_insert(candidate);
+                }
+            }
+        }
+        Ok(DiskSource { manifest, files: found })
+    }
+}
+
+impl DiskSource {
+    pub(crate) fn holds(&self, path: &FilePath) -> bool {
+        self.files.contains_key(path)
+    }
+}
+
+#[async_trait]
+impl Source for DiskSource {
+    fn tier(&self) -> Tier {
+        Tier::Disk
+    }
+
+    async fn manifest(&self) -> Result<Option<Manifest>> {
+        Ok(self.manifest.clone())
+    }
+
+    async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
+        let gone = || Error::not_found(format!("{path} is not there any more")).tier(Tier::Disk);
+        let from = self.files.get(path).ok_or_else(gone)?.clone();
+        let opened = from.clone();
+        let file = blocking(move || {
+            files::absent(modes::open_existing(&opened, false)).map_err(|cause| fault("open", &opened, cause))
+        })
+        .await?
+        .ok_or_else(gone)?;
+        let start = range.start;
+        let chunks = futures::stream::unfold(Some((file, range)), move |reading| {
+            let from = from.clone();
+            async move {
+                let (file, range) = reading.filter(|(_, range)| !range.is_empty())?;
+                let chunk = blocking(move || {
+                    let chunk = chunk(&file, &range).map_err(|cause| fault("read", &from, cause))?;
+                    let next = range.start + chunk.len() as u64;
+                    if chunk.is_empty() {
+                        return Err(Error::new(ErrorKind::Corrupt, format!("{} ends early", from.display())));
+                    }
+                    Ok((chunk, (file, next..range.end)))
+                });
+                Some(match chunk.await {
+                    Ok((chunk, rest)) => (Ok(chunk), Some(rest)),
+                    Err(error) => (Err(error), None),
+                })
+            }
+        });
+        Ok(Body { start, stream: chunks.boxed() })
+    }
+}
+
+fn chunk(file: &File, range: &Range<u64>) -> std::io::Result<Bytes> {
+    let want = (range.end - range.start).min(CHUNK_BYTES);
+    let mut bytes = vec![0; usize::try_from(want).unwrap_or_default()];
+    let read = file.read_at(&mut bytes, range.start)?;
+    bytes.truncate(read);
+    Ok(bytes.into())
+}
