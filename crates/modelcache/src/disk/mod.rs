@@ -63,7 +63,7 @@ struct Inner {
     max_bytes: ByteBound,
     min_free_bytes: ByteBound,
     /// Why nothing can be written here, if nothing can.
-    unwritable: Option<String>,
+    unwritable: Option<Error>,
 }
 
 /// One artifact's folder, as a scan found it.
@@ -90,9 +90,7 @@ impl Disk {
         let layout = Layout::new(root);
         let unwritable = match prepare(&layout) {
             Ok(()) => None,
-            Err(error) if files::stat(&layout.format()).is_ok_and(|metadata| metadata.is_some()) => {
-                Some(error.to_string())
-            }
+            Err(error) if files::stat(&layout.format()).is_ok_and(|metadata| metadata.is_some()) => Some(error),
             Err(error) => return Err(error),
         };
         check_format(&layout)?;
@@ -111,9 +109,13 @@ impl Disk {
     pub(crate) fn ensure_writable(&self) -> Result<()> {
         match &self.0.unwritable {
             None => Ok(()),
-            Some(why) => Err(Error::new(ErrorKind::Directory, format!("the cache directory cannot be written: {why}"))
-                .tier(Tier::Disk)
-                .hint("what it holds is still served; to fetch more, mount it writable or point MODEL_CACHE_DIR elsewhere")),
+            Some(why) => {
+                let read_only = "what it holds is still served; to fetch more, mount it writable or point MODEL_CACHE_DIR elsewhere";
+                let hint = why.hint_text().filter(|_| why.kind() != ErrorKind::Directory).unwrap_or(read_only);
+                Err(Error::new(why.kind(), format!("the cache directory cannot be written: {why}"))
+                    .tier(Tier::Disk)
+                    .hint(hint))
+            }
         }
     }
 
@@ -260,12 +262,14 @@ fn make_dir(path: &Path) -> Result<()> {
     }
 }
 
+/// Writes a file unless there is one. An empty one is what a process left that was killed before it wrote.
 fn write_new(path: &PathBuf, content: &str) -> Result<()> {
-    match fs::File::create_new(path) {
-        Ok(mut file) => file.write_all(content.as_bytes()).at("write", path),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) => Err(error).at("make", path),
+    if files::stat(path)?.is_some_and(|metadata| metadata.len() > 0) {
+        return Ok(());
     }
+    let mut options = fs::OpenOptions::new();
+    let mut file = options.write(true).create(true).truncate(false).open(path).at("make", path)?;
+    file.write_all(content.as_bytes()).at("write", path)
 }
 
 /// Refuses a directory that a newer release made.
