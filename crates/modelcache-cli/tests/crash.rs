@@ -11,13 +11,13 @@ mod common;
 
 use common::order::{State, spoil_record};
 use common::{House, MIB, Outcome, Run, shim};
+use modelcache_testkit::shim::sample;
 use modelcache_testkit::{Call, Content, Dice, Shim};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 
-const POINTS: usize = 12;
+const POINTS: usize = 8;
 
 /// One row: what is done beforehand, what dies, and what must be right afterwards.
 #[derive(Clone, Copy)]
@@ -246,7 +246,7 @@ fn crash(row: Operation) {
     bench.run(&row, "whole").envs(count.envs()).run(row.act).ok();
     let (calls, new) = (count.calls(), bench.house.state("whole"));
 
-    let points = sample(&calls, &bench.house.path("whole"), &mut dice);
+    let points = bench.points(&row, &calls, &mut dice);
     let mut killed = 0;
     for n in &points {
         killed += u32::from(bench.dies_at(&row, *n, &old, &new));
@@ -256,26 +256,20 @@ fn crash(row: Operation) {
     assert!(killed > 0, "no run was killed: this proved nothing");
 }
 
-/// The numbers of the calls to be struck: of every kind one, as far as they go, then any.
-fn sample(calls: &[Call], root: &Path, dice: &mut Dice) -> Vec<u64> {
-    let mut all: Vec<u64> = calls.iter().map(|call| call.number).collect();
-    if std::env::var("CRASH_EXHAUSTIVE").is_ok_and(|on| on == "1") {
-        return all;
-    }
-    let want = std::env::var("CRASH_POINTS").map_or(POINTS, |points| points.parse().unwrap());
-    let mut kinds: BTreeMap<String, Vec<u64>> = BTreeMap::new();
-    for call in calls {
-        kinds.entry(call.kind(root)).or_default().push(call.number);
-    }
-    let mut kinds: Vec<Vec<u64>> = kinds.into_values().collect();
-    dice.shuffle(&mut kinds);
-    dice.shuffle(&mut all);
-    let mut points: BTreeSet<u64> = kinds.iter().take(want).map(|numbers| *dice.pick(numbers)).collect();
-    points.extend(all.into_iter().take(want.saturating_sub(points.len())));
-    points.into_iter().collect()
-}
-
 impl Bench {
+    /// The calls to be struck. What only finds the folders of a directory that was prepared needs no death.
+    fn points(&self, row: &Operation, calls: &[Call], dice: &mut Dice) -> Vec<u64> {
+        let root = self.house.path("whole");
+        if std::env::var("CRASH_EXHAUSTIVE").is_ok_and(|on| on == "1") {
+            return sample(calls, &root, dice, usize::MAX);
+        }
+        let want = std::env::var("CRASH_POINTS").map_or(POINTS, |points| points.parse().unwrap());
+        let at_top = |call: &&Call| call.path != root && call.path.parent() != Some(&root);
+        let calls: Vec<Call> =
+            if row.before.is_empty() { calls.to_vec() } else { calls.iter().filter(at_top).cloned().collect() };
+        sample(&calls, &root, dice, want)
+    }
+
     /// One death and all that must hold afterwards; whether it died (a run may make fewer calls than the one counted).
     #[allow(clippy::print_stderr)]
     fn dies_at(&self, row: &Operation, n: u64, old: &State, new: &State) -> bool {

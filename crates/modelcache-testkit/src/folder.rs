@@ -18,6 +18,8 @@ pub struct Census {
     pub orphans: Vec<PathBuf>,
     /// Folders in staging.
     pub stagings: Vec<PathBuf>,
+    /// Those among them that hold files which have no other name.
+    pub stagings_with_bytes: Vec<PathBuf>,
     /// Loose files in staging: what somebody was about to rename into place.
     pub temporaries: Vec<PathBuf>,
     /// Views of artifacts that have no manifest.
@@ -44,11 +46,14 @@ impl Census {
                 census.temporaries.push(path);
                 continue;
             }
+            let mut has_bytes = false;
             walk(&path, &mut |file, metadata| {
                 if file.file_name().is_some_and(|name| name != "journal") {
+                    has_bytes |= metadata.nlink() == 1;
                     count(metadata);
                 }
             })?;
+            census.stagings_with_bytes.extend(has_bytes.then(|| path.clone()));
             census.stagings.push(path);
         }
         for name in entries(&root.join("artifacts"))? {
@@ -105,13 +110,15 @@ mod tests {
         write("staging/k-1/part", 10);
         write("staging/new-1", 10);
         write("artifacts/n/1/files/loose", 1);
-        fs::hard_link(root.join("blobs/aa/a"), root.join("staging/k-1/again")).unwrap();
+        write("staging/k-2/journal", 10);
+        fs::hard_link(root.join("blobs/aa/a"), root.join("staging/k-2/again")).unwrap();
         let census = Census::of(root).unwrap();
         let each = fs::metadata(root.join("blobs/aa/a")).unwrap().blocks() * 512;
         let small = fs::metadata(root.join("quarantine/c")).unwrap().blocks() * 512;
         assert_eq!(census.counted_bytes, 2 * each + 2 * small);
         assert_eq!(census.orphans, [root.join("blobs/bb/b")]);
-        assert_eq!(census.stagings, [root.join("staging/k-1")]);
+        assert_eq!(census.stagings_with_bytes, [root.join("staging/k-1")]);
+        assert_eq!(census.stagings.len(), 2);
         assert_eq!(census.temporaries, [root.join("staging/new-1")]);
         assert_eq!(census.loose_views, [root.join("artifacts/n/1/files/loose")]);
         assert_eq!(Census::of(&root.join("nowhere")).unwrap().counted_bytes, 0);

@@ -6,7 +6,9 @@
 //! Surprise: numbers are those of one run. Threads take turns, so the n-th call of the next run may be another one;
 //! [`Strike::calls`] tells which call was struck.
 
+use crate::dice::Dice;
 use anyhow::{Context as _, ensure};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -160,6 +162,26 @@ impl Call {
     }
 }
 
+/// The numbers of `want` calls, in order: of every kind one, as far as they go, then any. All if there are no more.
+pub fn sample(calls: &[Call], root: &Path, dice: &mut Dice, want: usize) -> Vec<u64> {
+    let mut all: Vec<u64> = calls.iter().map(|call| call.number).collect();
+    let mut by_kind: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    for call in calls {
+        by_kind.entry(call.kind(root)).or_default().push(call.number);
+    }
+    let mut kinds: Vec<Vec<u64>> = by_kind.into_values().collect();
+    dice.shuffle(&mut kinds);
+    dice.shuffle(&mut all);
+    let one_of_each = kinds.iter().map(|numbers| *dice.pick(numbers)).collect::<Vec<_>>();
+    let mut chosen = BTreeSet::new();
+    for number in one_of_each.into_iter().chain(all) {
+        if chosen.len() < want {
+            chosen.insert(number);
+        }
+    }
+    chosen.into_iter().collect()
+}
+
 fn library(folder: &Path) -> PathBuf {
     folder.join("shim.so")
 }
@@ -212,6 +234,20 @@ mod tests {
         assert_eq!(run(|shim, root| shim.count(root), script).0.stdout, b"", "true locks conflict");
         let refuses = run(|shim, root| shim.flock(root, Flock::Refuses), script).0;
         assert!(String::from_utf8_lossy(&refuses.stderr).contains("No locks available"), "{refuses:?}");
+    }
+
+    #[test]
+    fn a_sample_has_every_kind_before_it_has_one_twice() {
+        let call = |number| Call {
+            number,
+            name: if number % 10 == 0 { "rename" } else { "write" }.into(),
+            path: "/r/a".into(),
+        };
+        let calls: Vec<Call> = (1..=100).map(call).collect();
+        let take = |want| sample(&calls, Path::new("/r"), &mut Dice::new(5), want);
+        assert_eq!(take(2).iter().filter(|number| *number % 10 == 0).count(), 1);
+        assert_eq!(take(30).len(), 30);
+        assert_eq!(take(usize::MAX), (1..=100).collect::<Vec<_>>());
     }
 
     #[test]

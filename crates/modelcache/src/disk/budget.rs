@@ -231,6 +231,7 @@ impl BudgetHold<'_> {
         if self.disk.last_used(&artifact.dir)? != artifact.last_used {
             return Ok(Evicted::Kept(format!("{} was just used", name())));
         }
+        tracing::debug!(artifact = name(), "evicting");
         let freed = self.remove_artifact(&artifact.dir)?;
         tracing::info!(artifact = name(), freed_bytes = freed, "evicted");
         Ok(Evicted::Freed(freed))
