@@ -291,8 +291,7 @@ impl BudgetHold<'_> {
     pub(crate) fn drop_dead_stagings(&mut self, key: Option<&ArtifactKey>) -> Result<()> {
         let of_key = |staging: &StagingUse| key.is_none_or(|key| staging.is_of(key));
         for staging in self.disk.stagings()?.into_iter().filter(|staging| !staging.live && of_key(staging)) {
-            let journal = staging.journal();
-            let owner = files::stat(&journal)?.map(|_| FileLock::try_exclusive(&journal)).transpose()?;
+            let owner = FileLock::try_existing(&staging.journal())?;
             if matches!(owner, Some(None)) {
                 continue;
             }

@@ -5,6 +5,7 @@
 //! locks may be taken: fill, owner, shared lease, budget, then (one try) exclusive lease or owner.
 
 use super::fault::At;
+use super::files::absent;
 use crate::error::Result;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -21,6 +22,13 @@ impl FileLock {
     pub(crate) fn try_exclusive(path: &Path) -> Result<Option<Self>> {
         let file = open_for_writing(path).at("open the lock", path)?;
         Self::locked(file.try_lock(), file).at("lock", path)
+    }
+
+    /// Tries to hold the existing file `path` alone; the outer `None` if there is none. It is never made: a journal that
+    /// its owner is just removing must not come back.
+    pub(crate) fn try_existing(path: &Path) -> Result<Option<Option<Self>>> {
+        let opened = absent(OpenOptions::new().read(true).write(true).open(path)).at("open the lock", path)?;
+        opened.map(|file| Self::locked(file.try_lock(), file).at("lock", path)).transpose()
     }
 
     /// Tries to share `path`; `None` while somebody holds it alone. On a read-only directory an existing lock file is

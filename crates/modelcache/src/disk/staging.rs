@@ -140,7 +140,7 @@ impl Disk {
                 continue;
             }
             let journal = dir.join("journal");
-            let live = files::stat(&journal)?.is_some() && FileLock::try_exclusive(&journal)?.is_none();
+            let live = matches!(FileLock::try_existing(&journal)?, Some(None));
             let reserved = files::read_small(&journal, 4096)?
                 .and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok())
                 .map_or(0, |journal| journal.reserved);
