@@ -37,7 +37,7 @@ struct Operation {
     /// Whether artifacts may be gone in between.
     evicts: bool,
     /// References that are then got, and must be these files.
-    right: &'static [(&'static str, fn() -> Files)],
+    right: &'static [Right],
 }
 
 const ROW: Operation = Operation {
@@ -53,6 +53,8 @@ const ROW: Operation = Operation {
 };
 
 type Files = BTreeMap<&'static str, Content>;
+/// A reference and what it must be.
+type Right = (&'static str, fn() -> Files);
 
 const V1: &str = "hf://org/model@v1";
 const V2: &str = "hf://org/model@v2";

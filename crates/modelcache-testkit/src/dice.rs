@@ -32,7 +32,7 @@ impl Dice {
 
     /// Dice of their own for the `index`-th of several that draw at the same time.
     pub fn split(&self, index: u64) -> Self {
-        Self::new(word_at(self.seed, index ^ u64::MAX / 2))
+        Self::new(word_at(self.seed, u64::MAX - 1 - index))
     }
 
     /// A number below `end`; 0 if that is 0.
