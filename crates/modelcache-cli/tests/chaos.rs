@@ -78,7 +78,9 @@ fn sixteen_processes_at_random_leave_nothing_wrong_and_nothing_over() {
         let failed = workers.into_iter().filter_map(|worker| worker.join().err()).next();
         chaos.ended.store(true, Ordering::Relaxed);
         let most = watcher.join();
-        failed.map(|panic| std::panic::resume_unwind(panic));
+        if let Some(panic) = failed {
+            std::panic::resume_unwind(panic);
+        }
         most.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
     chaos.assert_settled();
