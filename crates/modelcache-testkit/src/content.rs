@@ -245,7 +245,7 @@ fn generate(seed: u64, offset: u64, out: &mut [u8]) {
 }
 
 /// SplitMix64 as a function of position, which is what makes any slice cheap.
-fn word_at(seed: u64, index: u64) -> u64 {
+pub(crate) fn word_at(seed: u64, index: u64) -> u64 {
     const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
     mix(mix(seed).wrapping_add(index.wrapping_add(1).wrapping_mul(STEP)))
 }

@@ -9,6 +9,9 @@
 //! | [`s3`] | an S3 endpoint over a folder, with the conditions of the real one kept |
 //! | [`moto`] | nothing: it starts the real moto server as a second opinion |
 //! | [`proxy`] | a bad network, in front of any of them |
+//! | [`shim`] | a bad disk and sudden death, underneath a program |
+//!
+//! [`folder`] counts what a cache directory holds, without asking the program; [`dice`] are chance with a seed.
 //!
 //! Surprise: the stand-ins run on threads of their own, not on the caller's runtime. A test may block its thread (run
 //! a command, join a child) and the servers go on answering.
@@ -16,20 +19,25 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test ends at the first surprise"))]
 
 pub mod content;
+pub mod dice;
 pub mod faults;
+pub mod folder;
 pub mod hub;
 pub mod log;
 pub mod moto;
 pub mod proxy;
 pub mod s3;
+pub mod shim;
 
 mod range;
 mod serve;
 
 pub use content::Content;
+pub use dice::Dice;
 pub use faults::{Fault, Faults, Hits};
 pub use hub::Hub;
 pub use log::{Place, Seen};
 pub use moto::Moto;
 pub use proxy::FaultProxy;
 pub use s3::S3;
+pub use shim::{Call, Errno, Flock, Shim, Strike};

@@ -299,6 +299,7 @@ impl BudgetHold<'_> {
         if self.disk.last_used(&artifact.dir)? != artifact.last_used {
             return kept("was just used", true);
         }
+        tracing::debug!(artifact = name(), "evicting");
         let freed = self.remove_artifact(&artifact.dir)?;
         tracing::info!(artifact = name(), freed_bytes = freed, "evicted");
         Ok(Evicted::Freed(freed))
@@ -433,8 +434,7 @@ impl BudgetHold<'_> {
     /// Removes what ended fills left, as far as `unwanted` says.
     pub(crate) fn drop_dead_stagings(&mut self, unwanted: impl Fn(&StagingUse) -> bool) -> Result<()> {
         for staging in self.disk.stagings()?.into_iter().filter(|staging| !staging.live && unwanted(staging)) {
-            let journal = staging.journal();
-            let owner = files::stat(&journal)?.map(|_| FileLock::try_exclusive(&journal)).transpose()?;
+            let owner = FileLock::try_existing(&staging.journal())?;
             if matches!(owner, Some(None)) {
                 continue;
             }

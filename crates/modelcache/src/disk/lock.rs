@@ -40,15 +40,16 @@ impl FileLock {
         Self::locked(file.try_lock_shared(), file).at("lock", path)
     }
 
-    /// Tries to hold `path` alone if it is there, and still is once it is held: whoever removes a locked file does so
-    /// under its lock. `None` otherwise.
-    pub(crate) fn try_existing(path: &Path) -> Result<Option<Self>> {
-        let opened = modes::open_existing(path, true);
-        let Some(file) = files::absent(opened).at("open the lock", path)? else { return Ok(None) };
-        let Some(held) = Self::locked(file.try_lock(), file).at("lock", path)? else { return Ok(None) };
+    /// Tries to hold the existing file `path` alone; the outer `None` if there is none, or no longer once it is held:
+    /// whoever removes a locked file does so under its lock. It is never made: a journal that its owner is just removing
+    /// must not come back.
+    pub(crate) fn try_existing(path: &Path) -> Result<Option<Option<Self>>> {
+        let opened = files::absent(modes::open_existing(path, true)).at("open the lock", path)?;
+        let Some(file) = opened else { return Ok(None) };
+        let Some(held) = Self::locked(file.try_lock(), file).at("lock", path)? else { return Ok(Some(None)) };
         let inode = |metadata: std::fs::Metadata| metadata.ino();
         let locked = held.file.metadata().map(inode).at("look at", path)?;
-        Ok((files::stat(path)?.map(inode) == Some(locked)).then_some(held))
+        Ok((files::stat(path)?.map(inode) == Some(locked)).then_some(Some(held)))
     }
 
     /// Takes the lock of a file that this process has just made.

@@ -153,7 +153,7 @@ impl Disk {
             layout,
             max_bytes,
             min_free_bytes,
-            unwritable: Some(why.to_owned()),
+            unwritable: Some(Error::new(ErrorKind::Directory, why)),
             locks_are_honest: true,
         })))
     }

@@ -75,7 +75,7 @@ struct Inner {
     max_bytes: ByteBound,
     min_free_bytes: ByteBound,
     /// Why nothing can be written here, if nothing can.
-    unwritable: Option<String>,
+    unwritable: Option<Error>,
     /// Whether locks exclude on this filesystem.
     locks_are_honest: bool,
 }
@@ -106,9 +106,7 @@ impl Disk {
         check_format(&layout)?;
         let unwritable = match prepare(&layout, sharing) {
             Ok(()) => None,
-            Err(error) if files::stat(&layout.format()).is_ok_and(|metadata| metadata.is_some()) => {
-                Some(error.to_string())
-            }
+            Err(error) if files::stat(&layout.format()).is_ok_and(|metadata| metadata.is_some()) => Some(error),
             Err(error) => return Err(error),
         };
         // Again: another release may have made it in between.
@@ -138,9 +136,13 @@ impl Disk {
     pub(crate) fn ensure_writable(&self) -> Result<()> {
         match &self.0.unwritable {
             None => Ok(()),
-            Some(why) => Err(Error::new(ErrorKind::Directory, format!("the cache directory cannot be written: {why}"))
-                .tier(Tier::Disk)
-                .hint("what it holds is still served; to fetch more, mount it writable or point MODEL_CACHE_DIR elsewhere")),
+            Some(why) => {
+                let read_only = "what it holds is still served; to fetch more, mount it writable or point MODEL_CACHE_DIR elsewhere";
+                let hint = why.hint_text().filter(|_| why.kind() != ErrorKind::Directory).unwrap_or(read_only);
+                Err(Error::new(why.kind(), format!("the cache directory cannot be written: {why}"))
+                    .tier(Tier::Disk)
+                    .hint(hint))
+            }
         }
     }
 
@@ -273,12 +275,18 @@ fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
     rustix::fs::access(layout.stagings(), rustix::fs::Access::WRITE_OK).at("write to", root)
 }
 
+/// Writes a file unless there is one. An empty one is what a process left that was killed before it wrote.
 fn write_new(path: &Path, content: &str) -> Result<()> {
-    match modes::create_readable(path) {
-        Ok(mut file) => file.write_all(content.as_bytes()).at("write", path),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) => Err(error).at("make", path),
-    }
+    let file = match modes::create_readable(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            if files::stat(path)?.is_some_and(|metadata| metadata.len() > 0) {
+                return Ok(());
+            }
+            modes::open_existing(path, true)
+        }
+        made => made,
+    };
+    file.at("make", path)?.write_all(content.as_bytes()).at("write", path)
 }
 
 /// Refuses a directory that a newer release made.

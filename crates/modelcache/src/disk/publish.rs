@@ -257,6 +257,10 @@ impl BudgetHold<'_> {
                 return Ok(Some(checked));
             }
             if let Some(theirs) = disk.checked_blob(self, digest)? {
+                // Theirs needs a link of ours: else it may be evicted, or replaced, before our view of it stands. Where
+                // links are refused, the view becomes the staged file.
+                let ours = staged.with_extension("reused");
+                clone::hard_link(&blob, &ours).at("link", &ours)?;
                 return Ok(Some(theirs));
             }
         }
@@ -381,4 +385,46 @@ fn make_folders(view_root: &Path, path: &FilePath) -> Result<()> {
 
 fn digest_of(path: &FilePath, entry: &FileEntry) -> Result<Digest> {
     entry.sha256.ok_or_else(|| Error::new(ErrorKind::Other, format!("{path} is to be published without a digest")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ByteBound, Sharing};
+    use crate::disk::{Given, copy_given};
+    use crate::key::ArtifactKey;
+    use crate::manifest::Shape;
+    use crate::progress::Progress;
+
+    type Filled = (Staging, Manifest, BTreeMap<FilePath, StagedFile>);
+
+    /// A fill of `key` that is ready to be published: one file, the same for every key.
+    fn filled(disk: &Disk, key: &str, source: &Path) -> Filled {
+        let (key, path) = (ArtifactKey::bare(key).expect("key"), FilePath::new("f").expect("path"));
+        let given = Given { path: path.clone(), from: source.to_owned(), size: 7 };
+        let wanted = [(path.clone(), FileEntry { size: 7, ..FileEntry::default() })];
+        let staging = disk.begin_fill(&key, &wanted).expect("begins");
+        let copied = copy_given(&given, &staging.file("copy"), &Progress::new()).expect("copies");
+        let staged = StagedFile { name: "copy".into(), ..copied };
+        let mut listing = Manifest::new(key, Shape::Tree);
+        listing.files.insert(path.clone(), staged.entry.clone());
+        (staging, listing, BTreeMap::from([(path, staged)]))
+    }
+
+    #[test]
+    fn a_blob_that_was_found_there_outlives_the_artifact_it_came_from() {
+        let folder = tempfile::tempdir().expect("folder");
+        let source = folder.path().join("source");
+        fs::write(&source, "content").expect("writes");
+        let (most, least) = (ByteBound::Bytes(1 << 30), ByteBound::Bytes(0));
+        let disk = Disk::open(&folder.path().join("cache"), most, least, Sharing::Off).expect("opens");
+
+        let (staging, listing, files) = filled(&disk, "first@1", &source);
+        drop(disk.publish(staging, &listing, &files).expect("publishes"));
+        let (staging, listing, files) = filled(&disk, "second@1", &source);
+        let blobs = disk.publish_blobs(&staging, &listing, &files).expect("finds the blob");
+        disk.evict(&ArtifactKey::bare("first@1").expect("key")).expect("evicts");
+        let dir = disk.layout().artifact(&listing.key);
+        disk.publish_manifest(&dir, &listing, &staging, &files, &blobs).expect("the blob is still there");
+    }
 }

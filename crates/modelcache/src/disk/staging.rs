@@ -199,7 +199,7 @@ impl Disk {
         dead.sort_by_key(|staging| std::cmp::Reverse(staging.allocated));
         let names: BTreeSet<String> = wanted.iter().map(|(path, entry)| staged_name(path, entry)).collect();
         for StagingUse { dir, .. } in dead {
-            let Some(owner) = FileLock::try_existing(&dir.join(JOURNAL))? else { continue };
+            let Some(Some(owner)) = FileLock::try_existing(&dir.join(JOURNAL))? else { continue };
             let staging = Staging::owned(self, dir, owner);
             if staging.keep_only(&names)? {
                 tracing::info!(%key, bytes = staged_bytes(&staging.dir)?, "going on with what an ended fill left");
@@ -217,8 +217,7 @@ impl Disk {
                 continue;
             }
             let path = dir.join(JOURNAL);
-            let owned = || Ok(files::stat(&path)?.is_some() && FileLock::try_exclusive(&path)?.is_none());
-            let live = !self.is_idle(&dir)? || owned()?;
+            let live = !self.is_idle(&dir)? || matches!(FileLock::try_existing(&path)?, Some(None));
             let journal = files::read_small(&path, 4096)?;
             let journal = journal.and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok()).unwrap_or_default();
             let Journal { key, pid, reserved } = journal;

@@ -1,0 +1,111 @@
+//! The house is in order: what must hold in a cache directory when nobody is at work in it.
+//!
+//! The program's own word (`ls`, `inspect`, `stats`) is compared with the files themselves.
+
+use super::{House, entries, files_below, text};
+use modelcache_testkit::content::sha256;
+use modelcache_testkit::folder::Census;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, FileTimes};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+/// What is held: digests of the bytes that are there, by reference and path.
+pub type State = BTreeMap<String, BTreeMap<String, String>>;
+
+impl House {
+    /// What `dir` says it holds. Every file of it is read and must be what the directory says it is.
+    #[track_caller]
+    pub fn state(&self, dir: &str) -> State {
+        self.listed(dir).into_iter().map(|reference| (reference.clone(), self.held_files(dir, &reference))).collect()
+    }
+
+    #[track_caller]
+    fn held_files(&self, dir: &str, reference: &str) -> BTreeMap<String, String> {
+        let inspection = self.on_local(dir).run(["inspect", "--json", reference]).object();
+        let files = inspection["files"].as_array().unwrap();
+        let held = files.iter().filter(|file| file["on_disk"] == true);
+        let view = |file| self.views(dir, &inspection).join(text(file));
+        held.map(|file| {
+            let path = view(&file["path"]);
+            let bytes = fs::read(&path).unwrap_or_else(|error| panic!("held, but {error}: {}", path.display()));
+            let digest = sha256(&bytes);
+            assert_eq!(text(&file["sha256"]), digest, "wrong bytes in {}", path.display());
+            (text(&file["path"]), digest)
+        })
+        .collect()
+    }
+
+    /// The folder of an artifact's views.
+    fn views(&self, dir: &str, inspection: &serde_json::Value) -> PathBuf {
+        let (name, version) = (text(&inspection["name"]), text(&inspection["version"]));
+        self.path(dir).join("artifacts").join(name.replace('/', "%2F")).join(version).join("files")
+    }
+
+    /// The count is right: `stats` says what the files take.
+    #[track_caller]
+    pub fn assert_counted(&self, dir: &str) {
+        let stats = self.on_local(dir).run(["stats", "--json"]).object();
+        let census = Census::of(&self.path(dir)).unwrap();
+        assert_eq!(stats["used_bytes"], census.counted_bytes, "counted wrong: {census:?}");
+    }
+
+    /// Nothing has leaked: the count is right, no fill is left over, every blob and every view belongs to an artifact.
+    /// What takes no room may stay until it is old and a sweep comes: names of blobs in the staging of a writer that was
+    /// killed after its commit, and what it was about to rename.
+    #[track_caller]
+    pub fn assert_in_order(&self, dir: &str) {
+        self.assert_counted(dir);
+        let root = self.path(dir);
+        let census = Census::of(&root).unwrap();
+        assert!(census.stagings_with_bytes.is_empty(), "fills left over: {census:?}");
+        assert!(census.orphans.is_empty(), "blobs that nothing links: {census:?}");
+        assert!(census.loose_views.is_empty(), "views without a manifest: {census:?}");
+        self.sweep(dir);
+        let census = Census::of(&root).unwrap();
+        assert!(census.stagings.is_empty(), "a sweep leaves these: {census:?}");
+        assert!(census.temporaries.is_empty(), "a sweep leaves these: {census:?}");
+        assert_eq!(fs::read_to_string(root.join("FORMAT")).unwrap(), "modelcache 1\n");
+        assert!(fs::read_to_string(root.join("CACHEDIR.TAG")).unwrap().starts_with("Signature: "));
+        assert_views_are_blobs(&root);
+        self.assert_counted(dir);
+    }
+
+    /// Makes the next command count and sweep, with all that lies about grown old.
+    #[track_caller]
+    pub fn sweep(&self, dir: &str) {
+        let old = FileTimes::new().set_modified(SystemTime::now() - Duration::from_secs(2 * 24 * 3600));
+        let staging = self.path(dir).join("staging");
+        for path in entries(&staging).into_iter().flat_map(|path| [path.join("journal"), path]) {
+            if path.exists() {
+                File::open(path).unwrap().set_times(old).unwrap();
+            }
+        }
+        spoil_record(&self.path(dir));
+        self.on_local(dir).run(["stats"]).ok();
+    }
+}
+
+/// Makes the budget's record worthless, as a crash in the middle of a change would.
+pub fn spoil_record(root: &Path) {
+    let record = root.join("locks/budget");
+    if record.exists() {
+        fs::write(record, "spoilt").unwrap();
+    }
+}
+
+/// Every view is a name of a blob, and no view lies outside what its manifest holds.
+#[track_caller]
+fn assert_views_are_blobs(root: &Path) {
+    let inode = |path: &PathBuf| fs::symlink_metadata(path).unwrap().ino();
+    let below = |folder: &str| {
+        let folder = root.join(folder);
+        files_below(&folder).into_iter().map(|path| folder.join(path)).collect::<Vec<_>>()
+    };
+    let blobs: BTreeSet<u64> = below("blobs").iter().map(inode).collect();
+    for view in below("artifacts").into_iter().filter(|path| path.components().any(|part| part.as_os_str() == "files"))
+    {
+        assert!(blobs.contains(&inode(&view)), "{} is no link to a blob", view.display());
+    }
+}

@@ -1,0 +1,334 @@
+//! Killed at any moment: SIGKILL before the n-th call that changes the directory, for every operation.
+//!
+//! After each death a fresh process must find every artifact in its old or its new state, the next command must succeed
+//! with the right bytes, and nothing may leak. Each test is one row: an [`Operation`].
+//!
+//! `CRASH_SEED` repeats a sample, `CRASH_POINTS` sets its size, `CRASH_EXHAUSTIVE=1` takes every call (with
+//! `cargo nextest run --profile long`). Calls are sampled by kind, so that a thousand writes do not hide one rename.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::order::{State, spoil_record};
+use common::{House, MIB, Outcome, Run, shim};
+use modelcache_testkit::shim::sample;
+use modelcache_testkit::{Call, Content, Dice, Shim};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+const POINTS: usize = 8;
+
+/// One row: what is done beforehand, what dies, and what must be right afterwards.
+#[derive(Clone, Copy)]
+struct Operation {
+    name: &'static str,
+    /// With the S3 stand-in as remote.
+    remote: bool,
+    max_bytes: &'static str,
+    /// Runs before.
+    before: &'static [&'static [&'static str]],
+    /// What else is done to the directory before.
+    prepare: fn(&Bench, &str),
+    /// The command that is killed, then repeated.
+    act: &'static [&'static str],
+    /// How the repeated command may end.
+    codes: &'static [i32],
+    /// Whether artifacts may be gone in between.
+    evicts: bool,
+    /// References that are then got, and must be these files.
+    right: &'static [Right],
+}
+
+const ROW: Operation = Operation {
+    name: "",
+    remote: false,
+    max_bytes: "1GB",
+    before: &[],
+    prepare: |_, _| {},
+    act: &[],
+    codes: &[0],
+    evicts: false,
+    right: &[],
+};
+
+type Files = BTreeMap<&'static str, Content>;
+/// A reference and what it must be.
+type Right = (&'static str, fn() -> Files);
+
+const V1: &str = "hf://org/model@v1";
+const V2: &str = "hf://org/model@v2";
+const OTHER: &str = "hf://org/other@v1";
+
+/// A file above one part, duplicates inside, an empty one.
+fn v1() -> Files {
+    [
+        ("a.json", "{\"a\": 1}".into()),
+        ("copies/a.json", "{\"a\": 1}".into()),
+        ("copies/second.bin", Content::generated(2, MIB + 5)),
+        ("empty", "".into()),
+        ("first.bin", Content::generated(2, MIB + 5)),
+        ("model.safetensors", Content::generated(1, 9 * MIB + 4321)),
+    ]
+    .into()
+}
+
+/// Shares all but one file with [`v1`].
+fn v2() -> Files {
+    let mut files = v1();
+    files.insert("a.json", "{\"a\": 2}".into());
+    files.insert("new.bin", Content::generated(3, 4097));
+    files
+}
+
+fn other() -> Files {
+    [("other.bin", Content::generated(4, 10 * MIB))].into()
+}
+
+#[test]
+fn a_first_get_survives_a_kill_at_any_call() {
+    crash(Operation { name: "get", act: &["get", V1], right: &[(V1, v1)], ..ROW });
+}
+
+#[test]
+fn a_get_that_shares_blobs_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", V1]];
+    crash(Operation { name: "get shared", before, act: &["get", V2], right: &[(V1, v1), (V2, v2)], ..ROW });
+}
+
+#[test]
+fn a_get_that_widens_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", V1, "--include", "*.json"]];
+    crash(Operation { name: "get wider", before, act: &["get", V1], right: &[(V1, v1)], ..ROW });
+}
+
+#[test]
+fn a_get_that_must_evict_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", OTHER]];
+    let row = Operation { name: "get evicting", before, max_bytes: "15MB", evicts: true, ..ROW };
+    crash(Operation { act: &["get", V1], right: &[(V1, v1)], ..row });
+}
+
+#[test]
+fn a_get_that_resumes_survives_a_second_kill() {
+    let prepare = |bench: &Bench, dir: &str| bench.kill_halfway(dir, &["get", V1]);
+    crash(Operation { name: "get resumed", prepare, act: &["get", V1], right: &[(V1, v1)], ..ROW });
+}
+
+#[test]
+fn a_get_that_heals_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", V1]];
+    let prepare = |bench: &Bench, dir: &str| bench.damage(dir, "first.bin");
+    crash(Operation { name: "get healing", before, prepare, act: &["get", V1], right: &[(V1, v1)], ..ROW });
+}
+
+#[test]
+fn a_get_that_backfills_survives_a_kill_at_any_call() {
+    crash(Operation { name: "get backfilling", remote: true, act: &["get", V1], right: &[(V1, v1)], ..ROW });
+}
+
+#[test]
+fn a_put_survives_a_kill_at_any_call() {
+    crash(Operation { name: "put", act: &["put", "m@1", "v1"], right: &[("m@1", v1)], ..ROW });
+}
+
+#[test]
+fn a_put_to_the_remote_survives_a_kill_at_any_call() {
+    crash(Operation { name: "put remote", remote: true, act: &["put", "m@1", "v1"], right: &[("m@1", v1)], ..ROW });
+}
+
+#[test]
+fn a_forced_put_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["put", "m@1", "v1"]];
+    let row = Operation { name: "put forced", before, evicts: true, ..ROW };
+    crash(Operation { act: &["put", "m@1", "v2", "--force"], right: &[("m@1", v2)], ..row });
+}
+
+#[test]
+fn an_evict_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", V1], &["get", V2]];
+    let row = Operation { name: "evict", before, codes: &[0, 3], evicts: true, ..ROW };
+    crash(Operation { act: &["evict", V2, "--tier", "disk"], right: &[(V1, v1)], ..row });
+}
+
+#[test]
+fn a_sweep_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", OTHER], &["put", "gone@1", "v1"], &["get", V1, "--include", "*.json"]];
+    let prepare = |bench: &Bench, dir: &str| bench.litter(dir);
+    crash(Operation { name: "sweep", before, prepare, act: &["stats"], right: &[(OTHER, other)], ..ROW });
+}
+
+/// What all rows of one test share.
+struct Bench {
+    house: House,
+    shim: Shim,
+}
+
+impl Bench {
+    fn new(shim: Shim) -> Self {
+        let house = House::new();
+        for (repo, tag, files) in [("org/model", "v1", v1()), ("org/model", "v2", v2()), ("org/other", "v1", other())] {
+            let repo = house.hub.repo(repo);
+            let commit = files.into_iter().fold(repo.commit(), |commit, (path, content)| commit.file(path, content));
+            repo.tag(tag, &commit.publish().unwrap());
+        }
+        for (folder, files) in [("v1", v1()), ("v2", v2())] {
+            files.into_iter().for_each(|(path, content)| drop(house.write(&format!("{folder}/{path}"), content)));
+        }
+        Self { house, shim }
+    }
+
+    fn run(&self, row: &Operation, dir: &str) -> Run {
+        let run = if row.remote { self.house.on(dir) } else { self.house.on_local(dir) };
+        // Machines that are busy must not turn a wait into a failure.
+        run.env("MODEL_CACHE_MAX_BYTES", row.max_bytes).env("MODEL_CACHE_READ_TIMEOUT", "30s")
+    }
+
+    /// A directory in which everything that comes before has happened.
+    fn prepared(&self, row: &Operation, dir: &str) {
+        if row.remote {
+            let _ = fs::remove_dir_all(self.house.s3.object_path(common::BUCKET, "cache"));
+        }
+        fs::create_dir_all(self.house.path(dir)).unwrap();
+        row.before.iter().for_each(|args| drop(self.run(row, dir).run(*args).ok()));
+        (row.prepare)(self, dir);
+    }
+
+    fn kill_halfway(&self, dir: &str, args: &[&str]) {
+        let spare = format!("{dir}-spare");
+        let count = self.shim.count(&self.house.path(&spare));
+        self.run(&ROW, &spare).envs(count.envs()).run(args).ok();
+        let (root, half) = (self.house.path(dir), count.calls().len() as u64 / 2);
+        let killed = self.run(&ROW, dir).envs(self.shim.kill_at(&root, half).envs()).run(args);
+        assert_eq!(killed.code, None, "{killed}");
+    }
+
+    /// Another content under the same length, as a careless program might leave it.
+    fn damage(&self, dir: &str, name: &str) {
+        let root = self.house.path(dir);
+        let views = common::files_below(&root.join("artifacts"));
+        let view = root.join("artifacts").join(views.iter().find(|path| path.ends_with(name)).unwrap());
+        fs::set_permissions(&view, fs::Permissions::from_mode(0o644)).unwrap();
+        let len = fs::metadata(&view).unwrap().len();
+        fs::write(&view, vec![7; usize::try_from(len).unwrap()]).unwrap();
+    }
+
+    /// Every kind of leftover: a dead fill, views without a manifest, blobs that nothing links, a spoilt record.
+    fn litter(&self, dir: &str) {
+        let root = self.house.path(dir);
+        self.kill_halfway(dir, &["get", V2]);
+        fs::remove_file(root.join("artifacts/gone/1/manifest.json")).unwrap();
+        fs::remove_dir_all(root.join("artifacts/gone/1/files/copies")).unwrap();
+        fs::remove_file(root.join("artifacts/gone/1/files/first.bin")).unwrap();
+        spoil_record(&root);
+    }
+
+    /// A claim of a writer that was killed ends after a minute; here the minute is over at once.
+    fn end_claims(&self) {
+        let bucket = self.house.s3.object_path(common::BUCKET, "cache");
+        for path in common::files_below(&bucket).into_iter().filter(|path| path.ends_with(".modelcache/claim")) {
+            let path = bucket.join(path);
+            let mut claim: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+            claim["expires_at"] = 0.into();
+            fs::write(&path, claim.to_string()).unwrap();
+        }
+    }
+}
+
+/// Runs one row: counts its calls, then kills it before a sample of them.
+#[allow(clippy::print_stderr)]
+fn crash(row: Operation) {
+    let Some(shim) = shim() else { return };
+    let bench = Bench::new(shim);
+    let mut dice = Dice::from_env("CRASH_SEED");
+
+    bench.prepared(&row, "whole");
+    let old = if row.name == "get healing" { State::new() } else { bench.house.state("whole") };
+    let count = bench.shim.count(&bench.house.path("whole"));
+    bench.run(&row, "whole").envs(count.envs()).run(row.act).ok();
+    let (calls, new) = (count.calls(), bench.house.state("whole"));
+
+    let points = bench.points(&row, &calls, &mut dice);
+    let mut killed = 0;
+    for n in &points {
+        killed += u32::from(bench.dies_at(&row, *n, &old, &new));
+    }
+    let (name, total, seed) = (row.name, calls.len(), dice.seed());
+    eprintln!("crash: {name}: killed before {killed} of {total} calls ({} tried), seed {seed}", points.len());
+    assert!(killed > 0, "no run was killed: this proved nothing");
+}
+
+impl Bench {
+    /// The calls to be struck. What only finds the folders of a directory that was prepared needs no death.
+    fn points(&self, row: &Operation, calls: &[Call], dice: &mut Dice) -> Vec<u64> {
+        let root = self.house.path("whole");
+        if std::env::var("CRASH_EXHAUSTIVE").is_ok_and(|on| on == "1") {
+            return sample(calls, &root, dice, usize::MAX);
+        }
+        let want = std::env::var("CRASH_POINTS").map_or(POINTS, |points| points.parse().unwrap());
+        let at_top = |call: &&Call| call.path != root && call.path.parent() != Some(&root);
+        let calls: Vec<Call> =
+            if row.before.is_empty() { calls.to_vec() } else { calls.iter().filter(at_top).cloned().collect() };
+        sample(&calls, &root, dice, want)
+    }
+
+    /// One death and all that must hold afterwards; whether it died (a run may make fewer calls than the one counted).
+    #[allow(clippy::print_stderr)]
+    fn dies_at(&self, row: &Operation, n: u64, old: &State, new: &State) -> bool {
+        let dir = format!("killed-{n}");
+        let root = self.house.path(&dir);
+        self.prepared(row, &dir);
+        let strike = self.shim.kill_at(&root, n);
+        let outcome = self.run(row, &dir).envs(strike.envs()).run(row.act);
+        let last = strike.calls().into_iter().find(|call| call.number == n);
+        // Shown only if something fails from here on.
+        eprintln!("killed before call {n}: {last:?}");
+        assert!(matches!(outcome.code, None | Some(0)), "{outcome}");
+        self.assert_old_or_new(row, &dir, old, new);
+
+        self.end_claims();
+        let again = self.run(row, &dir).run(row.act);
+        assert!(again.code.is_some_and(|code| row.codes.contains(&code)), "{again}");
+        for (reference, files) in row.right {
+            assert_right(self.run(row, &dir).run(["get", reference]), &files());
+            if row.remote {
+                let fresh = format!("{dir}-fresh");
+                assert_right(self.run(row, &fresh).run(["get", reference]), &files());
+                fs::remove_dir_all(self.house.path(&fresh)).unwrap();
+            }
+        }
+        if row.name == "sweep" {
+            // A fill that died is kept for whoever goes on with it; it is only counted.
+            self.house.sweep(&dir);
+        } else {
+            assert_eq!(self.house.state(&dir), *new, "not as after an undisturbed run");
+        }
+        self.house.assert_in_order(&dir);
+        fs::remove_dir_all(&root).unwrap();
+        outcome.code.is_none()
+    }
+
+    /// Every artifact is as before or as after; the count is right.
+    fn assert_old_or_new(&self, row: &Operation, dir: &str, old: &State, new: &State) {
+        if row.name == "get healing" {
+            return; // The damage is found when it is lent, not when it is listed.
+        }
+        let state = self.house.state(dir);
+        let references: BTreeSet<_> = [old, new, &state].into_iter().flat_map(BTreeMap::keys).collect();
+        for reference in references {
+            let now = state.get(reference);
+            let allowed = now == old.get(reference) || now == new.get(reference) || (now.is_none() && row.evicts);
+            assert!(allowed, "{reference} is neither old nor new: {now:?}");
+        }
+        self.house.assert_counted(dir);
+    }
+}
+
+/// The path that was printed holds exactly these files.
+#[track_caller]
+fn assert_right(outcome: Outcome, files: &Files) {
+    let path = outcome.path();
+    let names: Vec<_> = files.keys().map(std::path::PathBuf::from).collect();
+    assert_eq!(common::files_below(&path), names);
+    files.iter().for_each(|(name, content)| common::assert_same(&path.join(name), content));
+}

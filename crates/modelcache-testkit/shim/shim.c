@@ -1,0 +1,218 @@
+/*
+ * A library for LD_PRELOAD that counts the calls by which a program changes one folder, and strikes at the n-th.
+ *
+ * It stands between a program and the C library. A call on a path or descriptor below SHIM_ROOT is counted; every
+ * other call passes untouched. What happens is said by the environment:
+ *
+ *   SHIM_ROOT     the folder, absolute and without links
+ *   SHIM_LOG      a file outside the folder: one line "number call path" for each counted call, before it is made
+ *   SHIM_READS=1  count opening, listing and reading, too
+ *   SHIM_KILL_AT  the process is killed (SIGKILL) before the call with this number
+ *   SHIM_FAIL_AT  the call with this number fails with SHIM_ERRNO; with SHIM_STICKY=1 every later one, too
+ *   SHIM_FLOCK    "lies": flock succeeds and locks nothing; "refuses": it fails with ENOLCK (anywhere, uncounted)
+ *
+ * Surprise: a write that fails has written nothing. What a program does by bare system calls is not seen.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+static const char *root, *log_path, *flock_mode;
+static size_t root_len;
+static long kill_at, fail_at, fail_errno;
+static int sticky, count_reads;
+static atomic_long calls;
+
+static long number(const char *name) {
+    const char *text = getenv(name);
+    return text ? atol(text) : 0;
+}
+
+__attribute__((constructor)) static void start(void) {
+    root = getenv("SHIM_ROOT");
+    root_len = root ? strlen(root) : 0;
+    log_path = getenv("SHIM_LOG");
+    flock_mode = getenv("SHIM_FLOCK");
+    kill_at = number("SHIM_KILL_AT");
+    fail_at = number("SHIM_FAIL_AT");
+    fail_errno = number("SHIM_ERRNO");
+    sticky = number("SHIM_STICKY") != 0;
+    count_reads = number("SHIM_READS") != 0;
+}
+
+/* Whether a path, found from the folder `at`, lies below the root; `full` gets its full name. */
+static int path_is_ours(int at, const char *path, char full[PATH_MAX]) {
+    char base[PATH_MAX] = "", link[64];
+    if (!root || !path) return 0;
+    if (path[0] != '/') {
+        if (at == AT_FDCWD) strcpy(link, "/proc/self/cwd");
+        else snprintf(link, sizeof link, "/proc/self/fd/%d", at);
+        ssize_t len = syscall(SYS_readlinkat, AT_FDCWD, link, base, sizeof base - 1);
+        if (len < 0) return 0;
+        base[len] = 0;
+    }
+    if (snprintf(full, PATH_MAX, "%s%s%s", base, path[0] == '/' || !*path ? "" : "/", path) >= PATH_MAX) return 0;
+    return strncmp(full, root, root_len) == 0 && (full[root_len] == '/' || full[root_len] == 0);
+}
+
+static int fd_is_ours(int fd, char full[PATH_MAX]) {
+    int saved = errno, ours = fd > 2 && path_is_ours(fd, "", full);
+    errno = saved;
+    return ours;
+}
+
+/* Counts a call on one of our files. Nonzero: it has to fail, and errno is set. */
+static int strike(const char *call, const char *path) {
+    int saved = errno;
+    long n = atomic_fetch_add(&calls, 1) + 1;
+    if (log_path) {
+        char line[PATH_MAX + 64];
+        int len = snprintf(line, sizeof line, "%ld %s %s\n", n, call, path);
+        int fd = syscall(SYS_openat, AT_FDCWD, log_path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+        if (fd >= 0) {
+            syscall(SYS_write, fd, line, len);
+            syscall(SYS_close, fd);
+        }
+    }
+    if (kill_at && n == kill_at) {
+        syscall(SYS_kill, getpid(), SIGKILL);
+        for (;;) pause();
+    }
+    int fails = fail_at && (n == fail_at || (sticky && n > fail_at));
+    errno = fails ? fail_errno : saved;
+    return fails;
+}
+
+/* NEXT(name)(…) calls the C library's own. */
+#define NEXT(name) ((__typeof__(&name))next(#name))
+static void *next(const char *name) {
+    void *function = dlsym(RTLD_NEXT, name);
+    if (!function) abort();
+    return function;
+}
+
+/* A call that is given a path, as its own name, with its arguments in parentheses. */
+#define ON_PATH(ret, failed, name, params, at, path, args) \
+    ret name params {                                      \
+        char full[PATH_MAX];                               \
+        if (path_is_ours(at, path, full) && strike(#name, full)) return failed; \
+        return NEXT(name) args;                            \
+    }
+#define ON_FD(ret, name, params, fd, args)                 \
+    ret name params {                                      \
+        char full[PATH_MAX];                               \
+        if (fd_is_ours(fd, full) && strike(#name, full)) return -1; \
+        return NEXT(name) args;                            \
+    }
+
+/* Opening: what makes or cuts a file changes the folder; anything else only reads. */
+static int open_fails(const char *call, int at, const char *path, int flags) {
+    char full[PATH_MAX];
+    int changes = (flags & (O_CREAT | O_TRUNC)) || (flags & O_TMPFILE) == O_TMPFILE;
+    return (changes || count_reads) && path_is_ours(at, path, full) && strike(changes ? "create" : call, full);
+}
+#define WITH_MODE(flags)                                                     \
+    mode_t mode = 0;                                                         \
+    if (((flags) & O_CREAT) || ((flags) & O_TMPFILE) == O_TMPFILE) {         \
+        va_list rest;                                                        \
+        va_start(rest, flags);                                               \
+        mode = va_arg(rest, mode_t);                                         \
+        va_end(rest);                                                        \
+    }
+int open(const char *path, int flags, ...) {
+    WITH_MODE(flags)
+    return open_fails("open", AT_FDCWD, path, flags) ? -1 : NEXT(open)(path, flags, mode);
+}
+int open64(const char *path, int flags, ...) {
+    WITH_MODE(flags)
+    return open_fails("open", AT_FDCWD, path, flags) ? -1 : NEXT(open64)(path, flags, mode);
+}
+int openat(int at, const char *path, int flags, ...) {
+    WITH_MODE(flags)
+    return open_fails("open", at, path, flags) ? -1 : NEXT(openat)(at, path, flags, mode);
+}
+int openat64(int at, const char *path, int flags, ...) {
+    WITH_MODE(flags)
+    return open_fails("open", at, path, flags) ? -1 : NEXT(openat64)(at, path, flags, mode);
+}
+int creat(const char *path, mode_t mode) { return open(path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
+DIR *opendir(const char *path) {
+    char full[PATH_MAX];
+    if (count_reads && path_is_ours(AT_FDCWD, path, full) && strike("opendir", full)) return NULL;
+    return NEXT(opendir)(path);
+}
+
+/* Reading. */
+#define ON_READ(name, params, fd, args)                    \
+    ssize_t name params {                                  \
+        char full[PATH_MAX];                               \
+        if (count_reads && fd_is_ours(fd, full) && strike(#name, full)) return -1; \
+        return NEXT(name) args;                            \
+    }
+ON_READ(read, (int fd, void *to, size_t len), fd, (fd, to, len))
+ON_READ(pread, (int fd, void *to, size_t len, off_t at), fd, (fd, to, len, at))
+ON_READ(pread64, (int fd, void *to, size_t len, off64_t at), fd, (fd, to, len, at))
+
+/* Writing. */
+ON_FD(ssize_t, write, (int fd, const void *from, size_t len), fd, (fd, from, len))
+ON_FD(ssize_t, writev, (int fd, const struct iovec *from, int count), fd, (fd, from, count))
+ON_FD(ssize_t, pwrite, (int fd, const void *from, size_t len, off_t at), fd, (fd, from, len, at))
+ON_FD(ssize_t, pwrite64, (int fd, const void *from, size_t len, off64_t at), fd, (fd, from, len, at))
+ON_FD(ssize_t, pwritev, (int fd, const struct iovec *from, int count, off_t at), fd, (fd, from, count, at))
+ON_FD(ssize_t, copy_file_range, (int in, off64_t *from, int out, off64_t *to, size_t len, unsigned flags), out,
+      (in, from, out, to, len, flags))
+ON_FD(ssize_t, sendfile, (int out, int in, off_t *from, size_t len), out, (out, in, from, len))
+ON_FD(ssize_t, sendfile64, (int out, int in, off64_t *from, size_t len), out, (out, in, from, len))
+ON_FD(int, ftruncate, (int fd, off_t len), fd, (fd, len))
+ON_FD(int, ftruncate64, (int fd, off64_t len), fd, (fd, len))
+ON_FD(int, fallocate, (int fd, int mode, off_t at, off_t len), fd, (fd, mode, at, len))
+ON_FD(int, fallocate64, (int fd, int mode, off64_t at, off64_t len), fd, (fd, mode, at, len))
+ON_FD(int, fsync, (int fd), fd, (fd))
+ON_FD(int, fdatasync, (int fd), fd, (fd))
+
+/* Names. A call with two paths counts by the one that it makes. */
+ON_PATH(int, -1, mkdir, (const char *path, mode_t mode), AT_FDCWD, path, (path, mode))
+ON_PATH(int, -1, mkdirat, (int at, const char *path, mode_t mode), at, path, (at, path, mode))
+ON_PATH(int, -1, rmdir, (const char *path), AT_FDCWD, path, (path))
+ON_PATH(int, -1, unlink, (const char *path), AT_FDCWD, path, (path))
+ON_PATH(int, -1, unlinkat, (int at, const char *path, int flags), at, path, (at, path, flags))
+ON_PATH(int, -1, rename, (const char *from, const char *to), AT_FDCWD, to, (from, to))
+ON_PATH(int, -1, renameat, (int a, const char *from, int b, const char *to), b, to, (a, from, b, to))
+ON_PATH(int, -1, renameat2, (int a, const char *from, int b, const char *to, unsigned flags), b, to,
+        (a, from, b, to, flags))
+ON_PATH(int, -1, link, (const char *from, const char *to), AT_FDCWD, to, (from, to))
+ON_PATH(int, -1, linkat, (int a, const char *from, int b, const char *to, int flags), b, to, (a, from, b, to, flags))
+ON_PATH(int, -1, symlink, (const char *from, const char *to), AT_FDCWD, to, (from, to))
+ON_PATH(int, -1, symlinkat, (const char *from, int at, const char *to), at, to, (from, at, to))
+
+/* Modes and times. */
+ON_PATH(int, -1, chmod, (const char *path, mode_t mode), AT_FDCWD, path, (path, mode))
+ON_PATH(int, -1, fchmodat, (int at, const char *path, mode_t mode, int flags), at, path, (at, path, mode, flags))
+ON_FD(int, fchmod, (int fd, mode_t mode), fd, (fd, mode))
+ON_FD(int, futimens, (int fd, const struct timespec times[2]), fd, (fd, times))
+ON_PATH(int, -1, utimensat, (int at, const char *path, const struct timespec times[2], int flags), at, path,
+        (at, path, times, flags))
+
+/* Locks: never counted, for nothing is changed; they lie where they are told to. */
+int flock(int fd, int operation) {
+    if (flock_mode && strcmp(flock_mode, "lies") == 0) return 0;
+    if (flock_mode && strcmp(flock_mode, "refuses") == 0) {
+        errno = ENOLCK;
+        return -1;
+    }
+    return NEXT(flock)(fd, operation);
+}
