@@ -4,13 +4,14 @@
 //! works. One reference that fails does not keep the others from being fetched. What was fetched stays leased until
 //! the process ends.
 
+use super::choice::Choice;
 use super::{Session, extend, key_object, path_text, phase_list, seconds};
 use crate::output::table;
 use crate::{exit, human, progress};
 use clap::Args;
 use modelcache::cache::{Artifact, BytesByTier, GetOptions, GetPlan, GetReport};
 use modelcache::progress::Progress;
-use modelcache::{ArtifactKey, Cache, Error, Reference, Result, Selection, Tier, settings};
+use modelcache::{ArtifactKey, Cache, Result, Tier};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -24,45 +25,21 @@ pub(crate) struct Get {
     /// NAME@VERSION, hf://org/model[@revision[/file]], file:///folder-or-file
     #[arg(required = true, value_name = "REF")]
     pub(crate) references: Vec<String>,
-    /// Only files that match; may be repeated. `*` crosses folders
-    #[arg(long, value_name = "GLOB")]
-    pub(crate) include: Vec<String>,
-    /// No files that match; may be repeated
-    #[arg(long, value_name = "GLOB")]
-    pub(crate) exclude: Vec<String>,
-    /// Branch, tag or commit, in place of the one in the reference
-    #[arg(long, value_name = "REVISION")]
-    pub(crate) revision: Option<String>,
+    #[command(flatten)]
+    pub(crate) choice: Choice,
     /// Only tell which files would come from where
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Give up after this long, for instance 90s or 10m
-    #[arg(long, value_name = "DURATION", value_parser = timeout)]
-    pub(crate) timeout: Option<Duration>,
-}
-
-fn timeout(text: &str) -> Result<Duration, String> {
-    settings::parse_duration(text).map_err(|error| match error.hint_text() {
-        Some(hint) => format!("{}; {hint}", error.message()),
-        None => error.message().to_owned(),
-    })
 }
 
 impl Get {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
-        let work = self.all(session);
-        match self.timeout {
-            None => work.await,
-            Some(limit) => tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
-                Err(Error::unavailable(format!("not done within {}", human::duration(limit)))
-                    .hint("give it a longer --timeout; the same command starts again"))
-            }),
-        }
+        self.choice.in_time(self.all(session)).await
     }
 
     /// Tries every reference; the first failure decides the exit code.
     async fn all(&self, session: &Session<'_>) -> Result<u8> {
-        let options = GetOptions { selection: Selection::globs(&self.include, &self.exclude)? };
+        let options = self.choice.options()?;
         let cache = session.cache()?;
         let mut code = exit::DONE;
         // Leases: they fall when the process ends.
@@ -89,7 +66,7 @@ impl Get {
         options: &GetOptions,
     ) -> Result<Option<Artifact>> {
         let output = session.output;
-        let reference = self.reference(text)?;
+        let reference = self.choice.reference(text)?;
         if self.dry_run {
             let plan = cache.plan(&reference, options).await?;
             if output.is_json() {
@@ -111,17 +88,15 @@ impl Get {
         output.remark(&summary(&artifact.key, &artifact.report, took));
         Ok(Some(artifact))
     }
-
-    fn reference(&self, text: &str) -> Result<Reference> {
-        let reference = Reference::parse(text)?;
-        match &self.revision {
-            Some(revision) => reference.at_revision(revision),
-            None => Ok(reference),
-        }
-    }
 }
 
-fn artifact_object(reference: &str, key: &ArtifactKey, path: &Path, report: &GetReport, took: Duration) -> Value {
+pub(super) fn artifact_object(
+    reference: &str,
+    key: &ArtifactKey,
+    path: &Path,
+    report: &GetReport,
+    took: Duration,
+) -> Value {
     let about = json!({
         "reference": reference,
         "path": path_text(path),
@@ -137,7 +112,7 @@ fn artifact_object(reference: &str, key: &ArtifactKey, path: &Path, report: &Get
 }
 
 /// The line at the end: from where, bytes by tier, seconds by phase.
-fn summary(key: &ArtifactKey, report: &GetReport, took: Duration) -> String {
+pub(super) fn summary(key: &ArtifactKey, report: &GetReport, took: Duration) -> String {
     let took = human::duration(took);
     if report.from == Tier::Disk {
         return format!("{key}: on disk, {took}");

@@ -2,12 +2,15 @@
 //!
 //! A verb gives the exit code it wants; a failure that it has not shown itself it gives back as an error.
 
+pub(crate) mod choice;
 pub(crate) mod completions;
 pub(crate) mod evict;
+pub(crate) mod exec;
 pub(crate) mod get;
 pub(crate) mod inspect;
 pub(crate) mod ls;
 pub(crate) mod man;
+pub(crate) mod pin;
 pub(crate) mod put;
 pub(crate) mod stats;
 
@@ -25,8 +28,11 @@ use std::time::Duration;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     Get(get::Get),
+    Exec(exec::Exec),
     Put(put::Put),
     Evict(evict::Evict),
+    Pin(pin::Pin),
+    Unpin(pin::Unpin),
     Ls(ls::Ls),
     Inspect(inspect::Inspect),
     Stats(stats::Stats),
@@ -61,8 +67,11 @@ impl Verb {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         match self {
             Self::Get(verb) => return verb.run(session).await,
+            Self::Exec(verb) => return verb.run(session).await,
             Self::Put(verb) => verb.run(session).await,
             Self::Evict(verb) => return verb.run(session).await,
+            Self::Pin(verb) => verb.run(session).await,
+            Self::Unpin(verb) => verb.run(session).await,
             Self::Ls(verb) => verb.run(session).await,
             Self::Inspect(verb) => verb.run(session).await,
             Self::Stats(verb) => verb.run(session).await,

@@ -30,6 +30,8 @@ fn stats_text(stats: &cache::Stats) -> String {
     let facts = [
         ("directory", path_text(&stats.dir)),
         ("artifacts", format!("{} ({} files)", stats.artifacts, stats.files)),
+        ("  in use", stats.leases.to_string()),
+        ("  pinned", stats.pins.to_string()),
         ("used", format!("{} of {}{share}", human::bytes(stats.used_bytes), human::bytes(stats.budget_bytes))),
         ("  staging", human::bytes(stats.staging_bytes)),
         ("  quarantine", human::bytes(stats.quarantine_bytes)),
@@ -56,6 +58,8 @@ mod tests {
             dir: "/c".into(),
             artifacts: 3,
             files: 12,
+            leases: 1,
+            pins: 0,
             budget_bytes: 14_000_000_000,
             used_bytes: 1_400_000_000,
             staging_bytes: 0,

@@ -6,16 +6,20 @@
 
 mod evict;
 mod get;
+mod lease;
 mod look;
+mod pin;
 mod plan;
 mod put;
 mod report;
 mod resolve;
 
 pub use report::{
-    Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PlannedFile,
-    PutOptions, PutReport, Stats,
+    Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PinReport,
+    PlannedFile, PutOptions, PutReport, Stats,
 };
+
+pub use crate::disk::{Holder, InTheWay, Pin};
 
 use crate::config::Config;
 use crate::disk::Disk;
@@ -74,5 +78,7 @@ mod tests {
         spawnable(cache.list_remote());
         spawnable(cache.inspect(reference));
         spawnable(cache.stats());
+        spawnable(cache.pin(reference, Pin::default()));
+        spawnable(cache.unpin(reference));
     }
 }

@@ -1,6 +1,6 @@
 //! What callers ask for and what they are told: options and reports of every verb.
 
-use crate::disk::Lent;
+use crate::disk::{Holder, Lent, Pin};
 use crate::error::Tier;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Shape};
@@ -132,6 +132,15 @@ pub struct EvictReport {
     pub origin_can_give_back: bool,
 }
 
+/// What `pin` set, or what `unpin` took off.
+#[derive(Debug, Clone, Serialize)]
+pub struct PinReport {
+    /// What it is.
+    pub key: ArtifactKey,
+    /// The pin; `None` if there was none to take off.
+    pub pin: Option<Pin>,
+}
+
 /// One artifact as `ls` shows it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Listed {
@@ -153,6 +162,8 @@ pub struct Listed {
     pub last_used: Option<SystemTime>,
     /// Whether somebody holds it (disk only).
     pub leased: bool,
+    /// The pin on it (disk only).
+    pub pin: Option<Pin>,
 }
 
 /// Everything known of one artifact (`inspect`).
@@ -176,6 +187,10 @@ pub struct Inspection {
     pub last_used: Option<SystemTime>,
     /// Whether somebody holds it.
     pub leased: bool,
+    /// Who, as far as this process can see.
+    pub holders: Vec<Holder>,
+    /// The pin on it.
+    pub pin: Option<Pin>,
 }
 
 /// The state of the local directory (`stats`).
@@ -187,6 +202,10 @@ pub struct Stats {
     pub artifacts: usize,
     /// Files they hold.
     pub files: usize,
+    /// Artifacts that somebody holds now.
+    pub leases: usize,
+    /// Artifacts that are pinned.
+    pub pins: usize,
     /// The budget, in bytes.
     pub budget_bytes: u64,
     /// What counts against it: blobs, staging, quarantine, reservations.

@@ -9,6 +9,7 @@ use super::fault::At;
 use super::files::{self, allocated};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
+use super::pin::InTheWay;
 use super::staging::StagingUse;
 use super::{Disk, ScannedArtifact};
 use crate::digest::Digest;
@@ -190,7 +191,7 @@ impl BudgetHold<'_> {
                     continue;
                 }
                 if let Evicted::Kept(why) = self.evict(&artifact)? {
-                    kept.push(why);
+                    kept.push(format!("{} is {why}", artifact.name()));
                 }
             }
         }
@@ -210,7 +211,7 @@ impl BudgetHold<'_> {
             ));
         }
         if !kept.is_empty() {
-            message.push_str(&format!("; in the way: {}", kept.join(", ")));
+            message.push_str(&format!("; in the way: {}", kept.join("; ")));
         }
         Error::new(ErrorKind::Full, message)
             .tier(Tier::Disk)
@@ -219,20 +220,17 @@ impl BudgetHold<'_> {
 
     /// Evicts one artifact unless somebody holds it, it is pinned, or it was used since it was scanned.
     pub(crate) fn evict(&mut self, artifact: &ScannedArtifact) -> Result<Evicted> {
-        let name = || {
-            artifact.manifest.as_ref().map_or_else(|| artifact.dir.path().display().to_string(), |m| m.key.to_string())
-        };
         let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease(&artifact.dir))? else {
-            return Ok(Evicted::Kept(format!("{} is in use", name())));
+            return Ok(Evicted::Kept(InTheWay::Leased(self.disk.lease_holders(&artifact.dir))));
         };
-        if files::stat(&artifact.dir.pin())?.is_some() {
-            return Ok(Evicted::Kept(format!("{} is pinned", name())));
+        if let Some(pin) = self.disk.pin_in(&artifact.dir)? {
+            return Ok(Evicted::Kept(InTheWay::Pinned(pin)));
         }
         if self.disk.last_used(&artifact.dir)? != artifact.last_used {
-            return Ok(Evicted::Kept(format!("{} was just used", name())));
+            return Ok(Evicted::Kept(InTheWay::JustUsed));
         }
         let freed = self.remove_artifact(&artifact.dir)?;
-        tracing::info!(artifact = name(), freed_bytes = freed, "evicted");
+        tracing::info!(artifact = artifact.name(), freed_bytes = freed, "evicted");
         Ok(Evicted::Freed(freed))
     }
 
@@ -341,7 +339,7 @@ pub(crate) enum Evicted {
     /// It is gone; so many bytes became free.
     Freed(u64),
     /// It stays, for this reason.
-    Kept(String),
+    Kept(InTheWay),
 }
 
 fn read_record(file: &std::fs::File) -> Option<Record> {

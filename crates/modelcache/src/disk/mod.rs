@@ -14,9 +14,12 @@ mod budget;
 mod fault;
 mod files;
 mod given;
+mod holders;
 mod layout;
+mod lease;
 mod lend;
 mod lock;
+mod pin;
 mod publish;
 mod refs;
 mod staging;
@@ -29,6 +32,7 @@ pub(crate) use given::{Given, copy_given, list_given};
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use lend::{Lend, Lent};
 pub(crate) use lock::FileLock;
+pub use pin::{Holder, InTheWay, Pin};
 pub(crate) use publish::StagedFile;
 pub(crate) use staging::Staging;
 pub(crate) use writer::{ALIGNMENT, Hashed, StagedWriter};
@@ -73,6 +77,13 @@ pub(crate) struct ScannedArtifact {
     /// `None` if there is none or it is damaged.
     pub(crate) manifest: Option<Manifest>,
     pub(crate) last_used: Option<SystemTime>,
+}
+
+impl ScannedArtifact {
+    /// How people know it: its key, or its folder while no manifest tells.
+    pub(crate) fn name(&self) -> String {
+        self.manifest.as_ref().map_or_else(|| self.dir.path().display().to_string(), |m| m.key.to_string())
+    }
 }
 
 /// The bounds and the free space, in bytes.
@@ -199,10 +210,14 @@ impl Disk {
         hold.release()?;
         match evicted {
             Evicted::Freed(bytes) => Ok(Some(bytes)),
-            Evicted::Kept(why) => Err(Error::new(ErrorKind::Conflict, why)
-                .artifact(key)
-                .tier(Tier::Disk)
-                .hint("try again when its readers have ended")),
+            Evicted::Kept(why) => {
+                let remedy = match &why {
+                    InTheWay::Pinned(_) => format!("take the pin off first: modelcache unpin '{key}'"),
+                    _ => "try again when its readers have ended".to_owned(),
+                };
+                let refusal = Error::new(ErrorKind::Conflict, format!("not evicted: it is {why}"));
+                Err(refusal.artifact(key).tier(Tier::Disk).hint(remedy))
+            }
         }
     }
 
