@@ -5,11 +5,12 @@
 //! the process ends.
 
 use super::choice::Choice;
+use super::into::IntoFolder;
 use super::{Session, extend, key_object, path_text, phase_list, seconds};
 use crate::output::table;
 use crate::{exit, human, progress};
 use clap::Args;
-use modelcache::cache::{Artifact, BytesByTier, GetOptions, GetPlan, GetReport};
+use modelcache::cache::{Artifact, BytesByTier, Destination, GetOptions, GetPlan, GetReport};
 use modelcache::progress::Progress;
 use modelcache::{ArtifactKey, Cache, Result, Tier};
 use serde_json::{Value, json};
@@ -27,6 +28,8 @@ pub(crate) struct Get {
     pub(crate) references: Vec<String>,
     #[command(flatten)]
     pub(crate) choice: Choice,
+    #[command(flatten)]
+    pub(crate) into: IntoFolder,
     /// Only tell which files would come from where
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -41,11 +44,12 @@ impl Get {
     async fn all(&self, session: &Session<'_>) -> Result<u8> {
         let options = self.choice.options()?;
         let cache = session.cache()?;
+        let destination = self.into.destination(&cache, self.references.len()).await?;
         let mut code = exit::DONE;
         // Leases: they fall when the process ends.
         let mut lent = Vec::new();
         for text in &self.references {
-            match self.one(session, &cache, text, &options).await {
+            match self.one(session, &cache, text, &options, destination.as_ref()).await {
                 Ok(artifact) => lent.extend(artifact),
                 Err(error) => {
                     session.output.error(&error, Some(text));
@@ -64,6 +68,7 @@ impl Get {
         cache: &Cache,
         text: &str,
         options: &GetOptions,
+        destination: Option<&Destination>,
     ) -> Result<Option<Artifact>> {
         let output = session.output;
         let reference = self.choice.reference(text)?;
@@ -80,12 +85,21 @@ impl Get {
         let started = Instant::now();
         let artifact = progress::show(output, text, &progress, cache.get(&reference, options, &progress)).await?;
         let took = started.elapsed();
-        if output.is_json() {
-            output.answer_json(&artifact_object(text, &artifact.key, &artifact.path, &artifact.report, took))?;
-        } else {
-            output.answer_path(&artifact.path)?;
-        }
         output.remark(&summary(&artifact.key, &artifact.report, took));
+        let made = match destination {
+            Some(destination) => Some(self.into.put(output, &artifact, destination).await?),
+            None => None,
+        };
+        let path = made.as_ref().map_or(&artifact.path, |made| &made.path);
+        if output.is_json() {
+            let object = artifact_object(text, &artifact.key, path, &artifact.report, took);
+            output.answer_json(&match &made {
+                Some(made) => extend(object, json!({"into": {"dir": path_text(&made.dir), "links": made.links}})),
+                None => object,
+            })?;
+        } else {
+            output.answer_path(path)?;
+        }
         Ok(Some(artifact))
     }
 }

@@ -216,5 +216,6 @@ fn artifact(wanted: &Wanted, lent: Lent, brought: Brought, progress: &Progress) 
     };
     let backfilled_bytes = brought.backfilled_bytes;
     let report = GetReport { from, bytes, backfilled_bytes, files, selected_bytes, phases: progress.phases() };
-    Ok(Artifact { key: wanted.key.clone(), path: lent.path(&wanted.selection), report, _lent: lent })
+    let (path, selection) = (lent.path(&wanted.selection), wanted.selection.clone());
+    Ok(Artifact { key: wanted.key.clone(), path, report, selection, _lent: lent })
 }

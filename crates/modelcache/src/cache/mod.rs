@@ -8,18 +8,24 @@ mod evict;
 mod get;
 mod lease;
 mod look;
+mod materialize;
 mod pin;
 mod plan;
+mod prewarm;
+mod prune;
 mod put;
 mod report;
 mod resolve;
 
 pub use report::{
     Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PinReport,
-    PlannedFile, PutOptions, PutReport, Stats,
+    PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, Stats,
 };
 
-pub use crate::disk::{Holder, InTheWay, Pin};
+pub use crate::disk::{
+    Destination, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Pin, PruneOptions,
+    PruneReport, PrunedArtifact,
+};
 
 use crate::config::Config;
 use crate::disk::Disk;
@@ -78,6 +84,9 @@ mod tests {
         spawnable(cache.list_remote());
         spawnable(cache.inspect(reference));
         spawnable(cache.stats());
+        spawnable(cache.plan_prewarm(&[], &GetOptions::default()));
+        spawnable(cache.destination(Path::new("")));
+        spawnable(cache.prune(&PruneOptions::default()));
         spawnable(cache.pin(reference, Pin::default()));
         spawnable(cache.unpin(reference));
     }

@@ -27,6 +27,8 @@ pub struct Artifact {
     pub path: PathBuf,
     /// How it came here.
     pub report: GetReport,
+    /// Which of its files were got.
+    pub(super) selection: Selection,
     /// Keeps the lease.
     pub(super) _lent: Lent,
 }
@@ -77,6 +79,28 @@ pub struct PlannedFile {
     pub size: u64,
     /// Where it would come from.
     pub from: Tier,
+}
+
+/// What a prewarm would do.
+#[derive(Debug)]
+pub struct PrewarmPlan {
+    /// Every reference's artifact, in the order given, or why there is none.
+    pub artifacts: Vec<crate::Result<PlannedPrewarm>>,
+    /// Bytes on disk of the whole list; equal files count once.
+    pub list_bytes: u64,
+    /// Those that are not there yet.
+    pub missing_bytes: u64,
+}
+
+/// One artifact of a [`PrewarmPlan`].
+#[derive(Debug, Clone)]
+pub struct PlannedPrewarm {
+    /// What it is.
+    pub key: ArtifactKey,
+    /// Whether everything wanted of it is on disk.
+    pub is_local: bool,
+    /// Whether it shares missing files with one before it, and is to be filled after that one: they come once then.
+    pub shares: bool,
 }
 
 /// How `put` shall publish.

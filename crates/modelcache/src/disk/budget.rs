@@ -15,11 +15,11 @@ use super::{Disk, ScannedArtifact};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
-use crate::manifest::{FileIdentity, Manifest};
+use crate::manifest::FileIdentity;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -138,6 +138,14 @@ impl BudgetHold<'_> {
 
     /// Counts blobs and quarantine anew, and sweeps what crashes left.
     fn recount(&mut self) -> Result<()> {
+        self.count()?;
+        self.sweep()?;
+        self.dirty = false;
+        self.write_record()
+    }
+
+    /// Counts blobs and quarantine anew.
+    pub(super) fn count(&mut self) -> Result<()> {
         self.dirty = true;
         self.write_record()?;
         self.total = 0;
@@ -148,9 +156,7 @@ impl BudgetHold<'_> {
                 Ok(())
             })?;
         }
-        self.sweep()?;
-        self.dirty = false;
-        self.write_record()
+        Ok(())
     }
 
     /// What counts now.
@@ -269,7 +275,7 @@ impl BudgetHold<'_> {
         self.drop_dead_stagings(None)?;
         self.disk.drop_old_temporaries()?;
         for artifact in self.disk.scan()? {
-            self.sweep_views(&artifact.dir, artifact.manifest.as_ref())?;
+            self.sweep_views(&artifact)?;
         }
         let mut unlinked = Vec::new();
         files::walk(&self.disk.layout().blobs(), &mut |path, metadata| {
@@ -299,37 +305,46 @@ impl BudgetHold<'_> {
         Ok(())
     }
 
-    fn sweep_views(&mut self, dir: &ArtifactDir, manifest: Option<&Manifest>) -> Result<()> {
-        let held = |path: &Path| {
-            let relative = path.strip_prefix(dir.files()).ok().and_then(Path::to_str);
-            let entry = relative.zip(manifest).and_then(|(path, manifest)| {
-                manifest.files.iter().find(|(listed, _)| listed.as_str() == path).map(|(_, entry)| entry)
-            });
-            entry.is_some_and(|entry| entry.held.is_some())
-        };
-        let mut loose = Vec::new();
-        files::walk(&dir.files(), &mut |path, _| {
-            if !held(path) {
-                loose.push(path.to_owned());
-            }
-            Ok(())
-        })?;
-        if loose.is_empty() && manifest.is_some() {
+    fn sweep_views(&mut self, artifact: &ScannedArtifact) -> Result<()> {
+        let (dir, loose) = (&artifact.dir, artifact.loose_views()?);
+        if loose.is_empty() && artifact.manifest.is_some() {
             return Ok(());
         }
         let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease(dir))? else { return Ok(()) };
         self.begin_change()?;
-        if manifest.is_none() {
+        if artifact.manifest.is_none() {
             self.remove_artifact(dir)?;
         }
         loose.iter().try_for_each(|path| files::remove_file(path))
     }
 
-    fn drop_quarantine(&mut self) -> Result<()> {
+    /// Removes what failed a check.
+    pub(super) fn drop_quarantine(&mut self) -> Result<()> {
         for path in files::entries(&self.disk.layout().quarantine())? {
             self.drop_if_unlinked(&path)?;
         }
         Ok(())
+    }
+}
+
+impl ScannedArtifact {
+    /// Views that its manifest does not hold.
+    pub(super) fn loose_views(&self) -> Result<Vec<PathBuf>> {
+        let held = |path: &Path| {
+            let relative = path.strip_prefix(self.dir.files()).ok().and_then(Path::to_str);
+            let entry = relative.zip(self.manifest.as_ref()).and_then(|(path, manifest)| {
+                manifest.files.iter().find(|(listed, _)| listed.as_str() == path).map(|(_, entry)| entry)
+            });
+            entry.is_some_and(|entry| entry.held.is_some())
+        };
+        let mut loose = Vec::new();
+        files::walk(&self.dir.files(), &mut |path, _| {
+            if !held(path) {
+                loose.push(path.to_owned());
+            }
+            Ok(())
+        })?;
+        Ok(loose)
     }
 }
 

@@ -13,13 +13,16 @@
 mod budget;
 mod fault;
 mod files;
+mod fit;
 mod given;
 mod holders;
 mod layout;
 mod lease;
 mod lend;
 mod lock;
+mod materialize;
 mod pin;
+mod prune;
 mod publish;
 mod refs;
 mod staging;
@@ -32,7 +35,10 @@ pub(crate) use given::{Given, copy_given, list_given};
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use lend::{Lend, Lent};
 pub(crate) use lock::FileLock;
+pub(crate) use materialize::Tree;
+pub use materialize::{Destination, Link, LinkMode, Materialized};
 pub use pin::{Holder, InTheWay, Pin};
+pub use prune::{KeptArtifact, Leftovers, PruneOptions, PruneReport, PrunedArtifact};
 pub(crate) use publish::StagedFile;
 pub(crate) use staging::Staging;
 pub(crate) use writer::{ALIGNMENT, Hashed, StagedWriter};
@@ -138,6 +144,13 @@ impl Disk {
             min_free: self.0.min_free_bytes.bytes(filesystem),
             free: stat.f_bavail * stat.f_frsize,
         })
+    }
+
+    /// A bound in bytes, on this filesystem.
+    pub(crate) fn bound_bytes(&self, bound: ByteBound) -> Result<u64> {
+        let root = self.layout().root();
+        let stat = rustix::fs::statvfs(root).at("look at the filesystem of", root)?;
+        Ok(bound.bytes(stat.f_blocks * stat.f_frsize))
     }
 
     /// Tries to become the one that fills `key`; `None` while another is.
