@@ -4,15 +4,15 @@
 //! keeps its own list from evicting itself.
 
 use super::{Cache, GetOptions, PlannedPrewarm, PrewarmPlan};
-use crate::disk::staged_name;
+use crate::disk::content_name;
 use crate::error::{Context, Result, Tier};
-use crate::key::FilePath;
+use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::FileEntry;
 use crate::progress::Progress;
 use crate::reference::Reference;
 use crate::transfer::blocking;
 use futures::{StreamExt, stream};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Artifacts planned at once.
 const PLANS_AT_ONCE: usize = 8;
@@ -20,7 +20,8 @@ const PLANS_AT_ONCE: usize = 8;
 /// One artifact of the list, and the files wanted of it.
 struct Planned {
     artifact: PlannedPrewarm,
-    files: Vec<(FilePath, FileEntry)>,
+    /// By their content names.
+    files: Vec<(String, FileEntry)>,
 }
 
 impl Cache {
@@ -34,7 +35,7 @@ impl Cache {
         mark_shared(&mut planned);
         let found = || planned.iter().flatten();
         let keys: BTreeSet<_> = found().map(|planned| planned.artifact.key.clone()).collect();
-        let wanted: Vec<_> = found().flat_map(|planned| planned.files.iter().cloned()).collect();
+        let wanted: BTreeMap<_, _> = found().flat_map(|planned| planned.files.iter().cloned()).collect();
         let disk = self.0.disk.clone();
         let fit = blocking(move || disk.fit(&keys, &wanted)).await?;
         Ok(PrewarmPlan {
@@ -52,11 +53,14 @@ impl Cache {
         let on_disk = blocking(move || disk.manifest(&key)).await.context(&wanted.key, Tier::Disk)?;
         let artifact = |is_local| PlannedPrewarm { key: wanted.key.clone(), is_local, shares: false };
         if let Some(manifest) = on_disk.filter(|manifest| manifest.holds(&wanted.selection)) {
-            let files = manifest.selected(&wanted.selection).map(|(path, entry)| (path.clone(), entry.clone()));
-            return Ok(Planned { artifact: artifact(true), files: files.collect() });
+            return Ok(Planned {
+                artifact: artifact(true),
+                files: by_content(&wanted.key, manifest.selected(&wanted.selection)),
+            });
         }
         let plan = self.plan_fill(&wanted, &progress).await.map_err(|error| error.artifact(&wanted.key))?;
-        Ok(Planned { artifact: artifact(false), files: plan.selected })
+        let files = by_content(&wanted.key, plan.selected.iter().map(|(path, entry)| (path, entry)));
+        Ok(Planned { artifact: artifact(false), files })
     }
 }
 
@@ -64,8 +68,14 @@ impl Cache {
 fn mark_shared(planned: &mut [Result<Planned>]) {
     let mut seen = BTreeSet::new();
     for planned in planned.iter_mut().flatten().filter(|planned| !planned.artifact.is_local) {
-        let names: Vec<_> = planned.files.iter().map(|(path, entry)| staged_name(path, entry)).collect();
-        planned.artifact.shares = names.iter().any(|name| seen.contains(name));
-        seen.extend(names);
+        planned.artifact.shares = planned.files.iter().any(|(name, _)| seen.contains(name));
+        seen.extend(planned.files.iter().map(|(name, _)| name.clone()));
     }
+}
+
+fn by_content<'a>(
+    key: &ArtifactKey,
+    files: impl Iterator<Item = (&'a FilePath, &'a FileEntry)>,
+) -> Vec<(String, FileEntry)> {
+    files.map(|(path, entry)| (content_name(key, path, entry), entry.clone())).collect()
 }

@@ -21,13 +21,20 @@ pub(crate) struct Fit {
     pub(crate) missing_bytes: u64,
 }
 
+/// One name for equal files of any artifacts; where nothing is known of a file's content, it equals no other.
+pub(crate) fn content_name(key: &ArtifactKey, path: &FilePath, entry: &FileEntry) -> String {
+    match (entry.sha256, entry.git_oid) {
+        (None, None) => format!("{key} {path}"),
+        _ => staged_name(path, entry),
+    }
+}
+
 impl Disk {
-    /// What the list of `keys` with these files takes; `Full` if it cannot all be here at once.
-    pub(crate) fn fit(&self, keys: &BTreeSet<ArtifactKey>, wanted: &[(FilePath, FileEntry)]) -> Result<Fit> {
-        let distinct: BTreeMap<String, &FileEntry> =
-            wanted.iter().map(|(path, entry)| (staged_name(path, entry), entry)).collect();
+    /// What the list of `keys` takes with its files, each by its [`content_name`]; `Full` if it cannot all be here at
+    /// once.
+    pub(crate) fn fit(&self, keys: &BTreeSet<ArtifactKey>, wanted: &BTreeMap<String, FileEntry>) -> Result<Fit> {
         let (mut fit, mut present) = (Fit { list_bytes: 0, missing_bytes: 0 }, Vec::new());
-        for entry in distinct.values() {
+        for entry in wanted.values() {
             let blob = entry.sha256.map(|digest| files::stat(&self.layout().blob(&digest))).transpose()?.flatten();
             fit.list_bytes += room_for(entry.size);
             match blob {

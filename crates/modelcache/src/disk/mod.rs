@@ -31,6 +31,7 @@ mod writer;
 pub(crate) use budget::{Evicted, Usage};
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
+pub(crate) use fit::content_name;
 pub(crate) use given::{Given, copy_given, list_given};
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use lend::{Lend, Lent};
