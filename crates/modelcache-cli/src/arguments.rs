@@ -148,6 +148,6 @@ mod tests {
         let arguments = parse(&["get", "--include", "*.json", "--include", "*.txt", "a@1", "b@2"]);
         let Verb::Get(get) = &arguments.verb else { panic!("get") };
         assert_eq!(get.references, ["a@1", "b@2"]);
-        assert_eq!(get.include, ["*.json", "*.txt"]);
+        assert_eq!(get.choice.include, ["*.json", "*.txt"]);
     }
 }

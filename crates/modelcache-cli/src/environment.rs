@@ -8,6 +8,7 @@ use modelcache::settings::{ConfigFiles, Settings};
 use modelcache::{Error, ErrorKind, Result};
 use std::ffi::OsString;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Settings from flags, environment and files.
@@ -18,6 +19,17 @@ pub(crate) fn gather(global: &Global) -> Result<Settings> {
     settings.config.dir = std::path::absolute(&settings.config.dir)
         .map_err(|cause| Error::new(ErrorKind::Directory, "the present folder is not known").cause(cause))?;
     Ok(settings)
+}
+
+/// Who calls: `user@host`, for records that others read.
+pub(crate) fn caller() -> String {
+    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let number = || std::fs::metadata("/proc/self").map_or_else(|_| "somebody".into(), |m| format!("uid {}", m.uid()));
+    let user = variable("USER").or_else(|| variable("LOGNAME")).unwrap_or_else(number);
+    match read_if_there(Path::new("/proc/sys/kernel/hostname")) {
+        Ok(Some(host)) => format!("{user}@{}", host.trim()),
+        _ => user,
+    }
 }
 
 /// The variables as text. One of ours that is not UTF-8 is refused; others are none of our business.

@@ -8,6 +8,10 @@ pub const DONE: u8 = 0;
 pub const OTHER: u8 = 1;
 /// The command line or the configuration is wrong.
 pub const USAGE: u8 = 2;
+/// The command of `exec` was found and could not be run, as a shell has it.
+pub const NOT_RUN: u8 = 126;
+/// The command of `exec` was not found, as a shell has it.
+pub const NO_COMMAND: u8 = 127;
 /// Interrupted from the keyboard (128 + SIGINT).
 pub const INTERRUPTED: u8 = 130;
 /// Terminated (128 + SIGTERM).
@@ -35,6 +39,8 @@ pub const EXITS: &[Exit] = &[
     Exit { code: 6, meaning: "no room: budget or disk", kinds: &[ErrorKind::Full] },
     Exit { code: 7, meaning: "unavailable: network, timeout, store down", kinds: &[ErrorKind::Unavailable] },
     Exit { code: 8, meaning: "cache directory not usable", kinds: &[ErrorKind::Directory] },
+    Exit { code: NOT_RUN, meaning: "exec: the command cannot be run", kinds: &[] },
+    Exit { code: NO_COMMAND, meaning: "exec: there is no such command", kinds: &[] },
     Exit { code: INTERRUPTED, meaning: "interrupted; a later get resumes", kinds: &[] },
     Exit { code: TERMINATED, meaning: "terminated; a later get resumes", kinds: &[] },
 ];

@@ -28,10 +28,20 @@ pub enum Phase {
     Publish,
     /// Writing to the remote what came from the origin or from the caller.
     Backfill,
+    /// Linking or copying into a folder of the caller's own.
+    Materialize,
 }
 
-const PHASES: [Phase; 7] =
-    [Phase::Resolve, Phase::Lend, Phase::Join, Phase::Plan, Phase::Pour, Phase::Publish, Phase::Backfill];
+const PHASES: [Phase; 8] = [
+    Phase::Resolve,
+    Phase::Lend,
+    Phase::Join,
+    Phase::Plan,
+    Phase::Pour,
+    Phase::Publish,
+    Phase::Backfill,
+    Phase::Materialize,
+];
 
 impl Phase {
     /// The word for it.
@@ -44,6 +54,7 @@ impl Phase {
             Self::Pour => "pour",
             Self::Publish => "publish",
             Self::Backfill => "backfill",
+            Self::Materialize => "materialize",
         }
     }
 }

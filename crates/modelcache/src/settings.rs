@@ -600,7 +600,9 @@ fn unknown_variables(environment: &Environment) -> Vec<String> {
         let name = name.trim_start_matches("MODEL_CACHE_");
         name == "PORT" || name.starts_with("PORT_") || name.contains("SERVICE_HOST") || name.contains("SERVICE_PORT")
     };
-    let ours = environment.0.keys().filter(|name| name.starts_with("MODEL_CACHE_"));
+    // What `exec` sets for the command it becomes, which may well be this program again.
+    let of_exec = |name: &str| name == "MODEL_CACHE_PATH" || name.starts_with("MODEL_CACHE_PATH_");
+    let ours = environment.0.keys().filter(|name| name.starts_with("MODEL_CACHE_") && !of_exec(name));
     let mut unknown: Vec<_> =
         ours.filter(|name| !service_link(name) && !known().any(|known| known == name.as_str())).collect();
     unknown.sort();
@@ -864,6 +866,8 @@ mod tests {
             .variable("MODEL_CACHE_MAX_BYTE", "1")
             .variable("MODEL_CACHE_LISTEN", "x")
             .variable("MODEL_CACHE_CONFIG", "/f")
+            .variable("MODEL_CACHE_PATH", "/by/exec")
+            .variable("MODEL_CACHE_PATH_2", "/by/exec")
             .variable("MODEL_CACHE_PORT_80_TCP_ADDR", "10.0.0.1")
             .variable("MODEL_CACHE_SERVICE_HOST", "10.0.0.1");
         let warnings = given.gather().expect("settings").warnings;

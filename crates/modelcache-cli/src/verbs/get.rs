@@ -4,13 +4,15 @@
 //! works. One reference that fails does not keep the others from being fetched. What was fetched stays leased until
 //! the process ends.
 
+use super::choice::Choice;
+use super::into::IntoFolder;
 use super::{Session, extend, key_object, path_text, phase_list, seconds};
 use crate::output::table;
 use crate::{exit, human, progress};
 use clap::Args;
-use modelcache::cache::{Artifact, BytesByTier, GetOptions, GetPlan, GetReport};
+use modelcache::cache::{Artifact, BytesByTier, Destination, GetOptions, GetPlan, GetReport};
 use modelcache::progress::Progress;
-use modelcache::{ArtifactKey, Cache, Error, Reference, Result, Selection, Tier, settings};
+use modelcache::{ArtifactKey, Cache, Result, Tier};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -24,51 +26,30 @@ pub(crate) struct Get {
     /// NAME@VERSION, hf://org/model[@revision[/file]], file:///folder-or-file
     #[arg(required = true, value_name = "REF")]
     pub(crate) references: Vec<String>,
-    /// Only files that match; may be repeated. `*` crosses folders
-    #[arg(long, value_name = "GLOB")]
-    pub(crate) include: Vec<String>,
-    /// No files that match; may be repeated
-    #[arg(long, value_name = "GLOB")]
-    pub(crate) exclude: Vec<String>,
-    /// Branch, tag or commit, in place of the one in the reference
-    #[arg(long, value_name = "REVISION")]
-    pub(crate) revision: Option<String>,
+    #[command(flatten)]
+    pub(crate) choice: Choice,
+    #[command(flatten)]
+    pub(crate) into: IntoFolder,
     /// Only tell which files would come from where
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Give up after this long, for instance 90s or 10m
-    #[arg(long, value_name = "DURATION", value_parser = timeout)]
-    pub(crate) timeout: Option<Duration>,
-}
-
-fn timeout(text: &str) -> Result<Duration, String> {
-    settings::parse_duration(text).map_err(|error| match error.hint_text() {
-        Some(hint) => format!("{}; {hint}", error.message()),
-        None => error.message().to_owned(),
-    })
 }
 
 impl Get {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
-        let work = self.all(session);
-        match self.timeout {
-            None => work.await,
-            Some(limit) => tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
-                Err(Error::unavailable(format!("not done within {}", human::duration(limit)))
-                    .hint("give it a longer --timeout; the same command goes on where this one stopped"))
-            }),
-        }
+        self.choice.in_time(self.all(session)).await
     }
 
     /// Tries every reference; the first failure decides the exit code.
     async fn all(&self, session: &Session<'_>) -> Result<u8> {
-        let options = GetOptions { selection: Selection::globs(&self.include, &self.exclude)? };
+        let options = self.choice.options()?;
         let cache = session.cache()?;
+        let destination = self.into.destination(&cache, self.references.len()).await?;
         let mut code = exit::DONE;
         // Leases: they fall when the process ends.
         let mut lent = Vec::new();
         for text in &self.references {
-            match self.one(session, &cache, text, &options).await {
+            match self.one(session, &cache, text, &options, destination.as_ref()).await {
                 Ok(artifact) => lent.extend(artifact),
                 Err(error) => {
                     session.output.error(&error, Some(text));
@@ -87,9 +68,10 @@ impl Get {
         cache: &Cache,
         text: &str,
         options: &GetOptions,
+        destination: Option<&Destination>,
     ) -> Result<Option<Artifact>> {
         let output = session.output;
-        let reference = self.reference(text)?;
+        let reference = self.choice.reference(text)?;
         if self.dry_run {
             let plan = cache.plan(&reference, options).await?;
             if output.is_json() {
@@ -103,25 +85,32 @@ impl Get {
         let started = Instant::now();
         let artifact = progress::show(output, text, &progress, cache.get(&reference, options, &progress)).await?;
         let took = started.elapsed();
-        if output.is_json() {
-            output.answer_json(&artifact_object(text, &artifact.key, &artifact.path, &artifact.report, took))?;
-        } else {
-            output.answer_path(&artifact.path)?;
-        }
         output.remark(&summary(&artifact.key, &artifact.report, took));
-        Ok(Some(artifact))
-    }
-
-    fn reference(&self, text: &str) -> Result<Reference> {
-        let reference = Reference::parse(text)?;
-        match &self.revision {
-            Some(revision) => reference.at_revision(revision),
-            None => Ok(reference),
+        let made = match destination {
+            Some(destination) => Some(self.into.put(output, &artifact, destination).await?),
+            None => None,
+        };
+        let path = made.as_ref().map_or(&artifact.path, |made| &made.path);
+        if output.is_json() {
+            let object = artifact_object(text, &artifact.key, path, &artifact.report, took);
+            output.answer_json(&match &made {
+                Some(made) => extend(object, json!({"into": {"dir": path_text(&made.dir), "links": made.links}})),
+                None => object,
+            })?;
+        } else {
+            output.answer_path(path)?;
         }
+        Ok(Some(artifact))
     }
 }
 
-fn artifact_object(reference: &str, key: &ArtifactKey, path: &Path, report: &GetReport, took: Duration) -> Value {
+pub(super) fn artifact_object(
+    reference: &str,
+    key: &ArtifactKey,
+    path: &Path,
+    report: &GetReport,
+    took: Duration,
+) -> Value {
     let about = json!({
         "reference": reference,
         "path": path_text(path),
@@ -138,7 +127,7 @@ fn artifact_object(reference: &str, key: &ArtifactKey, path: &Path, report: &Get
 }
 
 /// The line at the end: from where, bytes by tier, seconds by phase.
-fn summary(key: &ArtifactKey, report: &GetReport, took: Duration) -> String {
+pub(super) fn summary(key: &ArtifactKey, report: &GetReport, took: Duration) -> String {
     let took = human::duration(took);
     if report.from == Tier::Disk {
         return format!("{key}: on disk, {took}");

@@ -1,10 +1,11 @@
 //! `inspect`: everything known of one artifact, on disk and on the remote.
 
+use super::pin::pin_object;
 use super::{Session, extend, key_object, path_text};
 use crate::human;
 use crate::output::table;
 use clap::Args;
-use modelcache::cache::Inspection;
+use modelcache::cache::{Holder, Inspection};
 use modelcache::key::FilePath;
 use modelcache::manifest::FileEntry;
 use modelcache::{Error, Reference, Result, Tier};
@@ -111,6 +112,8 @@ fn inspection_object(inspection: &Inspection) -> Value {
         "remote_error": inspection.remote_error,
         "last_used": inspection.last_used.map(human::timestamp),
         "leased": inspection.leased,
+        "holders": inspection.holders,
+        "pin": pin_object(inspection.pin.as_ref()),
         "files": files(inspection).into_iter().map(file).collect::<Vec<_>>(),
     });
     extend(key_object(&inspection.key), about)
@@ -123,8 +126,9 @@ fn inspection_text(inspection: &Inspection, now: SystemTime) -> String {
         ("path", inspection.path.as_deref().map_or_else(|| "not on disk".into(), path_text)),
         ("sha256", inspection.sha256.map_or_else(unknown, |digest| digest.to_string())),
         ("last used", inspection.last_used.map_or_else(unknown, |then| human::ago(then, now))),
-        ("in use", if inspection.leased { "yes" } else { "no" }.to_owned()),
+        ("in use", in_use(inspection)),
     ];
+    facts.extend(inspection.pin.as_ref().map(|pin| ("pin", pin.to_string())));
     if inspection.lower.is_some() {
         facts.push(("lower", "the lower directory knows it".into()));
     }
@@ -148,6 +152,15 @@ fn inspection_text(inspection: &Inspection, now: SystemTime) -> String {
     });
     let files = table(&["FILE", "SIZE", "SHA256", "PROVENANCE", "DISK", "REMOTE"], &[1], rows);
     format!("{facts}\n{files}")
+}
+
+fn in_use(inspection: &Inspection) -> String {
+    let holders: Vec<_> = inspection.holders.iter().map(Holder::to_string).collect();
+    match (inspection.leased, holders.is_empty()) {
+        (false, _) => "no".into(),
+        (true, true) => "yes".into(),
+        (true, false) => format!("yes, by {}", holders.join(", ")),
+    }
 }
 
 #[cfg(test)]
@@ -178,6 +191,8 @@ mod tests {
             remote_error: Some("connection refused".into()),
             last_used: None,
             leased: false,
+            holders: Vec::new(),
+            pin: None,
         }
     }
 

@@ -1,5 +1,6 @@
 //! `ls`: the artifacts on disk, or on the remote.
 
+use super::pin::pin_object;
 use super::{Session, extend, key_object};
 use crate::human;
 use crate::output::table;
@@ -48,7 +49,8 @@ fn listing(listed: &[Listed], of_remote: bool, now: SystemTime) -> String {
         let mut row = vec![listed.reference.clone(), size, format!("{}/{}", listed.held_files, listed.files)];
         if !of_remote {
             let used = listed.last_used.map_or_else(|| "unknown".into(), |then| human::ago(then, now));
-            row.push(if listed.leased { "in use".into() } else { used });
+            let used = if listed.leased { "in use".into() } else { used };
+            row.push(if listed.pin.is_some() { format!("{used}, pinned") } else { used });
         }
         row
     };
@@ -67,6 +69,7 @@ fn listed_object(listed: &Listed) -> Value {
         "size": listed.bytes,
         "last_used": listed.last_used.map(human::timestamp),
         "leased": listed.leased,
+        "pin": pin_object(listed.pin.as_ref()),
     });
     extend(key_object(&listed.key), about)
 }
@@ -89,6 +92,7 @@ mod tests {
             bytes: 4_000_000_000,
             last_used: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(60)),
             leased,
+            pin: leased.then(Default::default),
         }
     }
 
@@ -99,7 +103,7 @@ mod tests {
         let expected = "\
 NAME@VERSION              SIZE  FILES  LAST USED
 team/model@3  1.2 GB of 4.0 GB    1/2  2 hours ago
-a@1                     4.0 GB    1/2  in use";
+a@1                     4.0 GB    1/2  in use, pinned";
         assert_eq!(listing(&rows, false, now), expected);
         assert!(!listing(&rows, true, now).contains("LAST USED"), "the remote knows no last use");
         assert_eq!(listed_object(&rows[0])["last_used"], "1970-01-01T00:01:00Z");

@@ -2,12 +2,18 @@
 //!
 //! A verb gives the exit code it wants; a failure that it has not shown itself it gives back as an error.
 
+pub(crate) mod choice;
 pub(crate) mod completions;
 pub(crate) mod evict;
+pub(crate) mod exec;
 pub(crate) mod get;
 pub(crate) mod inspect;
+pub(crate) mod into;
 pub(crate) mod ls;
 pub(crate) mod man;
+pub(crate) mod pin;
+pub(crate) mod prewarm;
+pub(crate) mod prune;
 pub(crate) mod put;
 pub(crate) mod stats;
 
@@ -25,8 +31,13 @@ use std::time::Duration;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     Get(get::Get),
+    Exec(exec::Exec),
+    Prewarm(prewarm::Prewarm),
     Put(put::Put),
     Evict(evict::Evict),
+    Pin(pin::Pin),
+    Unpin(pin::Unpin),
+    Prune(prune::Prune),
     Ls(ls::Ls),
     Inspect(inspect::Inspect),
     Stats(stats::Stats),
@@ -61,8 +72,13 @@ impl Verb {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         match self {
             Self::Get(verb) => return verb.run(session).await,
+            Self::Exec(verb) => return verb.run(session).await,
+            Self::Prewarm(verb) => return verb.run(session).await,
             Self::Put(verb) => verb.run(session).await,
             Self::Evict(verb) => return verb.run(session).await,
+            Self::Pin(verb) => verb.run(session).await,
+            Self::Unpin(verb) => verb.run(session).await,
+            Self::Prune(verb) => return verb.run(session).await,
             Self::Ls(verb) => verb.run(session).await,
             Self::Inspect(verb) => verb.run(session).await,
             Self::Stats(verb) => verb.run(session).await,

@@ -241,6 +241,17 @@ pub struct Running {
 }
 
 impl Running {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the process has become `program`.
+    #[track_caller]
+    pub fn wait_until_it_is(&self, program: &str) {
+        let name = || fs::read_to_string(format!("/proc/{}/comm", self.child.id())).unwrap_or_default();
+        wait_until(&format!("{} becomes {program}", self.line), || name().trim_end() == program);
+    }
+
     pub fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());

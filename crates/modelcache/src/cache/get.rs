@@ -227,5 +227,6 @@ fn artifact(wanted: &Wanted, landed: Landed, progress: &Progress) -> Result<Arti
     };
     let (link, phases) = (lent.link, progress.phases());
     let report = GetReport { from, bytes, backfilled_bytes, files, selected_bytes, link, phases };
-    Ok(Artifact { key: wanted.key.clone(), path: lent.path(&wanted.selection), report, _lent: lent })
+    let (path, selection) = (lent.path(&wanted.selection), wanted.selection.clone());
+    Ok(Artifact { key: wanted.key.clone(), path, report, selection, _lent: lent })
 }

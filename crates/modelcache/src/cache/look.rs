@@ -16,10 +16,11 @@ impl Cache {
         let disk = self.0.disk.clone();
         blocking(move || {
             let row = |artifact: ScannedArtifact| {
-                let leased = disk.is_leased(&artifact.dir);
-                artifact.manifest.map(|manifest| listed(&manifest, artifact.last_used, leased))
+                let (leased, pin) = (disk.is_leased(&artifact.dir), disk.pin_in(&artifact.dir));
+                let listed = |manifest| Ok(Listed { leased, pin: pin?, ..listed(&manifest, artifact.last_used) });
+                artifact.manifest.map(listed)
             };
-            let mut rows: Vec<Listed> = disk.scan()?.into_iter().filter_map(row).collect();
+            let mut rows: Vec<Listed> = disk.scan()?.into_iter().filter_map(row).collect::<Result<_>>()?;
             rows.sort_by(|a, b| a.key.cmp(&b.key));
             Ok(rows)
         })
@@ -35,7 +36,7 @@ impl Cache {
             return Err(Error::invalid("no remote is configured")
                 .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix"));
         };
-        let mut rows: Vec<Listed> = remote.list().await?.iter().map(|manifest| listed(manifest, None, false)).collect();
+        let mut rows: Vec<Listed> = remote.list().await?.iter().map(|manifest| listed(manifest, None)).collect();
         rows.sort_by(|a, b| a.key.cmp(&b.key));
         Ok(rows)
     }
@@ -79,6 +80,8 @@ impl Cache {
             path,
             last_used: self.0.disk.last_used(&dir)?,
             leased: self.0.disk.is_leased(&dir),
+            holders: self.0.disk.lease_holders(&dir),
+            pin: self.0.disk.pin_in(&dir)?,
             disk: disk.map(|manifest| manifest.files),
             remote: remote.map(|manifest| manifest.files),
             lower: lower.map(|manifest| manifest.files),
@@ -96,6 +99,7 @@ impl Cache {
             let (space, artifacts) = (disk.space()?, disk.scan()?);
             let manifests: Vec<&Manifest> =
                 artifacts.iter().filter_map(|artifact| artifact.manifest.as_ref()).collect();
+            let pinned = |artifact: &&ScannedArtifact| matches!(disk.pin_in(&artifact.dir), Ok(Some(_)));
             let held = |manifest: &&Manifest| manifest.files.values().filter(|entry| entry.held.is_some()).count();
             Ok(Stats {
                 dir: disk.layout().root().to_owned(),
@@ -103,6 +107,8 @@ impl Cache {
                 lower_artifacts: lower.as_ref().map_or(Ok(0), Lower::artifacts)?,
                 artifacts: manifests.len(),
                 files: manifests.iter().map(held).sum(),
+                leases: artifacts.iter().filter(|artifact| disk.is_leased(&artifact.dir)).count(),
+                pins: artifacts.iter().filter(pinned).count(),
                 budget_bytes: space.budget,
                 used_bytes: usage.counted(),
                 staging_bytes: usage.staging,
@@ -117,7 +123,7 @@ impl Cache {
     }
 }
 
-fn listed(manifest: &Manifest, last_used: Option<SystemTime>, leased: bool) -> Listed {
+fn listed(manifest: &Manifest, last_used: Option<SystemTime>) -> Listed {
     Listed {
         key: manifest.key.clone(),
         reference: manifest.key.to_string(),
@@ -127,6 +133,7 @@ fn listed(manifest: &Manifest, last_used: Option<SystemTime>, leased: bool) -> L
         held_bytes: manifest.held_bytes(),
         bytes: manifest.bytes(),
         last_used,
-        leased,
+        leased: false,
+        pin: None,
     }
 }

@@ -7,17 +7,26 @@
 mod evict;
 mod flight;
 mod get;
+mod lease;
 mod look;
 mod lower;
+mod materialize;
+mod pin;
 mod plan;
+mod prewarm;
+mod prune;
 mod put;
 mod report;
 mod resolve;
 
-pub use crate::disk::Link;
 pub use report::{
-    Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PlannedFile,
-    PutOptions, PutReport, Stats,
+    Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PinReport,
+    PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, Stats,
+};
+
+pub use crate::disk::{
+    Destination, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Pin, PruneOptions,
+    PruneReport, PrunedArtifact,
 };
 
 use crate::config::Config;
@@ -89,5 +98,10 @@ mod tests {
         spawnable(cache.list_remote());
         spawnable(cache.inspect(reference));
         spawnable(cache.stats());
+        spawnable(cache.plan_prewarm(&[], &GetOptions::default()));
+        spawnable(cache.destination(Path::new("")));
+        spawnable(cache.prune(&PruneOptions::default()));
+        spawnable(cache.pin(reference, Pin::default()));
+        spawnable(cache.unpin(reference));
     }
 }

@@ -1,6 +1,6 @@
 //! What callers ask for and what they are told: options and reports of every verb.
 
-use crate::disk::{Lent, Link};
+use crate::disk::{Holder, Lent, Link, Pin};
 use crate::error::Tier;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Shape};
@@ -28,6 +28,8 @@ pub struct Artifact {
     pub path: PathBuf,
     /// How it came here.
     pub report: GetReport,
+    /// Which of its files were got.
+    pub(super) selection: Selection,
     /// Keeps the lease.
     pub(super) _lent: Arc<Lent>,
 }
@@ -80,6 +82,28 @@ pub struct PlannedFile {
     pub size: u64,
     /// Where it would come from.
     pub from: Tier,
+}
+
+/// What a prewarm would do.
+#[derive(Debug)]
+pub struct PrewarmPlan {
+    /// Every reference's artifact, in the order given, or why there is none.
+    pub artifacts: Vec<crate::Result<PlannedPrewarm>>,
+    /// Bytes on disk of the whole list; equal files count once.
+    pub list_bytes: u64,
+    /// Those that are not there yet.
+    pub missing_bytes: u64,
+}
+
+/// One artifact of a [`PrewarmPlan`].
+#[derive(Debug, Clone)]
+pub struct PlannedPrewarm {
+    /// What it is.
+    pub key: ArtifactKey,
+    /// Whether everything wanted of it is on disk.
+    pub is_local: bool,
+    /// Whether it shares missing files with one before it, and is to be filled after that one: they come once then.
+    pub shares: bool,
 }
 
 /// How `put` shall publish.
@@ -135,6 +159,15 @@ pub struct EvictReport {
     pub origin_can_give_back: bool,
 }
 
+/// What `pin` set, or what `unpin` took off.
+#[derive(Debug, Clone, Serialize)]
+pub struct PinReport {
+    /// What it is.
+    pub key: ArtifactKey,
+    /// The pin; `None` if there was none to take off.
+    pub pin: Option<Pin>,
+}
+
 /// One artifact as `ls` shows it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Listed {
@@ -156,6 +189,8 @@ pub struct Listed {
     pub last_used: Option<SystemTime>,
     /// Whether somebody holds it (disk only).
     pub leased: bool,
+    /// The pin on it (disk only).
+    pub pin: Option<Pin>,
 }
 
 /// Everything known of one artifact (`inspect`).
@@ -181,6 +216,10 @@ pub struct Inspection {
     pub last_used: Option<SystemTime>,
     /// Whether somebody holds it.
     pub leased: bool,
+    /// Who, as far as this process can see.
+    pub holders: Vec<Holder>,
+    /// The pin on it.
+    pub pin: Option<Pin>,
 }
 
 /// The state of the local directory (`stats`).
@@ -196,6 +235,10 @@ pub struct Stats {
     pub artifacts: usize,
     /// Files they hold.
     pub files: usize,
+    /// Artifacts that somebody holds now.
+    pub leases: usize,
+    /// Artifacts that are pinned.
+    pub pins: usize,
     /// The budget, in bytes.
     pub budget_bytes: u64,
     /// What counts against it: blobs, staging, quarantine, reservations.

@@ -9,6 +9,7 @@ use super::fault::At;
 use super::files::{self, allocated};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
+use super::pin::InTheWay;
 use super::staging::StagingUse;
 use super::{Disk, ScannedArtifact};
 use crate::digest::Digest;
@@ -18,7 +19,7 @@ use crate::manifest::{FileEntry, FileIdentity, Manifest};
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -199,6 +200,14 @@ impl BudgetHold<'_> {
         self.write_record()
     }
 
+    /// Counts what is published anew.
+    pub(super) fn count(&mut self) -> Result<()> {
+        self.begin_change()?;
+        self.total = self.disk.published_bytes()?;
+        self.distrusted = false;
+        Ok(())
+    }
+
     /// What counts now.
     pub(crate) fn usage(&self) -> Result<Usage> {
         let mut usage = Usage { published: self.total, ..Usage::default() };
@@ -230,13 +239,13 @@ impl BudgetHold<'_> {
         }
         self.drop_dead_stagings(|_| true)?;
         self.sweep()?;
-        let mut in_the_way = InTheWay::default();
+        let mut obstacles = Obstacles::default();
         let fills = self.disk.stagings()?;
         let others = fills.iter().filter(|staging| staging.live && !staging.is_of(key));
-        others.for_each(|staging| in_the_way.add(staging.described(), true));
+        others.for_each(|staging| obstacles.add(staging.described(), true));
         // Not even with everything gone: then nothing goes.
         if self.shortfall(extra)? > self.total {
-            return Err(self.no_room(extra, self.shortfall(extra)?, &in_the_way));
+            return Err(self.no_room(extra, self.shortfall(extra)?, &obstacles));
         }
         if self.shortfall(extra)? > 0 {
             self.drop_quarantine()?;
@@ -247,22 +256,23 @@ impl BudgetHold<'_> {
                 if artifact.dir == self.disk.layout().artifact(key) {
                     continue;
                 }
-                if let Some(why) = self.pointless_victim(&artifact)? {
-                    in_the_way.add(why, false);
-                    continue;
-                }
-                if let Evicted::Kept { why, for_now } = self.evict(&artifact)? {
-                    in_the_way.add(why, for_now);
-                }
+                let kept = match self.pointless_victim(&artifact)? {
+                    Some(why) => why,
+                    None => match self.evict(&artifact)? {
+                        Evicted::Freed(_) => continue,
+                        Evicted::Kept(why) => why,
+                    },
+                };
+                obstacles.add(format!("{} is {kept}", artifact.name()), kept.is_for_now());
             }
         }
         match self.shortfall(extra)? {
             0 => Ok(()),
-            short => Err(self.no_room(extra, short, &in_the_way)),
+            short => Err(self.no_room(extra, short, &obstacles)),
         }
     }
 
-    fn no_room(&self, extra: u64, short: u64, in_the_way: &InTheWay) -> Error {
+    fn no_room(&self, extra: u64, short: u64, obstacles: &Obstacles) -> Error {
         let counted = self.usage().map(|usage| usage.counted()).unwrap_or(self.total);
         let mut message = format!("no room for {extra} more bytes: {short} are missing");
         if let Ok(space) = self.disk.space() {
@@ -271,8 +281,8 @@ impl BudgetHold<'_> {
                 space.budget, space.free, space.min_free
             ));
         }
-        if !in_the_way.names.is_empty() {
-            message.push_str(&format!("; in the way: {}", in_the_way.names.join(", ")));
+        if !obstacles.names.is_empty() {
+            message.push_str(&format!("; in the way: {}", obstacles.names.join("; ")));
         }
         let over_budget = self.disk.space().is_ok_and(|space| counted + extra > space.budget);
         let hint = match over_budget {
@@ -281,36 +291,32 @@ impl BudgetHold<'_> {
                 "free space on this filesystem, lower MODEL_CACHE_MIN_FREE_BYTES, or point MODEL_CACHE_DIR to a larger one"
             }
         };
-        Error::new(ErrorKind::Full, message).tier(Tier::Disk).transient(in_the_way.for_now).hint(hint)
+        Error::new(ErrorKind::Full, message).tier(Tier::Disk).transient(obstacles.for_now).hint(hint)
     }
 
     /// Evicts one artifact unless somebody holds it, it is pinned, or it was used since it was scanned.
     pub(crate) fn evict(&mut self, artifact: &ScannedArtifact) -> Result<Evicted> {
-        let name = || {
-            artifact.manifest.as_ref().map_or_else(|| artifact.dir.path().display().to_string(), |m| m.key.to_string())
-        };
-        let kept = |why: &str, for_now| Ok(Evicted::Kept { why: format!("{} {why}", name()), for_now });
         let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease(&artifact.dir))? else {
-            return kept("is in use", true);
+            return Ok(Evicted::Kept(InTheWay::Leased(self.disk.lease_holders(&artifact.dir))));
         };
-        if files::stat(&artifact.dir.pin())?.is_some() {
-            return kept("is pinned", false);
+        if let Some(pin) = self.disk.pin_in(&artifact.dir)? {
+            return Ok(Evicted::Kept(InTheWay::Pinned(pin)));
         }
         if self.disk.last_used(&artifact.dir)? != artifact.last_used {
-            return kept("was just used", true);
+            return Ok(Evicted::Kept(InTheWay::JustUsed));
         }
-        tracing::debug!(artifact = name(), "evicting");
+        tracing::debug!(artifact = artifact.name(), "evicting");
         let freed = self.remove_artifact(&artifact.dir)?;
-        tracing::info!(artifact = name(), freed_bytes = freed, "evicted");
+        tracing::info!(artifact = artifact.name(), freed_bytes = freed, "evicted");
         Ok(Evicted::Freed(freed))
     }
 
     /// Why evicting this artifact would not help, if it would not: it may be in use where locks do not tell, or every
     /// one of its files has a link outside the cache, so that no byte would become free.
-    fn pointless_victim(&mut self, artifact: &ScannedArtifact) -> Result<Option<String>> {
+    pub(super) fn pointless_victim(&mut self, artifact: &ScannedArtifact) -> Result<Option<InTheWay>> {
         let Some(manifest) = &artifact.manifest else { return Ok(None) };
         if !self.disk.is_idle(artifact.dir.path())? {
-            return Ok(Some(format!("{} was used lately, and locks do not work here", manifest.key)));
+            return Ok(Some(InTheWay::UsedLately));
         }
         let held: Vec<&FilePath> =
             manifest.files.iter().filter(|(_, entry)| entry.held.is_some()).map(|(path, _)| path).collect();
@@ -320,7 +326,7 @@ impl BudgetHold<'_> {
                 return Ok(None);
             }
         }
-        Ok((!held.is_empty()).then(|| format!("{}: its files are linked outside the cache", manifest.key)))
+        Ok((!held.is_empty()).then_some(InTheWay::LinkedOutside))
     }
 
     /// Links to `inode` that are the cache's own: its blob, staged files, views that manifests hold.
@@ -412,7 +418,7 @@ impl BudgetHold<'_> {
         }
         for artifact in self.disk.scan()? {
             self.disk.drop_old_temporaries(artifact.dir.path())?;
-            self.sweep_views(&artifact.dir, artifact.manifest.as_ref())?;
+            self.sweep_views(&artifact)?;
         }
         let mut unlinked = Vec::new();
         files::walk(&self.disk.layout().blobs(), &mut |path, metadata| {
@@ -444,23 +450,9 @@ impl BudgetHold<'_> {
         Ok(())
     }
 
-    fn sweep_views(&mut self, dir: &ArtifactDir, manifest: Option<&Manifest>) -> Result<()> {
-        let held = |path: &Path| {
-            let relative = path.strip_prefix(dir.files()).ok().and_then(Path::to_str);
-            let entry = relative.zip(manifest).and_then(|(path, manifest)| {
-                manifest.files.iter().find(|(listed, _)| listed.as_str() == path).map(|(_, entry)| entry)
-            });
-            entry.is_some_and(|entry| entry.held.is_some())
-        };
-        let (mut loose, mut copies) = (Vec::new(), false);
-        files::walk(&dir.files(), &mut |path, metadata| {
-            if !held(path) {
-                loose.push(path.to_owned());
-                copies |= metadata.nlink() == 1;
-            }
-            Ok(())
-        })?;
-        if loose.is_empty() && manifest.is_some() {
+    fn sweep_views(&mut self, artifact: &ScannedArtifact) -> Result<()> {
+        let (dir, loose) = (&artifact.dir, artifact.loose_views()?);
+        if loose.is_empty() && artifact.manifest.is_some() {
             return Ok(());
         }
         if !self.disk.is_idle(dir.path())? {
@@ -468,20 +460,42 @@ impl BudgetHold<'_> {
         }
         let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease(dir))? else { return Ok(()) };
         self.begin_change()?;
-        if copies {
+        // One that no blob stands behind may or may not have been counted.
+        if loose.iter().any(|path| files::stat(path).is_ok_and(|found| found.is_some_and(|m| m.nlink() == 1))) {
             self.distrust()?;
         }
-        if manifest.is_none() {
+        if artifact.manifest.is_none() {
             self.remove_artifact(dir)?;
         }
         loose.iter().try_for_each(|path| files::remove_file(path))
     }
 
-    fn drop_quarantine(&mut self) -> Result<()> {
+    /// Removes what failed a check.
+    pub(super) fn drop_quarantine(&mut self) -> Result<()> {
         for path in files::entries(&self.disk.layout().quarantine())? {
             self.drop_if_unlinked(&path)?;
         }
         Ok(())
+    }
+}
+
+impl ScannedArtifact {
+    /// Views that its manifest does not hold.
+    pub(super) fn loose_views(&self) -> Result<Vec<PathBuf>> {
+        let held = |path: &Path| {
+            let relative = path.strip_prefix(self.dir.files()).ok().and_then(Path::to_str);
+            let relative = relative.and_then(|path| FilePath::new(path).ok());
+            let entry = relative.zip(self.manifest.as_ref()).and_then(|(path, manifest)| manifest.files.get(&path));
+            entry.is_some_and(|entry| entry.held.is_some())
+        };
+        let mut loose = Vec::new();
+        files::walk(&self.dir.files(), &mut |path, _| {
+            if !held(path) {
+                loose.push(path.to_owned());
+            }
+            Ok(())
+        })?;
+        Ok(loose)
     }
 }
 
@@ -490,19 +504,19 @@ impl BudgetHold<'_> {
 pub(crate) enum Evicted {
     /// It is gone; so many bytes became free.
     Freed(u64),
-    /// It stays, for this reason; `for_now`: which may go by itself.
-    Kept { why: String, for_now: bool },
+    /// It stays, for this reason.
+    Kept(InTheWay),
 }
 
 /// What keeps room from being made.
 #[derive(Debug, Default)]
-struct InTheWay {
+struct Obstacles {
     names: Vec<String>,
     /// Whether any of it may go by itself.
     for_now: bool,
 }
 
-impl InTheWay {
+impl Obstacles {
     fn add(&mut self, name: String, for_now: bool) {
         self.names.push(name);
         self.for_now |= for_now;

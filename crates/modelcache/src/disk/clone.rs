@@ -22,15 +22,17 @@ use std::path::Path;
 /// Bytes copied at a time.
 const COPY_BYTES: usize = 1 << 20;
 
-/// How the files of an artifact share their bytes with other artifacts.
+/// How a file came to its place: how it shares its bytes with the one it came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Link {
-    /// Hard links: the bytes are there once.
+    /// The same file under another name: no bytes, read-only, same filesystem.
     Hard,
-    /// Reflinks: files of their own whose blocks the filesystem shares.
+    /// A file of its own that shares blocks until one is changed, where the filesystem can.
     Reflink,
-    /// Bytes of their own.
+    /// A pointer into the cache, which an eviction breaks. Only in folders outside the cache, on request.
+    Symlink,
+    /// A file of its own, checked while it is copied.
     Copy,
 }
 
@@ -39,6 +41,7 @@ impl std::fmt::Display for Link {
         f.write_str(match self {
             Self::Hard => "hard link",
             Self::Reflink => "reflink",
+            Self::Symlink => "symlink",
             Self::Copy => "copy",
         })
     }

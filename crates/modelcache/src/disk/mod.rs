@@ -14,14 +14,20 @@ mod budget;
 mod clone;
 mod fault;
 mod files;
+mod fit;
 mod given;
+mod holders;
 mod layout;
 mod leader;
+mod lease;
 mod lend;
 mod lock;
 mod lower;
+mod materialize;
 mod modes;
 mod parts;
+mod pin;
+mod prune;
 mod publish;
 mod refs;
 mod source;
@@ -33,12 +39,17 @@ pub(crate) use budget::{Evicted, Usage};
 pub use clone::Link;
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
+pub(crate) use fit::content_name;
 pub(crate) use given::{Given, copy_given, list_given};
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use leader::{BEAT_EVERY, Leader, Leadership, Watch};
 pub(crate) use lend::{Lend, Lent};
 pub(crate) use lock::FileLock;
 pub(crate) use lower::Lower;
+pub(crate) use materialize::Tree;
+pub use materialize::{Destination, LinkMode, Materialized};
+pub use pin::{Holder, InTheWay, Pin};
+pub use prune::{KeptArtifact, Leftovers, PruneOptions, PruneReport, PrunedArtifact};
 pub(crate) use publish::StagedFile;
 pub(crate) use refs::RememberedRef;
 pub(crate) use source::DiskSource;
@@ -87,6 +98,13 @@ pub(crate) struct ScannedArtifact {
     /// `None` if there is none or it is damaged.
     pub(crate) manifest: Option<Manifest>,
     pub(crate) last_used: Option<SystemTime>,
+}
+
+impl ScannedArtifact {
+    /// How people know it: its key, or its folder while no manifest tells.
+    pub(crate) fn name(&self) -> String {
+        self.manifest.as_ref().map_or_else(|| self.dir.path().display().to_string(), |m| m.key.to_string())
+    }
 }
 
 /// The bounds and the free space, in bytes.
@@ -158,6 +176,13 @@ impl Disk {
         })
     }
 
+    /// A bound in bytes, on this filesystem.
+    pub(crate) fn bound_bytes(&self, bound: ByteBound) -> Result<u64> {
+        let root = self.layout().root();
+        let stat = rustix::fs::statvfs(root).at("look at the filesystem of", root)?;
+        Ok(bound.bytes(stat.f_blocks * stat.f_frsize))
+    }
+
     /// What disk knows of `key`, held or not.
     pub(crate) fn manifest(&self, key: &ArtifactKey) -> Result<Option<Manifest>> {
         self.read_manifest(&self.layout().artifact(key))
@@ -222,10 +247,14 @@ impl Disk {
         hold.release()?;
         match evicted {
             Evicted::Freed(bytes) => Ok(Some(bytes)),
-            Evicted::Kept { why, .. } => Err(Error::new(ErrorKind::Conflict, why)
-                .artifact(key)
-                .tier(Tier::Disk)
-                .hint("try again when its readers have ended")),
+            Evicted::Kept(why) => {
+                let remedy = match &why {
+                    InTheWay::Pinned(_) => format!("take the pin off first: modelcache unpin '{key}'"),
+                    _ => "try again when its readers have ended".to_owned(),
+                };
+                let refusal = Error::new(ErrorKind::Conflict, format!("not evicted: it is {why}"));
+                Err(refusal.artifact(key).tier(Tier::Disk).hint(remedy))
+            }
         }
     }
 

@@ -67,7 +67,8 @@ impl Disk {
         Ok(Lent { manifest, dir, link, _lease: Some(lease) })
     }
 
-    fn wait_for_lease(&self, dir: &ArtifactDir) -> Result<FileLock> {
+    /// A shared lease, within a bounded time.
+    pub(super) fn wait_for_lease(&self, dir: &ArtifactDir) -> Result<FileLock> {
         let path = self.layout().lease(dir);
         let started = Instant::now();
         loop {

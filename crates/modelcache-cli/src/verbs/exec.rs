@@ -1,0 +1,181 @@
+//! `exec`: becomes a command that holds what it uses.
+//!
+//! Everything is made local first. Then this process turns into the command, without a child: signals, exit code and
+//! process id are the command's own, and the leases are held until it ends, however it ends. Standard output is the
+//! command's alone.
+
+use super::choice::Choice;
+use super::{Session, get};
+use crate::{exit, progress};
+use clap::Args;
+use modelcache::cache::Artifact;
+use modelcache::progress::Progress;
+use modelcache::{Error, ErrorKind, Result};
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+/// Make artifacts local, then run a command that holds them
+///
+/// In the command, `{}` is the path of the first artifact, `{1}` too, `{2}` that of the second, and so on; braces are
+/// kept by doubling them: `{{}}`. The same paths are in MODEL_CACHE_PATH and MODEL_CACHE_PATH_1, MODEL_CACHE_PATH_2, …
+/// in the command's environment. While the command runs, nothing evicts what it uses; the hold ends with it. One
+/// reference that fails, and the command is not run.
+///
+/// For instance: modelcache exec hf://org/model -- vllm serve {}
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    /// NAME@VERSION, hf://org/model[@revision[/file]], file:///folder-or-file
+    #[arg(required = true, value_name = "REF")]
+    pub(crate) references: Vec<String>,
+    #[command(flatten)]
+    pub(crate) choice: Choice,
+    /// The command and its arguments, after `--`
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub(crate) command: Vec<OsString>,
+}
+
+impl Exec {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
+        self.refuse_unknown_number()?;
+        let artifacts = self.choice.in_time(self.all(session)).await?;
+        let paths: Vec<PathBuf> = artifacts.iter().map(|artifact| artifact.path.clone()).collect();
+        let words: Vec<OsString> = self.command.iter().map(|word| filled_in(word, &paths)).collect();
+        let [program, arguments @ ..] = &words[..] else {
+            return Err(Error::invalid("there is no command").hint("write it after --"));
+        };
+        let numbered = (1..).zip(&paths).map(|(number, path)| (format!("MODEL_CACHE_PATH_{number}"), path));
+        let mut command = Command::new(program);
+        command.args(arguments).envs(numbered).env("MODEL_CACHE_PATH", &paths[0]);
+        artifacts.iter().try_for_each(Artifact::hold_through_exec)?;
+        // Comes back only if it failed.
+        let (code, error) = not_run(program, command.exec());
+        session.output.error(&error, None);
+        Ok(code)
+    }
+
+    async fn all(&self, session: &Session<'_>) -> Result<Vec<Artifact>> {
+        let (output, options, cache) = (session.output, self.choice.options()?, session.cache()?);
+        let mut artifacts = Vec::new();
+        for text in &self.references {
+            let (progress, started) = (Progress::new(), Instant::now());
+            let reference = self.choice.reference(text)?;
+            let artifact = progress::show(output, text, &progress, cache.get(&reference, &options, &progress)).await?;
+            output.remark(&get::summary(&artifact.key, &artifact.report, started.elapsed()));
+            artifacts.push(artifact);
+        }
+        Ok(artifacts)
+    }
+
+    /// `{3}` with two references is a slip; better told before anything is fetched.
+    fn refuse_unknown_number(&self) -> Result<()> {
+        let number = |word: &OsString| {
+            word.to_str()?
+                .strip_prefix('{')?
+                .strip_suffix('}')?
+                .parse()
+                .ok()
+                .map(|number: usize| (number, word.clone()))
+        };
+        let references = self.references.len();
+        match self.command.iter().filter_map(number).find(|(number, _)| !(1..=references).contains(number)) {
+            Some((_, word)) => Err(Error::invalid(format!("{} stands for no reference", word.display()))
+                .hint(format!("{{1}} to {{{references}}} are the paths; double the braces to keep them"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a shell would say, and the code it would end with.
+fn not_run(program: &OsStr, cause: io::Error) -> (u8, Error) {
+    let program = program.display();
+    let (code, message, hint) = match cause.kind() {
+        io::ErrorKind::NotFound => {
+            (exit::NO_COMMAND, format!("there is no command {program}"), "check its name and PATH")
+        }
+        _ => (exit::NOT_RUN, format!("cannot run {program}"), "is it a program that this user may run?"),
+    };
+    (code, Error::new(ErrorKind::Other, message).hint(hint).cause(cause))
+}
+
+/// The word with paths in place of `{}` and `{N}`; `{{}}` and `{{N}}` lose one pair of braces; all else stays.
+fn filled_in(word: &OsStr, paths: &[PathBuf]) -> OsString {
+    let (mut rest, mut filled) = (word.as_bytes(), Vec::new());
+    while let [first, tail @ ..] = rest {
+        if let Some((literal, after)) = tail.strip_prefix(b"{").and_then(slot).filter(|_| *first == b'{')
+            && let Some(after) = after.strip_prefix(b"}")
+        {
+            filled.extend_from_slice(&rest[1..literal_end(literal)]);
+            rest = after;
+        } else if let Some((digits, after)) = slot(tail).filter(|_| *first == b'{')
+            && let Some(path) = numbered(digits, paths)
+        {
+            filled.extend_from_slice(path.as_os_str().as_bytes());
+            rest = after;
+        } else {
+            filled.push(*first);
+            rest = tail;
+        }
+    }
+    OsString::from_vec(filled)
+}
+
+/// Digits, possibly none, up to the closing brace; and what comes after it.
+fn slot(text: &[u8]) -> Option<(&[u8], &[u8])> {
+    let end = text.iter().position(|byte| !byte.is_ascii_digit())?;
+    (text[end] == b'}').then(|| (&text[..end], &text[end + 1..]))
+}
+
+/// Where the inner braces of `{{digits}}` end.
+fn literal_end(digits: &[u8]) -> usize {
+    digits.len() + 3
+}
+
+fn numbered<'a>(digits: &[u8], paths: &'a [PathBuf]) -> Option<&'a PathBuf> {
+    match std::str::from_utf8(digits).ok()? {
+        "" => paths.first(),
+        digits => paths.get(digits.parse::<usize>().ok()?.checked_sub(1)?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn braces_are_paths_unless_doubled_or_something_else() {
+        let paths = ["/a b".into(), "/c".into()];
+        for (word, becomes) in [
+            ("{}", "/a b"),
+            ("--model={1}/x", "--model=/a b/x"),
+            ("{2}:{}", "/c:/a b"),
+            ("{{}}", "{}"),
+            ("{{2}}x", "{2}x"),
+            ("{0}{3}{a}{", "{0}{3}{a}{"),
+            ("{\"a\": {\"b\": 1}}", "{\"a\": {\"b\": 1}}"),
+            ("${{ x }}", "${{ x }}"),
+            ("a{1,3}", "a{1,3}"),
+            ("", ""),
+        ] {
+            assert_eq!(filled_in(OsStr::new(word), &paths), OsStr::new(becomes), "{word}");
+        }
+    }
+
+    #[test]
+    fn a_number_without_reference_is_told_before_anything_is_fetched() {
+        let exec = |command: &[&str]| Exec {
+            references: vec!["a@1".into(), "b@1".into()],
+            choice: Choice::default(),
+            command: command.iter().map(OsString::from).collect(),
+        };
+        assert!(exec(&["x", "{}", "{2}", "{{3}}", "{x}"]).refuse_unknown_number().is_ok());
+        for word in ["{0}", "{3}"] {
+            let error = exec(&["x", word]).refuse_unknown_number().expect_err("no such reference");
+            assert!(error.message().starts_with(word), "{error}");
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! `pin` and `unpin`: an operator's lasting hold on what is on this disk.
+
+use super::choice::duration;
+use super::{Session, extend, key_object};
+use crate::{environment, human};
+use clap::Args;
+use modelcache::cache;
+use modelcache::{Reference, Result};
+use serde_json::{Value, json};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Keep an artifact on disk until it is unpinned
+///
+/// A pinned artifact is neither evicted for space nor pruned, and `evict` refuses it. A second pin replaces the first.
+#[derive(Debug, Args)]
+pub(crate) struct Pin {
+    /// NAME@VERSION, or another reference; it must be on disk
+    #[arg(value_name = "REF")]
+    pub(crate) reference: String,
+    /// How long, for instance 12h or 7d; without it, until `unpin`
+    #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
+    pub(crate) lasting: Option<Duration>,
+    /// Why, for those who find it in the way
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+}
+
+/// Take the pin off an artifact
+#[derive(Debug, Args)]
+pub(crate) struct Unpin {
+    /// NAME@VERSION, or another reference
+    #[arg(value_name = "REF")]
+    pub(crate) reference: String,
+}
+
+impl Pin {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
+        let (output, reference) = (session.output, Reference::parse(&self.reference)?);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let pin = cache::Pin {
+            since_unix: Some(now.as_secs()),
+            until_unix: self.lasting.map(|lasting| now.saturating_add(lasting).as_secs()),
+            by: Some(environment::caller()),
+            reason: self.reason.clone().filter(|reason| !reason.trim().is_empty()),
+        };
+        let report = session.cache()?.pin(&reference, pin.clone()).await?;
+        if output.is_json() {
+            output.answer_json(&extend(key_object(&report.key), json!({"pin": pin_object(Some(&pin))})))?;
+        }
+        output.remark(&format!("{}: {pin}", report.key));
+        Ok(())
+    }
+}
+
+impl Unpin {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
+        let (output, reference) = (session.output, Reference::parse(&self.reference)?);
+        let report = session.cache()?.unpin(&reference).await?;
+        if output.is_json() {
+            let about = json!({"was_pinned": report.pin.is_some(), "pin": pin_object(report.pin.as_ref())});
+            output.answer_json(&extend(key_object(&report.key), about))?;
+        }
+        output.remark(&match report.pin {
+            Some(pin) => format!("{}: unpinned; it was {pin}", report.key),
+            None => format!("{}: was not pinned", report.key),
+        });
+        Ok(())
+    }
+}
+
+/// A pin for machines.
+pub(super) fn pin_object(pin: Option<&cache::Pin>) -> Value {
+    let Some(pin) = pin else { return Value::Null };
+    json!({
+        "since": pin.since().map(human::timestamp),
+        "until": pin.until().map(human::timestamp),
+        "by": pin.by,
+        "reason": pin.reason,
+    })
+}

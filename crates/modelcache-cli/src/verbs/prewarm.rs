@@ -1,0 +1,215 @@
+//! `prewarm`: fills a list ahead of time.
+//!
+//! The list is planned first, and refused as a whole if it cannot all be on disk at once. What is here already is
+//! touched, so that it counts as just used; the rest is filled, several at once. All of it is held until the end, so
+//! that the list does not evict itself.
+
+use super::choice::Choice;
+use super::{Session, get};
+use crate::output::Output;
+use crate::{exit, human, progress};
+use clap::Args;
+use futures::{StreamExt, stream};
+use modelcache::cache::{Artifact, GetOptions};
+use modelcache::progress::Progress;
+use modelcache::{Cache, Error, Reference, Result, Tier};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Bytes of a list that are read.
+const LIST_BYTES_MAX: u64 = 16 << 20;
+
+/// Fill the disk ahead of time
+///
+/// The whole list is looked at before anything is fetched: if it does not fit into the budget, nothing is. One
+/// reference that fails does not stop the others.
+#[derive(Debug, Args)]
+pub(crate) struct Prewarm {
+    /// NAME@VERSION, hf://org/model[@revision[/file]], file:///folder-or-file
+    #[arg(required_unless_present = "file", value_name = "REF")]
+    references: Vec<String>,
+    /// Also those in this file, one a line; lines that begin with # are comments; `-` is standard input
+    #[arg(long, value_name = "LIST")]
+    file: Option<PathBuf>,
+    /// Artifacts filled at once
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    jobs: u16,
+    #[command(flatten)]
+    choice: Choice,
+}
+
+/// One line of the list.
+struct Wanted {
+    text: String,
+    reference: Reference,
+}
+
+impl Prewarm {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
+        self.choice.in_time(self.all(session)).await
+    }
+
+    async fn all(&self, session: &Session<'_>) -> Result<u8> {
+        let (output, options, started) = (session.output, self.choice.options()?, Instant::now());
+        let wanted = self.wanted().await?;
+        let cache = session.cache()?;
+        let references: Vec<_> = wanted.iter().map(|wanted| wanted.reference.clone()).collect();
+        let plan = cache.plan_prewarm(&references, &options).await?;
+        output.remark(&format!(
+            "{}: {} on disk in all, {} of it not here yet",
+            counted(wanted.len(), "artifact"),
+            human::bytes(plan.list_bytes),
+            human::bytes(plan.missing_bytes)
+        ));
+        let mut tally = Tally::default();
+        let (mut here, mut missing, mut sharing) = (Vec::new(), Vec::new(), Vec::new());
+        for (wanted, planned) in wanted.iter().zip(plan.artifacts) {
+            match planned {
+                Ok(planned) if planned.is_local => here.push(wanted),
+                Ok(planned) if planned.shares => sharing.push(wanted),
+                Ok(_) => missing.push(wanted),
+                Err(error) => tally.failed(output, &wanted.text, &error),
+            }
+        }
+        // What is here first: from then on it is held, and no fill of this list evicts it. What shares files with
+        // others comes after them, one by one, and finds those files here.
+        let mut held = Vec::new();
+        for (wanted, jobs) in [(here, self.jobs), (missing, self.jobs), (sharing, 1)] {
+            let fills: Vec<_> = wanted.into_iter().map(|wanted| one(output, &cache, wanted, &options)).collect();
+            let mut fills = stream::iter(fills).buffer_unordered(jobs.into());
+            while let Some((text, outcome)) = fills.next().await {
+                match outcome {
+                    Ok(artifact) => {
+                        tally.done(&artifact);
+                        held.push(artifact);
+                    }
+                    Err(error) => tally.failed(output, text, &error),
+                }
+            }
+        }
+        output.remark(&tally.text(&human::duration(started.elapsed())));
+        Ok(tally.code)
+    }
+
+    /// The references given and those in the list, in that order.
+    async fn wanted(&self) -> Result<Vec<Wanted>> {
+        let mut texts: Vec<(String, Option<usize>)> = self.references.iter().map(|text| (text.clone(), None)).collect();
+        if let Some(file) = &self.file {
+            texts.extend(references_in(&read(file).await?).map(|(line, text)| (text.to_owned(), Some(line))));
+        }
+        let parse = |(text, line): (String, Option<usize>)| match self.choice.reference(&text) {
+            Ok(reference) => Ok(Wanted { text, reference }),
+            Err(error) => Err(match (line, &self.file) {
+                (Some(line), Some(file)) => {
+                    let hint = error.hint_text().unwrap_or("one reference a line").to_owned();
+                    Error::invalid(format!("{} line {line}: {}", file.display(), error.message())).hint(hint)
+                }
+                _ => error,
+            }),
+        };
+        texts.into_iter().map(parse).collect()
+    }
+}
+
+async fn one<'a>(
+    output: &Output,
+    cache: &Cache,
+    wanted: &'a Wanted,
+    options: &GetOptions,
+) -> (&'a str, Result<Artifact>) {
+    let (text, progress, started) = (wanted.text.as_str(), Progress::new(), Instant::now());
+    let got = progress::show(output, text, &progress, cache.get(&wanted.reference, options, &progress)).await;
+    let told = got.and_then(|artifact| {
+        let (took, report) = (started.elapsed(), &artifact.report);
+        if output.is_json() {
+            output.answer_json(&get::artifact_object(text, &artifact.key, &artifact.path, report, took))?;
+        }
+        output.remark(&get::summary(&artifact.key, report, took));
+        Ok(artifact)
+    });
+    (text, told)
+}
+
+/// References in a list with the numbers of their lines. A # within a reference demands a digest.
+fn references_in(list: &str) -> impl Iterator<Item = (usize, &str)> {
+    let text = |line: &str| line.find(" #").or_else(|| line.find("\t#")).unwrap_or(line.len());
+    let lines = (1..).zip(list.lines()).map(move |(number, line)| (number, line[..text(line)].trim()));
+    lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
+}
+
+async fn read(file: &Path) -> Result<String> {
+    let refuse = |cause: std::io::Error| {
+        Error::invalid(format!("cannot read the list {}", file.display()))
+            .hint("--file names a text file with one reference a line, or - for standard input")
+            .cause(cause)
+    };
+    let path = file.to_owned();
+    let text = tokio::task::spawn_blocking(move || {
+        let mut text = String::new();
+        let reader: Box<dyn Read> = if path == Path::new("-") {
+            Box::new(std::io::stdin().lock())
+        } else {
+            Box::new(std::fs::File::open(path)?)
+        };
+        reader.take(LIST_BYTES_MAX).read_to_string(&mut text).map(|_| text)
+    });
+    text.await.map_err(|cause| refuse(cause.into()))?.map_err(refuse)
+}
+
+/// What came of the list.
+#[derive(Default)]
+struct Tally {
+    here: usize,
+    fetched: usize,
+    fetched_bytes: u64,
+    failed: usize,
+    code: u8,
+}
+
+impl Tally {
+    fn done(&mut self, artifact: &Artifact) {
+        if artifact.report.from == Tier::Disk {
+            self.here += 1;
+        } else {
+            self.fetched += 1;
+            self.fetched_bytes += artifact.report.bytes.remote + artifact.report.bytes.origin;
+        }
+    }
+
+    /// The first failure decides the exit code.
+    fn failed(&mut self, output: &Output, text: &str, error: &Error) {
+        output.error(error, Some(text));
+        self.failed += 1;
+        if self.code == exit::DONE {
+            self.code = exit::code(error.kind());
+        }
+    }
+
+    fn text(&self, took: &str) -> String {
+        let failed = if self.failed > 0 { format!(", {} failed", self.failed) } else { String::new() };
+        let bytes = human::bytes(self.fetched_bytes);
+        format!("{} fetched ({bytes}), {} here before{failed}; {took}", counted(self.fetched, "artifact"), self.here)
+    }
+}
+
+fn counted(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_has_comments_and_a_reference_may_demand_a_digest() {
+        let list = "# models\n\na@1\n  b@1#sha256=00  # the good one\n#c@1\nd@1\t# x\r\n";
+        assert_eq!(references_in(list).collect::<Vec<_>>(), [(3, "a@1"), (4, "b@1#sha256=00"), (6, "d@1")]);
+    }
+
+    #[test]
+    fn the_end_is_told_in_one_line() {
+        let tally = Tally { here: 1, fetched: 2, fetched_bytes: 3_000_000, failed: 1, code: 3 };
+        assert_eq!(tally.text("3.0 s"), "2 artifacts fetched (3.0 MB), 1 here before, 1 failed; 3.0 s");
+    }
+}

@@ -1,0 +1,159 @@
+//! `prune`: makes the local directory smaller now, instead of when the next download needs room.
+
+use super::Session;
+use super::choice::{duration, explained};
+use crate::output::table;
+use crate::{exit, human};
+use clap::Args;
+use modelcache::cache::{Leftovers, PruneOptions, PruneReport};
+use modelcache::config::ByteBound;
+use modelcache::{Error, ErrorKind, Result, Tier, settings};
+use serde_json::{Value, json};
+use std::time::{Duration, SystemTime};
+
+/// Remove from disk what is no longer used
+///
+/// Always: what ended downloads left, blobs that belong to no artifact, and what failed a check. Artifacts go only as
+/// far as --older-than or --to say, least recently used first. What is in use or pinned stays. The remote keeps all.
+#[derive(Debug, Args)]
+pub(crate) struct Prune {
+    /// Artifacts that were not used for so long, for instance 12h or 30d
+    #[arg(long, value_name = "AGE", value_parser = duration)]
+    pub(crate) older_than: Option<Duration>,
+    /// Artifacts, until no more than SIZE is used: 100GB, or 50% of the filesystem
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) to: Option<ByteBound>,
+    /// Only tell what would go
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+fn size(text: &str) -> Result<ByteBound, String> {
+    settings::parse_size(text).map_err(explained)
+}
+
+impl Prune {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
+        let output = session.output;
+        let options = PruneOptions { older_than: self.older_than, to: self.to, dry_run: self.dry_run };
+        let report = session.cache()?.prune(&options).await?;
+        let text = report_text(&report, self.dry_run, SystemTime::now());
+        if output.is_json() {
+            output.answer_json(&report_object(&report, self.dry_run))?;
+        } else if self.dry_run {
+            output.answer(&text)?;
+        }
+        if !self.dry_run {
+            text.lines().for_each(|line| output.remark(line));
+        }
+        if report.reached() || self.dry_run {
+            return Ok(exit::DONE);
+        }
+        let error = not_reached(&report);
+        output.error(&error, None);
+        Ok(exit::code(error.kind()))
+    }
+}
+
+/// The size that was asked for was not reached: what is left is held, pinned, or being filled.
+fn not_reached(report: &PruneReport) -> Error {
+    let (used, to) = (human::bytes(report.used_bytes), human::bytes(report.to_bytes.unwrap_or_default()));
+    let in_the_way = if report.kept.is_empty() { "; what is left is being filled" } else { "" };
+    Error::new(ErrorKind::Full, format!("{used} are still used, more than the {to} asked for{in_the_way}"))
+        .tier(Tier::Disk)
+        .hint("prune again when those who hold the kept artifacts have ended, or unpin them")
+}
+
+fn report_object(report: &PruneReport, dry_run: bool) -> Value {
+    let evicted = report.evicted.iter().map(|gone| {
+        json!({
+            "reference": gone.reference,
+            "last_used": gone.last_used.map(human::timestamp),
+            "freed_bytes": gone.freed_bytes,
+        })
+    });
+    json!({
+        "dry_run": dry_run,
+        "used_before_bytes": report.used_before_bytes,
+        "used_bytes": report.used_bytes,
+        "freed_bytes": report.freed_bytes,
+        "to_bytes": report.to_bytes,
+        "reached": report.reached(),
+        "leftovers": report.leftovers,
+        "evicted": evicted.collect::<Vec<_>>(),
+        "kept": report.kept,
+    })
+}
+
+fn report_text(report: &PruneReport, dry_run: bool, now: SystemTime) -> String {
+    let mut text = String::new();
+    if !report.evicted.is_empty() {
+        let rows = report.evicted.iter().map(|gone| {
+            let used = gone.last_used.map_or_else(|| "unknown".into(), |then| human::ago(then, now));
+            vec![gone.reference.clone(), human::bytes(gone.freed_bytes), used]
+        });
+        text.push_str(&table(&["NAME@VERSION", "FREED", "LAST USED"], &[1], rows));
+        text.push('\n');
+    }
+    for kept in &report.kept {
+        text.push_str(&format!("kept {}: it is {}\n", kept.reference, kept.why));
+    }
+    text.extend(leftovers_text(&report.leftovers));
+    let [freed, used] = [report.freed_bytes, report.used_bytes].map(human::bytes);
+    text.push_str(&match dry_run {
+        _ if report.freed_bytes == 0 && report.evicted.is_empty() => format!("nothing to remove; {used} used"),
+        true => format!("would free {freed}, and leave {used} used"),
+        false => format!("freed {freed}; {used} used"),
+    });
+    text
+}
+
+fn leftovers_text(leftovers: &Leftovers) -> Option<String> {
+    let fills = match leftovers.fills {
+        1 => "1 ended download".to_owned(),
+        fills => format!("{fills} ended downloads"),
+    };
+    let parts = [
+        (fills.as_str(), leftovers.fill_bytes, leftovers.fills > 0),
+        ("blobs of no artifact", leftovers.blob_bytes, leftovers.blob_bytes > 0),
+        ("quarantine", leftovers.quarantine_bytes, leftovers.quarantine_bytes > 0),
+    ];
+    let shown = parts.into_iter().filter(|(_, _, any)| *any);
+    let shown: Vec<_> = shown.map(|(what, bytes, _)| format!("{what} {}", human::bytes(bytes))).collect();
+    (!shown.is_empty()).then(|| format!("leftovers: {}\n", shown.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use modelcache::cache::{InTheWay, KeptArtifact, PrunedArtifact};
+
+    #[test]
+    fn the_report_tells_what_went_what_stayed_and_why() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(7260);
+        let mut report = PruneReport {
+            used_bytes: 5_000_000_000,
+            freed_bytes: 1_201_000_000,
+            leftovers: Leftovers { fills: 1, fill_bytes: 1_000_000, ..Leftovers::default() },
+            evicted: vec![PrunedArtifact {
+                reference: "a@1".into(),
+                last_used: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(60)),
+                freed_bytes: 1_200_000_000,
+            }],
+            kept: vec![KeptArtifact { reference: "b@1".into(), why: InTheWay::Leased(Vec::new()) }],
+            ..PruneReport::default()
+        };
+        let expected = "\
+NAME@VERSION   FREED  LAST USED
+a@1           1.2 GB  2 hours ago
+kept b@1: it is in use
+leftovers: 1 ended download 1.0 MB
+freed 1.2 GB; 5.0 GB used";
+        assert_eq!(report_text(&report, false, now), expected);
+        assert_eq!(report_object(&report, false)["kept"][0]["why"], "leased");
+        report.to_bytes = Some(4_000_000_000);
+        assert!(!report.reached());
+        assert_eq!(exit::code(not_reached(&report).kind()), 6);
+        assert_eq!(report_text(&PruneReport::default(), false, now), "nothing to remove; 0 B used");
+    }
+}

@@ -1,0 +1,78 @@
+//! Who holds a lock: what the kernel shows of it in `/proc/locks`. For people; nothing is decided by it.
+//!
+//! Not every holder is seen: a process of another PID namespace is not, and a child that inherited the descriptor goes
+//! by the process that took the lock.
+
+use super::pin::Holder;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// The processes that hold a `flock` on `path`.
+pub(super) fn of_flock(path: &Path) -> Vec<Holder> {
+    let (Ok(metadata), Ok(table)) = (fs::symlink_metadata(path), fs::read_to_string("/proc/locks")) else {
+        return Vec::new();
+    };
+    let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
+    let mut pids = pids(&table, metadata.ino(), Some(device));
+    if pids.is_empty() {
+        // Layered filesystems show another device to `stat` than to the kernel's table.
+        pids = self::pids(&table, metadata.ino(), None);
+    }
+    pids.sort_unstable();
+    pids.dedup();
+    pids.into_iter().filter_map(holder).collect()
+}
+
+/// A line is `1: FLOCK  ADVISORY  READ 1234 fd:01:5678 0 EOF`; those after `->` only wait.
+fn pids(table: &str, inode: u64, device: Option<(u32, u32)>) -> Vec<u32> {
+    let holder = |line: &str| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let [_, "FLOCK", _, _, pid, place, ..] = fields[..] else { return None };
+        let mut place = place.split(':');
+        let number = |text: Option<&str>| u32::from_str_radix(text?, 16).ok();
+        let here = (number(place.next())?, number(place.next())?);
+        let matches = place.next()?.parse() == Ok(inode) && device.is_none_or(|device| device == here);
+        matches.then(|| pid.parse().ok()).flatten()
+    };
+    table.lines().filter_map(holder).collect()
+}
+
+/// The process, if it is one that can be seen from here.
+fn holder(pid: u32) -> Option<Holder> {
+    let folder = Path::new("/proc").join(pid.to_string());
+    if pid == 0 || !folder.exists() {
+        return None;
+    }
+    let command = fs::read_to_string(folder.join("comm")).ok().map(|name| name.trim_end().to_owned());
+    Some(Holder { pid, command })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_holders_of_this_very_file_are_read_from_the_table() {
+        let table = "\
+1: FLOCK  ADVISORY  READ 11 fd:01:5678 0 EOF
+2: FLOCK  ADVISORY  READ 12 fd:02:5678 0 EOF
+2: -> FLOCK  ADVISORY  WRITE 13 fd:01:5678 0 EOF
+3: POSIX  ADVISORY  WRITE 14 fd:01:5678 0 EOF
+4: FLOCK  ADVISORY  WRITE 15 fd:01:56789 0 EOF
+";
+        assert_eq!(pids(table, 5678, Some((0xfd, 1))), [11]);
+        assert_eq!(pids(table, 5678, None), [11, 12]);
+    }
+
+    #[test]
+    fn this_process_is_seen_holding_its_own_lock() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("lock");
+        let lock = super::super::FileLock::try_shared(&path).expect("opens").expect("free");
+        let pids: Vec<u32> = of_flock(&path).iter().map(|holder| holder.pid).collect();
+        assert_eq!(pids, [std::process::id()]);
+        drop(lock);
+        assert_eq!(of_flock(&path), []);
+    }
+}

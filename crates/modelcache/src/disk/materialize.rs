@@ -1,0 +1,352 @@
+//! Materializing: an artifact's files in a folder of the caller's own, which is replaced as a whole.
+//!
+//! The folder is built beside its place, under a name of its own, and changes places with what was there. Whoever looks
+//! sees the old folder or the new one. What was not put there by an earlier call is never removed: a marker file in the
+//! folder lists what was. A folder whose builder died is removed by the next call; the live ones are locked.
+
+use super::clone::{self, Link};
+use super::files::{self, absent};
+use super::layout::ArtifactDir;
+use super::lock::FileLock;
+use super::modes::open_existing;
+use crate::digest::Digest;
+use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::key::{ArtifactKey, FilePath};
+use crate::manifest::FileEntry;
+use crate::progress::Progress;
+use rustix::fs::{CWD, RenameFlags, ioctl_ficlone, renameat_with};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use sha2::Digest as _;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+/// Says in a materialized folder what was put there. No artifact has a file of this name.
+const MARKER: &str = ".modelcache.json";
+/// Bytes of a marker that are read.
+const MARKER_BYTES_MAX: u64 = 64 << 20;
+/// Bytes copied at a time.
+const COPY_BYTES: usize = 1 << 20;
+
+/// How files come into the folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LinkMode {
+    /// A hard link where that is possible, else a reflink, else a copy.
+    #[default]
+    Auto,
+    /// This way or not at all.
+    Only(Link),
+}
+
+/// A folder that may be replaced: absent, empty, or materialized before.
+#[derive(Debug, Clone)]
+pub struct Destination {
+    dir: PathBuf,
+    asked: PathBuf,
+}
+
+/// A folder that was materialized.
+#[derive(Debug, Clone, Serialize)]
+pub struct Materialized {
+    /// The folder.
+    pub dir: PathBuf,
+    /// The one file, if the artifact or the selection is one; else the folder.
+    pub path: PathBuf,
+    /// How many files came which way.
+    pub links: BTreeMap<Link, usize>,
+}
+
+/// What shall stand in the folder.
+#[derive(Debug, Clone)]
+pub(crate) struct Tree {
+    pub(crate) key: ArtifactKey,
+    /// Where the files are lent from.
+    pub(crate) from: ArtifactDir,
+    pub(crate) files: Vec<(FilePath, FileEntry)>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Marker {
+    /// For people.
+    about: String,
+    #[serde(flatten)]
+    key: ArtifactKey,
+    files: BTreeSet<FilePath>,
+}
+
+impl Destination {
+    /// Looks whether `dir` may be replaced. `cache_root` and the present folder may not be in it.
+    pub(crate) fn check(dir: &Path, cache_root: &Path) -> Result<Self> {
+        let refuse = |why: &str, hint: &str| Err(Error::invalid(format!("{} {why}", dir.display())).hint(hint));
+        let real = real_path(dir)?;
+        let cache_root = fs::canonicalize(cache_root).unwrap_or_else(|_| cache_root.to_owned());
+        if std::env::current_dir().is_ok_and(|present| present.starts_with(&real)) {
+            return refuse(
+                "is the folder this command runs in, and would be replaced as a whole",
+                "name a folder in it, or run the command elsewhere",
+            );
+        }
+        if real.starts_with(&cache_root) || cache_root.starts_with(&real) {
+            return refuse("and the cache directory lie in each other", "choose a folder outside the cache directory");
+        }
+        if real.file_name().is_none() || absent(fs::metadata(&real)).is_ok_and(|m| m.is_some_and(|m| !m.is_dir())) {
+            return refuse("is no folder", "name a folder: it need not exist");
+        }
+        let destination = Self { dir: real, asked: dir.to_owned() };
+        destination.refuse_what_is_not_ours()?;
+        Ok(destination)
+    }
+
+    /// Refuses a folder with files that no earlier call put there.
+    fn refuse_what_is_not_ours(&self) -> Result<()> {
+        let marker = files::read_small(&self.dir.join(MARKER), MARKER_BYTES_MAX)?;
+        let ours = marker.and_then(|bytes| serde_json::from_slice::<Marker>(&bytes).ok()).map(|marker| marker.files);
+        let mut foreign = None;
+        files::walk(&self.dir, &mut |path, _| {
+            let inside = path.strip_prefix(&self.dir).unwrap_or(path);
+            let known = ours.as_ref().is_some_and(|ours| {
+                inside == Path::new(MARKER) || ours.iter().any(|file| Path::new(file.as_str()) == inside)
+            });
+            if !known && foreign.is_none() {
+                foreign = Some(inside.to_owned());
+            }
+            Ok(())
+        })?;
+        let Some(foreign) = foreign else { return Ok(()) };
+        Err(Error::new(
+            ErrorKind::Conflict,
+            format!("{} holds {}, which modelcache did not put there", self.asked.display(), foreign.display()),
+        )
+        .hint("the folder is replaced as a whole: move that away first, or choose a new or empty folder"))
+    }
+
+    /// Builds the folder beside its place and puts it there; durable on return.
+    pub(crate) fn materialize(&self, tree: &Tree, mode: LinkMode, progress: &Progress) -> Result<Materialized> {
+        let parent = self.dir.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(parent).map_err(|cause| trouble("make", parent, cause))?;
+        let prefix = format!(".{}.modelcache-", self.dir.file_name().unwrap_or_default().display());
+        sweep(parent, &prefix)?;
+        let site = Site::open(parent, &prefix)?;
+        let (mut links, mut folders) = (BTreeMap::new(), BTreeSet::from([site.path.clone()]));
+        for (path, entry) in &tree.files {
+            let target = site.path.join(path.as_str());
+            for folder in target.ancestors().skip(1).take_while(|folder| *folder != site.path) {
+                folders.insert(folder.to_owned());
+            }
+            let folder = target.parent().unwrap_or(&site.path);
+            fs::create_dir_all(folder).map_err(|cause| trouble("make", folder, cause))?;
+            let link = place(&tree.from.view(path), &target, entry, mode, progress)?;
+            *links.entry(link).or_default() += 1;
+        }
+        write_marker(&site.path, tree)?;
+        folders.iter().try_for_each(|folder| sync(folder))?;
+        // Somebody may have put something there meanwhile.
+        self.refuse_what_is_not_ours()?;
+        swap(&site.path, &self.dir).map_err(|cause| not_swapped(&self.asked, cause))?;
+        sync(parent)?;
+        Ok(Materialized { dir: self.dir.clone(), path: self.dir.clone(), links })
+    }
+}
+
+/// Where `dir` really is, links followed as far as it exists.
+fn real_path(dir: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(dir).map_err(|cause| trouble("find", dir, cause))?;
+    let mut missing = Vec::new();
+    let mut there = absolute.as_path();
+    loop {
+        match fs::canonicalize(there) {
+            Ok(real) => return Ok(missing.iter().rev().fold(real, |path, name| path.join(name))),
+            Err(cause) => match (there.parent(), there.file_name()) {
+                (Some(parent), Some(name)) if cause.kind() == io::ErrorKind::NotFound => {
+                    missing.push(name.to_owned());
+                    there = parent;
+                }
+                _ => return Err(trouble("find", dir, cause)),
+            },
+        }
+    }
+}
+
+/// The folder while it is being built. Dropped, it removes what then lies under its name: itself, or the old folder.
+struct Site {
+    path: PathBuf,
+    _alive: FileLock,
+}
+
+impl Site {
+    fn open(parent: &Path, prefix: &str) -> Result<Self> {
+        loop {
+            let path = parent.join(format!("{prefix}{}", files::random_name()));
+            fs::create_dir(&path).map_err(|cause| trouble("make", &path, cause))?;
+            // Between the two somebody's sweep may have taken it for a dead one.
+            if let Ok(dir) = File::open(&path)
+                && let Some(alive) = FileLock::of_new(dir, &path)?
+                && path.is_dir()
+            {
+                return Ok(Self { path, _alive: alive });
+            }
+        }
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if let Err(error) = files::remove_tree(&self.path) {
+            tracing::warn!(%error, "a temporary folder stays; the next call removes it");
+        }
+    }
+}
+
+/// Removes what died while it was being built.
+fn sweep(parent: &Path, prefix: &str) -> Result<()> {
+    let of_ours = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix));
+    for path in files::entries(parent)?.into_iter().filter(of_ours) {
+        let Ok(dir) = File::open(&path) else { continue };
+        if FileLock::of_new(dir, &path)?.is_some() {
+            files::remove_tree(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Brings one file to `target`; tells which way.
+fn place(view: &Path, target: &Path, entry: &FileEntry, mode: LinkMode, progress: &Progress) -> Result<Link> {
+    let ways: &[Link] = match mode {
+        LinkMode::Auto => &[Link::Hard, Link::Reflink, Link::Copy],
+        LinkMode::Only(Link::Hard) => &[Link::Hard],
+        LinkMode::Only(Link::Reflink) => &[Link::Reflink],
+        LinkMode::Only(Link::Symlink) => &[Link::Symlink],
+        LinkMode::Only(Link::Copy) => &[Link::Copy],
+    };
+    let mut refused = io::Error::from(io::ErrorKind::Unsupported);
+    for way in ways {
+        let outcome = match way {
+            Link::Hard => fs::hard_link(view, target),
+            Link::Reflink => reflink(view, target),
+            Link::Symlink => std::os::unix::fs::symlink(view, target),
+            Link::Copy => {
+                copy(view, target, entry, progress)?;
+                return Ok(*way);
+            }
+        };
+        match outcome {
+            Ok(()) => {
+                progress.done(entry.size);
+                return Ok(*way);
+            }
+            Err(cause) if is_refusal(&cause) => refused = cause,
+            Err(cause) => return Err(trouble("link", target, cause)),
+        }
+    }
+    let way = match mode {
+        LinkMode::Only(Link::Reflink) => "a reflink",
+        _ => "a hard link",
+    };
+    Err(Error::new(ErrorKind::Other, format!("{way} is not possible at {}", target.display()))
+        .hint("the folder lies on another filesystem, or on one without such links: try --link auto")
+        .cause(refused))
+}
+
+/// Whether the filesystem cannot link this way; another way may do.
+fn is_refusal(cause: &io::Error) -> bool {
+    clone::is_refusal(cause) || matches!(errno(cause), Some(Errno::INVAL | Errno::NOTTY))
+}
+
+fn reflink(view: &Path, target: &Path) -> io::Result<()> {
+    let (from, to) = (open_existing(view, false)?, File::create_new(target)?);
+    let cloned = ioctl_ficlone(&to, &from).map_err(io::Error::from).and_then(|()| to.sync_all());
+    if cloned.is_err() {
+        let _ = fs::remove_file(target);
+    }
+    cloned
+}
+
+/// Copies and checks in the same pass.
+fn copy(view: &Path, target: &Path, entry: &FileEntry, progress: &Progress) -> Result<()> {
+    let mut from = open_existing(view, false).map_err(|cause| trouble("read", view, cause))?;
+    let mut to = File::create_new(target).map_err(|cause| trouble("write", target, cause))?;
+    let (mut hasher, mut buffer) = (sha2::Sha256::new(), vec![0; COPY_BYTES]);
+    loop {
+        let read = from.read(&mut buffer).map_err(|cause| trouble("read", view, cause))?;
+        if read == 0 {
+            break;
+        }
+        hasher.update(&buffer[..read]);
+        to.write_all(&buffer[..read]).map_err(|cause| trouble("write", target, cause))?;
+        progress.done(read as u64);
+    }
+    to.sync_all().map_err(|cause| trouble("make durable", target, cause))?;
+    let found = Digest::from_bytes(hasher.finalize().into());
+    if entry.sha256.is_some_and(|expected| expected != found) {
+        return Err(Error::corrupt(format!("the cached bytes of {} are wrong; nothing was replaced", view.display()))
+            .tier(Tier::Disk)
+            .hint("evict it with --tier disk and get it again"));
+    }
+    Ok(())
+}
+
+fn write_marker(dir: &Path, tree: &Tree) -> Result<()> {
+    let marker = Marker {
+        about: "Put here by modelcache, which replaces this folder as a whole.".into(),
+        key: tree.key.clone(),
+        files: tree.files.iter().map(|(path, _)| path.clone()).collect(),
+    };
+    let (path, bytes) = (dir.join(MARKER), serde_json::to_vec_pretty(&marker).unwrap_or_default());
+    File::create_new(&path)
+        .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
+        .map_err(|cause| trouble("write", &path, cause))
+}
+
+/// Puts `new` in the place of `dir`; what was there then lies under the name of `new`.
+fn swap(new: &Path, dir: &Path) -> io::Result<()> {
+    match fs::rename(new, dir) {
+        Err(cause) if matches!(errno(&cause), Some(Errno::NOTEMPTY | Errno::EXIST)) => {}
+        renamed => return renamed,
+    }
+    match renameat_with(CWD, new, CWD, dir, RenameFlags::EXCHANGE) {
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+        exchanged => return exchanged.map_err(io::Error::from),
+    }
+    // This filesystem cannot exchange: for a moment there is no folder.
+    let aside = new.with_file_name(format!("{}-old", new.file_name().unwrap_or_default().display()));
+    fs::rename(dir, &aside)?;
+    match fs::rename(new, dir) {
+        Ok(()) => fs::rename(&aside, new),
+        Err(cause) => {
+            let _ = fs::rename(&aside, dir);
+            Err(cause)
+        }
+    }
+}
+
+fn not_swapped(dir: &Path, cause: io::Error) -> Error {
+    match errno(&cause) {
+        Some(Errno::BUSY | Errno::XDEV) => {
+            Error::invalid(format!("{} is a mount, and cannot be replaced as a whole", dir.display()))
+                .hint("name a folder in it")
+                .cause(cause)
+        }
+        _ => trouble("replace", dir, cause),
+    }
+}
+
+fn errno(cause: &io::Error) -> Option<Errno> {
+    cause.raw_os_error().map(Errno::from_raw_os_error)
+}
+
+fn sync(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|cause| trouble("make durable", dir, cause))
+}
+
+/// Trouble in the caller's own folder, which is none of the cache directory's.
+fn trouble(operation: &str, path: &Path, cause: io::Error) -> Error {
+    let (kind, hint) = match errno(&cause) {
+        Some(Errno::NOSPC | Errno::DQUOT) => (ErrorKind::Full, "free space there, or choose another folder"),
+        Some(Errno::ACCESS | Errno::PERM | Errno::ROFS) => (ErrorKind::Other, "choose a folder this user may write to"),
+        _ => (ErrorKind::Other, "see whether the folder and its filesystem are in order"),
+    };
+    let error = Error::new(kind, format!("cannot {operation} {}", path.display())).cause(cause);
+    error.hint(hint)
+}

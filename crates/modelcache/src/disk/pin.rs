@@ -1,0 +1,192 @@
+//! Pins: an operator's lasting hold on an artifact, in a file beside its manifest.
+//!
+//! A pin is written under the shared lease, after the manifest was read, so that no eviction is under way meanwhile. One
+//! whose end has passed protects nothing any more; one that cannot be read protects, because somebody wanted it.
+
+use super::files;
+use super::layout::ArtifactDir;
+use super::lock::FileLock;
+use super::{Disk, holders};
+use crate::error::{Error, Result, Tier};
+use crate::key::ArtifactKey;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Bytes of a pin file that are read; a reason is a line, not a book.
+const PIN_BYTES_MAX: u64 = 64 << 10;
+
+/// A lasting hold: since when, until when, by whom, why.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pin {
+    /// When it was set, in seconds since the Unix epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since_unix: Option<u64>,
+    /// When it ends, in seconds since the Unix epoch; `None`: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until_unix: Option<u64>,
+    /// Who set it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
+    /// Why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+impl Pin {
+    /// When it ends; `None`: never.
+    pub fn until(&self) -> Option<SystemTime> {
+        self.until_unix.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds))
+    }
+
+    /// When it was set.
+    pub fn since(&self) -> Option<SystemTime> {
+        self.since_unix.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds))
+    }
+
+    fn holds_at(&self, now: SystemTime) -> bool {
+        self.until().is_none_or(|until| now < until)
+    }
+}
+
+/// `pinned until 2030-01-01T00:00:00Z by ops@host: reason`
+impl fmt::Display for Pin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("pinned")?;
+        if let Some(until) = self.until() {
+            write!(f, " until {}", humantime::format_rfc3339_seconds(until))?;
+        }
+        if let Some(by) = &self.by {
+            write!(f, " by {by}")?;
+        }
+        match &self.reason {
+            Some(reason) => write!(f, ": {reason}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Disk {
+    /// The pin on the artifact in `dir`, unless it has ended.
+    pub(crate) fn pin_in(&self, dir: &ArtifactDir) -> Result<Option<Pin>> {
+        let Some(bytes) = files::read_small(&dir.pin(), PIN_BYTES_MAX)? else { return Ok(None) };
+        let pin: Pin = serde_json::from_slice(&bytes).unwrap_or_default();
+        Ok(Some(pin).filter(|pin| pin.holds_at(SystemTime::now())))
+    }
+
+    /// Sets the pin of `key`, in place of the one that may be there.
+    pub(crate) fn pin(&self, key: &ArtifactKey, pin: &Pin) -> Result<()> {
+        self.ensure_writable()?;
+        let dir = self.layout().artifact(key);
+        let _lease = self.lease_of_present(key, &dir)?;
+        let mut bytes = serde_json::to_vec(pin).unwrap_or_default();
+        bytes.push(b'\n');
+        files::replace(&dir.pin(), &bytes, &self.layout().stagings())
+    }
+
+    /// Takes the pin off `key`, and gives it back unless it had ended.
+    pub(crate) fn unpin(&self, key: &ArtifactKey) -> Result<Option<Pin>> {
+        self.ensure_writable()?;
+        let dir = self.layout().artifact(key);
+        let _lease = self.lease_of_present(key, &dir)?;
+        let pin = self.pin_in(&dir)?;
+        files::remove_file(&dir.pin())?;
+        files::sync_dir(dir.path())?;
+        Ok(pin)
+    }
+
+    /// A shared lease on an artifact of which something is here.
+    fn lease_of_present(&self, key: &ArtifactKey, dir: &ArtifactDir) -> Result<FileLock> {
+        let absent = || {
+            Err(Error::not_found("it is not on this disk")
+                .artifact(key)
+                .tier(Tier::Disk)
+                .hint(format!("make it local first: modelcache get '{key}'")))
+        };
+        if files::stat(&dir.manifest())?.is_none() {
+            return absent();
+        }
+        let lease = self.wait_for_lease(dir)?;
+        match self.read_manifest(dir)? {
+            Some(manifest) if manifest.files.is_empty() || manifest.files.values().any(|e| e.held.is_some()) => {
+                Ok(lease)
+            }
+            _ => absent(),
+        }
+    }
+
+    /// Who holds the artifact now, where the kernel tells.
+    pub(crate) fn lease_holders(&self, dir: &ArtifactDir) -> Vec<Holder> {
+        holders::of_flock(&self.layout().lease(dir))
+    }
+}
+
+/// A process that holds a lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Holder {
+    /// Its process id, as this process sees it.
+    pub pid: u32,
+    /// The name of its program, where it can be read.
+    pub command: Option<String>,
+}
+
+/// `process 123 (python3)`
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {}", self.pid)?;
+        match &self.command {
+            Some(command) => write!(f, " ({command})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Why an artifact was not evicted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum InTheWay {
+    /// These processes hold it, as far as can be seen.
+    Leased(Vec<Holder>),
+    /// It is pinned.
+    Pinned(Pin),
+    /// It was used after it had been chosen.
+    JustUsed,
+    /// Its files have links outside the cache: no byte would become free.
+    LinkedOutside,
+    /// Locks do not work here, and it was used within the last hour.
+    UsedLately,
+}
+
+impl InTheWay {
+    /// Whether it may go by itself, soon.
+    pub(crate) fn is_for_now(&self) -> bool {
+        matches!(self, Self::Leased(_) | Self::JustUsed)
+    }
+
+    /// A word for machines.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Leased(_) => "leased",
+            Self::Pinned(_) => "pinned",
+            Self::JustUsed => "just_used",
+            Self::LinkedOutside => "linked_outside",
+            Self::UsedLately => "used_lately",
+        }
+    }
+}
+
+/// `in use by process 123 (python3)`, `pinned until … by …: reason`, `just used`, `linked outside the cache …`
+impl fmt::Display for InTheWay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Leased(holders) if holders.is_empty() => f.write_str("in use"),
+            Self::Leased(holders) => {
+                let names: Vec<_> = holders.iter().map(Holder::to_string).collect();
+                write!(f, "in use by {}", names.join(", "))
+            }
+            Self::Pinned(pin) => pin.fmt(f),
+            Self::JustUsed => f.write_str("just used"),
+            Self::LinkedOutside => f.write_str("linked outside the cache, so that no byte would become free"),
+            Self::UsedLately => f.write_str("used lately, and locks do not work here"),
+        }
+    }
+}
