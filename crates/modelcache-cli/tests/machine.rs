@@ -126,7 +126,7 @@ fn a_full_disk_ends_in_6_frees_what_was_staged_and_with_room_it_works() {
     }
     let (house, _) = House::with_model();
     house.hub.repo("org/small").commit().file("x", "x").publish().unwrap();
-    let says = ["hf://org/model@", "disk", "9453568", "free", "larger one"];
+    let says = ["hf://org/model@", "disk", "9457664", "free", "larger one"];
     get_without_room(&house, "size=8m", "size=64m").failed(6, &says);
     assert!(house.hub.body_bytes() < model_bytes() + 100, "no byte moved that had no room");
 }
@@ -199,7 +199,7 @@ fn what_is_larger_than_the_budget_is_refused_at_once_and_costs_nothing() {
     let tight = || house.on_local("a").env("MODEL_CACHE_MAX_BYTES", "5MB");
     tight().run(["get", "hf://org/small"]).path();
     house.hub.clear_requests();
-    let says = ["disk", "needs 9453568 bytes", "5000000", "MODEL_CACHE_MAX_BYTES"];
+    let says = ["disk", "needs 9457664 bytes", "5000000", "MODEL_CACHE_MAX_BYTES"];
     tight().run(["get", "hf://org/model"]).failed(6, &[&says[..], &["hf://org/model@"]].concat());
     tight().run(["put", "m@1", "mine"]).failed(6, &[&says[..], &["m@1"]].concat());
     assert_eq!(house.hub.body_bytes(), 0, "no byte moved");

@@ -242,6 +242,8 @@ impl Disk {
         }
         self.ensure_writable()?;
         let mut hold = self.hold_budget()?;
+        // Whoever died between publishing and tidying up left links that would keep the bytes.
+        hold.drop_dead_stagings(|staging| staging.is_of(key))?;
         let (manifest, last_used) = (self.read_manifest(&dir)?, self.last_used(&dir)?);
         let evicted = hold.evict(&ScannedArtifact { dir, manifest, last_used })?;
         hold.release()?;
@@ -291,7 +293,7 @@ impl Disk {
 fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
     let root = layout.root();
     if let Some(above) = root.parent() {
-        fs::create_dir_all(above).at("make", above)?;
+        fs::create_dir_all(above).at("make the cache directory", root)?;
     }
     modes::make_top_dir(root, sharing)?;
     let folders = [layout.blobs(), layout.artifacts(), layout.stagings(), layout.quarantine(), layout.locks()];

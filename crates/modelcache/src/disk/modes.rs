@@ -50,7 +50,7 @@ pub(crate) fn make_top_dir(path: &Path, sharing: Sharing) -> Result<()> {
         Sharing::Group => Some(SET_GROUP | 0o775),
         Sharing::World => Some(0o777),
     };
-    unless_there(path, || create_dir(path, mode)).at("make", path)
+    unless_there(path, || create_dir(path, mode)).at("make the cache directory", path)
 }
 
 /// Makes a folder in its parent; that it is already there is fine.

@@ -186,7 +186,7 @@ impl fmt::Display for InTheWay {
             Self::Pinned(pin) => pin.fmt(f),
             Self::JustUsed => f.write_str("just used"),
             Self::LinkedOutside => f.write_str("linked outside the cache, so that no byte would become free"),
-            Self::UsedLately => f.write_str("used lately, and locks do not work here"),
+            Self::UsedLately => f.write_str("perhaps in use: it was used lately, and locks do not work here"),
         }
     }
 }

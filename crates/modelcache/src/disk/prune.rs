@@ -243,14 +243,16 @@ impl<'disk> Rehearsal<'disk> {
             Ok(())
         })?;
         // Views that no blob stands behind have bytes of their own.
-        files::walk(&disk.layout().artifacts(), &mut |_, metadata| {
-            if metadata.len() > 0 && metadata.nlink() == 1 {
-                let own = Blob { bytes: allocated(metadata), links: 1 };
-                used += own.bytes;
-                blobs.insert(metadata.ino(), own);
-            }
-            Ok(())
-        })?;
+        for artifact in disk.scan()? {
+            files::walk(&artifact.dir.files(), &mut |_, metadata| {
+                if metadata.nlink() == 1 {
+                    let own = Blob { bytes: allocated(metadata), links: 1 };
+                    used += own.bytes;
+                    blobs.insert(metadata.ino(), own);
+                }
+                Ok(())
+            })?;
+        }
         used += disk.stagings()?.iter().map(|staging| staging.allocated + staging.outstanding()).sum::<u64>();
         Ok(Self { disk, used, blobs })
     }

@@ -111,11 +111,15 @@ fn remove_staging(dir: &Path) -> Result<()> {
     files::remove_tree(dir)
 }
 
-/// Whether anything in the folder is named by its content, so that whoever goes on with it can check it.
+/// Whether anything in the folder has bytes that are nowhere else, and is named by its content, so that whoever goes on
+/// with it can check it.
 fn is_resumable(dir: &Path) -> bool {
-    let by_content = |name: &str| name.starts_with("sha256-") || name.starts_with("git-");
-    let names = files::entries(dir).unwrap_or_default();
-    names.iter().filter_map(|path| path.file_name()?.to_str()).any(by_content)
+    let by_content = |path: &Path| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.starts_with("sha256-") || name.starts_with("git-")
+    };
+    let has_bytes = |path: &Path| files::stat(path).is_ok_and(|found| found.is_some_and(|m| m.nlink() == 1));
+    files::entries(dir).unwrap_or_default().iter().any(|path| by_content(path) && has_bytes(path))
 }
 
 impl Disk {
@@ -201,6 +205,8 @@ impl Disk {
         for StagingUse { dir, .. } in dead {
             let Some(Some(owner)) = FileLock::try_existing(&dir.join(JOURNAL))? else { continue };
             let staging = Staging::owned(self, dir, owner);
+            // What the ended fill had reserved is nobody's any more.
+            staging.write_journal(key, 0)?;
             if staging.keep_only(&names)? {
                 tracing::info!(%key, bytes = staged_bytes(&staging.dir)?, "going on with what an ended fill left");
                 return Ok(Some(staging));

@@ -238,7 +238,9 @@ impl StagedWriter {
     pub(crate) fn seal(self) -> Result<FileIdentity> {
         let path = self.path;
         self.buffered.sync_data().map_err(|cause| fault("make durable", &path, cause))?;
-        drop((self.buffered, self.direct));
+        drop((self.buffered, self.direct, self.parts));
+        // Read-only says as much as the journal did.
+        super::files::remove_file(&super::parts::journal_of(&path))?;
         fs::set_permissions(&path, Permissions::from_mode(0o444))
             .map_err(|cause| fault("make read-only", &path, cause))?;
         let metadata = fs::symlink_metadata(&path).map_err(|cause| fault("look at", &path, cause))?;
