@@ -170,7 +170,7 @@ impl Cache {
         let bytes = paths.iter().filter_map(|path| lent.manifest.files.get(path)).map(|entry| entry.size).sum();
         let _phase = progress.enter(Phase::Backfill, bytes);
         let files = paths.into_iter().map(|path| (path.clone(), lent.dir.view(&path))).collect();
-        let listing = lent.manifest.clone().without_holdings();
+        let listing = Manifest::clone(&lent.manifest).without_holdings();
         let options = PublishOptions { force: false, rewrite };
         match remote.publish(&listing, &files, options, progress).await.context(&lent.manifest.key, Tier::Remote) {
             Ok(published) => published.uploaded_bytes,

@@ -21,7 +21,14 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
+
+/// This moment, by the filesystem's clock.
+const NOW: rustix::fs::Timestamps = {
+    let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
+    rustix::fs::Timestamps { last_access: now, last_modification: now }
+};
 
 /// How often lending starts again after it found and mended something.
 const ROUNDS_MAX: usize = 1000;
@@ -29,7 +36,7 @@ const ROUNDS_MAX: usize = 1000;
 /// An artifact's files, held against eviction while this value lives.
 #[derive(Debug)]
 pub(crate) struct Lent {
-    pub(crate) manifest: Manifest,
+    pub(crate) manifest: Arc<Manifest>,
     pub(crate) dir: ArtifactDir,
     /// How the files share their bytes, if they were published just now.
     pub(crate) link: Option<Link>,
@@ -78,7 +85,7 @@ impl Disk {
             Err(error) => return Err(error),
         };
         for _ in 0..ROUNDS_MAX {
-            let Some(manifest) = self.read_manifest(&dir)? else { return Ok(Lend::Absent) };
+            let Some(manifest) = self.shared_manifest(&dir)? else { return Ok(Lend::Absent) };
             if !manifest.holds(selection) {
                 return Ok(Lend::Absent);
             }
@@ -216,18 +223,21 @@ impl Disk {
     /// "now" needs no ownership, as any other time would.
     pub(crate) fn touch_last_used(&self, dir: &ArtifactDir, create: bool) -> Result<()> {
         let path = dir.last_used();
-        let open = || if create { modes::open_shared(&path) } else { modes::open_existing(&path, true) };
+        // The usual case, in one call. A link is touched itself, not what it points to.
+        let touched = rustix::fs::utimensat(rustix::fs::CWD, &path, &NOW, rustix::fs::AtFlags::SYMLINK_NOFOLLOW);
+        if touched.is_ok() || !create {
+            return touched.at("touch", &path);
+        }
+        let open = || modes::open_shared(&path);
         let file = match open() {
             // Made by another user before the directory was shared; its folder lets us replace it.
-            Err(error) if create && error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 files::remove_file(&path)?;
                 open()
             }
             opened => opened,
         }
         .at("open", &path)?;
-        let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
-        rustix::fs::futimens(&file, &rustix::fs::Timestamps { last_access: now, last_modification: now })
-            .at("touch", &path)
+        rustix::fs::futimens(&file, &NOW).at("touch", &path)
     }
 }

@@ -99,7 +99,7 @@ impl Lower {
                 return Ok(None);
             }
         }
-        Ok(Some(Lent { manifest, dir, link: None, _lease: None }))
+        Ok(Some(Lent { manifest: Arc::new(manifest), dir, link: None, _lease: None }))
     }
 
     /// What the file at `view` consists of: remembered, or found by hashing it. `None` if it is being changed.
@@ -155,6 +155,7 @@ impl Disk {
             min_free_bytes,
             unwritable: Some(Error::new(ErrorKind::Directory, why)),
             locks_are_honest: true,
+            memo: Default::default(),
         })))
     }
 }

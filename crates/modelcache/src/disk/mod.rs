@@ -24,6 +24,7 @@ mod lend;
 mod lock;
 mod lower;
 mod materialize;
+mod memo;
 mod modes;
 mod parts;
 mod pin;
@@ -63,6 +64,7 @@ use crate::key::{ArtifactKey, ArtifactName};
 use crate::limits;
 use crate::manifest::Manifest;
 use fault::At;
+use memo::Memo;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
@@ -89,6 +91,8 @@ struct Inner {
     unwritable: Option<Error>,
     /// Whether locks exclude on this filesystem.
     locks_are_honest: bool,
+    /// Manifests read before.
+    memo: Memo,
 }
 
 /// One artifact's folder, as a scan found it.
@@ -133,7 +137,8 @@ impl Disk {
         if !locks_are_honest {
             tracing::warn!(path = %layout.root().display(), "file locks do not exclude on this filesystem: bytes may be fetched twice, and only what has long been idle is evicted for space");
         }
-        Ok(Self(Arc::new(Inner { layout, max_bytes, min_free_bytes, unwritable, locks_are_honest })))
+        let memo = Memo::default();
+        Ok(Self(Arc::new(Inner { layout, max_bytes, min_free_bytes, unwritable, locks_are_honest, memo })))
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -201,6 +206,19 @@ impl Disk {
                 Ok(None)
             }
         }
+    }
+
+    /// The same, for those who only look: not read again while it is the file that was read before.
+    pub(crate) fn shared_manifest(&self, dir: &ArtifactDir) -> Result<Option<Arc<Manifest>>> {
+        let Some(before) = files::stat(&dir.manifest())?.map(|metadata| identity(&metadata)) else { return Ok(None) };
+        if let Some(manifest) = self.0.memo.recall(dir, before) {
+            return Ok(Some(manifest));
+        }
+        let Some(manifest) = self.read_manifest(dir)?.map(Arc::new) else { return Ok(None) };
+        if files::stat(&dir.manifest())?.map(|metadata| identity(&metadata)) == Some(before) {
+            self.0.memo.remember(dir, before, &manifest);
+        }
+        Ok(Some(manifest))
     }
 
     /// Every artifact's folder with its manifest.

@@ -24,6 +24,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -64,7 +65,7 @@ impl Disk {
             blobs.keys().try_for_each(|digest| hold.drop_if_unlinked(&self.layout().blob(digest)).map(|_| ()))?;
             hold.release()?;
         }
-        Ok(Lent { manifest, dir, link, _lease: Some(lease) })
+        Ok(Lent { manifest: Arc::new(manifest), dir, link, _lease: Some(lease) })
     }
 
     /// A shared lease, within a bounded time.
