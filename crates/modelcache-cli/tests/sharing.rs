@@ -336,6 +336,38 @@ fn an_artifact_linked_outside_the_cache_is_no_victim() {
     assert_eq!(house.listed("a"), ["second@1"]);
 }
 
+#[test]
+fn links_planted_in_the_directory_lead_to_nothing_that_is_changed() {
+    let (house, commit) = House::with_model();
+    let mine = house.path("mine");
+    for path in ["1/manifest.json", "1/files/config.json", "1/thesis.txt"] {
+        house.write(&format!("mine/{path}"), "dear to me");
+    }
+    house.on_local("a").run(["put", "m@1", mine.join("1/thesis.txt").to_str().unwrap()]).ok();
+    let artifacts = house.path("a/artifacts");
+    std::os::unix::fs::symlink(&mine, artifacts.join("evil")).unwrap();
+    fs::create_dir(artifacts.join("worse")).unwrap();
+    std::os::unix::fs::symlink(mine.join("1"), artifacts.join("worse/1")).unwrap();
+    std::os::unix::fs::symlink(&mine, artifacts.join("m/1/files/1")).unwrap();
+    // What a crash leaves, so that everything is swept and counted.
+    fs::write(house.path("a/locks/budget"), "").unwrap();
+    house.on_local("a").run(["prune"]).ok();
+    house.on_local("a").run(["evict", "worse@1", "--yes"]);
+    house.on_local("a").run(["evict", "evil@1", "--yes"]);
+    house
+        .on_local("a")
+        .run(["put", "worse@1", mine.join("1/thesis.txt").to_str().unwrap()])
+        .failed(8, &["worse/1", "no folder"]);
+    house
+        .on_local("a")
+        .env("MODEL_CACHE_MAX_BYTES", "9500000")
+        .run(["get", &format!("hf://org/model@{commit}")])
+        .path();
+    for path in ["1/manifest.json", "1/files/config.json", "1/thesis.txt"] {
+        assert_same(&mine.join(path), &"dear to me".into());
+    }
+}
+
 /// A library that makes `flock` do this.
 fn flock_that(house: &House, does: &str) -> PathBuf {
     let source = house.path("flock.c");

@@ -86,6 +86,18 @@ fn after_a_kill_or_an_interrupt_only_the_part_in_flight_is_fetched_again() {
 }
 
 #[test]
+fn a_smaller_get_leaves_what_a_larger_one_left() {
+    let house = house_with_large();
+    let running = stalled(&house);
+    running.signal("KILL");
+    running.wait();
+    run(&house, "a").run(["get", "hf://org/large", "--include", "*.json"]).path();
+    house.hub.clear_requests();
+    assert_large(&run(&house, "a").run(["get", "hf://org/large"]).path());
+    assert!(house.hub.body_bytes() <= PART, "{} bytes came again", house.hub.body_bytes());
+}
+
+#[test]
 fn what_was_left_is_checked_before_it_counts() {
     let house = house_with_large();
     let running = stalled(&house);

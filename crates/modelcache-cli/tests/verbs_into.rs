@@ -98,6 +98,21 @@ fn what_others_put_there_is_never_removed() {
 }
 
 #[test]
+fn what_the_user_changed_there_is_never_removed() {
+    let (house, _) = House::with_model();
+    let get = || house.on_local("a").run(["get", "hf://org/model", "--into", "out", "--link", "copy"]);
+    get().path();
+    get().path();
+    fs::write(house.path("out/config.json"), "tuned").unwrap();
+    get().failed(1, &["config.json", "changed since"]);
+    assert_same(&house.path("out/config.json"), &"tuned".into());
+    house.write(".out.modelcache-backup/notes", "mine");
+    fs::remove_file(house.path("out/config.json")).unwrap();
+    get().path();
+    assert_same(&house.path(".out.modelcache-backup/notes"), &"mine".into());
+}
+
+#[test]
 fn a_copy_of_rotten_bytes_is_refused_and_the_old_folder_stays() {
     let (house, _) = House::with_model();
     let copy = || house.on_local("a").run(["get", "hf://org/model", "--into", "out", "--link", "copy"]);
@@ -116,7 +131,7 @@ fn a_copy_of_rotten_bytes_is_refused_and_the_old_folder_stays() {
 #[test]
 fn a_folder_whose_builder_was_killed_is_removed_by_the_next_call() {
     let (house, _) = House::with_model();
-    house.write(".out.modelcache-dead/model.safetensors", Content::generated(9, MIB));
+    house.write(".out.modelcache-0123456789abcdef/model.safetensors", Content::generated(9, MIB));
     house.on_local("a").run(["get", "hf://org/model", "--into", "out"]).path();
     assert_no_leftover(&house);
 }

@@ -53,6 +53,9 @@ fn a_pin_without_end_holds_and_one_that_has_ended_does_not() {
     assert_eq!((&pinned["pin"]["until"], &pinned["pin"]["reason"]), (&json!(null), &json!(null)));
     tight(&house).run(["get", "hf://org/other"]).failed(6, &["is pinned by ops@"]);
 
+    let far = ["pin", "hf://org/model", "--for", "3000000d"];
+    tight(&house).run(far).ok();
+    assert!(tight(&house).run(["inspect", "hf://org/model"]).ok().stdout.contains("pinned"), "an end beyond all dates");
     tight(&house).run(["pin", "hf://org/model", "--for", "0s"]).ok();
     assert_eq!(tight(&house).run(["ls", "--json"]).object()["pin"], json!(null));
     tight(&house).run(["get", "hf://org/other"]).path();

@@ -167,6 +167,24 @@ async fn a_lie_about_the_length_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_empty_file_never_passes_for_another_whatever_its_manifest_says() {
+    let house = House::new().await;
+    let given = house.path("empty");
+    std::fs::write(&given, "").unwrap();
+    let key = modelcache::ArtifactKey::bare("m@1").unwrap();
+    house.cache_with_remote("a").put(&key, &given, &Default::default(), &Default::default()).await.unwrap();
+    let path = house.path("remote/m/1/.modelcache/manifest.json");
+    let mut manifest = modelcache::manifest::Manifest::from_bytes(&std::fs::read(&path).unwrap()).unwrap();
+    for entry in manifest.files.values_mut() {
+        entry.sha256 = Some(big(1).sha256().unwrap().parse().unwrap());
+        entry.ladder = Some(modelcache::ladder::Ladder::new(8 * MIB, Vec::new()).unwrap());
+    }
+    std::fs::write(&path, manifest.to_bytes().unwrap()).unwrap();
+    let error = get(&house.cache_with_remote("b"), "m@1").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_changed_file_is_found_at_lend_and_fetched_again() {
     let house = house_with_model().await;
     let cache = house.cache("a");

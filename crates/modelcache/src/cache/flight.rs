@@ -154,7 +154,8 @@ impl Flights {
 
 impl Flight {
     fn is_flying(&self) -> bool {
-        matches!(*self.stage.borrow(), Stage::Flying)
+        // A task that vanished without a word has dropped its end.
+        matches!(*self.stage.borrow(), Stage::Flying) && self.stage.has_changed().is_ok()
     }
 
     /// Waits for the end; `None` if the task vanished.

@@ -19,8 +19,10 @@ use crate::transfer::{PourFile, Poured, blocking};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+/// How long an eviction, which is done in moments, is waited for.
+const EVICTION_MAX: Duration = Duration::from_secs(30);
 /// How long to sleep while an eviction is at work on what is wanted.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -85,11 +87,17 @@ impl Cache {
 
     /// Lends what is wanted if disk holds all of it, waiting out an eviction that is at work on it.
     pub(super) async fn try_lend(&self, wanted: &Wanted) -> Result<Option<Lent>> {
+        let started = Instant::now();
         loop {
             let (disk, key, selection) = (self.0.disk.clone(), wanted.key.clone(), wanted.selection.clone());
             match blocking(move || disk.lend(&key, &selection)).await? {
                 Lend::Lent(lent) => return Ok(Some(*lent)),
                 Lend::Absent => return self.lend_lower(wanted).await,
+                Lend::Busy if started.elapsed() > EVICTION_MAX => {
+                    return Err(Error::unavailable("an eviction has been at work on it for too long")
+                        .tier(Tier::Disk)
+                        .hint("see whether a modelcache process is stopped; its hold falls when it ends"));
+                }
                 Lend::Busy => tokio::time::sleep(LOOK_AGAIN).await,
             }
         }

@@ -35,9 +35,16 @@ impl Artifact {
         let selected = self._lent.manifest.selected(&self.selection);
         let files: Vec<_> = selected.map(|(path, entry)| (path.clone(), entry.clone())).collect();
         let _phase = progress.enter(Phase::Materialize, files.iter().map(|(_, entry)| entry.size).sum());
-        let tree = Tree { key: self.key.clone(), from: self._lent.dir.clone(), files };
-        let (destination, progress) = (destination.clone(), progress.clone());
-        let mut made = blocking(move || destination.materialize(&tree, mode, &progress)).await?;
+        let may_link = !self._lent.is_lower;
+        let tree = Tree { key: self.key.clone(), from: self._lent.dir.clone(), may_link, files };
+        let (destination, progress, lent) = (destination.clone(), progress.clone(), self._lent.clone());
+        let made = blocking(move || {
+            // The lease lasts as long as this work, whoever stops waiting for it.
+            let made = destination.materialize(&tree, mode, &progress);
+            drop(lent);
+            made
+        });
+        let mut made = made.await?;
         if let Ok(inside) = self.path.strip_prefix(self._lent.dir.files()).map(Path::to_owned)
             && inside != Path::new("")
         {

@@ -228,8 +228,8 @@ impl BudgetHold<'_> {
 
     /// Makes room for `extra` bytes that a fill of `key` will write, or refuses and says what is in the way.
     ///
-    /// Order: what dead fills left, views that no manifest holds, quarantine, least recently used artifacts, blobs that
-    /// nothing links. `key`'s own artifact is no victim.
+    /// Order: what dead fills left, views that no manifest holds and blobs that nothing links, quarantine, least recently
+    /// used artifacts. `key`'s own artifact is no victim; where all victims together would not do, none goes.
     ///
     /// # Errors
     /// [`ErrorKind::Full`]; transient where what is in the way may go by itself.
@@ -239,37 +239,50 @@ impl BudgetHold<'_> {
         }
         self.drop_dead_stagings(|_| true)?;
         self.sweep()?;
-        let mut obstacles = Obstacles::default();
-        let fills = self.disk.stagings()?;
-        let others = fills.iter().filter(|staging| staging.live && !staging.is_of(key));
-        others.for_each(|staging| obstacles.add(staging.described(), true));
-        // Not even with everything gone: then nothing goes.
-        if self.shortfall(extra)? > self.total {
-            return Err(self.no_room(extra, self.shortfall(extra)?, &obstacles));
-        }
         if self.shortfall(extra)? > 0 {
             self.drop_quarantine()?;
-            for artifact in self.disk.scan_by_last_use()? {
-                if self.shortfall(extra)? == 0 {
-                    return Ok(());
-                }
-                if artifact.dir == self.disk.layout().artifact(key) {
-                    continue;
-                }
-                let kept = match self.pointless_victim(&artifact)? {
-                    Some(why) => why,
-                    None => match self.evict(&artifact)? {
-                        Evicted::Freed(_) => continue,
-                        Evicted::Kept(why) => why,
-                    },
-                };
-                obstacles.add(format!("{} is {kept}", artifact.name()), kept.is_for_now());
+        }
+        let short = self.shortfall(extra)?;
+        if short == 0 {
+            return Ok(());
+        }
+        let (victims, mut obstacles) = self.victims(key)?;
+        // Not even with all of them gone: then none goes.
+        if short > self.disk.freed_by(&victims)? {
+            return Err(self.no_room(extra, short, &obstacles));
+        }
+        for victim in &victims {
+            if self.shortfall(extra)? == 0 {
+                return Ok(());
+            }
+            if let Evicted::Kept(why) = self.evict(victim)? {
+                obstacles.add(format!("{} is {why}", victim.name()), why.is_for_now());
             }
         }
         match self.shortfall(extra)? {
             0 => Ok(()),
             short => Err(self.no_room(extra, short, &obstacles)),
         }
+    }
+
+    /// The artifacts that may go for a fill of `key`, least recently used first, and what is in the way of more.
+    fn victims(&mut self, key: &ArtifactKey) -> Result<(Vec<ScannedArtifact>, Obstacles)> {
+        let (mut victims, mut obstacles) = (Vec::new(), Obstacles::default());
+        let fills = self.disk.stagings()?;
+        let others = fills.iter().filter(|staging| staging.live && !staging.is_of(key));
+        others.for_each(|staging| obstacles.add(staging.described(), true));
+        let own = self.disk.layout().artifact(key);
+        for artifact in self.disk.scan_by_last_use()?.into_iter().filter(|artifact| artifact.dir != own) {
+            let kept = match self.disk.keeps(&artifact.dir)? {
+                Some(why) => Some(why),
+                None => self.pointless_victim(&artifact)?,
+            };
+            match kept {
+                Some(why) => obstacles.add(format!("{} is {why}", artifact.name()), why.is_for_now()),
+                None => victims.push(artifact),
+            }
+        }
+        Ok((victims, obstacles))
     }
 
     fn no_room(&self, extra: u64, short: u64, obstacles: &Obstacles) -> Error {
@@ -352,6 +365,9 @@ impl BudgetHold<'_> {
     /// Removes manifest, views, then blobs that nothing links any more; bytes freed. The caller holds the exclusive lease.
     pub(crate) fn remove_artifact(&mut self, dir: &ArtifactDir) -> Result<u64> {
         self.begin_change()?;
+        if !dir.is_ours()? {
+            return Ok(0);
+        }
         let manifest = self.disk.read_manifest(dir).unwrap_or(None);
         let mut freed = self.take_off_copies(dir, manifest.as_ref())?;
         files::remove_file(&dir.manifest())?;
@@ -445,7 +461,9 @@ impl BudgetHold<'_> {
                 continue;
             }
             tracing::debug!(staging = %staging.dir.display(), bytes = staging.allocated, "removing what an ended fill left");
-            staging.remove()?;
+            if let Err(error) = staging.remove() {
+                tracing::warn!(%error, "what an ended fill left cannot be removed; it is left alone");
+            }
         }
         Ok(())
     }
@@ -455,7 +473,7 @@ impl BudgetHold<'_> {
         if loose.is_empty() && artifact.manifest.is_some() {
             return Ok(());
         }
-        if !self.disk.is_idle(dir.path())? {
+        if !dir.is_ours()? || !self.disk.is_idle(dir.path())? {
             return Ok(());
         }
         let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease(dir))? else { return Ok(()) };

@@ -102,8 +102,16 @@ pub(crate) fn read_small(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>>
     absent(read()).at("read", path)
 }
 
-/// The paths directly in `dir`, none if it does not exist.
+/// Whether `path` itself is a folder; a link to one is none.
+pub(crate) fn is_folder(path: &Path) -> Result<bool> {
+    Ok(stat(path)?.is_some_and(|metadata| metadata.is_dir()))
+}
+
+/// The paths directly in `dir`, none if it does not exist. A link to a folder has none: what it leads to is not ours.
 pub(crate) fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
+    if !is_folder(dir)? {
+        return Ok(Vec::new());
+    }
     let Some(listing) = absent(fs::read_dir(dir)).at("list", dir)? else { return Ok(Vec::new()) };
     listing.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<_>>().at("list", dir)
 }
@@ -132,7 +140,10 @@ pub(crate) fn hash(file: &mut File, path: &Path, part_size: u64) -> Result<(Dige
     }
 }
 
+/// Characters of a [`random_name`], which are letters and digits.
+pub(crate) const RANDOM_NAME_CHARS: usize = 16;
+
 /// A name that no other process chooses.
 pub(crate) fn random_name() -> String {
-    Alphanumeric.sample_string(&mut rand::rng(), 16)
+    Alphanumeric.sample_string(&mut rand::rng(), RANDOM_NAME_CHARS)
 }

@@ -1,4 +1,4 @@
-//! Where everything lies in the local directory. Names only; nothing here touches the disk.
+//! Where everything lies in the local directory. Names, and whether a folder is where its name says; nothing is changed.
 
 use crate::digest::Digest;
 use crate::key::{ArtifactKey, ArtifactName, FilePath, escape};
@@ -101,6 +101,12 @@ pub(crate) struct ArtifactDir(pub(crate) PathBuf);
 impl ArtifactDir {
     pub(crate) fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// Whether it and the folder above it are folders. Links that somebody planted lead to what is not ours to change.
+    pub(crate) fn is_ours(&self) -> crate::error::Result<bool> {
+        let above = self.0.parent().map_or(Ok(false), super::files::is_folder)?;
+        Ok(above && super::files::is_folder(&self.0)?)
     }
 
     /// The same text as [`ArtifactKey::hash`].

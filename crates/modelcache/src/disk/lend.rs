@@ -40,6 +40,8 @@ pub(crate) struct Lent {
     pub(crate) dir: ArtifactDir,
     /// How the files share their bytes, if they were published just now.
     pub(crate) link: Option<Link>,
+    /// Whether it lies in the lower directory, which is only read.
+    pub(crate) is_lower: bool,
     pub(crate) _lease: Option<FileLock>,
 }
 
@@ -92,7 +94,13 @@ impl Disk {
             match self.first_mismatch(&dir, &manifest, selection)? {
                 None => {
                     let _ = self.touch_last_used(&dir, false);
-                    return Ok(Lend::Lent(Box::new(Lent { manifest, dir, link: None, _lease: lease })));
+                    return Ok(Lend::Lent(Box::new(Lent {
+                        manifest,
+                        dir,
+                        link: None,
+                        is_lower: false,
+                        _lease: lease,
+                    })));
                 }
                 Some((path, _, _)) if self.is_read_only() => {
                     tracing::warn!(artifact = %key, file = %path, "this copy is missing or was changed, and cannot be mended where nothing can be written");
@@ -128,7 +136,13 @@ impl Disk {
 
     /// Hashes a view that is not the file its manifest recorded.
     fn judge(&self, view: &std::path::Path, entry: &FileEntry) -> Result<Mismatch> {
-        let Ok(mut file) = modes::open_existing(view, false) else { return Ok(Mismatch::Missing) };
+        let mut file = match modes::open_existing(view, false) {
+            Ok(file) => file,
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) => {
+                return Err(error).at("open", view);
+            }
+            Err(_) => return Ok(Mismatch::Missing),
+        };
         let before = file.metadata().at("look at", view)?;
         if !before.is_file() {
             return Ok(Mismatch::Missing);

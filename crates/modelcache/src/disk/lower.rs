@@ -99,7 +99,7 @@ impl Lower {
                 return Ok(None);
             }
         }
-        Ok(Some(Lent { manifest: Arc::new(manifest), dir, link: None, _lease: None }))
+        Ok(Some(Lent { manifest: Arc::new(manifest), dir, link: None, is_lower: true, _lease: None }))
     }
 
     /// What the file at `view` consists of: remembered, or found by hashing it. `None` if it is being changed.
@@ -109,7 +109,7 @@ impl Lower {
             return Ok(Some(Found { digest: *seen, is_news: false }));
         }
         let path = self.upper.layout().lower_records().join(&name);
-        let stored = files::read_small(&path, 128)?;
+        let stored = files::read_small(&path, 128).unwrap_or(None);
         if let Some(digest) = stored.and_then(|text| String::from_utf8_lossy(&text).trim().parse().ok()) {
             self.seen().insert(name, digest);
             return Ok(Some(Found { digest, is_news: true }));
@@ -119,8 +119,10 @@ impl Lower {
         else {
             return Ok(None);
         };
-        if !self.upper.is_read_only() {
-            files::replace(&path, format!("{digest}\n").as_bytes(), &self.upper.layout().stagings())?;
+        if !self.upper.is_read_only()
+            && let Err(error) = files::replace(&path, format!("{digest}\n").as_bytes(), &self.upper.layout().stagings())
+        {
+            tracing::debug!(%error, "the digest found is not remembered");
         }
         self.seen().insert(name, digest);
         Ok(Some(Found { digest, is_news: true }))

@@ -5,14 +5,14 @@
 //! folder lists what was. A folder whose builder died is removed by the next call; the live ones are locked.
 
 use super::clone::{self, Link};
-use super::files::{self, absent};
+use super::files::{self, absent, identity};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
 use super::modes::open_existing;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
-use crate::manifest::FileEntry;
+use crate::manifest::{FileEntry, FileIdentity};
 use crate::progress::Progress;
 use rustix::fs::{CWD, RenameFlags, ioctl_ficlone, renameat_with};
 use rustix::io::Errno;
@@ -21,10 +21,13 @@ use sha2::Digest as _;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Says in a materialized folder what was put there. No artifact has a file of this name.
 const MARKER: &str = ".modelcache.json";
+/// Closes the name of an old folder while it is out of its place.
+const OLD: &str = "-old";
 /// Bytes of a marker that are read.
 const MARKER_BYTES_MAX: u64 = 64 << 20;
 /// Bytes copied at a time.
@@ -64,6 +67,8 @@ pub(crate) struct Tree {
     pub(crate) key: ArtifactKey,
     /// Where the files are lent from.
     pub(crate) from: ArtifactDir,
+    /// Whether that may be linked to: the lower directory's may not.
+    pub(crate) may_link: bool,
     pub(crate) files: Vec<(FilePath, FileEntry)>,
 }
 
@@ -73,7 +78,8 @@ struct Marker {
     about: String,
     #[serde(flatten)]
     key: ArtifactKey,
-    files: BTreeSet<FilePath>,
+    /// What was put there; a file that is another now is the user's.
+    files: BTreeMap<FilePath, FileIdentity>,
 }
 
 impl Destination {
@@ -101,25 +107,20 @@ impl Destination {
 
     /// Refuses a folder with files that no earlier call put there.
     fn refuse_what_is_not_ours(&self) -> Result<()> {
-        let marker = files::read_small(&self.dir.join(MARKER), MARKER_BYTES_MAX)?;
-        let ours = marker.and_then(|bytes| serde_json::from_slice::<Marker>(&bytes).ok()).map(|marker| marker.files);
-        let mut foreign = None;
-        files::walk(&self.dir, &mut |path, _| {
-            let inside = path.strip_prefix(&self.dir).unwrap_or(path);
-            let known = ours.as_ref().is_some_and(|ours| {
-                inside == Path::new(MARKER) || ours.iter().any(|file| Path::new(file.as_str()) == inside)
-            });
-            if !known && foreign.is_none() {
-                foreign = Some(inside.to_owned());
-            }
-            Ok(())
-        })?;
-        let Some(foreign) = foreign else { return Ok(()) };
-        Err(Error::new(
+        let Some(foreign) = foreign_file(&self.dir)? else { return Ok(()) };
+        Err(self.not_ours(&foreign))
+    }
+
+    fn not_ours(&self, foreign: &Path) -> Error {
+        Error::new(
             ErrorKind::Conflict,
-            format!("{} holds {}, which modelcache did not put there", self.asked.display(), foreign.display()),
+            format!(
+                "{} holds {}, which modelcache did not put there or which was changed since",
+                self.asked.display(),
+                foreign.display()
+            ),
         )
-        .hint("the folder is replaced as a whole: move that away first, or choose a new or empty folder"))
+        .hint("the folder is replaced as a whole: move that away first, or choose a new or empty folder")
     }
 
     /// Builds the folder beside its place and puts it there; durable on return.
@@ -127,7 +128,7 @@ impl Destination {
         let parent = self.dir.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(parent).map_err(|cause| trouble("make", parent, cause))?;
         let prefix = format!(".{}.modelcache-", self.dir.file_name().unwrap_or_default().display());
-        sweep(parent, &prefix)?;
+        sweep(parent, &prefix, &self.dir)?;
         let site = Site::open(parent, &prefix)?;
         let (mut links, mut folders) = (BTreeMap::new(), BTreeSet::from([site.path.clone()]));
         for (path, entry) in &tree.files {
@@ -137,17 +138,44 @@ impl Destination {
             }
             let folder = target.parent().unwrap_or(&site.path);
             fs::create_dir_all(folder).map_err(|cause| trouble("make", folder, cause))?;
-            let link = place(&tree.from.view(path), &target, entry, mode, progress)?;
+            let link = place(&tree.from.view(path), &target, entry, ways(mode, tree.may_link), progress)?;
             *links.entry(link).or_default() += 1;
         }
         write_marker(&site.path, tree)?;
         folders.iter().try_for_each(|folder| sync(folder))?;
-        // Somebody may have put something there meanwhile.
+        // Somebody may have put something there meanwhile, or may be doing so while the two change places.
         self.refuse_what_is_not_ours()?;
         swap(&site.path, &self.dir).map_err(|cause| not_swapped(&self.asked, cause))?;
+        if let Some(foreign) = foreign_file(&site.path)? {
+            swap(&site.path, &self.dir).map_err(|cause| not_swapped(&self.asked, cause))?;
+            return Err(self.not_ours(&foreign));
+        }
         sync(parent)?;
         Ok(Materialized { dir: self.dir.clone(), path: self.dir.clone(), links })
     }
+}
+
+/// A file in `dir` that no earlier call put there as it is now.
+fn foreign_file(dir: &Path) -> Result<Option<PathBuf>> {
+    let marker = files::read_small(&dir.join(MARKER), MARKER_BYTES_MAX)?;
+    let ours = marker.and_then(|bytes| serde_json::from_slice::<Marker>(&bytes).ok()).map(|marker| marker.files);
+    let mut foreign = None;
+    files::walk(dir, &mut |path, metadata| {
+        let inside = path.strip_prefix(dir).unwrap_or(path);
+        let put_there = ours.as_ref().zip(inside.to_str().and_then(|path| FilePath::new(path).ok()));
+        let known = put_there.and_then(|(ours, path)| ours.get(&path)).is_some_and(|put| is_still(put, metadata));
+        if !known && inside != Path::new(MARKER) && foreign.is_none() {
+            foreign = Some(inside.to_owned());
+        }
+        Ok(())
+    })?;
+    Ok(foreign)
+}
+
+/// Whether a file is the one that was put there. Of a hard link into the cache, whose mtime is the cache's, the inode tells.
+fn is_still(put: &FileIdentity, metadata: &fs::Metadata) -> bool {
+    let now = identity(metadata);
+    now == *put || (metadata.nlink() > 1 && now.inode == put.inode && now.bytes == put.bytes)
 }
 
 /// Where `dir` really is, links followed as far as it exists.
@@ -199,27 +227,43 @@ impl Drop for Site {
     }
 }
 
-/// Removes what died while it was being built.
-fn sweep(parent: &Path, prefix: &str) -> Result<()> {
-    let of_ours = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix));
-    for path in files::entries(parent)?.into_iter().filter(of_ours) {
+/// Removes what died while it was being built. An old folder that died between leaving its place and the new one's
+/// coming there goes back.
+fn sweep(parent: &Path, prefix: &str, place: &Path) -> Result<()> {
+    let random = |name: &str| name.len() == files::RANDOM_NAME_CHARS && name.chars().all(|c| c.is_ascii_alphanumeric());
+    for path in files::entries(parent)? {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let Some(rest) = name.strip_prefix(prefix) else { continue };
+        let is_old = rest.strip_suffix(OLD).is_some_and(random);
+        if !is_old && !random(rest) {
+            continue;
+        }
         let Ok(dir) = File::open(&path) else { continue };
-        if FileLock::of_new(dir, &path)?.is_some() {
+        let Ok(Some(_dead)) = FileLock::of_new(dir, &path) else { continue };
+        if is_old && !place.exists() {
+            fs::rename(&path, place).map_err(|cause| trouble("put back", place, cause))?;
+        } else {
             files::remove_tree(&path)?;
         }
     }
     Ok(())
 }
 
-/// Brings one file to `target`; tells which way.
-fn place(view: &Path, target: &Path, entry: &FileEntry, mode: LinkMode, progress: &Progress) -> Result<Link> {
-    let ways: &[Link] = match mode {
+/// The ways to be tried, best first.
+fn ways(mode: LinkMode, may_link: bool) -> &'static [Link] {
+    match mode {
+        LinkMode::Auto if !may_link => &[Link::Reflink, Link::Copy],
+        LinkMode::Only(Link::Hard) if !may_link => &[],
         LinkMode::Auto => &[Link::Hard, Link::Reflink, Link::Copy],
         LinkMode::Only(Link::Hard) => &[Link::Hard],
         LinkMode::Only(Link::Reflink) => &[Link::Reflink],
         LinkMode::Only(Link::Symlink) => &[Link::Symlink],
         LinkMode::Only(Link::Copy) => &[Link::Copy],
-    };
+    }
+}
+
+/// Brings one file to `target`; tells which way.
+fn place(view: &Path, target: &Path, entry: &FileEntry, ways: &[Link], progress: &Progress) -> Result<Link> {
     let mut refused = io::Error::from(io::ErrorKind::Unsupported);
     for way in ways {
         let outcome = match way {
@@ -240,12 +284,9 @@ fn place(view: &Path, target: &Path, entry: &FileEntry, mode: LinkMode, progress
             Err(cause) => return Err(trouble("link", target, cause)),
         }
     }
-    let way = match mode {
-        LinkMode::Only(Link::Reflink) => "a reflink",
-        _ => "a hard link",
-    };
+    let way = if ways == [Link::Reflink] { "a reflink" } else { "a hard link" };
     Err(Error::new(ErrorKind::Other, format!("{way} is not possible at {}", target.display()))
-        .hint("the folder lies on another filesystem, or on one without such links: try --link auto")
+        .hint("the folder lies on another filesystem, on one without such links, or beside the lower directory: try --link auto")
         .cause(refused))
 }
 
@@ -288,10 +329,16 @@ fn copy(view: &Path, target: &Path, entry: &FileEntry, progress: &Progress) -> R
 }
 
 fn write_marker(dir: &Path, tree: &Tree) -> Result<()> {
+    let mut put = BTreeMap::new();
+    for (path, _) in &tree.files {
+        let target = dir.join(path.as_str());
+        let metadata = fs::symlink_metadata(&target).map_err(|cause| trouble("look at", &target, cause))?;
+        put.insert(path.clone(), identity(&metadata));
+    }
     let marker = Marker {
         about: "Put here by modelcache, which replaces this folder as a whole.".into(),
         key: tree.key.clone(),
-        files: tree.files.iter().map(|(path, _)| path.clone()).collect(),
+        files: put,
     };
     let (path, bytes) = (dir.join(MARKER), serde_json::to_vec_pretty(&marker).unwrap_or_default());
     File::create_new(&path)
@@ -310,7 +357,7 @@ fn swap(new: &Path, dir: &Path) -> io::Result<()> {
         exchanged => return exchanged.map_err(io::Error::from),
     }
     // This filesystem cannot exchange: for a moment there is no folder.
-    let aside = new.with_file_name(format!("{}-old", new.file_name().unwrap_or_default().display()));
+    let aside = new.with_file_name(format!("{}{OLD}", new.file_name().unwrap_or_default().display()));
     fs::rename(dir, &aside)?;
     match fs::rename(new, dir) {
         Ok(()) => fs::rename(&aside, new),

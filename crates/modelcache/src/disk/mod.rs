@@ -131,7 +131,8 @@ impl Disk {
             Err(error) if files::stat(&layout.format()).is_ok_and(|metadata| metadata.is_some()) => Some(error),
             Err(error) => return Err(error),
         };
-        // Again: another release may have made it in between.
+        // Again: another release, or a stranger, may have made it in between.
+        trust::check(layout.root(), sharing)?;
         check_format(&layout)?;
         let locks_are_honest = unwritable.is_some() || lock::are_honest(&layout.probe_lock())?;
         if !locks_are_honest {

@@ -50,7 +50,10 @@ pub(crate) fn make_top_dir(path: &Path, sharing: Sharing) -> Result<()> {
         Sharing::Group => Some(SET_GROUP | 0o775),
         Sharing::World => Some(0o777),
     };
-    unless_there(path, || create_dir(path, mode)).at("make the cache directory", path)
+    match path.is_dir() {
+        true => Ok(()),
+        false => unless_there(path, || create_dir(path, mode)).at("make the cache directory", path),
+    }
 }
 
 /// Makes a folder in its parent; that it is already there is fine.
@@ -127,11 +130,13 @@ fn mode_of_parent(path: &Path) -> io::Result<u32> {
 }
 
 fn unless_there(path: &Path, make: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-    if path.is_dir() {
+    // A link to a folder is none: what it leads to is not ours.
+    let there = || fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
+    if there() {
         return Ok(());
     }
     match make() {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && there() => Ok(()),
         made => made,
     }
 }

@@ -6,6 +6,7 @@
 
 use super::fault;
 use super::files;
+use super::modes;
 use crate::error::Result;
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -56,10 +57,18 @@ impl PartsJournal {
         Ok(Some(Self { file, path }))
     }
 
+    /// A journal that names every part of a file that was complete; `None` for a file of one part.
+    pub(super) fn of_sealed(staged: &Path, size: u64, part_size: u64) -> Result<Option<(Self, BTreeSet<u64>)>> {
+        let Some(journal) = Self::create(staged, size, part_size)? else { return Ok(None) };
+        let parts: BTreeSet<u64> = (0..size.div_ceil(part_size)).collect();
+        parts.iter().try_for_each(|part| journal.mark(*part))?;
+        Ok(Some((journal, parts)))
+    }
+
     /// The journal that an ended fill left, and the parts it names; `None` if there is none for these sizes.
     pub(super) fn resume(staged: &Path, size: u64, part_size: u64) -> Option<(Self, BTreeSet<u64>)> {
         let path = journal_of(staged);
-        let file = OpenOptions::new().read(true).write(true).open(&path).ok()?;
+        let file = modes::open_existing(&path, true).ok()?;
         let mut bytes = vec![0; usize::try_from(journal_bytes(size, part_size)).ok()?];
         let mut read = 0;
         while let Ok(more @ 1..) = file.read_at(&mut bytes[read..], read as u64) {

@@ -36,12 +36,12 @@ pub struct Pin {
 impl Pin {
     /// When it ends; `None`: never.
     pub fn until(&self) -> Option<SystemTime> {
-        self.until_unix.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds))
+        self.until_unix.and_then(tellable)
     }
 
     /// When it was set.
     pub fn since(&self) -> Option<SystemTime> {
-        self.since_unix.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds))
+        self.since_unix.and_then(tellable)
     }
 
     fn holds_at(&self, now: SystemTime) -> bool {
@@ -66,10 +66,23 @@ impl fmt::Display for Pin {
     }
 }
 
+/// A time that can be written down; one beyond the year 9999 is as good as never.
+fn tellable(seconds: u64) -> Option<SystemTime> {
+    const YEAR_10000: u64 = 253_402_300_800;
+    (seconds < YEAR_10000).then(|| UNIX_EPOCH + Duration::from_secs(seconds))
+}
+
 impl Disk {
     /// The pin on the artifact in `dir`, unless it has ended.
     pub(crate) fn pin_in(&self, dir: &ArtifactDir) -> Result<Option<Pin>> {
-        let Some(bytes) = files::read_small(&dir.pin(), PIN_BYTES_MAX)? else { return Ok(None) };
+        let bytes = match files::read_small(&dir.pin(), PIN_BYTES_MAX) {
+            Ok(None) => return Ok(None),
+            Ok(Some(bytes)) => bytes,
+            Err(error) => {
+                tracing::warn!(%error, "a pin cannot be read; it protects");
+                return Ok(Some(Pin::default()));
+            }
+        };
         let pin: Pin = serde_json::from_slice(&bytes).unwrap_or_default();
         Ok(Some(pin).filter(|pin| pin.holds_at(SystemTime::now())))
     }

@@ -7,7 +7,7 @@
 use super::budget::Evicted;
 use super::files::{self, allocated};
 use super::pin::InTheWay;
-use super::{Disk, ScannedArtifact};
+use super::{ArtifactDir, Disk, ScannedArtifact};
 use crate::config::ByteBound;
 use crate::error::Result;
 use crate::key::ArtifactKey;
@@ -143,6 +143,20 @@ impl Disk {
         report.used_bytes = broom.count()?;
         report.freed_bytes = report.leftovers.bytes() + report.evicted.iter().map(|gone| gone.freed_bytes).sum::<u64>();
         Ok(report)
+    }
+
+    /// How many bytes would go with these artifacts.
+    pub(super) fn freed_by(&self, victims: &[ScannedArtifact]) -> Result<u64> {
+        let mut rehearsal = Rehearsal::new(self)?;
+        victims.iter().map(|artifact| rehearsal.unlink_below(&artifact.dir.files())).sum()
+    }
+
+    /// What keeps an artifact from being evicted as things stand, if anything does.
+    pub(super) fn keeps(&self, dir: &ArtifactDir) -> Result<Option<InTheWay>> {
+        if self.is_leased(dir) {
+            return Ok(Some(InTheWay::Leased(self.lease_holders(dir))));
+        }
+        Ok(self.pin_in(dir)?.map(InTheWay::Pinned))
     }
 
     /// How many bytes could be freed by evicting all but `kept`, and the blobs with these inodes, as things stand.
@@ -319,11 +333,8 @@ impl Broom for Rehearsal<'_> {
     }
 
     fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool) -> Result<Evicted> {
-        if self.disk.is_leased(&artifact.dir) {
-            return Ok(Evicted::Kept(InTheWay::Leased(self.disk.lease_holders(&artifact.dir))));
-        }
-        if let Some(pin) = self.disk.pin_in(&artifact.dir)? {
-            return Ok(Evicted::Kept(InTheWay::Pinned(pin)));
+        if let Some(why) = self.disk.keeps(&artifact.dir)? {
+            return Ok(Evicted::Kept(why));
         }
         if for_space {
             let mut hold = self.disk.hold_budget()?;

@@ -65,7 +65,7 @@ impl Disk {
             blobs.keys().try_for_each(|digest| hold.drop_if_unlinked(&self.layout().blob(digest)).map(|_| ()))?;
             hold.release()?;
         }
-        Ok(Lent { manifest: Arc::new(manifest), dir, link, _lease: Some(lease) })
+        Ok(Lent { manifest: Arc::new(manifest), dir, link, is_lower: false, _lease: Some(lease) })
     }
 
     /// A shared lease, within a bounded time.
@@ -122,6 +122,11 @@ impl Disk {
     ) -> Result<(Manifest, Option<Link>)> {
         let mut hold = self.hold_budget()?;
         modes::make_dirs(dir.path()).at("make", dir.path())?;
+        if !dir.is_ours()? {
+            return Err(Error::new(ErrorKind::Directory, format!("{} is a link, not a folder", dir.path().display()))
+                .tier(Tier::Disk)
+                .hint("remove that link: what it leads to is left alone"));
+        }
         let mut manifest = self.merged_manifest(dir, listing)?;
         for (path, file) in staged {
             let entry = manifest.files.entry(path.clone()).or_default();
@@ -187,6 +192,16 @@ impl Disk {
         }
         hold.quarantine(&path, digest)?;
         Ok(None)
+    }
+
+    /// The identity of a link just made to bytes that are right under the identity `known`; `None` if they are not right
+    /// any more. On an overlay, linking a file of the lower layer makes a copy of it, which is hashed.
+    pub(crate) fn linked(&self, path: &Path, digest: &Digest, known: FileIdentity) -> Result<Option<FileIdentity>> {
+        match files::stat(path)?.map(|metadata| identity(&metadata)) {
+            Some(linked) if linked == known => Ok(Some(known)),
+            Some(_) => Ok(self.hash_unchanged(path)?.filter(|(found, _)| found == digest).map(|(_, linked)| linked)),
+            None => Ok(None),
+        }
     }
 
     /// The digest of `path` and the identity it was hashed under; `None` if it is no file or changed meanwhile.
@@ -262,8 +277,10 @@ impl BudgetHold<'_> {
                 // Theirs needs a link of ours: else it may be evicted, or replaced, before our view of it stands. Where
                 // links are refused, the view becomes the staged file.
                 let ours = staged.with_extension("reused");
-                clone::hard_link(&blob, &ours).at("link", &ours)?;
-                return Ok(Some(theirs));
+                return match clone::hard_link(&blob, &ours).at("link", &ours)? {
+                    true => disk.linked(&ours, digest, theirs),
+                    false => Ok(None),
+                };
             }
         }
     }

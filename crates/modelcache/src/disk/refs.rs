@@ -29,7 +29,8 @@ impl Disk {
         let bytes = files::read_small(&self.layout().reference(name, revision), 4096)?;
         let stored = bytes.and_then(|bytes| serde_json::from_slice::<Stored>(&bytes).ok());
         Ok(stored.map(|stored| {
-            let resolved_at = UNIX_EPOCH + Duration::from_secs(stored.resolved_at_unix);
+            let since_epoch = Duration::from_secs(stored.resolved_at_unix);
+            let resolved_at = UNIX_EPOCH.checked_add(since_epoch).unwrap_or(UNIX_EPOCH);
             // A clock that went back makes an answer old, not fresh for ever.
             let age = SystemTime::now().duration_since(resolved_at).unwrap_or(Duration::MAX);
             RememberedRef { version: stored.version, age }

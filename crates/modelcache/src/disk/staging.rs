@@ -9,7 +9,7 @@ use super::Disk;
 use super::budget::{BudgetHold, room_for};
 use super::clone;
 use super::fault::At;
-use super::files::{self, allocated, identity};
+use super::files::{self, allocated};
 use super::layout::staged_name;
 use super::lock::FileLock;
 use super::modes;
@@ -33,6 +33,8 @@ const TEMPORARY_AGE_MAX: Duration = Duration::from_secs(3600);
 const RESUME_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// How long a fill waits for room that readers or other fills may give back.
 const ROOM_WAIT_MAX: Duration = Duration::from_secs(5);
+/// How often a staging folder is made anew.
+const MAKES_MAX: usize = 16;
 /// Time between two looks for room.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// The name of the journal in each folder.
@@ -93,8 +95,22 @@ impl StagingUse {
 
     /// Whether the next fill of its key may want what is left here.
     pub(crate) fn may_be_resumed(&self) -> bool {
-        let age = || SystemTime::now().duration_since(fs::metadata(self.journal()).ok()?.modified().ok()?).ok();
-        is_resumable(&self.dir) && age().is_some_and(|age| age < RESUME_AGE_MAX)
+        let modified = |path: &Path| fs::symlink_metadata(path).ok()?.modified().ok();
+        let latest = files::entries(&self.dir).unwrap_or_default().iter().filter_map(|path| modified(path)).max();
+        let age = latest.and_then(|latest| SystemTime::now().duration_since(latest).ok());
+        is_resumable(&self.dir) && self.journal().exists() && age.is_some_and(|age| age < RESUME_AGE_MAX)
+    }
+
+    /// Whether a fill that wants the files called `names` may take over what is here: they are most of it. A fill of
+    /// less leaves it to one of more.
+    fn is_for(&self, names: &BTreeSet<String>) -> bool {
+        let (mut wanted, mut all) = (0, 0);
+        for path in files::entries(&self.dir).unwrap_or_default().iter().filter(|path| by_content(path)) {
+            let bytes = fs::symlink_metadata(path).map_or(0, |metadata| metadata.len());
+            all += bytes;
+            wanted += if names.contains(staged_part(path)) { bytes } else { 0 };
+        }
+        2 * wanted >= all
     }
 
     /// Removes the folder, its journal last.
@@ -106,18 +122,29 @@ impl StagingUse {
 fn remove_staging(dir: &Path) -> Result<()> {
     let journal = dir.join(JOURNAL);
     for path in files::entries(dir)?.into_iter().filter(|path| *path != journal) {
-        files::remove_file(&path)?;
+        if files::is_folder(&path)? { files::remove_tree(&path)? } else { files::remove_file(&path)? }
     }
     files::remove_tree(dir)
+}
+
+fn names_of(wanted: &[(FilePath, FileEntry)]) -> BTreeSet<String> {
+    wanted.iter().map(|(path, entry)| staged_name(path, entry)).collect()
+}
+
+/// The name of the staged file at `path`, or of the one whose parts the journal at `path` names.
+fn staged_part(path: &Path) -> &str {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name.strip_suffix(".parts").unwrap_or(name)
+}
+
+/// Whether a staged file is named by its content.
+fn by_content(path: &Path) -> bool {
+    staged_part(path).starts_with("sha256-") || staged_part(path).starts_with("git-")
 }
 
 /// Whether anything in the folder has bytes that are nowhere else, and is named by its content, so that whoever goes on
 /// with it can check it.
 fn is_resumable(dir: &Path) -> bool {
-    let by_content = |path: &Path| {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        name.starts_with("sha256-") || name.starts_with("git-")
-    };
     let has_bytes = |path: &Path| files::stat(path).is_ok_and(|found| found.is_some_and(|m| m.nlink() == 1));
     files::entries(dir).unwrap_or_default().iter().any(|path| by_content(path) && has_bytes(path))
 }
@@ -148,7 +175,8 @@ impl Disk {
             Some(adopted) => adopted,
             None => self.make_staging(key)?,
         };
-        hold.drop_dead_stagings(|staging| staging.is_of(key))?;
+        let names = names_of(wanted);
+        hold.drop_dead_stagings(|staging| staging.is_of(key) && (!staging.may_be_resumed() || staging.is_for(&names)))?;
         for (path, entry) in wanted {
             staging.reuse(&mut hold, key, path, entry)?;
         }
@@ -180,16 +208,27 @@ impl Disk {
     }
 
     fn make_staging(&self, key: &ArtifactKey) -> Result<Staging> {
+        for _ in 0..MAKES_MAX {
+            if let Some(staging) = self.try_make_staging(key)? {
+                return Ok(staging);
+            }
+        }
+        Err(Error::new(ErrorKind::Other, "each new staging folder is locked by somebody else").tier(Tier::Disk))
+    }
+
+    /// `None` where somebody who was only looking had locked the new journal first.
+    fn try_make_staging(&self, key: &ArtifactKey) -> Result<Option<Staging>> {
         let dir = self.layout().stagings().join(format!("{}-{}", key.hash(), files::random_name()));
         modes::make_new_dir(&dir).at("make", &dir)?;
         let journal = dir.join(JOURNAL);
         let file = modes::create_shared(&journal).at("make", &journal)?;
-        let owner = FileLock::of_new(file, &journal)?.ok_or_else(|| {
-            Error::new(ErrorKind::Other, "a new staging folder is locked by somebody else").tier(Tier::Disk)
-        })?;
+        let Some(owner) = FileLock::of_new(file, &journal)? else {
+            files::remove_tree(&dir)?;
+            return Ok(None);
+        };
         let staging = Staging::owned(self, dir, owner);
         staging.write_journal(key, 0)?;
-        Ok(staging)
+        Ok(Some(staging))
     }
 
     /// Takes over the dead staging of `key` that holds most of what is wanted, and removes from it what is not wanted
@@ -201,7 +240,11 @@ impl Disk {
         let mut dead: Vec<StagingUse> =
             self.stagings()?.into_iter().filter(|staging| !staging.live && staging.is_of(key)).collect();
         dead.sort_by_key(|staging| std::cmp::Reverse(staging.allocated));
-        let names: BTreeSet<String> = wanted.iter().map(|(path, entry)| staged_name(path, entry)).collect();
+        let names = names_of(wanted);
+        let us = rustix::process::geteuid().as_raw();
+        dead.retain(|staging| {
+            staging.is_for(&names) && fs::symlink_metadata(&staging.dir).is_ok_and(|metadata| metadata.uid() == us)
+        });
         for StagingUse { dir, .. } in dead {
             let Some(Some(owner)) = FileLock::try_existing(&dir.join(JOURNAL))? else { continue };
             let staging = Staging::owned(self, dir, owner);
@@ -279,13 +322,11 @@ impl Staging {
     fn keep_only(&self, names: &BTreeSet<String>) -> Result<bool> {
         let mut kept = false;
         for path in files::entries(&self.dir)? {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            let staged = name.strip_suffix(".parts").unwrap_or(name);
             let own = files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() == 1);
-            if own && names.contains(staged) && !staged.starts_with("path-") {
+            if own && names.contains(staged_part(&path)) && by_content(&path) {
                 kept = true;
-            } else if name != JOURNAL {
-                files::remove_file(&path)?;
+            } else if path.file_name().is_none_or(|name| name != JOURNAL) {
+                if files::is_folder(&path)? { files::remove_tree(&path)? } else { files::remove_file(&path)? }
             }
         }
         Ok(kept)
@@ -330,14 +371,14 @@ impl Staging {
             Some(known) => Some((blob, known)),
             None => hold.vouched_file(&view, &digest)?.map(|known| (view, known)),
         };
-        let Some((from, known)) = known else { return Ok(()) };
+        let Some((from, known)) = known.filter(|(_, known)| known.bytes == entry.size) else { return Ok(()) };
         let target = self.file(&name);
         files::remove_file(&target)?;
         files::remove_file(&journal_of(&target))?;
         match files::absent(clone::hard_link(&from, &target)).at("link", &target)? {
-            Some(true) => match files::stat(&target)?.map(|metadata| identity(&metadata)) {
-                Some(linked) if linked == known => drop(self.reused.insert(name, known)),
-                _ => files::remove_file(&target)?,
+            Some(true) => match self.disk.linked(&target, &digest, known)? {
+                Some(linked) => drop(self.reused.insert(name, linked)),
+                None => files::remove_file(&target)?,
             },
             Some(false) => {
                 if let Some(cloned) = clone::reflink(&from, &target, known)? {

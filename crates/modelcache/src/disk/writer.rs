@@ -7,9 +7,9 @@
 
 use super::lock::FileLock;
 use super::parts::PartsJournal;
-use super::{fault, identity};
+use super::{fault, identity, modes};
 use crate::digest::{Digest, GitOid};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ladder::{Ladder, LadderHasher, PartHasher};
 use crate::manifest::FileIdentity;
 use rustix::fs::{FallocateFlags, OFlags};
@@ -110,15 +110,22 @@ impl StagedWriter {
         }
         // Read-only: it was complete and proven when its fill ended.
         let sealed = metadata.permissions().mode() & 0o222 == 0;
-        let journal = PartsJournal::resume(&draft.path, draft.size, draft.part_size);
-        let (journal, parts) = match (journal, sealed) {
-            (journal, true) => (journal.map(|(journal, _)| journal), (0..draft.parts()).collect()),
-            (Some((journal, parts)), false) if !parts.is_empty() => (Some(journal), parts),
-            _ => return Ok(None),
+        let journal = match sealed {
+            true => PartsJournal::of_sealed(&draft.path, draft.size, draft.part_size)?,
+            false => PartsJournal::resume(&draft.path, draft.size, draft.part_size),
+        };
+        let (journal, parts) = match journal {
+            Some((_, parts)) if parts.is_empty() => return Ok(None),
+            Some((journal, parts)) => (Some(journal), parts),
+            None if sealed => (None, (0..draft.parts()).collect()),
+            None => return Ok(None),
         };
         let open = || {
-            fs::set_permissions(&draft.path, Permissions::from_mode(0o600))?;
-            OpenOptions::new().read(true).write(true).open(&draft.path)
+            let sealed = modes::open_existing(&draft.path, false)?;
+            sealed.set_permissions(Permissions::from_mode(0o600))?;
+            let writable = modes::open_existing(&draft.path, true)?;
+            let same = sealed.metadata()?.ino() == writable.metadata()?.ino();
+            if same { Ok(writable) } else { Err(io::Error::from(Errno::STALE)) }
         };
         let Ok(buffered) = open() else { return Ok(None) };
         Ok(Some((Self::over(draft.clone(), buffered, journal, owner), parts)))
@@ -238,13 +245,18 @@ impl StagedWriter {
     pub(crate) fn seal(self) -> Result<FileIdentity> {
         let path = self.path;
         self.buffered.sync_data().map_err(|cause| fault("make durable", &path, cause))?;
+        self.buffered
+            .set_permissions(Permissions::from_mode(0o444))
+            .map_err(|cause| fault("make read-only", &path, cause))?;
+        let written = self.buffered.metadata().map_err(|cause| fault("look at", &path, cause))?;
         drop((self.buffered, self.direct, self.parts));
         // Read-only says as much as the journal did.
         super::files::remove_file(&super::parts::journal_of(&path))?;
-        fs::set_permissions(&path, Permissions::from_mode(0o444))
-            .map_err(|cause| fault("make read-only", &path, cause))?;
         let metadata = fs::symlink_metadata(&path).map_err(|cause| fault("look at", &path, cause))?;
-        Ok(identity(&metadata))
+        match identity(&metadata) == identity(&written) {
+            true => Ok(identity(&metadata)),
+            false => Err(Error::corrupt(format!("{} was replaced while it was being filled", path.display()))),
+        }
     }
 
     fn order(&self) -> MutexGuard<'_, InOrder> {
@@ -283,7 +295,8 @@ fn allocate(file: &File, size: u64) -> io::Result<()> {
 }
 
 fn open_direct(path: &Path) -> Option<File> {
-    OpenOptions::new().write(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path).ok()
+    let flags = (OFlags::DIRECT | OFlags::NOFOLLOW).bits().cast_signed();
+    OpenOptions::new().write(true).custom_flags(flags).open(path).ok()
 }
 
 #[cfg(test)]

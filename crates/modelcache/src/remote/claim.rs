@@ -25,8 +25,9 @@ use tokio::time::Instant;
 const LIFE: Duration = Duration::from_secs(60);
 /// How often it is renewed.
 const RENEWAL: Duration = Duration::from_secs(20);
-/// How long a living claim of another writer is waited for.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a living claim of another writer is waited for: longer than one that is not renewed lives, so that a writer
+/// who died does not make the next one fail.
+const PATIENCE: Duration = Duration::from_secs(75);
 /// First and longest pause between two looks.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 

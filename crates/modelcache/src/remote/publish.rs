@@ -192,12 +192,23 @@ impl Job<'_> {
         };
         match foreign {
             None => Ok(()),
+            Some(path) if path.ends_with(&format!("{OWN_FOLDER}/manifest.json")) => Err(Error::new(
+                ErrorKind::Conflict,
+                format!("other artifacts are published below it on the remote, {:?} for one", self.below(&path)),
+            )
+            .hint("choose another name or version: an artifact may not lie within another")),
             Some(path) => Err(Error::new(
                 ErrorKind::Conflict,
                 format!("the place on the remote holds objects that modelcache did not write, {path:?} for one"),
             )
             .hint(format!("remove what is below {:?}, or choose another name or version", self.folder.base))),
         }
+    }
+
+    /// The folder on the remote of an artifact whose manifest lies at `path` below this one.
+    fn below(&self, path: &str) -> String {
+        let inner = path.strip_suffix(&format!("/{OWN_FOLDER}/manifest.json")).unwrap_or(path);
+        format!("{}/{inner}", self.folder.base)
     }
 
     /// Paths of the objects in the version folder, without our own records. `None` where listing is not permitted.

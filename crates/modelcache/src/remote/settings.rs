@@ -261,6 +261,16 @@ impl S3Settings {
             ca_file: ca_file.map(PathBuf::from),
         }
     }
+
+    /// Refuses an endpoint that is no address before a client is built over it.
+    pub(super) fn check(&self) -> Result<()> {
+        let Some(endpoint) = &self.endpoint else { return Ok(()) };
+        match Url::parse(endpoint) {
+            Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Ok(()),
+            _ => Err(Error::invalid(format!("the endpoint {endpoint:?} of the remote is no http or https address"))
+                .hint("AWS_ENDPOINT_URL, or endpoint under [remote.options]: for instance http://localhost:9000")),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -313,6 +323,11 @@ mod tests {
         let gathered = S3Settings::gather(&none, &environment, &profiles);
         assert_eq!((gathered.region.as_str(), gathered.path_style, gathered.allow_http), ("eu-west-1", true, true));
         assert_eq!(gathered.endpoint.as_deref(), Some("http://localhost:9000"));
+        gathered.check().expect("an address");
+        for nonsense in ["nonsense", "localhost:9000", "ftp://host", "http://"] {
+            let bad = S3Settings { endpoint: Some(nonsense.into()), ..gathered.clone() };
+            assert_eq!(bad.check().map_err(|error| error.kind()), Err(ErrorKind::Invalid), "{nonsense}");
+        }
 
         let gathered = S3Settings::gather(&none, &Environment::default(), &profiles);
         assert_eq!((gathered.region.as_str(), gathered.path_style, gathered.allow_http), ("us-west-2", false, false));

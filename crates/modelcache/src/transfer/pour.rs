@@ -143,7 +143,9 @@ impl Pourer {
 
     async fn try_sources(&self, file: &Arc<PourFile>, progress: &Progress) -> Result<Poured> {
         let bad_tiers = Arc::new(Mutex::new(BTreeSet::new()));
-        let mut ladder = file.entry.ladder.clone().filter(|_| file.entry.sha256.is_some()).map(Arc::new);
+        // An empty file has no part that a ladder could check: it is hashed as a whole.
+        let by_parts = file.entry.sha256.is_some() && file.entry.size > 0;
+        let mut ladder = file.entry.ladder.clone().filter(|_| by_parts).map(Arc::new);
         let (mut skipped, mut mismatches, mut one_stream, mut resume) = (0, 0, false, true);
         loop {
             let attempt = Attempt {
@@ -475,10 +477,7 @@ impl PartTask {
         part.buffer = Some(buffer);
         outcome?;
         if part.next < range.end {
-            return Err(Trouble::Failed(
-                Error::unavailable(format!("{} ended {} bytes early", self.file.path, range.end - part.next))
-                    .tier(source.tier()),
-            ));
+            return Err(part.ended_early(&self.file.path, want.start, range.end, source.tier()).into());
         }
         self.finish(source.tier(), range, part).await
     }
@@ -521,16 +520,28 @@ struct PartProgress {
     /// The hash so far, where a ladder will check it.
     hasher: Option<PartHasher>,
     buffer: Option<Buffer>,
+    /// Streams in a row that ended in good order without bringing a byte.
+    short_ends: u32,
 }
 
 impl PartProgress {
     fn new(task: &PartTask, range: &Range<u64>) -> Self {
-        Self { next: range.start, hasher: Self::hasher(task, range), buffer: None }
+        Self { next: range.start, hasher: Self::hasher(task, range), buffer: None, short_ends: 0 }
     }
 
     fn hasher(task: &PartTask, range: &Range<u64>) -> Option<PartHasher> {
         let state = task.ladder.as_ref()?.before(range.start / task.part_size)?;
         Some(PartHasher::resume(state, range.start))
+    }
+
+    /// A stream that ended in good order, too soon. Once that may be the network; again, without a byte, the copy is short.
+    fn ended_early(&mut self, path: &FilePath, began: u64, end: u64, tier: Tier) -> Error {
+        let missing = end - self.next;
+        self.short_ends = if self.next == began { self.short_ends + 1 } else { 0 };
+        match self.short_ends {
+            0..2 => Error::unavailable(format!("{path} ended {missing} bytes early")).tier(tier),
+            _ => Error::corrupt(format!("{path} is {missing} bytes shorter than it is listed")).tier(tier),
+        }
     }
 
     fn restart(&mut self, task: &PartTask, range: &Range<u64>) {
