@@ -1,7 +1,8 @@
-//! Chaos: many processes get, put, evict and die at random on one small directory, compared with a model of it.
+//! Chaos: many processes get, put, exec, evict, prune, stand still and die at random on one small directory, compared
+//! with a model of it.
 //!
-//! The model: every artifact has one content; whatever is there is that content; the counted bytes never exceed the
-//! budget, by not one byte; each file is fetched from the origin once, and once more for each time that its artifact was
+//! The model: every artifact has one content; whatever is there is that content; what `exec` lends is there, whole, for
+//! as long as its command runs; the counted bytes never exceed the budget, by not one byte; each file is fetched from the origin once, and once more for each time that its artifact was
 //! evicted or a process that got it was killed. `CHAOS_SEED` repeats the choices (not the timing), `CHAOS_SECONDS` sets
 //! the length: an hour is `CHAOS_SECONDS=3600 cargo nextest run -p modelcache-cli --test chaos --profile long`.
 #![allow(clippy::unwrap_used)]
@@ -26,16 +27,31 @@ const BUDGET: u64 = 2_000_000;
 const DIR: &str = "cache";
 
 /// What can happen, out of a hundred. Another verb is another row here and an arm in [`Chaos::act`].
-const ACTS: [(Act, u64); 4] = [(Act::Get, 55), (Act::GetSome, 20), (Act::Put, 10), (Act::Evict, 15)];
+const ACTS: [(Act, u64); 7] = [
+    (Act::Get, 35),
+    (Act::GetSome, 15),
+    (Act::Exec, 20),
+    (Act::Put, 10),
+    (Act::Evict, 12),
+    (Act::Prune, 4),
+    (Act::PruneTo, 4),
+];
 /// How many of a hundred processes are killed.
 const KILLED: u64 = 25;
+/// How many of a hundred are stopped for a moment, and then go on.
+const STOPPED: u64 = 10;
+/// The command of `exec`: every file is read in full and compared, twice.
+const COMPARE: &str = r#"cd "$0"; sha256sum --quiet -c "$1"; sleep 0.05; exec sha256sum --quiet -c "$1""#;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Act {
     Get,
     GetSome,
+    Exec,
     Put,
     Evict,
+    Prune,
+    PruneTo,
 }
 
 /// One artifact, and what the model knows of it.
@@ -119,6 +135,8 @@ impl Chaos {
                     .for_each(|(path, content)| drop(house.write(&format!("p{index}/{path}"), content.clone())));
                 (format!("p{index}@1"), format!("p{index}/1"))
             };
+            let line = |(path, content): (&String, &Content)| format!("{}  {path}\n", content.sha256().unwrap());
+            house.write(&format!("sums{}", artifacts.len()), files.iter().map(line).collect::<String>().as_str());
             artifacts.push(Artifact { reference, folder, from_hub, files, losses: AtomicU64::new(0) });
         }
         Self { house, artifacts, ended: AtomicBool::new(false), counts: Mutex::default() }
@@ -134,10 +152,16 @@ impl Chaos {
             .collect();
         let artifact = *dice.pick(candidates.as_slice());
         let (source, _) = artifact.folder.split_once('/').unwrap();
+        let at = self.artifacts.iter().position(|other| other.reference == artifact.reference).unwrap();
+        let sums = self.house.path(&format!("sums{at}")).display().to_string();
+        let half = (BUDGET / 2).to_string();
         let globs = ["*.json", "*big*", "*shared*"];
         let args = match act {
             Act::Get => vec!["get", &artifact.reference],
             Act::GetSome => vec!["get", &artifact.reference, "--include", *dice.pick(&globs)],
+            Act::Exec => vec!["exec", &artifact.reference, "--", "sh", "-ec", COMPARE, "{}", &sums],
+            Act::Prune => vec!["prune"],
+            Act::PruneTo => vec!["prune", "--to", &half],
             Act::Put => vec!["put", &artifact.reference, source],
             Act::Evict => vec!["evict", &artifact.reference, "--tier", "disk", "--yes"],
         };
@@ -148,13 +172,21 @@ impl Chaos {
         if killed {
             thread::sleep(Duration::from_millis(dice.below(400)));
             running.signal("KILL");
+        } else if dice.percent(STOPPED) {
+            thread::sleep(Duration::from_millis(dice.below(100)));
+            running.signal("STOP");
+            thread::sleep(Duration::from_millis(dice.below(1000)));
+            running.signal("CONT");
+            self.count("stopped for a moment".into());
         }
         let outcome = running.wait();
         self.note_evictions(&outcome);
         match outcome.code {
             None => {
                 assert!(killed, "it died by itself: {outcome}");
-                artifact.losses.fetch_add(1, Ordering::Relaxed);
+                if !matches!(act, Act::Prune | Act::PruneTo) {
+                    artifact.losses.fetch_add(1, Ordering::Relaxed);
+                }
                 self.count(format!("{act:?} killed"));
             }
             Some(code) => {
@@ -167,15 +199,17 @@ impl Chaos {
     /// What a process that ended by itself may say.
     fn assert_allowed(&self, act: Act, code: i32, artifact: &Artifact, outcome: Outcome) {
         match (act, code) {
-            (Act::Evict | Act::Put, 0) => {}
+            // The command compared all that was lent; if it found anything, the code is its own.
+            (Act::Exec | Act::Evict | Act::Put | Act::Prune | Act::PruneTo, 0) => {}
             (_, 0) => assert_present_is_right(Path::new(outcome.stdout.trim_end()), artifact),
             // Everything that could go is in use or being filled.
-            (Act::Get | Act::GetSome | Act::Put, 6) => drop(outcome.failed(6, &["no room"])),
+            (Act::Get | Act::GetSome | Act::Exec | Act::Put, 6) => drop(outcome.failed(6, &["no room"])),
             // Somebody uses it, or it is not there.
             (Act::Evict, 1) => {
                 assert!(outcome.stderr.contains("in use") || outcome.stderr.contains("just used"), "{outcome}")
             }
             (Act::Evict, 3) => {}
+            (Act::PruneTo, 6) => drop(outcome.failed(6, &["are still used"])),
             _ => panic!("{act:?} of {}: {outcome}", artifact.reference),
         }
     }

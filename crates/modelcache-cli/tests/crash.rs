@@ -10,12 +10,15 @@
 mod common;
 
 use common::order::{State, spoil_record};
-use common::{House, MIB, Outcome, Run, shim};
+use common::{House, MIB, Outcome, Run, shim, wait_until};
+use modelcache_testkit::hub::HubFault;
 use modelcache_testkit::shim::sample;
-use modelcache_testkit::{Call, Content, Dice, Shim};
+use modelcache_testkit::{Call, Content, Dice, Shim, Strike};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Duration;
 
 const POINTS: usize = 8;
 
@@ -36,6 +39,9 @@ struct Operation {
     codes: &'static [i32],
     /// Whether artifacts may be gone in between.
     evicts: bool,
+    /// What else must hold: after the death, and after the repeated command.
+    died: fn(&Bench, &str),
+    repeated: fn(&Bench, &str),
     /// References that are then got, and must be these files.
     right: &'static [Right],
 }
@@ -49,6 +55,8 @@ const ROW: Operation = Operation {
     act: &[],
     codes: &[0],
     evicts: false,
+    died: |_, _| {},
+    repeated: |_, _| {},
     right: &[],
 };
 
@@ -116,6 +124,12 @@ fn a_get_that_resumes_survives_a_second_kill() {
 }
 
 #[test]
+fn a_get_that_adopts_parts_survives_a_kill_at_any_call() {
+    let prepare = |bench: &Bench, dir: &str| bench.leave_a_part(dir);
+    crash(Operation { name: "get adopting", prepare, act: &["get", V1], right: &[(V1, v1)], ..ROW });
+}
+
+#[test]
 fn a_get_that_heals_survives_a_kill_at_any_call() {
     let before: &[&[&str]] = &[&["get", V1]];
     let prepare = |bench: &Bench, dir: &str| bench.damage(dir, "first.bin");
@@ -152,10 +166,103 @@ fn an_evict_survives_a_kill_at_any_call() {
 }
 
 #[test]
+fn a_prune_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", OTHER], &["put", "gone@1", "v1"], &["get", V1, "--include", "*.json"]];
+    let prepare = |bench: &Bench, dir: &str| bench.litter(dir);
+    let repeated = |bench: &Bench, dir: &str| assert!(bench.house.staging(dir).is_empty(), "prune leaves nothing over");
+    crash(Operation { name: "prune", before, prepare, repeated, act: &["prune"], right: &[(OTHER, other)], ..ROW });
+}
+
+#[test]
+fn a_prune_to_a_size_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", OTHER], &["get", V1]];
+    let row = Operation { name: "prune --to", before, evicts: true, ..ROW };
+    crash(Operation { act: &["prune", "--to", "11MB"], right: &[(V1, v1)], ..row });
+}
+
+#[test]
+fn a_pin_survives_a_kill_at_any_call() {
+    let row = Operation { name: "pin", before: &[&["get", V1]], died: Bench::assert_pin_readable, ..ROW };
+    let repeated = |bench: &Bench, dir: &str| assert_eq!(bench.pin_reason(dir).as_deref(), Some("why"));
+    crash(Operation { repeated, act: &["pin", V1, "--reason", "why"], right: &[(V1, v1)], ..row });
+}
+
+#[test]
+fn an_unpin_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", V1], &["pin", V1, "--reason", "why"]];
+    let row = Operation { name: "unpin", before, died: Bench::assert_pin_readable, ..ROW };
+    let repeated = |bench: &Bench, dir: &str| assert_eq!(bench.pin_reason(dir), None);
+    crash(Operation { repeated, act: &["unpin", V1], right: &[(V1, v1)], ..row });
+}
+
+#[test]
 fn a_sweep_survives_a_kill_at_any_call() {
     let before: &[&[&str]] = &[&["get", OTHER], &["put", "gone@1", "v1"], &["get", V1, "--include", "*.json"]];
     let prepare = |bench: &Bench, dir: &str| bench.litter(dir);
     crash(Operation { name: "sweep", before, prepare, act: &["stats"], right: &[(OTHER, other)], ..ROW });
+}
+
+#[test]
+fn a_folder_of_ones_own_is_the_old_or_the_new_one_after_a_kill_at_any_call() {
+    into("hard");
+}
+
+#[test]
+fn a_folder_of_copies_is_the_old_or_the_new_one_after_a_kill_at_any_call() {
+    into("copy");
+}
+
+/// `get --into` a folder that is there, killed at any call that changes it or what lies beside it.
+#[allow(clippy::print_stderr)]
+fn into(link: &'static str) {
+    let Some(shim) = shim() else { return };
+    let bench = Bench::new(shim);
+    let mut dice = Dice::from_env("CRASH_SEED");
+    let get = |parent: &str, version: &'static str, strike: &Strike| {
+        let out = bench.house.path(parent).join("out");
+        let run = bench.run(&ROW, "cache").envs(strike.envs());
+        run.run(["get", version, "--into", out.to_str().unwrap(), "--link", link])
+    };
+    let clean = |parent: &str| bench.shim.count(&bench.house.path(parent));
+    let count = clean("whole");
+    get("whole", V1, &clean("elsewhere")).ok();
+    get("whole", V2, &count).ok();
+    let (calls, root) = (count.calls(), bench.house.path("whole"));
+
+    let (mut killed, mut renewed) = (0, 0);
+    let points = bench.points(&root, false, &calls, &mut dice);
+    for n in &points {
+        let parent = format!("into-{n}");
+        get(&parent, V1, &clean("elsewhere")).ok();
+        let strike = bench.shim.kill_at(&bench.house.path(&parent), *n);
+        let outcome = get(&parent, V2, &strike);
+        eprintln!("killed before call {n}: {:?}", strike.calls().into_iter().find(|call| call.number == *n));
+        assert!(matches!(outcome.code, None | Some(0)), "{outcome}");
+        killed += u32::from(outcome.code.is_none());
+        let out = bench.house.path(&parent).join("out");
+        let is_new = out.join("new.bin").exists();
+        renewed += u32::from(is_new);
+        assert_folder(&out, &if is_new { v2() } else { v1() });
+        get(&parent, V2, &clean("elsewhere")).ok();
+        assert_folder(&out, &v2());
+        let beside: Vec<_> = fs::read_dir(bench.house.path(&parent)).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(beside, ["out"], "left over");
+    }
+    bench.house.assert_in_order("cache");
+    let (total, seed) = (calls.len(), dice.seed());
+    eprintln!(
+        "crash: get --into --link {link}: killed before {killed} of {total} calls, {renewed} after the exchange, seed {seed}"
+    );
+    assert!(killed > 0, "no run was killed: this proved nothing");
+}
+
+/// A materialized folder holds exactly these files, and its marker.
+#[track_caller]
+fn assert_folder(folder: &Path, files: &Files) {
+    let mut names: Vec<_> = files.keys().map(std::path::PathBuf::from).chain([".modelcache.json".into()]).collect();
+    names.sort();
+    assert_eq!(common::files_below(folder), names);
+    files.iter().for_each(|(name, content)| common::assert_same(&folder.join(name), content));
 }
 
 /// What all rows of one test share.
@@ -203,6 +310,27 @@ impl Bench {
         assert_eq!(killed.code, None, "{killed}");
     }
 
+    /// A killed get of [`V1`] that had written one part of its large file, and said so in the journal.
+    fn leave_a_part(&self, dir: &str) {
+        let stall = HubFault::stall(65_536, Duration::from_secs(600)).on("model.safetensors").once();
+        self.house.hub.faults().add(stall);
+        let running = self.run(&ROW, dir).env("MODEL_CACHE_READ_TIMEOUT", "10m").start(["get", V1]);
+        wait_until("one part is marked", || self.house.marked_parts(dir) > 0);
+        running.signal("KILL");
+        assert_eq!(running.wait().code, None);
+    }
+
+    /// The reason of the pin of [`V1`], as the program reads it. A pin that cannot be read has none.
+    fn pin_reason(&self, dir: &str) -> Option<String> {
+        let row = self.house.on_local(dir).run(["inspect", "--json", V1]).object();
+        (!row["pin"].is_null()).then(|| row["pin"]["reason"].as_str().unwrap_or("unreadable").to_owned())
+    }
+
+    /// The pin is there, whole, or not there.
+    fn assert_pin_readable(&self, dir: &str) {
+        assert!(matches!(self.pin_reason(dir).as_deref(), None | Some("why")), "{:?}", self.pin_reason(dir));
+    }
+
     /// Another content under the same length, as a careless program might leave it.
     fn damage(&self, dir: &str, name: &str) {
         let root = self.house.path(dir);
@@ -248,7 +376,7 @@ fn crash(row: Operation) {
     bench.run(&row, "whole").envs(count.envs()).run(row.act).ok();
     let (calls, new) = (count.calls(), bench.house.state("whole"));
 
-    let points = bench.points(&row, &calls, &mut dice);
+    let points = bench.points(&bench.house.path("whole"), !row.before.is_empty(), &calls, &mut dice);
     let mut killed = 0;
     for n in &points {
         killed += u32::from(bench.dies_at(&row, *n, &old, &new));
@@ -260,16 +388,15 @@ fn crash(row: Operation) {
 
 impl Bench {
     /// The calls to be struck. What only finds the folders of a directory that was prepared needs no death.
-    fn points(&self, row: &Operation, calls: &[Call], dice: &mut Dice) -> Vec<u64> {
-        let root = self.house.path("whole");
+    fn points(&self, root: &Path, is_prepared: bool, calls: &[Call], dice: &mut Dice) -> Vec<u64> {
         if std::env::var("CRASH_EXHAUSTIVE").is_ok_and(|on| on == "1") {
-            return sample(calls, &root, dice, usize::MAX);
+            return sample(calls, root, dice, usize::MAX);
         }
         let want = std::env::var("CRASH_POINTS").map_or(POINTS, |points| points.parse().unwrap());
-        let at_top = |call: &&Call| call.path != root && call.path.parent() != Some(&root);
+        let at_top = |call: &&Call| call.path != root && call.path.parent() != Some(root);
         let calls: Vec<Call> =
-            if row.before.is_empty() { calls.to_vec() } else { calls.iter().filter(at_top).cloned().collect() };
-        sample(&calls, &root, dice, want)
+            if is_prepared { calls.iter().filter(at_top).cloned().collect() } else { calls.to_vec() };
+        sample(&calls, root, dice, want)
     }
 
     /// One death and all that must hold afterwards; whether it died (a run may make fewer calls than the one counted).
@@ -285,10 +412,12 @@ impl Bench {
         eprintln!("killed before call {n}: {last:?}");
         assert!(matches!(outcome.code, None | Some(0)), "{outcome}");
         self.assert_old_or_new(row, &dir, old, new);
+        (row.died)(self, &dir);
 
         self.end_claims();
         let again = self.run(row, &dir).run(row.act);
         assert!(again.code.is_some_and(|code| row.codes.contains(&code)), "{again}");
+        (row.repeated)(self, &dir);
         for (reference, files) in row.right {
             assert_right(self.run(row, &dir).run(["get", reference]), &files());
             if row.remote {

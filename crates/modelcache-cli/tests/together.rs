@@ -9,7 +9,9 @@ use modelcache_testkit::proxy::ProxyFault;
 use modelcache_testkit::{Content, FaultProxy};
 use serde_json::json;
 use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
 /// Five parts, so that one can be missing.
@@ -34,16 +36,8 @@ fn run(house: &House, dir: &str) -> Run {
 fn stalled(house: &House) -> Running {
     house.hub.faults().add(HubFault::stall(MIB, Duration::from_secs(600)).on("large.bin").once());
     let running = run(house, "a").start(["get", "hf://org/large"]);
-    wait_until("all parts but one are in staging", || marked_parts(house) == PARTS - 1);
+    wait_until("all parts but one are in staging", || house.marked_parts("a") == PARTS - 1);
     running
-}
-
-/// Parts that the journals in staging name.
-fn marked_parts(house: &House) -> u64 {
-    let below = |folder: PathBuf| files_below(&folder).into_iter().map(move |path| folder.join(path));
-    let journals =
-        house.staging("a").into_iter().flat_map(below).filter(|path| path.to_string_lossy().ends_with("parts"));
-    journals.flat_map(|path| fs::read(path).unwrap().into_iter().skip(16)).filter(|mark| *mark == b'1').count() as u64
 }
 
 fn assert_large(folder: &std::path::Path) {
@@ -130,10 +124,10 @@ fn with_a_ladder_only_the_torn_part_is_fetched_again() {
     let slow = FaultProxy::start_on(house.s3.endpoint(), 0).unwrap();
     slow.faults().add(ProxyFault::slow(100 << 10).after_skipping(4));
     let running = on("a").env("AWS_ENDPOINT_URL", slow.url()).start(["get", &reference]);
-    wait_until("some parts are in staging", || marked_parts(&house) >= 2);
+    wait_until("some parts are in staging", || house.marked_parts("a") >= 2);
     running.signal("KILL");
     running.wait();
-    let before = marked_parts(&house);
+    let before = house.marked_parts("a");
     assert!(before < PARTS, "killed too late");
     let folder = house.staging("a").remove(0);
     let journal = files_below(&folder).into_iter().find(|path| path.to_string_lossy().ends_with("parts")).unwrap();
@@ -212,4 +206,49 @@ fn room_that_is_needed_is_taken_from_what_was_left_before_anything_published_goe
     let left: Vec<String> = house.listed("a").iter().map(|name| name[..12].to_owned()).collect();
     assert_eq!(left, ["hf://org/oth", "hf://org/sma"], "nothing published had to go");
     assert_eq!(house.staging("a"), Vec::<PathBuf>::new());
+}
+
+/// Maps the file it is given, says so, and tells the digest of what it mapped when it is told to go on.
+const MAPPER: &str = r#"
+import hashlib, mmap, sys
+with open(sys.argv[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+print("mapped", flush=True)
+sys.stdin.readline()
+print(hashlib.sha256(mapped).hexdigest())
+"#;
+
+#[test]
+fn a_file_that_is_mapped_or_open_without_a_lease_keeps_its_bytes_whatever_happens() {
+    let house = House::new();
+    let (old, new) = (Content::generated(1, 3 * MIB), Content::generated(2, 3 * MIB));
+    house.write("old/w.bin", old.clone());
+    house.write("new/w.bin", new.clone());
+    let run = |args: &[&str]| house.on_local("a").run(args);
+    let replace: &[&str] = &["put", "m@1", "new", "--force"];
+    let evict: &[&str] = &["evict", "m@1", "--tier", "disk", "--yes"];
+    for fates in [[replace, &["prune"], evict], [evict, &["put", "m@1", "new"], &["prune", "--to", "0"]]] {
+        run(&["put", "m@1", "old"]).ok();
+        let file = run(&["get", "m@1"]).path().join("w.bin");
+        let mut open = File::open(&file).unwrap();
+        let mut mapper = Command::new("python3")
+            .args(["-c", MAPPER])
+            .arg(&file)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = BufReader::new(mapper.stdout.take().unwrap()).lines();
+        assert_eq!(said.next().unwrap().unwrap(), "mapped");
+        fates.iter().for_each(|args| drop(run(args).ok()));
+        assert!(!file.exists(), "nothing of it is in the cache any more");
+
+        mapper.stdin.take().unwrap().write_all(b"go\n").unwrap();
+        assert_eq!(said.next().unwrap().unwrap(), old.sha256().unwrap(), "{fates:?}");
+        assert!(mapper.wait().unwrap().success());
+        let mut bytes = Vec::new();
+        open.read_to_end(&mut bytes).unwrap();
+        assert!(bytes == old.to_vec().unwrap(), "{fates:?}");
+        house.assert_in_order("a");
+    }
 }

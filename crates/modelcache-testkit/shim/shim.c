@@ -9,6 +9,7 @@
  *   SHIM_READS=1  count opening, listing and reading, too
  *   SHIM_KILL_AT  the process is killed (SIGKILL) before the call with this number
  *   SHIM_FAIL_AT  the call with this number fails with SHIM_ERRNO; with SHIM_STICKY=1 every later one, too
+ *   SHIM_OF       the name of a call: SHIM_FAIL_AT then counts the calls of this name alone
  *   SHIM_FLOCK    "lies": flock succeeds and locks nothing; "refuses": it fails with ENOLCK (anywhere, uncounted)
  *
  * Surprise: a write that fails has written nothing. What a program does by bare system calls is not seen.
@@ -31,11 +32,11 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static const char *root, *log_path, *flock_mode;
+static const char *root, *log_path, *flock_mode, *of;
 static size_t root_len;
 static long kill_at, fail_at, fail_errno;
 static int sticky, count_reads;
-static atomic_long calls;
+static atomic_long calls, calls_of;
 
 static long number(const char *name) {
     const char *text = getenv(name);
@@ -47,6 +48,7 @@ __attribute__((constructor)) static void start(void) {
     root_len = root ? strlen(root) : 0;
     log_path = getenv("SHIM_LOG");
     flock_mode = getenv("SHIM_FLOCK");
+    of = getenv("SHIM_OF");
     kill_at = number("SHIM_KILL_AT");
     fail_at = number("SHIM_FAIL_AT");
     fail_errno = number("SHIM_ERRNO");
@@ -92,6 +94,7 @@ static int strike(const char *call, const char *path) {
         syscall(SYS_kill, getpid(), SIGKILL);
         for (;;) pause();
     }
+    if (of) n = strcmp(call, of) ? 0 : atomic_fetch_add(&calls_of, 1) + 1;
     int fails = fail_at && (n == fail_at || (sticky && n > fail_at));
     errno = fails ? fail_errno : saved;
     return fails;

@@ -116,6 +116,13 @@ impl Strike {
         self.with("SHIM_STICKY", 1)
     }
 
+    /// Counts the calls named `call` alone when it looks for the one that shall fail. Threads take turns, so only this
+    /// makes sure that it is one of them.
+    #[must_use]
+    pub fn of(self, call: &str) -> Self {
+        self.with("SHIM_OF", call)
+    }
+
     /// Counts what opens, lists and reads, too.
     #[must_use]
     pub fn with_reads(self) -> Self {
@@ -224,6 +231,8 @@ mod tests {
         assert!(!once.2.path().join("b").exists() && once.2.path().join("c").exists());
         let sticky = run(|shim, root| shim.fail_at(root, 2, Errno::EROFS).from_then_on(), "exec mkdir a b c");
         assert!(sticky.2.path().join("a").exists() && !sticky.2.path().join("c").exists());
+        let of = run(|shim, root| shim.fail_at(root, 1, Errno::ENOSPC).of("mkdir"), "> f; exec mkdir a b");
+        assert!(!of.2.path().join("a").exists() && of.2.path().join("b").exists(), "the first mkdir: {of:?}");
     }
 
     #[test]

@@ -85,6 +85,15 @@ impl House {
         entries(&self.path(dir).join("staging"))
     }
 
+    /// Parts that the journals in the staging of `dir` name.
+    pub fn marked_parts(&self, dir: &str) -> u64 {
+        let below = |folder: PathBuf| files_below(&folder).into_iter().map(move |path| folder.join(path));
+        let journals =
+            self.staging(dir).into_iter().flat_map(below).filter(|path| path.to_string_lossy().ends_with("parts"));
+        journals.flat_map(|path| fs::read(path).unwrap().into_iter().skip(16)).filter(|mark| *mark == b'1').count()
+            as u64
+    }
+
     /// The artifacts that a person sees in `dir`.
     #[track_caller]
     pub fn listed(&self, dir: &str) -> Vec<String> {

@@ -77,10 +77,8 @@ impl House {
     pub fn sweep(&self, dir: &str) {
         let old = FileTimes::new().set_modified(SystemTime::now() - Duration::from_secs(2 * 24 * 3600));
         let staging = self.path(dir).join("staging");
-        for path in entries(&staging).into_iter().flat_map(|path| [path.join("journal"), path]) {
-            if path.exists() {
-                File::open(path).unwrap().set_times(old).unwrap();
-            }
+        for path in entries(&staging).into_iter().flat_map(|path| [entries(&path), vec![path]].concat()) {
+            File::open(path).unwrap().set_times(old).unwrap();
         }
         spoil_record(&self.path(dir));
         self.on_local(dir).run(["stats"]).ok();

@@ -338,8 +338,13 @@ impl BudgetHold<'_> {
 
     /// Links `from` as `view`, replacing whatever is there; `false` where the link is refused.
     fn link_view(&mut self, from: &Path, dir: &ArtifactDir, view: &Path) -> Result<bool> {
-        let Some(present) = files::stat(view)? else { return clone::hard_link(from, view).at("link", view) };
-        if files::stat(from)?.is_some_and(|metadata| metadata.ino() == present.ino()) {
+        match clone::hard_link(from, view) {
+            // There before, or since a moment: where locks do not exclude, others place views, too.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            linked => return linked.at("link", view),
+        }
+        let present = files::stat(view)?.map(|metadata| metadata.ino());
+        if files::stat(from)?.is_some_and(|metadata| Some(metadata.ino()) == present) {
             return Ok(true);
         }
         for folder in [&*self.disk().layout().stagings(), dir.path()] {

@@ -375,7 +375,8 @@ impl PartTask {
     async fn part(self, range: Range<u64>) -> Result<(), Trouble> {
         let mut failure: Option<Error> = None;
         let mut progress = PartProgress::new(&self, &range);
-        for source in &self.sources {
+        for (at, source) in self.sources.iter().enumerate() {
+            let is_last = at + 1 == self.sources.len();
             let mut attempts = self.pourer.retry.attempts();
             let mut mismatched = false;
             loop {
@@ -392,6 +393,12 @@ impl PartTask {
                     {
                         tracing::warn!(%error, "fetching the part again");
                         mismatched = true;
+                    }
+                    Err(Trouble::Failed(error)) if !is_last && progress.is_short() => {
+                        self.note_bad(source.tier(), &Error::corrupt(error.message()));
+                        failure = Some(worse(failure, error));
+                        progress.short_ends = 0;
+                        break;
                     }
                     Err(Trouble::Failed(error)) => match self.pause(&mut attempts, error).await {
                         Ok(()) => {}
@@ -534,14 +541,15 @@ impl PartProgress {
         Some(PartHasher::resume(state, range.start))
     }
 
-    /// A stream that ended in good order, too soon. Once that may be the network; again, without a byte, the copy is short.
+    /// A stream that ended in good order, too soon.
     fn ended_early(&mut self, path: &FilePath, began: u64, end: u64, tier: Tier) -> Error {
-        let missing = end - self.next;
         self.short_ends = if self.next == began { self.short_ends + 1 } else { 0 };
-        match self.short_ends {
-            0..2 => Error::unavailable(format!("{path} ended {missing} bytes early")).tier(tier),
-            _ => Error::corrupt(format!("{path} is {missing} bytes shorter than it is listed")).tier(tier),
-        }
+        Error::unavailable(format!("{path} ended {} bytes early", end - self.next)).tier(tier)
+    }
+
+    /// Once that may be the network; again, without a byte, the copy is shorter than it is listed.
+    fn is_short(&self) -> bool {
+        self.short_ends >= 2
     }
 
     fn restart(&mut self, task: &PartTask, range: &Range<u64>) {
