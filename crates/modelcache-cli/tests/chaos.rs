@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-const SECONDS: u64 = 20;
+const SECONDS: u64 = 120;
 const PROCESSES: u64 = 16;
 /// Room for about four of the artifacts.
 const BUDGET: u64 = 2_000_000;

@@ -405,6 +405,22 @@ fn a_folder_is_an_origin_and_a_remote_too() {
 }
 
 #[test]
+fn a_folder_as_it_once_was_is_named_as_it_is_listed() {
+    let house = House::new();
+    let mine = house.path("mine");
+    let reference = format!("file://{}", mine.display());
+    house.write("mine/weights", "first");
+    house.on("a").run(["get", &reference]).path();
+    let once = house.listed("a").remove(0);
+    house.write("mine/weights", "second, and longer");
+    house.on("a").run(["get", &reference]).path();
+    assert_same(&house.on("a").run(["get", &once]).path().join("weights"), &"first".into());
+    house.on("a").run(["evict", &once, "--yes"]).ok();
+    assert!(!house.listed("a").contains(&once) && house.listed("a").len() == 1, "{:?}", house.listed("a"));
+    house.on("a").run(["put", &once, "mine"]).failed(2, &["stands for a URI"]);
+}
+
+#[test]
 fn a_bare_name_comes_from_the_origin_that_is_configured() {
     let (house, _) = House::with_model();
     let origin = "hf://nobody/{name}@{version},hf://org/{name}@{version}";

@@ -187,6 +187,17 @@ impl ArtifactKey {
         Ok(Self::new(ArtifactName::bare(name)?, Version::new(version)?))
     }
 
+    /// The key as it is listed: a bare one, or that of a folder or file as it once was, which its URI names only as it
+    /// is now (`file/models/m@4451…`).
+    pub(crate) fn listed(text: &str) -> Result<Self> {
+        match text.rsplit_once('@') {
+            Some((name, version)) if name.starts_with("file/") => {
+                Ok(Self::new(ArtifactName::checked(name)?, Version::new(version)?))
+            }
+            _ => Self::bare(text),
+        }
+    }
+
     /// 32 hex digits that stand for this key where a short name without structure is needed (locks, staging). Derived
     /// from the escaped folder names, so that it can be told from an artifact's folder alone.
     pub fn hash(&self) -> String {

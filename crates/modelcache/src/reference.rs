@@ -90,7 +90,7 @@ impl Reference {
                 return Err(Error::invalid(format!("{text:?}: no origin is called {scheme:?}"))
                     .hint("write name@version, hf://org/model@revision or file:///path"));
             }
-            None => Self { target: Target::Bare(ArtifactKey::bare(body)?), file: None, digest: None },
+            None => Self { target: Target::Bare(ArtifactKey::listed(body)?), file: None, digest: None },
         };
         Ok(Self { digest, ..reference })
     }

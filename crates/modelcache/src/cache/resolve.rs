@@ -108,7 +108,7 @@ impl Cache {
     /// The source for a bare key by the configured templates, if there are any.
     fn template_origin(&self, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
         let templates = &self.0.config.origins;
-        (!templates.is_empty()).then(|| {
+        (!templates.is_empty() && key.name.scheme().is_none()).then(|| {
             Arc::new(TemplateOrigin {
                 key: key.clone(),
                 templates: templates.clone(),
