@@ -111,8 +111,10 @@ impl Cache {
             Ok(poured) => poured,
             Err(error) => {
                 // What was fetched is kept for the next fill, unless it is what fills the disk.
-                if error.kind() == ErrorKind::Full {
-                    blocking(move || staging.discard()).await?;
+                if error.kind() == ErrorKind::Full
+                    && let Err(left) = blocking(move || staging.discard()).await
+                {
+                    tracing::warn!(error = %left, "what was fetched could not be removed; the next fill does");
                 }
                 return Err(error);
             }

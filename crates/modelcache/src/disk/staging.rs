@@ -33,6 +33,8 @@ const TEMPORARY_AGE_MAX: Duration = Duration::from_secs(3600);
 const RESUME_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// How long a fill waits for room that readers or other fills may give back.
 const ROOM_WAIT_MAX: Duration = Duration::from_secs(5);
+/// How long writes that are still under way are waited for.
+const WRITES_WAIT_MAX: Duration = Duration::from_secs(10);
 /// How often a staging folder is made anew.
 const MAKES_MAX: usize = 16;
 /// Time between two looks for room.
@@ -312,8 +314,13 @@ impl Staging {
         self.owner.clone()
     }
 
-    /// Removes the folder: what it held is published, or of no use to anybody.
+    /// Removes the folder: what it held is published, or of no use to anybody. A write that is still under way, whose
+    /// caller has given up, is waited for, so that it leaves nothing behind.
     pub(crate) fn discard(self) -> Result<()> {
+        let started = Instant::now();
+        while Arc::strong_count(&self.owner) > 1 && started.elapsed() < WRITES_WAIT_MAX {
+            thread::sleep(Duration::from_millis(2));
+        }
         remove_staging(&self.dir)
     }
 
