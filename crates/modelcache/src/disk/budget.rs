@@ -1,9 +1,9 @@
 //! The byte budget: one short lock, one record, room made before anything is written.
 //!
 //! Counted are the allocated bytes of blobs, quarantine and staging, and what live fills have reserved beyond that. The
-//! record keeps the total of blobs, quarantine and views that no blob stands behind; it is marked dirty before a change and written after it, so that
-//! whoever finds it dirty (or from another boot) counts again instead of trusting it. Whoever holds the budget waits
-//! for nothing: other locks are tried once.
+//! record keeps the total of blobs, quarantine and views that no blob stands behind; it is marked dirty before a change
+//! and written after it, so that whoever finds it dirty (or from another boot) counts again instead of trusting it.
+//! Whoever holds the budget waits for nothing: other locks are tried once.
 
 use super::fault::At;
 use super::files::{self, allocated};

@@ -5,7 +5,7 @@
 //! by themselves. Nothing here decides whether bytes are right: a clone is as right as what it was made from, and
 //! [`copy`] tells what it copied.
 
-use super::fault::At;
+use super::fault::{At, errno};
 use super::files::{self, identity};
 use super::modes;
 use crate::digest::Digest;
@@ -58,8 +58,7 @@ pub(crate) fn hard_link(from: &Path, to: &Path) -> io::Result<bool> {
 
 /// Whether a link or rename failed because these two places do not go together, not because something is wrong.
 pub(crate) fn is_refusal(error: &io::Error) -> bool {
-    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
-    matches!(errno, Some(Errno::PERM | Errno::XDEV | Errno::MLINK | Errno::OPNOTSUPP | Errno::NOSYS))
+    matches!(errno(error), Some(Errno::PERM | Errno::XDEV | Errno::MLINK | Errno::OPNOTSUPP | Errno::NOSYS))
 }
 
 /// Makes `to` a reflink of `from` while `from` is the file `known`; the new file's identity, or `None` where that cannot

@@ -5,10 +5,14 @@ use rustix::io::Errno;
 use std::io;
 use std::path::Path;
 
+/// The system's number of an error, where it has one.
+pub(super) fn errno(cause: &io::Error) -> Option<Errno> {
+    cause.raw_os_error().map(Errno::from_raw_os_error)
+}
+
 /// Translates an error of `operation` on `path` (once, here): no room, directory not usable, or the machine's trouble.
 pub(crate) fn fault(operation: &str, path: &Path, cause: io::Error) -> Error {
-    let errno = cause.raw_os_error().map(Errno::from_raw_os_error);
-    let (kind, hint) = match errno {
+    let (kind, hint) = match errno(&cause) {
         Some(Errno::NOSPC) => {
             (ErrorKind::Full, "free space or inodes on this filesystem, or point MODEL_CACHE_DIR to a larger one")
         }

@@ -54,6 +54,11 @@ pub(crate) fn remove_tree(path: &Path) -> Result<()> {
     absent(fs::remove_dir_all(path)).at("remove", path).map(|_| ())
 }
 
+/// Removes whatever lies at `path`, a folder with all it holds.
+pub(crate) fn remove(path: &Path) -> Result<()> {
+    if is_folder(path)? { remove_tree(path) } else { remove_file(path) }
+}
+
 /// Makes names in `dir` survive a power cut.
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).at("make durable", dir)

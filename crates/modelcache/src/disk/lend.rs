@@ -6,7 +6,7 @@
 
 use super::Disk;
 use super::clone::Link;
-use super::fault::At;
+use super::fault::{At, errno};
 use super::files::{self, identity};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
@@ -138,7 +138,7 @@ impl Disk {
     fn judge(&self, view: &std::path::Path, entry: &FileEntry) -> Result<Mismatch> {
         let mut file = match modes::open_existing(view, false) {
             Ok(file) => file,
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) => {
+            Err(error) if errno(&error) == Some(rustix::io::Errno::MFILE) => {
                 return Err(error).at("open", view);
             }
             Err(_) => return Ok(Mismatch::Missing),

@@ -7,7 +7,7 @@
 //! Some filesystems grant every lock or refuse all. [`are_honest`] finds out; where every lock is refused, a lock counts
 //! as gained, and whoever relies on exclusion asks the directory whether its locks are honest.
 
-use super::fault::At;
+use super::fault::{At, errno};
 use super::files;
 use super::modes;
 use crate::error::Result;
@@ -94,6 +94,5 @@ pub(crate) fn are_honest(path: &Path) -> Result<bool> {
 
 /// Whether the filesystem has no locks at all.
 fn has_no_locks(cause: &io::Error) -> bool {
-    let errno = cause.raw_os_error().map(Errno::from_raw_os_error);
-    matches!(errno, Some(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS))
+    matches!(errno(cause), Some(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS))
 }

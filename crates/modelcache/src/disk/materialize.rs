@@ -5,6 +5,7 @@
 //! folder lists what was. A folder whose builder died is removed by the next call; the live ones are locked.
 
 use super::clone::{self, Link};
+use super::fault::errno;
 use super::files::{self, absent, identity};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
@@ -172,7 +173,8 @@ fn foreign_file(dir: &Path) -> Result<Option<PathBuf>> {
     Ok(foreign)
 }
 
-/// Whether a file is the one that was put there. Of a hard link into the cache, whose mtime is the cache's, the inode tells.
+/// Whether a file is the one that was put there. Of a hard link into the cache, whose mtime is the cache's, the inode
+/// tells.
 fn is_still(put: &FileIdentity, metadata: &fs::Metadata) -> bool {
     let now = identity(metadata);
     now == *put || (metadata.nlink() > 1 && now.inode == put.inode && now.bytes == put.bytes)
@@ -377,10 +379,6 @@ fn not_swapped(dir: &Path, cause: io::Error) -> Error {
         }
         _ => trouble("replace", dir, cause),
     }
-}
-
-fn errno(cause: &io::Error) -> Option<Errno> {
-    cause.raw_os_error().map(Errno::from_raw_os_error)
 }
 
 fn sync(dir: &Path) -> Result<()> {

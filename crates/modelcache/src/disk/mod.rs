@@ -172,8 +172,7 @@ impl Disk {
 
     /// The bounds in bytes and what is free.
     pub(crate) fn space(&self) -> Result<Space> {
-        let root = self.layout().root();
-        let stat = rustix::fs::statvfs(root).at("look at the filesystem of", root)?;
+        let stat = self.filesystem()?;
         let filesystem = stat.f_blocks * stat.f_frsize;
         Ok(Space {
             budget: self.0.max_bytes.bytes(filesystem),
@@ -184,9 +183,13 @@ impl Disk {
 
     /// A bound in bytes, on this filesystem.
     pub(crate) fn bound_bytes(&self, bound: ByteBound) -> Result<u64> {
-        let root = self.layout().root();
-        let stat = rustix::fs::statvfs(root).at("look at the filesystem of", root)?;
+        let stat = self.filesystem()?;
         Ok(bound.bytes(stat.f_blocks * stat.f_frsize))
+    }
+
+    fn filesystem(&self) -> Result<rustix::fs::StatVfs> {
+        let root = self.layout().root();
+        rustix::fs::statvfs(root).at("look at the filesystem of", root)
     }
 
     /// What disk knows of `key`, held or not.

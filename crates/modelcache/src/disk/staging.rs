@@ -124,7 +124,7 @@ impl StagingUse {
 fn remove_staging(dir: &Path) -> Result<()> {
     let journal = dir.join(JOURNAL);
     for path in files::entries(dir)?.into_iter().filter(|path| *path != journal) {
-        if files::is_folder(&path)? { files::remove_tree(&path)? } else { files::remove_file(&path)? }
+        files::remove(&path)?;
     }
     files::remove_tree(dir)
 }
@@ -333,7 +333,7 @@ impl Staging {
             if own && names.contains(staged_part(&path)) && by_content(&path) {
                 kept = true;
             } else if path.file_name().is_none_or(|name| name != JOURNAL) {
-                if files::is_folder(&path)? { files::remove_tree(&path)? } else { files::remove_file(&path)? }
+                files::remove(&path)?;
             }
         }
         Ok(kept)
