@@ -187,15 +187,21 @@ impl ArtifactKey {
         Ok(Self::new(ArtifactName::bare(name)?, Version::new(version)?))
     }
 
-    /// The key as it is listed: a bare one, or that of a folder or file as it once was, which its URI names only as it
-    /// is now (`file/models/m@4451…`).
+    /// The key as it is listed: a bare one, or that of something that its URI names only as it is now: a folder as it
+    /// once was (`file/models/m@4451…`), a web page's earlier content.
     pub(crate) fn listed(text: &str) -> Result<Self> {
         match text.rsplit_once('@') {
-            Some((name, version)) if name.starts_with("file/") => {
+            Some((name, version)) if Self::is_listed_alone(name) => {
                 Ok(Self::new(ArtifactName::checked(name)?, Version::new(version)?))
             }
             _ => Self::bare(text),
         }
+    }
+
+    /// Whether names that begin so are typed as they are listed. The Hub's never are: a commit's URI says all of it.
+    fn is_listed_alone(name: &str) -> bool {
+        let scheme = name.split_once('/').map(|(scheme, _)| scheme);
+        scheme.is_some_and(|scheme| scheme != "hf" && SCHEME_WORDS.contains(&scheme))
     }
 
     /// 32 hex digits that stand for this key where a short name without structure is needed (locks, staging). Derived

@@ -8,6 +8,7 @@ pub mod limits;
 pub mod manifest;
 pub mod reference;
 pub mod selection;
+pub mod sidecar;
 
 pub mod config;
 pub mod progress;

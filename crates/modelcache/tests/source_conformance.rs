@@ -198,7 +198,7 @@ async fn on_the_hub(hub: &Arc<Hub>, repo: &str) -> Subject {
     let absent = ArtifactKey { version: "0".repeat(40).parse().unwrap(), ..resolved.key };
     Subject {
         source: resolved.source,
-        absent: origins.source(&absent),
+        absent: origins.source(&reference, &absent),
         tier: Tier::Origin,
         shape: Shape::Tree,
         files,
@@ -217,7 +217,8 @@ async fn the_hub_is_a_source() {
         assert!(subject.absent.is_some());
         obeys_the_contract(&subject).await;
         let key = subject.source.manifest().await.unwrap().unwrap().key;
-        let again = origins(hub.url()).source(&key).expect("an exact key");
+        let exact = Reference::parse(&key.to_string()).unwrap();
+        let again = origins(hub.url()).source(&exact, &key).expect("an exact key");
         obeys_the_contract(&Subject { source: again, ..subject }).await;
     }
     assert!(hub.requests().iter().all(|seen| !seen.authorized()), "a token that nobody configured");

@@ -5,7 +5,7 @@
 use super::{Cache, EvictReport, EvictTier};
 use crate::error::{Context, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
-use crate::reference::{Reference, Target};
+use crate::reference::{Pointer, Reference};
 use crate::source::Source;
 use crate::transfer::blocking;
 use std::sync::Arc;
@@ -48,12 +48,11 @@ impl Cache {
         &self,
         reference: &Reference,
     ) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
-        if let Target::Hub(repo) = &reference.target
-            && reference.exact_key().is_none()
-            && let Some(remembered) = self.remembered_ref(&repo.name()?, &repo.revision)?
+        if let Some(Pointer { name, revision }) = reference.pointer()
+            && let Some(remembered) = self.remembered_ref(&name, &revision)?
         {
-            let key = ArtifactKey::new(repo.name()?, remembered.version);
-            let origin = self.0.origins.source(&key);
+            let key = ArtifactKey::new(name, remembered.version);
+            let origin = self.0.origins.source(reference, &key);
             return Ok((key, origin));
         }
         self.resolve_key(reference).await.map_err(|error| match error.kind() {

@@ -11,7 +11,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{Manifest, Shape};
 use crate::origin::Origins;
 use crate::progress::{Phase, Progress};
-use crate::reference::{HubRepo, Reference, Target};
+use crate::reference::{Pointer, Reference, Target};
 use crate::selection::Selection;
 use crate::source::{Body, Source};
 use crate::transfer::blocking;
@@ -56,44 +56,45 @@ impl Cache {
 
     /// The key a reference leads to now, and the source at its origin.
     pub(super) async fn resolve_key(&self, reference: &Reference) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
-        match &reference.target {
-            Target::Bare(key) => Ok((key.clone(), self.template_origin(key))),
-            Target::Hub(repo) => {
-                let key = match reference.exact_key() {
-                    Some(key) => key,
-                    None => self.resolve_revision(reference, repo).await?,
-                };
-                let origin = self.0.origins.source(&key);
-                Ok((key, origin))
-            }
-            Target::Folder(_) => {
+        if let Target::Bare(key) = &reference.target {
+            return Ok((key.clone(), self.template_origin(key)));
+        }
+        let key = match (reference.exact_key(), reference.pointer()) {
+            (Some(key), _) => key,
+            (None, Some(pointer)) => self.resolve_pointer(reference, pointer).await?,
+            // A folder: whether it still is what its version says, only a look can tell.
+            (None, None) => {
                 let absent =
                     || Error::not_found("there is no such file or folder").tier(Tier::Origin).hint("check the path");
                 let resolved = self.0.origins.resolve(reference).await?.ok_or_else(absent)?;
-                Ok((resolved.key, Some(resolved.source)))
+                return Ok((resolved.key, Some(resolved.source)));
             }
-        }
+        };
+        let origin = self.0.origins.source(reference, &key);
+        Ok((key, origin))
     }
 
-    async fn resolve_revision(&self, reference: &Reference, repo: &HubRepo) -> Result<ArtifactKey> {
-        let name = repo.name()?;
+    /// The version that a pointer leads to: this disk's answer while it is fresh, else the origin's; the last one known
+    /// where the origin does not answer.
+    async fn resolve_pointer(&self, reference: &Reference, pointer: Pointer) -> Result<ArtifactKey> {
+        let Pointer { name, revision } = pointer;
         let remembered = {
-            let (cache, name, revision) = (self.clone(), name.clone(), repo.revision.clone());
-            blocking(move || cache.remembered_ref(&name, &revision)).await?
+            let (disk, name, revision) = (self.0.disk.clone(), name.clone(), revision.clone());
+            blocking(move || disk.remembered_ref(&name, &revision)).await?
         };
         if let Some(fresh) = remembered.as_ref().filter(|answer| answer.age <= self.0.config.ref_ttl) {
             return Ok(ArtifactKey::new(name, fresh.version.clone()));
         }
         match self.0.origins.resolve(reference).await {
             Ok(Some(resolved)) => {
-                let (disk, key, revision) = (self.0.disk.clone(), resolved.key.clone(), repo.revision.clone());
+                let (disk, key) = (self.0.disk.clone(), resolved.key.clone());
                 let remember = blocking(move || disk.remember_ref(&key.name, &revision, &key.version)).await;
                 if let Err(error) = remember {
                     tracing::debug!(%error, "the answer is not remembered");
                 }
                 Ok(resolved.key)
             }
-            Ok(None) => Err(Error::not_found(format!("there is no revision {:?}", repo.revision)).tier(Tier::Origin)),
+            Ok(None) => Err(Error::not_found(format!("there is no revision {revision:?}")).tier(Tier::Origin)),
             Err(error) => match remembered {
                 Some(last) if error.kind() == ErrorKind::Unavailable => {
                     let key = ArtifactKey::new(name, last.version);

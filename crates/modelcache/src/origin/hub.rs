@@ -14,7 +14,7 @@ use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
-use crate::reference::{HubRepo, Reference, Target};
+use crate::reference::HubRepo;
 use crate::source::{Body, Source};
 use crate::transfer::Retry;
 use async_trait::async_trait;
@@ -48,16 +48,10 @@ pub(super) async fn resolve(hub: &Arc<Hub>, repo: &HubRepo) -> Result<Resolved> 
     Ok(Resolved { source: Arc::new(HubSource::new(hub, repo, key.clone())), key })
 }
 
-/// A source for `hf/…@<commit>`; `None` for any other key.
-pub(super) fn source(hub: &Arc<Hub>, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
-    key.name.as_str().strip_prefix("hf/")?;
-    let reference = Reference::parse(&key.to_string()).ok()?;
-    match reference.target {
-        Target::Hub(repo) if repo.key_at(&repo.revision).ok()? == *key => {
-            Some(Arc::new(HubSource::new(hub, repo, key.clone())))
-        }
-        _ => None,
-    }
+/// A source for `key`, which is `repo` at a commit.
+pub(super) fn source(hub: &Arc<Hub>, repo: &HubRepo, key: &ArtifactKey) -> Arc<dyn Source> {
+    let repo = HubRepo { revision: key.version.as_str().to_owned(), ..repo.clone() };
+    Arc::new(HubSource::new(hub, repo, key.clone()))
 }
 
 /// The last answer after all redirects, where it came from, and what the endpoint said on the way.
@@ -441,6 +435,7 @@ fn add(manifest: &mut Manifest, entry: TreeEntry) -> Result<()> {
 mod tests {
     use super::*;
     use crate::config::{RetryConfig, Secret};
+    use crate::reference::RepoKind;
 
     fn hub(endpoint: &str) -> Arc<Hub> {
         let config = HubConfig { endpoint: endpoint.into(), token: Some(Secret::new("hf_canary")) };
@@ -449,29 +444,6 @@ mod tests {
 
     fn entry(json: &str) -> TreeEntry {
         serde_json::from_str(json).expect(json)
-    }
-
-    #[test]
-    fn keys_of_the_hub_have_a_source_and_others_have_none() {
-        let hub = hub("https://huggingface.co");
-        let commit = "ab".repeat(20);
-        let key = |name: &str, version: &str| ArtifactKey {
-            name: name.parse().expect("name"),
-            version: version.parse().expect("version"),
-        };
-        for name in ["hf/org/model", "hf/gpt2", "hf/datasets/org/set", "hf/spaces/org/app"] {
-            assert!(source(&hub, &key(name, &commit)).is_some(), "{name}");
-        }
-        for (name, version) in [
-            ("hf/org/model", "main"),
-            ("hf/a/b/c", &*commit),
-            ("team/model", &*commit),
-            ("file/tmp/x", &*commit),
-            ("hf", &*commit),
-        ] {
-            assert!(source(&hub, &key(name, version)).is_none(), "{name}@{version}");
-        }
-        assert!(source(&hub, &key("hf/org/model", &commit.to_uppercase())).is_none(), "keys have one spelling");
     }
 
     #[test]
@@ -540,9 +512,8 @@ mod tests {
     #[test]
     fn sources_and_hubs_do_not_print_their_secrets() {
         let hub = hub("https://h");
-        let key =
-            ArtifactKey { name: "hf/a/b".parse().expect("name"), version: "ab".repeat(20).parse().expect("version") };
-        let source = source(&hub, &key).expect("source");
+        let repo = HubRepo { kind: RepoKind::Model, id: "a/b".into(), revision: "ab".repeat(20) };
+        let source = source(&hub, &repo, &repo.key_at(&repo.revision).expect("key"));
         assert!(!format!("{hub:?}{source:?}").contains("canary"));
         assert!(bearer("a\nb").is_err());
     }

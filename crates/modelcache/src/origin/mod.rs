@@ -64,11 +64,14 @@ impl Origins {
         }
     }
 
-    /// A source for an exact key that needs no resolving; asks nobody.
+    /// A source for `reference`, once it is known to mean `key`; asks nobody.
     ///
     /// `None` if the key belongs to no origin, and for files and folders: only resolving can tell whether they are
     /// still what the version says.
-    pub fn source(&self, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
-        hub::source(&self.hub, key)
+    pub fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        match &reference.target {
+            Target::Hub(repo) => Some(hub::source(&self.hub, repo, key)),
+            Target::Bare(_) | Target::Folder(_) => None,
+        }
     }
 }

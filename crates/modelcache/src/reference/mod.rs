@@ -1,56 +1,19 @@
 //! References: what a person types to name an artifact.
 //!
-//! Every form of the interface is understood here. Forms whose origin is not built yet are refused with a reason
+//! Every form of the interface is understood here, each scheme in its own file. Forms whose origin is not built yet are refused with a reason
 //! that says so, rather than taken for something else. A bare `name@version` never implies a public place.
 
-use crate::digest::{Digest, GitOid};
+mod folder;
+mod hub;
+
+pub use folder::folder_name;
+pub use hub::{HubRepo, RepoKind};
+
+use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
-use percent_encoding::percent_decode_str;
+use crate::key::{ArtifactKey, ArtifactName, FilePath};
 use std::fmt;
 use std::str::FromStr;
-
-/// The kinds of repository at the Hub, which has one space of names for each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum RepoKind {
-    /// Models: the default, without a prefix.
-    Model,
-    /// Datasets: `datasets/`.
-    Dataset,
-    /// Spaces: `spaces/`.
-    Space,
-}
-
-impl RepoKind {
-    /// The segment that names the kind in API paths: `models`, `datasets`, `spaces`.
-    pub fn api_segment(self) -> &'static str {
-        match self {
-            Self::Model => "models",
-            Self::Dataset => "datasets",
-            Self::Space => "spaces",
-        }
-    }
-
-    /// What stands before the repository in file URLs and references: empty for models.
-    pub fn prefix(self) -> &'static str {
-        match self {
-            Self::Model => "",
-            Self::Dataset => "datasets/",
-            Self::Space => "spaces/",
-        }
-    }
-}
-
-/// A repository at the Hub, at a revision.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct HubRepo {
-    /// Model, dataset or space.
-    pub kind: RepoKind,
-    /// `org/name`, or one segment for old repositories.
-    pub id: String,
-    /// A branch, a tag, `refs/pr/N`, or a commit of 40 hex digits.
-    pub revision: String,
-}
 
 /// What kind of place a reference points into.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -61,6 +24,15 @@ pub enum Target {
     Hub(HubRepo),
     /// A local file or folder, by absolute path.
     Folder(String),
+}
+
+/// A movable name that a reference goes through: what it means has to be asked, and may be another version tomorrow.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Pointer {
+    /// The artifact's name, the same at every version.
+    pub name: ArtifactName,
+    /// The revision: a branch, a tag, an alias.
+    pub revision: String,
 }
 
 /// What a person typed, understood.
@@ -79,8 +51,8 @@ impl Reference {
     pub fn parse(text: &str) -> Result<Self> {
         let (body, digest) = split_digest(text)?;
         let reference = match body.split_once("://") {
-            Some(("hf", rest)) => parse_hub(rest)?,
-            Some(("file", rest)) => Self { target: Target::Folder(parse_folder(rest)?), file: None, digest: None },
+            Some(("hf", rest)) => hub::parse(rest)?,
+            Some(("file", rest)) => Self { target: Target::Folder(folder::parse(rest)?), file: None, digest: None },
             Some(("s3" | "https" | "http" | "oci", _)) | None if later(body).is_some() => {
                 let what = later(body).unwrap_or("this");
                 return Err(Error::invalid(format!("{text:?}: {what} cannot be an origin in this release"))
@@ -98,7 +70,7 @@ impl Reference {
     /// The same reference at another revision: what `--revision` means. Refused where there is none.
     pub fn at_revision(mut self, revision: &str) -> Result<Self> {
         match &mut self.target {
-            Target::Hub(repo) => repo.revision = checked_revision(revision)?,
+            Target::Hub(repo) => repo.revision = hub::checked_revision(revision)?,
             Target::Bare(_) | Target::Folder(_) => {
                 return Err(
                     Error::invalid(format!("{self} has no revisions")).hint("only hf:// references take --revision")
@@ -116,25 +88,15 @@ impl Reference {
             Target::Hub(_) | Target::Folder(_) => None,
         }
     }
-}
 
-impl HubRepo {
-    /// Whether the revision is a commit, which never moves.
-    pub fn is_commit(&self) -> bool {
-        self.revision.parse::<GitOid>().is_ok()
-    }
-
-    /// The artifact's name: `hf/`, the kind's prefix, the repository.
-    pub fn name(&self) -> Result<ArtifactName> {
-        let prefix = self.kind.prefix().trim_end_matches('/');
-        let parts = Some(prefix).filter(|prefix| !prefix.is_empty()).into_iter().chain(self.id.split('/'));
-        ArtifactName::from_uri("hf", parts)
-    }
-
-    /// The key of this repository at `commit` (40 hex digits).
-    pub fn key_at(&self, commit: &str) -> Result<ArtifactKey> {
-        let commit: GitOid = commit.parse()?;
-        Ok(ArtifactKey::new(self.name()?, Version::new(&commit.to_string())?))
+    /// The pointer that it goes through, where it has one. A folder has none: it is looked at each time.
+    pub fn pointer(&self) -> Option<Pointer> {
+        match &self.target {
+            Target::Hub(repo) if !repo.is_commit() => {
+                Some(Pointer { name: repo.name().ok()?, revision: repo.revision.clone() })
+            }
+            Target::Hub(_) | Target::Bare(_) | Target::Folder(_) => None,
+        }
     }
 }
 
@@ -163,100 +125,6 @@ fn split_digest(text: &str) -> Result<(&str, Option<Digest>)> {
     }
 }
 
-/// `[datasets/|spaces/]org/name`, then `@rev[/file]`, or `:rev`.
-fn parse_hub(rest: &str) -> Result<Reference> {
-    let refuse = |why: &str| {
-        Error::invalid(format!("hf://{rest}: {why}"))
-            .hint("write hf://org/model@revision or hf://org/model@revision/file")
-    };
-    let (path, revision, file) = match rest.split_once('@') {
-        Some((path, after)) => {
-            let (revision, file) = split_revision(after);
-            (path, revision, file)
-        }
-        None => match rest.split_once(':') {
-            Some((path, revision)) => (path, revision, None),
-            None => (rest, "main", None),
-        },
-    };
-    let path = path.trim_end_matches('/');
-    let (kind, id) = if let Some(id) = path.strip_prefix("datasets/") {
-        (RepoKind::Dataset, id)
-    } else if let Some(id) = path.strip_prefix("spaces/") {
-        (RepoKind::Space, id)
-    } else {
-        (RepoKind::Model, path.strip_prefix("models/").unwrap_or(path))
-    };
-    let segments: Vec<&str> = id.split('/').collect();
-    if segments.len() > 2 {
-        return Err(refuse("a repository has one or two segments; a file needs the revision before it"));
-    }
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if segments
-        .iter()
-        .any(|segment| segment.is_empty() || *segment == "." || *segment == ".." || !segment.chars().all(plain))
-    {
-        return Err(refuse("no repository can be called that"));
-    }
-    let repo = HubRepo { kind, id: id.to_owned(), revision: checked_revision(revision)? };
-    repo.name()?;
-    let file = match file {
-        Some(file) => Some(FilePath::new(
-            &percent_decode_str(file).decode_utf8().map_err(|_| refuse("the file name is not UTF-8"))?,
-        )?),
-        None => None,
-    };
-    Ok(Reference { target: Target::Hub(repo), file, digest: None })
-}
-
-/// Splits `rev[/file]`; `refs/pr/N` and `refs/convert/X` are one revision of three segments.
-fn split_revision(after: &str) -> (&str, Option<&str>) {
-    let segments = if after.starts_with("refs/pr/") || after.starts_with("refs/convert/") { 3 } else { 1 };
-    match after.match_indices('/').nth(segments - 1) {
-        Some((at, _)) => (&after[..at], Some(&after[at + 1..]).filter(|file| !file.is_empty())),
-        None => (after, None),
-    }
-}
-
-/// A revision, with `%2F` decoded; what git refuses in a ref name is refused here.
-fn checked_revision(text: &str) -> Result<String> {
-    let revision = percent_decode_str(text).decode_utf8_lossy().into_owned();
-    let bad = |c: char| c.is_control() || matches!(c, ' ' | '~' | '^' | ':' | '?' | '*' | '[' | '\\' | '@' | '#');
-    if revision.is_empty()
-        || revision.chars().any(bad)
-        || revision.split('/').any(|segment| segment.is_empty() || segment.starts_with('.') || segment == "..")
-        || revision.contains("..")
-    {
-        return Err(
-            Error::invalid(format!("{text:?} is not a revision")).hint("a branch, a tag, refs/pr/N or a commit")
-        );
-    }
-    if revision.parse::<GitOid>().is_ok() { Ok(revision.to_ascii_lowercase()) } else { Ok(revision) }
-}
-
-/// The absolute path of `file:///path`.
-fn parse_folder(rest: &str) -> Result<String> {
-    let path = rest.strip_prefix("localhost").unwrap_or(rest);
-    let refuse = |why: &str| Error::invalid(format!("file://{rest}: {why}")).hint("write file:///absolute/path");
-    if !path.starts_with('/') {
-        return Err(refuse("the path is not absolute"));
-    }
-    let path = percent_decode_str(path).decode_utf8().map_err(|_| refuse("the path is not UTF-8"))?;
-    if path.contains('\0') || path.split('/').any(|segment| segment == "..") {
-        return Err(refuse("the path climbs"));
-    }
-    let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
-    if parts.is_empty() {
-        return Err(refuse("the root folder is no artifact"));
-    }
-    Ok(format!("/{}", parts.join("/")))
-}
-
-/// The name under which a folder or file at the absolute `path` is cached.
-pub fn folder_name(path: &str) -> Result<ArtifactName> {
-    ArtifactName::from_uri("file", path.split('/').filter(|part| !part.is_empty()))
-}
-
 impl FromStr for Reference {
     type Err = Error;
 
@@ -269,7 +137,7 @@ impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.target {
             Target::Bare(key) => write!(f, "{key}")?,
-            Target::Hub(repo) => write!(f, "hf://{}{}@{}", repo.kind.prefix(), repo.id, repo.revision)?,
+            Target::Hub(repo) => write!(f, "{repo}")?,
             Target::Folder(path) => write!(f, "file://{path}")?,
         }
         if let Some(file) = &self.file {

@@ -1,0 +1,28 @@
+//! References to local folders and files: `file:///path`.
+
+use crate::error::{Error, Result};
+use crate::key::ArtifactName;
+use percent_encoding::percent_decode_str;
+
+/// The absolute path of `file:///path`.
+pub(super) fn parse(rest: &str) -> Result<String> {
+    let path = rest.strip_prefix("localhost").unwrap_or(rest);
+    let refuse = |why: &str| Error::invalid(format!("file://{rest}: {why}")).hint("write file:///absolute/path");
+    if !path.starts_with('/') {
+        return Err(refuse("the path is not absolute"));
+    }
+    let path = percent_decode_str(path).decode_utf8().map_err(|_| refuse("the path is not UTF-8"))?;
+    if path.contains('\0') || path.split('/').any(|segment| segment == "..") {
+        return Err(refuse("the path climbs"));
+    }
+    let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+    if parts.is_empty() {
+        return Err(refuse("the root folder is no artifact"));
+    }
+    Ok(format!("/{}", parts.join("/")))
+}
+
+/// The name under which a folder or file at the absolute `path` is cached.
+pub fn folder_name(path: &str) -> Result<ArtifactName> {
+    ArtifactName::from_uri("file", path.split('/').filter(|part| !part.is_empty()))
+}

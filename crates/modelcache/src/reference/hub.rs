@@ -1,0 +1,148 @@
+//! References to the Hugging Face Hub: `hf://[datasets/|spaces/]org/name[@revision[/file]]`.
+
+use super::{Reference, Target};
+use crate::digest::GitOid;
+use crate::error::{Error, Result};
+use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
+use percent_encoding::percent_decode_str;
+use std::fmt;
+
+/// The kinds of repository at the Hub, which has one space of names for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RepoKind {
+    /// Models: the default, without a prefix.
+    Model,
+    /// Datasets: `datasets/`.
+    Dataset,
+    /// Spaces: `spaces/`.
+    Space,
+}
+
+impl RepoKind {
+    /// The segment that names the kind in API paths: `models`, `datasets`, `spaces`.
+    pub fn api_segment(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+            Self::Space => "spaces",
+        }
+    }
+
+    /// What stands before the repository in file URLs and references: empty for models.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            Self::Model => "",
+            Self::Dataset => "datasets/",
+            Self::Space => "spaces/",
+        }
+    }
+}
+
+/// A repository at the Hub, at a revision.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct HubRepo {
+    /// Model, dataset or space.
+    pub kind: RepoKind,
+    /// `org/name`, or one segment for old repositories.
+    pub id: String,
+    /// A branch, a tag, `refs/pr/N`, or a commit of 40 hex digits.
+    pub revision: String,
+}
+
+impl HubRepo {
+    /// Whether the revision is a commit, which never moves.
+    pub fn is_commit(&self) -> bool {
+        self.revision.parse::<GitOid>().is_ok()
+    }
+
+    /// The artifact's name: `hf/`, the kind's prefix, the repository.
+    pub fn name(&self) -> Result<ArtifactName> {
+        let prefix = self.kind.prefix().trim_end_matches('/');
+        let parts = Some(prefix).filter(|prefix| !prefix.is_empty()).into_iter().chain(self.id.split('/'));
+        ArtifactName::from_uri("hf", parts)
+    }
+
+    /// The key of this repository at `commit` (40 hex digits).
+    pub fn key_at(&self, commit: &str) -> Result<ArtifactKey> {
+        let commit: GitOid = commit.parse()?;
+        Ok(ArtifactKey::new(self.name()?, Version::new(&commit.to_string())?))
+    }
+}
+
+/// As it is typed.
+impl fmt::Display for HubRepo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "hf://{}{}@{}", self.kind.prefix(), self.id, self.revision)
+    }
+}
+
+/// `[datasets/|spaces/]org/name`, then `@rev[/file]`, or `:rev`.
+pub(super) fn parse(rest: &str) -> Result<Reference> {
+    let refuse = |why: &str| {
+        Error::invalid(format!("hf://{rest}: {why}"))
+            .hint("write hf://org/model@revision or hf://org/model@revision/file")
+    };
+    let (path, revision, file) = match rest.split_once('@') {
+        Some((path, after)) => {
+            let (revision, file) = split_revision(after);
+            (path, revision, file)
+        }
+        None => match rest.split_once(':') {
+            Some((path, revision)) => (path, revision, None),
+            None => (rest, "main", None),
+        },
+    };
+    let path = path.trim_end_matches('/');
+    let (kind, id) = if let Some(id) = path.strip_prefix("datasets/") {
+        (RepoKind::Dataset, id)
+    } else if let Some(id) = path.strip_prefix("spaces/") {
+        (RepoKind::Space, id)
+    } else {
+        (RepoKind::Model, path.strip_prefix("models/").unwrap_or(path))
+    };
+    let segments: Vec<&str> = id.split('/').collect();
+    if segments.len() > 2 {
+        return Err(refuse("a repository has one or two segments; a file needs the revision before it"));
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if segments
+        .iter()
+        .any(|segment| segment.is_empty() || *segment == "." || *segment == ".." || !segment.chars().all(plain))
+    {
+        return Err(refuse("no repository can be called that"));
+    }
+    let repo = HubRepo { kind, id: id.to_owned(), revision: checked_revision(revision)? };
+    repo.name()?;
+    let file = match file {
+        Some(file) => Some(FilePath::new(
+            &percent_decode_str(file).decode_utf8().map_err(|_| refuse("the file name is not UTF-8"))?,
+        )?),
+        None => None,
+    };
+    Ok(Reference { target: Target::Hub(repo), file, digest: None })
+}
+
+/// Splits `rev[/file]`; `refs/pr/N` and `refs/convert/X` are one revision of three segments.
+fn split_revision(after: &str) -> (&str, Option<&str>) {
+    let segments = if after.starts_with("refs/pr/") || after.starts_with("refs/convert/") { 3 } else { 1 };
+    match after.match_indices('/').nth(segments - 1) {
+        Some((at, _)) => (&after[..at], Some(&after[at + 1..]).filter(|file| !file.is_empty())),
+        None => (after, None),
+    }
+}
+
+/// A revision, with `%2F` decoded; what git refuses in a ref name is refused here.
+pub(super) fn checked_revision(text: &str) -> Result<String> {
+    let revision = percent_decode_str(text).decode_utf8_lossy().into_owned();
+    let bad = |c: char| c.is_control() || matches!(c, ' ' | '~' | '^' | ':' | '?' | '*' | '[' | '\\' | '@' | '#');
+    if revision.is_empty()
+        || revision.chars().any(bad)
+        || revision.split('/').any(|segment| segment.is_empty() || segment.starts_with('.') || segment == "..")
+        || revision.contains("..")
+    {
+        return Err(
+            Error::invalid(format!("{text:?} is not a revision")).hint("a branch, a tag, refs/pr/N or a commit")
+        );
+    }
+    if revision.parse::<GitOid>().is_ok() { Ok(revision.to_ascii_lowercase()) } else { Ok(revision) }
+}

@@ -1,0 +1,91 @@
+//! Checksum files: `model.bin.sha256`, `SHA256SUMS`.
+//!
+//! Three forms are read, as the tools that write them print them: the digest alone, `sha256sum`'s `<hex>  <name>` (with
+//! ` *` for binary, and a backslash in front where the name is escaped), and the BSD form `SHA256 (<name>) = <hex>`. A
+//! line that is none of these is passed over: such files carry comments, signatures and digests of other kinds.
+
+use crate::digest::Digest;
+
+/// One line of a checksum file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    /// The file that it is about; `None` where the digest stands alone.
+    pub name: Option<String>,
+    /// The digest of its bytes.
+    pub digest: Digest,
+}
+
+/// Every line that states a SHA-256, in order.
+pub fn lines(text: &str) -> impl Iterator<Item = Line> {
+    text.trim_start_matches('\u{feff}').lines().filter_map(line)
+}
+
+/// The digest that `text` states for the file called `name` (its last path segment, or its path as listed): the line
+/// that names it, else a digest that stands alone.
+pub fn digest_of(text: &str, name: &str) -> Option<Digest> {
+    let stated: Vec<Line> = lines(text).collect();
+    let last = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
+    let exact = stated.iter().find(|line| line.name.as_deref() == Some(name));
+    let same_file = || stated.iter().find(|line| line.name.as_deref().is_some_and(|listed| last(listed) == last(name)));
+    let alone = || stated.iter().find(|line| line.name.is_none());
+    exact.or_else(same_file).or_else(alone).map(|line| line.digest)
+}
+
+fn line(text: &str) -> Option<Line> {
+    let text = text.trim_end_matches(['\r', '\n']);
+    bsd(text).or_else(|| coreutils(text))
+}
+
+fn bsd(text: &str) -> Option<Line> {
+    let (name, hex) = text.strip_prefix("SHA256 (")?.rsplit_once(") = ")?;
+    Some(Line { name: Some(name.to_owned()), digest: hex.trim().parse().ok()? })
+}
+
+fn coreutils(text: &str) -> Option<Line> {
+    let text = text.trim_start();
+    let (escaped, text) = text.strip_prefix('\\').map_or((false, text), |rest| (true, rest));
+    let digest = text.get(..64)?.parse().ok()?;
+    let rest = &text[64..];
+    if rest.trim().is_empty() {
+        return Some(Line { name: None, digest });
+    }
+    let name = rest.strip_prefix("  ").or_else(|| rest.strip_prefix(" *")).or_else(|| rest.strip_prefix(' '))?;
+    let name = name.strip_prefix("./").unwrap_or(name);
+    let name = if escaped { name.replace("\\n", "\n").replace("\\\\", "\\") } else { name.to_owned() };
+    Some(Line { name: Some(name), digest })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_form_is_read_and_other_lines_are_passed_over() {
+        let digest = Digest::of(b"x");
+        let upper = digest.to_string().to_uppercase();
+        for text in [
+            format!("{digest}"),
+            format!("{digest}\n"),
+            format!("{upper}  \r\n"),
+            format!("{digest}  model.tar.gz\n"),
+            format!("{digest} *model.tar.gz\n"),
+            format!("{digest}  ./model.tar.gz\n"),
+            format!("{digest}  dist/model.tar.gz\n"),
+            format!("SHA256 (model.tar.gz) = {digest}\n"),
+            format!("# comment\nMD5 (model.tar.gz) = 00\n{}  other\n{digest}  model.tar.gz\n", Digest::of(b"y")),
+            format!("\u{feff}{digest}  model.tar.gz"),
+        ] {
+            assert_eq!(digest_of(&text, "model.tar.gz"), Some(digest), "{text:?}");
+        }
+        for text in ["", "not found", "deadbeef  model.tar.gz", "é".repeat(40).as_str()] {
+            assert_eq!(digest_of(text, "model.tar.gz"), None, "{text:?}");
+        }
+        assert_eq!(digest_of(&format!("{digest}  other.bin\n"), "model.tar.gz"), None);
+    }
+
+    #[test]
+    fn the_path_decides_before_the_last_segment_does() {
+        let text = format!("{}  a/x\n{}  b/x\n", Digest::of(b"a"), Digest::of(b"b"));
+        assert_eq!(digest_of(&text, "b/x"), Some(Digest::of(b"b")));
+    }
+}
