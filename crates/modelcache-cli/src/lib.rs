@@ -11,6 +11,7 @@ mod arguments;
 mod environment;
 mod human;
 mod logs;
+mod metrics;
 mod output;
 mod progress;
 mod signals;
@@ -22,7 +23,7 @@ use modelcache::{Error, ErrorKind, Result};
 use output::Output;
 use std::ffi::OsString;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use verbs::Session;
 
 /// Most threads that run tasks: more do not help a process that waits for the network, and each costs start-up time.
@@ -52,13 +53,30 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     if let Some(answered) = arguments.verb.answer_at_once(output) {
         return answered.map(|()| exit::DONE);
     }
+    let started = Instant::now();
     let settings = environment::gather(&arguments.global)?;
     logs::start(&settings.log, output)?;
     settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
 
     let runtime = runtime()?;
-    let session = Session { output, config: settings.config };
-    match runtime.block_on(signals::or_signal(arguments.verb.run(&session))) {
+    let session = Session {
+        output,
+        config: settings.config,
+        metrics_file: settings.metrics_file,
+        run: metrics::Run::default(),
+        started,
+    };
+    let ended = runtime.block_on(signals::or_signal(arguments.verb.run(&session)));
+    let code = match &ended {
+        Ok(Ok(code)) => *code,
+        Ok(Err(error)) => {
+            session.run.failed(error.kind());
+            exit::code(error.kind())
+        }
+        Err(signal) => signal.exit_code(),
+    };
+    runtime.block_on(session.write_metrics(arguments.verb.name(), code));
+    match ended {
         Ok(outcome) => {
             runtime.shutdown_background();
             outcome

@@ -250,6 +250,20 @@ pub const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        key: "metrics_file",
+        variable: Some("MODEL_CACHE_METRICS_FILE"),
+        flag: None,
+        value_name: "FILE",
+        default: "none",
+        meaning: "A file that is written anew at the end of each command, in the text form of Prometheus: what the \
+                  command did, and the state of the directory. For the textfile collector of node-exporter.",
+        accepts: "a file in a folder that is there and can be written to, or none",
+        set: |given, draft| {
+            draft.metrics_file = (given.text != "none").then(|| draft.expand_home(&given.text));
+            Ok(())
+        },
+    },
+    Setting {
         key: "log",
         variable: Some("MODEL_CACHE_LOG"),
         flag: None,
@@ -302,6 +316,8 @@ const HONOURED: &[(&str, &str)] = &[
 pub struct Settings {
     /// What the library needs.
     pub config: Config,
+    /// Where each command leaves its numbers, if anywhere.
+    pub metrics_file: Option<PathBuf>,
     /// What the door's log needs.
     pub log: LogSettings,
     /// What was found odd without being wrong; the door logs it once its log is running.
@@ -388,6 +404,7 @@ struct Draft {
     origins: Vec<OriginTemplate>,
     ref_ttl: Duration,
     retry: RetryConfig,
+    metrics_file: Option<PathBuf>,
     log: LogSettings,
 }
 
@@ -418,8 +435,9 @@ impl Settings {
         }
         let mut warnings = unknown_variables(environment);
         let hub = hub_config(environment, read_secret, &mut warnings)?;
+        let metrics_file = draft.metrics_file.take();
         let (config, log) = draft.finish(options, hub);
-        Ok(Self { config, log, warnings })
+        Ok(Self { config, metrics_file, log, warnings })
     }
 }
 
@@ -464,6 +482,7 @@ impl Draft {
             origins: Vec::new(),
             ref_ttl: Duration::from_secs(60),
             retry: RetryConfig::default(),
+            metrics_file: None,
             log: LogSettings { filter: "info".into(), source: None, format: LogFormat::default() },
         }
     }

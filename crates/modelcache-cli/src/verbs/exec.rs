@@ -4,8 +4,8 @@
 //! process id are the command's own, and the leases are held until it ends, however it ends. Standard output is the
 //! command's alone.
 
+use super::Session;
 use super::choice::Choice;
-use super::{Session, get};
 use crate::{exit, progress};
 use clap::Args;
 use modelcache::cache::Artifact;
@@ -52,9 +52,11 @@ impl Exec {
         let mut command = Command::new(program);
         command.args(arguments).envs(numbered).env("MODEL_CACHE_PATH", &paths[0]);
         artifacts.iter().try_for_each(Artifact::hold_through_exec)?;
+        // Nothing of this process is left to write it later.
+        session.write_metrics("exec", exit::DONE).await;
         // Comes back only if it failed.
         let (code, error) = not_run(program, command.exec());
-        session.output.error(&error, None);
+        session.failed(&error, None);
         Ok(code)
     }
 
@@ -65,7 +67,7 @@ impl Exec {
             let (progress, started) = (Progress::new(), Instant::now());
             let reference = self.choice.reference(text)?;
             let artifact = progress::show(output, text, &progress, cache.get(&reference, &options, &progress)).await?;
-            output.remark(&get::summary(&artifact.key, &artifact.report, started.elapsed()));
+            session.got(&artifact, started.elapsed());
             artifacts.push(artifact);
         }
         Ok(artifacts)

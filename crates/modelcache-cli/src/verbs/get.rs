@@ -52,7 +52,7 @@ impl Get {
             match self.one(session, &cache, text, &options, destination.as_ref()).await {
                 Ok(artifact) => lent.extend(artifact),
                 Err(error) => {
-                    session.output.error(&error, Some(text));
+                    session.failed(&error, Some(text));
                     if code == exit::DONE {
                         code = exit::code(error.kind());
                     }
@@ -85,7 +85,7 @@ impl Get {
         let started = Instant::now();
         let artifact = progress::show(output, text, &progress, cache.get(&reference, options, &progress)).await?;
         let took = started.elapsed();
-        output.remark(&summary(&artifact.key, &artifact.report, took));
+        session.got(&artifact, took);
         let made = match destination {
             Some(destination) => Some(self.into.put(output, &artifact, destination).await?),
             None => None,

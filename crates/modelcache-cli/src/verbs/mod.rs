@@ -17,15 +17,16 @@ pub(crate) mod prune;
 pub(crate) mod put;
 pub(crate) mod stats;
 
-use crate::exit;
 use crate::output::Output;
+use crate::{exit, metrics};
 use clap::Subcommand;
+use modelcache::cache::Artifact;
 use modelcache::progress::Phase;
-use modelcache::{ArtifactKey, Cache, Config, Result};
+use modelcache::{ArtifactKey, Cache, Config, Error, Result};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What to do.
 #[derive(Debug, Subcommand)]
@@ -49,9 +50,38 @@ pub(crate) enum Verb {
 pub(crate) struct Session<'a> {
     pub(crate) output: &'a Output,
     pub(crate) config: Config,
+    /// Where the end of the command is written for Prometheus, if anywhere.
+    pub(crate) metrics_file: Option<PathBuf>,
+    pub(crate) run: metrics::Run,
+    pub(crate) started: Instant,
 }
 
 impl Session<'_> {
+    /// An artifact was got: noted, and told in one line.
+    pub(crate) fn got(&self, artifact: &Artifact, took: Duration) {
+        self.run.got(&artifact.report);
+        self.output.remark(&get::summary(&artifact.key, &artifact.report, took));
+    }
+
+    /// Something failed, about `reference` if the command has several: noted and shown.
+    pub(crate) fn failed(&self, error: &Error, reference: Option<&str>) {
+        self.run.failed(error.kind());
+        self.output.error(error, reference);
+    }
+
+    /// Writes the metrics file, if one is wanted; `verb` ends with `code`.
+    pub(crate) async fn write_metrics(&self, verb: &'static str, code: u8) {
+        let Some(path) = &self.metrics_file else { return };
+        // Numbers of a directory that cannot be used are left out; the others are written all the same.
+        let stats = match self.config.dir.exists().then(|| self.cache()) {
+            Some(Ok(cache)) => cache.stats().await.ok(),
+            _ => None,
+        };
+        if let Err(error) = metrics::write(path, &self.run.text(verb, code, self.started.elapsed(), stats.as_ref())) {
+            tracing::warn!(path = %path.display(), %error, "the metrics file cannot be written; check MODEL_CACHE_METRICS_FILE");
+        }
+    }
+
     /// Opens the cache.
     pub(crate) fn cache(&self) -> Result<Cache> {
         Cache::open(self.config.clone())
@@ -65,6 +95,25 @@ impl Verb {
             Self::Completions(verb) => Some(verb.run(output)),
             Self::Man(verb) => Some(verb.run(output)),
             _ => None,
+        }
+    }
+
+    /// Its name, as it is typed.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Get(_) => "get",
+            Self::Exec(_) => "exec",
+            Self::Prewarm(_) => "prewarm",
+            Self::Put(_) => "put",
+            Self::Evict(_) => "evict",
+            Self::Pin(_) => "pin",
+            Self::Unpin(_) => "unpin",
+            Self::Prune(_) => "prune",
+            Self::Ls(_) => "ls",
+            Self::Inspect(_) => "inspect",
+            Self::Stats(_) => "stats",
+            Self::Completions(_) => "completions",
+            Self::Man(_) => "man",
         }
     }
 

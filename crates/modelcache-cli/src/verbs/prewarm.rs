@@ -6,7 +6,6 @@
 
 use super::choice::Choice;
 use super::{Session, get};
-use crate::output::Output;
 use crate::{exit, human, progress};
 use clap::Args;
 use futures::{StreamExt, stream};
@@ -69,14 +68,14 @@ impl Prewarm {
                 Ok(planned) if planned.is_local => here.push(wanted),
                 Ok(planned) if planned.shares => sharing.push(wanted),
                 Ok(_) => missing.push(wanted),
-                Err(error) => tally.failed(output, &wanted.text, &error),
+                Err(error) => tally.failed(session, &wanted.text, &error),
             }
         }
         // What is here first: from then on it is held, and no fill of this list evicts it. What shares files with
         // others comes after them, one by one, and finds those files here.
         let mut held = Vec::new();
         for (wanted, jobs) in [(here, self.jobs), (missing, self.jobs), (sharing, 1)] {
-            let fills: Vec<_> = wanted.into_iter().map(|wanted| one(output, &cache, wanted, &options)).collect();
+            let fills: Vec<_> = wanted.into_iter().map(|wanted| one(session, &cache, wanted, &options)).collect();
             let mut fills = stream::iter(fills).buffer_unordered(jobs.into());
             while let Some((text, outcome)) = fills.next().await {
                 match outcome {
@@ -84,7 +83,7 @@ impl Prewarm {
                         tally.done(&artifact);
                         held.push(artifact);
                     }
-                    Err(error) => tally.failed(output, text, &error),
+                    Err(error) => tally.failed(session, text, &error),
                 }
             }
         }
@@ -113,11 +112,12 @@ impl Prewarm {
 }
 
 async fn one<'a>(
-    output: &Output,
+    session: &Session<'_>,
     cache: &Cache,
     wanted: &'a Wanted,
     options: &GetOptions,
 ) -> (&'a str, Result<Artifact>) {
+    let output = session.output;
     let (text, progress, started) = (wanted.text.as_str(), Progress::new(), Instant::now());
     let got = progress::show(output, text, &progress, cache.get(&wanted.reference, options, &progress)).await;
     let told = got.and_then(|artifact| {
@@ -125,7 +125,7 @@ async fn one<'a>(
         if output.is_json() {
             output.answer_json(&get::artifact_object(text, &artifact.key, &artifact.path, report, took))?;
         }
-        output.remark(&get::summary(&artifact.key, report, took));
+        session.got(&artifact, took);
         Ok(artifact)
     });
     (text, told)
@@ -178,8 +178,8 @@ impl Tally {
     }
 
     /// The first failure decides the exit code.
-    fn failed(&mut self, output: &Output, text: &str, error: &Error) {
-        output.error(error, Some(text));
+    fn failed(&mut self, session: &Session<'_>, text: &str, error: &Error) {
+        session.failed(error, Some(text));
         self.failed += 1;
         if self.code == exit::DONE {
             self.code = exit::code(error.kind());

@@ -50,7 +50,7 @@ impl Prune {
             return Ok(exit::DONE);
         }
         let error = not_reached(&report);
-        output.error(&error, None);
+        session.failed(&error, None);
         Ok(exit::code(error.kind()))
     }
 }

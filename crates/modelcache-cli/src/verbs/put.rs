@@ -36,6 +36,7 @@ impl Put {
         let (options, progress, started) = (PutOptions { force: self.force }, Progress::new(), Instant::now());
         let report = progress::show(output, &self.key, &progress, cache.put(&key, &path, &options, &progress)).await?;
         let took = started.elapsed();
+        session.run.put(&report);
         if output.is_json() {
             output.answer_json(&report_object(&report, took))?;
         }
