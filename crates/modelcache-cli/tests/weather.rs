@@ -232,6 +232,14 @@ fn a_hub_that_fails_a_few_times_is_waited_for() {
 }
 
 #[test]
+fn what_is_waited_for_is_told() {
+    let house = house();
+    house.hub.faults().add(HubFault::rate_limit(3).once());
+    let got = house.on_local("a").env("MODEL_CACHE_RETRY_DEADLINE", "30s").run(["get", "hf://org/model"]);
+    assert_model(&got.said(&["waiting before another try", "throttled", "wait_s"]).path());
+}
+
+#[test]
 fn a_hub_that_fails_for_good_is_named() {
     let house = house();
     let body = "model.safetensors";

@@ -7,8 +7,8 @@
 use crate::config::RetryConfig;
 use crate::error::{Error, Result};
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -22,12 +22,18 @@ const REQUEST_EARNS: i64 = 1;
 const RETRY_COST: i64 = 10;
 /// Tokens at the start and at most: what a quiet process may spend at once (32 retries).
 const TOKENS_MAX: i64 = 320;
+/// A request that has failed for this long is spoken of.
+const TELL_AFTER: Duration = Duration::from_secs(2);
+/// Time between two such lines.
+const TELL_EVERY: Duration = Duration::from_secs(5);
 
 /// How to try again; clones share one budget.
 #[derive(Debug, Clone)]
 pub struct Retry {
     config: RetryConfig,
     tokens: Arc<AtomicI64>,
+    /// When somebody was last told what is waited for.
+    told: Arc<Mutex<Option<Instant>>>,
 }
 
 /// One request's attempts so far.
@@ -41,7 +47,7 @@ pub struct Attempts {
 impl Retry {
     /// A policy with a full budget.
     pub fn new(config: RetryConfig) -> Self {
-        Self { config, tokens: Arc::new(AtomicI64::new(TOKENS_MAX)) }
+        Self { config, tokens: Arc::new(AtomicI64::new(TOKENS_MAX)), told: Arc::default() }
     }
 
     /// Longest silence of a server that is waited for.
@@ -54,6 +60,16 @@ impl Retry {
         let earn = |tokens: i64| Some((tokens + REQUEST_EARNS).min(TOKENS_MAX));
         let _ = self.tokens.fetch_update(Ordering::Relaxed, Ordering::Relaxed, earn);
         Attempts { retry: self.clone(), first_failure: None, failures: 0 }
+    }
+
+    /// Whether it is time to say again what is waited for: many requests meet with the same trouble.
+    fn may_tell(&self) -> bool {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = told.is_none_or(|last| last.elapsed() >= TELL_EVERY);
+        if due {
+            *told = Some(Instant::now());
+        }
+        due
     }
 
     /// Runs `request` until it succeeds, fails for good, or the deadline or budget is spent.
@@ -75,9 +91,18 @@ impl Attempts {
     /// Sleeps before the next attempt, or gives `error` back when there shall be none.
     pub async fn pause(&mut self, error: Error) -> Result<()> {
         let Some(wait) = self.wait_after(&error, Instant::now()) else { return Err(error) };
-        tracing::debug!(%error, wait_ms = wait.as_millis() as u64, attempt = self.failures, "trying again");
+        if self.is_long(wait) && self.retry.may_tell() {
+            tracing::info!(%error, wait_s = wait.as_secs_f32().ceil(), attempt = self.failures, "waiting before another try");
+        } else {
+            tracing::debug!(%error, wait_ms = wait.as_millis() as u64, attempt = self.failures, "trying again");
+        }
         tokio::time::sleep(wait).await;
         Ok(())
+    }
+
+    /// Whether somebody who watches should know what is waited for.
+    fn is_long(&self, wait: Duration) -> bool {
+        self.first_failure.is_some_and(|first| first.elapsed() + wait >= TELL_AFTER)
     }
 
     fn wait_after(&mut self, error: &Error, now: Instant) -> Option<Duration> {
@@ -129,6 +154,16 @@ mod tests {
             .await;
         assert!(failed.is_err());
         assert_eq!(calls.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn what_is_waited_for_is_told_once_for_many_requests() {
+        let policy = retry(Duration::from_secs(60));
+        let mut attempts = policy.attempts();
+        let error = Error::unavailable("throttled").retry_after(Duration::from_secs(3));
+        let wait = attempts.wait_after(&error, Instant::now()).expect("it is tried again");
+        assert!(attempts.is_long(wait) && !attempts.is_long(Duration::from_millis(10)));
+        assert_eq!([policy.may_tell(), policy.clone().may_tell()], [true, false]);
     }
 
     #[test]
