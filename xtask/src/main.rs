@@ -1,4 +1,4 @@
-//! `cargo xtask demo|test|bench|docs`: what a developer does with this repository, one file per task.
+//! `cargo xtask demo|test|bench|docs|fuzz`: what a developer does with this repository, one file per task.
 //!
 //! A task ends with code 1 and one line that says what failed. Tasks write below `target/` and, where they say so,
 //! below `docs/`; they need no credentials.
@@ -7,6 +7,7 @@
 mod bench;
 mod demo;
 mod docs;
+mod fuzz;
 mod repository;
 mod table;
 mod test;
@@ -29,6 +30,7 @@ enum Task {
     Test(test::Test),
     Bench(bench::Bench),
     Docs(docs::Docs),
+    Fuzz(fuzz::Fuzz),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         Task::Test(task) => task.run(),
         Task::Bench(task) => task.run(),
         Task::Docs(task) => task.run(),
+        Task::Fuzz(task) => task.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

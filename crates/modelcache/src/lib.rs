@@ -15,6 +15,9 @@ pub mod progress;
 pub mod settings;
 pub mod source;
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
+
 pub mod cache;
 pub mod disk;
 pub mod origin;

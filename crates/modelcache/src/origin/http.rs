@@ -346,7 +346,7 @@ impl Refusal {
 }
 
 /// The words in `{"error": "…"}` or `{"error": ["…"]}`.
-fn json_error(body: &[u8]) -> Option<String> {
+pub(super) fn json_error(body: &[u8]) -> Option<String> {
     let value: serde_json::Value = serde_json::from_slice(body).ok()?;
     let error = value.get("error")?;
     error.as_str().or_else(|| error.get(0)?.as_str()).map(one_line)

@@ -431,6 +431,21 @@ fn add(manifest: &mut Manifest, entry: TreeEntry) -> Result<()> {
     }
 }
 
+/// Whatever a Hub answers; see `fuzzing`.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let _ = http::json_error(bytes);
+    let Ok(page) = parse::<Vec<TreeEntry>>(bytes, "") else { return };
+    let Ok(key) = ArtifactKey::bare("fuzz@1") else { return };
+    let mut manifest = Manifest::new(key, Shape::Tree);
+    if page.into_iter().try_for_each(|entry| add(&mut manifest, entry)).is_ok() {
+        for path in manifest.files.keys() {
+            let climbs = path.as_str().split('/').any(|segment| matches!(segment, "" | "." | ".."));
+            assert!(!climbs && !path.as_str().contains('\\'), "{path}");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -18,6 +18,9 @@ mod folder;
 mod http;
 mod hub;
 
+#[cfg(fuzzing)]
+pub(crate) use hub::fuzz as fuzz_hub;
+
 use crate::config::HubConfig;
 use crate::error::{Context as _, Result, Tier};
 use crate::key::ArtifactKey;

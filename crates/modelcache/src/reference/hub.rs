@@ -69,10 +69,15 @@ impl HubRepo {
     }
 }
 
-/// As it is typed.
+/// As it is typed: a slash in the revision is `%2F`, unless it belongs to `refs/pr/N` or `refs/convert/X`.
 impl fmt::Display for HubRepo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "hf://{}{}@{}", self.kind.prefix(), self.id, self.revision)
+        write!(f, "hf://{}{}@", self.kind.prefix(), self.id)?;
+        let revision = self.revision.replace('%', "%25");
+        match split_revision(&revision) {
+            (_, None) => f.write_str(&revision),
+            (_, Some(_)) => f.write_str(&revision.replace('/', "%2F")),
+        }
     }
 }
 

@@ -33,6 +33,9 @@ mod wire;
 
 pub use source::RemoteSource;
 
+#[cfg(fuzzing)]
+pub(crate) use {claim::fuzz as fuzz_claim, profile::fuzz as fuzz_profile};
+
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, OWN_FOLDER};

@@ -127,6 +127,12 @@ fn parse(text: &str) -> Vec<(String, HashMap<String, String>)> {
     sections
 }
 
+/// Whatever a user's file holds; see `fuzzing`.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(text: &str) {
+    assert!(parse(text).len() <= text.lines().count());
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

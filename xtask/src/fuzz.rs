@@ -1,0 +1,112 @@
+//! `cargo xtask fuzz`: every parser against libFuzzer, with the usual toolchain.
+//!
+//! Inputs that were found worth keeping stand below `target/fuzz/corpus/`, what failed below `target/fuzz/failures/`; a
+//! failing input is run again with `cargo xtask fuzz TARGET --input FILE`. The seeds in `fuzz/seeds/` are read only.
+
+use crate::repository::{cargo, root, target_folder};
+use crate::table;
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What the compiler is told so that libFuzzer sees which branches an input takes.
+const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+     -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1";
+/// Longest input, in bytes: parsers here read small documents.
+const INPUT_BYTES_MAX: &str = "16384";
+/// An input that takes longer, in seconds, is a failure.
+const INPUT_SECONDS_MAX: &str = "10";
+/// Most memory, in MiB.
+const MEMORY_MIB_MAX: &str = "2048";
+
+/// Fuzz the parsers of what comes from outside
+#[derive(Debug, Args)]
+pub(crate) struct Fuzz {
+    /// Only this target; all of them otherwise
+    target: Option<String>,
+    /// Seconds for each target
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+    /// Run one input once instead
+    #[arg(long, requires = "target")]
+    input: Option<PathBuf>,
+}
+
+impl Fuzz {
+    pub(crate) fn run(&self) -> Result<()> {
+        let targets = targets()?;
+        let chosen: Vec<&String> =
+            targets.iter().filter(|name| self.target.as_ref().is_none_or(|target| target == *name)).collect();
+        ensure!(!chosen.is_empty(), "there is no such target; there are {}", targets.join(", "));
+        let folder = target_folder()?.join("fuzz");
+        let programs = build(&folder)?;
+        let mut rows = Vec::new();
+        let mut failed = Vec::new();
+        for name in chosen {
+            let done = self.fuzz(name, &programs, &folder)?;
+            rows.push(vec![name.clone(), self.seconds.to_string(), if done { "ok" } else { "FAILED" }.into()]);
+            if !done {
+                failed.push(name.as_str());
+            }
+        }
+        println!("\n{}", table::markdown(&["target", "seconds", "result"], &rows));
+        ensure!(
+            failed.is_empty(),
+            "failing inputs of {} are below {}",
+            failed.join(", "),
+            folder.join("failures").display()
+        );
+        Ok(())
+    }
+
+    fn fuzz(&self, name: &str, programs: &Path, folder: &Path) -> Result<bool> {
+        let (corpus, failures) = (folder.join("corpus").join(name), folder.join("failures").join(name));
+        fs::create_dir_all(&corpus)?;
+        fs::create_dir_all(&failures)?;
+        println!("\n== {name}");
+        let mut command = Command::new(programs.join(name));
+        if let Some(input) = &self.input {
+            command.arg(input);
+        } else {
+            command.args([
+                format!("-max_total_time={}", self.seconds),
+                format!("-max_len={INPUT_BYTES_MAX}"),
+                format!("-timeout={INPUT_SECONDS_MAX}"),
+                format!("-rss_limit_mb={MEMORY_MIB_MAX}"),
+                format!("-artifact_prefix={}/", failures.display()),
+                "-print_final_stats=1".into(),
+                "-verbosity=0".into(),
+            ]);
+            command.arg(&corpus);
+            let seeds = root().join("fuzz/seeds").join(name);
+            if seeds.exists() {
+                command.arg(seeds);
+            }
+        }
+        Ok(command.status().with_context(|| format!("cannot run {name}"))?.success())
+    }
+}
+
+/// Every target: a file in `fuzz/targets`.
+fn targets() -> Result<Vec<String>> {
+    let entries = fs::read_dir(root().join("fuzz/targets")).context("fuzz/targets")?;
+    let mut names: Vec<String> = entries
+        .map(|entry| Ok(entry?.path().file_stem().unwrap_or_default().to_string_lossy().into_owned()))
+        .collect::<Result<_>>()?;
+    names.sort();
+    Ok(names)
+}
+
+/// Builds all targets. For a named platform, so that the flags do not reach what runs in the compiler.
+fn build(folder: &Path) -> Result<PathBuf> {
+    let host = String::from_utf8(Command::new("rustc").arg("-vV").output().context("cannot run rustc")?.stdout)?;
+    let host = host.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc names no host")?.to_owned();
+    let mut command = cargo();
+    command.args(["build", "--release", "--manifest-path", "fuzz/Cargo.toml", "--target", &host, "--target-dir"]);
+    command.arg(folder).env("RUSTFLAGS", FLAGS);
+    ensure!(command.status().context("cannot run cargo")?.success(), "the fuzz targets do not build");
+    Ok(folder.join(host).join("release"))
+}
