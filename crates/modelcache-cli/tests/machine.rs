@@ -126,7 +126,7 @@ fn a_full_disk_ends_in_6_frees_what_was_staged_and_with_room_it_works() {
     }
     let (house, _) = House::with_model();
     house.hub.repo("org/small").commit().file("x", "x").publish().unwrap();
-    let says = ["hf://org/model@", "disk", "9457664", "free", "larger one"];
+    let says = ["hf://org/model@", "disk", "no room for 9.5 MB", "free", "larger one"];
     get_without_room(&house, "size=8m", "size=64m").failed(6, &says);
     assert!(house.hub.body_bytes() < model_bytes() + 100, "no byte moved that had no room");
 }

@@ -38,19 +38,19 @@ fn a_list_that_does_not_fit_is_refused_before_a_byte_moves() {
     let house = house();
     let small = || house.on_local("d").env("MODEL_CACHE_MAX_BYTES", "9MB");
     let list = ["prewarm", "hf://org/a", "hf://org/b", "hf://org/c"];
-    small().run(list).failed(6, &["needs 9437184 more bytes", "at most 9000000 can be made free"]);
+    small().run(list).failed(6, &["needs 9.4 MB more", "at most 9.0 MB can be made free"]);
     assert_eq!(house.hub.body_bytes(), 0);
     // Each fits alone; what is here counts as well.
     small().run(["get", "hf://org/a"]).path();
     let here = house.hub.body_bytes();
-    small().run(list).failed(6, &["needs 5242880 more bytes"]);
+    small().run(list).failed(6, &["needs 5.2 MB more"]);
     assert_eq!(house.hub.body_bytes(), here);
     // What is pinned and not on the list is in the way.
     small().run(["pin", "hf://org/a"]).ok();
     small().run(["prewarm", "hf://org/c"]).ok();
     small().run(["pin", "hf://org/c"]).ok();
     house.hub.repo("org/e").commit().file("own", Content::generated(5, 4 * MIB)).publish().unwrap();
-    small().run(["prewarm", "hf://org/e"]).failed(6, &["needs 4194304 more bytes", "in use or pinned"]);
+    small().run(["prewarm", "hf://org/e"]).failed(6, &["needs 4.2 MB more", "in use or pinned"]);
     small().run(["unpin", "hf://org/a"]).ok();
     small().run(["prewarm", "hf://org/e"]).ok();
 }

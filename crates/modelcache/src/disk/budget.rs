@@ -14,6 +14,7 @@ use super::staging::StagingUse;
 use super::{Disk, ScannedArtifact};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::human::bytes;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity, Manifest};
 use serde::{Deserialize, Serialize};
@@ -287,11 +288,14 @@ impl BudgetHold<'_> {
 
     fn no_room(&self, extra: u64, short: u64, obstacles: &Obstacles) -> Error {
         let counted = self.usage().map(|usage| usage.counted()).unwrap_or(self.total);
-        let mut message = format!("no room for {extra} more bytes: {short} are missing");
+        let mut message = format!("no room for {} more: {} are missing", bytes(extra), bytes(short));
         if let Ok(space) = self.disk.space() {
             message.push_str(&format!(
-                " (budget {} with {counted} in use; filesystem {} free, {} of them to stay free)",
-                space.budget, space.free, space.min_free
+                " (budget {} with {} in use; filesystem {} free, {} of them to stay free)",
+                bytes(space.budget),
+                bytes(counted),
+                bytes(space.free),
+                bytes(space.min_free)
             ));
         }
         if !obstacles.names.is_empty() {

@@ -7,6 +7,7 @@ use super::budget::room_for;
 use super::files;
 use super::layout::staged_name;
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::human::bytes;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::FileEntry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,8 +52,11 @@ impl Disk {
         Err(Error::new(
             ErrorKind::Full,
             format!(
-                "the list does not fit: it needs {missing_bytes} more bytes on disk ({list_bytes} in all), and at most \
-                 {room} can be made free (budget {budget})"
+                "the list does not fit: it needs {} more on disk ({} in all), and at most {} can be made free (budget {})",
+                bytes(missing_bytes),
+                bytes(list_bytes),
+                bytes(room),
+                bytes(budget)
             ),
         )
         .tier(Tier::Disk)

@@ -80,7 +80,7 @@ struct PartTask {
     part_size: u64,
     /// Parts that an ended fill says it wrote.
     left_over: Arc<BTreeSet<u64>>,
-    bad_tiers: Arc<Mutex<BTreeSet<Tier>>>,
+    failures: Arc<Failures>,
     /// Bytes that this attempt has shown as done.
     shown: Arc<AtomicU64>,
     local: Arc<Local>,
@@ -142,7 +142,7 @@ impl Pourer {
     }
 
     async fn try_sources(&self, file: &Arc<PourFile>, progress: &Progress) -> Result<Poured> {
-        let bad_tiers = Arc::new(Mutex::new(BTreeSet::new()));
+        let failures = Arc::new(Failures::default());
         // An empty file has no part that a ladder could check: it is hashed as a whole.
         let by_parts = file.entry.sha256.is_some() && file.entry.size > 0;
         let mut ladder = file.entry.ladder.clone().filter(|_| by_parts).map(Arc::new);
@@ -153,13 +153,13 @@ impl Pourer {
                 ladder: ladder.clone().filter(|_| !one_stream),
                 one_stream,
                 resume: std::mem::take(&mut resume),
-                bad_tiers: bad_tiers.clone(),
+                failures: failures.clone(),
             };
             let (checked_by_ladder, may_resume) = (attempt.ladder.is_some(), attempt.resume);
             let local = Arc::new(Local::default());
             let error = match self.attempt(file, attempt, local.clone(), progress).await {
                 Ok((entry, identity)) => {
-                    let bad_tiers = bad_tiers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                    let bad_tiers = failures.bad();
                     let fetched_bytes = entry.size - local.bytes();
                     return Ok(Poured { target: file.target.clone(), entry, identity, fetched_bytes, bad_tiers });
                 }
@@ -187,7 +187,7 @@ impl Pourer {
             mismatches += 1;
             if mismatches >= 2 {
                 if let Some(source) = file.sources.get(skipped) {
-                    bad_tiers.lock().unwrap_or_else(PoisonError::into_inner).insert(source.tier());
+                    failures.note_bad(source.tier());
                 }
                 (skipped, mismatches) = (skipped + 1, 0);
             }
@@ -232,7 +232,7 @@ impl Pourer {
             ladder: attempt.ladder,
             part_size,
             left_over: Arc::new(left_over),
-            bad_tiers: attempt.bad_tiers,
+            failures: attempt.failures,
             shown: Arc::default(),
             local,
             progress: progress.clone(),
@@ -243,6 +243,30 @@ impl Pourer {
     }
 }
 
+/// Which tiers failed to give a file, over all its parts and attempts.
+#[derive(Debug, Default)]
+struct Failures {
+    /// Those that gave wrong bytes, or none that they list.
+    bad: Mutex<BTreeSet<Tier>>,
+    /// Those that were spoken of.
+    told: Mutex<BTreeSet<Tier>>,
+}
+
+impl Failures {
+    fn note_bad(&self, tier: Tier) {
+        self.bad.lock().unwrap_or_else(PoisonError::into_inner).insert(tier);
+    }
+
+    fn bad(&self) -> BTreeSet<Tier> {
+        self.bad.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether this tier's trouble has not been told yet; from now on it has.
+    fn is_news(&self, tier: Tier) -> bool {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).insert(tier)
+    }
+}
+
 /// How one attempt at a file goes about it.
 struct Attempt {
     sources: Vec<Arc<dyn Source>>,
@@ -250,7 +274,7 @@ struct Attempt {
     one_stream: bool,
     /// Go on with what an ended fill left.
     resume: bool,
-    bad_tiers: Arc<Mutex<BTreeSet<Tier>>>,
+    failures: Arc<Failures>,
 }
 
 /// Compares what was hashed with what is known; the entry with what was learnt.
@@ -422,10 +446,14 @@ impl PartTask {
 
     fn note_bad(&self, tier: Tier, error: &Error) {
         if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) {
-            self.bad_tiers.lock().unwrap_or_else(PoisonError::into_inner).insert(tier);
+            self.failures.note_bad(tier);
         }
-        if self.sources.len() > 1 {
-            tracing::warn!(file = %self.file.path, %tier, %error, "this source failed; trying the next");
+        match self.sources.len() > 1 {
+            true if self.failures.is_news(tier) => {
+                tracing::warn!(file = %self.file.path, %tier, %error, "this source failed; trying the next");
+            }
+            // The same trouble with another part.
+            _ => tracing::debug!(file = %self.file.path, %tier, %error, "this source failed"),
         }
     }
 
