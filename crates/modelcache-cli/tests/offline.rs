@@ -70,6 +70,7 @@ fn what_is_not_here_is_not_found_and_the_error_says_why_nobody_was_asked() {
             run().run([&["get", reference], flags].concat()).failed(3, &says);
         }
         assert_unasked(&house, local);
+        clear(&house);
     }
     // A part of it is not the whole.
     house.on_local("a").run(["get", &exact, "--include", "config.json"]).path();

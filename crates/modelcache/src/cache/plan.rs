@@ -12,7 +12,7 @@ use crate::config::OnRemoteDown;
 use crate::digest::Provenance;
 use crate::disk::DiskSource;
 use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::key::{ArtifactKey, FilePath};
+use crate::key::FilePath;
 use crate::manifest::{FileEntry, Manifest};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
@@ -201,16 +201,6 @@ impl Cache {
         let mut asked = vec!["this disk".to_owned()];
         asked.extend(self.remote_within(wanted.reach).map(|remote| format!("the remote ({})", remote.url())));
         let bare = wanted.key.name.scheme().is_none();
-        if let Some(Tagged { tag, .. }) = &wanted.tagged {
-            let ArtifactKey { name, version } = &wanted.key;
-            return Error::not_found(format!(
-                "the tag {tag} points to {version}, which is on {} no more",
-                asked.join(" and ")
-            ))
-            .hint(format!(
-                "`modelcache tag {name}@VERSION {tag}` moves it; `modelcache ls --remote` lists versions and tags"
-            ));
-        }
         asked.extend(match &wanted.origin {
             Some(_) if bare => self.0.config.origins.iter().map(|origin| format!("the origin {origin}")).collect(),
             Some(_) => vec!["the origin".to_owned()],
@@ -229,9 +219,17 @@ impl Cache {
                 "check name and version; `modelcache ls --remote` lists what is published, MODEL_CACHE_ORIGIN says where else to look"
             }
         };
-        let not_found = format!("not found on {}", asked.join(", nor on "));
-        match wanted.reach {
-            Tier::Origin => Error::not_found(not_found).hint(hint),
+        let asked = asked.join(", nor on ");
+        let not_found = match &wanted.tagged {
+            Some(Tagged { tag, .. }) => format!("the tag {tag} points to {}, which is not on {asked}", wanted.key),
+            None => format!("not found on {asked}"),
+        };
+        match (wanted.reach, &wanted.tagged) {
+            (Tier::Origin, None) => Error::not_found(not_found).hint(hint),
+            (Tier::Origin, Some(Tagged { tag, .. })) => Error::not_found(not_found).hint(format!(
+                "`modelcache tag {}@VERSION {tag}` moves the tag; `modelcache ls --remote` lists versions and tags",
+                wanted.key.name
+            )),
             _ => Error::not_found(format!("{not_found}; {}", wanted.asking().nobody_asked())).hint(Asking::HOW_ONLINE),
         }
     }
