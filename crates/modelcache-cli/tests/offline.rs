@@ -75,7 +75,10 @@ fn what_is_not_here_is_not_found_and_the_error_says_why_nobody_was_asked() {
     // A part of it is not the whole.
     house.on_local("a").run(["get", &exact, "--include", "config.json"]).path();
     clear(&house);
-    house.on_local("a").run(["get", &exact, "--offline"]).failed(3, &["model.safetensors", "no origin was asked"]);
+    house
+        .on_local("a")
+        .run(["get", &exact, "--offline"])
+        .failed(3, &["is listed, but not held here", "no origin was asked"]);
     house.on_local("a").run(["get", &exact, "--offline", "--include", "config.json"]).path();
     assert_unasked(&house, true);
 }

@@ -243,7 +243,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "DURATION",
         default: "`0s`",
-        meaning: "Wait a random time up to this before the first call to the remote or an origin, so that a fleet that \
+        meaning: "Wait a random time up to this before a get first calls the remote or an origin, so that a fleet that \
                   starts at once does not ask at once. What is on disk is never waited for.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 /// How long somebody farther away is waited for where an answer is known.
-const PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 /// How long the fleet's answer is waited for where none is known: the origin has it, too.
 const FLEET_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a caller is kept by telling the fleet.

@@ -195,14 +195,14 @@ pub(super) async fn answer(remote: &Remote, name: &ArtifactName, revision: &str)
     })
 }
 
-/// Writes an origin's answer, unless what is there is as new.
+/// Writes an origin's answer, unless what is there is newer, or as new and the same.
 pub(super) async fn write_answer(remote: &Remote, name: &ArtifactName, ours: &RemoteRef) -> Result<()> {
     let store = remote.store().await?;
     let found = read_ref(store, name, &ours.revision).await?;
     let now = SystemTime::now();
     match found.as_ref().map(|found| &found.there) {
         Some(There::Newer(_)) => return Ok(()),
-        Some(There::Usable(theirs)) if theirs.age(now) <= ours.age(now) => return Ok(()),
+        Some(There::Usable(theirs)) if theirs.age(now) < ours.age(now) || theirs == ours => return Ok(()),
         _ => {}
     }
     let key = object(store, name, &ours.revision)?;
