@@ -73,6 +73,8 @@ fn open(dir: &Path) -> Cache {
         origins: Vec::new(),
         hub: HubConfig::default(),
         ref_ttl: Duration::from_secs(60),
+        offline: false,
+        start_jitter: Duration::ZERO,
         retry: RetryConfig::default(),
     })
     .unwrap()

@@ -32,8 +32,12 @@ pub struct Config {
     pub origins: Vec<OriginTemplate>,
     /// The Hugging Face Hub.
     pub hub: HubConfig,
-    /// How long a resolved revision is taken to be current.
+    /// How long a resolved revision or tag is taken to be current.
     pub ref_ttl: Duration,
+    /// Never ask an origin over the network; one call may be narrower still.
+    pub offline: bool,
+    /// The first call to a remote or an origin is put off by a random time up to this.
+    pub start_jitter: Duration,
     /// How requests are tried again.
     pub retry: RetryConfig,
 }

@@ -200,6 +200,14 @@ impl Manifest {
         Some(Digest::of(text.as_bytes()))
     }
 
+    /// The digest that a reference may demand: of the file, or of the file list of a tree. `None` until it is known.
+    pub fn content_digest(&self) -> Option<Digest> {
+        match self.shape {
+            Shape::File => self.files.values().next().and_then(|entry| entry.sha256),
+            Shape::Tree => self.list_digest(),
+        }
+    }
+
     /// The stored form: the envelope with format number and checksum.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let encode = |cause: serde_json::Error| Error::new(ErrorKind::Other, "cannot write a manifest").cause(cause);

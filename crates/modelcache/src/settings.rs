@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use file::File;
-use values::{DURATION_ACCEPTS, SIZE_ACCEPTS, nearest};
+use values::{DURATION_ACCEPTS, SIZE_ACCEPTS, SWITCH_ACCEPTS, nearest, parse_switch};
 pub use values::{parse_duration, parse_size};
 
 /// The name of the configuration file in the user's and in the system's folder.
@@ -216,10 +216,38 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "DURATION",
         default: "`60s`",
-        meaning: "How long a resolved revision is taken to be current.",
+        meaning: "How long a resolved revision or tag is taken to be current.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
             draft.ref_ttl = parse_duration(&given.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "offline",
+        variable: Some("MODEL_CACHE_OFFLINE"),
+        flag: None,
+        value_name: "0|1",
+        default: "`0`",
+        meaning: "Never ask an origin over the network: what disk and remote have is all there is, and revisions mean \
+                  what they last meant. The flag `--offline` does it for one call.",
+        accepts: SWITCH_ACCEPTS,
+        set: |given, draft| {
+            draft.offline = Some(parse_switch(&given.text)?);
+            Ok(())
+        },
+    },
+    Setting {
+        key: "start_jitter",
+        variable: Some("MODEL_CACHE_START_JITTER"),
+        flag: None,
+        value_name: "DURATION",
+        default: "`0s`",
+        meaning: "Wait a random time up to this before a get first calls the remote or an origin, so that a fleet that \
+                  starts at once does not ask at once. What is on disk is never waited for.",
+        accepts: DURATION_ACCEPTS,
+        set: |given, draft| {
+            draft.start_jitter = parse_duration(&given.text)?;
             Ok(())
         },
     },
@@ -304,6 +332,7 @@ const HONOURED: &[(&str, &str)] = &[
     ("HF_ENDPOINT", "The Hub: scheme and host of `hf://` references. Default `https://huggingface.co`."),
     ("HF_TOKEN", "The token sent to the Hub, and to no other host."),
     ("HF_TOKEN_PATH", "The file that holds the token when `HF_TOKEN` is not set. Default `$HF_HOME/token`."),
+    ("HF_HUB_OFFLINE", "Where it is `1`, `on`, `yes` or `true` and `MODEL_CACHE_OFFLINE` is not set: as that."),
     ("HF_HOME", "Folder of that file. Default `$XDG_CACHE_HOME/huggingface`, else `~/.cache/huggingface`."),
     ("AWS_*", "Credentials, profile, region and endpoint of an S3 remote, as the AWS command line reads them."),
     ("XDG_CACHE_HOME, XDG_CONFIG_HOME", "Base folders of the default directory and of the user's file."),
@@ -403,6 +432,9 @@ struct Draft {
     on_remote_down: OnRemoteDown,
     origins: Vec<OriginTemplate>,
     ref_ttl: Duration,
+    /// `None` while no setting of ours decides it.
+    offline: Option<bool>,
+    start_jitter: Duration,
     retry: RetryConfig,
     metrics_file: Option<PathBuf>,
     log: LogSettings,
@@ -481,6 +513,8 @@ impl Draft {
             on_remote_down: OnRemoteDown::default(),
             origins: Vec::new(),
             ref_ttl: Duration::from_secs(60),
+            offline: None,
+            start_jitter: Duration::ZERO,
             retry: RetryConfig::default(),
             metrics_file: None,
             log: LogSettings { filter: "info".into(), source: None, format: LogFormat::default() },
@@ -510,6 +544,7 @@ impl Draft {
     fn finish(self, options: BTreeMap<String, String>, hub: HubConfig) -> (Config, LogSettings) {
         let dir = self.dir.unwrap_or_else(|| default_dir(&self.environment));
         let remote = self.remote.and_then(|(_, _, url)| url);
+        let offline = self.offline.unwrap_or_else(|| hub_is_offline(&self.environment));
         let environment = self.environment;
         let config = Config {
             dir,
@@ -522,6 +557,8 @@ impl Draft {
             origins: self.origins,
             hub,
             ref_ttl: self.ref_ttl,
+            offline,
+            start_jitter: self.start_jitter,
             retry: self.retry,
         };
         (config, self.log)
@@ -574,6 +611,12 @@ fn hub_config(
         .and_then(clean),
     };
     Ok(hub)
+}
+
+/// Whether the Hub's own tools are told to ask nobody, in the words that they take for it.
+fn hub_is_offline(environment: &Environment) -> bool {
+    let words = ["1", "on", "yes", "true"];
+    environment.get("HF_HUB_OFFLINE").is_some_and(|text| words.iter().any(|word| text.eq_ignore_ascii_case(word)))
 }
 
 /// Where the Hub's own tools keep the token.
@@ -787,6 +830,8 @@ mod tests {
             ("on_remote_down", "ignore"),
             ("origin", "hf://org/model"),
             ("ref_ttl", "soon"),
+            ("offline", "maybe"),
+            ("start_jitter", "a bit"),
             ("read_timeout", "0s"),
             ("log_format", "xml"),
         ] {
@@ -868,6 +913,18 @@ mod tests {
         assert_eq!(token(home().variable("HF_TOKEN", " hf_x\n")).as_deref(), Some("hf_x"));
         assert_eq!(token(given()), None);
         assert_eq!(given().variable("HF_ENDPOINT", "http://hub:1//").config().hub.endpoint, "http://hub:1");
+    }
+
+    #[test]
+    fn offline_is_a_switch_and_the_hubs_own_word_counts_where_ours_is_silent() {
+        let offline = |given: Given| given.config().offline;
+        for word in ["1", "true", "ON", "yes"] {
+            assert!(offline(given().variable("MODEL_CACHE_OFFLINE", word)), "{word}");
+            assert!(offline(given().variable("HF_HUB_OFFLINE", word)), "{word}");
+        }
+        assert!(!offline(given()) && !offline(given().variable("HF_HUB_OFFLINE", "0")));
+        assert!(!offline(given().variable("HF_HUB_OFFLINE", "1").variable("MODEL_CACHE_OFFLINE", "0")));
+        assert!(offline(given().file("/f", "offline = true")));
     }
 
     #[test]

@@ -1,9 +1,9 @@
-//! What `get`, `exec` and `prewarm` share: which files of which revision, and how long to try.
+//! What `get`, `exec` and `prewarm` share: which files of which revision, how far to reach, and how long to try.
 
 use crate::human;
 use clap::Args;
 use modelcache::cache::GetOptions;
-use modelcache::{Error, Reference, Result, Selection, settings};
+use modelcache::{Error, Reference, Result, Selection, Tier, settings};
 use std::future::Future;
 use std::time::Duration;
 
@@ -22,6 +22,33 @@ pub(crate) struct Choice {
     /// Give up after this long, for instance 90s or 10m
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+/// Who is asked.
+#[derive(Debug, Default, Args)]
+pub(crate) struct Reach {
+    /// Ask what a revision or tag means now, however fresh the last answer is; fail where that cannot be asked
+    #[arg(long, conflicts_with_all = ["offline", "local_files_only"])]
+    pub(crate) refresh: bool,
+    /// Ask no origin: take what disk and remote have, and revisions as they were last known
+    #[arg(long)]
+    pub(crate) offline: bool,
+    /// Ask neither origin nor remote: take what is on this machine
+    #[arg(long)]
+    pub(crate) local_files_only: bool,
+}
+
+impl Reach {
+    pub(crate) fn apply(&self, options: GetOptions) -> GetOptions {
+        let reach = match (self.local_files_only, self.offline) {
+            (true, _) => Tier::Disk,
+            (false, true) => Tier::Remote,
+            (false, false) => options.reach,
+        };
+        GetOptions { refresh: self.refresh, reach, ..options }
+    }
 }
 
 /// A duration as an argument.
@@ -39,7 +66,8 @@ pub(super) fn explained(error: Error) -> String {
 
 impl Choice {
     pub(crate) fn options(&self) -> Result<GetOptions> {
-        Ok(GetOptions { selection: Selection::globs(&self.include, &self.exclude)? })
+        let selection = Selection::globs(&self.include, &self.exclude)?;
+        Ok(self.reach.apply(GetOptions { selection, ..GetOptions::default() }))
     }
 
     /// The reference that `text` is, at the revision asked for.

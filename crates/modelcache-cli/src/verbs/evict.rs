@@ -12,7 +12,7 @@ use std::io::{self, BufRead, IsTerminal};
 
 /// Remove an artifact from disk and the remote
 ///
-/// Asks, or needs --yes, before it removes what no origin can give back.
+/// Asks, or needs --yes, before it removes what no origin can give back, or what tags point to. Those tags go with it.
 #[derive(Debug, Args)]
 pub(crate) struct Evict {
     /// NAME@VERSION, or another reference
@@ -61,22 +61,23 @@ impl Evict {
             if output.is_json() {
                 output.answer_json(&report_object(&found, true))?;
             } else {
-                output.answer(&format!("{}: would remove {}", found.key, what(&found)))?;
+                let also = if found.tags.is_empty() { String::new() } else { format!(", and {}", tags(&found)) };
+                output.answer(&format!("{}: would remove {}{also}", found.key, what(&found)))?;
             }
             return Ok(exit::DONE);
         }
-        if self.is_for_good(&found) && !self.yes {
+        if (self.is_for_good(&found) || !found.tags.is_empty()) && !self.yes {
             if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
                 let keep = if found.remote_bytes.is_some() && found.disk_bytes.is_some() {
                     ", or --tier disk to keep what is on the remote"
                 } else {
                     ""
                 };
-                return Err(Error::invalid(format!("nothing can give {} back", what(&found)))
+                return Err(Error::invalid(why_asked(&found))
                     .artifact(&found.key)
-                    .hint(format!("add --yes to remove it for good{keep}")));
+                    .hint(format!("add --yes to remove it all the same{keep}")));
             }
-            output.ask(&format!("Remove {}: {}? Nothing can give it back. [y/N] ", found.key, what(&found)));
+            output.ask(&format!("Remove {}: {}. Remove it? [y/N] ", found.key, why_asked(&found)));
             if !answered_yes().await {
                 output.remark("nothing was removed");
                 return Ok(exit::OTHER);
@@ -87,6 +88,9 @@ impl Evict {
             output.answer_json(&report_object(&removed, false))?;
         }
         output.remark(&format!("{}: removed {}", removed.key, what(&removed)));
+        if !removed.tags.is_empty() {
+            output.remark(&format!("{}: removed, too, what pointed to it: {}", removed.key, tags(&removed)));
+        }
         Ok(exit::DONE)
     }
 
@@ -129,11 +133,27 @@ fn what(report: &EvictReport) -> String {
     bytes.collect::<Vec<_>>().join(", ")
 }
 
+/// Why a person is asked first.
+fn why_asked(report: &EvictReport) -> String {
+    let lost = format!("nothing can give {} back", what(report));
+    match (report.tags.len(), report.origin_can_give_back) {
+        (0, _) => lost,
+        (_, true) => format!("{} on the remote would go with it", tags(report)),
+        (_, false) => format!("{lost}, and {} on the remote would go with it", tags(report)),
+    }
+}
+
+/// `the tag prod`, `the tags prod, stable`.
+fn tags(report: &EvictReport) -> String {
+    format!("the tag{} {}", if report.tags.len() == 1 { "" } else { "s" }, report.tags.join(", "))
+}
+
 fn report_object(report: &EvictReport, dry_run: bool) -> Value {
     let about = json!({
         "disk_bytes": report.disk_bytes,
         "remote_bytes": report.remote_bytes,
         "origin_can_give_back": report.origin_can_give_back,
+        "tags": report.tags,
         "dry_run": dry_run,
     });
     extend(key_object(&report.key), about)
@@ -149,7 +169,8 @@ mod tests {
     }
 
     fn report(disk_bytes: Option<u64>, remote_bytes: Option<u64>, origin_can_give_back: bool) -> EvictReport {
-        EvictReport { key: ArtifactKey::bare("a@1").expect("key"), disk_bytes, remote_bytes, origin_can_give_back }
+        let key = ArtifactKey::bare("a@1").expect("key");
+        EvictReport { key, disk_bytes, remote_bytes, origin_can_give_back, tags: Vec::new() }
     }
 
     #[test]
@@ -159,6 +180,18 @@ mod tests {
         assert!(evict(Where::Remote).is_for_good(&report(None, Some(1), false)));
         assert!(!evict(Where::All).is_for_good(&report(Some(1), Some(1), true)));
         assert!(!evict(Where::Disk).is_for_good(&report(Some(1), None, false)));
+    }
+
+    #[test]
+    fn tags_that_would_dangle_are_named() {
+        let tagged = |names: &[&str], can_give_back| {
+            let tags = names.iter().map(|name| (*name).to_owned()).collect();
+            EvictReport { tags, ..report(None, Some(5), can_give_back) }
+        };
+        assert_eq!(why_asked(&tagged(&[], false)), "nothing can give 5 B on remote back");
+        assert_eq!(why_asked(&tagged(&["prod"], true)), "the tag prod on the remote would go with it");
+        let both = why_asked(&tagged(&["prod", "stable"], false));
+        assert!(both.ends_with("back, and the tags prod, stable on the remote would go with it"), "{both}");
     }
 
     #[test]

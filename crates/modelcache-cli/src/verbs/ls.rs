@@ -47,16 +47,17 @@ fn listing(listed: &[Listed], of_remote: bool, now: SystemTime) -> String {
             format!("{} of {}", human::bytes(listed.held_bytes), human::bytes(listed.bytes))
         };
         let mut row = vec![listed.reference.clone(), size, format!("{}/{}", listed.held_files, listed.files)];
-        if !of_remote {
+        if of_remote {
+            row.push(listed.tags.join(", "));
+        } else {
             let used = listed.last_used.map_or_else(|| "unknown".into(), |then| human::ago(then, now));
             let used = if listed.leased { "in use".into() } else { used };
             row.push(if listed.pin.is_some() { format!("{used}, pinned") } else { used });
         }
         row
     };
-    let header = ["NAME@VERSION", "SIZE", "FILES", "LAST USED"];
-    let columns = if of_remote { 3 } else { 4 };
-    table(&header[..columns], &[1, 2], listed.iter().map(row))
+    let header = ["NAME@VERSION", "SIZE", "FILES", if of_remote { "TAGS" } else { "LAST USED" }];
+    table(&header, &[1, 2], listed.iter().map(row))
 }
 
 fn listed_object(listed: &Listed) -> Value {
@@ -70,6 +71,7 @@ fn listed_object(listed: &Listed) -> Value {
         "last_used": listed.last_used.map(human::timestamp),
         "leased": listed.leased,
         "pin": pin_object(listed.pin.as_ref()),
+        "tags": listed.tags,
     });
     extend(key_object(&listed.key), about)
 }
@@ -93,6 +95,7 @@ mod tests {
             last_used: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(60)),
             leased,
             pin: leased.then(Default::default),
+            tags: vec!["prod".into()],
         }
     }
 
@@ -105,7 +108,8 @@ NAME@VERSION              SIZE  FILES  LAST USED
 team/model@3  1.2 GB of 4.0 GB    1/2  2 hours ago
 a@1                     4.0 GB    1/2  in use, pinned";
         assert_eq!(listing(&rows, false, now), expected);
-        assert!(!listing(&rows, true, now).contains("LAST USED"), "the remote knows no last use");
+        let remote = listing(&rows, true, now);
+        assert!(!remote.contains("LAST USED") && remote.contains("prod"), "the remote knows tags, and no last use");
         assert_eq!(listed_object(&rows[0])["last_used"], "1970-01-01T00:01:00Z");
     }
 }

@@ -15,7 +15,9 @@ pub(crate) mod pin;
 pub(crate) mod prewarm;
 pub(crate) mod prune;
 pub(crate) mod put;
+pub(crate) mod resolve;
 pub(crate) mod stats;
+pub(crate) mod tag;
 
 use crate::output::Output;
 use crate::{exit, metrics};
@@ -35,6 +37,8 @@ pub(crate) enum Verb {
     Exec(exec::Exec),
     Prewarm(prewarm::Prewarm),
     Put(put::Put),
+    Tag(tag::Tag),
+    Resolve(resolve::Resolve),
     Evict(evict::Evict),
     Pin(pin::Pin),
     Unpin(pin::Unpin),
@@ -124,6 +128,8 @@ impl Verb {
             Self::Exec(verb) => return verb.run(session).await,
             Self::Prewarm(verb) => return verb.run(session).await,
             Self::Put(verb) => verb.run(session).await,
+            Self::Tag(verb) => verb.run(session).await,
+            Self::Resolve(verb) => verb.run(session).await,
             Self::Evict(verb) => return verb.run(session).await,
             Self::Pin(verb) => verb.run(session).await,
             Self::Unpin(verb) => verb.run(session).await,

@@ -1,6 +1,6 @@
 //! `put`: publishes a file or folder on disk and the remote.
 
-use super::{Session, absolute, extend, key_object, path_text, phase_list, seconds};
+use super::{Session, absolute, extend, key_object, path_text, phase_list, seconds, tag};
 use crate::{human, progress};
 use clap::Args;
 use modelcache::cache::{PutOptions, PutReport};
@@ -25,6 +25,9 @@ pub(crate) struct Put {
     /// Replace what is there: other content under the same key, or a damaged copy
     #[arg(long)]
     pub(crate) force: bool,
+    /// Then make this tag mean the version, as `modelcache tag` does
+    #[arg(long, value_name = "TAG")]
+    pub(crate) tag: Option<String>,
 }
 
 impl Put {
@@ -33,14 +36,24 @@ impl Put {
         let key = ArtifactKey::bare(&self.key)?;
         let path = absolute(&self.path)?;
         let cache = session.cache()?;
+        let tag = self.tag.as_deref().map(tag::tag_of).transpose()?;
+        if let Some(tag) = &tag {
+            cache.check_tag(&key, tag).await.map_err(|error| error.artifact(&key))?;
+        }
         let (options, progress, started) = (PutOptions { force: self.force }, Progress::new(), Instant::now());
         let report = progress::show(output, &self.key, &progress, cache.put(&key, &path, &options, &progress)).await?;
         let took = started.elapsed();
         session.run.put(&report);
+        let tagged = match &tag {
+            Some(tag) => Some(cache.tag(&key, tag).await?),
+            None => None,
+        };
         if output.is_json() {
-            output.answer_json(&report_object(&report, took))?;
+            let tag = tagged.as_ref().map(|tagged| &tagged.tag);
+            output.answer_json(&extend(report_object(&report, took), json!({"tag": tag})))?;
         }
         output.remark(&summary(&report, took));
+        tagged.iter().for_each(|tagged| output.remark(&tag::summary(tagged)));
         Ok(())
     }
 }

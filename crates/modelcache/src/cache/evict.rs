@@ -2,10 +2,10 @@
 //!
 //! Disk comes first: an artifact in use is refused before the remote loses anything.
 
-use super::{Cache, EvictReport, EvictTier};
+use super::{Cache, EvictReport, EvictTier, GetOptions};
 use crate::error::{Context, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
-use crate::reference::{Pointer, Reference};
+use crate::reference::{Pointer, Reference, Target};
 use crate::source::Source;
 use crate::transfer::blocking;
 use std::sync::Arc;
@@ -16,7 +16,12 @@ impl Cache {
     /// # Errors
     /// `Conflict` while somebody uses it, or another writer is at work on the remote.
     pub async fn evict(&self, reference: &Reference, tier: EvictTier, dry_run: bool) -> Result<EvictReport> {
-        let (key, origin) = self.key_without_network(reference).await?;
+        // A tag is never evicted through: what it meant here may not be what it means by now.
+        let (key, origin) = match &reference.target {
+            Target::Bare(key) => (key.clone(), self.template_origin(key, self.asking(&GetOptions::default()))),
+            _ => self.key_without_network(reference).await?,
+        };
+        let tags = if tier == EvictTier::Disk { Vec::new() } else { self.tags_pointing_to(&key).await? };
         let disk_bytes = match tier {
             EvictTier::All | EvictTier::Disk => self.evict_disk(&key, dry_run).await.context(&key, Tier::Disk)?,
             EvictTier::Remote => None,
@@ -27,12 +32,18 @@ impl Cache {
             }
             _ => None,
         };
+        if disk_bytes.is_none() && remote_bytes.is_none() {
+            self.refuse_tag(&key).await?;
+        }
+        if !dry_run && remote_bytes.is_some() {
+            self.remove_tags(&key, &tags).await?;
+        }
         let origin_can_give_back = match origin {
             Some(_) if key.name.scheme().is_some() => true,
             Some(origin) if dry_run => matches!(origin.manifest().await, Ok(Some(_))),
             _ => false,
         };
-        Ok(EvictReport { key, disk_bytes, remote_bytes, origin_can_give_back })
+        Ok(EvictReport { key, disk_bytes, remote_bytes, origin_can_give_back, tags })
     }
 
     async fn evict_disk(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<u64>> {
@@ -48,16 +59,28 @@ impl Cache {
         &self,
         reference: &Reference,
     ) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
-        if let Some(Pointer { name, revision }) = reference.pointer()
+        let pointer = reference.pointer().or_else(|| self.possible_tag(reference));
+        if let Some(Pointer { name, revision }) = pointer
             && let Some(remembered) = self.remembered_ref(&name, &revision)?
         {
             let key = ArtifactKey::new(name, remembered.version);
             let origin = self.0.origins.source(reference, &key);
             return Ok((key, origin));
         }
-        self.resolve_key(reference).await.map_err(|error| match error.kind() {
+        if let Target::Bare(key) = &reference.target {
+            return Ok((key.clone(), self.template_origin(key, self.asking(&GetOptions::default()))));
+        }
+        let meaning = self.meaning(reference, self.asking(&GetOptions::default())).await;
+        meaning.map(|meaning| (meaning.key, meaning.origin)).map_err(|error| match error.kind() {
             ErrorKind::Unavailable => error.hint("name the commit instead of the revision: then no origin is asked"),
             _ => error,
         })
+    }
+    /// A bare `name@word` that is no version on disk, as what may be a tag.
+    fn possible_tag(&self, reference: &Reference) -> Option<Pointer> {
+        let Target::Bare(key) = &reference.target else { return None };
+        let is_version = self.0.disk.manifest(key).is_ok_and(|manifest| manifest.is_some());
+        (!is_version && key.name.scheme().is_none())
+            .then(|| Pointer { name: key.name.clone(), revision: key.version.to_string() })
     }
 }

@@ -8,7 +8,7 @@ use super::Cache;
 use super::resolve::Wanted;
 use crate::digest::Digest;
 use crate::disk::{BEAT_EVERY, Leader, Leadership, Lent, Watch};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::progress::{Phase, PhaseGuard, Progress};
 use crate::transfer::blocking;
@@ -29,8 +29,8 @@ const STARTS_MAX: usize = 3;
 #[derive(Debug, Default)]
 pub(super) struct Flights(Mutex<HashMap<FlightId, Weak<Flight>>>);
 
-/// What makes two callers want the same: key, selection, demanded digest.
-type FlightId = (ArtifactKey, String, Option<Digest>);
+/// What makes two callers want the same: key, selection, demanded digest; and how far they let a fill reach.
+type FlightId = (ArtifactKey, String, Option<Digest>, Tier);
 
 /// A fill under way. Dropped by the last who waits for it, it ends.
 #[derive(Debug)]
@@ -91,7 +91,7 @@ impl Cache {
 
     /// The flight for `wanted`, and whether this call started it.
     fn flight(&self, wanted: &Wanted, progress: &Progress) -> (Arc<Flight>, bool) {
-        let id = (wanted.key.clone(), wanted.selection.identity(), wanted.digest);
+        let id = (wanted.key.clone(), wanted.selection.identity(), wanted.digest, wanted.reach);
         let mut flights = self.0.flights.lock();
         flights.retain(|_, flight| flight.strong_count() > 0);
         if let Some(flight) = flights.get(&id).and_then(Weak::upgrade).filter(|flight| flight.is_flying()) {

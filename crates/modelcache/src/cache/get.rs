@@ -44,8 +44,7 @@ impl Cache {
     /// `NotFound` when no tier has it; `Unauthorized`, `Unavailable`, `Corrupt` when the tiers that might have it
     /// failed; `Full`, `Directory` when the local directory cannot take it.
     pub async fn get(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
-        let wanted =
-            self.resolve(reference, &options.selection, progress).await.map_err(|error| error.artifact(reference))?;
+        let wanted = self.resolve(reference, options, progress).await.map_err(|error| error.artifact(reference))?;
         self.get_resolved(&wanted, progress).await.map_err(|error| error.artifact(&wanted.key))
     }
 

@@ -1,13 +1,15 @@
 //! Looking: what is cached, what one artifact consists of, how full the directory is. Changes nothing.
 
-use super::{Cache, Inspection, Listed, Stats};
+use super::plan::manifest_of;
+use super::{Cache, GetOptions, Inspection, Listed, Stats};
 use crate::disk::{ArtifactDir, Lower, ScannedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::key::ArtifactKey;
 use crate::manifest::{Manifest, Shape};
-use crate::reference::Reference;
+use crate::reference::{Reference, Target};
 use crate::selection::Selection;
-use crate::source::Source;
 use crate::transfer::blocking;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 impl Cache {
@@ -36,19 +38,32 @@ impl Cache {
             return Err(Error::invalid("no remote is configured")
                 .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix"));
         };
-        let mut rows: Vec<Listed> = remote.list().await?.iter().map(|manifest| listed(manifest, None)).collect();
+        let (manifests, tags) = remote.list_with_tags().await?;
+        let tags_of = |key: &ArtifactKey| {
+            let theirs = tags.iter().filter(|(name, tag)| *name == key.name && tag.version == key.version);
+            theirs.map(|(_, tag)| tag.revision.clone()).collect()
+        };
+        let row = |manifest: &Manifest| Listed { tags: tags_of(&manifest.key), ..listed(manifest, None) };
+        let mut rows: Vec<Listed> = manifests.iter().map(row).collect();
         rows.sort_by(|a, b| a.key.cmp(&b.key));
         Ok(rows)
     }
 
     /// Everything known of one artifact. A remote that cannot be asked is reported, not failed on.
     pub async fn inspect(&self, reference: &Reference) -> Result<Inspection> {
-        let (key, _) = self.key_without_network(reference).await.map_err(|error| error.artifact(reference))?;
+        let (key, asked) = match &reference.target {
+            Target::Bare(_) => {
+                let meaning = self.meaning(reference, self.asking(&GetOptions::default())).await;
+                meaning.map(|meaning| (meaning.key, meaning.remote))
+            }
+            _ => self.key_without_network(reference).await.map(|(key, _)| (key, None)),
+        }
+        .map_err(|error| error.artifact(reference))?;
         let dir = self.0.disk.layout().artifact(&key);
         let disk = self.0.disk.manifest(&key)?;
         let (remote, remote_error) = match &self.0.remote {
-            Some(remote) => match remote.source(&key).manifest().await {
-                Ok(manifest) => (manifest, None),
+            Some(remote) => match manifest_of(asked.unwrap_or_else(|| Ok(Arc::new(remote.source(&key))))).await {
+                Ok((_, manifest)) => (manifest, None),
                 Err(error) => (None, Some(error)),
             },
             None => (None, None),
@@ -73,10 +88,7 @@ impl Cache {
         let path = own.or(below);
         Ok(Inspection {
             shape: known.shape,
-            sha256: match known.shape {
-                Shape::File => known.files.values().next().and_then(|entry| entry.sha256),
-                Shape::Tree => known.list_digest(),
-            },
+            sha256: known.content_digest(),
             path,
             last_used: self.0.disk.last_used(&dir)?,
             leased: self.0.disk.is_leased(&dir),
@@ -135,5 +147,6 @@ fn listed(manifest: &Manifest, last_used: Option<SystemTime>) -> Listed {
         last_used,
         leased: false,
         pin: None,
+        tags: Vec::new(),
     }
 }

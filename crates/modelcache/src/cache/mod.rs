@@ -4,6 +4,7 @@
 //! `plan.rs`, once. Nothing here is asked of the network before it is needed: opening a cache and a warm get touch the
 //! local directory only.
 
+mod alarm;
 mod evict;
 mod flight;
 mod get;
@@ -12,16 +13,20 @@ mod look;
 mod lower;
 mod materialize;
 mod pin;
+mod pinned;
 mod plan;
+mod pointer;
 mod prewarm;
 mod prune;
 mod put;
 mod report;
 mod resolve;
+mod start;
+mod tag;
 
 pub use report::{
     Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PinReport,
-    PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, Stats,
+    Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, Stats, TagReport,
 };
 
 pub use crate::disk::{
@@ -36,6 +41,7 @@ use crate::origin::Origins;
 use crate::remote::Remote;
 use crate::transfer::{Pourer, Retry};
 use flight::Flights;
+use start::Start;
 use std::sync::Arc;
 
 /// A tiered cache over one local directory. Cheap to clone; clones share everything.
@@ -51,6 +57,7 @@ struct Inner {
     origins: Origins,
     pourer: Pourer,
     flights: Flights,
+    start: Start,
 }
 
 impl Cache {
@@ -69,6 +76,7 @@ impl Cache {
             origins,
             pourer: Pourer::new(retry),
             flights: Flights::default(),
+            start: Start::default(),
         })))
     }
 
@@ -103,5 +111,8 @@ mod tests {
         spawnable(cache.prune(&PruneOptions::default()));
         spawnable(cache.pin(reference, Pin::default()));
         spawnable(cache.unpin(reference));
+        spawnable(cache.pinned(reference, &GetOptions::default()));
+        spawnable(cache.tag(key, &key.version));
+        spawnable(cache.untag(key));
     }
 }

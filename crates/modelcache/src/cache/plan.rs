@@ -5,8 +5,9 @@
 //! see if nobody else has the artifact. Where the remote contradicts the origin, the origin wins and the remote is left
 //! alone.
 
-use super::resolve::Wanted;
-use super::{Cache, GetOptions, GetPlan, PlannedFile};
+use super::pointer::Tagged;
+use super::resolve::{Asking, Wanted};
+use super::{Cache, GetOptions, GetPlan, PlannedFile, alarm};
 use crate::config::OnRemoteDown;
 use crate::digest::Provenance;
 use crate::disk::DiskSource;
@@ -15,6 +16,7 @@ use crate::key::FilePath;
 use crate::manifest::{FileEntry, Manifest};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
+use crate::remote::RemoteSource;
 use crate::source::Source;
 use crate::transfer::blocking;
 use std::collections::BTreeMap;
@@ -34,12 +36,13 @@ pub(super) struct FillPlan {
     pub(super) remote: Option<Manifest>,
     /// The remote failed or contradicts the origin: neither read nor written in this fill.
     pub(super) remote_unusable: bool,
+    asking: Asking,
     sources: BTreeMap<FilePath, Vec<Arc<dyn Source>>>,
 }
 
 /// What the tiers said.
 #[derive(Default)]
-struct Survey {
+pub(super) struct Survey {
     disk: Option<Manifest>,
     lower: Option<Manifest>,
     remote: Option<(Arc<dyn Source>, Manifest)>,
@@ -53,8 +56,13 @@ impl FillPlan {
     pub(super) fn sources_of(&self, path: &FilePath) -> Result<Vec<Arc<dyn Source>>> {
         let sources = self.sources.get(path).cloned().unwrap_or_default();
         if sources.is_empty() {
-            return Err(Error::not_found(format!("{path} is listed, but neither the remote nor an origin holds it"))
-                .hint("put the artifact again, or configure MODEL_CACHE_ORIGIN"));
+            let listed = format!("{path} is listed, but");
+            return Err(match self.asking.reach {
+                Tier::Origin => Error::not_found(format!("{listed} neither the remote nor an origin holds it"))
+                    .hint("put the artifact again, or configure MODEL_CACHE_ORIGIN"),
+                _ => Error::not_found(format!("{listed} not held here; {}", self.asking.nobody_asked()))
+                    .hint(Asking::HOW_ONLINE),
+            });
         }
         Ok(sources)
     }
@@ -64,8 +72,7 @@ impl Cache {
     /// What [`get`](Self::get) would do; fetches lists only.
     pub async fn plan(&self, reference: &Reference, options: &GetOptions) -> Result<GetPlan> {
         let progress = Progress::new();
-        let wanted =
-            self.resolve(reference, &options.selection, &progress).await.map_err(|error| error.artifact(reference))?;
+        let wanted = self.resolve(reference, options, &progress).await.map_err(|error| error.artifact(reference))?;
         let plan = self.plan_fill(&wanted, &progress).await.map_err(|error| error.artifact(&wanted.key))?;
         let disk = self.0.disk.manifest(&wanted.key)?;
         let on_disk =
@@ -97,29 +104,32 @@ impl Cache {
         }
         let local = self.local_sources(wanted, &selected).await?;
         let sources = selected.iter().map(|(path, _)| (path.clone(), sources(path, &local, &survey, wanted))).collect();
-        let remote_unusable = survey.remote_failure.is_some();
+        let remote_unusable = survey.remote_failure.is_some() || self.remote_within(wanted.reach).is_none();
         Ok(FillPlan {
             listing,
             selected,
             remote: survey.remote.map(|(_, manifest)| manifest),
             remote_unusable,
+            asking: wanted.asking(),
             sources,
         })
     }
 
     /// Asks disk, the remote, and the origin only if those two do not hold all that is wanted.
-    async fn survey(&self, wanted: &Wanted) -> Result<Survey> {
+    pub(super) async fn survey(&self, wanted: &Wanted) -> Result<Survey> {
         let (disk, key) = (self.0.disk.clone(), wanted.key.clone());
         let mut survey = Survey { disk: blocking(move || disk.manifest(&key)).await?, ..Survey::default() };
         survey.lower = self.lower_manifest(&wanted.key).await?;
-        if let Some(remote) = &self.0.remote {
-            let source: Arc<dyn Source> = Arc::new(remote.source(&wanted.key));
-            match source.manifest().await {
-                Ok(manifest) => survey.remote = manifest.map(|manifest| (source, manifest)),
+        if let Some(remote) = self.remote_within(wanted.reach) {
+            self.before_first_call().await;
+            let asked = wanted.remote.clone().unwrap_or_else(|| Ok(Arc::new(remote.source(&wanted.key))));
+            match manifest_of(asked).await {
+                Ok((source, manifest)) => survey.remote = manifest.map(|manifest| (source, manifest)),
                 Err(error) => survey.remote_failure = Some(self.remote_failed(error)?),
             }
         }
         if let Some(origin) = wanted.origin.as_ref().filter(|_| !survey.satisfies(wanted)) {
+            self.before_first_call().await;
             match origin.manifest().await {
                 Ok(manifest) => survey.origin = manifest,
                 Err(error) => survey.origin_failure = Some(error.tier(Tier::Origin)),
@@ -129,7 +139,7 @@ impl Cache {
     }
 
     /// What it means that the remote could not be asked: go on, or fail.
-    fn remote_failed(&self, error: Error) -> Result<Error> {
+    pub(super) fn remote_failed(&self, error: Error) -> Result<Error> {
         let error = error.tier(Tier::Remote);
         if error.kind() == ErrorKind::Invalid || self.0.config.on_remote_down == OnRemoteDown::Fail {
             return Err(error);
@@ -138,10 +148,10 @@ impl Cache {
     }
 
     /// One list out of what the tiers said, or the reason why there is none.
-    fn agree(&self, wanted: &Wanted, survey: &mut Survey) -> Result<Manifest> {
+    pub(super) fn agree(&self, wanted: &Wanted, survey: &mut Survey) -> Result<Manifest> {
         let local = match (survey.disk.clone(), survey.origin.as_ref()) {
             (Some(mut disk), Some(origin)) => {
-                disk.learn(origin)?;
+                disk.learn(origin).map_err(|error| alarm::disk_contradicts_origin(&wanted.key, &error))?;
                 Some(disk)
             }
             (disk, origin) => disk.or_else(|| origin.cloned()),
@@ -156,10 +166,15 @@ impl Cache {
             (local, lower) => local.or(lower),
         };
         let remote = survey.remote.as_ref().map(|(_, manifest)| manifest.clone().without_holdings());
+        if let (Some(tagged), Some(there)) = (&wanted.tagged, remote.as_ref().and_then(Manifest::content_digest))
+            && let Some(sha256) = tagged.sha256.filter(|sha256| *sha256 != there)
+        {
+            alarm::retagged(&wanted.key, &tagged.tag, sha256, there);
+        }
         match (local, remote) {
             (Some(mut listing), Some(remote)) => {
                 if let Err(error) = listing.learn(&remote) {
-                    tracing::error!(%error, "the remote contradicts the origin (or this disk) and is not used: it may have been tampered with");
+                    alarm::remote_contradicts(&wanted.key, &error);
                     survey.remote = None;
                     survey.remote_failure = Some(error.tier(Tier::Remote));
                 }
@@ -184,7 +199,7 @@ impl Cache {
             return error;
         }
         let mut asked = vec!["this disk".to_owned()];
-        asked.extend(self.0.remote.as_ref().map(|remote| format!("the remote ({})", remote.url())));
+        asked.extend(self.remote_within(wanted.reach).map(|remote| format!("the remote ({})", remote.url())));
         let bare = wanted.key.name.scheme().is_none();
         asked.extend(match &wanted.origin {
             Some(_) if bare => self.0.config.origins.iter().map(|origin| format!("the origin {origin}")).collect(),
@@ -204,7 +219,19 @@ impl Cache {
                 "check name and version; `modelcache ls --remote` lists what is published, MODEL_CACHE_ORIGIN says where else to look"
             }
         };
-        Error::not_found(format!("not found on {}", asked.join(", nor on "))).hint(hint)
+        let asked = asked.join(", nor on ");
+        let not_found = match &wanted.tagged {
+            Some(Tagged { tag, .. }) => format!("the tag {tag} points to {}, which is not on {asked}", wanted.key),
+            None => format!("not found on {asked}"),
+        };
+        match (wanted.reach, &wanted.tagged) {
+            (Tier::Origin, None) => Error::not_found(not_found).hint(hint),
+            (Tier::Origin, Some(Tagged { tag, .. })) => Error::not_found(not_found).hint(format!(
+                "`modelcache tag {}@VERSION {tag}` moves the tag; `modelcache ls --remote` lists versions and tags",
+                wanted.key.name
+            )),
+            _ => Error::not_found(format!("{not_found}; {}", wanted.asking().nobody_asked())).hint(Asking::HOW_ONLINE),
+        }
     }
 
     /// What our own directory and the lower one have of the files, for what cannot be linked.
@@ -267,6 +294,13 @@ fn sources(path: &FilePath, local: &[Arc<DiskSource>], survey: &Survey, wanted: 
     let held = |manifest: &Manifest| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
     let remote = survey.remote.as_ref().filter(|(_, manifest)| held(manifest)).map(|(source, _)| source.clone());
     local.chain(remote).chain(wanted.origin.clone()).collect()
+}
+
+/// A source with its list, for which it is asked if it was not before.
+pub(super) async fn manifest_of(asked: Result<Arc<RemoteSource>>) -> Result<(Arc<dyn Source>, Option<Manifest>)> {
+    let source = asked?;
+    let manifest = source.manifest().await?;
+    Ok((source, manifest))
 }
 
 fn nothing_selected(wanted: &Wanted, listing: &Manifest) -> Error {

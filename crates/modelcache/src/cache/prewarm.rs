@@ -47,7 +47,7 @@ impl Cache {
 
     async fn plan_one(&self, reference: &Reference, options: &GetOptions) -> Result<Planned> {
         let progress = Progress::new();
-        let resolved = self.resolve(reference, &options.selection, &progress).await;
+        let resolved = self.resolve(reference, options, &progress).await;
         let wanted = resolved.map_err(|error| error.artifact(reference))?;
         let (disk, key) = (self.0.disk.clone(), wanted.key.clone());
         let on_disk = blocking(move || disk.manifest(&key)).await.context(&wanted.key, Tier::Disk)?;

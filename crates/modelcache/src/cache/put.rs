@@ -44,6 +44,7 @@ impl Cache {
     ) -> Result<PutReport> {
         let source = path.to_owned();
         let (shape, given) = blocking(move || list_given(&source)).await?;
+        self.refuse_tag(key).await?;
         let lead = self.lead_alone(key, progress).await?;
         let (staging, manifest, files) = self.stage(key, shape, &given, progress).await?;
         self.settle_other_content(&manifest, options).await?;

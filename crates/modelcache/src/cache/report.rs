@@ -2,7 +2,7 @@
 
 use crate::disk::{Holder, Lent, Link, Pin};
 use crate::error::Tier;
-use crate::key::{ArtifactKey, FilePath};
+use crate::key::{ArtifactKey, FilePath, Version};
 use crate::manifest::{FileEntry, Shape};
 use crate::progress::Phase;
 use crate::selection::Selection;
@@ -13,10 +13,21 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 /// What `get` shall fetch.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct GetOptions {
     /// Which files. A reference that names one file overrules it.
     pub selection: Selection,
+    /// Ask what a revision or tag means, however fresh the last answer is; not being able to ask is then a failure.
+    pub refresh: bool,
+    /// The farthest tier that may be asked: `Remote` asks no origin, `Disk` nobody at all. An origin that is a folder
+    /// of this machine is read all the same.
+    pub reach: Tier,
+}
+
+impl Default for GetOptions {
+    fn default() -> Self {
+        Self { selection: Selection::default(), refresh: false, reach: Tier::Origin }
+    }
 }
 
 /// A lent artifact: its path stays valid while this value lives.
@@ -157,6 +168,40 @@ pub struct EvictReport {
     pub remote_bytes: Option<u64>,
     /// Whether an origin could give it back.
     pub origin_can_give_back: bool,
+    /// Tags on the remote that point to it and go with it; none where only disk is asked for.
+    pub tags: Vec<String>,
+}
+
+/// What a reference means now (`resolve`).
+#[derive(Debug, Clone)]
+pub struct Pinned {
+    /// The reference that means this, and nothing else, from now on.
+    pub reference: crate::Reference,
+    /// The artifact that it leads to.
+    pub key: ArtifactKey,
+    /// The revision or tag that was resolved, if it was one.
+    pub revision: Option<String>,
+    /// Digest of the file, or of the file list of a tree, as far as disk or remote know it.
+    pub sha256: Option<crate::digest::Digest>,
+    /// The tier that gave the answer; `None` where the reference itself decides.
+    pub from: Option<Tier>,
+    /// How old the answer is; `None` where it cannot grow old.
+    pub age: Option<Duration>,
+}
+
+/// What `tag` did.
+#[derive(Debug, Clone, Serialize)]
+pub struct TagReport {
+    /// Whose tag.
+    pub name: crate::key::ArtifactName,
+    /// The tag.
+    pub tag: Version,
+    /// What it meant before, if there was one.
+    pub from: Option<Version>,
+    /// What it means now; `None`: it is gone.
+    pub to: Option<Version>,
+    /// Digest of the file, or of the file list, that it means now, if it is known.
+    pub sha256: Option<crate::digest::Digest>,
 }
 
 /// What `pin` set, or what `unpin` took off.
@@ -191,6 +236,8 @@ pub struct Listed {
     pub leased: bool,
     /// The pin on it (disk only).
     pub pin: Option<Pin>,
+    /// The tags that point to it (remote only).
+    pub tags: Vec<String>,
 }
 
 /// Everything known of one artifact (`inspect`).

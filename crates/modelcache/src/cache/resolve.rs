@@ -1,9 +1,9 @@
 //! Resolving: from a reference to a key, a selection, and the source at the origin.
 //!
-//! What the reference alone decides costs nothing. A revision asks the fresh answer on disk, then the origin; when the
-//! origin is unavailable, the last answer on disk serves, and a warning says so.
+//! What the reference alone decides costs nothing. What a movable name means is found in `pointer.rs`.
 
-use super::Cache;
+use super::pointer::{Answer, Tagged, Word};
+use super::{Cache, GetOptions};
 use crate::config::OriginTemplate;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -11,14 +11,37 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{Manifest, Shape};
 use crate::origin::Origins;
 use crate::progress::{Phase, Progress};
-use crate::reference::{Pointer, Reference, Target};
+use crate::reference::{Reference, Target};
+use crate::remote::RemoteSource;
 use crate::selection::Selection;
 use crate::source::{Body, Source};
-use crate::transfer::blocking;
 use async_trait::async_trait;
 use std::ops::Range;
 use std::sync::Arc;
 use tokio::sync::OnceCell;
+
+/// How answers are sought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Asking {
+    /// Whatever is remembered, the authority is asked.
+    pub(super) refresh: bool,
+    /// The farthest tier that may be asked.
+    pub(super) reach: Tier,
+}
+
+/// What a reference means now.
+#[derive(Debug)]
+pub(super) struct Meaning {
+    pub(super) key: ArtifactKey,
+    /// Where it comes from if neither disk nor remote has it; not asked yet.
+    pub(super) origin: Option<Arc<dyn Source>>,
+    /// Who said so; `None` where the reference itself does.
+    pub(super) answer: Option<Answer>,
+    /// The tag that led there.
+    pub(super) tagged: Option<Tagged>,
+    /// Its source on the remote, or why there is none, if the remote was asked on the way.
+    pub(super) remote: Option<Result<Arc<RemoteSource>>>,
+}
 
 /// What a get is after, once the reference is understood.
 #[derive(Debug, Clone)]
@@ -29,6 +52,26 @@ pub(super) struct Wanted {
     pub(super) digest: Option<Digest>,
     /// Where the artifact comes from if neither disk nor remote has it; not asked yet.
     pub(super) origin: Option<Arc<dyn Source>>,
+    /// How far whoever fills it may reach.
+    pub(super) reach: Tier,
+    /// The tag that led there.
+    pub(super) tagged: Option<Tagged>,
+    /// Its source on the remote, or why there is none, if the remote was asked on the way.
+    pub(super) remote: Option<Result<Arc<RemoteSource>>>,
+}
+
+impl Asking {
+    /// What somebody can do whose artifact was not found because nobody was asked.
+    pub(super) const HOW_ONLINE: &str = "run it once without --offline and --local-files-only, with MODEL_CACHE_OFFLINE \
+         and HF_HUB_OFFLINE unset, where the network is; or put it on a remote that can be reached from here";
+
+    /// Who was not asked.
+    pub(super) fn nobody_asked(self) -> &'static str {
+        match self.reach {
+            Tier::Disk => "neither remote nor origin was asked (local files only)",
+            Tier::Remote | Tier::Origin => "no origin was asked (offline)",
+        }
+    }
 }
 
 impl Cache {
@@ -36,83 +79,87 @@ impl Cache {
     pub(super) async fn resolve(
         &self,
         reference: &Reference,
-        selection: &Selection,
+        options: &GetOptions,
         progress: &Progress,
     ) -> Result<Wanted> {
         let _phase = progress.enter(Phase::Resolve, 0);
         let selection = match &reference.file {
-            Some(file) if !selection.is_all() => {
+            Some(file) if !options.selection.is_all() => {
                 return Err(Error::invalid(format!(
                     "{reference} names one file, {file}; --include and --exclude choose among many"
                 ))
                 .hint("leave either out"));
             }
             Some(file) => Selection::file(file.clone()),
-            None => selection.clone(),
+            None => options.selection.clone(),
         };
-        let (key, origin) = self.resolve_key(reference).await?;
-        Ok(Wanted { key, selection, digest: reference.digest, origin })
+        let asking = self.asking(options);
+        let Meaning { key, origin, tagged, remote, .. } = self.meaning(reference, asking).await?;
+        if let Some(tagged) = &tagged {
+            self.check_tagged(&key, tagged).await?;
+        }
+        Ok(Wanted { key, selection, digest: reference.digest, origin, reach: asking.reach, tagged, remote })
     }
 
-    /// The key a reference leads to now, and the source at its origin.
-    pub(super) async fn resolve_key(&self, reference: &Reference) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
+    /// How a call asks, within what the configuration allows.
+    pub(super) fn asking(&self, options: &GetOptions) -> Asking {
+        let allowed = if self.0.config.offline { Tier::Remote } else { Tier::Origin };
+        Asking { refresh: options.refresh, reach: options.reach.min(allowed) }
+    }
+
+    /// What a reference means now.
+    pub(super) async fn meaning(&self, reference: &Reference, asking: Asking) -> Result<Meaning> {
         if let Target::Bare(key) = &reference.target {
-            return Ok((key.clone(), self.template_origin(key)));
+            return self.meaning_of_bare(key, asking).await;
         }
-        let key = match (reference.exact_key(), reference.pointer()) {
-            (Some(key), _) => key,
-            (None, Some(pointer)) => self.resolve_pointer(reference, pointer).await?,
-            // A folder: whether it still is what its version says, only a look can tell.
-            (None, None) => {
-                let absent =
-                    || Error::not_found("there is no such file or folder").tier(Tier::Origin).hint("check the path");
-                let resolved = self.0.origins.resolve(reference).await?.ok_or_else(absent)?;
-                return Ok((resolved.key, Some(resolved.source)));
+        let (key, answer) = match (reference.exact_key(), reference.pointer()) {
+            (Some(key), _) => (key, None),
+            (None, Some(pointer)) => {
+                let answer = self.resolve_pointer(reference, &pointer, asking).await?;
+                (ArtifactKey::new(pointer.name, answer.version.clone()), Some(answer))
             }
+            // A folder: whether it still is what its version says, only a look can tell.
+            (None, None) => return self.meaning_of_a_look(reference, asking).await,
         };
-        let origin = self.0.origins.source(reference, &key);
-        Ok((key, origin))
+        let origin = self.0.origins.source(reference, &key).filter(|_| asking.reach == Tier::Origin);
+        Ok(Meaning { key, origin, answer, tagged: None, remote: None })
     }
 
-    /// The version that a pointer leads to: this disk's answer while it is fresh, else the origin's; the last one known
-    /// where the origin does not answer.
-    async fn resolve_pointer(&self, reference: &Reference, pointer: Pointer) -> Result<ArtifactKey> {
-        let Pointer { name, revision } = pointer;
-        let remembered = {
-            let (disk, name, revision) = (self.0.disk.clone(), name.clone(), revision.clone());
-            blocking(move || disk.remembered_ref(&name, &revision)).await?
-        };
-        if let Some(fresh) = remembered.as_ref().filter(|answer| answer.age <= self.0.config.ref_ttl) {
-            return Ok(ArtifactKey::new(name, fresh.version.clone()));
-        }
-        match self.0.origins.resolve(reference).await {
-            Ok(Some(resolved)) => {
-                let (disk, key) = (self.0.disk.clone(), resolved.key.clone());
-                let remember = blocking(move || disk.remember_ref(&key.name, &revision, &key.version)).await;
-                if let Err(error) = remember {
-                    tracing::debug!(%error, "the answer is not remembered");
-                }
-                Ok(resolved.key)
+    async fn meaning_of_bare(&self, key: &ArtifactKey, asking: Asking) -> Result<Meaning> {
+        let (key, answer, tagged, remote) = match self.resolve_word(key, asking).await? {
+            Word::Version(remote) => (key.clone(), None, None, remote),
+            Word::Tag(answer, tagged) => {
+                (ArtifactKey::new(key.name.clone(), answer.version.clone()), Some(answer), Some(tagged), None)
             }
-            Ok(None) => Err(Error::not_found(format!("there is no revision {revision:?}")).tier(Tier::Origin)),
-            Err(error) => match remembered {
-                Some(last) if error.kind() == ErrorKind::Unavailable => {
-                    let key = ArtifactKey::new(name, last.version);
-                    tracing::warn!(%error, %key, age_s = last.age.as_secs(), "the origin does not answer; using what the revision last meant");
-                    Ok(key)
-                }
-                _ => Err(error),
-            },
+        };
+        let origin = self.template_origin(&key, asking);
+        Ok(Meaning { key, origin, answer, tagged, remote })
+    }
+
+    async fn meaning_of_a_look(&self, reference: &Reference, asking: Asking) -> Result<Meaning> {
+        if !reference.is_local() {
+            if asking.reach < Tier::Origin {
+                let nobody = asking.nobody_asked();
+                return Err(Error::not_found(format!("what it is now, only its origin can tell; {nobody}"))
+                    .hint(Asking::HOW_ONLINE));
+            }
+            self.before_first_call().await;
         }
+        let absent = || Error::not_found("there is no such file or folder").tier(Tier::Origin).hint("check the path");
+        let resolved = self.0.origins.resolve(reference).await?.ok_or_else(absent)?;
+        Ok(Meaning { key: resolved.key, origin: Some(resolved.source), answer: None, tagged: None, remote: None })
     }
 
     /// The source for a bare key by the configured templates, if there are any.
-    fn template_origin(&self, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
-        let templates = &self.0.config.origins;
+    pub(super) fn template_origin(&self, key: &ArtifactKey, asking: Asking) -> Option<Arc<dyn Source>> {
+        let may_ask = |template: &&OriginTemplate| {
+            asking.reach == Tier::Origin || template.apply(key).is_ok_and(|reference| reference.is_local())
+        };
+        let templates: Vec<_> = self.0.config.origins.iter().filter(may_ask).cloned().collect();
         (!templates.is_empty() && key.name.scheme().is_none()).then(|| {
             Arc::new(TemplateOrigin {
                 key: key.clone(),
-                templates: templates.clone(),
+                templates,
                 origins: self.0.origins.clone(),
                 found: OnceCell::new(),
             }) as Arc<dyn Source>
@@ -121,6 +168,11 @@ impl Cache {
 }
 
 impl Wanted {
+    /// How whoever fills it asks: what a name means is settled.
+    pub(super) fn asking(&self) -> Asking {
+        Asking { refresh: false, reach: self.reach }
+    }
+
     /// Compares the demanded digest, if there is one, with what is known by now. Unknown digests pass: they are
     /// compared again once the bytes were seen.
     pub(super) fn check_demanded_digest(&self, manifest: &Manifest) -> Result<()> {

@@ -1,4 +1,4 @@
-//! What revisions last resolved to on this machine. Losing one costs a question to the origin, nothing else.
+//! What revisions and tags last resolved to on this machine. Losing one costs a question, nothing else.
 
 use super::Disk;
 use super::fault::At;
@@ -37,15 +37,27 @@ impl Disk {
         }))
     }
 
-    /// Remembers what `revision` of `name` resolved to just now.
-    pub(crate) fn remember_ref(&self, name: &ArtifactName, revision: &str, version: &Version) -> Result<()> {
+    /// Remembers what `revision` of `name` resolved to, `age` ago.
+    pub(crate) fn remember_ref(
+        &self,
+        name: &ArtifactName,
+        revision: &str,
+        version: &Version,
+        age: Duration,
+    ) -> Result<()> {
         self.ensure_writable()?;
         let path = self.layout().reference(name, revision);
         if let Some(folder) = path.parent() {
             modes::make_dirs(folder).at("make", folder)?;
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let stored = Stored { version: version.clone(), resolved_at_unix: now.as_secs() };
+        let stored = Stored { version: version.clone(), resolved_at_unix: now.saturating_sub(age).as_secs() };
         files::replace(&path, &serde_json::to_vec(&stored).unwrap_or_default(), &self.layout().stagings())
+    }
+
+    /// Forgets what `revision` of `name` meant: it means nothing any more.
+    pub(crate) fn forget_ref(&self, name: &ArtifactName, revision: &str) -> Result<()> {
+        self.ensure_writable()?;
+        files::remove(&self.layout().reference(name, revision))
     }
 }

@@ -11,7 +11,7 @@ pub use hub::{HubRepo, RepoKind};
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::key::{ArtifactKey, ArtifactName, FilePath};
+use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
 use std::fmt;
 use std::str::FromStr;
 
@@ -97,6 +97,31 @@ impl Reference {
             }
             Target::Hub(_) | Target::Bare(_) | Target::Folder(_) => None,
         }
+    }
+}
+
+impl Reference {
+    /// The same reference at the version that it was found to mean: it leads to `key` from now on.
+    pub fn pinned(&self, key: &ArtifactKey) -> Self {
+        let target = match &self.target {
+            Target::Hub(repo) => Target::Hub(HubRepo { revision: key.version.as_str().to_owned(), ..repo.clone() }),
+            // A folder as it is now is named as it is listed.
+            Target::Bare(_) | Target::Folder(_) => Target::Bare(key.clone()),
+        };
+        Self { target, ..self.clone() }
+    }
+
+    /// Whether `version` can be what this leads to: what somebody else wrote down is not taken at its word.
+    pub fn may_mean(&self, version: &Version) -> bool {
+        match &self.target {
+            Target::Hub(repo) => repo.key_at(version.as_str()).is_ok(),
+            Target::Bare(_) | Target::Folder(_) => true,
+        }
+    }
+
+    /// Whether it leads into this machine's own filesystem, so that following it asks nobody.
+    pub fn is_local(&self) -> bool {
+        matches!(self.target, Target::Folder(_))
     }
 }
 

@@ -3,22 +3,37 @@
 //! The store is listed page by page; whatever is no manifest of ours, in its own place, is passed over. An artifact that
 //! is evicted meanwhile is left out, as is one that cannot be read, with a warning.
 
+use super::refs::{self, RemoteRef};
 use super::store::Store;
 use super::{Folder, MANIFEST, Remote};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, ArtifactName, OWN_FOLDER, Version};
 use crate::manifest::Manifest;
 use futures::{StreamExt, TryStreamExt};
+use object_store::ObjectMeta;
 
 /// Manifests read at a time.
 const READS_IN_FLIGHT: usize = 16;
 
 pub(super) async fn list(remote: &Remote) -> Result<Vec<Manifest>> {
     let store = remote.store().await?;
-    let objects = store.list(store.root().as_ref()).await?.ok_or_else(|| {
+    manifests(store, &objects(store).await?).await
+}
+
+pub(super) async fn list_with_tags(remote: &Remote) -> Result<(Vec<Manifest>, Vec<(ArtifactName, RemoteRef)>)> {
+    let store = remote.store().await?;
+    let objects = objects(store).await?;
+    Ok((manifests(store, &objects).await?, refs::tags_among(store, &objects).await?))
+}
+
+async fn objects(store: &Store) -> Result<Vec<ObjectMeta>> {
+    store.list(store.root().as_ref()).await?.ok_or_else(|| {
         Error::new(ErrorKind::Unauthorized, "listing the remote is not permitted")
             .hint("grant s3:ListBucket on the bucket")
-    })?;
+    })
+}
+
+async fn manifests(store: &Store, objects: &[ObjectMeta]) -> Result<Vec<Manifest>> {
     let keys: Vec<ArtifactKey> = objects.iter().filter_map(|meta| key_of(store.relative(&meta.location)?)).collect();
     let reads: Vec<_> = keys.iter().map(|key| read(store, key)).collect();
     let read: Vec<Option<Manifest>> = futures::stream::iter(reads).buffered(READS_IN_FLIGHT).try_collect().await?;

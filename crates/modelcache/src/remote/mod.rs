@@ -16,6 +16,7 @@
 //! <name>/<version>/<path…>                     one object per held file
 //! <name>/<version>/.modelcache/claim           a writer at work
 //! <name>/<version>/.modelcache/manifest.json   the commit point: all files, and what is held with ETag and size
+//! <name>/.modelcache/refs/<revision>           what a tag or a revision means: see `refs.rs`
 //! ```
 
 mod claim;
@@ -25,12 +26,14 @@ mod failure;
 mod list;
 mod profile;
 mod publish;
+mod refs;
 mod settings;
 mod source;
 mod store;
 mod upload;
 mod wire;
 
+pub use refs::{RefKind, RemoteRef};
 pub use source::RemoteSource;
 
 #[cfg(fuzzing)]
@@ -38,7 +41,7 @@ pub(crate) use {claim::fuzz as fuzz_claim, profile::fuzz as fuzz_profile};
 
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::key::{ArtifactKey, FilePath, OWN_FOLDER};
+use crate::key::{ArtifactKey, ArtifactName, FilePath, OWN_FOLDER, Version};
 use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity};
 use crate::progress::Progress;
@@ -156,6 +159,49 @@ impl Remote {
     /// The manifest of every published artifact, by name and version. Damaged ones are left out with a warning.
     pub async fn list(&self) -> Result<Vec<Manifest>> {
         list::list(self).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// The same, with every tag and the name it belongs to.
+    pub async fn list_with_tags(&self) -> Result<(Vec<Manifest>, Vec<(ArtifactName, RemoteRef)>)> {
+        list::list_with_tags(self).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// What the origin last said about `revision` of `name`, as far as the fleet remembers it.
+    pub async fn answer(&self, name: &ArtifactName, revision: &str) -> Result<Option<RemoteRef>> {
+        refs::answer(self, name, revision).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// Lets the fleet know what the origin said, unless it knows something as new.
+    pub async fn write_answer(&self, name: &ArtifactName, answer: &RemoteRef) -> Result<()> {
+        refs::write_answer(self, name, answer).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// What the tag means, if there is such a tag.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for one that a newer release wrote in another format.
+    pub async fn tag(&self, name: &ArtifactName, tag: &str) -> Result<Option<RemoteRef>> {
+        refs::tag(self, name, tag).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// Sets a tag; the answer is what it meant before. Whether its version exists is not asked.
+    pub async fn set_tag(&self, name: &ArtifactName, tag: &RemoteRef) -> Result<Option<RemoteRef>> {
+        refs::set_tag(self, name, tag).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// Removes a tag, where given only while it means `only_to`; the answer is what it meant.
+    pub async fn remove_tag(
+        &self,
+        name: &ArtifactName,
+        tag: &str,
+        only_to: Option<&Version>,
+    ) -> Result<Option<RemoteRef>> {
+        refs::remove_tag(self, name, tag, only_to).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// The tags of `name`; `None` where listing is not permitted.
+    pub async fn tags_of(&self, name: &ArtifactName) -> Result<Option<Vec<RemoteRef>>> {
+        refs::tags_of(self, name).await.map_err(|error| error.tier(Tier::Remote))
     }
 
     /// The store, opened at the first use.

@@ -15,6 +15,7 @@
 
 use super::claim::{self, Claim, Listed};
 use super::evict;
+use super::refs;
 use super::store::{Condition, Store, Written};
 use super::upload::{self, FILES_IN_FLIGHT, Upload, Uploader};
 use super::{Conditions, Folder, MANIFEST, PublishOptions, Published, Remote};
@@ -211,14 +212,14 @@ impl Job<'_> {
         format!("{}/{inner}", self.folder.base)
     }
 
-    /// Paths of the objects in the version folder, without our own records. `None` where listing is not permitted.
+    /// Paths of the objects in the version folder, without our own records and the refs of names below it. `None` where listing is not permitted.
     async fn objects(&self) -> Result<Option<Vec<String>>> {
         let base = self.store.key(&self.folder.base)?;
         let Some(objects) = self.store.list(Some(&base)).await? else { return Ok(None) };
         let inside =
             objects.iter().filter_map(|meta| meta.location.as_ref().strip_prefix(base.as_ref())?.strip_prefix('/'));
         let own = format!("{OWN_FOLDER}/");
-        Ok(Some(inside.filter(|path| !path.starts_with(&own)).map(str::to_owned).collect()))
+        Ok(Some(inside.filter(|path| !path.starts_with(&own) && !refs::is_ref(path)).map(str::to_owned).collect()))
     }
 
     /// Without the right to list: whether one of the objects that we would write is there.

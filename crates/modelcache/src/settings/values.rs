@@ -7,6 +7,17 @@ use std::time::Duration;
 pub(super) const SIZE_ACCEPTS: &str = "14GB, 1.5TiB, 80% of the filesystem, or a number of bytes";
 pub(super) const DURATION_ACCEPTS: &str = "for instance 500ms, 30s, 1.5m, 1h30m, 7d, or a number of seconds";
 
+pub(super) const SWITCH_ACCEPTS: &str = "1, true, yes or on; 0, false, no or off";
+
+/// A switch.
+pub(super) fn parse_switch(text: &str) -> Result<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err(Error::invalid("neither on nor off")),
+    }
+}
+
 /// A size: a number of bytes, with a unit, or a whole percentage.
 ///
 /// Units go by the SI (`kB`, `MB`, …) and the IEC (`KiB`, `MiB`, …), in any case, with or without the `B`, as in

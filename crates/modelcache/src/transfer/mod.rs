@@ -5,4 +5,5 @@ mod pour;
 mod retry;
 
 pub(crate) use pour::{PourFile, Poured, Pourer, blocking};
+pub(crate) use retry::within;
 pub use retry::{Attempts, Retry};

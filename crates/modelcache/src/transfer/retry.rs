@@ -27,6 +27,18 @@ const TELL_AFTER: Duration = Duration::from_secs(2);
 /// Time between two such lines.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 
+tokio::task_local! {
+    /// Until when a request may be tried again, for a caller who loses patience soon after.
+    static PATIENCE: Instant;
+}
+
+/// Runs `work` for at most `limit`; `None` when that is over. Requests in it are not tried again when there is no time left
+/// for an answer, so that what a failing server said comes back, rather than that time ran out.
+pub(crate) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+    let end = Instant::now() + limit;
+    tokio::time::timeout_at(end, PATIENCE.scope(end - limit / 8, work)).await.ok()
+}
+
 /// How to try again; clones share one budget.
 #[derive(Debug, Clone)]
 pub struct Retry {
@@ -110,6 +122,7 @@ impl Attempts {
             return None;
         }
         let deadline = *self.first_failure.get_or_insert(now) + self.retry.config.deadline;
+        let deadline = PATIENCE.try_with(|end| deadline.min(*end)).unwrap_or(deadline);
         let backoff = FIRST_BACKOFF.saturating_mul(1 << self.failures.min(16)).min(BACKOFF_MAX);
         let jittered = backoff.mul_f64(rand::random_range(0.0..=1.0));
         let wait = error.wait().map_or(jittered, |asked| asked.saturating_add(jittered.min(Duration::from_secs(1))));
@@ -171,6 +184,16 @@ mod tests {
         let policy = retry(Duration::from_secs(5));
         let error = Error::unavailable("throttled").retry_after(Duration::from_secs(60));
         assert_eq!(policy.attempts().wait_after(&error, Instant::now()), None);
+    }
+
+    #[tokio::test]
+    async fn an_impatient_caller_gets_the_servers_answer_and_no_silence() {
+        let retry = retry(Duration::from_secs(60));
+        let busy =
+            within(Duration::from_millis(800), retry.run(|| async { Err::<(), _>(Error::unavailable("busy")) })).await;
+        assert_eq!(busy.expect("in time").expect_err("busy").message(), "busy");
+        let silent = within(Duration::from_millis(800), retry.run(std::future::pending::<Result<()>>)).await;
+        assert!(silent.is_none(), "silence is cut short");
     }
 
     #[test]

@@ -33,6 +33,8 @@ impl House {
             origins: Vec::new(),
             hub: HubConfig { endpoint: self.hub.url().to_owned(), token: None },
             ref_ttl: Duration::from_secs(60),
+            offline: false,
+            start_jitter: Duration::ZERO,
             retry: RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(1) },
         }
     }
@@ -64,7 +66,7 @@ pub async fn get(cache: &Cache, reference: &str) -> Result<Artifact> {
 }
 
 pub async fn get_some(cache: &Cache, reference: &str, include: &[&str], exclude: &[&str]) -> Result<Artifact> {
-    let options = GetOptions { selection: Selection::globs(include, exclude).unwrap() };
+    let options = GetOptions { selection: Selection::globs(include, exclude).unwrap(), ..GetOptions::default() };
     cache.get(&Reference::parse(reference).unwrap(), &options, &Progress::new()).await
 }
 

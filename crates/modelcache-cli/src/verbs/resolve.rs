@@ -1,0 +1,122 @@
+//! `resolve`: what a reference means now, pinned. Fetches no file.
+//!
+//! Standard output gets one line, so that `$(modelcache resolve …)` is a reference.
+
+use super::choice::Reach;
+use super::{Session, extend, key_object};
+use crate::human;
+use clap::Args;
+use modelcache::cache::{GetOptions, Pinned};
+use modelcache::{Error, Reference, Result};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// Print the pinned form of a reference: what it means now, for ever
+///
+/// A revision or tag becomes the commit or version that it leads to. One line on standard output; digest, and where the
+/// answer came from, on standard error.
+#[derive(Debug, Args)]
+pub(crate) struct Resolve {
+    /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], file:///folder-or-file
+    #[arg(value_name = "REF")]
+    pub(crate) reference: String,
+    /// Branch, tag or commit, in place of the one in the reference
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) revision: Option<String>,
+    /// Print it with the digest that it must have: PINNED#sha256=…, of the file, or of the file list of a tree
+    #[arg(long)]
+    pub(crate) digest: bool,
+    #[command(flatten)]
+    pub(crate) reach: Reach,
+}
+
+impl Resolve {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
+        let output = session.output;
+        let reference = Reference::parse(&self.reference)?;
+        let reference = match &self.revision {
+            Some(revision) => reference.at_revision(revision)?,
+            None => reference,
+        };
+        let pinned = session.cache()?.pinned(&reference, &self.reach.apply(GetOptions::default())).await?;
+        if output.is_json() {
+            output.answer_json(&pinned_object(&self.reference, &pinned))?;
+        } else if self.digest {
+            output.answer(&with_digest(&pinned).ok_or_else(|| unknown_digest(&pinned))?)?;
+        } else {
+            output.answer(&pinned.reference.to_string())?;
+        }
+        output.remark(&summary(&self.reference, &pinned));
+        Ok(())
+    }
+}
+
+/// The form that demands the digest, if that is known.
+fn with_digest(pinned: &Pinned) -> Option<String> {
+    pinned.sha256.map(|sha256| Reference { digest: Some(sha256), ..pinned.reference.clone() }.to_string())
+}
+
+fn unknown_digest(pinned: &Pinned) -> Error {
+    Error::not_found("neither disk nor remote knows the digest of all of it")
+        .artifact(&pinned.key)
+        .hint(format!("`modelcache get {}` fetches it; every digest is known then", pinned.reference))
+}
+
+fn summary(asked: &str, pinned: &Pinned) -> String {
+    let digest = pinned.sha256.map_or_else(|| "sha256 not known yet".to_owned(), |sha256| format!("sha256 {sha256}"));
+    let from = match (pinned.from, pinned.age) {
+        (Some(tier), Some(age)) if age > Duration::from_secs(1) => format!(", {tier} said so {} ago", told(age)),
+        (Some(tier), Some(_)) => format!(", {tier} says so"),
+        (Some(tier), None) => format!(", on {tier}"),
+        (None, _) => String::new(),
+    };
+    format!("{asked} is {} ({digest}{from})", pinned.reference)
+}
+
+fn told(age: Duration) -> String {
+    if age == Duration::MAX { "an unknown time".into() } else { human::duration(age) }
+}
+
+fn pinned_object(asked: &str, pinned: &Pinned) -> Value {
+    let about = json!({
+        "reference": asked,
+        "pinned": pinned.reference.to_string(),
+        "pinned_with_digest": with_digest(pinned),
+        "key": pinned.key.to_string(),
+        "revision": pinned.revision,
+        "sha256": pinned.sha256,
+        "from": pinned.from,
+        "age_seconds": pinned.age.filter(|age| *age < Duration::MAX).map(|age| age.as_secs()),
+    });
+    extend(key_object(&pinned.key), about)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use modelcache::digest::Digest;
+    use modelcache::{ArtifactKey, Tier};
+
+    #[test]
+    fn a_pinned_reference_is_told_with_digest_tier_and_age() {
+        let digest = Digest::of(b"x");
+        let mut pinned = Pinned {
+            reference: Reference::parse("m@4").expect("reference"),
+            key: ArtifactKey::bare("m@4").expect("key"),
+            revision: Some("prod".into()),
+            sha256: Some(digest),
+            from: Some(Tier::Remote),
+            age: Some(Duration::ZERO),
+        };
+        assert_eq!(summary("m@prod", &pinned), format!("m@prod is m@4 (sha256 {digest}, remote says so)"));
+        let object = pinned_object("m@prod", &pinned);
+        assert_eq!(object["pinned_with_digest"], format!("m@4#sha256={digest}"));
+        assert_eq!(
+            (&object["revision"], &object["from"], &object["age_seconds"]),
+            (&json!("prod"), &json!("remote"), &json!(0))
+        );
+        pinned = Pinned { sha256: None, age: Some(Duration::from_secs(7200)), from: Some(Tier::Disk), ..pinned };
+        assert_eq!(summary("m@prod", &pinned), "m@prod is m@4 (sha256 not known yet, disk said so 2 h 0 min ago)");
+        assert_eq!(with_digest(&pinned), None);
+    }
+}

@@ -1,0 +1,96 @@
+//! `tag`: a movable name for a version, kept on the remote.
+
+use super::{Session, extend};
+use clap::Args;
+use modelcache::cache::TagReport;
+use modelcache::key::Version;
+use modelcache::{ArtifactKey, Error, Result};
+use serde_json::{Value, json};
+
+/// Make a tag mean a version: a rollout, or a rollback
+///
+/// Whoever gets NAME@TAG gets that version, at the latest after MODEL_CACHE_REF_TTL. Tags are kept on the remote. The
+/// last who moves a tag wins.
+#[derive(Debug, Args)]
+pub(crate) struct Tag {
+    /// The version, which must be on the remote; with --remove, NAME@TAG
+    #[arg(value_name = "NAME@VERSION")]
+    pub(crate) key: String,
+    /// The tag, for instance prod
+    #[arg(value_name = "TAG", required_unless_present = "remove", conflicts_with = "remove")]
+    pub(crate) tag: Option<String>,
+    /// Remove the tag that NAME@TAG names; the version stays
+    #[arg(long)]
+    pub(crate) remove: bool,
+}
+
+impl Tag {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
+        let output = session.output;
+        let (key, cache) = (ArtifactKey::bare(&self.key)?, session.cache()?);
+        let report = match &self.tag {
+            Some(tag) => cache.tag(&key, &tag_of(tag)?).await?,
+            None => cache.untag(&key).await?,
+        };
+        if output.is_json() {
+            output.answer_json(&report_object(&report))?;
+        }
+        output.remark(&summary(&report));
+        Ok(())
+    }
+}
+
+/// The tag that `text` is: like a version, one segment.
+pub(super) fn tag_of(text: &str) -> Result<Version> {
+    Version::new(text).map_err(|_| {
+        Error::invalid(format!("{text:?} cannot be a tag"))
+            .hint("a tag is one word without any of / @ # ? \\ in it, for instance prod; NAME@VERSION comes before it")
+    })
+}
+
+/// What came of a tag, in one line: from what to what it moved.
+pub(super) fn summary(report: &TagReport) -> String {
+    let TagReport { name, tag, from, to, .. } = report;
+    match (from, to) {
+        (None, Some(to)) => format!("{name}@{tag}: new, means {to}"),
+        (Some(from), Some(to)) if from == to => format!("{name}@{tag}: still means {to}"),
+        (Some(from), Some(to)) => format!("{name}@{tag}: moved from {from} to {to}"),
+        (Some(from), None) => format!("{name}@{tag}: removed; it meant {from}"),
+        (None, None) => format!("{name}@{tag}: removed"),
+    }
+}
+
+fn report_object(report: &TagReport) -> Value {
+    let about = json!({"tag": report.tag, "from": report.from, "to": report.to, "sha256": report.sha256});
+    extend(json!({"name": report.name}), about)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_move_is_told_from_what_to_what() {
+        let version = |text: &str| Version::new(text).expect("version");
+        let report = |from: Option<&str>, to: Option<&str>| TagReport {
+            name: "team/m".parse().expect("name"),
+            tag: version("prod"),
+            from: from.map(version),
+            to: to.map(version),
+            sha256: None,
+        };
+        assert_eq!(summary(&report(None, Some("3"))), "team/m@prod: new, means 3");
+        assert_eq!(summary(&report(Some("3"), Some("4"))), "team/m@prod: moved from 3 to 4");
+        assert_eq!(summary(&report(Some("4"), Some("4"))), "team/m@prod: still means 4");
+        assert_eq!(summary(&report(Some("4"), None)), "team/m@prod: removed; it meant 4");
+        assert_eq!(report_object(&report(Some("3"), Some("4")))["from"], "3");
+    }
+
+    #[test]
+    fn a_tag_is_one_word() {
+        assert!(tag_of("prod-2").is_ok());
+        for bad in ["", "a/b", "m@prod", "..", ".modelcache"] {
+            assert!(tag_of(bad).is_err(), "{bad}");
+        }
+    }
+}

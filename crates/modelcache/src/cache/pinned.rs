@@ -1,0 +1,86 @@
+//! Pinning down a reference: what it means now, in words that mean the same tomorrow. Fetches no file.
+
+use super::resolve::{Meaning, Wanted};
+use super::{Cache, GetOptions, Pinned};
+use crate::error::{Result, Tier};
+use crate::manifest::Manifest;
+use crate::reference::{Reference, Target};
+use crate::selection::Selection;
+use crate::source::Source;
+use crate::transfer::blocking;
+
+impl Cache {
+    /// What a reference means now. The selection of `options` does not matter.
+    ///
+    /// # Errors
+    /// `NotFound` for a name that means nothing, and for a bare key that no tier has. Whether a commit exists at its
+    /// origin is not asked. Otherwise as for [`get`](Self::get).
+    pub async fn pinned(&self, reference: &Reference, options: &GetOptions) -> Result<Pinned> {
+        self.pinned_unnamed(reference, options).await.map_err(|error| error.artifact(reference))
+    }
+
+    async fn pinned_unnamed(&self, reference: &Reference, options: &GetOptions) -> Result<Pinned> {
+        let asking = self.asking(options);
+        let meaning = self.meaning(reference, asking).await?;
+        if let Some(tagged) = &meaning.tagged {
+            self.check_tagged(&meaning.key, tagged).await?;
+        }
+        let revision = match (&reference.target, &meaning.answer) {
+            (_, None) => None,
+            (Target::Bare(key), _) => Some(key.version.to_string()),
+            (_, Some(_)) => reference.pointer().map(|pointer| pointer.revision),
+        };
+        let (from, age) = meaning.answer.as_ref().map_or((None, None), |answer| (Some(answer.from), Some(answer.age)));
+        let Meaning { key, origin, tagged, remote, .. } = meaning;
+        let selection = reference.file.clone().map_or_else(Selection::all, Selection::file);
+        let reach = asking.reach;
+        let wanted = Wanted { key, selection, digest: reference.digest, origin, reach, tagged, remote };
+        let (known_by, manifest) = match (self.known_list(&wanted).await, &reference.target) {
+            (Some((tier, manifest)), _) => (Some(tier), Some(manifest)),
+            // Nothing but a list somewhere says that there is such a version.
+            (None, Target::Bare(_)) => {
+                let mut survey = self.survey(&wanted).await?;
+                (Some(Tier::Origin), Some(self.agree(&wanted, &mut survey)?))
+            }
+            (None, _) => (None, None),
+        };
+        let is_bare = matches!(reference.target, Target::Bare(_));
+        let sha256 = manifest.as_ref().and_then(|manifest| digest(&wanted, manifest));
+        let pinned = Reference { digest: None, ..reference.pinned(&wanted.key) };
+        let from = from.or(known_by.filter(|_| is_bare));
+        Ok(Pinned { reference: pinned, key: wanted.key, revision, sha256, from, age })
+    }
+
+    /// The list of files as disk has it, else the remote, and which of them.
+    async fn known_list(&self, wanted: &Wanted) -> Option<(Tier, Manifest)> {
+        let (disk, key) = (self.0.disk.clone(), wanted.key.clone());
+        if let Ok(Some(manifest)) = blocking(move || disk.manifest(&key)).await {
+            return Some((Tier::Disk, manifest));
+        }
+        if let Ok(Some(manifest)) = self.lower_manifest(&wanted.key).await {
+            return Some((Tier::Disk, manifest));
+        }
+        let remote = self.remote_within(wanted.reach)?;
+        self.before_first_call().await;
+        let asked = match &wanted.remote {
+            Some(Ok(source)) => source.manifest().await,
+            Some(Err(_)) => return None,
+            None => remote.source(&wanted.key).manifest().await,
+        };
+        match asked {
+            Ok(manifest) => manifest.map(|manifest| (Tier::Remote, manifest)),
+            Err(error) => {
+                tracing::debug!(%error, "the remote does not say what the artifact consists of");
+                None
+            }
+        }
+    }
+}
+
+/// What `#sha256=` of the reference is compared with.
+fn digest(wanted: &Wanted, manifest: &Manifest) -> Option<crate::digest::Digest> {
+    match wanted.single_file(manifest) {
+        Some(path) => manifest.files.get(path).and_then(|entry| entry.sha256),
+        None => manifest.list_digest(),
+    }
+}
