@@ -2,6 +2,7 @@
 
 pub mod digest;
 pub mod error;
+pub mod finding;
 pub mod key;
 pub mod ladder;
 pub mod limits;

@@ -39,7 +39,7 @@ pub(super) fn explained(error: Error) -> String {
 
 impl Choice {
     pub(crate) fn options(&self) -> Result<GetOptions> {
-        Ok(GetOptions { selection: Selection::globs(&self.include, &self.exclude)? })
+        Ok(GetOptions { selection: Selection::globs(&self.include, &self.exclude)?, ..GetOptions::default() })
     }
 
     /// The reference that `text` is, at the revision asked for.

@@ -16,6 +16,7 @@ pub(crate) mod prewarm;
 pub(crate) mod prune;
 pub(crate) mod put;
 pub(crate) mod stats;
+pub(crate) mod verify;
 
 use crate::exit;
 use crate::output::Output;
@@ -41,6 +42,7 @@ pub(crate) enum Verb {
     Ls(ls::Ls),
     Inspect(inspect::Inspect),
     Stats(stats::Stats),
+    Verify(verify::Verify),
     Completions(completions::Completions),
     Man(man::Man),
 }
@@ -82,6 +84,7 @@ impl Verb {
             Self::Ls(verb) => verb.run(session).await,
             Self::Inspect(verb) => verb.run(session).await,
             Self::Stats(verb) => verb.run(session).await,
+            Self::Verify(verb) => return verb.run(session).await,
             Self::Completions(_) | Self::Man(_) => Ok(()),
         }
         .map(|()| exit::DONE)

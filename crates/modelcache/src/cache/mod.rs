@@ -18,11 +18,14 @@ mod prune;
 mod put;
 mod report;
 mod resolve;
+mod verify;
 
 pub use report::{
     Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PinReport,
     PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, Stats,
 };
+
+pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
 pub use crate::disk::{
     Destination, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Pin, PruneOptions,
@@ -103,5 +106,6 @@ mod tests {
         spawnable(cache.prune(&PruneOptions::default()));
         spawnable(cache.pin(reference, Pin::default()));
         spawnable(cache.unpin(reference));
+        spawnable(cache.scrub(1, |_| ()));
     }
 }

@@ -17,6 +17,8 @@ use std::time::{Duration, SystemTime};
 pub struct GetOptions {
     /// Which files. A reference that names one file overrules it.
     pub selection: Selection,
+    /// Whether what is here already is read in full and compared with its digests before it is lent.
+    pub verify: bool,
 }
 
 /// A lent artifact: its path stays valid while this value lives.

@@ -34,6 +34,7 @@ mod refs;
 mod source;
 mod staging;
 mod trust;
+mod verify;
 mod writer;
 
 pub(crate) use budget::{Evicted, Usage};
@@ -55,6 +56,7 @@ pub(crate) use publish::StagedFile;
 pub(crate) use refs::RememberedRef;
 pub(crate) use source::DiskSource;
 pub(crate) use staging::Staging;
+pub(crate) use verify::{Reading, Stored};
 pub(crate) use writer::{ALIGNMENT, Draft, Hashed, StagedWriter};
 
 use crate::config::{ByteBound, Sharing};

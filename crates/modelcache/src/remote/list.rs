@@ -13,13 +13,21 @@ use futures::{StreamExt, TryStreamExt};
 /// Manifests read at a time.
 const READS_IN_FLIGHT: usize = 16;
 
-pub(super) async fn list(remote: &Remote) -> Result<Vec<Manifest>> {
+/// Every artifact that has a manifest, readable or not, by name and version.
+pub(super) async fn keys(remote: &Remote) -> Result<Vec<ArtifactKey>> {
     let store = remote.store().await?;
     let objects = store.list(store.root().as_ref()).await?.ok_or_else(|| {
         Error::new(ErrorKind::Unauthorized, "listing the remote is not permitted")
             .hint("grant s3:ListBucket on the bucket")
     })?;
-    let keys: Vec<ArtifactKey> = objects.iter().filter_map(|meta| key_of(store.relative(&meta.location)?)).collect();
+    let mut keys: Vec<_> = objects.iter().filter_map(|meta| key_of(store.relative(&meta.location)?)).collect();
+    keys.sort();
+    Ok(keys)
+}
+
+pub(super) async fn list(remote: &Remote) -> Result<Vec<Manifest>> {
+    let store = remote.store().await?;
+    let keys = keys(remote).await?;
     let reads: Vec<_> = keys.iter().map(|key| read(store, key)).collect();
     let read: Vec<Option<Manifest>> = futures::stream::iter(reads).buffered(READS_IN_FLIGHT).try_collect().await?;
     let mut manifests: Vec<Manifest> = read.into_iter().flatten().collect();

@@ -29,17 +29,19 @@ mod settings;
 mod source;
 mod store;
 mod upload;
+mod verify;
 mod wire;
 
 pub use source::RemoteSource;
 
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::finding::Verified;
 use crate::key::{ArtifactKey, FilePath, OWN_FOLDER};
 use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity};
 use crate::progress::Progress;
-use crate::transfer::Retry;
+use crate::transfer::{Pace, Retry};
 use object_store::path::Path;
 use settings::{Options, Place};
 use std::collections::{BTreeMap, BTreeSet};
@@ -153,6 +155,23 @@ impl Remote {
     /// The manifest of every published artifact, by name and version. Damaged ones are left out with a warning.
     pub async fn list(&self) -> Result<Vec<Manifest>> {
         list::list(self).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// Every artifact that has a manifest, readable or not, by name and version.
+    pub(crate) async fn keys(&self) -> Result<Vec<ArtifactKey>> {
+        list::keys(self).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// Reads the objects that the manifest of `key` names, or those among them whose path `chosen` takes, and compares
+    /// them with it; `None` if it is not published.
+    pub(crate) async fn verify(
+        &self,
+        key: &ArtifactKey,
+        chosen: &(dyn Fn(&FilePath) -> bool + Sync),
+        pace: &Pace,
+        progress: &Progress,
+    ) -> Result<Option<Verified>> {
+        verify::verify(self, key, chosen, pace, progress).await.map_err(|error| error.artifact(key).tier(Tier::Remote))
     }
 
     /// The store, opened at the first use.

@@ -1,8 +1,10 @@
 //! Moving bytes: trying again, and pouring sources into staging.
 
 mod buffer;
+mod pace;
 mod pour;
 mod retry;
 
+pub(crate) use pace::Pace;
 pub(crate) use pour::{PourFile, Poured, Pourer, blocking};
 pub use retry::{Attempts, Retry};
