@@ -52,6 +52,9 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     if let Some(answered) = arguments.verb.answer_at_once(output) {
         return answered.map(|()| exit::DONE);
     }
+    if let verbs::Verb::Doctor(doctor) = &arguments.verb {
+        return doctor.run(&arguments.global, output);
+    }
     let settings = environment::gather(&arguments.global)?;
     logs::start(&settings.log, output)?;
     settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));

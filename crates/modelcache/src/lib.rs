@@ -18,6 +18,7 @@ pub mod source;
 
 pub mod cache;
 pub mod disk;
+pub mod doctor;
 pub mod origin;
 pub mod remote;
 pub mod transfer;

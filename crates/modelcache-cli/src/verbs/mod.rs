@@ -4,6 +4,7 @@
 
 pub(crate) mod choice;
 pub(crate) mod completions;
+pub(crate) mod doctor;
 pub(crate) mod evict;
 pub(crate) mod exec;
 pub(crate) mod get;
@@ -43,6 +44,7 @@ pub(crate) enum Verb {
     Inspect(inspect::Inspect),
     Stats(stats::Stats),
     Verify(verify::Verify),
+    Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(man::Man),
 }
@@ -85,7 +87,8 @@ impl Verb {
             Self::Inspect(verb) => verb.run(session).await,
             Self::Stats(verb) => verb.run(session).await,
             Self::Verify(verb) => return verb.run(session).await,
-            Self::Completions(_) | Self::Man(_) => Ok(()),
+            // These have had their turn.
+            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => Ok(()),
         }
         .map(|()| exit::DONE)
     }

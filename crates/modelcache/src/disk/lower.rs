@@ -142,7 +142,7 @@ impl Lower {
 
 impl Disk {
     /// A directory that exists, for reading only. Nothing is made in it.
-    fn reader(root: &Path, why: &str) -> Result<Self> {
+    pub(super) fn reader(root: &Path, why: &str) -> Result<Self> {
         super::trust::check(root, Sharing::Off)?;
         let layout = super::Layout::new(root.to_owned());
         if files::stat(&layout.format())?.is_none() {

@@ -12,6 +12,7 @@
 
 mod budget;
 mod clone;
+mod doctor;
 mod fault;
 mod files;
 mod fit;
@@ -39,6 +40,7 @@ mod writer;
 
 pub(crate) use budget::{Evicted, Usage};
 pub use clone::Link;
+pub(crate) use doctor::examine;
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
 pub(crate) use fit::content_name;

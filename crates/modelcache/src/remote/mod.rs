@@ -20,9 +20,11 @@
 
 mod claim;
 mod credentials;
+mod doctor;
 mod evict;
 mod failure;
 mod list;
+mod policy;
 mod profile;
 mod publish;
 mod settings;
@@ -32,6 +34,8 @@ mod upload;
 mod verify;
 mod wire;
 
+pub(crate) use doctor::examine;
+pub use policy::{Policy, Role};
 pub use source::RemoteSource;
 
 use crate::config::RemoteConfig;
