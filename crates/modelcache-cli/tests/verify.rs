@@ -372,6 +372,40 @@ fn the_remote_is_repaired_from_the_origin_where_disk_has_nothing() {
 }
 
 #[test]
+fn a_copy_on_disk_that_rotted_too_is_not_what_the_remote_is_repaired_from() {
+    let (house, commit) = House::with_model();
+    let folder = house.on("a").run(["get", "hf://org/model"]).path();
+    let key = house.s3_key(&format!("hf/org/model/{commit}"), "model.safetensors");
+    house.s3.flip_byte(BUCKET, &key, 0).unwrap();
+    rot(&folder.join("model.safetensors"), 5);
+    house.on("a").run(["verify", "--tier", "remote", "--repair"]).ok();
+    assert!(house.s3.object(BUCKET, &key).unwrap() == big().to_vec().unwrap());
+    house.on("a").run(["verify", "--tier", "all"]).ok();
+    assert_model(&folder);
+}
+
+#[test]
+fn with_both_tiers_one_of_them_is_enough_and_neither_is_not_found() {
+    let house = House::new();
+    put(&house, "a");
+    let read = house.on("b").run(["verify", "--tier", "all", "--json", "m@1"]).objects();
+    assert_eq!((read.len(), &read[0]["tier"]), (1, &"remote".into()));
+    house.on("b").run(["verify", "--tier", "all", "n@1"]).failed(3, &["n@1", "neither on disk nor on the remote"]);
+    house.on("b").run(["verify", "--tier", "remote", "n@1"]).failed(3, &["not on the remote"]);
+}
+
+#[test]
+fn get_verify_does_not_lend_rot_of_a_lower_directory() {
+    let house = House::new();
+    rot(&put(&house, "baked").join("weights.bin"), 7);
+    let run = || house.on("a").env("MODEL_CACHE_LOWER_DIR", house.path("baked"));
+    assert!(run().run(["get", "m@1"]).path().starts_with(house.path("baked")), "a lend cannot see it");
+    let path = run().run(["get", "--verify", "m@1"]).path();
+    assert!(path.starts_with(house.path("a")), "{}", path.display());
+    assert_same(&path.join("weights.bin"), &weights());
+}
+
+#[test]
 fn what_nobody_has_cannot_be_repaired_on_the_remote_and_a_damaged_manifest_can_from_disk() {
     let house = House::new();
     put(&house, "a");

@@ -13,6 +13,7 @@ use modelcache::finding::{BadPart, Finding, Verified};
 use modelcache::progress::Progress;
 use modelcache::{Error, Reference, Result, Tier, settings};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// Read what is kept in full and compare it with its digests
@@ -72,6 +73,8 @@ struct Sums {
     bad_artifacts: usize,
     bad_files: usize,
     repaired: usize,
+    /// References to what was found somewhere.
+    found: BTreeSet<String>,
     /// The exit code of the first target that could not be verified.
     failed: Option<u8>,
 }
@@ -93,19 +96,15 @@ impl Verify {
                     show(output, &verified)?;
                     sums.add(&verified);
                 }
-                // Evicted meanwhile; or in one of two places only.
-                Ok(None) if references.is_empty() || self.tier == Where::All && self.is_elsewhere(&targets, target) => {
-                }
-                Ok(None) => sums.fail(output, &not_there(target), target),
+                // Evicted meanwhile.
+                Ok(None) if references.is_empty() => {}
+                // Asked for in both places: one is enough.
+                Ok(None) if self.tier == Where::All && (target.tier == Tier::Disk || sums.knows(target)) => {}
+                Ok(None) => sums.fail(output, &not_there(target, self.tier == Where::All), target),
                 Err(error) => sums.fail(output, &error, target),
             }
         }
         Ok(self.conclude(output, &sums, started.elapsed()))
-    }
-
-    /// Whether another target is about the same artifact: then being nowhere is told for the last of them alone.
-    fn is_elsewhere(&self, targets: &[VerifyTarget], target: &VerifyTarget) -> bool {
-        targets.iter().any(|other| other.reference == target.reference && other.tier != target.tier)
     }
 
     fn conclude(&self, output: &Output, sums: &Sums, took: Duration) -> u8 {
@@ -134,10 +133,15 @@ impl Sums {
     fn add(&mut self, verified: &Verified) {
         let remaining = verified.findings.iter().filter(|finding| finding.remains()).count();
         self.artifacts += usize::from(verified.key.is_some());
+        self.found.insert(verified.reference.clone());
         self.bytes += verified.bytes;
         self.bad_artifacts += usize::from(remaining > 0);
         self.bad_files += remaining;
         self.repaired += verified.findings.len() - remaining;
+    }
+
+    fn knows(&self, target: &VerifyTarget) -> bool {
+        self.found.contains(&target.reference)
     }
 
     fn fail(&mut self, output: &Output, error: &Error, target: &VerifyTarget) {
@@ -146,8 +150,9 @@ impl Sums {
     }
 }
 
-fn not_there(target: &VerifyTarget) -> Error {
+fn not_there(target: &VerifyTarget, both: bool) -> Error {
     let (place, list) = match target.tier {
+        Tier::Remote if both => ("neither on disk nor on the remote", "modelcache ls --remote"),
         Tier::Remote => ("not on the remote", "modelcache ls --remote"),
         _ => ("not on disk", "modelcache ls"),
     };

@@ -110,6 +110,10 @@ impl Cache {
         let reading = Arc::new(Reading::new(None, false));
         let _stop = StopOnDrop(reading.clone());
         let found = self.verify_disk(&wanted.key, &wanted.selection, &reading, progress).await?;
+        if let Some(lower) = self.0.lower.clone() {
+            let (key, selection, reading) = (wanted.key.clone(), wanted.selection.clone(), reading.clone());
+            blocking(move || lower.verify(&key, &selection, &reading)).await?;
+        }
         let bad = found.iter().flat_map(|verified| &verified.findings).find(|finding| !finding.withdrawn);
         match bad {
             None => Ok(()),
@@ -263,7 +267,8 @@ impl Verification {
         let whole = verified.findings.iter().any(|finding| finding.problem == Problem::DamagedManifest);
         let bad: BTreeSet<FilePath> = verified.findings.iter().filter_map(|finding| finding.path.clone()).collect();
         let wanted = |path: &FilePath| whole || bad.contains(path);
-        // From disk what disk has, and from the origin first what it has not.
+        // From disk what disk has right, and from the origin first what it has not.
+        self.cache.verify_disk(key, &selection(&verified.findings)?, &self.reading, progress).await?;
         let mut from = Tier::Disk;
         let mut failure = None;
         if !self.disk_has(key, &bad, whole).await? {

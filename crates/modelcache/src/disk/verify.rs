@@ -245,6 +245,14 @@ impl Disk {
         Ok(())
     }
 
+    /// The digest of a file that is only read; `None` if it is gone, or nobody waits any more.
+    pub(crate) fn hash_paced(&self, path: &Path, reading: &Reading) -> Result<Option<Digest>> {
+        let Some(file) = files::absent(modes::open_existing(path, false)).at("open", path)? else { return Ok(None) };
+        let size = file.metadata().at("look at", path)?.len();
+        let (digest, _) = read_in_order(&file, size, reading, &Progress::new()).at("read", path)?;
+        Ok((!reading.is_stopped()).then_some(digest))
+    }
+
     /// The artifact as it is here, held against eviction; its last use stays what it was. `None` if it is not here, or
     /// just being evicted.
     pub(crate) fn hold(&self, key: &ArtifactKey) -> Result<Option<(Manifest, ArtifactDir, Option<FileLock>)>> {
