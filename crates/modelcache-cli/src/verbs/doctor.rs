@@ -55,7 +55,7 @@ impl Doctor {
             return print_policy(&survey.settings?.config, who.into(), output).map(|()| exit::DONE);
         }
         let mut checks = configuration(&survey);
-        let settings = survey.settings.or_else(|_| survey.without_what_is_wrong)?;
+        let settings = survey.settings.or(survey.without_what_is_wrong)?;
         if let Err(error) = logs::start(&settings.log, output) {
             checks.push(Check::problem(Area::Configuration, &error));
         }

@@ -5,7 +5,7 @@
 //! kill leaves of it a sweep removes.
 
 use super::fault::At;
-use super::files::{self, RANDOM_NAME_CHARS, TEMPORARY, random_name};
+use super::files::{self, TEMPORARY, random_name};
 use super::layout::Layout;
 use super::{check_format, clone, lock, modes, trust};
 use crate::config::{ByteBound, Config};
@@ -245,7 +245,6 @@ struct TryFolder(PathBuf);
 
 impl TryFolder {
     fn make(parent: &Path) -> Result<Self> {
-        debug_assert!(RANDOM_NAME_CHARS > 8, "nobody else has this name");
         let path = parent.join(format!("{TEMPORARY}{}", random_name()));
         modes::make_new_dir(&path).at("make a folder in", parent)?;
         Ok(Self(path))
