@@ -54,6 +54,9 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         return answered.map(|()| exit::DONE);
     }
     let started = Instant::now();
+    if let verbs::Verb::Doctor(doctor) = &arguments.verb {
+        return doctor.run(&arguments.global, output);
+    }
     let settings = environment::gather(&arguments.global)?;
     logs::start(&settings.log, output)?;
     settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));

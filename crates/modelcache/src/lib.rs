@@ -2,6 +2,7 @@
 
 pub mod digest;
 pub mod error;
+pub mod finding;
 pub mod human;
 pub mod key;
 pub mod ladder;
@@ -21,6 +22,7 @@ pub mod fuzzing;
 
 pub mod cache;
 pub mod disk;
+pub mod doctor;
 pub mod origin;
 pub mod remote;
 pub mod transfer;

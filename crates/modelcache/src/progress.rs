@@ -30,9 +30,11 @@ pub enum Phase {
     Backfill,
     /// Linking or copying into a folder of the caller's own.
     Materialize,
+    /// Reading what is there and comparing it with its digests.
+    Verify,
 }
 
-const PHASES: [Phase; 8] = [
+const PHASES: [Phase; 9] = [
     Phase::Resolve,
     Phase::Lend,
     Phase::Join,
@@ -41,6 +43,7 @@ const PHASES: [Phase; 8] = [
     Phase::Publish,
     Phase::Backfill,
     Phase::Materialize,
+    Phase::Verify,
 ];
 
 impl Phase {
@@ -55,6 +58,7 @@ impl Phase {
             Self::Publish => "publish",
             Self::Backfill => "backfill",
             Self::Materialize => "materialize",
+            Self::Verify => "verify",
         }
     }
 }

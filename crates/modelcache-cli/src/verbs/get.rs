@@ -30,6 +30,9 @@ pub(crate) struct Get {
     pub(crate) choice: Choice,
     #[command(flatten)]
     pub(crate) into: IntoFolder,
+    /// Read what is on disk in full and compare it with its digests first; a bad copy is fetched again
+    #[arg(long)]
+    pub(crate) verify: bool,
     /// Only tell which files would come from where
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -42,7 +45,7 @@ impl Get {
 
     /// Tries every reference; the first failure decides the exit code.
     async fn all(&self, session: &Session<'_>) -> Result<u8> {
-        let options = self.choice.options()?;
+        let options = GetOptions { verify: self.verify, ..self.choice.options()? };
         let cache = session.cache()?;
         let destination = self.into.destination(&cache, self.references.len()).await?;
         let mut code = exit::DONE;

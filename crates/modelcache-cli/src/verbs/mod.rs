@@ -4,6 +4,7 @@
 
 pub(crate) mod choice;
 pub(crate) mod completions;
+pub(crate) mod doctor;
 pub(crate) mod evict;
 pub(crate) mod exec;
 pub(crate) mod get;
@@ -18,6 +19,7 @@ pub(crate) mod put;
 pub(crate) mod resolve;
 pub(crate) mod stats;
 pub(crate) mod tag;
+pub(crate) mod verify;
 
 use crate::output::Output;
 use crate::{exit, metrics};
@@ -46,6 +48,8 @@ pub(crate) enum Verb {
     Ls(ls::Ls),
     Inspect(inspect::Inspect),
     Stats(stats::Stats),
+    Verify(verify::Verify),
+    Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(man::Man),
 }
@@ -116,6 +120,10 @@ impl Verb {
             Self::Ls(_) => "ls",
             Self::Inspect(_) => "inspect",
             Self::Stats(_) => "stats",
+            Self::Tag(_) => "tag",
+            Self::Resolve(_) => "resolve",
+            Self::Verify(_) => "verify",
+            Self::Doctor(_) => "doctor",
             Self::Completions(_) => "completions",
             Self::Man(_) => "man",
         }
@@ -137,7 +145,9 @@ impl Verb {
             Self::Ls(verb) => verb.run(session).await,
             Self::Inspect(verb) => verb.run(session).await,
             Self::Stats(verb) => verb.run(session).await,
-            Self::Completions(_) | Self::Man(_) => Ok(()),
+            Self::Verify(verb) => return verb.run(session).await,
+            // These have had their turn.
+            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => Ok(()),
         }
         .map(|()| exit::DONE)
     }

@@ -13,16 +13,19 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
-use hyper::header::HeaderName;
+use hyper::header::{DATE, HeaderName, HeaderValue};
 use hyper::{Request, StatusCode};
 use percent_encoding::percent_decode_str;
 use s3s::auth::{S3Auth, SecretKey};
+use s3s::dto::{Timestamp, TimestampFormat};
 use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{S3Result, s3_error};
 use tempfile::TempDir;
@@ -54,6 +57,8 @@ struct Shared {
     service: S3Service,
     faults: Arc<Faults<Kind>>,
     log: Log,
+    /// By how much the server's clock is ahead.
+    clock_ahead_s: AtomicI64,
 }
 
 impl S3 {
@@ -73,7 +78,12 @@ impl S3 {
         let faults = Arc::new(Faults::default());
         let mut builder = S3ServiceBuilder::new(Store::new(folder.clone(), faults.clone())?);
         builder.set_auth(OneKey);
-        let shared = Arc::new(Shared { service: builder.build(), faults, log: Log::default() });
+        let shared = Arc::new(Shared {
+            service: builder.build(),
+            faults,
+            log: Log::default(),
+            clock_ahead_s: AtomicI64::new(0),
+        });
         let server = serve(bind(("127.0.0.1", port))?, handler(&shared));
         Ok(Self { shared, server, folder, _own_folder: None })
     }
@@ -114,6 +124,11 @@ impl S3 {
     /// The faults; see [`S3Fault`] for what there is.
     pub fn faults(&self) -> &Faults<S3FaultKind> {
         &self.shared.faults
+    }
+
+    /// Puts the server's clock, as answers tell it, this many seconds ahead; signatures are still taken.
+    pub fn clock_ahead(&self, seconds: i64) {
+        self.shared.clock_ahead_s.store(seconds, Ordering::SeqCst);
     }
 
     /// While down, every connection is closed without an answer.
@@ -221,9 +236,23 @@ fn handler(
             let answer = answered(&shared, &mut seen, request).await;
             seen.status = answer.as_ref().map_or(0, |answer| answer.status().as_u16());
             shared.log.push(seen);
-            answer
+            answer.map(|answer| with_date(answer, shared.clock_ahead_s.load(Ordering::SeqCst)))
         })
     }
+}
+
+/// Tells the time of a clock that is `ahead_s` off; of one that is not, the server library does.
+fn with_date(mut answer: Answer, ahead_s: i64) -> Answer {
+    if ahead_s != 0 {
+        let off = Duration::from_secs(ahead_s.unsigned_abs());
+        let time = if ahead_s > 0 { SystemTime::now() + off } else { SystemTime::now() - off };
+        let mut text = Vec::new();
+        let told = Timestamp::from(time).format(TimestampFormat::HttpDate, &mut text);
+        if let (Ok(()), Ok(date)) = (told, HeaderValue::from_bytes(&text)) {
+            answer.headers_mut().insert(DATE, date);
+        }
+    }
+    answer
 }
 
 async fn answered(shared: &Shared, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {

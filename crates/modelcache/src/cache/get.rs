@@ -45,10 +45,13 @@ impl Cache {
     /// failed; `Full`, `Directory` when the local directory cannot take it.
     pub async fn get(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
         let wanted = self.resolve(reference, options, progress).await.map_err(|error| error.artifact(reference))?;
+        if options.verify {
+            self.verify_hit(&wanted, progress).await.map_err(|error| error.artifact(&wanted.key))?;
+        }
         self.get_resolved(&wanted, progress).await.map_err(|error| error.artifact(&wanted.key))
     }
 
-    async fn get_resolved(&self, wanted: &Wanted, progress: &Progress) -> Result<Artifact> {
+    pub(super) async fn get_resolved(&self, wanted: &Wanted, progress: &Progress) -> Result<Artifact> {
         let landed = match self.lend(wanted, progress).await? {
             Some(lent) => Landed::here(lent),
             None => self.board(wanted, progress).await?,

@@ -23,11 +23,14 @@ mod report;
 mod resolve;
 mod start;
 mod tag;
+mod verify;
 
 pub use report::{
     Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PinReport,
     Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, Stats, TagReport,
 };
+
+pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
 pub use crate::disk::{
     Destination, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Pin, PruneOptions,
@@ -114,5 +117,6 @@ mod tests {
         spawnable(cache.pinned(reference, &GetOptions::default()));
         spawnable(cache.tag(key, &key.version));
         spawnable(cache.untag(key));
+        spawnable(cache.scrub(1, |_| ()));
     }
 }

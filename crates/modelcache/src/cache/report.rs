@@ -22,11 +22,13 @@ pub struct GetOptions {
     /// The farthest tier that may be asked: `Remote` asks no origin, `Disk` nobody at all. An origin that is a folder
     /// of this machine is read all the same.
     pub reach: Tier,
+    /// Whether what is here already is read in full and compared with its digests before it is lent.
+    pub verify: bool,
 }
 
 impl Default for GetOptions {
     fn default() -> Self {
-        Self { selection: Selection::default(), refresh: false, reach: Tier::Origin }
+        Self { selection: Selection::default(), refresh: false, reach: Tier::Origin, verify: false }
     }
 }
 

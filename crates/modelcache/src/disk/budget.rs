@@ -551,6 +551,12 @@ fn read_record(file: &std::fs::File) -> Option<Record> {
     serde_json::from_slice(&bytes[..read]).ok()
 }
 
+/// The recorded total of a directory that is not open, if it is to be trusted.
+pub(super) fn recorded_total(layout: &super::Layout) -> Option<u64> {
+    let file = std::fs::File::open(layout.budget_lock()).ok()?;
+    read_record(&file).filter(|record| !record.dirty && record.boot_id == boot_id()).map(|record| record.total)
+}
+
 fn held_too_long(path: &Path) -> Error {
     let holder = std::fs::File::open(path).ok().and_then(|file| read_record(&file)).map(|record| record.pid);
     let who = holder.map_or_else(|| "another process".into(), |pid| format!("process {pid}"));

@@ -57,7 +57,7 @@ pub(crate) enum Lend {
 }
 
 /// How one view differs from what its manifest says.
-enum Mismatch {
+pub(super) enum Mismatch {
     Missing,
     Right(FileIdentity),
     Wrong(File),
@@ -106,7 +106,7 @@ impl Disk {
                     tracing::warn!(artifact = %key, file = %path, "this copy is missing or was changed, and cannot be mended where nothing can be written");
                     return Ok(Lend::Absent);
                 }
-                Some((path, entry, mismatch)) => self.mend(&dir, &path, &entry, mismatch)?,
+                Some((path, entry, mismatch)) => drop(self.mend(&dir, &path, &entry, mismatch)?),
             }
         }
         Ok(Lend::Absent)
@@ -156,12 +156,20 @@ impl Disk {
         }
     }
 
-    fn mend(&self, dir: &ArtifactDir, path: &FilePath, entry: &FileEntry, mismatch: Mismatch) -> Result<()> {
-        let lies_there = files::stat(&dir.view(path))?.map(|metadata| metadata.ino());
-        let inode = lies_there.or(entry.on_disk().map(|held| held.inode));
+    /// Records what was found of a view. Tells which files of which artifacts are held no more because of it.
+    pub(super) fn mend(
+        &self,
+        dir: &ArtifactDir,
+        path: &FilePath,
+        entry: &FileEntry,
+        mismatch: Mismatch,
+    ) -> Result<Vec<(ArtifactKey, FilePath)>> {
+        let lies_there = files::stat(&dir.view(path))?;
+        let was_resized = lies_there.as_ref().is_some_and(|metadata| metadata.len() != entry.size);
+        let inode = lies_there.map(|metadata| metadata.ino()).or(entry.on_disk().map(|held| held.inode));
         let blob = entry.sha256.map(|digest| files::stat(&self.layout().blob(&digest))).transpose()?.flatten();
-        if inode != blob.map(|metadata| metadata.ino()) {
-            // Bytes of its own, which counted by themselves, came or went.
+        if was_resized || inode != blob.map(|metadata| metadata.ino()) {
+            // Bytes of its own, which counted by themselves, came or went; or what was counted takes other room by now.
             let mut hold = self.hold_budget()?;
             hold.distrust()?;
             hold.release()?;
@@ -170,7 +178,7 @@ impl Disk {
             Mismatch::Missing => self.edit_manifest(dir, |manifest| {
                 let missing = files::stat(&dir.view(path)).is_ok_and(|metadata| !metadata.is_some_and(|m| m.is_file()));
                 manifest.files.get_mut(path).filter(|_| missing).map(|entry| entry.held = None).is_some()
-            }),
+            })?,
             Mismatch::Right(identity) => self.edit_manifest(dir, |manifest| {
                 manifest
                     .files
@@ -178,25 +186,37 @@ impl Disk {
                     .filter(|e| e.held.is_some())
                     .map(|e| e.held = Some(Held::Disk(identity)))
                     .is_some()
-            }),
-            Mismatch::Wrong(file) => self.heal(dir, path, entry, &file),
+            })?,
+            Mismatch::Wrong(file) => return self.heal(dir, path, entry, &file),
         }
+        Ok(Vec::new())
     }
 
     /// A file's bytes are wrong: no artifact may go on claiming to hold them.
     ///
     /// The inode's mtime is spoilt first, through the descriptor that was hashed: one call makes every link of it,
     /// recorded anywhere, differ from its record.
-    fn heal(&self, dir: &ArtifactDir, path: &FilePath, entry: &FileEntry, file: &File) -> Result<()> {
+    fn heal(
+        &self,
+        dir: &ArtifactDir,
+        path: &FilePath,
+        entry: &FileEntry,
+        file: &File,
+    ) -> Result<Vec<(ArtifactKey, FilePath)>> {
         tracing::warn!(artifact = %dir.path().display(), file = %path, "a cached file was changed on disk; it will be fetched again");
         let _ = file.set_times(fs::FileTimes::new().set_modified(UNIX_EPOCH + Duration::from_secs(1)));
         let inode = identity(&file.metadata().at("look at", &dir.view(path))?).inode;
         if let Some(digest) = entry.sha256 {
             self.quarantine_inode(&digest, inode)?;
         }
+        let mut uncommitted = Vec::new();
         for artifact in self.scan()? {
             let records = |entry: &FileEntry| entry.on_disk().is_some_and(|held| held.inode == inode);
-            if artifact.manifest.is_some_and(|manifest| manifest.files.values().any(records)) {
+            let Some(manifest) = artifact.manifest else { continue };
+            let recording = manifest.files.iter().filter(|(_, entry)| records(entry));
+            let recording: Vec<_> = recording.map(|(path, _)| (manifest.key.clone(), path.clone())).collect();
+            if !recording.is_empty() {
+                uncommitted.extend(recording);
                 self.edit_manifest(&artifact.dir, |manifest| {
                     manifest.files.values_mut().filter(|entry| records(entry)).map(|entry| entry.held = None).count()
                         > 0
@@ -209,10 +229,11 @@ impl Disk {
             let entry =
                 manifest.files.get_mut(path).filter(|entry| entry.held.is_some() && entry.on_disk() != lies_there);
             entry.map(|entry| entry.held = None).is_some()
-        })
+        })?;
+        Ok(uncommitted)
     }
 
-    fn quarantine_inode(&self, digest: &Digest, inode: u64) -> Result<()> {
+    pub(super) fn quarantine_inode(&self, digest: &Digest, inode: u64) -> Result<()> {
         let blob = self.layout().blob(digest);
         let mut hold = self.hold_budget()?;
         if files::stat(&blob)?.is_some_and(|metadata| identity(&metadata).inode == inode) {

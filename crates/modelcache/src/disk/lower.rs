@@ -6,7 +6,7 @@
 //! makes that copy of the artifact count as absent.
 
 use super::files::{self, identity};
-use super::{ArtifactDir, Disk, DiskSource, Lent, check_format};
+use super::{ArtifactDir, Disk, DiskSource, Lent, Reading, check_format};
 use crate::config::{ByteBound, Sharing};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
@@ -87,7 +87,7 @@ impl Lower {
         for (path, entry) in manifest.selected(selection) {
             let view = dir.view(path);
             let Some(metadata) = files::stat(&view)?.filter(Metadata::is_file) else { return Ok(None) };
-            if entry.on_disk() == Some(identity(&metadata)) {
+            if entry.on_disk() == Some(identity(&metadata)) && !self.was_found_wrong(&metadata, entry) {
                 continue;
             }
             let found = self.digest_of(&view, &metadata)?;
@@ -100,6 +100,26 @@ impl Lower {
             }
         }
         Ok(Some(Lent { manifest: Arc::new(manifest), dir, link: None, is_lower: true, _lease: None }))
+    }
+
+    /// Reads what is held of `key` in full. What is wrong is remembered by this process, and not lent by it.
+    pub(crate) fn verify(&self, key: &ArtifactKey, selection: &Selection, reading: &Reading) -> Result<()> {
+        let Some(manifest) = self.manifest(key) else { return Ok(()) };
+        let dir = self.disk.layout().artifact(key);
+        for (path, _) in manifest.selected(selection).filter(|(_, entry)| entry.held.is_some()) {
+            let view = dir.view(path);
+            let Some(metadata) = files::stat(&view)?.filter(Metadata::is_file) else { continue };
+            if let Some(digest) = self.disk.hash_paced(&view, reading)? {
+                self.seen().insert(self.record_name(&metadata), digest);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether this process read the file in full, and found other bytes than `entry` has.
+    fn was_found_wrong(&self, metadata: &Metadata, entry: &FileEntry) -> bool {
+        let seen = self.seen();
+        !seen.is_empty() && seen.get(&self.record_name(metadata)).is_some_and(|found| entry.sha256 != Some(*found))
     }
 
     /// What the file at `view` consists of: remembered, or found by hashing it. `None` if it is being changed.
@@ -142,7 +162,7 @@ impl Lower {
 
 impl Disk {
     /// A directory that exists, for reading only. Nothing is made in it.
-    fn reader(root: &Path, why: &str) -> Result<Self> {
+    pub(super) fn reader(root: &Path, why: &str) -> Result<Self> {
         super::trust::check(root, Sharing::Off)?;
         let layout = super::Layout::new(root.to_owned());
         if files::stat(&layout.format())?.is_none() {

@@ -12,6 +12,7 @@
 
 mod budget;
 mod clone;
+mod doctor;
 mod fault;
 mod files;
 mod fit;
@@ -34,10 +35,12 @@ mod refs;
 mod source;
 mod staging;
 mod trust;
+mod verify;
 mod writer;
 
 pub(crate) use budget::{Evicted, Usage};
 pub use clone::Link;
+pub(crate) use doctor::examine;
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
 pub(crate) use fit::content_name;
@@ -55,6 +58,7 @@ pub(crate) use publish::StagedFile;
 pub(crate) use refs::RememberedRef;
 pub(crate) use source::DiskSource;
 pub(crate) use staging::Staging;
+pub(crate) use verify::{Reading, Stored};
 pub(crate) use writer::{ALIGNMENT, Draft, Hashed, StagedWriter};
 
 use crate::config::{ByteBound, Sharing};

@@ -14,10 +14,12 @@
 //! A bare key belongs to no origin. Whoever wants one from an origin applies an
 //! [`OriginTemplate`](crate::config::OriginTemplate) first; the source then speaks of the key of that origin.
 
+mod doctor;
 mod folder;
 mod http;
 mod hub;
 
+pub(crate) use doctor::examine;
 #[cfg(fuzzing)]
 pub(crate) use hub::fuzz as fuzz_hub;
 

@@ -41,6 +41,19 @@ const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How deep `source_profile` may lead.
 const SOURCE_PROFILES_MAX: usize = 5;
 
+/// How much of a key's id is shown: enough to tell a lasting key (`AKIA`) from a temporary one (`ASIA`).
+const KEY_CHARS_SHOWN: usize = 4;
+
+/// Where credentials come from.
+pub(super) struct Whence {
+    /// The link of the chain that answered.
+    pub(super) place: String,
+    /// How the key's id begins.
+    pub(super) key_begins: String,
+    /// When they end, if they do.
+    pub(super) ends: Option<SystemTime>,
+}
+
 /// The chain, with the credentials found last.
 pub(super) struct Credentials {
     environment: Environment,
@@ -140,7 +153,7 @@ impl Credentials {
             return Err(self.nothing_found(what));
         }
         match self.search().await {
-            Ok(found) => {
+            Ok((_, found)) => {
                 state.fruitless = None;
                 Ok(state.found.insert(found).credential.clone())
             }
@@ -160,6 +173,13 @@ impl Credentials {
         }
     }
 
+    /// Where credentials are found now, for a person to read.
+    pub(super) async fn whence(&self) -> Result<Whence> {
+        let (place, found) = self.search().await.map_err(|looked_at| self.nothing_found(&looked_at))?;
+        let key_begins = found.credential.key_id.chars().take(KEY_CHARS_SHOWN).collect();
+        Ok(Whence { place, key_begins, ends: found.ends })
+    }
+
     fn nothing_found(&self, looked_at: &str) -> Error {
         Error::new(ErrorKind::Unauthorized, format!("no AWS credentials found; looked at {looked_at}")).tier(Tier::Remote).hint(
             "run `aws configure` (or `aws sso login`), set AWS_PROFILE, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; \
@@ -168,14 +188,14 @@ impl Credentials {
     }
 
     /// Walks the chain. The error lists what was looked at.
-    async fn search(&self) -> std::result::Result<Found, String> {
+    async fn search(&self) -> std::result::Result<(String, Found), String> {
         let mut looked_at = Vec::new();
         for link in Link::ALL {
             let place = self.describe(link);
             match self.ask(link).await {
                 Ok(Some(credential)) => {
-                    tracing::debug!(place, "AWS credentials found");
-                    return Ok(Found::new(credential));
+                    tracing::debug!(place = place.as_str(), "AWS credentials found");
+                    return Ok((place, Found::new(credential)));
                 }
                 Ok(None) => looked_at.push(place),
                 Err(reason) => {

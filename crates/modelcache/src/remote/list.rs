@@ -15,6 +15,12 @@ use object_store::ObjectMeta;
 /// Manifests read at a time.
 const READS_IN_FLIGHT: usize = 16;
 
+/// Every artifact that has a manifest, readable or not, by name and version.
+pub(super) async fn keys(remote: &Remote) -> Result<Vec<ArtifactKey>> {
+    let store = remote.store().await?;
+    Ok(keys_among(store, &objects(store).await?))
+}
+
 pub(super) async fn list(remote: &Remote) -> Result<Vec<Manifest>> {
     let store = remote.store().await?;
     manifests(store, &objects(store).await?).await
@@ -33,8 +39,14 @@ async fn objects(store: &Store) -> Result<Vec<ObjectMeta>> {
     })
 }
 
+fn keys_among(store: &Store, objects: &[ObjectMeta]) -> Vec<ArtifactKey> {
+    let mut keys: Vec<_> = objects.iter().filter_map(|meta| key_of(store.relative(&meta.location)?)).collect();
+    keys.sort();
+    keys
+}
+
 async fn manifests(store: &Store, objects: &[ObjectMeta]) -> Result<Vec<Manifest>> {
-    let keys: Vec<ArtifactKey> = objects.iter().filter_map(|meta| key_of(store.relative(&meta.location)?)).collect();
+    let keys = keys_among(store, objects);
     let reads: Vec<_> = keys.iter().map(|key| read(store, key)).collect();
     let read: Vec<Option<Manifest>> = futures::stream::iter(reads).buffered(READS_IN_FLIGHT).try_collect().await?;
     let mut manifests: Vec<Manifest> = read.into_iter().flatten().collect();

@@ -21,9 +21,11 @@
 
 mod claim;
 mod credentials;
+mod doctor;
 mod evict;
 mod failure;
 mod list;
+mod policy;
 mod profile;
 mod publish;
 mod refs;
@@ -31,8 +33,11 @@ mod settings;
 mod source;
 mod store;
 mod upload;
+mod verify;
 mod wire;
 
+pub(crate) use doctor::examine;
+pub use policy::{Policy, Role};
 pub use refs::{RefKind, RemoteRef};
 pub use source::RemoteSource;
 
@@ -41,11 +46,12 @@ pub(crate) use {claim::fuzz as fuzz_claim, profile::fuzz as fuzz_profile};
 
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::finding::Verified;
 use crate::key::{ArtifactKey, ArtifactName, FilePath, OWN_FOLDER, Version};
 use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity};
 use crate::progress::Progress;
-use crate::transfer::Retry;
+use crate::transfer::{Pace, Retry};
 use object_store::path::Path;
 use settings::{Options, Place};
 use std::collections::{BTreeMap, BTreeSet};
@@ -202,6 +208,23 @@ impl Remote {
     /// The tags of `name`; `None` where listing is not permitted.
     pub async fn tags_of(&self, name: &ArtifactName) -> Result<Option<Vec<RemoteRef>>> {
         refs::tags_of(self, name).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// Every artifact that has a manifest, readable or not, by name and version.
+    pub(crate) async fn keys(&self) -> Result<Vec<ArtifactKey>> {
+        list::keys(self).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// Reads the objects that the manifest of `key` names, or those among them whose path `chosen` takes, and compares
+    /// them with it; `None` if it is not published.
+    pub(crate) async fn verify(
+        &self,
+        key: &ArtifactKey,
+        chosen: &(dyn Fn(&FilePath) -> bool + Sync),
+        pace: &Pace,
+        progress: &Progress,
+    ) -> Result<Option<Verified>> {
+        verify::verify(self, key, chosen, pace, progress).await.map_err(|error| error.artifact(key).tier(Tier::Remote))
     }
 
     /// The store, opened at the first use.

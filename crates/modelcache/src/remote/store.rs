@@ -206,6 +206,14 @@ impl Store {
         }
     }
 
+    /// Where the keys come from, where the store is a bucket.
+    pub(super) fn credentials(&self) -> Option<&Credentials> {
+        match &self.kind {
+            Kind::Bucket { credentials, .. } => Some(credentials),
+            Kind::Folder { .. } => None,
+        }
+    }
+
     /// The file that is the object `key`, where the store is a folder.
     pub(super) fn file(&self, key: &Path) -> Option<PathBuf> {
         match &self.kind {

@@ -1,9 +1,11 @@
 //! Moving bytes: trying again, and pouring sources into staging.
 
 mod buffer;
+mod pace;
 mod pour;
 mod retry;
 
+pub(crate) use pace::Pace;
 pub(crate) use pour::{PourFile, Poured, Pourer, blocking};
 pub(crate) use retry::within;
 pub use retry::{Attempts, Retry};

@@ -1,0 +1,569 @@
+//! Verifying: every held file is read in full and compared with its digest, whatever its metadata say.
+//!
+//! What lending cannot see is found here: bytes that changed while size and mtime did not. A file with a ladder is read
+//! part by part on all cores, so that a bad part has a name. A file that several artifacts share is read once. What is
+//! wrong is quarantined and uncommitted as lending would do it; nothing else is changed: no last use is touched, and
+//! nothing is evicted.
+//!
+//! A lease is held while a file is opened and while a finding is recorded, not while the file is read: an open file stays
+//! what it is, and no eviction has to wait for us. The kernel's copy of what is to be read is dropped first, so that the
+//! medium answers and not memory.
+
+use super::fault::At;
+use super::files::{self, identity};
+use super::layout::ArtifactDir;
+use super::lend::Mismatch;
+use super::lock::FileLock;
+use super::{Disk, modes};
+use crate::digest::Digest;
+use crate::error::{Error, Result, Tier};
+use crate::finding::{BadPart, Finding, Problem, Verified};
+use crate::key::{ArtifactKey, FilePath, Version, unescape};
+use crate::ladder::{LadderHasher, PartHasher, part_size};
+use crate::manifest::{FileEntry, FileIdentity, Manifest};
+use crate::progress::Progress;
+use crate::selection::Selection;
+use crate::transfer::Pace;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs::File;
+use std::num::NonZeroU64;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Bytes read at a time.
+const READ_BYTES: usize = 1 << 20;
+/// How long an eviction that is at work on an artifact is waited for.
+const LEASE_WAIT_MAX: Duration = Duration::from_secs(30);
+
+/// What one verification shares over all its artifacts.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    pace: Pace,
+    threads: usize,
+    /// Whether the kernel's copies are dropped first.
+    from_medium: bool,
+    stopped: AtomicBool,
+    /// Files that were found right: device, identity, digest.
+    seen: Mutex<HashSet<(u64, FileIdentity, Digest)>>,
+    /// Files that were found bad and had to stay: device and inode.
+    bad: Mutex<HashSet<(u64, u64)>>,
+    /// What was found in a file that other artifacts share, and is uncommitted there by now.
+    shared: Mutex<HashMap<ArtifactKey, Vec<Finding>>>,
+}
+
+impl Reading {
+    /// At most `bytes_per_s`, on one thread then; else on all cores.
+    pub(crate) fn new(bytes_per_s: Option<u64>, from_medium: bool) -> Self {
+        let pace = Pace::new(bytes_per_s);
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            threads: if pace.is_limited() { 1 } else { cores },
+            pace,
+            from_medium,
+            stopped: AtomicBool::new(false),
+            seen: Mutex::default(),
+            bad: Mutex::default(),
+            shared: Mutex::default(),
+        }
+    }
+
+    /// The pace of everything that is read.
+    pub(crate) fn pace(&self) -> &Pace {
+        &self.pace
+    }
+
+    /// Nobody waits for the outcome any more.
+    pub(crate) fn stop(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
+    }
+
+    fn was_right(&self, device: u64, identity: FileIdentity, digest: Digest) -> bool {
+        lock(&self.seen).contains(&(device, identity, digest))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Something in the directory that can be verified.
+#[derive(Debug, Clone)]
+pub(crate) enum Stored {
+    /// An artifact, its manifest readable or not.
+    Artifact(ArtifactKey),
+    /// A folder with a damaged manifest whose key its name does not tell.
+    Nameless(PathBuf),
+}
+
+impl Disk {
+    /// Everything that has a manifest, by name.
+    pub(crate) fn stored(&self) -> Result<Vec<Stored>> {
+        let (mut keys, mut nameless) = (Vec::new(), Vec::new());
+        for artifact in self.scan()? {
+            match artifact.manifest.map(|manifest| manifest.key).or_else(|| self.key_of(&artifact.dir)) {
+                _ if files::stat(&artifact.dir.manifest())?.is_none() => {}
+                Some(key) => keys.push(key),
+                None => nameless.push(Stored::Nameless(artifact.dir.path().to_owned())),
+            }
+        }
+        keys.sort();
+        Ok(keys.into_iter().map(Stored::Artifact).chain(nameless).collect())
+    }
+
+    /// The key whose folder this is, as far as names that were not cut tell.
+    fn key_of(&self, dir: &ArtifactDir) -> Option<ArtifactKey> {
+        let text = |path: &Path| unescape(path.file_name()?.to_str()?);
+        let key = ArtifactKey::new(text(dir.path().parent()?)?.parse().ok()?, Version::new(&text(dir.path())?).ok()?);
+        (self.layout().artifact(&key) == *dir).then_some(key)
+    }
+
+    /// Bytes that verifying what `selection` chooses of `key` reads at most.
+    pub(crate) fn bytes_to_verify(&self, key: &ArtifactKey, selection: &Selection) -> Result<u64> {
+        let manifest = self.manifest(key)?;
+        let held = manifest.iter().flat_map(|manifest| manifest.selected(selection));
+        Ok(held.filter(|(_, entry)| entry.held.is_some()).map(|(_, entry)| entry.size).sum())
+    }
+
+    /// Reads what is held of `key` among what `selection` chooses; `None` if the artifact is not here.
+    ///
+    /// What is found wrong is not lent any more, unless nothing can be written here.
+    pub(crate) fn verify(
+        &self,
+        key: &ArtifactKey,
+        selection: &Selection,
+        reading: &Reading,
+        progress: &Progress,
+    ) -> Result<Option<Verified>> {
+        let dir = self.layout().artifact(key);
+        if files::stat(&dir.manifest())?.is_none() {
+            return Ok(None);
+        }
+        let mut verified = Verified::new(Some(key.clone()), key.to_string(), Tier::Disk);
+        let Some(manifest) = self.read_manifest(&dir)? else {
+            verified.findings.push(damaged_manifest(&dir));
+            return Ok(Some(verified));
+        };
+        let held = manifest.selected(selection).filter(|(_, entry)| entry.held.is_some());
+        let files: Vec<_> = held.map(|(path, entry)| (path.clone(), entry.clone())).collect();
+        let work = Work {
+            disk: self,
+            dir: &dir,
+            reading,
+            progress,
+            queue: Mutex::new(Queue { files: files.into_iter(), open: None }),
+            done: Mutex::new(verified),
+        };
+        let failed = thread::scope(|scope| {
+            let threads: Vec<_> = (1..reading.threads).map(|_| scope.spawn(|| work.run())).collect();
+            let ours = work.run();
+            let theirs = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(cut_short())));
+            theirs.fold(ours, |first, next| first.and(next))
+        });
+        failed?;
+        let mut verified = work.done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        for finding in lock(&reading.shared).remove(key).unwrap_or_default() {
+            if !verified.findings.iter().any(|known| known.path == finding.path) {
+                verified.findings.push(finding);
+            }
+        }
+        verified.findings.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(Some(verified))
+    }
+
+    /// What there is to say of a folder whose manifest tells nothing.
+    pub(crate) fn verify_nameless(&self, dir: &Path) -> Verified {
+        let mut verified = Verified::new(None, dir.display().to_string(), Tier::Disk);
+        verified.findings.push(damaged_manifest(&ArtifactDir(dir.to_owned())));
+        verified
+    }
+
+    /// Reads the blobs that no artifact's file led to: leftovers, copies beside files with bytes of their own.
+    pub(crate) fn verify_blobs(&self, reading: &Reading, progress: &Progress) -> Result<Verified> {
+        let folder = self.layout().blobs();
+        let mut verified = Verified::new(None, folder.display().to_string(), Tier::Disk);
+        let mut blobs = Vec::new();
+        files::walk(&folder, &mut |path, _| {
+            blobs.push(path.to_owned());
+            Ok(())
+        })?;
+        for path in blobs {
+            if reading.is_stopped() {
+                break;
+            }
+            self.verify_blob(&path, reading, progress, &mut verified)?;
+        }
+        Ok(verified)
+    }
+
+    fn verify_blob(&self, path: &Path, reading: &Reading, progress: &Progress, verified: &mut Verified) -> Result<()> {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.starts_with(files::TEMPORARY) {
+            return Ok(());
+        }
+        let Some(expected) = name.parse::<Digest>().ok().filter(|digest| self.layout().blob(digest) == *path) else {
+            verified.findings.push(Finding {
+                detail: Some(format!("{} is no blob: its name is no digest", path.display())),
+                remedy: Some("remove it; modelcache did not make it, and leaves it alone".into()),
+                ..Finding::new(None, Problem::WrongBytes)
+            });
+            return Ok(());
+        };
+        let Some(file) = files::absent(modes::open_existing(path, false)).at("open", path)? else { return Ok(()) };
+        let metadata = file.metadata().at("look at", path)?;
+        let is_told = lock(&reading.bad).contains(&(metadata.dev(), metadata.ino()));
+        if is_told || reading.was_right(metadata.dev(), identity(&metadata), expected) {
+            return Ok(());
+        }
+        verified.files += 1;
+        verified.bytes += metadata.len();
+        let found = match read_in_order(&file, metadata.len(), reading, progress) {
+            Ok((found, _)) if found == expected || reading.is_stopped() => return Ok(()),
+            Ok((found, _)) => Some(found),
+            Err(_) => None,
+        };
+        if !self.is_read_only() {
+            self.quarantine_inode(&expected, metadata.ino())?;
+        }
+        let problem = if found.is_some() { Problem::WrongBytes } else { Problem::Unreadable };
+        verified.findings.push(Finding {
+            expected: Some(expected),
+            found,
+            detail: Some(format!("the blob {}", path.display())),
+            withdrawn: !self.is_read_only(),
+            // Nobody is served from it, and nobody will be.
+            repaired_from: (!self.is_read_only()).then_some(Tier::Disk),
+            ..Finding::new(None, problem)
+        });
+        Ok(())
+    }
+
+    /// The digest of a file that is only read; `None` if it is gone, or nobody waits any more.
+    pub(crate) fn hash_paced(&self, path: &Path, reading: &Reading) -> Result<Option<Digest>> {
+        let Some(file) = files::absent(modes::open_existing(path, false)).at("open", path)? else { return Ok(None) };
+        let size = file.metadata().at("look at", path)?.len();
+        let (digest, _) = read_in_order(&file, size, reading, &Progress::new()).at("read", path)?;
+        Ok((!reading.is_stopped()).then_some(digest))
+    }
+
+    /// The artifact as it is here, held against eviction; its last use stays what it was. `None` if it is not here, or
+    /// just being evicted.
+    pub(crate) fn hold(&self, key: &ArtifactKey) -> Result<Option<(Manifest, ArtifactDir, Option<FileLock>)>> {
+        let dir = self.layout().artifact(key);
+        if files::stat(&dir.manifest())?.is_none() {
+            return Ok(None);
+        }
+        let Some(lease) = self.lease_for_reading(&dir)? else { return Ok(None) };
+        Ok(self.read_manifest(&dir)?.map(|manifest| (manifest, dir, lease.0)))
+    }
+
+    /// A shared lease, or none where a read-only directory has no lock to take; the outer `None` while an eviction is at
+    /// work for too long.
+    fn lease_for_reading(&self, dir: &ArtifactDir) -> Result<Option<Lease>> {
+        let started = Instant::now();
+        loop {
+            match FileLock::try_shared(&self.layout().lease(dir)) {
+                Ok(Some(lease)) => return Ok(Some(Lease(Some(lease)))),
+                Ok(None) if started.elapsed() > LEASE_WAIT_MAX => return Ok(None),
+                Ok(None) => thread::sleep(Duration::from_millis(2)),
+                Err(_) if self.is_read_only() => return Ok(Some(Lease(None))),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// A lease, where there is a lock to take.
+struct Lease(Option<FileLock>);
+
+fn cut_short() -> Error {
+    Error::new(crate::ErrorKind::Other, "verifying was cut short")
+}
+
+fn damaged_manifest(dir: &ArtifactDir) -> Finding {
+    Finding {
+        detail: Some(dir.manifest().display().to_string()),
+        withdrawn: true,
+        remedy: Some("get or put the artifact again; what is left of it is found by digest, or swept".into()),
+        ..Finding::new(None, Problem::DamagedManifest)
+    }
+}
+
+/// Reads a file from its start: digest and ladder. Stops early, with whatever it has, when nobody waits any more.
+fn read_in_order(
+    file: &File,
+    size: u64,
+    reading: &Reading,
+    progress: &Progress,
+) -> std::io::Result<(Digest, crate::ladder::Ladder)> {
+    let mut hasher = LadderHasher::new(part_size(size));
+    read_range(file, 0, u64::MAX, reading, progress, &mut |bytes| hasher.update(bytes))?;
+    Ok(hasher.finish())
+}
+
+/// Reads from `start` to `end`, or to the end of the file.
+fn read_range(
+    file: &File,
+    start: u64,
+    end: u64,
+    reading: &Reading,
+    progress: &Progress,
+    take: &mut dyn FnMut(&[u8]),
+) -> std::io::Result<()> {
+    if reading.from_medium {
+        let length = NonZeroU64::new(end - start).filter(|_| end < u64::MAX);
+        let _ = rustix::fs::fadvise(file, start, length, rustix::fs::Advice::DontNeed);
+    }
+    let mut buffer = vec![0; READ_BYTES];
+    let mut position = start;
+    while position < end && !reading.is_stopped() {
+        let want = usize::try_from(end - position).unwrap_or(usize::MAX).min(READ_BYTES);
+        let read = file.read_at(&mut buffer[..want], position)?;
+        if read == 0 {
+            break;
+        }
+        reading.pace.sleep(read as u64, || reading.is_stopped());
+        take(&buffer[..read]);
+        progress.done(read as u64);
+        position += read as u64;
+    }
+    Ok(())
+}
+
+/// One artifact's files on their way through the threads.
+struct Work<'a> {
+    disk: &'a Disk,
+    dir: &'a ArtifactDir,
+    reading: &'a Reading,
+    progress: &'a Progress,
+    queue: Mutex<Queue>,
+    done: Mutex<Verified>,
+}
+
+struct Queue {
+    files: std::vec::IntoIter<(FilePath, FileEntry)>,
+    /// The file that parts are handed out of, and the next of them.
+    open: Option<(Arc<OpenFile>, u64)>,
+}
+
+/// A file that is being read.
+struct OpenFile {
+    path: FilePath,
+    entry: FileEntry,
+    file: File,
+    device: u64,
+    identity: FileIdentity,
+    /// Parts that are checked alone, or 1.
+    parts: u64,
+    /// Parts whose check is not done.
+    left: AtomicU64,
+    /// What was found so far.
+    seen: Mutex<Seen>,
+}
+
+#[derive(Default)]
+struct Seen {
+    bad: BTreeSet<u64>,
+    /// The whole file's digest, where it was read in order.
+    found: Option<Digest>,
+    trouble: Option<std::io::Error>,
+}
+
+impl Work<'_> {
+    /// Takes parts until there are none.
+    fn run(&self) -> Result<()> {
+        while let Some((open, part)) = self.next()? {
+            self.check(&open, part);
+            if open.left.fetch_sub(1, Ordering::AcqRel) == 1 && !self.reading.is_stopped() {
+                self.judge(&open)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn next(&self) -> Result<Option<(Arc<OpenFile>, u64)>> {
+        let mut queue = lock(&self.queue);
+        loop {
+            if self.reading.is_stopped() {
+                return Ok(None);
+            }
+            match &mut queue.open {
+                Some((open, next)) if *next < open.parts => {
+                    *next += 1;
+                    return Ok(Some((open.clone(), *next - 1)));
+                }
+                _ => {}
+            }
+            let Some((path, entry)) = queue.files.next() else { return Ok(None) };
+            queue.open = self.open(path, entry)?.map(|open| (Arc::new(open), 0));
+        }
+    }
+
+    /// Opens a view under a lease; `None` where there is nothing more to find out.
+    fn open(&self, path: FilePath, entry: FileEntry) -> Result<Option<OpenFile>> {
+        let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(None) };
+        if !self.is_still_held(&path, &entry)? {
+            return Ok(None);
+        }
+        let view = self.dir.view(&path);
+        let opened = match modes::open_existing(&view, false) {
+            Ok(file) => Some(file),
+            Err(error) if super::fault::errno(&error) == Some(rustix::io::Errno::MFILE) => {
+                return Err(error).at("open", &view);
+            }
+            Err(_) => None,
+        };
+        lock(&self.done).files += 1;
+        let Some(file) = opened else {
+            self.record(&path, &entry, Mismatch::Missing, Finding::new(Some(path.clone()), Problem::Missing))?;
+            return Ok(None);
+        };
+        let metadata = file.metadata().at("look at", &view)?;
+        let (device, identity) = (metadata.dev(), identity(&metadata));
+        if entry.on_disk() == Some(identity)
+            && entry.sha256.is_some_and(|digest| self.reading.was_right(device, identity, digest))
+        {
+            self.progress.done(entry.size);
+            return Ok(None);
+        }
+        let ladder = entry.ladder.as_ref().filter(|ladder| metadata.len() == entry.size && ladder.fits(entry.size));
+        let parts = ladder.map_or(1, |ladder| entry.size.div_ceil(ladder.part_size())).max(1);
+        let left = AtomicU64::new(parts);
+        Ok(Some(OpenFile { path, entry, file, device, identity, parts, left, seen: Mutex::default() }))
+    }
+
+    /// Whether the manifest still says that this is held: an eviction may have been faster, or somebody who lent.
+    fn is_still_held(&self, path: &FilePath, entry: &FileEntry) -> Result<bool> {
+        let manifest = self.disk.shared_manifest(self.dir)?;
+        let now = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
+        Ok(now.is_some_and(|now| now.held.is_some() && now.sha256 == entry.sha256))
+    }
+
+    /// Reads one part, or the whole of a file that is read in order.
+    fn check(&self, open: &OpenFile, part: u64) {
+        let outcome = match &open.entry.ladder {
+            Some(ladder) if open.parts > 1 => self.check_part(open, ladder, part).map(|holds| (holds, None)),
+            _ => read_in_order(&open.file, open.entry.size, self.reading, self.progress)
+                .map(|(found, _)| (open.entry.sha256 == Some(found), Some(found))),
+        };
+        let mut seen = lock(&open.seen);
+        match outcome {
+            Ok((holds, found)) => {
+                if !holds {
+                    seen.bad.insert(part);
+                }
+                seen.found = found;
+            }
+            Err(error) => {
+                seen.bad.insert(part);
+                seen.trouble.get_or_insert(error);
+            }
+        }
+    }
+
+    fn check_part(&self, open: &OpenFile, ladder: &crate::ladder::Ladder, part: u64) -> std::io::Result<bool> {
+        let Some(before) = ladder.before(part) else { return Ok(false) };
+        let start = part * ladder.part_size();
+        let end = (start + ladder.part_size()).min(open.entry.size);
+        let mut hasher = PartHasher::resume(before, start);
+        read_range(&open.file, start, end, self.reading, self.progress, &mut |bytes| hasher.update(bytes))?;
+        Ok(hasher.position() == end
+            && match ladder.after(part) {
+                Some(after) => hasher.state() == Some(after),
+                None => open.entry.sha256 == Some(hasher.finish()),
+            })
+    }
+
+    /// Every part of a file was read: what that means.
+    fn judge(&self, open: &OpenFile) -> Result<()> {
+        let (path, entry) = (&open.path, &open.entry);
+        let view = self.dir.view(path);
+        let now = identity(&open.file.metadata().at("look at", &view)?);
+        lock(&self.done).bytes += open.identity.bytes;
+        let mut seen = std::mem::take(&mut *lock(&open.seen));
+        if !seen.bad.is_empty() && seen.found.is_none() && seen.trouble.is_none() {
+            // The ladder's word alone condemns nothing: it may be the ladder that is wrong.
+            match read_in_order(&open.file, entry.size, self.reading, &Progress::new()) {
+                Ok((found, _)) => seen.found = Some(found),
+                Err(error) => seen.trouble = Some(error),
+            }
+        }
+        if self.reading.is_stopped() {
+            return Ok(());
+        }
+        if seen.bad.is_empty() || (seen.trouble.is_none() && seen.found == entry.sha256) {
+            if let Some(digest) = entry.sha256 {
+                lock(&self.reading.seen).insert((open.device, now, digest));
+            }
+            return self.confirm(open, now);
+        }
+        let mut finding = Finding {
+            expected: entry.sha256,
+            found: seen.found,
+            detail: seen.trouble.as_ref().map(ToString::to_string),
+            ..Finding::new(Some(path.clone()), problem(open, &seen))
+        };
+        if let Some(ladder) = entry.ladder.as_ref().filter(|_| open.parts > 1) {
+            let bad = seen.bad.iter().map(|part| BadPart::new(*part, ladder.part_size(), entry.size));
+            finding.bad_parts = bad.collect();
+        }
+        lock(&self.reading.bad).insert((open.device, open.identity.inode));
+        let file = open.file.try_clone().at("look at", &view)?;
+        let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(()) };
+        if self.is_still_held(path, entry)? {
+            self.record(path, entry, Mismatch::Wrong(file), finding)?;
+        }
+        Ok(())
+    }
+
+    /// The bytes are right; that they lie in another file than was recorded is put down.
+    fn confirm(&self, open: &OpenFile, now: FileIdentity) -> Result<()> {
+        if open.entry.on_disk() == Some(now) || self.disk.is_read_only() {
+            return Ok(());
+        }
+        let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(()) };
+        let lies_there = files::stat(&self.dir.view(&open.path))?.map(|metadata| identity(&metadata));
+        if lies_there == Some(now) && self.is_still_held(&open.path, &open.entry)? {
+            self.disk.mend(self.dir, &open.path, &open.entry, Mismatch::Right(now))?;
+        }
+        Ok(())
+    }
+
+    /// Takes a bad file out of service, here and wherever it is shared, and reports it. Under the lease.
+    fn record(&self, path: &FilePath, entry: &FileEntry, mismatch: Mismatch, finding: Finding) -> Result<()> {
+        let mut finding = Finding { expected: entry.sha256, ..finding };
+        if self.disk.is_read_only() {
+            finding.remedy = Some("nothing can be written here: it can be neither withdrawn nor mended".into());
+        } else {
+            let uncommitted = self.disk.mend(self.dir, path, entry, mismatch)?;
+            finding.withdrawn = true;
+            let others = uncommitted.iter().filter(|(key, _)| self.disk.layout().artifact(key) != *self.dir);
+            let others: BTreeSet<String> = others.map(|(key, _)| key.to_string()).collect();
+            if !others.is_empty() {
+                let names = others.into_iter().collect::<Vec<_>>().join(", ");
+                finding.detail.get_or_insert_with(|| format!("{names} had the same file, and has it no more"));
+            }
+            let mut shared = lock(&self.reading.shared);
+            for (key, path) in uncommitted {
+                shared.entry(key).or_default().push(Finding { path: Some(path), ..finding.clone() });
+            }
+        }
+        lock(&self.done).findings.push(finding);
+        Ok(())
+    }
+}
+
+fn problem(open: &OpenFile, seen: &Seen) -> Problem {
+    match &seen.trouble {
+        Some(_) => Problem::Unreadable,
+        None if open.identity.bytes != open.entry.size => Problem::WrongSize,
+        None => Problem::WrongBytes,
+    }
+}

@@ -1,0 +1,86 @@
+//! This machine's clock against the `Date` of servers that answer.
+//!
+//! S3 refuses requests that are signed 15 minutes off; claims on the remote are compared by the writers' clocks.
+
+use super::{Area, Check};
+use crate::error::{Error, ErrorKind};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+/// More than this is worth a word.
+const WARN_ABOVE: Duration = Duration::from_secs(30);
+/// More than this breaks things: signatures are refused, claims end too early.
+const PROBLEM_ABOVE: Duration = Duration::from_secs(300);
+
+/// What servers said the time is: who, and by how many seconds this machine is ahead.
+#[derive(Debug, Default)]
+pub(crate) struct Clock(Mutex<Vec<(String, i64)>>);
+
+impl Clock {
+    /// Compares the `Date` header of an answer that has just come with this machine's clock.
+    pub(crate) fn learn(&self, server: &str, date: Option<&str>) {
+        let Some(theirs) = date.and_then(http_date) else { return };
+        let ours = SystemTime::now();
+        let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
+        let ahead = match ours.duration_since(theirs) {
+            Ok(ahead) => seconds(ahead),
+            Err(behind) => -seconds(behind.duration()),
+        };
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((server.to_owned(), ahead));
+    }
+
+    /// What there is to say; nothing where no server told the time.
+    pub(super) fn check(&self) -> Option<Check> {
+        let heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (server, ahead) = heard.iter().max_by_key(|(_, ahead)| ahead.unsigned_abs())?;
+        let off = Duration::from_secs(ahead.unsigned_abs());
+        let way = if *ahead < 0 { "behind" } else { "ahead of" };
+        let says = format!("this machine's clock is {} s {way} that of {server}", off.as_secs());
+        let fix = "set the clock (NTP); requests to S3 are signed with the time";
+        Some(match off {
+            off if off > PROBLEM_ABOVE => {
+                Check::problem(Area::Clock, &Error::new(ErrorKind::Unauthorized, says).hint(fix))
+            }
+            off if off > WARN_ABOVE => Check::warning(Area::Clock, says, fix),
+            _ => Check::ok(Area::Clock, format!("agrees with {server}")),
+        })
+    }
+}
+
+/// The time in `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110, 5.6.7; the obsolete forms are not read).
+fn http_date(text: &str) -> Option<SystemTime> {
+    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let fields: Vec<&str> = text.split_ascii_whitespace().collect();
+    let [_, day, month, year, time, "GMT"] = fields[..] else { return None };
+    let month = MONTHS.iter().position(|name| *name == month)? + 1;
+    humantime::parse_rfc3339(&format!("{year}-{month:02}-{day}T{time}Z")).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Gravity;
+
+    #[test]
+    fn dates_of_servers_are_read() {
+        let seconds =
+            |text| http_date(text).map(|time| time.duration_since(SystemTime::UNIX_EPOCH).expect("late").as_secs());
+        assert_eq!(seconds("Sun, 06 Nov 1994 08:49:37 GMT"), Some(784_111_777));
+        for bad in ["", "yesterday", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun, 06 Nov 1994 08:49:37 CET"] {
+            assert_eq!(seconds(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_farthest_clock_decides() {
+        let gravity = |rows: &[i64]| {
+            let clock = Clock::default();
+            rows.iter().for_each(|ahead| clock.0.lock().expect("lock").push(("s".into(), *ahead)));
+            clock.check().map(|check| check.gravity)
+        };
+        assert_eq!(gravity(&[]), None);
+        assert_eq!(gravity(&[1, -2]), Some(Gravity::Ok));
+        assert_eq!(gravity(&[1, -40]), Some(Gravity::Warning));
+        assert_eq!(gravity(&[400, 0]), Some(Gravity::Problem));
+    }
+}

@@ -1,0 +1,119 @@
+//! The least rights that a bucket needs: an IAM policy of exactly the actions that the code's requests are.
+//!
+//! One object read is `GetObject`, also for HEAD; uploads in parts are `PutObject` but for their abort. What is missing
+//! can only be told from what is forbidden with `ListBucket`. Tests compare this with what a stand-in was asked.
+
+use super::profile::Profiles;
+use super::settings::{Options, Place, S3Settings};
+use crate::config::RemoteConfig;
+use crate::error::{Error, Result, Tier};
+use serde_json::{Value, json};
+
+/// What somebody does with the remote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Gets and lists.
+    Reader,
+    /// Puts, backfills and evicts, too.
+    Writer,
+}
+
+/// A policy, and what it cannot say.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    /// The document.
+    pub document: Value,
+    /// What else is needed, for a person.
+    pub notes: Vec<String>,
+}
+
+impl Role {
+    fn object_actions(self) -> &'static [&'static str] {
+        match self {
+            Self::Reader => &["s3:GetObject"],
+            Self::Writer => &["s3:AbortMultipartUpload", "s3:DeleteObject", "s3:GetObject", "s3:PutObject"],
+        }
+    }
+}
+
+impl Policy {
+    /// The least rights of `role` on the bucket and prefix of `config`. Reads AWS's files for the region.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) where the remote is no bucket.
+    pub fn least(config: &RemoteConfig, role: Role) -> Result<Self> {
+        let Place::Bucket { bucket, prefix } = Place::parse(&config.url)? else {
+            return Err(Error::invalid("the remote is a folder, which has no IAM policy")
+                .tier(Tier::Remote)
+                .hint("set MODEL_CACHE_REMOTE=s3://BUCKET/PREFIX"));
+        };
+        let options = Options::parse(config)?;
+        let settings = S3Settings::gather(&options, &config.environment, &Profiles::load(&config.environment));
+        let arn = format!("arn:{}:s3:::{bucket}", partition(&settings.region));
+        let mut list = json!({
+            "Sid": "ListModels", "Effect": "Allow", "Action": ["s3:ListBucket"], "Resource": [arn],
+        });
+        let below = match prefix.as_str() {
+            "" => "*".to_owned(),
+            prefix => {
+                list["Condition"] = json!({"StringLike": {"s3:prefix": [format!("{prefix}/*")]}});
+                format!("{prefix}/*")
+            }
+        };
+        let objects = json!({
+            "Sid": match role { Role::Reader => "ReadModels", Role::Writer => "ReadAndWriteModels" },
+            "Effect": "Allow", "Action": role.object_actions(), "Resource": [format!("{arn}/{below}")],
+        });
+        Ok(Self {
+            document: json!({"Version": "2012-10-17", "Statement": [list, objects]}),
+            notes: notes(config, role),
+        })
+    }
+}
+
+/// The partition of AWS that a region is in (docs.aws.amazon.com/IAM/latest/UserGuide/reference-arns.html).
+fn partition(region: &str) -> &'static str {
+    match region {
+        region if region.starts_with("cn-") => "aws-cn",
+        region if region.starts_with("us-gov-") => "aws-us-gov",
+        _ => "aws",
+    }
+}
+
+fn notes(config: &RemoteConfig, role: Role) -> Vec<String> {
+    let uses_kms = config.options.values().any(|value| value.starts_with("aws:kms"));
+    let rights = match role {
+        Role::Reader => "kms:Decrypt",
+        Role::Writer => "kms:Decrypt and kms:GenerateDataKey",
+    };
+    let kms = match uses_kms {
+        true => format!("the remote is encrypted with a KMS key: grant {rights} on that key, too"),
+        false => format!("if the bucket is encrypted with a KMS key, grant {rights} on that key, too"),
+    };
+    vec![kms]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Environment;
+
+    fn policy(url: &str, region: &str, role: Role) -> Result<Value> {
+        let environment = Environment([("AWS_REGION".to_owned(), region.to_owned())].into());
+        let config = RemoteConfig { url: url.into(), options: Default::default(), environment };
+        Policy::least(&config, role).map(|policy| policy.document)
+    }
+
+    #[test]
+    fn names_are_those_of_bucket_prefix_and_partition() {
+        let reader = policy("s3://b/x/y", "eu-west-1", Role::Reader).expect("policy");
+        assert_eq!(reader["Statement"][0]["Resource"], json!(["arn:aws:s3:::b"]));
+        assert_eq!(reader["Statement"][0]["Condition"]["StringLike"]["s3:prefix"], json!(["x/y/*"]));
+        assert_eq!(reader["Statement"][1]["Resource"], json!(["arn:aws:s3:::b/x/y/*"]));
+        let writer = policy("s3://b", "cn-north-1", Role::Writer).expect("policy");
+        assert_eq!(writer["Statement"][1]["Resource"], json!(["arn:aws-cn:s3:::b/*"]));
+        assert!(writer["Statement"][0].get("Condition").is_none());
+        assert_eq!(partition("us-gov-west-1"), "aws-us-gov");
+        assert!(policy("file:///srv", "eu-west-1", Role::Reader).is_err());
+    }
+}

@@ -1,0 +1,145 @@
+//! Verifying: every object that a manifest names is read as a stream and compared with its digest.
+//!
+//! Nothing is kept of what is read, so memory does not depend on sizes. A stream that breaks goes on where it broke. An
+//! object that has another ETag than recorded and the right bytes is right: copying a bucket changes ETags. Nothing is
+//! changed here; whoever asked repairs by publishing again.
+
+use super::store::{ReadBody, Store};
+use super::{Folder, REPAIR, Remote};
+use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::finding::{BadPart, Finding, Problem, Verified};
+use crate::key::{ArtifactKey, FilePath};
+use crate::ladder::{LadderHasher, part_size};
+use crate::manifest::{FileEntry, ObjectIdentity};
+use crate::progress::{Phase, Progress};
+use crate::transfer::Pace;
+use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path;
+
+/// Objects read at a time.
+const READS_IN_FLIGHT: usize = 8;
+
+/// One call's job.
+struct Job<'a> {
+    store: &'a Store,
+    folder: &'a Folder,
+    pace: &'a Pace,
+    progress: &'a Progress,
+}
+
+pub(super) async fn verify(
+    remote: &Remote,
+    key: &ArtifactKey,
+    chosen: &(dyn Fn(&FilePath) -> bool + Sync),
+    pace: &Pace,
+    progress: &Progress,
+) -> Result<Option<Verified>> {
+    let store = remote.store().await?;
+    let folder = Folder::new(key);
+    let mut verified = Verified::new(Some(key.clone()), key.to_string(), Tier::Remote);
+    let manifest = match folder.read_manifest(store).await {
+        Ok(None) => return Ok(None),
+        Ok(Some((manifest, _))) => manifest,
+        Err(error) if error.kind() == ErrorKind::Corrupt => {
+            verified.findings.push(Finding {
+                detail: Some(error.message().to_owned()),
+                remedy: Some(REPAIR.to_owned()),
+                ..Finding::new(None, Problem::DamagedManifest)
+            });
+            return Ok(Some(verified));
+        }
+        Err(error) => return Err(error),
+    };
+    let held: Vec<(&FilePath, &FileEntry, &ObjectIdentity)> = manifest
+        .files
+        .iter()
+        .filter(|(path, _)| chosen(path))
+        .filter_map(|(path, entry)| Some((path, entry, entry.on_remote()?)))
+        .collect();
+    let _phase = progress.enter(Phase::Verify, held.iter().map(|(_, entry, _)| entry.size).sum());
+    verified.files = held.len();
+    verified.bytes = held.iter().map(|(_, entry, _)| entry.size).sum();
+    let job = Job { store, folder: &folder, pace, progress };
+    let checks: Vec<_> = held.into_iter().map(|(path, entry, recorded)| job.object(path, entry, recorded)).collect();
+    let found: Vec<Option<Finding>> = futures::stream::iter(checks).buffered(READS_IN_FLIGHT).try_collect().await?;
+    verified.findings = found.into_iter().flatten().collect();
+    Ok(Some(verified))
+}
+
+impl Job<'_> {
+    /// What is wrong with the object of `path`, if anything is.
+    async fn object(&self, path: &FilePath, entry: &FileEntry, recorded: &ObjectIdentity) -> Result<Option<Finding>> {
+        let object = self.folder.object(self.store, path)?;
+        let finding = |problem, detail: Option<String>| {
+            Some(Finding { expected: entry.sha256, detail, ..Finding::new(Some(path.clone()), problem) })
+        };
+        let Some(now) = self.store.head(&object).await? else { return Ok(finding(Problem::Missing, None)) };
+        if now.object_bytes != entry.size {
+            let detail = format!("{} bytes, published with {}", now.object_bytes, entry.size);
+            return Ok(finding(Problem::WrongSize, Some(detail)));
+        }
+        let replaced = match (&now.etag, &recorded.etag) {
+            (Some(now), Some(recorded)) if now != recorded => Some("its ETag is not the one recorded".to_owned()),
+            _ => None,
+        };
+        let Some(hasher) = self.hash(&object, &now).await? else {
+            return Ok(finding(Problem::Missing, Some("it went, or was replaced, while it was read".into())));
+        };
+        let (found, ladder) = hasher.finish();
+        if entry.sha256.is_none_or(|expected| expected == found) {
+            return Ok(None);
+        }
+        let first = entry.ladder.as_ref().and_then(|expected| BadPart::first_between(expected, &ladder, entry.size));
+        let bad_parts = first.into_iter().collect();
+        Ok(finding(Problem::WrongBytes, replaced).map(|finding| Finding { found: Some(found), bad_parts, ..finding }))
+    }
+
+    /// The object's bytes, hashed; `None` if it is not that object any more.
+    async fn hash(&self, object: &Path, now: &ObjectIdentity) -> Result<Option<LadderHasher>> {
+        let size = now.object_bytes;
+        let mut hasher = LadderHasher::new(part_size(size));
+        let mut attempts = self.store.retry().attempts();
+        while hasher.position() < size {
+            let before = hasher.position();
+            match self.read_on(object, now, &mut hasher).await {
+                Ok(true) => {}
+                Ok(false) => return Ok(None),
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                Err(error) => {
+                    if hasher.position() > before {
+                        attempts = self.store.retry().attempts();
+                    }
+                    attempts.pause(error).await?;
+                }
+            }
+        }
+        Ok(Some(hasher))
+    }
+
+    /// Reads from where `hasher` stands to the end, or until the stream breaks. `false` if it is another object by now.
+    async fn read_on(&self, object: &Path, now: &ObjectIdentity, hasher: &mut LadderHasher) -> Result<bool> {
+        let size = now.object_bytes;
+        let ReadBody::Stream { start, mut stream } =
+            self.store.read(object, hasher.position()..size, now.etag.as_deref()).await?
+        else {
+            return Ok(false);
+        };
+        // A server that ignores ranges begins at the beginning.
+        let mut skip = hasher.position().saturating_sub(start);
+        while let Some(chunk) = stream.try_next().await? {
+            let skipped = skip.min(chunk.len() as u64);
+            skip -= skipped;
+            let left = usize::try_from(size - hasher.position()).unwrap_or(usize::MAX);
+            let fresh = &chunk[usize::try_from(skipped).unwrap_or(chunk.len())..];
+            let fresh = &fresh[..fresh.len().min(left)];
+            hasher.update(fresh);
+            self.progress.received(Tier::Remote, fresh.len() as u64);
+            self.progress.done(fresh.len() as u64);
+            self.pace.wait(fresh.len() as u64).await;
+        }
+        match hasher.position() {
+            position if position == size => Ok(true),
+            position => Err(Error::unavailable(format!("{object} ended after {position} of {size} bytes"))),
+        }
+    }
+}
