@@ -28,7 +28,7 @@ fn what_the_hub_does_not_have_ends_in_3_with_the_nearest_remedy() {
         house.on("a").run([&["get"], args].concat()).failed(3, says);
         house.assert_invisible("a");
     }
-    assert_eq!(house.s3.keys(BUCKET), [""; 0], "nothing was written to the remote");
+    assert_eq!(house.published_keys(), [""; 0], "nothing was written to the remote");
     assert_model(&house.on("a").run(["get", "hf://org/model"]).path());
 }
 
@@ -59,7 +59,7 @@ fn a_gated_repository_names_the_page_where_its_conditions_are_accepted() {
     house.on("a").run(["get", "hf://org/model"]).failed(4, &says);
     house.on("a").env("HF_TOKEN", "hf_other").run(["get", "hf://org/model"]).failed(4, &says);
     house.assert_invisible("a");
-    assert_eq!(house.s3.keys(BUCKET), [""; 0]);
+    assert_eq!(house.published_keys(), [""; 0]);
     assert_model(&house.on("a").env("HF_TOKEN", TOKEN).run(["get", "hf://org/model"]).path());
     assert_eq!(house.hub.tokens_at_cdn(), [""; 0]);
 }

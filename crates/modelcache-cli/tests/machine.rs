@@ -44,7 +44,7 @@ fn a_directory_mounted_read_only_serves_what_it_holds_and_says_how_to_get_more()
         house.on("a").run_after(&frozen, args).failed(8, &says);
     }
     assert_eq!(house.listed("a"), std::slice::from_ref(&reference));
-    assert!(!house.s3.keys(BUCKET).iter().any(|key| key.contains("other") || key.contains("w.bin")));
+    assert!(!house.published_keys().iter().any(|key| key.contains("other") || key.contains("w.bin")));
 
     house.on("a").run(["get", "hf://org/other"]).path();
     let nowhere = "mount -t tmpfs -o ro none home";

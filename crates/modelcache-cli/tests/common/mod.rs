@@ -114,6 +114,12 @@ impl House {
         assert_eq!(files_below(&self.path(dir).join("artifacts")), Vec::<PathBuf>::new(), "half-made");
     }
 
+    /// The keys in the bucket that belong to artifacts: without what revisions mean, which a get writes before it
+    /// knows whether it will succeed.
+    pub fn published_keys(&self) -> Vec<String> {
+        self.s3.keys(BUCKET).into_iter().filter(|key| !key.contains("/.modelcache/refs/")).collect()
+    }
+
     /// The S3 key of a file of `artifact` (`name/version`).
     pub fn s3_key(&self, artifact: &str, path: &str) -> String {
         format!("cache/{artifact}/{path}")

@@ -133,7 +133,7 @@ impl Cache {
         }
     }
 
-    /// What the fleet last heard from the origin. A remote that fails is passed over here: planning says what that means.
+    /// What the fleet last heard from the origin. A remote that fails is passed over: planning says what that means.
     async fn ask_fleet(
         &self,
         reference: &Reference,

@@ -32,8 +32,8 @@ tokio::task_local! {
     static PATIENCE: Instant;
 }
 
-/// Runs `work` for at most `limit`; `None` when that is over. Requests in it are not tried again when there is no time left
-/// for an answer, so that what a failing server said comes back, rather than that time ran out.
+/// Runs `work` for at most `limit`; `None` when that is over. Requests in it are not tried again when no time is left for
+/// an answer, so that what a failing server said comes back, rather than that time ran out.
 pub(crate) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
     let end = Instant::now() + limit;
     tokio::time::timeout_at(end, PATIENCE.scope(end - limit / 8, work)).await.ok()
