@@ -2,6 +2,7 @@
 
 pub mod digest;
 pub mod error;
+pub mod format;
 pub mod key;
 pub mod ladder;
 pub mod limits;

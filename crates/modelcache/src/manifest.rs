@@ -60,9 +60,15 @@ pub struct FileEntry {
     /// SHA-256 midstates at part boundaries, known once the file was hashed in order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ladder: Option<Ladder>,
+    /// What kind of file it is, by its content; see [`Format::name`](crate::format::Format::name).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<String>,
     /// How the tier that keeps this manifest holds the bytes; `None` where it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<Held>,
+    /// Whether a checksum file lies beside it there: `<path>.sha256`, on the remote only, no file of the artifact.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub sidecar: bool,
     /// Fields of other releases, kept as they are.
     #[serde(flatten)]
     pub extra: serde_json::Map<String, serde_json::Value>,
@@ -137,7 +143,7 @@ impl Manifest {
 
     /// The same list with nothing held: what another tier may learn from it.
     pub fn without_holdings(mut self) -> Self {
-        self.files.values_mut().for_each(|entry| entry.held = None);
+        self.files.values_mut().for_each(|entry| (entry.held, entry.sidecar) = (None, false));
         self
     }
 
@@ -273,7 +279,7 @@ impl Manifest {
 }
 
 impl FileEntry {
-    /// Takes over digests and ladder that it lacks.
+    /// Takes over digests, ladder and format that it lacks.
     pub fn learn(&mut self, other: &Self) {
         if self.sha256.is_none() && other.sha256.is_some() {
             self.sha256 = other.sha256;
@@ -283,6 +289,9 @@ impl FileEntry {
         self.git_oid = self.git_oid.or(other.git_oid);
         if self.ladder.is_none() && self.sha256.is_some() && self.sha256 == other.sha256 {
             self.ladder.clone_from(&other.ladder);
+        }
+        if self.format.is_none() {
+            self.format.clone_from(&other.format);
         }
         for (field, value) in &other.extra {
             self.extra.entry(field.clone()).or_insert_with(|| value.clone());
@@ -304,6 +313,10 @@ impl FileEntry {
             _ => None,
         }
     }
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 #[cfg(test)]

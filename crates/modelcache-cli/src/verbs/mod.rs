@@ -2,6 +2,7 @@
 //!
 //! A verb gives the exit code it wants; a failure that it has not shown itself it gives back as an error.
 
+pub(crate) mod backfill;
 pub(crate) mod choice;
 pub(crate) mod completions;
 pub(crate) mod evict;
@@ -34,6 +35,7 @@ pub(crate) enum Verb {
     Exec(exec::Exec),
     Prewarm(prewarm::Prewarm),
     Put(put::Put),
+    Backfill(backfill::Backfill),
     Evict(evict::Evict),
     Pin(pin::Pin),
     Unpin(pin::Unpin),
@@ -75,6 +77,7 @@ impl Verb {
             Self::Exec(verb) => return verb.run(session).await,
             Self::Prewarm(verb) => return verb.run(session).await,
             Self::Put(verb) => verb.run(session).await,
+            Self::Backfill(verb) => return verb.run(session).await,
             Self::Evict(verb) => return verb.run(session).await,
             Self::Pin(verb) => verb.run(session).await,
             Self::Unpin(verb) => verb.run(session).await,

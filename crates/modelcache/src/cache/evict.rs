@@ -17,6 +17,11 @@ impl Cache {
     /// `Conflict` while somebody uses it, or another writer is at work on the remote.
     pub async fn evict(&self, reference: &Reference, tier: EvictTier, dry_run: bool) -> Result<EvictReport> {
         let (key, origin) = self.key_without_network(reference).await?;
+        if let Some(remote) = self.0.remote.as_ref().filter(|_| tier != EvictTier::Disk) {
+            remote
+                .ensure_read_write("remove it from this disk only: --tier disk")
+                .map_err(|error| error.artifact(&key))?;
+        }
         let disk_bytes = match tier {
             EvictTier::All | EvictTier::Disk => self.evict_disk(&key, dry_run).await.context(&key, Tier::Disk)?,
             EvictTier::Remote => None,

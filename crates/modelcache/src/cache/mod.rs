@@ -4,6 +4,7 @@
 //! `plan.rs`, once. Nothing here is asked of the network before it is needed: opening a cache and a warm get touch the
 //! local directory only.
 
+mod backfill;
 mod evict;
 mod flight;
 mod get;
@@ -20,8 +21,8 @@ mod report;
 mod resolve;
 
 pub use report::{
-    Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PinReport,
-    PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, Stats,
+    Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed,
+    PendingBackfill, PinReport, PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, PutTier, Stats,
 };
 
 pub use crate::disk::{
@@ -29,12 +30,13 @@ pub use crate::disk::{
     PruneReport, PrunedArtifact,
 };
 
-use crate::config::Config;
+use crate::config::{Config, RemoteMode};
 use crate::disk::{Disk, Lower};
 use crate::error::Result;
 use crate::origin::Origins;
 use crate::remote::Remote;
 use crate::transfer::{Pourer, Retry};
+use backfill::Backfills;
 use flight::Flights;
 use std::sync::Arc;
 
@@ -51,6 +53,7 @@ struct Inner {
     origins: Origins,
     pourer: Pourer,
     flights: Flights,
+    backfills: Backfills,
 }
 
 impl Cache {
@@ -60,6 +63,10 @@ impl Cache {
         let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
         let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
         let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
+        let remote = match config.remote_mode {
+            RemoteMode::ReadWrite => remote,
+            RemoteMode::ReadOnly => remote.map(Remote::read_only),
+        };
         let origins = Origins::new(config.hub.clone(), retry.clone());
         Ok(Self(Arc::new(Inner {
             config,
@@ -69,6 +76,7 @@ impl Cache {
             origins,
             pourer: Pourer::new(retry),
             flights: Flights::default(),
+            backfills: Backfills::default(),
         })))
     }
 
@@ -93,6 +101,8 @@ mod tests {
         spawnable(cache.get(reference, &GetOptions::default(), progress));
         spawnable(cache.plan(reference, &GetOptions::default()));
         spawnable(cache.put(key, Path::new(""), &PutOptions::default(), progress));
+        spawnable(cache.backfill_pending(progress));
+        spawnable(cache.finish_backfills(progress));
         spawnable(cache.evict(reference, EvictTier::All, true));
         spawnable(cache.list());
         spawnable(cache.list_remote());
