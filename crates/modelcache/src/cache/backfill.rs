@@ -109,7 +109,8 @@ impl Cache {
             }
             Err(error) => {
                 self.note_remote(false);
-                self.failed(remote, key, &to.missing.files, &error).await;
+                let dropped = self.drop_hopeless(remote, key, &to.missing.files, &error).await;
+                tell(remote, &error, dropped);
                 Published::default()
             }
         }
@@ -157,19 +158,17 @@ impl Cache {
         Ok(published)
     }
 
-    /// Says that it failed, and drops what would fail for ever. Whether it was dropped.
-    async fn failed(&self, remote: &Remote, key: &ArtifactKey, files: &BTreeSet<FilePath>, error: &Error) -> bool {
-        if remote.refuses_writes() {
-            if remote.tells_refusal() {
-                tracing::warn!(%error, hint = error.hint_text(), "the remote refuses to be written: it is only read until this process ends, and gets nothing from it");
-            }
-            return false;
-        }
+    /// Drops what would fail for ever. Whether it was dropped.
+    async fn drop_hopeless(
+        &self,
+        remote: &Remote,
+        key: &ArtifactKey,
+        files: &BTreeSet<FilePath>,
+        error: &Error,
+    ) -> bool {
         if !is_for_good(error) {
-            tracing::warn!(%error, hint = error.hint_text(), "could not be written to the remote; it is local all the same, and a later run tries again");
             return false;
         }
-        tracing::warn!(%error, hint = error.hint_text(), "cannot be written to the remote, and is not tried again; it is local all the same");
         if let Err(error) = self.settle(remote, key, files).await {
             tracing::debug!(%error, "the intent stays");
         }
@@ -222,10 +221,13 @@ impl Cache {
             return BackfillReport::default();
         };
         let Ok(_alone) = self.0.backfills.completing.try_lock() else { return BackfillReport::default() };
-        self.complete_all(remote, progress).await.unwrap_or_else(|error| {
+        let report = self.complete_all(remote, progress).await.unwrap_or_else(|error| {
             tracing::debug!(%error, "what earlier runs left for the remote is left again");
             BackfillReport::default()
-        })
+        });
+        report.failed.iter().for_each(|(_, error)| tell(remote, error, false));
+        report.dropped.iter().for_each(|(_, error)| tell(remote, error, true));
+        report
     }
 
     async fn complete_all(&self, remote: &Remote, progress: &Progress) -> Result<BackfillReport> {
@@ -241,8 +243,8 @@ impl Cache {
                 Ok(None) => report.busy.push(key),
                 Err(error) => {
                     let dropped = match error.kind() {
-                        ErrorKind::NotFound => true, // Said and done where it was found.
-                        _ => self.failed(remote, &key, &missing.files, &error).await,
+                        ErrorKind::NotFound => true, // Done where it was found.
+                        _ => self.drop_hopeless(remote, &key, &missing.files, &error).await,
                     };
                     let stop = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unauthorized);
                     if dropped { &mut report.dropped } else { &mut report.failed }.push((key, error));
@@ -314,8 +316,7 @@ impl Cache {
         }
         self.settle(remote, key, files).await?;
         let error = Error::not_found("it left this disk before the remote had it").artifact(key).tier(Tier::Disk);
-        tracing::warn!(%error, "the remote will not get it from here");
-        Err(error)
+        Err(error.hint("the next get of it brings it to the remote"))
     }
 
     async fn backfill_lock(&self, key: &ArtifactKey) -> Result<Option<FileLock>> {
@@ -343,6 +344,20 @@ impl Backfills {
 
     fn take(&self) -> Vec<JoinHandle<()>> {
         std::mem::take(&mut self.tasks.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Says that the remote did not get something. Of a remote that refuses to be written it is said once.
+fn tell(remote: &Remote, error: &Error, dropped: bool) {
+    let hint = error.hint_text();
+    if remote.refuses_writes() {
+        if remote.tells_refusal() {
+            tracing::warn!(%error, hint, "the remote refuses to be written: it is only read until this process ends, and gets nothing from it");
+        }
+    } else if dropped {
+        tracing::warn!(%error, hint, "this will not reach the remote from here");
+    } else {
+        tracing::warn!(%error, hint, "could not be written to the remote; it is local all the same, and a later run tries again");
     }
 }
 
