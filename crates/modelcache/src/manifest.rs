@@ -368,6 +368,23 @@ mod tests {
     }
 
     #[test]
+    fn a_format_is_learnt_once_and_a_sidecar_is_known_only_where_it_lies() {
+        let (mut ours, mut theirs) = (manifest(&[("a", b"1")]), manifest(&[("a", b"1")]));
+        let entry = |manifest: &mut Manifest| manifest.files.values_mut().next().map(std::mem::take).expect("entry");
+        let with = |manifest: &mut Manifest, format: Option<&str>, sidecar| {
+            let entry = FileEntry { format: format.map(str::to_owned), sidecar, ..entry(manifest) };
+            manifest.files.insert(FilePath::new("a").expect("path"), entry);
+        };
+        with(&mut theirs, Some("gguf"), true);
+        ours.learn(&theirs).expect("agrees");
+        with(&mut theirs, Some("zip"), true);
+        ours.learn(&theirs).expect("agrees");
+        let known = entry(&mut ours);
+        assert_eq!((known.format.as_deref(), known.sidecar), (Some("gguf"), false));
+        assert!(!entry(&mut theirs.without_holdings()).sidecar);
+    }
+
+    #[test]
     fn fields_of_other_releases_survive() {
         let mut manifest = manifest(&[("a", b"1")]);
         manifest.extra.insert("colour".into(), "red".into());

@@ -143,6 +143,16 @@ mod tests {
     }
 
     #[test]
+    fn a_set_of_files_is_itself_and_nothing_else() {
+        let path = |text| FilePath::new(text).expect("path");
+        let [one, two] = [Selection::files([path("a*")]), Selection::files([path("a*"), path("b/c")])];
+        assert!(two.matches(&path("b/c")) && one.matches(&path("a*")), "a star is a star");
+        assert!(!one.matches(&path("ab")) && !one.matches(&path("b/c")));
+        assert!(!one.is_all() && one.identity() != two.identity() && one.identity() != Selection::all().identity());
+        assert_eq!(two.one_file(), None, "what is lent is the folder");
+    }
+
+    #[test]
     fn patterns_match_as_fnmatch_does() {
         assert!(chosen(&["*.json"], &[], "sub/dir/config.json"), "a star crosses slashes");
         assert!(!chosen(&["*.json"], &[], "config.jsonl"));

@@ -9,7 +9,7 @@ use super::flight::{Joined, Landed};
 use super::plan::FillPlan;
 use super::resolve::Wanted;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
-use crate::disk::{Lend, Lent, StagedFile, Staging, format_of, staged_name};
+use crate::disk::{Lend, Lent, StagedFile, Staging, format_named, staged_name};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::manifest::Manifest;
@@ -167,7 +167,11 @@ impl Cache {
 
     /// The files of this fill that the remote should now be given, and those among them that it must write anew.
     fn missing_on_remote(&self, plan: &FillPlan, filled: &Filled) -> Option<ToBackfill> {
-        if !self.may_backfill() || (plan.remote_unusable && !plan.remote_down) {
+        if !self.may_backfill() {
+            tracing::debug!(key = %plan.listing.key, "nothing of this goes to a remote");
+            return None;
+        }
+        if plan.remote_unusable && !plan.remote_down {
             return None;
         }
         let held = |path: &FilePath| {
@@ -188,7 +192,7 @@ async fn tell_formats(
     let folder = staging.file("");
     blocking(move || {
         for file in files.values_mut().filter(|file| file.entry.format.is_none()) {
-            file.entry.format = format_of(&folder.join(&file.name))?.name().map(str::to_owned);
+            file.entry.format = format_named(&folder.join(&file.name));
         }
         Ok(files)
     })

@@ -62,7 +62,7 @@ pub(crate) fn copy_given(given: &Given, target: &Path, progress: &Progress) -> R
         sha256: Some(hashed.sha256),
         provenance: Some(Provenance::Put),
         ladder: Some(hashed.ladder),
-        format: format_of(target)?.name().map(str::to_owned),
+        format: format_named(target),
         ..FileEntry::default()
     };
     Ok(StagedFile { name: String::new(), entry, identity: writer.seal()? })
@@ -73,7 +73,7 @@ pub(crate) fn hash_given(given: &Given, progress: &Progress) -> Result<FileEntry
     let fault = |cause: std::io::Error| unreadable(&given.from, cause);
     let mut source = File::open(&given.from).map_err(fault)?;
     let before = identity(&source.metadata().map_err(fault)?);
-    let format = format_of(&given.from)?;
+    let format = format_named(&given.from);
     let (sha256, ladder) = files::hash(&mut source, &given.from, part_size(given.size))?;
     if before.bytes != given.size || before != identity(&source.metadata().map_err(fault)?) {
         return Err(changed(given));
@@ -84,7 +84,7 @@ pub(crate) fn hash_given(given: &Given, progress: &Progress) -> Result<FileEntry
         sha256: Some(sha256),
         provenance: Some(Provenance::Put),
         ladder: Some(ladder),
-        format: format.name().map(str::to_owned),
+        format,
         ..FileEntry::default()
     })
 }
@@ -99,6 +99,17 @@ pub(crate) fn format_of(path: &Path) -> Result<Format> {
         Ok(Format::of(&head, size))
     };
     read().map_err(|cause| unreadable(path, cause))
+}
+
+/// The name of a file's format, for its manifest. That it cannot be told is no failure: nothing depends on it.
+pub(crate) fn format_named(path: &Path) -> Option<String> {
+    match format_of(path) {
+        Ok(format) => format.name().map(str::to_owned),
+        Err(error) => {
+            tracing::debug!(%error, "the format is not told");
+            None
+        }
+    }
 }
 
 fn changed(given: &Given) -> Error {
