@@ -60,6 +60,8 @@ const ROW: Operation = Operation {
     right: &[],
 };
 
+const ROW_TO_REMOTE: Operation = Operation { remote: true, ..ROW };
+
 type Files = BTreeMap<&'static str, Content>;
 /// A reference and what it must be.
 type Right = (&'static str, fn() -> Files);
@@ -139,6 +141,19 @@ fn a_get_that_heals_survives_a_kill_at_any_call() {
 #[test]
 fn a_get_that_backfills_survives_a_kill_at_any_call() {
     crash(Operation { name: "get backfilling", remote: true, act: &["get", V1], right: &[(V1, v1)], ..ROW });
+}
+
+#[test]
+fn a_get_that_leaves_the_remote_for_later_survives_a_kill_at_any_call() {
+    let row = Operation { name: "get later", remote: true, repeated: Bench::assert_completed, ..ROW };
+    crash(Operation { act: &["get", V1, "--backfill", "later"], right: &[(V1, v1)], ..row });
+}
+
+#[test]
+fn a_backfill_survives_a_kill_at_any_call() {
+    let before: &[&[&str]] = &[&["get", V1, "--backfill", "later"]];
+    let row = Operation { name: "backfill", remote: true, before, repeated: Bench::assert_completed, ..ROW };
+    crash(Operation { act: &["backfill"], right: &[(V1, v1)], ..row });
 }
 
 #[test]
@@ -320,6 +335,15 @@ impl Bench {
         assert_eq!(running.wait().code, None);
     }
 
+    /// What was left for the remote is known, and one run brings it there: nothing is forgotten.
+    fn assert_completed(&self, dir: &str) {
+        self.house.end_claims();
+        self.run(&ROW_TO_REMOTE, dir).run(["backfill"]).ok();
+        assert_eq!(self.house.pending(dir), (0, 0));
+        let manifests = |key: &String| key.ends_with("manifest.json");
+        assert_eq!(self.house.s3.keys(common::BUCKET).iter().filter(|key| manifests(key)).count(), 1);
+    }
+
     /// The reason of the pin of [`V1`], as the program reads it. A pin that cannot be read has none.
     fn pin_reason(&self, dir: &str) -> Option<String> {
         let row = self.house.on_local(dir).run(["inspect", "--json", V1]).object();
@@ -349,17 +373,6 @@ impl Bench {
         fs::remove_dir_all(root.join("artifacts/gone/1/files/copies")).unwrap();
         fs::remove_file(root.join("artifacts/gone/1/files/first.bin")).unwrap();
         spoil_record(&root);
-    }
-
-    /// A claim of a writer that was killed ends after a minute; here the minute is over at once.
-    fn end_claims(&self) {
-        let bucket = self.house.s3.object_path(common::BUCKET, "cache");
-        for path in common::files_below(&bucket).into_iter().filter(|path| path.ends_with(".modelcache/claim")) {
-            let path = bucket.join(path);
-            let mut claim: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-            claim["expires_at"] = 0.into();
-            fs::write(&path, claim.to_string()).unwrap();
-        }
     }
 }
 
@@ -414,7 +427,7 @@ impl Bench {
         self.assert_old_or_new(row, &dir, old, new);
         (row.died)(self, &dir);
 
-        self.end_claims();
+        self.house.end_claims();
         let again = self.run(row, &dir).run(row.act);
         assert!(again.code.is_some_and(|code| row.codes.contains(&code)), "{again}");
         (row.repeated)(self, &dir);

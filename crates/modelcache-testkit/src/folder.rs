@@ -24,6 +24,8 @@ pub struct Census {
     pub temporaries: Vec<PathBuf>,
     /// Views of artifacts that have no manifest.
     pub loose_views: Vec<PathBuf>,
+    /// What remotes still lack: one file an artifact.
+    pub intents: Vec<PathBuf>,
 }
 
 impl Census {
@@ -56,6 +58,7 @@ impl Census {
             census.stagings_with_bytes.extend(has_bytes.then(|| path.clone()));
             census.stagings.push(path);
         }
+        census.intents = entries(&root.join("backfill"))?;
         for name in entries(&root.join("artifacts"))? {
             for version in entries(&name)?.into_iter().filter(|version| !version.join("manifest.json").exists()) {
                 walk(&version.join("files"), &mut |view, _| census.loose_views.push(view.to_owned()))?;
@@ -111,6 +114,7 @@ mod tests {
         write("staging/new-1", 10);
         write("artifacts/n/1/files/loose", 1);
         write("staging/k-2/journal", 10);
+        write("backfill/k", 10);
         fs::hard_link(root.join("blobs/aa/a"), root.join("staging/k-2/again")).unwrap();
         let census = Census::of(root).unwrap();
         let each = fs::metadata(root.join("blobs/aa/a")).unwrap().blocks() * 512;
@@ -121,6 +125,7 @@ mod tests {
         assert_eq!(census.stagings.len(), 2);
         assert_eq!(census.temporaries, [root.join("staging/new-1")]);
         assert_eq!(census.loose_views, [root.join("artifacts/n/1/files/loose")]);
+        assert_eq!(census.intents, [root.join("backfill/k")]);
         assert_eq!(Census::of(&root.join("nowhere")).unwrap().counted_bytes, 0);
     }
 }

@@ -5,7 +5,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
 use modelcache::cache::GetOptions;
-use modelcache::config::{ByteBound, Config, HubConfig, OnRemoteDown, RetryConfig, Sharing};
+use modelcache::config::{ByteBound, Config, HubConfig, OnRemoteDown, RemoteMode, RetryConfig, Sharing};
 use modelcache::digest::{Digest, Provenance};
 use modelcache::key::{ArtifactKey, FilePath, escape};
 use modelcache::manifest::{FileEntry, FileIdentity, Held, Manifest, Shape};
@@ -70,6 +70,8 @@ fn open(dir: &Path) -> Cache {
         min_free_bytes: ByteBound::Bytes(0),
         remote: None,
         on_remote_down: OnRemoteDown::Origin,
+        remote_mode: RemoteMode::ReadWrite,
+        backfill: None,
         origins: Vec::new(),
         hub: HubConfig::default(),
         ref_ttl: Duration::from_secs(60),

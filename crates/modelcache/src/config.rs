@@ -28,6 +28,11 @@ pub struct Config {
     pub remote: Option<RemoteConfig>,
     /// What an unavailable remote means.
     pub on_remote_down: OnRemoteDown,
+    /// Whether the remote may be written.
+    pub remote_mode: RemoteMode,
+    /// When the remote gets what came from an origin. `None` where nobody chose: a door that lives long takes
+    /// [`Backfill::Background`] then, all others [`Backfill::Wait`].
+    pub backfill: Option<Backfill>,
     /// Where a bare `name@version` comes from, in order; the next only where the one before does not have it.
     pub origins: Vec<OriginTemplate>,
     /// The Hugging Face Hub.
@@ -110,6 +115,30 @@ pub enum OnRemoteDown {
     Origin,
     /// Fail.
     Fail,
+}
+
+/// Whether the remote may be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RemoteMode {
+    /// Read and written.
+    #[default]
+    ReadWrite,
+    /// Only read.
+    ReadOnly,
+}
+
+/// When the remote gets what came from an origin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Backfill {
+    /// Before the call returns.
+    #[default]
+    Wait,
+    /// While the process goes on; the call does not wait.
+    Background,
+    /// With a later run: only a durable intent is written.
+    Later,
+    /// Not at all.
+    Never,
 }
 
 /// How to reach the Hub.

@@ -3,6 +3,7 @@
 pub mod digest;
 pub mod error;
 pub mod finding;
+pub mod format;
 pub mod human;
 pub mod key;
 pub mod ladder;

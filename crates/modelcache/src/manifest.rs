@@ -60,9 +60,15 @@ pub struct FileEntry {
     /// SHA-256 midstates at part boundaries, known once the file was hashed in order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ladder: Option<Ladder>,
+    /// What kind of file it is, by its content; see [`Format::name`](crate::format::Format::name).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<String>,
     /// How the tier that keeps this manifest holds the bytes; `None` where it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<Held>,
+    /// Whether a checksum file lies beside it there: `<path>.sha256`, on the remote only, no file of the artifact.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub sidecar: bool,
     /// Fields of other releases, kept as they are.
     #[serde(flatten)]
     pub extra: serde_json::Map<String, serde_json::Value>,
@@ -137,7 +143,7 @@ impl Manifest {
 
     /// The same list with nothing held: what another tier may learn from it.
     pub fn without_holdings(mut self) -> Self {
-        self.files.values_mut().for_each(|entry| entry.held = None);
+        self.files.values_mut().for_each(|entry| (entry.held, entry.sidecar) = (None, false));
         self
     }
 
@@ -281,7 +287,7 @@ impl Manifest {
 }
 
 impl FileEntry {
-    /// Takes over digests and ladder that it lacks.
+    /// Takes over digests, ladder and format that it lacks.
     pub fn learn(&mut self, other: &Self) {
         if self.sha256.is_none() && other.sha256.is_some() {
             self.sha256 = other.sha256;
@@ -291,6 +297,9 @@ impl FileEntry {
         self.git_oid = self.git_oid.or(other.git_oid);
         if self.ladder.is_none() && self.sha256.is_some() && self.sha256 == other.sha256 {
             self.ladder.clone_from(&other.ladder);
+        }
+        if self.format.is_none() {
+            self.format.clone_from(&other.format);
         }
         for (field, value) in &other.extra {
             self.extra.entry(field.clone()).or_insert_with(|| value.clone());
@@ -312,6 +321,10 @@ impl FileEntry {
             _ => None,
         }
     }
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 #[cfg(test)]
@@ -360,6 +373,23 @@ mod tests {
             .replace("\"format\":1", "\"format\":2");
         let error = Manifest::from_bytes(text.as_bytes()).expect_err("newer");
         assert_eq!(error.hint_text(), Some("update modelcache"));
+    }
+
+    #[test]
+    fn a_format_is_learnt_once_and_a_sidecar_is_known_only_where_it_lies() {
+        let (mut ours, mut theirs) = (manifest(&[("a", b"1")]), manifest(&[("a", b"1")]));
+        let entry = |manifest: &mut Manifest| manifest.files.values_mut().next().map(std::mem::take).expect("entry");
+        let with = |manifest: &mut Manifest, format: Option<&str>, sidecar| {
+            let entry = FileEntry { format: format.map(str::to_owned), sidecar, ..entry(manifest) };
+            manifest.files.insert(FilePath::new("a").expect("path"), entry);
+        };
+        with(&mut theirs, Some("gguf"), true);
+        ours.learn(&theirs).expect("agrees");
+        with(&mut theirs, Some("zip"), true);
+        ours.learn(&theirs).expect("agrees");
+        let known = entry(&mut ours);
+        assert_eq!((known.format.as_deref(), known.sidecar), (Some("gguf"), false));
+        assert!(!entry(&mut theirs.without_holdings()).sidecar);
     }
 
     #[test]

@@ -7,11 +7,14 @@
 use crate::error::{Error, Result};
 use crate::key::FilePath;
 use regex::Regex;
+use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// A choice among the files of an artifact.
 #[derive(Debug, Clone, Default)]
 pub struct Selection {
     file: Option<FilePath>,
+    among: Option<Arc<BTreeSet<FilePath>>>,
     include: Vec<Regex>,
     exclude: Vec<Regex>,
     patterns: Vec<String>,
@@ -28,12 +31,18 @@ impl Selection {
         Self { patterns: vec![path.to_string()], file: Some(path), ..Self::default() }
     }
 
+    /// Exactly these files.
+    pub fn files(paths: impl IntoIterator<Item = FilePath>) -> Self {
+        Self { among: Some(Arc::new(paths.into_iter().collect())), ..Self::default() }
+    }
+
     /// What the patterns choose.
     pub fn globs<S: AsRef<str>>(include: &[S], exclude: &[S]) -> Result<Self> {
         let compile =
             |patterns: &[S]| patterns.iter().map(|pattern| fnmatch(pattern.as_ref())).collect::<Result<Vec<_>>>();
         Ok(Self {
             file: None,
+            among: None,
             include: compile(include)?,
             exclude: compile(exclude)?,
             patterns: include.iter().chain(exclude).map(|pattern| pattern.as_ref().to_owned()).collect(),
@@ -44,6 +53,9 @@ impl Selection {
     pub fn matches(&self, path: &FilePath) -> bool {
         if let Some(file) = &self.file {
             return file == path;
+        }
+        if let Some(paths) = &self.among {
+            return paths.contains(path);
         }
         let any = |patterns: &[Regex]| patterns.iter().any(|pattern| pattern.is_match(path.as_str()));
         (self.include.is_empty() || any(&self.include)) && !any(&self.exclude)
@@ -56,14 +68,16 @@ impl Selection {
 
     /// Whether it chooses every file of any artifact.
     pub fn is_all(&self) -> bool {
-        self.file.is_none() && self.include.is_empty() && self.exclude.is_empty()
+        self.file.is_none() && self.among.is_none() && self.include.is_empty() && self.exclude.is_empty()
     }
 
     /// A text that two selections share only if they choose the same of any artifact.
     pub(crate) fn identity(&self) -> String {
         let list = |patterns: &[Regex]| patterns.iter().map(Regex::as_str).collect::<Vec<_>>().join("\0");
         let file = self.file.as_ref().map_or_else(String::new, |file| format!("{file}\0"));
-        format!("{file}\0\0{}\0\0{}", list(&self.include), list(&self.exclude))
+        let among =
+            self.among.iter().flat_map(|paths| paths.iter()).map(FilePath::as_str).collect::<Vec<_>>().join("\0");
+        format!("{file}\0\0{}\0\0{}\0\0{among}", list(&self.include), list(&self.exclude))
     }
 
     /// The patterns as given, for messages.
@@ -126,6 +140,16 @@ mod tests {
 
     fn chosen(include: &[&str], exclude: &[&str], path: &str) -> bool {
         Selection::globs(include, exclude).expect("patterns").matches(&FilePath::new(path).expect("path"))
+    }
+
+    #[test]
+    fn a_set_of_files_is_itself_and_nothing_else() {
+        let path = |text| FilePath::new(text).expect("path");
+        let [one, two] = [Selection::files([path("a*")]), Selection::files([path("a*"), path("b/c")])];
+        assert!(two.matches(&path("b/c")) && one.matches(&path("a*")), "a star is a star");
+        assert!(!one.matches(&path("ab")) && !one.matches(&path("b/c")));
+        assert!(!one.is_all() && one.identity() != two.identity() && one.identity() != Selection::all().identity());
+        assert_eq!(two.one_file(), None, "what is lent is the folder");
     }
 
     #[test]

@@ -10,7 +10,8 @@ mod file;
 mod values;
 
 use crate::config::{
-    ByteBound, Config, Environment, HubConfig, OnRemoteDown, OriginTemplate, RemoteConfig, RetryConfig, Secret, Sharing,
+    Backfill, ByteBound, Config, Environment, HubConfig, OnRemoteDown, OriginTemplate, RemoteConfig, RemoteMode,
+    RetryConfig, Secret, Sharing,
 };
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
@@ -192,6 +193,44 @@ pub const SETTINGS: &[Setting] = &[
                 "fail" => OnRemoteDown::Fail,
                 _ => return Err(Error::invalid("not one of them")),
             };
+            Ok(())
+        },
+    },
+    Setting {
+        key: "remote_mode",
+        variable: Some("MODEL_CACHE_REMOTE_MODE"),
+        flag: Some("remote-mode"),
+        value_name: "rw|ro",
+        default: "`rw`",
+        meaning: "Whether the remote may be written; with `ro` it is only read.",
+        accepts: "rw or ro",
+        set: |given, draft| {
+            draft.remote_mode = match given.text.as_str() {
+                "rw" => RemoteMode::ReadWrite,
+                "ro" => RemoteMode::ReadOnly,
+                _ => return Err(Error::invalid("not one of them")),
+            };
+            Ok(())
+        },
+    },
+    Setting {
+        key: "backfill",
+        variable: Some("MODEL_CACHE_BACKFILL"),
+        flag: Some("backfill"),
+        value_name: "wait|background|later|never",
+        default: "`wait`; `background` in a daemon and in Python",
+        meaning: "When the remote gets what came from an origin: before the call returns, while the process goes on, \
+                  with a later run (`modelcache backfill`), or not at all. `get` prints its path before a background \
+                  upload and ends after it; `exec` leaves a background upload to a later run.",
+        accepts: "wait, background, later or never",
+        set: |given, draft| {
+            draft.backfill = Some(match given.text.as_str() {
+                "wait" => Backfill::Wait,
+                "background" => Backfill::Background,
+                "later" => Backfill::Later,
+                "never" => Backfill::Never,
+                _ => return Err(Error::invalid("not one of them")),
+            });
             Ok(())
         },
     },
@@ -430,6 +469,8 @@ struct Draft {
     /// Rank, source and address of the best remote so far; the address is `None` where none is wanted.
     remote: Option<(usize, String, Option<String>)>,
     on_remote_down: OnRemoteDown,
+    remote_mode: RemoteMode,
+    backfill: Option<Backfill>,
     origins: Vec<OriginTemplate>,
     ref_ttl: Duration,
     /// `None` while no setting of ours decides it.
@@ -511,6 +552,8 @@ impl Draft {
             lower_dir: None,
             remote: None,
             on_remote_down: OnRemoteDown::default(),
+            remote_mode: RemoteMode::default(),
+            backfill: None,
             origins: Vec::new(),
             ref_ttl: Duration::from_secs(60),
             offline: None,
@@ -554,6 +597,8 @@ impl Draft {
             lower_dir: self.lower_dir,
             remote: remote.map(|url| RemoteConfig { url, options, environment }),
             on_remote_down: self.on_remote_down,
+            remote_mode: self.remote_mode,
+            backfill: self.backfill,
             origins: self.origins,
             hub,
             ref_ttl: self.ref_ttl,

@@ -9,8 +9,9 @@ use super::choice::Choice;
 use crate::{exit, progress};
 use clap::Args;
 use modelcache::cache::Artifact;
+use modelcache::config::{Backfill, Config};
 use modelcache::progress::Progress;
-use modelcache::{Error, ErrorKind, Result};
+use modelcache::{Cache, Error, ErrorKind, Result};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -61,7 +62,7 @@ impl Exec {
     }
 
     async fn all(&self, session: &Session<'_>) -> Result<Vec<Artifact>> {
-        let (output, options, cache) = (session.output, self.choice.options()?, session.cache()?);
+        let (output, options, cache) = (session.output, self.choice.options()?, cache(&session.config)?);
         let mut artifacts = Vec::new();
         for text in &self.references {
             let (progress, started) = (Progress::new(), Instant::now());
@@ -90,6 +91,13 @@ impl Exec {
             None => Ok(()),
         }
     }
+}
+
+/// The cache. What would go to the remote in the background is left to a later run: this process is about to become
+/// another.
+fn cache(config: &Config) -> Result<Cache> {
+    let backfill = config.backfill.map(|mode| if mode == Backfill::Background { Backfill::Later } else { mode });
+    Cache::open(Config { backfill, ..config.clone() })
 }
 
 /// What a shell would say, and the code it would end with.

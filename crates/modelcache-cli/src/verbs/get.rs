@@ -4,6 +4,7 @@
 //! works. One reference that fails does not keep the others from being fetched. What was fetched stays leased until
 //! the process ends.
 
+use super::backfill::{finish, to_remote};
 use super::choice::Choice;
 use super::into::IntoFolder;
 use super::{Session, extend, key_object, path_text, phase_list, seconds};
@@ -40,19 +41,23 @@ pub(crate) struct Get {
 
 impl Get {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
-        self.choice.in_time(self.all(session)).await
+        let cache = session.cache()?;
+        // Leases: they fall when the process ends.
+        let (code, _lent) = self.choice.in_time(self.all(session, &cache)).await?;
+        if !self.dry_run {
+            finish(session, &cache).await;
+        }
+        Ok(code)
     }
 
     /// Tries every reference; the first failure decides the exit code.
-    async fn all(&self, session: &Session<'_>) -> Result<u8> {
+    async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<(u8, Vec<Artifact>)> {
         let options = GetOptions { verify: self.verify, ..self.choice.options()? };
-        let cache = session.cache()?;
-        let destination = self.into.destination(&cache, self.references.len()).await?;
+        let destination = self.into.destination(cache, self.references.len()).await?;
         let mut code = exit::DONE;
-        // Leases: they fall when the process ends.
         let mut lent = Vec::new();
         for text in &self.references {
-            match self.one(session, &cache, text, &options, destination.as_ref()).await {
+            match self.one(session, cache, text, &options, destination.as_ref()).await {
                 Ok(artifact) => lent.extend(artifact),
                 Err(error) => {
                     session.failed(&error, Some(text));
@@ -62,7 +67,7 @@ impl Get {
                 }
             }
         }
-        Ok(code)
+        Ok((code, lent))
     }
 
     async fn one(
@@ -122,6 +127,7 @@ pub(super) fn artifact_object(
         "size": report.selected_bytes,
         "bytes": report.bytes,
         "backfilled_bytes": report.backfilled_bytes,
+        "copied_bytes": report.copied_bytes,
         "link": report.link,
         "seconds": seconds(&report.phases),
         "total_seconds": took.as_secs_f64(),
@@ -137,10 +143,8 @@ pub(super) fn summary(key: &ArtifactKey, report: &GetReport, took: Duration) -> 
     }
     let received = human::bytes(report.bytes.remote + report.bytes.origin);
     let phases = phase_list(&report.phases).map_or_else(String::new, |phases| format!("{phases}; "));
-    let backfilled = match report.backfilled_bytes {
-        0 => String::new(),
-        bytes => format!("; {} to remote", human::bytes(bytes)),
-    };
+    let backfilled = to_remote(report.backfilled_bytes, report.copied_bytes);
+    let backfilled = backfilled.map_or_else(String::new, |bytes| format!("; {bytes}"));
     format!("{key}: {received} from {} in {took} ({phases}{}{backfilled})", report.from, by_tier(&report.bytes))
 }
 
@@ -190,6 +194,7 @@ mod tests {
             from,
             bytes: BytesByTier { disk: 0, remote: 0, origin: 1_200_000_000 },
             backfilled_bytes: 0,
+            copied_bytes: 0,
             files: 2,
             selected_bytes: 1_200_000_000,
             link: Some(Link::Copy),

@@ -96,6 +96,7 @@ fn inspection_object(inspection: &Inspection) -> Value {
             "sha256": file.known(|entry| entry.sha256),
             "git_oid": file.known(|entry| entry.git_oid),
             "provenance": file.known(|entry| entry.provenance),
+            "format": file.known(|entry| entry.format.as_deref()),
             "on_disk": file.on_disk(),
             "in_lower": file.in_lower(),
             "on_remote": file.on_remote(),
@@ -146,11 +147,12 @@ fn inspection_text(inspection: &Inspection, now: SystemTime) -> String {
             human::bytes(file.known(|entry| Some(entry.size)).unwrap_or_default()),
             digest.unwrap_or_else(|| "-".into()),
             provenance.map_or_else(|| "-".into(), |provenance| provenance.to_string()),
+            file.known(|entry| entry.format.clone()).unwrap_or_else(|| "-".into()),
             tick(file.on_disk()),
             tick(file.on_remote()),
         ]
     });
-    let files = table(&["FILE", "SIZE", "SHA256", "PROVENANCE", "DISK", "REMOTE"], &[1], rows);
+    let files = table(&["FILE", "SIZE", "SHA256", "PROVENANCE", "FORMAT", "DISK", "REMOTE"], &[1], rows);
     format!("{facts}\n{files}")
 }
 

@@ -46,7 +46,8 @@ fn listing(listed: &[Listed], of_remote: bool, now: SystemTime) -> String {
         } else {
             format!("{} of {}", human::bytes(listed.held_bytes), human::bytes(listed.bytes))
         };
-        let mut row = vec![listed.reference.clone(), size, format!("{}/{}", listed.held_files, listed.files)];
+        let files = format!("{}/{}", listed.held_files, listed.files);
+        let mut row = vec![listed.reference.clone(), size, files, formats(listed)];
         if of_remote {
             row.push(listed.tags.join(", "));
         } else {
@@ -56,8 +57,13 @@ fn listing(listed: &[Listed], of_remote: bool, now: SystemTime) -> String {
         }
         row
     };
-    let header = ["NAME@VERSION", "SIZE", "FILES", if of_remote { "TAGS" } else { "LAST USED" }];
+    let header = ["NAME@VERSION", "SIZE", "FILES", "FORMAT", if of_remote { "TAGS" } else { "LAST USED" }];
     table(&header, &[1, 2], listed.iter().map(row))
+}
+
+fn formats(listed: &Listed) -> String {
+    let formats: Vec<_> = listed.formats.iter().map(String::as_str).collect();
+    if formats.is_empty() { "-".into() } else { formats.join(", ") }
 }
 
 fn listed_object(listed: &Listed) -> Value {
@@ -68,6 +74,7 @@ fn listed_object(listed: &Listed) -> Value {
         "files": listed.files,
         "held_bytes": listed.held_bytes,
         "size": listed.bytes,
+        "formats": listed.formats,
         "last_used": listed.last_used.map(human::timestamp),
         "leased": listed.leased,
         "pin": pin_object(listed.pin.as_ref()),
@@ -92,6 +99,7 @@ mod tests {
             files: 2,
             held_bytes,
             bytes: 4_000_000_000,
+            formats: leased.then(|| ["gguf".to_owned(), "tar".into()].into()).unwrap_or_default(),
             last_used: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(60)),
             leased,
             pin: leased.then(Default::default),
@@ -104,9 +112,9 @@ mod tests {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(7260);
         let rows = [listed("team/model@3", 1_200_000_000, false), listed("a@1", 4_000_000_000, true)];
         let expected = "\
-NAME@VERSION              SIZE  FILES  LAST USED
-team/model@3  1.2 GB of 4.0 GB    1/2  2 hours ago
-a@1                     4.0 GB    1/2  in use, pinned";
+NAME@VERSION              SIZE  FILES  FORMAT     LAST USED
+team/model@3  1.2 GB of 4.0 GB    1/2  -          2 hours ago
+a@1                     4.0 GB    1/2  gguf, tar  in use, pinned";
         assert_eq!(listing(&rows, false, now), expected);
         let remote = listing(&rows, true, now);
         assert!(!remote.contains("LAST USED") && remote.contains("prod"), "the remote knows tags, and no last use");

@@ -2,6 +2,7 @@
 //!
 //! A verb gives the exit code it wants; a failure that it has not shown itself it gives back as an error.
 
+pub(crate) mod backfill;
 pub(crate) mod choice;
 pub(crate) mod completions;
 pub(crate) mod doctor;
@@ -41,6 +42,7 @@ pub(crate) enum Verb {
     Put(put::Put),
     Tag(tag::Tag),
     Resolve(resolve::Resolve),
+    Backfill(backfill::Backfill),
     Evict(evict::Evict),
     Pin(pin::Pin),
     Unpin(pin::Unpin),
@@ -120,6 +122,7 @@ impl Verb {
             Self::Ls(_) => "ls",
             Self::Inspect(_) => "inspect",
             Self::Stats(_) => "stats",
+            Self::Backfill(_) => "backfill",
             Self::Tag(_) => "tag",
             Self::Resolve(_) => "resolve",
             Self::Verify(_) => "verify",
@@ -138,6 +141,7 @@ impl Verb {
             Self::Put(verb) => verb.run(session).await,
             Self::Tag(verb) => verb.run(session).await,
             Self::Resolve(verb) => verb.run(session).await,
+            Self::Backfill(verb) => return verb.run(session).await,
             Self::Evict(verb) => return verb.run(session).await,
             Self::Pin(verb) => verb.run(session).await,
             Self::Unpin(verb) => verb.run(session).await,

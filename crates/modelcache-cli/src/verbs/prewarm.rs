@@ -4,6 +4,7 @@
 //! touched, so that it counts as just used; the rest is filled, several at once. All of it is held until the end, so
 //! that the list does not evict itself.
 
+use super::backfill::finish;
 use super::choice::Choice;
 use super::{Session, get};
 use crate::{exit, human, progress};
@@ -46,13 +47,15 @@ struct Wanted {
 
 impl Prewarm {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
-        self.choice.in_time(self.all(session)).await
+        let cache = session.cache()?;
+        let code = self.choice.in_time(self.all(session, &cache)).await?;
+        finish(session, &cache).await;
+        Ok(code)
     }
 
-    async fn all(&self, session: &Session<'_>) -> Result<u8> {
+    async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<u8> {
         let (output, options, started) = (session.output, self.choice.options()?, Instant::now());
         let wanted = self.wanted().await?;
-        let cache = session.cache()?;
         let references: Vec<_> = wanted.iter().map(|wanted| wanted.reference.clone()).collect();
         let plan = cache.plan_prewarm(&references, &options).await?;
         output.remark(&format!(
@@ -75,7 +78,7 @@ impl Prewarm {
         // others comes after them, one by one, and finds those files here.
         let mut held = Vec::new();
         for (wanted, jobs) in [(here, self.jobs), (missing, self.jobs), (sharing, 1)] {
-            let fills: Vec<_> = wanted.into_iter().map(|wanted| one(session, &cache, wanted, &options)).collect();
+            let fills: Vec<_> = wanted.into_iter().map(|wanted| one(session, cache, wanted, &options)).collect();
             let mut fills = stream::iter(fills).buffer_unordered(jobs.into());
             while let Some((text, outcome)) = fills.next().await {
                 match outcome {

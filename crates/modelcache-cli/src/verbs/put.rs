@@ -1,9 +1,12 @@
 //! `put`: publishes a file or folder on disk and the remote.
 
+use super::backfill::{finish, to_remote};
+use super::choice::explained;
 use super::{Session, absolute, extend, key_object, path_text, phase_list, seconds, tag};
 use crate::{human, progress};
-use clap::Args;
-use modelcache::cache::{PutOptions, PutReport};
+use clap::{Args, ValueEnum};
+use modelcache::cache::{PutOptions, PutReport, PutTier};
+use modelcache::format::Format;
 use modelcache::progress::Progress;
 use modelcache::{ArtifactKey, Result};
 use serde_json::{Value, json};
@@ -28,6 +31,29 @@ pub(crate) struct Put {
     /// Then make this tag mean the version, as `modelcache tag` does
     #[arg(long, value_name = "TAG")]
     pub(crate) tag: Option<String>,
+    /// Where to publish it; `remote` needs no room on this disk
+    #[arg(long, value_enum, default_value_t = Where::All)]
+    pub(crate) tier: Where,
+    /// Refuse what is of another format, told by its content: tar.gz, tar, zstd, zip, safetensors, gguf, onnx, pickle or
+    /// pytorch. In a folder at least one file, and every file whose name says so, has to be
+    #[arg(long, value_name = "FORMAT", value_parser = format)]
+    pub(crate) expect: Option<Format>,
+    /// Write FILE.sha256 beside every object on the remote, for readers who check with sha256sum
+    #[arg(long)]
+    pub(crate) sidecar: bool,
+}
+
+/// Where to publish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Where {
+    /// Disk and, if there is one, the remote
+    All,
+    /// The remote only
+    Remote,
+}
+
+fn format(name: &str) -> Result<Format, String> {
+    Format::parse(name).map_err(explained)
 }
 
 impl Put {
@@ -40,7 +66,7 @@ impl Put {
         if let Some(tag) = &tag {
             cache.check_tag(&key, tag).await.map_err(|error| error.artifact(&key))?;
         }
-        let (options, progress, started) = (PutOptions { force: self.force }, Progress::new(), Instant::now());
+        let (options, progress, started) = (self.options(), Progress::new(), Instant::now());
         let report = progress::show(output, &self.key, &progress, cache.put(&key, &path, &options, &progress)).await?;
         let took = started.elapsed();
         session.run.put(&report);
@@ -54,18 +80,29 @@ impl Put {
         }
         output.remark(&summary(&report, took));
         tagged.iter().for_each(|tagged| output.remark(&tag::summary(tagged)));
+        finish(session, &cache).await;
         Ok(())
+    }
+
+    fn options(&self) -> PutOptions {
+        PutOptions {
+            force: self.force,
+            tier: if self.tier == Where::Remote { PutTier::Remote } else { PutTier::All },
+            expect: self.expect,
+            sidecars: self.sidecar,
+        }
     }
 }
 
 fn report_object(report: &PutReport, took: Duration) -> Value {
     let about = json!({
-        "path": path_text(&report.path),
+        "path": report.path.as_deref().map(path_text),
         "files": report.files,
         "size": report.bytes,
         "sha256": report.sha256,
         "on_remote": report.on_remote,
         "uploaded_bytes": report.uploaded_bytes,
+        "copied_bytes": report.copied_bytes,
         "seconds": seconds(&report.phases),
         "total_seconds": took.as_secs_f64(),
     });
@@ -74,10 +111,10 @@ fn report_object(report: &PutReport, took: Duration) -> Value {
 
 fn summary(report: &PutReport, took: Duration) -> String {
     let files = if report.files == 1 { "1 file".into() } else { format!("{} files", report.files) };
-    let remote = match (report.on_remote, report.uploaded_bytes) {
-        (false, _) => "no remote".into(),
-        (true, 0) => "already on the remote".into(),
-        (true, bytes) => format!("{} to remote", human::bytes(bytes)),
+    let remote = match to_remote(report.uploaded_bytes, report.copied_bytes) {
+        _ if !report.on_remote => "no remote".into(),
+        None => "already on the remote".into(),
+        Some(bytes) => bytes,
     };
     let phases = phase_list(&report.phases).map_or_else(String::new, |phases| format!("{phases}; "));
     format!(
@@ -99,10 +136,11 @@ mod tests {
     fn the_summary_tells_what_went_where() {
         let mut report = PutReport {
             key: ArtifactKey::bare("a@1").expect("key"),
-            path: "/c/a".into(),
+            path: Some("/c/a".into()),
             files: 1,
             bytes: 5,
             uploaded_bytes: 5,
+            copied_bytes: 0,
             on_remote: true,
             sha256: Digest::of(b"x"),
             phases: BTreeMap::new(),

@@ -48,9 +48,22 @@ fn stats_text(stats: &cache::Stats) -> String {
                 human::bytes(stats.min_free_bytes)
             ),
         ),
+        ("pending", pending(stats)),
         ("remote", stats.remote.clone().unwrap_or_else(|| "none".into())),
     ];
     facts.into_iter().map(|(name, value)| format!("{name:<13} {value}\n")).collect()
+}
+
+/// What still has to reach a remote.
+fn pending(stats: &cache::Stats) -> String {
+    match stats.pending_backfills {
+        0 => "nothing waits for the remote".into(),
+        artifacts => format!(
+            "{artifacts} artifact{} ({}) for the remote; `modelcache backfill` brings them there",
+            if artifacts == 1 { "" } else { "s" },
+            human::bytes(stats.pending_backfill_bytes)
+        ),
+    }
 }
 
 #[cfg(test)]
@@ -73,6 +86,8 @@ mod tests {
             quarantine_bytes: 0,
             filesystem_free_bytes: 100_000_000_000,
             min_free_bytes: 10_000_000_000,
+            pending_backfills: 0,
+            pending_backfill_bytes: 0,
             remote: None,
         };
         let text = stats_text(&stats);

@@ -120,6 +120,24 @@ impl House {
         self.s3.keys(BUCKET).into_iter().filter(|key| !key.contains("/.modelcache/refs/")).collect()
     }
 
+    /// A claim of a writer that was killed ends after a minute; here the minute is over at once.
+    pub fn end_claims(&self) {
+        let bucket = self.s3.object_path(BUCKET, "cache");
+        for path in files_below(&bucket).into_iter().filter(|path| path.ends_with(".modelcache/claim")) {
+            let path = bucket.join(path);
+            let mut claim: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+            claim["expires_at"] = 0.into();
+            fs::write(&path, claim.to_string()).unwrap();
+        }
+    }
+
+    /// Artifacts in `dir` that still have to reach a remote, and their bytes.
+    #[track_caller]
+    pub fn pending(&self, dir: &str) -> (u64, u64) {
+        let stats = self.on_local(dir).run(["stats", "--json"]).object();
+        (stats["pending_backfills"].as_u64().unwrap(), stats["pending_backfill_bytes"].as_u64().unwrap())
+    }
+
     /// The S3 key of a file of `artifact` (`name/version`).
     pub fn s3_key(&self, artifact: &str, path: &str) -> String {
         format!("cache/{artifact}/{path}")
@@ -271,6 +289,15 @@ impl Running {
     pub fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());
+    }
+
+    /// The first line of its standard output, as soon as it is there.
+    pub fn first_line(&mut self) -> String {
+        let (stdout, mut line, mut byte) = (self.child.stdout.as_mut().unwrap(), Vec::new(), [0]);
+        while std::io::Read::read(stdout, &mut byte).unwrap() == 1 && byte[0] != b'\n' {
+            line.push(byte[0]);
+        }
+        String::from_utf8(line).unwrap()
     }
 
     /// Like [`Running::wait`], with the most memory it held at any time, in bytes. The kernel keeps the maximum, so

@@ -69,6 +69,7 @@ impl House {
         assert_eq!(fs::read_to_string(root.join("FORMAT")).unwrap(), "modelcache 1\n");
         assert!(fs::read_to_string(root.join("CACHEDIR.TAG")).unwrap().starts_with("Signature: "));
         assert_views_are_blobs(&root);
+        assert_intents_have_artifacts(&root, &census);
         self.assert_counted(dir);
     }
 
@@ -90,6 +91,17 @@ pub fn spoil_record(root: &Path) {
     let record = root.join("locks/budget");
     if record.exists() {
         fs::write(record, "spoilt").unwrap();
+    }
+}
+
+/// What a remote still lacks is here, or it would never get there.
+#[track_caller]
+fn assert_intents_have_artifacts(root: &Path, census: &Census) {
+    for path in &census.intents {
+        let intent: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        let (name, version) = (text(&intent["name"]).replace('/', "%2F"), text(&intent["version"]));
+        let manifest = root.join("artifacts").join(name).join(version).join("manifest.json");
+        assert!(manifest.exists(), "nobody has what {} is about: {intent}", path.display());
     }
 }
 

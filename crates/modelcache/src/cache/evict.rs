@@ -21,6 +21,11 @@ impl Cache {
             Target::Bare(key) => (key.clone(), self.template_origin(key, self.asking(&GetOptions::default()))),
             _ => self.key_without_network(reference).await?,
         };
+        if let Some(remote) = self.0.remote.as_ref().filter(|_| tier != EvictTier::Disk) {
+            remote
+                .ensure_read_write("remove it from this disk only: --tier disk")
+                .map_err(|error| error.artifact(&key))?;
+        }
         let tags = if tier == EvictTier::Disk { Vec::new() } else { self.tags_pointing_to(&key).await? };
         let disk_bytes = match tier {
             EvictTier::All | EvictTier::Disk => self.evict_disk(&key, dry_run).await.context(&key, Tier::Disk)?,

@@ -59,12 +59,13 @@ pub(super) struct Landed {
     /// Bytes that no local directory had.
     pub(super) fetched_bytes: u64,
     pub(super) backfilled_bytes: u64,
+    pub(super) copied_bytes: u64,
 }
 
 impl Landed {
     /// Somebody else brought it.
     fn waited(self) -> Self {
-        Self { fetched_bytes: 0, backfilled_bytes: 0, ..self }
+        Self { fetched_bytes: 0, backfilled_bytes: 0, copied_bytes: 0, ..self }
     }
 }
 

@@ -4,17 +4,17 @@
 //! error only here. Steps 4 to 7 are a flight: they go on for whoever else waits when a caller is dropped. Whenever they
 //! end, nothing is half-made: staging is private until published, and the next fill goes on with it.
 
+use super::backfill::ToBackfill;
 use super::flight::{Joined, Landed};
 use super::plan::FillPlan;
 use super::resolve::Wanted;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
-use crate::disk::{Lend, Lent, StagedFile, Staging, staged_name};
-use crate::error::{Context, Error, ErrorKind, Result, Tier};
+use crate::disk::{Lend, Lent, StagedFile, Staging, format_named, staged_name};
+use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::manifest::Manifest;
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
-use crate::remote::PublishOptions;
 use crate::transfer::{PourFile, Poured, blocking};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -71,15 +71,18 @@ impl Cache {
             Joined::Leading(lead) => lead,
         };
         let plan = self.plan_fill(wanted, progress).await?;
+        self.note_remote(!plan.remote_unusable);
         let filled = self.pour(wanted, &plan, progress).await?;
         let to_backfill = self.missing_on_remote(&plan, &filled);
         let fetched_bytes = filled.fetched_bytes;
+        // Before anything is published: whoever dies from here on has said what the remote still lacks.
+        let to_backfill = self.intend(&wanted.key, to_backfill).await;
         let lent = self.publish(filled, progress).await?;
         drop(lead);
-        let mut landed = Landed { fetched_bytes, ..Landed::here(lent) };
+        let landed = Landed { fetched_bytes, ..Landed::here(lent) };
         published(&landed);
-        landed.backfilled_bytes = self.backfill(&landed.lent, to_backfill, progress).await;
-        Ok(landed)
+        let done = self.backfill(&landed.lent, to_backfill, progress).await;
+        Ok(Landed { backfilled_bytes: done.uploaded_bytes, copied_bytes: done.copied_bytes, ..landed })
     }
 
     async fn lend(&self, wanted: &Wanted, progress: &Progress) -> Result<Option<Lent>> {
@@ -138,6 +141,7 @@ impl Cache {
             };
             files.insert(path.clone(), staged);
         }
+        let files = tell_formats(&staging, files).await?;
         let filled = Filled { staging, listing: plan.listing.clone(), files, bad_on_remote, fetched_bytes };
         wanted.check_demanded_digest(&filled.known())?;
         Ok(filled)
@@ -165,38 +169,36 @@ impl Cache {
 
     /// The files of this fill that the remote should now be given, and those among them that it must write anew.
     fn missing_on_remote(&self, plan: &FillPlan, filled: &Filled) -> Option<ToBackfill> {
-        if self.0.remote.is_none() || plan.remote_unusable {
+        if !self.may_backfill() {
+            tracing::debug!(key = %plan.listing.key, "nothing of this goes to a remote");
+            return None;
+        }
+        if plan.remote_unusable && !plan.remote_down {
             return None;
         }
         let held = |path: &FilePath| {
             plan.remote.as_ref().and_then(|m| m.files.get(path)).is_some_and(|entry| entry.held.is_some())
         };
         let missing = |path: &&FilePath| !held(path) || filled.bad_on_remote.contains(*path);
-        let paths: Vec<FilePath> = filled.files.keys().filter(missing).cloned().collect();
-        (!paths.is_empty()).then(|| ToBackfill { paths, rewrite: filled.bad_on_remote.clone() })
-    }
-
-    /// Writes to the remote; that it fails costs the next machine time, not this caller its artifact.
-    async fn backfill(&self, lent: &Lent, to_backfill: Option<ToBackfill>, progress: &Progress) -> u64 {
-        let (Some(remote), Some(ToBackfill { paths, rewrite })) = (&self.0.remote, to_backfill) else { return 0 };
-        let bytes = paths.iter().filter_map(|path| lent.manifest.files.get(path)).map(|entry| entry.size).sum();
-        let _phase = progress.enter(Phase::Backfill, bytes);
-        let files = paths.into_iter().map(|path| (path.clone(), lent.dir.view(&path))).collect();
-        let listing = Manifest::clone(&lent.manifest).without_holdings();
-        let options = PublishOptions { force: false, rewrite };
-        match remote.publish(&listing, &files, options, progress).await.context(&lent.manifest.key, Tier::Remote) {
-            Ok(published) => published.uploaded_bytes,
-            Err(error) => {
-                tracing::warn!(%error, hint = error.hint_text(), "could not be written to the remote; it is local all the same");
-                0
-            }
-        }
+        let paths: BTreeSet<FilePath> = filled.files.keys().filter(missing).cloned().collect();
+        let rewrite = filled.bad_on_remote.clone();
+        (!paths.is_empty()).then(|| ToBackfill::new(paths, rewrite, plan.remote_down))
     }
 }
 
-struct ToBackfill {
-    paths: Vec<FilePath>,
-    rewrite: BTreeSet<FilePath>,
+/// Looks at the first bytes of files whose format nobody knows yet.
+async fn tell_formats(
+    staging: &Staging,
+    mut files: BTreeMap<FilePath, StagedFile>,
+) -> Result<BTreeMap<FilePath, StagedFile>> {
+    let folder = staging.file("");
+    blocking(move || {
+        for file in files.values_mut().filter(|file| file.entry.format.is_none()) {
+            file.entry.format = format_named(&folder.join(&file.name));
+        }
+        Ok(files)
+    })
+    .await
 }
 
 impl Filled {
@@ -215,12 +217,12 @@ impl Filled {
 impl Landed {
     /// Disk had it all.
     fn here(lent: Lent) -> Self {
-        Self { lent: Arc::new(lent), fetched_bytes: 0, backfilled_bytes: 0 }
+        Self { lent: Arc::new(lent), fetched_bytes: 0, backfilled_bytes: 0, copied_bytes: 0 }
     }
 }
 
 fn artifact(wanted: &Wanted, landed: Landed, progress: &Progress) -> Result<Artifact> {
-    let Landed { lent, fetched_bytes, backfilled_bytes } = landed;
+    let Landed { lent, fetched_bytes, backfilled_bytes, copied_bytes } = landed;
     wanted.check_demanded_digest(&lent.manifest)?;
     let received = progress.snapshot();
     let (files, selected_bytes) = lent
@@ -238,7 +240,7 @@ fn artifact(wanted: &Wanted, landed: Landed, progress: &Progress) -> Result<Arti
         origin: received.origin_bytes,
     };
     let (link, phases) = (lent.link, progress.phases());
-    let report = GetReport { from, bytes, backfilled_bytes, files, selected_bytes, link, phases };
+    let report = GetReport { from, bytes, backfilled_bytes, copied_bytes, files, selected_bytes, link, phases };
     let (path, selection) = (lent.path(&wanted.selection), wanted.selection.clone());
     Ok(Artifact { key: wanted.key.clone(), path, report, selection, _lent: lent })
 }

@@ -1,5 +1,6 @@
 //! Looking: what is cached, what one artifact consists of, how full the directory is. Changes nothing.
 
+use super::backfill::pending;
 use super::plan::manifest_of;
 use super::{Cache, GetOptions, Inspection, Listed, Stats};
 use crate::disk::{ArtifactDir, Lower, ScannedArtifact};
@@ -112,6 +113,7 @@ impl Cache {
             let manifests: Vec<&Manifest> =
                 artifacts.iter().filter_map(|artifact| artifact.manifest.as_ref()).collect();
             let pinned = |artifact: &&ScannedArtifact| matches!(disk.pin_in(&artifact.dir), Ok(Some(_)));
+            let pending = pending(&disk)?;
             let held = |manifest: &&Manifest| manifest.files.values().filter(|entry| entry.held.is_some()).count();
             Ok(Stats {
                 dir: disk.layout().root().to_owned(),
@@ -127,6 +129,8 @@ impl Cache {
                 quarantine_bytes,
                 filesystem_free_bytes: space.free,
                 min_free_bytes: space.min_free,
+                pending_backfills: pending.len(),
+                pending_backfill_bytes: pending.iter().map(|pending| pending.bytes).sum(),
                 remote,
             })
         })
@@ -144,6 +148,7 @@ fn listed(manifest: &Manifest, last_used: Option<SystemTime>) -> Listed {
         files: manifest.files.len(),
         held_bytes: manifest.held_bytes(),
         bytes: manifest.bytes(),
+        formats: manifest.files.values().filter_map(|entry| entry.format.clone()).collect(),
         last_used,
         leased: false,
         pin: None,

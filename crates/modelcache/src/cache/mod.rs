@@ -5,6 +5,7 @@
 //! local directory only.
 
 mod alarm;
+mod backfill;
 mod evict;
 mod flight;
 mod get;
@@ -26,8 +27,9 @@ mod tag;
 mod verify;
 
 pub use report::{
-    Artifact, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed, PinReport,
-    Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, Stats, TagReport,
+    Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed,
+    PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, PutTier,
+    Stats, TagReport,
 };
 
 pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
@@ -37,12 +39,13 @@ pub use crate::disk::{
     PruneReport, PrunedArtifact,
 };
 
-use crate::config::Config;
+use crate::config::{Config, RemoteMode};
 use crate::disk::{Disk, Lower};
 use crate::error::Result;
 use crate::origin::Origins;
 use crate::remote::Remote;
 use crate::transfer::{Pourer, Retry};
+use backfill::Backfills;
 use flight::Flights;
 use start::Start;
 use std::sync::Arc;
@@ -61,6 +64,7 @@ struct Inner {
     pourer: Pourer,
     flights: Flights,
     start: Start,
+    backfills: Backfills,
 }
 
 impl Cache {
@@ -70,6 +74,10 @@ impl Cache {
         let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
         let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
         let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
+        let remote = match config.remote_mode {
+            RemoteMode::ReadWrite => remote,
+            RemoteMode::ReadOnly => remote.map(Remote::read_only),
+        };
         let origins = Origins::new(config.hub.clone(), retry.clone());
         Ok(Self(Arc::new(Inner {
             config,
@@ -80,6 +88,7 @@ impl Cache {
             pourer: Pourer::new(retry),
             flights: Flights::default(),
             start: Start::default(),
+            backfills: Backfills::default(),
         })))
     }
 
@@ -104,6 +113,8 @@ mod tests {
         spawnable(cache.get(reference, &GetOptions::default(), progress));
         spawnable(cache.plan(reference, &GetOptions::default()));
         spawnable(cache.put(key, Path::new(""), &PutOptions::default(), progress));
+        spawnable(cache.backfill_pending(progress));
+        spawnable(cache.finish_backfills(progress));
         spawnable(cache.evict(reference, EvictTier::All, true));
         spawnable(cache.list());
         spawnable(cache.list_remote());

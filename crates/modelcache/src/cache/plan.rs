@@ -37,6 +37,8 @@ pub(super) struct FillPlan {
     /// The remote failed or contradicts the origin: neither read nor written in this fill.
     pub(super) remote_unusable: bool,
     asking: Asking,
+    /// It does not answer now; what it lacks may be written later.
+    pub(super) remote_down: bool,
     sources: BTreeMap<FilePath, Vec<Arc<dyn Source>>>,
 }
 
@@ -105,12 +107,15 @@ impl Cache {
         let local = self.local_sources(wanted, &selected).await?;
         let sources = selected.iter().map(|(path, _)| (path.clone(), sources(path, &local, &survey, wanted))).collect();
         let remote_unusable = survey.remote_failure.is_some() || self.remote_within(wanted.reach).is_none();
+        let is_down = |error: &Error| error.kind() == ErrorKind::Unavailable;
+        let remote_down = survey.remote_failure.as_ref().is_some_and(is_down);
         Ok(FillPlan {
             listing,
             selected,
             remote: survey.remote.map(|(_, manifest)| manifest),
             remote_unusable,
             asking: wanted.asking(),
+            remote_down,
             sources,
         })
     }

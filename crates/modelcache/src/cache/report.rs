@@ -2,12 +2,13 @@
 
 use crate::disk::{Holder, Lent, Link, Pin};
 use crate::error::Tier;
+use crate::format::Format;
 use crate::key::{ArtifactKey, FilePath, Version};
 use crate::manifest::{FileEntry, Shape};
 use crate::progress::Phase;
 use crate::selection::Selection;
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -54,8 +55,10 @@ pub struct GetReport {
     pub from: Tier,
     /// Bytes by tier: reused from disk, received from the remote, received from an origin.
     pub bytes: BytesByTier,
-    /// Bytes written to the remote.
+    /// Bytes sent to the remote.
     pub backfilled_bytes: u64,
+    /// Bytes that the remote's server copied from other versions instead.
+    pub copied_bytes: u64,
     /// Files selected.
     pub files: usize,
     /// Bytes selected.
@@ -119,11 +122,27 @@ pub struct PlannedPrewarm {
     pub shares: bool,
 }
 
+/// Where `put` shall publish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PutTier {
+    /// Disk and, where there is one, the remote.
+    #[default]
+    All,
+    /// The remote only: nothing is copied to disk.
+    Remote,
+}
+
 /// How `put` shall publish.
 #[derive(Debug, Clone, Default)]
 pub struct PutOptions {
     /// Replace other content under the same key; write equal content to the remote anew.
     pub force: bool,
+    /// Where.
+    pub tier: PutTier,
+    /// Refuse what is of another format.
+    pub expect: Option<Format>,
+    /// Write `<file>.sha256` beside every object on the remote.
+    pub sidecars: bool,
 }
 
 /// What `put` did.
@@ -131,20 +150,52 @@ pub struct PutOptions {
 pub struct PutReport {
     /// What it is.
     pub key: ArtifactKey,
-    /// The file or folder in the local directory.
-    pub path: PathBuf,
+    /// The file or folder in the local directory; `None` if it went to the remote only.
+    pub path: Option<PathBuf>,
     /// Files published.
     pub files: usize,
     /// Their bytes.
     pub bytes: u64,
     /// Bytes sent to the remote; 0 if it already held them or there is none.
     pub uploaded_bytes: u64,
+    /// Bytes that the remote's server copied from other versions of the name.
+    pub copied_bytes: u64,
     /// Whether there is a remote that now holds it.
     pub on_remote: bool,
     /// Digest of the file, or of the file list of a tree.
     pub sha256: crate::digest::Digest,
     /// Time by phase.
     pub phases: BTreeMap<Phase, Duration>,
+}
+
+/// What still has to reach a remote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PendingBackfill {
+    /// What it is.
+    pub key: ArtifactKey,
+    /// The remote's address.
+    pub remote: String,
+    /// Files.
+    pub files: usize,
+    /// Their bytes, as far as they are on disk.
+    pub bytes: u64,
+}
+
+/// What became of what still had to reach the remote.
+#[derive(Debug, Default)]
+pub struct BackfillReport {
+    /// Artifacts that the remote has now.
+    pub done: Vec<ArtifactKey>,
+    /// Bytes sent.
+    pub uploaded_bytes: u64,
+    /// Bytes that the remote's server copied.
+    pub copied_bytes: u64,
+    /// Artifacts that another process is uploading, or still filling.
+    pub busy: Vec<ArtifactKey>,
+    /// Artifacts that are not tried again, and why.
+    pub dropped: Vec<(ArtifactKey, crate::Error)>,
+    /// Artifacts that stay for a later run, and why.
+    pub failed: Vec<(ArtifactKey, crate::Error)>,
 }
 
 /// Where `evict` shall remove.
@@ -232,6 +283,8 @@ pub struct Listed {
     pub held_bytes: u64,
     /// All bytes.
     pub bytes: u64,
+    /// The formats of its files, as far as they were told.
+    pub formats: BTreeSet<String>,
     /// When it was last used (disk only).
     pub last_used: Option<SystemTime>,
     /// Whether somebody holds it (disk only).
@@ -300,6 +353,10 @@ pub struct Stats {
     pub filesystem_free_bytes: u64,
     /// Bytes that are always left free.
     pub min_free_bytes: u64,
+    /// Artifacts that still have to reach a remote.
+    pub pending_backfills: usize,
+    /// Their bytes.
+    pub pending_backfill_bytes: u64,
     /// The remote's address, if there is one.
     pub remote: Option<String>,
 }

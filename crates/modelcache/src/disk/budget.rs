@@ -375,6 +375,7 @@ impl BudgetHold<'_> {
         let manifest = self.disk.read_manifest(dir).unwrap_or(None);
         let mut freed = self.take_off_copies(dir, manifest.as_ref())?;
         files::remove_file(&dir.manifest())?;
+        self.disk.forget_intent(&dir.hash())?;
         files::remove_tree(&dir.files())?;
         files::remove_tree(dir.path())?;
         if let Some(name_dir) = dir.path().parent() {

@@ -2,9 +2,10 @@
 //!
 //! The caller's files are only read, once. One that changes meanwhile is refused rather than published half-old.
 
-use super::{Draft, StagedFile, StagedWriter};
+use super::{Draft, StagedFile, StagedWriter, files, identity};
 use crate::digest::Provenance;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Format, HEAD_BYTES};
 use crate::key::FilePath;
 use crate::ladder::part_size;
 use crate::limits;
@@ -31,10 +32,7 @@ pub(crate) struct Given {
 /// Copies one file into staging, hashing it; refuses one that changes meanwhile.
 pub(crate) fn copy_given(given: &Given, target: &Path, progress: &Progress) -> Result<StagedFile> {
     let fault = |cause: std::io::Error| unreadable(&given.from, cause);
-    let changed = || {
-        Error::new(ErrorKind::Other, format!("{} changed while it was being read", given.from.display()))
-            .hint("put it again when it is complete")
-    };
+    let changed = || changed(given);
     let mut source = File::open(&given.from).map_err(fault)?;
     let before = source.metadata().map_err(fault)?;
     let part_size = part_size(given.size);
@@ -64,9 +62,59 @@ pub(crate) fn copy_given(given: &Given, target: &Path, progress: &Progress) -> R
         sha256: Some(hashed.sha256),
         provenance: Some(Provenance::Put),
         ladder: Some(hashed.ladder),
+        format: format_named(target),
         ..FileEntry::default()
     };
     Ok(StagedFile { name: String::new(), entry, identity: writer.seal()? })
+}
+
+/// Hashes one file where it lies; refuses one that changes meanwhile.
+pub(crate) fn hash_given(given: &Given, progress: &Progress) -> Result<FileEntry> {
+    let fault = |cause: std::io::Error| unreadable(&given.from, cause);
+    let mut source = File::open(&given.from).map_err(fault)?;
+    let before = identity(&source.metadata().map_err(fault)?);
+    let format = format_named(&given.from);
+    let (sha256, ladder) = files::hash(&mut source, &given.from, part_size(given.size))?;
+    if before.bytes != given.size || before != identity(&source.metadata().map_err(fault)?) {
+        return Err(changed(given));
+    }
+    progress.done(given.size);
+    Ok(FileEntry {
+        size: given.size,
+        sha256: Some(sha256),
+        provenance: Some(Provenance::Put),
+        ladder: Some(ladder),
+        format,
+        ..FileEntry::default()
+    })
+}
+
+/// What a file is, by its first bytes.
+pub(crate) fn format_of(path: &Path) -> Result<Format> {
+    let read = || {
+        let file = File::open(path)?;
+        let size = file.metadata()?.len();
+        let mut head = Vec::with_capacity(HEAD_BYTES.min(usize::try_from(size).unwrap_or(HEAD_BYTES)));
+        file.take(HEAD_BYTES as u64).read_to_end(&mut head)?;
+        Ok(Format::of(&head, size))
+    };
+    read().map_err(|cause| unreadable(path, cause))
+}
+
+/// The name of a file's format, for its manifest. That it cannot be told is no failure: nothing depends on it.
+pub(crate) fn format_named(path: &Path) -> Option<String> {
+    match format_of(path) {
+        Ok(format) => format.name().map(str::to_owned),
+        Err(error) => {
+            tracing::debug!(%error, "the format is not told");
+            None
+        }
+    }
+}
+
+fn changed(given: &Given) -> Error {
+    Error::new(ErrorKind::Other, format!("{} changed while it was being read", given.from.display()))
+        .hint("put it again when it is complete")
 }
 
 /// The files of a file or folder. Links are followed, loops refused; what is neither file nor folder is refused.

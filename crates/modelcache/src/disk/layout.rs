@@ -70,6 +70,20 @@ impl Layout {
         self.root.join("quarantine")
     }
 
+    /// What still has to reach a remote.
+    pub(crate) fn intents(&self) -> PathBuf {
+        self.root.join("backfill")
+    }
+
+    pub(crate) fn intent(&self, key_hash: &str) -> PathBuf {
+        self.intents().join(key_hash)
+    }
+
+    /// Held by the one that uploads `key`.
+    pub(crate) fn backfill_lock(&self, key: &ArtifactKey) -> PathBuf {
+        self.locks().join(format!("{}.backfill", key.hash()))
+    }
+
     pub(crate) fn locks(&self) -> PathBuf {
         self.root.join("locks")
     }
@@ -110,7 +124,7 @@ impl ArtifactDir {
     }
 
     /// The same text as [`ArtifactKey::hash`].
-    fn hash(&self) -> String {
+    pub(super) fn hash(&self) -> String {
         let name_of =
             |path: Option<&Path>| path.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
         let version = name_of(Some(&self.0)).unwrap_or_default();

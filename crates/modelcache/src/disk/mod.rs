@@ -18,6 +18,7 @@ mod files;
 mod fit;
 mod given;
 mod holders;
+mod intent;
 mod layout;
 mod leader;
 mod lease;
@@ -44,7 +45,8 @@ pub(crate) use doctor::examine;
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
 pub(crate) use fit::content_name;
-pub(crate) use given::{Given, copy_given, list_given};
+pub(crate) use given::{Given, copy_given, format_named, format_of, hash_given, list_given};
+pub(crate) use intent::{Intent, Missing};
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use leader::{BEAT_EVERY, Leader, Leadership, Watch};
 pub(crate) use lend::{Lend, Lent};
@@ -323,7 +325,7 @@ fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
     }
     modes::make_top_dir(root, sharing)?;
     let folders = [layout.blobs(), layout.artifacts(), layout.stagings(), layout.quarantine(), layout.locks()];
-    for folder in folders.iter().chain(&[layout.refs(), layout.lower_records()]) {
+    for folder in folders.iter().chain(&[layout.refs(), layout.lower_records(), layout.intents()]) {
         modes::make_top_dir(folder, sharing)?;
     }
     write_new(&layout.cache_tag(), CACHE_TAG)?;

@@ -4,7 +4,7 @@
 //! removes that.
 
 use super::claim::{self, Claim, Listed};
-use super::publish::LOOKS_IN_FLIGHT;
+use super::publish::{LOOKS_IN_FLIGHT, sidecar_of};
 use super::store::Store;
 use super::{Folder, Remote, upload};
 use crate::error::{ErrorKind, Result};
@@ -14,10 +14,13 @@ use futures::{StreamExt, TryStreamExt};
 use std::path::Path;
 use std::sync::Arc;
 
-/// The files that the remote holds.
+/// The files that the remote holds, and the sidecars beside them.
 pub(super) fn held(manifest: &Manifest) -> Listed {
     let held = manifest.files.iter().filter(|(_, entry)| entry.on_remote().is_some());
-    held.map(|(path, entry)| (path.clone(), entry.sha256)).collect()
+    let mut listed: Listed = held.map(|(path, entry)| (path.clone(), entry.sha256)).collect();
+    let beside = manifest.files.iter().filter(|(_, entry)| entry.sidecar);
+    listed.extend(beside.filter_map(|(path, _)| Some((sidecar_of(path).ok()?, None))));
+    listed
 }
 
 fn held_bytes(manifest: &Manifest) -> u64 {

@@ -57,6 +57,14 @@ pub(super) fn is_ambiguous(error: &object_store::Error) -> bool {
     refusal(error).is_some_and(|refusal| refusal.status == 403 && !refusal.code.as_deref().is_some_and(is_telling))
 }
 
+/// Whether a write failed because it is not permitted, and every other one would: a 403 that blames neither key,
+/// signature nor clock.
+pub(super) fn refuses_write(error: &object_store::Error) -> bool {
+    use std::io::ErrorKind as Io;
+    let denied = |io: &std::io::Error| matches!(io.kind(), Io::PermissionDenied | Io::ReadOnlyFilesystem);
+    is_ambiguous(error) || find(error).is_some_and(denied)
+}
+
 /// Whether the credentials used are past their end; fresh ones may do.
 pub(super) fn is_expired(error: &object_store::Error) -> bool {
     let code = refusal(error).and_then(|refusal| refusal.code.as_deref());

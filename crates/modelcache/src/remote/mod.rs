@@ -14,12 +14,14 @@
 //!
 //! ```text
 //! <name>/<version>/<path…>                     one object per held file
+//! <name>/<version>/<path…>.sha256              its digest, where the publisher wanted that (`put --sidecar`)
 //! <name>/<version>/.modelcache/claim           a writer at work
 //! <name>/<version>/.modelcache/manifest.json   the commit point: all files, and what is held with ETag and size
 //! <name>/.modelcache/refs/<revision>           what a tag or a revision means: see `refs.rs`
 //! ```
 
 mod claim;
+mod copy;
 mod credentials;
 mod doctor;
 mod evict;
@@ -32,6 +34,7 @@ mod refs;
 mod settings;
 mod source;
 mod store;
+mod twin;
 mod upload;
 mod verify;
 mod wire;
@@ -58,7 +61,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use store::Store;
 use tokio::sync::OnceCell;
 
@@ -73,6 +76,11 @@ struct Inner {
     retry: Retry,
     store: OnceCell<Arc<Store>>,
     conditions: AtomicU8,
+    read_only: AtomicBool,
+    /// Whether somebody was told that it refuses writes.
+    refusal_told: AtomicBool,
+    /// Of all uploads together.
+    upload_memory: upload::Memory,
 }
 
 /// The address only: the configuration may hold keys.
@@ -89,13 +97,17 @@ pub struct PublishOptions {
     pub force: bool,
     /// Files to be sent even if their objects look sound: a reader found their bytes wrong.
     pub rewrite: BTreeSet<FilePath>,
+    /// Write `<file>.sha256` beside every object, for readers who know nothing of manifests.
+    pub sidecars: bool,
 }
 
 /// What publishing did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Published {
     /// Bytes sent; 0 if the remote held everything.
     pub uploaded_bytes: u64,
+    /// Bytes that the server copied from other versions of the name.
+    pub copied_bytes: u64,
 }
 
 /// Whether the store keeps conditional writes, as far as it was tried.
@@ -122,7 +134,49 @@ impl Remote {
             retry,
             store: OnceCell::new(),
             conditions: AtomicU8::new(Conditions::Untried as u8),
+            read_only: AtomicBool::new(false),
+            refusal_told: AtomicBool::new(false),
+            upload_memory: upload::Memory::default(),
         })))
+    }
+
+    /// From now on nothing is written there.
+    #[must_use]
+    pub fn read_only(self) -> Self {
+        self.0.read_only.store(true, Ordering::Relaxed);
+        self
+    }
+
+    /// Whether it is configured to be only read.
+    pub fn is_read_only(&self) -> bool {
+        self.0.read_only.load(Ordering::Relaxed)
+    }
+
+    /// Whether it refused a write for want of a right: then it is taken as read-only until this process ends.
+    pub fn refuses_writes(&self) -> bool {
+        self.0.store.get().is_some_and(|store| store.refuses_writes())
+    }
+
+    /// Whether anything may be written there, as far as is known.
+    pub fn is_writable(&self) -> bool {
+        !self.is_read_only() && !self.refuses_writes()
+    }
+
+    /// Whether this is the first time that its refusal is told.
+    pub(crate) fn tells_refusal(&self) -> bool {
+        !self.0.refusal_told.swap(true, Ordering::Relaxed)
+    }
+
+    /// Refuses what would write to a remote that is configured to be only read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`], with `remedy` beside the setting.
+    pub(crate) fn ensure_read_write(&self, remedy: &str) -> Result<()> {
+        if !self.is_read_only() {
+            return Ok(());
+        }
+        let message = format!("the remote {} is only read (MODEL_CACHE_REMOTE_MODE=ro)", self.url());
+        Err(Error::invalid(message).tier(Tier::Remote).hint(format!("set it to rw, or {remedy}")))
     }
 
     /// The address as configured; it carries no secrets.
@@ -152,6 +206,7 @@ impl Remote {
         progress: &Progress,
     ) -> Result<Published> {
         let named = |error: Error| error.artifact(&manifest.key).tier(Tier::Remote);
+        self.ensure_read_write("leave the remote out: --remote none").map_err(named)?;
         publish::publish(self, manifest, files, options, progress).await.map_err(named)
     }
 
@@ -159,6 +214,7 @@ impl Remote {
     ///
     /// The answer is the number of bytes removed, or `None` if it was not there.
     pub async fn evict(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<u64>> {
+        self.ensure_read_write("remove it from this disk only: --tier disk").map_err(|error| error.artifact(key))?;
         evict::evict(self, key, dry_run).await.map_err(|error| error.artifact(key).tier(Tier::Remote))
     }
 

@@ -4,7 +4,7 @@
 //! 1 look        the manifest there; all of it held and sound: done, without a claim
 //! 2 refuse      a place inside another version, or with objects that are nobody's we know
 //! 3 claim       then look again: the writer before may just have published
-//! 4 send        what is not held, gone, or not as it was written
+//! 4 send        what is not held, gone, or not as it was written; what another version has is copied there
 //! 5 manifest    merged with the one there, replaced under its ETag
 //! 6 sweep       what an earlier writer left and no manifest names
 //! ```
@@ -17,8 +17,10 @@ use super::claim::{self, Claim, Listed};
 use super::evict;
 use super::refs;
 use super::store::{Condition, Store, Written};
+use super::twin::{self, Twin};
 use super::upload::{self, FILES_IN_FLIGHT, Upload, Uploader};
 use super::{Conditions, Folder, MANIFEST, PublishOptions, Published, Remote};
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{FilePath, OWN_FOLDER};
 use crate::manifest::{Held, Manifest, ObjectIdentity};
@@ -43,6 +45,7 @@ struct Job<'a> {
     files: &'a BTreeMap<FilePath, PathBuf>,
     force: bool,
     rewrite: &'a BTreeSet<FilePath>,
+    sidecars: bool,
     progress: &'a Progress,
 }
 
@@ -63,14 +66,17 @@ pub(super) async fn publish(
 ) -> Result<Published> {
     let store = remote.store().await?;
     let folder = Folder::new(&manifest.key);
-    let job = Job { remote, store, folder, manifest, files, force: options.force, rewrite: &options.rewrite, progress };
+    let PublishOptions { force, rewrite, sidecars } = options;
+    let job = Job { remote, store, folder, manifest, files, force, rewrite: &rewrite, sidecars, progress };
     let uploads = job.uploads()?;
+    job.refuse_sidecar_clash()?;
 
     let there = job.look().await?;
     if let There::Same(there) = &there
+        && job.sidecars_lacking(Some(there)).is_empty()
         && job.lacking(there, &uploads).await?.is_empty()
     {
-        return Ok(Published { uploaded_bytes: 0 });
+        return Ok(Published::default());
     }
     let new = matches!(there, There::Nothing);
     if new {
@@ -126,6 +132,9 @@ impl Job<'_> {
             .keys()
             .map(|path| (path.clone(), self.manifest.files.get(path).and_then(|entry| entry.sha256)))
             .collect();
+        if self.sidecars {
+            listed.extend(self.files.keys().filter_map(|path| Some((sidecar_of(path).ok()?, None))));
+        }
         if let There::Other(old, _) = there {
             listed.extend(evict::held(old));
         }
@@ -147,6 +156,25 @@ impl Job<'_> {
             .try_filter_map(|path| async { Ok(path) })
             .try_collect()
             .await
+    }
+
+    /// A file of the artifact may not have the name of a sidecar that is to be written.
+    fn refuse_sidecar_clash(&self) -> Result<()> {
+        for path in self.files.keys().filter(|_| self.sidecars) {
+            let sidecar = sidecar_of(path)?;
+            if self.manifest.files.contains_key(&sidecar) {
+                return Err(Error::invalid(format!("the artifact has a file {sidecar} of its own"))
+                    .hint("take it out, or leave --sidecar away"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The files whose sidecars are wanted and not there.
+    fn sidecars_lacking(&self, there: Option<&Manifest>) -> Vec<(FilePath, Digest)> {
+        let has = |path: &FilePath| there.and_then(|there| there.files.get(path)).is_some_and(|entry| entry.sidecar);
+        let lacking = self.files.keys().filter(|path| self.sidecars && !has(path));
+        lacking.filter_map(|path| Some((path.clone(), self.manifest.files.get(path)?.sha256?))).collect()
     }
 
     /// A version lies in no other version.
@@ -267,11 +295,15 @@ impl Job<'_> {
         };
         self.count_held(&uploads, &lacking);
         let sent = self.send(claim, staging, uploads, &lacking).await?;
+        let sidecars = self.write_sidecars(claim, base.as_ref()).await?;
         claim.check()?;
-        let uploaded_bytes = sent.values().map(|identity| identity.object_bytes).sum();
-        let published = self.write_manifest(sent).await?;
+        let bytes = |copied| {
+            sent.values().filter(|sent| sent.is_copy == copied).map(|sent| sent.identity.object_bytes).sum::<u64>()
+        };
+        let done = Published { uploaded_bytes: bytes(false), copied_bytes: bytes(true) };
+        let published = self.write_manifest(sent, &sidecars).await?;
         self.sweep(claim, &published).await;
-        Ok(Published { uploaded_bytes })
+        Ok(done)
     }
 
     /// Files that need no sending are done at once.
@@ -286,23 +318,64 @@ impl Job<'_> {
         staging: Option<PathBuf>,
         uploads: BTreeMap<FilePath, Upload>,
         lacking: &BTreeSet<FilePath>,
-    ) -> Result<BTreeMap<FilePath, ObjectIdentity>> {
+    ) -> Result<BTreeMap<FilePath, Sent>> {
         if lacking.is_empty() {
             return Ok(BTreeMap::new());
         }
         claim.touch();
-        let uploader = Uploader::new(self.store.clone(), staging, self.progress.clone());
-        let (uploader, claim) = (&uploader, &*claim);
+        let twins = self.twins(&uploads, lacking).await;
+        let memory = self.remote.0.upload_memory.clone();
+        let uploader = Uploader::new(self.store.clone(), staging.clone(), memory, self.progress.clone());
+        let (uploader, claim, twins, staging) = (&uploader, &*claim, &twins, &staging);
         let sends = uploads.into_iter().filter(|(path, _)| lacking.contains(path)).map(|(path, upload)| async move {
             claim.check()?;
+            let twin = twins.get(&upload.sha256).filter(|_| !self.rewrite.contains(&path));
+            if let Some(twin) = twin
+                && let Some(identity) = twin::copied(self.store, twin, &path, &upload.object, staging.clone()).await
+            {
+                self.progress.done(upload.size);
+                return Ok((path, Sent { identity, is_copy: true }));
+            }
             let identity = uploader.send(upload).await?;
-            Ok((path, identity))
+            Ok((path, Sent { identity, is_copy: false }))
         });
         futures::stream::iter(sends.collect::<Vec<_>>()).buffer_unordered(FILES_IN_FLIGHT).try_collect().await
     }
 
+    /// Equal files that other versions have there.
+    async fn twins(
+        &self,
+        uploads: &BTreeMap<FilePath, Upload>,
+        lacking: &BTreeSet<FilePath>,
+    ) -> BTreeMap<Digest, Twin> {
+        let wanted = uploads.iter().filter(|(path, upload)| {
+            upload.size >= twin::BYTES_MIN && lacking.contains(*path) && !self.rewrite.contains(*path)
+        });
+        let wanted: BTreeSet<_> = wanted.map(|(_, upload)| (upload.sha256, upload.size)).collect();
+        match wanted.is_empty() {
+            true => BTreeMap::new(),
+            false => twin::find(self.store, &self.folder, &wanted.into_iter().collect::<Vec<_>>()).await,
+        }
+    }
+
+    /// Writes the sidecars that are lacking, in the form of `sha256sum`. The answer is whose.
+    async fn write_sidecars(&self, claim: &mut Claim, base: Option<&Manifest>) -> Result<BTreeSet<FilePath>> {
+        let lacking = self.sidecars_lacking(base);
+        if !lacking.is_empty() {
+            claim.touch();
+        }
+        let writes = lacking.into_iter().map(|(path, digest)| async move {
+            let key = self.folder.object(self.store, &sidecar_of(&path)?)?;
+            let line = format!("{digest}  {}\n", path.file_name());
+            self.store.put(&key, Bytes::from(line), Condition::Always).await?;
+            Ok(path)
+        });
+        let writes = futures::stream::iter(writes.collect::<Vec<_>>()).buffer_unordered(LOOKS_IN_FLIGHT);
+        writes.try_collect().await
+    }
+
     /// Merges with the manifest there and replaces it. The answer is what was written.
-    async fn write_manifest(&self, sent: BTreeMap<FilePath, ObjectIdentity>) -> Result<Manifest> {
+    async fn write_manifest(&self, sent: BTreeMap<FilePath, Sent>, sidecars: &BTreeSet<FilePath>) -> Result<Manifest> {
         let key = self.folder.manifest(self.store)?;
         for _ in 0..MERGES_MAX {
             let (mut merged, etag) = match self.folder.read_manifest(self.store).await {
@@ -314,9 +387,14 @@ impl Job<'_> {
                 Err(error) => return Err(error),
             };
             merged.learn(self.manifest)?;
-            for (path, identity) in &sent {
+            for (path, sent) in &sent {
                 if let Some(entry) = merged.files.get_mut(path) {
-                    entry.held = Some(Held::Remote(identity.clone()));
+                    entry.held = Some(Held::Remote(sent.identity.clone()));
+                }
+            }
+            for path in sidecars {
+                if let Some(entry) = merged.files.get_mut(path) {
+                    entry.sidecar = true;
                 }
             }
             let bytes = Bytes::from(merged.to_bytes()?);
@@ -358,7 +436,8 @@ impl Job<'_> {
     /// Removes what an earlier writer left and the manifest does not hold. Failing is no failure of the publish: the
     /// claim then goes on naming it.
     async fn sweep(&self, claim: &mut Claim, published: &Manifest) {
-        let holds = |path: &FilePath| published.files.get(path).is_some_and(|entry| entry.held.is_some());
+        let published = evict::held(published);
+        let holds = |path: &FilePath| published.contains_key(path);
         let leftovers: Listed = claim
             .inherited
             .iter()
@@ -374,6 +453,19 @@ impl Job<'_> {
     }
 }
 
+/// An object that was written.
+struct Sent {
+    identity: ObjectIdentity,
+    /// Whether the server had the bytes.
+    is_copy: bool,
+}
+
+/// The path of the checksum file beside `path`.
+pub(super) fn sidecar_of(path: &FilePath) -> Result<FilePath> {
+    FilePath::new(&format!("{path}.sha256"))
+        .map_err(|error| Error::invalid(format!("{path} can have no sidecar: {}", error.message())))
+}
+
 /// What a manifest is written over.
 enum Replaces {
     Nothing,
@@ -381,7 +473,7 @@ enum Replaces {
 }
 
 /// Whether an object is still the one that was written.
-fn same_object(recorded: &ObjectIdentity, now: &ObjectIdentity) -> bool {
+pub(super) fn same_object(recorded: &ObjectIdentity, now: &ObjectIdentity) -> bool {
     let same_etag = match (&recorded.etag, &now.etag) {
         (Some(recorded), Some(now)) => recorded == now,
         _ => true,

@@ -7,6 +7,7 @@
 //! Surprise: a create-only write that was retried may be refused because its own first try arrived. Who writes so must
 //! be able to recognise what it wrote.
 
+use super::copy::Copier;
 use super::credentials::Credentials;
 use super::failure::{self, Whereabouts};
 use super::profile::Profiles;
@@ -45,10 +46,12 @@ pub(super) struct Store {
     prefix: String,
     at: Whereabouts,
     retry: Retry,
+    /// A write was refused for want of a right: the next one would be, too.
+    refuses_writes: AtomicBool,
 }
 
 enum Kind {
-    Bucket { s3: AmazonS3, credentials: Arc<Credentials> },
+    Bucket { s3: AmazonS3, credentials: Arc<Credentials>, copier: Option<Copier> },
     Folder { root: PathBuf },
 }
 
@@ -113,6 +116,7 @@ impl Store {
             prefix,
             at: Whereabouts { container: shown.clone(), endpoint: shown, region: String::new() },
             retry,
+            refuses_writes: AtomicBool::new(false),
         })
     }
 
@@ -128,6 +132,7 @@ impl Store {
             &settings.region,
             connector.client().clone(),
         ));
+        let copier = Copier::new(bucket, &settings, options, &connector, credentials.clone());
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(bucket)
             .with_region(&settings.region)
@@ -156,10 +161,11 @@ impl Store {
             settings.endpoint.clone().unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", settings.region));
         Ok(Self {
             objects: Arc::new(s3.clone()),
-            kind: Kind::Bucket { s3, credentials },
+            kind: Kind::Bucket { s3, credentials, copier },
             prefix: prefix.to_owned(),
             at: Whereabouts { container: bucket.to_owned(), endpoint, region: settings.region },
             retry,
+            refuses_writes: AtomicBool::new(false),
         })
     }
 
@@ -214,6 +220,19 @@ impl Store {
         }
     }
 
+    /// Makes copies within the bucket, where that is possible.
+    pub(super) fn copier(&self) -> Option<&Copier> {
+        match &self.kind {
+            Kind::Bucket { copier, .. } => copier.as_ref(),
+            Kind::Folder { .. } => None,
+        }
+    }
+
+    /// Whether a write was refused for want of a right.
+    pub(super) fn refuses_writes(&self) -> bool {
+        self.refuses_writes.load(Ordering::Relaxed)
+    }
+
     /// The file that is the object `key`, where the store is a folder.
     pub(super) fn file(&self, key: &Path) -> Option<PathBuf> {
         match &self.kind {
@@ -248,6 +267,23 @@ impl Store {
             Kind::Bucket { credentials, .. } if expired => error.transient(credentials.expired().await),
             _ => error,
         }
+    }
+
+    /// The same for a write. A refusal is remembered.
+    pub(super) async fn failed_write(&self, error: object_store::Error, doing: &str) -> Error {
+        let refused = failure::refuses_write(&error);
+        let error = self.failed(error, doing).await;
+        if !refused {
+            return error;
+        }
+        self.refuses_writes.store(true, Ordering::Relaxed);
+        let right = match &self.kind {
+            Kind::Bucket { .. } => format!("grant s3:PutObject on the bucket {:?}", self.at.container),
+            Kind::Folder { .. } => format!("check owner and mode of the folder {}", self.at.container),
+        };
+        Error::new(ErrorKind::Unauthorized, error.message())
+            .tier(Tier::Remote)
+            .hint(format!("{right}, or say that the remote is only read: MODEL_CACHE_REMOTE_MODE=ro"))
     }
 
     /// `None` where there is no such object, or where the answer cannot be told from that.
@@ -301,6 +337,23 @@ impl Store {
                 Ok(answer.map(|meta| identity(&meta)))
             })
             .await
+    }
+
+    /// When an object was written, in milliseconds since the Unix epoch by the store's clock; `None` if there is none.
+    pub(super) async fn written_at_ms(&self, key: &Path) -> Result<Option<i64>> {
+        let doing = format!("cannot look at {key}");
+        let answer = self.present(self.objects.head(key).await, &doing).await?;
+        Ok(answer.map(|meta| meta.last_modified.timestamp_millis()))
+    }
+
+    /// Names of the folders directly in `folder`.
+    pub(super) async fn folders(&self, folder: &Path) -> Result<Vec<String>> {
+        match self.objects.list_with_delimiter(Some(folder)).await {
+            Ok(listed) => {
+                Ok(listed.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)).collect())
+            }
+            Err(error) => Err(self.failed(error, "cannot list the remote").await),
+        }
     }
 
     /// A range of an object, as one attempt.
@@ -357,7 +410,7 @@ impl Store {
                     Err(error) if !matches!(condition, Condition::Always) && failure::condition_unknown(&error) => {
                         Ok(Written::Unsupported)
                     }
-                    Err(error) => Err(self.failed(error, &doing).await),
+                    Err(error) => Err(self.failed_write(error, &doing).await),
                 }
             })
             .await

@@ -34,7 +34,7 @@ const PARTS_IN_FLIGHT: usize = 4;
 /// Memory for bytes on their way, in KiB: permits of the semaphore.
 const BUFFER_KIB: u32 = 48 * 1024;
 /// Beginning of the names of unfinished copies in a folder.
-const UNFINISHED: &str = "upload-";
+pub(super) const UNFINISHED: &str = "upload-";
 /// Files on their way at a time.
 pub(super) const FILES_IN_FLIGHT: usize = 16;
 
@@ -56,9 +56,21 @@ pub(super) struct Uploader {
     store: Arc<Store>,
     /// Where unfinished copies lie, where the store is a folder.
     staging: Option<PathBuf>,
-    memory: Arc<Semaphore>,
-    spares: Arc<Spares>,
+    memory: Memory,
     progress: Progress,
+}
+
+/// Memory for bytes on their way; clones share it.
+#[derive(Clone)]
+pub(super) struct Memory {
+    free: Arc<Semaphore>,
+    spares: Arc<Spares>,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { free: Arc::new(Semaphore::new(BUFFER_KIB as usize)), spares: Arc::default() }
+    }
 }
 
 /// Buffers of parts that were sent, to be used again. What many threads take in large pieces and free in others the
@@ -80,9 +92,8 @@ impl Spares {
 
 impl Uploader {
     /// For the version folder whose claim the caller holds.
-    pub(super) fn new(store: Arc<Store>, staging: Option<PathBuf>, progress: Progress) -> Self {
-        let memory = Arc::new(Semaphore::new(BUFFER_KIB as usize));
-        Self { store, staging, memory, spares: Arc::default(), progress }
+    pub(super) fn new(store: Arc<Store>, staging: Option<PathBuf>, memory: Memory, progress: Progress) -> Self {
+        Self { store, staging, memory, progress }
     }
 
     /// Sends one file.
@@ -127,18 +138,18 @@ impl Uploader {
             .run(|| async {
                 match s3.create_multipart(key).await {
                     Ok(id) => Ok(id),
-                    Err(error) => Err(self.store.failed(error, &doing).await),
+                    Err(error) => Err(self.store.failed_write(error, &doing).await),
                 }
             })
             .await?;
-        let mut guard = AbortGuard { store: self.store.clone(), key: key.clone(), id: Some(id.clone()) };
+        let mut guard = AbortGuard::new(self.store.clone(), key.clone(), id.clone());
         let sent = match self.parts(s3, upload, &id).await {
             Ok(parts) => self.complete(s3, upload, &id, parts).await,
             Err(error) => Err(error),
         };
         match sent {
             Ok(identity) => {
-                guard.id = None;
+                guard.done();
                 Ok(identity)
             }
             Err(error) => {
@@ -161,10 +172,10 @@ impl Uploader {
             }
             let size = part_bytes.min(upload.size - index as u64 * part_bytes);
             let permit = self.reserve(size).await?;
-            let (next, bytes) = reader.part(size, self.spares.take()).await?;
+            let (next, bytes) = reader.part(size, self.memory.spares.take()).await?;
             reader = next;
             let (store, s3, progress) = (self.store.clone(), s3.clone(), self.progress.clone());
-            let spares = self.spares.clone();
+            let spares = self.memory.spares.clone();
             let (key, id) = (upload.object.clone(), id.to_owned());
             sending.spawn(async move {
                 let part = send_part(&store, &s3, &key, &id, index, bytes.clone()).await?;
@@ -191,7 +202,7 @@ impl Uploader {
             .run(|| async {
                 match s3.complete_multipart(key, &id, parts.clone()).await {
                     Ok(put) => Ok(Some(put.e_tag)),
-                    Err(error) => match self.store.failed(error, &doing).await {
+                    Err(error) => match self.store.failed_write(error, &doing).await {
                         // A first try may have arrived although its answer did not.
                         error if error.kind() == ErrorKind::NotFound => Ok(None),
                         error => Err(error),
@@ -223,7 +234,7 @@ impl Uploader {
 
     async fn reserve(&self, bytes: u64) -> Result<tokio::sync::OwnedSemaphorePermit> {
         let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).clamp(1, BUFFER_KIB);
-        let permits = self.memory.clone().acquire_many_owned(kib).await;
+        let permits = self.memory.free.clone().acquire_many_owned(kib).await;
         permits.map_err(|cause| Error::new(ErrorKind::Other, "uploading was cut short").cause(cause))
     }
 }
@@ -250,21 +261,30 @@ async fn send_part(store: &Store, s3: &AmazonS3, key: &Path, id: &str, index: us
         .run(|| async {
             match s3.put_part(key, &id, index, bytes.clone().into()).await {
                 Ok(part) => Ok(part),
-                Err(error) => Err(store.failed(error, &doing).await),
+                Err(error) => Err(store.failed_write(error, &doing).await),
             }
         })
         .await
 }
 
 /// Aborts a multipart upload unless it was completed.
-struct AbortGuard {
+pub(super) struct AbortGuard {
     store: Arc<Store>,
     key: Path,
     id: Option<String>,
 }
 
 impl AbortGuard {
-    async fn abort(&mut self) {
+    pub(super) fn new(store: Arc<Store>, key: Path, id: String) -> Self {
+        Self { store, key, id: Some(id) }
+    }
+
+    /// It was completed.
+    pub(super) fn done(&mut self) {
+        self.id = None;
+    }
+
+    pub(super) async fn abort(&mut self) {
         if let Some(id) = self.id.take() {
             abort(&self.store, &self.key, &id).await;
         }
@@ -343,7 +363,7 @@ fn unreadable(path: &FsPath, cause: std::io::Error) -> Error {
 }
 
 fn changed(path: &FsPath, how: &str) -> Error {
-    Error::corrupt(format!("the local copy {} changed: {how}", path.display()))
+    Error::corrupt(format!("{} changed before it was sent: {how}", path.display()))
 }
 
 fn same_digest(expected: Digest, hasher: Sha256, path: &FsPath) -> Result<()> {
@@ -398,7 +418,7 @@ fn copy_checked(
 
 /// Renames into place and makes the entry durable, up to the remote's folder. Folders may vanish while they are made:
 /// an evict of something else removes empty ones.
-fn place(temporary: &FsPath, target: &FsPath, root: Option<&FsPath>) -> std::io::Result<()> {
+pub(super) fn place(temporary: &FsPath, target: &FsPath, root: Option<&FsPath>) -> std::io::Result<()> {
     let folder = target.parent().unwrap_or(target);
     let mut tries = 0;
     loop {

@@ -55,6 +55,10 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
+/// Rides on a request that a server needs longer to answer: so much longer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience(pub(super) Duration);
+
 /// Makes the store use one prepared client.
 #[derive(Debug, Clone)]
 pub(super) struct Connector(Wire);
@@ -118,14 +122,15 @@ impl HttpService for Wire {
     async fn call(&self, request: HttpRequest) -> std::result::Result<HttpResponse, HttpError> {
         let listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
         let streams = request.method() == reqwest::Method::GET && !listing;
-        let patience =
-            self.read_timeout + Duration::from_secs(request.body().content_length() as u64 / UPLOAD_BYTES_PER_S_MIN);
+        let extra = request.extensions().get::<Patience>().map_or(Duration::ZERO, |patience| patience.0);
+        let upload = Duration::from_secs(request.body().content_length() as u64 / UPLOAD_BYTES_PER_S_MIN);
+        let patience = self.read_timeout + upload + extra;
         let response = tokio::time::timeout(patience, self.client.call(request)).await.map_err(timed_out)??;
         let (parts, body) = response.into_parts();
         if streams && parts.status.is_success() {
             return Ok(HttpResponse::from_parts(parts, body));
         }
-        let body = tokio::time::timeout(self.read_timeout, body.bytes()).await.map_err(timed_out)??;
+        let body = tokio::time::timeout(self.read_timeout + extra, body.bytes()).await.map_err(timed_out)??;
         if !parts.status.is_success() {
             return Err(HttpError::new(HttpErrorKind::Unknown, refusal(parts.status.as_u16(), &parts.headers, &body)));
         }

@@ -2,7 +2,9 @@
 #![allow(dead_code, clippy::unwrap_used, missing_docs, unreachable_pub)]
 
 use modelcache::cache::{Artifact, GetOptions};
-use modelcache::config::{ByteBound, Config, Environment, HubConfig, OnRemoteDown, RemoteConfig, RetryConfig, Sharing};
+use modelcache::config::{
+    ByteBound, Config, Environment, HubConfig, OnRemoteDown, RemoteConfig, RemoteMode, RetryConfig, Sharing,
+};
 use modelcache::progress::Progress;
 use modelcache::{Cache, Reference, Result, Selection};
 use modelcache_testkit::{Content, Hub};
@@ -30,6 +32,8 @@ impl House {
             lower_dir: None,
             remote: None,
             on_remote_down: OnRemoteDown::Origin,
+            remote_mode: RemoteMode::ReadWrite,
+            backfill: None,
             origins: Vec::new(),
             hub: HubConfig { endpoint: self.hub.url().to_owned(), token: None },
             ref_ttl: Duration::from_secs(60),

@@ -1,0 +1,146 @@
+//! `backfill`: brings to the remote what earlier runs left for later.
+//!
+//! What can be completed is completed, one artifact after the other; what another process is at is left to it. Runs that
+//! fetch or put something end with the same, quietly: see [`finish`].
+
+use super::{Session, extend, key_object};
+use crate::output::table;
+use crate::{exit, human, progress};
+use clap::Args;
+use modelcache::cache::{BackfillReport, PendingBackfill};
+use modelcache::progress::Progress;
+use modelcache::{ArtifactKey, Cache, Result};
+use serde_json::{Value, json};
+
+/// Bring to the remote what earlier runs left for later
+///
+/// What was fetched with --backfill later, while the remote was down, or by a run that was killed. Artifacts that are
+/// meant for another remote than the configured one stay pending.
+#[derive(Debug, Args)]
+pub(crate) struct Backfill {
+    /// Only tell what is pending
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+impl Backfill {
+    pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
+        let (output, cache) = (session.output, session.cache()?);
+        if self.dry_run {
+            let pending = cache.pending_backfills().await?;
+            if output.is_json() {
+                pending.iter().try_for_each(|pending| output.answer_json(&pending_object(pending)))?;
+            } else {
+                output.answer(&listing(&pending))?;
+            }
+            return Ok(exit::DONE);
+        }
+        let progress = Progress::new();
+        let report = progress::show(output, "backfill", &progress, cache.backfill_pending(&progress)).await?;
+        for key in &report.done {
+            if output.is_json() {
+                output.answer_json(&outcome_object(key, "done"))?;
+            }
+        }
+        for key in &report.busy {
+            output.remark(&format!("{key}: another process is at it"));
+            if output.is_json() {
+                output.answer_json(&outcome_object(key, "busy"))?;
+            }
+        }
+        let mut code = exit::DONE;
+        for (key, error) in report.dropped.iter().chain(&report.failed) {
+            output.error(error, Some(&key.to_string()));
+            if code == exit::DONE {
+                code = exit::code(error.kind());
+            }
+        }
+        output.remark(&summary(&report, others(&cache, session).await?));
+        Ok(code)
+    }
+}
+
+/// How many artifacts are meant for another remote.
+async fn others(cache: &Cache, session: &Session<'_>) -> Result<usize> {
+    let here = session.config.remote.as_ref().map(|remote| remote.url.as_str());
+    let pending = cache.pending_backfills().await?;
+    Ok(pending.iter().filter(|pending| Some(pending.remote.as_str()) != here).count())
+}
+
+/// The end of a run that may have fetched or put something: uploads in the background end, and what earlier runs left
+/// goes to the remote, if it answered.
+pub(super) async fn finish(session: &Session<'_>, cache: &Cache) {
+    let progress = Progress::new();
+    let report = progress::show(session.output, "backfill", &progress, cache.finish_backfills(&progress)).await;
+    if !report.done.is_empty() {
+        session.output.remark(&format!("earlier runs had left this for the remote: {}", summary(&report, 0)));
+    }
+}
+
+fn summary(report: &BackfillReport, others: usize) -> String {
+    let counted = |number: usize| format!("{number} artifact{}", if number == 1 { "" } else { "s" });
+    let mut text = format!("{} complete on the remote", counted(report.done.len()));
+    text.push_str(
+        &to_remote(report.uploaded_bytes, report.copied_bytes).map_or_else(String::new, |b| format!(", {b}")),
+    );
+    let rest =
+        [(report.failed.len(), "still pending"), (report.dropped.len(), "dropped"), (report.busy.len(), "in work")];
+    for (number, what) in rest.into_iter().filter(|(number, _)| *number > 0) {
+        text.push_str(&format!(", {number} {what}"));
+    }
+    if others > 0 {
+        text.push_str(&format!("; {} for another remote stay pending", counted(others)));
+    }
+    text
+}
+
+/// `5 MB to remote, 1.2 GB copied there`; `None` if nothing was written.
+pub(super) fn to_remote(uploaded_bytes: u64, copied_bytes: u64) -> Option<String> {
+    let parts = [(uploaded_bytes, "to remote"), (copied_bytes, "copied there")];
+    let parts = parts.into_iter().filter(|(bytes, _)| *bytes > 0);
+    let parts: Vec<_> = parts.map(|(bytes, what)| format!("{} {what}", human::bytes(bytes))).collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
+}
+
+fn listing(pending: &[PendingBackfill]) -> String {
+    let row = |pending: &PendingBackfill| {
+        let (size, files) = (human::bytes(pending.bytes), pending.files.to_string());
+        vec![pending.key.to_string(), size, files, pending.remote.clone()]
+    };
+    table(&["NAME@VERSION", "SIZE", "FILES", "REMOTE"], &[1, 2], pending.iter().map(row))
+}
+
+fn pending_object(pending: &PendingBackfill) -> Value {
+    let about = json!({
+        "reference": pending.key.to_string(),
+        "remote": pending.remote,
+        "files": pending.files,
+        "size": pending.bytes,
+    });
+    extend(key_object(&pending.key), about)
+}
+
+fn outcome_object(key: &ArtifactKey, outcome: &str) -> Value {
+    extend(key_object(key), json!({"reference": key.to_string(), "outcome": outcome}))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use modelcache::Error;
+
+    #[test]
+    fn the_summary_tells_what_is_done_and_what_is_not() {
+        let key = ArtifactKey::bare("a@1").expect("key");
+        let mut report =
+            BackfillReport { done: vec![key.clone()], uploaded_bytes: 5_000_000, ..BackfillReport::default() };
+        assert_eq!(summary(&report, 0), "1 artifact complete on the remote, 5.0 MB to remote");
+        report.copied_bytes = 7;
+        report.failed.push((key.clone(), Error::unavailable("down")));
+        report.busy.push(key);
+        let expected = "1 artifact complete on the remote, 5.0 MB to remote, 7 B copied there, 1 still pending, 1 in work; \
+                        2 artifacts for another remote stay pending";
+        assert_eq!(summary(&report, 2), expected);
+        assert_eq!(to_remote(0, 0), None);
+    }
+}

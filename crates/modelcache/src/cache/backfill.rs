@@ -1,0 +1,379 @@
+//! Backfilling: what came from an origin goes to the remote, now, in the background, or with a later run.
+//!
+//! Whatever the mode, a durable intent stands in the local directory before the artifact is published, and goes when the
+//! remote has it: a process that dies, a remote that is down, cost time and not the remote its copy. What is left is
+//! completed by `backfill`, and by every run that fetched or put something; a hit never waits for it.
+//!
+//! A refusal for want of a right is told once, and the remote is only read from then on. What can never succeed, because
+//! the remote has other content or the artifact left this disk, is dropped and said.
+
+use super::{BackfillReport, Cache, PendingBackfill};
+use crate::config::Backfill;
+use crate::disk::{Disk, FileLock, Intent, Leadership, Lend, Lent, Missing, Watch};
+use crate::error::{Context, Error, ErrorKind, Result, Tier};
+use crate::key::{ArtifactKey, FilePath};
+use crate::manifest::Manifest;
+use crate::progress::{Phase, Progress};
+use crate::remote::{PublishOptions, Published, Remote};
+use crate::selection::Selection;
+use crate::transfer::blocking;
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
+
+/// How long another process that uploads the same is waited for; what it does not finish stays intended.
+const OTHER_MAX: Duration = Duration::from_secs(60);
+/// Time between two looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// What this process has to do with backfills.
+#[derive(Debug, Default)]
+pub(super) struct Backfills {
+    /// Uploads in the background.
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+    /// This process wrote to the remote, or could have: a good time for what earlier ones left.
+    remote_answers: AtomicBool,
+    /// One at a time completes what others left.
+    completing: tokio::sync::Mutex<()>,
+}
+
+/// What a fill has to bring to the remote.
+#[derive(Debug, Clone)]
+pub(super) struct ToBackfill {
+    missing: Missing,
+    /// The remote does not answer now.
+    later: bool,
+    /// Whether it stands in the directory.
+    is_noted: bool,
+}
+
+impl ToBackfill {
+    pub(super) fn new(files: BTreeSet<FilePath>, rewrite: BTreeSet<FilePath>, later: bool) -> Self {
+        Self { missing: Missing { files, rewrite }, later, is_noted: false }
+    }
+}
+
+impl Cache {
+    fn backfill_mode(&self) -> Backfill {
+        self.0.config.backfill.unwrap_or_default()
+    }
+
+    /// Whether what is fetched is meant for a remote, now or later.
+    pub(super) fn may_backfill(&self) -> bool {
+        let remote = self.0.remote.as_ref().filter(|remote| !remote.is_read_only());
+        remote.is_some() && self.backfill_mode() != Backfill::Never
+    }
+
+    /// Notes durably what the remote lacks. Where that fails the upload is tried all the same.
+    pub(super) async fn intend(&self, key: &ArtifactKey, to: Option<ToBackfill>) -> Option<ToBackfill> {
+        let (Some(to), Some(remote)) = (to, &self.0.remote) else { return None };
+        let (disk, of, url, missing) = (self.0.disk.clone(), key.clone(), remote.url().to_owned(), to.missing.clone());
+        let noted = blocking(move || disk.intend(&of, &url, &missing)).await;
+        if let Err(error) = &noted {
+            tracing::warn!(%key, %error, "what the remote lacks cannot be noted; a later run will not complete it");
+        }
+        Some(ToBackfill { is_noted: noted.is_ok(), ..to })
+    }
+
+    /// Step 7 of the main path. That it fails costs the next machine time, not this caller its artifact.
+    pub(super) async fn backfill(&self, lent: &Arc<Lent>, to: Option<ToBackfill>, progress: &Progress) -> Published {
+        let Some(to) = to else { return Published::default() };
+        if to.later {
+            tracing::info!(artifact = %lent.manifest.key, "the remote does not answer; it gets this with a later run");
+            return Published::default();
+        }
+        match self.backfill_mode() {
+            Backfill::Wait => self.upload(lent, &to, progress).await,
+            Backfill::Background => {
+                let (cache, lent) = (self.clone(), lent.clone());
+                self.0.backfills.keep(tokio::spawn(async move {
+                    cache.upload(&lent, &to, &Progress::new()).await;
+                    cache.complete(&Progress::new()).await;
+                }));
+                Published::default()
+            }
+            Backfill::Later | Backfill::Never => Published::default(),
+        }
+    }
+
+    /// Uploads what this process has just filled.
+    async fn upload(&self, lent: &Arc<Lent>, to: &ToBackfill, progress: &Progress) -> Published {
+        let Some(remote) = &self.0.remote else { return Published::default() };
+        let key = &lent.manifest.key;
+        match self.upload_noted(remote, lent, to, progress).await {
+            Ok(published) => {
+                self.note_remote(true);
+                published
+            }
+            Err(error) => {
+                self.note_remote(false);
+                let dropped = self.drop_hopeless(remote, key, &to.missing.files, &error).await;
+                tell(remote, &error, dropped);
+                Published::default()
+            }
+        }
+    }
+
+    async fn upload_noted(
+        &self,
+        remote: &Remote,
+        lent: &Arc<Lent>,
+        to: &ToBackfill,
+        progress: &Progress,
+    ) -> Result<Published> {
+        let key = &lent.manifest.key;
+        if remote.refuses_writes() {
+            tracing::debug!(artifact = %key, "the remote refuses writes; not tried");
+            return Ok(Published::default());
+        }
+        let started = Instant::now();
+        let _turn = loop {
+            match self.backfill_lock(key).await? {
+                Some(turn) => break turn,
+                None if started.elapsed() > OTHER_MAX => {
+                    tracing::info!(artifact = %key, "another process is bringing this to the remote");
+                    return Ok(Published::default());
+                }
+                None => tokio::time::sleep(LOOK_AGAIN).await,
+            }
+        };
+        if to.is_noted && self.intent(remote, key).await?.is_none() {
+            return Ok(Published::default()); // Whoever had the turn before did it.
+        }
+        self.send(remote, lent, &to.missing, progress).await
+    }
+
+    /// Sends files that are lent, and takes back that the remote lacks them. The caller has the turn.
+    async fn send(&self, remote: &Remote, lent: &Lent, missing: &Missing, progress: &Progress) -> Result<Published> {
+        let key = &lent.manifest.key;
+        let entries = missing.files.iter().filter_map(|path| lent.manifest.files.get(path));
+        let _phase = progress.enter(Phase::Backfill, entries.map(|entry| entry.size).sum());
+        let files = missing.files.iter().map(|path| (path.clone(), lent.dir.view(path))).collect();
+        let listing = Manifest::clone(&lent.manifest).without_holdings();
+        let options = PublishOptions { rewrite: missing.rewrite.clone(), ..PublishOptions::default() };
+        let published = remote.publish(&listing, &files, options, progress).await.context(key, Tier::Remote)?;
+        self.settle(remote, key, &missing.files).await?;
+        Ok(published)
+    }
+
+    /// Drops what would fail for ever. Whether it was dropped.
+    async fn drop_hopeless(
+        &self,
+        remote: &Remote,
+        key: &ArtifactKey,
+        files: &BTreeSet<FilePath>,
+        error: &Error,
+    ) -> bool {
+        if !is_for_good(error) {
+            return false;
+        }
+        if let Err(error) = self.settle(remote, key, files).await {
+            tracing::debug!(%error, "the intent stays");
+        }
+        true
+    }
+
+    /// What still has to reach any remote.
+    pub async fn pending_backfills(&self) -> Result<Vec<PendingBackfill>> {
+        let disk = self.0.disk.clone();
+        blocking(move || pending(&disk)).await
+    }
+
+    /// Brings everything to the remote that still has to reach it. One that fails does not stop the others, except that
+    /// a remote which does not answer is not asked again.
+    ///
+    /// # Errors
+    /// `Invalid` where there is no remote, or it is only read.
+    pub async fn backfill_pending(&self, progress: &Progress) -> Result<BackfillReport> {
+        let Some(remote) = &self.0.remote else {
+            return Err(Error::invalid("no remote is configured")
+                .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix"));
+        };
+        remote.ensure_read_write("leave it to a machine that may write there")?;
+        let _alone = self.0.backfills.completing.lock().await;
+        self.complete_all(remote, progress).await
+    }
+
+    /// The end of a run: waits for what goes on in the background; if this process reached the remote, brings what
+    /// earlier ones left there, too. Failures are logged: the work that was asked for is done.
+    pub async fn finish_backfills(&self, progress: &Progress) -> BackfillReport {
+        for task in self.0.backfills.take() {
+            if let Err(error) = task.await {
+                tracing::debug!(%error, "an upload in the background was cut short; a later run goes on");
+            }
+        }
+        match self.backfill_mode() {
+            Backfill::Wait | Backfill::Background => self.complete(progress).await,
+            Backfill::Later | Backfill::Never => BackfillReport::default(),
+        }
+    }
+
+    /// Whether the remote answered, the last time that it was asked.
+    pub(super) fn note_remote(&self, answers: bool) {
+        self.0.backfills.remote_answers.store(answers, Ordering::Relaxed);
+    }
+
+    async fn complete(&self, progress: &Progress) -> BackfillReport {
+        let answers = self.0.backfills.remote_answers.load(Ordering::Relaxed);
+        let (Some(remote), true) = (self.0.remote.as_ref().filter(|remote| remote.is_writable()), answers) else {
+            return BackfillReport::default();
+        };
+        let Ok(_alone) = self.0.backfills.completing.try_lock() else { return BackfillReport::default() };
+        let report = self.complete_all(remote, progress).await.unwrap_or_else(|error| {
+            tracing::debug!(%error, "what earlier runs left for the remote is left again");
+            BackfillReport::default()
+        });
+        report.failed.iter().for_each(|(_, error)| tell(remote, error, false));
+        report.dropped.iter().for_each(|(_, error)| tell(remote, error, true));
+        report
+    }
+
+    async fn complete_all(&self, remote: &Remote, progress: &Progress) -> Result<BackfillReport> {
+        let (disk, mut report) = (self.0.disk.clone(), BackfillReport::default());
+        let intents = blocking(move || disk.intents()).await?;
+        for Intent { key, missing, .. } in intents.into_iter().filter(|intent| intent.remote == remote.url()) {
+            match self.complete_one(remote, &key, progress).await {
+                Ok(Some(published)) => {
+                    report.uploaded_bytes += published.uploaded_bytes;
+                    report.copied_bytes += published.copied_bytes;
+                    report.done.push(key);
+                }
+                Ok(None) => report.busy.push(key),
+                Err(error) => {
+                    let dropped = match error.kind() {
+                        ErrorKind::NotFound => true, // Done where it was found.
+                        _ => self.drop_hopeless(remote, &key, &missing.files, &error).await,
+                    };
+                    let stop = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unauthorized);
+                    if dropped { &mut report.dropped } else { &mut report.failed }.push((key, error));
+                    if stop {
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    /// Brings one artifact there; `None` while somebody else is at it.
+    async fn complete_one(&self, remote: &Remote, key: &ArtifactKey, progress: &Progress) -> Result<Option<Published>> {
+        let Some(_turn) = self.backfill_lock(key).await? else { return Ok(None) };
+        let Some(missing) = self.intent(remote, key).await? else { return Ok(None) };
+        let Some((lent, held)) = self.lend_held(key, &missing.files).await? else {
+            return self.drop_absent(remote, key, &missing.files).await.map(|()| None);
+        };
+        let rewrite = missing.rewrite.intersection(&held).cloned().collect();
+        let published = self.send(remote, &lent, &Missing { files: held.clone(), rewrite }, progress).await?;
+        let absent: BTreeSet<_> = missing.files.difference(&held).cloned().collect();
+        if !absent.is_empty()
+            && let Err(error) = self.drop_absent(remote, key, &absent).await
+        {
+            tracing::debug!(%error, "the rest of it is not here");
+        }
+        Ok(Some(published))
+    }
+
+    /// Lends those of `files` that are here; `None` if none is.
+    async fn lend_held(
+        &self,
+        key: &ArtifactKey,
+        files: &BTreeSet<FilePath>,
+    ) -> Result<Option<(Lent, BTreeSet<FilePath>)>> {
+        let started = Instant::now();
+        loop {
+            let (disk, of, files) = (self.0.disk.clone(), key.clone(), files.clone());
+            let lent = blocking(move || {
+                let Some(manifest) = disk.manifest(&of)? else { return Ok(None) };
+                let is_held = |path: &FilePath| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
+                let held: BTreeSet<_> = files.into_iter().filter(is_held).collect();
+                if held.is_empty() {
+                    return Ok(None);
+                }
+                Ok(Some((disk.lend(&of, &Selection::files(held.iter().cloned()))?, held)))
+            });
+            match lent.await? {
+                None => return Ok(None),
+                Some((Lend::Lent(lent), held)) => return Ok(Some((*lent, held))),
+                // Damage was found, and what is damaged is held no more; or an eviction is at work.
+                Some(_) if started.elapsed() < OTHER_MAX => tokio::time::sleep(LOOK_AGAIN).await,
+                Some(_) => return Err(Error::unavailable("it cannot be lent").artifact(key).tier(Tier::Disk)),
+            }
+        }
+    }
+
+    /// Drops an intent for files that are not here, unless a fill may be about to bring them.
+    ///
+    /// # Errors
+    /// `NotFound`, to say so; nothing where a fill is at work.
+    async fn drop_absent(&self, remote: &Remote, key: &ArtifactKey, files: &BTreeSet<FilePath>) -> Result<()> {
+        let (disk, of) = (self.0.disk.clone(), key.clone());
+        let leadership = blocking(move || disk.try_lead(&of, &mut Watch::default())).await?;
+        let Leadership::Ours(_lead) = leadership else { return Ok(()) };
+        if self.lend_held(key, files).await?.is_some() {
+            return Ok(()); // The fill before us just published it; the next run uploads it.
+        }
+        self.settle(remote, key, files).await?;
+        let error = Error::not_found("it left this disk before the remote had it").artifact(key).tier(Tier::Disk);
+        Err(error.hint("the next get of it brings it to the remote"))
+    }
+
+    async fn backfill_lock(&self, key: &ArtifactKey) -> Result<Option<FileLock>> {
+        let (disk, key) = (self.0.disk.clone(), key.clone());
+        blocking(move || disk.try_backfill(&key)).await
+    }
+
+    async fn intent(&self, remote: &Remote, key: &ArtifactKey) -> Result<Option<Missing>> {
+        let (disk, key, url) = (self.0.disk.clone(), key.clone(), remote.url().to_owned());
+        blocking(move || disk.intent(&key, &url)).await
+    }
+
+    async fn settle(&self, remote: &Remote, key: &ArtifactKey, files: &BTreeSet<FilePath>) -> Result<()> {
+        let (disk, key, url, files) = (self.0.disk.clone(), key.clone(), remote.url().to_owned(), files.clone());
+        blocking(move || disk.settle(&key, &url, &files)).await
+    }
+}
+
+impl Backfills {
+    fn keep(&self, task: JoinHandle<()>) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(task);
+    }
+
+    fn take(&self) -> Vec<JoinHandle<()>> {
+        std::mem::take(&mut self.tasks.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Says that the remote did not get something. Of a remote that refuses to be written it is said once.
+fn tell(remote: &Remote, error: &Error, dropped: bool) {
+    let hint = error.hint_text();
+    if remote.refuses_writes() {
+        if remote.tells_refusal() {
+            tracing::warn!(%error, hint, "the remote refuses to be written: it is only read until this process ends, and gets nothing from it");
+        }
+    } else if dropped {
+        tracing::warn!(%error, hint, "this will not reach the remote from here");
+    } else {
+        tracing::warn!(%error, hint, "could not be written to the remote; it is local all the same, and a later run tries again");
+    }
+}
+
+/// Whether the same upload would fail every time.
+fn is_for_good(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Corrupt | ErrorKind::Invalid)
+}
+
+/// What still has to reach any remote. Blocks.
+pub(super) fn pending(disk: &Disk) -> Result<Vec<PendingBackfill>> {
+    let one = |Intent { key, remote, missing }: Intent| {
+        let manifest = disk.manifest(&key).ok().flatten();
+        let entries = manifest.iter().flat_map(|manifest| &manifest.files);
+        let held = entries.filter(|(path, entry)| missing.files.contains(*path) && entry.held.is_some());
+        let bytes = held.map(|(_, entry)| entry.size).sum();
+        PendingBackfill { key, remote, files: missing.files.len(), bytes }
+    };
+    Ok(disk.intents()?.into_iter().map(one).collect())
+}

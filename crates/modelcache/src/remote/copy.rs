@@ -1,0 +1,326 @@
+//! Copies within a store: made by the server, under the condition that the source still is what was recorded.
+//!
+//! `object_store` copies without a condition and not above 5 GiB, so these two requests are made here, signed and sent as
+//! its own are. Long objects are copied in pieces, several at a time: one request for all of it would be silent for
+//! minutes. In a folder a copy is a hard link.
+//!
+//! Surprise: an S3 copy that answers 200 may still have failed; the answer's body tells.
+
+use super::failure;
+use super::settings::{Options, S3Settings};
+use super::store::Store;
+use super::upload::{AbortGuard, UNFINISHED, place};
+use super::wire::{Connector, Patience, element};
+use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::manifest::ObjectIdentity;
+use futures::{StreamExt, TryStreamExt};
+use http::header::{HeaderMap, HeaderName, HeaderValue};
+use object_store::CredentialProvider;
+use object_store::aws::{AmazonS3ConfigKey, AwsAuthorizer, AwsCredential};
+use object_store::client::{HttpClient, HttpConnector, HttpRequestBody};
+use object_store::multipart::{MultipartStore, PartId};
+use object_store::path::Path;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use std::fmt;
+use std::path::{Path as FsPath, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What is copied in one request, and the least of a piece. S3 would allow 5 GiB.
+const ONCE_BYTES_MAX: u64 = 512 * 1024 * 1024;
+/// Most pieces; S3 allows 10,000.
+const PIECES_MAX: u64 = 9_000;
+/// Pieces at a time.
+const PIECES_IN_FLIGHT: usize = 4;
+/// The slowest server that is waited for, in bytes per second.
+const BYTES_PER_S_MIN: u64 = 4 * 1024 * 1024;
+/// What S3 leaves as it is in a key.
+const KEY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
+
+/// Makes the requests of one bucket.
+pub(super) struct Copier {
+    client: HttpClient,
+    credentials: Arc<dyn CredentialProvider<Credential = AwsCredential>>,
+    /// In front of every key, with a slash at the end.
+    address: String,
+    bucket: String,
+    region: String,
+    /// How the copy is to be encrypted, and other options that ride on a request.
+    headers: HeaderMap,
+    sign_payload: bool,
+    request_payer: bool,
+}
+
+impl fmt::Debug for Copier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Copier({})", self.address)
+    }
+}
+
+impl Copier {
+    /// `None` where the options hold something that copies do not know of: then everything is sent.
+    pub(super) fn new(
+        bucket: &str,
+        settings: &S3Settings,
+        options: &Options,
+        connector: &Connector,
+        credentials: Arc<dyn CredentialProvider<Credential = AwsCredential>>,
+    ) -> Option<Self> {
+        let endpoint =
+            settings.endpoint.clone().unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", settings.region));
+        let address = match settings.path_style {
+            true => format!("{endpoint}/{bucket}/"),
+            false => format!("{}/", endpoint.replacen("://", &format!("://{bucket}."), 1)),
+        };
+        let client = connector.connect(&Default::default()).ok()?;
+        let mut copier = Self {
+            client,
+            credentials,
+            address,
+            bucket: bucket.to_owned(),
+            region: settings.region.clone(),
+            headers: HeaderMap::new(),
+            sign_payload: true,
+            request_payer: false,
+        };
+        options.passed_on.iter().try_for_each(|(key, value)| copier.take_over(key, value.expose())).ok()?;
+        Some(copier)
+    }
+
+    fn take_over(&mut self, key: &AmazonS3ConfigKey, value: &str) -> std::result::Result<(), ()> {
+        let header = match key.as_ref() {
+            "aws_server_side_encryption" => "x-amz-server-side-encryption",
+            "aws_sse_kms_key_id" => "x-amz-server-side-encryption-aws-kms-key-id",
+            "aws_sse_bucket_key_enabled" => "x-amz-server-side-encryption-bucket-key-enabled",
+            "aws_unsigned_payload" => {
+                self.sign_payload = !is_on(value);
+                return Ok(());
+            }
+            "aws_request_payer" => {
+                self.request_payer = is_on(value);
+                return Ok(());
+            }
+            "aws_disable_tagging" => return Ok(()),
+            _ => return Err(()),
+        };
+        let value = HeaderValue::from_str(value).map_err(|_| ())?;
+        self.headers.insert(HeaderName::from_static(header), value);
+        Ok(())
+    }
+
+    /// Sends one copy request; the answer's body.
+    async fn request(
+        &self,
+        store: &Store,
+        copy: &Copy<'_>,
+        query: &str,
+        bytes: u64,
+        headers: &HeaderMap,
+    ) -> Result<String> {
+        let doing = format!("cannot copy {} to {}", copy.from, copy.to);
+        let failed = |error: object_store::Error| failure::translate(error, &doing, store.at());
+        let unfit = |cause: http::Error| Error::new(ErrorKind::Other, doing.clone()).tier(Tier::Remote).cause(cause);
+        let url = format!("{}{}{query}", self.address, utf8_percent_encode(copy.to.as_ref(), KEY));
+        let source = format!("{}/{}", self.bucket, utf8_percent_encode(copy.from.as_ref(), KEY));
+        let mut request = http::Request::put(url).body(HttpRequestBody::empty()).map_err(unfit)?;
+        request.headers_mut().extend(headers.clone());
+        let mut set = |name: &'static str, value: &str| match HeaderValue::from_str(value) {
+            Ok(value) => drop(request.headers_mut().insert(HeaderName::from_static(name), value)),
+            Err(cause) => tracing::debug!(name, %cause, "a header cannot be sent"),
+        };
+        set("x-amz-copy-source", &source);
+        if let Some(etag) = &copy.recorded.etag {
+            set("x-amz-copy-source-if-match", etag);
+        }
+        let credential = self.credentials.get_credential().await.map_err(failed)?;
+        AwsAuthorizer::new(&credential, "s3", &self.region)
+            .with_sign_payload(self.sign_payload)
+            .with_request_payer(self.request_payer)
+            .try_authorize(&mut request, None)
+            .map_err(failed)?;
+        request.extensions_mut().insert(Patience(Duration::from_secs(bytes / BYTES_PER_S_MIN)));
+        let wire = |source| object_store::Error::Generic { store: "S3", source: Box::new(source) };
+        let answer = self.client.execute(request).await.map_err(|error| failed(wire(error)))?;
+        let body = answer.into_body().bytes().await.map_err(|error| failed(wire(error)))?;
+        let body = String::from_utf8_lossy(&body).into_owned();
+        match element(&body, "Code").filter(|_| body.contains("<Error>")) {
+            Some(code) => Err(Error::unavailable(format!("{doing}: the server answered {code}")).tier(Tier::Remote)),
+            None => Ok(body),
+        }
+    }
+}
+
+fn is_on(value: &str) -> bool {
+    matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on")
+}
+
+/// One copy.
+struct Copy<'a> {
+    from: &'a Path,
+    recorded: &'a ObjectIdentity,
+    to: &'a Path,
+}
+
+/// Copies `from`, as it was `recorded`, to `to`. `None` where this store does not copy.
+pub(super) async fn copy(
+    store: &Arc<Store>,
+    from: &Path,
+    recorded: &ObjectIdentity,
+    to: &Path,
+    staging: Option<PathBuf>,
+) -> Result<Option<ObjectIdentity>> {
+    let copy = Copy { from, recorded, to };
+    let etag = match (store.file(from), store.file(to), staging) {
+        (Some(source), Some(target), Some(staging)) => {
+            link(store, &source, &target, staging).await?;
+            None
+        }
+        _ => match store.copier() {
+            Some(copier) if recorded.object_bytes <= ONCE_BYTES_MAX => Some(whole(store, copier, &copy).await?),
+            Some(copier) => {
+                let piece = recorded.object_bytes.div_ceil(PIECES_MAX).max(ONCE_BYTES_MAX);
+                in_pieces(store, copier, &copy, piece).await?
+            }
+            None => return Ok(None),
+        },
+    };
+    match store.head(to).await? {
+        Some(now) if now.object_bytes == recorded.object_bytes && (etag.is_none() || now.etag == etag) => Ok(Some(now)),
+        _ => Err(Error::unavailable(format!("the copy {to} is not what was copied")).tier(Tier::Remote)),
+    }
+}
+
+/// Links a file of a folder to another name, durably.
+async fn link(store: &Arc<Store>, source: &FsPath, target: &FsPath, staging: PathBuf) -> Result<()> {
+    let (source, target, store) = (source.to_owned(), target.to_owned(), store.clone());
+    let linked = tokio::task::spawn_blocking(move || {
+        std::fs::create_dir_all(&staging)?;
+        let temporary = staging.join(format!("{UNFINISHED}{:016x}", rand::random::<u64>()));
+        std::fs::hard_link(&source, &temporary)?;
+        let placed = place(&temporary, &target, store.folder());
+        // Of two links to one file a rename removes none.
+        let _ = std::fs::remove_file(&temporary);
+        placed
+    });
+    let cut_short = |cause| Error::new(ErrorKind::Other, "linking was cut short").cause(cause);
+    linked.await.map_err(cut_short)?.map_err(|cause| Error::new(ErrorKind::Other, "cannot link").cause(cause))
+}
+
+/// In one request. The answer is the copy's ETag.
+async fn whole(store: &Store, copier: &Copier, copy: &Copy<'_>) -> Result<String> {
+    let body = copier.request(store, copy, "", copy.recorded.object_bytes, &copier.headers).await?;
+    etag_in(&body)
+}
+
+/// As a multipart upload whose parts are copied.
+async fn in_pieces(store: &Arc<Store>, copier: &Copier, copy: &Copy<'_>, piece_bytes: u64) -> Result<Option<String>> {
+    let Some(s3) = store.bucket() else { return Ok(None) };
+    let doing = format!("cannot copy {} to {}", copy.from, copy.to);
+    let failed = |error| failure::translate(error, &doing, store.at());
+    let id = s3.create_multipart(copy.to).await.map_err(failed)?;
+    let mut guard = AbortGuard::new(store.clone(), copy.to.clone(), id.clone());
+    let pieces = (0..copy.recorded.object_bytes.div_ceil(piece_bytes)).map(|index| {
+        let (id, start) = (id.clone(), index * piece_bytes);
+        let end = (start + piece_bytes).min(copy.recorded.object_bytes);
+        async move {
+            let mut headers = HeaderMap::new();
+            if let Ok(range) = HeaderValue::from_str(&format!("bytes={start}-{}", end - 1)) {
+                headers.insert(HeaderName::from_static("x-amz-copy-source-range"), range);
+            }
+            let id = utf8_percent_encode(&id, NON_ALPHANUMERIC);
+            let query = format!("?partNumber={}&uploadId={id}", index + 1);
+            let body = copier.request(store, copy, &query, end - start, &headers).await?;
+            Ok(PartId { content_id: etag_in(&body)? })
+        }
+    });
+    let pieces = futures::stream::iter(pieces.collect::<Vec<_>>()).buffered(PIECES_IN_FLIGHT);
+    let copied = match pieces.try_collect::<Vec<_>>().await {
+        Ok(parts) => s3.complete_multipart(copy.to, &id, parts).await.map_err(failed),
+        Err(error) => Err(error),
+    };
+    match copied {
+        Ok(put) => {
+            guard.done();
+            Ok(put.e_tag)
+        }
+        Err(error) => {
+            guard.abort().await;
+            Err(error)
+        }
+    }
+}
+
+fn etag_in(body: &str) -> Result<String> {
+    element(body, "ETag")
+        .ok_or_else(|| Error::unavailable("the answer to a copy names no ETag").tier(Tier::Remote).transient(false))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Environment, RemoteConfig, RetryConfig};
+    use crate::remote::settings::Place;
+    use crate::transfer::Retry;
+    use modelcache_testkit::{Content, S3};
+
+    const MIB: u64 = 1024 * 1024;
+
+    async fn bucket(options: &[(&str, &str)]) -> (S3, Arc<Store>) {
+        let s3 = S3::start().await.expect("starts");
+        s3.bucket("models").expect("bucket");
+        let config = RemoteConfig {
+            url: "s3://models/p q".into(),
+            options: options.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
+            environment: Environment(s3.env().into_iter().collect()),
+        };
+        let (place, options) = (Place::parse(&config.url).expect("place"), Options::parse(&config).expect("options"));
+        let store = tokio::task::spawn_blocking(move || {
+            Store::open(&config, &place, &options, Retry::new(RetryConfig::default())).expect("opens")
+        });
+        (s3, Arc::new(store.await.expect("opens")))
+    }
+
+    async fn recorded(store: &Store, key: &Path) -> ObjectIdentity {
+        store.head(key).await.expect("looks").expect("is there")
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_long_object_is_copied_in_pieces() {
+        let (s3, store) = bucket(&[]).await;
+        let content = Content::generated(5, 13 * MIB + 7);
+        s3.put("models", "p q/a/ü+%.bin", content.clone()).expect("puts");
+        let (from, to) = (store.key("a/ü+%.bin").expect("key"), store.key("b/ü+%.bin").expect("key"));
+        let recorded = recorded(&store, &from).await;
+        let copy = Copy { from: &from, recorded: &recorded, to: &to };
+        let copier = store.copier().expect("copies");
+        in_pieces(&store, copier, &copy, 5 * MIB).await.expect("copies");
+        assert!(s3.object("models", "p q/b/ü+%.bin") == Some(content.to_vec().expect("content")));
+        let parts = s3.requests().iter().filter(|seen| seen.query.contains("partNumber")).count();
+        assert_eq!(parts, 3);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_refused_piece_leaves_no_upload_behind() {
+        use modelcache_testkit::s3::S3Fault;
+        let (s3, store) = bucket(&[]).await;
+        s3.put("models", "p q/a", Content::generated(5, 11 * MIB)).expect("puts");
+        let (from, to) = (store.key("a").expect("key"), store.key("b").expect("key"));
+        let recorded = recorded(&store, &from).await;
+        s3.faults().add(S3Fault::internal_error().on("partNumber=2"));
+        let copy = Copy { from: &from, recorded: &recorded, to: &to };
+        in_pieces(&store, store.copier().expect("copies"), &copy, 5 * MIB).await.expect_err("refused");
+        assert_eq!(s3.keys("models"), ["p q/a"]);
+        let aborted = |seen: &modelcache_testkit::log::Seen| seen.method == "DELETE" && seen.query.contains("uploadId");
+        assert!(s3.requests().iter().any(aborted), "the upload is aborted");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn options_that_a_copy_does_not_know_of_mean_that_all_is_sent() {
+        let key = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, [7; 32]);
+        for options in [&[("sse_customer_key_base64", key.as_str())][..], &[("checksum_algorithm", "sha256")]] {
+            assert!(bucket(options).await.1.copier().is_none(), "{options:?}");
+        }
+        let (_s3, store) = bucket(&[("sse", "aws:kms"), ("sse_kms_key_id", "k")]).await;
+        assert_eq!(store.copier().expect("copies").headers.len(), 2);
+    }
+}
