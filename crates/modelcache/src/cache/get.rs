@@ -54,6 +54,7 @@ impl Cache {
             Some(lent) => Landed::here(lent),
             None => self.board(wanted, progress).await?,
         };
+        self.require_checksums(wanted, &landed.lent.manifest)?;
         artifact(wanted, landed, progress)
     }
 
@@ -68,8 +69,7 @@ impl Cache {
             Joined::Lent(lent) => return Ok(Landed::here(*lent)),
             Joined::Leading(lead) => lead,
         };
-        let plan = self.plan_fill(wanted, progress).await?;
-        let filled = self.pour(wanted, &plan, progress).await?;
+        let (plan, filled) = self.plan_and_pour(wanted, progress).await?;
         let to_backfill = self.missing_on_remote(&plan, &filled);
         let fetched_bytes = filled.fetched_bytes;
         let lent = self.publish(filled, progress).await?;
@@ -78,6 +78,20 @@ impl Cache {
         published(&landed);
         landed.backfilled_bytes = self.backfill(&landed.lent, to_backfill, progress).await;
         Ok(landed)
+    }
+
+    /// Steps 4 and 5; once more where another tool replaced files that had been listed.
+    async fn plan_and_pour(&self, wanted: &Wanted, progress: &Progress) -> Result<(FillPlan, Filled)> {
+        let plan = self.plan_fill(wanted, progress).await?;
+        match self.pour(wanted, &plan, progress).await {
+            Err(error) if plan.remote_foreign && error.kind() == ErrorKind::Conflict => {
+                tracing::warn!(%error, "starting over with a new list");
+                let plan = self.plan_fill(wanted, progress).await?;
+                let filled = self.pour(wanted, &plan, progress).await?;
+                Ok((plan, filled))
+            }
+            poured => Ok((plan, poured?)),
+        }
     }
 
     async fn lend(&self, wanted: &Wanted, progress: &Progress) -> Result<Option<Lent>> {
@@ -163,7 +177,7 @@ impl Cache {
 
     /// The files of this fill that the remote should now be given, and those among them that it must write anew.
     fn missing_on_remote(&self, plan: &FillPlan, filled: &Filled) -> Option<ToBackfill> {
-        if self.0.remote.is_none() || plan.remote_unusable {
+        if self.0.remote.is_none() || plan.remote_unusable || plan.remote_foreign {
             return None;
         }
         let held = |path: &FilePath| {

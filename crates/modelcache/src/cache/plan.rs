@@ -15,6 +15,7 @@ use crate::key::FilePath;
 use crate::manifest::{FileEntry, Manifest};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
+use crate::remote;
 use crate::source::Source;
 use crate::transfer::blocking;
 use std::collections::BTreeMap;
@@ -34,6 +35,8 @@ pub(super) struct FillPlan {
     pub(super) remote: Option<Manifest>,
     /// The remote failed or contradicts the origin: neither read nor written in this fill.
     pub(super) remote_unusable: bool,
+    /// The remote's files are another tool's: read as they were listed, never written.
+    pub(super) remote_foreign: bool,
     sources: BTreeMap<FilePath, Vec<Arc<dyn Source>>>,
 }
 
@@ -43,6 +46,7 @@ struct Survey {
     disk: Option<Manifest>,
     lower: Option<Manifest>,
     remote: Option<(Arc<dyn Source>, Manifest)>,
+    remote_foreign: bool,
     origin: Option<Manifest>,
     remote_failure: Option<Error>,
     origin_failure: Option<Error>,
@@ -95,6 +99,7 @@ impl Cache {
         if selected.is_empty() && !listing.files.is_empty() {
             return Err(nothing_selected(wanted, &listing));
         }
+        self.require_checksums(wanted, &listing)?;
         let local = self.local_sources(wanted, &selected).await?;
         let sources = selected.iter().map(|(path, _)| (path.clone(), sources(path, &local, &survey, wanted))).collect();
         let remote_unusable = survey.remote_failure.is_some();
@@ -103,6 +108,7 @@ impl Cache {
             selected,
             remote: survey.remote.map(|(_, manifest)| manifest),
             remote_unusable,
+            remote_foreign: survey.remote_foreign,
             sources,
         })
     }
@@ -113,9 +119,12 @@ impl Cache {
         let mut survey = Survey { disk: blocking(move || disk.manifest(&key)).await?, ..Survey::default() };
         survey.lower = self.lower_manifest(&wanted.key).await?;
         if let Some(remote) = &self.0.remote {
-            let source: Arc<dyn Source> = Arc::new(remote.source(&wanted.key));
+            let source = Arc::new(remote.source(&wanted.key));
             match source.manifest().await {
-                Ok(manifest) => survey.remote = manifest.map(|manifest| (source, manifest)),
+                Ok(manifest) => {
+                    survey.remote_foreign = source.is_foreign();
+                    survey.remote = manifest.map(|manifest| (source as Arc<dyn Source>, manifest));
+                }
                 Err(error) => survey.remote_failure = Some(self.remote_failed(error)?),
             }
         }
@@ -126,6 +135,22 @@ impl Cache {
             }
         }
         Ok(survey)
+    }
+
+    /// Refuses files of which nobody states a checksum, where that is configured. A caller who demands a digest states
+    /// one.
+    pub(super) fn require_checksums(&self, wanted: &Wanted, listing: &Manifest) -> Result<()> {
+        if !self.0.config.require_checksum || wanted.digest.is_some() {
+            return Ok(());
+        }
+        let unstated: Vec<_> =
+            remote::unstated(listing).into_iter().filter(|path| wanted.selection.matches(path)).collect();
+        if unstated.is_empty() {
+            return Ok(());
+        }
+        let (files, names) = (unstated.len(), remote::some(&unstated));
+        Err(Error::corrupt(format!("nobody states a checksum of {files} of its files ({names}), and one is required"))
+            .hint(format!("{}; MODEL_CACHE_REQUIRE_CHECKSUM=0 takes them as they come", remote::REMEDY)))
     }
 
     /// What it means that the remote could not be asked: go on, or fail.
@@ -159,6 +184,9 @@ impl Cache {
         match (local, remote) {
             (Some(mut listing), Some(remote)) => {
                 if let Err(error) = listing.learn(&remote) {
+                    if survey.remote_foreign && wanted.origin.is_none() {
+                        return Err(replaced(wanted, &error));
+                    }
                     tracing::error!(%error, "the remote contradicts the origin (or this disk) and is not used: it may have been tampered with");
                     survey.remote = None;
                     survey.remote_failure = Some(error.tier(Tier::Remote));
@@ -267,6 +295,16 @@ fn sources(path: &FilePath, local: &[Arc<DiskSource>], survey: &Survey, wanted: 
     let held = |manifest: &Manifest| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
     let remote = survey.remote.as_ref().filter(|(_, manifest)| held(manifest)).map(|(source, _)| source.clone());
     local.chain(remote).chain(wanted.origin.clone()).collect()
+}
+
+/// A foreign tree is not what it was when disk got a part of it: nobody says which of the two is meant.
+fn replaced(wanted: &Wanted, error: &Error) -> Error {
+    let what = format!("the files on the remote are no longer those that this disk knows: {}", error.message());
+    let hint = format!(
+        "put changed files under another version; `modelcache evict --tier disk {}` makes this disk forget the old ones",
+        wanted.key
+    );
+    Error::new(ErrorKind::Conflict, what).tier(Tier::Remote).hint(hint)
 }
 
 fn nothing_selected(wanted: &Wanted, listing: &Manifest) -> Error {

@@ -17,12 +17,18 @@
 //! <name>/<version>/.modelcache/claim           a writer at work
 //! <name>/<version>/.modelcache/manifest.json   the commit point: all files, and what is held with ETag and size
 //! ```
+//!
+//! A version folder without any `.modelcache` is a foreign tree, put there by another tool: it is read as it is found
+//! (`foreign.rs`), and never written to.
 
+mod ask;
 mod claim;
 mod credentials;
 mod evict;
 mod failure;
+mod foreign;
 mod list;
+mod listing;
 mod profile;
 mod publish;
 mod settings;
@@ -31,6 +37,8 @@ mod store;
 mod upload;
 mod wire;
 
+pub(crate) use foreign::{Foreign, Found, REMEDY, some, unstated};
+pub(crate) use listing::Address;
 pub use source::RemoteSource;
 
 use crate::config::RemoteConfig;
@@ -153,6 +161,11 @@ impl Remote {
     /// The manifest of every published artifact, by name and version. Damaged ones are left out with a warning.
     pub async fn list(&self) -> Result<Vec<Manifest>> {
         list::list(self).await.map_err(|error| error.tier(Tier::Remote))
+    }
+
+    /// The region that the server says the bucket is in, where it refused ours.
+    pub(crate) fn region_told(&self) -> Option<String> {
+        self.0.store.get()?.region_told()
     }
 
     /// The store, opened at the first use.

@@ -46,6 +46,15 @@ pub fn parse_size(text: &str) -> Result<ByteBound> {
     u64::try_from(whole + fraction).map(ByteBound::Bytes).map_err(|_| Error::invalid("more than can be counted"))
 }
 
+/// On or off.
+pub(super) fn parse_switch(text: &str) -> Result<bool> {
+    match text.trim().to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err(Error::invalid("neither on nor off")),
+    }
+}
+
 /// A duration: a number of seconds, or numbers with the units `ms`, `s`, `m` (or `min`), `h`, `d`.
 pub fn parse_duration(text: &str) -> Result<Duration> {
     let refuse = || Error::invalid("not a duration").hint(format!("accepted: {DURATION_ACCEPTS}"));

@@ -2,7 +2,9 @@
 #![allow(dead_code, clippy::unwrap_used, missing_docs, unreachable_pub)]
 
 use modelcache::cache::{Artifact, GetOptions};
-use modelcache::config::{ByteBound, Config, Environment, HubConfig, OnRemoteDown, RemoteConfig, RetryConfig, Sharing};
+use modelcache::config::{
+    BucketConfig, ByteBound, Config, Environment, HubConfig, OnRemoteDown, RemoteConfig, RetryConfig, Sharing,
+};
 use modelcache::progress::Progress;
 use modelcache::{Cache, Reference, Result, Selection};
 use modelcache_testkit::{Content, Hub};
@@ -29,6 +31,8 @@ impl House {
             shared: Sharing::Off,
             lower_dir: None,
             remote: None,
+            buckets: BucketConfig::default(),
+            require_checksum: false,
             on_remote_down: OnRemoteDown::Origin,
             origins: Vec::new(),
             hub: HubConfig { endpoint: self.hub.url().to_owned(), token: None },
