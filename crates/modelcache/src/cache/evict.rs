@@ -40,7 +40,8 @@ impl Cache {
         };
         let origin_can_give_back = match origin {
             _ if remote_stays => true,
-            Some(_) if key.name.scheme().is_some() => true,
+            // What lies in a bucket may be another version by now.
+            Some(_) if key.name.scheme().is_some_and(|scheme| scheme != "s3") => true,
             Some(origin) if dry_run => matches!(origin.manifest().await, Ok(Some(_))),
             _ => false,
         };

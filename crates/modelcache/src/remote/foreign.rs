@@ -25,6 +25,8 @@ use std::sync::Arc;
 
 /// Checksum files read, or objects asked about, at a time.
 const LOOKS_IN_FLIGHT: usize = 32;
+/// Largest checksum file for one file, in bytes.
+const SIDECAR_BYTES_MAX: u64 = 64 * 1024;
 /// Names shown where there are many.
 const NAMES_SHOWN: usize = 4;
 /// The name of a checksum file for a whole folder.
@@ -50,8 +52,7 @@ impl Foreign {
         let (files, sidecars) = split(&listing);
         let mut statements = Statements::new();
         let mut useless = Vec::new();
-        for (sidecar, text) in texts(store, &listing, &sidecars).await? {
-            let found = text.as_deref().map(|text| stated(&sidecar, text, &files)).unwrap_or_default();
+        for (sidecar, found) in read_all(store, &listing, &sidecars, &files).await? {
             if found.is_empty() {
                 useless.push(sidecar);
                 continue;
@@ -269,8 +270,13 @@ fn split(listing: &Listing) -> (BTreeSet<FilePath>, Vec<FilePath>) {
 }
 
 /// The checksum files from the one that counts least to the one that counts most: those of folders from the top down,
-/// then those of single files. With their texts, where they are texts of a sensible size.
-async fn texts(store: &Store, listing: &Listing, sidecars: &[FilePath]) -> Result<Vec<(String, Option<String>)>> {
+/// then those of single files. With what they state of `files`: nothing where they are no texts of a sensible size.
+async fn read_all(
+    store: &Store,
+    listing: &Listing,
+    sidecars: &[FilePath],
+    files: &BTreeSet<FilePath>,
+) -> Result<Vec<(String, Vec<(FilePath, Digest)>)>> {
     let mut wanted: Vec<(String, bool)> = match (listing.single, listing.objects.keys().next()) {
         (true, Some(file)) => vec![(SUMS.to_owned(), false), (format!("{file}{SIDECAR}"), false)],
         _ => sidecars.iter().map(|path| (path.to_string(), true)).collect(),
@@ -278,14 +284,16 @@ async fn texts(store: &Store, listing: &Listing, sidecars: &[FilePath]) -> Resul
     let rank = |path: &str| (path.ends_with(SIDECAR), path.matches('/').count(), path.to_owned());
     wanted.sort_by_key(|(path, _)| rank(path));
     let reads = wanted.into_iter().map(|(path, listed)| async move {
-        let text = match store.get(&store.key(&listing.key_of(&path))?, limits::ANSWER_BYTES_MAX).await {
+        let bytes_max = if path.ends_with(SIDECAR) { SIDECAR_BYTES_MAX } else { limits::ANSWER_BYTES_MAX };
+        let text = match store.get(&store.key(&listing.key_of(&path))?, bytes_max).await {
             Ok(Some((bytes, _))) => String::from_utf8(bytes.into()).ok(),
             Ok(None) if !listed => return Ok(None),
             Ok(None) => None,
             Err(error) if error.kind() == ErrorKind::Corrupt => None,
             Err(error) => return Err(error),
         };
-        Ok(Some((path, text)))
+        let found = text.map(|text| stated(&path, &text, files)).unwrap_or_default();
+        Ok(Some((path, found)))
     });
     let reads = futures::stream::iter(reads.collect::<Vec<_>>()).buffered(LOOKS_IN_FLIGHT);
     reads.try_filter_map(|read| async { Ok(read) }).try_collect().await

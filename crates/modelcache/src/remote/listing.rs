@@ -16,7 +16,7 @@ use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity, Shape};
 use object_store::list::{PaginatedListOptions, PaginatedListStore as _};
 use sha2::Digest as _;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::{fmt, io};
 
 /// Where to look, below the store's prefix, without slashes at its ends.
@@ -109,16 +109,18 @@ impl Listing {
 
     /// Leaves out objects whose path is a folder of others.
     fn settle(mut self) -> Self {
-        let mut folders = Vec::new();
-        for path in self.objects.keys() {
-            let ends = path.as_str().match_indices('/').map(|(at, _)| &path.as_str()[..at]);
-            folders.extend(ends.filter_map(|folder| FilePath::new(folder).ok()));
-        }
-        for folder in folders {
-            if self.objects.remove(&folder).is_some_and(|identity| identity.object_bytes > 0) {
-                self.left_out.push(folder.to_string());
+        let folders_of = |path: &FilePath| {
+            let ends: Vec<_> = path.as_str().match_indices('/').map(|(at, _)| path.as_str()[..at].to_owned()).collect();
+            ends
+        };
+        let folders: HashSet<String> = self.objects.keys().flat_map(folders_of).collect();
+        self.objects.retain(|path, identity| {
+            let is_folder = folders.contains(path.as_str());
+            if is_folder && identity.object_bytes > 0 {
+                self.left_out.push(path.to_string());
             }
-        }
+            !is_folder
+        });
         self.left_out.retain(|key| !key.ends_with('/'));
         self
     }
@@ -139,11 +141,10 @@ impl Listing {
 /// warning says which right is missing.
 pub(super) async fn look(store: &Store, address: &Address) -> Result<Look> {
     let single = async {
-        let key = (!address.folder && !address.base.is_empty()).then(|| store.key(&address.base)).transpose()?;
-        match key {
-            Some(key) => store.head(&key).await,
-            None => Ok(None),
+        if address.folder || address.base.is_empty() || leads_out(store, address).await {
+            return Ok(None);
         }
+        store.head(&store.key(&address.base)?).await
     };
     let (single, below) = futures::future::join(single, below(store, address)).await;
     let (single, below) = (single?, below?);
@@ -228,11 +229,27 @@ impl Store {
     }
 }
 
-/// Walks a folder that stands for a bucket; links are followed, as reading does, but never in a circle.
+/// Whether the place in a folder is a link to somewhere else: whoever may write to a shared folder could have files
+/// read for them that they may not read.
+async fn leads_out(store: &Store, address: &Address) -> bool {
+    let Some(root) = store.folder().map(std::path::Path::to_owned) else { return false };
+    let place = root.join(&address.base);
+    let leads_out = move || match (root.canonicalize(), place.canonicalize()) {
+        (Ok(root), Ok(place)) => !place.starts_with(root),
+        _ => false,
+    };
+    tokio::task::spawn_blocking(leads_out).await.unwrap_or(true)
+}
+
+/// Walks a folder that stands for a bucket; links are followed within the remote's folder, and never in a circle.
 async fn below_folder(store: &Store, address: &Address) -> Result<Look> {
     let Some(root) = store.folder() else { return Ok(Look::Nothing) };
-    let root = root.join(&address.base);
-    let walked = tokio::task::spawn_blocking(move || walk(&root)).await;
+    if leads_out(store, address).await {
+        tracing::warn!(place = address.base, "a link leads out of the remote's folder; what it leads to is left out");
+        return Ok(Look::Nothing);
+    }
+    let (root, folder) = (root.to_owned(), root.join(&address.base));
+    let walked = tokio::task::spawn_blocking(move || walk(&root, &folder)).await;
     let cut_short = |cause| Error::new(ErrorKind::Other, "listing the remote was cut short").cause(cause);
     let (paths, left_out) = match walked.map_err(cut_short)? {
         Ok(walked) => walked,
@@ -250,7 +267,7 @@ async fn below_folder(store: &Store, address: &Address) -> Result<Look> {
             Ok(key) => store.head(&key).await?,
             Err(_) => Some(ObjectIdentity { etag: None, object_bytes: 0 }),
         };
-        // Gone since, or a link that leads nowhere.
+        // Gone since.
         let Some(identity) = identity else { continue };
         listing.take(store, &path, identity)?;
     }
@@ -258,26 +275,28 @@ async fn below_folder(store: &Store, address: &Address) -> Result<Look> {
     Ok(if listing.objects.is_empty() { Look::Nothing } else { Look::Foreign(listing) })
 }
 
-/// Paths of everything below `root` that is no folder, and names that are no text.
-fn walk(root: &std::path::Path) -> io::Result<(Vec<String>, Vec<String>)> {
+/// Paths of every file below `top`, and of what is none: names that are no text, pipes, links that lead out of `root`.
+fn walk(root: &std::path::Path, top: &std::path::Path) -> io::Result<(Vec<String>, Vec<String>)> {
     let (mut paths, mut left_out) = (Vec::new(), Vec::new());
-    let mut folders = vec![(root.to_owned(), String::new(), Vec::new())];
+    let root = root.canonicalize()?;
+    let mut folders = vec![(top.to_owned(), String::new(), Vec::new())];
     while let Some((folder, inside, mut above)) = folders.pop() {
         above.push(folder.canonicalize()?);
         for entry in std::fs::read_dir(&folder)? {
             let path = entry?.path();
             let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
-                left_out.push(path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned());
+                left_out.push(path.strip_prefix(top).unwrap_or(&path).to_string_lossy().into_owned());
                 continue;
             };
             let inside = if inside.is_empty() { name.to_owned() } else { format!("{inside}/{name}") };
-            let Ok(metadata) = path.metadata() else { continue };
-            if metadata.is_file() {
-                paths.push(inside);
-            } else if !metadata.is_dir() {
-                left_out.push(inside);
-            } else if path.canonicalize().is_ok_and(|real| !above.contains(&real)) {
-                folders.push((path, inside, above.clone()));
+            // A link that leads nowhere is nothing.
+            let (Ok(metadata), Ok(real)) = (path.metadata(), path.canonicalize()) else { continue };
+            match () {
+                () if !real.starts_with(&root) => left_out.push(inside),
+                () if metadata.is_file() => paths.push(inside),
+                () if !metadata.is_dir() => left_out.push(inside),
+                () if !above.contains(&real) => folders.push((path, inside, above.clone())),
+                () => {}
             }
         }
     }
