@@ -98,7 +98,7 @@ fn sums_speak_for_their_folder_and_are_not_part_of_the_view() {
     assert_eq!(provenances(&inspected(&house, "a", "team/m@1")), ["sidecar", "sidecar", "first-seen"]);
     // What is stated for some files does not do where a checksum is required, unless those alone are wanted.
     house.on("b").run(["get", "--require-checksum", "team/m@1"]).failed(5, &["sub/c"]);
-    house.on("b").run(["get", "--require-checksum", "team/m@1", "--include", "*b*"]).path();
+    house.on("b").run(["get", "--require-checksum", "team/m@1", "--include", "*/b"]).path();
 }
 
 #[test]
@@ -237,11 +237,11 @@ fn what_another_tool_put_there_is_neither_overwritten_nor_removed() {
     house.on("a").run(["put", "fraud@3", file.to_str().unwrap()]).failed(1, &["modelcache did not write"]);
     for tier in ["remote", "all"] {
         let args = ["evict", "--tier", tier, "--yes", "fraud@3"];
-        house.on("a").run(args).failed(1, &["another tool put them there"]);
+        house.on("a").run(args).failed(1, &["put there by another tool"]);
     }
     house.on("a").run(["get", "fraud@3"]).path();
     // No `--yes`: the remote can give it back.
-    house.on("a").run(["evict", "fraud@3"]).ok().said(&["the remote keeps it", "removed 200.0 kB on disk"]);
+    house.on("a").run(["evict", "fraud@3"]).ok().said(&["the remote keeps it", "on disk"]);
     assert_eq!(house.listed("a"), [""; 0]);
     assert_eq!(house.s3.keys(BUCKET), ["cache/fraud/3/model.tar.gz"]);
 }
@@ -268,7 +268,7 @@ fn a_shared_folder_is_filled_by_hand_too() {
     run("a").run(["get", "odd@2"]).failed(3, &["leads out of the remote's folder"]);
     assert_same(&run("a").run(["get", "fraud@latest"]).path(), &model_file());
     run("a").run(["get", "nothing@1"]).failed(3, &["not found"]);
-    run("a").run(["evict", "--tier", "remote", "--yes", "odd@1"]).failed(1, &["another tool"]);
+    run("a").run(["evict", "--tier", "remote", "--yes", "odd@1"]).failed(1, &["put there by another tool"]);
 }
 
 /// Puts objects with boto3, as people do: `keys` with their own names as content, then those with metadata, with a
@@ -357,7 +357,7 @@ fn a_place_in_another_bucket_is_an_origin() {
     house.s3.clear_requests();
     let path = house.on("b").run(["get", &reference]).path();
     assert_same(&path.join("model.bin"), &model_file());
-    assert!(house.s3.requests().iter().all(|seen| !seen.path.contains("/other/")), "the key alone is enough");
+    assert!(house.s3.requests().iter().all(|seen| !seen.path.starts_with("/other")), "the key alone is enough");
     assert_eq!(provenances(&inspected(&house, "b", &reference)), ["first-seen", "sidecar"]);
 }
 

@@ -30,7 +30,9 @@ impl Cache {
                         && error.kind() == ErrorKind::Conflict
                         && remote.has_foreign(&key).await? =>
                 {
-                    tracing::warn!(%error, "the remote keeps it");
+                    if !dry_run {
+                        tracing::warn!(%error, "the remote keeps it");
+                    }
                     remote_stays = true;
                     None
                 }

@@ -1,7 +1,7 @@
 //! What the store states of an object beyond size and ETag: a digest among its metadata, or its own checksum.
 //!
-//! `object_store` cannot ask for checksums, so the HEAD is made and signed here. Where its options change how requests
-//! are signed (`skip_signature` and the like), nothing is asked, and such objects count as having no checksum.
+//! `object_store` cannot ask for checksums, so the HEAD is made and signed here. Where its options change what a request
+//! needs (`skip_signature`, a customer's key and the like), nothing is asked, and objects count as having no checksum.
 
 use super::credentials::Credentials;
 use super::settings::{Options, S3Settings};
@@ -56,7 +56,10 @@ impl Asker {
         credentials: &Arc<Credentials>,
     ) -> Option<Self> {
         use AmazonS3ConfigKey as Key;
-        let changes = |key: &Key| matches!(key, Key::SkipSignature | Key::RequestPayer | Key::S3Express);
+        let changes = |key: &Key| {
+            let is_read_with_a_key = key.as_ref() == "aws_sse_customer_key_base64";
+            is_read_with_a_key || matches!(key, Key::SkipSignature | Key::RequestPayer | Key::S3Express)
+        };
         if options.passed_on.iter().any(|(key, _)| changes(key)) {
             return None;
         }

@@ -8,9 +8,9 @@
 //! Every read is of the object that was listed: one that was replaced since fails as a conflict, and whoever planned
 //! with the list makes a new one. Nothing here writes.
 
+use super::Remote;
 use super::listing::{self, Address, Listing, Look};
 use super::store::{ReadBody, Store};
-use super::{MANIFEST, Remote};
 use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
@@ -94,7 +94,7 @@ impl Foreign {
         let unknown = unstated(&self.manifest);
         if !unknown.is_empty() {
             let files = self.manifest.files.len();
-            tracing::warn!(%artifact, "nobody states a checksum of {} of {files} files ({}): taken as they come. {REMEDY}", unknown.len(), some(&unknown));
+            tracing::warn!(%artifact, "nobody states a checksum of {} of {files} files ({}), so that nothing can tell whether they are right; {REMEDY}", unknown.len(), some(&unknown));
         }
     }
 
@@ -186,9 +186,11 @@ impl Remote {
     /// Refuses what another tool put where the artifact `key` would lie: it is not ours to remove.
     pub(super) async fn refuse_foreign(&self, key: &ArtifactKey) -> Result<()> {
         let Some(listing) = at_key(self.store().await?, key).await? else { return Ok(()) };
-        let place = &listing.address.base;
-        Err(Error::new(ErrorKind::Conflict, format!("the {} objects at {place:?} are not modelcache's to remove: another tool put them there", listing.objects.len()))
-            .hint(format!("remove them with that tool, for instance `aws s3 rm --recursive`; without {MANIFEST} of ours nothing says that they belong together")))
+        let what =
+            format!("{:?} was put there by another tool, and is not modelcache's to remove", listing.address.base);
+        Err(Error::new(ErrorKind::Conflict, what).hint(
+            "remove it with that tool, for instance `aws s3 rm --recursive`; `--tier disk` removes the local copy only",
+        ))
     }
 }
 

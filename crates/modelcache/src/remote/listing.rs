@@ -167,7 +167,13 @@ async fn below(store: &Store, address: &Address) -> Result<Look> {
     }
 }
 
-/// Whether a path below the place belongs to us, and then what that makes of the address.
+/// Whether a path below the place is a pointer of ours. Those belong to names, and say nothing of what lies there.
+fn is_pointer(path: &str) -> bool {
+    let own = format!("{OWN_FOLDER}/refs/");
+    path.starts_with(&own) || path.contains(&format!("/{own}"))
+}
+
+/// Whether a path below the place belongs to us, and then what that makes of the place.
 fn ours(address: &Address, path: &str) -> Option<Look> {
     if path == OWN_FOLDER || path.strip_prefix(OWN_FOLDER).is_some_and(|rest| rest.starts_with('/')) {
         return Some(Look::Ours);
@@ -189,7 +195,8 @@ async fn below_prefix(store: &Store, address: &Address) -> Result<Look> {
             return Ok(Look::Nothing);
         };
         for object in page.result.objects {
-            let Some(path) = object.location.as_ref().strip_prefix(&prefix) else { continue };
+            let path = object.location.as_ref().strip_prefix(&prefix).filter(|path| !is_pointer(path));
+            let Some(path) = path else { continue };
             if let Some(ours) = ours(address, path) {
                 return Ok(ours);
             }
@@ -251,13 +258,14 @@ async fn below_folder(store: &Store, address: &Address) -> Result<Look> {
     let (root, folder) = (root.to_owned(), root.join(&address.base));
     let walked = tokio::task::spawn_blocking(move || walk(&root, &folder)).await;
     let cut_short = |cause| Error::new(ErrorKind::Other, "listing the remote was cut short").cause(cause);
-    let (paths, left_out) = match walked.map_err(cut_short)? {
+    let (mut paths, left_out) = match walked.map_err(cut_short)? {
         Ok(walked) => walked,
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
             return Ok(Look::Nothing);
         }
         Err(error) => return Err(failure::from_io(&error, &format!("cannot list {:?}", address.base), store.at())),
     };
+    paths.retain(|path| !is_pointer(path));
     if let Some(ours) = paths.iter().find_map(|path| ours(address, path)) {
         return Ok(ours);
     }
@@ -322,6 +330,8 @@ mod tests {
         assert!(matches!(ours(&address, ".modelcache/claim"), Some(Look::Ours)));
         assert!(matches!(ours(&address, "3/.modelcache/manifest.json"), Some(Look::Above(base)) if base == "team/m/3"));
         assert!(ours(&address, "3/.modelcache-notes").is_none() && ours(&address, "a.modelcache/x").is_none());
+        assert!(is_pointer(".modelcache/refs/prod") && is_pointer("m/.modelcache/refs/prod"));
+        assert!(!is_pointer("3/.modelcache/manifest.json") && !is_pointer("refs/x"));
     }
 
     #[test]
