@@ -6,7 +6,7 @@
 use crate::exit;
 use crate::verbs::Verb;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Parser};
-use modelcache::settings::SETTINGS;
+use modelcache::settings::{SETTINGS, SWITCH};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Write;
@@ -55,15 +55,18 @@ impl Args for SettingFlags {
                 let variable = setting.variable.map_or_else(String::new, |variable| format!(" [env: {variable}]"));
                 let default = setting.default.replace('`', "");
                 let help = format!("{}{variable} [default: {default}]", setting.meaning.replace('`', ""));
-                command.arg(
-                    Arg::new(flag)
-                        .long(flag)
-                        .value_name(setting.value_name)
-                        .help(help)
-                        .action(ArgAction::Set)
-                        .global(true)
-                        .help_heading("Settings"),
-                )
+                let arg = Arg::new(flag)
+                    .long(flag)
+                    .value_name(setting.value_name)
+                    .help(help)
+                    .action(ArgAction::Set)
+                    .global(true)
+                    .help_heading("Settings");
+                command.arg(match setting.value_name {
+                    // On without a value, which else would swallow the reference after it.
+                    SWITCH => arg.num_args(0..=1).require_equals(true).default_missing_value("1"),
+                    _ => arg,
+                })
             },
         )
     }
@@ -126,6 +129,19 @@ mod tests {
         for args in [["--dir", "/d", "get", "a@1"], ["get", "a@1", "--dir", "/d"], ["get", "--dir", "/d", "a@1"]] {
             assert_eq!(parse(&args).global.settings.0.get("dir").map(String::as_str), Some("/d"), "{args:?}");
         }
+    }
+
+    #[test]
+    fn a_switch_is_on_without_a_value_and_swallows_no_reference() {
+        let given = |args: &[&str]| {
+            let arguments = parse(args);
+            let Verb::Get(get) = &arguments.verb else { panic!("{args:?}") };
+            assert_eq!(get.references, ["a@1"], "{args:?}");
+            arguments.global.settings.0.get("require-checksum").cloned()
+        };
+        assert_eq!(given(&["get", "--require-checksum", "a@1"]).as_deref(), Some("1"));
+        assert_eq!(given(&["--require-checksum=0", "get", "a@1"]).as_deref(), Some("0"));
+        assert_eq!(given(&["get", "a@1"]), None);
     }
 
     #[test]

@@ -93,8 +93,13 @@ fn a_private_repository_opens_to_its_token_from_wherever_that_comes() {
 fn an_origin_of_a_later_release_and_a_broken_reference_say_what_to_write() {
     let (house, _) = House::with_model();
     for (reference, says) in [
-        ("s3://bucket/prefix", &["s3://bucket/prefix", "in this release", "hf:// and file:// can", "put"][..]),
-        ("https://host/file.bin", &["https://host/file.bin", "in this release"]),
+        (
+            "https://host/file.bin",
+            &["https://host/file.bin", "in this release", "hf://, s3:// and file:// can", "put"][..],
+        ),
+        ("s3://", &["s3://", "names no bucket", "write s3://bucket/prefix-or-object"]),
+        ("s3://bucket/a//b", &["s3://bucket/a//b", "an empty segment"]),
+        ("s3://bucket/../b", &["s3://bucket/../b", "\"..\""]),
         ("models:/name/3", &["models:/name/3", "in this release"]),
         ("oci://registry/repo:tag", &["oci://registry/repo:tag", "in this release"]),
         ("ftp://host/file.bin", &["ftp://host/file.bin", "write name@version"]),

@@ -69,6 +69,8 @@ fn open(dir: &Path) -> Cache {
         max_bytes: ByteBound::Bytes(1 << 40),
         min_free_bytes: ByteBound::Bytes(0),
         remote: None,
+        buckets: Default::default(),
+        require_checksum: false,
         on_remote_down: OnRemoteDown::Origin,
         remote_mode: RemoteMode::ReadWrite,
         backfill: None,

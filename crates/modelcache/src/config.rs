@@ -26,6 +26,10 @@ pub struct Config {
     pub lower_dir: Option<PathBuf>,
     /// The far tier, if there is one.
     pub remote: Option<RemoteConfig>,
+    /// How buckets are reached that `s3://` references name.
+    pub buckets: BucketConfig,
+    /// Refuse files of which nobody states a checksum.
+    pub require_checksum: bool,
     /// What an unavailable remote means.
     pub on_remote_down: OnRemoteDown,
     /// Whether the remote may be written.
@@ -86,6 +90,15 @@ pub struct RemoteConfig {
     /// Options of the store by name: `region`, `endpoint`, `path_style`, encryption and so on.
     pub options: BTreeMap<String, String>,
     /// The environment in which AWS credentials and settings are looked up (`AWS_*`, `HOME`).
+    pub environment: Environment,
+}
+
+/// How to reach buckets other than the remote's: as the remote's own is reached.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct BucketConfig {
+    /// Options of the store, as in [`RemoteConfig`].
+    pub options: BTreeMap<String, String>,
+    /// Where AWS credentials and settings are looked up.
     pub environment: Environment,
 }
 

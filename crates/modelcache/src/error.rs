@@ -156,6 +156,13 @@ impl Error {
         self
     }
 
+    /// Names the tier, whatever an inner call said: the origin may be a bucket, too.
+    #[must_use]
+    pub(crate) fn of_tier(mut self, tier: Tier) -> Self {
+        self.0.tier = Some(tier);
+        self
+    }
+
     /// Says what to do about it, unless an inner call already did.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {

@@ -10,8 +10,8 @@ mod file;
 mod values;
 
 use crate::config::{
-    Backfill, ByteBound, Config, Environment, HubConfig, OnRemoteDown, OriginTemplate, RemoteConfig, RemoteMode,
-    RetryConfig, Secret, Sharing,
+    Backfill, BucketConfig, ByteBound, Config, Environment, HubConfig, OnRemoteDown, OriginTemplate, RemoteConfig,
+    RemoteMode, RetryConfig, Secret, Sharing,
 };
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
@@ -31,6 +31,9 @@ pub const FILE_VARIABLE: &str = "MODEL_CACHE_CONFIG";
 
 /// The system-wide configuration file.
 const SYSTEM_FILE: &str = "/etc/modelcache/modelcache.toml";
+
+/// The value name of settings that are on or off: their flags may stand without a value.
+pub const SWITCH: &str = "0|1";
 
 /// The key of the table of store options; the only setting that is not one text.
 const OPTIONS_KEY: &str = "remote.options";
@@ -178,6 +181,20 @@ pub const SETTINGS: &[Setting] = &[
         meaning: "Options of the object store by name, for instance `region`, `endpoint` or encryption.",
         accepts: "a table of texts, numbers, true and false",
         set: |_, _| Ok(()),
+    },
+    Setting {
+        key: "require_checksum",
+        variable: Some("MODEL_CACHE_REQUIRE_CHECKSUM"),
+        flag: Some("require-checksum"),
+        value_name: SWITCH,
+        default: "`0`",
+        meaning: "Refuse files of which nobody states a checksum: hand-made ones in a bucket without `.sha256`, \
+                  `SHA256SUMS` or metadata, and what was taken as it came before.",
+        accepts: "1 or 0",
+        set: |given, draft| {
+            draft.require_checksum = parse_switch(&given.text)?;
+            Ok(())
+        },
     },
     Setting {
         key: "on_remote_down",
@@ -373,7 +390,10 @@ const HONOURED: &[(&str, &str)] = &[
     ("HF_TOKEN_PATH", "The file that holds the token when `HF_TOKEN` is not set. Default `$HF_HOME/token`."),
     ("HF_HUB_OFFLINE", "Where it is `1`, `on`, `yes` or `true` and `MODEL_CACHE_OFFLINE` is not set: as that."),
     ("HF_HOME", "Folder of that file. Default `$XDG_CACHE_HOME/huggingface`, else `~/.cache/huggingface`."),
-    ("AWS_*", "Credentials, profile, region and endpoint of an S3 remote, as the AWS command line reads them."),
+    (
+        "AWS_*",
+        "Credentials, profile, region and endpoint of an S3 remote and of `s3://` references, as the AWS command line reads them.",
+    ),
     ("XDG_CACHE_HOME, XDG_CONFIG_HOME", "Base folders of the default directory and of the user's file."),
     ("HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY", "The proxy for requests."),
     ("NO_COLOR", "No colours on a terminal."),
@@ -468,6 +488,7 @@ struct Draft {
     lower_dir: Option<PathBuf>,
     /// Rank, source and address of the best remote so far; the address is `None` where none is wanted.
     remote: Option<(usize, String, Option<String>)>,
+    require_checksum: bool,
     on_remote_down: OnRemoteDown,
     remote_mode: RemoteMode,
     backfill: Option<Backfill>,
@@ -551,6 +572,7 @@ impl Draft {
             shared: Sharing::default(),
             lower_dir: None,
             remote: None,
+            require_checksum: false,
             on_remote_down: OnRemoteDown::default(),
             remote_mode: RemoteMode::default(),
             backfill: None,
@@ -595,7 +617,9 @@ impl Draft {
             min_free_bytes: self.min_free_bytes,
             shared: self.shared,
             lower_dir: self.lower_dir,
+            buckets: BucketConfig { options: options.clone(), environment: environment.clone() },
             remote: remote.map(|url| RemoteConfig { url, options, environment }),
+            require_checksum: self.require_checksum,
             on_remote_down: self.on_remote_down,
             remote_mode: self.remote_mode,
             backfill: self.backfill,
@@ -872,6 +896,7 @@ mod tests {
             ("remote", "file://rel"),
             ("remote", "file://"),
             ("s3_bucket", "s3://b"),
+            ("require_checksum", "maybe"),
             ("on_remote_down", "ignore"),
             ("origin", "hf://org/model"),
             ("ref_ttl", "soon"),

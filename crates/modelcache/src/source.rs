@@ -37,6 +37,12 @@ pub trait Source: fmt::Debug + Send + Sync {
 
     /// The bytes of `path` in `range` (bytes, end exclusive, not empty, inside the file).
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body>;
+
+    /// What states the digest of `path` where that is a file or header beside it, as far as it was asked for; for the
+    /// message when the bytes have another.
+    fn stated_by(&self, _path: &FilePath) -> Option<String> {
+        None
+    }
 }
 
 /// A stream of bytes of one file.

@@ -27,7 +27,7 @@ const BIG: u64 = 3 * 1024 * 1024;
 fn origins(endpoint: &str, token: Option<&str>) -> Origins {
     let retry = RetryConfig { deadline: Duration::from_secs(4), read_timeout: Duration::from_millis(900) };
     let hub = HubConfig { endpoint: endpoint.to_owned(), token: token.map(Secret::new) };
-    Origins::new(hub, Retry::new(retry))
+    Origins::new(hub, Default::default(), Retry::new(retry))
 }
 
 async fn resolve(hub: &Hub, reference: &str) -> Result<Resolved> {

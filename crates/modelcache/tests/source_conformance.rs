@@ -6,14 +6,15 @@
 #![allow(clippy::unwrap_used)]
 
 use futures::StreamExt as _;
-use modelcache::config::{HubConfig, RetryConfig};
+use modelcache::config::{BucketConfig, Environment, HubConfig, RemoteConfig, RetryConfig};
 use modelcache::key::FilePath;
 use modelcache::manifest::Shape;
 use modelcache::origin::Origins;
+use modelcache::remote::Remote;
 use modelcache::source::Source;
 use modelcache::transfer::Retry;
 use modelcache::{ArtifactKey, ErrorKind, Reference, Tier};
-use modelcache_testkit::{Hub, content};
+use modelcache_testkit::{Hub, S3, content};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
@@ -182,7 +183,7 @@ fn files() -> BTreeMap<FilePath, Vec<u8>> {
 
 fn origins(endpoint: String) -> Origins {
     let retry = Retry::new(RetryConfig::default());
-    Origins::new(HubConfig { endpoint, ..HubConfig::default() }, retry)
+    Origins::new(HubConfig { endpoint, ..HubConfig::default() }, BucketConfig::default(), retry)
 }
 
 async fn on_the_hub(hub: &Arc<Hub>, repo: &str) -> Subject {
@@ -270,4 +271,74 @@ async fn a_snapshot_of_links_is_a_source() {
     let link = folder.path().join("link");
     std::os::unix::fs::symlink("snapshot", &link).unwrap();
     obeys_the_contract(&in_the_file_system(&link, Shape::Tree, files()).await).await;
+}
+
+async fn bucket(files: &BTreeMap<FilePath, Vec<u8>>) -> Arc<S3> {
+    let s3 = S3::start().await.unwrap();
+    s3.bucket("elsewhere").unwrap();
+    for (path, content) in files {
+        s3.put("elsewhere", &format!("some models/m/{path}"), content.clone()).unwrap();
+    }
+    Arc::new(s3)
+}
+
+fn environment(s3: &S3) -> Environment {
+    Environment(s3.env().into_iter().collect())
+}
+
+fn requests(s3: &Arc<S3>) -> Box<dyn Fn() -> usize> {
+    let s3 = s3.clone();
+    Box::new(move || s3.requests().len())
+}
+
+async fn at(s3: &Arc<S3>, reference: &str, shape: Shape, files: BTreeMap<FilePath, Vec<u8>>) -> Subject {
+    let buckets = BucketConfig { environment: environment(s3), ..BucketConfig::default() };
+    let origins = || Origins::new(HubConfig::default(), buckets.clone(), Retry::new(RetryConfig::default()));
+    let reference = Reference::parse(reference).unwrap();
+    let key = origins().resolve(&reference).await.unwrap().expect("it is there").key;
+    // Another process knows the key only, and has not listed anything.
+    let source = origins().source(&reference, &key).expect("a place in a bucket has sources");
+    let nothing = Reference::parse("s3://elsewhere/some models/nothing").unwrap();
+    let absent = origins().source(&nothing, &key);
+    Subject { source, absent, tier: Tier::Origin, shape, files, requests: requests(s3) }
+}
+
+#[tokio::test]
+async fn a_prefix_in_a_bucket_is_a_source() {
+    let s3 = bucket(&files()).await;
+    for reference in ["s3://elsewhere/some models/m", "s3://elsewhere/some models/m/"] {
+        obeys_the_contract(&at(&s3, reference, Shape::Tree, files()).await).await;
+    }
+}
+
+#[tokio::test]
+async fn one_object_in_a_bucket_is_a_source() {
+    let mut files = files();
+    files.retain(|path, _| path.as_str() == "model.safetensors");
+    let s3 = bucket(&files).await;
+    let reference = "s3://elsewhere/some models/m/model.safetensors";
+    obeys_the_contract(&at(&s3, reference, Shape::File, files).await).await;
+}
+
+fn on_the_remote(url: String, environment: Environment, requests: Box<dyn Fn() -> usize>) -> Subject {
+    let config = RemoteConfig { url, options: BTreeMap::new(), environment };
+    let remote = Remote::open(&config, Retry::new(RetryConfig::default())).unwrap();
+    let source = |key| Arc::new(remote.source(&ArtifactKey::bare(key).unwrap()));
+    let absent: Arc<dyn Source> = source("some models@n");
+    let source = source("some models@m");
+    Subject { source, absent: Some(absent), tier: Tier::Remote, shape: Shape::Tree, files: files(), requests }
+}
+
+#[tokio::test]
+async fn a_foreign_tree_on_the_remote_is_a_source() {
+    let s3 = bucket(&files()).await;
+    obeys_the_contract(&on_the_remote("s3://elsewhere".into(), environment(&s3), requests(&s3))).await;
+}
+
+#[tokio::test]
+async fn a_foreign_tree_in_a_shared_folder_is_a_source() {
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder.path().join("some models/m"), &files());
+    let url = format!("file://{}", folder.path().display());
+    obeys_the_contract(&on_the_remote(url, Environment::default(), Box::new(|| 0))).await;
 }

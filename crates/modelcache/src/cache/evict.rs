@@ -31,10 +31,23 @@ impl Cache {
             EvictTier::All | EvictTier::Disk => self.evict_disk(&key, dry_run).await.context(&key, Tier::Disk)?,
             EvictTier::Remote => None,
         };
+        let mut remote_stays = false;
         let remote_bytes = match (&self.0.remote, tier) {
-            (Some(remote), EvictTier::All | EvictTier::Remote) => {
-                remote.evict(&key, dry_run).await.context(&key, Tier::Remote)?
-            }
+            (Some(remote), EvictTier::All | EvictTier::Remote) => match remote.evict(&key, dry_run).await {
+                // Another tool's files are not ours to remove, and no reason to keep what is.
+                Err(error)
+                    if disk_bytes.is_some()
+                        && error.kind() == ErrorKind::Conflict
+                        && remote.has_foreign(&key).await? =>
+                {
+                    if !dry_run {
+                        tracing::warn!(%error, "the remote keeps it");
+                    }
+                    remote_stays = true;
+                    None
+                }
+                evicted => evicted.context(&key, Tier::Remote)?,
+            },
             _ => None,
         };
         if disk_bytes.is_none() && remote_bytes.is_none() {
@@ -44,7 +57,9 @@ impl Cache {
             self.remove_tags(&key, &tags).await?;
         }
         let origin_can_give_back = match origin {
-            Some(_) if key.name.scheme().is_some() => true,
+            _ if remote_stays => true,
+            // What lies in a bucket may be another version by now.
+            Some(_) if key.name.scheme().is_some_and(|scheme| scheme != "s3") => true,
             Some(origin) if dry_run => matches!(origin.manifest().await, Ok(Some(_))),
             _ => false,
         };

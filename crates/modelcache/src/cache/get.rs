@@ -56,6 +56,7 @@ impl Cache {
             Some(lent) => Landed::here(lent),
             None => self.board(wanted, progress).await?,
         };
+        self.require_checksums(wanted, &landed.lent.manifest)?;
         artifact(wanted, landed, progress)
     }
 
@@ -70,9 +71,7 @@ impl Cache {
             Joined::Lent(lent) => return Ok(Landed::here(*lent)),
             Joined::Leading(lead) => lead,
         };
-        let plan = self.plan_fill(wanted, progress).await?;
-        self.note_remote(!plan.remote_unusable);
-        let filled = self.pour(wanted, &plan, progress).await?;
+        let (plan, filled) = self.plan_and_pour(wanted, progress).await?;
         let to_backfill = self.missing_on_remote(&plan, &filled);
         let fetched_bytes = filled.fetched_bytes;
         // Before anything is published: whoever dies from here on has said what the remote still lacks.
@@ -83,6 +82,21 @@ impl Cache {
         published(&landed);
         let done = self.backfill(&landed.lent, to_backfill, progress).await;
         Ok(Landed { backfilled_bytes: done.uploaded_bytes, copied_bytes: done.copied_bytes, ..landed })
+    }
+
+    /// Steps 4 and 5; once more where another tool replaced files that had been listed.
+    async fn plan_and_pour(&self, wanted: &Wanted, progress: &Progress) -> Result<(FillPlan, Filled)> {
+        let plan = self.plan_fill(wanted, progress).await?;
+        self.note_remote(!plan.remote_unusable);
+        match self.pour(wanted, &plan, progress).await {
+            Err(error) if plan.remote_foreign && error.kind() == ErrorKind::Conflict => {
+                tracing::warn!(%error, "starting over with a new list");
+                let plan = self.plan_fill(wanted, progress).await?;
+                let filled = self.pour(wanted, &plan, progress).await?;
+                Ok((plan, filled))
+            }
+            poured => Ok((plan, poured?)),
+        }
     }
 
     async fn lend(&self, wanted: &Wanted, progress: &Progress) -> Result<Option<Lent>> {
@@ -169,7 +183,7 @@ impl Cache {
 
     /// The files of this fill that the remote should now be given, and those among them that it must write anew.
     fn missing_on_remote(&self, plan: &FillPlan, filled: &Filled) -> Option<ToBackfill> {
-        if !self.may_backfill() {
+        if !self.may_backfill() || plan.remote_foreign {
             tracing::debug!(key = %plan.listing.key, "nothing of this goes to a remote");
             return None;
         }

@@ -16,7 +16,7 @@ use crate::key::FilePath;
 use crate::manifest::{FileEntry, Manifest};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
-use crate::remote::RemoteSource;
+use crate::remote::{self, RemoteSource};
 use crate::source::Source;
 use crate::transfer::blocking;
 use std::collections::BTreeMap;
@@ -39,6 +39,8 @@ pub(super) struct FillPlan {
     asking: Asking,
     /// It does not answer now; what it lacks may be written later.
     pub(super) remote_down: bool,
+    /// The remote's files are another tool's: read as they were listed, never written.
+    pub(super) remote_foreign: bool,
     sources: BTreeMap<FilePath, Vec<Arc<dyn Source>>>,
 }
 
@@ -48,6 +50,7 @@ pub(super) struct Survey {
     disk: Option<Manifest>,
     lower: Option<Manifest>,
     remote: Option<(Arc<dyn Source>, Manifest)>,
+    remote_foreign: bool,
     origin: Option<Manifest>,
     remote_failure: Option<Error>,
     origin_failure: Option<Error>,
@@ -104,6 +107,7 @@ impl Cache {
         if selected.is_empty() && !listing.files.is_empty() {
             return Err(nothing_selected(wanted, &listing));
         }
+        self.require_checksums(wanted, &listing)?;
         let local = self.local_sources(wanted, &selected).await?;
         let sources = selected.iter().map(|(path, _)| (path.clone(), sources(path, &local, &survey, wanted))).collect();
         let remote_unusable = survey.remote_failure.is_some() || self.remote_within(wanted.reach).is_none();
@@ -116,6 +120,7 @@ impl Cache {
             remote_unusable,
             asking: wanted.asking(),
             remote_down,
+            remote_foreign: survey.remote_foreign,
             sources,
         })
     }
@@ -129,7 +134,10 @@ impl Cache {
             self.before_first_call().await;
             let asked = wanted.remote.clone().unwrap_or_else(|| Ok(Arc::new(remote.source(&wanted.key))));
             match manifest_of(asked).await {
-                Ok((source, manifest)) => survey.remote = manifest.map(|manifest| (source, manifest)),
+                Ok((source, manifest)) => {
+                    survey.remote_foreign = source.is_foreign();
+                    survey.remote = manifest.map(|manifest| (source as Arc<dyn Source>, manifest));
+                }
                 Err(error) => survey.remote_failure = Some(self.remote_failed(error)?),
             }
         }
@@ -141,6 +149,22 @@ impl Cache {
             }
         }
         Ok(survey)
+    }
+
+    /// Refuses files of which nobody states a checksum, where that is configured. A caller who demands a digest states
+    /// one.
+    pub(super) fn require_checksums(&self, wanted: &Wanted, listing: &Manifest) -> Result<()> {
+        if !self.0.config.require_checksum || wanted.digest.is_some() {
+            return Ok(());
+        }
+        let unstated: Vec<_> =
+            remote::unstated(listing).into_iter().filter(|path| wanted.selection.matches(path)).collect();
+        if unstated.is_empty() {
+            return Ok(());
+        }
+        let (files, names) = (unstated.len(), remote::some(&unstated));
+        Err(Error::corrupt(format!("nobody states a checksum of {files} of its files ({names}), and one is required"))
+            .hint(format!("{}; MODEL_CACHE_REQUIRE_CHECKSUM=0 takes them as they come", remote::REMEDY)))
     }
 
     /// What it means that the remote could not be asked: go on, or fail.
@@ -179,6 +203,9 @@ impl Cache {
         match (local, remote) {
             (Some(mut listing), Some(remote)) => {
                 if let Err(error) = listing.learn(&remote) {
+                    if survey.remote_foreign && wanted.origin.is_none() {
+                        return Err(replaced(wanted, &error));
+                    }
                     alarm::remote_contradicts(&wanted.key, &error);
                     survey.remote = None;
                     survey.remote_failure = Some(error.tier(Tier::Remote));
@@ -302,10 +329,20 @@ fn sources(path: &FilePath, local: &[Arc<DiskSource>], survey: &Survey, wanted: 
 }
 
 /// A source with its list, for which it is asked if it was not before.
-pub(super) async fn manifest_of(asked: Result<Arc<RemoteSource>>) -> Result<(Arc<dyn Source>, Option<Manifest>)> {
+pub(super) async fn manifest_of(asked: Result<Arc<RemoteSource>>) -> Result<(Arc<RemoteSource>, Option<Manifest>)> {
     let source = asked?;
     let manifest = source.manifest().await?;
     Ok((source, manifest))
+}
+
+/// A foreign tree is not what it was when disk got a part of it: nobody says which of the two is meant.
+fn replaced(wanted: &Wanted, error: &Error) -> Error {
+    let what = format!("the files on the remote are no longer those that this disk knows: {}", error.message());
+    let hint = format!(
+        "put changed files under another version; `modelcache evict --tier disk {}` makes this disk forget the old ones",
+        wanted.key
+    );
+    Error::new(ErrorKind::Conflict, what).tier(Tier::Remote).hint(hint)
 }
 
 fn nothing_selected(wanted: &Wanted, listing: &Manifest) -> Error {

@@ -252,4 +252,9 @@ impl Source for TemplateOrigin {
             None => Err(Error::not_found("no configured origin has it").tier(Tier::Origin)),
         }
     }
+
+    fn stated_by(&self, path: &FilePath) -> Option<String> {
+        let (source, _) = self.found.get()?.as_ref()?;
+        source.stated_by(path)
+    }
 }

@@ -14,6 +14,7 @@
 //! A bare key belongs to no origin. Whoever wants one from an origin applies an
 //! [`OriginTemplate`](crate::config::OriginTemplate) first; the source then speaks of the key of that origin.
 
+mod bucket;
 mod doctor;
 mod folder;
 mod http;
@@ -23,7 +24,7 @@ pub(crate) use doctor::examine;
 #[cfg(fuzzing)]
 pub(crate) use hub::fuzz as fuzz_hub;
 
-use crate::config::HubConfig;
+use crate::config::{BucketConfig, HubConfig};
 use crate::error::{Context as _, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::reference::{Reference, Target};
@@ -35,6 +36,7 @@ use std::sync::Arc;
 #[derive(Debug, Clone)]
 pub struct Origins {
     hub: Arc<hub::Hub>,
+    buckets: Arc<bucket::Buckets>,
 }
 
 /// What a reference pointed to when it was asked.
@@ -48,8 +50,9 @@ pub struct Resolved {
 
 impl Origins {
     /// The origins of a configuration. Connects to nothing.
-    pub fn new(hub: HubConfig, retry: Retry) -> Self {
-        Self { hub: Arc::new(hub::Hub::new(hub, retry)) }
+    pub fn new(hub: HubConfig, buckets: BucketConfig, retry: Retry) -> Self {
+        let buckets = Arc::new(bucket::Buckets::new(buckets, retry.clone()));
+        Self { hub: Arc::new(hub::Hub::new(hub, retry)), buckets }
     }
 
     /// What the reference points to right now.
@@ -58,7 +61,7 @@ impl Origins {
     /// it exists shows when its manifest is asked for.
     ///
     /// # Errors
-    /// `NotFound` for a missing repository or revision, `Unauthorized` for credentials that are missing or refused and
+    /// `NotFound` for a missing repository, revision or object, `Unauthorized` for credentials that are missing or refused and
     /// for gated repositories, `Unavailable` after retries, `Invalid` for a folder that cannot be an artifact,
     /// `Corrupt` for an answer that contradicts itself.
     pub async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
@@ -66,6 +69,9 @@ impl Origins {
             Target::Bare(_) => Ok(None),
             Target::Hub(repo) => hub::resolve(&self.hub, repo).await.context(reference, Tier::Origin).map(Some),
             Target::Folder(path) => folder::resolve(path).await.context(reference, Tier::Origin),
+            Target::Bucket(place) => {
+                bucket::resolve(&self.buckets, place).await.context(reference, Tier::Origin).map(Some)
+            }
         }
     }
 
@@ -76,6 +82,7 @@ impl Origins {
     pub fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
         match &reference.target {
             Target::Hub(repo) => Some(hub::source(&self.hub, repo, key)),
+            Target::Bucket(place) => Some(bucket::source(&self.buckets, place, key)),
             Target::Bare(_) | Target::Folder(_) => None,
         }
     }

@@ -3,9 +3,11 @@
 //! Every form of the interface is understood here, each scheme in its own file. Forms whose origin is not built yet are refused with a reason
 //! that says so, rather than taken for something else. A bare `name@version` never implies a public place.
 
+mod bucket;
 mod folder;
 mod hub;
 
+pub use bucket::BucketPlace;
 pub use folder::folder_name;
 pub use hub::{HubRepo, RepoKind};
 
@@ -24,6 +26,8 @@ pub enum Target {
     Hub(HubRepo),
     /// A local file or folder, by absolute path.
     Folder(String),
+    /// An object in a bucket, or everything below a prefix.
+    Bucket(BucketPlace),
 }
 
 /// A movable name that a reference goes through: what it means has to be asked, and may be another version tomorrow.
@@ -53,14 +57,15 @@ impl Reference {
         let reference = match body.split_once("://") {
             Some(("hf", rest)) => hub::parse(rest)?,
             Some(("file", rest)) => Self { target: Target::Folder(folder::parse(rest)?), file: None, digest: None },
-            Some(("s3" | "https" | "http" | "oci", _)) | None if later(body).is_some() => {
+            Some(("s3", rest)) => bucket::parse(rest)?,
+            Some(("https" | "http" | "oci", _)) | None if later(body).is_some() => {
                 let what = later(body).unwrap_or("this");
                 return Err(Error::invalid(format!("{text:?}: {what} cannot be an origin in this release"))
-                    .hint("hf:// and file:// can; put the files with `modelcache put NAME@VERSION PATH`"));
+                    .hint("hf://, s3:// and file:// can; put the files with `modelcache put NAME@VERSION PATH`"));
             }
             Some((scheme, _)) => {
                 return Err(Error::invalid(format!("{text:?}: no origin is called {scheme:?}"))
-                    .hint("write name@version, hf://org/model@revision or file:///path"));
+                    .hint("write name@version, hf://org/model@revision, s3://bucket/prefix or file:///path"));
             }
             None => Self { target: Target::Bare(ArtifactKey::listed(body)?), file: None, digest: None },
         };
@@ -71,7 +76,7 @@ impl Reference {
     pub fn at_revision(mut self, revision: &str) -> Result<Self> {
         match &mut self.target {
             Target::Hub(repo) => repo.revision = hub::checked_revision(revision)?,
-            Target::Bare(_) | Target::Folder(_) => {
+            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) => {
                 return Err(
                     Error::invalid(format!("{self} has no revisions")).hint("only hf:// references take --revision")
                 );
@@ -85,7 +90,7 @@ impl Reference {
         match &self.target {
             Target::Bare(key) => Some(key.clone()),
             Target::Hub(repo) if repo.is_commit() => repo.key_at(&repo.revision).ok(),
-            Target::Hub(_) | Target::Folder(_) => None,
+            Target::Hub(_) | Target::Folder(_) | Target::Bucket(_) => None,
         }
     }
 
@@ -95,6 +100,7 @@ impl Reference {
             Target::Hub(repo) if !repo.is_commit() => {
                 Some(Pointer { name: repo.name().ok()?, revision: repo.revision.clone() })
             }
+            Target::Bucket(place) => Some(Pointer { name: place.name().ok()?, revision: place.revision().to_owned() }),
             Target::Hub(_) | Target::Bare(_) | Target::Folder(_) => None,
         }
     }
@@ -105,8 +111,8 @@ impl Reference {
     pub fn pinned(&self, key: &ArtifactKey) -> Self {
         let target = match &self.target {
             Target::Hub(repo) => Target::Hub(HubRepo { revision: key.version.as_str().to_owned(), ..repo.clone() }),
-            // A folder as it is now is named as it is listed.
-            Target::Bare(_) | Target::Folder(_) => Target::Bare(key.clone()),
+            // What a place holds now is named as it is listed.
+            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) => Target::Bare(key.clone()),
         };
         Self { target, ..self.clone() }
     }
@@ -115,7 +121,7 @@ impl Reference {
     pub fn may_mean(&self, version: &Version) -> bool {
         match &self.target {
             Target::Hub(repo) => repo.key_at(version.as_str()).is_ok(),
-            Target::Bare(_) | Target::Folder(_) => true,
+            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) => true,
         }
     }
 
@@ -128,7 +134,6 @@ impl Reference {
 /// What `body` asks for, if it is a known form whose origin is not built yet.
 fn later(body: &str) -> Option<&'static str> {
     match body.split_once(':')? {
-        ("s3", rest) if rest.starts_with("//") => Some("an S3 prefix"),
         ("https" | "http", rest) if rest.starts_with("//") => Some("a web address"),
         ("oci", rest) if rest.starts_with("//") => Some("an OCI registry"),
         ("models", rest) if rest.starts_with('/') => Some("an MLflow registry"),
@@ -164,6 +169,7 @@ impl fmt::Display for Reference {
             Target::Bare(key) => write!(f, "{key}")?,
             Target::Hub(repo) => write!(f, "{repo}")?,
             Target::Folder(path) => write!(f, "file://{}", encoded(path))?,
+            Target::Bucket(place) => write!(f, "{place}")?,
         }
         if let Some(file) = &self.file {
             write!(f, "/{}", encoded(file.as_str()))?;
@@ -239,13 +245,7 @@ mod tests {
 
     #[test]
     fn forms_of_later_releases_say_so() {
-        for text in [
-            "s3://bucket/prefix",
-            "https://host/file.tar.gz@1",
-            "oci://registry/repo:tag",
-            "models:/name/3",
-            "models:/name@prod",
-        ] {
+        for text in ["https://host/file.tar.gz@1", "oci://registry/repo:tag", "models:/name/3", "models:/name@prod"] {
             let error = Reference::parse(text).expect_err(text);
             assert!(error.message().contains("in this release"), "{text}: {error}");
         }
@@ -284,7 +284,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn parsing_never_panics_and_what_parses_prints_to_itself(text in "(hf://|file:///|)[a-z/@:#%2fF.=é ]{0,40}") {
+        fn parsing_never_panics_and_what_parses_prints_to_itself(text in "(hf://|file:///|s3://|)[a-z/@:#%2fF.=é ]{0,40}") {
             if let Ok(reference) = Reference::parse(&text) {
                 prop_assert_eq!(Reference::parse(&reference.to_string()).expect("prints what parses"), reference);
             }

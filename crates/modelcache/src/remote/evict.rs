@@ -43,6 +43,9 @@ pub(super) async fn evict(remote: &Remote, key: &ArtifactKey, dry_run: bool) -> 
     let store = remote.store().await?;
     let folder = Folder::new(key);
     let there = look(store, &folder).await?;
+    if there.is_none() {
+        remote.refuse_foreign(key).await?;
+    }
     if dry_run {
         return Ok(there.as_ref().map(held_bytes));
     }

@@ -199,7 +199,8 @@ pub(super) fn from_io(io: &std::io::Error, doing: &str, at: &Whereabouts) -> Err
     use std::io::ErrorKind as Io;
     let error = |kind| Error::new(kind, format!("{doing}: {io}")).tier(Tier::Remote);
     match io.kind() {
-        Io::NotFound => error(ErrorKind::NotFound),
+        // Another tool may have put a file where a folder of ours would be.
+        Io::NotFound | Io::NotADirectory => error(ErrorKind::NotFound),
         Io::PermissionDenied | Io::ReadOnlyFilesystem => {
             error(ErrorKind::Unauthorized).hint(format!("check owner and mode of the folder {}", at.container))
         }

@@ -19,14 +19,20 @@
 //! <name>/<version>/.modelcache/manifest.json   the commit point: all files, and what is held with ETag and size
 //! <name>/.modelcache/refs/<revision>           what a tag or a revision means: see `refs.rs`
 //! ```
+//!
+//! A version folder without any `.modelcache` is a foreign tree, put there by another tool: it is read as it is found
+//! (`foreign.rs`), and never written to.
 
+mod ask;
 mod claim;
 mod copy;
 mod credentials;
 mod doctor;
 mod evict;
 mod failure;
+mod foreign;
 mod list;
+mod listing;
 mod policy;
 mod profile;
 mod publish;
@@ -40,6 +46,8 @@ mod verify;
 mod wire;
 
 pub(crate) use doctor::examine;
+pub(crate) use foreign::{Foreign, Found, REMEDY, some, unstated};
+pub(crate) use listing::Address;
 pub use policy::{Policy, Role};
 pub use refs::{RefKind, RemoteRef};
 pub use source::RemoteSource;
@@ -281,6 +289,11 @@ impl Remote {
         progress: &Progress,
     ) -> Result<Option<Verified>> {
         verify::verify(self, key, chosen, pace, progress).await.map_err(|error| error.artifact(key).tier(Tier::Remote))
+    }
+
+    /// The region that the server says the bucket is in, where it refused ours.
+    pub(crate) fn region_told(&self) -> Option<String> {
+        self.0.store.get()?.region_told()
     }
 
     /// The store, opened at the first use.

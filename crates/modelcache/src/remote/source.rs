@@ -2,7 +2,11 @@
 //!
 //! Ranges are asked for under the ETag recorded when the object was written. An object that has another ETag and the
 //! same size is read all the same: copying a bucket changes ETags and not bytes, and whoever reads checks.
+//!
+//! Where there is no manifest, another tool may have put the files there: then the source is a [foreign](super::foreign)
+//! tree, and its objects are read only as they were listed.
 
+use super::foreign::{self, Foreign};
 use super::store::ReadBody;
 use super::{Folder, Remote};
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
@@ -20,9 +24,24 @@ use tokio::sync::OnceCell;
 pub struct RemoteSource {
     remote: Remote,
     folder: Folder,
-    manifest: OnceCell<Option<Arc<Manifest>>>,
+    known: OnceCell<Option<Known>>,
     /// ETags that took the place of recorded ones.
     etags: Mutex<HashMap<FilePath, Option<String>>>,
+}
+
+/// What lies there.
+enum Known {
+    Published(Arc<Manifest>),
+    Foreign(Foreign),
+}
+
+impl Known {
+    fn manifest(&self) -> &Manifest {
+        match self {
+            Self::Published(manifest) => manifest,
+            Self::Foreign(foreign) => &foreign.manifest,
+        }
+    }
 }
 
 impl fmt::Debug for RemoteSource {
@@ -33,22 +52,35 @@ impl fmt::Debug for RemoteSource {
 
 impl RemoteSource {
     pub(super) fn new(remote: Remote, key: ArtifactKey) -> Self {
-        Self { remote, folder: Folder::new(&key), manifest: OnceCell::new(), etags: Mutex::default() }
+        Self { remote, folder: Folder::new(&key), known: OnceCell::new(), etags: Mutex::default() }
     }
 
-    async fn known(&self) -> Result<Option<&Arc<Manifest>>> {
+    async fn known(&self) -> Result<Option<&Known>> {
         let ask = || async {
             let store = self.remote.store().await?;
-            let read = self.folder.read_manifest(store).await?;
-            Ok(read.map(|(manifest, _)| Arc::new(manifest)))
+            if let Some((manifest, _)) = self.folder.read_manifest(store).await? {
+                return Ok(Some(Known::Published(Arc::new(manifest))));
+            }
+            match foreign::at_key(store, &self.folder.key).await? {
+                Some(listing) => {
+                    let foreign = Foreign::describe(store, &self.folder.key, Arc::new(listing)).await?;
+                    Ok(Some(Known::Foreign(foreign)))
+                }
+                None => Ok(None),
+            }
         };
-        Ok(self.manifest.get_or_try_init(ask).await?.as_ref())
+        Ok(self.known.get_or_try_init(ask).await?.as_ref())
+    }
+
+    /// Whether what lies there, as far as it was asked for, is another tool's.
+    pub(crate) fn is_foreign(&self) -> bool {
+        matches!(self.known.get(), Some(Some(Known::Foreign(_))))
     }
 
     /// The object of `path` as it was written.
     async fn recorded(&self, path: &FilePath) -> Result<ObjectIdentity> {
-        let manifest = self.known().await?;
-        let held = manifest.and_then(|manifest| manifest.files.get(path)?.on_remote());
+        let known = self.known().await?;
+        let held = known.and_then(|known| known.manifest().files.get(path)?.on_remote());
         held.cloned().ok_or_else(|| Error::not_found(format!("{path} is not held by the remote")))
     }
 
@@ -76,6 +108,9 @@ impl RemoteSource {
     }
 
     async fn body(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
+        if let Some(Known::Foreign(foreign)) = self.known().await? {
+            return foreign.read(self.remote.store().await?, path, range).await;
+        }
         let recorded = self.recorded(path).await?;
         let store = self.remote.store().await?;
         let object = self.folder.object(store, path)?;
@@ -108,10 +143,17 @@ impl Source for RemoteSource {
 
     async fn manifest(&self) -> Result<Option<Manifest>> {
         let known = self.known().await.context(&self.folder.key, Tier::Remote)?;
-        Ok(known.map(|manifest| Manifest::clone(manifest)))
+        Ok(known.map(|known| known.manifest().clone()))
     }
 
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         self.body(path, range).await.context(&self.folder.key, Tier::Remote)
+    }
+
+    fn stated_by(&self, path: &FilePath) -> Option<String> {
+        match self.known.get() {
+            Some(Some(Known::Foreign(foreign))) => foreign.stated_by(path).map(str::to_owned),
+            _ => None,
+        }
     }
 }

@@ -7,6 +7,7 @@
 //! Surprise: a create-only write that was retried may be refused because its own first try arrived. Who writes so must
 //! be able to recognise what it wrote.
 
+use super::ask::Asker;
 use super::copy::Copier;
 use super::credentials::Credentials;
 use super::failure::{self, Whereabouts};
@@ -29,8 +30,8 @@ use object_store::{
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Longest key, in bytes (<https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html>).
@@ -45,13 +46,15 @@ pub(super) struct Store {
     /// In front of every key; empty, or without slashes at its ends.
     prefix: String,
     at: Whereabouts,
+    /// The region that the server says the bucket is in, where it is another than we sign for.
+    region_told: Mutex<Option<String>>,
     retry: Retry,
     /// A write was refused for want of a right: the next one would be, too.
     refuses_writes: AtomicBool,
 }
 
 enum Kind {
-    Bucket { s3: AmazonS3, credentials: Arc<Credentials>, copier: Option<Copier> },
+    Bucket { s3: AmazonS3, credentials: Arc<Credentials>, asker: Option<Asker>, copier: Option<Copier> },
     Folder { root: PathBuf },
 }
 
@@ -115,6 +118,7 @@ impl Store {
             kind: Kind::Folder { root },
             prefix,
             at: Whereabouts { container: shown.clone(), endpoint: shown, region: String::new() },
+            region_told: Mutex::default(),
             retry,
             refuses_writes: AtomicBool::new(false),
         })
@@ -132,6 +136,7 @@ impl Store {
             &settings.region,
             connector.client().clone(),
         ));
+        let asker = Asker::new(bucket, &settings, options, &connector, &credentials);
         let copier = Copier::new(bucket, &settings, options, &connector, credentials.clone());
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(bucket)
@@ -161,9 +166,10 @@ impl Store {
             settings.endpoint.clone().unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", settings.region));
         Ok(Self {
             objects: Arc::new(s3.clone()),
-            kind: Kind::Bucket { s3, credentials, copier },
+            kind: Kind::Bucket { s3, credentials, asker, copier },
             prefix: prefix.to_owned(),
             at: Whereabouts { container: bucket.to_owned(), endpoint, region: settings.region },
+            region_told: Mutex::default(),
             retry,
             refuses_writes: AtomicBool::new(false),
         })
@@ -220,6 +226,14 @@ impl Store {
         }
     }
 
+    /// Asks what the store's own client does not, where the store is a bucket and its options allow it.
+    pub(super) fn asker(&self) -> Option<&Asker> {
+        match &self.kind {
+            Kind::Bucket { asker, .. } => asker.as_ref(),
+            Kind::Folder { .. } => None,
+        }
+    }
+
     /// Makes copies within the bucket, where that is possible.
     pub(super) fn copier(&self) -> Option<&Copier> {
         match &self.kind {
@@ -231,6 +245,11 @@ impl Store {
     /// Whether a write was refused for want of a right.
     pub(super) fn refuses_writes(&self) -> bool {
         self.refuses_writes.load(Ordering::Relaxed)
+    }
+
+    /// The region that the server says the bucket is in, where it refused the one that we sign for.
+    pub(super) fn region_told(&self) -> Option<String> {
+        self.region_told.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The file that is the object `key`, where the store is a folder.
@@ -262,6 +281,10 @@ impl Store {
     /// The library's error for a failure of `object_store`.
     pub(super) async fn failed(&self, error: object_store::Error, doing: &str) -> Error {
         let expired = failure::is_expired(&error);
+        let region = failure::refusal(&error).and_then(|refusal| refusal.region.clone());
+        if let Some(region) = region.filter(|region| *region != self.at.region) {
+            *self.region_told.lock().unwrap_or_else(PoisonError::into_inner) = Some(region);
+        }
         let error = failure::translate(error, doing, &self.at);
         match &self.kind {
             Kind::Bucket { credentials, .. } if expired => error.transient(credentials.expired().await),
@@ -287,7 +310,7 @@ impl Store {
     }
 
     /// `None` where there is no such object, or where the answer cannot be told from that.
-    async fn present<T>(&self, answer: object_store::Result<T>, doing: &str) -> Result<Option<T>> {
+    pub(super) async fn present<T>(&self, answer: object_store::Result<T>, doing: &str) -> Result<Option<T>> {
         match answer {
             Ok(value) => Ok(Some(value)),
             Err(error) if failure::is_ambiguous(&error) => {
@@ -369,6 +392,10 @@ impl Store {
             answer => answer,
         };
         match answer {
+            // A store that ignores the condition still tells what it sends.
+            Ok(answer) if etag.is_some_and(|etag| is_another(etag, answer.meta.e_tag.as_deref())) => {
+                Ok(ReadBody::Changed)
+            }
             Ok(answer) => Ok(ReadBody::Stream { start: answer.range.start, stream: self.stream(answer, doing) }),
             Err(error) if etag.is_some() && failure::condition_failed(&error) => Ok(ReadBody::Changed),
             Err(error) => Err(self.failed(error, &doing).await),
@@ -450,17 +477,23 @@ impl Store {
     }
 }
 
-fn identity(meta: &ObjectMeta) -> ObjectIdentity {
+/// Whether the object that `now` belongs to is another than that of `etag`. Some stores leave the quotes away in lists.
+pub(super) fn is_another(etag: &str, now: Option<&str>) -> bool {
+    let bare = |etag: &str| etag.trim_matches('"').to_owned();
+    now.is_some_and(|now| bare(now) != bare(etag))
+}
+
+pub(super) fn identity(meta: &ObjectMeta) -> ObjectIdentity {
     ObjectIdentity { etag: meta.e_tag.clone(), object_bytes: meta.size }
 }
 
 /// Once per process: a bucket that answers 403 for what is missing does so for every artifact.
-fn warn_ambiguous(at: &Whereabouts) {
+pub(super) fn warn_ambiguous(at: &Whereabouts) {
     static WARNED: AtomicBool = AtomicBool::new(false);
     if !WARNED.swap(true, Ordering::Relaxed) {
         tracing::warn!(
             bucket = at.container,
-            "the remote answers 403 where an object may just be missing; taken as missing. The credentials may lack s3:ListBucket or s3:GetObject"
+            "the remote answers 403 where an object may just be missing; taken as missing. The credentials may lack s3:ListBucket or s3:GetObject; files that another tool put there are found with s3:ListBucket only"
         );
     }
 }

@@ -5,7 +5,7 @@
 //! of one for all, since a body may take an hour and a question may not.
 //!
 //! Surprise: answers to listings are edited. One key with an empty segment (`a//b`) makes `object_store` lose the whole
-//! page, so such keys, which can never be ours, are taken out first.
+//! page, so such keys, which can never be ours, are taken out first; [`LeftOut`] names them to whoever asks.
 
 use super::settings::{Options, S3Settings};
 use crate::error::{Error, Result, Tier};
@@ -69,6 +69,10 @@ struct Wire {
     read_timeout: Duration,
 }
 
+/// Keys that were taken out of a page of a listing; an extension of its answer.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LeftOut(pub(super) Vec<String>);
+
 impl Connector {
     /// Builds the client. Loads root certificates, which takes a while: not on an async thread.
     pub(super) fn new(settings: &S3Settings, options: &Options, read_timeout: Duration) -> Result<Self> {
@@ -105,6 +109,11 @@ impl Connector {
     pub(super) fn client(&self) -> &reqwest::Client {
         &self.0.client
     }
+
+    /// The same client with the limits and refusals of the store's own requests.
+    pub(super) fn http(&self) -> HttpClient {
+        HttpClient::new(self.0.clone())
+    }
 }
 
 impl HttpConnector for Connector {
@@ -126,7 +135,7 @@ impl HttpService for Wire {
         let upload = Duration::from_secs(request.body().content_length() as u64 / UPLOAD_BYTES_PER_S_MIN);
         let patience = self.read_timeout + upload + extra;
         let response = tokio::time::timeout(patience, self.client.call(request)).await.map_err(timed_out)??;
-        let (parts, body) = response.into_parts();
+        let (mut parts, body) = response.into_parts();
         if streams && parts.status.is_success() {
             return Ok(HttpResponse::from_parts(parts, body));
         }
@@ -135,7 +144,9 @@ impl HttpService for Wire {
             return Err(HttpError::new(HttpErrorKind::Unknown, refusal(parts.status.as_u16(), &parts.headers, &body)));
         }
         let body = if listing {
-            HttpResponseBody::from(without_odd_keys(&String::from_utf8_lossy(&body)))
+            let (kept, left_out) = without_odd_keys(&String::from_utf8_lossy(&body));
+            parts.extensions.insert(LeftOut(left_out));
+            HttpResponseBody::from(kept)
         } else {
             body.into()
         };
@@ -188,11 +199,11 @@ fn unescape_xml(text: &str) -> String {
     plain
 }
 
-/// The listing without keys that `object_store` cannot hold, and without folder markers (`a/`).
-fn without_odd_keys(xml: &str) -> String {
+/// The listing without keys that `object_store` cannot hold, and without folder markers (`a/`); and those keys.
+fn without_odd_keys(xml: &str) -> (String, Vec<String>) {
     const OPEN: &str = "<Contents>";
     const CLOSE: &str = "</Contents>";
-    let mut kept = String::with_capacity(xml.len());
+    let (mut kept, mut left_out) = (String::with_capacity(xml.len()), Vec::new());
     let mut rest = xml;
     while let Some(start) = rest.find(OPEN) {
         let Some(length) = rest[start..].find(CLOSE) else { break };
@@ -200,10 +211,13 @@ fn without_odd_keys(xml: &str) -> String {
         let key = element(&rest[start..end], "Key").unwrap_or_default();
         let usable = !key.is_empty() && !key.ends_with('/') && !key.starts_with('/') && Path::parse(&key).is_ok();
         kept.push_str(if usable { &rest[..end] } else { &rest[..start] });
+        if !usable {
+            left_out.push(key);
+        }
         rest = &rest[end..];
     }
     kept.push_str(rest);
-    kept
+    (kept, left_out)
 }
 
 #[cfg(test)]
@@ -236,7 +250,10 @@ mod tests {
             .flat_map(|(good, odd)| [odd.clone(), good.clone()])
             .chain(odd[3..].to_vec())
             .collect();
-        assert_eq!(without_odd_keys(&page(&mixed)), page(&good));
-        assert_eq!(without_odd_keys("<x>"), "<x>");
+        let (kept, mut left_out) = without_odd_keys(&page(&mixed));
+        left_out.sort();
+        assert_eq!(kept, page(&good));
+        assert_eq!(left_out, ["/a", "a/", "a/../b", "a//b", "a\u{1}b"]);
+        assert_eq!(without_odd_keys("<x>"), ("<x>".to_owned(), Vec::new()));
     }
 }

@@ -9,15 +9,6 @@ pub(super) const DURATION_ACCEPTS: &str = "for instance 500ms, 30s, 1.5m, 1h30m,
 
 pub(super) const SWITCH_ACCEPTS: &str = "1, true, yes or on; 0, false, no or off";
 
-/// A switch.
-pub(super) fn parse_switch(text: &str) -> Result<bool> {
-    match text.to_ascii_lowercase().as_str() {
-        "1" | "true" | "yes" | "on" => Ok(true),
-        "0" | "false" | "no" | "off" => Ok(false),
-        _ => Err(Error::invalid("neither on nor off")),
-    }
-}
-
 /// A size: a number of bytes, with a unit, or a whole percentage.
 ///
 /// Units go by the SI (`kB`, `MB`, …) and the IEC (`KiB`, `MiB`, …), in any case, with or without the `B`, as in
@@ -55,6 +46,15 @@ pub fn parse_size(text: &str) -> Result<ByteBound> {
     let whole = digits(whole).map_err(|_| refuse())? * unit;
     let fraction = digits(fraction).map_err(|_| refuse())? * unit / 10_u128.pow(fraction.len() as u32);
     u64::try_from(whole + fraction).map(ByteBound::Bytes).map_err(|_| Error::invalid("more than can be counted"))
+}
+
+/// On or off.
+pub(super) fn parse_switch(text: &str) -> Result<bool> {
+    match text.trim().to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err(Error::invalid("neither on nor off")),
+    }
 }
 
 /// A duration: a number of seconds, or numbers with the units `ms`, `s`, `m` (or `min`), `h`, `d`.

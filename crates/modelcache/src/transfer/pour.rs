@@ -283,7 +283,16 @@ fn proven(file: &PourFile, hashed: Hashed) -> Result<FileEntry> {
     let demanded = entry.provenance == Some(Provenance::Caller);
     let mismatch = |what: &str, expected: String, got: String| {
         let tiers: Vec<String> = file.sources.iter().map(|source| source.tier().to_string()).collect();
+        let sidecar = file.sources.iter().find_map(|source| source.stated_by(&file.path));
+        let sidecar = sidecar.filter(|_| entry.provenance == Some(Provenance::Sidecar));
+        let expected = match &sidecar {
+            Some(sidecar) => format!("{expected} (as {sidecar} says)"),
+            None => expected,
+        };
         let hint = match tiers.as_slice() {
+            _ if sidecar.is_some() => {
+                "either the file was replaced and its checksum was not, or it is damaged: see which, and mend that one"
+            }
             _ if demanded => "the reference demands other content; check where the digest came from",
             [only] if only == "remote" => "the copy there is damaged; `modelcache put --force` replaces it",
             _ => "the copy there is damaged, or something on the way alters it; nothing was kept",

@@ -3,7 +3,8 @@
 
 use modelcache::cache::{Artifact, GetOptions};
 use modelcache::config::{
-    ByteBound, Config, Environment, HubConfig, OnRemoteDown, RemoteConfig, RemoteMode, RetryConfig, Sharing,
+    BucketConfig, ByteBound, Config, Environment, HubConfig, OnRemoteDown, RemoteConfig, RemoteMode, RetryConfig,
+    Sharing,
 };
 use modelcache::progress::Progress;
 use modelcache::{Cache, Reference, Result, Selection};
@@ -31,6 +32,8 @@ impl House {
             shared: Sharing::Off,
             lower_dir: None,
             remote: None,
+            buckets: BucketConfig::default(),
+            require_checksum: false,
             on_remote_down: OnRemoteDown::Origin,
             remote_mode: RemoteMode::ReadWrite,
             backfill: None,

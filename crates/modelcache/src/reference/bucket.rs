@@ -1,0 +1,98 @@
+//! References to buckets: `s3://bucket/prefix-or-object`, as `aws s3` writes them.
+//!
+//! Nothing in a key is special: it is not percent-decoded, and never split at `@`. A slash at the end says that only
+//! what lies below is meant, not an object of that key.
+
+use super::{Reference, Target};
+use crate::error::{Error, Result};
+use crate::key::ArtifactName;
+use std::fmt;
+
+/// One object, or everything below a prefix, in a bucket.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct BucketPlace {
+    /// The bucket.
+    pub bucket: String,
+    /// The key or prefix, without slashes at its ends; empty for the whole bucket.
+    pub key: String,
+    /// Written with a slash at the end: no object of that key.
+    pub folder: bool,
+}
+
+pub(super) fn parse(rest: &str) -> Result<Reference> {
+    let refuse = |why: &str| Error::invalid(format!("s3://{rest}: {why}")).hint("write s3://bucket/prefix-or-object");
+    let (bucket, key) = rest.split_once('/').unwrap_or((rest, ""));
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    if bucket.is_empty() || !bucket.chars().all(plain) {
+        return Err(refuse("it names no bucket"));
+    }
+    let folder = key.is_empty() || key.ends_with('/');
+    let key = key.strip_suffix('/').unwrap_or(key);
+    if !key.is_empty() && key.split('/').any(str::is_empty) {
+        return Err(refuse("it has an empty segment, which no file's path can have"));
+    }
+    let place = BucketPlace { bucket: bucket.to_owned(), key: key.to_owned(), folder };
+    place.name().map_err(|error| refuse(error.message()))?;
+    Ok(Reference { target: Target::Bucket(place), file: None, digest: None })
+}
+
+impl BucketPlace {
+    /// The name under which it is cached.
+    pub fn name(&self) -> Result<ArtifactName> {
+        let segments = self.key.split('/').filter(|segment| !segment.is_empty());
+        ArtifactName::from_uri("s3", [self.bucket.as_str()].into_iter().chain(segments))
+    }
+
+    /// What it is called among the answers that are remembered: it has no revisions, only what lies there now. Object
+    /// and prefix of one name have two answers.
+    pub(super) fn revision(&self) -> &'static str {
+        if self.folder { "current-folder" } else { "current" }
+    }
+}
+
+impl fmt::Display for BucketPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "s3://{}/{}{}", self.bucket, self.key, if self.folder && !self.key.is_empty() { "/" } else { "" })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(text: &str) -> (String, String, bool) {
+        match Reference::parse(text).unwrap_or_else(|error| panic!("{text}: {error}")).target {
+            Target::Bucket(BucketPlace { bucket, key, folder }) => (bucket, key, folder),
+            other => panic!("{text} is {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_key_is_taken_as_it_is_written() {
+        let row = |bucket: &str, key: &str, folder| (bucket.to_owned(), key.to_owned(), folder);
+        assert_eq!(place("s3://b"), row("b", "", true));
+        assert_eq!(place("s3://b/"), row("b", "", true));
+        assert_eq!(place("s3://b/models/m"), row("b", "models/m", false));
+        assert_eq!(place("s3://b/models/m/"), row("b", "models/m", true));
+        assert_eq!(place("s3://my.b_1/m@3/é%2F+ ?x"), row("my.b_1", "m@3/é%2F+ ?x", false));
+        for bad in
+            ["s3://", "s3:///x", "s3://b:80/x", "s3://k@b/x", "s3://b//x", "s3://b/a//b", "s3://b/../x", "s3://b/x//"]
+        {
+            assert!(Reference::parse(bad).is_err(), "{bad} was accepted");
+        }
+    }
+
+    #[test]
+    fn names_do_not_clash_and_what_lies_there_is_asked_for() {
+        let name = |text| {
+            let Target::Bucket(place) = Reference::parse(text).expect("parses").target else { panic!("{text}") };
+            place.name().expect("name").to_string()
+        };
+        assert_eq!(name("s3://b/m@3/a%2Fb"), "s3/b/m%403/a%252Fb");
+        let pointer = |text| Reference::parse(text).expect("parses").pointer().expect("movable");
+        assert_eq!(pointer("s3://b/m").name, pointer("s3://b/m/").name);
+        assert_ne!(pointer("s3://b/m").revision, pointer("s3://b/m/").revision);
+        assert!(Reference::parse("s3://b/m").expect("parses").exact_key().is_none());
+        assert!(Reference::parse("s3://b/m").expect("parses").at_revision("x").is_err());
+    }
+}
