@@ -169,6 +169,8 @@ fn one_object_may_be_the_version_itself() {
     let path = house.on("a").run(["get", "fraud@3", "--require-checksum"]).path();
     assert_same(&path, &model_file());
     assert!(path.is_file());
+    let file = house.write("mine", "mine");
+    house.on("b").run(["put", "fraud@3", file.to_str().unwrap()]).failed(1, &["modelcache did not write"]);
 }
 
 /// Runs a get of `big@1`, whose file is replaced while its first read is held back, `times` times.

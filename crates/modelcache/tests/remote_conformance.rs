@@ -179,6 +179,11 @@ async fn evict_removes_only_what_the_manifest_names(place: Place) {
     place.put("team/m/1/theirs.txt", b"not ours");
     assert_eq!(place.remote().evict(&tree.key(), false).await.expect("evicts"), Some(1_100));
     assert_eq!(place.keys(), ["team/m/1/theirs.txt", "team/m/2/.modelcache/manifest.json", "team/m/2/a"]);
+    // What is left is somebody else's: it is read as that, and not ours to remove.
+    let error = place.remote().evict(&tree.key(), false).await.expect_err("theirs");
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    assert!(place.manifest("team/m@1").await.files.keys().eq([&path("theirs.txt")]));
+    place.remove("team/m/1/theirs.txt");
     assert_eq!(place.remote().evict(&tree.key(), false).await.expect("again"), None);
     assert!(place.remote().source(&tree.key()).manifest().await.expect("no failure").is_none());
 }

@@ -25,6 +25,8 @@ const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_')
 const METADATA: &str = "x-amz-meta-sha256";
 /// Where S3 states the SHA-256 that it checked itself.
 const CHECKSUM: &str = "x-amz-checksum-sha256";
+/// Whether that is of the whole object.
+const CHECKSUM_TYPE: &str = "x-amz-checksum-type";
 
 /// Sends signed HEAD requests.
 pub(super) struct Asker {
@@ -102,9 +104,17 @@ fn stated(headers: &HeaderMap) -> Stated {
     let garbage = metadata.as_ref().is_some_and(Result::is_err).then_some(METADATA);
     let sha256 = match metadata {
         Some(Ok(digest)) => Some((digest, METADATA)),
+        _ if in_parts(etag.as_deref()) || text(CHECKSUM_TYPE) == Some("COMPOSITE") => None,
         _ => text(CHECKSUM).and_then(whole).map(|digest| (digest, CHECKSUM)),
     };
     Stated { etag, sha256, garbage }
+}
+
+/// Whether the object was sent in parts (`"<hex>-<parts>"`): its SHA-256 at S3 then is one of checksums, and not every
+/// store says so.
+fn in_parts(etag: Option<&str>) -> bool {
+    let parts = etag.and_then(|etag| etag.trim_matches('"').rsplit_once('-'));
+    parts.is_some_and(|(_, parts)| !parts.is_empty() && parts.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// The digest, unless it is a checksum of the checksums of parts (`<base64>-<parts>`).
@@ -134,6 +144,10 @@ mod tests {
         assert_eq!(said(&[(METADATA, "unknown".into()), (CHECKSUM, base64.clone())]), Some((b, CHECKSUM)));
         assert_eq!(said(&[(CHECKSUM, format!("{base64}-2"))]), None, "a checksum of checksums");
         assert_eq!(said(&[(CHECKSUM, STANDARD.encode(b"short"))]), None);
+        let typed = |kind: &str| said(&[(CHECKSUM, base64.clone()), (CHECKSUM_TYPE, kind.into())]);
+        assert_eq!((typed("FULL_OBJECT"), typed("COMPOSITE")), (Some((b, CHECKSUM)), None));
+        let tagged = |etag: &str| said(&[(CHECKSUM, base64.clone()), ("etag", etag.into())]);
+        assert_eq!((tagged("\"9b2c-d\""), tagged("\"9b2cd-2\"")), (Some((b, CHECKSUM)), None));
         assert_eq!(said(&[]), None);
     }
 }

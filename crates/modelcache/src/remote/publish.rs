@@ -81,6 +81,7 @@ pub(super) async fn publish(
     let new = matches!(there, There::Nothing);
     if new {
         job.refuse_nested().await?;
+        job.refuse_object().await?;
     }
     let checked = new && job.refuse_foreign_unclaimed().await?;
 
@@ -196,6 +197,18 @@ impl Job<'_> {
             Some(ancestor) => Err(Error::new(
                 ErrorKind::Conflict,
                 format!("lies inside {ancestor:?}, which is a published version on the remote"),
+            )
+            .hint("choose another name or version")),
+        }
+    }
+
+    /// A version's folder has not the name of another tool's object, which is read as that version.
+    async fn refuse_object(&self) -> Result<()> {
+        match self.store.head(&self.store.key(&self.folder.base)?).await? {
+            None => Ok(()),
+            Some(_) => Err(Error::new(
+                ErrorKind::Conflict,
+                format!("the remote holds an object {:?} that modelcache did not write", self.folder.base),
             )
             .hint("choose another name or version")),
         }

@@ -253,7 +253,7 @@ mod tests {
         let (kept, mut left_out) = without_odd_keys(&page(&mixed));
         left_out.sort();
         assert_eq!(kept, page(&good));
-        assert_eq!(left_out, ["/a", "a/", "a/../b", "a//b", "a\u{1}b"]);
+        assert_eq!(left_out, ["/a", "a\u{1}b", "a/", "a/../b", "a//b"]);
         assert_eq!(without_odd_keys("<x>"), ("<x>".to_owned(), Vec::new()));
     }
 }
