@@ -106,6 +106,13 @@ impl Cache {
         }
     }
 
+    /// Makes the next resolving of `reference` ask the origin.
+    pub(super) async fn forget_pointer(&self, reference: &Reference) -> Result<()> {
+        let Some(Pointer { name, revision }) = reference.pointer() else { return Ok(()) };
+        let disk = self.0.disk.clone();
+        blocking(move || disk.forget_ref(&name, &revision)).await
+    }
+
     /// The source for a bare key by the configured templates, if there are any.
     fn template_origin(&self, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
         let templates = &self.0.config.origins;

@@ -37,6 +37,15 @@ impl Disk {
         }))
     }
 
+    /// Forgets what `revision` of `name` resolved to: it is known to be no longer so.
+    pub(crate) fn forget_ref(&self, name: &ArtifactName, revision: &str) -> Result<()> {
+        let path = self.layout().reference(name, revision);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).at("remove", &path),
+            _ => Ok(()),
+        }
+    }
+
     /// Remembers what `revision` of `name` resolved to just now.
     pub(crate) fn remember_ref(&self, name: &ArtifactName, revision: &str, version: &Version) -> Result<()> {
         self.ensure_writable()?;

@@ -17,8 +17,10 @@
 mod folder;
 mod http;
 mod hub;
+mod web;
 
 use crate::config::HubConfig;
+use crate::credentials::Credentials;
 use crate::error::{Context as _, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::reference::{Reference, Target};
@@ -30,6 +32,8 @@ use std::sync::Arc;
 #[derive(Debug, Clone)]
 pub struct Origins {
     hub: Arc<hub::Hub>,
+    web: Arc<web::Web>,
+    retry: Retry,
 }
 
 /// What a reference pointed to when it was asked.
@@ -44,7 +48,17 @@ pub struct Resolved {
 impl Origins {
     /// The origins of a configuration. Connects to nothing.
     pub fn new(hub: HubConfig, retry: Retry) -> Self {
-        Self { hub: Arc::new(hub::Hub::new(hub, retry)) }
+        Self {
+            hub: Arc::new(hub::Hub::new(hub, retry.clone())),
+            web: Arc::new(web::Web::new(Credentials::default(), retry.clone())),
+            retry,
+        }
+    }
+
+    /// The same with credentials for web servers.
+    #[must_use]
+    pub fn with_credentials(self, credentials: Credentials) -> Self {
+        Self { web: Arc::new(web::Web::new(credentials, self.retry.clone())), ..self }
     }
 
     /// What the reference points to right now.
@@ -61,6 +75,10 @@ impl Origins {
             Target::Bare(_) => Ok(None),
             Target::Hub(repo) => hub::resolve(&self.hub, repo).await.context(reference, Tier::Origin).map(Some),
             Target::Folder(path) => folder::resolve(path).await.context(reference, Tier::Origin),
+            Target::Web(file) => {
+                let demanded = reference.digest.is_some();
+                web::resolve(&self.web, file, demanded).await.context(reference, Tier::Origin).map(Some)
+            }
         }
     }
 
@@ -71,6 +89,7 @@ impl Origins {
     pub fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
         match &reference.target {
             Target::Hub(repo) => Some(hub::source(&self.hub, repo, key)),
+            Target::Web(file) => web::source(&self.web, file, key, reference.digest.is_some()),
             Target::Bare(_) | Target::Folder(_) => None,
         }
     }

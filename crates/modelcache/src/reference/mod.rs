@@ -5,9 +5,12 @@
 
 mod folder;
 mod hub;
+mod web;
 
 pub use folder::folder_name;
 pub use hub::{HubRepo, RepoKind};
+pub use web::WebFile;
+pub(crate) use web::shown;
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -24,6 +27,8 @@ pub enum Target {
     Hub(HubRepo),
     /// A local file or folder, by absolute path.
     Folder(String),
+    /// One file on a web server.
+    Web(WebFile),
 }
 
 /// A movable name that a reference goes through: what it means has to be asked, and may be another version tomorrow.
@@ -53,14 +58,17 @@ impl Reference {
         let reference = match body.split_once("://") {
             Some(("hf", rest)) => hub::parse(rest)?,
             Some(("file", rest)) => Self { target: Target::Folder(folder::parse(rest)?), file: None, digest: None },
-            Some(("s3" | "https" | "http" | "oci", _)) | None if later(body).is_some() => {
+            Some((scheme @ ("https" | "http"), rest)) => {
+                Self { target: Target::Web(web::parse(scheme, rest)?), file: None, digest: None }
+            }
+            Some(("s3" | "oci", _)) | None if later(body).is_some() => {
                 let what = later(body).unwrap_or("this");
                 return Err(Error::invalid(format!("{text:?}: {what} cannot be an origin in this release"))
-                    .hint("hf:// and file:// can; put the files with `modelcache put NAME@VERSION PATH`"));
+                    .hint("hf://, https:// and file:// can; put the files with `modelcache put NAME@VERSION PATH`"));
             }
             Some((scheme, _)) => {
-                return Err(Error::invalid(format!("{text:?}: no origin is called {scheme:?}"))
-                    .hint("write name@version, hf://org/model@revision or file:///path"));
+                return Err(Error::invalid(format!("{:?}: no origin is called {scheme:?}", shown(text)))
+                    .hint("write name@version, hf://org/model@revision, https://host/file or file:///path"));
             }
             None => Self { target: Target::Bare(ArtifactKey::listed(body)?), file: None, digest: None },
         };
@@ -71,7 +79,7 @@ impl Reference {
     pub fn at_revision(mut self, revision: &str) -> Result<Self> {
         match &mut self.target {
             Target::Hub(repo) => repo.revision = hub::checked_revision(revision)?,
-            Target::Bare(_) | Target::Folder(_) => {
+            Target::Bare(_) | Target::Folder(_) | Target::Web(_) => {
                 return Err(
                     Error::invalid(format!("{self} has no revisions")).hint("only hf:// references take --revision")
                 );
@@ -85,6 +93,7 @@ impl Reference {
         match &self.target {
             Target::Bare(key) => Some(key.clone()),
             Target::Hub(repo) if repo.is_commit() => repo.key_at(&repo.revision).ok(),
+            Target::Web(file) => file.key_at(file.version.clone()?).ok(),
             Target::Hub(_) | Target::Folder(_) => None,
         }
     }
@@ -95,7 +104,10 @@ impl Reference {
             Target::Hub(repo) if !repo.is_commit() => {
                 Some(Pointer { name: repo.name().ok()?, revision: repo.revision.clone() })
             }
-            Target::Hub(_) | Target::Bare(_) | Target::Folder(_) => None,
+            Target::Web(file) if file.version.is_none() => {
+                Some(Pointer { name: file.name().ok()?, revision: WEB_REVISION.to_owned() })
+            }
+            Target::Hub(_) | Target::Bare(_) | Target::Folder(_) | Target::Web(_) => None,
         }
     }
 }
@@ -104,12 +116,14 @@ impl Reference {
 fn later(body: &str) -> Option<&'static str> {
     match body.split_once(':')? {
         ("s3", rest) if rest.starts_with("//") => Some("an S3 prefix"),
-        ("https" | "http", rest) if rest.starts_with("//") => Some("a web address"),
         ("oci", rest) if rest.starts_with("//") => Some("an OCI registry"),
         ("models", rest) if rest.starts_with('/') => Some("an MLflow registry"),
         _ => None,
     }
 }
+
+/// The revision of an address without a version: what lies there now.
+const WEB_REVISION: &str = "current";
 
 const DIGEST_HINT: &str = "append #sha256= and the digest that the content must have, or nothing";
 
@@ -118,9 +132,13 @@ fn split_digest(text: &str) -> Result<(&str, Option<Digest>)> {
     match text.split_once('#') {
         None => Ok((text, None)),
         Some((body, fragment)) => match fragment.strip_prefix("sha256=") {
-            Some(hex) => Ok((body, Some(hex.parse().map_err(|error: Error| error.artifact(text).hint(DIGEST_HINT))?))),
-            None => Err(Error::invalid(format!("{text:?}: after '#' only sha256=<64 hex digits> is understood"))
-                .hint(DIGEST_HINT)),
+            Some(hex) => {
+                Ok((body, Some(hex.parse().map_err(|error: Error| error.artifact(shown(text)).hint(DIGEST_HINT))?)))
+            }
+            None => {
+                Err(Error::invalid(format!("{:?}: after '#' only sha256=<64 hex digits> is understood", shown(text)))
+                    .hint(DIGEST_HINT))
+            }
         },
     }
 }
@@ -139,6 +157,7 @@ impl fmt::Display for Reference {
             Target::Bare(key) => write!(f, "{key}")?,
             Target::Hub(repo) => write!(f, "{repo}")?,
             Target::Folder(path) => write!(f, "file://{path}")?,
+            Target::Web(file) => write!(f, "{file}")?,
         }
         if let Some(file) = &self.file {
             write!(f, "/{file}")?;
@@ -209,13 +228,7 @@ mod tests {
 
     #[test]
     fn forms_of_later_releases_say_so() {
-        for text in [
-            "s3://bucket/prefix",
-            "https://host/file.tar.gz@1",
-            "oci://registry/repo:tag",
-            "models:/name/3",
-            "models:/name@prod",
-        ] {
+        for text in ["s3://bucket/prefix", "oci://registry/repo:tag", "models:/name/3", "models:/name@prod"] {
             let error = Reference::parse(text).expect_err(text);
             assert!(error.message().contains("in this release"), "{text}: {error}");
         }

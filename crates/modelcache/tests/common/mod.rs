@@ -32,6 +32,7 @@ impl House {
             on_remote_down: OnRemoteDown::Origin,
             origins: Vec::new(),
             hub: HubConfig { endpoint: self.hub.url().to_owned(), token: None },
+            credentials: Default::default(),
             ref_ttl: Duration::from_secs(60),
             retry: RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(1) },
         }
