@@ -106,7 +106,7 @@ fn a_file_replaced_in_mid_download_is_fetched_anew_and_never_mixed() {
 #[test]
 fn what_a_broken_fetch_left_is_not_gone_on_with_when_the_file_is_another() {
     let (house, web) = (House::new(), Web::start().unwrap());
-    web.put("/model.bin", Page::of(big()).etag("\"old\"").then(2, Page::status(503)));
+    web.put("/model.bin", Page::of(big()).etag("\"old\"").broken_from(8 * MIB));
     let get = || house.on_local("c").run(["get", &format!("{}/model.bin@3", web.url())]);
     get().failed(7, &["503"]);
     assert!(house.marked_parts("c") > 0, "the test needs a part that was left");
@@ -117,7 +117,7 @@ fn what_a_broken_fetch_left_is_not_gone_on_with_when_the_file_is_another() {
 #[test]
 fn what_a_broken_fetch_left_is_gone_on_with_when_the_file_is_the_same() {
     let (house, web) = (House::new(), Web::start().unwrap());
-    web.put("/model.bin", Page::of(big()).etag("\"old\"").then(2, Page::status(503)));
+    web.put("/model.bin", Page::of(big()).etag("\"old\"").broken_from(8 * MIB));
     let get = || house.on_local("c").run(["get", &format!("{}/model.bin", web.url())]);
     get().failed(7, &["503"]);
     assert!(house.marked_parts("c") > 0, "the test needs a part that was left");
@@ -243,7 +243,8 @@ fn a_server_that_asks_to_wait_is_waited_for_within_the_deadline() {
     let (house, web) = (House::new(), Web::start().unwrap());
     let busy = |wait: &str| Page::status(429).header("retry-after", wait);
     web.put("/m.bin", busy("1").then(1, Page::of(big()).etag("\"x\"")));
-    house.on_local("c").run(["get", &format!("{}/m.bin", web.url())]).path();
+    let outcome = house.on_local("c").run(["get", &format!("{}/m.bin", web.url())]);
+    outcome.path_saying(&["asks to wait 1 s", "waiting as long as the server asks"]);
     web.put("/n.bin", busy("3600"));
     house.on_local("c").run(["get", &format!("{}/n.bin", web.url())]).failed(7, &["asks to wait 3600 s"]);
     assert_eq!(web.requests().iter().filter(|seen| seen.path == "/n.bin").count(), 1);

@@ -47,6 +47,8 @@ pub struct Page {
     ignores_conditions: bool,
     /// The value of `Authorization` without which the answer is 401.
     wants: Option<String>,
+    /// Ranges that begin here or later are answered 503.
+    broken_from: Option<u64>,
     /// After this many answers, the other page lies there.
     then: Option<(usize, Box<Page>)>,
 }
@@ -62,6 +64,7 @@ impl Page {
             without_length: false,
             ignores_conditions: false,
             wants: None,
+            broken_from: None,
             then: None,
         }
     }
@@ -105,6 +108,11 @@ impl Page {
     /// Only for who sends exactly this `Authorization`.
     pub fn wanting(self, authorization: &str) -> Self {
         Self { wants: Some(authorization.to_owned()), ..self }
+    }
+
+    /// Ranges that begin at `byte` or later fail.
+    pub fn broken_from(self, byte: u64) -> Self {
+        Self { broken_from: Some(byte), ..self }
     }
 
     /// After `answers` answers, `page` lies there.
@@ -240,6 +248,9 @@ impl Shared {
         };
         let (status, range) = match asked {
             Wanted::Whole => (StatusCode::OK, 0..len),
+            Wanted::Part(range) if page.broken_from.is_some_and(|from| range.start >= from) => {
+                return answer(StatusCode::SERVICE_UNAVAILABLE, "text/plain", "broken");
+            }
             Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
             Wanted::Unsatisfiable => {
                 let mut answer = answer(StatusCode::RANGE_NOT_SATISFIABLE, "text/plain", "");

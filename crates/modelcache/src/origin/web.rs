@@ -2,8 +2,9 @@
 //!
 //! A first byte is asked for and tells everything: size, validators, digests, whether there are ranges. Without a given
 //! version the validator becomes the version: `etag-…` from a strong entity tag, else `modified-…` from date and size,
-//! else `sha256-…`, for which the file is read through once; so is a file whose size the server does not say. Every
-//! later answer must fit the first one: what was replaced meanwhile is said to be superseded, never mixed.
+//! else `sha256-…`, for which the file is read through once; so is one whose size the server does not say, and one that
+//! nothing but its bytes tells from another. Every later answer must fit the first one: what was replaced meanwhile is
+//! said to be superseded, never mixed.
 //!
 //! Digests are taken from `Repr-Digest`, `Digest`, `Content-Digest` and `X-Checksum-Sha256`, and from a `.sha256` beside
 //! the file. Credentials go to the scheme, host and port of the address itself, on no redirect elsewhere. A redirect's
@@ -78,7 +79,7 @@ pub(super) async fn resolve(web: &Arc<Web>, file: &WebFile, demanded: bool) -> R
         let key = file.key_at(version.clone())?;
         return Ok(Resolved { source: Arc::new(WebSource::new(web, file, key.clone(), demanded)?), key });
     }
-    let found = web.retry.run(|| web.look(&file.url, true)).await?;
+    let found = web.retry.run(|| web.look(&file.url, true, demanded)).await?;
     let key = file.key_at(found.version()?)?;
     let source = WebSource::new(web, file, key.clone(), demanded)?;
     let source = Arc::new(WebSource { found: OnceCell::new_with(Some(found)), ..source });
@@ -149,8 +150,10 @@ impl Web {
         Ok(Some(value))
     }
 
-    /// What the server says of the file at `url` now; `derive` where that must do for a version.
-    async fn look(&self, url: &Url, derive: bool) -> Result<Found> {
+    /// What the server says of the file at `url` now. `derive` where that must do for a version; `demanded` where the
+    /// caller brings a digest. Without any of these and without a validator only a digest of all bytes tells this
+    /// content from what may lie there while it is fetched.
+    async fn look(&self, url: &Url, derive: bool, demanded: bool) -> Result<Found> {
         let headers = HeaderMap::from_iter([(RANGE, http::range_header(&(0..1))?)]);
         let mut answer = self.get(url.clone(), url, headers).await?;
         if answer.response.status() == StatusCode::RANGE_NOT_SATISFIABLE && told_size(&answer) != Some(0) {
@@ -167,7 +170,9 @@ impl Web {
         let stated = stated_digest(headers, status)?;
         let mut found = Found { size: 0, etag, modified, stated, counted: None };
         match told_size(&answer) {
-            Some(size) if !derive || found.validator(size).is_some() => found.size = size,
+            Some(size) if found.validator(size).is_some() || !derive && (demanded || stated.is_some()) => {
+                found.size = size;
+            }
             _ => self.read_through(&mut found, answer, url).await?,
         }
         Ok(found)
@@ -428,8 +433,10 @@ impl WebSource {
     /// What the server said of the file when it was first asked, which must fit the version.
     async fn found(&self) -> Result<&Found> {
         let derived = DERIVED.iter().any(|prefix| self.key.version.as_str().starts_with(prefix));
-        let found =
-            self.found.get_or_try_init(|| self.web.retry.run(|| self.web.look(&self.file.url, derived))).await?;
+        let found = self
+            .found
+            .get_or_try_init(|| self.web.retry.run(|| self.web.look(&self.file.url, derived, self.demanded)))
+            .await?;
         match derived && found.version()? != self.key.version {
             true => Err(self.superseded()),
             false => Ok(found),

@@ -75,6 +75,9 @@ impl Attempts {
     /// Sleeps before the next attempt, or gives `error` back when there shall be none.
     pub async fn pause(&mut self, error: Error) -> Result<()> {
         let Some(wait) = self.wait_after(&error, Instant::now()) else { return Err(error) };
+        if error.wait().is_some() {
+            tracing::info!(%error, wait_s = wait.as_secs(), "waiting as long as the server asks");
+        }
         tracing::debug!(%error, wait_ms = wait.as_millis() as u64, attempt = self.failures, "trying again");
         tokio::time::sleep(wait).await;
         Ok(())
