@@ -4,7 +4,7 @@
 
 use crate::arguments::Global;
 use modelcache::config::Environment;
-use modelcache::settings::{ConfigFiles, Settings};
+use modelcache::settings::{ConfigFiles, Settings, netrc_path};
 use modelcache::{Error, ErrorKind, Result};
 use std::ffi::OsString;
 use std::io;
@@ -16,6 +16,9 @@ pub(crate) fn gather(global: &Global) -> Result<Settings> {
     let environment = environment(std::env::vars_os())?;
     let files = read_files(ConfigFiles::choose(global.config.as_deref(), &environment))?;
     let mut settings = Settings::gather(&global.settings.0, &environment, &files, read_if_there)?;
+    if netrc_path(&environment).is_some_and(|path| others_may_read(&path)) {
+        settings.config.credentials.netrc_is_open();
+    }
     settings.config.dir = std::path::absolute(&settings.config.dir)
         .map_err(|cause| Error::new(ErrorKind::Directory, "the present folder is not known").cause(cause))?;
     Ok(settings)
@@ -110,6 +113,11 @@ fn read_files(files: ConfigFiles) -> Result<Vec<(PathBuf, String)>> {
             })
             .collect(),
     }
+}
+
+/// Whether users other than the owner may read the file.
+fn others_may_read(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|file| file.mode() & 0o044 != 0)
 }
 
 fn read_if_there(path: &Path) -> io::Result<Option<String>> {

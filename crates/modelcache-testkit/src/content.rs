@@ -168,6 +168,12 @@ impl<const N: usize> From<&[u8; N]> for Content {
     }
 }
 
+impl From<String> for Content {
+    fn from(text: String) -> Self {
+        Self::Held(text.into())
+    }
+}
+
 impl From<&str> for Content {
     fn from(text: &str) -> Self {
         Self::Held(Bytes::copy_from_slice(text.as_bytes()))

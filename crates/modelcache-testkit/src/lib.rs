@@ -7,6 +7,8 @@
 //! |---|---|
 //! | [`hub`] | the Hugging Face Hub and, on another address, its CDN |
 //! | [`s3`] | an S3 endpoint over a folder, with the conditions of the real one kept |
+//! | [`web`] | any other web server, with or without ranges, validators, digests, credentials |
+//! | [`tls`] | TLS in front of any of them, and a proxy that tunnels |
 //! | [`moto`] | nothing: it starts the real moto server as a second opinion |
 //! | [`proxy`] | a bad network, in front of any of them |
 //! | [`shim`] | a bad disk and sudden death, underneath a program |
@@ -28,6 +30,8 @@ pub mod moto;
 pub mod proxy;
 pub mod s3;
 pub mod shim;
+pub mod tls;
+pub mod web;
 
 mod range;
 mod serve;
@@ -41,3 +45,5 @@ pub use moto::Moto;
 pub use proxy::FaultProxy;
 pub use s3::S3;
 pub use shim::{Call, Errno, Flock, Shim, Strike};
+pub use tls::{Authority, ConnectProxy, TlsFront};
+pub use web::{Page, Ranges, Web};

@@ -18,6 +18,8 @@ pub enum Place {
     Cdn,
     /// The S3 server.
     S3,
+    /// A web server.
+    Web,
 }
 
 /// One request and the status it got.

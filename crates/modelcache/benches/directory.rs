@@ -76,6 +76,7 @@ fn open(dir: &Path) -> Cache {
         backfill: None,
         origins: Vec::new(),
         hub: HubConfig::default(),
+        credentials: Default::default(),
         ref_ttl: Duration::from_secs(60),
         offline: false,
         start_jitter: Duration::ZERO,

@@ -3,9 +3,11 @@
 //! The library reads no environment variable; doors gather settings through [`settings`](crate::settings) and hand
 //! over a [`Config`]. Secrets are held in a type that never prints.
 
+use crate::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::key::ArtifactKey;
-use crate::reference::Reference;
+use crate::reference::{Reference, Target, shown};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::PathBuf;
@@ -41,6 +43,8 @@ pub struct Config {
     pub origins: Vec<OriginTemplate>,
     /// The Hugging Face Hub.
     pub hub: HubConfig,
+    /// Credentials for web servers.
+    pub credentials: Credentials,
     /// How long a resolved revision or tag is taken to be current.
     pub ref_ttl: Duration,
     /// Never ask an origin over the network; one call may be narrower still.
@@ -215,8 +219,8 @@ impl OriginTemplate {
     pub fn new(text: &str) -> Result<Self> {
         let template = Self(text.trim().to_owned());
         if !template.0.contains("{name}") && !template.0.contains("{version}") {
-            return Err(Error::invalid(format!("the origin {text:?} names neither {{name}} nor {{version}}"))
-                .hint("for instance hf://{name}@{version} or file:///models/{name}/{version}"));
+            return Err(Error::invalid(format!("the origin {:?} names neither {{name}} nor {{version}}", shown(text)))
+                .hint("for instance hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
         }
         template.apply(&ArtifactKey::bare("a@1")?)?;
         Ok(template)
@@ -224,16 +228,30 @@ impl OriginTemplate {
 
     /// The reference for `key`.
     pub fn apply(&self, key: &ArtifactKey) -> Result<Reference> {
-        let text = self.0.replace("{name}", key.name.as_str()).replace("{version}", key.version.as_str());
-        let reference = Reference::parse(&text)?;
+        // What the parser decodes is encoded here: a version never becomes two segments, or a query.
+        let decoded = ["https://", "http://", "file://"].iter().any(|scheme| self.0.starts_with(scheme));
+        let text = |text: &str| if decoded { one_segment(text) } else { text.to_owned() };
+        let name = key.name.as_str().split('/').map(text).collect::<Vec<_>>().join("/");
+        let filled = self.0.replace("{name}", &name).replace("{version}", &text(key.version.as_str()));
+        let mut reference = Reference::parse(&filled)?;
+        // The key names the version: no server has to be asked what its file is called now.
+        if let Target::Web(file) = &mut reference.target {
+            file.version = Some(key.version.clone());
+        }
         match reference.target {
-            crate::reference::Target::Bare(_) => Err(Error::invalid(format!("the origin {:?} is no URI", self.0))),
+            Target::Bare(_) => Err(Error::invalid(format!("the origin {:?} is no URI", self.0))),
             _ if reference.file.is_some() => {
                 Err(Error::invalid(format!("the origin {:?} names one file of a repository", self.0)))
             }
             _ => Ok(reference),
         }
     }
+}
+
+/// `text` as one segment of a path, slashes included: everything but the unreserved characters of RFC 3986 encoded.
+pub(crate) fn one_segment(text: &str) -> String {
+    const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+    utf8_percent_encode(text, SEGMENT).to_string()
 }
 
 /// As it was written.
@@ -259,6 +277,11 @@ mod tests {
         let template = OriginTemplate::new("hf://{name}@{version}").expect("template");
         let reference = template.apply(&ArtifactKey::bare("org/model@v2").expect("key")).expect("applies");
         assert_eq!(reference.to_string(), "hf://org/model@v2");
+        let template = OriginTemplate::new("https://r:1/{name}/{version}.tar.gz").expect("template");
+        let reference = template.apply(&ArtifactKey::bare("team/a b@1%2f").expect("key")).expect("applies");
+        assert_eq!(reference.to_string(), "https://r:1/team/a%20b/1%252f.tar.gz@1%2f");
+        let error = OriginTemplate::new("https://user:canary@r/{name}").expect_err("a password");
+        assert!(error.hint_text().is_some_and(|hint| hint.contains("netrc")) && !error.to_string().contains("canary"));
         assert!(OriginTemplate::new("hf://org/model").is_err());
         assert!(OriginTemplate::new("{name}@{version}").is_err());
     }

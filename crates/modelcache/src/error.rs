@@ -102,6 +102,7 @@ struct Inner {
     hint: Option<String>,
     retry_after: Option<Duration>,
     transient: bool,
+    superseded: bool,
     cause: Option<Arc<dyn std::error::Error + Send + Sync + 'static>>,
 }
 
@@ -116,6 +117,7 @@ impl Error {
             hint: None,
             retry_after: None,
             transient: false,
+            superseded: false,
             cause: None,
         }))
     }
@@ -190,6 +192,19 @@ impl Error {
         self.0.retry_after = Some(wait);
         self.0.transient = true;
         self
+    }
+
+    /// Marks the failure as one of a source whose place holds something else by now: resolving again may help, the
+    /// same request never does.
+    #[must_use]
+    pub fn superseded(mut self) -> Self {
+        (self.0.superseded, self.0.transient) = (true, false);
+        self
+    }
+
+    /// Whether what was being read was replaced by something else at its place.
+    pub fn is_superseded(&self) -> bool {
+        self.0.superseded
     }
 
     /// What a caller can do about it.

@@ -84,14 +84,15 @@ impl ArtifactName {
         Ok(name)
     }
 
-    /// A name built from a URI: `scheme/part/part…`. Characters that a name may not have are percent-encoded.
+    /// A name built from a URI: `scheme/part/part…`. Characters that a name or one part may not have are
+    /// percent-encoded.
     pub fn from_uri<'a>(scheme: &str, parts: impl IntoIterator<Item = &'a str>) -> Result<Self> {
         let mut text = scheme.to_owned();
         for part in parts {
             text.push('/');
             for (at, c) in part.char_indices() {
                 let own_folder = at == 0 && part.starts_with(OWN_FOLDER);
-                if own_folder || c == '%' || c.is_control() || NAME_FORBIDDEN.contains(&c) {
+                if own_folder || matches!(c, '%' | '/') || c.is_control() || NAME_FORBIDDEN.contains(&c) {
                     encode_char(c, &mut text);
                 } else {
                     text.push(c);

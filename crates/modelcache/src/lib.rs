@@ -14,6 +14,7 @@ pub mod selection;
 pub mod sidecar;
 
 pub mod config;
+pub mod credentials;
 pub mod progress;
 pub mod settings;
 pub mod source;

@@ -6,6 +6,7 @@
 //! that the file should not have is an error, a `MODEL_CACHE_*` variable that means nothing only a warning, because
 //! environments are shared.
 
+mod credentials;
 mod file;
 mod values;
 
@@ -13,12 +14,15 @@ use crate::config::{
     Backfill, BucketConfig, ByteBound, Config, Environment, HubConfig, OnRemoteDown, OriginTemplate, RemoteConfig,
     RemoteMode, RetryConfig, Secret, Sharing,
 };
+use crate::credentials::Credentials;
 use crate::error::{Error, Result};
+use crate::reference::shown;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use credentials::netrc_path;
 use file::File;
 use values::{DURATION_ACCEPTS, SIZE_ACCEPTS, SWITCH_ACCEPTS, nearest, parse_switch};
 pub use values::{parse_duration, parse_size};
@@ -35,7 +39,10 @@ const SYSTEM_FILE: &str = "/etc/modelcache/modelcache.toml";
 /// The value name of settings that are on or off: their flags may stand without a value.
 pub const SWITCH: &str = "0|1";
 
-/// The key of the table of store options; the only setting that is not one text.
+/// The key of the tables of credentials; like the store's options not one text.
+const CREDENTIALS_KEY: &str = "credentials";
+
+/// The key of the table of store options.
 const OPTIONS_KEY: &str = "remote.options";
 
 /// One setting.
@@ -259,12 +266,24 @@ pub const SETTINGS: &[Setting] = &[
         default: "none",
         meaning: "Where a bare `name@version` comes from: one template, or several split by commas, each asked only \
                   where the one before does not have it.",
-        accepts: "for instance hf://{name}@{version} or file:///models/{name}/{version}; or none",
+        accepts: "for instance hf://{name}@{version}, https://registry/{name}/{version}.tar.gz or \
+                  file:///models/{name}/{version}; or none",
         set: |given, draft| {
             let templates = given.text.split(',').map(str::trim).filter(|text| !text.is_empty() && *text != "none");
             draft.origins = templates.map(OriginTemplate::new).collect::<Result<_>>()?;
             Ok(())
         },
+    },
+    Setting {
+        key: CREDENTIALS_KEY,
+        variable: None,
+        flag: None,
+        value_name: "TABLE",
+        default: "none",
+        meaning: "Credentials for web servers, one table for each scheme, host and port. They are sent there and on no \
+                  redirect elsewhere. Where a server has no table, the netrc counts, for https only.",
+        accepts: credentials::ACCEPTS,
+        set: |_, _| Ok(()),
     },
     Setting {
         key: "ref_ttl",
@@ -395,6 +414,8 @@ const HONOURED: &[(&str, &str)] = &[
         "Credentials, profile, region and endpoint of an S3 remote and of `s3://` references, as the AWS command line reads them.",
     ),
     ("XDG_CACHE_HOME, XDG_CONFIG_HOME", "Base folders of the default directory and of the user's file."),
+    ("NETRC", "The netrc: users and passwords of web servers by machine. Default `~/.netrc`."),
+    ("SSL_CERT_FILE, SSL_CERT_DIR", "The root certificates that are trusted, instead of the system's."),
     ("HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY", "The proxy for requests."),
     ("NO_COLOR", "No colours on a terminal."),
 ];
@@ -506,9 +527,9 @@ impl Settings {
     /// Puts the settings together: a flag overrules a variable, which overrules the files, of which an earlier one
     /// overrules a later one; then the default.
     ///
-    /// `flags` goes by the names in [`SETTINGS`]. `files` are paths and texts. `read_secret` gives the text of the
-    /// Hub's token file, or `None` if there is no such file; a file that cannot be read becomes a warning, because
-    /// most calls need no token.
+    /// `flags` goes by the names in [`SETTINGS`]. `files` are paths and texts. `read_secret` gives the text of a file of
+    /// secrets (the Hub's token, the netrc), or `None` if there is no such file; a file that cannot be read becomes a
+    /// warning, because most calls need no secret.
     pub fn gather(
         flags: &BTreeMap<&'static str, String>,
         environment: &Environment,
@@ -521,16 +542,17 @@ impl Settings {
             let Some(given) = setting.find(flags, environment, &files) else { continue };
             (setting.set)(&given, &mut draft).map_err(|error| setting.refuse(&given, &error))?;
         }
+        let mut warnings = unknown_variables(environment);
+        let credentials = credentials::gather(&files, environment, &read_secret, &mut warnings)?;
         let mut options = BTreeMap::new();
         for file in files {
             for (name, value) in file.options {
                 options.entry(name).or_insert(value);
             }
         }
-        let mut warnings = unknown_variables(environment);
         let hub = hub_config(environment, read_secret, &mut warnings)?;
         let metrics_file = draft.metrics_file.take();
-        let (config, log) = draft.finish(options, hub);
+        let (config, log) = draft.finish(options, hub, credentials);
         Ok(Self { config, metrics_file, log, warnings })
     }
 }
@@ -558,7 +580,8 @@ impl Setting {
 
     fn refuse(&self, given: &Given, error: &Error) -> Error {
         let hint = error.hint_text().map_or_else(|| format!("accepted: {}", self.accepts), str::to_owned);
-        Error::invalid(format!("{} = {:?} from {}: {}", self.key, given.text, given.source, error.message())).hint(hint)
+        let text = shown(&given.text);
+        Error::invalid(format!("{} = {text:?} from {}: {}", self.key, given.source, error.message())).hint(hint)
     }
 }
 
@@ -606,7 +629,12 @@ impl Draft {
         }
     }
 
-    fn finish(self, options: BTreeMap<String, String>, hub: HubConfig) -> (Config, LogSettings) {
+    fn finish(
+        self,
+        options: BTreeMap<String, String>,
+        hub: HubConfig,
+        credentials: Credentials,
+    ) -> (Config, LogSettings) {
         let dir = self.dir.unwrap_or_else(|| default_dir(&self.environment));
         let remote = self.remote.and_then(|(_, _, url)| url);
         let offline = self.offline.unwrap_or_else(|| hub_is_offline(&self.environment));
@@ -625,6 +653,7 @@ impl Draft {
             backfill: self.backfill,
             origins: self.origins,
             hub,
+            credentials,
             ref_ttl: self.ref_ttl,
             offline,
             start_jitter: self.start_jitter,
@@ -983,6 +1012,62 @@ mod tests {
         assert_eq!(token(home().variable("HF_TOKEN", " hf_x\n")).as_deref(), Some("hf_x"));
         assert_eq!(token(given()), None);
         assert_eq!(given().variable("HF_ENDPOINT", "http://hub:1//").config().hub.endpoint, "http://hub:1");
+    }
+
+    fn choice(given: &Given, files: &[(&str, &str)], url: &str) -> (String, Vec<String>) {
+        let read =
+            |path: &Path| Ok(files.iter().find(|(name, _)| Path::new(name) == path).map(|(_, text)| (*text).into()));
+        let settings = Settings::gather(&given.flags, &given.environment, &given.files, read).expect("settings");
+        let choice = settings.config.credentials.choose(&url::Url::parse(url).expect(url)).expose();
+        (choice, settings.warnings)
+    }
+
+    #[test]
+    fn credentials_come_from_the_files_then_the_netrc() {
+        let netrc = "machine r.example login ann password one";
+        let home = || given().variable("HOME", "/h");
+        let on_r = |given: Given| {
+            choice(
+                &given,
+                &[("/h/.netrc", netrc), ("/t", "two\n"), ("/n", "default login d password three")],
+                "https://r.example/x",
+            )
+        };
+        let table = |keys: &str| {
+            home().variable("TOKEN", "four").file("/f", &format!("[credentials.'https://r.example']\n{keys}"))
+        };
+        assert_eq!(on_r(given()).0, "none");
+        assert_eq!(on_r(home()).0, "netrc ann:one");
+        assert_eq!(on_r(home().variable("NETRC", "/n")).0, "netrc d:three");
+        assert_eq!(on_r(table("bearer = 'x'")).0, "configured x");
+        assert_eq!(on_r(table("bearer_file = '/t'")).0, "configured two");
+        assert_eq!(on_r(table("bearer_env = 'TOKEN'")).0, "configured four");
+        assert_eq!(on_r(table("username = 'u'\npassword_file = '/t'")).0, "configured u:two");
+        let (fallback, warnings) = on_r(table("bearer_env = 'NOT_SET'"));
+        assert_eq!(fallback, "netrc ann:one");
+        assert!(warnings[0].contains("NOT_SET is not set"), "{warnings:?}");
+        let (_, warnings) = choice(&home(), &[("/h/.netrc", "machine x password canary oops")], "https://r.example/x");
+        assert!(warnings[0].contains("/h/.netrc") && !warnings[0].contains("canary"), "{warnings:?}");
+        assert!(on_r(home().variable("NETRC", "/gone")).1[0].contains("/gone"));
+    }
+
+    #[test]
+    fn a_table_of_credentials_that_cannot_be_used_is_refused_without_its_secret() {
+        for (server, keys, says) in [
+            ("https://r", "bearr = 'canary'", "did you mean \"bearer\"?"),
+            ("https://r", "bearer = ['canary']", "accepted: "),
+            ("https://r", "bearer = 'canary'\nbearer_env = 'X'", "accepted: tables such as"),
+            ("https://r", "username = 'u'", "accepted: tables such as"),
+            ("https://r", "bearer = 'canary'\nusername = 'u'\npassword = 'canary'", "accepted: tables such as"),
+            ("r", "bearer = 'canary'", "accepted: tables such as"),
+            ("https://r/path", "bearer = 'canary'", "accepted: tables such as"),
+        ] {
+            let (message, hint) = given().file("/f", &format!("[credentials.{server:?}]\n{keys}")).refused();
+            assert!(message.starts_with("/f: ") && hint.contains(says), "{message} {hint}");
+            assert!(!message.contains("canary") && !hint.contains("canary"), "{message} {hint}");
+        }
+        let (message, _) = given().variable("MODEL_CACHE_ORIGIN", "https://u:canary@r/{name}").refused();
+        assert!(!message.contains("canary"), "{message}");
     }
 
     #[test]

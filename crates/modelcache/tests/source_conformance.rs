@@ -14,7 +14,7 @@ use modelcache::remote::Remote;
 use modelcache::source::Source;
 use modelcache::transfer::Retry;
 use modelcache::{ArtifactKey, ErrorKind, Reference, Tier};
-use modelcache_testkit::{Hub, S3, content};
+use modelcache_testkit::{Hub, Page, Ranges, S3, Web, content};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
@@ -223,6 +223,32 @@ async fn the_hub_is_a_source() {
         obeys_the_contract(&Subject { source: again, ..subject }).await;
     }
     assert!(hub.requests().iter().all(|seen| !seen.authorized()), "a token that nobody configured");
+}
+
+#[tokio::test]
+async fn a_file_on_a_web_server_is_a_source() {
+    let content = content::bytes(4, 5 * 1024 * 1024 + 3);
+    for ranges in [Ranges::Served, Ranges::Ignored, Ranges::Refused] {
+        let web = Arc::new(Web::start().unwrap());
+        let files = BTreeMap::from([(FilePath::new("a b+%.bin").unwrap(), content.clone())]);
+        for (at, version) in ["", "@3"].into_iter().enumerate() {
+            let page = Page::of(content.clone()).ranges(ranges);
+            let page = if at == 0 { page.etag("\"v\"") } else { page.without_length() };
+            web.put("/d/a%20b+%25.bin", page.header("x-checksum-sha256", content::sha256(&content)));
+            let reference = Reference::parse(&format!("{}/d/a%20b+%25.bin{version}", web.url())).unwrap();
+            let origins = origins("http://127.0.0.1:9".into());
+            let resolved = origins.resolve(&reference).await.unwrap().expect("an address");
+            let requests = Box::new({
+                let web = web.clone();
+                move || web.requests().len()
+            });
+            let (tier, shape, files) = (Tier::Origin, Shape::File, files.clone());
+            let subject = Subject { source: resolved.source, absent: None, tier, shape, files, requests };
+            obeys_the_contract(&subject).await;
+            let again = origins.source(&reference, &resolved.key).expect("an exact key");
+            obeys_the_contract(&Subject { source: again, ..subject }).await;
+        }
+    }
 }
 
 async fn in_the_file_system(path: &Path, shape: Shape, files: BTreeMap<FilePath, Vec<u8>>) -> Subject {

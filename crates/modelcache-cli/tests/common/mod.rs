@@ -23,7 +23,17 @@ pub const TOKEN: &str = "hf_canaryCanaryCanary";
 /// A run that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// What no run may print, whatever it was given.
-const SECRETS: [&str; 5] = [TOKEN, "testkit/secret+key", "testkit%2Fsecret", "canary-secret", "canary-session"];
+const SECRETS: [&str; 7] = [
+    TOKEN,
+    "testkit/secret+key",
+    "testkit%2Fsecret",
+    "canary-secret",
+    "canary-session",
+    // ann:canary-secret, as `Authorization: Basic` carries it.
+    "YW5uOmNhbmFyeS1zZWNyZXQ",
+    // What a signature in an address would be.
+    "canary-signature",
+];
 
 pub struct House {
     pub hub: Hub,

@@ -43,7 +43,21 @@ impl Cache {
     /// # Errors
     /// `NotFound` when no tier has it; `Unauthorized`, `Unavailable`, `Corrupt` when the tiers that might have it
     /// failed; `Full`, `Directory` when the local directory cannot take it.
+    ///
+    /// What is replaced at its origin while it is fetched is discarded and fetched anew, once.
     pub async fn get(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
+        match self.get_once(reference, options, progress).await {
+            Err(error) if error.is_superseded() => {
+                tracing::warn!(%error, "starting over");
+                // What anybody remembers of it is no longer so.
+                let options = GetOptions { refresh: true, ..options.clone() };
+                self.get_once(reference, &options, progress).await
+            }
+            outcome => outcome,
+        }
+    }
+
+    async fn get_once(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
         let wanted = self.resolve(reference, options, progress).await.map_err(|error| error.artifact(reference))?;
         if options.verify {
             self.verify_hit(&wanted, progress).await.map_err(|error| error.artifact(&wanted.key))?;

@@ -78,7 +78,8 @@ impl Cache {
             RemoteMode::ReadWrite => remote,
             RemoteMode::ReadOnly => remote.map(Remote::read_only),
         };
-        let origins = Origins::new(config.hub.clone(), config.buckets.clone(), retry.clone());
+        let origins = Origins::new(config.hub.clone(), config.buckets.clone(), retry.clone())
+            .with_credentials(config.credentials.clone());
         Ok(Self(Arc::new(Inner {
             config,
             disk,

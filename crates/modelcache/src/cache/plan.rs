@@ -242,7 +242,10 @@ impl Cache {
             (None, None) => {
                 "no remote and no origin is configured: set MODEL_CACHE_REMOTE or MODEL_CACHE_ORIGIN, or write a URI (hf://org/model)"
             }
-            (_, Some(_)) if !bare => "check the commit; hf://org/model without @revision is main",
+            (_, Some(_)) if wanted.key.name.scheme() == Some("hf") => {
+                "check the commit; hf://org/model without @revision is main"
+            }
+            (_, Some(_)) if !bare => "check the reference",
             (None, Some(_)) => "check name and version, and what MODEL_CACHE_ORIGIN makes of them",
             (Some(_), Some(_)) => {
                 "check name and version, and what MODEL_CACHE_ORIGIN makes of them; `modelcache ls --remote` lists what is published"

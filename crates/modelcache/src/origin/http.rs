@@ -9,12 +9,14 @@
 //! these are set. Without any root certificate the client is built all the same: plain addresses then work, and the
 //! others fail with the remedy.
 
+pub(super) use crate::config::one_segment;
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use reqwest::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue, LINK};
+use hyper_util::client::proxy::matcher::Matcher;
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LINK, LOCATION};
 use reqwest::{Client, ClientBuilder, Response, StatusCode};
 use std::fmt;
 use std::time::Duration;
@@ -29,8 +31,6 @@ const WAIT_MAX: Duration = Duration::from_secs(24 * 3600);
 const ERROR_BYTES_MAX: usize = 64 * 1024;
 /// Most characters of a server's message that are repeated.
 const QUOTE_CHARS_MAX: usize = 200;
-/// Everything but the unreserved characters of RFC 3986: safe in any one segment of a path.
-const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
 /// The client of one authority, built when first used.
 #[derive(Debug)]
@@ -54,6 +54,36 @@ impl Http {
         Ok(response)
     }
 
+    /// GETs `url` and follows redirects by hand, so that the credential is sent home and nowhere else.
+    pub(super) async fn follow(&self, mut url: Url, ask: Ask<'_>) -> Result<Answer> {
+        let mut said = HeaderMap::new();
+        for _ in 0..=limits::REDIRECTS_MAX {
+            let at_home = same_origin(&url, ask.home);
+            if ask.stay && !at_home {
+                return Err(foreign("redirects a request for metadata", ask.home, &url));
+            }
+            let mut headers = ask.headers.clone();
+            if let Some(authorization) = ask.authorization.filter(|_| at_home) {
+                headers.insert(AUTHORIZATION, authorization.clone());
+            }
+            let response = self.get(&url, headers).await?;
+            if at_home {
+                response.headers().iter().for_each(|(name, value)| {
+                    said.insert(name, value.clone());
+                });
+            }
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(Answer { response, url, at_home, said });
+            }
+            url = redirect_target(&url, response.headers().get(LOCATION))?;
+            drain(response).await;
+        }
+        let server = Server(&url);
+        Err(Error::unavailable(format!("{server} still redirects after {} redirects", limits::REDIRECTS_MAX))
+            .hint("check the address (HF_ENDPOINT for the Hub), and any proxy on the way")
+            .transient(false))
+    }
+
     async fn client(&self) -> Result<&Client> {
         let read_timeout = self.read_timeout;
         self.client
@@ -64,6 +94,50 @@ impl Http {
             })
             .await
     }
+}
+
+/// A GET that may be redirected.
+#[derive(Debug)]
+pub(super) struct Ask<'a> {
+    /// Sent to everybody on the way.
+    pub(super) headers: HeaderMap,
+    /// Scheme, host and port that the credential is for.
+    pub(super) home: &'a Url,
+    /// The credential.
+    pub(super) authorization: Option<&'a HeaderValue>,
+    /// Refuse to leave home.
+    pub(super) stay: bool,
+}
+
+/// The last answer after all redirects.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) response: Response,
+    /// Where it came from.
+    pub(super) url: Url,
+    /// Whether that is home.
+    pub(super) at_home: bool,
+    /// What home said on the way: of each header the latest.
+    pub(super) said: HeaderMap,
+}
+
+/// The refusal to go where the credential may not.
+pub(super) fn foreign(what: &str, home: &Url, url: &Url) -> Error {
+    let (from, to) = (Server(home), Server(url));
+    Error::corrupt(format!("{from} {what} to {to}; not followed"))
+}
+
+/// The `Range` header that asks for `range`, which is not empty.
+pub(super) fn range_header(range: &std::ops::Range<u64>) -> Result<HeaderValue> {
+    let value = HeaderValue::from_str(&format!("bytes={}-{}", range.start, range.end.saturating_sub(1)));
+    value.map_err(|cause| Error::invalid("no range can be asked for").cause(cause))
+}
+
+/// `Bearer <token>`, which never prints.
+pub(super) fn bearer(token: &str) -> Option<HeaderValue> {
+    let mut value = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
+    value.set_sensitive(true);
+    Some(value)
 }
 
 fn build(read_timeout: Duration) -> reqwest::Result<Client> {
@@ -110,11 +184,6 @@ pub(super) fn redirect_target(from: &Url, location: Option<&HeaderValue>) -> Res
     }
 }
 
-/// `text` as one segment of a path, slashes included.
-pub(super) fn one_segment(text: &str) -> String {
-    utf8_percent_encode(text, SEGMENT).to_string()
-}
-
 /// `path` with each of its segments encoded, slashes kept.
 pub(super) fn segments(path: &str) -> String {
     path.split('/').map(one_segment).collect::<Vec<_>>().join("/")
@@ -134,13 +203,32 @@ pub(super) fn transport_error(error: reqwest::Error, url: &Url) -> Error {
     if error.is_builder() {
         return Error::invalid(format!("{server} is no address to send a request to")).cause(why);
     }
+    let proxy = proxy_of(url).filter(|_| error.is_connect());
     let what = match (error.is_connect(), error.is_timeout()) {
-        (true, _) => format!("cannot reach {server}"),
+        (true, _) => match &proxy {
+            Some(proxy) => format!("cannot reach {server} through the proxy {proxy}"),
+            None => format!("cannot reach {server}"),
+        },
         (_, true) => format!("{server} fell silent"),
         _ => format!("the connection to {server} broke"),
     };
+    let wants_password = why.contains("authorization required");
     let failed = Error::unavailable(what).cause(why);
-    if error.is_connect() { failed.hint("check the network and the proxy settings (HTTPS_PROXY)") } else { failed }
+    match proxy {
+        Some(_) if wants_password => failed
+            .transient(false)
+            .hint("the proxy wants a user and password: HTTPS_PROXY=http://user:password@host:port"),
+        Some(_) => failed.hint("check HTTPS_PROXY and HTTP_PROXY; hosts in NO_PROXY are reached without it"),
+        None if error.is_connect() => failed.hint("check the network and the proxy settings (HTTPS_PROXY)"),
+        None => failed,
+    }
+}
+
+/// Scheme, host and port of the proxy that the client takes for `url`, without user and password.
+fn proxy_of(url: &Url) -> Option<String> {
+    let proxy = Matcher::from_env().intercept(&url.as_str().parse().ok()?)?;
+    let proxy = Url::parse(&proxy.uri().to_string()).ok()?;
+    Some(Server(&proxy).to_string())
 }
 
 /// An error with all it stems from, in one line.
@@ -238,7 +326,7 @@ pub(super) fn body_start(
 }
 
 /// First byte and, unless unknown, size of the whole: `bytes 5-9/10` gives `(5, Some(10))`.
-fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
+pub(super) fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
     let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
     let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
@@ -246,7 +334,7 @@ fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
     (first <= last && total.is_none_or(|total| last < total)).then_some((first, total))
 }
 
-fn content_length(headers: &HeaderMap) -> Option<u64> {
+pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
     header(headers, "content-length")?.parse().ok()
 }
 

@@ -7,7 +7,7 @@
 //! Surprise: without the right to see it, a private repository is said not to exist. The message says so.
 
 use super::Resolved;
-use super::http::{self, Http, Refusal, Server};
+use super::http::{self, Answer, Ask, Http, Refusal, Server};
 use crate::config::HubConfig;
 use crate::digest::{GitOid, Provenance};
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
@@ -19,8 +19,8 @@ use crate::source::{Body, Source};
 use crate::transfer::Retry;
 use async_trait::async_trait;
 use futures::StreamExt as _;
-use reqwest::header::{AUTHORIZATION, ETAG, HeaderMap, HeaderValue, IF_MATCH, LOCATION, RANGE};
-use reqwest::{Response, StatusCode};
+use reqwest::StatusCode;
+use reqwest::header::{ETAG, HeaderMap, HeaderValue, IF_MATCH, RANGE};
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::fmt;
@@ -52,15 +52,6 @@ pub(super) async fn resolve(hub: &Arc<Hub>, repo: &HubRepo) -> Result<Resolved> 
 pub(super) fn source(hub: &Arc<Hub>, repo: &HubRepo, key: &ArtifactKey) -> Arc<dyn Source> {
     let repo = HubRepo { revision: key.version.as_str().to_owned(), ..repo.clone() };
     Arc::new(HubSource::new(hub, repo, key.clone()))
-}
-
-/// The last answer after all redirects, where it came from, and what the endpoint said on the way.
-struct Answer {
-    response: Response,
-    url: Url,
-    /// Whether it came from the endpoint itself.
-    at_home: bool,
-    commit: Option<String>,
 }
 
 impl Hub {
@@ -115,33 +106,12 @@ impl Hub {
         }
     }
 
-    /// GETs `url` and follows redirects by hand, so that the token is sent to the endpoint and nowhere else.
-    async fn follow(&self, mut url: Url, headers: HeaderMap, stay: bool) -> Result<Answer> {
+    /// GETs `url` by way of any redirects; the token is sent to the endpoint and nowhere else.
+    async fn follow(&self, url: Url, headers: HeaderMap, stay: bool) -> Result<Answer> {
         let endpoint = self.endpoint()?;
-        let mut commit = None;
-        for _ in 0..=limits::REDIRECTS_MAX {
-            let at_home = http::same_origin(&url, &endpoint);
-            if stay && !at_home {
-                return Err(foreign("redirects a request for metadata", &endpoint, &url));
-            }
-            let mut headers = headers.clone();
-            if let Some(token) = self.config.token.as_ref().filter(|_| at_home) {
-                headers.insert(AUTHORIZATION, bearer(token.expose())?);
-            }
-            let response = self.http.get(&url, headers).await?;
-            if at_home {
-                commit = http::header(response.headers(), "x-repo-commit").map(str::to_owned).or(commit);
-            }
-            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(Answer { response, url, at_home, commit });
-            }
-            url = http::redirect_target(&url, response.headers().get(LOCATION))?;
-            http::drain(response).await;
-        }
-        let server = Server(&url);
-        Err(Error::unavailable(format!("{server} still redirects after {} redirects", limits::REDIRECTS_MAX))
-            .hint("check HF_ENDPOINT, and any proxy on the way")
-            .transient(false))
+        let authorization = self.config.token.as_ref().map(|token| bearer(token.expose())).transpose()?;
+        let ask = Ask { headers, home: &endpoint, authorization: authorization.as_ref(), stay };
+        self.http.follow(url, ask).await
     }
 
     /// What a refusal means: the one place where the Hub's statuses and codes become kinds.
@@ -207,17 +177,10 @@ fn refused_elsewhere(refusal: &Refusal, url: &Url) -> Error {
     }
 }
 
-fn foreign(what: &str, endpoint: &Url, url: &Url) -> Error {
-    let (from, to) = (Server(endpoint), Server(url));
-    Error::corrupt(format!("{from} {what} to {to}; not followed"))
-}
-
 fn bearer(token: &str) -> Result<HeaderValue> {
-    let mut value = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| {
+    http::bearer(token).ok_or_else(|| {
         Error::invalid("the Hub token contains characters that no token has").hint("check HF_TOKEN for stray line ends")
-    })?;
-    value.set_sensitive(true);
-    Ok(value)
+    })
 }
 
 /// Reads JSON of the endpoint; `what` says what an unreadable answer amounts to.
@@ -338,8 +301,7 @@ impl HubSource {
 
     async fn ask(&self, url: Url, range: &Range<u64>, etag: Option<HeaderValue>) -> Result<Answer> {
         let mut headers = HeaderMap::new();
-        let value = HeaderValue::from_str(&format!("bytes={}-{}", range.start, range.end - 1));
-        headers.insert(RANGE, value.map_err(|cause| Error::invalid("no range can be asked for").cause(cause))?);
+        headers.insert(RANGE, http::range_header(range)?);
         if let Some(etag) = etag {
             headers.insert(IF_MATCH, etag);
         }
@@ -352,7 +314,8 @@ impl HubSource {
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
             return Err(self.hub.refused(answer, &self.repo, Some(path)).await);
         }
-        let Answer { response, url, commit, .. } = answer;
+        let Answer { response, url, said, .. } = answer;
+        let commit = http::header(&said, "x-repo-commit");
         if let Some(commit) = commit.filter(|commit| !commit.eq_ignore_ascii_case(&self.repo.revision)) {
             return Err(Error::corrupt(format!(
                 "{path}: asked for commit {} and was given {commit:?}",
@@ -392,7 +355,7 @@ fn next_page(endpoint: &Url, page: &Url, link: &str) -> Result<Url> {
         page.join(link).map_err(|cause| Error::corrupt("the link to the next page is no address").cause(cause))?;
     match http::same_origin(&next, endpoint) {
         true => Ok(next),
-        false => Err(foreign("links the next page of a tree", endpoint, &next)),
+        false => Err(http::foreign("links the next page of a tree", endpoint, &next)),
     }
 }
 

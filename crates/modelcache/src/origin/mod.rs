@@ -19,12 +19,14 @@ mod doctor;
 mod folder;
 mod http;
 mod hub;
+mod web;
 
 pub(crate) use doctor::examine;
 #[cfg(fuzzing)]
 pub(crate) use hub::fuzz as fuzz_hub;
 
 use crate::config::{BucketConfig, HubConfig};
+use crate::credentials::Credentials;
 use crate::error::{Context as _, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::reference::{Reference, Target};
@@ -37,6 +39,8 @@ use std::sync::Arc;
 pub struct Origins {
     hub: Arc<hub::Hub>,
     buckets: Arc<bucket::Buckets>,
+    web: Arc<web::Web>,
+    retry: Retry,
 }
 
 /// What a reference pointed to when it was asked.
@@ -51,8 +55,18 @@ pub struct Resolved {
 impl Origins {
     /// The origins of a configuration. Connects to nothing.
     pub fn new(hub: HubConfig, buckets: BucketConfig, retry: Retry) -> Self {
-        let buckets = Arc::new(bucket::Buckets::new(buckets, retry.clone()));
-        Self { hub: Arc::new(hub::Hub::new(hub, retry)), buckets }
+        Self {
+            hub: Arc::new(hub::Hub::new(hub, retry.clone())),
+            buckets: Arc::new(bucket::Buckets::new(buckets, retry.clone())),
+            web: Arc::new(web::Web::new(Credentials::default(), retry.clone())),
+            retry,
+        }
+    }
+
+    /// The same with credentials for web servers.
+    #[must_use]
+    pub fn with_credentials(self, credentials: Credentials) -> Self {
+        Self { web: Arc::new(web::Web::new(credentials, self.retry.clone())), ..self }
     }
 
     /// What the reference points to right now.
@@ -72,6 +86,10 @@ impl Origins {
             Target::Bucket(place) => {
                 bucket::resolve(&self.buckets, place).await.context(reference, Tier::Origin).map(Some)
             }
+            Target::Web(file) => {
+                let demanded = reference.digest.is_some();
+                web::resolve(&self.web, file, demanded).await.context(reference, Tier::Origin).map(Some)
+            }
         }
     }
 
@@ -83,6 +101,7 @@ impl Origins {
         match &reference.target {
             Target::Hub(repo) => Some(hub::source(&self.hub, repo, key)),
             Target::Bucket(place) => Some(bucket::source(&self.buckets, place, key)),
+            Target::Web(file) => web::source(&self.web, file, key, reference.digest.is_some()),
             Target::Bare(_) | Target::Folder(_) => None,
         }
     }

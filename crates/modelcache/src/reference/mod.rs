@@ -6,10 +6,13 @@
 mod bucket;
 mod folder;
 mod hub;
+mod web;
 
 pub use bucket::BucketPlace;
 pub use folder::folder_name;
 pub use hub::{HubRepo, RepoKind};
+pub use web::WebFile;
+pub(crate) use web::shown;
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -28,6 +31,8 @@ pub enum Target {
     Folder(String),
     /// An object in a bucket, or everything below a prefix.
     Bucket(BucketPlace),
+    /// One file on a web server.
+    Web(WebFile),
 }
 
 /// A movable name that a reference goes through: what it means has to be asked, and may be another version tomorrow.
@@ -58,14 +63,18 @@ impl Reference {
             Some(("hf", rest)) => hub::parse(rest)?,
             Some(("file", rest)) => Self { target: Target::Folder(folder::parse(rest)?), file: None, digest: None },
             Some(("s3", rest)) => bucket::parse(rest)?,
-            Some(("https" | "http" | "oci", _)) | None if later(body).is_some() => {
+            Some((scheme @ ("https" | "http"), rest)) => {
+                Self { target: Target::Web(web::parse(scheme, rest)?), file: None, digest: None }
+            }
+            Some(("oci", _)) | None if later(body).is_some() => {
                 let what = later(body).unwrap_or("this");
-                return Err(Error::invalid(format!("{text:?}: {what} cannot be an origin in this release"))
-                    .hint("hf://, s3:// and file:// can; put the files with `modelcache put NAME@VERSION PATH`"));
+                return Err(Error::invalid(format!("{text:?}: {what} cannot be an origin in this release")).hint(
+                    "hf://, s3://, https:// and file:// can; put the files with `modelcache put NAME@VERSION PATH`",
+                ));
             }
             Some((scheme, _)) => {
-                return Err(Error::invalid(format!("{text:?}: no origin is called {scheme:?}"))
-                    .hint("write name@version, hf://org/model@revision, s3://bucket/prefix or file:///path"));
+                return Err(Error::invalid(format!("{:?}: no origin is called {scheme:?}", shown(text)))
+                    .hint("write name@version, hf://org/model@revision, s3://bucket/prefix, https://host/file or file:///path"));
             }
             None => Self { target: Target::Bare(ArtifactKey::listed(body)?), file: None, digest: None },
         };
@@ -76,7 +85,7 @@ impl Reference {
     pub fn at_revision(mut self, revision: &str) -> Result<Self> {
         match &mut self.target {
             Target::Hub(repo) => repo.revision = hub::checked_revision(revision)?,
-            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) => {
+            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) | Target::Web(_) => {
                 return Err(
                     Error::invalid(format!("{self} has no revisions")).hint("only hf:// references take --revision")
                 );
@@ -90,6 +99,7 @@ impl Reference {
         match &self.target {
             Target::Bare(key) => Some(key.clone()),
             Target::Hub(repo) if repo.is_commit() => repo.key_at(&repo.revision).ok(),
+            Target::Web(file) => file.key_at(file.version.clone()?).ok(),
             Target::Hub(_) | Target::Folder(_) | Target::Bucket(_) => None,
         }
     }
@@ -101,7 +111,10 @@ impl Reference {
                 Some(Pointer { name: repo.name().ok()?, revision: repo.revision.clone() })
             }
             Target::Bucket(place) => Some(Pointer { name: place.name().ok()?, revision: place.revision().to_owned() }),
-            Target::Hub(_) | Target::Bare(_) | Target::Folder(_) => None,
+            Target::Web(file) if file.version.is_none() => {
+                Some(Pointer { name: file.name().ok()?, revision: WEB_REVISION.to_owned() })
+            }
+            Target::Hub(_) | Target::Bare(_) | Target::Folder(_) | Target::Web(_) => None,
         }
     }
 }
@@ -112,7 +125,7 @@ impl Reference {
         let target = match &self.target {
             Target::Hub(repo) => Target::Hub(HubRepo { revision: key.version.as_str().to_owned(), ..repo.clone() }),
             // What a place holds now is named as it is listed.
-            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) => Target::Bare(key.clone()),
+            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) | Target::Web(_) => Target::Bare(key.clone()),
         };
         Self { target, ..self.clone() }
     }
@@ -121,7 +134,7 @@ impl Reference {
     pub fn may_mean(&self, version: &Version) -> bool {
         match &self.target {
             Target::Hub(repo) => repo.key_at(version.as_str()).is_ok(),
-            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) => true,
+            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) | Target::Web(_) => true,
         }
     }
 
@@ -134,12 +147,14 @@ impl Reference {
 /// What `body` asks for, if it is a known form whose origin is not built yet.
 fn later(body: &str) -> Option<&'static str> {
     match body.split_once(':')? {
-        ("https" | "http", rest) if rest.starts_with("//") => Some("a web address"),
         ("oci", rest) if rest.starts_with("//") => Some("an OCI registry"),
         ("models", rest) if rest.starts_with('/') => Some("an MLflow registry"),
         _ => None,
     }
 }
+
+/// The revision of an address without a version: what lies there now.
+const WEB_REVISION: &str = "current";
 
 const DIGEST_HINT: &str = "append #sha256= and the digest that the content must have, or nothing";
 
@@ -148,9 +163,13 @@ fn split_digest(text: &str) -> Result<(&str, Option<Digest>)> {
     match text.split_once('#') {
         None => Ok((text, None)),
         Some((body, fragment)) => match fragment.strip_prefix("sha256=") {
-            Some(hex) => Ok((body, Some(hex.parse().map_err(|error: Error| error.artifact(text).hint(DIGEST_HINT))?))),
-            None => Err(Error::invalid(format!("{text:?}: after '#' only sha256=<64 hex digits> is understood"))
-                .hint(DIGEST_HINT)),
+            Some(hex) => {
+                Ok((body, Some(hex.parse().map_err(|error: Error| error.artifact(shown(text)).hint(DIGEST_HINT))?)))
+            }
+            None => {
+                Err(Error::invalid(format!("{:?}: after '#' only sha256=<64 hex digits> is understood", shown(text)))
+                    .hint(DIGEST_HINT))
+            }
         },
     }
 }
@@ -170,6 +189,7 @@ impl fmt::Display for Reference {
             Target::Hub(repo) => write!(f, "{repo}")?,
             Target::Folder(path) => write!(f, "file://{}", encoded(path))?,
             Target::Bucket(place) => write!(f, "{place}")?,
+            Target::Web(file) => write!(f, "{file}")?,
         }
         if let Some(file) = &self.file {
             write!(f, "/{}", encoded(file.as_str()))?;
@@ -245,7 +265,7 @@ mod tests {
 
     #[test]
     fn forms_of_later_releases_say_so() {
-        for text in ["https://host/file.tar.gz@1", "oci://registry/repo:tag", "models:/name/3", "models:/name@prod"] {
+        for text in ["oci://registry/repo:tag", "models:/name/3", "models:/name@prod"] {
             let error = Reference::parse(text).expect_err(text);
             assert!(error.message().contains("in this release"), "{text}: {error}");
         }

@@ -1,18 +1,24 @@
-//! A configuration file taken apart: texts by key, and the options of the object store.
+//! A configuration file taken apart: texts by key, the options of the object store, credentials by server.
 //!
 //! Its form is checked here, the values where settings are put together. What no setting knows is refused.
 
 use super::values::nearest;
-use super::{OPTIONS_KEY, SETTINGS};
+use super::{CREDENTIALS_KEY, OPTIONS_KEY, SETTINGS};
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+
+/// What a table of credentials may have.
+pub(super) const CREDENTIAL_KEYS: [&str; 7] =
+    ["bearer", "bearer_env", "bearer_file", "username", "password", "password_env", "password_file"];
 
 /// One configuration file, taken apart.
 pub(super) struct File {
     pub(super) path: PathBuf,
     pub(super) values: BTreeMap<String, String>,
     pub(super) options: BTreeMap<String, String>,
+    /// By scheme, host and port.
+    pub(super) credentials: BTreeMap<String, BTreeMap<String, String>>,
 }
 
 impl File {
@@ -23,10 +29,12 @@ impl File {
             Error::invalid(format!("{}: line {line}: {}", path.display(), error.message()))
                 .hint("the file is TOML, for instance max_bytes = \"200GB\"")
         })?;
-        let mut file = Self { path: path.to_owned(), values: BTreeMap::new(), options: BTreeMap::new() };
+        let (values, options, credentials) = Default::default();
+        let mut file = Self { path: path.to_owned(), values, options, credentials };
         for (key, value) in table {
             match (key.as_str(), value) {
                 ("remote", toml::Value::Table(remote)) => file.take_remote(remote)?,
+                (CREDENTIALS_KEY, toml::Value::Table(servers)) => file.take_credentials(servers)?,
                 (_, value) => file.take(&key, &value)?,
             }
         }
@@ -51,6 +59,28 @@ impl File {
         Ok(())
     }
 
+    /// `[credentials."https://host"]`. No message repeats a value.
+    fn take_credentials(&mut self, servers: toml::Table) -> Result<()> {
+        for (server, value) in servers {
+            let key = format!("{CREDENTIALS_KEY}.{server:?}");
+            let toml::Value::Table(table) = value else { return Err(self.wrong_type(CREDENTIALS_KEY, &value)) };
+            let mut texts = BTreeMap::new();
+            for (name, value) in table {
+                if !CREDENTIAL_KEYS.contains(&name.as_str()) {
+                    let hint = match nearest(&name, CREDENTIAL_KEYS) {
+                        Some(near) => format!("did you mean {near:?}?"),
+                        None => format!("known: {}", CREDENTIAL_KEYS.join(", ")),
+                    };
+                    return Err(Error::invalid(format!("{}: {key} has no {name:?}", self.path.display())).hint(hint));
+                }
+                let text = one_text(&value).ok_or_else(|| self.wrong_type(&format!("{key}.{name}"), &value))?;
+                texts.insert(name, text);
+            }
+            self.credentials.insert(server, texts);
+        }
+        Ok(())
+    }
+
     fn take(&mut self, key: &str, value: &toml::Value) -> Result<()> {
         if !SETTINGS.iter().any(|setting| setting.key == key) {
             return Err(self.unknown(key));
@@ -59,7 +89,9 @@ impl File {
             toml::Value::Array(items) => items.iter().map(one_text).collect::<Option<Vec<_>>>().map(|t| t.join(",")),
             value => one_text(value),
         };
-        let text = text.filter(|_| key != OPTIONS_KEY).ok_or_else(|| self.wrong_type(key, value))?;
+        let text = text
+            .filter(|_| ![OPTIONS_KEY, CREDENTIALS_KEY].contains(&key))
+            .ok_or_else(|| self.wrong_type(key, value))?;
         self.values.insert(key.to_owned(), text);
         Ok(())
     }

@@ -39,6 +39,7 @@ impl House {
             backfill: None,
             origins: Vec::new(),
             hub: HubConfig { endpoint: self.hub.url().to_owned(), token: None },
+            credentials: Default::default(),
             ref_ttl: Duration::from_secs(60),
             offline: false,
             start_jitter: Duration::ZERO,

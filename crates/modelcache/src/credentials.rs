@@ -1,0 +1,310 @@
+//! Credentials for web servers: what the configuration file states, and the netrc.
+//!
+//! Each belongs to one scheme, host and port. A netrc knows machines only, so what it says is for `https` on any port,
+//! never for plain `http`: whoever wants that states it in the configuration. Nothing is read here; a door hands in
+//! texts.
+
+use crate::config::Secret;
+use crate::error::{Error, Result};
+use std::collections::BTreeMap;
+use url::Url;
+
+/// Who one is to a server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Credential {
+    /// `Authorization: Bearer …`
+    Bearer(Secret),
+    /// `Authorization: Basic …`
+    Basic {
+        /// The user.
+        username: String,
+        /// The password.
+        password: Secret,
+    },
+}
+
+/// All credentials for web servers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Credentials {
+    /// By scheme, host and port, as [`url::Origin`] writes them.
+    configured: BTreeMap<String, Credential>,
+    netrc: Netrc,
+}
+
+/// Which credential is for an address, and who says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice<'a> {
+    /// The configuration file.
+    Configured(&'a Credential),
+    /// The netrc.
+    Netrc(&'a Credential),
+    /// The netrc has one, but the address is plain `http`.
+    KeptBack,
+    /// Nobody.
+    None,
+}
+
+impl Credentials {
+    /// States the credential for `server`, which is scheme, host and port. The first one stated stays.
+    pub fn state(&mut self, server: &str, credential: Credential) -> Result<()> {
+        let refuse = || {
+            Error::invalid("is no scheme, host and port")
+                .hint("for instance [credentials.\"https://registry.example\"]")
+        };
+        let url = Url::parse(server).map_err(|_| refuse())?;
+        let bare = matches!(url.path(), "" | "/") && url.query().is_none() && url.fragment().is_none();
+        if !matches!(url.scheme(), "https" | "http") || !bare || !url.username().is_empty() || url.password().is_some()
+        {
+            return Err(refuse());
+        }
+        self.configured.entry(url.origin().ascii_serialization()).or_insert(credential);
+        Ok(())
+    }
+
+    /// Takes over what a netrc says.
+    pub fn set_netrc(&mut self, netrc: Netrc) {
+        self.netrc = netrc;
+    }
+
+    /// Says that others may read the netrc, once it is known. It is warned of when something of it is sent.
+    pub fn netrc_is_open(&mut self) {
+        self.netrc.open = true;
+    }
+
+    /// The credential for `url`.
+    pub fn choose(&self, url: &Url) -> Choice<'_> {
+        if let Some(credential) = self.configured.get(&url.origin().ascii_serialization()) {
+            return Choice::Configured(credential);
+        }
+        match (url.host_str().and_then(|host| self.netrc.of(host)), url.scheme()) {
+            (Some(credential), "https") => Choice::Netrc(credential),
+            (Some(_), _) => Choice::KeptBack,
+            (None, _) => Choice::None,
+        }
+    }
+
+    /// Whether others may read the netrc.
+    pub fn is_netrc_open(&self) -> bool {
+        self.netrc.open
+    }
+}
+
+/// A netrc, read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Netrc {
+    /// `None` for a machine without a password: then nothing is sent, the default neither.
+    machines: BTreeMap<String, Option<Credential>>,
+    default: Option<Credential>,
+    open: bool,
+}
+
+/// One entry being read.
+#[derive(Default)]
+struct Entry {
+    /// `None` for `default`.
+    machine: Option<String>,
+    login: Option<String>,
+    password: Option<String>,
+}
+
+impl Netrc {
+    /// Reads a netrc: `machine`, `default`, `login`, `password`, `account`; values may stand in double quotes;
+    /// comments and macros are passed over.
+    ///
+    /// # Errors
+    /// What is no word of a netrc is refused with its line, never with its text: it may be half a password.
+    pub fn parse(text: &str) -> Result<Self> {
+        let mut netrc = Self::default();
+        let mut entry: Option<Entry> = None;
+        let mut words = Words { rest: text, line: 1 };
+        while let Some((word, quoted)) = words.next()? {
+            let refuse = |line: usize, why: &str| Error::invalid(format!("line {line}: {why}"));
+            match word.as_str() {
+                _ if !quoted && word.starts_with('#') => words.skip_line(),
+                "macdef" => words.skip_macro(),
+                "default" => {
+                    netrc.take(entry.replace(Entry::default()));
+                }
+                "machine" | "login" | "user" | "password" | "account" => {
+                    let Some((value, _)) = words.next()? else {
+                        return Err(refuse(words.line, "the last word has no value"));
+                    };
+                    match (word.as_str(), &mut entry) {
+                        ("machine", _) => {
+                            let machine = Some(value.to_ascii_lowercase());
+                            netrc.take(entry.replace(Entry { machine, ..Entry::default() }));
+                        }
+                        (_, None) => return Err(refuse(words.line, "stands before any machine")),
+                        ("password", Some(entry)) => entry.password = Some(value),
+                        ("account", _) => {}
+                        (_, Some(entry)) => entry.login = Some(value),
+                    }
+                }
+                _ => {
+                    return Err(refuse(
+                        words.line,
+                        "a word that a netrc does not have (a password with spaces needs quotes)",
+                    ));
+                }
+            }
+        }
+        netrc.take(entry);
+        Ok(netrc)
+    }
+
+    /// The first entry of a machine counts.
+    fn take(&mut self, entry: Option<Entry>) {
+        let Some(Entry { machine, login, password }) = entry else { return };
+        let credential = password
+            .map(|password| Credential::Basic { username: login.unwrap_or_default(), password: Secret::new(password) });
+        match machine {
+            Some(machine) => {
+                self.machines.entry(machine).or_insert(credential);
+            }
+            None => self.default = self.default.take().or(credential),
+        }
+    }
+
+    fn of(&self, host: &str) -> Option<&Credential> {
+        match self.machines.get(host) {
+            Some(credential) => credential.as_ref(),
+            None => self.default.as_ref(),
+        }
+    }
+}
+
+/// The words of a netrc.
+struct Words<'a> {
+    rest: &'a str,
+    line: usize,
+}
+
+impl Words<'_> {
+    fn skip(&mut self, bytes: usize) {
+        self.line += self.rest[..bytes].matches('\n').count();
+        self.rest = &self.rest[bytes..];
+    }
+
+    fn skip_line(&mut self) {
+        self.skip(self.rest.find('\n').unwrap_or(self.rest.len()));
+    }
+
+    /// A macro ends at an empty line.
+    fn skip_macro(&mut self) {
+        self.skip(self.rest.find("\n\n").map_or(self.rest.len(), |at| at + 2));
+    }
+
+    /// The next word, and whether it stood in quotes.
+    fn next(&mut self) -> Result<Option<(String, bool)>> {
+        self.skip(self.rest.len() - self.rest.trim_start().len());
+        let Some(quoted) = self.rest.strip_prefix('"') else {
+            let end = self.rest.find(char::is_whitespace).unwrap_or(self.rest.len());
+            let word = self.rest[..end].to_owned();
+            self.skip(end);
+            return Ok((!word.is_empty()).then_some((word, false)));
+        };
+        let (mut word, mut escaped) = (String::new(), false);
+        for (at, c) in quoted.char_indices() {
+            match (escaped, c) {
+                (false, '"') => {
+                    self.skip(at + 2);
+                    return Ok(Some((word, true)));
+                }
+                (false, '\\') => escaped = true,
+                (true, 'n') => (word, escaped) = (word + "\n", false),
+                (true, 'r') => (word, escaped) = (word + "\r", false),
+                (true, 't') => (word, escaped) = (word + "\t", false),
+                (_, c) => {
+                    word.push(c);
+                    escaped = false;
+                }
+            }
+        }
+        Err(Error::invalid(format!("line {}: a quote without its end", self.line)))
+    }
+}
+
+#[cfg(test)]
+impl Choice<'_> {
+    /// In words and in the open, for tests.
+    pub(crate) fn expose(&self) -> String {
+        let open = |credential: &Credential| match credential {
+            Credential::Bearer(token) => token.expose().to_owned(),
+            Credential::Basic { username, password } => format!("{username}:{}", password.expose()),
+        };
+        match self {
+            Self::Configured(credential) => format!("configured {}", open(credential)),
+            Self::Netrc(credential) => format!("netrc {}", open(credential)),
+            Self::KeptBack => "kept back".into(),
+            Self::None => "none".into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn basic(username: &str, password: &str) -> Credential {
+        Credential::Basic { username: username.into(), password: Secret::new(password) }
+    }
+
+    fn choose<'a>(credentials: &'a Credentials, url: &str) -> Choice<'a> {
+        credentials.choose(&Url::parse(url).expect(url))
+    }
+
+    #[test]
+    fn a_netrc_is_read_as_curl_reads_it() {
+        let netrc = Netrc::parse(
+            "# a comment with machine evil in it\nmachine A.example login ann password \"p w\\\"#\\\\\"\n\
+             macdef init\nmachine inside macro\n\nmachine b.example\n\tlogin bob\n\taccount x\n\tpassword #hash\n\
+             machine b.example login late password late\nmachine none.example login only\n\
+             default login any password common\n",
+        );
+        let mut credentials = Credentials::default();
+        credentials.set_netrc(netrc.expect("reads"));
+        assert_eq!(choose(&credentials, "https://a.example/x"), Choice::Netrc(&basic("ann", "p w\"#\\")));
+        assert_eq!(choose(&credentials, "https://b.example:8443/x"), Choice::Netrc(&basic("bob", "#hash")));
+        assert_eq!(choose(&credentials, "https://c.example/x"), Choice::Netrc(&basic("any", "common")));
+        assert_eq!(choose(&credentials, "https://none.example/x"), Choice::None, "not the default");
+        assert_eq!(choose(&credentials, "http://a.example/x"), Choice::KeptBack);
+    }
+
+    #[test]
+    fn what_is_no_netrc_is_refused_with_its_line_and_without_its_text() {
+        for (bad, line) in [
+            ("machine a login b password c canary", "line 1"),
+            ("machine a\n login \"canary", "line 2"),
+            ("login canary", "line 1"),
+            ("machine a\npassword", "line 2"),
+        ] {
+            let error = Netrc::parse(bad).expect_err(bad);
+            assert!(error.message().contains(line) && !error.to_string().contains("canary"), "{error}");
+        }
+        assert_eq!(Netrc::parse("").expect("empty"), Netrc::default());
+    }
+
+    #[test]
+    fn a_configured_credential_is_for_one_scheme_host_and_port() {
+        let mut credentials = Credentials::default();
+        credentials.set_netrc(Netrc::parse("default login d password d").expect("reads"));
+        let bearer = Credential::Bearer(Secret::new("canary"));
+        credentials.state("https://R.example/", bearer.clone()).expect("stated");
+        credentials.state("https://r.example:443", basic("late", "late")).expect("the first one stays");
+        assert_eq!(choose(&credentials, "https://r.example:443/x"), Choice::Configured(&bearer));
+        assert_eq!(choose(&credentials, "http://r.example/x"), Choice::KeptBack);
+        assert!(matches!(choose(&credentials, "https://r.example:444/x"), Choice::Netrc(_)));
+        for bad in ["r.example", "ftp://r", "https://u:p@r", "https://r/path", "https://r?x", "https://"] {
+            assert!(credentials.state(bad, bearer.clone()).is_err(), "{bad} was accepted");
+        }
+        assert!(!format!("{credentials:?}").contains("canary"));
+    }
+
+    proptest! {
+        #[test]
+        fn reading_a_netrc_never_panics(text in "(machine|login|password|default|macdef|#|\"|\\\\|\n| |é|a){0,30}") {
+            let _ = Netrc::parse(&text);
+        }
+    }
+}
