@@ -44,13 +44,13 @@ fn a_cold_get_fills_disk_and_s3_a_second_machine_reads_s3_and_a_warm_get_asks_no
 }
 
 #[test]
-fn main_on_a_second_machine_is_resolved_at_the_hub_and_read_from_s3() {
+fn main_on_a_second_machine_is_known_from_the_first_and_read_from_s3() {
     let (house, _) = House::with_model();
     house.on("a").run(["get", "hf://org/model@main"]).path();
     house.hub.clear_requests();
     assert_model(&house.on("b").run(["get", "hf://org/model@main"]).path_saying(&["from remote"]));
     assert_eq!(house.hub.body_gets().len(), 0);
-    assert_eq!(house.hub.requests().len(), 1, "one question: what main is");
+    assert_eq!(house.hub.requests().len(), 0, "the fleet knows what main is");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use super::{Cache, EvictReport, EvictTier, GetOptions};
 use crate::error::{Context, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::reference::{Pointer, Reference, Target};
+use crate::remote::RefKind;
 use crate::source::Source;
 use crate::transfer::blocking;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ impl Cache {
                 .ensure_read_write("remove it from this disk only: --tier disk")
                 .map_err(|error| error.artifact(&key))?;
         }
-        let tags = if tier == EvictTier::Disk { Vec::new() } else { self.tags_pointing_to(&key).await? };
+        let refs = if tier == EvictTier::Disk { Vec::new() } else { self.refs_to(&key).await? };
         let disk_bytes = match tier {
             EvictTier::All | EvictTier::Disk => self.evict_disk(&key, dry_run).await.context(&key, Tier::Disk)?,
             EvictTier::Remote => None,
@@ -54,7 +55,7 @@ impl Cache {
             self.refuse_tag(&key).await?;
         }
         if !dry_run && remote_bytes.is_some() {
-            self.remove_tags(&key, &tags).await?;
+            self.remove_refs(&key, &refs).await?;
         }
         let origin_can_give_back = match origin {
             _ if remote_stays => true,
@@ -63,6 +64,7 @@ impl Cache {
             Some(origin) if dry_run => matches!(origin.manifest().await, Ok(Some(_))),
             _ => false,
         };
+        let tags = refs.into_iter().filter(|found| found.kind == RefKind::Tag).map(|tag| tag.revision).collect();
         Ok(EvictReport { key, disk_bytes, remote_bytes, origin_can_give_back, tags })
     }
 

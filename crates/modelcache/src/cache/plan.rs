@@ -77,7 +77,12 @@ impl Cache {
     /// What [`get`](Self::get) would do; fetches lists only.
     pub async fn plan(&self, reference: &Reference, options: &GetOptions) -> Result<GetPlan> {
         let progress = Progress::new();
-        let wanted = self.resolve(reference, options, &progress).await.map_err(|error| error.artifact(reference))?;
+        // Whoever only looks writes nothing for others to see.
+        let asking = Asking { tells: false, ..self.asking(options) };
+        let wanted = self
+            .resolve_asking(reference, options, asking, &progress)
+            .await
+            .map_err(|error| error.artifact(reference))?;
         let plan = self.plan_fill(&wanted, &progress).await.map_err(|error| error.artifact(&wanted.key))?;
         let disk = self.0.disk.manifest(&wanted.key)?;
         let on_disk =

@@ -102,7 +102,7 @@ impl Cache {
         if asking.reach < Tier::Origin {
             return known.ok_or_else(|| unknown_offline(pointer, fleet, asking));
         }
-        self.ask_origin(reference, pointer, known.filter(|_| !asking.refresh), fleet).await
+        self.ask_origin(reference, pointer, known.filter(|_| !asking.refresh), fleet, asking.tells).await
     }
 
     /// Asks the origin; the last known answer serves where that does not come.
@@ -112,6 +112,7 @@ impl Cache {
         pointer: &Pointer,
         known: Option<Answer>,
         fleet: Fleet,
+        tells: bool,
     ) -> Result<Answer> {
         self.before_first_call().await;
         let asked = self.0.origins.resolve(reference);
@@ -123,7 +124,9 @@ impl Cache {
             Ok(Some(resolved)) => {
                 let answer = Answer { version: resolved.key.version, from: Tier::Origin, age: Duration::ZERO };
                 self.remember(pointer, &answer).await;
-                self.tell_fleet(pointer, &answer, fleet).await;
+                if tells {
+                    self.tell_fleet(pointer, &answer, fleet).await;
+                }
                 Ok(answer)
             }
             Ok(None) => {

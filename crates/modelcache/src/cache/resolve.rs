@@ -27,6 +27,8 @@ pub(super) struct Asking {
     pub(super) refresh: bool,
     /// The farthest tier that may be asked.
     pub(super) reach: Tier,
+    /// Whether the fleet is told what an origin answers.
+    pub(super) tells: bool,
 }
 
 /// What a reference means now.
@@ -82,6 +84,17 @@ impl Cache {
         options: &GetOptions,
         progress: &Progress,
     ) -> Result<Wanted> {
+        self.resolve_asking(reference, options, self.asking(options), progress).await
+    }
+
+    /// The same, asking otherwise than `options` say.
+    pub(super) async fn resolve_asking(
+        &self,
+        reference: &Reference,
+        options: &GetOptions,
+        asking: Asking,
+        progress: &Progress,
+    ) -> Result<Wanted> {
         let _phase = progress.enter(Phase::Resolve, 0);
         let selection = match &reference.file {
             Some(file) if !options.selection.is_all() => {
@@ -93,7 +106,6 @@ impl Cache {
             Some(file) => Selection::file(file.clone()),
             None => options.selection.clone(),
         };
-        let asking = self.asking(options);
         let Meaning { key, origin, tagged, remote, .. } = self.meaning(reference, asking).await?;
         if let Some(tagged) = &tagged {
             self.check_tagged(&key, tagged).await?;
@@ -104,7 +116,7 @@ impl Cache {
     /// How a call asks, within what the configuration allows.
     pub(super) fn asking(&self, options: &GetOptions) -> Asking {
         let allowed = if self.0.config.offline { Tier::Remote } else { Tier::Origin };
-        Asking { refresh: options.refresh, reach: options.reach.min(allowed) }
+        Asking { refresh: options.refresh, reach: options.reach.min(allowed), tells: true }
     }
 
     /// What a reference means now.
@@ -170,7 +182,7 @@ impl Cache {
 impl Wanted {
     /// How whoever fills it asks: what a name means is settled.
     pub(super) fn asking(&self) -> Asking {
-        Asking { refresh: false, reach: self.reach }
+        Asking { refresh: false, reach: self.reach, tells: false }
     }
 
     /// Compares the demanded digest, if there is one, with what is known by now. Unknown digests pass: they are

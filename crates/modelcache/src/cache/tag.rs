@@ -78,24 +78,26 @@ impl Cache {
         Ok(TagReport { name: name.clone(), tag: tag.clone(), from: Some(before.version), to: None, sha256: None })
     }
 
-    /// The tags on the remote that mean the version of `key`.
-    pub(super) async fn tags_pointing_to(&self, key: &ArtifactKey) -> Result<Vec<String>> {
-        let Some(remote) = self.0.remote.as_ref().filter(|_| key.name.scheme().is_none()) else {
+    /// What on the remote means the version of `key`: tags, and what an origin once answered.
+    pub(super) async fn refs_to(&self, key: &ArtifactKey) -> Result<Vec<RemoteRef>> {
+        let Some(remote) = &self.0.remote else { return Ok(Vec::new()) };
+        let Some(refs) = remote.refs_of(&key.name).await? else {
+            if key.name.scheme().is_none() {
+                tracing::warn!(%key, "which tags point to it cannot be seen: listing the remote is not permitted (s3:ListBucket)");
+            }
             return Ok(Vec::new());
         };
-        let Some(tags) = remote.tags_of(&key.name).await? else {
-            tracing::warn!(%key, "which tags point to it cannot be seen: listing the remote is not permitted (s3:ListBucket)");
-            return Ok(Vec::new());
-        };
-        Ok(tags.into_iter().filter(|tag| tag.version == key.version).map(|tag| tag.revision).collect())
+        Ok(refs.into_iter().filter(|found| found.version == key.version).collect())
     }
 
-    /// Removes those of `tags` that still mean the version of `key`.
-    pub(super) async fn remove_tags(&self, key: &ArtifactKey, tags: &[String]) -> Result<()> {
+    /// Removes those of `refs` that still mean the version of `key`.
+    pub(super) async fn remove_refs(&self, key: &ArtifactKey, refs: &[RemoteRef]) -> Result<()> {
         let Some(remote) = &self.0.remote else { return Ok(()) };
-        for tag in tags {
-            remote.remove_tag(&key.name, tag, Some(&key.version)).await?;
-            self.forget(&ArtifactKey::new(key.name.clone(), Version::new(tag)?)).await;
+        for RemoteRef { revision, kind, .. } in refs {
+            remote.remove_tag(&key.name, revision, Some(&key.version)).await?;
+            if *kind == RefKind::Tag {
+                self.forget(&ArtifactKey::new(key.name.clone(), Version::new(revision)?)).await;
+            }
         }
         Ok(())
     }

@@ -269,9 +269,9 @@ impl Remote {
         refs::remove_tag(self, name, tag, only_to).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// The tags of `name`; `None` where listing is not permitted.
-    pub async fn tags_of(&self, name: &ArtifactName) -> Result<Option<Vec<RemoteRef>>> {
-        refs::tags_of(self, name).await.map_err(|error| error.tier(Tier::Remote))
+    /// The refs of `name`, tags and origins' answers; `None` where listing is not permitted.
+    pub async fn refs_of(&self, name: &ArtifactName) -> Result<Option<Vec<RemoteRef>>> {
+        refs::refs_of(self, name).await.map_err(|error| error.tier(Tier::Remote))
     }
 
     /// Every artifact that has a manifest, readable or not, by name and version.

@@ -280,28 +280,36 @@ pub(super) async fn remove_tag(
     Ok(there)
 }
 
-/// The tags of `name`. `None`: listing is not permitted.
-pub(super) async fn tags_of(remote: &Remote, name: &ArtifactName) -> Result<Option<Vec<RemoteRef>>> {
+/// The refs of `name`, tags and answers. `None`: listing is not permitted.
+pub(super) async fn refs_of(remote: &Remote, name: &ArtifactName) -> Result<Option<Vec<RemoteRef>>> {
     let store = remote.store().await?;
     let Some(objects) = store.list(Some(&folder(store, name)?)).await? else { return Ok(None) };
-    let tags = tags_among(store, &objects).await?;
-    Ok(Some(tags.into_iter().filter(|(of, _)| of == name).map(|(_, tag)| tag).collect()))
+    let refs = refs_among(store, &objects, |of| of == name).await?;
+    Ok(Some(refs.into_iter().map(|(_, found)| found).collect()))
 }
 
-/// The tags among listed objects, with the names that they belong to. What cannot be read is left out.
+/// The tags among listed objects, with the names that they belong to.
 pub(super) async fn tags_among(store: &Store, objects: &[ObjectMeta]) -> Result<Vec<(ArtifactName, RemoteRef)>> {
+    let refs = refs_among(store, objects, |name| name.scheme().is_none()).await?;
+    Ok(refs.into_iter().filter(|(_, found)| found.kind == RefKind::Tag).collect())
+}
+
+/// The refs among listed objects, with the names that they belong to. What cannot be read is left out.
+async fn refs_among(
+    store: &Store,
+    objects: &[ObjectMeta],
+    wanted: impl Fn(&ArtifactName) -> bool,
+) -> Result<Vec<(ArtifactName, RemoteRef)>> {
     let names = objects.iter().filter_map(|meta| Some((name_of(store.relative(&meta.location)?)?, &meta.location)));
-    let bare = names.filter(|(name, _)| name.scheme().is_none());
-    let reads: Vec<_> = bare.map(|(name, key)| read_listed(store, name, key)).collect();
+    let reads: Vec<_> =
+        names.filter(|(name, _)| wanted(name)).map(|(name, key)| read_listed(store, name, key)).collect();
     let read: Vec<Option<_>> = futures::stream::iter(reads).buffered(IN_FLIGHT).try_collect().await?;
     Ok(read.into_iter().flatten().collect())
 }
 
 async fn read_listed(store: &Store, name: ArtifactName, key: &Path) -> Result<Option<(ArtifactName, RemoteRef)>> {
     match read(store, key).await?.map(|found| found.there) {
-        Some(There::Usable(there)) if there.kind == RefKind::Tag && *key == object(store, &name, &there.revision)? => {
-            Ok(Some((name, there)))
-        }
+        Some(There::Usable(there)) if *key == object(store, &name, &there.revision)? => Ok(Some((name, there))),
         Some(_) => {
             tracing::warn!(%key, "a ref on the remote cannot be read and is left out");
             Ok(None)
