@@ -99,7 +99,7 @@ mod tests {
             files: 2,
             held_bytes,
             bytes: 4_000_000_000,
-            formats: leased.then(|| ["gguf".to_owned(), "tar".into()].into()).unwrap_or_default(),
+            formats: if leased { ["gguf".to_owned(), "tar".into()].into() } else { Default::default() },
             last_used: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(60)),
             leased,
             pin: leased.then(Default::default),

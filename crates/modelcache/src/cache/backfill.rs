@@ -352,7 +352,7 @@ fn tell(remote: &Remote, error: &Error, dropped: bool) {
     let hint = error.hint_text();
     if remote.refuses_writes() {
         if remote.tells_refusal() {
-            tracing::warn!(%error, hint, "the remote refuses to be written: it is only read until this process ends, and gets nothing from it");
+            tracing::warn!(%error, hint, "the remote refuses to be written; it is local all the same, and the remote is only read until this process ends");
         }
     } else if dropped {
         tracing::warn!(%error, hint, "this will not reach the remote from here");
