@@ -35,13 +35,9 @@ pub(crate) async fn examine(config: &Config, options: DoctorOptions, clock: &Clo
     };
     let mut checks = Vec::new();
     if let Err(error) = look(remote, options, clock, &mut checks).await {
-        checks.push(Check::problem(area_of(&error), &error));
+        checks.push(Check::problem(Area::Remote, &error));
     }
     checks
-}
-
-fn area_of(error: &Error) -> Area {
-    if error.message().starts_with("no AWS credentials") { Area::Credentials } else { Area::Remote }
 }
 
 async fn look(config: &RemoteConfig, options: DoctorOptions, clock: &Clock, checks: &mut Vec<Check>) -> Result<()> {
@@ -61,7 +57,14 @@ async fn look(config: &RemoteConfig, options: DoctorOptions, clock: &Clock, chec
             let (settings, connector) = settings(&remote).await?;
             checks.push(Check::ok(Area::Remote, place(&remote, &settings)));
             ask_clock(&settings, &connector, clock).await;
-            credentials(&remote, store, checks).await?;
+            match credentials(&remote, store).await {
+                Ok(check) => checks.push(check),
+                Err(error) => {
+                    // Whatever is asked without them is refused.
+                    checks.push(Check::problem(Area::Credentials, &error));
+                    return Ok(());
+                }
+            }
         }
     }
     let listed = rights_to_read(store, checks).await?;
@@ -120,30 +123,28 @@ async fn ask_clock(settings: &S3Settings, connector: &Connector, clock: &Clock) 
     }
 }
 
-async fn credentials(remote: &Remote, store: &Store, checks: &mut Vec<Check>) -> Result<()> {
-    let skips = |(key, value): &&(AmazonS3ConfigKey, crate::config::Secret)| {
+/// Which link of the chain answers.
+async fn credentials(remote: &Remote, store: &Store) -> Result<Check> {
+    let skips = |(key, value): &(AmazonS3ConfigKey, crate::config::Secret)| {
         *key == AmazonS3ConfigKey::SkipSignature && !matches!(value.expose(), "false" | "0")
     };
-    if remote.0.options.passed_on.iter().any(|option| skips(&option)) {
-        checks.push(Check::ok(Area::Credentials, "requests are not signed (skip_signature)"));
-        return Ok(());
-    }
-    let Some(chain) = store.credentials() else { return Ok(()) };
+    let chain = store.credentials().filter(|_| !remote.0.options.passed_on.iter().any(skips));
+    let Some(chain) = chain else {
+        return Ok(Check::ok(Area::Credentials, "requests are not signed (skip_signature)"));
+    };
     let Whence { place, key_begins, ends } = in_time(chain.whence()).await?;
     let mut says = format!("from {place}; the key's id begins with {key_begins}");
     let left = ends.map(|ends| ends.duration_since(SystemTime::now()).unwrap_or_default());
     if let Some(left) = left {
         says.push_str(&format!("; they end in {} min", left.as_secs() / 60));
     }
-    checks.push(match left {
-        Some(left) if left < ENDS_SOON => Check::warning(
-            Area::Credentials,
-            says,
-            "nothing, if they renew themselves; else log in again (`aws sso login`)",
-        ),
+    Ok(match left {
+        Some(left) if left < ENDS_SOON => {
+            let fix = "nothing, if they renew themselves; else log in again (`aws sso login`)";
+            Check::warning(Area::Credentials, says, fix)
+        }
         _ => Check::ok(Area::Credentials, says),
-    });
-    Ok(())
+    })
 }
 
 /// Whether the bucket is there, in this region, and may be listed.
