@@ -543,6 +543,7 @@ impl Settings {
             (setting.set)(&given, &mut draft).map_err(|error| setting.refuse(&given, &error))?;
         }
         let mut warnings = unknown_variables(environment);
+        let hub = hub_config(environment, &read_secret, &mut warnings)?;
         let credentials = credentials::gather(&files, environment, &read_secret, &mut warnings)?;
         let mut options = BTreeMap::new();
         for file in files {
@@ -550,7 +551,6 @@ impl Settings {
                 options.entry(name).or_insert(value);
             }
         }
-        let hub = hub_config(environment, read_secret, &mut warnings)?;
         let metrics_file = draft.metrics_file.take();
         let (config, log) = draft.finish(options, hub, credentials);
         Ok(Self { config, metrics_file, log, warnings })

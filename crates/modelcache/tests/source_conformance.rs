@@ -137,7 +137,7 @@ fn largest(subject: &Subject) -> (&FilePath, &Vec<u8>) {
     subject.files.iter().max_by_key(|(_, content)| content.len()).unwrap()
 }
 
-/// The bytes of a range, as a reader takes them: skipping what comes before if the server ignored the range.
+/// The bytes of a range, as a reader takes them: without what comes before and after if the server ignored the range.
 async fn read(subject: &Subject, path: &FilePath, range: Range<u64>) -> Vec<u8> {
     let opened = subject.source.read(path, range.clone()).await;
     let mut body = opened.unwrap_or_else(|error| panic!("{path} {range:?}: {error}"));
@@ -146,7 +146,11 @@ async fn read(subject: &Subject, path: &FilePath, range: Range<u64>) -> Vec<u8> 
     while let Some(chunk) = body.stream.next().await {
         bytes.extend_from_slice(&chunk.unwrap_or_else(|error| panic!("{path} {range:?}: {error}")));
     }
-    bytes.split_off((range.start - body.start) as usize)
+    let mut wanted = bytes.split_off((range.start - body.start) as usize);
+    if body.start != range.start {
+        wanted.truncate((range.end - range.start) as usize);
+    }
+    wanted
 }
 
 /// SplitMix64.

@@ -177,7 +177,7 @@ impl Cache {
                 self.0.remote.clone().filter(|_| is_news)
             }
         };
-        let Some(remote) = remote else { return };
+        let Some(remote) = remote.filter(Remote::is_writable) else { return };
         let name = pointer.name.clone();
         let told = RemoteRef::now(&pointer.revision, &answer.version, RefKind::Origin, None);
         let telling = tokio::spawn(async move {

@@ -121,10 +121,12 @@ impl Cache {
             return Err(Error::invalid(format!("names that begin with {word:?} have no tags of ours"))
                 .hint("what a revision means there, its origin decides; tags are for NAME@VERSION"));
         }
-        self.0.remote.as_ref().ok_or_else(|| {
+        let remote = self.0.remote.as_ref().ok_or_else(|| {
             Error::invalid("tags are kept on the remote, and none is configured")
                 .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix")
-        })
+        })?;
+        remote.ensure_read_write("move the tag from where the remote is written")?;
+        Ok(remote)
     }
 
     /// Why a version cannot be tagged that the remote does not have.

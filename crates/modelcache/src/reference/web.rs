@@ -85,7 +85,7 @@ pub(super) fn parse(scheme: &str, rest: &str) -> Result<WebFile> {
     if path.split('/').any(dots) {
         return Err(refuse("the path climbs"));
     }
-    let (folder, file) = path.rsplit_once('/').map_or(("", path), |(folder, file)| (folder, file));
+    let (folder, file) = path.split_at(path.rfind('/').map_or(0, |at| at + 1));
     let (file, version) = match file.rsplit_once('@') {
         Some((file, version)) => (file, Some(Version::new(version).map_err(|error| refuse(error.message()))?)),
         None => (file, None),
@@ -93,8 +93,7 @@ pub(super) fn parse(scheme: &str, rest: &str) -> Result<WebFile> {
     if file.is_empty() {
         return Err(refuse("names no file"));
     }
-    let slash = if folder.is_empty() { "" } else { "/" };
-    let url = Url::parse(&format!("{scheme}://{server}/{folder}{slash}{file}"))
+    let url = Url::parse(&format!("{scheme}://{server}/{folder}{file}"))
         .map_err(|cause| refuse("is no address").cause(cause))?;
     let file = WebFile { url, version };
     file.name()?;
