@@ -7,7 +7,8 @@
 //! |---|---|
 //! | [`hub`] | the Hugging Face Hub and, on another address, its CDN |
 //! | [`s3`] | an S3 endpoint over a folder, with the conditions of the real one kept |
-//! | [`moto`] | nothing: it starts the real moto server as a second opinion |
+//! | [`gate`] | what stands in front of a server: credentials, a CDN |
+//! | [`moto`], [`registry`], [`mlflow`] | nothing: they start the real servers |
 //! | [`proxy`] | a bad network, in front of any of them |
 //! | [`shim`] | a bad disk and sudden death, underneath a program |
 //!
@@ -22,22 +23,29 @@ pub mod content;
 pub mod dice;
 pub mod faults;
 pub mod folder;
+pub mod gate;
 pub mod hub;
 pub mod log;
+pub mod mlflow;
 pub mod moto;
 pub mod proxy;
+pub mod registry;
 pub mod s3;
 pub mod shim;
 
 mod range;
 mod serve;
+mod wire;
 
 pub use content::Content;
 pub use dice::Dice;
 pub use faults::{Fault, Faults, Hits};
+pub use gate::{Demand, Gate};
 pub use hub::Hub;
 pub use log::{Place, Seen};
+pub use mlflow::Mlflow;
 pub use moto::Moto;
 pub use proxy::FaultProxy;
+pub use registry::Registry;
 pub use s3::S3;
 pub use shim::{Call, Errno, Flock, Shim, Strike};

@@ -7,10 +7,12 @@
 //! environments are shared.
 
 mod file;
+mod registries;
 mod values;
 
 use crate::config::{
-    ByteBound, Config, Environment, HubConfig, OnRemoteDown, OriginTemplate, RemoteConfig, RetryConfig, Secret, Sharing,
+    ByteBound, Config, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown, OriginTemplate, RemoteConfig,
+    RetryConfig, Secret, Sharing,
 };
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
@@ -211,6 +213,46 @@ pub const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        key: "mlflow_tracking_uri",
+        variable: Some("MLFLOW_TRACKING_URI"),
+        flag: None,
+        value_name: "URL",
+        default: "none",
+        meaning: "The MLflow server of `models:/` references. Looked at when such a reference is used.",
+        accepts: "scheme, host, port and path of the server, for instance https://mlflow.example",
+        set: |given, draft| {
+            draft.mlflow.tracking_uri = registries::server(given);
+            Ok(())
+        },
+    },
+    Setting {
+        key: "mlflow_registry_uri",
+        variable: Some("MLFLOW_REGISTRY_URI"),
+        flag: None,
+        value_name: "URL",
+        default: "none",
+        meaning: "The MLflow server of the model registry, where it is another than the tracking server.",
+        accepts: "scheme, host, port and path of the server",
+        set: |given, draft| {
+            draft.mlflow.registry_uri = registries::server(given);
+            Ok(())
+        },
+    },
+    Setting {
+        key: "oci_plain_http",
+        variable: Some("MODEL_CACHE_OCI_PLAIN_HTTP"),
+        flag: None,
+        value_name: "REGISTRIES",
+        default: "none",
+        meaning: "OCI registries that are spoken to without TLS, split by commas, besides those on this machine \
+                  (`localhost` and loopback addresses).",
+        accepts: "hosts with their ports, for instance registry.internal:5000; or none",
+        set: |given, draft| {
+            draft.oci.plain_http = registries::plain_http(&given.text)?;
+            Ok(())
+        },
+    },
+    Setting {
         key: "ref_ttl",
         variable: Some("MODEL_CACHE_REF_TTL"),
         flag: None,
@@ -291,6 +333,13 @@ const HONOURED: &[(&str, &str)] = &[
     ("HF_TOKEN", "The token sent to the Hub, and to no other host."),
     ("HF_TOKEN_PATH", "The file that holds the token when `HF_TOKEN` is not set. Default `$HF_HOME/token`."),
     ("HF_HOME", "Folder of that file. Default `$XDG_CACHE_HOME/huggingface`, else `~/.cache/huggingface`."),
+    ("MLFLOW_TRACKING_TOKEN", "The token sent to the MLflow servers above, and to no other."),
+    (
+        "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD",
+        "User and password sent to the MLflow servers above, and to no other; they overrule the token.",
+    ),
+    ("MLFLOW_S3_ENDPOINT_URL", "The S3 endpoint of models that MLflow keeps in a bucket, where it is another."),
+    ("DOCKER_CONFIG", "Folder of the `config.json` with credentials of OCI registries. Default `~/.docker`."),
     ("AWS_*", "Credentials, profile, region and endpoint of an S3 remote, as the AWS command line reads them."),
     ("XDG_CACHE_HOME, XDG_CONFIG_HOME", "Base folders of the default directory and of the user's file."),
     ("HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY", "The proxy for requests."),
@@ -386,6 +435,8 @@ struct Draft {
     remote: Option<(usize, String, Option<String>)>,
     on_remote_down: OnRemoteDown,
     origins: Vec<OriginTemplate>,
+    mlflow: MlflowConfig,
+    oci: OciConfig,
     ref_ttl: Duration,
     retry: RetryConfig,
     log: LogSettings,
@@ -417,6 +468,7 @@ impl Settings {
             }
         }
         let mut warnings = unknown_variables(environment);
+        registries::take_logins(environment, &read_secret, &mut draft);
         let hub = hub_config(environment, read_secret, &mut warnings)?;
         let (config, log) = draft.finish(options, hub);
         Ok(Self { config, log, warnings })
@@ -462,6 +514,8 @@ impl Draft {
             remote: None,
             on_remote_down: OnRemoteDown::default(),
             origins: Vec::new(),
+            mlflow: MlflowConfig::default(),
+            oci: OciConfig::default(),
             ref_ttl: Duration::from_secs(60),
             retry: RetryConfig::default(),
             log: LogSettings { filter: "info".into(), source: None, format: LogFormat::default() },
@@ -502,6 +556,8 @@ impl Draft {
             on_remote_down: self.on_remote_down,
             origins: self.origins,
             hub,
+            mlflow: self.mlflow,
+            oci: self.oci,
             ref_ttl: self.ref_ttl,
             retry: self.retry,
         };

@@ -23,7 +23,18 @@ pub const TOKEN: &str = "hf_canaryCanaryCanary";
 /// A run that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// What no run may print, whatever it was given.
-const SECRETS: [&str; 5] = [TOKEN, "testkit/secret+key", "testkit%2Fsecret", "canary-secret", "canary-session"];
+const SECRETS: [&str; 10] = [
+    TOKEN,
+    "testkit/secret+key",
+    "testkit%2Fsecret",
+    "canary-secret",
+    "canary-session",
+    "canary-token",
+    "canary-signature",
+    "canary-password",
+    "cmVhZGVyOm9jaS1jYW5hcnktcGFzc3dvcmQ",
+    "bWU6bWxmbG93LWNhbmFyeS1wYXNzd29yZA",
+];
 
 pub struct House {
     pub hub: Hub,
@@ -421,6 +432,16 @@ pub fn venv() -> Option<PathBuf> {
         eprintln!("SKIPPED: MODELCACHE_TEST_VENV names no Python environment (`cargo xtask test` makes one)");
     }
     venv
+}
+
+/// Debian's `docker-registry`; says so where there is none.
+#[allow(clippy::print_stderr)]
+pub fn registry_program() -> Option<PathBuf> {
+    let program = std::env::var_os("MODELCACHE_TEST_REGISTRY").filter(|name| !name.is_empty()).map(PathBuf::from);
+    if program.is_none() {
+        eprintln!("SKIPPED: MODELCACHE_TEST_REGISTRY names no docker-registry (`cargo xtask test` gets one)");
+    }
+    program
 }
 
 /// The fault shim; says so where there is no C compiler, which in CI is a failure.

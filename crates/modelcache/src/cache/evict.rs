@@ -48,6 +48,7 @@ impl Cache {
         &self,
         reference: &Reference,
     ) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
+        let reference = &self.0.origins.placed(reference);
         if let Some(Pointer { name, revision }) = reference.pointer()
             && let Some(remembered) = self.remembered_ref(&name, &revision)?
         {

@@ -60,7 +60,9 @@ impl Cache {
         let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
         let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
         let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
-        let origins = Origins::new(config.hub.clone(), retry.clone());
+        let origins = Origins::new(config.hub.clone(), retry.clone())
+            .with_mlflow(config.mlflow.clone())
+            .with_oci(config.oci.clone());
         Ok(Self(Arc::new(Inner {
             config,
             disk,

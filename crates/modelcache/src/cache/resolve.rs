@@ -56,8 +56,10 @@ impl Cache {
 
     /// The key a reference leads to now, and the source at its origin.
     pub(super) async fn resolve_key(&self, reference: &Reference) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
+        let reference = &self.0.origins.placed(reference);
         if let Target::Bare(key) = &reference.target {
-            return Ok((key.clone(), self.template_origin(key)));
+            let origin = self.template_origin(key).or_else(|| self.0.origins.source(reference, key));
+            return Ok((key.clone(), origin));
         }
         let key = match (reference.exact_key(), reference.pointer()) {
             (Some(key), _) => key,

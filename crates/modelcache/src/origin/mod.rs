@@ -15,10 +15,13 @@
 //! [`OriginTemplate`](crate::config::OriginTemplate) first; the source then speaks of the key of that origin.
 
 mod folder;
+mod follow;
 mod http;
 mod hub;
+mod mlflow;
+mod oci;
 
-use crate::config::HubConfig;
+use crate::config::{HubConfig, MlflowConfig, OciConfig};
 use crate::error::{Context as _, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::reference::{Reference, Target};
@@ -30,6 +33,9 @@ use std::sync::Arc;
 #[derive(Debug, Clone)]
 pub struct Origins {
     hub: Arc<hub::Hub>,
+    mlflow: Arc<mlflow::Mlflow>,
+    registries: Arc<oci::Registries>,
+    retry: Retry,
 }
 
 /// What a reference pointed to when it was asked.
@@ -44,7 +50,33 @@ pub struct Resolved {
 impl Origins {
     /// The origins of a configuration. Connects to nothing.
     pub fn new(hub: HubConfig, retry: Retry) -> Self {
-        Self { hub: Arc::new(hub::Hub::new(hub, retry)) }
+        Self {
+            hub: Arc::new(hub::Hub::new(hub, retry.clone())),
+            mlflow: Arc::new(mlflow::Mlflow::new(MlflowConfig::default(), retry.clone())),
+            registries: Arc::new(oci::Registries::new(OciConfig::default(), retry.clone())),
+            retry,
+        }
+    }
+
+    /// With an MLflow server.
+    #[must_use]
+    pub fn with_mlflow(self, config: MlflowConfig) -> Self {
+        Self { mlflow: Arc::new(mlflow::Mlflow::new(config, self.retry.clone())), ..self }
+    }
+
+    /// With what is configured for OCI registries, which can be asked without, too.
+    #[must_use]
+    pub fn with_oci(self, config: OciConfig) -> Self {
+        Self { registries: Arc::new(oci::Registries::new(config, self.retry.clone())), ..self }
+    }
+
+    /// The reference with what the configuration adds to it: the MLflow server, which is part of its key.
+    pub fn placed(&self, reference: &Reference) -> Reference {
+        let mut reference = reference.clone();
+        if let Target::Mlflow(model) = &mut reference.target {
+            model.server = self.mlflow.server();
+        }
+        reference
     }
 
     /// What the reference points to right now.
@@ -61,6 +93,10 @@ impl Origins {
             Target::Bare(_) => Ok(None),
             Target::Hub(repo) => hub::resolve(&self.hub, repo).await.context(reference, Tier::Origin).map(Some),
             Target::Folder(path) => folder::resolve(path).await.context(reference, Tier::Origin),
+            Target::Mlflow(model) => {
+                mlflow::resolve(&self.mlflow, model).await.context(reference, Tier::Origin).map(Some)
+            }
+            Target::Oci(repo) => oci::resolve(&self.registries, repo).await.context(reference, Tier::Origin).map(Some),
         }
     }
 
@@ -71,7 +107,10 @@ impl Origins {
     pub fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
         match &reference.target {
             Target::Hub(repo) => Some(hub::source(&self.hub, repo, key)),
-            Target::Bare(_) | Target::Folder(_) => None,
+            Target::Mlflow(model) => Some(mlflow::source(&self.mlflow, &model.name, key)),
+            Target::Oci(repo) => oci::source(&self.registries, repo, key),
+            Target::Bare(_) => mlflow::listed_source(&self.mlflow, key),
+            Target::Folder(_) => None,
         }
     }
 }

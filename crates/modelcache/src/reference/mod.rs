@@ -5,9 +5,13 @@
 
 mod folder;
 mod hub;
+mod mlflow;
+pub(crate) mod oci;
 
 pub use folder::folder_name;
 pub use hub::{HubRepo, RepoKind};
+pub use mlflow::{MlflowModel, MlflowVersion};
+pub use oci::{OciAt, OciRepo};
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -24,6 +28,10 @@ pub enum Target {
     Hub(HubRepo),
     /// A local file or folder, by absolute path.
     Folder(String),
+    /// A model in an MLflow registry.
+    Mlflow(MlflowModel),
+    /// A repository in an OCI registry.
+    Oci(OciRepo),
 }
 
 /// A movable name that a reference goes through: what it means has to be asked, and may be another version tomorrow.
@@ -53,10 +61,14 @@ impl Reference {
         let reference = match body.split_once("://") {
             Some(("hf", rest)) => hub::parse(rest)?,
             Some(("file", rest)) => Self { target: Target::Folder(folder::parse(rest)?), file: None, digest: None },
-            Some(("s3" | "https" | "http" | "oci", _)) | None if later(body).is_some() => {
+            Some(("oci", rest)) => oci::parse(rest)?,
+            Some(("models", rest)) => mlflow::parse(&format!("//{rest}"))?,
+            None if body.starts_with("models:") => mlflow::parse(&body["models:".len()..])?,
+            Some(("s3" | "https" | "http", _)) | None if later(body).is_some() => {
                 let what = later(body).unwrap_or("this");
-                return Err(Error::invalid(format!("{text:?}: {what} cannot be an origin in this release"))
-                    .hint("hf:// and file:// can; put the files with `modelcache put NAME@VERSION PATH`"));
+                return Err(Error::invalid(format!("{text:?}: {what} cannot be an origin in this release")).hint(
+                    "hf://, models:/, oci:// and file:// can; put the files with `modelcache put NAME@VERSION PATH`",
+                ));
             }
             Some((scheme, _)) => {
                 return Err(Error::invalid(format!("{text:?}: no origin is called {scheme:?}"))
@@ -71,10 +83,11 @@ impl Reference {
     pub fn at_revision(mut self, revision: &str) -> Result<Self> {
         match &mut self.target {
             Target::Hub(repo) => repo.revision = hub::checked_revision(revision)?,
+            Target::Mlflow(model) => model.version = mlflow::version(revision)?,
+            Target::Oci(repo) => repo.at = oci::at(revision)?,
             Target::Bare(_) | Target::Folder(_) => {
-                return Err(
-                    Error::invalid(format!("{self} has no revisions")).hint("only hf:// references take --revision")
-                );
+                return Err(Error::invalid(format!("{self} has no revisions"))
+                    .hint("only hf://, models:/ and oci:// references take --revision"));
             }
         }
         Ok(self)
@@ -85,6 +98,14 @@ impl Reference {
         match &self.target {
             Target::Bare(key) => Some(key.clone()),
             Target::Hub(repo) if repo.is_commit() => repo.key_at(&repo.revision).ok(),
+            Target::Mlflow(model) => match model.version {
+                MlflowVersion::Number(number) => model.key_at(number)?.ok(),
+                _ => None,
+            },
+            Target::Oci(repo) => match &repo.at {
+                OciAt::Digest(digest) => repo.key_at(digest).ok(),
+                OciAt::Tag(_) => None,
+            },
             Target::Hub(_) | Target::Folder(_) => None,
         }
     }
@@ -95,6 +116,14 @@ impl Reference {
             Target::Hub(repo) if !repo.is_commit() => {
                 Some(Pointer { name: repo.name().ok()?, revision: repo.revision.clone() })
             }
+            Target::Mlflow(model) => {
+                let revision = model.revision()?;
+                Some(Pointer { name: model.artifact_name()?.ok()?, revision })
+            }
+            Target::Oci(repo) => match &repo.at {
+                OciAt::Tag(tag) => Some(Pointer { name: repo.name().ok()?, revision: tag.clone() }),
+                OciAt::Digest(_) => None,
+            },
             Target::Hub(_) | Target::Bare(_) | Target::Folder(_) => None,
         }
     }
@@ -105,8 +134,6 @@ fn later(body: &str) -> Option<&'static str> {
     match body.split_once(':')? {
         ("s3", rest) if rest.starts_with("//") => Some("an S3 prefix"),
         ("https" | "http", rest) if rest.starts_with("//") => Some("a web address"),
-        ("oci", rest) if rest.starts_with("//") => Some("an OCI registry"),
-        ("models", rest) if rest.starts_with('/') => Some("an MLflow registry"),
         _ => None,
     }
 }
@@ -139,6 +166,8 @@ impl fmt::Display for Reference {
             Target::Bare(key) => write!(f, "{key}")?,
             Target::Hub(repo) => write!(f, "{repo}")?,
             Target::Folder(path) => write!(f, "file://{path}")?,
+            Target::Mlflow(model) => write!(f, "{model}")?,
+            Target::Oci(repo) => write!(f, "{repo}")?,
         }
         if let Some(file) = &self.file {
             write!(f, "/{file}")?;
@@ -194,7 +223,7 @@ mod tests {
     fn bare_keys_split_at_the_last_at_and_have_no_default_origin() {
         let reference = Reference::parse("team/fraud@3").expect("parses");
         assert_eq!(reference.exact_key().map(|key| key.to_string()), Some("team/fraud@3".into()));
-        for bad in ["fraud", "@3", "fraud@", "hf/org/model@3", "a@b@c", "s3/x@1"] {
+        for bad in ["fraud", "@3", "fraud@", "hf/org/model@3", "a@b@c", "oci/r/m@1"] {
             assert!(Reference::parse(bad).is_err(), "{bad} was accepted");
         }
     }
@@ -209,13 +238,7 @@ mod tests {
 
     #[test]
     fn forms_of_later_releases_say_so() {
-        for text in [
-            "s3://bucket/prefix",
-            "https://host/file.tar.gz@1",
-            "oci://registry/repo:tag",
-            "models:/name/3",
-            "models:/name@prod",
-        ] {
+        for text in ["s3://bucket/prefix", "https://host/file.tar.gz@1"] {
             let error = Reference::parse(text).expect_err(text);
             assert!(error.message().contains("in this release"), "{text}: {error}");
         }
@@ -254,7 +277,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn parsing_never_panics_and_what_parses_prints_to_itself(text in "(hf://|file:///|)[a-z/@:#%2fF.=é ]{0,40}") {
+        fn parsing_never_panics_and_what_parses_prints_to_itself(text in "(hf://|file:///|models:/|oci://|)[a-z/@:#%2fF.=é ]{0,40}") {
             if let Ok(reference) = Reference::parse(&text) && !text.contains('%') {
                 prop_assert_eq!(Reference::parse(&reference.to_string()).expect("prints what parses"), reference);
             }

@@ -23,6 +23,7 @@ mod credentials;
 mod evict;
 mod failure;
 mod list;
+mod prefix;
 mod profile;
 mod publish;
 mod settings;
@@ -31,6 +32,7 @@ mod store;
 mod upload;
 mod wire;
 
+pub(crate) use prefix::PrefixSource;
 pub use source::RemoteSource;
 
 use crate::config::RemoteConfig;

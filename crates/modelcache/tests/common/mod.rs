@@ -2,7 +2,10 @@
 #![allow(dead_code, clippy::unwrap_used, missing_docs, unreachable_pub)]
 
 use modelcache::cache::{Artifact, GetOptions};
-use modelcache::config::{ByteBound, Config, Environment, HubConfig, OnRemoteDown, RemoteConfig, RetryConfig, Sharing};
+use modelcache::config::{
+    ByteBound, Config, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown, RemoteConfig, RetryConfig,
+    Sharing,
+};
 use modelcache::progress::Progress;
 use modelcache::{Cache, Reference, Result, Selection};
 use modelcache_testkit::{Content, Hub};
@@ -32,6 +35,8 @@ impl House {
             on_remote_down: OnRemoteDown::Origin,
             origins: Vec::new(),
             hub: HubConfig { endpoint: self.hub.url().to_owned(), token: None },
+            mlflow: MlflowConfig::default(),
+            oci: OciConfig::default(),
             ref_ttl: Duration::from_secs(60),
             retry: RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(1) },
         }
