@@ -7,6 +7,7 @@
 mod bench;
 mod demo;
 mod docs;
+mod registry;
 mod repository;
 mod table;
 mod test;
