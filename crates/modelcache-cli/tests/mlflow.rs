@@ -180,7 +180,7 @@ fn no_server_is_a_word_about_its_variable(house: &House) {
     let nobody = house.on_local("none").env("MLFLOW_TRACKING_URI", "http://127.0.0.1:9");
     get(nobody).failed(7, &["cannot reach", "127.0.0.1:9"]);
     let hub = house.on_local("none").env("MLFLOW_TRACKING_URI", house.hub.url());
-    get(hub).failed(3, &["404", "does `mlflow server` answer there?"]);
+    get(hub).failed(7, &["404", "does `mlflow server` answer there?"]);
 }
 
 /// The server of models that are kept in a bucket and never pass through it.
