@@ -137,8 +137,11 @@ fn what_is_missing_is_said_with_a_remedy(run: &dyn Fn(&str) -> Run, server: &Mlf
         get("models:/fraud/3").failed(code, &[says]);
     }
     // The server is on this machine, so that its folders are ours.
-    source(&format!("file://{}", server.folder().parent().unwrap().join("logged").display()), 3);
-    assert_model(&run("folder").run(["get", "models:/fraud/3"]).path());
+    let logged = server.folder().parent().unwrap().join("logged").display().to_string();
+    for (dir, uri) in [("folder", format!("file://{}", logged.replace("logged", "l%6Fgged"))), ("path", logged)] {
+        source(&uri, 3);
+        assert_model(&run(dir).run(["get", "models:/fraud/3"]).path());
+    }
     server
         .python("import mlflow; mlflow.MlflowClient().delete_registered_model('fraud détection 100%')", &[], &[])
         .unwrap();

@@ -27,6 +27,7 @@ use api::{ARTIFACTS, Place, authority};
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 use futures::{StreamExt as _, TryStreamExt as _};
+use percent_encoding::percent_decode_str;
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, HeaderValue, RANGE};
 use std::collections::BTreeMap;
@@ -58,7 +59,7 @@ pub(super) fn source(mlflow: &Arc<Mlflow>, name: &str, key: &ArtifactKey) -> Arc
 pub(super) fn listed_source(mlflow: &Arc<Mlflow>, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
     let (server, model) = key.name.as_str().strip_prefix("mlflow/")?.rsplit_once('/')?;
     let number = key.version.as_str().parse().ok()?;
-    let name = percent_encoding::percent_decode_str(model).decode_utf8().ok()?.into_owned();
+    let name = percent_decode_str(model).decode_utf8().ok()?.into_owned();
     let model = MlflowModel { server: mlflow.server(), name, version: MlflowVersion::Number(number) };
     let ours = model.server.as_deref() == Some(server) && model.key_at(number)?.ok()? == *key;
     ours.then(|| source(mlflow, &model.name, key))
@@ -130,7 +131,10 @@ impl MlflowSource {
 
     /// Which files there are at `uri`, and how they are read.
     async fn look(&self, uri: &str) -> Result<Found> {
-        let (scheme, rest) = uri.split_once(':').unwrap_or(("file", uri));
+        if uri.starts_with('/') {
+            return self.folder(uri, uri).await;
+        }
+        let (scheme, rest) = uri.split_once(':').unwrap_or((uri, ""));
         match scheme {
             "mlflow-artifacts" => {
                 let tracking = self.mlflow.tracking()?;
@@ -140,9 +144,9 @@ impl MlflowSource {
             }
             "s3" => self.elsewhere(Arc::new(self.bucket(uri, rest)?), uri).await,
             "file" => {
-                let path = self.local_folder(rest)?;
-                let resolved = folder::resolve(&path).await?.ok_or_else(|| self.no_files(uri))?;
-                self.elsewhere(resolved.source, uri).await
+                let path = rest.strip_prefix("//").unwrap_or(rest);
+                let path = path.strip_prefix("localhost").unwrap_or(path);
+                self.folder(uri, &percent_decode_str(path).decode_utf8_lossy()).await
             }
             scheme => Err(Error::new(
                 ErrorKind::Other,
@@ -172,11 +176,15 @@ impl MlflowSource {
         Ok(PrefixSource::new(config, bucket, prefix, self.key.clone(), self.mlflow.retry.clone()))
     }
 
+    async fn folder(&self, uri: &str, path: &str) -> Result<Found> {
+        let path = self.local_folder(path)?;
+        let resolved = folder::resolve(&path).await?.ok_or_else(|| self.no_files(uri))?;
+        self.elsewhere(resolved.source, uri).await
+    }
+
     /// A folder of the server's machine, which is ours only where the server is. A server elsewhere must not have us
     /// read files of this machine and publish them.
-    fn local_folder(&self, rest: &str) -> Result<String> {
-        let path = rest.strip_prefix("//").unwrap_or(rest);
-        let path = path.strip_prefix("localhost").unwrap_or(path);
+    fn local_folder(&self, path: &str) -> Result<String> {
         let climbs = path.split('/').any(|segment| segment == "..");
         if !oci::is_this_machine(&self.mlflow.tracking()?.url) || !path.starts_with('/') || climbs {
             return Err(Error::new(
@@ -318,12 +326,12 @@ mod tests {
             let mlflow = Arc::new(Mlflow::new(config, Retry::new(RetryConfig::default())));
             MlflowSource { mlflow, name: "m".into(), key, found: OnceCell::new() }.local_folder(rest)
         };
-        for good in ["/mlruns/1/a", "///mlruns/1/a", "//localhost/mlruns/1/a/"] {
+        for good in ["/mlruns/1/a", "/mlruns/1/a/"] {
             assert_eq!(folder("http://127.0.0.1:5000", good).expect(good), "/mlruns/1/a");
         }
         assert!(folder("https://mlflow.example", "/mlruns/1/a").is_err());
         assert!(folder("https://localhost.example", "/mlruns/1/a").is_err());
-        for bad in ["//other/mlruns", "mlruns/1", "/mlruns/../../etc", ""] {
+        for bad in ["other/mlruns", "mlruns/1", "/mlruns/../../etc", ""] {
             assert!(folder("http://localhost", bad).is_err(), "{bad}");
         }
     }
