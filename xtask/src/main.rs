@@ -8,6 +8,7 @@ mod bench;
 mod demo;
 mod docs;
 mod fuzz;
+mod registry;
 mod repository;
 mod table;
 mod test;

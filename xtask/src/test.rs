@@ -6,7 +6,7 @@
 
 use crate::docs::Docs;
 use crate::repository::{cargo, root, shown, target_folder};
-use crate::{table, tidy};
+use crate::{registry, table, tidy};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::fs;
@@ -29,7 +29,7 @@ pub(crate) struct Test {
 impl Test {
     pub(crate) fn run(&self) -> Result<()> {
         let mut stages = Stages::default();
-        let mut venv = None;
+        let (mut venv, mut registry) = (None, None);
         if !self.quick {
             stages.run("format", || run(cargo().args(["fmt", "--all", "--check"])));
             stages.run("tidy", tidy::check);
@@ -42,9 +42,19 @@ impl Test {
                 venv = python_packages()?;
                 Ok(())
             });
+            stages.run("docker-registry", || {
+                registry = registry::program()?;
+                Ok(())
+            });
         }
         stages.run("doc tests", || run(cargo().args(["test", "--workspace", "--doc"])));
-        stages.run("tests", || run(with_venv(&mut test_runner(), venv.as_deref())));
+        stages.run("tests", || {
+            let mut runner = test_runner();
+            registry.iter().for_each(|program| {
+                runner.env("MODELCACHE_TEST_REGISTRY", program);
+            });
+            run(with_venv(&mut runner, venv.as_deref()))
+        });
         stages.close()
     }
 }
@@ -113,7 +123,7 @@ fn with_venv<'a>(command: &'a mut Command, venv: Option<&Path>) -> &'a mut Comma
     command
 }
 
-fn run(command: &mut Command) -> Result<()> {
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     let words = shown(command);
     println!("$ {words}");
     let status = command.status().with_context(|| format!("cannot run {words}"))?;

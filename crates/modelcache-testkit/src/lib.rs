@@ -9,7 +9,8 @@
 //! | [`s3`] | an S3 endpoint over a folder, with the conditions of the real one kept |
 //! | [`web`] | any other web server, with or without ranges, validators, digests, credentials |
 //! | [`tls`] | TLS in front of any of them, and a proxy that tunnels |
-//! | [`moto`] | nothing: it starts the real moto server as a second opinion |
+//! | [`gate`] | what stands in front of a server: credentials, a CDN |
+//! | [`moto`], [`registry`], [`mlflow`] | nothing: they start the real servers |
 //! | [`proxy`] | a bad network, in front of any of them |
 //! | [`shim`] | a bad disk and sudden death, underneath a program |
 //!
@@ -24,10 +25,13 @@ pub mod content;
 pub mod dice;
 pub mod faults;
 pub mod folder;
+pub mod gate;
 pub mod hub;
 pub mod log;
+pub mod mlflow;
 pub mod moto;
 pub mod proxy;
+pub mod registry;
 pub mod s3;
 pub mod shim;
 pub mod tls;
@@ -35,14 +39,18 @@ pub mod web;
 
 mod range;
 mod serve;
+mod wire;
 
 pub use content::Content;
 pub use dice::Dice;
 pub use faults::{Fault, Faults, Hits};
+pub use gate::{Demand, Gate};
 pub use hub::Hub;
 pub use log::{Place, Seen};
+pub use mlflow::Mlflow;
 pub use moto::Moto;
 pub use proxy::FaultProxy;
+pub use registry::Registry;
 pub use s3::S3;
 pub use shim::{Call, Errno, Flock, Shim, Strike};
 pub use tls::{Authority, ConnectProxy, TlsFront};

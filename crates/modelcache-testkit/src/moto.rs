@@ -3,8 +3,7 @@
 //! Runs `moto_server` from a Python environment that the caller has, waits until it answers and kills it when dropped.
 //! It keeps objects in memory and accepts any key pair.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 
 use crate::s3::create_bucket_unsigned;
+use crate::wire::request;
 
 const START_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -77,12 +77,5 @@ impl Drop for Moto {
 
 /// Status of one request without body or signature.
 pub(crate) fn status_of(addr: SocketAddr, method: &str, path: &str) -> anyhow::Result<u16> {
-    let mut stream = TcpStream::connect(addr)?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    write!(stream, "{method} {path} HTTP/1.1\r\nHost: {addr}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let text = String::from_utf8_lossy(&answer);
-    let status = text.split(' ').nth(1).context("the answer has no status line")?;
-    Ok(status.parse()?)
+    Ok(request(addr, method, path, &[], b"")?.status)
 }

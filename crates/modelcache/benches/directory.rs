@@ -77,6 +77,8 @@ fn open(dir: &Path) -> Cache {
         origins: Vec::new(),
         hub: HubConfig::default(),
         credentials: Default::default(),
+        mlflow: Default::default(),
+        oci: Default::default(),
         ref_ttl: Duration::from_secs(60),
         offline: false,
         start_jitter: Duration::ZERO,

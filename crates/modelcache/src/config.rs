@@ -45,6 +45,10 @@ pub struct Config {
     pub hub: HubConfig,
     /// Credentials for web servers.
     pub credentials: Credentials,
+    /// The MLflow server.
+    pub mlflow: MlflowConfig,
+    /// OCI registries.
+    pub oci: OciConfig,
     /// How long a resolved revision or tag is taken to be current.
     pub ref_ttl: Duration,
     /// Never ask an origin over the network; one call may be narrower still.
@@ -171,6 +175,45 @@ impl Default for HubConfig {
     fn default() -> Self {
         Self { endpoint: "https://huggingface.co".into(), token: None }
     }
+}
+
+/// How to reach MLflow. Addresses are secrets, too: they may carry a password.
+#[derive(Debug, Clone, Default)]
+pub struct MlflowConfig {
+    /// The tracking server: runs, and files that it hands on.
+    pub tracking_uri: Option<Secret>,
+    /// The server of the model registry, where it is another one.
+    pub registry_uri: Option<Secret>,
+    /// The token sent to these two, and to no other server.
+    pub token: Option<Secret>,
+    /// User and password, sent likewise; they overrule the token, as in MLflow's own client.
+    pub login: Option<(String, Secret)>,
+    /// Where the credentials of buckets that hold models are looked up (`AWS_*`, `HOME`).
+    pub environment: Environment,
+}
+
+/// How to reach OCI registries.
+#[derive(Debug, Clone, Default)]
+pub struct OciConfig {
+    /// Registries (`host` or `host:port`) that are spoken to without TLS, besides those on this machine.
+    pub plain_http: Vec<String>,
+    /// Credentials by registry, as docker keeps them.
+    pub logins: BTreeMap<String, OciLogin>,
+    /// The program that keeps the credentials of all other registries; not run, but named.
+    pub helper: Option<String>,
+    /// Why docker's file could not be read, if it could not: told where credentials are missed.
+    pub trouble: Option<String>,
+}
+
+/// What docker's configuration has for a registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OciLogin {
+    /// User and password: sent to that registry, or to the token server that it names.
+    Password(String, Secret),
+    /// They are kept by this program, which is not run.
+    Helper(String),
+    /// A token of a kind that is not understood.
+    IdentityToken,
 }
 
 /// How requests are tried again.

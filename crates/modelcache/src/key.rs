@@ -199,10 +199,13 @@ impl ArtifactKey {
         }
     }
 
-    /// Whether names that begin so are typed as they are listed. The Hub's never are: a commit's URI says all of it.
+    /// Schemes whose URI says all of a key: a commit at the Hub, a manifest's digest in a registry.
+    const URIS: [&str; 2] = ["hf", "oci"];
+
+    /// Whether names that begin so are typed as they are listed. Those whose URI says all of it never are.
     fn is_listed_alone(name: &str) -> bool {
         let scheme = name.split_once('/').map(|(scheme, _)| scheme);
-        scheme.is_some_and(|scheme| scheme != "hf" && SCHEME_WORDS.contains(&scheme))
+        scheme.is_some_and(|scheme| !Self::URIS.contains(&scheme) && SCHEME_WORDS.contains(&scheme))
     }
 
     /// 32 hex digits that stand for this key where a short name without structure is needed (locks, staging). Derived
@@ -220,11 +223,11 @@ impl ArtifactKey {
 }
 
 impl fmt::Display for ArtifactKey {
-    /// `name@version`, or the URI that leads to this key when it came from the Hub.
+    /// `name@version`, or the URI that leads to this key when it came from the Hub or an OCI registry.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.name.0.strip_prefix("hf/") {
-            Some(repo) => write!(f, "hf://{repo}@{}", self.version),
-            None => write!(f, "{}@{}", self.name, self.version),
+        match self.name.0.split_once('/') {
+            Some((scheme, rest)) if Self::URIS.contains(&scheme) => write!(f, "{scheme}://{rest}@{}", self.version),
+            _ => write!(f, "{}@{}", self.name, self.version),
         }
     }
 }

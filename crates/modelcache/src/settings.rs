@@ -8,11 +8,12 @@
 
 mod credentials;
 mod file;
+mod registries;
 mod values;
 
 use crate::config::{
-    Backfill, BucketConfig, ByteBound, Config, Environment, HubConfig, OnRemoteDown, OriginTemplate, RemoteConfig,
-    RemoteMode, RetryConfig, Secret, Sharing,
+    Backfill, BucketConfig, ByteBound, Config, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown,
+    OriginTemplate, RemoteConfig, RemoteMode, RetryConfig, Secret, Sharing,
 };
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
@@ -286,6 +287,46 @@ pub const SETTINGS: &[Setting] = &[
         set: |_, _| Ok(()),
     },
     Setting {
+        key: "mlflow_tracking_uri",
+        variable: Some("MLFLOW_TRACKING_URI"),
+        flag: None,
+        value_name: "URL",
+        default: "none",
+        meaning: "The MLflow server of `models:/` references. Looked at when such a reference is used.",
+        accepts: "scheme, host, port and path of the server, for instance https://mlflow.example",
+        set: |given, draft| {
+            draft.mlflow.tracking_uri = registries::server(given);
+            Ok(())
+        },
+    },
+    Setting {
+        key: "mlflow_registry_uri",
+        variable: Some("MLFLOW_REGISTRY_URI"),
+        flag: None,
+        value_name: "URL",
+        default: "none",
+        meaning: "The MLflow server of the model registry, where it is another than the tracking server.",
+        accepts: "scheme, host, port and path of the server",
+        set: |given, draft| {
+            draft.mlflow.registry_uri = registries::server(given);
+            Ok(())
+        },
+    },
+    Setting {
+        key: "oci_plain_http",
+        variable: Some("MODEL_CACHE_OCI_PLAIN_HTTP"),
+        flag: None,
+        value_name: "REGISTRIES",
+        default: "none",
+        meaning: "OCI registries that are spoken to without TLS, split by commas, besides those on this machine \
+                  (`localhost` and loopback addresses).",
+        accepts: "hosts with their ports, for instance registry.internal:5000; or none",
+        set: |given, draft| {
+            draft.oci.plain_http = registries::plain_http(&given.text)?;
+            Ok(())
+        },
+    },
+    Setting {
         key: "ref_ttl",
         variable: Some("MODEL_CACHE_REF_TTL"),
         flag: None,
@@ -409,6 +450,13 @@ const HONOURED: &[(&str, &str)] = &[
     ("HF_TOKEN_PATH", "The file that holds the token when `HF_TOKEN` is not set. Default `$HF_HOME/token`."),
     ("HF_HUB_OFFLINE", "Where it is `1`, `on`, `yes` or `true` and `MODEL_CACHE_OFFLINE` is not set: as that."),
     ("HF_HOME", "Folder of that file. Default `$XDG_CACHE_HOME/huggingface`, else `~/.cache/huggingface`."),
+    ("MLFLOW_TRACKING_TOKEN", "The token sent to the MLflow servers above, and to no other."),
+    (
+        "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD",
+        "User and password sent to the MLflow servers above, and to no other; they overrule the token.",
+    ),
+    ("MLFLOW_S3_ENDPOINT_URL", "The S3 endpoint of models that MLflow keeps in a bucket, where it is another."),
+    ("DOCKER_CONFIG", "Folder of the `config.json` with credentials of OCI registries. Default `~/.docker`."),
     (
         "AWS_*",
         "Credentials, profile, region and endpoint of an S3 remote and of `s3://` references, as the AWS command line reads them.",
@@ -514,6 +562,8 @@ struct Draft {
     remote_mode: RemoteMode,
     backfill: Option<Backfill>,
     origins: Vec<OriginTemplate>,
+    mlflow: MlflowConfig,
+    oci: OciConfig,
     ref_ttl: Duration,
     /// `None` while no setting of ours decides it.
     offline: Option<bool>,
@@ -551,6 +601,7 @@ impl Settings {
                 options.entry(name).or_insert(value);
             }
         }
+        registries::take_logins(environment, &read_secret, &mut draft);
         let metrics_file = draft.metrics_file.take();
         let (config, log) = draft.finish(options, hub, credentials);
         Ok(Self { config, metrics_file, log, warnings })
@@ -600,6 +651,8 @@ impl Draft {
             remote_mode: RemoteMode::default(),
             backfill: None,
             origins: Vec::new(),
+            mlflow: MlflowConfig::default(),
+            oci: OciConfig::default(),
             ref_ttl: Duration::from_secs(60),
             offline: None,
             start_jitter: Duration::ZERO,
@@ -654,6 +707,8 @@ impl Draft {
             origins: self.origins,
             hub,
             credentials,
+            mlflow: self.mlflow,
+            oci: self.oci,
             ref_ttl: self.ref_ttl,
             offline,
             start_jitter: self.start_jitter,

@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 use futures::StreamExt as _;
-use modelcache::config::{BucketConfig, Environment, HubConfig, RemoteConfig, RetryConfig};
+use modelcache::config::{BucketConfig, Environment, HubConfig, MlflowConfig, RemoteConfig, RetryConfig, Secret};
 use modelcache::key::FilePath;
 use modelcache::manifest::Shape;
 use modelcache::origin::Origins;
@@ -14,10 +14,11 @@ use modelcache::remote::Remote;
 use modelcache::source::Source;
 use modelcache::transfer::Retry;
 use modelcache::{ArtifactKey, ErrorKind, Reference, Tier};
-use modelcache_testkit::{Hub, Page, Ranges, S3, Web, content};
+use modelcache_testkit::registry::Layer;
+use modelcache_testkit::{Gate, Hub, Mlflow, Page, Ranges, Registry, S3, Web, content};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -341,6 +342,67 @@ async fn a_prefix_in_a_bucket_is_a_source() {
     }
 }
 
+/// A path that the environment names; says so where it names none.
+fn named(variable: &str) -> Option<PathBuf> {
+    let path = std::env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from);
+    if path.is_none() {
+        #[allow(clippy::print_stderr)]
+        {
+            eprintln!("SKIPPED: {variable} is not set (`cargo xtask test` sets it)");
+        }
+    }
+    path
+}
+
+/// `reference` on `origins`, whose server is behind `gate`.
+async fn behind(gate: &Arc<Gate>, origins: &Origins, reference: &str, files: BTreeMap<FilePath, Vec<u8>>) -> Subject {
+    let reference = Reference::parse(reference).unwrap();
+    let resolved = origins.resolve(&reference).await.unwrap().expect("it is there");
+    let gate = gate.clone();
+    Subject {
+        source: resolved.source,
+        // What is missing is an error there: it is said what is, and what to check.
+        absent: None,
+        tier: Tier::Origin,
+        shape: Shape::Tree,
+        files,
+        requests: Box::new(move || gate.requests().len()),
+    }
+}
+
+/// A source of the same artifact by its exact key.
+async fn again(origins: &Origins, subject: Subject) -> Subject {
+    let key = subject.source.manifest().await.unwrap().unwrap().key;
+    let exact = Reference::parse(&key.to_string()).unwrap();
+    Subject { source: origins.source(&exact, &key).expect("an exact key"), ..subject }
+}
+
+#[tokio::test]
+async fn a_registry_is_a_source_and_so_is_its_cdn() {
+    let Some(program) = named("MODELCACHE_TEST_REGISTRY") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let registry = Registry::start(&program, folder.path(), false).unwrap();
+    let layers: Vec<_> = files()
+        .into_iter()
+        .map(|(path, content)| Layer::new("x/y", "org.opencontainers.image.title", path.as_str(), content))
+        .collect();
+    registry.push("org/model", "v1", "x/y", &layers).unwrap();
+    for cdn in [false, true] {
+        let gate = Arc::new(Gate::start(registry.addr()).unwrap());
+        if cdn {
+            gate.redirect("/blobs/");
+            gate.spent_after(5);
+        }
+        let origins = origins("http://127.0.0.1:9".into());
+        let tag = format!("oci://{}/org/model:v1", gate.addr());
+        let subject = behind(&gate, &origins, &tag, files()).await;
+        obeys_the_contract(&subject).await;
+        obeys_the_contract(&again(&origins, subject).await).await;
+        let spent = gate.requests().iter().filter(|seen| seen.status == 403).count();
+        assert_eq!(spent > 0, cdn, "{spent} addresses at the CDN were spent");
+    }
+}
+
 #[tokio::test]
 async fn one_object_in_a_bucket_is_a_source() {
     let mut files = files();
@@ -371,4 +433,29 @@ async fn a_foreign_tree_in_a_shared_folder_is_a_source() {
     write(&folder.path().join("some models/m"), &files());
     let url = format!("file://{}", folder.path().display());
     obeys_the_contract(&on_the_remote(url, Environment::default(), Box::new(|| 0))).await;
+}
+
+#[tokio::test]
+async fn mlflow_is_a_source() {
+    let Some(venv) = named("MODELCACHE_TEST_VENV") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let server = folder.path().join("server");
+    let server = Mlflow::start(&venv, &server, &["--artifacts-destination", "artifacts"]).unwrap();
+    // MLflow itself refuses names with a `#` or a `:`.
+    let mut files = files();
+    files.retain(|path, _| !path.as_str().contains(['#', ':']));
+    write(&folder.path().join("model"), &files);
+    let log = "import sys, mlflow
+client = mlflow.MlflowClient()
+run = client.create_run(client.create_experiment('tests'))
+client.log_artifacts(run.info.run_id, sys.argv[1], 'model')
+client.create_registered_model('m 1')
+client.create_model_version('m 1', run.info.artifact_uri + '/model', run.info.run_id)";
+    server.python(log, &[&folder.path().join("model").display().to_string()], &[]).unwrap();
+    let gate = Arc::new(Gate::start(server.addr()).unwrap());
+    let config = MlflowConfig { tracking_uri: Some(Secret::new(gate.url())), ..MlflowConfig::default() };
+    let origins = origins("http://127.0.0.1:9".into()).with_mlflow(config);
+    let subject = behind(&gate, &origins, "models:/m 1/latest", files).await;
+    obeys_the_contract(&subject).await;
+    obeys_the_contract(&again(&origins, subject).await).await;
 }

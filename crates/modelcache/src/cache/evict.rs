@@ -81,6 +81,7 @@ impl Cache {
         &self,
         reference: &Reference,
     ) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
+        let reference = &self.0.origins.placed(reference);
         let pointer = reference.pointer().or_else(|| self.possible_tag(reference));
         if let Some(Pointer { name, revision }) = pointer
             && let Some(remembered) = self.remembered_ref(&name, &revision)?

@@ -79,7 +79,9 @@ impl Cache {
             RemoteMode::ReadOnly => remote.map(Remote::read_only),
         };
         let origins = Origins::new(config.hub.clone(), config.buckets.clone(), retry.clone())
-            .with_credentials(config.credentials.clone());
+            .with_credentials(config.credentials.clone())
+            .with_mlflow(config.mlflow.clone())
+            .with_oci(config.oci.clone());
         Ok(Self(Arc::new(Inner {
             config,
             disk,

@@ -121,8 +121,9 @@ impl Cache {
 
     /// What a reference means now.
     pub(super) async fn meaning(&self, reference: &Reference, asking: Asking) -> Result<Meaning> {
+        let reference = &self.0.origins.placed(reference);
         if let Target::Bare(key) = &reference.target {
-            return self.meaning_of_bare(key, asking).await;
+            return self.meaning_of_bare(reference, key, asking).await;
         }
         let (key, answer) = match (reference.exact_key(), reference.pointer()) {
             (Some(key), _) => (key, None),
@@ -137,14 +138,16 @@ impl Cache {
         Ok(Meaning { key, origin, answer, tagged: None, remote: None })
     }
 
-    async fn meaning_of_bare(&self, key: &ArtifactKey, asking: Asking) -> Result<Meaning> {
+    async fn meaning_of_bare(&self, reference: &Reference, key: &ArtifactKey, asking: Asking) -> Result<Meaning> {
         let (key, answer, tagged, remote) = match self.resolve_word(key, asking).await? {
             Word::Version(remote) => (key.clone(), None, None, remote),
             Word::Tag(answer, tagged) => {
                 (ArtifactKey::new(key.name.clone(), answer.version.clone()), Some(answer), Some(tagged), None)
             }
         };
-        let origin = self.template_origin(&key, asking);
+        // A listed key of a registry is as good as its URI.
+        let listed = || self.0.origins.source(reference, &key).filter(|_| asking.reach == Tier::Origin);
+        let origin = self.template_origin(&key, asking).or_else(listed);
         Ok(Meaning { key, origin, answer, tagged, remote })
     }
 

@@ -396,6 +396,8 @@ pub(super) struct Refusal {
     pub(super) message: Option<String>,
     /// How long the server asks to wait.
     pub(super) wait: Option<Duration>,
+    /// What came first in the body, where it may be repeated: some authorities explain themselves in their own form.
+    pub(super) body: Vec<u8>,
 }
 
 impl Refusal {
@@ -407,7 +409,8 @@ impl Refusal {
         let message = header(headers, "x-error-message").map(one_line);
         let body = read_some(response).await;
         let message = message.or_else(|| json_error(&body)).filter(|_| quote);
-        Self { status, code, message: message.filter(|text| !text.is_empty()), wait }
+        let body = if quote { body } else { Vec::new() };
+        Self { status, code, message: message.filter(|text| !text.is_empty()), wait, body }
     }
 
     /// The failure that a status means wherever it comes from; authorities refine it.
@@ -440,7 +443,8 @@ pub(super) fn json_error(body: &[u8]) -> Option<String> {
     error.as_str().or_else(|| error.get(0)?.as_str()).map(one_line)
 }
 
-fn one_line(text: &str) -> String {
+/// A server's words as one bounded line without control characters.
+pub(super) fn one_line(text: &str) -> String {
     let plain: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     match plain.trim().char_indices().nth(QUOTE_CHARS_MAX) {
         Some((at, _)) => format!("{}…", &plain.trim()[..at]),
@@ -583,7 +587,7 @@ mod tests {
         let error = |status: u16, wait: Option<u64>| {
             let wait = wait.map(Duration::from_secs);
             let status = StatusCode::from_u16(status).expect("status");
-            Refusal { status, code: None, message: None, wait }.error(&url("http://h/x?secret"))
+            Refusal { status, code: None, message: None, wait, body: Vec::new() }.error(&url("http://h/x?secret"))
         };
         assert_eq!(error(429, Some(5)).wait(), Some(Duration::from_secs(5)));
         assert!(error(429, None).is_transient() && error(503, None).is_transient() && error(500, None).is_transient());

@@ -17,15 +17,18 @@
 mod bucket;
 mod doctor;
 mod folder;
+mod follow;
 mod http;
 mod hub;
+mod mlflow;
+mod oci;
 mod web;
 
 pub(crate) use doctor::examine;
 #[cfg(fuzzing)]
 pub(crate) use hub::fuzz as fuzz_hub;
 
-use crate::config::{BucketConfig, HubConfig};
+use crate::config::{BucketConfig, HubConfig, MlflowConfig, OciConfig};
 use crate::credentials::Credentials;
 use crate::error::{Context as _, Result, Tier};
 use crate::key::ArtifactKey;
@@ -40,6 +43,8 @@ pub struct Origins {
     hub: Arc<hub::Hub>,
     buckets: Arc<bucket::Buckets>,
     web: Arc<web::Web>,
+    mlflow: Arc<mlflow::Mlflow>,
+    registries: Arc<oci::Registries>,
     retry: Retry,
 }
 
@@ -59,6 +64,8 @@ impl Origins {
             hub: Arc::new(hub::Hub::new(hub, retry.clone())),
             buckets: Arc::new(bucket::Buckets::new(buckets, retry.clone())),
             web: Arc::new(web::Web::new(Credentials::default(), retry.clone())),
+            mlflow: Arc::new(mlflow::Mlflow::new(MlflowConfig::default(), retry.clone())),
+            registries: Arc::new(oci::Registries::new(OciConfig::default(), retry.clone())),
             retry,
         }
     }
@@ -67,6 +74,27 @@ impl Origins {
     #[must_use]
     pub fn with_credentials(self, credentials: Credentials) -> Self {
         Self { web: Arc::new(web::Web::new(credentials, self.retry.clone())), ..self }
+    }
+
+    /// With an MLflow server.
+    #[must_use]
+    pub fn with_mlflow(self, config: MlflowConfig) -> Self {
+        Self { mlflow: Arc::new(mlflow::Mlflow::new(config, self.retry.clone())), ..self }
+    }
+
+    /// With what is configured for OCI registries, which can be asked without, too.
+    #[must_use]
+    pub fn with_oci(self, config: OciConfig) -> Self {
+        Self { registries: Arc::new(oci::Registries::new(config, self.retry.clone())), ..self }
+    }
+
+    /// The reference with what the configuration adds to it: the MLflow server, which is part of its key.
+    pub fn placed(&self, reference: &Reference) -> Reference {
+        let mut reference = reference.clone();
+        if let Target::Mlflow(model) = &mut reference.target {
+            model.server = self.mlflow.server();
+        }
+        reference
     }
 
     /// What the reference points to right now.
@@ -90,6 +118,10 @@ impl Origins {
                 let demanded = reference.digest.is_some();
                 web::resolve(&self.web, file, demanded).await.context(reference, Tier::Origin).map(Some)
             }
+            Target::Mlflow(model) => {
+                mlflow::resolve(&self.mlflow, model).await.context(reference, Tier::Origin).map(Some)
+            }
+            Target::Oci(repo) => oci::resolve(&self.registries, repo).await.context(reference, Tier::Origin).map(Some),
         }
     }
 
@@ -102,7 +134,10 @@ impl Origins {
             Target::Hub(repo) => Some(hub::source(&self.hub, repo, key)),
             Target::Bucket(place) => Some(bucket::source(&self.buckets, place, key)),
             Target::Web(file) => web::source(&self.web, file, key, reference.digest.is_some()),
-            Target::Bare(_) | Target::Folder(_) => None,
+            Target::Mlflow(model) => Some(mlflow::source(&self.mlflow, &model.name, key)),
+            Target::Oci(repo) => oci::source(&self.registries, repo, key),
+            Target::Bare(_) => mlflow::listed_source(&self.mlflow, key),
+            Target::Folder(_) => None,
         }
     }
 }

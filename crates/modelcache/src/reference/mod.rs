@@ -1,16 +1,20 @@
 //! References: what a person types to name an artifact.
 //!
-//! Every form of the interface is understood here, each scheme in its own file. Forms whose origin is not built yet are refused with a reason
-//! that says so, rather than taken for something else. A bare `name@version` never implies a public place.
+//! Every form of the interface is understood here, each scheme in its own file. A bare `name@version` never implies a
+//! public place.
 
 mod bucket;
 mod folder;
 mod hub;
+mod mlflow;
+pub(crate) mod oci;
 mod web;
 
 pub use bucket::BucketPlace;
 pub use folder::folder_name;
 pub use hub::{HubRepo, RepoKind};
+pub use mlflow::{MlflowModel, MlflowVersion};
+pub use oci::{OciAt, OciRepo};
 pub use web::WebFile;
 pub(crate) use web::shown;
 
@@ -33,6 +37,10 @@ pub enum Target {
     Bucket(BucketPlace),
     /// One file on a web server.
     Web(WebFile),
+    /// A model in an MLflow registry.
+    Mlflow(MlflowModel),
+    /// A repository in an OCI registry.
+    Oci(OciRepo),
 }
 
 /// A movable name that a reference goes through: what it means has to be asked, and may be another version tomorrow.
@@ -43,6 +51,9 @@ pub struct Pointer {
     /// The revision: a branch, a tag, an alias.
     pub revision: String,
 }
+
+/// The revision of a web address without a version: what the server has now.
+const WEB_REVISION: &str = "current";
 
 /// What a person typed, understood.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -66,12 +77,9 @@ impl Reference {
             Some((scheme @ ("https" | "http"), rest)) => {
                 Self { target: Target::Web(web::parse(scheme, rest)?), file: None, digest: None }
             }
-            Some(("oci", _)) | None if later(body).is_some() => {
-                let what = later(body).unwrap_or("this");
-                return Err(Error::invalid(format!("{text:?}: {what} cannot be an origin in this release")).hint(
-                    "hf://, s3://, https:// and file:// can; put the files with `modelcache put NAME@VERSION PATH`",
-                ));
-            }
+            Some(("oci", rest)) => oci::parse(rest)?,
+            Some(("models", rest)) => mlflow::parse(&format!("//{rest}"))?,
+            None if body.starts_with("models:") => mlflow::parse(&body["models:".len()..])?,
             Some((scheme, _)) => {
                 return Err(Error::invalid(format!("{:?}: no origin is called {scheme:?}", shown(text)))
                     .hint("write name@version, hf://org/model@revision, s3://bucket/prefix, https://host/file or file:///path"));
@@ -85,10 +93,11 @@ impl Reference {
     pub fn at_revision(mut self, revision: &str) -> Result<Self> {
         match &mut self.target {
             Target::Hub(repo) => repo.revision = hub::checked_revision(revision)?,
+            Target::Mlflow(model) => model.version = mlflow::version(revision)?,
+            Target::Oci(repo) => repo.at = oci::at(revision)?,
             Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) | Target::Web(_) => {
-                return Err(
-                    Error::invalid(format!("{self} has no revisions")).hint("only hf:// references take --revision")
-                );
+                return Err(Error::invalid(format!("{self} has no revisions"))
+                    .hint("only hf://, models:/ and oci:// references take --revision"));
             }
         }
         Ok(self)
@@ -100,6 +109,14 @@ impl Reference {
             Target::Bare(key) => Some(key.clone()),
             Target::Hub(repo) if repo.is_commit() => repo.key_at(&repo.revision).ok(),
             Target::Web(file) => file.key_at(file.version.clone()?).ok(),
+            Target::Mlflow(model) => match model.version {
+                MlflowVersion::Number(number) => model.key_at(number)?.ok(),
+                _ => None,
+            },
+            Target::Oci(repo) => match &repo.at {
+                OciAt::Digest(digest) => repo.key_at(digest).ok(),
+                OciAt::Tag(_) => None,
+            },
             Target::Hub(_) | Target::Folder(_) | Target::Bucket(_) => None,
         }
     }
@@ -114,6 +131,14 @@ impl Reference {
             Target::Web(file) if file.version.is_none() => {
                 Some(Pointer { name: file.name().ok()?, revision: WEB_REVISION.to_owned() })
             }
+            Target::Mlflow(model) => {
+                let revision = model.revision()?;
+                Some(Pointer { name: model.artifact_name()?.ok()?, revision })
+            }
+            Target::Oci(repo) => match &repo.at {
+                OciAt::Tag(tag) => Some(Pointer { name: repo.name().ok()?, revision: tag.clone() }),
+                OciAt::Digest(_) => None,
+            },
             Target::Hub(_) | Target::Bare(_) | Target::Folder(_) | Target::Web(_) => None,
         }
     }
@@ -126,6 +151,14 @@ impl Reference {
             Target::Hub(repo) => Target::Hub(HubRepo { revision: key.version.as_str().to_owned(), ..repo.clone() }),
             // What a place holds now is named as it is listed.
             Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) | Target::Web(_) => Target::Bare(key.clone()),
+            Target::Mlflow(model) => match key.version.as_str().parse() {
+                Ok(number) => Target::Mlflow(MlflowModel { version: MlflowVersion::Number(number), ..model.clone() }),
+                Err(_) => Target::Bare(key.clone()),
+            },
+            Target::Oci(repo) => match oci::at(key.version.as_str()) {
+                Ok(at) => Target::Oci(OciRepo { at, ..repo.clone() }),
+                Err(_) => Target::Bare(key.clone()),
+            },
         };
         Self { target, ..self.clone() }
     }
@@ -134,6 +167,8 @@ impl Reference {
     pub fn may_mean(&self, version: &Version) -> bool {
         match &self.target {
             Target::Hub(repo) => repo.key_at(version.as_str()).is_ok(),
+            Target::Mlflow(_) => version.as_str().parse::<u64>().is_ok(),
+            Target::Oci(_) => matches!(oci::at(version.as_str()), Ok(OciAt::Digest(_))),
             Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) | Target::Web(_) => true,
         }
     }
@@ -143,18 +178,6 @@ impl Reference {
         matches!(self.target, Target::Folder(_))
     }
 }
-
-/// What `body` asks for, if it is a known form whose origin is not built yet.
-fn later(body: &str) -> Option<&'static str> {
-    match body.split_once(':')? {
-        ("oci", rest) if rest.starts_with("//") => Some("an OCI registry"),
-        ("models", rest) if rest.starts_with('/') => Some("an MLflow registry"),
-        _ => None,
-    }
-}
-
-/// The revision of an address without a version: what lies there now.
-const WEB_REVISION: &str = "current";
 
 const DIGEST_HINT: &str = "append #sha256= and the digest that the content must have, or nothing";
 
@@ -190,6 +213,8 @@ impl fmt::Display for Reference {
             Target::Folder(path) => write!(f, "file://{}", encoded(path))?,
             Target::Bucket(place) => write!(f, "{place}")?,
             Target::Web(file) => write!(f, "{file}")?,
+            Target::Mlflow(model) => write!(f, "{model}")?,
+            Target::Oci(repo) => write!(f, "{repo}")?,
         }
         if let Some(file) = &self.file {
             write!(f, "/{}", encoded(file.as_str()))?;
@@ -250,7 +275,7 @@ mod tests {
     fn bare_keys_split_at_the_last_at_and_have_no_default_origin() {
         let reference = Reference::parse("team/fraud@3").expect("parses");
         assert_eq!(reference.exact_key().map(|key| key.to_string()), Some("team/fraud@3".into()));
-        for bad in ["fraud", "@3", "fraud@", "hf/org/model@3", "a@b@c"] {
+        for bad in ["fraud", "@3", "fraud@", "hf/org/model@3", "a@b@c", "oci/r/m@1"] {
             assert!(Reference::parse(bad).is_err(), "{bad} was accepted");
         }
     }
@@ -264,11 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn forms_of_later_releases_say_so() {
-        for text in ["oci://registry/repo:tag", "models:/name/3", "models:/name@prod"] {
-            let error = Reference::parse(text).expect_err(text);
-            assert!(error.message().contains("in this release"), "{text}: {error}");
-        }
+    fn a_scheme_that_is_no_origin_says_so() {
         let error = Reference::parse("ftp://x/y").expect_err("no such scheme");
         assert!(error.message().contains("no origin is called"), "{error}");
     }
@@ -304,7 +325,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn parsing_never_panics_and_what_parses_prints_to_itself(text in "(hf://|file:///|s3://|)[a-z/@:#%2fF.=é ]{0,40}") {
+        fn parsing_never_panics_and_what_parses_prints_to_itself(text in "(hf://|file:///|s3://|models:/|oci://|)[a-z/@:#%2fF.=é ]{0,40}") {
             if let Ok(reference) = Reference::parse(&text) {
                 prop_assert_eq!(Reference::parse(&reference.to_string()).expect("prints what parses"), reference);
             }

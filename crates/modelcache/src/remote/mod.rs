@@ -34,6 +34,7 @@ mod foreign;
 mod list;
 mod listing;
 mod policy;
+mod prefix;
 mod profile;
 mod publish;
 mod refs;
@@ -49,6 +50,7 @@ pub(crate) use doctor::examine;
 pub(crate) use foreign::{Foreign, Found, REMEDY, some, unstated};
 pub(crate) use listing::Address;
 pub use policy::{Policy, Role};
+pub(crate) use prefix::PrefixSource;
 pub use refs::{RefKind, RemoteRef};
 pub use source::RemoteSource;
 

@@ -3,8 +3,8 @@
 
 use modelcache::cache::{Artifact, GetOptions};
 use modelcache::config::{
-    BucketConfig, ByteBound, Config, Environment, HubConfig, OnRemoteDown, RemoteConfig, RemoteMode, RetryConfig,
-    Sharing,
+    BucketConfig, ByteBound, Config, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown, RemoteConfig,
+    RemoteMode, RetryConfig, Sharing,
 };
 use modelcache::progress::Progress;
 use modelcache::{Cache, Reference, Result, Selection};
@@ -40,6 +40,8 @@ impl House {
             origins: Vec::new(),
             hub: HubConfig { endpoint: self.hub.url().to_owned(), token: None },
             credentials: Default::default(),
+            mlflow: MlflowConfig::default(),
+            oci: OciConfig::default(),
             ref_ttl: Duration::from_secs(60),
             offline: false,
             start_jitter: Duration::ZERO,

@@ -1,0 +1,285 @@
+//! What a manifest of a registry says: which files there are, and the blob behind each.
+//!
+//! A layer is a file, named by its annotation; one without a name is called by its digest. The configuration blob is no
+//! file.
+//!
+//! Surprise: a layer that is an archive is one file, the archive. Its name then ends as archives do.
+
+use crate::digest::{Digest, Provenance};
+use crate::error::{Error, ErrorKind, Result};
+use crate::key::{ArtifactKey, FilePath};
+use crate::manifest::{FileEntry, Manifest, Shape};
+use crate::origin::http;
+use crate::reference::OciRepo;
+use crate::reference::oci::parse_digest;
+use serde::Deserialize;
+use std::collections::{BTreeMap, HashMap};
+
+/// Platforms shown when an index offers several.
+const CHOICES_SHOWN: usize = 8;
+
+/// What the manifest says: the files, and the blob behind each.
+pub(super) struct Layers {
+    pub(super) manifest: Manifest,
+    pub(super) blobs: HashMap<FilePath, Digest>,
+}
+
+/// A manifest of any kind, as far as it matters here.
+pub(super) enum Document {
+    Layers(Vec<Descriptor>),
+    Index(Vec<Descriptor>),
+}
+
+/// What a manifest says of a blob or of another manifest.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Descriptor {
+    #[serde(default)]
+    media_type: String,
+    digest: String,
+    size: u64,
+    annotations: Option<BTreeMap<String, String>>,
+    platform: Option<Platform>,
+}
+
+#[derive(Deserialize)]
+struct Platform {
+    os: Option<String>,
+    architecture: Option<String>,
+}
+
+impl Document {
+    /// Tells the kinds apart by what they have, because the media type may be left out.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Fields {
+            layers: Option<Vec<Descriptor>>,
+            blobs: Option<Vec<Descriptor>>,
+            manifests: Option<Vec<Descriptor>>,
+        }
+        let fields: Fields = serde_json::from_slice(bytes)
+            .map_err(|cause| Error::corrupt("the registry answered with something that is no manifest").cause(cause))?;
+        match (fields.manifests, fields.layers.or(fields.blobs)) {
+            (Some(manifests), None) => Ok(Self::Index(manifests)),
+            (None, Some(layers)) => Ok(Self::Layers(layers)),
+            (None, None) => Err(Error::new(ErrorKind::Other, "the manifest lists neither layers nor manifests")
+                .hint("manifests of docker's schema 1 are not read; push the artifact again with a newer tool")),
+            (Some(_), Some(_)) => Err(Error::corrupt("the manifest lists both layers and manifests")),
+        }
+    }
+}
+
+/// The one manifest of an index. Which of several is wanted only the caller can say. What has no platform (an
+/// attestation has `unknown`) is no choice.
+pub(super) fn only_choice(repo: &OciRepo, manifests: Vec<Descriptor>) -> Result<Digest> {
+    let unknown =
+        |entry: &Descriptor| entry.platform.as_ref().is_some_and(|platform| platform.os.as_deref() == Some("unknown"));
+    let choices: Vec<Descriptor> = manifests.into_iter().filter(|entry| !unknown(entry)).collect();
+    match choices.as_slice() {
+        [only] => only.digest(),
+        [] => Err(Error::not_found("the index lists no manifest")),
+        several => {
+            let place = format!("oci://{}/{}", repo.registry, repo.repository);
+            let shown: Vec<String> = several.iter().take(CHOICES_SHOWN).map(|entry| entry.choice(&place)).collect();
+            Err(Error::invalid(format!(
+                "the index offers {} manifests, and which is wanted it cannot tell",
+                several.len()
+            ))
+            .hint(format!("name one by its digest: {}", shown.join(", "))))
+        }
+    }
+}
+
+impl Descriptor {
+    fn digest(&self) -> Result<Digest> {
+        parse_digest(&self.digest).map_err(|error| {
+            Error::new(ErrorKind::Other, format!("the manifest lists {:?}: {}", self.digest, error.message()))
+                .hint(error.hint_text().unwrap_or_default())
+        })
+    }
+
+    fn annotation(&self, name: &str) -> Option<&str> {
+        Some(self.annotations.as_ref()?.get(name)?.as_str())
+    }
+
+    /// How this manifest of an index is named.
+    fn choice(&self, place: &str) -> String {
+        let word = |text: &Option<String>| http::one_line(text.as_deref().unwrap_or("?"));
+        match &self.platform {
+            Some(platform) => {
+                format!("{place}@{} ({}/{})", self.digest, word(&platform.os), word(&platform.architecture))
+            }
+            None => format!("{place}@{}", self.digest),
+        }
+    }
+
+    /// The ending of an archive of this media type.
+    fn archive(&self) -> Option<&'static str> {
+        let media_type = self.media_type.as_str();
+        [(".tar", ".tar"), (".tar+gzip", ".tar.gz"), (".tar.gzip", ".tar.gz"), (".tar+zstd", ".tar.zst")]
+            .into_iter()
+            .find(|(ending, _)| media_type.ends_with(ending))
+            .map(|(_, ending)| ending)
+    }
+
+    /// Whether an archive stands for the folder or file that its name names. ORAS gives the type of an archive to plain
+    /// files, too, and marks folders.
+    fn stands_for_its_content(&self) -> bool {
+        let of_models =
+            ["application/vnd.cncf.model.", "application/vnd.cnai.model.", "application/vnd.kitops.modelkit."];
+        self.annotation("io.deis.oras.content.unpack").is_some_and(|unpack| unpack == "true")
+            || of_models.iter().any(|prefix| self.media_type.starts_with(prefix))
+    }
+
+    /// The file that the layer is: by its annotation, else by its digest.
+    fn path(&self, digest: &Digest) -> Result<FilePath> {
+        const NAMES: [&str; 3] =
+            ["org.cncf.model.filepath", "org.cnai.model.filepath", "org.opencontainers.image.title"];
+        let archive = self.archive();
+        let named = NAMES.iter().find_map(|name| self.annotation(name)).filter(|name| !name.is_empty());
+        let Some(name) = named else { return FilePath::new(&format!("{digest}{}", archive.unwrap_or(".bin"))) };
+        let plain = name.strip_prefix("./").unwrap_or(name);
+        let plain = if self.stands_for_its_content() { plain.trim_end_matches('/') } else { plain };
+        let path = match archive.filter(|_| self.stands_for_its_content()) {
+            Some(ending) if !has_archive_ending(plain) => format!("{plain}{ending}"),
+            _ => plain.to_owned(),
+        };
+        FilePath::new(&path).map_err(|error| {
+            Error::corrupt(format!("the manifest names a layer {name:?}: {}", error.message()))
+                .hint("nothing of this artifact was fetched; such a name is refused as a whole")
+        })
+    }
+}
+
+fn has_archive_ending(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    [".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst"].iter().any(|ending| name.ends_with(ending))
+}
+
+impl Layers {
+    pub(super) fn new(key: &ArtifactKey, layers: Vec<Descriptor>) -> Result<Self> {
+        /// What stands in the place of a blob where there is none.
+        const NOTHING: &str = "application/vnd.oci.empty.v1+json";
+        let (mut manifest, mut blobs) = (Manifest::new(key.clone(), Shape::Tree), HashMap::new());
+        for layer in layers.into_iter().filter(|layer| layer.media_type != NOTHING) {
+            let digest = layer.digest()?;
+            let path = layer.path(&digest)?;
+            let provenance = Some(Provenance::Origin);
+            let entry = FileEntry { size: layer.size, sha256: Some(digest), provenance, ..FileEntry::default() };
+            match manifest.files.insert(path.clone(), entry) {
+                Some(other) if other.sha256 != Some(digest) => {
+                    return Err(Error::corrupt(format!("the manifest has two layers called {path}")));
+                }
+                _ => blobs.insert(path, digest),
+            };
+        }
+        manifest.check()?;
+        Ok(Self { manifest, blobs })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reference::{Reference, Target};
+    use serde_json::{Value, json};
+
+    const HEX: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    fn layer(media_type: &str, annotations: Value) -> Value {
+        json!({"mediaType": media_type, "digest": format!("sha256:{HEX}"), "size": 7, "annotations": annotations})
+    }
+
+    fn layers(rows: Vec<Value>) -> Result<Layers> {
+        let document = Document::parse(json!({"schemaVersion": 2, "layers": rows}).to_string().as_bytes())?;
+        let Document::Layers(layers) = document else { panic!("not an index") };
+        Layers::new(&ArtifactKey::new("oci/r/m".parse()?, format!("sha256:{HEX}").parse()?), layers)
+    }
+
+    /// The name of a lone layer.
+    fn name(media_type: &str, annotations: Value) -> String {
+        let layers = layers(vec![layer(media_type, annotations)]).unwrap_or_else(|error| panic!("{error}"));
+        let names: Vec<_> = layers.manifest.files.into_keys().map(String::from).collect();
+        names.join(" ")
+    }
+
+    #[test]
+    fn files_are_named_as_the_tools_that_push_name_them() {
+        const TITLE: &str = "org.opencontainers.image.title";
+        const PATH: &str = "org.cncf.model.filepath";
+        const ORAS: &str = "application/vnd.oci.image.layer.v1.tar";
+        const RAW: &str = "application/vnd.cncf.model.weight.v1.raw";
+        const KIT: &str = "application/vnd.kitops.modelkit.model.v1.tar+gzip";
+        // ORAS calls every file an archive, and marks folders.
+        assert_eq!(name(ORAS, json!({TITLE: "config.json"})), "config.json");
+        assert_eq!(name(ORAS, json!({TITLE: "./sub/w.bin"})), "sub/w.bin");
+        let folder = json!({TITLE: "weights", "io.deis.oras.content.unpack": "true"});
+        assert_eq!(name(&format!("{ORAS}+gzip"), folder), "weights.tar.gz");
+        // ModelPack: files as they are, or packed.
+        assert_eq!(name(RAW, json!({PATH: "sub/model.safetensors", TITLE: "other"})), "sub/model.safetensors");
+        assert_eq!(name(RAW, json!({"org.cnai.model.filepath": "a"})), "a");
+        assert_eq!(name("application/vnd.cnai.model.weight.v1.tar", json!({PATH: "model/"})), "model.tar");
+        assert_eq!(name("application/vnd.cncf.model.weight.v1.tar+zstd", json!({PATH: "w.tar.zst"})), "w.tar.zst");
+        // KitOps.
+        assert_eq!(name(KIT, json!({TITLE: "model"})), "model.tar.gz");
+        assert_eq!(name("application/vnd.kitops.modelkit.code.v1.tar", json!({PATH: "src.tgz"})), "src.tgz");
+        // Without a name: stable, and what it is.
+        assert_eq!(name(KIT, Value::Null), format!("{HEX}.tar.gz"));
+        assert_eq!(name("application/octet-stream", json!({TITLE: ""})), format!("{HEX}.bin"));
+        assert_eq!(name("application/vnd.docker.image.rootfs.diff.tar.gzip", json!({})), format!("{HEX}.tar.gz"));
+    }
+
+    #[test]
+    fn names_that_climb_or_clash_are_refused_as_a_whole() {
+        for bad in
+            ["../x", "/etc/passwd", "a/../../x", "a\\b", "a\0b", ".modelcache/x", "./../x", "a//b", "./", ".", ".."]
+        {
+            let rows = vec![layer("x", json!({"org.opencontainers.image.title": bad}))];
+            assert_eq!(layers(rows).map(|_| ()).expect_err(bad).kind(), ErrorKind::Corrupt, "{bad:?}");
+        }
+        let other = Digest::of(b"other").to_string();
+        let row = |hex: &str| json!({"digest": format!("sha256:{hex}"), "size": 1, "annotations": {"org.cncf.model.filepath": "a"}});
+        assert!(layers(vec![row(HEX), row(&other)]).is_err(), "two files of one name");
+        assert!(layers(vec![row(HEX), row(HEX)]).is_ok(), "the same file twice");
+    }
+
+    #[test]
+    fn digests_other_than_sha256_are_named() {
+        let error =
+            layers(vec![json!({"digest": format!("sha512:{HEX}{HEX}"), "size": 1})]).map(|_| ()).expect_err("sha512");
+        assert!(error.to_string().contains("sha512") && error.hint_text().is_some_and(|hint| hint.contains("sha256")));
+        assert!(layers(vec![json!({"digest": "sha256:12", "size": 1})]).is_err());
+    }
+
+    #[test]
+    fn what_is_no_layer_of_a_manifest_is_told_apart() {
+        let parse = |value: Value| Document::parse(value.to_string().as_bytes());
+        assert!(matches!(parse(json!({"blobs": []})), Ok(Document::Layers(_))), "an artifact manifest");
+        assert!(matches!(parse(json!({"manifests": []})), Ok(Document::Index(_))));
+        for bad in [json!({}), json!([]), json!({"layers": [], "manifests": []}), json!({"layers": [{"size": 1}]})] {
+            assert!(parse(bad.clone()).is_err(), "{bad}");
+        }
+        let nothing = layer("application/vnd.oci.empty.v1+json", Value::Null);
+        assert!(layers(vec![nothing]).expect("layers").manifest.files.is_empty());
+    }
+
+    #[test]
+    fn an_index_is_its_only_manifest_or_asks_for_a_choice() {
+        let Target::Oci(repo) = Reference::parse("oci://r:1/m:t").expect("parses").target else {
+            panic!("no repository")
+        };
+        let entry = |os: &str, hex: &str| json!({"digest": format!("sha256:{hex}"), "size": 1, "platform": {"os": os, "architecture": "amd64"}});
+        let other = Digest::of(b"other").to_string();
+        let choose = |rows: Vec<Value>| {
+            let Ok(Document::Index(rows)) = Document::parse(json!({"manifests": rows}).to_string().as_bytes()) else {
+                panic!("no index")
+            };
+            only_choice(&repo, rows)
+        };
+        assert_eq!(choose(vec![entry("linux", HEX), entry("unknown", &other)]).expect("one").to_string(), HEX);
+        let error = choose(vec![entry("linux", HEX), entry("windows", &other)]).expect_err("two");
+        let hint = error.hint_text().expect("a hint");
+        assert!(hint.contains(&format!("oci://r:1/m@sha256:{other} (windows/amd64)")), "{hint}");
+        assert_eq!(choose(vec![]).expect_err("none").kind(), ErrorKind::NotFound);
+    }
+}

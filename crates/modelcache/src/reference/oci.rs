@@ -1,0 +1,215 @@
+//! References to an OCI registry: `oci://registry[:port]/repository:tag`, `oci://…@sha256:<hex>`.
+//!
+//! Read as docker reads them: without a tag it is `latest`; where both a tag and a digest are given the digest counts.
+//! Nothing is decoded, for no part has a character that would need it.
+
+use super::{Reference, Target};
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::key::{ArtifactKey, ArtifactName, Version};
+use std::fmt;
+
+/// What docker calls its own registry, and the names that mean the same.
+const DOCKER_HUB: &str = "docker.io";
+const DOCKER_HUB_NAMES: [&str; 2] = ["index.docker.io", "registry-1.docker.io"];
+/// Longest tag (<https://github.com/opencontainers/distribution-spec/blob/main/spec.md#pulling-manifests>).
+const TAG_BYTES_MAX: usize = 128;
+
+/// A repository in a registry, at a manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct OciRepo {
+    /// Host and, where given, port of the registry, in small letters.
+    pub registry: String,
+    /// The repository: one or more segments.
+    pub repository: String,
+    /// Which manifest.
+    pub at: OciAt,
+}
+
+/// How a manifest is chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum OciAt {
+    /// By a tag, which may move.
+    Tag(String),
+    /// By the digest of its bytes.
+    Digest(Digest),
+}
+
+impl OciRepo {
+    /// The artifact's name: `oci/`, the registry, the repository.
+    pub fn name(&self) -> Result<ArtifactName> {
+        ArtifactName::from_uri("oci", [self.registry.as_str()].into_iter().chain(self.repository.split('/')))
+    }
+
+    /// The key of the manifest with `digest`.
+    pub fn key_at(&self, digest: &Digest) -> Result<ArtifactKey> {
+        Ok(ArtifactKey::new(self.name()?, Version::new(&format!("sha256:{digest}"))?))
+    }
+}
+
+/// As it is typed.
+impl fmt::Display for OciRepo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "oci://{}/{}{}", self.registry, self.repository, self.at)
+    }
+}
+
+/// As it stands after a repository: `:tag`, `@sha256:<hex>`.
+impl fmt::Display for OciAt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tag(tag) => write!(f, ":{tag}"),
+            Self::Digest(digest) => write!(f, "@sha256:{digest}"),
+        }
+    }
+}
+
+/// `registry[:port]/repository[:tag][@sha256:hex]`.
+pub(super) fn parse(rest: &str) -> Result<Reference> {
+    let refuse = |why: &str| {
+        Error::invalid(format!("oci://{rest}: {why}"))
+            .hint("write oci://registry/repository:tag or oci://registry/repository@sha256:<hex>")
+    };
+    let (registry, path) = rest.split_once('/').ok_or_else(|| refuse("it names no repository"))?;
+    if registry.contains('@') {
+        // Not repeated: what stands before the @ may be a password.
+        return Err(Error::invalid("an oci:// reference carries credentials")
+            .hint("leave them out; `docker login REGISTRY` keeps them where they are found"));
+    }
+    let registry = checked_registry(registry).ok_or_else(|| refuse("the registry is no host"))?;
+    let (path, digest) = match path.split_once('@') {
+        Some((path, digest)) => (path, Some(parse_digest(digest)?)),
+        None => (path, None),
+    };
+    let (repository, tag) = path.split_once(':').unwrap_or((path, "latest"));
+    let repository = match (registry.as_str(), repository.contains('/')) {
+        (DOCKER_HUB, false) => format!("library/{repository}"),
+        _ => repository.to_owned(),
+    };
+    if !repository.split('/').all(is_repository_segment) {
+        return Err(refuse("no repository can be called that; its name has small letters, digits and . _ - in it"));
+    }
+    let tag = checked_tag(tag)?;
+    let repo = OciRepo { registry, repository, at: digest.map_or(OciAt::Tag(tag), OciAt::Digest) };
+    repo.name()?;
+    Ok(Reference { target: Target::Oci(repo), file: None, digest: None })
+}
+
+/// A revision as `--revision` gives it: a tag, or `sha256:<hex>`.
+pub(super) fn at(text: &str) -> Result<OciAt> {
+    if text.contains(':') { parse_digest(text).map(OciAt::Digest) } else { checked_tag(text).map(OciAt::Tag) }
+}
+
+/// `sha256:<64 hex digits>`; other algorithms are named and refused.
+pub(crate) fn parse_digest(text: &str) -> Result<Digest> {
+    match text.split_once(':') {
+        Some(("sha256", hex)) => {
+            hex.parse().map_err(|error: Error| error.hint("copy the whole digest: sha256: and 64 hex digits"))
+        }
+        Some((algorithm, _)) => Err(Error::invalid(format!("digests of {algorithm:?} are not understood"))
+            .hint("only sha256 is; push the artifact again with sha256 digests, which is what tools do by default")),
+        None => Err(Error::invalid(format!("{text:?} is no digest")).hint("write sha256: and 64 hex digits")),
+    }
+}
+
+/// Host and port in small letters, if that is what it is. The Hub of docker has one name for all of its.
+pub(crate) fn checked_registry(text: &str) -> Option<String> {
+    let text = text.to_ascii_lowercase();
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '[' | ']');
+    let url = url::Url::parse(&format!("http://{text}/")).ok()?;
+    if text.is_empty() || !text.chars().all(plain) || text.ends_with(':') || url.host().is_none() {
+        return None;
+    }
+    Some(if DOCKER_HUB_NAMES.contains(&text.as_str()) { DOCKER_HUB.into() } else { text })
+}
+
+/// Small letters and digits, with separators between them.
+fn is_repository_segment(segment: &str) -> bool {
+    let letter = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let ends = |byte: Option<u8>| byte.is_some_and(letter);
+    let plain = |byte: u8| letter(byte) || matches!(byte, b'.' | b'_' | b'-');
+    ends(segment.bytes().next()) && ends(segment.bytes().last()) && segment.bytes().all(plain)
+}
+
+fn checked_tag(tag: &str) -> Result<String> {
+    let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    let plain = |byte: u8| word(byte) || matches!(byte, b'.' | b'-');
+    let good = tag.len() <= TAG_BYTES_MAX && tag.bytes().next().is_some_and(word) && tag.bytes().all(plain);
+    if !good {
+        return Err(Error::invalid(format!("no tag can be called {tag:?}"))
+            .hint("a tag has letters, digits and . _ - in it, at most 128"));
+    }
+    Ok(tag.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn repo(text: &str) -> OciRepo {
+        match Reference::parse(text).unwrap_or_else(|error| panic!("{text}: {error}")).target {
+            Target::Oci(repo) => repo,
+            other => panic!("{text} is {other:?}"),
+        }
+    }
+
+    const HEX: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    #[test]
+    fn every_documented_form_parses() {
+        for (text, printed) in [
+            ("oci://r.example/m:v1".to_owned(), "oci://r.example/m:v1".to_owned()),
+            ("oci://r.example:5000/team/m".into(), "oci://r.example:5000/team/m:latest".into()),
+            ("oci://[::1]:5000/m:1".into(), "oci://[::1]:5000/m:1".into()),
+            ("oci://R.Example/a/b/c_d.e-f:_X.1".into(), "oci://r.example/a/b/c_d.e-f:_X.1".into()),
+            (format!("oci://r/m@sha256:{HEX}"), format!("oci://r/m@sha256:{HEX}")),
+            (format!("oci://r/m:v1@sha256:{HEX}"), format!("oci://r/m@sha256:{HEX}")),
+            ("oci://docker.io/busybox:1".into(), "oci://docker.io/library/busybox:1".into()),
+            ("oci://index.docker.io/a/b:1".into(), "oci://docker.io/a/b:1".into()),
+        ] {
+            assert_eq!(repo(&text).to_string(), printed);
+            assert_eq!(repo(&printed), repo(&text), "what is printed means the same");
+        }
+    }
+
+    #[test]
+    fn a_digest_is_an_exact_key_that_prints_as_its_uri() {
+        let text = format!("oci://r.example:5000/team/m@sha256:{HEX}");
+        let key = Reference::parse(&text).expect("parses").exact_key().expect("exact");
+        assert_eq!(key.name.as_str(), "oci/r.example:5000/team/m");
+        assert_eq!(key.version.as_str(), format!("sha256:{HEX}"));
+        assert_eq!(key.to_string(), text);
+        let pointer = Reference::parse("oci://r/m:v1").expect("parses").pointer().expect("a pointer");
+        assert_eq!((pointer.name.as_str(), pointer.revision.as_str()), ("oci/r/m", "v1"));
+    }
+
+    #[test]
+    fn what_no_registry_would_serve_is_refused() {
+        for bad in [
+            "oci://",
+            "oci://r",
+            "oci://r/",
+            "oci:///m",
+            "oci://r/Model:1",
+            "oci://r/../x:1",
+            "oci://r/a//b:1",
+            "oci://r/-a:1",
+            "oci://r/a:",
+            "oci://r/a:b:c",
+            "oci://r/a:.b",
+            "oci://r/a%2fb:1",
+            "oci://r/a?x:1",
+            "oci://r:/a:1",
+            "oci://r:x/a:1",
+            "oci://r/a@sha256:12",
+            "oci://r/a@",
+        ] {
+            assert!(Reference::parse(bad).is_err(), "{bad} was accepted");
+        }
+        assert!(Reference::parse(&format!("oci://r/a:{}", "t".repeat(129))).is_err());
+        let error = Reference::parse(&format!("oci://r/a@sha512:{HEX}{HEX}")).expect_err("sha512");
+        assert!(error.to_string().contains("sha512"), "{error}");
+        let error = Reference::parse("oci://user:canary@r/a:1").expect_err("a password");
+        assert!(!format!("{error:?}").contains("canary"), "{error}");
+    }
+}

@@ -1,0 +1,131 @@
+//! Whatever lies below a prefix of some bucket, as an artifact: no manifest, no checksums, nothing of ours.
+//!
+//! The list is the manifest; a single object is an artifact of one file. Objects are read under the ETag that was listed,
+//! so that what is replaced meanwhile is noticed.
+
+use super::settings::{Options, Place};
+use super::store::{ReadBody, Store};
+use crate::config::RemoteConfig;
+use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
+use crate::key::{ArtifactKey, FilePath};
+use crate::manifest::{FileEntry, Manifest, ObjectIdentity, Shape};
+use crate::source::{Body, Source};
+use crate::transfer::Retry;
+use async_trait::async_trait;
+use futures::StreamExt as _;
+use object_store::path::Path;
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Range;
+use tokio::sync::OnceCell;
+
+/// The objects below `bucket/prefix`, as the artifact `key` from an origin.
+pub(crate) struct PrefixSource {
+    config: RemoteConfig,
+    bucket: String,
+    prefix: String,
+    key: ArtifactKey,
+    retry: Retry,
+    found: OnceCell<Option<Found>>,
+}
+
+struct Found {
+    store: Store,
+    manifest: Manifest,
+    objects: HashMap<FilePath, (Path, ObjectIdentity)>,
+}
+
+/// The address only: the configuration may hold keys.
+impl fmt::Debug for PrefixSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PrefixSource(s3://{}/{})", self.bucket, self.prefix)
+    }
+}
+
+impl PrefixSource {
+    /// Asks nothing yet. `config` gives options and environment; its address does not count.
+    pub(crate) fn new(config: RemoteConfig, bucket: &str, prefix: &str, key: ArtifactKey, retry: Retry) -> Self {
+        let (bucket, prefix) = (bucket.to_owned(), prefix.trim_matches('/').to_owned());
+        Self { config, bucket, prefix, key, retry, found: OnceCell::new() }
+    }
+
+    async fn found(&self) -> Result<Option<&Found>> {
+        Ok(self.found.get_or_try_init(|| self.find()).await?.as_ref())
+    }
+
+    async fn find(&self) -> Result<Option<Found>> {
+        let place = Place::Bucket { bucket: self.bucket.clone(), prefix: self.prefix.clone() };
+        let options = Options::parse(&self.config)?;
+        let (config, retry) = (self.config.clone(), self.retry.clone());
+        let opened = tokio::task::spawn_blocking(move || Store::open(&config, &place, &options, retry)).await;
+        let store =
+            opened.map_err(|cause| Error::new(ErrorKind::Other, "opening a bucket was cut short").cause(cause))??;
+        let root = store.root();
+        let listed = store.list(root.as_ref()).await?.ok_or_else(|| {
+            Error::new(ErrorKind::Unauthorized, format!("listing the bucket {} is not permitted", self.bucket))
+                .hint("grant s3:ListBucket on it")
+        })?;
+        let mut rows = Vec::new();
+        for object in listed {
+            let Some(relative) = store.relative(&object.location) else { continue };
+            let path = FilePath::new(relative).map_err(|error| {
+                Error::corrupt(format!("the bucket {} lists {relative:?}: {}", self.bucket, error.message()))
+            })?;
+            rows.push((
+                path,
+                object.location.clone(),
+                ObjectIdentity { etag: object.e_tag, object_bytes: object.size },
+            ));
+        }
+        let shape = if rows.is_empty() { Shape::File } else { Shape::Tree };
+        if let (Shape::File, Some(object)) = (shape, root) {
+            let Some(identity) = store.head(&object).await? else { return Ok(None) };
+            rows.push((FilePath::new(object.filename().unwrap_or_default())?, object, identity));
+        }
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let mut manifest = Manifest::new(self.key.clone(), shape);
+        let mut objects = HashMap::new();
+        for (path, location, identity) in rows {
+            manifest.files.insert(path.clone(), FileEntry { size: identity.object_bytes, ..FileEntry::default() });
+            objects.insert(path, (location, identity));
+        }
+        manifest.check()?;
+        Ok(Some(Found { store, manifest, objects }))
+    }
+
+    async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
+        let missing = || Error::not_found(format!("there is no object for {path}"));
+        let found = self.found().await?.ok_or_else(missing)?;
+        let (location, identity) = found.objects.get(path).ok_or_else(missing)?;
+        if range.end < range.start || range.end > identity.object_bytes {
+            return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
+        }
+        if range.is_empty() {
+            return Ok(Body { start: range.start, stream: futures::stream::empty().boxed() });
+        }
+        match found.store.read(location, range, identity.etag.as_deref()).await? {
+            ReadBody::Stream { start, stream } => Ok(Body { start, stream }),
+            ReadBody::Changed => {
+                Err(Error::unavailable(format!("{path} was replaced in the bucket while it was read")).transient(false))
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Source for PrefixSource {
+    fn tier(&self) -> Tier {
+        Tier::Origin
+    }
+
+    async fn manifest(&self) -> Result<Option<Manifest>> {
+        let found = self.found().await.context(&self.key, Tier::Origin)?;
+        Ok(found.map(|found| found.manifest.clone()))
+    }
+
+    async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
+        self.open(path, range).await.context(&self.key, Tier::Origin)
+    }
+}

@@ -1,0 +1,211 @@
+//! Where model registries are, and what they are shown: MLflow's variables, docker's `config.json`.
+//!
+//! Surprise: what is wrong here is no error before a registry is used. `MLFLOW_TRACKING_URI` is set on many machines to
+//! a folder or to something of Databricks', and docker's file is docker's: neither may stop a command that asks neither.
+
+use super::{Draft, Given, expand_home};
+use crate::config::{Environment, OciLogin, Secret};
+use crate::error::{Error, Result};
+use crate::reference::oci;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// The address of a server; `none` overrules one that is set elsewhere.
+pub(super) fn server(given: &Given) -> Option<Secret> {
+    (given.text != "none").then(|| Secret::new(given.text.as_str()))
+}
+
+/// Registries without TLS.
+pub(super) fn plain_http(text: &str) -> Result<Vec<String>> {
+    let names = text.split(',').map(str::trim).filter(|name| !name.is_empty() && *name != "none");
+    let checked = |name: &str| {
+        oci::checked_registry(name).ok_or_else(|| Error::invalid(format!("{name:?} is no host, nor host and port")))
+    };
+    names.map(checked).collect()
+}
+
+/// Credentials that have no setting of their own, because they are no business of a file's.
+pub(super) fn take_logins(
+    environment: &Environment,
+    read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
+    draft: &mut Draft,
+) {
+    draft.mlflow.environment = environment.clone();
+    draft.mlflow.token = environment.get("MLFLOW_TRACKING_TOKEN").map(|token| Secret::new(token.trim()));
+    let password = environment.get("MLFLOW_TRACKING_PASSWORD").map(Secret::new);
+    let user = environment.get("MLFLOW_TRACKING_USERNAME").map(str::to_owned);
+    draft.mlflow.login = user.zip(password);
+    let Some(path) = docker_file(environment) else { return };
+    let read = read_secret(&path).map_err(|error| error.to_string());
+    let logins = read.and_then(|text| text.map_or(Ok(Docker::default()), |text| Docker::parse(&text)));
+    match logins {
+        Ok(docker) => {
+            draft.oci.logins = docker.logins();
+            draft.oci.helper = docker.creds_store.filter(|helper| !helper.is_empty());
+        }
+        Err(error) => draft.oci.trouble = Some(format!("docker's file {} cannot be read: {error}", path.display())),
+    }
+}
+
+/// Where docker and most of its kin keep credentials.
+fn docker_file(environment: &Environment) -> Option<PathBuf> {
+    let folder = environment.get("DOCKER_CONFIG").map(|folder| expand_home(folder, environment));
+    let folder = folder.or_else(|| Some(Path::new(environment.get("HOME")?).join(".docker")))?;
+    Some(folder.join("config.json"))
+}
+
+/// `config.json`, as far as it is about credentials.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Docker {
+    auths: BTreeMap<String, Auth>,
+    cred_helpers: BTreeMap<String, String>,
+    creds_store: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Auth {
+    /// Base64 of `user:password`.
+    auth: Option<String>,
+    username: Option<String>,
+    password: Option<String>,
+    identitytoken: Option<String>,
+}
+
+impl Docker {
+    /// Says where the file is wrong, never what stands there.
+    fn parse(text: &str) -> Result<Self, String> {
+        serde_json::from_str(text).map_err(|error| format!("line {}: not what docker writes", error.line()))
+    }
+
+    /// By registry. What is keyed by the registry's name alone outranks what has a scheme or a path with it.
+    fn logins(&self) -> BTreeMap<String, OciLogin> {
+        let helpers = self.cred_helpers.iter().map(|(key, helper)| (key, OciLogin::Helper(helper.clone())));
+        let auths = self.auths.iter().filter_map(|(key, auth)| Some((key, auth.login()?)));
+        let mut logins = BTreeMap::new();
+        let mut rows: Vec<(bool, String, OciLogin)> = auths
+            .chain(helpers)
+            .filter_map(|(key, login)| {
+                let registry = registry_of(key)?;
+                Some((*key == registry, registry, login))
+            })
+            .collect();
+        rows.sort_by_key(|(exact, ..)| *exact);
+        for (_, registry, login) in rows {
+            logins.insert(registry, login);
+        }
+        logins
+    }
+}
+
+impl Auth {
+    fn login(&self) -> Option<OciLogin> {
+        let present = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        if present(&self.identitytoken).is_some() {
+            return Some(OciLogin::IdentityToken);
+        }
+        if let Some(encoded) = present(&self.auth) {
+            let text = String::from_utf8(STANDARD.decode(encoded.trim()).ok()?).ok()?;
+            let (user, password) = text.split_once(':')?;
+            return Some(OciLogin::Password(user.to_owned(), Secret::new(password.trim_end_matches('\0'))));
+        }
+        Some(OciLogin::Password(present(&self.username)?, Secret::new(present(&self.password)?)))
+    }
+}
+
+/// The registry that a key of docker's file means: `https://index.docker.io/v1/`, `registry.example:5000`.
+fn registry_of(key: &str) -> Option<String> {
+    let rest = key.split_once("://").map_or(key, |(_, rest)| rest);
+    oci::checked_registry(rest.split('/').next()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Settings;
+    use super::*;
+    use crate::config::Config;
+
+    fn gather(variables: &[(&str, &str)], docker: Result<Option<String>, std::io::ErrorKind>) -> Settings {
+        let pair = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let environment = Environment(variables.iter().map(pair).collect());
+        let read =
+            |path: &Path| if path.ends_with("config.json") { docker.clone().map_err(Into::into) } else { Ok(None) };
+        Settings::gather(&BTreeMap::new(), &environment, &[], read).expect("settings")
+    }
+
+    fn docker(text: &str) -> Config {
+        let settings = gather(&[("HOME", "/home/a")], Ok(Some(text.into())));
+        assert_eq!(settings.warnings, [""; 0]);
+        settings.config
+    }
+
+    fn password(user: &str, password: &str) -> OciLogin {
+        OciLogin::Password(user.into(), Secret::new(password))
+    }
+
+    #[test]
+    fn logins_are_read_as_docker_writes_them() {
+        let encoded = STANDARD.encode("me:pass:word");
+        let logins = docker(&format!(
+            r#"{{"auths": {{
+                "registry.example:5000": {{"auth": "{encoded}"}},
+                "https://registry.example:5000/v2/": {{"username": "other", "password": "x"}},
+                "https://index.docker.io/v1/": {{"username": "a", "password": "b"}},
+                "desktop.example": {{}},
+                "azure.example": {{"auth": "{encoded}", "identitytoken": "t"}}
+            }}, "credHelpers": {{"1.ecr.example": "ecr-login"}}, "credsStore": "desktop", "proxies": {{}}}}"#
+        ));
+        let of = |registry: &str| logins.oci.logins.get(registry).cloned();
+        assert_eq!(of("registry.example:5000"), Some(password("me", "pass:word")), "the plain name counts");
+        assert_eq!(of("docker.io"), Some(password("a", "b")));
+        assert_eq!(of("1.ecr.example"), Some(OciLogin::Helper("ecr-login".into())));
+        assert_eq!(of("azure.example"), Some(OciLogin::IdentityToken));
+        assert_eq!(of("desktop.example"), None);
+        assert_eq!(logins.oci.helper.as_deref(), Some("desktop"));
+        assert!(!format!("{logins:?}").contains("pass:word"));
+    }
+
+    #[test]
+    fn a_file_that_is_not_dockers_is_kept_in_mind_and_nothing_of_it_is_repeated() {
+        for (docker, says) in [
+            (Ok(Some("{\"auths\": {\"r\": \"canary\"}}".to_owned())), "line 1"),
+            (Ok(Some("canary".to_owned())), "line 1"),
+            (Err(std::io::ErrorKind::PermissionDenied), "permission denied"),
+        ] {
+            let settings = gather(&[("DOCKER_CONFIG", "~/d"), ("HOME", "/home/a")], docker);
+            assert_eq!(settings.warnings, [""; 0], "most commands need no registry");
+            let trouble = settings.config.oci.trouble.expect("a word");
+            assert!(trouble.contains("/home/a/d/config.json") && trouble.contains(says), "{trouble}");
+            assert!(!trouble.contains("canary"), "{trouble}");
+        }
+    }
+
+    #[test]
+    fn mlflow_is_configured_as_its_own_client_is_and_never_stops_a_command() {
+        let config = |rows: &[(&str, &str)]| gather(rows, Ok(None)).config.mlflow;
+        let full = config(&[
+            ("MLFLOW_TRACKING_URI", "https://u:canary@h"),
+            ("MLFLOW_TRACKING_TOKEN", "canary\n"),
+            ("MLFLOW_TRACKING_USERNAME", "me"),
+            ("MLFLOW_TRACKING_PASSWORD", "canary"),
+        ]);
+        assert_eq!(full.token.as_ref().map(Secret::expose), Some("canary"));
+        assert_eq!(full.login, Some(("me".into(), Secret::new("canary"))));
+        assert!(full.registry_uri.is_none() && full.tracking_uri.is_some());
+        assert!(!format!("{full:?}").contains("canary"), "{full:?}");
+        assert!(config(&[("MLFLOW_TRACKING_URI", "databricks")]).tracking_uri.is_some(), "no error before it is used");
+        assert!(config(&[("MLFLOW_TRACKING_URI", "none")]).tracking_uri.is_none());
+    }
+
+    #[test]
+    fn registries_without_tls_are_hosts() {
+        assert_eq!(plain_http("A.b:5000, c ,none").expect("hosts"), ["a.b:5000", "c"]);
+        for bad in ["http://a", "a/b", "a:b"] {
+            assert!(plain_http(bad).is_err(), "{bad}");
+        }
+    }
+}
