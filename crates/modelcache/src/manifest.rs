@@ -63,9 +63,6 @@ pub struct FileEntry {
     /// How the tier that keeps this manifest holds the bytes; `None` where it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held: Option<Held>,
-    /// What tells these bytes from later ones at the same place (an entity tag), where no digest does. Never stored.
-    #[serde(skip)]
-    pub validator: Option<String>,
     /// Fields of other releases, kept as they are.
     #[serde(flatten)]
     pub extra: serde_json::Map<String, serde_json::Value>,
@@ -284,7 +281,6 @@ impl FileEntry {
         }
         self.provenance = self.provenance.or(other.provenance);
         self.git_oid = self.git_oid.or(other.git_oid);
-        self.validator = self.validator.take().or_else(|| other.validator.clone());
         if self.ladder.is_none() && self.sha256.is_some() && self.sha256 == other.sha256 {
             self.ladder.clone_from(&other.ladder);
         }
