@@ -104,27 +104,20 @@ fn a_file_replaced_in_mid_download_is_fetched_anew_and_never_mixed() {
 }
 
 #[test]
-fn what_a_broken_fetch_left_is_not_gone_on_with_when_the_file_is_another() {
+fn a_broken_fetch_leaves_nothing_to_go_on_with_unless_a_digest_names_the_file() {
     let (house, web) = (House::new(), Web::start().unwrap());
-    web.put("/model.bin", Page::of(big()).etag("\"old\"").broken_from(8 * MIB));
     let get = || house.on_local("c").run(["get", &format!("{}/model.bin@3", web.url())]);
-    get().failed(7, &["503"]);
-    assert!(house.marked_parts("c") > 0, "the test needs a part that was left");
-    web.put("/model.bin", Page::of(other()).etag("\"new\""));
-    assert_same(&get().path(), &other());
-}
-
-#[test]
-fn what_a_broken_fetch_left_is_gone_on_with_when_the_file_is_the_same() {
-    let (house, web) = (House::new(), Web::start().unwrap());
     web.put("/model.bin", Page::of(big()).etag("\"old\"").broken_from(8 * MIB));
-    let get = || house.on_local("c").run(["get", &format!("{}/model.bin", web.url())]);
     get().failed(7, &["503"]);
-    assert!(house.marked_parts("c") > 0, "the test needs a part that was left");
-    web.put("/model.bin", Page::of(big()).etag("\"old\""));
+    assert_eq!(house.marked_parts("c"), 0, "whatever lies there next time may be another file");
+    let stated = || Page::of(other()).etag("\"new\"").header("x-checksum-sha256", sha256(&other()));
+    web.put("/model.bin", stated().broken_from(8 * MIB));
+    get().failed(7, &["503"]);
+    assert_eq!(house.marked_parts("c"), 1);
+    web.put("/model.bin", stated());
     let before = web.body_bytes();
-    assert_same(&get().path(), &big());
-    assert!(web.body_bytes() - before < big().len(), "everything came again");
+    assert_same(&get().path(), &other());
+    assert!(web.body_bytes() - before < other().len(), "everything came again");
 }
 
 #[test]

@@ -69,9 +69,6 @@ pub struct FileEntry {
     /// Whether a checksum file lies beside it there: `<path>.sha256`, on the remote only, no file of the artifact.
     #[serde(default, skip_serializing_if = "is_false")]
     pub sidecar: bool,
-    /// What tells these bytes from later ones at the same place (an entity tag), where no digest does. Never stored.
-    #[serde(skip)]
-    pub validator: Option<String>,
     /// Fields of other releases, kept as they are.
     #[serde(flatten)]
     pub extra: serde_json::Map<String, serde_json::Value>,
@@ -298,7 +295,6 @@ impl FileEntry {
         }
         self.provenance = self.provenance.or(other.provenance);
         self.git_oid = self.git_oid.or(other.git_oid);
-        self.validator = self.validator.take().or_else(|| other.validator.clone());
         if self.ladder.is_none() && self.sha256.is_some() && self.sha256 == other.sha256 {
             self.ladder.clone_from(&other.ladder);
         }

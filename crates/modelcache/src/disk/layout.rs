@@ -158,10 +158,6 @@ pub(crate) fn staged_name(path: &FilePath, entry: &FileEntry) -> String {
     match (entry.sha256, entry.git_oid) {
         (Some(digest), _) => format!("sha256-{digest}"),
         (None, Some(oid)) => format!("git-{oid}"),
-        // With its validator: what an ended fill left of other bytes is not gone on with.
-        (None, None) => {
-            let validator = entry.validator.as_deref().map_or(String::new(), |validator| format!("\0{validator}"));
-            format!("path-{}", Digest::of(format!("{path}{validator}").as_bytes()))
-        }
+        (None, None) => format!("path-{}", Digest::of(path.as_str().as_bytes())),
     }
 }

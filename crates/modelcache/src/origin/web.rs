@@ -466,9 +466,8 @@ impl WebSource {
         let mut entry = FileEntry { size: found.size, ..FileEntry::default() };
         let known =
             [(found.stated, Provenance::Origin), (beside, Provenance::Sidecar), (found.counted, Provenance::FirstSeen)];
-        match known.into_iter().find_map(|(digest, provenance)| Some((digest?, provenance))) {
-            Some((digest, provenance)) => (entry.sha256, entry.provenance) = (Some(digest), Some(provenance)),
-            None => entry.validator = found.validator(found.size),
+        if let Some(known) = known.into_iter().find_map(|(digest, provenance)| Some((digest?, provenance))) {
+            (entry.sha256, entry.provenance) = (Some(known.0), Some(known.1));
         }
         if !self.demanded && found.stated.is_none() && beside.is_none() {
             tracing::warn!(
