@@ -72,6 +72,7 @@ fn open(dir: &Path) -> Cache {
         on_remote_down: OnRemoteDown::Origin,
         origins: Vec::new(),
         hub: HubConfig::default(),
+        credentials: Default::default(),
         ref_ttl: Duration::from_secs(60),
         retry: RetryConfig::default(),
     })
