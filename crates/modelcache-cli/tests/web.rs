@@ -8,6 +8,9 @@ use modelcache_testkit::{Content, Page, Ranges, Web, content};
 use std::io::{BufRead as _, BufReader};
 use std::process::{Command, Stdio};
 
+/// Gives a page a validator, by tag or by date.
+type Validate = fn(Page, &str, &str) -> Page;
+
 const DATE: &str = "Wed, 25 Nov 2026 02:00:00 GMT";
 const OTHER_DATE: &str = "Thu, 26 Nov 2026 02:00:00 GMT";
 
@@ -85,7 +88,7 @@ fn servers_of_every_kind_give_the_right_bytes() {
 
 #[test]
 fn a_file_replaced_in_mid_download_is_fetched_anew_and_never_mixed() {
-    let pages: [(&str, fn(Page, &str, &str) -> Page); 3] = [
+    let pages: [(&str, Validate); 3] = [
         ("tagged", |page, tag, _| page.etag(tag)),
         ("tagged, without conditions", |page, tag, _| page.etag(tag).ignoring_conditions()),
         ("dated", |page, _, date| page.header("last-modified", date)),

@@ -28,7 +28,9 @@ use crate::transfer::Retry;
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use bytes::Bytes;
 use futures::StreamExt as _;
+use futures::stream::BoxStream;
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, HeaderValue, IF_MATCH, RANGE};
 use sha2::Digest as _;
@@ -375,6 +377,19 @@ fn plain(text: &str) -> String {
     }
 }
 
+/// The first `bytes` of a stream.
+fn first_bytes(stream: BoxStream<'static, Result<Bytes>>, bytes: u64) -> BoxStream<'static, Result<Bytes>> {
+    let cut = stream.scan(bytes, |left, chunk| {
+        let chunk = chunk.map(|mut chunk| {
+            chunk.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
+            *left -= chunk.len() as u64;
+            chunk
+        });
+        std::future::ready(Some(chunk).filter(|chunk| !chunk.as_ref().is_ok_and(Bytes::is_empty)))
+    });
+    cut.boxed()
+}
+
 /// One file at one version.
 struct WebSource {
     web: Arc<Web>,
@@ -540,7 +555,13 @@ impl WebSource {
         let start = http::body_start(status, answer.response.headers(), range, Some(found.size))
             .map_err(|error| Error::new(error.kind(), format!("{}: {}", self.path, error.message())))?;
         self.remember((!answer.at_home).then(|| answer.url.clone()));
-        Ok(Body { start, stream: http::body_stream(answer.response, &answer.url) })
+        let stream = http::body_stream(answer.response, &answer.url);
+        // From a server that ignores ranges, the first part is all the same right: it ends where it was asked to.
+        let stream = match status == StatusCode::OK && range.start == 0 && range.end < found.size {
+            true => first_bytes(stream, range.end),
+            false => stream,
+        };
+        Ok(Body { start, stream })
     }
 
     fn remember(&self, place: Option<Url>) {

@@ -54,7 +54,7 @@ pub(super) struct Store {
 }
 
 enum Kind {
-    Bucket { s3: AmazonS3, credentials: Arc<Credentials>, asker: Option<Asker>, copier: Option<Copier> },
+    Bucket { s3: AmazonS3, credentials: Arc<Credentials>, asker: Option<Asker>, copier: Option<Box<Copier>> },
     Folder { root: PathBuf },
 }
 
@@ -137,7 +137,7 @@ impl Store {
             connector.client().clone(),
         ));
         let asker = Asker::new(bucket, &settings, options, &connector, &credentials);
-        let copier = Copier::new(bucket, &settings, options, &connector, credentials.clone());
+        let copier = Copier::new(bucket, &settings, options, &connector, credentials.clone()).map(Box::new);
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(bucket)
             .with_region(&settings.region)
@@ -237,7 +237,7 @@ impl Store {
     /// Makes copies within the bucket, where that is possible.
     pub(super) fn copier(&self) -> Option<&Copier> {
         match &self.kind {
-            Kind::Bucket { copier, .. } => copier.as_ref(),
+            Kind::Bucket { copier, .. } => copier.as_deref(),
             Kind::Folder { .. } => None,
         }
     }
