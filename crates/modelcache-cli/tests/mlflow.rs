@@ -90,7 +90,7 @@ fn pointers_move_and_their_last_meaning_serves(house: &House, server: &Mlflow) {
     assert_eq!(version_of(get("0s")), "2");
     gate.down(true);
     let last = get("0s");
-    assert!(last.stderr.contains("does not answer"), "{last}");
+    assert!(last.stderr.contains("using the version that it last meant"), "{last}");
     assert_eq!(version_of(last), "2");
     point("1");
 }

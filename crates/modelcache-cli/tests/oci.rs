@@ -119,7 +119,7 @@ fn a_tag_that_moved_is_another_version_and_the_last_one_serves_while_the_registr
     assert_eq!(read(get("0s").path()), "two");
     gate.down(true);
     let last = get("0s");
-    assert!(last.stderr.contains("does not answer"), "{last}");
+    assert!(last.stderr.contains("using the version that it last meant"), "{last}");
     assert_eq!(read(last.path()), "two");
 }
 

@@ -180,7 +180,7 @@ fn a_tag_that_dangles_says_so_with_the_remedy() {
     for kind in Kind::BOTH {
         let house = house_of(kind);
         kind.on(&house, "ops").run(["tag", "m@3", "prod"]).ok();
-        fs::remove_file(kind.object(&house, "m/3/.modelcache/manifest.json")).unwrap();
+        fs::remove_dir_all(kind.object(&house, "m/3")).unwrap();
         let says = ["the tag prod points to m@3", "not on this disk, nor on the remote", "tag m@VERSION prod"];
         kind.on(&house, "a").run(["get", "m@prod"]).failed(3, &says);
         kind.on(&house, "a").run(["resolve", "m@prod"]).failed(3, &says);

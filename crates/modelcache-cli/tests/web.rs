@@ -49,7 +49,7 @@ fn a_file_is_asked_for_again_only_when_its_answer_is_old_and_kept_as_another_ver
     assert_eq!(web.requests().len(), 1, "one question, and nothing changed");
 
     web.set_down(true);
-    let path = old().run(["get", &address]).path_saying(&["the origin does not answer"]);
+    let path = old().run(["get", &address]).path_saying(&["using the version that it last meant"]);
     assert_same(&path, &other());
     let path = old().run(["get", &format!("{address}@etag-one")]).path();
     assert_same(&path, &big());
@@ -240,7 +240,7 @@ fn a_server_that_asks_to_wait_is_waited_for_within_the_deadline() {
     let busy = |wait: &str| Page::status(429).header("retry-after", wait);
     web.put("/m.bin", busy("1").then(1, Page::of(big()).etag("\"x\"")));
     let outcome = house.on_local("c").run(["get", &format!("{}/m.bin", web.url())]);
-    outcome.path_saying(&["asks to wait 1 s", "waiting as long as the server asks"]);
+    outcome.path_saying(&["asks to wait 1 s", "waiting before another try"]);
     web.put("/n.bin", busy("3600"));
     house.on_local("c").run(["get", &format!("{}/n.bin", web.url())]).failed(7, &["asks to wait 3600 s"]);
     assert_eq!(web.requests().iter().filter(|seen| seen.path == "/n.bin").count(), 1);

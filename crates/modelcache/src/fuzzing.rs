@@ -22,9 +22,20 @@ pub fn hub_tree(bytes: &[u8]) {
     origin::fuzz_hub(bytes);
 }
 
-/// A claim on the remote.
+/// What an OCI registry answers: a manifest, an index, a challenge.
+pub fn oci(bytes: &[u8]) {
+    origin::fuzz_oci(bytes);
+}
+
+/// A claim or a ref on the remote.
 pub fn claim(bytes: &[u8]) {
     remote::fuzz_claim(bytes);
+    remote::fuzz_ref(bytes);
+}
+
+/// A page of what an S3 server lists.
+pub fn listing(text: &str) {
+    remote::fuzz_listing(text);
 }
 
 /// A file of AWS profiles.

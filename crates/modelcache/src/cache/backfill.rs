@@ -56,7 +56,7 @@ impl ToBackfill {
 }
 
 impl Cache {
-    fn backfill_mode(&self) -> Backfill {
+    pub(super) fn backfill_mode(&self) -> Backfill {
         self.0.config.backfill.unwrap_or_default()
     }
 
@@ -348,7 +348,7 @@ impl Backfills {
 }
 
 /// Says that the remote did not get something. Of a remote that refuses to be written it is said once.
-fn tell(remote: &Remote, error: &Error, dropped: bool) {
+pub(super) fn tell(remote: &Remote, error: &Error, dropped: bool) {
     let hint = error.hint_text();
     if remote.refuses_writes() {
         if remote.tells_refusal() {

@@ -105,8 +105,9 @@ impl Cache {
         match self.pour(wanted, &plan, progress).await {
             Err(error) if plan.remote_foreign && error.kind() == ErrorKind::Conflict => {
                 tracing::warn!(%error, "starting over with a new list");
-                let plan = self.plan_fill(wanted, progress).await?;
-                let filled = self.pour(wanted, &plan, progress).await?;
+                let anew = Wanted { remote: None, ..wanted.clone() };
+                let plan = self.plan_fill(&anew, progress).await?;
+                let filled = self.pour(&anew, &plan, progress).await?;
                 Ok((plan, filled))
             }
             poured => Ok((plan, poured?)),

@@ -12,8 +12,8 @@
 //! What an origin answers is remembered on disk and told to the fleet. That telling fails costs others a question.
 
 use super::resolve::Asking;
-use super::{Cache, alarm};
-use crate::config::OnRemoteDown;
+use super::{Cache, alarm, backfill};
+use crate::config::{Backfill, OnRemoteDown};
 use crate::digest::Digest;
 use crate::disk::RememberedRef;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -167,8 +167,12 @@ impl Cache {
         }
     }
 
-    /// Lets the fleet know, in a task of its own: whoever asked is kept only for a moment.
+    /// Lets the fleet know, in a task of its own: whoever asked is kept only for a moment. Where nothing is to be written
+    /// to the remote now, this is not either.
     async fn tell_fleet(&self, pointer: &Pointer, answer: &Answer, fleet: Fleet) {
+        if matches!(self.backfill_mode(), Backfill::Later | Backfill::Never) {
+            return;
+        }
         let remote = match fleet {
             Fleet::Unasked(_) => return,
             Fleet::Silent => self.0.remote.clone(),
@@ -182,7 +186,10 @@ impl Cache {
         let told = RemoteRef::now(&pointer.revision, &answer.version, RefKind::Origin, None);
         let telling = tokio::spawn(async move {
             if let Err(error) = remote.write_answer(&name, &told).await {
-                tracing::debug!(%error, "the fleet is not told what the origin said");
+                match remote.refuses_writes() {
+                    true => backfill::tell(&remote, &error, false),
+                    false => tracing::debug!(%error, "the fleet is not told what the origin said"),
+                }
             }
         });
         let _ = tokio::time::timeout(TELLING, telling).await;

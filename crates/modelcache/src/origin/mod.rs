@@ -14,10 +14,10 @@
 //! A bare key belongs to no origin. Whoever wants one from an origin applies an
 //! [`OriginTemplate`](crate::config::OriginTemplate) first; the source then speaks of the key of that origin.
 
+mod authorization;
 mod bucket;
 mod doctor;
 mod folder;
-mod follow;
 mod http;
 mod hub;
 mod mlflow;
@@ -26,7 +26,7 @@ mod web;
 
 pub(crate) use doctor::examine;
 #[cfg(fuzzing)]
-pub(crate) use hub::fuzz as fuzz_hub;
+pub(crate) use {hub::fuzz as fuzz_hub, oci::fuzz as fuzz_oci};
 
 use crate::config::{BucketConfig, HubConfig, MlflowConfig, OciConfig};
 use crate::credentials::Credentials;

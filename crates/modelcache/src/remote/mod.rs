@@ -55,7 +55,9 @@ pub use refs::{RefKind, RemoteRef};
 pub use source::RemoteSource;
 
 #[cfg(fuzzing)]
-pub(crate) use {claim::fuzz as fuzz_claim, profile::fuzz as fuzz_profile};
+pub(crate) use {
+    claim::fuzz as fuzz_claim, profile::fuzz as fuzz_profile, refs::fuzz as fuzz_ref, wire::fuzz as fuzz_listing,
+};
 
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};

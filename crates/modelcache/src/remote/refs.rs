@@ -324,6 +324,16 @@ fn name_of(path: &str) -> Option<ArtifactName> {
     folder.strip_suffix(REFS)?.strip_suffix('/')?.strip_suffix(OWN_FOLDER)?.strip_suffix('/')?.parse().ok()
 }
 
+/// Whatever lies where a ref should; see `fuzzing`.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let There::Usable(read) = There::from_bytes(bytes) {
+        let _ = read.age(SystemTime::now());
+        let written = read.to_bytes().expect("what was read can be written");
+        assert_eq!(There::from_bytes(&written), There::Usable(read));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -220,6 +220,16 @@ fn without_odd_keys(xml: &str) -> (String, Vec<String>) {
     (kept, left_out)
 }
 
+/// Whatever a server lists; see `fuzzing`.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(xml: &str) {
+    let (kept, left_out) = without_odd_keys(xml);
+    assert!(kept.len() <= xml.len() && left_out.len() <= xml.matches("<Contents>").count());
+    let (again, odd) = without_odd_keys(&kept);
+    assert!(odd.is_empty() && again == kept, "what was kept is kept");
+    let _ = element(xml, "Code");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -103,7 +103,7 @@ impl Attempts {
     /// Sleeps before the next attempt, or gives `error` back when there shall be none.
     pub async fn pause(&mut self, error: Error) -> Result<()> {
         let Some(wait) = self.wait_after(&error, Instant::now()) else { return Err(error) };
-        if self.is_long(wait) && self.retry.may_tell() {
+        if (error.wait().is_some() || self.is_long(wait)) && self.retry.may_tell() {
             tracing::info!(%error, wait_s = wait.as_secs_f32().ceil(), attempt = self.failures, "waiting before another try");
         } else {
             tracing::debug!(%error, wait_ms = wait.as_millis() as u64, attempt = self.failures, "trying again");

@@ -5,8 +5,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
-use crate::origin::follow::{self, Answer, Reach, follow};
-use crate::origin::http::{self, Http, Refusal, Server};
+use crate::origin::authorization;
+use crate::origin::http::{self, Answer, Ask, Http, Refusal, Server};
 use crate::reference::{MlflowModel, MlflowVersion};
 use crate::transfer::Retry;
 use reqwest::header::{HeaderMap, HeaderValue};
@@ -89,8 +89,8 @@ impl Mlflow {
         let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
         let of_address = url.password().map(|password| (decoded(url.username()), Secret::new(decoded(password))));
         let authorization = match (of_address.as_ref().or(self.config.login.as_ref()), &self.config.token) {
-            (Some((user, password)), _) => Some(follow::basic(user, password.expose())?),
-            (None, Some(token)) => Some(follow::bearer(token.expose(), "MLFLOW_TRACKING_TOKEN")?),
+            (Some((user, password)), _) => Some(authorization::basic(user, password.expose())?),
+            (None, Some(token)) => Some(authorization::bearer(token.expose(), "MLFLOW_TRACKING_TOKEN")?),
             (None, None) => None,
         };
         let cleared = url.set_username("").and_then(|()| url.set_password(None));
@@ -110,8 +110,9 @@ impl Mlflow {
     }
 
     async fn ask<T: DeserializeOwned>(&self, place: &Place, url: Url) -> Result<T> {
-        let (headers, authorization) = (HeaderMap::new(), place.authorization.as_ref());
-        let answer = follow(&self.http, url, &headers, &place.url, authorization, Reach::Home).await?;
+        let authorization = place.authorization.as_ref();
+        let ask = Ask { headers: HeaderMap::new(), home: &place.url, authorization, stay: true };
+        let answer = self.http.follow(url, ask).await?;
         if !answer.response.status().is_success() {
             return Err(self.refused(answer).await);
         }
@@ -130,7 +131,7 @@ impl Mlflow {
             error_code: String,
             message: Option<String>,
         }
-        let Answer { response, url, at_home } = answer;
+        let Answer { response, url, at_home, .. } = answer;
         let mut refusal = Refusal::read(response, at_home).await;
         let words: Option<Words> = serde_json::from_slice(&refusal.body).ok();
         let code = words.as_ref().map(|words| words.error_code.as_str());

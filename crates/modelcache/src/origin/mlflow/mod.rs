@@ -13,8 +13,7 @@ mod api;
 
 pub(super) use api::Mlflow;
 
-use super::follow::{Reach, follow};
-use super::http;
+use super::http::{self, Ask};
 use super::{Resolved, folder, oci};
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
@@ -238,12 +237,11 @@ impl Asked {
     async fn open(self, range: Range<u64>) -> Result<Body> {
         let mut headers = HeaderMap::new();
         if range.start > 0 {
-            let value = HeaderValue::from_str(&format!("bytes={}-{}", range.start, range.end - 1));
-            headers.insert(RANGE, value.map_err(|cause| Error::invalid("no range can be asked for").cause(cause))?);
+            headers.insert(RANGE, http::range_header(&range)?);
         }
         let (place, http) = (&self.place, &self.mlflow.http);
-        let answer =
-            follow(http, self.url, &headers, &place.url, place.authorization.as_ref(), Reach::Anywhere).await?;
+        let authorization = place.authorization.as_ref();
+        let answer = http.follow(self.url, Ask { headers, home: &place.url, authorization, stay: false }).await?;
         let status = answer.response.status();
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
             let error = self.mlflow.refused(answer).await;

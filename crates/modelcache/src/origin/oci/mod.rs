@@ -11,8 +11,7 @@ mod registry;
 pub(super) use registry::{Registries, is_this_machine};
 
 use super::Resolved;
-use super::follow::{Answer, Reach, follow};
-use super::http;
+use super::http::{self, Answer, Ask};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -141,12 +140,11 @@ impl OciSource {
         if range.is_empty() {
             return Ok(Body { start: range.start, stream: futures::stream::empty().boxed() });
         }
-        let value = HeaderValue::from_str(&format!("bytes={}-{}", range.start, range.end - 1));
-        let value = value.map_err(|cause| Error::invalid("no range can be asked for").cause(cause))?;
-        let headers = HeaderMap::from_iter([(RANGE, value)]);
+        let headers = HeaderMap::from_iter([(RANGE, http::range_header(&range)?)]);
         if let Some(place) = self.place(blob) {
             let home = self.registries.home(&self.repo)?;
-            let answer = follow(&self.registries.http, place, &headers, &home, None, Reach::Anywhere).await?;
+            let ask = Ask { headers: headers.clone(), home: &home, authorization: None, stay: false };
+            let answer = self.registries.http.follow(place, ask).await?;
             if !matches!(answer.response.status().as_u16(), 400 | 401 | 403 | 404 | 410) {
                 return self.body(path, &range, entry.size, answer).await;
             }
@@ -158,7 +156,7 @@ impl OciSource {
             &self.registries.home(&self.repo)?,
             &format!("v2/{}/blobs/sha256:{blob}", self.repo.repository),
         )?;
-        let answer = self.registries.ask(&self.repo, url, headers, Reach::Anywhere).await?;
+        let answer = self.registries.ask(&self.repo, url, headers, false).await?;
         if !answer.at_home && answer.response.status().is_success() {
             self.remember(*blob, answer.url.clone());
         }
@@ -185,5 +183,22 @@ impl OciSource {
 
     fn forget(&self, blob: &Digest) {
         self.places.lock().unwrap_or_else(PoisonError::into_inner).remove(blob);
+    }
+}
+
+/// Whatever a registry answers; see `fuzzing`.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        registry::fuzz(text);
+    }
+    let (Ok(document), Ok(key)) = (layers::Document::parse(bytes), ArtifactKey::bare("fuzz@1")) else { return };
+    if let layers::Document::Layers(list) = document
+        && let Ok(layers) = layers::Layers::new(&key, list)
+    {
+        for path in layers.manifest.files.keys() {
+            let climbs = path.as_str().split('/').any(|segment| matches!(segment, "" | "." | ".."));
+            assert!(!climbs && !path.as_str().contains('\\'), "{path}");
+        }
     }
 }

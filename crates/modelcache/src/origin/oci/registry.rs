@@ -7,8 +7,8 @@
 use crate::config::{OciConfig, OciLogin};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
-use crate::origin::follow::{self, Answer, Reach, follow};
-use crate::origin::http::{self, Http, Refusal, Server};
+use crate::origin::authorization;
+use crate::origin::http::{self, Answer, Ask, Http, Refusal, Server};
 use crate::reference::{OciAt, OciRepo};
 use crate::transfer::Retry;
 use reqwest::StatusCode;
@@ -73,7 +73,7 @@ impl Registries {
         };
         let url = below(&home, &format!("v2/{}/manifests/{name}", repo.repository))?;
         let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(MANIFESTS))]);
-        let answer = self.ask(repo, url, headers, Reach::Home).await?;
+        let answer = self.ask(repo, url, headers, true).await?;
         if !answer.response.status().is_success() {
             return Err(self.refused(answer, repo, &format!("manifest {at}")).await);
         }
@@ -96,12 +96,13 @@ impl Registries {
         }
     }
 
-    /// One answer, after what the registry wants to be shown was shown to it.
-    pub(super) async fn ask(&self, repo: &OciRepo, url: Url, headers: HeaderMap, reach: Reach) -> Result<Answer> {
+    /// One answer, after what the registry wants to be shown was shown to it; `stay` refuses to be sent elsewhere.
+    pub(super) async fn ask(&self, repo: &OciRepo, url: Url, headers: HeaderMap, stay: bool) -> Result<Answer> {
         let home = self.home(repo)?;
         let whose = (repo.registry.clone(), repo.repository.clone());
         let shown = self.shown.lock().await.get(&whose).cloned();
-        let answer = follow(&self.http, url.clone(), &headers, &home, shown.as_ref(), reach).await?;
+        let ask = |authorization| Ask { headers: headers.clone(), home: &home, authorization, stay };
+        let answer = self.http.follow(url.clone(), ask(shown.as_ref())).await?;
         if answer.response.status() != StatusCode::UNAUTHORIZED || !answer.at_home {
             return Ok(answer);
         }
@@ -119,20 +120,20 @@ impl Registries {
         wants.insert(whose, authorization.clone());
         drop(wants);
         http::drain(answer.response).await;
-        follow(&self.http, url, &headers, &home, Some(&authorization), reach).await
+        self.http.follow(url, ask(Some(&authorization))).await
     }
 
     /// What answers a challenge; `None` where there is nothing to show.
     async fn authorization(&self, repo: &OciRepo, home: &Url, challenge: &Challenge) -> Result<Option<HeaderValue>> {
         let login = match self.config.logins.get(&repo.registry) {
-            Some(OciLogin::Password(user, password)) => Some(follow::basic(user, password.expose())?),
+            Some(OciLogin::Password(user, password)) => Some(authorization::basic(user, password.expose())?),
             _ => None,
         };
         match challenge {
             Challenge::Basic => Ok(login),
             Challenge::Bearer { realm, service } => {
                 let token = self.token(repo, home, realm, service.as_deref(), login.as_ref()).await?;
-                Ok(Some(follow::bearer(&token, "the registry's token")?))
+                Ok(Some(authorization::bearer(&token, "the registry's token")?))
             }
         }
     }
@@ -183,7 +184,7 @@ impl Registries {
 
     /// What a refusal means: the one place where a registry's statuses become kinds.
     pub(super) async fn refused(&self, answer: Answer, repo: &OciRepo, what: &str) -> Error {
-        let Answer { response, url, at_home } = answer;
+        let Answer { response, url, at_home, .. } = answer;
         let refusal = self.explained(response, at_home, repo).await;
         if !at_home {
             return refused_elsewhere(&refusal, &url);
@@ -342,6 +343,12 @@ fn parameters(text: &str) -> BTreeMap<String, String> {
         rest = next;
     }
     found
+}
+
+/// Whatever a registry wants to be shown; see `fuzzing`.
+#[cfg(fuzzing)]
+pub(super) fn fuzz(text: &str) {
+    let _ = Challenge::parse(text);
 }
 
 #[cfg(test)]

@@ -1,0 +1,7 @@
+//! What an S3 server lists.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use modelcache::fuzzing;
+
+fuzz_target!(|text: &str| fuzzing::listing(text));

@@ -1,0 +1,11 @@
+//! The netrc.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use modelcache::credentials::Netrc;
+
+fuzz_target!(|text: &str| {
+    if let Ok(netrc) = Netrc::parse(text) {
+        assert!(!format!("{netrc:?}").contains("canary"), "a password is printed");
+    }
+});

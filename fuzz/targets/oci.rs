@@ -1,0 +1,7 @@
+//! What an OCI registry answers: manifests, indexes, challenges.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use modelcache::fuzzing;
+
+fuzz_target!(|bytes: &[u8]| fuzzing::oci(bytes));
