@@ -124,8 +124,8 @@ impl Cache {
         progress: &Progress,
     ) -> Result<Published> {
         let key = &lent.manifest.key;
-        if remote.refuses_writes() {
-            tracing::debug!(artifact = %key, "the remote refuses writes; not tried");
+        if let Some(refusal) = remote.refusal() {
+            tell(remote, &refusal, false);
             return Ok(Published::default());
         }
         let started = Instant::now();
@@ -348,7 +348,7 @@ impl Backfills {
 }
 
 /// Says that the remote did not get something. Of a remote that refuses to be written it is said once.
-pub(super) fn tell(remote: &Remote, error: &Error, dropped: bool) {
+fn tell(remote: &Remote, error: &Error, dropped: bool) {
     let hint = error.hint_text();
     if remote.refuses_writes() {
         if remote.tells_refusal() {

@@ -12,7 +12,7 @@
 //! What an origin answers is remembered on disk and told to the fleet. That telling fails costs others a question.
 
 use super::resolve::Asking;
-use super::{Cache, alarm, backfill};
+use super::{Cache, alarm};
 use crate::config::{Backfill, OnRemoteDown};
 use crate::digest::Digest;
 use crate::disk::RememberedRef;
@@ -186,10 +186,8 @@ impl Cache {
         let told = RemoteRef::now(&pointer.revision, &answer.version, RefKind::Origin, None);
         let telling = tokio::spawn(async move {
             if let Err(error) = remote.write_answer(&name, &told).await {
-                match remote.refuses_writes() {
-                    true => backfill::tell(&remote, &error, false),
-                    false => tracing::debug!(%error, "the fleet is not told what the origin said"),
-                }
+                // No word to people: whoever may only read has done nothing wrong.
+                tracing::debug!(%error, "the fleet is not told what the origin said");
             }
         });
         let _ = tokio::time::timeout(TELLING, telling).await;

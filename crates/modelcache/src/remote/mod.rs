@@ -164,9 +164,14 @@ impl Remote {
         self.0.read_only.load(Ordering::Relaxed)
     }
 
+    /// Why a write was refused, if one was.
+    pub(crate) fn refusal(&self) -> Option<Error> {
+        self.0.store.get()?.refusal().cloned()
+    }
+
     /// Whether it refused a write for want of a right: then it is taken as read-only until this process ends.
     pub fn refuses_writes(&self) -> bool {
-        self.0.store.get().is_some_and(|store| store.refuses_writes())
+        self.refusal().is_some()
     }
 
     /// Whether anything may be written there, as far as is known.

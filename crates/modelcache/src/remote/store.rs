@@ -31,7 +31,7 @@ use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Longest key, in bytes (<https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html>).
@@ -50,7 +50,7 @@ pub(super) struct Store {
     region_told: Mutex<Option<String>>,
     retry: Retry,
     /// A write was refused for want of a right: the next one would be, too.
-    refuses_writes: AtomicBool,
+    refusal: OnceLock<Error>,
 }
 
 enum Kind {
@@ -120,7 +120,7 @@ impl Store {
             at: Whereabouts { container: shown.clone(), endpoint: shown, region: String::new() },
             region_told: Mutex::default(),
             retry,
-            refuses_writes: AtomicBool::new(false),
+            refusal: OnceLock::new(),
         })
     }
 
@@ -171,7 +171,7 @@ impl Store {
             at: Whereabouts { container: bucket.to_owned(), endpoint, region: settings.region },
             region_told: Mutex::default(),
             retry,
-            refuses_writes: AtomicBool::new(false),
+            refusal: OnceLock::new(),
         })
     }
 
@@ -242,9 +242,9 @@ impl Store {
         }
     }
 
-    /// Whether a write was refused for want of a right.
-    pub(super) fn refuses_writes(&self) -> bool {
-        self.refuses_writes.load(Ordering::Relaxed)
+    /// The refusal of a write for want of a right, if there was one.
+    pub(super) fn refusal(&self) -> Option<&Error> {
+        self.refusal.get()
     }
 
     /// The region that the server says the bucket is in, where it refused the one that we sign for.
@@ -299,14 +299,15 @@ impl Store {
         if !refused {
             return error;
         }
-        self.refuses_writes.store(true, Ordering::Relaxed);
         let right = match &self.kind {
             Kind::Bucket { .. } => format!("grant s3:PutObject on the bucket {:?}", self.at.container),
             Kind::Folder { .. } => format!("check owner and mode of the folder {}", self.at.container),
         };
-        Error::new(ErrorKind::Unauthorized, error.message())
+        let refusal = Error::new(ErrorKind::Unauthorized, error.message())
             .tier(Tier::Remote)
-            .hint(format!("{right}, or say that the remote is only read: MODEL_CACHE_REMOTE_MODE=ro"))
+            .hint(format!("{right}, or say that the remote is only read: MODEL_CACHE_REMOTE_MODE=ro"));
+        self.refusal.get_or_init(|| refusal.clone());
+        refusal
     }
 
     /// `None` where there is no such object, or where the answer cannot be told from that.

@@ -28,7 +28,7 @@ use futures::stream::BoxStream;
 use futures::{StreamExt as _, TryStreamExt as _};
 use percent_encoding::percent_decode_str;
 use reqwest::StatusCode;
-use reqwest::header::{HeaderMap, HeaderValue, RANGE};
+use reqwest::header::{HeaderMap, RANGE};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;

@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use layers::{Document, Layers, only_choice};
 use reqwest::StatusCode;
-use reqwest::header::{HeaderMap, HeaderValue, RANGE};
+use reqwest::header::{HeaderMap, RANGE};
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
