@@ -183,6 +183,18 @@ fn of_two_processes_one_uploads() {
 }
 
 #[test]
+fn a_remote_that_is_set_wrong_for_once_costs_no_intent() {
+    let house = house();
+    house.on("a").run(["get", REF, OTHER, "--backfill", "later"]).ok();
+    house.s3.faults().add(S3Fault::wrong_region("eu-west-1"));
+    house.on("a").run(["backfill"]).failed(2, &["eu-west-1"]);
+    house.s3.faults().clear();
+    assert_eq!(house.pending("a").0, 2, "both stay");
+    house.on("a").run(["backfill"]).ok();
+    assert_on_remote(&house);
+}
+
+#[test]
 fn an_artifact_that_leaves_the_disk_takes_its_intent_along() {
     let house = house();
     house.on("a").run(["get", REF, "--backfill", "later"]).path();

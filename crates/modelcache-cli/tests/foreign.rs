@@ -190,6 +190,21 @@ fn replaced_while_read(times: u64) -> (House, Outcome) {
 }
 
 #[test]
+fn a_file_that_no_digest_names_has_one_source() {
+    let house = by_hand(&[("big/1/model.bin", big())]);
+    let other = Content::generated(7, big().len());
+    other.write_to(&house.path("registry/big/1")).unwrap();
+    let origin = format!("file://{}/{{name}}/{{version}}", house.path("registry").display());
+    // The first part comes; then the bucket has nothing more to give.
+    house.s3.faults().add(S3Fault::hang_up().on("model.bin").method("GET").after_skipping(1));
+    let got = house.on("a").env("MODEL_CACHE_ORIGIN", &origin).run(["get", "big@1"]);
+    assert_ne!(got.code, Some(0), "what is half this and half that is nothing: {got}");
+    house.assert_invisible("a");
+    house.s3.faults().clear();
+    assert_same(&house.on("a").env("MODEL_CACHE_ORIGIN", &origin).run(["get", "big@1"]).path(), &big());
+}
+
+#[test]
 fn an_object_replaced_between_list_and_read_is_listed_anew() {
     let (_house, outcome) = replaced_while_read(1);
     let path = outcome.said(&["starting over with a new list"]).path();

@@ -136,11 +136,15 @@ fn what_is_missing_is_said_with_a_remedy(run: &dyn Fn(&str) -> Run, server: &Mlf
         source(bad, 3);
         get("models:/fraud/3").failed(code, &[says]);
     }
-    // The server is on this machine, so that its folders are ours.
-    let logged = server.folder().parent().unwrap().join("logged").display().to_string();
+    // Folders of the server's machine are read where they lie below the folder that is named for them.
+    let root = server.folder().parent().unwrap().to_owned();
+    let logged = root.join("logged").display().to_string();
     for (dir, uri) in [("folder", format!("file://{}", logged.replace("logged", "l%6Fgged"))), ("path", logged)] {
         source(&uri, 3);
-        assert_model(&run(dir).run(["get", "models:/fraud/3"]).path());
+        let of = |root: &str| run(dir).env("MODEL_CACHE_MLFLOW_LOCAL_ROOT", root);
+        of("none").run(["get", "models:/fraud/3"]).failed(1, &["of the server's machine", "MLFLOW_LOCAL_ROOT"]);
+        of("/usr").run(["get", "models:/fraud/3"]).failed(1, &["of the server's machine"]);
+        assert_model(&of(&root.display().to_string()).run(["get", "models:/fraud/3"]).path());
     }
     server
         .python("import mlflow; mlflow.MlflowClient().delete_registered_model('fraud détection 100%')", &[], &[])

@@ -190,6 +190,8 @@ pub struct MlflowConfig {
     pub login: Option<(String, Secret)>,
     /// Where the credentials of buckets that hold models are looked up (`AWS_*`, `HOME`).
     pub environment: Environment,
+    /// The folder of this machine below which models may lie that the server keeps as plain files; none is read without.
+    pub local_root: Option<PathBuf>,
 }
 
 /// How to reach OCI registries.

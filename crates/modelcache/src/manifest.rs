@@ -293,6 +293,10 @@ impl FileEntry {
             self.sha256 = other.sha256;
             self.provenance = other.provenance;
         }
+        // Of two who state the same, the better word counts.
+        if self.sha256.is_some() && self.sha256 == other.sha256 {
+            self.provenance = [self.provenance, other.provenance].into_iter().flatten().min();
+        }
         self.provenance = self.provenance.or(other.provenance);
         self.git_oid = self.git_oid.or(other.git_oid);
         if self.ladder.is_none() && self.sha256.is_some() && self.sha256 == other.sha256 {

@@ -313,6 +313,20 @@ pub const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        key: "mlflow_local_root",
+        variable: Some("MODEL_CACHE_MLFLOW_LOCAL_ROOT"),
+        flag: None,
+        value_name: "FOLDER",
+        default: "none",
+        meaning: "Models that the MLflow server keeps as plain files are read from this machine where they lie below \
+                  this folder, and nowhere else.",
+        accepts: "a folder, or none",
+        set: |given, draft| {
+            draft.mlflow.local_root = (given.text != "none").then(|| draft.expand_home(&given.text));
+            Ok(())
+        },
+    },
+    Setting {
         key: "oci_plain_http",
         variable: Some("MODEL_CACHE_OCI_PLAIN_HTTP"),
         flag: None,

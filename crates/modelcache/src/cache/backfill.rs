@@ -77,6 +77,15 @@ impl Cache {
         Some(ToBackfill { is_noted: noted.is_ok(), ..to })
     }
 
+    /// Notes it again where it was forgotten: an eviction of what had been here may have come before what was just lent.
+    pub(super) async fn intend_again(&self, key: &ArtifactKey, to: Option<ToBackfill>) -> Option<ToBackfill> {
+        let (Some(to), Some(remote)) = (to, &self.0.remote) else { return None };
+        match self.intent(remote, key).await {
+            Ok(Some(_)) => Some(to),
+            _ => self.intend(key, Some(to)).await,
+        }
+    }
+
     /// Step 7 of the main path. That it fails costs the next machine time, not this caller its artifact.
     pub(super) async fn backfill(&self, lent: &Arc<Lent>, to: Option<ToBackfill>, progress: &Progress) -> Published {
         let Some(to) = to else { return Published::default() };
@@ -235,18 +244,18 @@ impl Cache {
         let intents = blocking(move || disk.intents()).await?;
         for Intent { key, missing, .. } in intents.into_iter().filter(|intent| intent.remote == remote.url()) {
             match self.complete_one(remote, &key, progress).await {
-                Ok(Some(published)) => {
+                Ok(Completed::Done(published)) => {
                     report.uploaded_bytes += published.uploaded_bytes;
                     report.copied_bytes += published.copied_bytes;
                     report.done.push(key);
                 }
-                Ok(None) => report.busy.push(key),
+                Ok(Completed::Busy) => report.busy.push(key),
+                Ok(Completed::Gone(why)) => report.dropped.push((key, why)),
                 Err(error) => {
-                    let dropped = match error.kind() {
-                        ErrorKind::NotFound => true, // Done where it was found.
-                        _ => self.drop_hopeless(remote, &key, &missing.files, &error).await,
-                    };
-                    let stop = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unauthorized);
+                    let dropped = self.drop_hopeless(remote, &key, &missing.files, &error).await;
+                    // What is wrong with the remote, or with how it is set up, is wrong for all of them.
+                    let stop =
+                        matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unauthorized | ErrorKind::Invalid);
                     if dropped { &mut report.dropped } else { &mut report.failed }.push((key, error));
                     if stop {
                         break;
@@ -257,22 +266,23 @@ impl Cache {
         Ok(report)
     }
 
-    /// Brings one artifact there; `None` while somebody else is at it.
-    async fn complete_one(&self, remote: &Remote, key: &ArtifactKey, progress: &Progress) -> Result<Option<Published>> {
-        let Some(_turn) = self.backfill_lock(key).await? else { return Ok(None) };
-        let Some(missing) = self.intent(remote, key).await? else { return Ok(None) };
+    /// Brings one artifact there.
+    async fn complete_one(&self, remote: &Remote, key: &ArtifactKey, progress: &Progress) -> Result<Completed> {
+        let Some(_turn) = self.backfill_lock(key).await? else { return Ok(Completed::Busy) };
+        let Some(missing) = self.intent(remote, key).await? else { return Ok(Completed::Busy) };
         let Some((lent, held)) = self.lend_held(key, &missing.files).await? else {
-            return self.drop_absent(remote, key, &missing.files).await.map(|()| None);
+            let gone = self.drop_absent(remote, key, &missing.files).await?;
+            return Ok(gone.map_or(Completed::Busy, Completed::Gone));
         };
         let rewrite = missing.rewrite.intersection(&held).cloned().collect();
         let published = self.send(remote, &lent, &Missing { files: held.clone(), rewrite }, progress).await?;
         let absent: BTreeSet<_> = missing.files.difference(&held).cloned().collect();
         if !absent.is_empty()
-            && let Err(error) = self.drop_absent(remote, key, &absent).await
+            && let Some(why) = self.drop_absent(remote, key, &absent).await?
         {
-            tracing::debug!(%error, "the rest of it is not here");
+            tracing::debug!(error = %why, "the rest of it is not here");
         }
-        Ok(Some(published))
+        Ok(Completed::Done(published))
     }
 
     /// Lends those of `files` that are here; `None` if none is.
@@ -307,16 +317,21 @@ impl Cache {
     ///
     /// # Errors
     /// `NotFound`, to say so; nothing where a fill is at work.
-    async fn drop_absent(&self, remote: &Remote, key: &ArtifactKey, files: &BTreeSet<FilePath>) -> Result<()> {
+    async fn drop_absent(
+        &self,
+        remote: &Remote,
+        key: &ArtifactKey,
+        files: &BTreeSet<FilePath>,
+    ) -> Result<Option<Error>> {
         let (disk, of) = (self.0.disk.clone(), key.clone());
         let leadership = blocking(move || disk.try_lead(&of, &mut Watch::default())).await?;
-        let Leadership::Ours(_lead) = leadership else { return Ok(()) };
+        let Leadership::Ours(_lead) = leadership else { return Ok(None) };
         if self.lend_held(key, files).await?.is_some() {
-            return Ok(()); // The fill before us just published it; the next run uploads it.
+            return Ok(None); // The fill before us just published it; the next run uploads it.
         }
         self.settle(remote, key, files).await?;
         let error = Error::not_found("it left this disk before the remote had it").artifact(key).tier(Tier::Disk);
-        Err(error.hint("the next get of it brings it to the remote"))
+        Ok(Some(error.hint("the next get of it brings it to the remote")))
     }
 
     async fn backfill_lock(&self, key: &ArtifactKey) -> Result<Option<FileLock>> {
@@ -347,6 +362,15 @@ impl Backfills {
     }
 }
 
+/// What came of one pending backfill.
+enum Completed {
+    Done(Published),
+    /// Somebody else is at it.
+    Busy,
+    /// It is not here any more, and was dropped.
+    Gone(Error),
+}
+
 /// Says that the remote did not get something. Of a remote that refuses to be written it is said once.
 fn tell(remote: &Remote, error: &Error, dropped: bool) {
     let hint = error.hint_text();
@@ -361,9 +385,9 @@ fn tell(remote: &Remote, error: &Error, dropped: bool) {
     }
 }
 
-/// Whether the same upload would fail every time.
+/// Whether the same upload would fail every time, however the remote is set up.
 fn is_for_good(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Corrupt | ErrorKind::Invalid)
+    matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Corrupt)
 }
 
 /// What still has to reach any remote. Blocks.

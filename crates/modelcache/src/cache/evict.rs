@@ -2,6 +2,7 @@
 //!
 //! Disk comes first: an artifact in use is refused before the remote loses anything.
 
+use super::resolve::Asking;
 use super::{Cache, EvictReport, EvictTier, GetOptions};
 use crate::error::{Context, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
@@ -54,14 +55,15 @@ impl Cache {
         if disk_bytes.is_none() && remote_bytes.is_none() {
             self.refuse_tag(&key).await?;
         }
-        if !dry_run && remote_bytes.is_some() {
+        // Also where the version is gone already: a process that was killed may have left its refs.
+        if !dry_run && tier != EvictTier::Disk && !remote_stays {
             self.remove_refs(&key, &refs).await?;
         }
         let origin_can_give_back = match origin {
             _ if remote_stays => true,
             // What lies in a bucket may be another version by now.
             Some(_) if key.name.scheme().is_some_and(|scheme| scheme != "s3") => true,
-            Some(origin) if dry_run => matches!(origin.manifest().await, Ok(Some(_))),
+            Some(origin) if dry_run && tier != EvictTier::Disk => matches!(origin.manifest().await, Ok(Some(_))),
             _ => false,
         };
         let tags = refs.into_iter().filter(|found| found.kind == RefKind::Tag).map(|tag| tag.revision).collect();
@@ -82,23 +84,26 @@ impl Cache {
         reference: &Reference,
     ) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
         let reference = &self.0.origins.placed(reference);
+        // Who only looks tells the fleet nothing.
+        let asking = Asking { tells: false, ..self.asking(&GetOptions::default()) };
         let pointer = reference.pointer().or_else(|| self.possible_tag(reference));
         if let Some(Pointer { name, revision }) = pointer
             && let Some(remembered) = self.remembered_ref(&name, &revision)?
         {
             let key = ArtifactKey::new(name, remembered.version);
-            let origin = self.0.origins.source(reference, &key);
+            let origin = self.0.origins.source(reference, &key).filter(|_| asking.reach == Tier::Origin);
             return Ok((key, origin));
         }
         if let Target::Bare(key) = &reference.target {
-            return Ok((key.clone(), self.template_origin(key, self.asking(&GetOptions::default()))));
+            return Ok((key.clone(), self.template_origin(key, asking)));
         }
-        let meaning = self.meaning(reference, self.asking(&GetOptions::default())).await;
+        let meaning = self.meaning(reference, asking).await;
         meaning.map(|meaning| (meaning.key, meaning.origin)).map_err(|error| match error.kind() {
             ErrorKind::Unavailable => error.hint("name the commit instead of the revision: then no origin is asked"),
             _ => error,
         })
     }
+
     /// A bare `name@word` that is no version on disk, as what may be a tag.
     fn possible_tag(&self, reference: &Reference) -> Option<Pointer> {
         let Target::Bare(key) = &reference.target else { return None };

@@ -91,6 +91,7 @@ impl Cache {
         // Before anything is published: whoever dies from here on has said what the remote still lacks.
         let to_backfill = self.intend(&wanted.key, to_backfill).await;
         let lent = self.publish(filled, progress).await?;
+        let to_backfill = self.intend_again(&wanted.key, to_backfill).await;
         drop(lead);
         let landed = Landed { fetched_bytes, ..Landed::here(lent) };
         published(&landed);

@@ -20,6 +20,7 @@ impl Cache {
     }
 
     async fn pinned_unnamed(&self, reference: &Reference, options: &GetOptions) -> Result<Pinned> {
+        let reference = &self.0.origins.placed(reference);
         let asking = self.asking(options);
         let meaning = self.meaning(reference, asking).await?;
         if let Some(tagged) = &meaning.tagged {

@@ -114,7 +114,10 @@ impl Cache {
         }
         self.require_checksums(wanted, &listing)?;
         let local = self.local_sources(wanted, &selected).await?;
-        let sources = selected.iter().map(|(path, _)| (path.clone(), sources(path, &local, &survey, wanted))).collect();
+        let sources = selected
+            .iter()
+            .map(|(path, entry)| (path.clone(), sources(path, entry, &local, &survey, wanted)))
+            .collect();
         let remote_unusable = survey.remote_failure.is_some() || self.remote_within(wanted.reach).is_none();
         let is_down = |error: &Error| error.kind() == ErrorKind::Unavailable;
         let remote_down = survey.remote_failure.as_ref().is_some_and(is_down);
@@ -328,12 +331,20 @@ impl Survey {
 }
 
 /// Local bytes where there are any, then the remote where it holds the file, then the origin. Most bytes on our own disk
-/// are linked and not read at all.
-fn sources(path: &FilePath, local: &[Arc<DiskSource>], survey: &Survey, wanted: &Wanted) -> Vec<Arc<dyn Source>> {
+/// are linked and not read at all. A file that no digest names has one source only: nothing could tell a mixture of two
+/// contents from either.
+fn sources(
+    path: &FilePath,
+    entry: &FileEntry,
+    local: &[Arc<DiskSource>],
+    survey: &Survey,
+    wanted: &Wanted,
+) -> Vec<Arc<dyn Source>> {
     let local = local.iter().filter(|source| source.holds(path)).map(|source| source.clone() as Arc<dyn Source>);
     let held = |manifest: &Manifest| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
     let remote = survey.remote.as_ref().filter(|(_, manifest)| held(manifest)).map(|(source, _)| source.clone());
-    local.chain(remote).chain(wanted.origin.clone()).collect()
+    let most = if entry.sha256.is_none() && entry.git_oid.is_none() { 1 } else { usize::MAX };
+    local.chain(remote.map(|source| source as Arc<dyn Source>)).chain(wanted.origin.clone()).take(most).collect()
 }
 
 /// A source with its list, for which it is asked if it was not before.

@@ -4,7 +4,7 @@
 //! then fetches it from the next source like any get. On the remote nothing is changed unless repair is asked for: then
 //! the bad objects are written anew, from disk where it has the right bytes, else from the origin.
 
-use super::resolve::{Meaning, Wanted};
+use super::resolve::{Asking, Meaning, Wanted};
 use super::{Cache, GetOptions};
 use crate::disk::{Reading, Stored};
 use crate::error::{Context, Error, Result, Tier};
@@ -144,7 +144,7 @@ impl Cache {
     async fn origin_of(&self, key: &ArtifactKey, reference: Option<&Reference>) -> Option<Arc<dyn Source>> {
         let parsed = Reference::parse(&key.to_string()).ok();
         for reference in reference.into_iter().chain(&parsed) {
-            let asking = self.asking(&GetOptions::default());
+            let asking = Asking { tells: false, ..self.asking(&GetOptions::default()) };
             if let Ok(Meaning { key: found, origin: Some(origin), .. }) = self.meaning(reference, asking).await
                 && found == *key
             {
@@ -166,6 +166,9 @@ impl Verification {
             VerifyTier::Disk => None,
             _ => Some(self.remote()?),
         };
+        if let Some(remote) = remote.as_ref().filter(|_| self.options.repair) {
+            remote.ensure_read_write("leave out --repair")?;
+        }
         if references.is_empty() {
             let mut targets = if on_disk { self.all_on_disk().await? } else { Vec::new() };
             if let Some(remote) = remote {

@@ -16,7 +16,7 @@ mod network;
 
 pub(crate) use clock::Clock;
 
-use crate::config::{Config, Environment};
+use crate::config::{Config, Environment, RemoteMode};
 use crate::error::{Error, ErrorKind};
 use serde::Serialize;
 use std::fmt;
@@ -147,6 +147,7 @@ pub struct DoctorOptions {
 
 /// Looks at everything, and tells it area by area.
 pub async fn examine(config: &Config, environment: &Environment, options: DoctorOptions) -> Vec<Check> {
+    let options = DoctorOptions { read_only: options.read_only || config.remote_mode == RemoteMode::ReadOnly };
     let for_disk = config.clone();
     let disk = async move {
         let looked = tokio::task::spawn_blocking(move || crate::disk::examine(&for_disk)).await;

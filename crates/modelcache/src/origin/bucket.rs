@@ -173,6 +173,7 @@ impl BucketSource {
 fn replaced(what: impl fmt::Display) -> Error {
     Error::new(ErrorKind::Conflict, format!("{what} was replaced or removed since it was listed"))
         .hint("what lies there now is another version: run it again with --refresh")
+        .superseded()
 }
 
 #[async_trait]

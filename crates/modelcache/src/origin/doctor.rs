@@ -15,7 +15,9 @@ const OFFLINE: [&str; 2] = ["MODEL_CACHE_OFFLINE", "HF_HUB_OFFLINE"];
 /// Looks at the configured origins and the Hub.
 pub(crate) async fn examine(config: &Config, environment: &Environment, clock: &Clock) -> Vec<Check> {
     let mut checks = vec![templates(config)];
-    if let Some(name) = OFFLINE.iter().find(|name| environment.get(name).is_some_and(is_true)) {
+    if config.offline {
+        let set = |name: &&&str| environment.get(name).is_some_and(is_true);
+        let name = OFFLINE.iter().find(set).copied().unwrap_or("offline in the configuration file");
         let says = format!("{name} is set: no origin is asked, and only what is on disk or on the remote is found");
         checks.push(Check::warning(Area::Origin, says, format!("unset {name} to fetch from origins")));
         return checks;

@@ -21,7 +21,7 @@ use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
-use crate::reference::WebFile;
+use crate::reference::{WebFile, is_derived};
 use crate::sidecar;
 use crate::source::{Body, Source};
 use crate::transfer::Retry;
@@ -49,8 +49,6 @@ const SIDECAR_BYTES_MAX: u64 = 1024 * 1024;
 const HANDED_ON_MAX: Duration = Duration::from_secs(10);
 /// Longest validator that becomes a version as it is; a longer one, or one with odd characters, is hashed.
 const PLAIN_VALIDATOR_MAX: usize = 80;
-/// What begins a version that was made from what the server says. Such a version is served only while it still fits.
-const DERIVED: [&str; 3] = ["etag-", "modified-", "sha256-"];
 
 /// All web servers, and how to ask them.
 #[derive(Debug)]
@@ -447,7 +445,7 @@ impl WebSource {
 
     /// What the server said of the file when it was first asked, which must fit the version.
     async fn found(&self) -> Result<&Found> {
-        let derived = DERIVED.iter().any(|prefix| self.key.version.as_str().starts_with(prefix));
+        let derived = is_derived(&self.key.version);
         let found = self
             .found
             .get_or_try_init(|| self.web.retry.run(|| self.web.look(&self.file.url, derived, self.demanded)))

@@ -16,7 +16,7 @@ pub use hub::{HubRepo, RepoKind};
 pub use mlflow::{MlflowModel, MlflowVersion};
 pub use oci::{OciAt, OciRepo};
 pub use web::WebFile;
-pub(crate) use web::shown;
+pub(crate) use web::{is_derived, shown};
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -167,9 +167,15 @@ impl Reference {
     pub fn may_mean(&self, version: &Version) -> bool {
         match &self.target {
             Target::Hub(repo) => repo.key_at(version.as_str()).is_ok(),
-            Target::Mlflow(_) => version.as_str().parse::<u64>().is_ok(),
+            Target::Mlflow(_) => {
+                version.as_str().parse::<u64>().is_ok_and(|number| number.to_string() == version.as_str())
+            }
             Target::Oci(_) => matches!(oci::at(version.as_str()), Ok(OciAt::Digest(_))),
-            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) | Target::Web(_) => true,
+            Target::Web(_) => is_derived(version),
+            Target::Bucket(_) => {
+                version.as_str().parse::<Digest>().is_ok_and(|hash| hash.to_string() == version.as_str())
+            }
+            Target::Bare(_) | Target::Folder(_) => true,
         }
     }
 

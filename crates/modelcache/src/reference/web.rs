@@ -24,6 +24,14 @@ pub struct WebFile {
     pub version: Option<Version>,
 }
 
+/// What a version begins with that the server's own marks gave: its entity tag, its date and size, the bytes themselves.
+const DERIVED: [&str; 3] = ["etag-", "modified-", "sha256-"];
+
+/// Whether a version was made from what the server said, not given by the caller.
+pub(crate) fn is_derived(version: &Version) -> bool {
+    DERIVED.iter().any(|prefix| version.as_str().starts_with(prefix))
+}
+
 impl WebFile {
     /// The artifact's name: scheme, host with its port, path.
     pub fn name(&self) -> Result<ArtifactName> {

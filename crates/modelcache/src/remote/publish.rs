@@ -83,7 +83,12 @@ pub(super) async fn publish(
         job.refuse_nested().await?;
         job.refuse_object().await?;
     }
-    let checked = new && job.refuse_foreign_unclaimed().await?;
+    let checked = new
+        && match job.refuse_foreign_unclaimed().await {
+            // Somebody published the same since we looked: no stranger's objects.
+            Err(error) if error.kind() == ErrorKind::Conflict && matches!(job.look().await?, There::Same(_)) => false,
+            checked => checked?,
+        };
 
     let mut claim = Claim::take(remote, &job.folder, job.claimed(&there)).await?;
     let done = job.under_claim(&mut claim, uploads, checked).await;

@@ -269,7 +269,14 @@ pub(super) async fn remove_tag(
     if only_to.is_some_and(|only_to| there.as_ref().is_none_or(|there| there.version != *only_to)) {
         return Ok(None);
     }
-    store.delete(&object(store, name, tag)?).await?;
+    // Deleting takes no condition. Whoever moves the tag between these two requests loses the move: see the page on tags.
+    match read_ref(store, name, tag).await? {
+        Some(now) if now.etag == found.etag => store.delete(&object(store, name, tag)?).await?,
+        Some(_) => {
+            return Err(Error::unavailable("somebody else moved the tag just now").transient(false).hint("look again"));
+        }
+        None => return Ok(None),
+    }
     if let Some(refs) = store.file(&folder(store, name)?) {
         // Whatever still holds something stays.
         let _ = tokio::task::spawn_blocking(move || {
@@ -309,7 +316,12 @@ async fn refs_among(
 
 async fn read_listed(store: &Store, name: ArtifactName, key: &Path) -> Result<Option<(ArtifactName, RemoteRef)>> {
     match read(store, key).await?.map(|found| found.there) {
-        Some(There::Usable(there)) if *key == object(store, &name, &there.revision)? => Ok(Some((name, there))),
+        // What a person could not have typed is not shown, either.
+        Some(There::Usable(there))
+            if *key == object(store, &name, &there.revision)? && !there.revision.contains(char::is_control) =>
+        {
+            Ok(Some((name, there)))
+        }
         Some(_) => {
             tracing::warn!(%key, "a ref on the remote cannot be read and is left out");
             Ok(None)

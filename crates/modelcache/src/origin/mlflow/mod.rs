@@ -14,7 +14,7 @@ mod api;
 pub(super) use api::Mlflow;
 
 use super::http::{self, Ask};
-use super::{Resolved, folder, oci};
+use super::{Resolved, folder};
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -181,16 +181,21 @@ impl MlflowSource {
         self.elsewhere(resolved.source, uri).await
     }
 
-    /// A folder of the server's machine, which is ours only where the server is. A server elsewhere must not have us
-    /// read files of this machine and publish them.
+    /// A folder of the server's machine. A server must not have us read any file of this machine and publish it: only
+    /// what lies below the folder that is configured for it, wherever links lead.
     fn local_folder(&self, path: &str) -> Result<String> {
-        let climbs = path.split('/').any(|segment| segment == "..");
-        if !oci::is_this_machine(&self.mlflow.tracking()?.url) || !path.starts_with('/') || climbs {
+        let root = self.mlflow.config.local_root.as_deref().and_then(|root| root.canonicalize().ok());
+        let place = std::path::Path::new(path).canonicalize().ok();
+        let is_below = root.zip(place).is_some_and(|(root, place)| place.starts_with(root));
+        if !path.starts_with('/') || !is_below {
             return Err(Error::new(
                 ErrorKind::Other,
                 format!("the model's files are in the folder {path:?} of the server's machine"),
             )
-            .hint("run `mlflow server` with --serve-artifacts and log the model again, or keep models in S3"));
+            .hint(
+                "run `mlflow server` with --serve-artifacts and log the model again, or keep models in S3; where the folder \
+                 is on this machine, name it or one above it in MODEL_CACHE_MLFLOW_LOCAL_ROOT",
+            ));
         }
         Ok(path.trim_end_matches('/').to_owned())
     }

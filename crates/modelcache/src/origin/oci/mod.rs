@@ -8,7 +8,7 @@
 mod layers;
 mod registry;
 
-pub(super) use registry::{Registries, is_this_machine};
+pub(super) use registry::Registries;
 
 use super::Resolved;
 use super::http::{self, Answer, Ask};

@@ -265,9 +265,9 @@ pub(super) fn below(home: &Url, path: &str) -> Result<Url> {
 }
 
 /// Whether a host is this machine by its very name, so that nobody else can answer.
-pub(in crate::origin) fn is_this_machine(url: &Url) -> bool {
+fn is_this_machine(url: &Url) -> bool {
     match url.host() {
-        Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+        Some(url::Host::Domain(name)) => name == "localhost",
         Some(url::Host::Ipv4(address)) => address.is_loopback(),
         Some(url::Host::Ipv6(address)) => address.is_loopback(),
         None => false,
