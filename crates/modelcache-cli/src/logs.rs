@@ -17,11 +17,20 @@ pub(crate) fn start(settings: &LogSettings, output: &Output) -> Result<()> {
     let started = match filter.parse::<LevelFilter>() {
         Ok(level) => install(lines(settings.format, output), level),
         Err(_) => {
+            if let Some(word) = filter.split(',').map(str::trim).find(|word| is_slip(word)) {
+                return Err(settings.bad_filter(format!("{word:?} is no level")));
+            }
             let filter = EnvFilter::builder().parse(filter).map_err(|why| settings.bad_filter(why))?;
             install(lines(settings.format, output), filter)
         }
     };
     started.map_err(|cause| Error::new(ErrorKind::Other, "cannot start the log").cause(cause))
+}
+
+/// A word that stands alone is meant as a level. As the name of a part, which it could be, it would silence all others.
+fn is_slip(word: &str) -> bool {
+    let is_part = word.contains(['=', ':', '[']);
+    !word.is_empty() && !is_part && word.parse::<LevelFilter>().is_err()
 }
 
 type Lines = Box<dyn Layer<Registry> + Send + Sync>;

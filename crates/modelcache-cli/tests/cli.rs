@@ -155,6 +155,11 @@ fn two_remotes_are_one_too_many() {
 fn a_bad_log_filter_is_refused_by_name() {
     let home = Home::new();
     home.run_with(&[("MODEL_CACHE_LOG", "a=b=c")], &["stats"]).refused(2, &["MODEL_CACHE_LOG", "a=b=c", "debug"]);
+    home.run_with(&[("MODEL_CACHE_LOG", "warning")], &["stats"])
+        .refused(2, &["MODEL_CACHE_LOG", "\"warning\" is no level"]);
+    for slip in ["https://r/{name}/{verson}", "hf://{name}", "https://r/x-{version}", "https://r/{name}/{version"] {
+        home.run_with(&[("MODEL_CACHE_ORIGIN", slip)], &["stats"]).refused(2, &["MODEL_CACHE_ORIGIN", "{name}"]);
+    }
 }
 
 #[test]

@@ -190,6 +190,17 @@ fn replaced_while_read(times: u64) -> (House, Outcome) {
 }
 
 #[test]
+fn nothing_is_put_below_what_another_tool_put_there() {
+    let house = by_hand(&[("fraud/3/model.tar.gz", model_file())]);
+    let mine = house.write("mine", "m").display().to_string();
+    for key in ["fraud/3@x", "fraud/3/model.tar.gz@1", "fraud/3/deep/er@1"] {
+        house.on("a").run(["put", key, &mine]).failed(1, &["fraud/3", "another tool", "choose another name"]);
+    }
+    assert_same(&house.on("b").run(["get", "fraud@3"]).path(), &model_file());
+    house.on("a").run(["put", "fraud@4", &mine]).ok();
+}
+
+#[test]
 fn a_file_that_no_digest_names_has_one_source() {
     let house = by_hand(&[("big/1/model.bin", big())]);
     let other = Content::generated(7, big().len());

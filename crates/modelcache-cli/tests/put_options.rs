@@ -279,3 +279,20 @@ fn many_large_files_are_sent_within_bounded_memory() {
     weigh(run(), &["backfill"]);
     assert_eq!(house.pending("b"), (0, 0));
 }
+
+#[test]
+fn a_forced_put_that_the_remote_refuses_costs_nobody_the_old_content() {
+    let house = House::new();
+    let (old, new) = (house.write("old", "old"), house.write("new", "new"));
+    house.on_local("a").run(["put", "m@1", old.to_str().unwrap()]).ok();
+    for fault in [S3Fault::access_denied().method("PUT"), S3Fault::wrong_region("eu-west-1")] {
+        house.s3.faults().add(fault);
+        let refused = house.on("a").run(["put", "m@1", new.to_str().unwrap(), "--force"]);
+        assert_ne!(refused.code, Some(0), "{refused}");
+        house.s3.faults().clear();
+        assert_same(&house.on_local("a").run(["get", "m@1"]).path(), &"old".into());
+    }
+    house.on("a").run(["put", "m@1", new.to_str().unwrap(), "--force"]).ok();
+    assert_same(&house.on_local("a").run(["get", "m@1"]).path(), &"new".into());
+    assert_same(&house.on("b").run(["get", "m@1"]).path(), &"new".into());
+}

@@ -84,6 +84,9 @@ fn silent_rot_is_found_with_its_part_and_not_served_any_more() {
     assert_eq!(finding["withdrawn"], true);
     assert_eq!(files_below(&house.path("a/quarantine")).len(), 1);
 
+    let again = house.on("a").run(["verify", "m@1"]);
+    assert_eq!(again.code, Some(5), "what was withdrawn is not well until it is back: {again}");
+
     // Withdrawn: nobody is served from it, and with all sources away nobody is served.
     house.s3.down(true);
     let refused = house.on("a").env("MODEL_CACHE_RETRY_DEADLINE", "100ms").run(["get", "m@1"]);

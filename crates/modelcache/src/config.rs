@@ -267,6 +267,23 @@ impl OriginTemplate {
             return Err(Error::invalid(format!("the origin {:?} names neither {{name}} nor {{version}}", shown(text)))
                 .hint("for instance hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
         }
+        for place in ["{name}", "{version}"] {
+            if !template.0.contains(place) {
+                return Err(Error::invalid(format!(
+                    "the origin {:?} has no {place} in it: other artifacts would get the same content",
+                    shown(text)
+                ))
+                .hint("for instance hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
+            }
+        }
+        let rest = template.0.replace("{name}", "").replace("{version}", "");
+        if rest.contains(['{', '}']) {
+            return Err(Error::invalid(format!(
+                "the origin {:?} has other braces than {{name}} and {{version}}",
+                shown(text)
+            ))
+            .hint("check how they are spelled"));
+        }
         template.apply(&ArtifactKey::bare("a@1")?)?;
         Ok(template)
     }

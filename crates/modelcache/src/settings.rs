@@ -607,6 +607,13 @@ impl Settings {
             (setting.set)(&given, &mut draft).map_err(|error| setting.refuse(&given, &error))?;
         }
         let mut warnings = unknown_variables(environment);
+        if draft.dir.is_none() && base_folder("XDG_CACHE_HOME", ".cache", environment).is_none() {
+            let dir = default_dir(environment);
+            warnings.push(format!(
+                "HOME is not set, so the directory is {}, which may be emptied at any time; set MODEL_CACHE_DIR",
+                dir.display()
+            ));
+        }
         let hub = hub_config(environment, &read_secret, &mut warnings)?;
         let credentials = credentials::gather(&files, environment, &read_secret, &mut warnings)?;
         let mut options = BTreeMap::new();

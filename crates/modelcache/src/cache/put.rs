@@ -97,9 +97,12 @@ impl Cache {
     ) -> Result<(Manifest, Published, Option<PathBuf>)> {
         let lead = self.lead_alone(key, progress).await?;
         let (staging, manifest, files) = self.stage(key, shape, given, progress).await?;
-        self.settle_other_content(&manifest, options).await?;
+        let replaces = self.refuse_other_content(&manifest, options).await?;
         let staged = files.iter().map(|(path, file)| (path.clone(), staging.file(&file.name))).collect();
         let published = self.put_on_remote(&manifest, &staged, options, progress).await?;
+        if replaces {
+            self.evict_replaced(key).await?;
+        }
         let lent = {
             let _phase = progress.enter(Phase::Publish, 0);
             let (disk, manifest) = (self.0.disk.clone(), manifest.clone());
@@ -129,14 +132,18 @@ impl Cache {
             stream::iter(hashes).buffer_unordered(COPIES_AT_ONCE).try_collect().await?
         };
         manifest.check().map_err(|error| Error::invalid(error.message().to_owned()))?;
-        self.settle_other_content(&manifest, options).await?;
+        let replaces = self.refuse_other_content(&manifest, options).await?;
         let files = given.into_iter().map(|given| (given.path, given.from)).collect();
         let published = self.put_on_remote(&manifest, &files, options, progress).await;
         let published = published.map_err(|error| match error.kind() {
             ErrorKind::Corrupt => error.hint("put it again when nothing writes to it"),
             _ => error,
         });
-        Ok((manifest, published?, None))
+        let published = published?;
+        if replaces {
+            self.evict_replaced(key).await?;
+        }
+        Ok((manifest, published, None))
     }
 
     /// Copies the given files into staging and hashes them on the way.
@@ -168,16 +175,22 @@ impl Cache {
         Ok((staging, manifest, files))
     }
 
-    /// Other content under the key on disk: refused, or evicted when forced. Before the remote loses anything, so that
-    /// what somebody is reading here is not replaced.
-    async fn settle_other_content(&self, manifest: &Manifest, options: &PutOptions) -> Result<()> {
+    /// Other content under the key on disk: refused; when forced, only where somebody holds it. Whether there is some to
+    /// be replaced. Before the remote loses anything, so that what somebody is reading here is not replaced.
+    async fn refuse_other_content(&self, manifest: &Manifest, options: &PutOptions) -> Result<bool> {
         let (disk, manifest, force) = (self.0.disk.clone(), manifest.clone(), options.force);
         blocking(move || match disk.manifest(&manifest.key)?.map(|present| present.agrees_with(&manifest)) {
-            Some(Err(_)) if force => disk.evict(&manifest.key).map(|_| ()),
-            Some(agreed) => agreed.context(&manifest.key, Tier::Disk),
-            None => Ok(()),
+            Some(Err(_)) if force => disk.refuse_kept(&manifest.key).map(|()| true),
+            Some(agreed) => agreed.context(&manifest.key, Tier::Disk).map(|()| false),
+            None => Ok(false),
         })
         .await
+    }
+
+    /// Removes the other content, once the remote has the new: a remote that refuses costs nobody the old.
+    async fn evict_replaced(&self, key: &ArtifactKey) -> Result<()> {
+        let (disk, key) = (self.0.disk.clone(), key.clone());
+        blocking(move || disk.evict(&key).map(|_| ())).await
     }
 
     async fn put_on_remote(

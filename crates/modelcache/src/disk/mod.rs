@@ -262,6 +262,11 @@ impl Disk {
         matches!(FileLock::try_exclusive(&self.layout().lease(dir)), Ok(None))
     }
 
+    /// Refuses where [`evict`](Self::evict) would now, and changes nothing.
+    pub(crate) fn refuse_kept(&self, key: &ArtifactKey) -> Result<()> {
+        self.keeps(&self.layout().artifact(key))?.map_or(Ok(()), |why| Err(kept(key, &why)))
+    }
+
     /// Evicts one artifact on request; `None` if it is not here. Held or pinned artifacts are refused.
     pub(crate) fn evict(&self, key: &ArtifactKey) -> Result<Option<u64>> {
         let dir = self.layout().artifact(key);
@@ -277,14 +282,7 @@ impl Disk {
         hold.release()?;
         match evicted {
             Evicted::Freed(bytes) => Ok(Some(bytes)),
-            Evicted::Kept(why) => {
-                let remedy = match &why {
-                    InTheWay::Pinned(_) => format!("take the pin off first: modelcache unpin '{key}'"),
-                    _ => "try again when its readers have ended".to_owned(),
-                };
-                let refusal = Error::new(ErrorKind::Conflict, format!("not evicted: it is {why}"));
-                Err(refusal.artifact(key).tier(Tier::Disk).hint(remedy))
-            }
+            Evicted::Kept(why) => Err(kept(key, &why)),
         }
     }
 
@@ -369,4 +367,13 @@ fn check_format(layout: &Layout) -> Result<()> {
             "point MODEL_CACHE_DIR to another directory",
         ),
     }
+}
+/// The refusal to evict what somebody holds.
+fn kept(key: &ArtifactKey, why: &InTheWay) -> Error {
+    let remedy = match why {
+        InTheWay::Pinned(_) => format!("take the pin off first: modelcache unpin '{key}'"),
+        _ => "try again when its readers have ended".to_owned(),
+    };
+    let refusal = Error::new(ErrorKind::Conflict, format!("not evicted: it is {why}"));
+    refusal.artifact(key).tier(Tier::Disk).hint(remedy)
 }

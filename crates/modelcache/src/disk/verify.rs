@@ -174,8 +174,40 @@ impl Disk {
                 verified.findings.push(finding);
             }
         }
+        for finding in self.withdrawn_before(&manifest, selection)? {
+            if !verified.findings.iter().any(|known| known.path == finding.path) {
+                verified.findings.push(finding);
+            }
+        }
         verified.findings.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(Some(verified))
+    }
+
+    /// Files that an earlier check took out of service and that were not fetched since: what failed lies in quarantine,
+    /// or nothing of the artifact is left. Files that nobody asked for are none of them.
+    fn withdrawn_before(&self, manifest: &Manifest, selection: &Selection) -> Result<Vec<Finding>> {
+        let nothing_left = manifest.files.values().all(|entry| entry.held.is_none());
+        let mut quarantined = BTreeSet::new();
+        let entries =
+            files::absent(std::fs::read_dir(self.layout().quarantine())).at("list", &self.layout().quarantine())?;
+        for entry in entries.into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            quarantined.extend(name.split_once('-').and_then(|(digest, _)| digest.parse::<Digest>().ok()));
+        }
+        let absent = manifest.selected(selection).filter(|(_, entry)| entry.held.is_none());
+        let lost = absent
+            .filter(|(_, entry)| nothing_left || entry.sha256.is_some_and(|digest| quarantined.contains(&digest)));
+        let finding = |(path, entry): (&FilePath, &FileEntry)| Finding {
+            expected: entry.sha256,
+            detail: Some("it was taken out of service before, and has not come back".into()),
+            withdrawn: true,
+            remedy: Some(format!(
+                "`modelcache verify --repair` or a get fetches it, where a source has it; `modelcache evict {}` gives it up",
+                manifest.key
+            )),
+            ..Finding::new(Some(path.clone()), Problem::Missing)
+        };
+        Ok(lost.map(finding).collect())
     }
 
     /// What there is to say of a folder whose manifest tells nothing.

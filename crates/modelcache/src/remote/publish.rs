@@ -81,6 +81,7 @@ pub(super) async fn publish(
     let new = matches!(there, There::Nothing);
     if new {
         job.refuse_nested().await?;
+        job.refuse_below_foreign().await?;
         job.refuse_object().await?;
     }
     let checked = new
@@ -205,6 +206,29 @@ impl Job<'_> {
             )
             .hint("choose another name or version")),
         }
+    }
+
+    /// Nor does it lie in what another tool put there and is read as a version: with versions of ours below it, it would be
+    /// one no more.
+    async fn refuse_below_foreign(&self) -> Result<()> {
+        let name = self.folder.key.name.as_str();
+        let ends = name.match_indices('/').map(|(at, _)| at).chain([name.len()]);
+        // What could be a name and a version.
+        for ancestor in ends.map(|end| &name[..end]).filter(|ancestor| ancestor.contains('/')) {
+            let key = self.store.key(ancestor)?;
+            let found = match self.store.head(&key).await? {
+                Some(_) => Some(ancestor.to_owned()),
+                None => self.store.any_in(&key).await?,
+            };
+            if let Some(found) = found {
+                return Err(Error::new(
+                    ErrorKind::Conflict,
+                    format!("lies below {ancestor:?} on the remote, where another tool put {found:?}"),
+                )
+                .hint("choose another name: what is there could not be read as a version any more"));
+            }
+        }
+        Ok(())
     }
 
     /// A version's folder has not the name of another tool's object, which is read as that version.

@@ -380,6 +380,20 @@ impl Store {
         }
     }
 
+    /// An object directly in `folder`, records of ours and markers apart, if there is one. `None` also where listing is not
+    /// permitted.
+    pub(super) async fn any_in(&self, folder: &Path) -> Result<Option<String>> {
+        match self.objects.list_with_delimiter(Some(folder)).await {
+            Ok(listed) => {
+                Ok(listed.objects.iter().find(|object| object.size > 0).map(|object| object.location.to_string()))
+            }
+            Err(error) => {
+                let error = self.failed(error, "cannot list the remote").await;
+                if error.kind() == ErrorKind::Unauthorized { Ok(None) } else { Err(error) }
+            }
+        }
+    }
+
     /// A range of an object, as one attempt.
     pub(super) async fn read(&self, key: &Path, range: Range<u64>, etag: Option<&str>) -> Result<ReadBody> {
         let doing = format!("cannot read {key}");

@@ -305,7 +305,7 @@ fn root_at(tracking: &Url, rest: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{MlflowConfig, RetryConfig, Secret};
+    use crate::config::{MlflowConfig, RetryConfig};
     use crate::transfer::Retry;
 
     #[test]
@@ -322,30 +322,26 @@ mod tests {
     }
 
     #[test]
-    fn folders_are_read_only_where_the_server_is_on_this_machine() {
-        let folder = |tracking: &str, rest: &str| {
+    fn folders_are_read_only_below_the_one_that_is_named() {
+        let root = tempfile::tempdir().expect("folder");
+        let below = root.path().join("mlruns/1/a");
+        std::fs::create_dir_all(&below).expect("folders");
+        std::os::unix::fs::symlink("/usr", root.path().join("mlruns/out")).expect("link");
+        let folder = |local_root: Option<&std::path::Path>, rest: &str| {
             let key = ArtifactKey::new("mlflow/h/m".parse().expect("name"), "1".parse().expect("version"));
-            let config = MlflowConfig { tracking_uri: Some(Secret::new(tracking)), ..MlflowConfig::default() };
+            let local_root = local_root.map(std::path::Path::to_owned);
+            let config = MlflowConfig { local_root, ..MlflowConfig::default() };
             let mlflow = Arc::new(Mlflow::new(config, Retry::new(RetryConfig::default())));
             MlflowSource { mlflow, name: "m".into(), key, found: OnceCell::new() }.local_folder(rest)
         };
-        for good in ["/mlruns/1/a", "/mlruns/1/a/"] {
-            assert_eq!(folder("http://127.0.0.1:5000", good).expect(good), "/mlruns/1/a");
+        let inside = below.display().to_string();
+        for good in [inside.clone(), format!("{inside}/")] {
+            assert_eq!(folder(Some(root.path()), &good).expect("inside"), inside);
         }
-        assert!(folder("https://mlflow.example", "/mlruns/1/a").is_err());
-        assert!(folder("https://localhost.example", "/mlruns/1/a").is_err());
-        for bad in ["other/mlruns", "mlruns/1", "/mlruns/../../etc", ""] {
-            assert!(folder("http://localhost", bad).is_err(), "{bad}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_stream_is_cut_at_the_byte() {
-        let chunks = ["abc", "def", "ghi"].map(|chunk| Ok(bytes::Bytes::from_static(chunk.as_bytes())));
-        for (bytes, want) in [(0, ""), (2, "ab"), (3, "abc"), (7, "abcdefg"), (99, "abcdefghi")] {
-            let stream = futures::stream::iter(chunks.clone()).boxed();
-            let got: Vec<_> = up_to(stream, bytes).map(|chunk| chunk.expect("bytes")).collect().await;
-            assert_eq!(got.concat(), want.as_bytes());
+        assert!(folder(None, &inside).is_err(), "nothing is named");
+        let out = root.path().join("mlruns/out/bin").display().to_string();
+        for bad in ["other/mlruns", "/usr/bin", &format!("{inside}/../../../.."), &out, ""] {
+            assert!(folder(Some(root.path()), bad).is_err(), "{bad}");
         }
     }
 }
