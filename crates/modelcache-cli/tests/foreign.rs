@@ -204,7 +204,7 @@ fn nothing_is_put_below_what_another_tool_put_there() {
 fn a_file_that_no_digest_names_has_one_source() {
     let house = by_hand(&[("big/1/model.bin", big())]);
     let other = Content::generated(7, big().len());
-    other.write_to(&house.path("registry/big/1")).unwrap();
+    other.write_to(house.path("registry/big/1")).unwrap();
     let origin = format!("file://{}/{{name}}/{{version}}", house.path("registry").display());
     // The first part comes; then the bucket has nothing more to give.
     house.s3.faults().add(S3Fault::hang_up().on("model.bin").method("GET").after_skipping(1));
@@ -460,6 +460,7 @@ fn the_page_for_people_with_a_bucket_can_be_followed() {
     fs::create_dir(&work).unwrap();
     let mut shell = Command::new("/bin/sh");
     shell.args(["-euc", &script]).current_dir(&work).env_clear().env("MODEL_CACHE_DIR", house.path("a"));
+    shell.env("MODEL_CACHE_MIN_FREE_BYTES", "0");
     shell.env("PATH", format!("{}:/usr/bin:/bin", Path::new(BIN).parent().unwrap().display()));
     let output = shell.output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);

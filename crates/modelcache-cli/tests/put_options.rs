@@ -273,8 +273,7 @@ fn many_large_files_are_sent_within_bounded_memory() {
         assert!(peak < 128 * MIB, "{} MiB at most with {args:?}", peak / MIB);
     };
     weigh(house.on("a"), &["put", "m@1", "many", "--tier", "remote"]);
-    let template = format!("file://{}", house.path("{name}").display());
-    let run = || house.on("b").env("MODEL_CACHE_ORIGIN", &template).env("MODEL_CACHE_BACKFILL", "later");
+    let run = || house.on("b").env("MODEL_CACHE_BACKFILL", "later");
     run().run(["get", &format!("file://{}", house.path("many").display())]).path();
     weigh(run(), &["backfill"]);
     assert_eq!(house.pending("b"), (0, 0));

@@ -160,7 +160,8 @@ fn evicting_a_tagged_version_names_the_tags_and_leaves_none_behind() {
         run().run(["evict", "m@1", "--tier", "disk"]).ok();
         assert_eq!(content(&run().run(["get", "m@stable"]).path()), "1", "disk alone concerns no tag");
         // An origin that could give it back changes nothing about the tags.
-        let origin = format!("file://{}/{{version}}", house.path("").display());
+        house.write("origin/m/1", "1");
+        let origin = format!("file://{}/{{name}}/{{version}}", house.path("origin").display());
         let with_origin = || run().env("MODEL_CACHE_ORIGIN", &origin);
         with_origin().run(["evict", "m@1", "--tier", "remote"]).failed(2, &["the tags prod, stable"]);
         with_origin().run(["evict", "m@1", "--yes"]).ok().said(&["removed, too", "the tags prod, stable"]);

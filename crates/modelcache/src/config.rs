@@ -267,6 +267,7 @@ impl OriginTemplate {
             return Err(Error::invalid(format!("the origin {:?} names neither {{name}} nor {{version}}", shown(text)))
                 .hint("for instance hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
         }
+        template.apply(&ArtifactKey::bare("a@1")?)?;
         for place in ["{name}", "{version}"] {
             if !template.0.contains(place) {
                 return Err(Error::invalid(format!(
@@ -284,7 +285,6 @@ impl OriginTemplate {
             ))
             .hint("check how they are spelled"));
         }
-        template.apply(&ArtifactKey::bare("a@1")?)?;
         Ok(template)
     }
 

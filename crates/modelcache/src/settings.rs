@@ -1177,7 +1177,7 @@ mod tests {
             .variable("MODEL_CACHE_PATH_2", "/by/exec")
             .variable("MODEL_CACHE_PORT_80_TCP_ADDR", "10.0.0.1")
             .variable("MODEL_CACHE_SERVICE_HOST", "10.0.0.1");
-        let warnings = given.gather().expect("settings").warnings;
+        let warnings = given.variable("HOME", "/h").gather().expect("settings").warnings;
         assert_eq!(warnings.len(), 2, "{warnings:?}");
         assert!(warnings[0].starts_with("MODEL_CACHE_LISTEN is no setting"), "{warnings:?}");
         assert!(warnings[1].ends_with("did you mean MODEL_CACHE_MAX_BYTES?"), "{warnings:?}");
