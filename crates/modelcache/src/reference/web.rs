@@ -73,6 +73,10 @@ impl fmt::Display for WebFile {
 /// `host/path/file[@version]` after `https://` or `http://`.
 pub(super) fn parse(scheme: &str, rest: &str) -> Result<WebFile> {
     let (server, path) = rest.split_once('/').unwrap_or((rest, ""));
+    // With more slashes a reader of addresses takes what follows for the server, user and password included.
+    if server.is_empty() {
+        return Err(Error::invalid(format!("a {scheme}:// address without a server")).hint(FORM));
+    }
     // Nothing is repeated before it is known to carry no password and no signature.
     if server.contains('@') {
         return Err(Error::invalid(format!("a {scheme}:// address with user or password in it")).hint(
