@@ -768,3 +768,6 @@ fn held_too_long(path: &Path) -> Error {
 fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()).unwrap_or_default()
 }
+
+#[cfg(test)]
+pub(super) mod tests;

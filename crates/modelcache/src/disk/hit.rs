@@ -128,3 +128,61 @@ pub(super) fn is_local(root: &Path) -> bool {
 pub(super) fn is_local(_: &Path) -> bool {
     false
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Lend;
+    use super::super::budget::tests::put;
+    use super::*;
+    use crate::config::{ByteBound, Sharing};
+    use std::fs;
+    use std::time::{Duration, SystemTime};
+
+    fn filled_disk() -> (tempfile::TempDir, Disk, ArtifactKey) {
+        let folder = tempfile::tempdir().expect("folder");
+        let (most, least) = (ByteBound::Bytes(1 << 20), ByteBound::Bytes(0));
+        let disk = Disk::open(&folder.path().join("cache"), most, least, Sharing::Off).expect("opens");
+        let key = ArtifactKey::bare("team/model@1").expect("key");
+        drop(put(&disk, &key, "content", &folder.path().join("source")).expect("fits"));
+        (folder, disk, key)
+    }
+
+    #[test]
+    fn a_hit_in_passing_holds_the_lease_and_touches_the_last_use() {
+        let (_folder, disk, key) = filled_disk();
+        let dir = disk.layout().artifact(&key);
+        let last_used = fs::File::open(dir.last_used()).expect("opens");
+        last_used.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1)).expect("sets");
+        let first = disk.lend_in_passing(&key, &Selection::all()).expect("a hit");
+        assert!(disk.last_used(&dir).expect("looks") > Some(SystemTime::UNIX_EPOCH + Duration::from_secs(2)));
+        let second = disk.lend_in_passing(&key, &Selection::all()).expect("a hit");
+        drop(first);
+        assert!(disk.is_leased(&dir), "the second holds it, too");
+        drop(second);
+        assert!(!disk.is_leased(&dir));
+        let third = disk.lend_in_passing(&key, &Selection::all()).expect("a hit");
+        assert!(disk.is_leased(&dir), "what has ended is not shared");
+        drop(third);
+    }
+
+    #[test]
+    fn what_is_not_as_usual_is_left_to_lend() {
+        let (_folder, disk, key) = filled_disk();
+        let (dir, all) = (disk.layout().artifact(&key), Selection::all());
+        assert!(disk.lend_in_passing(&ArtifactKey::bare("other@1").expect("key"), &all).is_none());
+        assert!(disk.lend_in_passing(&key, &Selection::globs(&["g"], &[]).expect("globs")).is_none());
+        let eviction = FileLock::try_exclusive(&disk.layout().lease(&dir)).expect("tries").expect("free");
+        assert!(disk.lend_in_passing(&key, &all).is_none(), "an eviction is at work");
+        drop(eviction);
+        let view = dir.files().join("f");
+        let times = fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH);
+        fs::File::open(&view).expect("opens").set_times(times).expect("touches");
+        assert!(disk.lend_in_passing(&key, &all).is_none(), "it may have been changed");
+        assert!(matches!(disk.lend(&key, &all), Ok(Lend::Lent(_))), "its bytes are right");
+        assert!(disk.lend_in_passing(&key, &all).is_some());
+        fs::remove_file(&view).expect("removes");
+        assert!(disk.lend_in_passing(&key, &all).is_none());
+        fs::remove_dir_all(disk.layout().locks()).expect("removes");
+        assert!(disk.lend_in_passing(&key, &all).is_none());
+    }
+}

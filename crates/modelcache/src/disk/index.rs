@@ -132,6 +132,16 @@ impl Index {
         self.views.get(&inode).copied().unwrap_or_default().into()
     }
 
+    /// Whether both know the same; the last use apart, which is believed only after a look.
+    #[cfg(test)]
+    pub(super) fn assert_same(&self, other: &Self) {
+        let keys = |index: &Self| index.artifacts.keys().cloned().collect::<BTreeSet<_>>();
+        assert_eq!(keys(self), keys(other), "artifacts");
+        assert_eq!(self.views, other.views, "views");
+        assert_eq!(self.vouchers, other.vouchers, "vouchers");
+        assert_eq!(self.artifacts.len(), self.by_use.len());
+    }
+
     /// Whether a committed manifest records `identity` for `digest`.
     pub(super) fn vouches(&self, digest: &Digest, identity: FileIdentity) -> bool {
         self.vouchers.contains_key(&(*digest, identity))
