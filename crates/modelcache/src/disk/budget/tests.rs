@@ -108,9 +108,11 @@ impl House {
                 "put by the older release"
             }
             8 => {
-                // Its blobs first; then one of ours has the budget; then the manifest, and no word of it.
+                // Its blobs first; then one of ours writes the record, and reads everything; then the manifest, and no word.
                 self.forget_log();
-                drop(ours.hold_budget().and_then(BudgetHold::release));
+                let other = self::key(dice.below(KEYS));
+                let _ = put(&ours, &other, &content, &source);
+                ours.hold_budget().and_then(|mut hold| hold.index().map(drop)).expect("reads");
                 let before = self.record();
                 let _ = put(&self.older, &key, &content, &source);
                 let (after, before) = (self.record().expect("a record"), before.expect("a record"));
