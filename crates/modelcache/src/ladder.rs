@@ -146,6 +146,12 @@ impl PartHasher {
         self.pending_len = rest.len();
     }
 
+    /// Takes `x` into `a` and `y` into `b`.
+    pub fn update_pair(a: &mut PartHasher, x: &[u8], b: &mut PartHasher, y: &[u8]) {
+        a.update(x);
+        b.update(y);
+    }
+
     /// Bytes hashed since the start of the file.
     pub fn position(&self) -> u64 {
         self.hashed
@@ -193,7 +199,16 @@ impl LadderHasher {
     }
 
     /// Takes the next bytes of the file.
-    pub fn update(&mut self, mut bytes: &[u8]) {
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.climb(bytes, PartHasher::update);
+    }
+
+    /// Takes the next bytes of the file, and into `other`, too.
+    pub fn update_beside(&mut self, bytes: &[u8], other: &mut PartHasher) {
+        self.climb(bytes, |hasher, bytes| PartHasher::update_pair(hasher, bytes, other, bytes));
+    }
+
+    fn climb(&mut self, mut bytes: &[u8], mut take_in: impl FnMut(&mut PartHasher, &[u8])) {
         while !bytes.is_empty() {
             let position = self.hasher.position();
             if position > 0 && position.is_multiple_of(self.part_size) {
@@ -201,7 +216,7 @@ impl LadderHasher {
             }
             let left_in_part = self.part_size - position % self.part_size;
             let take = bytes.len().min(usize::try_from(left_in_part).unwrap_or(usize::MAX));
-            self.hasher.update(&bytes[..take]);
+            take_in(&mut self.hasher, &bytes[..take]);
             bytes = &bytes[take..];
         }
     }
@@ -247,6 +262,15 @@ mod tests {
         assert_eq!(part_size((1 << 30) + 1), 16 << 20);
         let huge = 800_000_000_000;
         assert!(huge / part_size(huge) * 32 < 2 << 20);
+    }
+
+    #[test]
+    fn two_digests_come_of_one_pass() {
+        let (content, mut file, mut beside) = (bytes(1000), LadderHasher::new(256), PartHasher::new());
+        file.update(&content[..300]);
+        file.update_beside(&content[300..], &mut beside);
+        assert_eq!(file.finish(), hashed(&content, 256, 7));
+        assert_eq!(beside.finish(), Digest::of(&content[300..]));
     }
 
     proptest! {
