@@ -49,7 +49,7 @@ pub(crate) use doctor::examine;
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
 pub(crate) use fit::content_name;
-pub(crate) use given::{Given, copy_given, format_named, format_of, hash_given, list_given};
+pub(crate) use given::{Copying, Given, copy_given, format_named, format_of, hash_given, list_given};
 pub(crate) use intent::{Intent, Missing};
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use leader::{BEAT_EVERY, Leader, Leadership, Watch};
