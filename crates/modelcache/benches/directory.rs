@@ -66,6 +66,7 @@ fn open(dir: &Path) -> Cache {
         dir: dir.to_owned(),
         shared: Sharing::Off,
         lower_dir: None,
+        write_mode: Default::default(),
         max_bytes: ByteBound::Bytes(1 << 40),
         min_free_bytes: ByteBound::Bytes(0),
         remote: None,

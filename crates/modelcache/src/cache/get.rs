@@ -9,7 +9,7 @@ use super::flight::{Joined, Landed};
 use super::plan::FillPlan;
 use super::resolve::Wanted;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
-use crate::disk::{Lend, Lent, StagedFile, Staging, format_named, staged_name};
+use crate::disk::{Lend, Lent, Purpose, StagedFile, Staging, format_named, staged_name};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::manifest::Manifest;
@@ -142,7 +142,7 @@ impl Cache {
     async fn pour(&self, wanted: &Wanted, plan: &FillPlan, progress: &Progress) -> Result<Filled> {
         let (disk, key, selected) = (self.0.disk.clone(), wanted.key.clone(), plan.selected.clone());
         let staging = blocking(move || disk.begin_fill(&key, &selected)).await?;
-        let poured = match self.pour_missing(&staging, plan, progress).await {
+        let poured = match self.pour_missing(&staging, plan, wanted.purpose, progress).await {
             Ok(poured) => poured,
             Err(error) => {
                 // What was fetched is kept for the next fill, unless it is what fills the disk.
@@ -177,7 +177,13 @@ impl Cache {
         Ok(filled)
     }
 
-    async fn pour_missing(&self, staging: &Staging, plan: &FillPlan, progress: &Progress) -> Result<Vec<Poured>> {
+    async fn pour_missing(
+        &self,
+        staging: &Staging,
+        plan: &FillPlan,
+        purpose: Purpose,
+        progress: &Progress,
+    ) -> Result<Vec<Poured>> {
         let mut to_pour: BTreeMap<String, PourFile> = BTreeMap::new();
         for (path, entry) in &plan.selected {
             let name = staged_name(path, entry);
@@ -188,7 +194,7 @@ impl Cache {
             }
         }
         let _phase = progress.enter(Phase::Pour, to_pour.values().map(|file| file.entry.size).sum());
-        self.0.pourer.pour(to_pour.into_values().collect(), progress).await
+        self.0.pourer.pour(to_pour.into_values().collect(), purpose, progress).await
     }
 
     async fn publish(&self, filled: Filled, progress: &Progress) -> Result<Lent> {

@@ -36,7 +36,8 @@ pub(crate) fn copy_given(given: &Given, target: &Path, progress: &Progress) -> R
     let mut source = File::open(&given.from).map_err(fault)?;
     let before = source.metadata().map_err(fault)?;
     let part_size = part_size(given.size);
-    let draft = Draft { path: target.to_owned(), size: given.size, part_size, in_order: true, git: false };
+    let path = target.to_owned();
+    let draft = Draft { path, size: given.size, part_size, in_order: true, git: false, direct: false };
     let writer = StagedWriter::create(draft, None)?;
     let mut buffer = vec![0; COPY_BYTES];
     let mut offset = 0;

@@ -27,6 +27,7 @@ mod lock;
 mod lower;
 mod materialize;
 mod memo;
+mod memory;
 mod modes;
 mod parts;
 mod pin;
@@ -37,6 +38,7 @@ mod source;
 mod staging;
 mod trust;
 mod verify;
+mod write_mode;
 mod writer;
 
 pub(crate) use budget::{Evicted, Usage};
@@ -61,7 +63,9 @@ pub(crate) use refs::RememberedRef;
 pub(crate) use source::DiskSource;
 pub(crate) use staging::Staging;
 pub(crate) use verify::{Reading, Stored};
-pub(crate) use writer::{ALIGNMENT, Draft, Hashed, StagedWriter};
+pub use write_mode::Purpose;
+pub(crate) use write_mode::goes_direct;
+pub(crate) use writer::{ALIGNMENT, Cursor, Draft, Hashed, StagedWriter};
 
 use crate::config::{ByteBound, Sharing};
 use crate::digest::{Digest, GitOid};
