@@ -14,6 +14,7 @@ use base64::prelude::{BASE64_STANDARD, Engine as _};
 use interleaved::ShaExtensions;
 use serde::{Deserialize, Serialize};
 use sha2::block_api::compress256;
+use std::ops::Range;
 
 /// SHA-256's chaining value: eight 32-bit words.
 pub type State = [u32; 8];
@@ -78,6 +79,28 @@ impl Ladder {
     /// The state after part `index`, or `None` for the last part, whose end is the digest itself.
     pub fn after(&self, index: u64) -> Option<State> {
         self.states.get(usize::try_from(index).ok()?).copied()
+    }
+
+    /// The bytes of part `index` in a file of `size` bytes.
+    pub fn range(&self, index: u64, size: u64) -> Range<u64> {
+        let start = index.saturating_mul(self.part_size).min(size);
+        start..start.saturating_add(self.part_size).min(size)
+    }
+
+    /// A hasher that stands before part `index`, or `None` beyond the end.
+    pub fn hasher(&self, index: u64) -> Option<PartHasher> {
+        Some(PartHasher::resume(self.before(index)?, index * self.part_size))
+    }
+
+    /// Whether part `index` is right, after which `hasher` stands: it ends at the next rung, the last one at `digest`.
+    ///
+    /// A ladder that [fits](Self::fits) and holds for every part proves the file, whoever made it: its rungs are chained
+    /// from SHA-256's initial value to the digest.
+    pub fn holds(&self, index: u64, digest: Option<Digest>, hasher: PartHasher) -> bool {
+        match self.after(index) {
+            Some(after) => hasher.state() == Some(after),
+            None => Some(hasher.finish()) == digest,
+        }
     }
 }
 
