@@ -1,7 +1,7 @@
 //! One pool of page-aligned buffers for all fills: the bound on what a pour may hold in memory.
 //!
-//! There are [`BUFFERS_MAX`] of them and never more: who needs one when all are in use waits. Nobody waits for a second
-//! one while holding a first, so that waiting always ends.
+//! There are [`BUFFERS_MAX`] of them and never more: who needs one when all are in use waits, while what comes waits in
+//! the kernel. Nobody waits for a second one while holding a first, so that waiting always ends.
 
 use crate::disk::ALIGNMENT;
 use std::ops::Deref;
@@ -10,8 +10,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bytes that are received, hashed and written at a time.
 pub(crate) const SLICE_BYTES: usize = 512 << 10;
-/// All there are: 32 MiB.
-const BUFFERS_MAX: usize = 64;
+/// All there are: 24 MiB.
+const BUFFERS_MAX: usize = 48;
 
 /// Buffers that were used before, to be used again.
 #[derive(Debug, Clone)]
@@ -43,9 +43,17 @@ impl BufferPool {
         self.buffer(self.left.clone().acquire_owned().await.ok())
     }
 
-    /// An empty buffer, if there is one now.
-    pub(crate) fn try_take(&self) -> Option<Buffer> {
+    /// A second buffer for who has one with the workers, if so few are in use that nobody will miss it.
+    pub(crate) fn spare(&self) -> Option<Buffer> {
+        if self.is_tight() {
+            return None;
+        }
         Some(self.buffer(Some(self.left.clone().try_acquire_owned().ok()?)))
+    }
+
+    /// Whether second buffers should be given back.
+    pub(crate) fn is_tight(&self) -> bool {
+        self.left.available_permits() <= BUFFERS_MAX / 2
     }
 
     fn buffer(&self, taken: Option<OwnedSemaphorePermit>) -> Buffer {
@@ -101,7 +109,7 @@ mod tests {
     fn buffers_are_aligned_bounded_and_used_again() {
         let pool = BufferPool::default();
         for _ in 0..2 {
-            let mut buffer = pool.try_take().expect("there is one");
+            let mut buffer = pool.spare().expect("there is one");
             assert_eq!(buffer.as_ptr() as usize % ALIGNMENT, 0);
             assert_eq!(buffer.fill(&[7; 10], 4), 4);
             assert_eq!(buffer.fill(&vec![8; 2 * SLICE_BYTES], usize::MAX), SLICE_BYTES - 4);
@@ -113,8 +121,11 @@ mod tests {
     #[tokio::test]
     async fn there_are_so_many_and_no_more() {
         let pool = BufferPool::default();
-        let mut all: Vec<_> = std::iter::from_fn(|| pool.try_take()).take(2 * BUFFERS_MAX).collect();
-        assert_eq!(all.len(), BUFFERS_MAX);
+        let mut all: Vec<_> = std::iter::from_fn(|| pool.spare()).take(2 * BUFFERS_MAX).collect();
+        assert_eq!(all.len(), BUFFERS_MAX / 2, "the other half is for first buffers");
+        for _ in 0..BUFFERS_MAX / 2 {
+            all.push(pool.take().await);
+        }
         let mut waits = Box::pin(pool.take());
         assert!(futures::poll!(&mut waits).is_pending());
         all.pop();

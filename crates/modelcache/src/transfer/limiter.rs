@@ -23,8 +23,11 @@ const MOST: usize = 128;
 const WINDOW: Duration = Duration::from_millis(200);
 /// Goodput has to rise by this for more requests to be kept.
 const GAIN: f64 = 1.05;
-/// Windows of rest after more requests were no use, or too many.
-const REST_WINDOWS: u32 = 10;
+/// Windows of rest after more requests were no use, the first time and at most: it doubles as long as they are none.
+const REST_WINDOWS: u32 = 2;
+const REST_WINDOWS_MAX: u32 = 32;
+/// Windows of rest after there were too many for a server.
+const HALVED_WINDOWS: u32 = 10;
 /// What a request counts, besides its bytes.
 const REQUEST_BYTES: u64 = 64 << 10;
 /// Ended requests whose pace is remembered.
@@ -214,6 +217,8 @@ struct Climb {
     before: f64,
     /// No step up was in vain yet: they may be large.
     is_young: bool,
+    /// Windows of rest after the next step in vain.
+    rest: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -230,7 +235,7 @@ enum Step {
 
 impl Climb {
     fn new(limit: usize, most: usize) -> Self {
-        Self { limit, in_force: limit, most, step: Step::Measure, before: 0.0, is_young: true }
+        Self { limit, in_force: limit, most, step: Step::Measure, before: 0.0, is_young: true, rest: REST_WINDOWS }
     }
 
     /// A window ended with this goodput; the number from now on.
@@ -239,10 +244,14 @@ impl Climb {
             Step::Rest(left @ 1..) => Step::Rest(left - 1),
             Step::Rest(0) | Step::Measure => self.up(goodput),
             Step::Settle(from) => Step::Judge(from),
-            Step::Judge(_) if goodput >= self.before * GAIN => self.up(goodput),
+            Step::Judge(_) if goodput >= self.before * GAIN => {
+                self.rest = REST_WINDOWS;
+                self.up(goodput)
+            }
             Step::Judge(from) => {
-                (self.limit, self.is_young) = (from, false);
-                Step::Rest(REST_WINDOWS)
+                let rest = self.rest;
+                (self.limit, self.is_young, self.rest) = (from, false, (2 * rest).min(REST_WINDOWS_MAX));
+                Step::Rest(rest)
             }
         };
         self.limit
@@ -251,7 +260,7 @@ impl Climb {
     fn up(&mut self, goodput: f64) -> Step {
         let (from, stride) = (self.limit, if self.is_young { self.limit / 2 } else { self.limit / 4 });
         if from == self.most {
-            return Step::Rest(REST_WINDOWS);
+            return Step::Rest(REST_WINDOWS_MAX);
         }
         self.before = goodput;
         self.limit = (from + stride.max(1)).min(self.most);
@@ -260,7 +269,7 @@ impl Climb {
 
     fn halve(&mut self) -> usize {
         self.limit = (self.limit / 2).max(LEAST);
-        (self.step, self.is_young) = (Step::Rest(REST_WINDOWS), false);
+        (self.step, self.is_young) = (Step::Rest(HALVED_WINDOWS), false);
         self.limit
     }
 }
@@ -299,7 +308,9 @@ mod tests {
         let mut climb = climbed(0, |_| 0.0);
         let halved: Vec<_> = (0..4).map(|_| climb.halve()).collect();
         assert_eq!(halved, [8, 4, 4, 4]);
-        (0..60).for_each(|_| drop(climb.window(climb.limit as f64 * 50e6)));
+        for _ in 0..60 {
+            climb.window(climb.limit as f64 * 50e6);
+        }
         assert!(climb.limit >= START, "{}", climb.limit);
     }
 

@@ -204,6 +204,7 @@ impl PartTask {
         let received = self.receive(reading, Race::new(body.stream, part.next), range, part).await;
         // What is in the workers' hands is written and hashed, whatever became of the stream.
         let holds = part.settle(self).await?;
+        part.spare = None;
         received?;
         if part.next < range.end {
             return Err(part.ended_early(&self.file.path, want.start, range.end, source.tier()).into());
@@ -313,6 +314,9 @@ impl<'a> Reading<'a> {
         };
         let received = chunk.len() as u64 + race.take_wasted();
         self.task.progress.received(self.source.tier(), received);
+        if self.source.tier() != Tier::Disk {
+            self.task.engine.limiter.received(received);
+        }
         if self.pace.stalled(received, timeout) {
             return Err(Error::unavailable("the connection has nearly stalled").tier(self.source.tier()));
         }
@@ -398,9 +402,14 @@ impl PartProgress {
         *self = Self { short_ends, ..Self::new(task, range) };
     }
 
+    /// A buffer to fill while the workers have another; the first has to be waited for like everybody's.
+    fn second(&self, task: &PartTask) -> Option<Buffer> {
+        self.in_flight.as_ref().and_then(|_| task.engine.buffers.spare())
+    }
+
     /// An empty buffer: the one that came back, one that nobody uses, or the next that comes back.
     async fn buffer(&mut self, task: &PartTask) -> Result<Buffer, Trouble> {
-        if let Some(buffer) = self.spare.take().or_else(|| task.engine.buffers.try_take()) {
+        if let Some(buffer) = self.spare.take().or_else(|| self.second(task)) {
             return Ok(buffer);
         }
         self.settle(task).await?;
@@ -423,8 +432,8 @@ impl PartProgress {
         let end = (offset + len == range.end).then(|| (Self::rung(task, range), parts));
         let pending = task.engine.workers.submit(Slice { writer, offset, buffer, work, hash, end });
         (self.next, self.in_flight) = (offset + len, Some((len, pending)));
-        if work == Work::Write {
-            task.engine.limiter.received(len);
+        if task.engine.buffers.is_tight() {
+            self.spare = None;
         }
         Ok(())
     }
