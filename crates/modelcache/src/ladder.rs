@@ -242,10 +242,19 @@ impl LadderHasher {
     }
 
     /// Takes the next bytes of the file.
-    pub fn update(&mut self, mut bytes: &[u8]) {
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.climb(bytes, PartHasher::update);
+    }
+
+    /// Takes the next bytes of the file, and into `other`, too.
+    pub fn update_beside(&mut self, bytes: &[u8], other: &mut PartHasher) {
+        self.climb(bytes, |hasher, bytes| PartHasher::update_pair(hasher, bytes, other, bytes));
+    }
+
+    fn climb(&mut self, mut bytes: &[u8], mut take_in: impl FnMut(&mut PartHasher, &[u8])) {
         while !bytes.is_empty() {
             let (now, later) = bytes.split_at(bytes.len().min(self.left_in_part()));
-            self.hasher.update(now);
+            take_in(&mut self.hasher, now);
             bytes = later;
         }
     }
@@ -347,6 +356,15 @@ mod tests {
         assert_eq!(part_size((1 << 30) + 1), 16 << 20);
         let huge = 800_000_000_000;
         assert!(huge / part_size(huge) * 32 < 2 << 20);
+    }
+
+    #[test]
+    fn two_digests_come_of_one_pass() {
+        let (content, mut file, mut beside) = (bytes(1000), LadderHasher::new(256), PartHasher::new());
+        file.update(&content[..300]);
+        file.update_beside(&content[300..], &mut beside);
+        assert_eq!(file.finish(), hashed(&content, 256, 7));
+        assert_eq!(beside.finish(), Digest::of(&content[300..]));
     }
 
     proptest! {

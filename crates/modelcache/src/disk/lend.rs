@@ -42,7 +42,7 @@ pub(crate) struct Lent {
     pub(crate) link: Option<Link>,
     /// Whether it lies in the lower directory, which is only read.
     pub(crate) is_lower: bool,
-    pub(crate) _lease: Option<FileLock>,
+    pub(crate) _lease: Option<Arc<FileLock>>,
 }
 
 /// What lending found.
@@ -99,7 +99,7 @@ impl Disk {
                         dir,
                         link: None,
                         is_lower: false,
-                        _lease: lease,
+                        _lease: lease.map(Arc::new),
                     })));
                 }
                 Some((path, _, _)) if self.is_read_only() => {
@@ -244,10 +244,11 @@ impl Disk {
 
     /// Changes a manifest in one budget hold; `edit` tells whether it changed anything.
     fn edit_manifest(&self, dir: &ArtifactDir, edit: impl FnOnce(&mut Manifest) -> bool) -> Result<()> {
-        let hold = self.hold_budget()?;
+        let mut hold = self.hold_budget()?;
         if let Some(mut manifest) = self.read_manifest(dir)?
             && edit(&mut manifest)
         {
+            hold.begin_change_of(dir)?;
             files::replace(&dir.manifest(), &manifest.to_bytes()?, &self.layout().stagings())?;
         }
         hold.release()

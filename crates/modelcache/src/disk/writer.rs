@@ -195,6 +195,15 @@ impl StagedWriter {
         Ok(())
     }
 
+    /// The same for a file that is written from its beginning to its end: `beside` takes the slice in the same pass.
+    pub(crate) fn append(&self, offset: u64, slice: &[u8], beside: &mut PartHasher) -> Result<()> {
+        self.store(offset, slice)?;
+        let mut order = self.order();
+        order.hasher.update_beside(slice, beside);
+        self.cursor.store(order.hasher.position(), Ordering::Release);
+        Ok(())
+    }
+
     /// Whether the bytes at `offset` are the next to be hashed in order.
     pub(crate) fn is_next(&self, offset: u64) -> bool {
         self.cursor.load(Ordering::Acquire) == offset

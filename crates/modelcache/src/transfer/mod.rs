@@ -9,9 +9,14 @@ mod pace;
 mod part;
 mod pour;
 mod retry;
+mod sink;
+mod tidy;
 mod workers;
 
 pub(crate) use pace::Pace;
 pub(crate) use pour::{PourFile, Poured, Pourer, blocking};
 pub(crate) use retry::within;
 pub use retry::{Attempts, Retry};
+pub(crate) use sink::{FilledPart, PartSink};
+pub use tidy::tidied;
+pub(crate) use tidy::tidy;

@@ -66,6 +66,9 @@ impl PartTask {
         } else {
             self.part(&range, permit, &mut part).await?;
         }
+        if let Some(sink) = &self.file.on_part {
+            sink.tell(&self.file.path, range);
+        }
         if part.behind { Ok(self.catch_up().await?) } else { Ok(()) }
     }
 

@@ -10,6 +10,7 @@ use super::engine::Engine;
 use super::order::{self, Order};
 use super::part::PartTask;
 use super::retry::Retry;
+use super::sink::PartSink;
 use crate::config::WriteMode;
 use crate::digest::Provenance;
 use crate::disk::{Draft, FileLock, Hashed, Purpose, StagedWriter, goes_direct};
@@ -42,6 +43,8 @@ pub(crate) struct PourFile {
     pub(crate) owner: Arc<FileLock>,
     /// Where it can be read, best first.
     pub(crate) sources: Vec<Arc<dyn Source>>,
+    /// Who is told of every part that is written and checked.
+    pub(crate) on_part: Option<PartSink>,
 }
 
 /// A file that is staged and proven.
