@@ -232,3 +232,21 @@ fn a_file_of_any_size_moves_through_little_memory() {
     assert_eq!(weigh("a")["bytes"]["origin"], json!(SIZE));
     assert_eq!(weigh("b")["bytes"]["remote"], json!(SIZE));
 }
+
+#[test]
+fn few_open_files_are_enough_for_many_files() {
+    if !can_mount() {
+        return;
+    }
+    let house = House::new();
+    fs::create_dir(house.path("many")).unwrap();
+    let content = |at: u64| Content::generated(at, 1000 + at);
+    for at in 0..300 {
+        house.write(&format!("many/{at}.bin"), content(at));
+    }
+    house.write("many/large.bin", Content::generated(1000, 40 << 20));
+    house.on("publisher").run(["put", "m@1", "many"]).ok();
+    let folder = house.on("a").run_after("ulimit -n 64", &["get", "m@1"]).path();
+    (0..300).for_each(|at| assert_same(&folder.join(format!("{at}.bin")), &content(at)));
+    assert_same(&folder.join("large.bin"), &Content::generated(1000, 40 << 20));
+}

@@ -119,6 +119,7 @@ fn open(dir: &Path, max_bytes: u64) -> Cache {
         dir: dir.to_owned(),
         shared: Sharing::Off,
         lower_dir: None,
+        write_mode: Default::default(),
         max_bytes: ByteBound::Bytes(max_bytes),
         min_free_bytes: ByteBound::Bytes(0),
         remote: None,

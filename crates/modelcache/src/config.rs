@@ -26,6 +26,8 @@ pub struct Config {
     pub shared: Sharing,
     /// A cache underneath that is only read, baked into an image for instance.
     pub lower_dir: Option<PathBuf>,
+    /// How files are written to disk.
+    pub write_mode: WriteMode,
     /// The far tier, if there is one.
     pub remote: Option<RemoteConfig>,
     /// How buckets are reached that `s3://` references name.
@@ -88,6 +90,18 @@ pub enum Sharing {
     Group,
     /// Everybody.
     World,
+}
+
+/// Whether files are written through the page cache or past it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WriteMode {
+    /// Through it where the file is read next and memory has room for it, else past it.
+    #[default]
+    Auto,
+    /// Through it.
+    Buffered,
+    /// Past it (O_DIRECT), large files only, and where the filesystem takes that.
+    Direct,
 }
 
 /// Where the remote is and how to reach it.

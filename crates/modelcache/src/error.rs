@@ -103,6 +103,7 @@ struct Inner {
     retry_after: Option<Duration>,
     transient: bool,
     superseded: bool,
+    throttled: bool,
     cause: Option<Arc<dyn std::error::Error + Send + Sync + 'static>>,
 }
 
@@ -118,6 +119,7 @@ impl Error {
             retry_after: None,
             transient: false,
             superseded: false,
+            throttled: false,
             cause: None,
         }))
     }
@@ -192,6 +194,18 @@ impl Error {
         self.0.retry_after = Some(wait);
         self.0.transient = true;
         self
+    }
+
+    /// Marks the failure as one of a server that is asked too much.
+    #[must_use]
+    pub(crate) fn throttled(mut self) -> Self {
+        self.0.throttled = true;
+        self
+    }
+
+    /// Whether the server is asked too much: fewer requests at once would help.
+    pub(crate) fn is_throttled(&self) -> bool {
+        self.0.throttled
     }
 
     /// Marks the failure as one of a source whose place holds something else by now: resolving again may help, the

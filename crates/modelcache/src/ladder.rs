@@ -272,6 +272,12 @@ impl LadderHasher {
         b.update(y);
     }
 
+    /// The hasher for the next `len` bytes, for whoever hashes them beside others; `None` where a boundary lies among
+    /// them.
+    pub(crate) fn within_part(&mut self, len: usize) -> Option<&mut PartHasher> {
+        (len <= self.left_in_part()).then_some(&mut self.hasher)
+    }
+
     /// Bytes to the next boundary, which is more than none; at a boundary, keeps the state first.
     fn left_in_part(&mut self) -> usize {
         let position = self.hasher.position();

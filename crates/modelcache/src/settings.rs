@@ -13,7 +13,7 @@ mod values;
 
 use crate::config::{
     Backfill, BucketConfig, ByteBound, Config, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown,
-    OriginTemplate, RemoteConfig, RemoteMode, RetryConfig, Secret, Sharing,
+    OriginTemplate, RemoteConfig, RemoteMode, RetryConfig, Secret, Sharing, WriteMode,
 };
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
@@ -145,6 +145,27 @@ pub const SETTINGS: &[Setting] = &[
         accepts: "a local directory that another run filled, or none",
         set: |given, draft| {
             draft.lower_dir = (given.text != "none").then(|| draft.expand_home(&given.text));
+            Ok(())
+        },
+    },
+    Setting {
+        key: "write_mode",
+        variable: Some("MODEL_CACHE_WRITE_MODE"),
+        flag: Some("write-mode"),
+        value_name: "auto|buffered|direct",
+        default: "`auto`",
+        meaning: "How files are written to disk. Through the page cache (`buffered`) a reader finds them in memory; past \
+                  it (`direct`) they push nothing else out of memory and count against no limit of a pod. `auto`: \
+                  `get` writes through it unless the fill takes more than half of the free memory, `prewarm` past it. \
+                  Files below 64 MiB, and those that nobody has a ladder of yet, are always buffered.",
+        accepts: "auto, buffered or direct",
+        set: |given, draft| {
+            draft.write_mode = match given.text.as_str() {
+                "auto" => WriteMode::Auto,
+                "buffered" => WriteMode::Buffered,
+                "direct" => WriteMode::Direct,
+                _ => return Err(Error::invalid("not one of them")),
+            };
             Ok(())
         },
     },
@@ -569,6 +590,7 @@ struct Draft {
     min_free_bytes: ByteBound,
     shared: Sharing,
     lower_dir: Option<PathBuf>,
+    write_mode: WriteMode,
     /// Rank, source and address of the best remote so far; the address is `None` where none is wanted.
     remote: Option<(usize, String, Option<String>)>,
     require_checksum: bool,
@@ -666,6 +688,7 @@ impl Draft {
             min_free_bytes: ByteBound::Percent(10),
             shared: Sharing::default(),
             lower_dir: None,
+            write_mode: WriteMode::default(),
             remote: None,
             require_checksum: false,
             on_remote_down: OnRemoteDown::default(),
@@ -719,6 +742,7 @@ impl Draft {
             min_free_bytes: self.min_free_bytes,
             shared: self.shared,
             lower_dir: self.lower_dir,
+            write_mode: self.write_mode,
             buckets: BucketConfig { options: options.clone(), environment: environment.clone() },
             remote: remote.map(|url| RemoteConfig { url, options, environment }),
             require_checksum: self.require_checksum,

@@ -10,7 +10,7 @@ use super::{Session, get};
 use crate::{exit, human, progress};
 use clap::Args;
 use futures::{StreamExt, stream};
-use modelcache::cache::{Artifact, GetOptions};
+use modelcache::cache::{Artifact, GetOptions, Purpose};
 use modelcache::progress::Progress;
 use modelcache::{Cache, Error, Reference, Result, Tier};
 use std::io::Read;
@@ -54,7 +54,8 @@ impl Prewarm {
     }
 
     async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<u8> {
-        let (output, options, started) = (session.output, self.choice.options()?, Instant::now());
+        let options = GetOptions { purpose: Purpose::Keep, ..self.choice.options()? };
+        let (output, started) = (session.output, Instant::now());
         let wanted = self.wanted().await?;
         let references: Vec<_> = wanted.iter().map(|wanted| wanted.reference.clone()).collect();
         let plan = cache.plan_prewarm(&references, &options).await?;

@@ -9,7 +9,7 @@ use super::flight::{Joined, Landed};
 use super::plan::FillPlan;
 use super::resolve::Wanted;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
-use crate::disk::{Lend, Lent, StagedFile, Staging, format_named, staged_name};
+use crate::disk::{Lend, Lent, Purpose, StagedFile, Staging, format_named, staged_name};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::manifest::Manifest;
@@ -85,9 +85,9 @@ impl Cache {
             let _phase = progress.enter(Phase::Lend, 0);
             self.0.disk.lend_in_passing(&key, &selection)?
         };
-        let reach = self.asking(options).reach;
+        let (reach, purpose) = (self.asking(options).reach, options.purpose);
         let (digest, origin, tagged, remote) = (reference.digest, None, None, None);
-        let wanted = Wanted { key, selection, digest, origin, reach, tagged, remote };
+        let wanted = Wanted { key, selection, digest, origin, reach, purpose, tagged, remote };
         let checked = self.require_checksums(&wanted, &lent.manifest);
         let got = checked.and_then(|()| artifact(&wanted, Landed::here(lent), progress));
         Some(got.map_err(|error| error.artifact(&wanted.key)))
@@ -170,7 +170,7 @@ impl Cache {
     async fn pour(&self, wanted: &Wanted, plan: &FillPlan, progress: &Progress) -> Result<Filled> {
         let (disk, key, selected) = (self.0.disk.clone(), wanted.key.clone(), plan.selected.clone());
         let staging = blocking(move || disk.begin_fill(&key, &selected)).await?;
-        let (poured, early) = match self.pour_missing(&staging, plan, progress).await {
+        let (poured, early) = match self.pour_missing(&staging, plan, wanted.purpose, progress).await {
             Ok(poured) => poured,
             Err(error) => {
                 // What was fetched is kept for the next fill, unless it is what fills the disk.
@@ -209,6 +209,7 @@ impl Cache {
         &self,
         staging: &Staging,
         plan: &FillPlan,
+        purpose: Purpose,
         progress: &Progress,
     ) -> Result<(Vec<Poured>, Option<Early>)> {
         let mut to_pour: BTreeMap<String, PourFile> = BTreeMap::new();
@@ -222,7 +223,7 @@ impl Cache {
         }
         let early = self.send_early(plan, &mut to_pour);
         let _phase = progress.enter(Phase::Pour, to_pour.values().map(|file| file.entry.size).sum());
-        Ok((self.0.pourer.pour(to_pour.into_values().collect(), progress).await?, early))
+        Ok((self.0.pourer.pour(to_pour.into_values().collect(), purpose, progress).await?, early))
     }
 
     async fn publish(&self, filled: Filled, progress: &Progress) -> Result<Lent> {

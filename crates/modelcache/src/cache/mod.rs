@@ -36,7 +36,7 @@ pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
 pub use crate::disk::{
     Destination, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Pin, PruneOptions,
-    PruneReport, PrunedArtifact,
+    PruneReport, PrunedArtifact, Purpose,
 };
 
 use crate::config::{Config, RemoteMode};
@@ -71,6 +71,7 @@ impl Cache {
     /// Opens the local directory, making it if need be. Asks no network.
     pub fn open(config: Config) -> Result<Self> {
         let retry = Retry::new(config.retry);
+        let pourer = Pourer::new(retry.clone(), config.write_mode);
         let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
         let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
         let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
@@ -78,7 +79,7 @@ impl Cache {
             RemoteMode::ReadWrite => remote,
             RemoteMode::ReadOnly => remote.map(Remote::read_only),
         };
-        let origins = Origins::new(config.hub.clone(), config.buckets.clone(), retry.clone())
+        let origins = Origins::new(config.hub.clone(), config.buckets.clone(), retry)
             .with_credentials(config.credentials.clone())
             .with_mlflow(config.mlflow.clone())
             .with_oci(config.oci.clone());
@@ -88,7 +89,7 @@ impl Cache {
             lower,
             remote,
             origins,
-            pourer: Pourer::new(retry),
+            pourer,
             flights: Flights::default(),
             start: Start::default(),
             backfills: Backfills::default(),

@@ -1,6 +1,6 @@
 //! What callers ask for and what they are told: options and reports of every verb.
 
-use crate::disk::{Holder, Lent, Link, Pin};
+use crate::disk::{Holder, Lent, Link, Pin, Purpose};
 use crate::error::Tier;
 use crate::format::Format;
 use crate::key::{ArtifactKey, FilePath, Version};
@@ -25,11 +25,14 @@ pub struct GetOptions {
     pub reach: Tier,
     /// Whether what is here already is read in full and compared with its digests before it is lent.
     pub verify: bool,
+    /// What for, if it has to be fetched: to be read here right after, or to be kept.
+    pub purpose: Purpose,
 }
 
 impl Default for GetOptions {
     fn default() -> Self {
-        Self { selection: Selection::default(), refresh: false, reach: Tier::Origin, verify: false }
+        let purpose = Purpose::default();
+        Self { selection: Selection::default(), refresh: false, reach: Tier::Origin, verify: false, purpose }
     }
 }
 

@@ -6,6 +6,7 @@ use super::pointer::{Answer, Tagged, Word};
 use super::{Cache, GetOptions};
 use crate::config::OriginTemplate;
 use crate::digest::Digest;
+use crate::disk::Purpose;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{Manifest, Shape};
@@ -56,6 +57,8 @@ pub(super) struct Wanted {
     pub(super) origin: Option<Arc<dyn Source>>,
     /// How far whoever fills it may reach.
     pub(super) reach: Tier,
+    /// What for.
+    pub(super) purpose: Purpose,
     /// The tag that led there.
     pub(super) tagged: Option<Tagged>,
     /// Its source on the remote, or why there is none, if the remote was asked on the way.
@@ -110,7 +113,8 @@ impl Cache {
         if let Some(tagged) = &tagged {
             self.check_tagged(&key, tagged).await?;
         }
-        Ok(Wanted { key, selection, digest: reference.digest, origin, reach: asking.reach, tagged, remote })
+        let (digest, reach, purpose) = (reference.digest, asking.reach, options.purpose);
+        Ok(Wanted { key, selection, digest, origin, reach, purpose, tagged, remote })
     }
 
     /// How a call asks, within what the configuration allows.

@@ -6,7 +6,7 @@
 
 use super::resolve::{Asking, Meaning, Wanted};
 use super::{Cache, GetOptions};
-use crate::disk::{Reading, Stored};
+use crate::disk::{Purpose, Reading, Stored};
 use crate::error::{Context, Error, Result, Tier};
 use crate::finding::{Finding, Problem, Verified};
 use crate::key::{ArtifactKey, FilePath};
@@ -313,7 +313,8 @@ impl Verification {
         let origin = self.cache.origin_of(key, reference).await;
         let selection = selection(findings);
         let reach = self.cache.asking(&GetOptions::default()).reach;
-        let wanted = Wanted { key: key.clone(), selection, digest: None, origin, reach, tagged: None, remote: None };
+        let (key, purpose) = (key.clone(), Purpose::Keep);
+        let wanted = Wanted { key, selection, digest: None, origin, reach, purpose, tagged: None, remote: None };
         // A progress of its own: the tiers that bytes came from are told by what it received.
         let fresh = Progress::new();
         let artifact = self.cache.get_resolved(&wanted, &fresh).await?;

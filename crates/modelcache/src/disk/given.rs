@@ -53,7 +53,8 @@ impl Copying {
         let part_size = part_size(given.size);
         let into = match target {
             Some(target) => {
-                let draft = Draft { path: target.to_owned(), size: given.size, part_size, in_order: true, git: false };
+                let path = target.to_owned();
+                let draft = Draft { path, size: given.size, part_size, in_order: true, git: false, direct: false };
                 Target::Staging(Box::new(StagedWriter::create(draft, None)?), target.to_owned())
             }
             None => Target::Nowhere(LadderHasher::new(part_size)),

@@ -31,6 +31,7 @@ mod lock;
 mod lower;
 mod materialize;
 mod memo;
+mod memory;
 mod modes;
 mod parts;
 mod pin;
@@ -41,6 +42,7 @@ mod source;
 mod staging;
 mod trust;
 mod verify;
+mod write_mode;
 mod writer;
 
 pub(crate) use budget::{Evicted, Usage};
@@ -65,7 +67,9 @@ pub(crate) use refs::RememberedRef;
 pub(crate) use source::DiskSource;
 pub(crate) use staging::Staging;
 pub(crate) use verify::{Reading, Stored};
-pub(crate) use writer::{ALIGNMENT, Draft, Hashed, StagedWriter};
+pub use write_mode::Purpose;
+pub(crate) use write_mode::goes_direct;
+pub(crate) use writer::{ALIGNMENT, Cursor, Draft, Hashed, StagedWriter};
 
 use crate::config::{ByteBound, Sharing};
 use crate::digest::{Digest, GitOid};

@@ -2,8 +2,11 @@
 //!
 //! With a ladder each part is hashed from its own rung, alone. Without one the file is hashed in order: a slice that
 //! arrives at the cursor is hashed while it is hot; one that arrives early is read back, from the page cache, when the
-//! cursor gets there. There is no second pass over the whole file. Large files with a ladder are written past the page
-//! cache (O_DIRECT) where the filesystem takes that.
+//! cursor gets there. There is no second pass over the whole file. Who writes decides whether that goes past the page
+//! cache (O_DIRECT); a filesystem that does not take it is written to as usual.
+//!
+//! Surprise: nothing here hashes by itself. Whoever writes takes the [`Cursor`] where the slice is next, and reads back
+//! what [lags behind](StagedWriter::behind), so that two files can be hashed side by side.
 
 use super::lock::FileLock;
 use super::parts::PartsJournal;
@@ -17,16 +20,14 @@ use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// What direct writes must be aligned to, in memory and in the file.
 pub(crate) const ALIGNMENT: usize = 4096;
-/// Files from this size on are written past the page cache, when they need not be read back.
-const DIRECT_BYTES_MIN: u64 = 64 << 20;
-
 /// What is to be written, and how it will be checked.
 #[derive(Debug, Clone)]
 pub(crate) struct Draft {
@@ -40,6 +41,8 @@ pub(crate) struct Draft {
     pub(crate) in_order: bool,
     /// Compute git's identity, too.
     pub(crate) git: bool,
+    /// Write past the page cache, where the filesystem takes that.
+    pub(crate) direct: bool,
 }
 
 /// A file in staging, open for writing.
@@ -64,6 +67,15 @@ struct InOrder {
     git: Option<sha1::Sha1>,
     /// Parts that are written whole and not yet hashed.
     waiting: BTreeSet<u64>,
+    /// Somebody reads back what waits.
+    is_caught_up_with: bool,
+}
+
+/// The place in a file that is hashed in order where the next bytes go. Nobody else hashes it meanwhile.
+#[derive(Debug)]
+pub(crate) struct Cursor<'a> {
+    order: MutexGuard<'a, InOrder>,
+    position: &'a AtomicU64,
 }
 
 impl std::fmt::Debug for InOrder {
@@ -132,8 +144,8 @@ impl StagedWriter {
     }
 
     fn over(draft: Draft, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Self {
-        let Draft { path, size, part_size, in_order, git } = draft;
-        let direct = (!in_order && size >= DIRECT_BYTES_MIN).then(|| open_direct(&path)).flatten();
+        let Draft { path, size, part_size, in_order, git, direct } = draft;
+        let direct = direct.then(|| open_direct(&path)).flatten();
         let git = git.then(|| {
             use sha1::Digest as _;
             sha1::Sha1::new_with_prefix(format!("blob {size}\0"))
@@ -148,7 +160,12 @@ impl StagedWriter {
             direct,
             direct_failed: AtomicBool::new(false),
             cursor: AtomicU64::new(if in_order { 0 } else { u64::MAX }),
-            order: Mutex::new(InOrder { hasher: LadderHasher::new(part_size), git, waiting: BTreeSet::new() }),
+            order: Mutex::new(InOrder {
+                hasher: LadderHasher::new(part_size),
+                git,
+                waiting: BTreeSet::new(),
+                is_caught_up_with: false,
+            }),
         }
     }
 
@@ -158,50 +175,56 @@ impl StagedWriter {
         super::files::remove_file(&super::parts::journal_of(path))
     }
 
-    /// Whether the part that an ended fill left in `range` is right: `hasher` stands before it, `holds` judges it after.
-    pub(crate) fn recheck(
-        &self,
-        range: std::ops::Range<u64>,
-        mut hasher: PartHasher,
-        holds: impl FnOnce(PartHasher) -> bool,
-    ) -> Result<bool> {
-        self.read_back(range, |bytes| hasher.update(bytes))?;
-        Ok(holds(hasher))
+    /// Reads back what was written at `offset`.
+    pub(crate) fn load(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        self.buffered.read_exact_at(into, offset).map_err(|cause| fault("read back", &self.path, cause))
     }
 
-    fn read_back(&self, range: std::ops::Range<u64>, mut take: impl FnMut(&[u8])) -> Result<()> {
-        let mut buffer = vec![0; usize::try_from((range.end - range.start).min(1 << 20)).unwrap_or(1 << 20)];
-        let mut at = range.start;
-        while at < range.end {
-            let want = buffer.len().min(usize::try_from(range.end - at).unwrap_or(usize::MAX));
-            let read = self.buffered.read_exact_at(&mut buffer[..want], at);
-            read.map_err(|cause| fault("read back", &self.path, cause))?;
-            take(&buffer[..want]);
-            at += want as u64;
-        }
-        Ok(())
+    /// Writes `slice` at `offset`. Direct writes need an aligned slice.
+    pub(crate) fn store(&self, offset: u64, slice: &[u8]) -> Result<()> {
+        self.write_bytes(offset, slice).map_err(|cause| fault("write", &self.path, cause))
     }
 
-    /// Writes `slice` at `offset`, and hashes it if it is next in order. Direct writes need an aligned slice.
+    /// Writes `slice` at `offset`, and hashes it if it is next in order.
     pub(crate) fn write(&self, offset: u64, slice: &[u8]) -> Result<()> {
-        self.write_bytes(offset, slice).map_err(|cause| fault("write", &self.path, cause))?;
-        if self.cursor.load(Ordering::Acquire) == offset {
-            let mut order = self.order();
-            if order.hasher.position() == offset {
-                order.take(slice);
-                self.cursor.store(order.hasher.position(), Ordering::Release);
-            }
+        self.store(offset, slice)?;
+        if let Some(mut cursor) = self.at_cursor(offset) {
+            cursor.update(slice);
+            cursor.advance(slice);
         }
         Ok(())
     }
 
     /// The same for a file that is written from its beginning to its end: `beside` takes the slice in the same pass.
     pub(crate) fn append(&self, offset: u64, slice: &[u8], beside: &mut PartHasher) -> Result<()> {
-        self.write_bytes(offset, slice).map_err(|cause| fault("write", &self.path, cause))?;
+        self.store(offset, slice)?;
         let mut order = self.order();
         order.hasher.update_beside(slice, beside);
         self.cursor.store(order.hasher.position(), Ordering::Release);
         Ok(())
+    }
+
+    /// Whether the bytes at `offset` are the next to be hashed in order.
+    pub(crate) fn is_next(&self, offset: u64) -> bool {
+        self.cursor.load(Ordering::Acquire) == offset
+    }
+
+    /// How far the file is hashed in order; [`u64::MAX`] when a ladder checks each part.
+    pub(crate) fn hashed_bytes(&self) -> u64 {
+        self.cursor.load(Ordering::Acquire)
+    }
+
+    /// The cursor, if it is at `offset` and nobody else is at work there.
+    pub(crate) fn at_cursor(&self, offset: u64) -> Option<Cursor<'_>> {
+        if !self.is_next(offset) {
+            return None;
+        }
+        let order = match self.order.try_lock() {
+            Ok(order) => order,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        (order.hasher.position() == offset).then_some(Cursor { order, position: &self.cursor })
     }
 
     fn write_bytes(&self, offset: u64, slice: &[u8]) -> io::Result<()> {
@@ -221,23 +244,31 @@ impl StagedWriter {
         self.buffered.write_all_at(tail, offset + whole_blocks as u64)
     }
 
-    /// A part is written whole, and checked if a ladder can: the journal says so. In order: hashes all that is next,
-    /// reading back what came early.
-    pub(crate) fn part_done(&self, part: u64) -> Result<()> {
+    /// A part is written whole, and checked if a ladder can: the journal says so. Whether the caller shall now see to
+    /// what lags [behind](Self::behind); until that ends, nobody else is told to.
+    pub(crate) fn part_done(&self, part: u64) -> Result<bool> {
         if let Some(parts) = &self.parts {
             parts.mark(part)?;
         }
-        if self.cursor.load(Ordering::Acquire) == u64::MAX {
-            return Ok(());
+        if self.hashed_bytes() == u64::MAX {
+            return Ok(false);
         }
         let mut order = self.order();
         order.waiting.insert(part);
-        while let Some(position) = order.next_waiting(self.part_size, self.size) {
-            let end = ((position / self.part_size + 1) * self.part_size).min(self.size);
-            self.read_back(position..end, |bytes| order.take(bytes))?;
-            self.cursor.store(end, Ordering::Release);
+        if order.is_caught_up_with || order.next_waiting(self.part_size, self.size).is_none() {
+            return Ok(false);
         }
-        Ok(())
+        order.is_caught_up_with = true;
+        Ok(true)
+    }
+
+    /// What is to be read back and hashed next, within one part; `None` when nothing lags behind any more.
+    pub(crate) fn behind(&self) -> Option<Range<u64>> {
+        let mut order = self.order();
+        let next = order.next_waiting(self.part_size, self.size);
+        order.is_caught_up_with = next.is_some();
+        let position = next?;
+        Some(position..((position / self.part_size + 1) * self.part_size).min(self.size))
     }
 
     /// The digests of a file that was hashed in order; all its parts are done.
@@ -273,15 +304,28 @@ impl StagedWriter {
     }
 }
 
-impl InOrder {
-    fn take(&mut self, bytes: &[u8]) {
-        self.hasher.update(bytes);
-        if let Some(git) = &mut self.git {
+impl Cursor<'_> {
+    /// The hasher for the next `len` bytes, if they all belong to one part.
+    pub(crate) fn hasher(&mut self, len: usize) -> Option<&mut PartHasher> {
+        self.order.hasher.within_part(len)
+    }
+
+    /// Hashes the next bytes, whatever parts they belong to.
+    pub(crate) fn update(&mut self, bytes: &[u8]) {
+        self.order.hasher.update(bytes);
+    }
+
+    /// The bytes were hashed: the cursor stands after them.
+    pub(crate) fn advance(mut self, bytes: &[u8]) {
+        if let Some(git) = &mut self.order.git {
             use sha1::Digest as _;
             git.update(bytes);
         }
+        self.position.store(self.order.hasher.position(), Ordering::Release);
     }
+}
 
+impl InOrder {
     /// Where to go on, if the part at the cursor is written whole. Parts passed meanwhile are forgotten.
     fn next_waiting(&mut self, part_size: u64, size: u64) -> Option<u64> {
         let position = Some(self.hasher.position()).filter(|position| *position < size)?;
@@ -319,7 +363,7 @@ mod tests {
             let content: Vec<u8> = (0..len).map(|at| (at as u64 ^ seed).wrapping_mul(0x9e37_79b9) as u8).collect();
             let folder = tempfile::tempdir().expect("folder");
             let path = folder.path().join("f");
-            let draft = Draft { path, size: len as u64, part_size: 1024, in_order: true, git: true };
+            let draft = Draft { path, size: len as u64, part_size: 1024, in_order: true, git: true, direct: false };
             let writer = StagedWriter::create(draft, None).expect("creates");
             let mut parts: Vec<usize> = (0..len.div_ceil(1024)).collect();
             parts.sort_by_key(|part| (*part as u64 ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -328,7 +372,15 @@ mod tests {
                 let (first, second) = bytes.split_at(bytes.len() / 2);
                 writer.write(part as u64 * 1024, first).expect("writes");
                 writer.write((part * 1024 + first.len()) as u64, second).expect("writes");
-                writer.part_done(part as u64).expect("hashes");
+                if writer.part_done(part as u64).expect("marks") {
+                    while let Some(range) = writer.behind() {
+                        let mut bytes = vec![0; (range.end - range.start) as usize];
+                        writer.load(range.start, &mut bytes).expect("reads back");
+                        let mut cursor = writer.at_cursor(range.start).expect("nobody else is there");
+                        cursor.update(&bytes);
+                        cursor.advance(&bytes);
+                    }
+                }
             }
             let hashed = writer.hashed();
             prop_assert_eq!(hashed.sha256, Digest::of(&content));
@@ -340,5 +392,27 @@ mod tests {
             writer.seal().expect("seals");
             prop_assert_eq!(fs::read(folder.path().join("f")).expect("reads"), content);
         }
+    }
+    #[test]
+    fn what_is_written_past_the_page_cache_is_what_was_given() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("folder");
+        let path = folder.path().join("f");
+        let content: Vec<u8> = (0..3 * ALIGNMENT + 77).map(|at| (at % 251) as u8).collect();
+        let size = content.len() as u64;
+        let draft = Draft { path: path.clone(), size, part_size: 1 << 20, in_order: false, git: false, direct: true };
+        let writer = StagedWriter::create(draft, None).expect("creates");
+        assert_eq!(writer.direct.is_some(), open_direct(&path).is_some(), "where the filesystem takes it");
+        // An address that no direct write takes: it falls back.
+        for skew in [0, 1] {
+            let mut memory = vec![0; content.len() + 2 * ALIGNMENT];
+            let start = memory.as_ptr().align_offset(ALIGNMENT) + skew;
+            memory[start..start + content.len()].copy_from_slice(&content);
+            writer.store(0, &memory[start..start + content.len()]).expect("writes");
+            let mut back = vec![0; content.len()];
+            writer.load(0, &mut back).expect("reads back");
+            assert_eq!(back, content);
+        }
+        writer.seal().expect("seals");
+        assert_eq!(fs::read(path).expect("reads"), content);
     }
 }

@@ -422,6 +422,7 @@ impl Refusal {
             StatusCode::NOT_FOUND | StatusCode::GONE => Error::not_found(what),
             _ => Error::unavailable(what).transient(false),
         };
+        let error = if matches!(self.status.as_u16(), 429 | 503) { error.throttled() } else { error };
         match self.wait {
             Some(wait) if error.is_transient() => error.retry_after(wait),
             _ => error,

@@ -140,6 +140,7 @@ fn from_refusal(refusal: &Refusal, doing: &str, at: &Whereabouts) -> Error {
 }
 
 fn waiting(error: Error, refusal: &Refusal) -> Error {
+    let error = if matches!(refusal.status, 429 | 503) { error.throttled() } else { error };
     match refusal.retry_after {
         Some(wait) => error.retry_after(wait),
         None => error,

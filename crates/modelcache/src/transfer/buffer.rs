@@ -1,15 +1,24 @@
 //! One pool of page-aligned buffers for all fills: the bound on what a pour may hold in memory.
+//!
+//! There are [`BUFFERS_MAX`] of them and never more: who needs one when all are in use waits, while what comes waits in
+//! the kernel. Nobody waits for a second one while holding a first, so that waiting always ends.
 
 use crate::disk::ALIGNMENT;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bytes that are received, hashed and written at a time.
-pub(crate) const SLICE_BYTES: usize = 1 << 20;
+pub(crate) const SLICE_BYTES: usize = 512 << 10;
+/// All there are: 24 MiB.
+const BUFFERS_MAX: usize = 48;
 
 /// Buffers that were used before, to be used again.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct BufferPool(Arc<Mutex<Vec<Vec<u8>>>>);
+#[derive(Debug, Clone)]
+pub(crate) struct BufferPool {
+    idle: Arc<Mutex<Vec<Vec<u8>>>>,
+    left: Arc<Semaphore>,
+}
 
 /// A buffer of [`SLICE_BYTES`] whose memory starts at a multiple of [`ALIGNMENT`].
 #[derive(Debug)]
@@ -17,16 +26,41 @@ pub(crate) struct Buffer {
     storage: Vec<u8>,
     start: usize,
     len: usize,
-    pool: BufferPool,
+    idle: Arc<Mutex<Vec<Vec<u8>>>>,
+    /// `None` where the pool was closed, which it never is.
+    _taken: Option<OwnedSemaphorePermit>,
+}
+
+impl Default for BufferPool {
+    fn default() -> Self {
+        Self { idle: Arc::default(), left: Arc::new(Semaphore::new(BUFFERS_MAX)) }
+    }
 }
 
 impl BufferPool {
-    /// An empty buffer.
-    pub(crate) fn take(&self) -> Buffer {
-        let reused = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    /// An empty buffer, as soon as there is one.
+    pub(crate) async fn take(&self) -> Buffer {
+        self.buffer(self.left.clone().acquire_owned().await.ok())
+    }
+
+    /// A second buffer for who has one with the workers, if so few are in use that nobody will miss it.
+    pub(crate) fn spare(&self) -> Option<Buffer> {
+        if self.is_tight() {
+            return None;
+        }
+        Some(self.buffer(Some(self.left.clone().try_acquire_owned().ok()?)))
+    }
+
+    /// Whether second buffers should be given back.
+    pub(crate) fn is_tight(&self) -> bool {
+        self.left.available_permits() <= BUFFERS_MAX / 2
+    }
+
+    fn buffer(&self, taken: Option<OwnedSemaphorePermit>) -> Buffer {
+        let reused = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let storage = reused.unwrap_or_else(|| vec![0; SLICE_BYTES + ALIGNMENT]);
         let start = storage.as_ptr().align_offset(ALIGNMENT);
-        Buffer { storage, start, len: 0, pool: self.clone() }
+        Buffer { storage, start, len: 0, idle: self.idle.clone(), _taken: taken }
     }
 }
 
@@ -38,6 +72,12 @@ impl Buffer {
         self.storage[at..at + take].copy_from_slice(&bytes[..take]);
         self.len += take;
         take
+    }
+
+    /// Room for `len` bytes (at most [`SLICE_BYTES`]), to be written into; what was there is forgotten.
+    pub(crate) fn room(&mut self, len: usize) -> &mut [u8] {
+        self.len = len.min(SLICE_BYTES);
+        &mut self.storage[self.start..self.start + self.len]
     }
 
     /// Forgets what it holds.
@@ -57,7 +97,7 @@ impl Deref for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let storage = std::mem::take(&mut self.storage);
-        self.pool.0.lock().unwrap_or_else(PoisonError::into_inner).push(storage);
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(storage);
     }
 }
 
@@ -69,12 +109,26 @@ mod tests {
     fn buffers_are_aligned_bounded_and_used_again() {
         let pool = BufferPool::default();
         for _ in 0..2 {
-            let mut buffer = pool.take();
+            let mut buffer = pool.spare().expect("there is one");
             assert_eq!(buffer.as_ptr() as usize % ALIGNMENT, 0);
             assert_eq!(buffer.fill(&[7; 10], 4), 4);
             assert_eq!(buffer.fill(&vec![8; 2 * SLICE_BYTES], usize::MAX), SLICE_BYTES - 4);
             assert_eq!((&buffer[..4], buffer.len()), (&[7; 4][..], SLICE_BYTES));
         }
-        assert_eq!(pool.0.lock().expect("lock").len(), 1);
+        assert_eq!(pool.idle.lock().expect("lock").len(), 1);
+    }
+
+    #[tokio::test]
+    async fn there_are_so_many_and_no_more() {
+        let pool = BufferPool::default();
+        let mut all: Vec<_> = std::iter::from_fn(|| pool.spare()).take(2 * BUFFERS_MAX).collect();
+        assert_eq!(all.len(), BUFFERS_MAX / 2, "the other half is for first buffers");
+        for _ in 0..BUFFERS_MAX / 2 {
+            all.push(pool.take().await);
+        }
+        let mut waits = Box::pin(pool.take());
+        assert!(futures::poll!(&mut waits).is_pending());
+        all.pop();
+        waits.await;
     }
 }

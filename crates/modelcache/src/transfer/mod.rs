@@ -1,11 +1,17 @@
 //! Moving bytes: trying again, and pouring sources into staging.
 
 mod buffer;
+mod engine;
+mod hedge;
+mod limiter;
+mod order;
 mod pace;
+mod part;
 mod pour;
 mod retry;
 mod sink;
 mod tidy;
+mod workers;
 
 pub(crate) use pace::Pace;
 pub(crate) use pour::{PourFile, Poured, Pourer, blocking};

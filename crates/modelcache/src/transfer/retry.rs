@@ -74,6 +74,16 @@ impl Retry {
         Attempts { retry: self.clone(), first_failure: None, failures: 0 }
     }
 
+    /// Whether a request may be sent beside one that is under way, for the same bytes; it costs what a retry does.
+    pub(crate) fn may_hedge(&self) -> bool {
+        self.pay()
+    }
+
+    fn pay(&self) -> bool {
+        let pay = |tokens: i64| (tokens >= RETRY_COST).then_some(tokens - RETRY_COST);
+        self.tokens.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay).is_ok()
+    }
+
     /// Whether it is time to say again what is waited for: many requests meet with the same trouble.
     fn may_tell(&self) -> bool {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
@@ -130,9 +140,7 @@ impl Attempts {
             return None;
         }
         self.failures += 1;
-        let pay = |tokens: i64| (tokens >= RETRY_COST).then_some(tokens - RETRY_COST);
-        self.retry.tokens.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay).ok()?;
-        Some(wait)
+        self.retry.pay().then_some(wait)
     }
 }
 

@@ -31,6 +31,7 @@ impl House {
             min_free_bytes: ByteBound::Bytes(0),
             shared: Sharing::Off,
             lower_dir: None,
+            write_mode: Default::default(),
             remote: None,
             buckets: BucketConfig::default(),
             require_checksum: false,

@@ -1,0 +1,105 @@
+//! How much memory is left for the page cache: of the machine, or of the control group that the process is in.
+//!
+//! Pages that a group's files take count against its limit and are given up when others are needed: those that were not
+//! used lately count as free here. What cannot be read counts as no limit.
+//! Sources: Linux `Documentation/filesystems/proc.rst` (MemAvailable), `Documentation/admin-guide/cgroup-v2.rst` and
+//! `cgroup-v1/memory.rst`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Bytes that may still be taken before something else has to give way; `None` where nobody tells.
+pub(super) fn free_bytes() -> Option<u64> {
+    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available(&text));
+    let group =
+        fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| group_free(&text, Path::new("/sys/fs/cgroup")));
+    [machine, group].into_iter().flatten().min()
+}
+
+/// `MemAvailable` of `/proc/meminfo`, in bytes.
+fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+}
+
+/// What the process's group and those above it leave, the least of them.
+fn group_free(cgroup: &str, mount: &Path) -> Option<u64> {
+    cgroup.lines().filter_map(|line| hierarchy_free(line, mount)).min()
+}
+
+/// The same for one line of `/proc/self/cgroup`: `number:controllers:path`.
+fn hierarchy_free(line: &str, mount: &Path) -> Option<u64> {
+    let mut fields = line.splitn(3, ':').skip(1);
+    let (controllers, path) = (fields.next()?, fields.next()?);
+    let (root, limit, usage) = match controllers {
+        "" => (mount.to_owned(), "memory.max", "memory.current"),
+        _ if controllers.split(',').any(|name| name == "memory") => {
+            (mount.join("memory"), "memory.limit_in_bytes", "memory.usage_in_bytes")
+        }
+        _ => return None,
+    };
+    // Inside a container the path may be the one outside; its own group is then the root that it sees.
+    let group = root.join(path.trim_start_matches('/'));
+    let groups = group.ancestors().take_while(|folder| folder.starts_with(&root)).map(Path::to_owned);
+    let left = |folder: PathBuf| {
+        let limit = number(&folder.join(limit))?;
+        let used = number(&folder.join(usage))?.saturating_sub(idle_cache(&folder));
+        Some(limit.saturating_sub(used))
+    };
+    groups.filter_map(left).min()
+}
+
+/// A file that holds one number; `max` is none.
+fn number(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// Bytes of files that the group holds in memory and has not used lately.
+fn idle_cache(folder: &Path) -> u64 {
+    let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+    let value = |name: &str| stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
+    value("total_inactive_file ").or_else(|| value("inactive_file ")).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(folder: &Path, name: &str, text: &str) {
+        fs::create_dir_all(folder).expect("folder");
+        fs::write(folder.join(name), text).expect("writes");
+    }
+
+    #[test]
+    fn the_machine_tells_what_is_available() {
+        assert_eq!(available("MemTotal:  9 kB\nMemAvailable:   2048 kB\n"), Some(2 << 20));
+        assert_eq!(available("MemTotal: 9 kB\n"), None);
+        assert!(free_bytes().is_none_or(|bytes| bytes > 0));
+    }
+
+    #[test]
+    fn the_tightest_group_above_counts_and_idle_cache_is_free() {
+        let folder = tempfile::tempdir().expect("folder");
+        let mount = folder.path();
+        let pod = mount.join("kubepods/pod1");
+        write(&pod, "memory.max", "1000\n");
+        write(&pod, "memory.current", "900\n");
+        write(&pod, "memory.stat", "anon 100\ninactive_file 300\nactive_file 200\n");
+        write(&pod.join("main"), "memory.max", "max\n");
+        assert_eq!(group_free("0::/kubepods/pod1/main\n", mount), Some(400));
+        assert_eq!(group_free("0::/elsewhere\n", mount), None, "no limit there");
+        write(mount, "memory.max", "500");
+        write(mount, "memory.current", "450");
+        assert_eq!(group_free("0::/elsewhere\n", mount), Some(50), "the group that a container sees as its root");
+    }
+
+    #[test]
+    fn old_groups_tell_it_in_other_files() {
+        let folder = tempfile::tempdir().expect("folder");
+        let group = folder.path().join("memory/docker/x");
+        write(&group, "memory.limit_in_bytes", "1000");
+        write(&group, "memory.usage_in_bytes", "700");
+        write(&group, "memory.stat", "inactive_file 1\ntotal_inactive_file 500\n");
+        assert_eq!(group_free("4:cpu,cpuacct:/docker/x\n3:memory:/docker/x\n0::/y\n", folder.path()), Some(800));
+    }
+}
