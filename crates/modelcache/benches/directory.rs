@@ -68,6 +68,7 @@ fn open(dir: &Path) -> Cache {
         lower_dir: None,
         max_bytes: ByteBound::Bytes(1 << 40),
         min_free_bytes: ByteBound::Bytes(0),
+        durable: Default::default(),
         remote: None,
         buckets: Default::default(),
         require_checksum: false,

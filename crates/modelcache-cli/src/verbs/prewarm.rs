@@ -54,7 +54,8 @@ impl Prewarm {
     }
 
     async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<u8> {
-        let (output, options, started) = (session.output, self.choice.options()?, Instant::now());
+        let options = GetOptions { durable: true, ..self.choice.options()? };
+        let (output, started) = (session.output, Instant::now());
         let wanted = self.wanted().await?;
         let references: Vec<_> = wanted.iter().map(|wanted| wanted.reference.clone()).collect();
         let plan = cache.plan_prewarm(&references, &options).await?;

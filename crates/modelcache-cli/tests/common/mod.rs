@@ -89,6 +89,8 @@ impl House {
             .env("MODEL_CACHE_DIR", self.path(dir))
             .env("MODEL_CACHE_MAX_BYTES", "1GB")
             .env("MODEL_CACHE_MIN_FREE_BYTES", "0")
+            // So that nothing is at work in the directory when a command has ended; see tests/durability.rs.
+            .env("MODEL_CACHE_DURABLE", "1")
             .env("MODEL_CACHE_RETRY_DEADLINE", "3s")
             .env("MODEL_CACHE_READ_TIMEOUT", "1s")
             .env("HF_ENDPOINT", self.hub.url())

@@ -2,7 +2,8 @@
 //!
 //! Each step is one call; what a step decides stands in its own file. Absence is a value on the way down and becomes an
 //! error only here. Steps 4 to 7 are a flight: they go on for whoever else waits when a caller is dropped. Whenever they
-//! end, nothing is half-made: staging is private until published, and the next fill goes on with it.
+//! end, nothing is half-made: staging is private until published, and the next fill goes on with it. Nobody waits for
+//! the disk who did not ask to: see `durable.rs`.
 
 use super::backfill::ToBackfill;
 use super::flight::{Joined, Landed};
@@ -71,6 +72,7 @@ impl Cache {
             None => self.board(wanted, progress).await?,
         };
         self.require_checksums(wanted, &landed.lent.manifest)?;
+        self.durably(wanted, &landed.lent).await?;
         artifact(wanted, landed, progress)
     }
 
@@ -91,6 +93,7 @@ impl Cache {
         // Before anything is published: whoever dies from here on has said what the remote still lacks.
         let to_backfill = self.intend(&wanted.key, to_backfill).await;
         let lent = self.publish(filled, progress).await?;
+        self.was_published();
         let to_backfill = self.intend_again(&wanted.key, to_backfill).await;
         drop(lead);
         let landed = Landed { fetched_bytes, ..Landed::here(lent) };

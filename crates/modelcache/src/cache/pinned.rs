@@ -35,7 +35,7 @@ impl Cache {
         let Meaning { key, origin, tagged, remote, .. } = meaning;
         let selection = reference.file.clone().map_or_else(Selection::all, Selection::file);
         let reach = asking.reach;
-        let wanted = Wanted { key, selection, digest: reference.digest, origin, reach, tagged, remote };
+        let wanted = Wanted { key, selection, digest: reference.digest, origin, reach, tagged, remote, durable: false };
         let (known_by, manifest) = match (self.known_list(&wanted).await, &reference.target) {
             (Some((tier, manifest)), _) => (Some(tier), Some(manifest)),
             // Nothing but a list somewhere says that there is such a version.

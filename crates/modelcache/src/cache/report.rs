@@ -25,11 +25,13 @@ pub struct GetOptions {
     pub reach: Tier,
     /// Whether what is here already is read in full and compared with its digests before it is lent.
     pub verify: bool,
+    /// Whether to wait until what is lent survives a power cut.
+    pub durable: bool,
 }
 
 impl Default for GetOptions {
     fn default() -> Self {
-        Self { selection: Selection::default(), refresh: false, reach: Tier::Origin, verify: false }
+        Self { selection: Selection::default(), refresh: false, reach: Tier::Origin, verify: false, durable: false }
     }
 }
 

@@ -60,6 +60,8 @@ pub(super) struct Wanted {
     pub(super) tagged: Option<Tagged>,
     /// Its source on the remote, or why there is none, if the remote was asked on the way.
     pub(super) remote: Option<Result<Arc<RemoteSource>>>,
+    /// Whether the caller waits until it survives a power cut.
+    pub(super) durable: bool,
 }
 
 impl Asking {
@@ -110,7 +112,16 @@ impl Cache {
         if let Some(tagged) = &tagged {
             self.check_tagged(&key, tagged).await?;
         }
-        Ok(Wanted { key, selection, digest: reference.digest, origin, reach: asking.reach, tagged, remote })
+        Ok(Wanted {
+            key,
+            selection,
+            digest: reference.digest,
+            origin,
+            reach: asking.reach,
+            tagged,
+            remote,
+            durable: options.durable,
+        })
     }
 
     /// How a call asks, within what the configuration allows.

@@ -316,7 +316,16 @@ impl Verification {
         let origin = self.cache.origin_of(key, reference).await;
         let selection = selection(findings)?;
         let reach = self.cache.asking(&GetOptions::default()).reach;
-        let wanted = Wanted { key: key.clone(), selection, digest: None, origin, reach, tagged: None, remote: None };
+        let wanted = Wanted {
+            key: key.clone(),
+            selection,
+            digest: None,
+            origin,
+            reach,
+            tagged: None,
+            remote: None,
+            durable: false,
+        };
         // A progress of its own: the tiers that bytes came from are told by what it received.
         let fresh = Progress::new();
         let artifact = self.cache.get_resolved(&wanted, &fresh).await?;

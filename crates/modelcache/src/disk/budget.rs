@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -358,7 +359,8 @@ impl BudgetHold<'_> {
                 })?;
             }
             let manifests = self.disk.scan()?.into_iter().filter_map(|artifact| artifact.manifest);
-            for identity in manifests.flat_map(|manifest| manifest.files.into_values()).filter_map(|e| e.on_disk()) {
+            let entries = manifests.flat_map(|manifest| manifest.files.into_values());
+            for identity in entries.filter_map(|entry| entry.recorded_on_disk()) {
                 *links.entry(identity.inode).or_default() += 1;
             }
             self.own_links = Some(links);
@@ -391,7 +393,7 @@ impl BudgetHold<'_> {
     /// they are not as recorded nobody knows whether they were counted.
     fn take_off_copies(&mut self, dir: &ArtifactDir, manifest: Option<&Manifest>) -> Result<u64> {
         let entries = || manifest.iter().flat_map(|manifest| manifest.files.values());
-        let recorded: HashSet<FileIdentity> = entries().filter_map(FileEntry::on_disk).collect();
+        let recorded: HashSet<FileIdentity> = entries().filter_map(FileEntry::recorded_on_disk).collect();
         let mut blobs = HashSet::new();
         for digest in entries().filter_map(|entry| entry.sha256) {
             blobs.extend(files::stat(&self.disk.layout().blob(&digest))?.map(|metadata| metadata.ino()));
@@ -437,6 +439,7 @@ impl BudgetHold<'_> {
         for folder in [self.disk.layout().stagings(), self.disk.layout().locks(), self.disk.layout().blobs()] {
             self.disk.drop_old_temporaries(&folder)?;
         }
+        self.disk.drop_dead_writers()?;
         for artifact in self.disk.scan()? {
             self.disk.drop_old_temporaries(artifact.dir.path())?;
             self.sweep_views(&artifact)?;
@@ -569,7 +572,9 @@ fn held_too_long(path: &Path) -> Error {
     .hint("see whether that process is stopped; the lock falls when it ends")
 }
 
-/// The kernel's name for this boot; the record of another boot is not trusted.
-fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()).unwrap_or_default()
+/// The kernel's name for this boot; the record of another boot is not trusted. Empty where it does not tell.
+pub(super) fn boot_id() -> String {
+    static BOOT_ID: OnceLock<String> = OnceLock::new();
+    let read = || std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned());
+    BOOT_ID.get_or_init(|| read().unwrap_or_default()).clone()
 }

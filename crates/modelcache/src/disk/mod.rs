@@ -13,6 +13,7 @@
 mod budget;
 mod clone;
 mod doctor;
+mod duties;
 mod fault;
 mod files;
 mod fit;
@@ -35,6 +36,7 @@ mod publish;
 mod refs;
 mod source;
 mod staging;
+mod sync;
 mod trust;
 mod verify;
 mod writer;
@@ -42,6 +44,7 @@ mod writer;
 pub(crate) use budget::{Evicted, Usage};
 pub use clone::Link;
 pub(crate) use doctor::examine;
+pub use duties::HandOver;
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
 pub(crate) use fit::content_name;
@@ -69,6 +72,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, ArtifactName};
 use crate::limits;
 use crate::manifest::Manifest;
+use duties::Duties;
 use fault::At;
 use memo::Memo;
 use std::collections::BTreeMap;
@@ -99,6 +103,8 @@ struct Inner {
     locks_are_honest: bool,
     /// Manifests read before.
     memo: Memo,
+    /// What this process has still to make durable.
+    duties: Duties,
 }
 
 /// One artifact's folder, as a scan found it.
@@ -144,8 +150,18 @@ impl Disk {
         if !locks_are_honest {
             tracing::warn!(path = %layout.root().display(), "file locks do not exclude on this filesystem: bytes may be fetched twice, and only what has long been idle is evicted for space");
         }
-        let memo = Memo::default();
-        Ok(Self(Arc::new(Inner { layout, max_bytes, min_free_bytes, unwritable, locks_are_honest, memo })))
+        let (memo, duties) = (Memo::default(), Duties::default());
+        Ok(Self(Arc::new(Inner { layout, max_bytes, min_free_bytes, unwritable, locks_are_honest, memo, duties })))
+    }
+
+    /// Opens a directory that is there already, to change what it holds and to fetch nothing.
+    pub(crate) fn open_present(root: &Path) -> Result<Self> {
+        if files::stat(&Layout::new(root.to_owned()).format())?.is_none() {
+            return Err(Error::new(ErrorKind::Directory, format!("{} is no cache directory", root.display()))
+                .tier(Tier::Disk)
+                .hint("point MODEL_CACHE_DIR to one"));
+        }
+        Self::open(root, ByteBound::Percent(100), ByteBound::Bytes(0), Sharing::Off)
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -323,7 +339,7 @@ fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
     }
     modes::make_top_dir(root, sharing)?;
     let folders = [layout.blobs(), layout.artifacts(), layout.stagings(), layout.quarantine(), layout.locks()];
-    for folder in folders.iter().chain(&[layout.refs(), layout.lower_records(), layout.intents()]) {
+    for folder in folders.iter().chain(&[layout.refs(), layout.lower_records(), layout.intents(), layout.unsynced()]) {
         modes::make_top_dir(folder, sharing)?;
     }
     write_new(&layout.cache_tag(), CACHE_TAG)?;
@@ -343,7 +359,10 @@ fn write_new(path: &Path, content: &str) -> Result<()> {
         }
         made => made,
     };
-    file.at("make", path)?.write_all(content.as_bytes()).at("write", path)
+    let mut file = file.at("make", path)?;
+    file.write_all(content.as_bytes()).at("write", path)?;
+    // Torn by a power cut it would be somebody else's directory.
+    file.sync_all().at("make durable", path)
 }
 
 /// Refuses a directory that a newer release made.

@@ -320,7 +320,7 @@ fn proven(file: &PourFile, hashed: Hashed) -> Result<FileEntry> {
 }
 
 impl PartTask {
-    /// Fetches every part, proves the whole, makes it durable.
+    /// Fetches every part, proves the whole.
     async fn prove(self, one_stream: bool) -> Result<(FileEntry, FileIdentity), Trouble> {
         self.all_parts(one_stream).await?;
         let Self { writer, ladder, file, .. } = self;
