@@ -277,6 +277,16 @@ impl Run {
         Outcome::new(script.to_owned(), assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap())
     }
 
+    /// A shell script in this run's environment.
+    #[track_caller]
+    pub fn shell(self, script: &str) -> Outcome {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-euc", script]).stdin(Stdio::null()).env_clear();
+        command.envs(self.0.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.current_dir(self.0.get_current_dir().unwrap());
+        Outcome::new(script.to_owned(), assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap())
+    }
+
     /// Starts it and comes back at once.
     pub fn start<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Running {
         self.0.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
