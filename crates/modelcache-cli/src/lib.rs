@@ -32,6 +32,9 @@ const WORKERS_MAX: usize = 32;
 /// How long an interrupted command waits for its threads to put their files away.
 const PUT_AWAY: Duration = Duration::from_secs(1);
 
+/// How long a command that is over waits until the remote has taken back what had begun there in vain.
+pub(crate) const TAKEN_BACK: Duration = Duration::from_secs(3);
+
 /// Runs the command line `args` (the program's name first) and gives its exit code.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
@@ -82,6 +85,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         Err(signal) => signal.exit_code(),
     };
     runtime.block_on(session.write_metrics(arguments.verb.name(), code));
+    runtime.block_on(modelcache::transfer::tidied(TAKEN_BACK));
     match ended {
         Ok(outcome) => {
             runtime.shutdown_background();

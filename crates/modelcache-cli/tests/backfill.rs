@@ -97,7 +97,7 @@ fn a_killed_upload_is_completed_by_the_next_run_that_fetches_something() {
         let struck = house.s3.faults().add(held);
         let run = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "10m");
         let get = run.start(["get", REF, "--backfill", mode]);
-        wait_until("the upload is under way", || struck.count() > 0);
+        wait_until("the upload is under way", || struck.count() > 0 && !house.listed("a").is_empty());
         get.signal("KILL");
         get.wait();
         house.s3.faults().clear();

@@ -298,6 +298,7 @@ fn locks_that_lie_are_a_warning() {
 fn action(seen: &Seen) -> &'static str {
     match (seen.method.as_str(), seen.query.as_str()) {
         ("GET", query) if query.contains("list-type=2") => "s3:ListBucket",
+        ("GET", query) if query.starts_with("uploads") => "s3:ListBucketMultipartUploads",
         ("GET" | "HEAD", query) if !query.contains("uploadId") => "s3:GetObject",
         ("DELETE", query) if query.contains("uploadId") => "s3:AbortMultipartUpload",
         ("DELETE", _) => "s3:DeleteObject",

@@ -125,18 +125,20 @@ fn to_the_remote_only_needs_no_room_here() {
 }
 
 #[test]
-fn a_file_that_changes_between_hashing_and_sending_is_refused() {
+fn a_small_file_that_changes_between_hashing_and_sending_is_refused() {
     let house = House::new();
-    let file = house.write("big.bin", big());
+    // Larger ones are sent while they are hashed.
+    let content = Content::generated(5, MIB);
+    let file = house.write("small.bin", content.clone());
     let struck = house.s3.faults().add(S3Fault::delay(Duration::from_secs(2)).method("PUT").on("claim").once());
     let run = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "30s");
     let putting = run.start(["put", "m@1", file.to_str().unwrap(), "--tier", "remote"]);
     wait_until("it is hashed", || struck.count() > 0);
-    let mut content = big().to_vec().unwrap();
+    let mut content = content.to_vec().unwrap();
     content[5] ^= 1;
     fs::write(&file, content).unwrap();
     putting.wait().failed(5, &["changed before it was sent", "put it again when nothing writes to it"]);
-    assert!(!house.s3.keys(BUCKET).iter().any(|key| key.ends_with("manifest.json") || key.ends_with("big.bin")));
+    assert!(!house.s3.keys(BUCKET).iter().any(|key| key.ends_with("manifest.json") || key.ends_with("small.bin")));
 }
 
 #[test]

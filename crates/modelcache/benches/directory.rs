@@ -1,7 +1,8 @@
-//! What a hit costs in process, in a directory of one artifact and in one of ten thousand.
+//! What a hit and an eviction cost in process, in a directory of one artifact and in one of a hundred thousand.
 //!
 //! `cargo bench --bench directory [-- --quick]` prints a line a row, cells split by `|`; `cargo xtask bench` makes them
-//! part of its table. A hit is a `get` with all that belongs to it: lease, one stat a file, last use.
+//! part of its table. A hit is a `get` with all that belongs to it: lease, one stat a file, last use. An eviction is a
+//! `get` of a small file from a folder, at a full budget: something has to go for it, and all is synced.
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
 use modelcache::cache::GetOptions;
@@ -15,44 +16,96 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+
+const BUDGET_BYTES: u64 = 1 << 40;
+/// Artifacts that share the small files beside the model, as the versions of a model do.
+const VERSIONS: usize = 100;
 
 fn main() {
     let quick = std::env::args().any(|argument| argument == "--quick");
-    let (gets, artifacts) = if quick { (500, 500) } else { (20_000, 10_000) };
+    let (gets, evictions, most) = if quick { (2_000, 10, 10_000) } else { (20_000, 50, 100_000) };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    for count in [1, artifacts] {
+    for count in [1, 100, 10_000, 100_000].into_iter().filter(|count| *count <= most) {
         let folder = tempfile::tempdir().unwrap();
-        drop(open(folder.path()));
-        (0..count).for_each(|number| publish(folder.path(), number));
-        let started = Instant::now();
-        let cache = open(folder.path());
-        runtime.block_on(get(&cache, 0));
-        let first = started.elapsed();
-        // Makes the lock files, which a fill would have made.
-        runtime.block_on(async {
-            for number in 0..count {
-                get(&cache, number).await;
-            }
-        });
-        let mut times: Vec<Duration> = runtime.block_on(async {
-            let mut times = Vec::with_capacity(gets);
-            for number in 0..gets {
-                let started = Instant::now();
-                get(&cache, number % count).await;
-                times.push(started.elapsed());
-            }
-            times
-        });
-        times.sort();
-        let us = |share: usize| times[(times.len() - 1) * share / 100].as_secs_f64() * 1e6;
-        println!(
-            "warm get in process, {count} artifacts|{:.0} us|p90 {:.0} us, p99 {:.0} us||open and first hit {:.2} ms",
-            us(50),
-            us(90),
-            us(99),
-            first.as_secs_f64() * 1e3
-        );
+        let cache_dir = folder.path().join("cache");
+        drop(open(&cache_dir, BUDGET_BYTES));
+        (0..count).for_each(|number| publish(&cache_dir, number));
+        hits(&runtime, &cache_dir, count, gets);
+        if count > 1 {
+            evict(&runtime, folder.path(), count, evictions);
+        }
     }
+}
+
+fn hits(runtime: &Runtime, dir: &Path, count: usize, gets: usize) {
+    let before = resident_mib();
+    let started = Instant::now();
+    let cache = open(dir, BUDGET_BYTES);
+    runtime.block_on(get(&cache, 0));
+    let first = started.elapsed();
+    // Makes the lock files, which a fill would have made, and has every manifest read once.
+    runtime.block_on(async {
+        for number in 0..count {
+            get(&cache, number).await;
+        }
+    });
+    let times = runtime.block_on(async {
+        let mut times = Vec::with_capacity(gets);
+        for number in 0..gets {
+            // All over the directory, whatever the order in which it was made.
+            let number = number * 7919 % count;
+            let started = Instant::now();
+            get(&cache, number).await;
+            times.push(started.elapsed());
+        }
+        times
+    });
+    let [half, most, nearly_all] = shares(times, [50, 90, 99]).map(|time| time.as_secs_f64() * 1e6);
+    println!(
+        "warm get in process, {count} artifacts|{half:.0} us|p90 {most:.0} us, p99 {nearly_all:.0} us||open and first hit \
+         {:.2} ms; {} MiB more resident once all were got",
+        first.as_secs_f64() * 1e3,
+        resident_mib().saturating_sub(before)
+    );
+}
+
+fn evict(runtime: &Runtime, folder: &Path, count: usize, evictions: usize) {
+    let dir = folder.join("cache");
+    let used = runtime.block_on(open(&dir, BUDGET_BYTES).stats()).unwrap().used_bytes;
+    let (before, cache) = (resident_mib(), open(&dir, used));
+    let mut times: Vec<Duration> = (0..=evictions)
+        .map(|number| {
+            let file = folder.join(format!("small-{number}"));
+            fs::write(&file, format!("small file {number} among {count}")).unwrap();
+            let reference = Reference::parse(&format!("file://{}", file.display())).unwrap();
+            let started = Instant::now();
+            let options = GetOptions::default();
+            runtime.block_on(cache.get(&reference, &options, &Progress::new())).unwrap();
+            started.elapsed()
+        })
+        .collect();
+    let first = times.remove(0);
+    let [half, most] = shares(times, [50, 90]).map(|time| time.as_secs_f64() * 1e3);
+    println!(
+        "fill that evicts, {count} artifacts|{half:.1} ms|p90 {most:.1} ms||the first of the process {:.0} ms; {} MiB more \
+         resident",
+        first.as_secs_f64() * 1e3,
+        resident_mib().saturating_sub(before)
+    );
+}
+
+/// The times that these percentages of all are at most.
+fn shares<const N: usize>(mut times: Vec<Duration>, percent: [usize; N]) -> [Duration; N] {
+    times.sort();
+    percent.map(|percent| times[(times.len() - 1) * percent / 100])
+}
+
+fn resident_mib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib: Option<u64> = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok());
+    kib.unwrap_or_default() / 1024
 }
 
 async fn get(cache: &Cache, number: usize) {
@@ -61,12 +114,12 @@ async fn get(cache: &Cache, number: usize) {
     assert!(artifact.path.is_absolute());
 }
 
-fn open(dir: &Path) -> Cache {
+fn open(dir: &Path, max_bytes: u64) -> Cache {
     Cache::open(Config {
         dir: dir.to_owned(),
         shared: Sharing::Off,
         lower_dir: None,
-        max_bytes: ByteBound::Bytes(1 << 40),
+        max_bytes: ByteBound::Bytes(max_bytes),
         min_free_bytes: ByteBound::Bytes(0),
         durable: Default::default(),
         remote: None,
@@ -88,19 +141,22 @@ fn open(dir: &Path) -> Cache {
     .unwrap()
 }
 
-/// An artifact of three small files as a fill would have left it, without the syncs, which ten thousand need not pay.
+/// An artifact of three small files as a fill would have left it, without the syncs, which so many need not pay.
 fn publish(dir: &Path, number: usize) {
     let key = ArtifactKey::bare(&format!("bench/model-{number}@1")).unwrap();
     let folder = dir.join("artifacts").join(escape(key.name.as_str())).join(escape(key.version.as_str()));
     fs::create_dir_all(folder.join("files")).unwrap();
     let mut manifest = Manifest::new(key, Shape::Tree);
     for name in ["config.json", "model.safetensors", "tokenizer.json"] {
-        let content = format!("{name} of {number}");
+        let alone = name == "model.safetensors";
+        let content = format!("{name} of {}", if alone { number } else { number / VERSIONS });
         let digest = Digest::of(content.as_bytes());
         let hex = digest.to_string();
         let blob = dir.join("blobs").join(&hex[..2]).join(&hex);
         fs::create_dir_all(blob.parent().unwrap()).unwrap();
-        fs::write(&blob, &content).unwrap();
+        if alone || number % VERSIONS == 0 {
+            fs::write(&blob, &content).unwrap();
+        }
         fs::hard_link(&blob, folder.join("files").join(name)).unwrap();
         let metadata = fs::metadata(&blob).unwrap();
         let mtime_ns = metadata.mtime() * 1_000_000_000 + metadata.mtime_nsec();

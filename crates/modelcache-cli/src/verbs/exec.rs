@@ -57,7 +57,8 @@ impl Exec {
         let mut command = Command::new(program);
         command.args(arguments).envs(numbered).env("MODEL_CACHE_PATH", &paths[0]);
         artifacts.iter().try_for_each(Artifact::hold_through_exec)?;
-        // Nothing of this process is left to write it later.
+        // Nothing of this process is left to do or write it later.
+        modelcache::transfer::tidied(crate::TAKEN_BACK).await;
         session.write_metrics("exec", exit::DONE).await;
         // Comes back only if it failed.
         let (code, error) = not_run(program, command.exec());

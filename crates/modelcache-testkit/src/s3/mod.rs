@@ -33,11 +33,11 @@ use tempfile::TempDir;
 pub use self::fault::{Kind as S3FaultKind, S3Fault};
 
 use self::fault::Kind;
-use self::store::Store;
+use self::store::{Store, Uploads};
 use crate::content::Content;
 use crate::faults::Faults;
 use crate::log::{Log, Place, Seen};
-use crate::serve::{Answer, Dropped, Server, answer, bind, serve};
+use crate::serve::{Answer, Dropped, Server, answer, bind, lock, serve};
 
 const ACCESS_KEY: &str = "TESTKITACCESSKEY";
 const SECRET_KEY: &str = "testkit/secret+key";
@@ -57,6 +57,7 @@ struct Shared {
     service: S3Service,
     faults: Arc<Faults<Kind>>,
     log: Log,
+    uploads: Uploads,
     /// By how much the server's clock is ahead.
     clock_ahead_s: AtomicI64,
 }
@@ -76,12 +77,15 @@ impl S3 {
         std::fs::create_dir_all(folder)?;
         let folder = folder.canonicalize()?;
         let faults = Arc::new(Faults::default());
-        let mut builder = S3ServiceBuilder::new(Store::new(folder.clone(), faults.clone())?);
+        let store = Store::new(folder.clone(), faults.clone())?;
+        let uploads = store.uploads();
+        let mut builder = S3ServiceBuilder::new(store);
         builder.set_auth(OneKey);
         let shared = Arc::new(Shared {
             service: builder.build(),
             faults,
             log: Log::default(),
+            uploads,
             clock_ahead_s: AtomicI64::new(0),
         });
         let server = serve(bind(("127.0.0.1", port))?, handler(&shared));
@@ -181,6 +185,21 @@ impl S3 {
         }
         keys.sort();
         keys
+    }
+
+    /// The keys of uploads that were begun and neither completed nor aborted, sorted.
+    pub fn uploads(&self, bucket: &str) -> Vec<String> {
+        let uploads = lock(&self.shared.uploads);
+        let mut keys: Vec<String> =
+            uploads.values().filter(|upload| upload.bucket == bucket).map(|upload| upload.key.clone()).collect();
+        keys.sort();
+        keys
+    }
+
+    /// Makes the unfinished uploads of keys that contain `part` this much older.
+    pub fn age_uploads(&self, part: &str, by: Duration) {
+        let mut uploads = lock(&self.shared.uploads);
+        uploads.values_mut().filter(|upload| upload.key.contains(part)).for_each(|upload| upload.initiated -= by);
     }
 
     /// Puts an object behind the server's back, as a foreign tool would have. Errors are those of the filesystem.

@@ -42,20 +42,27 @@ pub(super) struct Store {
     root: PathBuf,
     faults: Arc<Faults<Kind>>,
     locks: Mutex<HashMap<String, Arc<RwLock<()>>>>,
-    uploads: Mutex<BTreeMap<String, Upload>>,
+    uploads: Uploads,
 }
 
+/// The uploads that were begun and neither completed nor aborted, by id.
+pub(super) type Uploads = Arc<Mutex<BTreeMap<String, Upload>>>;
+
 #[derive(Clone, Debug)]
-struct Upload {
-    bucket: String,
-    key: String,
-    initiated: SystemTime,
+pub(super) struct Upload {
+    pub(super) bucket: String,
+    pub(super) key: String,
+    pub(super) initiated: SystemTime,
 }
 
 impl Store {
     pub(super) fn new(root: PathBuf, faults: Arc<Faults<Kind>>) -> anyhow::Result<Self> {
         let inner = FileSystem::new(&root).map_err(|error| anyhow::anyhow!("{error:?}"))?;
-        Ok(Self { inner, root, faults, locks: Mutex::default(), uploads: Mutex::default() })
+        Ok(Self { inner, root, faults, locks: Mutex::default(), uploads: Uploads::default() })
+    }
+
+    pub(super) fn uploads(&self) -> Uploads {
+        self.uploads.clone()
     }
 
     fn has_bucket(&self, bucket: &str) -> S3Result<()> {

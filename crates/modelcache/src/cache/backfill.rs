@@ -2,11 +2,13 @@
 //!
 //! Whatever the mode, a durable intent stands in the local directory before the artifact is published, and goes when the
 //! remote has it: a process that dies, a remote that is down, cost time and not the remote its copy. What is left is
-//! completed by `backfill`, and by every run that fetched or put something; a hit never waits for it.
+//! completed by `backfill`, and by every run that fetched or put something; a hit never waits for it. Large files are sent
+//! while they are still poured, where that can be; what became of that is looked at only here.
 //!
 //! A refusal for want of a right is told once, and the remote is only read from then on. What can never succeed, because
 //! the remote has other content or the artifact left this disk, is dropped and said.
 
+use super::plan::FillPlan;
 use super::{BackfillReport, Cache, PendingBackfill};
 use crate::config::Backfill;
 use crate::disk::{Disk, FileLock, Intent, Leadership, Lend, Lent, Missing, Watch};
@@ -14,10 +16,10 @@ use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
 use crate::progress::{Phase, Progress};
-use crate::remote::{PublishOptions, Published, Remote};
+use crate::remote::{Begun, Early, Proven, PublishOptions, Published, Remote};
 use crate::selection::Selection;
-use crate::transfer::blocking;
-use std::collections::BTreeSet;
+use crate::transfer::{PourFile, blocking};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -40,18 +42,25 @@ pub(super) struct Backfills {
 }
 
 /// What a fill has to bring to the remote.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct ToBackfill {
     missing: Missing,
     /// The remote does not answer now.
     later: bool,
     /// Whether it stands in the directory.
     is_noted: bool,
+    /// What was sent while it was poured, and the proof of it.
+    sent: Option<(Early, Proven)>,
 }
 
 impl ToBackfill {
-    pub(super) fn new(files: BTreeSet<FilePath>, rewrite: BTreeSet<FilePath>, later: bool) -> Self {
-        Self { missing: Missing { files, rewrite }, later, is_noted: false }
+    pub(super) fn new(
+        files: BTreeSet<FilePath>,
+        rewrite: BTreeSet<FilePath>,
+        later: bool,
+        sent: Option<(Early, Proven)>,
+    ) -> Self {
+        Self { missing: Missing { files, rewrite }, later, is_noted: false, sent }
     }
 }
 
@@ -64,6 +73,17 @@ impl Cache {
     pub(super) fn may_backfill(&self) -> bool {
         let remote = self.0.remote.as_ref().filter(|remote| !remote.is_read_only());
         remote.is_some() && self.backfill_mode() != Backfill::Never
+    }
+
+    /// Lets files go to the remote while they are poured, if all of them are meant for it and it has none of them.
+    pub(super) fn send_early(&self, plan: &FillPlan, to_pour: &mut BTreeMap<String, PourFile>) -> Option<Early> {
+        let is_now = matches!(self.backfill_mode(), Backfill::Wait | Backfill::Background) && self.may_backfill();
+        let is_new = plan.remote.is_none() && !plan.remote_unusable && !plan.remote_foreign;
+        let remote = self.0.remote.as_ref().filter(|_| is_now && is_new && !to_pour.is_empty())?;
+        let files = to_pour.values().map(|file| (file.path.clone(), file.target.clone())).collect();
+        let (early, sink) = Early::start(remote, plan.listing.clone(), files);
+        to_pour.values_mut().for_each(|file| file.on_part = Some(sink.clone()));
+        Some(early)
     }
 
     /// Notes durably what the remote lacks. Where that fails the upload is tried all the same.
@@ -94,11 +114,11 @@ impl Cache {
             return Published::default();
         }
         match self.backfill_mode() {
-            Backfill::Wait => self.upload(lent, &to, progress).await,
+            Backfill::Wait => self.upload(lent, to, progress).await,
             Backfill::Background => {
                 let (cache, lent) = (self.clone(), lent.clone());
                 self.0.backfills.keep(tokio::spawn(async move {
-                    cache.upload(&lent, &to, &Progress::new()).await;
+                    cache.upload(&lent, to, &Progress::new()).await;
                     cache.complete(&Progress::new()).await;
                 }));
                 Published::default()
@@ -108,9 +128,9 @@ impl Cache {
     }
 
     /// Uploads what this process has just filled.
-    async fn upload(&self, lent: &Arc<Lent>, to: &ToBackfill, progress: &Progress) -> Published {
+    async fn upload(&self, lent: &Arc<Lent>, to: ToBackfill, progress: &Progress) -> Published {
         let Some(remote) = &self.0.remote else { return Published::default() };
-        let key = &lent.manifest.key;
+        let (key, files) = (&lent.manifest.key, to.missing.files.clone());
         match self.upload_noted(remote, lent, to, progress).await {
             Ok(published) => {
                 self.note_remote(true);
@@ -118,7 +138,7 @@ impl Cache {
             }
             Err(error) => {
                 self.note_remote(false);
-                let dropped = self.drop_hopeless(remote, key, &to.missing.files, &error).await;
+                let dropped = self.drop_hopeless(remote, key, &files, &error).await;
                 tell(remote, &error, dropped);
                 Published::default()
             }
@@ -129,7 +149,7 @@ impl Cache {
         &self,
         remote: &Remote,
         lent: &Arc<Lent>,
-        to: &ToBackfill,
+        mut to: ToBackfill,
         progress: &Progress,
     ) -> Result<Published> {
         let key = &lent.manifest.key;
@@ -145,24 +165,40 @@ impl Cache {
                     tracing::info!(artifact = %key, "another process is bringing this to the remote");
                     return Ok(Published::default());
                 }
-                None => tokio::time::sleep(LOOK_AGAIN).await,
+                None => {
+                    // Whoever is at it needs the claim that was taken to send early.
+                    drop(to.sent.take());
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
             }
         };
         if to.is_noted && self.intent(remote, key).await?.is_none() {
             return Ok(Published::default()); // Whoever had the turn before did it.
         }
-        self.send(remote, lent, &to.missing, progress).await
+        let begun = match to.sent {
+            Some((early, proven)) => early.finish(proven).await,
+            None => None,
+        };
+        self.send(remote, lent, &to.missing, begun, progress).await
     }
 
     /// Sends files that are lent, and takes back that the remote lacks them. The caller has the turn.
-    async fn send(&self, remote: &Remote, lent: &Lent, missing: &Missing, progress: &Progress) -> Result<Published> {
+    async fn send(
+        &self,
+        remote: &Remote,
+        lent: &Lent,
+        missing: &Missing,
+        begun: Option<Begun>,
+        progress: &Progress,
+    ) -> Result<Published> {
         let key = &lent.manifest.key;
         let entries = missing.files.iter().filter_map(|path| lent.manifest.files.get(path));
         let _phase = progress.enter(Phase::Backfill, entries.map(|entry| entry.size).sum());
         let files = missing.files.iter().map(|path| (path.clone(), lent.dir.view(path))).collect();
         let listing = Manifest::clone(&lent.manifest).without_holdings();
         let options = PublishOptions { rewrite: missing.rewrite.clone(), ..PublishOptions::default() };
-        let published = remote.publish(&listing, &files, options, progress).await.context(key, Tier::Remote)?;
+        let published =
+            remote.publish_begun(&listing, &files, options, begun, progress).await.context(key, Tier::Remote)?;
         self.settle(remote, key, &missing.files).await?;
         Ok(published)
     }
@@ -263,6 +299,7 @@ impl Cache {
                 }
             }
         }
+        remote.sweep_uploads().await;
         Ok(report)
     }
 
@@ -275,7 +312,7 @@ impl Cache {
             return Ok(gone.map_or(Completed::Busy, Completed::Gone));
         };
         let rewrite = missing.rewrite.intersection(&held).cloned().collect();
-        let published = self.send(remote, &lent, &Missing { files: held.clone(), rewrite }, progress).await?;
+        let published = self.send(remote, &lent, &Missing { files: held.clone(), rewrite }, None, progress).await?;
         let absent: BTreeSet<_> = missing.files.difference(&held).cloned().collect();
         if !absent.is_empty()
             && let Some(why) = self.drop_absent(remote, key, &absent).await?

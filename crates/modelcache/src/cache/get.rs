@@ -16,6 +16,8 @@ use crate::key::FilePath;
 use crate::manifest::Manifest;
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
+use crate::remote::{Early, Proven};
+use crate::selection::Selection;
 use crate::transfer::{PourFile, Poured, blocking};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -36,6 +38,8 @@ struct Filled {
     bad_on_remote: BTreeSet<FilePath>,
     /// Bytes that no local directory had.
     fetched_bytes: u64,
+    /// What went to the remote meanwhile.
+    early: Option<Early>,
 }
 
 impl Cache {
@@ -59,11 +63,36 @@ impl Cache {
     }
 
     async fn get_once(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
+        if let Some(hit) = self.hit(reference, options, progress) {
+            return hit;
+        }
         let wanted = self.resolve(reference, options, progress).await.map_err(|error| error.artifact(reference))?;
         if options.verify {
             self.verify_hit(&wanted, progress).await.map_err(|error| error.artifact(&wanted.key))?;
         }
         self.get_resolved(&wanted, progress).await.map_err(|error| error.artifact(&wanted.key))
+    }
+
+    /// Steps 1 and 2 in a few microseconds, where the reference alone decides the key and all of it is here; `None` says
+    /// nothing.
+    fn hit(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Option<Result<Artifact>> {
+        let selection = match &reference.file {
+            Some(_) if !options.selection.is_all() => return None,
+            Some(file) => Selection::file(file.clone()),
+            None => options.selection.clone(),
+        };
+        let key = self.0.origins.placed(reference).exact_key().filter(|_| !options.verify)?;
+        let lent = {
+            let _phase = progress.enter(Phase::Lend, 0);
+            self.0.disk.lend_in_passing(&key, &selection)?
+        };
+        let reach = self.asking(options).reach;
+        let (digest, origin, tagged, remote) = (reference.digest, None, None, None);
+        let durable = options.durable;
+        let wanted = Wanted { key, selection, digest, origin, reach, tagged, remote, durable };
+        let checked = self.require_checksums(&wanted, &lent.manifest);
+        let got = checked.and_then(|()| artifact(&wanted, Landed::here(lent), progress));
+        Some(got.map_err(|error| error.artifact(&wanted.key)))
     }
 
     pub(super) async fn get_resolved(&self, wanted: &Wanted, progress: &Progress) -> Result<Artifact> {
@@ -87,8 +116,8 @@ impl Cache {
             Joined::Lent(lent) => return Ok(Landed::here(*lent)),
             Joined::Leading(lead) => lead,
         };
-        let (plan, filled) = self.plan_and_pour(wanted, progress).await?;
-        let to_backfill = self.missing_on_remote(&plan, &filled);
+        let (plan, mut filled) = self.plan_and_pour(wanted, progress).await?;
+        let to_backfill = self.missing_on_remote(&plan, &mut filled);
         let fetched_bytes = filled.fetched_bytes;
         // Before anything is published: whoever dies from here on has said what the remote still lacks.
         let to_backfill = self.intend(&wanted.key, to_backfill).await;
@@ -145,7 +174,7 @@ impl Cache {
     async fn pour(&self, wanted: &Wanted, plan: &FillPlan, progress: &Progress) -> Result<Filled> {
         let (disk, key, selected) = (self.0.disk.clone(), wanted.key.clone(), plan.selected.clone());
         let staging = blocking(move || disk.begin_fill(&key, &selected)).await?;
-        let poured = match self.pour_missing(&staging, plan, progress).await {
+        let (poured, early) = match self.pour_missing(&staging, plan, progress).await {
             Ok(poured) => poured,
             Err(error) => {
                 // What was fetched is kept for the next fill, unless it is what fills the disk.
@@ -175,23 +204,29 @@ impl Cache {
             files.insert(path.clone(), staged);
         }
         let files = tell_formats(&staging, files).await?;
-        let filled = Filled { staging, listing: plan.listing.clone(), files, bad_on_remote, fetched_bytes };
+        let filled = Filled { staging, listing: plan.listing.clone(), files, bad_on_remote, fetched_bytes, early };
         wanted.check_demanded_digest(&filled.known())?;
         Ok(filled)
     }
 
-    async fn pour_missing(&self, staging: &Staging, plan: &FillPlan, progress: &Progress) -> Result<Vec<Poured>> {
+    async fn pour_missing(
+        &self,
+        staging: &Staging,
+        plan: &FillPlan,
+        progress: &Progress,
+    ) -> Result<(Vec<Poured>, Option<Early>)> {
         let mut to_pour: BTreeMap<String, PourFile> = BTreeMap::new();
         for (path, entry) in &plan.selected {
             let name = staged_name(path, entry);
             if staging.reused(&name).is_none() && !to_pour.contains_key(&name) {
                 let (target, owner) = (staging.file(&name), staging.owner());
                 let (path, entry, sources) = (path.clone(), entry.clone(), plan.sources_of(path)?);
-                to_pour.insert(name, PourFile { path, entry, target, owner, sources });
+                to_pour.insert(name, PourFile { path, entry, target, owner, sources, on_part: None });
             }
         }
+        let early = self.send_early(plan, &mut to_pour);
         let _phase = progress.enter(Phase::Pour, to_pour.values().map(|file| file.entry.size).sum());
-        self.0.pourer.pour(to_pour.into_values().collect(), progress).await
+        Ok((self.0.pourer.pour(to_pour.into_values().collect(), progress).await?, early))
     }
 
     async fn publish(&self, filled: Filled, progress: &Progress) -> Result<Lent> {
@@ -201,7 +236,7 @@ impl Cache {
     }
 
     /// The files of this fill that the remote should now be given, and those among them that it must write anew.
-    fn missing_on_remote(&self, plan: &FillPlan, filled: &Filled) -> Option<ToBackfill> {
+    fn missing_on_remote(&self, plan: &FillPlan, filled: &mut Filled) -> Option<ToBackfill> {
         if !self.may_backfill() || plan.remote_foreign {
             tracing::debug!(key = %plan.listing.key, "nothing of this goes to a remote");
             return None;
@@ -215,7 +250,8 @@ impl Cache {
         let missing = |path: &&FilePath| !held(path) || filled.bad_on_remote.contains(*path);
         let paths: BTreeSet<FilePath> = filled.files.keys().filter(missing).cloned().collect();
         let rewrite = filled.bad_on_remote.clone();
-        (!paths.is_empty()).then(|| ToBackfill::new(paths, rewrite, plan.remote_down))
+        let sent = filled.early.take().map(|early| (early, filled.proven()));
+        (!paths.is_empty()).then(|| ToBackfill::new(paths, rewrite, plan.remote_down, sent))
     }
 }
 
@@ -235,6 +271,12 @@ async fn tell_formats(
 }
 
 impl Filled {
+    /// What each file turned out to be.
+    fn proven(&self) -> Proven {
+        let proven = |(path, file): (&FilePath, &StagedFile)| Some((path.clone(), (file.identity, file.entry.sha256?)));
+        self.files.iter().filter_map(proven).collect()
+    }
+
     /// The listing with what this fill learnt.
     fn known(&self) -> Manifest {
         let mut known = self.listing.clone();

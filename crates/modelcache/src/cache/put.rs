@@ -1,20 +1,21 @@
 //! Putting: a file or folder becomes an artifact on the remote and on disk.
 //!
-//! The files are copied into staging and hashed in the same pass; the source is read once. The remote is written first
-//! and disk last, so that what this machine lends as published is published. Other content under the same key is
-//! refused before anything is written; `force` replaces it.
+//! The source is read once: a file is copied into staging, hashed, and, if it is large and new on the remote, sent, all in
+//! the same pass. What was sent shows as nothing until the whole is proven and nothing stands against it. The remote is
+//! written first and disk last, so that what this machine lends as published is published. Other content under the same
+//! key is refused before anything is visible; `force` replaces it.
 //!
-//! To the remote alone nothing is copied: the files are hashed where they lie, then sent and hashed again on the way, and
-//! refused if they are not what they were.
+//! To the remote alone nothing is copied: what is not sent in the first pass is sent in a second, hashed again on the way,
+//! and refused if it is not what it was.
 
 use super::{Cache, PutOptions, PutReport, PutTier};
-use crate::disk::{Given, StagedFile, Staging, copy_given, format_of, hash_given, list_given, staged_name};
+use crate::disk::{Copying, Given, StagedFile, Staging, copy_given, format_of, hash_given, list_given, staged_name};
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::format::{self, Format};
 use crate::key::{ArtifactKey, FilePath};
-use crate::manifest::{FileEntry, Manifest, Shape};
+use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
 use crate::progress::{Phase, Progress};
-use crate::remote::{PublishOptions, Published, Remote};
+use crate::remote::{Begun, Multipart, PublishOptions, Published, Remote};
 use crate::transfer::blocking;
 use futures::{StreamExt, TryStreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
@@ -96,10 +97,11 @@ impl Cache {
         progress: &Progress,
     ) -> Result<(Manifest, Published, Option<PathBuf>)> {
         let lead = self.lead_alone(key, progress).await?;
-        let (staging, manifest, files) = self.stage(key, shape, given, progress).await?;
+        let mut begun = self.begin_to_put(key, shape, given, options).await;
+        let (staging, manifest, files) = self.stage(key, shape, given, &mut begun, progress).await?;
         let replaces = self.refuse_other_content(&manifest, options).await?;
         let staged = files.iter().map(|(path, file)| (path.clone(), staging.file(&file.name))).collect();
-        let published = self.put_on_remote(&manifest, &staged, options, progress).await?;
+        let published = self.put_on_remote(&manifest, &staged, options, begun, progress).await?;
         if replaces {
             self.evict_replaced(key).await?;
         }
@@ -123,20 +125,31 @@ impl Cache {
         options: &PutOptions,
         progress: &Progress,
     ) -> Result<(Manifest, Published, Option<PathBuf>)> {
+        let mut begun = self.begin_to_put(key, shape, &given, options).await;
         let hash = |given: Given| {
-            let progress = progress.clone();
-            blocking(move || Ok((given.path.clone(), hash_given(&given, &progress)?)))
+            let (sending, progress) = (begun.as_mut().and_then(|begun| begun.take(&given.path)), progress.clone());
+            async move {
+                match sending {
+                    Some(sending) => read_and_send(given, None, sending, &progress).await,
+                    None => {
+                        let hashed = blocking(move || Ok((hash_given(&given, &progress)?, given.path))).await;
+                        hashed.map(|(entry, path)| Read { path, entry, copy: None, sending: None })
+                    }
+                }
+            }
         };
         let mut manifest = Manifest::new(key.clone(), shape);
-        manifest.files = {
+        let read: Vec<Read> = {
             let _phase = progress.enter(Phase::Pour, given.iter().map(|given| given.size).sum());
             let hashes: Vec<_> = given.iter().cloned().map(hash).collect();
             stream::iter(hashes).buffer_unordered(COPIES_AT_ONCE).try_collect().await?
         };
+        manifest.files =
+            read.into_iter().map(|read| read.sent(&mut begun)).map(|read| (read.path, read.entry)).collect();
         manifest.check().map_err(|error| Error::invalid(error.message().to_owned()))?;
         let replaces = self.refuse_other_content(&manifest, options).await?;
         let files = given.into_iter().map(|given| (given.path, given.from)).collect();
-        let published = self.put_on_remote(&manifest, &files, options, progress).await;
+        let published = self.put_on_remote(&manifest, &files, options, begun, progress).await;
         let published = published.map_err(|error| match error.kind() {
             ErrorKind::Corrupt => error.hint("put it again when nothing writes to it"),
             _ => error,
@@ -148,12 +161,30 @@ impl Cache {
         Ok((manifest, published, None))
     }
 
-    /// Copies the given files into staging and hashes them on the way.
+    /// Begins to publish on the remote, so that large files can be sent while they are read for the first time.
+    async fn begin_to_put(
+        &self,
+        key: &ArtifactKey,
+        shape: Shape,
+        given: &[Given],
+        options: &PutOptions,
+    ) -> Option<Begun> {
+        let remote = self.0.remote.as_ref()?;
+        let mut listing = Manifest::new(key.clone(), shape);
+        let entry = |given: &Given| FileEntry { size: given.size, ..FileEntry::default() };
+        listing.files = given.iter().map(|given| (given.path.clone(), entry(given))).collect();
+        let paths = listing.files.keys().cloned().collect();
+        let files = given.iter().map(|given| (given.path.clone(), given.from.clone())).collect();
+        remote.begin(&listing, &paths, &files, options.sidecars).await
+    }
+
+    /// Copies the given files into staging, hashes them on the way, and sends those that can be sent.
     async fn stage(
         &self,
         key: &ArtifactKey,
         shape: Shape,
         given: &[Given],
+        begun: &mut Option<Begun>,
         progress: &Progress,
     ) -> Result<(Staging, Manifest, BTreeMap<FilePath, StagedFile>)> {
         let entry = |given: &Given| FileEntry { size: given.size, ..FileEntry::default() };
@@ -163,14 +194,27 @@ impl Cache {
         let _phase = progress.enter(Phase::Pour, given.iter().map(|given| given.size).sum());
         let copies = given.iter().cloned().map(|given| {
             let (name, progress) = (staged_name(&given.path, &entry(&given)), progress.clone());
-            let target = staging.file(&name);
-            blocking(move || {
-                let copied = copy_given(&given, &target, &progress)?;
-                Ok((given.path, StagedFile { name, ..copied }))
-            })
+            let (target, sending) = (staging.file(&name), begun.as_mut().and_then(|begun| begun.take(&given.path)));
+            async move {
+                let read = match sending {
+                    Some(sending) => read_and_send(given, Some(target), sending, &progress).await?,
+                    None => {
+                        let copied =
+                            blocking(move || Ok((copy_given(&given, &target, &progress)?, given.path))).await?;
+                        let (StagedFile { entry, identity, .. }, path) = copied;
+                        Read { path, entry, copy: Some(identity), sending: None }
+                    }
+                };
+                Ok::<_, Error>((name, read))
+            }
         });
-        let files: BTreeMap<_, _> =
+        let copies: Vec<(String, Read)> =
             stream::iter(copies.collect::<Vec<_>>()).buffer_unordered(COPIES_AT_ONCE).try_collect().await?;
+        let staged = |(name, read): (String, Read)| {
+            let Read { path, entry, copy, .. } = read.sent(begun);
+            copy.map(|identity| (path, StagedFile { name, entry, identity }))
+        };
+        let files: BTreeMap<_, _> = copies.into_iter().filter_map(staged).collect();
         let mut manifest = Manifest::new(key.clone(), shape);
         manifest.files = files.iter().map(|(path, file)| (path.clone(), file.entry.clone())).collect();
         manifest.check().map_err(|error| Error::invalid(error.message().to_owned()))?;
@@ -200,6 +244,7 @@ impl Cache {
         manifest: &Manifest,
         files: &BTreeMap<FilePath, PathBuf>,
         options: &PutOptions,
+        begun: Option<Begun>,
         progress: &Progress,
     ) -> Result<Published> {
         let Some(remote) = &self.0.remote else { return Ok(Published::default()) };
@@ -207,11 +252,56 @@ impl Cache {
         // An object can be damaged and look sound; forcing sends equal content, too.
         let rewrite = if options.force { files.keys().cloned().collect() } else { BTreeSet::new() };
         let options = PublishOptions { force: options.force, rewrite, sidecars: options.sidecars };
-        let published =
-            remote.publish(manifest, files, options, progress).await.context(&manifest.key, Tier::Remote)?;
+        let published = remote
+            .publish_begun(manifest, files, options, begun, progress)
+            .await
+            .context(&manifest.key, Tier::Remote)?;
         self.note_remote(true);
         Ok(published)
     }
+}
+
+/// A given file that was read.
+struct Read {
+    path: FilePath,
+    entry: FileEntry,
+    copy: Option<FileIdentity>,
+    /// Where all its bytes are on their way to.
+    sending: Option<Multipart>,
+}
+
+impl Read {
+    /// Hands what was sent to what has begun, with the proof.
+    fn sent(mut self, begun: &mut Option<Begun>) -> Self {
+        if let (Some(sending), Some(begun), Some(sha256)) = (self.sending.take(), begun, self.entry.sha256) {
+            begun.put_back(self.path.clone(), sending, sha256);
+        }
+        self
+    }
+}
+
+/// Reads a file once: hashed, copied to `target`, and sent part by part.
+async fn read_and_send(
+    given: Given,
+    target: Option<PathBuf>,
+    mut sending: Multipart,
+    progress: &Progress,
+) -> Result<Read> {
+    let path = given.path.clone();
+    let mut copying = blocking(move || Copying::open(&given, target.as_deref())).await?;
+    for index in 0..sending.parts() {
+        let mut part = sending.room(index).await?;
+        (copying, part) = blocking(move || {
+            part.fill(|buffer, beside| copying.fill(buffer, beside))?;
+            Ok((copying, part))
+        })
+        .await?;
+        let bytes = part.range();
+        sending.send(part, None)?;
+        progress.done(bytes.end - bytes.start);
+    }
+    let (entry, copy) = blocking(move || copying.finish()).await?;
+    Ok(Read { path, entry, copy, sending: Some(sending) })
 }
 
 /// Refuses files that are not of the format expected.

@@ -4,9 +4,16 @@
 //! record keeps the total of blobs, quarantine and views that no blob stands behind; it is marked dirty before a change
 //! and written after it, so that whoever finds it dirty (or from another boot) counts again instead of trusting it.
 //! Whoever holds the budget waits for nothing: other locks are tried once.
+//!
+//! Manifests change within budget holds, and each change is announced in the change log first, so that a process that has
+//! read the directory once keeps up with what others do. Making room then costs what goes, not what is there: victims are
+//! sought from the least recently used on, and only as many are looked at as are needed. The directory is looked through
+//! as a whole the first time that a process is short of room, rarely after that, and always before room is refused.
 
+use super::changes::Position;
 use super::fault::At;
 use super::files::{self, allocated};
+use super::index::{Index, Turn, below_artifacts};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
 use super::pin::InTheWay;
@@ -18,12 +25,12 @@ use crate::human::bytes;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity, Manifest};
 use serde::{Deserialize, Serialize};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How long to wait for the budget lock, which is held for moments.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -31,6 +38,10 @@ const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
 const RECORD_BYTES: usize = 256;
 /// How long something must have been left alone before it is evicted or swept where locks do not tell who uses it.
 const IDLE_MIN: Duration = Duration::from_secs(3600);
+/// How long after a release was last seen that announces no change one of its changes may still be under way.
+const MIXED_MAX: Duration = Duration::from_secs(600);
+/// How often a process that is short of room looks through the whole directory for what nobody can use any more.
+const SWEEP_EVERY: Duration = Duration::from_secs(6 * 3600);
 /// What a file's last block may waste.
 const BLOCK_BYTES: u64 = 4096;
 
@@ -40,6 +51,21 @@ struct Record {
     dirty: bool,
     boot_id: String,
     pid: u32,
+    /// How far the change log goes; older releases leave it out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    changes: Option<Position>,
+    /// When such a release was last seen to write this, in seconds since the Unix epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mixed_unix: Option<u64>,
+}
+
+/// What this process tidied up in the directory, and what it knows to be left.
+#[derive(Debug, Default)]
+pub(super) struct Upkeep {
+    /// When all of it was last looked through.
+    swept: Option<Instant>,
+    /// Blobs that may have lost their last link beside their own since.
+    orphans: BTreeSet<Digest>,
 }
 
 /// The budget lock, held. Changes must end with [`release`](Self::release); otherwise the next holder counts again.
@@ -52,10 +78,17 @@ pub(crate) struct BudgetHold<'disk> {
     dirty: bool,
     /// The total is no longer known: count again at the next sweep, or let the next holder do it.
     distrusted: bool,
-    /// Links that the cache itself has to each inode, counted when first asked for.
-    own_links: Option<HashMap<u64, u64>>,
-    /// Identities that manifests record, read when first asked for.
-    pub(super) vouchers: Option<HashMap<Digest, Vec<FileIdentity>>>,
+    /// How far the change log went when the hold began, and goes now.
+    began_at: Position,
+    at: Position,
+    /// When a release that announces no change was last seen, unless that is long ago.
+    mixed_unix: Option<u64>,
+    /// Whether the index has been brought up to the beginning of this hold.
+    is_synced: bool,
+    /// Artifacts whose manifests this hold is changing.
+    announced: Vec<ArtifactDir>,
+    /// Links from staging and quarantine to each inode, counted when first asked for.
+    private_links: Option<HashMap<u64, u64>>,
 }
 
 /// What counts, by kind.
@@ -92,9 +125,22 @@ impl Disk {
                 None => thread::sleep(Duration::from_millis(2)),
             }
         };
-        let mut hold =
-            BudgetHold { disk: self, lock, total: 0, dirty: false, distrusted: false, own_links: None, vouchers: None };
-        match read_record(hold.lock.file()) {
+        let record = read_record(lock.file());
+        let (at, mixed_unix) = standing_of(record.as_ref());
+        let mut hold = BudgetHold {
+            disk: self,
+            lock,
+            total: 0,
+            dirty: false,
+            distrusted: false,
+            began_at: at,
+            at,
+            mixed_unix,
+            is_synced: false,
+            announced: Vec::new(),
+            private_links: None,
+        };
+        match record {
             // Two may hold it at once, and each overwrites what the other counted.
             Some(_) if !self.locks_are_honest() => hold.total = self.published_bytes()?,
             Some(record) if !record.dirty && record.boot_id == boot_id() => hold.total = record.total,
@@ -158,6 +204,36 @@ impl BudgetHold<'_> {
         Ok(())
     }
 
+    /// Announces that the manifest of the artifact in `dir` is about to change, or to go.
+    pub(crate) fn begin_change_of(&mut self, dir: &ArtifactDir) -> Result<()> {
+        let folder = below_artifacts(self.disk, dir);
+        self.at = folder.map_or_else(Position::fresh, |folder| self.at.note(&self.disk.layout().changes(), &folder));
+        self.announced.push(dir.clone());
+        self.dirty = true;
+        self.write_record()
+    }
+
+    /// The change of the artifact in `dir` is made.
+    fn end_change_of(&mut self, dir: &ArtifactDir) -> Result<()> {
+        self.announced.retain(|announced| announced != dir);
+        if self.is_synced { lock(&self.disk.0.index).refresh(self.disk, dir) } else { Ok(()) }
+    }
+
+    /// What the artifacts hold, as of now. Keep it for no longer than a question takes.
+    pub(super) fn index(&mut self) -> Result<MutexGuard<'_, Index>> {
+        let mut index = lock(&self.disk.0.index);
+        // What was changed without a word, or by two at once, is seen by reading everything only.
+        let is_told = self.disk.locks_are_honest() && self.mixed_unix.is_none();
+        if !self.is_synced && !(is_told && index.catch_up(self.disk, self.began_at)?) {
+            *index = Index::read(self.disk, self.began_at)?;
+        }
+        self.is_synced = true;
+        for dir in &self.announced {
+            index.refresh(self.disk, dir)?;
+        }
+        Ok(index)
+    }
+
     /// Counts bytes that became a blob or went into quarantine.
     pub(crate) fn add(&mut self, bytes: u64) {
         debug_assert!(self.dirty, "a change is announced before it is made");
@@ -188,7 +264,9 @@ impl BudgetHold<'_> {
     fn write_record(&self) -> Result<()> {
         // Where two may hold it at once no total is worth trusting: whoever comes next counts.
         let dirty = self.dirty || !self.disk.locks_are_honest();
-        let record = Record { total: self.total, dirty, boot_id: boot_id(), pid: std::process::id() };
+        let (changes, mixed_unix) = (Some(self.at), self.mixed_unix);
+        let record =
+            Record { total: self.total, dirty, boot_id: boot_id(), pid: std::process::id(), changes, mixed_unix };
         let mut bytes = serde_json::to_vec(&record).unwrap_or_default();
         bytes.resize(RECORD_BYTES, b' ');
         self.lock.file().write_all_at(&bytes, 0).at("write", &self.disk.layout().budget_lock())
@@ -240,51 +318,108 @@ impl BudgetHold<'_> {
             return Ok(());
         }
         self.drop_dead_stagings(|_| true)?;
-        self.sweep()?;
+        let is_due = lock(&self.disk.0.upkeep).swept.is_none_or(|swept| swept.elapsed() > SWEEP_EVERY);
+        if is_due { self.sweep() } else { self.drop_orphans() }?;
         if self.shortfall(extra)? > 0 {
             self.drop_quarantine()?;
         }
-        let short = self.shortfall(extra)?;
-        if short == 0 {
-            return Ok(());
-        }
-        let (victims, mut obstacles) = self.victims(key)?;
-        // Not even with all of them gone: then none goes.
-        if short > self.disk.freed_by(&victims)? {
-            return Err(self.no_room(extra, short, &obstacles));
-        }
-        for victim in &victims {
-            if self.shortfall(extra)? == 0 {
-                return Ok(());
+        match self.evict_for(extra, key)? {
+            Some(_) if !is_due => {
+                // Not before all was looked through: others may have left something, or changed it without a word.
+                self.sweep()?;
+                self.drop_quarantine()?;
+                self.evict_for(extra, key)?.map_or(Ok(()), Err)
             }
-            if let Evicted::Kept(why) = self.evict(victim)? {
-                obstacles.add(format!("{} is {why}", victim.name()), why.is_for_now());
-            }
-        }
-        match self.shortfall(extra)? {
-            0 => Ok(()),
-            short => Err(self.no_room(extra, short, &obstacles)),
+            refusal => refusal.map_or(Ok(()), Err),
         }
     }
 
-    /// The artifacts that may go for a fill of `key`, least recently used first, and what is in the way of more.
-    fn victims(&mut self, key: &ArtifactKey) -> Result<(Vec<ScannedArtifact>, Obstacles)> {
-        let (mut victims, mut obstacles) = (Vec::new(), Obstacles::default());
+    /// Evicts until there is room for `extra` bytes that a fill of `key` will write; the refusal where that cannot be.
+    fn evict_for(&mut self, extra: u64, key: &ArtifactKey) -> Result<Option<Error>> {
+        let own = self.disk.layout().artifact(key);
+        let mut search = Search { own, turn: None, obstacles: Obstacles::default() };
         let fills = self.disk.stagings()?;
         let others = fills.iter().filter(|staging| staging.live && !staging.is_of(key));
-        others.for_each(|staging| obstacles.add(staging.described(), true));
-        let own = self.disk.layout().artifact(key);
-        for artifact in self.disk.scan_by_last_use()?.into_iter().filter(|artifact| artifact.dir != own) {
+        others.for_each(|staging| search.obstacles.add(staging.described(), true));
+        loop {
+            let short = self.shortfall(extra)?;
+            if short == 0 {
+                return Ok(None);
+            }
+            let Some(victims) = self.victims(short, &mut search)? else {
+                return Ok(Some(self.no_room(extra, short, &search.obstacles)));
+            };
+            for victim in &victims {
+                if self.shortfall(extra)? == 0 {
+                    return Ok(None);
+                }
+                if let Evicted::Kept(why) = self.evict(victim)? {
+                    search.obstacles.add(format!("{} is {why}", victim.name()), why.is_for_now());
+                }
+            }
+        }
+    }
+
+    /// The next artifacts that may go, least recently used first, as many as free `bytes`; `None` where not even all that
+    /// are left would.
+    fn victims(&mut self, bytes: u64, search: &mut Search) -> Result<Option<Vec<ScannedArtifact>>> {
+        let (mut victims, mut gone, mut freed) = (Vec::new(), HashMap::new(), 0);
+        while freed < bytes {
+            let Some(artifact) = self.next_by_use(search)? else { return Ok(None) };
+            if artifact.dir == search.own {
+                continue;
+            }
             let kept = match self.disk.keeps(&artifact.dir)? {
                 Some(why) => Some(why),
                 None => self.pointless_victim(&artifact)?,
             };
             match kept {
-                Some(why) => obstacles.add(format!("{} is {why}", artifact.name()), why.is_for_now()),
-                None => victims.push(artifact),
+                Some(why) => search.obstacles.add(format!("{} is {why}", artifact.name()), why.is_for_now()),
+                None => {
+                    freed += self.freed_with(&artifact, &mut gone)?;
+                    victims.push(artifact);
+                }
             }
         }
-        Ok((victims, obstacles))
+        Ok(Some(victims))
+    }
+
+    /// The next artifact in the order of last use. One that was used since that order was made up comes later.
+    fn next_by_use(&mut self, search: &mut Search) -> Result<Option<ScannedArtifact>> {
+        loop {
+            let Some(turn) = self.index()?.next(search.turn.as_ref()) else { return Ok(None) };
+            let dir = ArtifactDir(self.disk.layout().artifacts().join(&turn.1));
+            let last_used = self.disk.last_used(&dir)?;
+            if last_used != turn.0 {
+                self.index()?.set_last_used(&turn.1, last_used);
+            }
+            let was_used = last_used > turn.0;
+            search.turn = Some(turn);
+            if !was_used && let Some(artifact) = self.disk.scan_one(&dir)? {
+                return Ok(Some(artifact));
+            }
+        }
+    }
+
+    /// Bytes that go with an artifact's views, where the links in `gone` have gone before.
+    fn freed_with(&self, artifact: &ScannedArtifact, gone: &mut HashMap<u64, u64>) -> Result<u64> {
+        let mut freed = 0;
+        files::walk(&artifact.dir.files(), &mut |view, metadata| {
+            let links = gone.entry(metadata.ino()).or_default();
+            *links += 1;
+            let blob = self.is_blob(metadata.ino(), artifact.entry_of(view).and_then(|entry| entry.sha256))?;
+            if *links + u64::from(blob) == metadata.nlink() {
+                freed += allocated(metadata);
+            }
+            Ok(())
+        })?;
+        Ok(freed)
+    }
+
+    /// Whether `inode` is the blob of `digest`.
+    fn is_blob(&self, inode: u64, digest: Option<Digest>) -> Result<bool> {
+        let blob = digest.map(|digest| files::stat(&self.disk.layout().blob(&digest))).transpose()?.flatten();
+        Ok(blob.is_some_and(|blob| blob.ino() == inode))
     }
 
     fn no_room(&self, extra: u64, short: u64, obstacles: &Obstacles) -> Error {
@@ -336,41 +471,37 @@ impl BudgetHold<'_> {
         if !self.disk.is_idle(artifact.dir.path())? {
             return Ok(Some(InTheWay::UsedLately));
         }
-        let held: Vec<&FilePath> =
-            manifest.files.iter().filter(|(_, entry)| entry.held.is_some()).map(|(path, _)| path).collect();
-        for path in &held {
+        let mut held = false;
+        for (path, entry) in manifest.files.iter().filter(|(_, entry)| entry.held.is_some()) {
             let Some(view) = files::stat(&artifact.dir.view(path))? else { return Ok(None) };
-            if view.nlink() <= self.own_links(view.ino())? {
+            if view.nlink() <= self.own_links(view.ino(), entry.sha256)? {
                 return Ok(None);
             }
+            held = true;
         }
-        Ok((!held.is_empty()).then_some(InTheWay::LinkedOutside))
+        Ok(held.then_some(InTheWay::LinkedOutside))
     }
 
-    /// Links to `inode` that are the cache's own: its blob, staged files, views that manifests hold.
-    fn own_links(&mut self, inode: u64) -> Result<u64> {
-        if self.own_links.is_none() {
+    /// Links to `inode` that are the cache's own: its blob, by the `digest` that a manifest has for it, staged files, views
+    /// that manifests hold.
+    fn own_links(&mut self, inode: u64, digest: Option<Digest>) -> Result<u64> {
+        if self.private_links.is_none() {
             let mut links: HashMap<u64, u64> = HashMap::new();
-            let layout = self.disk.layout();
-            for dir in [layout.blobs(), layout.quarantine(), layout.stagings()] {
+            for dir in [self.disk.layout().quarantine(), self.disk.layout().stagings()] {
                 files::walk(&dir, &mut |_, metadata| {
                     *links.entry(metadata.ino()).or_default() += 1;
                     Ok(())
                 })?;
             }
-            let manifests = self.disk.scan()?.into_iter().filter_map(|artifact| artifact.manifest);
-            let entries = manifests.flat_map(|manifest| manifest.files.into_values());
-            for identity in entries.filter_map(|entry| entry.recorded_on_disk()) {
-                *links.entry(identity.inode).or_default() += 1;
-            }
-            self.own_links = Some(links);
+            self.private_links = Some(links);
         }
-        Ok(self.own_links.as_ref().and_then(|links| links.get(&inode)).copied().unwrap_or_default())
+        let private = self.private_links.as_ref().and_then(|links| links.get(&inode)).copied().unwrap_or_default();
+        Ok(private + u64::from(self.is_blob(inode, digest)?) + self.index()?.views(inode))
     }
 
     /// Removes manifest, views, then blobs that nothing links any more; bytes freed. The caller holds the exclusive lease.
     pub(crate) fn remove_artifact(&mut self, dir: &ArtifactDir) -> Result<u64> {
-        self.begin_change()?;
+        self.begin_change_of(dir)?;
         if !dir.is_ours()? {
             return Ok(0);
         }
@@ -383,6 +514,7 @@ impl BudgetHold<'_> {
         if let Some(name_dir) = dir.path().parent() {
             let _ = std::fs::remove_dir(name_dir);
         }
+        self.end_change_of(dir)?;
         for digest in manifest.iter().flat_map(|manifest| manifest.files.values()).filter_map(|entry| entry.sha256) {
             freed += self.drop_if_unlinked(&self.disk.layout().blob(&digest))?;
         }
@@ -440,10 +572,17 @@ impl BudgetHold<'_> {
             self.disk.drop_old_temporaries(&folder)?;
         }
         self.disk.drop_dead_writers()?;
-        for artifact in self.disk.scan()? {
-            self.disk.drop_old_temporaries(artifact.dir.path())?;
+        let (disk, mut index) = (self.disk, Index::as_of(self.began_at));
+        disk.scan_each(&mut |artifact| {
+            disk.drop_old_temporaries(artifact.dir.path())?;
             self.sweep_views(&artifact)?;
-        }
+            if artifact.manifest.is_some() || files::stat(artifact.dir.path())?.is_some() {
+                index.insert(disk, &artifact);
+            }
+            Ok(())
+        })?;
+        *lock(&disk.0.index) = index;
+        self.is_synced = true;
         let mut unlinked = Vec::new();
         files::walk(&self.disk.layout().blobs(), &mut |path, metadata| {
             if metadata.nlink() == 1 {
@@ -454,6 +593,7 @@ impl BudgetHold<'_> {
         for blob in unlinked {
             self.drop_if_unlinked(&blob)?;
         }
+        *lock(&self.disk.0.upkeep) = Upkeep { swept: Some(Instant::now()), orphans: BTreeSet::new() };
         if self.distrusted {
             self.total = self.disk.published_bytes()?;
             self.distrusted = false;
@@ -469,11 +609,34 @@ impl BudgetHold<'_> {
                 continue;
             }
             tracing::debug!(staging = %staging.dir.display(), bytes = staging.allocated, "removing what an ended fill left");
+            self.note_orphans(&staging.dir)?;
             if let Err(error) = staging.remove() {
                 tracing::warn!(%error, "what an ended fill left cannot be removed; it is left alone");
             }
         }
         Ok(())
+    }
+
+    /// Remembers the blobs that lose a link with this staging folder. Of one that its name does not tell, only a sweep can
+    /// tell whether it has another.
+    fn note_orphans(&self, staging: &Path) -> Result<()> {
+        for path in files::entries(staging)? {
+            if files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() > 1) {
+                let digest = path.file_stem().and_then(|name| name.to_str()?.strip_prefix("sha256-")?.parse().ok());
+                let mut upkeep = lock(&self.disk.0.upkeep);
+                match digest {
+                    Some(digest) => drop(upkeep.orphans.insert(digest)),
+                    None => upkeep.swept = None,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the blobs that lost their last link with what ended fills had left.
+    fn drop_orphans(&mut self) -> Result<()> {
+        let orphans = std::mem::take(&mut lock(&self.disk.0.upkeep).orphans);
+        orphans.iter().try_for_each(|digest| self.drop_if_unlinked(&self.disk.layout().blob(digest)).map(drop))
     }
 
     fn sweep_views(&mut self, artifact: &ScannedArtifact) -> Result<()> {
@@ -506,14 +669,15 @@ impl BudgetHold<'_> {
 }
 
 impl ScannedArtifact {
+    /// What its manifest says of the file at `view`.
+    fn entry_of(&self, view: &Path) -> Option<&FileEntry> {
+        let path = FilePath::new(view.strip_prefix(self.dir.files()).ok()?.to_str()?).ok()?;
+        self.manifest.as_ref()?.files.get(&path)
+    }
+
     /// Views that its manifest does not hold.
     pub(super) fn loose_views(&self) -> Result<Vec<PathBuf>> {
-        let held = |path: &Path| {
-            let relative = path.strip_prefix(self.dir.files()).ok().and_then(Path::to_str);
-            let relative = relative.and_then(|path| FilePath::new(path).ok());
-            let entry = relative.zip(self.manifest.as_ref()).and_then(|(path, manifest)| manifest.files.get(&path));
-            entry.is_some_and(|entry| entry.held.is_some())
-        };
+        let held = |path: &Path| self.entry_of(path).is_some_and(|entry| entry.held.is_some());
         let mut loose = Vec::new();
         files::walk(&self.dir.files(), &mut |path, _| {
             if !held(path) {
@@ -549,6 +713,35 @@ impl Obstacles {
     }
 }
 
+/// How far a search for victims has come.
+#[derive(Debug)]
+struct Search {
+    /// The artifact that room is made for.
+    own: ArtifactDir,
+    turn: Option<Turn>,
+    obstacles: Obstacles,
+}
+
+/// How far the change log goes by the record, and when a release was last seen that writes none.
+fn standing_of(record: Option<&Record>) -> (Position, Option<u64>) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    match record {
+        // A new directory, or nobody knows what happened.
+        None => (Position::fresh(), None),
+        Some(Record { changes: None, .. }) => (Position::fresh(), Some(now)),
+        Some(Record { changes: Some(at), mixed_unix, .. }) => match mixed_unix {
+            None => (*at, None),
+            Some(seen) if now.abs_diff(*seen) <= MIXED_MAX.as_secs() => (*at, Some(*seen)),
+            // What anybody read meanwhile may be incomplete.
+            Some(_) => (Position::fresh(), None),
+        },
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn read_record(file: &std::fs::File) -> Option<Record> {
     let mut bytes = [0; RECORD_BYTES];
     let read = file.read_at(&mut bytes, 0).ok()?;
@@ -578,3 +771,6 @@ pub(super) fn boot_id() -> String {
     let read = || std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned());
     BOOT_ID.get_or_init(|| read().unwrap_or_default()).clone()
 }
+
+#[cfg(test)]
+pub(super) mod tests;

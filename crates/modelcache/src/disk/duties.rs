@@ -109,7 +109,8 @@ impl Trust<'_> {
         })
     }
 
-    fn has(&mut self, writer: &str) -> bool {
+    /// Whether `writer` still answers for what bears its name.
+    pub(super) fn has(&mut self, writer: &str) -> bool {
         if let Some(lives) = self.known.get(writer) {
             return *lives;
         }

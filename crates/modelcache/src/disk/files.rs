@@ -25,6 +25,13 @@ pub(crate) fn identity(metadata: &Metadata) -> FileIdentity {
     FileIdentity { inode: metadata.ino(), bytes: metadata.len(), mtime_ns }
 }
 
+/// The same, of what the leaner call answers.
+#[allow(clippy::unnecessary_cast)]
+pub(crate) fn identity_of_stat(stat: &rustix::fs::Stat) -> FileIdentity {
+    let mtime_ns = (stat.st_mtime as i64).saturating_mul(1_000_000_000).saturating_add(stat.st_mtime_nsec as i64);
+    FileIdentity { inode: stat.st_ino as u64, bytes: stat.st_size as u64, mtime_ns }
+}
+
 /// Bytes that a file takes on the filesystem.
 pub(crate) fn allocated(metadata: &Metadata) -> u64 {
     metadata.blocks() * 512

@@ -7,9 +7,9 @@ use crate::digest::Provenance;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Format, HEAD_BYTES};
 use crate::key::FilePath;
-use crate::ladder::part_size;
+use crate::ladder::{LadderHasher, PartHasher, part_size};
 use crate::limits;
-use crate::manifest::{FileEntry, Shape};
+use crate::manifest::{FileEntry, FileIdentity, Shape};
 use crate::progress::Progress;
 use std::fs::{self, File};
 use std::io::Read;
@@ -29,43 +29,99 @@ pub(crate) struct Given {
     pub(crate) size: u64,
 }
 
+/// A given file that is read once, from its beginning to its end: hashed, and copied if it is to be.
+pub(crate) struct Copying {
+    given: Given,
+    source: File,
+    before: FileIdentity,
+    read: u64,
+    into: Target,
+}
+
+/// What becomes of the bytes.
+enum Target {
+    Staging(Box<StagedWriter>, PathBuf),
+    Nowhere(LadderHasher),
+}
+
+impl Copying {
+    /// Opens the file, to be copied to `target`.
+    pub(crate) fn open(given: &Given, target: Option<&Path>) -> Result<Self> {
+        let fault = |cause: std::io::Error| unreadable(&given.from, cause);
+        let source = File::open(&given.from).map_err(fault)?;
+        let before = identity(&source.metadata().map_err(fault)?);
+        let part_size = part_size(given.size);
+        let into = match target {
+            Some(target) => {
+                let draft = Draft { path: target.to_owned(), size: given.size, part_size, in_order: true, git: false };
+                Target::Staging(Box::new(StagedWriter::create(draft, None)?), target.to_owned())
+            }
+            None => Target::Nowhere(LadderHasher::new(part_size)),
+        };
+        Ok(Self { given: given.clone(), source, before, read: 0, into })
+    }
+
+    /// Reads the next bytes into all of `buffer`; `beside` hashes them, too.
+    pub(crate) fn fill(&mut self, buffer: &mut [u8], mut beside: Option<&mut PartHasher>) -> Result<()> {
+        for slice in buffer.chunks_mut(COPY_BYTES) {
+            self.source.read_exact(slice).map_err(|cause| match cause.kind() {
+                std::io::ErrorKind::UnexpectedEof => changed(&self.given),
+                _ => unreadable(&self.given.from, cause),
+            })?;
+            match (&mut self.into, beside.as_deref_mut()) {
+                (Target::Staging(writer, _), Some(beside)) => writer.append(self.read, slice, beside)?,
+                (Target::Staging(writer, _), None) => writer.write(self.read, slice)?,
+                (Target::Nowhere(hasher), Some(beside)) => hasher.update_beside(slice, beside),
+                (Target::Nowhere(hasher), None) => hasher.update(slice),
+            }
+            self.read += slice.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// What the file is, if that was all of it and nobody changed it meanwhile; and its copy's identity.
+    pub(crate) fn finish(mut self) -> Result<(FileEntry, Option<FileIdentity>)> {
+        let fault = |cause: std::io::Error| unreadable(&self.given.from, cause);
+        let ended = self.read == self.given.size && self.source.read(&mut [0]).map_err(fault)? == 0;
+        if !ended || self.before != identity(&self.source.metadata().map_err(fault)?) {
+            return Err(changed(&self.given));
+        }
+        let (sha256, ladder, format, copy) = match self.into {
+            Target::Staging(writer, target) => {
+                let hashed = writer.hashed();
+                (hashed.sha256, hashed.ladder, format_named(&target), Some(writer.seal()?))
+            }
+            Target::Nowhere(hasher) => {
+                let (sha256, ladder) = hasher.finish();
+                (sha256, ladder, format_named(&self.given.from), None)
+            }
+        };
+        let entry = FileEntry {
+            size: self.given.size,
+            sha256: Some(sha256),
+            provenance: Some(Provenance::Put),
+            ladder: Some(ladder),
+            format,
+            ..FileEntry::default()
+        };
+        Ok((entry, copy))
+    }
+}
+
 /// Copies one file into staging, hashing it; refuses one that changes meanwhile.
 pub(crate) fn copy_given(given: &Given, target: &Path, progress: &Progress) -> Result<StagedFile> {
-    let fault = |cause: std::io::Error| unreadable(&given.from, cause);
-    let changed = || changed(given);
-    let mut source = File::open(&given.from).map_err(fault)?;
-    let before = source.metadata().map_err(fault)?;
-    let part_size = part_size(given.size);
-    let draft = Draft { path: target.to_owned(), size: given.size, part_size, in_order: true, git: false };
-    let writer = StagedWriter::create(draft, None)?;
-    let mut buffer = vec![0; COPY_BYTES];
-    let mut offset = 0;
-    loop {
-        let read = source.read(&mut buffer).map_err(fault)?;
-        if read == 0 {
-            break;
-        }
-        if offset + read as u64 > given.size {
-            return Err(changed());
-        }
-        writer.write(offset, &buffer[..read])?;
-        offset += read as u64;
-        progress.done(read as u64);
+    let mut copying = Copying::open(given, Some(target))?;
+    let mut buffer = vec![0; COPY_BYTES.min(usize::try_from(given.size).unwrap_or(COPY_BYTES))];
+    let mut left = given.size;
+    while left > 0 {
+        let slice = buffer.len().min(usize::try_from(left).unwrap_or(buffer.len()));
+        copying.fill(&mut buffer[..slice], None)?;
+        left -= slice as u64;
+        progress.done(slice as u64);
     }
-    let after = source.metadata().map_err(fault)?;
-    if offset != given.size || before.modified().ok() != after.modified().ok() {
-        return Err(changed());
-    }
-    let hashed = writer.hashed();
-    let entry = FileEntry {
-        size: given.size,
-        sha256: Some(hashed.sha256),
-        provenance: Some(Provenance::Put),
-        ladder: Some(hashed.ladder),
-        format: format_named(target),
-        ..FileEntry::default()
-    };
-    Ok(StagedFile { name: String::new(), entry, identity: writer.seal()? })
+    let (entry, copy) = copying.finish()?;
+    let identity = copy.ok_or_else(|| Error::new(ErrorKind::Other, "nothing was copied"))?;
+    Ok(StagedFile { name: String::new(), entry, identity })
 }
 
 /// Hashes one file where it lies; refuses one that changes meanwhile.

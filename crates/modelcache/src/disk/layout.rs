@@ -97,6 +97,11 @@ impl Layout {
         self.locks().join("budget")
     }
 
+    /// Which manifests were changed; what the budget record says of it counts.
+    pub(crate) fn changes(&self) -> PathBuf {
+        self.locks().join("changes")
+    }
+
     /// Locked to find out whether locks exclude.
     pub(crate) fn probe_lock(&self) -> PathBuf {
         self.locks().join("probe")
@@ -114,7 +119,12 @@ impl Layout {
     }
 
     pub(crate) fn lease(&self, artifact: &ArtifactDir) -> PathBuf {
-        self.locks().join(format!("{}.lease", artifact.hash()))
+        self.lease_of(&artifact.hash())
+    }
+
+    /// The same, by the artifact's hash.
+    pub(crate) fn lease_of(&self, hash: &str) -> PathBuf {
+        self.locks().join(format!("{hash}.lease"))
     }
 }
 

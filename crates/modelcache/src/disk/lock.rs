@@ -37,6 +37,11 @@ impl FileLock {
             Ok(file) => file,
             Err(denied) => modes::open_existing(path, false).map_err(|_| denied).at("open the lock", path)?,
         };
+        Self::try_shared_of(file, path)
+    }
+
+    /// The same for a lock file that is open already.
+    pub(crate) fn try_shared_of(file: File, path: &Path) -> Result<Option<Self>> {
         Self::locked(file.try_lock_shared(), file).at("lock", path)
     }
 

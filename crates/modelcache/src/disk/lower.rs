@@ -183,8 +183,12 @@ impl Disk {
             min_free_bytes,
             unwritable: Some(Error::new(ErrorKind::Directory, why)),
             locks_are_honest: true,
+            is_local: false,
             memo: Default::default(),
             duties: Default::default(),
+            leases: Default::default(),
+            index: Default::default(),
+            upkeep: Default::default(),
         })))
     }
 }

@@ -11,6 +11,7 @@
 //! written down in `docs/disk-format.md`.
 
 mod budget;
+mod changes;
 mod clone;
 mod doctor;
 mod duties;
@@ -18,7 +19,10 @@ mod fault;
 mod files;
 mod fit;
 mod given;
+mod hashing;
+mod hit;
 mod holders;
+mod index;
 mod intent;
 mod layout;
 mod leader;
@@ -48,7 +52,7 @@ pub use duties::HandOver;
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
 pub(crate) use fit::content_name;
-pub(crate) use given::{Given, copy_given, format_named, format_of, hash_given, list_given};
+pub(crate) use given::{Copying, Given, copy_given, format_named, format_of, hash_given, list_given};
 pub(crate) use intent::{Intent, Missing};
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
 pub(crate) use leader::{BEAT_EVERY, Leader, Leadership, Watch};
@@ -72,14 +76,17 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, ArtifactName};
 use crate::limits;
 use crate::manifest::Manifest;
+use budget::Upkeep;
 use duties::Duties;
 use fault::At;
+use hit::Leases;
+use index::Index;
 use memo::Memo;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 /// What the `FORMAT` file says; a higher number is refused.
@@ -101,10 +108,18 @@ struct Inner {
     unwritable: Option<Error>,
     /// Whether locks exclude on this filesystem.
     locks_are_honest: bool,
+    /// Whether its filesystem is one of this machine.
+    is_local: bool,
     /// Manifests read before.
     memo: Memo,
     /// What this process has still to make durable.
     duties: Duties,
+    /// Leases held.
+    leases: Leases,
+    /// What the artifacts hold, once it was needed; looked at within budget holds only.
+    index: Mutex<Index>,
+    /// What was tidied up, and what is left to be.
+    upkeep: Mutex<Upkeep>,
 }
 
 /// One artifact's folder, as a scan found it.
@@ -150,8 +165,20 @@ impl Disk {
         if !locks_are_honest {
             tracing::warn!(path = %layout.root().display(), "file locks do not exclude on this filesystem: bytes may be fetched twice, and only what has long been idle is evicted for space");
         }
-        let (memo, duties) = (Memo::default(), Duties::default());
-        Ok(Self(Arc::new(Inner { layout, max_bytes, min_free_bytes, unwritable, locks_are_honest, memo, duties })))
+        let is_local = hit::is_local(layout.root());
+        Ok(Self(Arc::new(Inner {
+            layout,
+            max_bytes,
+            min_free_bytes,
+            unwritable,
+            locks_are_honest,
+            is_local,
+            memo: Memo::default(),
+            duties: Duties::default(),
+            leases: Leases::default(),
+            index: Mutex::default(),
+            upkeep: Mutex::default(),
+        })))
     }
 
     /// Opens a directory that is there already, to change what it holds and to fetch nothing.
@@ -237,12 +264,13 @@ impl Disk {
     /// The same, for those who only look: not read again while it is the file that was read before.
     pub(crate) fn shared_manifest(&self, dir: &ArtifactDir) -> Result<Option<Arc<Manifest>>> {
         let Some(before) = files::stat(&dir.manifest())?.map(|metadata| identity(&metadata)) else { return Ok(None) };
-        if let Some(manifest) = self.0.memo.recall(dir, before) {
+        let hash = dir.hash();
+        if let Some(manifest) = self.0.memo.recall(&hash, before) {
             return Ok(Some(manifest));
         }
         let Some(manifest) = self.read_manifest(dir)?.map(Arc::new) else { return Ok(None) };
         if files::stat(&dir.manifest())?.map(|metadata| identity(&metadata)) == Some(before) {
-            self.0.memo.remember(dir, before, &manifest);
+            self.0.memo.remember(&hash, before, &manifest);
         }
         Ok(Some(manifest))
     }
@@ -250,22 +278,40 @@ impl Disk {
     /// Every artifact's folder with its manifest.
     pub(crate) fn scan(&self) -> Result<Vec<ScannedArtifact>> {
         let mut found = Vec::new();
-        for name_dir in files::entries(&self.layout().artifacts())? {
-            for version_dir in files::entries(&name_dir)? {
-                let dir = ArtifactDir(version_dir);
-                // A manifest of a newer release is left alone: neither evicted nor swept.
-                let Ok(manifest) = self.read_manifest(&dir) else { continue };
-                let last_used = self.last_used(&dir)?;
-                found.push(ScannedArtifact { dir, manifest, last_used });
-            }
-        }
+        self.scan_each(&mut |artifact| {
+            found.push(artifact);
+            Ok(())
+        })?;
         Ok(found)
     }
 
-    /// The same, least recently used first.
+    /// The same, one after the other.
+    fn scan_each(&self, visit: &mut dyn FnMut(ScannedArtifact) -> Result<()>) -> Result<()> {
+        for name_dir in files::entries(&self.layout().artifacts())? {
+            for version_dir in files::entries(&name_dir)? {
+                self.scan_folder(ArtifactDir(version_dir))?.map_or(Ok(()), &mut *visit)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What a scan would find of one artifact.
+    fn scan_one(&self, dir: &ArtifactDir) -> Result<Option<ScannedArtifact>> {
+        let above = dir.path().parent().map_or(Ok(false), files::is_folder)?;
+        if above && files::stat(dir.path())?.is_some() { self.scan_folder(dir.clone()) } else { Ok(None) }
+    }
+
+    fn scan_folder(&self, dir: ArtifactDir) -> Result<Option<ScannedArtifact>> {
+        // A manifest of a newer release is left alone: neither evicted nor swept.
+        let Ok(manifest) = self.read_manifest(&dir) else { return Ok(None) };
+        let last_used = self.last_used(&dir)?;
+        Ok(Some(ScannedArtifact { dir, manifest, last_used }))
+    }
+
+    /// The same as [`scan`](Self::scan), least recently used first.
     pub(crate) fn scan_by_last_use(&self) -> Result<Vec<ScannedArtifact>> {
         let mut artifacts = self.scan()?;
-        artifacts.sort_by_key(|artifact| artifact.last_used);
+        artifacts.sort_by(|a, b| (a.last_used, a.dir.path()).cmp(&(b.last_used, b.dir.path())));
         Ok(artifacts)
     }
 

@@ -145,12 +145,6 @@ impl Disk {
         Ok(report)
     }
 
-    /// How many bytes would go with these artifacts.
-    pub(super) fn freed_by(&self, victims: &[ScannedArtifact]) -> Result<u64> {
-        let mut rehearsal = Rehearsal::new(self)?;
-        victims.iter().map(|artifact| rehearsal.unlink_below(&artifact.dir.files())).sum()
-    }
-
     /// What keeps an artifact from being evicted as things stand, if anything does.
     pub(super) fn keeps(&self, dir: &ArtifactDir) -> Result<Option<InTheWay>> {
         if self.is_leased(dir) {

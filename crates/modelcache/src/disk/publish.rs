@@ -20,8 +20,8 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity, Held, Manifest, UnsyncedFile};
+use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -83,7 +83,7 @@ impl Disk {
             blobs.keys().try_for_each(|digest| hold.drop_if_unlinked(&self.layout().blob(digest)).map(|_| ()))?;
             hold.release()?;
         }
-        Ok(Lent { manifest: Arc::new(manifest), dir, link, is_lower: false, _lease: Some(lease) })
+        Ok(Lent { manifest: Arc::new(manifest), dir, link, is_lower: false, _lease: Some(lease.into()) })
     }
 
     /// A shared lease, within a bounded time.
@@ -143,6 +143,7 @@ impl Disk {
                     .artifact(&listing.key));
             }
         }
+        hold.begin_change_of(dir)?;
         modes::make_dir(&dir.files()).at("make", &dir.files())?;
         let mut link = None;
         for (path, file) in staged {
@@ -227,22 +228,20 @@ impl Disk {
 }
 
 impl BudgetHold<'_> {
-    /// Whether a committed manifest records `identity` for `digest`, durably or by the word of a writer that lives. The
-    /// manifests are read once in a hold: an identity under which bytes were once found right stays right, even if its
-    /// manifest is gone by now.
+    /// Whether a committed manifest records `identity` for `digest`, durably or by the word of a writer that lives. Of one
+    /// that was changed since by a release that does not say so, the word still counts: an identity under which bytes were
+    /// once found right stays right.
     fn is_vouched(&mut self, digest: &Digest, identity: FileIdentity) -> Result<bool> {
-        if self.vouchers.is_none() {
-            let disk = self.disk();
-            let manifests = disk.scan()?.into_iter().filter_map(|artifact| artifact.manifest);
-            let entries = manifests.flat_map(|manifest| manifest.files.into_values());
-            let (mut vouchers, mut trust): (HashMap<Digest, Vec<FileIdentity>>, _) = (HashMap::new(), disk.trust());
-            for (digest, identity) in entries.filter_map(|entry| Some((entry.sha256?, trust.identity(&entry)?))) {
-                vouchers.entry(digest).or_default().push(identity);
+        let promised = {
+            let index = self.index()?;
+            if index.vouches(digest, identity) {
+                return Ok(true);
             }
-            self.vouchers = Some(vouchers);
-        }
-        let identities = self.vouchers.as_ref().and_then(|vouchers| vouchers.get(digest));
-        Ok(identities.is_some_and(|identities| identities.contains(&identity)))
+            index.promised(digest, identity)
+        };
+        let disk = self.disk();
+        let mut trust = disk.trust();
+        Ok(promised.iter().any(|writer| trust.has(writer)))
     }
 
     /// The identity of the file at `path`, if a committed manifest vouches for it as `digest`.

@@ -171,7 +171,7 @@ impl Disk {
         }
     }
 
-    fn try_begin_fill(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<Staging> {
+    pub(super) fn try_begin_fill(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<Staging> {
         let mut hold = self.hold_budget()?;
         let mut staging = match self.adopt_staging(key, wanted)? {
             Some(adopted) => adopted,
@@ -312,6 +312,12 @@ impl Staging {
     /// The lock that says that this folder is somebody's, for those who write into it.
     pub(crate) fn owner(&self) -> Arc<FileLock> {
         self.owner.clone()
+    }
+
+    /// Leaves the folder behind, as whoever is killed does.
+    #[cfg(test)]
+    pub(super) fn abandon(mut self) {
+        self.dir = self.dir.join("left to the next sweep");
     }
 
     /// Removes the folder: what it held is published, or of no use to anybody. A write that is still under way, whose

@@ -195,6 +195,15 @@ impl StagedWriter {
         Ok(())
     }
 
+    /// The same for a file that is written from its beginning to its end: `beside` takes the slice in the same pass.
+    pub(crate) fn append(&self, offset: u64, slice: &[u8], beside: &mut PartHasher) -> Result<()> {
+        self.write_bytes(offset, slice).map_err(|cause| fault("write", &self.path, cause))?;
+        let mut order = self.order();
+        order.hasher.update_beside(slice, beside);
+        self.cursor.store(order.hasher.position(), Ordering::Release);
+        Ok(())
+    }
+
     fn write_bytes(&self, offset: u64, slice: &[u8]) -> io::Result<()> {
         let direct = self.direct.as_ref().filter(|_| !self.direct_failed.load(Ordering::Relaxed));
         let Some(direct) = direct.filter(|_| offset.is_multiple_of(ALIGNMENT as u64)) else {

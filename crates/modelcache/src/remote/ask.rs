@@ -1,6 +1,6 @@
 //! What the store states of an object beyond size and ETag: a digest among its metadata, or its own checksum.
 //!
-//! `object_store` cannot ask for checksums, so the HEAD is made and signed here. Where its options change what a request
+//! `object_store` cannot ask for checksums, nor for unfinished uploads, so these requests are made and signed here. Where its options change what a request
 //! needs (`skip_signature`, a customer's key and the like), nothing is asked, and objects count as having no checksum.
 
 use super::credentials::Credentials;
@@ -28,7 +28,7 @@ const CHECKSUM: &str = "x-amz-checksum-sha256";
 /// Whether that is of the whole object.
 const CHECKSUM_TYPE: &str = "x-amz-checksum-type";
 
-/// Sends signed HEAD requests.
+/// Sends signed requests.
 pub(super) struct Asker {
     client: HttpClient,
     credentials: Arc<Credentials>,
@@ -72,6 +72,18 @@ impl Asker {
             false => endpoint.replacen("://", &format!("://{bucket}."), 1),
         };
         Some(Self { client: connector.http(), credentials: credentials.clone(), base, region })
+    }
+
+    /// Asks the bucket itself; the answer's body.
+    pub(super) async fn get(&self, query: &str) -> object_store::Result<String> {
+        let generic = |source| object_store::Error::Generic { store: "S3", source };
+        let request = http::Request::get(format!("{}?{query}", self.base)).body(HttpRequestBody::empty());
+        let mut request = request.map_err(|error| generic(Box::new(error)))?;
+        let credential = self.credentials.get_credential().await?;
+        AwsAuthorizer::new(&credential, "s3", &self.region).try_authorize(&mut request, None)?;
+        let response = self.client.execute(request).await.map_err(|error| generic(Box::new(error)))?;
+        let body = response.into_body().bytes().await.map_err(|error| generic(Box::new(error)))?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
     async fn head(&self, key: &Path) -> object_store::Result<HeaderMap> {

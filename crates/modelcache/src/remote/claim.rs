@@ -1,23 +1,26 @@
 //! Claims: who may write a version folder, and what a writer that died has left there.
 //!
 //! A claim is a create-only object with an end. It is renewed while its writer works, and names every object that the
-//! writer may leave behind: whoever takes over an ended claim inherits that list and sweeps it.
+//! writer may leave behind, unfinished uploads among it: whoever takes over an ended claim inherits that list and sweeps
+//! it. A claim whose writer is seen to have died, on the same machine, has ended.
 //!
 //! Surprise: a claim that fails with objects written is not removed but ended at once, so that the list survives. Time
 //! is compared by the clocks of the writers; a clock that is a minute fast takes over too early, which costs an upload
 //! or a conflict, and no reader a wrong byte.
 
+use super::process::Process;
 use super::store::{Condition, Store, Written};
 use super::{Conditions, Folder, Remote};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
 use crate::limits;
+use crate::transfer::tidy;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
@@ -34,6 +37,9 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 /// Files by path, with their digests where known.
 pub(super) type Listed = BTreeMap<FilePath, Option<Digest>>;
 
+/// Multipart uploads by their ids, and the files that they are to become.
+pub(super) type Uploads = BTreeMap<String, FilePath>;
+
 /// What the object says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
@@ -44,6 +50,12 @@ pub(super) struct Record {
     /// Every object that the owner may leave.
     #[serde(default)]
     pub(super) files: Listed,
+    /// Every multipart upload that the owner began, completed or not.
+    #[serde(default, skip_serializing_if = "Uploads::is_empty")]
+    uploads: Uploads,
+    /// The owner again, for those on its machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    process: Option<Process>,
 }
 
 impl Record {
@@ -51,7 +63,7 @@ impl Record {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let host = if host.trim().is_empty() { "unknown" } else { host.trim() };
         let owner = format!("{host}/{}/{:016x}", std::process::id(), rand::random::<u64>());
-        Self { owner, expires_at: 0, files }
+        Self { owner, expires_at: 0, files, uploads: Uploads::new(), process: Process::this() }
     }
 
     /// Lives for [`LIFE`] from now.
@@ -65,7 +77,7 @@ impl Record {
     }
 
     pub(super) fn has_ended(&self) -> bool {
-        self.expires_at <= now_s()
+        self.expires_at <= now_s() || self.process.as_ref().is_some_and(Process::has_ended)
     }
 
     fn to_bytes(&self) -> Result<Bytes> {
@@ -77,7 +89,13 @@ impl Record {
     fn from_bytes(bytes: &[u8]) -> Self {
         serde_json::from_slice(bytes).unwrap_or_else(|error| {
             tracing::warn!(%error, "a claim on the remote cannot be read; taken as ended");
-            Self { owner: "unknown".into(), expires_at: 0, files: Listed::new() }
+            Self {
+                owner: "unknown".into(),
+                expires_at: 0,
+                files: Listed::new(),
+                uploads: Uploads::new(),
+                process: None,
+            }
         })
     }
 }
@@ -88,8 +106,12 @@ fn now_s() -> u64 {
 
 /// The claim there, if any, and its ETag.
 pub(super) async fn look(store: &Store, folder: &Folder) -> Result<Option<(Record, Option<String>)>> {
-    let key = folder.own(store, "claim")?;
-    let read = store.get(&key, limits::ANSWER_BYTES_MAX).await?;
+    read(store, &folder.own(store, "claim")?).await
+}
+
+/// The same for a claim at `key`.
+pub(super) async fn read(store: &Store, key: &object_store::path::Path) -> Result<Option<(Record, Option<String>)>> {
+    let read = store.get(key, limits::ANSWER_BYTES_MAX).await?;
     Ok(read.map(|(bytes, identity)| (Record::from_bytes(&bytes), identity.etag)))
 }
 
@@ -98,6 +120,8 @@ pub(super) struct Claim {
     held: Arc<Held>,
     /// What an earlier writer may have left.
     pub(super) inherited: Listed,
+    /// Uploads that it may have left unfinished; `None` where nobody left anything.
+    pub(super) abandoned: Option<Uploads>,
     renewal: tokio::task::JoinHandle<()>,
     /// Whether objects were written that no manifest names yet.
     touched: bool,
@@ -107,7 +131,7 @@ pub(super) struct Claim {
 struct Held {
     store: Arc<Store>,
     folder: Folder,
-    record: Record,
+    record: Mutex<Record>,
     conditions: Conditions,
     etag: tokio::sync::Mutex<Option<String>>,
     lost: AtomicBool,
@@ -118,10 +142,36 @@ impl Held {
         Self {
             store: store.clone(),
             folder: folder.clone(),
-            record,
+            record: Mutex::new(record),
             conditions: remote.conditions(),
             etag: tokio::sync::Mutex::new(etag),
             lost: AtomicBool::new(false),
+        }
+    }
+
+    fn record(&self) -> Record {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn is_owner(&self, there: &Record) -> bool {
+        there.owner == self.record.lock().unwrap_or_else(PoisonError::into_inner).owner
+    }
+}
+
+/// Where a claim's holder notes what it begins.
+#[derive(Clone)]
+pub(super) struct Notes(Arc<Held>);
+
+impl Notes {
+    /// Notes uploads on the remote, so that the next writer finds them. Where that fails they are found by their age.
+    pub(super) async fn uploads(&self, begun: impl IntoIterator<Item = (String, FilePath)>) {
+        self.0.record.lock().unwrap_or_else(PoisonError::into_inner).uploads.extend(begun);
+        match rewrite(&self.0, Record::living).await {
+            Ok(true) => {}
+            Ok(false) => self.0.lost.store(true, Ordering::Relaxed),
+            Err(error) => {
+                tracing::debug!(artifact = %self.0.folder.key, %error, "what was begun is not noted on the remote")
+            }
         }
     }
 }
@@ -132,13 +182,23 @@ impl Claim {
     /// # Errors
     /// [`ErrorKind::Unavailable`] naming the holder, when it does not end in time.
     pub(super) async fn take(remote: &Remote, folder: &Folder, files: Listed) -> Result<Self> {
+        Self::take_within(remote, folder, files, PATIENCE).await
+    }
+
+    /// The same, waiting for a living claim no longer than `patience`.
+    pub(super) async fn take_within(
+        remote: &Remote,
+        folder: &Folder,
+        files: Listed,
+        patience: Duration,
+    ) -> Result<Self> {
         // In a task of its own: a caller that is cancelled while the claim is on its way must not leave it behind. The
         // task ends, and dropping its result gives the claim back.
         let (remote, folder) = (remote.clone(), folder.clone());
         let taken = tokio::spawn(async move {
             let store = remote.store().await?.clone();
             let mut record = Record::new(files);
-            let taken = Self::take_now(&remote, &store, &folder, &mut record).await;
+            let taken = Self::take_now(&remote, &store, &folder, &mut record, patience).await;
             if taken.is_err() {
                 abandon(&remote, &store, &folder, record).await;
             }
@@ -147,21 +207,28 @@ impl Claim {
         taken.await.map_err(cut_short)?
     }
 
-    async fn take_now(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: &mut Record) -> Result<Self> {
-        let deadline = Instant::now() + PATIENCE;
+    async fn take_now(
+        remote: &Remote,
+        store: &Arc<Store>,
+        folder: &Folder,
+        record: &mut Record,
+        patience: Duration,
+    ) -> Result<Self> {
+        let deadline = Instant::now() + patience;
         let mut pause = PAUSES.0;
         loop {
             let there = match create(remote, store, folder, record).await? {
                 Created::Ours(etag) => {
-                    return Ok(Self::holding(remote, store, folder, record.clone(), etag, Listed::new()));
+                    return Ok(Self::holding(remote, store, folder, record.clone(), etag, None));
                 }
                 Created::Taken(there) => there,
             };
             if let Some((theirs, etag)) = there {
                 if theirs.has_ended() {
                     record.files.extend(theirs.files.clone());
+                    record.uploads.extend(theirs.uploads.clone());
                     if let Some(etag) = take_over(remote, store, folder, record, etag).await? {
-                        return Ok(Self::holding(remote, store, folder, record.clone(), etag, theirs.files));
+                        return Ok(Self::holding(remote, store, folder, record.clone(), etag, Some(theirs)));
                     }
                 } else if Instant::now() >= deadline {
                     return Err(held_by(&theirs));
@@ -182,12 +249,21 @@ impl Claim {
         folder: &Folder,
         record: Record,
         etag: Option<String>,
-        inherited: Listed,
+        before: Option<Record>,
     ) -> Self {
+        let (inherited, abandoned) = match before {
+            Some(Record { files, uploads, .. }) => (files, Some(uploads)),
+            None => (Listed::new(), None),
+        };
         let held = Arc::new(Held::new(remote, store, folder, record, etag));
         let renewal = tokio::spawn(renew(held.clone()));
         let touched = !inherited.is_empty();
-        Self { held, inherited, renewal, touched, closed: false }
+        Self { held, inherited, abandoned, renewal, touched, closed: false }
+    }
+
+    /// Where to note what is begun under it.
+    pub(super) fn notes(&self) -> Notes {
+        Notes(self.held.clone())
     }
 
     /// From now on there may be objects that only the claim names.
@@ -226,13 +302,11 @@ impl Drop for Claim {
             return;
         }
         let (held, touched) = (self.held.clone(), self.touched);
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                if let Err(error) = give_back(&held, touched).await {
-                    tracing::debug!(%error, "a claim is left to end by itself");
-                }
-            });
-        }
+        tidy(async move {
+            if let Err(error) = give_back(&held, touched).await {
+                tracing::debug!(%error, "a claim is left to end by itself");
+            }
+        });
     }
 }
 
@@ -331,7 +405,7 @@ async fn take_over(
 async fn renew(held: Arc<Held>) {
     loop {
         tokio::time::sleep(RENEWAL).await;
-        match rewrite(&held, &held.record.living()).await {
+        match rewrite(&held, Record::living).await {
             Ok(true) => {}
             Ok(false) => {
                 tracing::warn!(artifact = %held.folder.key, "the claim on the remote was taken over by another writer");
@@ -343,10 +417,11 @@ async fn renew(held: Arc<Held>) {
     }
 }
 
-/// Replaces our claim by `record`. Whether it was still ours.
-async fn rewrite(held: &Held, record: &Record) -> Result<bool> {
+/// Replaces our claim, as `state` makes it. Whether it was still ours.
+async fn rewrite(held: &Held, state: fn(&Record) -> Record) -> Result<bool> {
     let key = held.folder.own(&held.store, "claim")?;
     let mut etag = held.etag.lock().await;
+    let record = state(&held.record());
     if let (Some(known), Conditions::Kept) = (etag.as_deref(), held.conditions) {
         match held.store.put(&key, record.to_bytes()?, Condition::Matches(known)).await? {
             Written::Done(identity) => {
@@ -358,7 +433,7 @@ async fn rewrite(held: &Held, record: &Record) -> Result<bool> {
     }
     // Without the condition, or where our own retried write may be what refused it: look first.
     match look(&held.store, &held.folder).await? {
-        Some((there, _)) if there.owner == held.record.owner => {}
+        Some((there, _)) if held.is_owner(&there) => {}
         _ => return Ok(false),
     }
     if let Written::Done(identity) = held.store.put(&key, record.to_bytes()?, Condition::Always).await? {
@@ -392,12 +467,10 @@ async fn try_to_give_back(held: &Held, touched: bool) -> Result<()> {
         return Ok(());
     }
     if touched {
-        return rewrite(held, &held.record.ended()).await.map(|_| ());
+        return rewrite(held, Record::ended).await.map(|_| ());
     }
     match look(&held.store, &held.folder).await? {
-        Some((there, _)) if there.owner == held.record.owner => {
-            held.store.delete(&held.folder.own(&held.store, "claim")?).await
-        }
+        Some((there, _)) if held.is_owner(&there) => held.store.delete(&held.folder.own(&held.store, "claim")?).await,
         _ => Ok(()),
     }
 }

@@ -2,22 +2,26 @@
 //!
 //! `object_store` copies without a condition and not above 5 GiB, so these two requests are made here, signed and sent as
 //! its own are. Long objects are copied in pieces, several at a time: one request for all of it would be silent for
-//! minutes. In a folder a copy is a hard link.
+//! minutes. In a folder a copy is a hard link. Parts whose digest is known already are sent from here, too, since
+//! `object_store` would hash them again.
 //!
 //! Surprise: an S3 copy that answers 200 may still have failed; the answer's body tells.
 
 use super::failure;
+use super::multipart::AbortGuard;
 use super::settings::{Options, S3Settings};
 use super::store::Store;
-use super::upload::{AbortGuard, UNFINISHED, place};
+use super::upload::{UNFINISHED, place};
 use super::wire::{Connector, Patience, element};
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::manifest::ObjectIdentity;
+use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use object_store::CredentialProvider;
 use object_store::aws::{AmazonS3ConfigKey, AwsAuthorizer, AwsCredential};
-use object_store::client::{HttpClient, HttpConnector, HttpRequestBody};
+use object_store::client::{HttpClient, HttpConnector, HttpRequest, HttpRequestBody};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -80,7 +84,7 @@ impl Copier {
             bucket: bucket.to_owned(),
             region: settings.region.clone(),
             headers: HeaderMap::new(),
-            sign_payload: true,
+            sign_payload: settings.signs_payload(options),
             request_payer: false,
         };
         options.passed_on.iter().try_for_each(|(key, value)| copier.take_over(key, value.expose())).ok()?;
@@ -92,20 +96,51 @@ impl Copier {
             "aws_server_side_encryption" => "x-amz-server-side-encryption",
             "aws_sse_kms_key_id" => "x-amz-server-side-encryption-aws-kms-key-id",
             "aws_sse_bucket_key_enabled" => "x-amz-server-side-encryption-bucket-key-enabled",
-            "aws_unsigned_payload" => {
-                self.sign_payload = !is_on(value);
-                return Ok(());
-            }
             "aws_request_payer" => {
                 self.request_payer = is_on(value);
                 return Ok(());
             }
-            "aws_disable_tagging" => return Ok(()),
+            "aws_unsigned_payload" | "aws_disable_tagging" => return Ok(()),
             _ => return Err(()),
         };
         let value = HeaderValue::from_str(value).map_err(|_| ())?;
         self.headers.insert(HeaderName::from_static(header), value);
         Ok(())
+    }
+
+    /// Whether what is sent is signed by its digest.
+    pub(super) fn signs_payload(&self) -> bool {
+        self.sign_payload
+    }
+
+    /// Sends one part of an upload.
+    pub(super) async fn put_part(
+        &self,
+        key: &Path,
+        upload: &str,
+        index: usize,
+        bytes: Bytes,
+        sha256: Digest,
+    ) -> object_store::Result<PartId> {
+        let generic = |source| object_store::Error::Generic { store: "S3", source };
+        let id = utf8_percent_encode(upload, NON_ALPHANUMERIC);
+        let key = utf8_percent_encode(key.as_ref(), KEY);
+        let url = format!("{}{key}?partNumber={}&uploadId={id}", self.address, index + 1);
+        let request = http::Request::put(url).header(http::header::CONTENT_LENGTH, bytes.len());
+        let mut request = request.body(bytes.into()).map_err(|error| generic(Box::new(error)))?;
+        self.sign(&mut request, Some(sha256)).await?;
+        let answer = self.client.execute(request).await.map_err(|error| generic(Box::new(error)))?;
+        let etag = answer.headers().get(http::header::ETAG).and_then(|etag| etag.to_str().ok());
+        let nameless = || generic("the answer to a part names no ETag".into());
+        etag.map(|etag| PartId { content_id: etag.to_owned() }).ok_or_else(nameless)
+    }
+
+    async fn sign(&self, request: &mut HttpRequest, body: Option<Digest>) -> object_store::Result<()> {
+        let credential = self.credentials.get_credential().await?;
+        AwsAuthorizer::new(&credential, "s3", &self.region)
+            .with_sign_payload(self.sign_payload)
+            .with_request_payer(self.request_payer)
+            .try_authorize(request, body.as_ref().map(|digest| digest.as_bytes().as_slice()))
     }
 
     /// Sends one copy request; the answer's body.
@@ -132,12 +167,7 @@ impl Copier {
         if let Some(etag) = &copy.recorded.etag {
             set("x-amz-copy-source-if-match", etag);
         }
-        let credential = self.credentials.get_credential().await.map_err(failed)?;
-        AwsAuthorizer::new(&credential, "s3", &self.region)
-            .with_sign_payload(self.sign_payload)
-            .with_request_payer(self.request_payer)
-            .try_authorize(&mut request, None)
-            .map_err(failed)?;
+        self.sign(&mut request, None).await.map_err(failed)?;
         request.extensions_mut().insert(Patience(Duration::from_secs(bytes / BYTES_PER_S_MIN)));
         let wire = |source| object_store::Error::Generic { store: "S3", source: Box::new(source) };
         let answer = self.client.execute(request).await.map_err(|error| failed(wire(error)))?;
@@ -150,7 +180,7 @@ impl Copier {
     }
 }
 
-fn is_on(value: &str) -> bool {
+pub(super) fn is_on(value: &str) -> bool {
     matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on")
 }
 

@@ -6,7 +6,7 @@
 use super::claim::{self, Claim, Listed};
 use super::publish::{LOOKS_IN_FLIGHT, sidecar_of};
 use super::store::Store;
-use super::{Folder, Remote, upload};
+use super::{Folder, Remote, hanging, upload};
 use crate::error::{ErrorKind, Result};
 use crate::key::ArtifactKey;
 use crate::manifest::Manifest;
@@ -61,6 +61,7 @@ pub(super) async fn evict(remote: &Remote, key: &ArtifactKey, dry_run: bool) -> 
 
 async fn under_claim(remote: &Remote, store: &Arc<Store>, folder: &Folder, listed: Listed) -> Result<Option<u64>> {
     let mut claim = Claim::take(remote, folder, listed).await?;
+    hanging::abort_abandoned(store, folder, &claim).await;
     let done = remove_all(store, folder, &mut claim).await;
     let closed = claim.close().await;
     let done = done?;

@@ -24,17 +24,22 @@
 //! (`foreign.rs`), and never written to.
 
 mod ask;
+mod begun;
 mod claim;
 mod copy;
 mod credentials;
 mod doctor;
+mod early;
 mod evict;
 mod failure;
 mod foreign;
+mod hanging;
 mod list;
 mod listing;
+mod multipart;
 mod policy;
 mod prefix;
+mod process;
 mod profile;
 mod publish;
 mod refs;
@@ -46,9 +51,12 @@ mod upload;
 mod verify;
 mod wire;
 
+pub(crate) use begun::Begun;
 pub(crate) use doctor::examine;
+pub(crate) use early::{Early, Proven};
 pub(crate) use foreign::{Foreign, Found, REMEDY, some, unstated};
 pub(crate) use listing::Address;
+pub(crate) use multipart::Multipart;
 pub use policy::{Policy, Role};
 pub(crate) use prefix::PrefixSource;
 pub use refs::{RefKind, RemoteRef};
@@ -92,7 +100,9 @@ struct Inner {
     /// Whether somebody was told that it refuses writes.
     refusal_told: AtomicBool,
     /// Of all uploads together.
-    upload_memory: upload::Memory,
+    upload_memory: multipart::Memory,
+    /// Something was published since unfinished uploads were last looked for.
+    has_published: AtomicBool,
 }
 
 /// The address only: the configuration may hold keys.
@@ -148,7 +158,8 @@ impl Remote {
             conditions: AtomicU8::new(Conditions::Untried as u8),
             read_only: AtomicBool::new(false),
             refusal_told: AtomicBool::new(false),
-            upload_memory: upload::Memory::default(),
+            upload_memory: multipart::Memory::default(),
+            has_published: AtomicBool::new(false),
         })))
     }
 
@@ -224,7 +235,34 @@ impl Remote {
     ) -> Result<Published> {
         let named = |error: Error| error.artifact(&manifest.key).tier(Tier::Remote);
         self.ensure_read_write("leave the remote out: --remote none").map_err(named)?;
-        publish::publish(self, manifest, files, options, progress).await.map_err(named)
+        publish::publish(self, manifest, files, options, None, progress).await.map_err(named)
+    }
+
+    /// The same, going on with what had [begun](Self::begin).
+    pub(crate) async fn publish_begun(
+        &self,
+        manifest: &Manifest,
+        files: &BTreeMap<FilePath, PathBuf>,
+        options: PublishOptions,
+        begun: Option<Begun>,
+        progress: &Progress,
+    ) -> Result<Published> {
+        let named = |error: Error| error.artifact(&manifest.key).tier(Tier::Remote);
+        self.ensure_read_write("leave the remote out: --remote none").map_err(named)?;
+        publish::publish(self, manifest, files, options, begun, progress).await.map_err(named)
+    }
+
+    /// Aborts old unfinished uploads in version folders, if anything was published here since the last time. Failing is
+    /// nobody's trouble.
+    pub(crate) async fn sweep_uploads(&self) {
+        if !self.0.has_published.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        match hanging::sweep(self).await {
+            Ok(0) => {}
+            Ok(uploads) => tracing::info!(uploads, "aborted uploads that were left unfinished on the remote long ago"),
+            Err(error) => tracing::debug!(%error, "unfinished uploads on the remote are left"),
+        }
     }
 
     /// Removes the artifact: its manifest, then the objects that it names. With `dry_run`, only tells.

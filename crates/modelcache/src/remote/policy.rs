@@ -1,7 +1,7 @@
 //! The least rights that a bucket needs: an IAM policy of exactly the actions that the code's requests are.
 //!
-//! One object read is `GetObject`, also for HEAD; uploads in parts are `PutObject` but for their abort. What is missing
-//! can only be told from what is forbidden with `ListBucket`. Tests compare this with what a stand-in was asked.
+//! One object read is `GetObject`, also for HEAD; uploads in parts are `PutObject` but for their abort and for finding
+//! those that nobody completed. What is missing can only be told from what is forbidden with `ListBucket`. Tests compare this with what a stand-in was asked.
 
 use super::profile::Profiles;
 use super::settings::{Options, Place, S3Settings};
@@ -64,10 +64,15 @@ impl Policy {
             "Sid": match role { Role::Reader => "ReadModels", Role::Writer => "ReadAndWriteModels" },
             "Effect": "Allow", "Action": role.object_actions(), "Resource": [format!("{arn}/{below}")],
         });
-        Ok(Self {
-            document: json!({"Version": "2012-10-17", "Statement": [list, objects]}),
-            notes: notes(config, role),
-        })
+        // S3 knows no condition on the prefix for this one.
+        let uploads = json!({
+            "Sid": "ListUploads", "Effect": "Allow", "Action": ["s3:ListBucketMultipartUploads"], "Resource": [arn],
+        });
+        let statements = match role {
+            Role::Reader => vec![list, objects],
+            Role::Writer => vec![list, objects, uploads],
+        };
+        Ok(Self { document: json!({"Version": "2012-10-17", "Statement": statements}), notes: notes(config, role) })
     }
 }
 

@@ -13,8 +13,11 @@
 //!
 //! Surprise: a damaged manifest does not stop a publish, it is what the publish repairs. One in a newer format does.
 
+use super::begun::{Begun, Opened, abort_all};
 use super::claim::{self, Claim, Listed};
 use super::evict;
+use super::hanging;
+use super::multipart::Multipart;
 use super::refs;
 use super::store::{Condition, Store, Written};
 use super::twin::{self, Twin};
@@ -30,6 +33,7 @@ use futures::{StreamExt, TryStreamExt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Objects looked at, or removed, at a time.
 pub(super) const LOOKS_IN_FLIGHT: usize = 16;
@@ -37,20 +41,20 @@ pub(super) const LOOKS_IN_FLIGHT: usize = 16;
 const MERGES_MAX: usize = 5;
 
 /// One call's job: the artifact, its files here, and where they go.
-struct Job<'a> {
-    remote: &'a Remote,
-    store: &'a Arc<Store>,
-    folder: Folder,
-    manifest: &'a Manifest,
-    files: &'a BTreeMap<FilePath, PathBuf>,
-    force: bool,
-    rewrite: &'a BTreeSet<FilePath>,
-    sidecars: bool,
-    progress: &'a Progress,
+pub(super) struct Job<'a> {
+    pub(super) remote: &'a Remote,
+    pub(super) store: &'a Arc<Store>,
+    pub(super) folder: Folder,
+    pub(super) manifest: &'a Manifest,
+    pub(super) files: &'a BTreeMap<FilePath, PathBuf>,
+    pub(super) force: bool,
+    pub(super) rewrite: &'a BTreeSet<FilePath>,
+    pub(super) sidecars: bool,
+    pub(super) progress: &'a Progress,
 }
 
 /// The manifest on the remote, as far as it can be used.
-enum There {
+pub(super) enum There {
     Nothing,
     Damaged,
     Same(Manifest),
@@ -62,6 +66,7 @@ pub(super) async fn publish(
     manifest: &Manifest,
     files: &BTreeMap<FilePath, PathBuf>,
     options: PublishOptions,
+    begun: Option<Begun>,
     progress: &Progress,
 ) -> Result<Published> {
     let store = remote.store().await?;
@@ -71,32 +76,18 @@ pub(super) async fn publish(
     let uploads = job.uploads()?;
     job.refuse_sidecar_clash()?;
 
-    let there = job.look().await?;
-    if let There::Same(there) = &there
-        && job.sidecars_lacking(Some(there)).is_empty()
-        && job.lacking(there, &uploads).await?.is_empty()
-    {
-        return Ok(Published::default());
-    }
-    let new = matches!(there, There::Nothing);
-    if new {
-        job.refuse_nested().await?;
-        job.refuse_below_foreign().await?;
-        job.refuse_object().await?;
-    }
-    let checked = new
-        && match job.refuse_foreign_unclaimed().await {
-            // Somebody published the same since we looked: no stranger's objects.
-            Err(error) if error.kind() == ErrorKind::Conflict && matches!(job.look().await?, There::Same(_)) => false,
-            checked => checked?,
-        };
-
-    let mut claim = Claim::take(remote, &job.folder, job.claimed(&there)).await?;
-    let done = job.under_claim(&mut claim, uploads, checked).await;
+    let opened = match begun {
+        Some(begun) => begun.open().await,
+        None => job.open(&uploads).await?,
+    };
+    let Some(Opened { mut claim, checked, sent }) = opened else { return Ok(Published::default()) };
+    let done = job.under_claim(&mut claim, uploads, checked, sent).await;
     match (done, claim.close().await) {
-        (Ok(published), Ok(())) => Ok(published),
-        (Ok(published), Err(error)) => {
-            tracing::warn!(artifact = %manifest.key, %error, "published, but the claim could not be removed; it will end by itself");
+        (Ok(published), closed) => {
+            if let Err(error) = closed {
+                tracing::warn!(artifact = %manifest.key, %error, "published, but the claim could not be removed; it will end by itself");
+            }
+            remote.0.has_published.store(true, Ordering::Relaxed);
             Ok(published)
         }
         (Err(error), _) => Err(error),
@@ -104,6 +95,35 @@ pub(super) async fn publish(
 }
 
 impl Job<'_> {
+    /// Takes the claim, unless everything is there already.
+    async fn open(&self, uploads: &BTreeMap<FilePath, Upload>) -> Result<Option<Opened>> {
+        let there = self.look().await?;
+        if let There::Same(there) = &there
+            && self.sidecars_lacking(Some(there)).is_empty()
+            && self.lacking(there, uploads).await?.is_empty()
+        {
+            return Ok(None);
+        }
+        let checked = matches!(there, There::Nothing) && self.refuse_place().await?;
+        let claim = Claim::take(self.remote, &self.folder, self.claimed(&there)).await?;
+        hanging::abort_abandoned(self.store, &self.folder, &claim).await;
+        Ok(Some(Opened { claim, checked, sent: BTreeMap::new() }))
+    }
+
+    /// Refuses a place that cannot be a version's. Whether it was seen to hold nobody else's objects.
+    pub(super) async fn refuse_place(&self) -> Result<bool> {
+        self.refuse_nested().await?;
+        self.refuse_below_foreign().await?;
+        self.refuse_object().await?;
+        match self.refuse_foreign_unclaimed().await {
+            // Somebody published the same since we looked: no stranger's objects.
+            Err(error) if error.kind() == ErrorKind::Conflict && matches!(self.look().await?, There::Same(_)) => {
+                Ok(false)
+            }
+            checked => checked,
+        }
+    }
+
     /// What to send for each file.
     fn uploads(&self) -> Result<BTreeMap<FilePath, Upload>> {
         let one = |(path, file): (&FilePath, &PathBuf)| {
@@ -111,12 +131,13 @@ impl Job<'_> {
             let entry = entry.ok_or_else(|| Error::invalid(format!("{path} is not in the manifest")))?;
             let sha256 = entry.sha256.ok_or_else(|| Error::invalid(format!("the digest of {path} is not known")))?;
             let object = self.folder.object(self.store, path)?;
-            Ok((path.clone(), Upload { object, file: file.clone(), size: entry.size, sha256 }))
+            let upload = Upload { path: path.clone(), object, file: file.clone(), size: entry.size, sha256 };
+            Ok((path.clone(), upload))
         };
         self.files.iter().map(one).collect()
     }
 
-    async fn look(&self) -> Result<There> {
+    pub(super) async fn look(&self) -> Result<There> {
         match self.folder.read_manifest(self.store).await {
             Ok(None) => Ok(There::Nothing),
             Ok(Some((there, _))) => Ok(match there.agrees_with(self.manifest) {
@@ -133,7 +154,7 @@ impl Job<'_> {
     }
 
     /// What the claim has to name: everything we may write, and with `force` what we may leave of the old.
-    fn claimed(&self, there: &There) -> Listed {
+    pub(super) fn claimed(&self, there: &There) -> Listed {
         let mut listed: Listed = self
             .files
             .keys()
@@ -166,7 +187,7 @@ impl Job<'_> {
     }
 
     /// A file of the artifact may not have the name of a sidecar that is to be written.
-    fn refuse_sidecar_clash(&self) -> Result<()> {
+    pub(super) fn refuse_sidecar_clash(&self) -> Result<()> {
         for path in self.files.keys().filter(|_| self.sidecars) {
             let sidecar = sidecar_of(path)?;
             if self.manifest.files.contains_key(&sidecar) {
@@ -309,6 +330,7 @@ impl Job<'_> {
         claim: &mut Claim,
         uploads: BTreeMap<FilePath, Upload>,
         checked: bool,
+        begun: BTreeMap<FilePath, (Multipart, Digest)>,
     ) -> Result<Published> {
         let staging = self.store.file(&self.folder.own(self.store, "")?);
         if let Some(staging) = staging.clone() {
@@ -336,7 +358,7 @@ impl Job<'_> {
             None => uploads.keys().cloned().collect(),
         };
         self.count_held(&uploads, &lacking);
-        let sent = self.send(claim, staging, uploads, &lacking).await?;
+        let sent = self.send(claim, staging, uploads, &lacking, begun).await?;
         let sidecars = self.write_sidecars(claim, base.as_ref()).await?;
         claim.check()?;
         let bytes = |copied| {
@@ -360,17 +382,32 @@ impl Job<'_> {
         staging: Option<PathBuf>,
         uploads: BTreeMap<FilePath, Upload>,
         lacking: &BTreeSet<FilePath>,
+        mut begun: BTreeMap<FilePath, (Multipart, Digest)>,
     ) -> Result<BTreeMap<FilePath, Sent>> {
+        // Of what was sent already only that counts which is lacking, and is what the manifest says.
+        let counts = |path: &FilePath, sha256: &Digest| {
+            lacking.contains(path) && uploads.get(path).is_some_and(|upload| upload.sha256 == *sha256)
+        };
+        let useless: Vec<_> = begun.extract_if(.., |path, (_, sha256)| !counts(path, sha256)).collect();
+        abort_all(useless.into_iter().map(|(_, (multipart, _))| multipart)).await;
         if lacking.is_empty() {
             return Ok(BTreeMap::new());
         }
         claim.touch();
-        let twins = self.twins(&uploads, lacking).await;
-        let memory = self.remote.0.upload_memory.clone();
-        let uploader = Uploader::new(self.store.clone(), staging.clone(), memory, self.progress.clone());
+        let to_send: BTreeSet<_> = lacking.iter().filter(|path| !begun.contains_key(*path)).cloned().collect();
+        let twins = self.twins(&uploads, &to_send).await;
+        let (memory, notes) = (self.remote.0.upload_memory.clone(), claim.notes());
+        let uploader = Uploader::new(self.store.clone(), staging.clone(), memory, notes, self.progress.clone());
         let (uploader, claim, twins, staging) = (&uploader, &*claim, &twins, &staging);
-        let sends = uploads.into_iter().filter(|(path, _)| lacking.contains(path)).map(|(path, upload)| async move {
+        let sends = uploads.into_iter().filter(|(path, _)| lacking.contains(path));
+        let sends = sends.map(|(path, upload)| (begun.remove(&path), path, upload));
+        let sends = sends.map(|(begun, path, upload)| async move {
             claim.check()?;
+            if let Some((multipart, _)) = begun {
+                let identity = multipart.complete().await?;
+                self.progress.done(upload.size);
+                return Ok((path, Sent { identity, is_copy: false }));
+            }
             let twin = twins.get(&upload.sha256).filter(|_| !self.rewrite.contains(&path));
             if let Some(twin) = twin
                 && let Some(identity) = twin::copied(self.store, twin, &path, &upload.object, staging.clone()).await

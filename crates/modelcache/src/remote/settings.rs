@@ -6,6 +6,7 @@
 //! Surprise: a store with an endpoint of its own is addressed by path (`endpoint/bucket/key`) unless `path_style` says
 //! otherwise, because hardly any of them resolves `bucket.endpoint`.
 
+use super::copy::is_on;
 use super::profile::Profiles;
 use crate::config::{Environment, RemoteConfig, Secret};
 use crate::error::{Error, Result, Tier};
@@ -259,6 +260,15 @@ impl S3Settings {
             allow_http: options.allow_http.unwrap_or(plain),
             connect_timeout: options.connect_timeout.unwrap_or(CONNECT_TIMEOUT),
             ca_file: ca_file.map(PathBuf::from),
+        }
+    }
+
+    /// Whether the digest of what is sent is signed: where TLS does not keep it as it is, unless the options say otherwise.
+    pub(super) fn signs_payload(&self, options: &Options) -> bool {
+        let is_unsigned = |(key, _): &&(AmazonS3ConfigKey, Secret)| matches!(key, AmazonS3ConfigKey::UnsignedPayload);
+        match options.passed_on.iter().find(is_unsigned) {
+            Some((_, value)) => !is_on(value.expose()),
+            None => self.endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://")),
         }
     }
 

@@ -144,6 +144,7 @@ impl Store {
             .with_virtual_hosted_style_request(!settings.path_style)
             .with_allow_http(settings.allow_http)
             .with_disable_bulk_delete(true)
+            .with_unsigned_payload(!settings.signs_payload(options))
             .with_retry(object_store::RetryConfig { max_retries: 0, ..Default::default() })
             .with_credentials(credentials.clone())
             .with_http_connector(connector);
@@ -240,6 +241,11 @@ impl Store {
             Kind::Bucket { copier, .. } => copier.as_deref(),
             Kind::Folder { .. } => None,
         }
+    }
+
+    /// Whether the digest of a part is signed with its request, by whoever has it already.
+    pub(super) fn signs_digests(&self) -> bool {
+        self.copier().is_some_and(Copier::signs_payload)
     }
 
     /// The refusal of a write for want of a right, if there was one.

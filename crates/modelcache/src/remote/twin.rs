@@ -10,7 +10,7 @@ use super::{Folder, copy};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::key::{ArtifactKey, FilePath, Version};
-use crate::manifest::{Manifest, ObjectIdentity};
+use crate::manifest::{FileEntry, Manifest, ObjectIdentity};
 use futures::StreamExt;
 use object_store::path::Path;
 use std::collections::BTreeMap;
@@ -53,6 +53,18 @@ pub(super) async fn find(store: &Arc<Store>, folder: &Folder, wanted: &[(Digest,
         }
     }
     twins
+}
+
+/// Files that other versions have and that could be twins, as far as their manifests tell.
+pub(super) async fn possible(store: &Arc<Store>, folder: &Folder) -> Vec<FileEntry> {
+    let mut entries = Vec::new();
+    for version in newest(store, folder).await.unwrap_or_default().into_iter().take(MANIFESTS_MAX) {
+        let other = Folder::new(&ArtifactKey::new(folder.key.name.clone(), version));
+        if let Ok(Some((manifest, _))) = other.read_manifest(store).await {
+            entries.extend(manifest.files.into_values().filter(|entry| entry.on_remote().is_some()));
+        }
+    }
+    entries
 }
 
 fn learn(

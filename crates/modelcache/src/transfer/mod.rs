@@ -4,8 +4,13 @@ mod buffer;
 mod pace;
 mod pour;
 mod retry;
+mod sink;
+mod tidy;
 
 pub(crate) use pace::Pace;
 pub(crate) use pour::{PourFile, Poured, Pourer, blocking};
 pub(crate) use retry::within;
 pub use retry::{Attempts, Retry};
+pub(crate) use sink::{FilledPart, PartSink};
+pub use tidy::tidied;
+pub(crate) use tidy::tidy;

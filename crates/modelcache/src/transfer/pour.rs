@@ -8,6 +8,7 @@
 
 use super::buffer::{Buffer, BufferPool};
 use super::retry::{Attempts, Retry};
+use super::sink::PartSink;
 use crate::digest::{Digest, Provenance};
 use crate::disk::{Draft, FileLock, Hashed, StagedWriter};
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -45,6 +46,8 @@ pub(crate) struct PourFile {
     pub(crate) owner: Arc<FileLock>,
     /// Where it can be read, best first.
     pub(crate) sources: Vec<Arc<dyn Source>>,
+    /// Who is told of every part that is written and checked.
+    pub(crate) on_part: Option<PartSink>,
 }
 
 /// A file that is staged and proven.
@@ -357,7 +360,7 @@ impl PartTask {
                 }
             };
             let permit = permit.map_err(|_| Error::new(ErrorKind::Other, "the cache is closing"))?;
-            let task = self.clone();
+            let (task, file) = (self.clone(), self.file.clone());
             running.spawn(async move {
                 let range = start..(start + step).min(size);
                 let outcome = match task.left_over(&range).await {
@@ -365,6 +368,9 @@ impl PartTask {
                     Ok(true) => Ok(()),
                     Err(error) => Err(error.into()),
                 };
+                if let (Ok(()), Some(sink)) = (&outcome, &file.on_part) {
+                    sink.tell(&file.path, start..(start + step).min(size));
+                }
                 drop(permit);
                 outcome
             });

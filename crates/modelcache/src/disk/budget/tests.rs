@@ -1,0 +1,389 @@
+//! The index against the directory: whatever two processes and an older release do, both choose the victims that a scan
+//! of everything chooses, and the total is what lies there.
+//!
+//! `INDEX_SEED` repeats a run, `INDEX_ROUNDS` sets the number of runs, `INDEX_ARTIFACTS` the size of the directory whose
+//! evictions must not look at the rest of it.
+
+use super::super::{Given, copy_given};
+use super::*;
+use crate::config::{ByteBound, Sharing};
+use crate::disk::index::below_artifacts;
+use crate::disk::{Lend, Lent, Pin};
+use crate::manifest::Shape;
+use crate::progress::Progress;
+use crate::selection::Selection;
+use modelcache_testkit::Dice;
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+
+const KEYS: u64 = 14;
+const CONTENTS: u64 = 9;
+const BUDGET_BYTES: u64 = 6 * BLOCK_BYTES;
+const STEPS: usize = 60;
+
+fn number_from(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |number| number.parse().expect("a number"))
+}
+
+fn key(number: u64) -> ArtifactKey {
+    ArtifactKey::bare(&format!("team/model-{}@{number}", number % 3)).expect("key")
+}
+
+/// A fill of `key` with one file, from begin to end. Refused where there is no room or other content.
+pub(in crate::disk) fn put(disk: &Disk, key: &ArtifactKey, content: &str, source: &Path) -> Result<Lent> {
+    fs::write(source, content).expect("writes");
+    let (path, size) = (FilePath::new("f").expect("path"), content.len() as u64);
+    let mut listing = Manifest::new(key.clone(), Shape::Tree);
+    let entry = FileEntry { size, sha256: Some(Digest::of(content.as_bytes())), ..FileEntry::default() };
+    let staging = disk.try_begin_fill(key, &[(path.clone(), entry)])?;
+    let given = Given { path: path.clone(), from: source.to_owned(), size };
+    let staged = copy_given(&given, &staging.file("copy"), &Progress::new())?;
+    let staged = crate::disk::StagedFile { name: "copy".into(), ..staged };
+    listing.files.insert(path.clone(), staged.entry.clone());
+    disk.publish(staging, &listing, &BTreeMap::from([(path, staged)]))
+}
+
+/// Whether no blob stands behind a view. What the outside does to such a one is seen at the next count only.
+fn is_alone(view: &Path) -> bool {
+    fs::metadata(view).is_ok_and(|metadata| metadata.nlink() == 1)
+}
+
+/// One directory, opened by two processes and by an older release.
+struct House {
+    folder: tempfile::TempDir,
+    ours: [Disk; 2],
+    older: Disk,
+    lent: Vec<Lent>,
+}
+
+impl House {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("folder");
+        let open = || {
+            let (most, least) = (ByteBound::Bytes(BUDGET_BYTES), ByteBound::Bytes(0));
+            Disk::open(&folder.path().join("cache"), most, least, Sharing::Off).expect("opens")
+        };
+        let (ours, older) = ([open(), open()], open());
+        // The first to hold the budget writes its record.
+        older.hold_budget().and_then(BudgetHold::release).expect("holds");
+        Self { folder, ours, older, lent: Vec::new() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn record(&self) -> Option<Record> {
+        read_record(&fs::File::open(self.older.layout().budget_lock()).ok()?)
+    }
+
+    fn set_record(&self, record: &Record) {
+        let file = OpenOptions::new().write(true).open(self.older.layout().budget_lock()).expect("opens");
+        let mut bytes = serde_json::to_vec(record).expect("encodes");
+        bytes.resize(RECORD_BYTES, b' ');
+        file.write_all_at(&bytes, 0).expect("writes");
+    }
+
+    /// The older release wrote the record last.
+    fn forget_log(&self) {
+        if let Some(record) = self.record() {
+            self.set_record(&Record { changes: None, mixed_unix: None, ..record });
+        }
+    }
+
+    /// What is done to the directory, and by whom, is the dice's choice.
+    fn step(&mut self, dice: &mut Dice) -> &'static str {
+        let ours = dice.pick(&self.ours).clone();
+        let key = key(dice.below(KEYS));
+        let (content, source) = (format!("content {}", dice.below(CONTENTS)), self.path("source"));
+        let dir = ours.layout().artifact(&key);
+        match dice.below(22) {
+            0..=6 => {
+                let _ = put(&ours, &key, &content, &source);
+                "put"
+            }
+            7 => {
+                let _ = put(&self.older, &key, &content, &source);
+                self.forget_log();
+                "put by the older release"
+            }
+            8 => {
+                // Its blobs first; then one of ours writes the record, and reads everything; then the manifest, and no word.
+                self.forget_log();
+                let other = self::key(dice.below(KEYS));
+                let _ = put(&ours, &other, &content, &source);
+                ours.hold_budget().and_then(|mut hold| hold.index().map(drop)).expect("reads");
+                let before = self.record();
+                let _ = put(&self.older, &key, &content, &source);
+                let (after, before) = (self.record().expect("a record"), before.expect("a record"));
+                self.set_record(&Record { changes: before.changes, mixed_unix: before.mixed_unix, ..after });
+                "put by the older release, the manifest late"
+            }
+            9 | 10 => {
+                let _ = ours.lend(&key, &Selection::all());
+                "lend"
+            }
+            11 => match ours.lend_in_passing(&key, &Selection::all()) {
+                Some(lent) => {
+                    self.lent.push(lent);
+                    "lent for long"
+                }
+                None => "not lent in passing",
+            },
+            12 => {
+                self.lent.clear();
+                "all given back"
+            }
+            13 => {
+                let _ = ours.evict(&key);
+                "evict"
+            }
+            14 => {
+                let _ = self.older.evict(&key);
+                self.forget_log();
+                "evict by the older release"
+            }
+            15 => {
+                let _ = if dice.percent(50) { ours.pin(&key, &Pin::default()) } else { ours.unpin(&key).map(drop) };
+                "pin or unpin"
+            }
+            16 => {
+                let outside = self.path(&format!("outside-{}", dice.below(3)));
+                let _ = fs::remove_file(&outside);
+                if !is_alone(&dir.files().join("f")) {
+                    let _ = fs::hard_link(dir.files().join("f"), outside);
+                }
+                "link outside"
+            }
+            17 => {
+                let view = dir.files().join("f");
+                if !is_alone(&view) && fs::remove_file(&view).is_ok() && dice.percent(50) {
+                    fs::write(&view, "CONTENT 1").expect("writes");
+                }
+                let _ = ours.lend(&key, &Selection::all());
+                "found a view that is not right"
+            }
+            18 => {
+                let log = ours.layout().changes();
+                let length = fs::metadata(&log).map_or(0, |metadata| metadata.len());
+                match (dice.below(3), OpenOptions::new().write(true).open(&log)) {
+                    (0, Ok(log)) => log.set_len(dice.below(length + 1)).expect("cuts"),
+                    (1, Ok(log)) => log.write_all_at(b"garbage", dice.below(length + 1)).expect("garbles"),
+                    _ => drop(fs::remove_file(&log)),
+                }
+                "the log was cut, garbled or removed"
+            }
+            19 => {
+                let hold = ours.hold_budget().expect("holds");
+                let folder = below_artifacts(&ours, &dir).expect("a folder");
+                hold.at.note(&ours.layout().changes(), &folder);
+                "killed between log and record"
+            }
+            20 => {
+                ours.hold_budget().expect("holds").begin_change_of(&dir).expect("announces");
+                "killed between record and manifest"
+            }
+            _ => {
+                let wanted = (FilePath::new("f").expect("path"), FileEntry { size: 9, ..FileEntry::default() });
+                if let Ok(staging) = ours.try_begin_fill(&key, &[wanted]) {
+                    let digest = Digest::of(content.as_bytes());
+                    fs::write(staging.file(&format!("sha256-{digest}")), &content).expect("writes");
+                }
+                "killed while filling"
+            }
+        }
+    }
+
+    /// Whether one of ours knows what is there, and chooses as a scan of everything does.
+    fn check(&self, dice: &mut Dice) {
+        let disk = dice.pick(&self.ours);
+        let mut hold = disk.hold_budget().expect("holds");
+        assert_eq!(hold.total, disk.published_bytes().expect("counts"), "the total");
+        let fresh = Index::read(disk, hold.began_at).expect("reads");
+        fresh.assert_same(&hold.index().expect("knows"));
+        for bytes in [1, 2 * BLOCK_BYTES, BUDGET_BYTES / 2, BUDGET_BYTES] {
+            let own = key(dice.below(KEYS));
+            let own = disk.layout().artifact(&own);
+            let mut search = Search { own: own.clone(), turn: None, obstacles: Obstacles::default() };
+            let chosen = hold.victims(bytes, &mut search).expect("chooses");
+            let chosen = chosen.map(|victims| victims.into_iter().map(|victim| victim.dir).collect::<Vec<_>>());
+            assert_eq!(chosen, victims_by_scan(disk, bytes, &own), "victims for {bytes} bytes");
+        }
+        hold.release().expect("releases");
+    }
+}
+
+/// The victims that looking at everything chooses.
+fn victims_by_scan(disk: &Disk, bytes: u64, own: &ArtifactDir) -> Option<Vec<ArtifactDir>> {
+    let (mut blobs, mut links) = (HashSet::new(), HashMap::<u64, u64>::new());
+    for folder in [disk.layout().blobs(), disk.layout().quarantine(), disk.layout().stagings()] {
+        let mut count = |_: &Path, metadata: &fs::Metadata| {
+            *links.entry(metadata.ino()).or_default() += 1;
+            if folder == disk.layout().blobs() {
+                blobs.insert(metadata.ino());
+            }
+            Ok(())
+        };
+        files::walk(&folder, &mut count).expect("walks");
+    }
+    let artifacts = disk.scan_by_last_use().expect("scans");
+    let manifests = artifacts.iter().filter_map(|artifact| artifact.manifest.as_ref());
+    for identity in manifests.flat_map(|manifest| manifest.files.values()).filter_map(FileEntry::recorded_on_disk) {
+        *links.entry(identity.inode).or_default() += 1;
+    }
+    let (mut gone, mut freed, mut victims) = (HashMap::<u64, u64>::new(), 0, Vec::new());
+    for artifact in artifacts.iter().filter(|artifact| artifact.dir != *own) {
+        if freed >= bytes {
+            break;
+        }
+        let view = files::stat(&artifact.dir.files().join("f")).expect("looks");
+        let is_held = artifact.manifest.iter().flat_map(|m| m.files.values()).any(|entry| entry.held.is_some());
+        let outside =
+            view.as_ref().is_some_and(|view| view.nlink() > links.get(&view.ino()).copied().unwrap_or_default());
+        if disk.keeps(&artifact.dir).expect("looks").is_some() || is_held && outside {
+            continue;
+        }
+        if let Some(view) = view {
+            let gone = gone.entry(view.ino()).or_default();
+            *gone += 1;
+            // A blob of other content is not the one that an eviction of this artifact removes.
+            let entry = artifact.manifest.as_ref().and_then(|m| m.files.values().next()).and_then(|entry| entry.sha256);
+            let blob = entry.and_then(|digest| files::stat(&disk.layout().blob(&digest)).expect("looks"));
+            let blob = blob.is_some_and(|blob| blob.ino() == view.ino() && blobs.contains(&view.ino()));
+            freed += if *gone + u64::from(blob) == view.nlink() { allocated(&view) } else { 0 };
+        }
+        victims.push(artifact.dir.clone());
+    }
+    (freed >= bytes).then_some(victims)
+}
+
+#[test]
+fn whoever_keeps_an_index_chooses_as_a_scan_does() {
+    let dice = Dice::from_env("INDEX_SEED");
+    for round in 0..number_from("INDEX_ROUNDS", 6) {
+        let mut dice = dice.split(round);
+        let mut house = House::new();
+        let mut done = Vec::new();
+        for _ in 0..STEPS {
+            done.push(house.step(&mut dice));
+            if dice.percent(60) {
+                let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| house.check(&mut dice)));
+                assert!(checked.is_ok(), "round {round}, after {done:?}");
+            }
+        }
+    }
+}
+
+/// Other artifacts' manifests are spoilt without a word: whoever reads one of them again removes its artifact.
+#[test]
+fn an_eviction_looks_at_what_goes_and_not_at_the_rest() {
+    let (house, artifacts) = (House::new(), number_from("INDEX_ARTIFACTS", 30));
+    let (most, least) = (ByteBound::Bytes(artifacts * BLOCK_BYTES), ByteBound::Bytes(0));
+    let disk = Disk::open(&house.path("cache"), most, least, Sharing::Off).expect("opens");
+    let fill = |number: u64| {
+        drop(put(&disk, &key(number), &format!("content {number}"), &house.path("source")).expect("fits"))
+    };
+    (0..=artifacts).for_each(fill);
+    let is_here = |number: u64| disk.layout().artifact(&key(number)).path().exists();
+    assert!(!is_here(0) && is_here(1), "the first goes for the last");
+    for number in 5..artifacts {
+        fs::write(disk.layout().artifact(&key(number)).manifest(), "{").expect("spoils");
+    }
+    // Used since: it is looked at, and stays.
+    disk.lend(&key(1), &Selection::all()).expect("lends");
+    fill(artifacts + 1);
+    fill(artifacts + 2);
+    assert_eq!([1, 2, 3, 4].map(is_here), [true, false, false, true]);
+    assert!((5..artifacts).all(is_here), "nobody looked at the others");
+    // Where it does not do, everything is looked at before room is refused.
+    let mut hold = disk.hold_budget().expect("holds");
+    hold.make_room((artifacts - 1) * BLOCK_BYTES, &key(artifacts + 3)).expect("room enough");
+    assert!(!(5..artifacts).any(is_here));
+}
+
+#[test]
+fn where_all_victims_would_not_do_none_goes() {
+    let house = House::new();
+    let disk = &house.ours[0];
+    for number in 0..4 {
+        drop(put(disk, &key(number), &format!("content {number}"), &house.path("source")).expect("fits"));
+    }
+    let Ok(Lend::Lent(held)) = disk.lend(&key(3), &Selection::all()) else { panic!("it is here") };
+    let mut hold = disk.hold_budget().expect("holds");
+    let refusal = hold.make_room(6 * BLOCK_BYTES, &key(9)).expect_err("one is in use");
+    assert_eq!((refusal.kind(), refusal.is_transient()), (ErrorKind::Full, true));
+    assert!(refusal.message().contains("team/model-0@3 is in use"), "{refusal}");
+    assert_eq!(disk.scan().expect("scans").len(), 4);
+    drop(held);
+    hold.make_room(6 * BLOCK_BYTES, &key(9)).expect("room enough");
+    assert_eq!(disk.scan().expect("scans").len(), 0);
+    hold.release().expect("releases");
+}
+
+#[test]
+fn what_an_ended_fill_leaves_goes_before_anything_published_at_each_eviction() {
+    let house = House::new();
+    let disk = &house.ours[0];
+    let fill =
+        |number: u64| drop(put(disk, &key(number), &format!("content {number}"), &house.path("source")).expect("fits"));
+    (0..7).for_each(fill);
+    assert_eq!(disk.scan().expect("scans").len(), 6, "it has evicted, and will not look through everything again");
+    // A fill that died when its blob was published and its manifest was not: staging and blob share the bytes.
+    let digest = Digest::of(b"content 99");
+    disk.evict(&key(6)).expect("evicts");
+    let wanted = (FilePath::new("f").expect("path"), FileEntry { size: 10, ..FileEntry::default() });
+    let staging = disk.try_begin_fill(&key(99), &[wanted]).expect("begins");
+    let (staged, blob) = (staging.file(&format!("sha256-{digest}")), disk.layout().blob(&digest));
+    fs::write(&staged, "content 99").expect("writes");
+    fs::create_dir_all(blob.parent().expect("a folder")).expect("makes");
+    let mut hold = disk.hold_budget().expect("holds");
+    hold.begin_change().expect("begins");
+    fs::hard_link(&staged, &blob).expect("links");
+    hold.add(BLOCK_BYTES);
+    hold.release().expect("releases");
+    staging.abandon();
+    fill(7);
+    assert!(!blob.exists(), "nobody can use it");
+    assert_eq!(disk.scan().expect("scans").len(), 6, "and nothing else had to go");
+}
+
+#[test]
+fn the_record_of_any_release_fits_and_is_read_by_any_other() {
+    #[derive(Deserialize)]
+    struct Older {
+        total: u64,
+        dirty: bool,
+        boot_id: String,
+        pid: u32,
+    }
+    let most = r#"{"log":18446744073709551615,"bytes":18446744073709551615}"#;
+    let record = Record {
+        total: u64::MAX,
+        dirty: false,
+        boot_id: boot_id(),
+        pid: u32::MAX,
+        changes: serde_json::from_str(most).expect("a position"),
+        mixed_unix: Some(u64::MAX),
+    };
+    let bytes = serde_json::to_vec(&record).expect("encodes");
+    assert!(bytes.len() <= RECORD_BYTES, "{}", String::from_utf8_lossy(&bytes));
+    let Older { total, dirty, boot_id, pid } = serde_json::from_slice(&bytes).expect("reads");
+    assert_eq!((total, dirty, boot_id, pid), (u64::MAX, false, super::boot_id(), u32::MAX));
+    let older = format!(r#"{{"total":1,"dirty":false,"boot_id":"{boot_id}","pid":1}}"#, boot_id = super::boot_id());
+    let older: Record = serde_json::from_str(&older).expect("reads");
+    let (_, seen) = standing_of(Some(&older));
+    assert!(seen.is_some(), "it announces nothing");
+}
+
+#[test]
+fn a_release_that_announces_nothing_is_reckoned_with_until_its_changes_are_made() {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after the epoch").as_secs();
+    let seen = |ago: u64| {
+        let (changes, mixed_unix) = (Some(Position::fresh()), Some(now - ago));
+        let record = Record { total: 0, dirty: false, boot_id: String::new(), pid: 1, changes, mixed_unix };
+        let (at, mixed) = standing_of(Some(&record));
+        (Some(at) == changes, mixed.is_some())
+    };
+    assert_eq!(seen(1), (true, true));
+    assert_eq!(seen(MIXED_MAX.as_secs() + 5), (false, false), "then everything is read once more");
+}

@@ -1,0 +1,247 @@
+//! Publishing that begins before the files are proven: they are sent while they are read or filled for the first time.
+//!
+//! ```text
+//! 1 look, refuse, claim    as any publish does, but for a place where nothing is and without waiting for another writer
+//! 2 begin                  a multipart upload for each large file that no other version has; the claim names them
+//! 3 send                   parts as they come, whoever has them
+//! 4 publish                what is proven by then is completed; the rest goes the usual way
+//! ```
+//!
+//! Nothing is visible before 4, not even an object: dropped before, the uploads are aborted and the claim is given back.
+
+use super::claim::Claim;
+use super::multipart::{Multipart, SINGLE_BYTES_MAX};
+use super::publish::{Job, LOOKS_IN_FLIGHT, There};
+use super::{Folder, Remote, hanging, twin};
+use crate::digest::Digest;
+use crate::error::Result;
+use crate::key::FilePath;
+use crate::ladder::PartHasher;
+use crate::manifest::{FileEntry, Manifest};
+use crate::progress::Progress;
+use crate::transfer::{tidy, within};
+use futures::StreamExt;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a remote may take to say whether sending can begin.
+const BEGIN_MAX: Duration = Duration::from_secs(5);
+/// Bytes read at a time.
+const SLICE_BYTES: usize = 1 << 20;
+
+/// A publish that has begun.
+pub(crate) struct Begun(Option<Inner>);
+
+impl std::fmt::Debug for Begun {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Begun").field(&self.paths()).finish()
+    }
+}
+
+struct Inner {
+    claim: Claim,
+    /// Whether the place was seen to hold nobody else's objects.
+    checked: bool,
+    uploads: BTreeMap<FilePath, Multipart>,
+    /// Those whose bytes are all on their way, and what they are.
+    sent: BTreeMap<FilePath, (Multipart, Digest)>,
+}
+
+/// What a publish goes on with.
+pub(super) struct Opened {
+    pub(super) claim: Claim,
+    pub(super) checked: bool,
+    /// Files that were sent already, and what was.
+    pub(super) sent: BTreeMap<FilePath, (Multipart, Digest)>,
+}
+
+impl Remote {
+    /// Begins to publish `manifest`, whose digests need not be known. `None` where there is nothing to begin with, or
+    /// something in the way: whoever publishes then will see what.
+    ///
+    /// `files` are where files lie that can be read already.
+    pub(crate) async fn begin(
+        &self,
+        manifest: &Manifest,
+        paths: &BTreeSet<FilePath>,
+        files: &BTreeMap<FilePath, PathBuf>,
+        sidecars: bool,
+    ) -> Option<Begun> {
+        if self.is_read_only() || self.refuses_writes() {
+            return None;
+        }
+        match within(BEGIN_MAX, begin(self, manifest, paths, files, sidecars)).await? {
+            Ok(begun) => begun,
+            Err(error) => {
+                tracing::debug!(artifact = %manifest.key, %error, "nothing is sent yet");
+                None
+            }
+        }
+    }
+}
+
+async fn begin(
+    remote: &Remote,
+    manifest: &Manifest,
+    paths: &BTreeSet<FilePath>,
+    files: &BTreeMap<FilePath, PathBuf>,
+    sidecars: bool,
+) -> Result<Option<Begun>> {
+    let large = |(path, entry): &(&FilePath, &FileEntry)| paths.contains(*path) && entry.size > SINGLE_BYTES_MAX;
+    let large: BTreeMap<_, _> = manifest.files.iter().filter(large).collect();
+    let store = remote.store().await?;
+    if large.is_empty() || store.bucket().is_none() {
+        return Ok(None);
+    }
+    let (folder, rewrite, progress) = (Folder::new(&manifest.key), BTreeSet::new(), Progress::new());
+    let places: BTreeMap<_, _> = paths.iter().map(|path| (path.clone(), PathBuf::new())).collect();
+    let job = Job {
+        remote,
+        store,
+        folder,
+        manifest,
+        files: &places,
+        force: false,
+        rewrite: &rewrite,
+        sidecars,
+        progress: &progress,
+    };
+    job.refuse_sidecar_clash()?;
+    if !matches!(job.look().await?, There::Nothing) {
+        return Ok(None);
+    }
+    let checked = job.refuse_place().await?;
+    let (twins, mut lone) = (twin::possible(store, &job.folder).await, Vec::new());
+    for (path, entry) in large {
+        if !may_be_one_of(&twins, entry, files.get(path)).await {
+            lone.push((path.clone(), entry.size));
+        }
+    }
+    if lone.is_empty() {
+        return Ok(None);
+    }
+    let claim = Claim::take_within(remote, &job.folder, job.claimed(&There::Nothing), Duration::ZERO).await?;
+    hanging::abort_abandoned(store, &job.folder, &claim).await;
+    let mut begun = Inner { claim, checked, uploads: BTreeMap::new(), sent: BTreeMap::new() };
+    let begin = |(path, size): (FilePath, u64)| {
+        let folder = &job.folder;
+        async move {
+            let key = folder.object(store, &path)?;
+            Ok((path, Multipart::begin(store, &remote.0.upload_memory, &key, size).await?))
+        }
+    };
+    let begins: Vec<_> = lone.into_iter().map(begin).collect();
+    let mut begins = futures::stream::iter(begins).buffer_unordered(LOOKS_IN_FLIGHT);
+    while let Some(multipart) = begins.next().await {
+        match multipart {
+            Ok((path, multipart)) => drop(begun.uploads.insert(path, multipart)),
+            Err(error) => {
+                drop(begins);
+                begun.abandon().await;
+                return Err(error);
+            }
+        }
+    }
+    drop(begins);
+    let ids = begun.uploads.iter().map(|(path, multipart)| (multipart.id().to_owned(), path.clone()));
+    begun.claim.notes().uploads(ids.collect::<Vec<_>>()).await;
+    Ok(Some(Begun(Some(begun))))
+}
+
+/// Whether another version may have this file already: then the server copies it, once its digest is known.
+async fn may_be_one_of(twins: &[FileEntry], entry: &FileEntry, file: Option<&PathBuf>) -> bool {
+    for twin in twins.iter().filter(|twin| twin.size == entry.size) {
+        let differs = match (entry.sha256, twin.sha256, file) {
+            (Some(ours), Some(theirs), _) => ours != theirs,
+            (None, Some(_), Some(file)) => {
+                let (file, twin) = (file.clone(), twin.clone());
+                tokio::task::spawn_blocking(move || differs_at_first(&file, &twin)).await.unwrap_or(false)
+            }
+            _ => false,
+        };
+        if !differs {
+            return true;
+        }
+    }
+    false
+}
+
+/// Whether the first part of a file is another than that of `twin`, as its ladder tells.
+fn differs_at_first(file: &Path, twin: &FileEntry) -> bool {
+    let Some((ladder, rung)) = twin.ladder.as_ref().and_then(|ladder| Some((ladder, ladder.after(0)?))) else {
+        return false;
+    };
+    let read = || {
+        let (mut part, mut hasher) = (File::open(file)?.take(ladder.part_size()), PartHasher::new());
+        let mut buffer = vec![0; SLICE_BYTES];
+        loop {
+            match part.read(&mut buffer)? {
+                0 => return std::io::Result::Ok(hasher.state()),
+                read => hasher.update(&buffer[..read]),
+            }
+        }
+    };
+    read().is_ok_and(|state| state != Some(rung))
+}
+
+impl Begun {
+    /// The upload of a file, for whoever sends its parts.
+    pub(crate) fn take(&mut self, path: &FilePath) -> Option<Multipart> {
+        self.0.as_mut()?.uploads.remove(path)
+    }
+
+    /// The files that can be sent.
+    pub(crate) fn paths(&self) -> Vec<FilePath> {
+        self.0.iter().flat_map(|inner| inner.uploads.keys().cloned()).collect()
+    }
+
+    /// All parts are on their way, and this is what they are.
+    pub(crate) fn put_back(&mut self, path: FilePath, multipart: Multipart, sha256: Digest) {
+        if let Some(inner) = &mut self.0 {
+            inner.sent.insert(path, (multipart, sha256));
+        }
+    }
+
+    /// Takes everything back, and waits until that is done.
+    pub(crate) async fn abandon(mut self) {
+        if let Some(inner) = self.0.take() {
+            inner.abandon().await;
+        }
+    }
+
+    pub(super) async fn open(mut self) -> Option<Opened> {
+        let Inner { claim, checked, uploads, sent } = self.0.take()?;
+        abort_all(uploads.into_values()).await;
+        Some(Opened { claim, checked, sent })
+    }
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        if let Some(inner) = self.0.take() {
+            tidy(inner.abandon());
+        }
+    }
+}
+
+impl Inner {
+    async fn abandon(mut self) {
+        let sent = std::mem::take(&mut self.sent).into_values().map(|(multipart, _)| multipart);
+        if !abort_all(self.uploads.into_values().chain(sent)).await {
+            self.claim.touch();
+        }
+        if let Err(error) = self.claim.close().await {
+            tracing::debug!(%error, "a claim is left to end by itself");
+        }
+    }
+}
+
+/// Aborts uploads; whether all are gone.
+pub(super) async fn abort_all(uploads: impl Iterator<Item = Multipart>) -> bool {
+    let aborts: Vec<_> = uploads.map(Multipart::abort).collect();
+    let gone: Vec<bool> = futures::stream::iter(aborts).buffer_unordered(LOOKS_IN_FLIGHT).collect().await;
+    gone.into_iter().all(|gone| gone)
+}

@@ -1,0 +1,205 @@
+//! Sending what is still being filled: parts go to the remote as they come, and wait there, unseen, for the proof.
+//!
+//! The fill tells which parts are there and never waits; they are read back from staging, hot in the page cache, under the
+//! memory that all uploads share. A remote that is slow or fails costs the fill nothing: what was not sent when the fill
+//! ends goes afterwards, the usual way.
+//!
+//! Surprise: a fill may find at its end that a file is wrong and begin anew, as another inode. So whatever was sent counts
+//! only if it was read from the very file that was proven.
+
+use super::Remote;
+use super::begun::{Begun, abort_all};
+use super::multipart::{Multipart, Room, SINGLE_BYTES_MAX};
+use crate::digest::Digest;
+use crate::disk::identity;
+use crate::error::{Error, ErrorKind, Result};
+use crate::key::FilePath;
+use crate::manifest::{FileIdentity, Manifest};
+use crate::transfer::{FilledPart, PartSink, blocking, tidy};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+/// What parts of any ladder and of any upload are multiples of.
+const UNIT_BYTES: u64 = SINGLE_BYTES_MAX;
+
+/// The files that a fill proved: under which identity, and with which digest.
+pub(crate) type Proven = BTreeMap<FilePath, (FileIdentity, Digest)>;
+
+/// Sending that goes on beside a fill. Dropped, everything is taken back.
+#[derive(Debug)]
+pub(crate) struct Early {
+    proven: Option<oneshot::Sender<Proven>>,
+    task: Option<JoinHandle<Option<Begun>>>,
+}
+
+impl Early {
+    /// Starts to send `files` of `listing` from where they are being staged, as far as that makes sense. Whoever fills
+    /// them tells the sink.
+    pub(crate) fn start(remote: &Remote, listing: Manifest, files: BTreeMap<FilePath, PathBuf>) -> (Self, PartSink) {
+        let ((sink, told), (sender, proven)) = (PartSink::new(), oneshot::channel());
+        let task = tokio::spawn(send(remote.clone(), listing, files, told, proven));
+        (Self { proven: Some(sender), task: Some(task) }, sink)
+    }
+
+    /// The fill is done: sends what is left, and gives back what is to be published.
+    pub(crate) async fn finish(mut self, proven: Proven) -> Option<Begun> {
+        self.proven.take()?.send(proven).ok()?;
+        self.task.take()?.await.ok().flatten()
+    }
+}
+
+impl Drop for Early {
+    fn drop(&mut self) {
+        drop(self.proven.take());
+        let Some(task) = self.task.take() else { return };
+        tidy(async move {
+            if let Ok(Some(begun)) = task.await {
+                begun.abandon().await;
+            }
+        });
+    }
+}
+
+async fn send(
+    remote: Remote,
+    listing: Manifest,
+    files: BTreeMap<FilePath, PathBuf>,
+    mut told: mpsc::UnboundedReceiver<FilledPart>,
+    mut proven: oneshot::Receiver<Proven>,
+) -> Option<Begun> {
+    let paths = files.keys().cloned().collect();
+    let mut begun = remote.begin(&listing, &paths, &BTreeMap::new(), false).await?;
+    let begun_paths = begun.paths();
+    let follow = |path: FilePath| {
+        let (size, multipart) = (listing.files.get(&path)?.size, begun.take(&path)?);
+        let staged = files.get(&path)?.clone();
+        Some((path, Following { multipart, staged, file: None, filled: vec![false; units(size)], size }))
+    };
+    let mut following: BTreeMap<_, _> = begun_paths.into_iter().filter_map(follow).collect();
+    let proven = tokio::select! {
+        biased;
+        proven = &mut proven => proven,
+        () = follow_all(&mut following, &mut told) => proven.await,
+    };
+    let Ok(proven) = proven else {
+        abort_all(following.into_values().map(|file| file.multipart)).await;
+        begun.abandon().await;
+        return None;
+    };
+    for (path, mut file) in following {
+        let sent = match proven.get(&path) {
+            Some((identity, sha256)) => file.finish(*identity).await.map(|()| *sha256),
+            None => Err(Error::new(ErrorKind::Other, "it was here already")),
+        };
+        match sent {
+            Ok(sha256) => begun.put_back(path, file.multipart, sha256),
+            Err(error) => {
+                tracing::debug!(%path, %error, "not sent while it was filled");
+                file.multipart.abort().await;
+            }
+        }
+    }
+    Some(begun)
+}
+
+/// Sends parts until nobody tells of any more. A file that cannot be sent is given up.
+async fn follow_all(files: &mut BTreeMap<FilePath, Following>, told: &mut mpsc::UnboundedReceiver<FilledPart>) {
+    while let Some(part) = told.recv().await {
+        let Some(file) = files.get_mut(&part.path) else { continue };
+        if let Err(error) = file.note(part.bytes).await {
+            tracing::debug!(path = %part.path, %error, "not sent while it is filled");
+            if let Some(file) = files.remove(&part.path) {
+                file.multipart.abort().await;
+            }
+        }
+    }
+}
+
+/// A file that is being filled and sent.
+struct Following {
+    multipart: Multipart,
+    staged: PathBuf,
+    /// The file that parts are read from, once there is one.
+    file: Option<Arc<File>>,
+    /// Which units are there.
+    filled: Vec<bool>,
+    size: u64,
+}
+
+impl Following {
+    /// These bytes are there: sends what became whole.
+    async fn note(&mut self, bytes: Range<u64>) -> Result<()> {
+        let last = if bytes.end == self.size { units(bytes.end) } else { index(bytes.end / UNIT_BYTES) };
+        let first = index(bytes.start.div_ceil(UNIT_BYTES));
+        for unit in first..last.min(self.filled.len()) {
+            self.filled[unit] = true;
+        }
+        let per_part = index(self.multipart.part_bytes() / UNIT_BYTES);
+        for part in first / per_part..last.div_ceil(per_part) {
+            let units = part * per_part..((part + 1) * per_part).min(self.filled.len());
+            if !self.multipart.was_sent(part) && self.filled[units].iter().all(|filled| *filled) {
+                self.send(part).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends what was not sent yet of the file, which is whole and was proven as `identity`.
+    async fn finish(&mut self, identity_proven: FileIdentity) -> Result<()> {
+        let file = self.file().await?;
+        let metadata = file.metadata().map_err(unreadable)?;
+        if identity(&metadata) != identity_proven {
+            return Err(Error::new(ErrorKind::Other, "it was filled anew"));
+        }
+        for part in 0..self.multipart.parts() {
+            if !self.multipart.was_sent(part) {
+                self.send(part).await?;
+            }
+        }
+        // What failed on the way is found now, while it can still go the usual way.
+        self.multipart.arrived().await
+    }
+
+    async fn send(&mut self, part: usize) -> Result<()> {
+        let (file, mut room) = (self.file().await?, self.multipart.room(part).await?);
+        let read = move || {
+            let at = room.range().start;
+            room.fill(|buffer, beside| {
+                file.read_exact_at(buffer, at).map_err(unreadable)?;
+                if let Some(hasher) = beside {
+                    hasher.update(buffer);
+                }
+                Ok(())
+            })?;
+            Ok::<Room, Error>(room)
+        };
+        self.multipart.send(blocking(read).await?, None)
+    }
+
+    async fn file(&mut self) -> Result<Arc<File>> {
+        if let Some(file) = &self.file {
+            return Ok(file.clone());
+        }
+        let staged = self.staged.clone();
+        let file = Arc::new(blocking(move || File::open(staged).map_err(unreadable)).await?);
+        Ok(self.file.insert(file).clone())
+    }
+}
+
+fn units(size: u64) -> usize {
+    index(size.div_ceil(UNIT_BYTES))
+}
+
+fn index(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+fn unreadable(cause: std::io::Error) -> Error {
+    Error::new(ErrorKind::Other, "cannot read back what is being filled").cause(cause)
+}

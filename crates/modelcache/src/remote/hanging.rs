@@ -1,0 +1,169 @@
+//! Unfinished uploads that writers left who died: they cost room, and nobody sees them.
+//!
+//! Whoever takes over a claim aborts what is named there, and whatever else is unfinished in the version folder, since
+//! nobody else may write there. What no claim leads to is found by its age: old, in a version folder of ours, and under no
+//! living claim. Other tools' uploads elsewhere in the bucket are left alone.
+//!
+//! Surprise: this needs a right of its own (`s3:ListBucketMultipartUploads`). Without it, or on a store that cannot list
+//! uploads, only what claims name is aborted.
+
+use super::claim::{self, Claim, Uploads};
+use super::multipart::abort;
+use super::publish::LOOKS_IN_FLIGHT;
+use super::store::Store;
+use super::wire::element;
+use super::{Folder, MANIFEST, Remote};
+use crate::error::Result;
+use crate::key::OWN_FOLDER;
+use futures::StreamExt;
+use object_store::path::Path;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+/// Uploads younger than this may be somebody's.
+const AGE_MIN: Duration = Duration::from_secs(24 * 3600);
+/// Pages of a listing, of 1,000 uploads each, that are read.
+const PAGES_MAX: usize = 10;
+/// Version folders that are looked at in one sweep.
+const FOLDERS_MAX: usize = 64;
+
+/// An upload that was begun and not completed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Hanging {
+    key: String,
+    id: String,
+    begun_at: Option<SystemTime>,
+}
+
+/// Aborts what the writer left whose claim was taken over. Before anything is begun under the new one.
+pub(super) async fn abort_abandoned(store: &Arc<Store>, folder: &Folder, claim: &Claim) {
+    let Some(named) = &claim.abandoned else { return };
+    if store.bucket().is_none() {
+        return;
+    }
+    let mut left = match named_keys(store, folder, named) {
+        Ok(keys) => keys,
+        Err(error) => return tracing::debug!(%error, "what a claim names cannot be aborted"),
+    };
+    if let Ok(base) = store.key(&folder.base) {
+        let found = list(store, &format!("{base}/")).await;
+        left.extend(found.into_iter().filter_map(|upload| Some((upload.id, Path::parse(upload.key).ok()?))));
+    }
+    abort_all(store, left).await;
+}
+
+fn named_keys(store: &Store, folder: &Folder, named: &Uploads) -> Result<BTreeMap<String, Path>> {
+    named.iter().map(|(id, path)| Ok((id.clone(), folder.object(store, path)?))).collect()
+}
+
+/// How many were aborted.
+async fn abort_all(store: &Arc<Store>, uploads: BTreeMap<String, Path>) -> usize {
+    let aborts = uploads.into_iter().map(|(id, key)| async move { abort(store, &key, &id).await });
+    let aborts: Vec<_> = aborts.collect();
+    let done: Vec<bool> = futures::stream::iter(aborts).buffer_unordered(LOOKS_IN_FLIGHT).collect().await;
+    done.into_iter().filter(|done| *done).count()
+}
+
+/// Aborts old ones in version folders that nobody is writing; how many.
+pub(super) async fn sweep(remote: &Remote) -> Result<usize> {
+    let store = remote.store().await?;
+    let root = store.root().map(|root| format!("{root}/")).unwrap_or_default();
+    let is_old = |upload: &Hanging| {
+        let age = upload.begun_at.and_then(|begun_at| SystemTime::now().duration_since(begun_at).ok());
+        age.is_some_and(|age| age > AGE_MIN)
+    };
+    let old: Vec<_> = list(store, &root).await.into_iter().filter(is_old).collect();
+    let (mut known, mut swept) = (BTreeMap::new(), BTreeMap::new());
+    for upload in old {
+        let Ok(key) = Path::parse(&upload.key) else { continue };
+        if is_idle_version(store, &key, &mut known).await? {
+            swept.insert(upload.id, key);
+        }
+    }
+    Ok(abort_all(store, swept).await)
+}
+
+/// Whether `key` is in a version folder of ours that is not being written. `known` spares questions.
+async fn is_idle_version(store: &Store, key: &Path, known: &mut BTreeMap<String, bool>) -> Result<bool> {
+    let Some(relative) = store.relative(key) else { return Ok(false) };
+    // A version folder has a name and a version at least.
+    for (end, _) in relative.match_indices('/').skip(1) {
+        let base = &relative[..end];
+        let found = match known.get(base) {
+            Some(found) => *found,
+            None if known.len() >= FOLDERS_MAX => return Ok(false),
+            None => {
+                let record = claim::read(store, &store.key(&format!("{base}/{OWN_FOLDER}/claim"))?).await?;
+                let found = match record {
+                    Some((record, _)) if !record.has_ended() => return Ok(false),
+                    Some(_) => true,
+                    None => store.head(&store.key(&format!("{base}/{OWN_FOLDER}/{MANIFEST}"))?).await?.is_some(),
+                };
+                known.insert(base.to_owned(), found);
+                found
+            }
+        };
+        if found {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The unfinished uploads whose keys begin with `prefix`; none where they cannot be listed.
+async fn list(store: &Store, prefix: &str) -> Vec<Hanging> {
+    let Some(asker) = store.asker() else { return Vec::new() };
+    let (mut uploads, mut after) = (Vec::new(), String::new());
+    for _ in 0..PAGES_MAX {
+        let query = format!("uploads=&prefix={}{after}", encoded(prefix));
+        let page = match asker.get(&query).await {
+            Ok(page) => page,
+            Err(error) => {
+                let error = store.failed(error, "cannot list unfinished uploads").await;
+                tracing::debug!(%error, "unfinished uploads are not looked for");
+                break;
+            }
+        };
+        uploads.extend(uploads_in(&page).into_iter().filter(|upload| upload.key.starts_with(prefix)));
+        match (element(&page, "NextKeyMarker"), element(&page, "NextUploadIdMarker")) {
+            (Some(key), id) if element(&page, "IsTruncated").as_deref() == Some("true") => {
+                let id = id.map(|id| format!("&upload-id-marker={}", encoded(&id))).unwrap_or_default();
+                after = format!("&key-marker={}{id}", encoded(&key));
+            }
+            _ => break,
+        }
+    }
+    uploads
+}
+
+fn encoded(text: &str) -> String {
+    utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
+}
+
+fn uploads_in(page: &str) -> Vec<Hanging> {
+    let rows = page.split("<Upload>").skip(1).filter_map(|rest| rest.split_once("</Upload>").map(|(row, _)| row));
+    let upload = |row: &str| {
+        let begun_at = element(row, "Initiated").and_then(|time| humantime::parse_rfc3339(&time).ok());
+        Some(Hanging { key: element(row, "Key")?, id: element(row, "UploadId")?, begun_at })
+    };
+    rows.filter_map(upload).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listing_names_keys_ids_and_times() {
+        let page = "<ListMultipartUploadsResult><Prefix>a</Prefix><NextKeyMarker></NextKeyMarker>\
+                    <Upload><Key>a/&amp;b</Key><UploadId>1</UploadId><Initiated>1970-01-02T00:00:00.000Z</Initiated>\
+                    </Upload><Upload><UploadId>2</UploadId></Upload><Upload><Key>c</Key><UploadId>3</UploadId>\
+                    <Initiated>soon</Initiated></Upload></ListMultipartUploadsResult>";
+        let day = SystemTime::UNIX_EPOCH + Duration::from_secs(24 * 3600);
+        let row = |key: &str, id: &str, begun_at| Hanging { key: key.into(), id: id.into(), begun_at };
+        assert_eq!(uploads_in(page), [row("a/&b", "1", Some(day)), row("c", "3", None)]);
+        assert_eq!(uploads_in("<Upload>"), []);
+    }
+}
