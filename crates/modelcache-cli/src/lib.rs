@@ -56,6 +56,9 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     if let Some(answered) = arguments.verb.answer_at_once(output) {
         return answered.map(|()| exit::DONE);
     }
+    if let verbs::Verb::Sync(sync) = &arguments.verb {
+        return sync.run();
+    }
     let started = Instant::now();
     if let verbs::Verb::Doctor(doctor) = &arguments.verb {
         return doctor.run(&arguments.global, output);

@@ -11,6 +11,11 @@
  *   SHIM_FAIL_AT  the call with this number fails with SHIM_ERRNO; with SHIM_STICKY=1 every later one, too
  *   SHIM_OF       the name of a call: SHIM_FAIL_AT then counts the calls of this name alone
  *   SHIM_FLOCK    "lies": flock succeeds and locks nothing; "refuses": it fails with ENOLCK (anywhere, uncounted)
+ *   SHIM_BOOT_ID  a file that is read in the place of the kernel's name for this boot
+ *   SHIM_GATE     a file: whatever makes bytes or names durable waits until it is there
+ *   SHIM_LEDGER   a file outside the folder that says what a power cut may take: a line "D device inode" before bytes are
+ *                 written, "S device inode path" once they are durable, "A" once all are; "N path" for a new name, "R
+ *                 path" for one that was taken
  *
  * Surprise: a write that fails has written nothing. What a program does by bare system calls is not seen.
  */
@@ -32,7 +37,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static const char *root, *log_path, *flock_mode, *of;
+static const char *root, *log_path, *flock_mode, *of, *boot_id, *gate, *ledger_path;
 static size_t root_len;
 static long kill_at, fail_at, fail_errno;
 static int sticky, count_reads;
@@ -49,6 +54,9 @@ __attribute__((constructor)) static void start(void) {
     log_path = getenv("SHIM_LOG");
     flock_mode = getenv("SHIM_FLOCK");
     of = getenv("SHIM_OF");
+    boot_id = getenv("SHIM_BOOT_ID");
+    gate = getenv("SHIM_GATE");
+    ledger_path = getenv("SHIM_LEDGER");
     kill_at = number("SHIM_KILL_AT");
     fail_at = number("SHIM_FAIL_AT");
     fail_errno = number("SHIM_ERRNO");
@@ -100,6 +108,44 @@ static int strike(const char *call, const char *path) {
     return fails;
 }
 
+/* Writes a line into the ledger. */
+static void note(const char *format, ...) {
+    char line[PATH_MAX + 64];
+    int saved = errno;
+    va_list rest;
+    if (!ledger_path) return;
+    va_start(rest, format);
+    int len = vsnprintf(line, sizeof line, format, rest);
+    va_end(rest);
+    int fd = syscall(SYS_openat, AT_FDCWD, ledger_path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+    if (fd >= 0) {
+        syscall(SYS_write, fd, line, len);
+        syscall(SYS_close, fd);
+    }
+    errno = saved;
+}
+
+static void dirty(int fd) {
+    struct stat found;
+    int saved = errno;
+    if (ledger_path && fstat(fd, &found) == 0) note("D %ld %ld\n", (long)found.st_dev, (long)found.st_ino);
+    errno = saved;
+}
+
+static int exists(const char *full) {
+    int saved = errno, there = ledger_path && faccessat(AT_FDCWD, full, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
+    errno = saved;
+    return there;
+}
+
+static void wait_at_gate(void) {
+    while (gate && syscall(SYS_faccessat, AT_FDCWD, gate, F_OK) != 0) usleep(2000);
+}
+
+static const char *which(const char *path) {
+    return boot_id && path && strcmp(path, "/proc/sys/kernel/random/boot_id") == 0 ? boot_id : path;
+}
+
 /* NEXT(name)(…) calls the C library's own. */
 #define NEXT(name) ((__typeof__(&name))next(#name))
 static void *next(const char *name) {
@@ -121,6 +167,26 @@ static void *next(const char *name) {
         if (fd_is_ours(fd, full) && strike(#name, full)) return -1; \
         return NEXT(name) args;                            \
     }
+/* One that changes what a file consists of. */
+#define ON_BYTES(ret, name, params, fd, args)              \
+    ret name params {                                      \
+        char full[PATH_MAX];                               \
+        int ours = fd_is_ours(fd, full);                   \
+        if (ours && strike(#name, full)) return -1;        \
+        if (ours) dirty(fd);                               \
+        return NEXT(name) args;                            \
+    }
+/* One that makes a name. */
+#define ON_NAME(ret, name, params, at, path, args)         \
+    ret name params {                                      \
+        char full[PATH_MAX];                               \
+        int ours = path_is_ours(at, path, full);           \
+        if (ours && strike(#name, full)) return -1;        \
+        int taken = ours && exists(full);                  \
+        ret made = NEXT(name) args;                        \
+        if (ours && made == 0) note("%s %s\n", taken ? "R" : "N", full); \
+        return made;                                       \
+    }
 
 /* Opening: what makes or cuts a file changes the folder; anything else only reads. */
 static int open_fails(const char *call, int at, const char *path, int flags) {
@@ -136,21 +202,28 @@ static int open_fails(const char *call, int at, const char *path, int flags) {
         mode = va_arg(rest, mode_t);                                         \
         va_end(rest);                                                        \
     }
+#define OPENED(at, path, flags, call)                                        \
+    char full[PATH_MAX];                                                     \
+    if (open_fails("open", at, path, flags)) return -1;                      \
+    int makes = ((flags) & O_CREAT) && ledger_path && path_is_ours(at, path, full) && !exists(full); \
+    int made = call;                                                         \
+    if (makes && made >= 0) note("N %s\n", full);                            \
+    return made;
 int open(const char *path, int flags, ...) {
     WITH_MODE(flags)
-    return open_fails("open", AT_FDCWD, path, flags) ? -1 : NEXT(open)(path, flags, mode);
+    OPENED(AT_FDCWD, path, flags, NEXT(open)(which(path), flags, mode))
 }
 int open64(const char *path, int flags, ...) {
     WITH_MODE(flags)
-    return open_fails("open", AT_FDCWD, path, flags) ? -1 : NEXT(open64)(path, flags, mode);
+    OPENED(AT_FDCWD, path, flags, NEXT(open64)(which(path), flags, mode))
 }
 int openat(int at, const char *path, int flags, ...) {
     WITH_MODE(flags)
-    return open_fails("open", at, path, flags) ? -1 : NEXT(openat)(at, path, flags, mode);
+    OPENED(at, path, flags, NEXT(openat)(at, which(path), flags, mode))
 }
 int openat64(int at, const char *path, int flags, ...) {
     WITH_MODE(flags)
-    return open_fails("open", at, path, flags) ? -1 : NEXT(openat64)(at, path, flags, mode);
+    OPENED(at, path, flags, NEXT(openat64)(at, which(path), flags, mode))
 }
 int creat(const char *path, mode_t mode) { return open(path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
 DIR *opendir(const char *path) {
@@ -171,36 +244,59 @@ ON_READ(pread, (int fd, void *to, size_t len, off_t at), fd, (fd, to, len, at))
 ON_READ(pread64, (int fd, void *to, size_t len, off64_t at), fd, (fd, to, len, at))
 
 /* Writing. */
-ON_FD(ssize_t, write, (int fd, const void *from, size_t len), fd, (fd, from, len))
-ON_FD(ssize_t, writev, (int fd, const struct iovec *from, int count), fd, (fd, from, count))
-ON_FD(ssize_t, pwrite, (int fd, const void *from, size_t len, off_t at), fd, (fd, from, len, at))
-ON_FD(ssize_t, pwrite64, (int fd, const void *from, size_t len, off64_t at), fd, (fd, from, len, at))
-ON_FD(ssize_t, pwritev, (int fd, const struct iovec *from, int count, off_t at), fd, (fd, from, count, at))
-ON_FD(ssize_t, copy_file_range, (int in, off64_t *from, int out, off64_t *to, size_t len, unsigned flags), out,
+ON_BYTES(ssize_t, write, (int fd, const void *from, size_t len), fd, (fd, from, len))
+ON_BYTES(ssize_t, writev, (int fd, const struct iovec *from, int count), fd, (fd, from, count))
+ON_BYTES(ssize_t, pwrite, (int fd, const void *from, size_t len, off_t at), fd, (fd, from, len, at))
+ON_BYTES(ssize_t, pwrite64, (int fd, const void *from, size_t len, off64_t at), fd, (fd, from, len, at))
+ON_BYTES(ssize_t, pwritev, (int fd, const struct iovec *from, int count, off_t at), fd, (fd, from, count, at))
+ON_BYTES(ssize_t, copy_file_range, (int in, off64_t *from, int out, off64_t *to, size_t len, unsigned flags), out,
       (in, from, out, to, len, flags))
-ON_FD(ssize_t, sendfile, (int out, int in, off_t *from, size_t len), out, (out, in, from, len))
-ON_FD(ssize_t, sendfile64, (int out, int in, off64_t *from, size_t len), out, (out, in, from, len))
-ON_FD(int, ftruncate, (int fd, off_t len), fd, (fd, len))
-ON_FD(int, ftruncate64, (int fd, off64_t len), fd, (fd, len))
-ON_FD(int, fallocate, (int fd, int mode, off_t at, off_t len), fd, (fd, mode, at, len))
-ON_FD(int, fallocate64, (int fd, int mode, off64_t at, off64_t len), fd, (fd, mode, at, len))
-ON_FD(int, fsync, (int fd), fd, (fd))
-ON_FD(int, fdatasync, (int fd), fd, (fd))
+ON_BYTES(ssize_t, sendfile, (int out, int in, off_t *from, size_t len), out, (out, in, from, len))
+ON_BYTES(ssize_t, sendfile64, (int out, int in, off64_t *from, size_t len), out, (out, in, from, len))
+ON_BYTES(int, ftruncate, (int fd, off_t len), fd, (fd, len))
+ON_BYTES(int, ftruncate64, (int fd, off64_t len), fd, (fd, len))
+ON_BYTES(int, fallocate, (int fd, int mode, off_t at, off_t len), fd, (fd, mode, at, len))
+ON_BYTES(int, fallocate64, (int fd, int mode, off64_t at, off64_t len), fd, (fd, mode, at, len))
+
+/* Making durable. */
+#define ON_SYNC(name)                                      \
+    int name(int fd) {                                     \
+        char full[PATH_MAX];                               \
+        struct stat found;                                 \
+        int ours = fd_is_ours(fd, full);                   \
+        if (ours && strike(#name, full)) return -1;        \
+        if (ours) wait_at_gate();                          \
+        int failed = NEXT(name)(fd);                       \
+        if (ours && !failed && ledger_path && fstat(fd, &found) == 0)       \
+            note("S %ld %ld %s\n", (long)found.st_dev, (long)found.st_ino, full); \
+        return failed;                                     \
+    }
+ON_SYNC(fsync)
+ON_SYNC(fdatasync)
+int syncfs(int fd) {
+    char full[PATH_MAX];
+    int ours = fd_is_ours(fd, full);
+    if (ours && strike("syncfs", full)) return -1;
+    if (ours) wait_at_gate();
+    int failed = NEXT(syncfs)(fd);
+    if (ours && !failed) note("A\n");
+    return failed;
+}
 
 /* Names. A call with two paths counts by the one that it makes. */
-ON_PATH(int, -1, mkdir, (const char *path, mode_t mode), AT_FDCWD, path, (path, mode))
-ON_PATH(int, -1, mkdirat, (int at, const char *path, mode_t mode), at, path, (at, path, mode))
+ON_NAME(int, mkdir, (const char *path, mode_t mode), AT_FDCWD, path, (path, mode))
+ON_NAME(int, mkdirat, (int at, const char *path, mode_t mode), at, path, (at, path, mode))
 ON_PATH(int, -1, rmdir, (const char *path), AT_FDCWD, path, (path))
 ON_PATH(int, -1, unlink, (const char *path), AT_FDCWD, path, (path))
 ON_PATH(int, -1, unlinkat, (int at, const char *path, int flags), at, path, (at, path, flags))
-ON_PATH(int, -1, rename, (const char *from, const char *to), AT_FDCWD, to, (from, to))
-ON_PATH(int, -1, renameat, (int a, const char *from, int b, const char *to), b, to, (a, from, b, to))
-ON_PATH(int, -1, renameat2, (int a, const char *from, int b, const char *to, unsigned flags), b, to,
+ON_NAME(int, rename, (const char *from, const char *to), AT_FDCWD, to, (from, to))
+ON_NAME(int, renameat, (int a, const char *from, int b, const char *to), b, to, (a, from, b, to))
+ON_NAME(int, renameat2, (int a, const char *from, int b, const char *to, unsigned flags), b, to,
         (a, from, b, to, flags))
-ON_PATH(int, -1, link, (const char *from, const char *to), AT_FDCWD, to, (from, to))
-ON_PATH(int, -1, linkat, (int a, const char *from, int b, const char *to, int flags), b, to, (a, from, b, to, flags))
-ON_PATH(int, -1, symlink, (const char *from, const char *to), AT_FDCWD, to, (from, to))
-ON_PATH(int, -1, symlinkat, (const char *from, int at, const char *to), at, to, (from, at, to))
+ON_NAME(int, link, (const char *from, const char *to), AT_FDCWD, to, (from, to))
+ON_NAME(int, linkat, (int a, const char *from, int b, const char *to, int flags), b, to, (a, from, b, to, flags))
+ON_NAME(int, symlink, (const char *from, const char *to), AT_FDCWD, to, (from, to))
+ON_NAME(int, symlinkat, (const char *from, int at, const char *to), at, to, (from, at, to))
 
 /* Modes and times. */
 ON_PATH(int, -1, chmod, (const char *path, mode_t mode), AT_FDCWD, path, (path, mode))

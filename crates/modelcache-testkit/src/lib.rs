@@ -13,6 +13,7 @@
 //! | [`moto`], [`registry`], [`mlflow`] | nothing: they start the real servers |
 //! | [`proxy`] | a bad network, in front of any of them |
 //! | [`shim`] | a bad disk and sudden death, underneath a program |
+//! | [`power`] | a power cut, afterwards |
 //!
 //! [`folder`] counts what a cache directory holds, without asking the program; [`dice`] are chance with a seed.
 //!
@@ -30,6 +31,7 @@ pub mod hub;
 pub mod log;
 pub mod mlflow;
 pub mod moto;
+pub mod power;
 pub mod proxy;
 pub mod registry;
 pub mod s3;

@@ -129,6 +129,24 @@ impl Strike {
         self.with("SHIM_READS", 1)
     }
 
+    /// Lets the program take `file` for the kernel's name for this boot.
+    #[must_use]
+    pub fn in_boot(self, file: &Path) -> Self {
+        self.with("SHIM_BOOT_ID", file.display())
+    }
+
+    /// Whatever makes something durable waits until there is a file `gate`.
+    #[must_use]
+    pub fn gated(self, gate: &Path) -> Self {
+        self.with("SHIM_GATE", gate.display())
+    }
+
+    /// Keeps an account of what a power cut may take; several programs may keep the same one.
+    #[must_use]
+    pub fn with_ledger(self, file: &Path) -> Self {
+        self.with("SHIM_LEDGER", file.display())
+    }
+
     /// The environment that arms it.
     pub fn envs(&self) -> impl Iterator<Item = (String, String)> {
         let preload = ("LD_PRELOAD", self.library.display().to_string());

@@ -122,6 +122,7 @@ fn open(dir: &Path, max_bytes: u64) -> Cache {
         write_mode: Default::default(),
         max_bytes: ByteBound::Bytes(max_bytes),
         min_free_bytes: ByteBound::Bytes(0),
+        durable: Default::default(),
         remote: None,
         buckets: Default::default(),
         require_checksum: false,

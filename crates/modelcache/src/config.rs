@@ -22,6 +22,8 @@ pub struct Config {
     pub max_bytes: ByteBound,
     /// Bytes of the filesystem that are left free.
     pub min_free_bytes: ByteBound,
+    /// When what was fetched is made durable.
+    pub durable: Durable,
     /// Who else may write into the local directory.
     pub shared: Sharing,
     /// A cache underneath that is only read, baked into an image for instance.
@@ -78,6 +80,19 @@ impl ByteBound {
             Self::Percent(percent) => filesystem_bytes / 100 * u64::from(percent),
         }
     }
+}
+
+/// When what was fetched and published is made durable: able to survive a power cut. What is not yet is never trusted
+/// after one: it is hashed before it is lent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Durable {
+    /// Before the get returns.
+    Wait,
+    /// In the background, while this process goes on.
+    #[default]
+    Background,
+    /// When the caller says so, or another process that the duty is handed to.
+    Later,
 }
 
 /// Which users share the local directory, and so which modes its files get.

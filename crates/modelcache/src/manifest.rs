@@ -78,6 +78,8 @@ pub struct FileEntry {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Held {
+    /// On disk, checked and published, and perhaps not durable yet.
+    Unsynced(UnsyncedFile),
     /// On disk: the identity of the file when its bytes were last hashed.
     Disk(FileIdentity),
     /// On the remote: the object as it was written.
@@ -93,6 +95,46 @@ pub struct FileIdentity {
     pub bytes: u64,
     /// Time of last modification, nanoseconds since the Unix epoch, by the filesystem's clock.
     pub mtime_ns: i64,
+}
+
+/// A published file whose bytes a power cut may still take.
+///
+/// It is trusted while its writer lives; whoever finds it later hashes it whole. A release that does not know the mark
+/// does the same: the identity that it reads has a time that no file has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnsyncedFile {
+    #[serde(flatten)]
+    never: FileIdentity,
+    unsynced: Unsynced,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Unsynced {
+    /// The file's true time.
+    mtime_ns: i64,
+    /// Who makes it durable; see `disk/duties.rs`.
+    writer: String,
+}
+
+impl UnsyncedFile {
+    /// The time that no file has.
+    const NEVER_NS: i64 = i64::MIN;
+
+    /// The file `identity`, which `writer` is about to make durable.
+    pub fn new(identity: FileIdentity, writer: &str) -> Self {
+        let unsynced = Unsynced { mtime_ns: identity.mtime_ns, writer: writer.to_owned() };
+        Self { never: FileIdentity { mtime_ns: Self::NEVER_NS, ..identity }, unsynced }
+    }
+
+    /// The identity of the file when its bytes were hashed.
+    pub fn identity(&self) -> FileIdentity {
+        FileIdentity { mtime_ns: self.unsynced.mtime_ns, ..self.never }
+    }
+
+    /// Who makes it durable.
+    pub fn writer(&self) -> &str {
+        &self.unsynced.writer
+    }
 }
 
 /// An object's identity in a store.
@@ -310,12 +352,25 @@ impl FileEntry {
         }
     }
 
-    /// The identity on disk, if that is where it is held.
+    /// The identity on disk, if that is where it is held, durably: as long as it is unchanged the bytes are right.
     pub fn on_disk(&self) -> Option<FileIdentity> {
         match self.held {
             Some(Held::Disk(identity)) => Some(identity),
             _ => None,
         }
+    }
+
+    /// What is not durable yet.
+    pub fn unsynced(&self) -> Option<&UnsyncedFile> {
+        match &self.held {
+            Some(Held::Unsynced(file)) => Some(file),
+            _ => None,
+        }
+    }
+
+    /// The identity recorded on disk, durable or not: which file it is, not whether its bytes are right.
+    pub fn recorded_on_disk(&self) -> Option<FileIdentity> {
+        self.on_disk().or_else(|| self.unsynced().map(UnsyncedFile::identity))
     }
 
     /// The identity on the remote, if that is where it is held.
@@ -353,6 +408,24 @@ mod tests {
             manifest.files.insert(FilePath::new(path).expect("path"), entry);
         }
         manifest
+    }
+
+    #[test]
+    fn what_is_unsynced_round_trips_and_an_older_release_finds_a_file_that_differs() {
+        let (mut before, path) = (manifest(&[("a", b"x")]), FilePath::new("a").expect("path"));
+        let entry = before.files.get_mut(&path).expect("entry");
+        let identity = entry.on_disk().expect("held");
+        entry.held = Some(Held::Unsynced(UnsyncedFile::new(identity, "w")));
+        let bytes = before.to_bytes().expect("writes");
+        let after = Manifest::from_bytes(&bytes).expect("reads");
+        assert_eq!(after, before);
+        let entry = &after.files[&path];
+        assert_eq!((entry.on_disk(), entry.recorded_on_disk()), (None, Some(identity)));
+        assert_eq!(entry.unsynced().map(UnsyncedFile::writer), Some("w"));
+        // What a release reads that knows the plain identity alone.
+        let held = serde_json::to_value(&entry.held).expect("value");
+        let plain: FileIdentity = serde_json::from_value(held).expect("an identity");
+        assert_eq!((plain.inode, plain.bytes, plain.mtime_ns), (7, 1, i64::MIN));
     }
 
     #[test]

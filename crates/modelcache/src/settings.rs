@@ -12,7 +12,7 @@ mod registries;
 mod values;
 
 use crate::config::{
-    Backfill, BucketConfig, ByteBound, Config, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown,
+    Backfill, BucketConfig, ByteBound, Config, Durable, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown,
     OriginTemplate, RemoteConfig, RemoteMode, RetryConfig, Secret, Sharing, WriteMode,
 };
 use crate::credentials::Credentials;
@@ -113,6 +113,21 @@ pub const SETTINGS: &[Setting] = &[
         accepts: SIZE_ACCEPTS,
         set: |given, draft| {
             draft.min_free_bytes = parse_size(&given.text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "durable",
+        variable: Some("MODEL_CACHE_DURABLE"),
+        flag: Some("durable"),
+        value_name: SWITCH,
+        default: "`0`",
+        meaning: "Wait until what was fetched survives a power cut. Else it is made durable after the command has ended, \
+                  and read in full before it is used if that does not happen. `put`, `prewarm` and `get --into` wait \
+                  always.",
+        accepts: SWITCH_ACCEPTS,
+        set: |given, draft| {
+            draft.durable = if parse_switch(&given.text)? { Durable::Wait } else { Durable::default() };
             Ok(())
         },
     },
@@ -588,6 +603,7 @@ struct Draft {
     dir: Option<PathBuf>,
     max_bytes: ByteBound,
     min_free_bytes: ByteBound,
+    durable: Durable,
     shared: Sharing,
     lower_dir: Option<PathBuf>,
     write_mode: WriteMode,
@@ -686,6 +702,7 @@ impl Draft {
             dir: None,
             max_bytes: ByteBound::Percent(80),
             min_free_bytes: ByteBound::Percent(10),
+            durable: Durable::default(),
             shared: Sharing::default(),
             lower_dir: None,
             write_mode: WriteMode::default(),
@@ -740,6 +757,7 @@ impl Draft {
             dir,
             max_bytes: self.max_bytes,
             min_free_bytes: self.min_free_bytes,
+            durable: self.durable,
             shared: self.shared,
             lower_dir: self.lower_dir,
             write_mode: self.write_mode,

@@ -4,8 +4,8 @@
 //! process id are the command's own, and the leases are held until it ends, however it ends. Standard output is the
 //! command's alone.
 
-use super::Session;
 use super::choice::Choice;
+use super::{Session, sync};
 use crate::{exit, progress};
 use clap::Args;
 use modelcache::cache::Artifact;
@@ -43,7 +43,11 @@ pub(crate) struct Exec {
 impl Exec {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         self.refuse_unknown_number()?;
-        let artifacts = self.choice.in_time(self.all(session)).await?;
+        let cache = cache(&session.config)?;
+        let got = self.choice.in_time(self.all(session, &cache)).await;
+        // Before the leases outlive an exec: they are the command's alone.
+        sync::leave(&cache, got.is_ok()).await;
+        let artifacts = got?;
         let paths: Vec<PathBuf> = artifacts.iter().map(|artifact| artifact.path.clone()).collect();
         let words: Vec<OsString> = self.command.iter().map(|word| filled_in(word, &paths)).collect();
         let [program, arguments @ ..] = &words[..] else {
@@ -62,8 +66,8 @@ impl Exec {
         Ok(code)
     }
 
-    async fn all(&self, session: &Session<'_>) -> Result<Vec<Artifact>> {
-        let (output, options, cache) = (session.output, self.choice.options()?, cache(&session.config)?);
+    async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<Vec<Artifact>> {
+        let (output, options) = (session.output, self.choice.options()?);
         let mut artifacts = Vec::new();
         for text in &self.references {
             let (progress, started) = (Progress::new(), Instant::now());
@@ -98,7 +102,7 @@ impl Exec {
 /// another.
 fn cache(config: &Config) -> Result<Cache> {
     let backfill = config.backfill.map(|mode| if mode == Backfill::Background { Backfill::Later } else { mode });
-    Cache::open(Config { backfill, ..config.clone() })
+    Cache::open(Config { backfill, ..sync::later(config) })
 }
 
 /// What a shell would say, and the code it would end with.

@@ -7,7 +7,7 @@
 use super::backfill::{finish, to_remote};
 use super::choice::Choice;
 use super::into::IntoFolder;
-use super::{Session, extend, key_object, path_text, phase_list, seconds};
+use super::{Session, extend, key_object, path_text, phase_list, seconds, sync};
 use crate::output::table;
 use crate::{exit, human, progress};
 use clap::Args;
@@ -41,9 +41,11 @@ pub(crate) struct Get {
 
 impl Get {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
-        let cache = session.cache()?;
+        let cache = session.cache_to_leave()?;
         // Leases: they fall when the process ends.
-        let (code, _lent) = self.choice.in_time(self.all(session, &cache)).await?;
+        let got = self.choice.in_time(self.all(session, &cache)).await;
+        sync::leave(&cache, false).await;
+        let (code, _lent) = got?;
         if !self.dry_run {
             finish(session, &cache).await;
         }
@@ -52,8 +54,9 @@ impl Get {
 
     /// Tries every reference; the first failure decides the exit code.
     async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<(u8, Vec<Artifact>)> {
-        let options = GetOptions { verify: self.verify, ..self.choice.options()? };
         let destination = self.into.destination(cache, self.references.len()).await?;
+        // What is put elsewhere must not be less durable than its names.
+        let options = GetOptions { verify: self.verify, durable: destination.is_some(), ..self.choice.options()? };
         let mut code = exit::DONE;
         let mut lent = Vec::new();
         for text in &self.references {

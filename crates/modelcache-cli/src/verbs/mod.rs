@@ -19,6 +19,7 @@ pub(crate) mod prune;
 pub(crate) mod put;
 pub(crate) mod resolve;
 pub(crate) mod stats;
+pub(crate) mod sync;
 pub(crate) mod tag;
 pub(crate) mod verify;
 
@@ -26,6 +27,7 @@ use crate::output::Output;
 use crate::{exit, metrics};
 use clap::Subcommand;
 use modelcache::cache::Artifact;
+use modelcache::config::Durable;
 use modelcache::progress::Phase;
 use modelcache::{ArtifactKey, Cache, Config, Error, Result};
 use serde_json::{Value, json};
@@ -54,6 +56,8 @@ pub(crate) enum Verb {
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(man::Man),
+    #[command(hide = true)]
+    Sync(sync::Sync),
 }
 
 /// What verbs work with.
@@ -92,9 +96,14 @@ impl Session<'_> {
         }
     }
 
-    /// Opens the cache.
+    /// Opens the cache, for a command that makes durable what it fetches.
     pub(crate) fn cache(&self) -> Result<Cache> {
-        Cache::open(self.config.clone())
+        Cache::open(Config { durable: Durable::Wait, ..self.config.clone() })
+    }
+
+    /// Opens the cache, for a command that leaves that to [`sync::leave`].
+    fn cache_to_leave(&self) -> Result<Cache> {
+        Cache::open(sync::later(&self.config))
     }
 }
 
@@ -129,6 +138,7 @@ impl Verb {
             Self::Doctor(_) => "doctor",
             Self::Completions(_) => "completions",
             Self::Man(_) => "man",
+            Self::Sync(_) => "sync",
         }
     }
 
@@ -151,7 +161,7 @@ impl Verb {
             Self::Stats(verb) => verb.run(session).await,
             Self::Verify(verb) => return verb.run(session).await,
             // These have had their turn.
-            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => Ok(()),
+            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) | Self::Sync(_) => Ok(()),
         }
         .map(|()| exit::DONE)
     }

@@ -54,7 +54,7 @@ impl Prewarm {
     }
 
     async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<u8> {
-        let options = GetOptions { purpose: Purpose::Keep, ..self.choice.options()? };
+        let options = GetOptions { purpose: Purpose::Keep, durable: true, ..self.choice.options()? };
         let (output, started) = (session.output, Instant::now());
         let wanted = self.wanted().await?;
         let references: Vec<_> = wanted.iter().map(|wanted| wanted.reference.clone()).collect();

@@ -89,6 +89,8 @@ impl House {
             .env("MODEL_CACHE_DIR", self.path(dir))
             .env("MODEL_CACHE_MAX_BYTES", "1GB")
             .env("MODEL_CACHE_MIN_FREE_BYTES", "0")
+            // So that nothing is at work in the directory when a command has ended; see tests/durability.rs.
+            .env("MODEL_CACHE_DURABLE", "1")
             .env("MODEL_CACHE_RETRY_DEADLINE", "3s")
             .env("MODEL_CACHE_READ_TIMEOUT", "1s")
             .env("HF_ENDPOINT", self.hub.url())
@@ -270,6 +272,16 @@ impl Run {
     pub fn script(self, script: &str, args: &[&str]) -> Outcome {
         let mut command = Command::new("/usr/bin/unshare");
         command.args(["-m", "/bin/sh", "-euc", script, "sh"]).args(args).stdin(Stdio::null()).env_clear();
+        command.envs(self.0.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.current_dir(self.0.get_current_dir().unwrap());
+        Outcome::new(script.to_owned(), assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap())
+    }
+
+    /// A shell script in this run's environment.
+    #[track_caller]
+    pub fn shell(self, script: &str) -> Outcome {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-euc", script]).stdin(Stdio::null()).env_clear();
         command.envs(self.0.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command.current_dir(self.0.get_current_dir().unwrap());
         Outcome::new(script.to_owned(), assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap())

@@ -2,7 +2,8 @@
 //!
 //! Each step is one call; what a step decides stands in its own file. Absence is a value on the way down and becomes an
 //! error only here. Steps 4 to 7 are a flight: they go on for whoever else waits when a caller is dropped. Whenever they
-//! end, nothing is half-made: staging is private until published, and the next fill goes on with it.
+//! end, nothing is half-made: staging is private until published, and the next fill goes on with it. Nobody waits for
+//! the disk who did not ask to: see `durable.rs`.
 
 use super::backfill::ToBackfill;
 use super::flight::{Joined, Landed};
@@ -87,7 +88,8 @@ impl Cache {
         };
         let (reach, purpose) = (self.asking(options).reach, options.purpose);
         let (digest, origin, tagged, remote) = (reference.digest, None, None, None);
-        let wanted = Wanted { key, selection, digest, origin, reach, purpose, tagged, remote };
+        let durable = options.durable;
+        let wanted = Wanted { key, selection, digest, origin, reach, purpose, durable, tagged, remote };
         let checked = self.require_checksums(&wanted, &lent.manifest);
         let got = checked.and_then(|()| artifact(&wanted, Landed::here(lent), progress));
         Some(got.map_err(|error| error.artifact(&wanted.key)))
@@ -99,6 +101,7 @@ impl Cache {
             None => self.board(wanted, progress).await?,
         };
         self.require_checksums(wanted, &landed.lent.manifest)?;
+        self.durably(wanted, &landed.lent).await?;
         artifact(wanted, landed, progress)
     }
 
@@ -119,6 +122,7 @@ impl Cache {
         // Before anything is published: whoever dies from here on has said what the remote still lacks.
         let to_backfill = self.intend(&wanted.key, to_backfill).await;
         let lent = self.publish(filled, progress).await?;
+        self.was_published();
         let to_backfill = self.intend_again(&wanted.key, to_backfill).await;
         drop(lead);
         let landed = Landed { fetched_bytes, ..Landed::here(lent) };
@@ -170,7 +174,7 @@ impl Cache {
     async fn pour(&self, wanted: &Wanted, plan: &FillPlan, progress: &Progress) -> Result<Filled> {
         let (disk, key, selected) = (self.0.disk.clone(), wanted.key.clone(), plan.selected.clone());
         let staging = blocking(move || disk.begin_fill(&key, &selected)).await?;
-        let (poured, early) = match self.pour_missing(&staging, plan, wanted.purpose, progress).await {
+        let (poured, early) = match self.pour_missing(&staging, plan, self.purpose_of(wanted), progress).await {
             Ok(poured) => poured,
             Err(error) => {
                 // What was fetched is kept for the next fill, unless it is what fills the disk.

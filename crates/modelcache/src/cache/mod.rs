@@ -6,6 +6,7 @@
 
 mod alarm;
 mod backfill;
+mod durable;
 mod evict;
 mod flight;
 mod get;
@@ -32,10 +33,12 @@ pub use report::{
     Stats, TagReport,
 };
 
+pub use durable::make_durable_for;
+
 pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
 pub use crate::disk::{
-    Destination, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Pin, PruneOptions,
+    Destination, HandOver, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Pin, PruneOptions,
     PruneReport, PrunedArtifact, Purpose,
 };
 
@@ -46,6 +49,7 @@ use crate::origin::Origins;
 use crate::remote::Remote;
 use crate::transfer::{Pourer, Retry};
 use backfill::Backfills;
+use durable::Durability;
 use flight::Flights;
 use start::Start;
 use std::sync::Arc;
@@ -65,6 +69,7 @@ struct Inner {
     flights: Flights,
     start: Start,
     backfills: Backfills,
+    durability: Durability,
 }
 
 impl Cache {
@@ -93,6 +98,7 @@ impl Cache {
             flights: Flights::default(),
             start: Start::default(),
             backfills: Backfills::default(),
+            durability: Durability::default(),
         })))
     }
 
@@ -119,6 +125,7 @@ mod tests {
         spawnable(cache.put(key, Path::new(""), &PutOptions::default(), progress));
         spawnable(cache.backfill_pending(progress));
         spawnable(cache.finish_backfills(progress));
+        spawnable(cache.make_durable());
         spawnable(cache.evict(reference, EvictTier::All, true));
         spawnable(cache.list());
         spawnable(cache.list_remote());

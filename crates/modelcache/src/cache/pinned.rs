@@ -35,8 +35,8 @@ impl Cache {
         let Meaning { key, origin, tagged, remote, .. } = meaning;
         let selection = reference.file.clone().map_or_else(Selection::all, Selection::file);
         let reach = asking.reach;
-        let (demanded, purpose) = (reference.digest, options.purpose);
-        let wanted = Wanted { key, selection, digest: demanded, origin, reach, purpose, tagged, remote };
+        let (demanded, purpose, durable) = (reference.digest, options.purpose, false);
+        let wanted = Wanted { key, selection, digest: demanded, origin, reach, purpose, durable, tagged, remote };
         let (known_by, manifest) = match (self.known_list(&wanted).await, &reference.target) {
             (Some((tier, manifest)), _) => (Some(tier), Some(manifest)),
             // Nothing but a list somewhere says that there is such a version.

@@ -108,7 +108,9 @@ impl Cache {
         let lent = {
             let _phase = progress.enter(Phase::Publish, 0);
             let (disk, manifest) = (self.0.disk.clone(), manifest.clone());
-            blocking(move || disk.publish(staging, &manifest, &files)).await?
+            let lent = blocking(move || disk.publish(staging, &manifest, &files)).await?;
+            self.sync(key, &crate::Selection::all()).await?;
+            lent
         };
         drop(lead);
         Ok((manifest, published, Some(lent.path(&crate::Selection::all()))))

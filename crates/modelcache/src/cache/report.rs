@@ -27,12 +27,14 @@ pub struct GetOptions {
     pub verify: bool,
     /// What for, if it has to be fetched: to be read here right after, or to be kept.
     pub purpose: Purpose,
+    /// Whether to wait until what is lent survives a power cut.
+    pub durable: bool,
 }
 
 impl Default for GetOptions {
     fn default() -> Self {
-        let purpose = Purpose::default();
-        Self { selection: Selection::default(), refresh: false, reach: Tier::Origin, verify: false, purpose }
+        let (purpose, durable) = (Purpose::default(), false);
+        Self { selection: Selection::default(), refresh: false, reach: Tier::Origin, verify: false, purpose, durable }
     }
 }
 

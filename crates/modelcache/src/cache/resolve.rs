@@ -63,6 +63,8 @@ pub(super) struct Wanted {
     pub(super) tagged: Option<Tagged>,
     /// Its source on the remote, or why there is none, if the remote was asked on the way.
     pub(super) remote: Option<Result<Arc<RemoteSource>>>,
+    /// Whether the caller waits until it survives a power cut.
+    pub(super) durable: bool,
 }
 
 impl Asking {
@@ -113,8 +115,9 @@ impl Cache {
         if let Some(tagged) = &tagged {
             self.check_tagged(&key, tagged).await?;
         }
-        let (digest, reach, purpose) = (reference.digest, asking.reach, options.purpose);
-        Ok(Wanted { key, selection, digest, origin, reach, purpose, tagged, remote })
+        let (digest, reach) = (reference.digest, asking.reach);
+        let GetOptions { purpose, durable, .. } = *options;
+        Ok(Wanted { key, selection, digest, origin, reach, purpose, durable, tagged, remote })
     }
 
     /// How a call asks, within what the configuration allows.

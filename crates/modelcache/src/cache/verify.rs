@@ -313,8 +313,9 @@ impl Verification {
         let origin = self.cache.origin_of(key, reference).await;
         let selection = selection(findings);
         let reach = self.cache.asking(&GetOptions::default()).reach;
-        let (key, purpose) = (key.clone(), Purpose::Keep);
-        let wanted = Wanted { key, selection, digest: None, origin, reach, purpose, tagged: None, remote: None };
+        let (key, purpose, durable) = (key.clone(), Purpose::Keep, false);
+        let (tagged, remote) = (None, None);
+        let wanted = Wanted { key, selection, digest: None, origin, reach, purpose, durable, tagged, remote };
         // A progress of its own: the tiers that bytes came from are told by what it received.
         let fresh = Progress::new();
         let artifact = self.cache.get_resolved(&wanted, &fresh).await?;

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -525,7 +525,7 @@ impl BudgetHold<'_> {
     /// they are not as recorded nobody knows whether they were counted.
     fn take_off_copies(&mut self, dir: &ArtifactDir, manifest: Option<&Manifest>) -> Result<u64> {
         let entries = || manifest.iter().flat_map(|manifest| manifest.files.values());
-        let recorded: HashSet<FileIdentity> = entries().filter_map(FileEntry::on_disk).collect();
+        let recorded: HashSet<FileIdentity> = entries().filter_map(FileEntry::recorded_on_disk).collect();
         let mut blobs = HashSet::new();
         for digest in entries().filter_map(|entry| entry.sha256) {
             blobs.extend(files::stat(&self.disk.layout().blob(&digest))?.map(|metadata| metadata.ino()));
@@ -571,6 +571,7 @@ impl BudgetHold<'_> {
         for folder in [self.disk.layout().stagings(), self.disk.layout().locks(), self.disk.layout().blobs()] {
             self.disk.drop_old_temporaries(&folder)?;
         }
+        self.disk.drop_dead_writers()?;
         let (disk, mut index) = (self.disk, Index::as_of(self.began_at));
         disk.scan_each(&mut |artifact| {
             disk.drop_old_temporaries(artifact.dir.path())?;
@@ -764,9 +765,11 @@ fn held_too_long(path: &Path) -> Error {
     .hint("see whether that process is stopped; the lock falls when it ends")
 }
 
-/// The kernel's name for this boot; the record of another boot is not trusted.
-fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()).unwrap_or_default()
+/// The kernel's name for this boot; the record of another boot is not trusted. Empty where it does not tell.
+pub(super) fn boot_id() -> String {
+    static BOOT_ID: OnceLock<String> = OnceLock::new();
+    let read = || std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned());
+    BOOT_ID.get_or_init(|| read().unwrap_or_default()).clone()
 }
 
 #[cfg(test)]

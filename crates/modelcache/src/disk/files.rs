@@ -74,22 +74,54 @@ pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
 /// Writes `bytes` to `target` so that a reader sees the old content or the new, never a mixture; durable on return.
 /// The temporary file lies in `temporary_dir`, or beside the target if that is on another mount.
 pub(crate) fn replace(target: &Path, bytes: &[u8], temporary_dir: &Path) -> Result<()> {
-    write_then(target, bytes, temporary_dir, |temporary| fs::rename(temporary, target)).at("write", target)
+    let place = |temporary: &Path| fs::rename(temporary, target);
+    write_then(target, bytes, temporary_dir, Sync::All, place).at("write", target)
+}
+
+/// The same, durable at some later time: whoever reads `target` after a power cut may find it torn, and must notice.
+/// What is there already is not lost meanwhile: it is replaced by what is durable, whatever name a power cut leaves.
+pub(crate) fn replace_unsynced(target: &Path, bytes: &[u8], temporary_dir: &Path) -> Result<()> {
+    let sync = if stat(target)?.is_some() { Sync::Content } else { Sync::Nothing };
+    let place = |temporary: &Path| fs::rename(temporary, target);
+    write_then(target, bytes, temporary_dir, sync, place).at("write", target)
+}
+
+/// The same for a hint, which nobody misses: neither the old nor the new need survive a power cut.
+pub(crate) fn replace_hint(target: &Path, bytes: &[u8], temporary_dir: &Path) -> Result<()> {
+    let place = |temporary: &Path| fs::rename(temporary, target);
+    write_then(target, bytes, temporary_dir, Sync::Nothing, place).at("write", target)
 }
 
 /// The same for a file that is not there yet; `false` if it is by now, and stays as it is.
 pub(crate) fn create(target: &Path, bytes: &[u8], temporary_dir: &Path) -> Result<bool> {
-    match write_then(target, bytes, temporary_dir, |temporary| modes::appear(temporary, target)) {
+    match write_then(target, bytes, temporary_dir, Sync::All, |temporary| modes::appear(temporary, target)) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         created => created.at("write", target).map(|()| true),
     }
 }
 
+/// What of a new file is made durable at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sync {
+    /// Its bytes, then its name.
+    All,
+    /// Its bytes.
+    Content,
+    Nothing,
+}
+
 /// Writes `bytes` to a temporary file and gives it its name with `place`.
-fn write_then(target: &Path, bytes: &[u8], dir: &Path, place: impl Fn(&Path) -> io::Result<()>) -> io::Result<()> {
+fn write_then(
+    target: &Path,
+    bytes: &[u8],
+    dir: &Path,
+    sync: Sync,
+    place: impl Fn(&Path) -> io::Result<()>,
+) -> io::Result<()> {
     let temporary = dir.join(format!("{TEMPORARY}{}", random_name()));
+    let synced = |file: File| if sync == Sync::Nothing { Ok(()) } else { file.sync_all() };
     let written = modes::create_readable(&temporary)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| synced(file)))
         .and_then(|()| place(&temporary));
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
@@ -97,10 +129,10 @@ fn write_then(target: &Path, bytes: &[u8], dir: &Path, place: impl Fn(&Path) -> 
     let folder = target.parent().unwrap_or(dir);
     match written {
         Err(error) if error.raw_os_error() == Some(Errno::XDEV.raw_os_error()) && folder != dir => {
-            write_then(target, bytes, folder, place)
+            write_then(target, bytes, folder, sync, place)
         }
-        Ok(()) => File::open(folder)?.sync_all(),
-        failed => failed,
+        Ok(()) if sync == Sync::All => File::open(folder)?.sync_all(),
+        ended => ended,
     }
 }
 

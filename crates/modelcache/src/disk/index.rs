@@ -32,6 +32,8 @@ pub(super) struct Index {
     views: HashMap<u64, u32>,
     /// Manifests that vouch for a file as a digest.
     vouchers: HashMap<(Digest, FileIdentity), u32>,
+    /// Writers that do, as long as they live: what they published may not be durable yet.
+    promises: HashMap<(Digest, FileIdentity), Vec<Arc<str>>>,
 }
 
 #[derive(Debug)]
@@ -45,6 +47,8 @@ struct Known {
 struct Recorded {
     digest: Option<Digest>,
     identity: FileIdentity,
+    /// Who makes it durable, if that is still to be done.
+    writer: Option<Arc<str>>,
 }
 
 impl Index {
@@ -94,8 +98,12 @@ impl Index {
         let files: Box<[Recorded]> = artifact.manifest.iter().flat_map(recorded).collect();
         for file in &files {
             *self.views.entry(file.identity.inode).or_default() += 1;
-            if let Some(digest) = file.digest {
-                *self.vouchers.entry((digest, file.identity)).or_default() += 1;
+            match (file.digest, &file.writer) {
+                (Some(digest), None) => *self.vouchers.entry((digest, file.identity)).or_default() += 1,
+                (Some(digest), Some(writer)) => {
+                    self.promises.entry((digest, file.identity)).or_default().push(writer.clone());
+                }
+                (None, _) => {}
             }
         }
         self.by_use.insert((artifact.last_used, folder.clone()));
@@ -106,11 +114,23 @@ impl Index {
         let Some((folder, known)) = self.artifacts.remove_entry(folder) else { return };
         for file in &known.files {
             take_off(&mut self.views, &file.identity.inode);
-            if let Some(digest) = file.digest {
-                take_off(&mut self.vouchers, &(digest, file.identity));
+            match (file.digest, &file.writer) {
+                (Some(digest), None) => take_off(&mut self.vouchers, &(digest, file.identity)),
+                (Some(digest), Some(writer)) => self.forget_promise((digest, file.identity), writer),
+                (None, _) => {}
             }
         }
         self.by_use.remove(&(known.last_used, folder));
+    }
+
+    fn forget_promise(&mut self, file: (Digest, FileIdentity), writer: &str) {
+        let Some(writers) = self.promises.get_mut(&file) else { return };
+        if let Some(at) = writers.iter().position(|known| **known == *writer) {
+            writers.swap_remove(at);
+        }
+        if writers.is_empty() {
+            self.promises.remove(&file);
+        }
     }
 
     /// The least recently used artifact after `turn`, as far as is known.
@@ -139,18 +159,31 @@ impl Index {
         assert_eq!(keys(self), keys(other), "artifacts");
         assert_eq!(self.views, other.views, "views");
         assert_eq!(self.vouchers, other.vouchers, "vouchers");
+        let promises = |index: &Self| {
+            let sorted = |writers: &Vec<Arc<str>>| writers.iter().cloned().collect::<BTreeSet<_>>();
+            index.promises.iter().map(|(file, writers)| (*file, sorted(writers))).collect::<HashMap<_, _>>()
+        };
+        assert_eq!(promises(self), promises(other), "promises");
         assert_eq!(self.artifacts.len(), self.by_use.len());
     }
 
-    /// Whether a committed manifest records `identity` for `digest`.
+    /// Whether a committed manifest records `identity` for `digest`, durably.
     pub(super) fn vouches(&self, digest: &Digest, identity: FileIdentity) -> bool {
         self.vouchers.contains_key(&(*digest, identity))
+    }
+
+    /// The writers that published `identity` as `digest` and were to make it durable.
+    pub(super) fn promised(&self, digest: &Digest, identity: FileIdentity) -> Vec<Arc<str>> {
+        self.promises.get(&(*digest, identity)).cloned().unwrap_or_default()
     }
 }
 
 /// What a manifest records of files on this disk.
 fn recorded(manifest: &Manifest) -> impl Iterator<Item = Recorded> {
-    manifest.files.values().filter_map(|entry| Some(Recorded { digest: entry.sha256, identity: entry.on_disk()? }))
+    manifest.files.values().filter_map(|entry| {
+        let writer = entry.unsynced().map(|file| file.writer().into());
+        Some(Recorded { digest: entry.sha256, identity: entry.recorded_on_disk()?, writer })
+    })
 }
 
 /// The artifact's folder below `artifacts/`.

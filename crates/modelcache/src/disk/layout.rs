@@ -70,6 +70,11 @@ impl Layout {
         self.root.join("quarantine")
     }
 
+    /// Who has still to make something durable: one locked file a process.
+    pub(crate) fn unsynced(&self) -> PathBuf {
+        self.root.join("unsynced")
+    }
+
     /// What still has to reach a remote.
     pub(crate) fn intents(&self) -> PathBuf {
         self.root.join("backfill")
@@ -106,6 +111,11 @@ impl Layout {
     pub(crate) fn fill_lock(&self, key: &ArtifactKey, generation: usize) -> PathBuf {
         let hash = key.hash();
         self.locks().join(if generation == 0 { format!("{hash}.fill") } else { format!("{hash}.fill-{generation}") })
+    }
+
+    /// Held by the one that checks what a writer of `artifact` left that died before it was durable.
+    pub(crate) fn check_lock(&self, artifact: &ArtifactDir) -> PathBuf {
+        self.locks().join(format!("{}.check", artifact.hash()))
     }
 
     pub(crate) fn lease(&self, artifact: &ArtifactDir) -> PathBuf {

@@ -15,7 +15,7 @@ use super::modes;
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::key::{ArtifactKey, FilePath};
-use crate::manifest::{FileEntry, FileIdentity, Held, Manifest, Shape};
+use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
 use crate::selection::Selection;
 use std::fs::{self, File};
 use std::io;
@@ -91,6 +91,10 @@ impl Disk {
             if !manifest.holds(selection) {
                 return Ok(Lend::Absent);
             }
+            if !self.is_read_only() && self.is_doubtful(&manifest, selection) {
+                self.recheck(key, &dir, selection)?;
+                continue;
+            }
             match self.first_mismatch(&dir, &manifest, selection)? {
                 None => {
                     let _ = self.touch_last_used(&dir, false);
@@ -118,12 +122,13 @@ impl Disk {
         manifest: &Manifest,
         selection: &Selection,
     ) -> Result<Option<(FilePath, FileEntry, Mismatch)>> {
+        let mut trust = self.trust();
         for (path, entry) in manifest.selected(selection) {
             let view = dir.view(path);
             let Some(metadata) = files::stat(&view)? else {
                 return Ok(Some((path.clone(), entry.clone(), Mismatch::Missing)));
             };
-            if entry.on_disk() != Some(identity(&metadata)) {
+            if trust.identity(entry) != Some(identity(&metadata)) {
                 match self.judge(&view, entry)? {
                     // It cannot be recorded there; it is right all the same.
                     Mismatch::Right(_) if self.is_read_only() => {}
@@ -135,7 +140,7 @@ impl Disk {
     }
 
     /// Hashes a view that is not the file its manifest recorded.
-    fn judge(&self, view: &std::path::Path, entry: &FileEntry) -> Result<Mismatch> {
+    pub(super) fn judge(&self, view: &std::path::Path, entry: &FileEntry) -> Result<Mismatch> {
         let file = match modes::open_existing(view, false) {
             Ok(file) => file,
             Err(error) if errno(&error) == Some(rustix::io::Errno::MFILE) => {
@@ -165,7 +170,7 @@ impl Disk {
     ) -> Result<Vec<(ArtifactKey, FilePath)>> {
         let lies_there = files::stat(&dir.view(path))?;
         let was_resized = lies_there.as_ref().is_some_and(|metadata| metadata.len() != entry.size);
-        let inode = lies_there.map(|metadata| metadata.ino()).or(entry.on_disk().map(|held| held.inode));
+        let inode = lies_there.map(|metadata| metadata.ino()).or(entry.recorded_on_disk().map(|held| held.inode));
         let blob = entry.sha256.map(|digest| files::stat(&self.layout().blob(&digest))).transpose()?.flatten();
         if was_resized || inode != blob.map(|metadata| metadata.ino()) {
             // Bytes of its own, which counted by themselves, came or went; or what was counted takes other room by now.
@@ -178,14 +183,8 @@ impl Disk {
                 let missing = files::stat(&dir.view(path)).is_ok_and(|metadata| !metadata.is_some_and(|m| m.is_file()));
                 manifest.files.get_mut(path).filter(|_| missing).map(|entry| entry.held = None).is_some()
             })?,
-            Mismatch::Right(identity) => self.edit_manifest(dir, |manifest| {
-                manifest
-                    .files
-                    .get_mut(path)
-                    .filter(|e| e.held.is_some())
-                    .map(|e| e.held = Some(Held::Disk(identity)))
-                    .is_some()
-            })?,
+            // What is recorded is durable. That the medium refuses it is told, and found again as a missing file.
+            Mismatch::Right(identity) => drop(self.make_durable(dir, &[(path.clone(), entry.clone(), identity)])?),
             Mismatch::Wrong(file) => return self.heal(dir, path, entry, &file),
         }
         Ok(Vec::new())
@@ -210,7 +209,7 @@ impl Disk {
         }
         let mut uncommitted = Vec::new();
         for artifact in self.scan()? {
-            let records = |entry: &FileEntry| entry.on_disk().is_some_and(|held| held.inode == inode);
+            let records = |entry: &FileEntry| entry.recorded_on_disk().is_some_and(|held| held.inode == inode);
             let Some(manifest) = artifact.manifest else { continue };
             let recording = manifest.files.iter().filter(|(_, entry)| records(entry));
             let recording: Vec<_> = recording.map(|(path, _)| (manifest.key.clone(), path.clone())).collect();
@@ -225,8 +224,7 @@ impl Disk {
         // The record may name another inode than the one that lies there now.
         self.edit_manifest(dir, |manifest| {
             let lies_there = files::stat(&dir.view(path)).ok().flatten().map(|metadata| identity(&metadata));
-            let entry =
-                manifest.files.get_mut(path).filter(|entry| entry.held.is_some() && entry.on_disk() != lies_there);
+            let entry = manifest.files.get_mut(path).filter(|e| e.held.is_some() && e.recorded_on_disk() != lies_there);
             entry.map(|entry| entry.held = None).is_some()
         })?;
         Ok(uncommitted)
@@ -243,7 +241,7 @@ impl Disk {
     }
 
     /// Changes a manifest in one budget hold; `edit` tells whether it changed anything.
-    fn edit_manifest(&self, dir: &ArtifactDir, edit: impl FnOnce(&mut Manifest) -> bool) -> Result<()> {
+    pub(super) fn edit_manifest(&self, dir: &ArtifactDir, edit: impl FnOnce(&mut Manifest) -> bool) -> Result<()> {
         let mut hold = self.hold_budget()?;
         if let Some(mut manifest) = self.read_manifest(dir)?
             && edit(&mut manifest)

@@ -5,6 +5,7 @@
 //! is remembered in the directory above under (lower root, device, inode, size, mtime). A file whose bytes are wrong
 //! makes that copy of the artifact count as absent.
 
+use super::budget::boot_id;
 use super::files::{self, identity};
 use super::{ArtifactDir, Disk, DiskSource, Lent, Reading, check_format};
 use crate::config::{ByteBound, Sharing};
@@ -90,7 +91,7 @@ impl Lower {
             if entry.on_disk() == Some(identity(&metadata)) && !self.was_found_wrong(&metadata, entry) {
                 continue;
             }
-            let found = self.digest_of(&view, &metadata)?;
+            let found = self.digest_of(&view, &metadata, entry)?;
             if found.is_none() || found.map(|found| found.digest) != entry.sha256 {
                 // Whoever waits for a fill asks again and again.
                 if found.is_none_or(|found| found.is_news) {
@@ -123,8 +124,13 @@ impl Lower {
     }
 
     /// What the file at `view` consists of: remembered, or found by hashing it. `None` if it is being changed.
-    fn digest_of(&self, view: &Path, metadata: &Metadata) -> Result<Option<Found>> {
-        let name = self.record_name(metadata);
+    ///
+    /// What may not be durable there is another file with every boot: a power cut changes bytes and nothing else.
+    fn digest_of(&self, view: &Path, metadata: &Metadata, entry: &FileEntry) -> Result<Option<Found>> {
+        let name = match entry.unsynced() {
+            None => self.record_name(metadata),
+            Some(_) => Digest::of(format!("{}\0{}", self.record_name(metadata), boot_id()).as_bytes()).to_string(),
+        };
         if let Some(seen) = self.seen().get(&name) {
             return Ok(Some(Found { digest: *seen, is_news: false }));
         }
@@ -179,6 +185,7 @@ impl Disk {
             locks_are_honest: true,
             is_local: false,
             memo: Default::default(),
+            duties: Default::default(),
             leases: Default::default(),
             index: Default::default(),
             upkeep: Default::default(),

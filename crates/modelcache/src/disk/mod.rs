@@ -14,6 +14,7 @@ mod budget;
 mod changes;
 mod clone;
 mod doctor;
+mod duties;
 mod fault;
 mod files;
 mod fit;
@@ -40,6 +41,7 @@ mod publish;
 mod refs;
 mod source;
 mod staging;
+mod sync;
 mod trust;
 mod verify;
 mod write_mode;
@@ -48,6 +50,7 @@ mod writer;
 pub(crate) use budget::{Evicted, Usage};
 pub use clone::Link;
 pub(crate) use doctor::examine;
+pub use duties::HandOver;
 pub(crate) use fault::fault;
 pub(crate) use files::identity;
 pub(crate) use fit::content_name;
@@ -78,6 +81,7 @@ use crate::key::{ArtifactKey, ArtifactName};
 use crate::limits;
 use crate::manifest::Manifest;
 use budget::Upkeep;
+use duties::Duties;
 use fault::At;
 use hit::Leases;
 use index::Index;
@@ -112,6 +116,8 @@ struct Inner {
     is_local: bool,
     /// Manifests read before.
     memo: Memo,
+    /// What this process has still to make durable.
+    duties: Duties,
     /// Leases held.
     leases: Leases,
     /// What the artifacts hold, once it was needed; looked at within budget holds only.
@@ -172,10 +178,21 @@ impl Disk {
             locks_are_honest,
             is_local,
             memo: Memo::default(),
+            duties: Duties::default(),
             leases: Leases::default(),
             index: Mutex::default(),
             upkeep: Mutex::default(),
         })))
+    }
+
+    /// Opens a directory that is there already, to change what it holds and to fetch nothing.
+    pub(crate) fn open_present(root: &Path) -> Result<Self> {
+        if files::stat(&Layout::new(root.to_owned()).format())?.is_none() {
+            return Err(Error::new(ErrorKind::Directory, format!("{} is no cache directory", root.display()))
+                .tier(Tier::Disk)
+                .hint("point MODEL_CACHE_DIR to one"));
+        }
+        Self::open(root, ByteBound::Percent(100), ByteBound::Bytes(0), Sharing::Off)
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -372,7 +389,7 @@ fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
     }
     modes::make_top_dir(root, sharing)?;
     let folders = [layout.blobs(), layout.artifacts(), layout.stagings(), layout.quarantine(), layout.locks()];
-    for folder in folders.iter().chain(&[layout.refs(), layout.lower_records(), layout.intents()]) {
+    for folder in folders.iter().chain(&[layout.refs(), layout.lower_records(), layout.intents(), layout.unsynced()]) {
         modes::make_top_dir(folder, sharing)?;
     }
     write_new(&layout.cache_tag(), CACHE_TAG)?;
@@ -392,7 +409,10 @@ fn write_new(path: &Path, content: &str) -> Result<()> {
         }
         made => made,
     };
-    file.at("make", path)?.write_all(content.as_bytes()).at("write", path)
+    let mut file = file.at("make", path)?;
+    file.write_all(content.as_bytes()).at("write", path)?;
+    // Torn by a power cut it would be somebody else's directory.
+    file.sync_all().at("make durable", path)
 }
 
 /// Refuses a directory that a newer release made.

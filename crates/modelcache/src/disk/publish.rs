@@ -3,6 +3,8 @@
 //! A reader sees the old manifest or the new one. Blobs are linked (never renamed) from staging, so that a crash between
 //! the steps leaves garbage to sweep and never a manifest without bytes. What is recorded as held is the identity under
 //! which the bytes were checked; a file that changed since is refused.
+//!
+//! Nothing of it waits for the disk: what is published bears this process's mark, which owes that it becomes durable.
 
 use super::budget::{BudgetHold, room_for};
 use super::clone::{self, Link};
@@ -17,13 +19,13 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::part_size;
-use crate::manifest::{FileEntry, FileIdentity, Held, Manifest};
+use crate::manifest::{FileEntry, FileIdentity, Held, Manifest, UnsyncedFile};
+use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -42,8 +44,21 @@ pub(crate) struct StagedFile {
     pub(crate) identity: FileIdentity,
 }
 
+/// What is to be committed.
+#[derive(Clone, Copy)]
+struct Commit<'fill> {
+    listing: &'fill Manifest,
+    staging: &'fill Staging,
+    staged: &'fill BTreeMap<FilePath, StagedFile>,
+    /// Each blob's identity, where there is a blob.
+    blobs: &'fill BTreeMap<Digest, Option<FileIdentity>>,
+    /// Who makes it durable.
+    writer: &'fill str,
+}
+
 impl Disk {
-    /// Makes the checked files of a fill durable and visible, and lends the artifact.
+    /// Makes the checked files of a fill visible, and lends the artifact. That they are durable is owed from then on, see
+    /// [`sync_artifact`](Self::sync_artifact).
     ///
     /// `listing` names all files of the artifact; `staged` are those that the fill brought. Blocks on disk work.
     pub(crate) fn publish(
@@ -54,8 +69,11 @@ impl Disk {
     ) -> Result<Lent> {
         let dir = self.layout().artifact(&listing.key);
         let lease = self.wait_for_lease(&dir)?;
+        let duty = self.owe(&listing.key, staged.values().map(|file| file.entry.size).sum())?;
         let blobs = self.publish_blobs(&staging, listing, staged)?;
-        let (manifest, link) = self.publish_manifest(&dir, listing, &staging, staged, &blobs)?;
+        let commit = Commit { listing, staging: &staging, staged, blobs: &blobs, writer: &duty.writer };
+        let (manifest, link) = self.publish_manifest(&dir, &commit)?;
+        drop(duty);
         if let Err(error) = staging.discard() {
             tracing::debug!(%error, "staging stays until the next sweep");
         }
@@ -103,23 +121,12 @@ impl Disk {
         }
         staging.end_reservation(&listing.key)?;
         hold.release()?;
-        let published = blobs.iter().filter(|(_, identity)| identity.is_some());
-        let folders: BTreeSet<PathBuf> =
-            published.filter_map(|(digest, _)| self.layout().blob(digest).parent().map(Path::to_owned)).collect();
-        folders.iter().try_for_each(|folder| files::sync_dir(folder))?;
-        files::sync_dir(&self.layout().blobs())?;
         Ok(blobs)
     }
 
     /// Second budget hold: views, then the manifest, which commits. Also tells how far the views had to go from links.
-    fn publish_manifest(
-        &self,
-        dir: &ArtifactDir,
-        listing: &Manifest,
-        staging: &Staging,
-        staged: &BTreeMap<FilePath, StagedFile>,
-        blobs: &BTreeMap<Digest, Option<FileIdentity>>,
-    ) -> Result<(Manifest, Option<Link>)> {
+    fn publish_manifest(&self, dir: &ArtifactDir, commit: &Commit<'_>) -> Result<(Manifest, Option<Link>)> {
+        let Commit { listing, staging, staged, blobs, writer } = *commit;
         let mut hold = self.hold_budget()?;
         modes::make_dirs(dir.path()).at("make", dir.path())?;
         if !dir.is_ours()? {
@@ -144,14 +151,14 @@ impl Disk {
             let (placed, how) = hold.place_view(dir, path, file, blob, staging, &listing.key)?;
             link = link.max(Some(how));
             if let Some(entry) = manifest.files.get_mut(path) {
-                entry.held = Some(Held::Disk(placed));
+                // What was durable under this identity still is.
+                if entry.on_disk() != Some(placed) {
+                    entry.held = Some(Held::Unsynced(UnsyncedFile::new(placed, writer)));
+                }
             }
         }
         self.touch_last_used(dir, true)?;
-        files::replace(&dir.manifest(), &manifest.to_bytes()?, &self.layout().stagings())?;
-        for folder in dir.path().ancestors().skip(1).take(2) {
-            files::sync_dir(folder)?;
-        }
+        files::replace_unsynced(&dir.manifest(), &manifest.to_bytes()?, &self.layout().stagings())?;
         hold.release()?;
         if let Some(how) = link.filter(|how| *how != Link::Hard) {
             tracing::info!(artifact = %listing.key, link = %how, "hard links to the blobs are refused; files have bytes of their own, which count by themselves");
@@ -221,10 +228,20 @@ impl Disk {
 }
 
 impl BudgetHold<'_> {
-    /// Whether a committed manifest records `identity` for `digest`. Of one that was changed since by a release that does
-    /// not say so, the word still counts: an identity under which bytes were once found right stays right.
+    /// Whether a committed manifest records `identity` for `digest`, durably or by the word of a writer that lives. Of one
+    /// that was changed since by a release that does not say so, the word still counts: an identity under which bytes were
+    /// once found right stays right.
     fn is_vouched(&mut self, digest: &Digest, identity: FileIdentity) -> Result<bool> {
-        Ok(self.index()?.vouches(digest, identity))
+        let promised = {
+            let index = self.index()?;
+            if index.vouches(digest, identity) {
+                return Ok(true);
+            }
+            index.promised(digest, identity)
+        };
+        let disk = self.disk();
+        let mut trust = disk.trust();
+        Ok(promised.iter().any(|writer| trust.has(writer)))
     }
 
     /// The identity of the file at `path`, if a committed manifest vouches for it as `digest`.
@@ -440,6 +457,7 @@ mod tests {
         let blobs = disk.publish_blobs(&staging, &listing, &files).expect("finds the blob");
         disk.evict(&ArtifactKey::bare("first@1").expect("key")).expect("evicts");
         let dir = disk.layout().artifact(&listing.key);
-        disk.publish_manifest(&dir, &listing, &staging, &files, &blobs).expect("the blob is still there");
+        let commit = Commit { listing: &listing, staging: &staging, staged: &files, blobs: &blobs, writer: "nobody" };
+        disk.publish_manifest(&dir, &commit).expect("the blob is still there");
     }
 }

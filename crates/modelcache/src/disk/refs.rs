@@ -52,7 +52,7 @@ impl Disk {
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let stored = Stored { version: version.clone(), resolved_at_unix: now.saturating_sub(age).as_secs() };
-        files::replace(&path, &serde_json::to_vec(&stored).unwrap_or_default(), &self.layout().stagings())
+        files::replace_hint(&path, &serde_json::to_vec(&stored).unwrap_or_default(), &self.layout().stagings())
     }
 
     /// Forgets what `revision` of `name` meant: it means nothing any more.

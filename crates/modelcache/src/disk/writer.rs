@@ -281,10 +281,10 @@ impl StagedWriter {
         Hashed { sha256, git_oid, ladder }
     }
 
-    /// Makes the bytes durable and the file read-only, closes it, and returns the identity under which it was checked.
+    /// Makes the file read-only, closes it, and returns the identity under which it was checked. It becomes durable once
+    /// it is published.
     pub(crate) fn seal(self) -> Result<FileIdentity> {
         let path = self.path;
-        self.buffered.sync_data().map_err(|cause| fault("make durable", &path, cause))?;
         self.buffered
             .set_permissions(Permissions::from_mode(0o444))
             .map_err(|cause| fault("make read-only", &path, cause))?;

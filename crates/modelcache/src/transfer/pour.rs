@@ -337,7 +337,7 @@ fn proven(file: &PourFile, hashed: Hashed) -> Result<FileEntry> {
     Ok(entry)
 }
 
-/// Fetches every part, proves the whole, makes it durable.
+/// Fetches every part, proves the whole.
 async fn prove(task: PartTask, order: Order) -> Result<(FileEntry, FileIdentity), Trouble> {
     all_parts(&task, order).await?;
     let PartTask { writer, ladder, file, .. } = task;

@@ -3,8 +3,8 @@
 
 use modelcache::cache::{Artifact, GetOptions};
 use modelcache::config::{
-    BucketConfig, ByteBound, Config, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown, RemoteConfig,
-    RemoteMode, RetryConfig, Sharing,
+    BucketConfig, ByteBound, Config, Durable, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown,
+    RemoteConfig, RemoteMode, RetryConfig, Sharing,
 };
 use modelcache::progress::Progress;
 use modelcache::{Cache, Reference, Result, Selection};
@@ -29,6 +29,7 @@ impl House {
             dir: self.folder.path().join(name),
             max_bytes: ByteBound::Bytes(1 << 30),
             min_free_bytes: ByteBound::Bytes(0),
+            durable: Durable::Wait,
             shared: Sharing::Off,
             lower_dir: None,
             write_mode: Default::default(),

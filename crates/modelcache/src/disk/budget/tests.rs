@@ -228,7 +228,7 @@ fn victims_by_scan(disk: &Disk, bytes: u64, own: &ArtifactDir) -> Option<Vec<Art
     }
     let artifacts = disk.scan_by_last_use().expect("scans");
     let manifests = artifacts.iter().filter_map(|artifact| artifact.manifest.as_ref());
-    for identity in manifests.flat_map(|manifest| manifest.files.values()).filter_map(FileEntry::on_disk) {
+    for identity in manifests.flat_map(|manifest| manifest.files.values()).filter_map(FileEntry::recorded_on_disk) {
         *links.entry(identity.inode).or_default() += 1;
     }
     let (mut gone, mut freed, mut victims) = (HashMap::<u64, u64>::new(), 0, Vec::new());

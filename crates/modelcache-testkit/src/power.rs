@@ -1,0 +1,154 @@
+//! A power cut: takes from a folder what nobody made durable.
+//!
+//! The [`ledger`](crate::Strike::with_ledger) of the programs that changed the folder says which files were written
+//! since their last sync, and which names came since their folder's. Each such file loses bytes at random: a tail or a
+//! page reads as zeros, under the size and time that it had, or the file is cut short or empty. Each such name may be gone.
+//! What was synced stays as it is.
+//!
+//! Surprise: a name that replaced another is kept. The filesystem would show the old file or the new one.
+
+use crate::dice::Dice;
+use std::collections::{BTreeSet, HashSet};
+use std::fs::{self, File, FileTimes, Metadata, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+/// What a power cut took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Cut {
+    /// Files that lost bytes.
+    pub torn: usize,
+    /// Names that are gone.
+    pub lost: usize,
+}
+
+/// What is not durable, as a ledger has it.
+#[derive(Debug, Default)]
+struct Undurable {
+    /// Device and inode.
+    files: HashSet<(u64, u64)>,
+    names: BTreeSet<PathBuf>,
+}
+
+impl Undurable {
+    fn read(ledger: &Path) -> Self {
+        let mut undurable = Self::default();
+        let text = fs::read(ledger).unwrap_or_default();
+        for line in String::from_utf8_lossy(&text).lines() {
+            let (what, rest) = line.split_once(' ').unwrap_or((line, ""));
+            let mut fields = rest.splitn(3, ' ');
+            let mut number = || fields.next().and_then(|field| field.parse::<u64>().ok()).unwrap_or_default();
+            match what {
+                "D" => drop(undurable.files.insert((number(), number()))),
+                "S" => {
+                    undurable.files.remove(&(number(), number()));
+                    let synced = fields.next().map(Path::new);
+                    undurable.names.retain(|name| name.parent() != synced);
+                }
+                "A" => undurable = Self::default(),
+                "N" => drop(undurable.names.insert(rest.into())),
+                _ => {}
+            }
+        }
+        undurable
+    }
+}
+
+/// Cuts the power. `loses_names`: names may go, too.
+pub fn cut(root: &Path, ledger: &Path, loses_names: bool, dice: &mut Dice) -> io::Result<Cut> {
+    let undurable = Undurable::read(ledger);
+    let (mut cut, mut done) = (Cut::default(), HashSet::new());
+    let mut files = Vec::new();
+    list(root, &mut files)?;
+    files.sort();
+    for path in files {
+        let metadata = fs::symlink_metadata(&path)?;
+        let inode = (metadata.dev(), metadata.ino());
+        if undurable.files.contains(&inode) && done.insert(inode) && tear(&path, &metadata, dice)? {
+            cut.torn += 1;
+        }
+        if loses_names && undurable.names.contains(&path) && dice.percent(20) {
+            fs::remove_file(&path)?;
+            cut.lost += 1;
+        }
+    }
+    Ok(cut)
+}
+
+/// Whether the file lost anything.
+fn tear(path: &Path, metadata: &Metadata, dice: &mut Dice) -> io::Result<bool> {
+    let size = metadata.len();
+    let at = dice.below(size);
+    if size == 0 || dice.percent(25) {
+        return Ok(false);
+    }
+    fs::set_permissions(path, Permissions::from_mode(metadata.mode() | 0o200))?;
+    let file = OpenOptions::new().write(true).open(path)?;
+    match dice.below(4) {
+        0 => zero(&file, at..size)?,
+        1 => zero(&file, at / 4096 * 4096..(at / 4096 * 4096 + 4096).min(size))?,
+        2 => file.set_len(at)?,
+        _ => file.set_len(0)?,
+    }
+    // The inode reached the disk before the bytes did: nothing of it tells.
+    file.set_times(FileTimes::new().set_modified(metadata.modified()?))?;
+    file.set_permissions(metadata.permissions())?;
+    Ok(true)
+}
+
+fn zero(file: &File, range: std::ops::Range<u64>) -> io::Result<()> {
+    let zeros = vec![0; usize::try_from(range.end - range.start).unwrap_or_default()];
+    file.write_all_at(&zeros, range.start)
+}
+
+fn list(folder: &Path, found: &mut Vec<PathBuf>) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let metadata = fs::symlink_metadata(&path)?;
+        if metadata.is_dir() {
+            list(&path, found)?;
+        } else if metadata.is_file() {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::Shim;
+    use std::process::Command;
+
+    #[test]
+    fn what_was_synced_stays_and_what_was_not_may_go() {
+        let (shim, folder) = (Shim::build().unwrap(), tempfile::tempdir().unwrap());
+        let root = folder.path().join("root").canonicalize().unwrap_or_else(|_| folder.path().join("root"));
+        fs::create_dir(&root).unwrap();
+        let ledger = folder.path().join("ledger");
+        let strike = shim.count(&root).with_ledger(&ledger);
+        // dd syncs what it writes when told to, and not the folder.
+        let script = "dd if=/dev/urandom of=kept bs=9999 count=1 conv=fsync 2>&1
+            dd if=/dev/urandom of=risked bs=9999 count=1 2>&1";
+        let ran = Command::new("/bin/sh").args(["-c", script]).current_dir(&root).envs(strike.envs()).output().unwrap();
+        assert!(ran.status.success(), "{ran:?}");
+        let read = |name: &str| fs::read(root.join(name)).unwrap_or_default();
+        let (kept, risked) = (read("kept"), read("risked"));
+        let times = |name: &str| fs::metadata(root.join(name)).map(|metadata| metadata.modified().unwrap()).ok();
+        let before = times("risked");
+        let mut dice = Dice::new(1);
+        let torn = (0..100).map(|_| {
+            fs::write(root.join("risked"), &risked).unwrap();
+            File::open(root.join("risked")).unwrap().set_times(FileTimes::new().set_modified(before.unwrap())).unwrap();
+            let cut = cut(&root, &ledger, false, &mut dice).unwrap();
+            assert_eq!(read("kept"), kept);
+            assert_eq!(times("risked"), before);
+            assert!(cut.torn == 1 || read("risked") == risked);
+            cut.torn
+        });
+        assert!((50..100).contains(&torn.sum::<usize>()));
+        let lost: usize = (0..100).map(|_| cut(&root, &ledger, true, &mut dice).unwrap().lost).sum();
+        assert_eq!((lost, fs::read_dir(&root).unwrap().count()), (2, 0), "the folder was never synced");
+    }
+}

@@ -1,0 +1,94 @@
+//! Durability: a get returns when its bytes are checked and published; that they survive a power cut comes after.
+//!
+//! What a process has published it makes durable in the background, one artifact at a time, or leaves to another process
+//! that it hands its duties to. Whoever asks for durable files waits here, also for what another process published.
+
+use super::resolve::Wanted;
+use super::{Cache, HandOver};
+use crate::config::Durable;
+use crate::disk::{Disk, Lent};
+use crate::error::{Context, Result, Tier};
+use crate::key::ArtifactKey;
+use crate::selection::Selection;
+use crate::transfer::blocking;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+/// One at a time makes durable what this process published; the others wait without a thread.
+#[derive(Debug, Default)]
+pub(super) struct Durability(Arc<tokio::sync::Mutex<()>>);
+
+impl Cache {
+    /// Waits until everything that this process has published is durable.
+    ///
+    /// # Errors
+    /// `Directory` where the medium failed: what it did not take is not lent any more.
+    pub async fn make_durable(&self) -> Result<()> {
+        let _turn = self.0.durability.0.lock().await;
+        let disk = self.0.disk.clone();
+        blocking(move || disk.sync_owed()).await
+    }
+
+    /// Bytes that this process has published and that are not known to be durable.
+    pub fn undurable_bytes(&self) -> u64 {
+        self.0.disk.owed_bytes()
+    }
+
+    /// What is to be made durable, for a process that is given the lock and calls [`make_durable_for`]; `None` if there
+    /// is nothing. Once that process runs, [`handed_over`](Self::handed_over) says so.
+    pub fn hand_over(&self) -> Result<Option<HandOver>> {
+        self.0.disk.hand_over()
+    }
+
+    /// Another process makes durable what this one published, and holds the lock.
+    pub fn handed_over(&self) {
+        self.0.disk.handed_over();
+    }
+
+    /// Something was published: it becomes durable in the background, unless the caller waits or leaves it for later.
+    pub(super) fn was_published(&self) {
+        if self.0.config.durable == Durable::Background && self.0.disk.may_owe() {
+            let cache = self.clone();
+            tokio::spawn(async move {
+                // Told where it failed; the next get of it finds what is missing.
+                let _ = cache.make_durable().await;
+            });
+        }
+    }
+
+    /// Waits until what was lent is durable, where somebody wants that or nobody could tell later that it is not.
+    pub(super) async fn durably(&self, wanted: &Wanted, lent: &Lent) -> Result<()> {
+        if lent.is_lower || !(wanted.durable || self.waits_for_the_disk()) {
+            return Ok(());
+        }
+        let is_marked = lent.manifest.selected(&wanted.selection).any(|(_, entry)| entry.unsynced().is_some());
+        if !is_marked && !self.0.disk.owes(&wanted.key) {
+            return Ok(());
+        }
+        self.sync(&wanted.key, &wanted.selection).await
+    }
+
+    /// The same for what was put.
+    pub(super) async fn sync(&self, key: &ArtifactKey, selection: &Selection) -> Result<()> {
+        let (disk, of, selection) = (self.0.disk.clone(), key.clone(), selection.clone());
+        blocking(move || disk.sync_selected(&of, &selection)).await.context(key, Tier::Disk)
+    }
+
+    /// What a fill is for: where every get waits for the disk, its files are written past the page cache at once.
+    pub(super) fn purpose_of(&self, wanted: &Wanted) -> Purpose {
+        if self.0.config.durable == Durable::Wait { Purpose::Keep } else { wanted.purpose }
+    }
+
+    fn waits_for_the_disk(&self) -> bool {
+        self.0.config.durable == Durable::Wait || !self.0.disk.may_owe()
+    }
+}
+
+/// Makes durable what another process published and handed over, with the lock that it held. Blocks.
+///
+/// # Errors
+/// `Directory` where the directory or the list of duties is not there any more; else as [`Cache::make_durable`].
+pub fn make_durable_for(dir: &Path, writer: &str, lock: File) -> Result<()> {
+    Disk::open_present(dir)?.pay_for(writer, lock)
+}

@@ -1,0 +1,327 @@
+//! Duties: what this process has published and has still to make durable, and whose such word is worth something.
+//!
+//! A process that publishes without waiting for the disk holds one file in `unsynced/` locked, alone, for as long as it
+//! owes anything; every file that it publishes meanwhile bears the name of that file in its manifest. The lock is the
+//! proof that it lives: it falls with the last descriptor, is not there after a reboot or on another machine, and cannot
+//! be seen through another mount of what was unmounted. Whoever finds a mark asks for the lock, shared, so that those
+//! who ask do not take each other for the writer: refused, the bytes are in the kernel's hands and can be lent at once;
+//! granted, the writer is gone and nobody knows.
+//!
+//! Surprise: the lock is never let go but by closing. A process that is handed the descriptor takes over the duties
+//! without a moment in which nobody has them.
+
+use super::Disk;
+use super::budget::boot_id;
+use super::fault::At;
+use super::files;
+use super::modes;
+use crate::digest::Digest;
+use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::key::ArtifactKey;
+use crate::manifest::{FileEntry, FileIdentity};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File, TryLockError};
+use std::io::Write;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Digits of the name of a place: this boot, these filesystems.
+const PLACE_DIGITS: usize = 16;
+/// How often it is tried to pay what another process handed over, where somebody keeps the budget for long.
+const TRIES_MAX: usize = 10;
+/// Bytes of a list of duties that are read.
+const LIST_BYTES_MAX: u64 = 64 << 20;
+
+/// What a process owes.
+#[derive(Debug, Default)]
+pub(super) struct Duties {
+    state: Mutex<State>,
+    /// One at a time makes something durable: what waits finds it done.
+    pub(super) turn: Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    writer: Option<Writer>,
+    owed: BTreeMap<ArtifactKey, Owed>,
+    /// Counts what was published, so that what comes while an artifact is made durable is not forgotten.
+    published: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Owed {
+    number: u64,
+    bytes: u64,
+    /// Publications under way: nothing of them can be made durable yet.
+    running: usize,
+}
+
+/// The locked file.
+#[derive(Debug)]
+struct Writer {
+    name: String,
+    path: PathBuf,
+    file: File,
+}
+
+/// A line of it: what is owed, for people and for whoever takes over.
+#[derive(Debug, Serialize, Deserialize)]
+struct Line {
+    #[serde(flatten)]
+    key: ArtifactKey,
+    bytes: u64,
+}
+
+/// A publication under way: until it is dropped, what it owes cannot be paid.
+#[derive(Debug)]
+pub(super) struct Duty<'disk> {
+    disk: &'disk Disk,
+    key: ArtifactKey,
+    /// What the manifest says of its files.
+    pub(super) writer: String,
+}
+
+/// What a process leaves to another one: its duties, and the lock that says that somebody has them.
+#[derive(Debug)]
+pub struct HandOver {
+    /// The local directory.
+    pub dir: PathBuf,
+    /// The name of the locked file.
+    pub writer: String,
+    /// The locked file.
+    pub lock: File,
+}
+
+/// Which marks are worth something, looked up once each.
+pub(super) struct Trust<'disk> {
+    disk: &'disk Disk,
+    known: HashMap<String, bool>,
+}
+
+impl Trust<'_> {
+    /// The identity under which the bytes of `entry` are right: durable, or in the hands of a writer that lives.
+    pub(super) fn identity(&mut self, entry: &FileEntry) -> Option<FileIdentity> {
+        entry.on_disk().or_else(|| {
+            let file = entry.unsynced()?;
+            self.has(file.writer()).then(|| file.identity())
+        })
+    }
+
+    /// Whether `writer` still answers for what bears its name.
+    pub(super) fn has(&mut self, writer: &str) -> bool {
+        if let Some(lives) = self.known.get(writer) {
+            return *lives;
+        }
+        let lives = self.disk.lives(writer);
+        self.known.insert(writer.to_owned(), lives);
+        lives
+    }
+}
+
+impl Disk {
+    pub(super) fn trust(&self) -> Trust<'_> {
+        Trust { disk: self, known: HashMap::new() }
+    }
+
+    /// Whether it can be told here who has duties; else nothing is published without waiting.
+    pub(crate) fn may_owe(&self) -> bool {
+        self.locks_are_honest() && place(self).is_some()
+    }
+
+    /// Whether `writer` is still about to make durable what bears its name.
+    fn lives(&self, writer: &str) -> bool {
+        let is_name = writer.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        if !is_name || writer.split('-').next() != place(self).as_deref() {
+            return false;
+        }
+        if self.duties().state().writer.as_ref().is_some_and(|ours| ours.name == writer) {
+            return true;
+        }
+        is_locked(&self.layout().unsynced().join(writer))
+    }
+
+    /// Announces a publication of `key`, of so many bytes: from now on this process is known to live.
+    pub(super) fn owe(&self, key: &ArtifactKey, bytes: u64) -> Result<Duty<'_>> {
+        let mut state = self.duties().state();
+        let state = &mut *state;
+        let writer = match &mut state.writer {
+            Some(writer) => writer,
+            none => none.insert(Writer::new(self)?),
+        };
+        writer.note(&Line { key: key.clone(), bytes })?;
+        state.published += 1;
+        let owed = state.owed.entry(key.clone()).or_default();
+        (owed.number, owed.bytes, owed.running) = (state.published, owed.bytes + bytes, owed.running + 1);
+        Ok(Duty { disk: self, key: key.clone(), writer: writer.name.clone() })
+    }
+
+    /// The artifacts of which something is owed.
+    pub(super) fn owed(&self) -> Vec<ArtifactKey> {
+        self.duties().state().owed.keys().cloned().collect()
+    }
+
+    /// Bytes that were published here and are not known to be durable.
+    pub(crate) fn owed_bytes(&self) -> u64 {
+        self.duties().state().owed.values().map(|owed| owed.bytes).sum()
+    }
+
+    /// Whether anything of `key` is owed.
+    pub(crate) fn owes(&self, key: &ArtifactKey) -> bool {
+        self.duties().state().owed.contains_key(key)
+    }
+
+    /// The last publication of `key` that is owed.
+    pub(super) fn owed_number(&self, key: &ArtifactKey) -> Option<u64> {
+        self.duties().state().owed.get(key).map(|owed| owed.number)
+    }
+
+    /// Nothing of `key` is owed any more that was published up to `number`.
+    pub(super) fn paid(&self, key: &ArtifactKey, number: u64) {
+        self.duties().state().forget(|of, owed| of == key && owed.number <= number && owed.running == 0);
+    }
+
+    /// What is owed, for another process, which is to be given the lock. This one owes it until
+    /// [`handed_over`](Self::handed_over).
+    pub(crate) fn hand_over(&self) -> Result<Option<HandOver>> {
+        let state = self.duties().state();
+        let Some(writer) = &state.writer else { return Ok(None) };
+        let lock = writer.file.try_clone().at("hand over", &writer.path)?;
+        Ok(Some(HandOver { dir: self.layout().root().to_owned(), writer: writer.name.clone(), lock }))
+    }
+
+    /// Another process has the duties, and the lock.
+    pub(crate) fn handed_over(&self) {
+        let mut state = self.duties().state();
+        state.owed.clear();
+        state.writer = None;
+    }
+
+    /// Makes durable what another process handed over, with the lock that it held.
+    pub(crate) fn pay_for(&self, writer: &str, lock: File) -> Result<()> {
+        self.take_over(writer, lock)?;
+        let mut outcome = self.sync_owed();
+        for _ in 1..TRIES_MAX {
+            if self.owed().is_empty() {
+                break;
+            }
+            outcome = self.sync_owed();
+        }
+        outcome
+    }
+
+    fn take_over(&self, writer: &str, lock: File) -> Result<()> {
+        let path = self.layout().unsynced().join(writer);
+        let gone = || Error::new(ErrorKind::Directory, format!("{} is not what was handed over", path.display()));
+        let inode = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let ours = lock.metadata().map(inode).at("look at", &path)?;
+        if files::stat(&path)?.map(inode) != Some(ours) {
+            return Err(gone().tier(Tier::Disk));
+        }
+        let list = files::read_small(&path, LIST_BYTES_MAX)?.unwrap_or_default();
+        let mut state = self.duties().state();
+        state.writer = Some(Writer { name: writer.to_owned(), path, file: lock });
+        for Line { key, bytes } in
+            list.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok())
+        {
+            state.published += 1;
+            let owed = Owed { number: state.published, bytes, running: 0 };
+            state.owed.insert(key, owed);
+        }
+        Ok(())
+    }
+
+    /// Removes the files of writers that are gone. Those who ask whether one lives share its lock, as this does.
+    pub(super) fn drop_dead_writers(&self) -> Result<()> {
+        if !self.locks_are_honest() {
+            return Ok(());
+        }
+        for path in files::entries(&self.layout().unsynced())? {
+            if !is_locked(&path) {
+                files::remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn duties(&self) -> &Duties {
+        &self.0.duties
+    }
+}
+
+impl Duties {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Forgets what is done; with the last of it the file goes.
+    fn forget(&mut self, done: impl Fn(&ArtifactKey, &Owed) -> bool) {
+        self.owed.retain(|key, owed| !done(key, owed));
+        if self.owed.is_empty()
+            && let Some(writer) = self.writer.take()
+            && let Err(error) = files::remove_file(&writer.path)
+        {
+            tracing::debug!(%error, "the list of what was to be made durable stays until the next sweep");
+        }
+    }
+}
+
+impl Drop for Duty<'_> {
+    fn drop(&mut self) {
+        if let Some(owed) = self.disk.duties().state().owed.get_mut(&self.key) {
+            owed.running = owed.running.saturating_sub(1);
+        }
+    }
+}
+
+impl Writer {
+    /// A new file, locked before anybody can know its name.
+    fn new(disk: &Disk) -> Result<Self> {
+        let folder = disk.layout().unsynced();
+        modes::make_dir(&folder).at("make", &folder)?;
+        let place = place(disk).unwrap_or_else(|| "0".repeat(PLACE_DIGITS));
+        let name = format!("{place}-{}", files::random_name());
+        let path = folder.join(&name);
+        let file = modes::create_shared(&path).at("make", &path)?;
+        // Where there are no locks nobody will take the mark for anything.
+        if let Err(TryLockError::Error(cause)) = file.try_lock() {
+            tracing::debug!(%cause, "the file cannot be locked");
+        }
+        Ok(Self { name, path, file })
+    }
+
+    fn note(&mut self, line: &Line) -> Result<()> {
+        let mut bytes = serde_json::to_vec(line).unwrap_or_default();
+        bytes.push(b'\n');
+        let end = self.file.metadata().at("look at", &self.path)?.len();
+        self.file.write_all_at(&bytes, end).at("write", &self.path)
+    }
+}
+
+/// Whether somebody holds the file at `path` alone.
+fn is_locked(path: &Path) -> bool {
+    let Ok(file) = modes::open_existing(path, false) else { return false };
+    match file.try_lock_shared() {
+        Ok(()) => {
+            let _ = file.unlock();
+            false
+        }
+        Err(TryLockError::WouldBlock) => true,
+        Err(TryLockError::Error(_)) => false,
+    }
+}
+
+/// This boot and the filesystems that hold what is lent; `None` where the kernel does not tell which boot it is.
+fn place(disk: &Disk) -> Option<String> {
+    let boot = Some(boot_id()).filter(|boot| !boot.is_empty())?;
+    let layout = disk.layout();
+    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev()).ok();
+    let devices = [layout.root(), &layout.blobs(), &layout.artifacts()].map(device);
+    let filesystem = rustix::fs::statvfs(layout.root()).ok()?.f_fsid;
+    let mut text = Vec::new();
+    write!(text, "{boot}\0{devices:?}\0{filesystem}").ok()?;
+    Some(Digest::of(&text).to_string()[..PLACE_DIGITS].to_owned())
+}
