@@ -6,7 +6,7 @@
 use super::resolve::Wanted;
 use super::{Cache, HandOver};
 use crate::config::Durable;
-use crate::disk::{Disk, Lent};
+use crate::disk::{Disk, Lent, Purpose};
 use crate::error::{Context, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::selection::Selection;
