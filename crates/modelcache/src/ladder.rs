@@ -355,7 +355,64 @@ mod tests {
         assert_eq!(part_size(1 << 30), 8 << 20);
         assert_eq!(part_size((1 << 30) + 1), 16 << 20);
         let huge = 800_000_000_000;
-        assert!(huge / part_size(huge) * 32 < 2 << 20);
+        let states = vec![INITIAL; usize::try_from(huge / part_size(huge)).expect("fits")];
+        let ladder = Ladder::new(part_size(huge), states).expect("a ladder");
+        assert!(ladder.fits(huge));
+        assert!(serde_json::to_string(&ladder).expect("serializes").len() < 2_000_000);
+    }
+
+    /// Whether `content` is proven to be what `digest` names, as every user of a ladder does it.
+    fn proves(ladder: &Ladder, content: &[u8], digest: Digest) -> bool {
+        let size = content.len() as u64;
+        let holds = |index| {
+            let range = ladder.range(index, size);
+            let mut hasher = ladder.hasher(index).expect("a ladder that fits has a rung before each part");
+            hasher.update(&content[range.start as usize..range.end as usize]);
+            ladder.holds(index, Some(digest), hasher)
+        };
+        ladder.fits(size) && (0..size.div_ceil(ladder.part_size()).max(1)).all(holds)
+    }
+
+    /// What may be wrong with a ladder.
+    #[derive(Debug, Clone, Copy)]
+    enum Lie {
+        Swapped(usize, usize),
+        Altered(usize, usize, u32),
+        Shorter(usize),
+        Longer(State),
+        OtherParts(u64),
+        /// Rungs of another file from here on.
+        Grafted(usize),
+    }
+
+    fn lie() -> impl Strategy<Value = Lie> {
+        let rung = any::<usize>;
+        prop_oneof![
+            (rung(), rung()).prop_map(|(a, b)| Lie::Swapped(a, b)),
+            (rung(), 0usize..8, 1u32..).prop_map(|(at, word, flip)| Lie::Altered(at, word, flip)),
+            rung().prop_map(Lie::Shorter),
+            any::<State>().prop_map(Lie::Longer),
+            (1u64..20).prop_map(Lie::OtherParts),
+            rung().prop_map(Lie::Grafted),
+        ]
+    }
+
+    fn told(lie: Lie, truth: &Ladder, other: &Ladder) -> Ladder {
+        let mut told = truth.clone();
+        let rungs = told.states.len();
+        match lie {
+            Lie::Longer(state) => told.states.push(state),
+            Lie::OtherParts(blocks) => told.part_size = blocks * BLOCK as u64,
+            _ if rungs == 0 => {}
+            Lie::Swapped(a, b) => told.states.swap(a % rungs, b % rungs),
+            Lie::Altered(rung, word, flip) => told.states[rung % rungs][word] ^= flip,
+            Lie::Shorter(by) => told.states.truncate(rungs - 1 - by % rungs),
+            Lie::Grafted(from) => {
+                let from = from % (rungs + 1);
+                told.states[from..].copy_from_slice(&other.states[from..]);
+            }
+        }
+        told
     }
 
     #[test]
@@ -407,8 +464,39 @@ mod tests {
         }
 
         #[test]
+        fn no_file_has_more_parts_than_its_ladder_may_have(size in any::<u64>(), shift in 0u32..64) {
+            let size = (size >> shift).min(1 << 60);
+            let part = part_size(size);
+            prop_assert!(part.is_power_of_two() && part >= limits::PART_BYTES_MIN);
+            prop_assert!(size.div_ceil(part) <= limits::PARTS_MAX);
+        }
+
+        #[test]
+        fn a_ladder_that_lies_proves_no_wrong_file(
+            len in size(2000), part in 1u64..8, flip in any::<proptest::sample::Index>(), lies in (lie(), lie()),
+            seed in any::<u64>(),
+        ) {
+            let good = filled(len, seed);
+            let (digest, truth) = hashed(&good, part * 64, 100);
+            prop_assert!(proves(&truth, &good, digest));
+            let mut bad = good.clone();
+            match len {
+                0 => bad.push(0),
+                _ => bad[flip.index(len)] ^= 1,
+            }
+            let (_, other) = hashed(&bad, part * 64, 100);
+            for told in [truth.clone(), told(lies.0, &truth, &other), told(lies.1, &other, &truth), other.clone()] {
+                prop_assert!(!proves(&told, &bad, digest), "{told:?}");
+                // A right file is not proven by a wrong rung either; its digest is found in order then.
+                if told.part_size == truth.part_size && told != truth {
+                    prop_assert!(!proves(&told, &good, digest), "{told:?}");
+                }
+            }
+        }
+
+        #[test]
         fn every_part_checks_alone_and_a_flipped_bit_is_found(
-            len in 0usize..2000, part in 1u64..8, slice in 1usize..300, flip in any::<proptest::sample::Index>(),
+            len in size(2000), part in 1u64..8, slice in 1usize..300, flip in any::<proptest::sample::Index>(),
         ) {
             let part = part * 64;
             let content = bytes(len);
@@ -419,14 +507,10 @@ mod tests {
             prop_assert_eq!(&serde_json::from_str::<Ladder>(&wire).expect("parses"), &ladder);
 
             let holds = |content: &[u8]| -> Vec<bool> {
-                content.chunks(part as usize).enumerate().map(|(index, bytes)| {
-                    let index = index as u64;
-                    let mut hasher = PartHasher::resume(ladder.before(index).expect("inside"), index * part);
-                    hasher.update(bytes);
-                    match ladder.after(index) {
-                        Some(after) => hasher.state() == Some(after),
-                        None => hasher.finish() == digest,
-                    }
+                (0..).zip(content.chunks(part as usize)).map(|(index, bytes)| {
+                    let mut hasher = ladder.hasher(index).expect("inside");
+                    bytes.chunks(slice).for_each(|slice| hasher.update(slice));
+                    ladder.holds(index, Some(digest), hasher)
                 }).collect()
             };
             prop_assert!(holds(&content).into_iter().all(|held| held));

@@ -248,3 +248,92 @@ impl AsRef<File> for Part<'_> {
         self.file
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ladder::LadderHasher;
+    use proptest::prelude::*;
+    use std::io::Write;
+
+    fn filled(len: usize, seed: u64) -> Vec<u8> {
+        (0..len as u64).map(|at| (at ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]).collect()
+    }
+
+    fn ladder(content: &[u8], part: u64) -> Ladder {
+        let mut hasher = LadderHasher::new(part);
+        hasher.update(content);
+        hasher.finish().1
+    }
+
+    fn file(content: &[u8]) -> File {
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(content).expect("writes");
+        file
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        // Parts of whole pages can be read past the page cache, others not: both ways, from memory and from the medium.
+        #[test]
+        fn exactly_the_parts_with_flipped_bits_are_not_right(
+            len in 1usize..40_000, part in prop_oneof![Just(64u64), Just(4096), Just(6400), Just(8192)],
+            flips in proptest::collection::vec(any::<proptest::sample::Index>(), 0..4), medium in any::<bool>(),
+        ) {
+            let good = filled(len, part);
+            let (digest, ladder) = (Digest::of(&good), ladder(&good, part));
+            let mut bad = good.clone();
+            flips.iter().for_each(|at| bad[at.index(len)] ^= 4);
+            let file = file(&bad);
+            if medium {
+                from_medium(&file);
+            }
+            let parts: BTreeSet<u64> = (0..(len as u64).div_ceil(part)).collect();
+            let expected = parts.iter().copied().filter(|index| {
+                let range = ladder.range(*index, len as u64);
+                let range = range.start as usize..range.end as usize;
+                good[range.clone()] == bad[range]
+            });
+            prop_assert_eq!(right_parts(&file, len as u64, digest, &ladder, &parts), expected.collect::<BTreeSet<_>>());
+            prop_assert_eq!(has_digest(&file, digest, Some(&ladder)).expect("reads"), good == bad);
+            prop_assert_eq!(has_digest(&file, Digest::of(&bad), None).expect("reads"), true);
+        }
+    }
+
+    #[test]
+    fn a_ladder_that_lies_makes_no_right_file_wrong_and_no_wrong_one_right() {
+        let (content, other) = (filled(20_000, 1), filled(20_000, 2));
+        let file = file(&content);
+        let lying = ladder(&other, 4096);
+        assert!(has_digest(&file, Digest::of(&content), Some(&lying)).expect("reads"));
+        assert!(!has_digest(&file, Digest::of(&other), Some(&lying)).expect("reads"));
+        assert!(!has_digest(&file, Digest::of(&other), Some(&ladder(&content, 4096))).expect("reads"));
+    }
+
+    #[test]
+    fn long_stretches_go_on_slice_by_slice_and_a_file_that_ended_early_is_not_right() {
+        let content = filled(3 * SLICE_BYTES + 70_001, 3);
+        let (digest, part) = (Digest::of(&content), SLICE_BYTES as u64 + 64 * 1024);
+        let (ladder, whole) = (ladder(&content, part), file(&content));
+        for medium in [false, true] {
+            if medium {
+                from_medium(&whole);
+            }
+            assert!(has_digest(&whole, digest, Some(&ladder)).expect("reads"));
+            let size = content.len() as u64;
+            let mut bytes = 0;
+            let found = in_order(&whole, size, |more| {
+                bytes += more;
+                true
+            });
+            assert_eq!((found.expect("reads"), bytes), (digest, size));
+        }
+        let size = content.len() as u64;
+        whole.set_len(size - 1).expect("shortens");
+        let parts = (0..size.div_ceil(part)).collect();
+        let right = right_parts(&whole, size, digest, &ladder, &parts);
+        assert_eq!(right, parts.iter().copied().take(parts.len() - 1).collect());
+        assert!(!has_digest(&whole, digest, Some(&ladder)).expect("reads"));
+    }
+}
