@@ -1,8 +1,9 @@
 //! The limiter: how many requests for bytes may be under way at once, found by trying.
 //!
 //! It starts with [`START`], adds as long as goodput rises by a twentieth for it, and otherwise goes back and rests
-//! before it tries again. A server that says it is asked too much (503, 429) halves it. One limiter serves all fills of
-//! the process: they share the machine's network, and a fleet's fills meet at one server.
+//! before it tries again. While slices wait for the workers the network is not what is slow: more requests would only
+//! take memory, and it goes back to where it began. A server that says it is asked too much (503, 429) halves it. One
+//! limiter serves all fills of the process: they share the machine's network, and a fleet's fills meet at one server.
 //!
 //! Surprise: a request counts as some bytes, whatever it brings, so that small files tell as well what more requests
 //! are good for.
@@ -17,8 +18,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 const START: usize = 16;
 /// Requests at once, however slow it goes.
 const LEAST: usize = 4;
-/// Requests at once at most.
-const MOST: usize = 128;
+/// Requests at once at most. What a connection holds that its reader has not taken yet is up to a MiB.
+const MOST: usize = 64;
 /// How long goodput is measured at a time. Requests of a part take about as long where it matters.
 const WINDOW: Duration = Duration::from_millis(200);
 /// Goodput has to rise by this for more requests to be kept.
@@ -50,6 +51,9 @@ struct Inner {
     permits: Arc<Semaphore>,
     /// Received since the window began, requests included.
     window_bytes: AtomicU64,
+    /// Slices handed to the workers since then, and those among them that had to wait there.
+    slices: AtomicU64,
+    waiting_slices: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -82,6 +86,8 @@ impl Limiter {
         Self(Arc::new(Inner {
             permits: Arc::new(Semaphore::new(climb.limit)),
             window_bytes: AtomicU64::new(0),
+            slices: AtomicU64::new(0),
+            waiting_slices: AtomicU64::new(0),
             state: Mutex::new(State {
                 climb,
                 window_start: Instant::now(),
@@ -125,13 +131,26 @@ impl Limiter {
             return;
         }
         self.0.window_bytes.store(0, Ordering::Relaxed);
-        let is_full = !self.is_slack();
+        let (slices, waiting) =
+            (self.0.slices.swap(0, Ordering::Relaxed), self.0.waiting_slices.swap(0, Ordering::Relaxed));
+        let is_behind = 4 * waiting > slices;
         // What was not for want of requests says nothing about how many are right.
+        let is_full = !self.is_slack() && !is_behind;
+        if is_behind && state.climb.limit > START {
+            let limit = state.climb.back_to(START);
+            self.adjust(&mut state, limit);
+        }
         if is_full && state.was_full && took < 5 * WINDOW {
             let limit = state.climb.window(total as f64 / took.as_secs_f64());
             self.adjust(&mut state, limit);
         }
         (state.window_start, state.was_full) = (Instant::now(), is_full);
+    }
+
+    /// A slice went to the workers; whether others wait there.
+    pub(super) fn handed_over(&self, waits: bool) {
+        self.0.slices.fetch_add(1, Ordering::Relaxed);
+        self.0.waiting_slices.fetch_add(u64::from(waits), Ordering::Relaxed);
     }
 
     /// A server said that it is asked too much. Requests under way say it all at once: it counts once a window.
@@ -268,9 +287,12 @@ impl Climb {
     }
 
     fn halve(&mut self) -> usize {
-        self.limit = (self.limit / 2).max(LEAST);
-        (self.step, self.is_young) = (Step::Rest(HALVED_WINDOWS), false);
-        self.limit
+        self.back_to((self.limit / 2).max(LEAST))
+    }
+
+    fn back_to(&mut self, limit: usize) -> usize {
+        (self.limit, self.step, self.is_young) = (limit, Step::Rest(HALVED_WINDOWS), false);
+        limit
     }
 }
 

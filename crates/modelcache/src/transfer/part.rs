@@ -433,6 +433,7 @@ impl PartProgress {
         let hash = self.hasher.take().map_or(Hash::InOrder, Hash::Part);
         let parts = range.start / task.part_size..range.end.div_ceil(task.part_size);
         let end = (offset + len == range.end).then(|| (Self::rung(task, range), parts));
+        task.engine.limiter.handed_over(task.engine.workers.are_behind());
         let pending = task.engine.workers.submit(Slice { writer, offset, buffer, work, hash, end });
         (self.next, self.in_flight) = (offset + len, Some((len, pending)));
         if task.engine.buffers.is_tight() {

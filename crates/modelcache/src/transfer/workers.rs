@@ -132,6 +132,11 @@ impl Workers {
         Self(Arc::new(Shared { state: Mutex::default(), freed: Condvar::new(), workers_max, hashing_max }))
     }
 
+    /// Whether so many slices wait that the workers are behind.
+    pub(super) fn are_behind(&self) -> bool {
+        self.0.lock().queue.len() > 2 * self.0.hashing_max
+    }
+
     /// Hands a slice over; what becomes of it comes back.
     pub(super) fn submit(&self, slice: Slice) -> Pending {
         let (reply, pending) = oneshot::channel();
