@@ -42,6 +42,8 @@ impl Bench {
     fn new() -> Option<Self> {
         let shim = shim()?;
         let (house, commit) = House::with_model();
+        // The directory is marked as ours durably, before the gate is closed.
+        house.on_local("a").run(["stats"]).ok();
         Some(Self { house, shim, commit })
     }
 
@@ -107,9 +109,9 @@ impl Bench {
     #[track_caller]
     fn assert_settled(&self) {
         assert_eq!(self.marked(&self.commit), 0, "{}", self.manifest(&self.commit));
-        assert_eq!(fs::read_dir(self.root().join("unsynced")).unwrap().count(), 0, "no list of duties is left");
         assert_model(&self.get());
         self.house.assert_in_order("a");
+        assert_eq!(fs::read_dir(self.root().join("unsynced")).unwrap().count(), 0, "a list of duties is left");
     }
 }
 
@@ -287,7 +289,7 @@ fn put_prewarm_and_folders_of_ones_own_wait() {
     assert_eq!((bench.owing().len(), bench.marked(&bench.commit)), (0, 0));
 
     // What lies in the folder is synced before the folder is in its place.
-    let count = bench.shim.count(&bench.house.path(""));
+    let count = bench.shim.count(bench.root().parent().unwrap());
     let run = bench.house.on_local("b").without("MODEL_CACHE_DURABLE").envs(count.envs());
     run.run(["get", MODEL, "--into", "out"]).path();
     let calls = count.calls();
@@ -414,6 +416,7 @@ fn small_files_that_a_power_cut_tore_count_as_absent() {
         fs::write(&manifest, vec![0; zeros]).unwrap();
         bench.house.hub.clear_requests();
         assert_model(&bench.house.on_local("a").run(["get", MODEL]).path());
-        assert_eq!(bench.house.hub.body_bytes(), 0, "the blobs are found by their digests");
+        // Of the small ones the Hub tells no SHA-256 to find them by.
+        assert_eq!(bench.house.hub.body_bytes(), 16, "the blobs are found by their digests");
     }
 }

@@ -18,7 +18,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Rounds of each test in an ordinary run.
-const CUTS: u64 = 12;
+const CUTS: u64 = 24;
 /// Rounds after which everything is looked at that must be in order.
 const ORDER_EVERY: u64 = 4;
 
