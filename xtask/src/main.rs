@@ -30,6 +30,10 @@ enum Task {
     Demo(demo::Demo),
     Test(test::Test),
     Bench(bench::Bench),
+    #[command(hide = true)]
+    BenchServer(bench::ServerArguments),
+    #[command(hide = true)]
+    BenchRead(bench::ReaderArguments),
     Docs(docs::Docs),
     Fuzz(fuzz::Fuzz),
 }
@@ -39,6 +43,8 @@ fn main() -> ExitCode {
         Task::Demo(task) => task.run(),
         Task::Test(task) => task.run(),
         Task::Bench(task) => task.run(),
+        Task::BenchServer(task) => task.run(),
+        Task::BenchRead(task) => task.run(),
         Task::Docs(task) => task.run(),
         Task::Fuzz(task) => task.run(),
     };

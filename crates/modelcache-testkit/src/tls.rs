@@ -36,7 +36,8 @@ impl Authority {
         std::fs::write(path, self.0.pem()).with_context(|| format!("cannot write {}", path.display()))
     }
 
-    fn server(&self, names: &[&str]) -> anyhow::Result<Arc<ServerConfig>> {
+    /// What a server needs to speak TLS under these names: a certificate of this authority, and its key.
+    pub fn server(&self, names: &[&str]) -> anyhow::Result<Arc<ServerConfig>> {
         let key = KeyPair::generate()?;
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let certificate = CertificateParams::new(names)?.signed_by(&key, &self.0)?;

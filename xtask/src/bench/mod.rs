@@ -1,80 +1,171 @@
-//! `cargo xtask bench`: the figures of the documentation, measured, and printed as one table.
+//! `cargo xtask bench`: us and the others, measured in turn, and docs/benchmarks.md made of it.
 //!
-//! Everything runs against servers in this process, on loopback. Rivals come from PyPI into an environment of their own
-//! below `target/` and run in the same rounds as we do, in turn, because machines drift. Times are medians with their
-//! spread; core-seconds are those of the program measured, not of the server. Nothing here is asserted.
+//! A row is one thing that users wait for. Its programs run in the same rounds, because machines drift, against the same
+//! server on loopback, which is a process of its own and as cheap as it can be, because it shares the cores. What is
+//! measured is the program from its start to its end: an interpreter's start is in it, the server is not.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`rows`] | what is measured, one file a row |
+//! | [`contest`] | programs in rounds, medians, ratios, the table |
+//! | [`rivals`], [`peers`] | how the others are asked; how they are installed |
+//! | [`server`], [`served`] | the server; its handle here |
+//! | [`setup`], [`scratch`] | our program and the data; where it lies, and that it goes |
+//! | [`usage`] | one run of a program, and what it used |
+//! | [`page`], [`machine`] | docs/benchmarks.md; what the machine is |
+//!
+//! Nothing here is asserted: a row that is not reached is told, and a program that fails stands in the table as such.
 
-mod herd;
-mod pull;
+mod contest;
+mod machine;
+mod page;
+mod peers;
+mod reader;
+mod rivals;
+mod rows;
+mod scratch;
+mod served;
+mod server;
+mod setup;
 mod usage;
-mod warm;
 
-use crate::table;
-use anyhow::{Result, ensure};
+pub(crate) use reader::ReaderArguments;
+pub(crate) use server::ServerArguments;
+
+use self::page::Section;
+use self::peers::Peers;
+use self::scratch::Scratch;
+use self::setup::{Setup, Sizes};
+use crate::repository::{Build, build_modelcache};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+use std::time::Instant;
 
-/// Measure; prints a table
+/// Rounds unless something else is asked for.
+const ROUNDS: usize = 5;
+const ROUNDS_QUICK: usize = 2;
+
+/// Measure us and the others, and write docs/benchmarks.md
 #[derive(Debug, Args)]
 pub(crate) struct Bench {
-    /// Smaller data and fewer rounds: a look, not a figure
+    /// Small data and two rounds: a look, not a figure; writes no page
     #[arg(long)]
     quick: bool,
-    /// Only these rows
+    /// Write the page also with --quick
+    #[arg(long)]
+    write: bool,
+    /// Only these rows; in the page, the others keep what they had
     #[arg(long, value_enum, value_name = "ROW")]
     only: Vec<Row>,
-    /// How many rounds, each of which runs every program once
-    #[arg(long, default_value_t = 5)]
-    rounds: usize,
+    /// How many rounds, each of which runs every program once (5; with --quick 2)
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Measure this program instead of building ours
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
 }
 
-/// What can be measured.
+/// What can be measured, in the order of the page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Row {
-    /// A warm get, the whole command
-    Warm,
-    /// A warm get in process, and a directory with 10,000 artifacts
-    Directory,
-    /// One large file from S3 to disk, beside s5cmd
-    Pull,
+    /// One large file from S3 to disk, durable
+    Durable,
+    /// The same until it is loaded
+    Loaded,
+    /// The same over TLS
+    Tls,
+    /// Sixteen large files
+    FilesLarge,
+    /// Two thousand small files
+    FilesSmall,
+    /// A bound on each connection
+    Shaped,
+    /// From the Hub, by way of its CDN
+    Hub,
     /// 50 processes that want the same
     Herd,
+    /// One large file to S3
+    Upload,
+    /// A cached file, checked again
+    Verify,
+    /// What is on disk
+    Warm,
+    /// The most memory held
+    Memory,
+    /// SHA-256 alone
+    Hash,
+}
+
+impl Row {
+    fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    fn measure(self, setup: &Setup) -> Result<Section> {
+        match self {
+            Self::Durable => rows::pull::to_disk(setup),
+            Self::Loaded => rows::pull::loaded(setup),
+            Self::Tls => rows::pull::over_tls(setup),
+            Self::FilesLarge => rows::files::large(setup),
+            Self::FilesSmall => rows::files::small(setup),
+            Self::Shaped => rows::shaped::section(setup),
+            Self::Hub => rows::hub::section(setup),
+            Self::Herd => rows::herd::section(setup),
+            Self::Upload => rows::upload::section(setup),
+            Self::Verify => rows::verify::section(setup),
+            Self::Warm => rows::warm::section(setup),
+            Self::Memory => rows::memory::section(setup),
+            Self::Hash => rows::hash::section(setup),
+        }
+    }
 }
 
 impl Bench {
     pub(crate) fn run(&self) -> Result<()> {
-        ensure!(self.rounds > 0, "--rounds is at least 1");
-        let rounds = if self.quick { self.rounds.min(2) } else { self.rounds };
-        let wanted = |row| self.only.is_empty() || self.only.contains(&row);
-        let mut rows = Vec::new();
-        if wanted(Row::Warm) {
-            rows.push(warm::command(if self.quick { 10 } else { 100 })?);
+        let started = Instant::now();
+        let setup = self.setup()?;
+        let machine = machine::told(&setup)?;
+        let (mut sections, mut failed) = (Vec::new(), Vec::new());
+        for row in in_order().into_iter().filter(|row| self.only.is_empty() || self.only.contains(row)) {
+            match row.measure(&setup) {
+                Ok(section) => {
+                    println!("\n{}", section.text());
+                    sections.push(section);
+                }
+                // What can still be measured is.
+                Err(error) => {
+                    eprintln!("xtask: row {}: {error:#}", row.name());
+                    failed.push(row.name());
+                }
+            }
         }
-        if wanted(Row::Directory) {
-            rows.extend(warm::in_process(self.quick)?);
+        println!("{machine}\n{:.0} s in all", started.elapsed().as_secs_f64());
+        if self.write || !self.quick {
+            let names: Vec<String> = Row::value_variants().iter().map(|row| row.name()).collect();
+            page::write(&names.iter().map(String::as_str).collect::<Vec<_>>(), &sections, &machine)?;
         }
-        if wanted(Row::Pull) {
-            rows.extend(pull::rows(if self.quick { 256 << 20 } else { 4 << 30 }, rounds)?);
-        }
-        if wanted(Row::Herd) {
-            rows.extend(herd::rows(if self.quick { 64 << 20 } else { 1 << 30 })?);
-        }
-        println!("\n{}", machine());
-        println!("\n{}", table::markdown(&["what", "median", "spread", "core-s/GB", "notes"], &rows));
+        ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
         Ok(())
+    }
+
+    fn setup(&self) -> Result<Setup> {
+        let rounds = self.rounds.unwrap_or(if self.quick { ROUNDS_QUICK } else { ROUNDS });
+        ensure!(rounds > 0, "--rounds is at least 1");
+        let sizes = if self.quick { Sizes::QUICK } else { Sizes::FULL };
+        let program = match &self.program {
+            Some(program) => program.canonicalize().with_context(|| format!("no program {}", program.display()))?,
+            None => build_modelcache(Build::Release)?,
+        };
+        let peers = Peers::install()?;
+        let scratch = Scratch::new(sizes.file)?;
+        Ok(Setup { scratch, peers, program, rounds, quick: self.quick, sizes })
     }
 }
 
-/// The machine the figures are of.
-fn machine() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    format!("{cores} cores, {}", model.trim_start_matches([':', ' ', '\t']))
-}
-
-/// The middle one of `values`, and the least and greatest of them, each shown by `show`.
-fn median_and_spread(mut values: Vec<f64>, show: impl Fn(f64) -> String) -> [String; 2] {
-    values.sort_by(f64::total_cmp);
-    let (least, greatest) = (values[0], values[values.len() - 1]);
-    [show(values[values.len() / 2]), format!("{}-{}", show(least), show(greatest))]
+/// As they are measured: what shares the large file first, then what wants its room.
+fn in_order() -> Vec<Row> {
+    let last = |row: &&Row| matches!(row, Row::FilesLarge | Row::FilesSmall | Row::Warm | Row::Hash);
+    let (last, first): (Vec<Row>, Vec<Row>) = Row::value_variants().iter().partition(last);
+    first.into_iter().chain(last).collect()
 }

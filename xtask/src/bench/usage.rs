@@ -1,36 +1,189 @@
-//! What the programs that were run used.
+//! Programs run to their end, and what they used: their own process and what it waited for, from `wait4(2)`.
+//!
+//! Nothing of a server or of this process is in the figures. A program that does not end is killed after [`LIMIT`].
+//!
+//! Surprise: the peak of memory is that of the largest process, and cannot be told lower than this process's own
+//! size, which the kernel counts until the child has become the other program; this process stays small for that.
 
-use anyhow::{Context, Result, ensure};
-use std::process::Command;
-use std::time::Instant;
+use crate::repository::shown;
+use anyhow::{Context, Result, bail, ensure};
+use std::fs::File;
+use std::io::{Read as _, Seek as _};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The longest that one run may take.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// Programs that run now, to be killed when the bench is interrupted.
+static RUNNING: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 
 /// One run of a program.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Run {
     pub(super) seconds: f64,
     /// On all cores, user and system, of the program and what it ran.
     pub(super) core_seconds: f64,
+    /// The most memory that it held, page cache apart.
+    pub(super) rss_bytes: u64,
 }
 
-/// Runs `command` to its end and measures it. Nothing else may be a child of this process meanwhile.
+impl Run {
+    /// This and then that.
+    pub(super) fn then(self, next: Self) -> Self {
+        Self {
+            seconds: self.seconds + next.seconds,
+            core_seconds: self.core_seconds + next.core_seconds,
+            rss_bytes: self.rss_bytes.max(next.rss_bytes),
+        }
+    }
+}
+
+/// Runs `command` to its end, measures it, and gives what it printed.
+pub(super) fn run(command: &mut Command) -> Result<(Run, String)> {
+    let (run, status, said) = Running::start(command)?.wait()?;
+    let [printed, complaints] = said;
+    let last = complaints.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    ensure!(status.success(), "`{}` ended with {status}: {last}", shown(command));
+    Ok((run, printed))
+}
+
+/// Runs `command` to its end and measures it.
 pub(super) fn measure(command: &mut Command) -> Result<Run> {
-    let (started, before) = (Instant::now(), children_core_seconds());
-    let output = command.output().with_context(|| format!("cannot run {}", crate::repository::shown(command)))?;
-    let run = Run { seconds: started.elapsed().as_secs_f64(), core_seconds: children_core_seconds() - before };
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{} ended with {}\n{said}", crate::repository::shown(command), output.status);
-    Ok(run)
+    Ok(run(command)?.0)
 }
 
-/// Core-seconds of all children that have ended, from `getrusage(2)`; the standard library does not tell them.
+/// A program that has been started.
+pub(super) struct Running {
+    started: Instant,
+    pid: u32,
+    output: [File; 2],
+    /// Dropped, it calls the watchdog off.
+    _watchdog: Sender<()>,
+}
+
+impl Running {
+    pub(super) fn start(command: &mut Command) -> Result<Self> {
+        // Files, not pipes: nobody has to read while it runs.
+        let output = [tempfile::tempfile()?, tempfile::tempfile()?];
+        command.stdin(Stdio::null()).stdout(output[0].try_clone()?).stderr(output[1].try_clone()?);
+        let started = Instant::now();
+        let pid = command.spawn().with_context(|| format!("cannot run {}", shown(command)))?.id();
+        running().push(pid);
+        let (watchdog, called_off) = channel();
+        std::thread::spawn(move || {
+            if called_off.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+                signal(pid, libc::SIGKILL);
+            }
+        });
+        Ok(Self { started, pid, output, _watchdog: watchdog })
+    }
+
+    /// Whether it has not ended yet.
+    pub(super) fn is_running(&self) -> bool {
+        let state = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        state.rsplit(')').next().is_some_and(|rest| !rest.trim_start().starts_with('Z'))
+    }
+
+    /// Asks it to end.
+    pub(super) fn terminate(&self) {
+        signal(self.pid, libc::SIGTERM);
+    }
+
+    /// Waits for its end: what it used, how it ended, what it printed and complained of.
+    pub(super) fn wait(mut self) -> Result<(Run, ExitStatus, [String; 2])> {
+        let (status, usage) = wait4(self.pid)?;
+        let run = Run {
+            seconds: self.started.elapsed().as_secs_f64(),
+            core_seconds: core_seconds(&usage),
+            rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or_default() * 1024,
+        };
+        running().retain(|pid| *pid != self.pid);
+        let mut said = [String::new(), String::new()];
+        for (file, text) in self.output.iter_mut().zip(&mut said) {
+            file.rewind()?;
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes)?;
+            *text = String::from_utf8_lossy(&bytes).into_owned();
+        }
+        Ok((run, status, said))
+    }
+}
+
+/// Kills whatever is running.
+pub(super) fn kill_all() {
+    running().iter().for_each(|pid| signal(*pid, libc::SIGKILL));
+}
+
+fn running() -> std::sync::MutexGuard<'static, Vec<u32>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn signal(pid: u32, number: i32) {
+    let (Some(pid), Some(signal)) = (
+        i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw),
+        rustix::process::Signal::from_named_raw(number),
+    ) else {
+        return;
+    };
+    // It may have ended by itself.
+    let _ = rustix::process::kill_process(pid, signal);
+}
+
+/// The standard library waits without asking what the child used.
+#[expect(unsafe_code, reason = "one call that fills two plain structures")]
+fn wait4(pid: u32) -> Result<(ExitStatus, libc::rusage)> {
+    let pid = libc::pid_t::try_from(pid)?;
+    // SAFETY: `rusage` is made of integers, for which zeroes are a value, and the call writes into nothing but the two.
+    let (ended, status, usage) = unsafe {
+        let (mut status, mut usage) = (0, std::mem::zeroed::<libc::rusage>());
+        let ended = libc::wait4(pid, &mut status, 0, &mut usage);
+        (ended, status, usage)
+    };
+    if ended != pid {
+        bail!("cannot wait for a program: {}", std::io::Error::last_os_error());
+    }
+    Ok((ExitStatus::from_raw(status), usage))
+}
+
+/// Core-seconds of this process.
 #[expect(unsafe_code, reason = "one call that fills one plain structure")]
-fn children_core_seconds() -> f64 {
-    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
-    // SAFETY: `rusage` is made of integers, for which zeroes are a value, and the call writes into nothing else.
+pub(super) fn own_core_seconds() -> f64 {
+    // SAFETY: as above.
     let usage = unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_CHILDREN, &mut usage);
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
         usage
     };
+    core_seconds(&usage)
+}
+
+fn core_seconds(usage: &libc::rusage) -> f64 {
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_program_itself_used_is_counted() {
+        let work = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo $i";
+        let beside = std::thread::spawn(move || measure(Command::new("sh").args(["-c", work])));
+        let idle = measure(Command::new("sleep").arg("0.2")).expect("sleep runs");
+        let busy = beside.join().expect("no panic").expect("sh runs");
+        assert!(idle.core_seconds < busy.core_seconds, "{idle:?} {busy:?}");
+        assert!(idle.seconds >= 0.2 && idle.rss_bytes > 0);
+    }
+
+    #[test]
+    fn a_failure_tells_the_last_complaint() {
+        let error =
+            measure(Command::new("sh").args(["-c", "echo so >&2; echo why >&2; exit 3"])).expect_err("it fails");
+        assert!(error.to_string().ends_with("exit status: 3: why"), "{error}");
+    }
 }

@@ -62,6 +62,7 @@ struct Settings {
     redirect_revisions: bool,
     signed_url_ttl: Duration,
     signing_epoch: u64,
+    cdn_elsewhere: Option<String>,
     users: BTreeMap<String, String>,
 }
 
@@ -72,6 +73,7 @@ impl Default for Settings {
             redirect_revisions: false,
             signed_url_ttl: Duration::from_secs(3600),
             signing_epoch: 0,
+            cdn_elsewhere: None,
             users: BTreeMap::new(),
         }
     }
@@ -153,6 +155,12 @@ impl Hub {
     /// Makes every signed URL handed out so far worthless: the CDN answers 403.
     pub fn expire_signed_urls(&self) {
         lock(&self.shared.settings).signing_epoch += 1;
+    }
+
+    /// Redirects LFS files to another server from now on: to `<url>/<sha256>`, signed all the same. What is there, and
+    /// whether it looks at signatures, is that server's business; the log does not see it.
+    pub fn cdn_elsewhere(&self, url: &str) {
+        lock(&self.shared.settings).cdn_elsewhere = Some(url.to_owned());
     }
 
     /// Makes a token known to `whoami-v2` under this name.

@@ -110,7 +110,10 @@ fn signed_url(shared: &Shared, subject: String, entry: &Arc<Entry>) -> String {
     let expires = (now_s() + ttl_s).to_string();
     let signature = signature(shared, &path, &expires);
     lock(&shared.cdn_objects).insert(path.clone(), CdnObject { subject, entry: entry.clone() });
-    format!("{}{path}?Expires={expires}&Signature={signature}&Key-Pair-Id=TESTKIT", shared.cdn_url())
+    let elsewhere = lock(&shared.settings).cdn_elsewhere.clone();
+    let place =
+        elsewhere.map_or_else(|| format!("{}{path}", shared.cdn_url()), |url| format!("{url}/{}", entry.digest()));
+    format!("{place}?Expires={expires}&Signature={signature}&Key-Pair-Id=TESTKIT")
 }
 
 fn signature(shared: &Shared, path: &str, expires: &str) -> String {

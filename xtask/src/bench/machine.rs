@@ -1,0 +1,73 @@
+//! The machine that the figures are of, and what its disk can do.
+
+use super::setup::{Setup, read};
+use super::usage::run;
+use anyhow::Result;
+use rustix::fs::{FallocateFlags, Mode, OFlags};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Instant, SystemTime};
+
+const BUFFER_BYTES: usize = 4 << 20;
+const ALIGN: usize = 4096;
+
+/// The first line says when and how often; the rest describes the machine.
+pub(super) fn told(setup: &Setup) -> Result<String> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (model, memory) = (field("/proc/cpuinfo", "model name"), field("/proc/meminfo", "MemTotal"));
+    let memory_gib = memory.split(' ').next().and_then(|kib| kib.parse::<f64>().ok()).unwrap_or_default() / 1048576.0;
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let (write, read) = disk_rates(setup)?;
+    let served = if setup.scratch.in_memory { "in memory (tmpfs)" } else { "on the same disk" };
+    let size = setup.sizes.file >> 20;
+    Ok(format!(
+        "{}, {} rounds{}\n\
+         {model}, {cores} cores for servers and programs alike; {memory_gib:.0} GiB of memory; Linux {}; {} for what is\n\
+         fetched, where O_DIRECT writes {write:.0} MB/s and reads {read:.0} MB/s ({size} MiB, 4 and 8 MiB at a time).\n\
+         Data to be served lies {served}.\n\nPeers: {}.",
+        super::server::day(SystemTime::now()),
+        setup.rounds,
+        if setup.quick { ", small sizes (`--quick`: a look, not a figure)" } else { "" },
+        kernel.trim(),
+        filesystem(&setup.scratch.disk),
+        setup.peers.told(),
+    ))
+}
+
+/// The value of the first line of a file that begins with `name`.
+fn field(file: &str, name: &str) -> String {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    line.unwrap_or_default().trim_start_matches([':', ' ', '\t']).trim().to_owned()
+}
+
+fn filesystem(path: &Path) -> String {
+    let told = run(Command::new("stat").args(["--file-system", "--format=%T"]).arg(path));
+    told.map_or_else(|_| "an unknown filesystem".into(), |(_, name)| name.trim().to_owned())
+}
+
+/// MB/s of O_DIRECT writing, made durable, and of reading it back. (0, 0) where the filesystem refuses it.
+pub(super) fn disk_rates(setup: &Setup) -> Result<(f64, f64)> {
+    let file = setup.scratch.fresh("rate")?.join("file");
+    let Ok(write_s) = write_direct(&file, setup.sizes.file) else { return Ok((0.0, 0.0)) };
+    let read_s = read(&file, true)?.seconds;
+    super::scratch::remove(&setup.scratch.disk.join("rate"))?;
+    let mb = setup.sizes.file as f64 / 1e6;
+    Ok((mb / write_s, mb / read_s))
+}
+
+fn write_direct(path: &Path, bytes: u64) -> Result<f64> {
+    let memory = vec![0x5a_u8; BUFFER_BYTES + ALIGN];
+    let start = memory.as_ptr().align_offset(ALIGN);
+    let buffer = &memory[start..start + BUFFER_BYTES];
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::DIRECT;
+    let file = rustix::fs::open(path, flags, Mode::from_raw_mode(0o644))?;
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+    let started = Instant::now();
+    for _ in 0..bytes / BUFFER_BYTES as u64 {
+        rustix::io::write(&file, buffer)?;
+    }
+    rustix::fs::fdatasync(&file)?;
+    Ok(started.elapsed().as_secs_f64())
+}

@@ -1,0 +1,139 @@
+//! docs/benchmarks.md: a written frame, the machine, and a section a row.
+//!
+//! The frame is `frame.md` beside this module; what is written by hand stands there, and is in every page. A row that
+//! was not measured keeps the section that the page had.
+
+use crate::repository::root;
+use crate::table;
+use anyhow::{Context, Result};
+use std::fs;
+
+const PAGE: &str = "docs/benchmarks.md";
+const FRAME: &str = include_str!("frame.md");
+
+/// What a row came to.
+pub(super) struct Section {
+    /// As `--only` has it.
+    pub(super) row: &'static str,
+    pub(super) title: String,
+    /// What was measured, in a sentence or two.
+    pub(super) what: String,
+    pub(super) tables: Vec<String>,
+    pub(super) bars: Vec<Bar>,
+    /// What a reader must know to read the figures.
+    pub(super) notes: Vec<String>,
+}
+
+/// What is asked of a row, and what came.
+pub(super) struct Bar {
+    what: String,
+    /// `None`: it could not be measured.
+    found: Option<f64>,
+    unit: &'static str,
+    least: f64,
+    goal: Option<f64>,
+    more_is_better: bool,
+}
+
+impl Bar {
+    pub(super) fn at_least(what: &str, found: Option<f64>, unit: &'static str, least: f64, goal: Option<f64>) -> Self {
+        Self { what: what.to_owned(), found, unit, least, goal, more_is_better: true }
+    }
+
+    pub(super) fn at_most(what: &str, found: Option<f64>, unit: &'static str, least: f64, goal: Option<f64>) -> Self {
+        Self { what: what.to_owned(), found, unit, least, goal, more_is_better: false }
+    }
+
+    fn reached(&self) -> &'static str {
+        let Some(found) = self.found else { return "not measured" };
+        let holds = |bound: f64| if self.more_is_better { found >= bound } else { found <= bound };
+        match self.goal {
+            Some(goal) if holds(goal) => "goal",
+            _ if holds(self.least) => "yes",
+            _ => "**no**",
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let sign = if self.more_is_better { ">=" } else { "<=" };
+        let unit = self.unit;
+        vec![
+            self.what.clone(),
+            self.found.map_or_else(String::new, |found| format!("{found:.3}{unit}")),
+            format!("{sign} {}{unit}", self.least),
+            self.goal.map_or_else(String::new, |goal| format!("{sign} {goal}{unit}")),
+            self.reached().into(),
+        ]
+    }
+}
+
+impl Section {
+    /// As Markdown, which also reads well on a terminal.
+    pub(super) fn text(&self) -> String {
+        let mut text = format!("## {}\n\n{}\n", self.title, self.what);
+        self.tables.iter().filter(|table| !table.is_empty()).for_each(|table| text += &format!("\n{table}"));
+        if !self.bars.is_empty() {
+            let bars: Vec<_> = self.bars.iter().map(Bar::cells).collect();
+            text += &format!(
+                "\n{}",
+                table::markdown(&["asked of this row", "found", "at least", "goal", "reached"], &bars)
+            );
+        }
+        self.notes.iter().for_each(|note| text += &format!("\n- {note}"));
+        if !self.notes.is_empty() {
+            text.push('\n');
+        }
+        text
+    }
+}
+
+/// Writes the page, with these sections in place of the ones it had. `rows` is the order of all.
+pub(super) fn write(rows: &[&str], sections: &[Section], machine: &str) -> Result<()> {
+    let path = root().join(PAGE);
+    let present = fs::read_to_string(&path).unwrap_or_default();
+    fs::write(&path, page(&present, rows, sections, machine)).with_context(|| format!("cannot write {PAGE}"))?;
+    println!("{PAGE}: written");
+    Ok(())
+}
+
+fn page(present: &str, rows: &[&str], sections: &[Section], machine: &str) -> String {
+    let section = |row: &&str| {
+        let [begin, end] = [format!("<!-- row {row} -->\n"), format!("<!-- end {row} -->\n")];
+        let body = match sections.iter().find(|section| section.row == *row) {
+            Some(section) => format!("{}\nMeasured {}.\n", section.text(), machine.lines().next().unwrap_or_default()),
+            None => present.split_once(&begin)?.1.split_once(&end)?.0.to_owned(),
+        };
+        Some(format!("{begin}{body}{end}"))
+    };
+    let all: Vec<String> = rows.iter().filter_map(section).collect();
+    FRAME
+        .replace("{{machine}}", machine.split_once('\n').map_or("", |(_, rest)| rest).trim())
+        .replace("{{rows}}\n", &all.join("\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn section(row: &'static str, what: &str) -> Section {
+        let (tables, bars, notes) = (Vec::new(), Vec::new(), Vec::new());
+        Section { row, title: row.into(), what: what.into(), tables, bars, notes }
+    }
+
+    #[test]
+    fn a_row_that_was_not_measured_keeps_its_section() {
+        let first = page("", &["a", "b"], &[section("a", "old a"), section("b", "old b")], "today\nmachine");
+        let second = page(&first, &["a", "b"], &[section("b", "new b")], "today\nmachine");
+        assert!(second.contains("old a") && second.contains("new b") && !second.contains("old b"), "{second}");
+        assert!(second.find("old a") < second.find("new b"));
+    }
+
+    #[test]
+    fn bars_are_judged_by_what_was_found() {
+        let reached = |found| Bar::at_least("", Some(found), "", 1.5, Some(2.0)).reached();
+        assert_eq!([reached(1.4), reached(1.5), reached(2.0)], ["**no**", "yes", "goal"]);
+        let reached = |found| Bar::at_most("", Some(found), "", 0.75, Some(0.65)).reached();
+        assert_eq!([reached(0.8), reached(0.7), reached(0.6)], ["**no**", "yes", "goal"]);
+        assert_eq!(Bar::at_most("", None, "", 1.0, None).reached(), "not measured");
+    }
+}

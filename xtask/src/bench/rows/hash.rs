@@ -1,0 +1,71 @@
+//! The hash alone, by the library's own benchmark.
+
+use crate::bench::page::Section;
+use crate::bench::setup::Setup;
+use crate::repository::{cargo, root};
+use crate::table::markdown;
+use anyhow::{Context, Result, ensure};
+use std::process::Stdio;
+
+const SOURCE: &str = "crates/modelcache/benches/hash.rs";
+
+pub(crate) fn section(setup: &Setup) -> Result<Section> {
+    let mut section = Section {
+        row: "hash",
+        title: "The hash alone".into(),
+        what: "`cargo bench --bench hash`, by criterion: SHA-256 as the ladder uses it, on one core.".into(),
+        tables: Vec::new(),
+        bars: Vec::new(),
+        notes: Vec::new(),
+    };
+    if !root().join(SOURCE).exists() {
+        section.notes.push("There is no such benchmark.".into());
+        return Ok(section);
+    }
+    let mut command = cargo();
+    command.args(["bench", "--quiet", "--package", "modelcache", "--bench", "hash", "--"]);
+    if setup.quick {
+        command.arg("--quick");
+    }
+    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+    ensure!(output.status.success(), "the benchmark of the hash failed");
+    let rows = figures(&String::from_utf8(output.stdout)?);
+    section.tables.push(markdown(&["what", "time", "throughput"], &rows));
+    Ok(section)
+}
+
+/// Name, time and throughput of each benchmark, the middle of the three figures that criterion prints.
+fn figures(printed: &str) -> Vec<Vec<String>> {
+    let middle = |line: &str, label: &str| {
+        let words: Vec<&str> = line.split_once(label)?.1.split(['[', ']']).nth(1)?.split_whitespace().collect();
+        Some(format!("{} {}", words.get(2)?, words.get(3)?))
+    };
+    let (mut rows, mut name): (Vec<Vec<String>>, &str) = (Vec::new(), "");
+    for line in printed.lines() {
+        if let Some(time) = middle(line, "time:") {
+            let before = line.split("time:").next().unwrap_or_default().trim();
+            rows.push(vec![if before.is_empty() { name } else { before }.to_owned(), time, String::new()]);
+        } else if let Some(throughput) = middle(line, "thrpt:") {
+            rows.last_mut().into_iter().for_each(|row| row[2].clone_from(&throughput));
+        } else if !line.starts_with(' ') && !line.trim().is_empty() {
+            // A long name has a line of its own.
+            name = line.trim();
+        }
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_read_from_what_criterion_prints() {
+        let printed = "sha256/one              time:   [1.1 ms 1.2 ms 1.3 ms]\n\
+                       \x20                       thrpt:  [3.1 GiB/s 3.2 GiB/s 3.3 GiB/s]\n\
+                       a name that is rather long\n\
+                       \x20                       time:   [7.0 us 8.0 us 9.0 us]\n";
+        let want = [["sha256/one", "1.2 ms", "3.2 GiB/s"], ["a name that is rather long", "8.0 us", ""]];
+        assert_eq!(figures(printed), want);
+    }
+}

@@ -1,0 +1,122 @@
+//! A model from the Hub to disk, cold, by way of the redirect to its CDN.
+
+use super::pull::the_file;
+use super::{DEFAULTS, DURABLE, durable, progress, size};
+use crate::bench::contest::{Entry, Line, OURS, best_peer, contest, ours, table};
+use crate::bench::page::{Bar, Section};
+use crate::bench::served::{Kind, Served};
+use crate::bench::setup::{Setup, has_bytes, sync};
+use crate::bench::usage::measure;
+use anyhow::{Context, Result};
+use modelcache_testkit::{Content, Hub};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const REPO: &str = "bench/model";
+const FILE: &str = "model.safetensors";
+const FOLDER: &str = "hub";
+
+/// A Hub in this process, which only redirects, and the cheap server as its CDN.
+pub(super) struct HubStage<'a> {
+    setup: &'a Setup,
+    hub: Hub,
+    _cdn: Served,
+    bytes: u64,
+}
+
+impl<'a> HubStage<'a> {
+    pub(super) fn set(setup: &'a Setup, bytes: u64) -> Result<Self> {
+        let folder = setup.scratch.memory.join(FOLDER);
+        std::fs::create_dir_all(folder.join("cdn"))?;
+        let whole = bytes == setup.sizes.file;
+        let file = if whole { the_file(setup)? } else { setup.scratch.data("hub/model", 1, bytes)? };
+        let content = Content::on_disk(&file)?;
+        std::fs::hard_link(&file, folder.join("cdn").join(content.sha256()?))?;
+        let (hub, cdn) = (Hub::start_on(0)?, Served::start(&folder, Kind::Plain)?);
+        hub.cdn_elsewhere(&format!("{}/cdn", cdn.url()));
+        hub.repo(REPO).commit().file(FILE, content).publish()?;
+        Ok(Self { setup, hub, _cdn: cdn, bytes })
+    }
+
+    fn ours(&'a self, setting: &str, waits: &'static str, change: fn(&mut Command) -> &mut Command) -> Entry<'a> {
+        let run = move |folder: &Path| {
+            let mut command = self.setup.modelcache(&folder.join("cache"));
+            command.env("HF_ENDPOINT", self.hub.url());
+            let (used, path) = self.setup.get(change(&mut command), &format!("hf://{REPO}"))?;
+            has_bytes(&path.join(FILE), self.bytes)?;
+            Ok(vec![used])
+        };
+        Entry { who: OURS, setting: setting.into(), checked: "SHA-256", steps: vec![("", waits)], run: Box::new(run) }
+    }
+
+    fn theirs(&'a self, workers: Option<u32>) -> Entry<'a> {
+        let run = move |folder: &Path| {
+            self.setup.peers.want("huggingface_hub")?;
+            let mut command = self.script("hub_snapshot.py", folder);
+            command.args([REPO]).arg(folder).args(workers.map(|workers| workers.to_string()));
+            let used = measure(&mut command)?;
+            let file = found(folder)?;
+            has_bytes(&file, self.bytes)?;
+            Ok(vec![used, used.then(sync(&file)?)])
+        };
+        let setting = workers.map_or(DEFAULTS.to_owned(), |workers| format!("max_workers {workers}"));
+        let steps = vec![("", "no"), (" + sync", "yes")];
+        Entry { who: "huggingface_hub", setting, checked: "no", steps, run: Box::new(run) }
+    }
+
+    fn script(&self, name: &str, home: &Path) -> Command {
+        let mut command = self.setup.peers.script(name);
+        command.env("HF_ENDPOINT", self.hub.url()).env("HOME", home).env("HF_HUB_DISABLE_XET", "1");
+        command.env("HF_HUB_DISABLE_PROGRESS_BARS", "1");
+        command
+    }
+
+    /// Median, 10th and 90th percentile in microseconds of `hf_hub_download` with the file cached.
+    pub(super) fn warm(&self, runs: usize) -> Result<String> {
+        self.setup.peers.want("huggingface_hub")?;
+        let folder = self.setup.scratch.fresh("hub-warm")?;
+        let mut command = self.script("hub_warm.py", &folder);
+        command.args([REPO, FILE]).arg(&folder).arg(runs.to_string());
+        let (_, printed) = crate::bench::usage::run(&mut command)?;
+        crate::bench::scratch::remove(&folder)?;
+        Ok(printed.trim().to_owned())
+    }
+}
+
+impl Drop for HubStage<'_> {
+    fn drop(&mut self) {
+        let _ = crate::bench::scratch::remove(&self.setup.scratch.memory.join(FOLDER));
+    }
+}
+
+/// The file among the snapshots of a Hugging Face cache.
+fn found(folder: &Path) -> Result<PathBuf> {
+    let snapshots = folder.join("models--bench--model/snapshots");
+    let snapshot = std::fs::read_dir(&snapshots)?.next().context("huggingface_hub left no snapshot")??;
+    Ok(snapshot.path().join(FILE).canonicalize()?)
+}
+
+pub(crate) fn section(setup: &Setup) -> Result<Section> {
+    progress(setup, "hub");
+    let stage = HubStage::set(setup, setup.sizes.file)?;
+    let entries = [
+        stage.ours(DEFAULTS, "after", |command| command),
+        stage.ours(DURABLE, "yes", durable),
+        stage.theirs(None),
+        stage.theirs(Some(16)),
+    ];
+    let lines = contest(setup, setup.sizes.file, &entries)?;
+    let best = best_peer(&lines, |_| true);
+    let ratio = best.zip(ours(&lines, DEFAULTS).and_then(Line::seconds)).map(|(best, seconds)| best / seconds);
+    Ok(Section {
+        row: "hub",
+        title: format!("One {} file, Hub to disk, cold", size(setup.sizes.file)),
+        what:
+            "The Hub answers with a redirect to another server, as the real one does; no xet. Seen for the first time, \
+               the file has no ladder: it is hashed in order."
+                .into(),
+        tables: vec![table(&lines, best)],
+        bars: vec![Bar::at_least("defaults: times huggingface_hub as it is", ratio, " x", 4.0, None)],
+        notes: Vec::new(),
+    })
+}

@@ -1,0 +1,36 @@
+//! The rows: one file each, or one for rows that differ in little.
+
+pub(super) mod files;
+pub(super) mod hash;
+pub(super) mod herd;
+pub(super) mod hub;
+pub(super) mod memory;
+pub(super) mod pull;
+pub(super) mod shaped;
+pub(super) mod upload;
+pub(super) mod verify;
+pub(super) mod warm;
+
+use super::setup::Setup;
+use std::process::Command;
+
+/// A file as people say it: `4 GiB`, `256 MiB`, `4 KiB`.
+fn size(bytes: u64) -> String {
+    match bytes {
+        bytes if bytes >= 1 << 30 && bytes.is_multiple_of(1 << 30) => format!("{} GiB", bytes >> 30),
+        bytes if bytes >= 1 << 20 => format!("{} MiB", bytes >> 20),
+        bytes => format!("{} KiB", bytes >> 10),
+    }
+}
+
+/// Our setting that waits for the disk and goes past the page cache.
+const DURABLE: &str = "durable, O_DIRECT";
+const DEFAULTS: &str = "defaults";
+
+fn durable(command: &mut Command) -> &mut Command {
+    command.env("MODEL_CACHE_DURABLE", "true").env("MODEL_CACHE_WRITE_MODE", "direct")
+}
+
+fn progress(setup: &Setup, row: &str) {
+    eprintln!("{row}: {} rounds", setup.rounds);
+}

@@ -1,0 +1,82 @@
+//! A cached file checked again, beside the disk that has to be read and the hash that has to be made.
+
+use super::pull::{REFERENCE, Stage};
+use super::{durable, progress, size};
+use crate::bench::contest::{Entry, Line, OURS, contest, ours, table};
+use crate::bench::page::{Bar, Section};
+use crate::bench::scratch::drop_cached;
+use crate::bench::served::Kind;
+use crate::bench::setup::{Setup, read};
+use crate::bench::usage::{Run, measure, run};
+use anyhow::{Context, Result};
+use std::path::Path;
+use std::process::Command;
+
+const SETTING: &str = "verify";
+const READ: &str = "O_DIRECT read";
+
+pub(crate) fn section(setup: &Setup) -> Result<Section> {
+    progress(setup, "verify");
+    let stage = Stage::set(setup, Kind::Plain)?;
+    let cache = setup.scratch.fresh("verify")?;
+    let (_, file) = setup.get(durable(&mut setup.with_remote(&cache, &stage.served)), REFERENCE)?;
+    let (file, cache) = (file.as_path(), cache.as_path());
+    let verify = move |_: &Path| {
+        drop_cached(file)?;
+        Ok(vec![measure(setup.modelcache(cache).args(["verify", REFERENCE, "--quiet"]))?])
+    };
+    let hash = |program: &'static str, arguments: &'static [&'static str]| {
+        move |_: &Path| {
+            // From the page cache: the hash alone.
+            read(file, false)?;
+            Ok(vec![measure(Command::new(program).args(arguments).arg(file))?])
+        }
+    };
+    let entry = |who: &'static str, setting: &str, checked, run| Entry {
+        who,
+        setting: setting.to_owned(),
+        checked,
+        steps: vec![("", "")],
+        run,
+    };
+    let entries: Vec<Entry<'_>> = vec![
+        entry(OURS, SETTING, "SHA-256", Box::new(verify)),
+        entry("this bench", READ, "no", Box::new(move |_| Ok(vec![read(file, true)?]))),
+        entry("fio", "4 MiB, 8 deep, O_DIRECT", "no", Box::new(move |_| Ok(vec![fio(file, setup.sizes.file)?]))),
+        entry("sha256sum", "from the page cache", "SHA-256", Box::new(hash("sha256sum", &[]))),
+        entry("openssl", "from the page cache", "SHA-256", Box::new(hash("openssl", &["dgst", "-sha256"]))),
+    ];
+    let lines = contest(setup, setup.sizes.file, &entries)?;
+    drop(entries);
+    crate::bench::scratch::remove(cache)?;
+    let fastest = |names: [&str; 2]| {
+        let those = lines.iter().filter(|line| names.contains(&line.who));
+        those.filter_map(Line::seconds).min_by(f64::total_cmp)
+    };
+    let (read_s, hash_s) = (fastest(["this bench", "fio"]), fastest(["sha256sum", "openssl"]));
+    let bound_s = read_s.zip(hash_s).map(|(read, hash)| read.max(hash));
+    let share = bound_s.zip(ours(&lines, SETTING).and_then(Line::seconds)).map(|(bound, ours)| 100.0 * bound / ours);
+    Ok(Section {
+        row: "verify",
+        title: format!("A cached {} file, verified", size(setup.sizes.file)),
+        what:
+            "Not in the page cache when `modelcache verify` starts. The bound is the slower of two rates: the disk's, \
+               read in order past the page cache, and that of one stream of SHA-256 (the faster of `sha256sum` and \
+               `openssl`) over cached bytes."
+                .into(),
+        tables: vec![table(&lines, None)],
+        bars: vec![Bar::at_least("share of the bound's rate", share, " %", 90.0, None)],
+        notes: Vec::new(),
+    })
+}
+
+/// fio's own figure for reading, as a run.
+fn fio(file: &Path, bytes: u64) -> Result<Run> {
+    let mut command = Command::new("fio");
+    command.args(["--name=read", "--readonly", "--rw=read", "--bs=4M", "--direct=1", "--ioengine=libaio"]);
+    command.args(["--iodepth=8", "--output-format=json"]).arg(format!("--filename={}", file.display()));
+    let (used, printed) = run(&mut command)?;
+    let told: serde_json::Value = serde_json::from_str(&printed).context("fio printed no JSON")?;
+    let rate = told["jobs"][0]["read"]["bw_bytes"].as_f64().context("fio tells no rate")?;
+    Ok(Run { seconds: bytes as f64 / rate, ..used })
+}

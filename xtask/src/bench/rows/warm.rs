@@ -1,0 +1,110 @@
+//! Hits: what it costs to be given the path of an artifact that is on disk.
+
+use super::hub::HubStage;
+use crate::bench::contest::median;
+use crate::bench::page::{Bar, Section};
+use crate::bench::setup::Setup;
+use crate::bench::usage::measure;
+use crate::repository::cargo;
+use crate::table::markdown;
+use anyhow::{Context, Result, ensure};
+use std::process::Stdio;
+
+/// Size of the file in the hits of the whole command and of huggingface_hub, which do not read it.
+const FILE_BYTES: u64 = 1 << 20;
+
+pub(crate) fn section(setup: &Setup) -> Result<Section> {
+    let runs = if setup.quick { 20 } else { 200 };
+    let mut rows = vec![command(setup, runs)?];
+    let in_process = in_process(setup.quick)?;
+    rows.extend(in_process.clone());
+    rows.push(
+        match HubStage::set(setup, FILE_BYTES).and_then(|stage| stage.warm(if setup.quick { 100 } else { 2000 })) {
+            Ok(figures) => {
+                let mut figures = figures.split(' ').map(str::to_owned);
+                let [p50, p10, p90] = std::array::from_fn(|_| figures.next().unwrap_or_default());
+                let what = "hf_hub_download in process, offline";
+                vec![what.into(), format!("{p50} us"), format!("p10 {p10} us, p90 {p90} us")]
+            }
+            Err(error) => vec!["hf_hub_download in process, offline".into(), format!("{error:#}")],
+        },
+    );
+    let hits = hits(&in_process);
+    let [least, most] = [hits.iter().min_by_key(|(count, _)| *count), hits.iter().max_by_key(|(count, _)| *count)];
+    // The smallest directory may have one artifact; what is asked is told of 100.
+    let hundred = hits.iter().find(|(count, _)| *count == 100).or(least);
+    let growth = hundred.zip(most).filter(|(few, many)| few.0 < many.0).map(|(few, many)| many.1 / few.1);
+    let most_count = most.map_or(0, |(count, _)| *count);
+    Ok(Section {
+        row: "warm",
+        title: "Warm: an artifact that is on disk".into(),
+        what:
+            "In process: `Cache::get` with all that belongs to it (lease, one stat a file, last use), by `cargo bench \
+               --bench directory`. The whole command: from exec to exit."
+                .into(),
+        tables: vec![markdown(&["what", "median", "spread", "", "notes"], &rows)],
+        bars: vec![
+            Bar::at_most("in process, p50", hundred.map(|(_, us)| *us), " us", 20.0, None),
+            Bar::at_most(&format!("with {most_count} artifacts, against few"), growth, " x", 2.0, None),
+        ],
+        notes: Vec::new(),
+    })
+}
+
+/// The whole command, from exec to exit.
+fn command(setup: &Setup, runs: usize) -> Result<Vec<String>> {
+    let file = setup.scratch.data("warm.bin", 7, FILE_BYTES)?;
+    let dir = setup.scratch.fresh("warm")?;
+    measure(setup.modelcache(&dir).args(["put", "bench/warm@1"]).arg(&file))?;
+    let once = |_| Ok(measure(setup.modelcache(&dir).args(["get", "bench/warm@1"]))?.seconds * 1e3);
+    let mut times = (0..runs).map(once).collect::<Result<Vec<f64>>>()?;
+    crate::bench::scratch::remove(&dir)?;
+    times.sort_by(f64::total_cmp);
+    let at = |share: usize| times[(times.len() - 1) * share / 100];
+    let spread = format!("p10 {:.1} ms, p90 {:.1} ms", at(10), at(90));
+    let middle = median(times.clone()).unwrap_or_default();
+    Ok(vec!["the whole command".into(), format!("{middle:.1} ms"), spread, String::new(), format!("{runs} runs")])
+}
+
+/// In process, by the library's own benchmark: one line a row, cells split by `|`.
+fn in_process(quick: bool) -> Result<Vec<Vec<String>>> {
+    let mut command = cargo();
+    command.args(["bench", "--quiet", "--package", "modelcache", "--bench", "directory"]);
+    if quick {
+        command.args(["--", "--quick"]);
+    }
+    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+    ensure!(output.status.success(), "the benchmark of the directory failed");
+    let text = String::from_utf8(output.stdout)?;
+    let lines = text.lines().filter(|line| line.contains('|'));
+    Ok(lines.map(|line| line.split('|').map(|cell| cell.trim().to_owned()).collect()).collect())
+}
+
+/// Artifacts and microseconds of the rows that tell of a warm get: `… 10,000 artifacts | 18 us | …`.
+fn hits(rows: &[Vec<String>]) -> Vec<(u64, f64)> {
+    let number = |text: &str| text.chars().filter(char::is_ascii_digit).collect::<String>().parse().ok();
+    let hit = |row: &Vec<String>| {
+        let what = row.first().filter(|what| what.contains("warm get"))?;
+        let words: Vec<&str> = what.split_whitespace().collect();
+        let at = words.iter().position(|word| word.starts_with("artifact"))?;
+        let us = row.get(1)?.strip_suffix(" us")?.trim().parse().ok()?;
+        Some((number(words.get(at.checked_sub(1)?)?)?, us))
+    };
+    rows.iter().filter_map(hit).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hits_are_read_from_the_lines_of_the_benchmark() {
+        let row = |cells: [&str; 2]| cells.map(str::to_owned).to_vec();
+        let rows = [
+            row(["warm get in process, 100 artifacts", "17 us"]),
+            row(["warm get in process, 100,000 artifacts", "18.5 us"]),
+            row(["evict one, 100 artifacts", "90 us"]),
+        ];
+        assert_eq!(hits(&rows), [(100, 17.0), (100_000, 18.5)]);
+    }
+}

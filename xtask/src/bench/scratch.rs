@@ -1,0 +1,122 @@
+//! Where a bench keeps its data: one folder in memory, one on the disk that is measured; both go when it ends.
+//!
+//! Also when it is interrupted: a thread takes the signals, kills what runs and removes the folders. What a killed
+//! bench left is removed by the next.
+
+use super::usage::kill_all;
+use crate::repository::target_folder;
+use anyhow::{Context, Result};
+use modelcache_testkit::Content;
+use std::fs;
+use std::path::{Path, PathBuf};
+use tokio::signal::unix::{SignalKind, signal};
+
+const NAME: &str = "modelcache-bench-";
+const SHARED_MEMORY: &str = "/dev/shm";
+/// Left for everything else when data is put in memory.
+const SPARE_BYTES: u64 = 4 << 30;
+
+pub(super) struct Scratch {
+    /// For what is served.
+    pub(super) memory: PathBuf,
+    /// For what is fetched.
+    pub(super) disk: PathBuf,
+    /// Whether `memory` is that.
+    pub(super) in_memory: bool,
+}
+
+impl Scratch {
+    /// Folders for up to `bytes` of data to serve.
+    pub(super) fn new(bytes: u64) -> Result<Self> {
+        let target = target_folder()?;
+        let own = format!("{NAME}{}", std::process::id());
+        [Path::new(SHARED_MEMORY), &target].into_iter().for_each(sweep);
+        let in_memory = room_in_memory() > bytes + SPARE_BYTES;
+        let disk = target.join(&own);
+        let memory = if in_memory { Path::new(SHARED_MEMORY).join(own) } else { disk.join("served") };
+        for folder in [&disk, &memory] {
+            fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        }
+        let scratch = Self { memory, disk, in_memory };
+        clean_up_when_interrupted([scratch.memory.clone(), scratch.disk.clone()])?;
+        Ok(scratch)
+    }
+
+    /// A file of `bytes` random bytes to be served.
+    pub(super) fn data(&self, name: &str, seed: u64, bytes: u64) -> Result<PathBuf> {
+        let path = self.memory.join(name);
+        Content::generated(seed, bytes).write_to(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// A new, empty folder on disk, with nothing left to be written back that an earlier program wrote.
+    pub(super) fn fresh(&self, name: &str) -> Result<PathBuf> {
+        let folder = self.disk.join(name);
+        remove(&folder)?;
+        rustix::fs::sync();
+        fs::create_dir_all(&folder)?;
+        Ok(folder)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = remove(&self.memory);
+        let _ = remove(&self.disk);
+    }
+}
+
+/// Removes a folder, if it is there.
+pub(super) fn remove(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", folder.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Drops from the page cache what is clean of these files.
+pub(super) fn drop_cached(file: &Path) -> Result<()> {
+    let file = fs::File::open(file)?;
+    file.sync_all()?;
+    Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)
+}
+
+fn clean_up_when_interrupted(folders: [PathBuf; 2]) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            let (Ok(mut interrupt), Ok(mut terminate)) =
+                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+            else {
+                return;
+            };
+            tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+            kill_all();
+            folders.iter().for_each(|folder| drop(remove(folder)));
+            std::process::exit(130);
+        });
+    });
+    Ok(())
+}
+
+/// Removes the folders of benches that are no more.
+fn sweep(place: &Path) {
+    for entry in fs::read_dir(place).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| name.strip_prefix(NAME)?.parse::<u32>().ok());
+        if owner.is_some_and(|owner| !Path::new(&format!("/proc/{owner}")).exists()) {
+            let _ = remove(&entry.path());
+        }
+    }
+}
+
+/// Bytes that a folder in memory may take: what is free of it and of the memory.
+fn room_in_memory() -> u64 {
+    let Ok(filesystem) = rustix::fs::statvfs(SHARED_MEMORY) else { return 0 };
+    let told = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available =
+        told.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok());
+    (filesystem.f_bavail * filesystem.f_frsize).min(available.unwrap_or(0_u64) * 1024)
+}

@@ -1,0 +1,203 @@
+//! `cargo xtask bench-server`: a range server as cheap as a good one, in a process of its own.
+//!
+//! Serves a folder as S3 (and anybody who only wants ranges) on one address: `sendfile(2)` from tmpfs or the page cache,
+//! a thread a connection, no signature checked. Bodies of uploads are counted and thrown away, except small ones, which
+//! become files; the ETags it answers agree with each other, so that a version can be published through it.
+//! It may be shaped (so much time to the first byte, so much a second on each connection) and speak TLS.
+//!
+//! Surprise: it is driven by its standard input, one word a line (`stats`, `reset`), and ends when that is closed: a
+//! bench that dies leaves no server behind.
+
+mod date;
+mod objects;
+mod request;
+mod s3;
+mod wire;
+
+use self::objects::Objects;
+use self::request::Request;
+use self::wire::Wire;
+use super::usage::own_core_seconds;
+use anyhow::{Context, Result};
+use clap::Args;
+use modelcache_testkit::Authority;
+use std::io::{BufReader, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio_rustls::rustls::{ServerConfig, ServerConnection, StreamOwned};
+
+/// Answers of at least this many bytes count as transfers, of which the most at a time are told.
+const TRANSFER_BYTES: u64 = 64 * 1024;
+
+/// Serve a folder to a bench
+#[derive(Debug, Args)]
+pub(crate) struct ServerArguments {
+    /// The folder; a bucket is a folder in it
+    #[arg(long)]
+    folder: PathBuf,
+    /// Speak TLS, and write the authority's certificate there
+    #[arg(long)]
+    tls_authority: Option<PathBuf>,
+    /// Time to the first byte of an answer
+    #[arg(long, default_value_t = 0)]
+    first_byte_ms: u64,
+    /// Bytes a second on each connection; 0 is no bound
+    #[arg(long, default_value_t = 0)]
+    bytes_per_s: u64,
+}
+
+/// What all connections share.
+pub(super) struct Shared {
+    objects: Objects,
+    shape: Shape,
+    tls: Option<Arc<ServerConfig>>,
+    counts: Counts,
+}
+
+/// How much slower than it could the server is.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    first_byte: Duration,
+    bytes_per_s: u64,
+}
+
+#[derive(Default)]
+struct Counts {
+    requests: AtomicU64,
+    transfers: AtomicU64,
+    bytes_sent: AtomicU64,
+    bytes_taken: AtomicU64,
+    busy: AtomicU64,
+    busy_max: AtomicU64,
+}
+
+impl ServerArguments {
+    pub(crate) fn run(&self) -> Result<()> {
+        let tls = match &self.tls_authority {
+            None => None,
+            Some(path) => {
+                let authority = Authority::new()?;
+                authority.write_to(path)?;
+                Some(authority.server(&["localhost", "127.0.0.1"])?)
+            }
+        };
+        let shape = Shape { first_byte: Duration::from_millis(self.first_byte_ms), bytes_per_s: self.bytes_per_s };
+        let objects = Objects::new(self.folder.clone());
+        let shared = Arc::new(Shared { objects, shape, tls, counts: Counts::default() });
+        let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen on loopback")?;
+        say(&listener.local_addr()?.to_string())?;
+        let serving = shared.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let shared = serving.clone();
+                // An error is a client that went away.
+                std::thread::spawn(move || drop(shared.connection(stream)));
+            }
+        });
+        for line in std::io::stdin().lines() {
+            match line?.as_str() {
+                "stats" => say(&shared.counts.told())?,
+                _ => {
+                    shared.counts.reset();
+                    say("done")?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The day of a time, as `2000-02-29`.
+pub(super) fn day(time: std::time::SystemTime) -> String {
+    date::day(time)
+}
+
+fn say(line: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    Ok(out.flush()?)
+}
+
+impl Counts {
+    fn told(&self) -> String {
+        let number = |count: &AtomicU64| count.load(Ordering::SeqCst);
+        serde_json::json!({
+            "requests": number(&self.requests),
+            "transfers": number(&self.transfers),
+            "bytes_sent": number(&self.bytes_sent),
+            "bytes_taken": number(&self.bytes_taken),
+            "busy_max": number(&self.busy_max),
+            "core_seconds": own_core_seconds(),
+        })
+        .to_string()
+    }
+
+    fn reset(&self) {
+        for count in [&self.requests, &self.transfers, &self.bytes_sent, &self.bytes_taken, &self.busy_max] {
+            count.store(0, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Shared {
+    /// Answers one request after the other until the client hangs up.
+    fn connection(&self, stream: TcpStream) -> Result<()> {
+        stream.set_nodelay(true)?;
+        let wire = match &self.tls {
+            None => Wire::Plain(stream),
+            Some(config) => Wire::Tls(Box::new(StreamOwned::new(ServerConnection::new(config.clone())?, stream))),
+        };
+        let mut wire = BufReader::with_capacity(64 * 1024, wire);
+        while let Some(request) = Request::read(&mut wire)? {
+            self.counts.requests.fetch_add(1, Ordering::SeqCst);
+            let keep = !request.wants_close();
+            self.answer(&mut wire, request)?;
+            if !keep {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends a head and, from an open file, a body.
+    fn send_file(
+        &self,
+        wire: &mut BufReader<Wire>,
+        head: &str,
+        file: &std::fs::File,
+        at: u64,
+        size: u64,
+    ) -> Result<()> {
+        std::thread::sleep(self.shape.first_byte);
+        let transfer = size >= TRANSFER_BYTES;
+        if transfer {
+            self.counts.transfers.fetch_add(1, Ordering::SeqCst);
+            let busy = self.counts.busy.fetch_add(1, Ordering::SeqCst) + 1;
+            self.counts.busy_max.fetch_max(busy, Ordering::SeqCst);
+        }
+        let sent = self.send_body(wire.get_mut(), head, file, at, size);
+        if transfer {
+            self.counts.busy.fetch_sub(1, Ordering::SeqCst);
+        }
+        sent
+    }
+
+    fn send_body(&self, wire: &mut Wire, head: &str, file: &std::fs::File, at: u64, size: u64) -> Result<()> {
+        wire.write_all(head.as_bytes())?;
+        let step = if self.shape.bytes_per_s > 0 { 256 * 1024 } else { 8 << 20 };
+        let (started, mut sent) = (Instant::now(), 0);
+        while sent < size {
+            let now = wire.send_file(file, at + sent, step.min(size - sent))?;
+            sent += now;
+            self.counts.bytes_sent.fetch_add(now, Ordering::SeqCst);
+            if self.shape.bytes_per_s > 0 {
+                let due = Duration::from_secs_f64(sent as f64 / self.shape.bytes_per_s as f64);
+                std::thread::sleep(due.saturating_sub(started.elapsed()));
+            }
+        }
+        Ok(wire.flush()?)
+    }
+}

@@ -1,0 +1,162 @@
+//! What is served: files below a folder, and the sizes of what was uploaded and thrown away.
+//!
+//! Small bodies become files. An ETag is a hash of the content for what is small, else of name and size, which are all
+//! that is left of an upload; a file that is put in its place by other means has the same ETag, and is served.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::io::{self, Read as _};
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+/// Bodies up to this many bytes are kept.
+pub(super) const SMALL_BYTES_MAX: u64 = 1 << 20;
+
+pub(super) struct Objects {
+    folder: PathBuf,
+    state: Mutex<State>,
+}
+
+/// What was sent and is not there. While it is locked, nothing else is written.
+#[derive(Default)]
+pub(super) struct State {
+    /// Sizes, by bucket and key.
+    thrown_away: BTreeMap<String, u64>,
+    pub(super) uploads: HashMap<String, Upload>,
+    uploads_begun: u64,
+}
+
+/// An upload in parts.
+pub(super) struct Upload {
+    pub(super) path: String,
+    /// Sizes, by number.
+    pub(super) parts: BTreeMap<u64, u64>,
+    pub(super) begun: SystemTime,
+}
+
+/// One object, as far as it is there.
+pub(super) struct Object {
+    pub(super) size: u64,
+    pub(super) etag: String,
+    pub(super) modified: SystemTime,
+    /// `None` for what was thrown away.
+    pub(super) file: Option<File>,
+}
+
+impl Objects {
+    pub(super) fn new(folder: PathBuf) -> Self {
+        Self { folder, state: Mutex::default() }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The object at `path`, which is bucket and key.
+    pub(super) fn find(&self, state: &State, path: &str) -> Option<Object> {
+        match self.file(path).and_then(|file| File::open(file).ok()) {
+            Some(file) => {
+                let metadata = file.metadata().ok().filter(std::fs::Metadata::is_file)?;
+                let (size, modified) = (metadata.len(), metadata.modified().ok()?);
+                let etag = if size <= SMALL_BYTES_MAX { content_etag(&file)? } else { named_etag(path, size) };
+                Some(Object { size, etag, modified, file: Some(file) })
+            }
+            None => {
+                let size = *state.thrown_away.get(path)?;
+                Some(Object { size, etag: named_etag(path, size), modified: SystemTime::now(), file: None })
+            }
+        }
+    }
+
+    /// Whether something is there under this name.
+    pub(super) fn exists(&self, state: &State, path: &str) -> bool {
+        self.find(state, path).is_some()
+    }
+
+    /// Makes a small body an object.
+    pub(super) fn keep(&self, state: &mut State, path: &str, body: &[u8]) -> io::Result<String> {
+        let file = self.file(path).ok_or(io::ErrorKind::InvalidInput)?;
+        std::fs::create_dir_all(file.parent().ok_or(io::ErrorKind::InvalidInput)?)?;
+        let mut temporary = tempfile::NamedTempFile::new_in(&self.folder)?;
+        io::Write::write_all(&mut temporary, body)?;
+        temporary.persist(&file)?;
+        state.thrown_away.remove(path);
+        Ok(etag(body))
+    }
+
+    /// Remembers the size of what was thrown away.
+    pub(super) fn forget(&self, state: &mut State, path: &str, size: u64) -> String {
+        state.thrown_away.insert(path.to_owned(), size);
+        named_etag(path, size)
+    }
+
+    pub(super) fn remove(&self, state: &mut State, path: &str) {
+        state.thrown_away.remove(path);
+        if let Some(file) = self.file(path) {
+            // It may not be there, which is what is wanted.
+            let _ = std::fs::remove_file(file);
+        }
+    }
+
+    /// Keys in a bucket that begin with `prefix`, sorted, with their sizes.
+    pub(super) fn list(&self, state: &State, bucket: &str, prefix: &str) -> BTreeMap<String, u64> {
+        let begin = format!("{bucket}/{prefix}");
+        let strip = |path: &str| path[bucket.len() + 1..].to_owned();
+        let gone = state.thrown_away.iter().filter(|(path, _)| path.starts_with(&begin));
+        let mut keys: BTreeMap<String, u64> = gone.map(|(path, size)| (strip(path), *size)).collect();
+        // From the deepest folder that the prefix names.
+        let start = begin.rfind('/').map_or("", |slash| &begin[..slash]);
+        let mut folders = Vec::from_iter(self.file(start));
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+                let path = entry.path();
+                let Ok(metadata) = path.metadata() else { continue };
+                if metadata.is_dir() {
+                    folders.push(path);
+                } else if let Some(name) = path.strip_prefix(&self.folder).ok().and_then(Path::to_str)
+                    && name.starts_with(&begin)
+                {
+                    keys.insert(strip(name), metadata.len());
+                }
+            }
+        }
+        keys
+    }
+
+    fn file(&self, path: &str) -> Option<PathBuf> {
+        let plain = Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
+        (plain && !path.ends_with('/')).then(|| self.folder.join(path))
+    }
+}
+
+impl State {
+    pub(super) fn begin_upload(&mut self, path: &str) -> String {
+        self.uploads_begun += 1;
+        let id = format!("upload-{}", self.uploads_begun);
+        let upload = Upload { path: path.to_owned(), parts: BTreeMap::new(), begun: SystemTime::now() };
+        self.uploads.insert(id.clone(), upload);
+        id
+    }
+}
+
+fn content_etag(file: &File) -> Option<String> {
+    let mut content = Vec::new();
+    (&*file).take(SMALL_BYTES_MAX).read_to_end(&mut content).ok()?;
+    Some(etag(&content))
+}
+
+/// In quotes, 32 hex digits, like the ETag of any object: clients may look at its form.
+pub(super) fn etag(content: &[u8]) -> String {
+    let half = |salt: u8| {
+        let mut hasher = DefaultHasher::new();
+        (salt, content).hash(&mut hasher);
+        hasher.finish()
+    };
+    format!("\"{:016x}{:016x}\"", half(0), half(1))
+}
+
+fn named_etag(path: &str, size: u64) -> String {
+    etag(format!("{path} {size}").as_bytes())
+}

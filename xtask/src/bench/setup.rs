@@ -1,0 +1,138 @@
+//! What all rows are given: where data lies, who is measured, how much and how often.
+
+use super::peers::Peers;
+use super::scratch::Scratch;
+use super::served::Served;
+use super::usage::{Run, measure, run};
+use anyhow::{Context, Result, ensure};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+pub(super) const BUCKET: &str = "models";
+/// Our prefix in the bucket.
+const PREFIX: &str = "bench";
+
+pub(super) struct Setup {
+    pub(super) scratch: Scratch,
+    pub(super) peers: Peers,
+    pub(super) program: PathBuf,
+    pub(super) rounds: usize,
+    pub(super) quick: bool,
+    pub(super) sizes: Sizes,
+}
+
+/// How much is moved, in bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Sizes {
+    pub(super) file: u64,
+    pub(super) many: (usize, u64),
+    pub(super) small: (usize, u64),
+    /// A file of holes, for what depends on size alone.
+    pub(super) sparse: u64,
+}
+
+impl Sizes {
+    pub(super) const FULL: Self =
+        Self { file: 4 << 30, many: (16, 256 << 20), small: (2000, 4 << 10), sparse: 100_000_000_000 };
+    pub(super) const QUICK: Self =
+        Self { file: 256 << 20, many: (16, 16 << 20), small: (200, 4 << 10), sparse: 4_000_000_000 };
+}
+
+impl Setup {
+    /// The folder that is served.
+    pub(super) fn served(&self) -> PathBuf {
+        self.scratch.memory.join("s3")
+    }
+
+    /// Our program on a directory, with nothing of this terminal's environment.
+    pub(super) fn modelcache(&self, dir: &Path) -> Command {
+        let mut command = Command::new(&self.program);
+        command.env_clear().env("HOME", &self.scratch.disk).env("MODEL_CACHE_DIR", dir);
+        command.env("MODEL_CACHE_MIN_FREE_BYTES", "0");
+        command
+    }
+
+    /// The same with a remote.
+    pub(super) fn with_remote(&self, dir: &Path, served: &Served) -> Command {
+        let mut command = self.modelcache(dir);
+        command.envs(served.env()).env("MODEL_CACHE_REMOTE", format!("s3://{BUCKET}/{PREFIX}"));
+        command
+    }
+
+    /// Makes a file or folder in memory an artifact of the server, by our own put; its bytes are served from where they
+    /// lie. It must not have been published before.
+    pub(super) fn publish(&self, served: &Served, name: &str, source: &Path) -> Result<Run> {
+        let dir = self.scratch.fresh("put")?;
+        let mut put = self.with_remote(&dir, served);
+        let run = measure(put.args(["put", &format!("{name}@1"), "--tier", "remote"]).arg(source))?;
+        super::scratch::remove(&dir)?;
+        let version = self.served().join(BUCKET).join(PREFIX).join(name).join("1");
+        for file in files_of(source)? {
+            let target = version.join(file.file_name().context("a file has a name")?);
+            // The server keeps small ones itself.
+            if !target.exists() {
+                link(&file, &target)?;
+            }
+        }
+        Ok(run)
+    }
+
+    /// Makes a file or folder in memory objects for the others, below `prefix/`.
+    pub(super) fn expose(&self, prefix: &str, source: &Path) -> Result<()> {
+        let folder = self.served().join(BUCKET).join(prefix);
+        for file in files_of(source)? {
+            link(&file, &folder.join(file.file_name().context("a file has a name")?))?;
+        }
+        Ok(())
+    }
+
+    /// Runs a `get` of ours and gives what it used and the path it printed.
+    pub(super) fn get(&self, command: &mut Command, reference: &str) -> Result<(Run, PathBuf)> {
+        let (used, printed) = run(command.args(["get", reference, "--quiet"]))?;
+        let path = printed.lines().next().context("get printed no path")?;
+        Ok((used, path.into()))
+    }
+}
+
+fn link(file: &Path, target: &Path) -> Result<()> {
+    fs::create_dir_all(target.parent().context("an object lies in a bucket")?)?;
+    fs::hard_link(file, target).with_context(|| format!("cannot link {}", target.display()))
+}
+
+/// The file itself, or the files in the folder, sorted.
+pub(super) fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
+    if path.is_file() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let entries = fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))?;
+    let mut files: Vec<PathBuf> = entries.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    files.retain(|file| file.is_file());
+    files.sort();
+    Ok(files)
+}
+
+/// Errors unless `path`, a file or folder, has this many bytes: what brings less is no rival.
+pub(super) fn has_bytes(path: &Path, wanted: u64) -> Result<()> {
+    let sizes = files_of(path)?.iter().map(|file| Ok(file.metadata()?.len())).collect::<Result<Vec<u64>>>()?;
+    let found: u64 = sizes.iter().sum();
+    ensure!(found == wanted, "brought {found} bytes, not {wanted}");
+    Ok(())
+}
+
+/// Makes files durable as `sync FILE…` does.
+pub(super) fn sync(path: &Path) -> Result<Run> {
+    let mut command = Command::new("sync");
+    command.args(files_of(path)?);
+    if path.is_dir() {
+        command.arg(path);
+    }
+    measure(&mut command)
+}
+
+/// Reads files once, in large pieces: what a loader does.
+pub(super) fn read(path: &Path, direct: bool) -> Result<Run> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("bench-read").args(direct.then_some("--direct")).args(files_of(path)?);
+    measure(&mut command)
+}
