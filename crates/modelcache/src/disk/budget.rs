@@ -224,7 +224,8 @@ impl BudgetHold<'_> {
         let mut index = lock(&self.disk.0.index);
         // What was changed without a word, or by two at once, is seen by reading everything only.
         let is_told = self.disk.locks_are_honest() && self.mixed_unix.is_none();
-        if !self.is_synced && !(is_told && index.catch_up(self.disk, self.began_at)?) {
+        let is_current = self.is_synced || is_told && index.catch_up(self.disk, self.began_at)?;
+        if !is_current {
             *index = Index::read(self.disk, self.began_at)?;
         }
         self.is_synced = true;

@@ -188,7 +188,11 @@ pub(crate) fn in_pairs<T: AsRef<File>, E>(
 pub(crate) fn in_order(file: &File, size: u64, took: impl FnMut(u64) -> bool) -> io::Result<Digest> {
     let mut whole = Some(Stretch::whole(Part { file, index: 0 }, size));
     let mut outcome = Ok(PartHasher::new());
-    let Ok(()) = in_pairs::<_, Infallible>(|| Ok(whole.take()), took, |_, hashed| Ok(outcome = hashed));
+    let keep = |_: Part<'_>, hashed| {
+        outcome = hashed;
+        Ok(())
+    };
+    let Ok(()) = in_pairs::<_, Infallible>(|| Ok(whole.take()), took, keep);
     outcome.map(PartHasher::finish)
 }
 
@@ -212,9 +216,10 @@ pub(crate) fn right_parts(
         if hashed.is_ok_and(|hasher| ladder.holds(part.index, Some(digest), hasher)) {
             right.lock().unwrap_or_else(PoisonError::into_inner).insert(part.index);
         }
+        Ok(())
     };
     let work = || {
-        let Ok(()) = in_pairs::<_, Infallible>(|| Ok(next()), |_| true, |part, hashed| Ok(ended(part, hashed)));
+        let Ok(()) = in_pairs::<_, Infallible>(|| Ok(next()), |_| true, ended);
     };
     thread::scope(|scope| {
         let others = threads().min(parts.len().div_ceil(2)).saturating_sub(1);
