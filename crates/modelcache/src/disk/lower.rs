@@ -178,6 +178,7 @@ impl Disk {
             unwritable: Some(Error::new(ErrorKind::Directory, why)),
             locks_are_honest: true,
             memo: Default::default(),
+            metrics: Default::default(),
         })))
     }
 }

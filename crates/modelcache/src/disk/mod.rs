@@ -69,6 +69,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, ArtifactName};
 use crate::limits;
 use crate::manifest::Manifest;
+use crate::metrics::Metrics;
 use fault::At;
 use memo::Memo;
 use std::collections::BTreeMap;
@@ -99,6 +100,8 @@ struct Inner {
     locks_are_honest: bool,
     /// Manifests read before.
     memo: Memo,
+    /// What was done in it since it was opened.
+    metrics: Metrics,
 }
 
 /// One artifact's folder, as a scan found it.
@@ -145,11 +148,24 @@ impl Disk {
             tracing::warn!(path = %layout.root().display(), "file locks do not exclude on this filesystem: bytes may be fetched twice, and only what has long been idle is evicted for space");
         }
         let memo = Memo::default();
-        Ok(Self(Arc::new(Inner { layout, max_bytes, min_free_bytes, unwritable, locks_are_honest, memo })))
+        Ok(Self(Arc::new(Inner {
+            layout,
+            max_bytes,
+            min_free_bytes,
+            unwritable,
+            locks_are_honest,
+            memo,
+            metrics: Metrics::default(),
+        })))
     }
 
     pub(crate) fn layout(&self) -> &Layout {
         &self.0.layout
+    }
+
+    /// What was done in it since it was opened.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.0.metrics
     }
 
     pub(crate) fn is_read_only(&self) -> bool {
