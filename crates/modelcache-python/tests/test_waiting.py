@@ -143,7 +143,8 @@ def test_a_cancelled_task_leaves_the_fetch_to_the_others(published: Slow, open_c
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        return await second
+        path: Path = await second
+        return path
 
     check(asyncio.run(main()))
     assert published.bytes_down < SIZE * 1.5

@@ -610,7 +610,7 @@ def _text(value: object) -> str:
     if isinstance(value, bool):
         return "1" if value else "0"
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        return os.fsdecode(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ",".join(str(each) for each in value)
     return str(value)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
+__all__ = ["VERSION", "Cache", "Call", "Lease", "forked", "panicking_call", "shut_down"]
+
 VERSION: str
 
 def forked() -> None: ...

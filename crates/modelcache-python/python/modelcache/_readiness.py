@@ -21,8 +21,6 @@ _RETRY_MAX = 60.0
 _RETRY_AFTER_MAX = 60
 """Seconds that a client is told to wait at most."""
 
-State = Literal["waiting", "filling", "loading", "ready", "failed"]
-
 
 @dataclass
 class Artifact:
@@ -30,7 +28,7 @@ class Artifact:
 
     name: str
     version: str | None
-    state: State = "waiting"
+    state: Literal["waiting", "filling", "loading", "ready", "failed"] = "waiting"
     """``loading`` while the hook runs; ``failed`` until the next try."""
     path: Path | None = None
     """Where it lies, once it is local."""

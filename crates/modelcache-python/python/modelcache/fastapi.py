@@ -19,7 +19,7 @@ and paths: where others than operators reach the application, include ``probes``
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ routes: list[Route] = [Route(path, endpoint) for path, endpoint in _PROBES + _NU
 """All routes, for plain Starlette."""
 
 
-def _router(which: list[tuple[str, Callable[[Request], Any]]]) -> Any:
+def _router(which: Sequence[tuple[str, Callable[[Request], Any]]]) -> Any:
     if APIRouter is None:
         return Router([Route(path, endpoint) for path, endpoint in which])
     made = APIRouter(tags=["modelcache"])
