@@ -8,6 +8,11 @@ pub(crate) fn rate(bytes_per_second: f64) -> String {
     format!("{}/s", bytes(bytes_per_second.max(0.0) as u64))
 }
 
+/// A number of things: `1 artifact`, `3 artifacts`.
+pub(crate) fn counted(number: usize, thing: &str) -> String {
+    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
+}
+
 /// A duration with the units that matter: `0.4 ms`, `3.4 s`, `2 min 5 s`, `1 h 3 min`.
 pub(crate) fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();

@@ -14,11 +14,12 @@
 //!
 //! One conformance suite runs over every implementation (`tests/source_conformance.rs`).
 
-use crate::error::{Result, Tier};
+use crate::error::{Error, Result, Tier};
 use crate::key::FilePath;
 use crate::manifest::Manifest;
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use std::fmt;
 use std::ops::Range;
@@ -51,6 +52,19 @@ pub struct Body {
     pub start: u64,
     /// The bytes. May end early or late, or fail; the reader counts.
     pub stream: BoxStream<'static, Result<Bytes>>,
+}
+
+impl Body {
+    /// The answer to a read of `range` where it needs no request: an empty one. `size` is the file's, if it is known.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`](crate::error::ErrorKind::Invalid) where the file has no such range.
+    pub(crate) fn unasked(path: &FilePath, range: &Range<u64>, size: Option<u64>) -> Result<Option<Self>> {
+        if range.end < range.start || size.is_some_and(|size| range.end > size) {
+            return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
+        }
+        Ok(range.is_empty().then(|| Self { start: range.start, stream: futures::stream::empty().boxed() }))
+    }
 }
 
 impl fmt::Debug for Body {

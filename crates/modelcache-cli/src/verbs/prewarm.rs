@@ -60,7 +60,7 @@ impl Prewarm {
         let plan = cache.plan_prewarm(&references, &options).await?;
         output.remark(&format!(
             "{}: {} on disk in all, {} of it not here yet",
-            counted(wanted.len(), "artifact"),
+            human::counted(wanted.len(), "artifact"),
             human::bytes(plan.list_bytes),
             human::bytes(plan.missing_bytes)
         ));
@@ -192,12 +192,12 @@ impl Tally {
     fn text(&self, took: &str) -> String {
         let failed = if self.failed > 0 { format!(", {} failed", self.failed) } else { String::new() };
         let bytes = human::bytes(self.fetched_bytes);
-        format!("{} fetched ({bytes}), {} here before{failed}; {took}", counted(self.fetched, "artifact"), self.here)
+        format!(
+            "{} fetched ({bytes}), {} here before{failed}; {took}",
+            human::counted(self.fetched, "artifact"),
+            self.here
+        )
     }
-}
-
-fn counted(number: usize, noun: &str) -> String {
-    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]

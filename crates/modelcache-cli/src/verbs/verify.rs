@@ -117,7 +117,11 @@ impl Verify {
             (false, Where::Disk) => "run the same command with --repair to fetch it again now",
             (false, _) => "run the same command with --repair to write it anew",
         };
-        let what = format!("{} wrong in {}", count(sums.bad_files, "file"), count(sums.bad_artifacts, "artifact"));
+        let what = format!(
+            "{} wrong in {}",
+            human::counted(sums.bad_files, "file"),
+            human::counted(sums.bad_artifacts, "artifact")
+        );
         let error = Error::corrupt(what).hint(hint);
         if output.is_json() {
             // Machines have it in the objects.
@@ -186,7 +190,7 @@ fn text(verified: &Verified) -> String {
         (true, false) => "repaired",
         (false, _) => "bad",
     };
-    let read = format!("{}, {} read", count(verified.files, "file"), human::bytes(verified.bytes));
+    let read = format!("{}, {} read", human::counted(verified.files, "file"), human::bytes(verified.bytes));
     let mut text = format!("{word:<8}  {}  {}: {read}\n", verified.reference, verified.tier);
     for finding in &verified.findings {
         text.push_str(&format!("  {}\n", finding_text(finding)));
@@ -222,17 +226,13 @@ fn parts_text(parts: &[BadPart]) -> Option<String> {
     Some(format!("part {} (bytes {}-{}){more}", first.index, first.start, first.end.saturating_sub(1)))
 }
 
-fn count(number: usize, what: &str) -> String {
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
-}
-
 fn summary(sums: &Sums, took: Duration) -> String {
     let seconds = took.as_secs_f64().max(0.001);
     let rate = human::rate(sums.bytes as f64 / seconds);
     let repaired = if sums.repaired > 0 { format!(", {} repaired", sums.repaired) } else { String::new() };
     format!(
         "verified {}, {} in {} ({rate}): {} wrong{repaired}",
-        count(sums.artifacts, "artifact"),
+        human::counted(sums.artifacts, "artifact"),
         human::bytes(sums.bytes),
         human::duration(took),
         sums.bad_files

@@ -20,9 +20,6 @@ use crate::transfer::blocking;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// More files than this are asked for as the whole artifact.
-const NAMED_FILES_MAX: usize = 500;
-
 /// What to verify, and what to do about it.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct VerifyOptions {
@@ -272,7 +269,7 @@ impl Verification {
         let bad: BTreeSet<FilePath> = verified.findings.iter().filter_map(|finding| finding.path.clone()).collect();
         let wanted = |path: &FilePath| whole || bad.contains(path);
         // From disk what disk has right, and from the origin first what it has not.
-        self.cache.verify_disk(key, &selection(&verified.findings)?, &self.reading, progress).await?;
+        self.cache.verify_disk(key, &selection(&verified.findings), &self.reading, progress).await?;
         let mut from = Tier::Disk;
         let mut failure = None;
         if !self.disk_has(key, &bad, whole).await? {
@@ -314,7 +311,7 @@ impl Verification {
     /// Brings what `findings` are about to disk, from wherever it is right. The farthest tier that gave bytes.
     async fn fetch(&self, key: &ArtifactKey, reference: Option<&Reference>, findings: &[Finding]) -> Result<Tier> {
         let origin = self.cache.origin_of(key, reference).await;
-        let selection = selection(findings)?;
+        let selection = selection(findings);
         let reach = self.cache.asking(&GetOptions::default()).reach;
         let wanted = Wanted { key: key.clone(), selection, digest: None, origin, reach, tagged: None, remote: None };
         // A progress of its own: the tiers that bytes came from are told by what it received.
@@ -361,16 +358,10 @@ fn nowhere() -> Error {
         .hint("put the artifact again: modelcache put NAME@VERSION PATH")
 }
 
-/// The files that findings are about, as a choice; everything where they are too many, or about the whole.
-fn selection(findings: &[Finding]) -> Result<Selection> {
-    let paths: Option<Vec<&FilePath>> = findings.iter().map(|finding| finding.path.as_ref()).collect();
-    match paths {
-        Some(paths) if paths.len() <= NAMED_FILES_MAX => {
-            let literal = |path: &&FilePath| path.as_str().replace('[', "[[]").replace('*', "[*]").replace('?', "[?]");
-            Selection::globs(&paths.iter().map(literal).collect::<Vec<_>>(), &[])
-        }
-        _ => Ok(Selection::all()),
-    }
+/// The files that findings are about; everything where one is about the whole.
+fn selection(findings: &[Finding]) -> Selection {
+    let paths: Option<Vec<FilePath>> = findings.iter().map(|finding| finding.path.clone()).collect();
+    paths.map_or_else(Selection::all, Selection::files)
 }
 
 /// Puts down what came of a repair.
@@ -398,10 +389,10 @@ mod tests {
     #[test]
     fn files_with_odd_names_are_chosen_and_no_others() {
         let finding = |path| Finding::new(Some(FilePath::new(path).expect("path")), Problem::Missing);
-        let chosen = selection(&[finding("a[b]*.bin"), finding("c?d")]).expect("selects");
+        let chosen = selection(&[finding("a[b]*.bin"), finding("c?d")]);
         for (path, is_chosen) in [("a[b]*.bin", true), ("c?d", true), ("ab.bin", false), ("cxd", false)] {
             assert_eq!(chosen.matches(&FilePath::new(path).expect("path")), is_chosen, "{path}");
         }
-        assert!(selection(&[Finding::new(None, Problem::DamagedManifest)]).expect("selects").is_all());
+        assert!(selection(&[Finding::new(None, Problem::DamagedManifest)]).is_all());
     }
 }

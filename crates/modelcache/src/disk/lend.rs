@@ -8,13 +8,13 @@ use super::Disk;
 use super::clone::Link;
 use super::fault::{At, errno};
 use super::files::{self, identity};
+use super::hashing;
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
 use super::modes;
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::key::{ArtifactKey, FilePath};
-use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity, Held, Manifest, Shape};
 use crate::selection::Selection;
 use std::fs::{self, File};
@@ -136,7 +136,7 @@ impl Disk {
 
     /// Hashes a view that is not the file its manifest recorded.
     fn judge(&self, view: &std::path::Path, entry: &FileEntry) -> Result<Mismatch> {
-        let mut file = match modes::open_existing(view, false) {
+        let file = match modes::open_existing(view, false) {
             Ok(file) => file,
             Err(error) if errno(&error) == Some(rustix::io::Errno::MFILE) => {
                 return Err(error).at("open", view);
@@ -147,13 +147,12 @@ impl Disk {
         if !before.is_file() {
             return Ok(Mismatch::Missing);
         }
-        let (digest, _) = files::hash(&mut file, view, part_size(before.len()))?;
+        let is_right = match entry.sha256 {
+            Some(digest) => hashing::has_digest(&file, digest, entry.ladder.as_ref()).at("read", view)?,
+            None => false,
+        };
         let after = identity(&file.metadata().at("look at", view)?);
-        if entry.sha256 == Some(digest) && after == identity(&before) {
-            Ok(Mismatch::Right(after))
-        } else {
-            Ok(Mismatch::Wrong(file))
-        }
+        if is_right && after == identity(&before) { Ok(Mismatch::Right(after)) } else { Ok(Mismatch::Wrong(file)) }
     }
 
     /// Records what was found of a view. Tells which files of which artifacts are held no more because of it.

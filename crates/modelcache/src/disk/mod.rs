@@ -17,6 +17,7 @@ mod fault;
 mod files;
 mod fit;
 mod given;
+mod hashing;
 mod holders;
 mod intent;
 mod layout;

@@ -1,16 +1,16 @@
 //! Verifying: every held file is read in full and compared with its digest, whatever its metadata say.
 //!
 //! What lending cannot see is found here: bytes that changed while size and mtime did not. A file with a ladder is read
-//! part by part on all cores, so that a bad part has a name. A file that several artifacts share is read once. What is
+//! part by part on all cores, two parts at once on each, so that a bad part has a name. A file that several artifacts share is read once. What is
 //! wrong is quarantined and uncommitted as lending would do it; nothing else is changed: no last use is touched, and
 //! nothing is evicted.
 //!
 //! A lease is held while a file is opened and while a finding is recorded, not while the file is read: an open file stays
-//! what it is, and no eviction has to wait for us. The kernel's copy of what is to be read is dropped first, so that the
-//! medium answers and not memory.
+//! what it is, and no eviction has to wait for us. The medium is asked and not the kernel's memory, which stays as it is.
 
 use super::fault::At;
 use super::files::{self, identity};
+use super::hashing::{self, Stretch};
 use super::layout::ArtifactDir;
 use super::lend::Mismatch;
 use super::lock::FileLock;
@@ -19,23 +19,21 @@ use crate::digest::Digest;
 use crate::error::{Error, Result, Tier};
 use crate::finding::{BadPart, Finding, Problem, Verified};
 use crate::key::{ArtifactKey, FilePath, Version, unescape};
-use crate::ladder::{LadderHasher, PartHasher, part_size};
+use crate::ladder::{Ladder, PartHasher};
 use crate::manifest::{FileEntry, FileIdentity, Manifest};
 use crate::progress::Progress;
 use crate::selection::Selection;
 use crate::transfer::Pace;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
-use std::num::NonZeroU64;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Bytes read at a time.
-const READ_BYTES: usize = 1 << 20;
 /// How long an eviction that is at work on an artifact is waited for.
 const LEASE_WAIT_MAX: Duration = Duration::from_secs(30);
 
@@ -44,7 +42,7 @@ const LEASE_WAIT_MAX: Duration = Duration::from_secs(30);
 pub(crate) struct Reading {
     pace: Pace,
     threads: usize,
-    /// Whether the kernel's copies are dropped first.
+    /// Whether the medium is asked, and not the kernel's memory.
     from_medium: bool,
     stopped: AtomicBool,
     /// Files that were found right: device, identity, digest.
@@ -59,9 +57,12 @@ impl Reading {
     /// At most `bytes_per_s`, on one thread then; else on all cores.
     pub(crate) fn new(bytes_per_s: Option<u64>, from_medium: bool) -> Self {
         let pace = Pace::new(bytes_per_s);
-        let cores = thread::available_parallelism().map_or(1, usize::from);
         Self {
-            threads: if pace.is_limited() { 1 } else { cores },
+            threads: match from_medium {
+                _ if pace.is_limited() => 1,
+                true => hashing::threads_from_medium(),
+                false => hashing::threads(),
+            },
             pace,
             from_medium,
             stopped: AtomicBool::new(false),
@@ -83,6 +84,21 @@ impl Reading {
 
     fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Relaxed)
+    }
+
+    /// Bytes were read: waits as the pace demands. Whether anybody still waits for the outcome.
+    fn took(&self, bytes: u64, progress: &Progress) -> bool {
+        self.pace.sleep(bytes, || self.is_stopped());
+        progress.done(bytes);
+        !self.is_stopped()
+    }
+
+    /// The digest of a file of `size` bytes, read in order. Whatever, when nobody waits any more.
+    fn in_order(&self, file: &File, size: u64, progress: &Progress) -> io::Result<Digest> {
+        if self.from_medium {
+            hashing::from_medium(file);
+        }
+        hashing::in_order(file, size, |bytes| self.took(bytes, progress))
     }
 
     fn was_right(&self, device: u64, identity: FileIdentity, digest: Digest) -> bool {
@@ -256,9 +272,9 @@ impl Disk {
         }
         verified.files += 1;
         verified.bytes += metadata.len();
-        let found = match read_in_order(&file, metadata.len(), reading, progress) {
-            Ok((found, _)) if found == expected || reading.is_stopped() => return Ok(()),
-            Ok((found, _)) => Some(found),
+        let found = match reading.in_order(&file, metadata.len(), progress) {
+            Ok(found) if found == expected || reading.is_stopped() => return Ok(()),
+            Ok(found) => Some(found),
             Err(_) => None,
         };
         if !self.is_read_only() {
@@ -281,7 +297,7 @@ impl Disk {
     pub(crate) fn hash_paced(&self, path: &Path, reading: &Reading) -> Result<Option<Digest>> {
         let Some(file) = files::absent(modes::open_existing(path, false)).at("open", path)? else { return Ok(None) };
         let size = file.metadata().at("look at", path)?.len();
-        let (digest, _) = read_in_order(&file, size, reading, &Progress::new()).at("read", path)?;
+        let digest = reading.in_order(&file, size, &Progress::new()).at("read", path)?;
         Ok((!reading.is_stopped()).then_some(digest))
     }
 
@@ -328,47 +344,6 @@ fn damaged_manifest(dir: &ArtifactDir) -> Finding {
     }
 }
 
-/// Reads a file from its start: digest and ladder. Stops early, with whatever it has, when nobody waits any more.
-fn read_in_order(
-    file: &File,
-    size: u64,
-    reading: &Reading,
-    progress: &Progress,
-) -> std::io::Result<(Digest, crate::ladder::Ladder)> {
-    let mut hasher = LadderHasher::new(part_size(size));
-    read_range(file, 0, u64::MAX, reading, progress, &mut |bytes| hasher.update(bytes))?;
-    Ok(hasher.finish())
-}
-
-/// Reads from `start` to `end`, or to the end of the file.
-fn read_range(
-    file: &File,
-    start: u64,
-    end: u64,
-    reading: &Reading,
-    progress: &Progress,
-    take: &mut dyn FnMut(&[u8]),
-) -> std::io::Result<()> {
-    if reading.from_medium {
-        let length = NonZeroU64::new(end - start).filter(|_| end < u64::MAX);
-        let _ = rustix::fs::fadvise(file, start, length, rustix::fs::Advice::DontNeed);
-    }
-    let mut buffer = vec![0; READ_BYTES];
-    let mut position = start;
-    while position < end && !reading.is_stopped() {
-        let want = usize::try_from(end - position).unwrap_or(usize::MAX).min(READ_BYTES);
-        let read = file.read_at(&mut buffer[..want], position)?;
-        if read == 0 {
-            break;
-        }
-        reading.pace.sleep(read as u64, || reading.is_stopped());
-        take(&buffer[..read]);
-        progress.done(read as u64);
-        position += read as u64;
-    }
-    Ok(())
-}
-
 /// One artifact's files on their way through the threads.
 struct Work<'a> {
     disk: &'a Disk,
@@ -405,22 +380,39 @@ struct Seen {
     bad: BTreeSet<u64>,
     /// The whole file's digest, where it was read in order.
     found: Option<Digest>,
-    trouble: Option<std::io::Error>,
+    trouble: Option<io::Error>,
+}
+
+impl OpenFile {
+    /// The ladder, where parts are checked alone.
+    fn ladder(&self) -> Option<&Ladder> {
+        self.entry.ladder.as_ref().filter(|_| self.parts > 1)
+    }
+}
+
+/// A part of a file, or the whole of it.
+struct Piece {
+    open: Arc<OpenFile>,
+    part: u64,
+}
+
+impl AsRef<File> for Piece {
+    fn as_ref(&self) -> &File {
+        &self.open.file
+    }
 }
 
 impl Work<'_> {
-    /// Takes parts until there are none.
+    /// Takes pieces until there are none.
     fn run(&self) -> Result<()> {
-        while let Some((open, part)) = self.next()? {
-            self.check(&open, part);
-            if open.left.fetch_sub(1, Ordering::AcqRel) == 1 && !self.reading.is_stopped() {
-                self.judge(&open)?;
-            }
-        }
-        Ok(())
+        hashing::in_pairs(
+            || Ok(self.next()?.map(stretch)),
+            |bytes| self.reading.took(bytes, self.progress),
+            |piece, hashed| self.is_read(&piece, hashed),
+        )
     }
 
-    fn next(&self) -> Result<Option<(Arc<OpenFile>, u64)>> {
+    fn next(&self) -> Result<Option<Piece>> {
         let mut queue = lock(&self.queue);
         loop {
             if self.reading.is_stopped() {
@@ -429,12 +421,37 @@ impl Work<'_> {
             match &mut queue.open {
                 Some((open, next)) if *next < open.parts => {
                     *next += 1;
-                    return Ok(Some((open.clone(), *next - 1)));
+                    return Ok(Some(Piece { open: open.clone(), part: *next - 1 }));
                 }
                 _ => {}
             }
             let Some((path, entry)) = queue.files.next() else { return Ok(None) };
             queue.open = self.open(path, entry)?.map(|open| (Arc::new(open), 0));
+        }
+    }
+
+    /// One piece was read; the last of a file lets it be judged.
+    fn is_read(&self, piece: &Piece, hashed: io::Result<PartHasher>) -> Result<()> {
+        let Piece { open, part } = piece;
+        let mut seen = lock(&open.seen);
+        let holds = match (hashed, open.ladder()) {
+            (Ok(hasher), Some(ladder)) => ladder.holds(*part, open.entry.sha256, hasher),
+            (Ok(hasher), None) => {
+                seen.found = Some(hasher.finish());
+                seen.found == open.entry.sha256
+            }
+            (Err(error), _) => {
+                seen.trouble.get_or_insert(error);
+                false
+            }
+        };
+        if !holds {
+            seen.bad.insert(*part);
+        }
+        drop(seen);
+        match open.left.fetch_sub(1, Ordering::AcqRel) {
+            1 if !self.reading.is_stopped() => self.judge(open),
+            _ => Ok(()),
         }
     }
 
@@ -468,6 +485,9 @@ impl Work<'_> {
         let ladder = entry.ladder.as_ref().filter(|ladder| metadata.len() == entry.size && ladder.fits(entry.size));
         let parts = ladder.map_or(1, |ladder| entry.size.div_ceil(ladder.part_size())).max(1);
         let left = AtomicU64::new(parts);
+        if self.reading.from_medium {
+            hashing::from_medium(&file);
+        }
         Ok(Some(OpenFile { path, entry, file, device, identity, parts, left, seen: Mutex::default() }))
     }
 
@@ -476,41 +496,6 @@ impl Work<'_> {
         let manifest = self.disk.shared_manifest(self.dir)?;
         let now = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
         Ok(now.is_some_and(|now| now.held.is_some() && now.sha256 == entry.sha256))
-    }
-
-    /// Reads one part, or the whole of a file that is read in order.
-    fn check(&self, open: &OpenFile, part: u64) {
-        let outcome = match &open.entry.ladder {
-            Some(ladder) if open.parts > 1 => self.check_part(open, ladder, part).map(|holds| (holds, None)),
-            _ => read_in_order(&open.file, open.entry.size, self.reading, self.progress)
-                .map(|(found, _)| (open.entry.sha256 == Some(found), Some(found))),
-        };
-        let mut seen = lock(&open.seen);
-        match outcome {
-            Ok((holds, found)) => {
-                if !holds {
-                    seen.bad.insert(part);
-                }
-                seen.found = found;
-            }
-            Err(error) => {
-                seen.bad.insert(part);
-                seen.trouble.get_or_insert(error);
-            }
-        }
-    }
-
-    fn check_part(&self, open: &OpenFile, ladder: &crate::ladder::Ladder, part: u64) -> std::io::Result<bool> {
-        let Some(before) = ladder.before(part) else { return Ok(false) };
-        let start = part * ladder.part_size();
-        let end = (start + ladder.part_size()).min(open.entry.size);
-        let mut hasher = PartHasher::resume(before, start);
-        read_range(&open.file, start, end, self.reading, self.progress, &mut |bytes| hasher.update(bytes))?;
-        Ok(hasher.position() == end
-            && match ladder.after(part) {
-                Some(after) => hasher.state() == Some(after),
-                None => open.entry.sha256 == Some(hasher.finish()),
-            })
     }
 
     /// Every part of a file was read: what that means.
@@ -522,8 +507,8 @@ impl Work<'_> {
         let mut seen = std::mem::take(&mut *lock(&open.seen));
         if !seen.bad.is_empty() && seen.found.is_none() && seen.trouble.is_none() {
             // The ladder's word alone condemns nothing: it may be the ladder that is wrong.
-            match read_in_order(&open.file, entry.size, self.reading, &Progress::new()) {
-                Ok((found, _)) => seen.found = Some(found),
+            match self.reading.in_order(&open.file, open.identity.bytes, &Progress::new()) {
+                Ok(found) => seen.found = Some(found),
                 Err(error) => seen.trouble = Some(error),
             }
         }
@@ -542,7 +527,7 @@ impl Work<'_> {
             detail: seen.trouble.as_ref().map(ToString::to_string),
             ..Finding::new(Some(path.clone()), problem(open, &seen))
         };
-        if let Some(ladder) = entry.ladder.as_ref().filter(|_| open.parts > 1) {
+        if let Some(ladder) = open.ladder() {
             let bad = seen.bad.iter().map(|part| BadPart::new(*part, ladder.part_size(), entry.size));
             finding.bad_parts = bad.collect();
         }
@@ -589,6 +574,15 @@ impl Work<'_> {
         }
         lock(&self.done).findings.push(finding);
         Ok(())
+    }
+}
+
+/// What is to be read of a piece.
+fn stretch(piece: Piece) -> Stretch<Piece> {
+    let (part, bytes) = (piece.part, piece.open.identity.bytes);
+    match piece.open.ladder().and_then(|ladder| Some((ladder.range(part, bytes), ladder.hasher(part)?))) {
+        Some((range, hasher)) => Stretch::new(piece, range, hasher),
+        None => Stretch::whole(piece, bytes),
     }
 }
 

@@ -1,6 +1,8 @@
 //! Examining origins: whether the Hub answers, whose token it is, what bare names come from.
 
+use super::authorization;
 use super::http::{self, Http, Server};
+use super::hub::HUB_TOKEN;
 use crate::config::{Config, Environment};
 use crate::doctor::{Area, Check, Clock, in_time};
 use crate::error::{Error, ErrorKind, Result};
@@ -55,12 +57,7 @@ async fn hub(config: &Config, clock: &Clock) -> Result<Check> {
     let url = Url::parse(&text).ok().filter(|url| url.has_host()).ok_or_else(no_address)?;
     let mut headers = HeaderMap::new();
     if let Some(token) = &config.hub.token {
-        let value = format!("Bearer {}", token.expose()).parse::<reqwest::header::HeaderValue>();
-        let mut value = value.map_err(|_| {
-            Error::new(ErrorKind::Unauthorized, "the Hub's token has characters that no token has")
-                .hint("check HF_TOKEN, or the token file")
-        })?;
-        value.set_sensitive(true);
+        let value = authorization::bearer(token.expose(), HUB_TOKEN)?;
         headers.insert(AUTHORIZATION, value);
     }
     let response = Http::new(config.retry.read_timeout).get(&url, headers).await?;

@@ -133,13 +133,6 @@ pub(super) fn range_header(range: &std::ops::Range<u64>) -> Result<HeaderValue> 
     value.map_err(|cause| Error::invalid("no range can be asked for").cause(cause))
 }
 
-/// `Bearer <token>`, which never prints.
-pub(super) fn bearer(token: &str) -> Option<HeaderValue> {
-    let mut value = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
-    value.set_sensitive(true);
-    Some(value)
-}
-
 fn build(read_timeout: Duration) -> reqwest::Result<Client> {
     let builder = || {
         ClientBuilder::new()

@@ -7,6 +7,7 @@
 //! Surprise: without the right to see it, a private repository is said not to exist. The message says so.
 
 use super::Resolved;
+use super::authorization::bearer;
 use super::http::{self, Answer, Ask, Http, Refusal, Server};
 use crate::config::HubConfig;
 use crate::digest::{GitOid, Provenance};
@@ -18,7 +19,6 @@ use crate::reference::HubRepo;
 use crate::source::{Body, Source};
 use crate::transfer::Retry;
 use async_trait::async_trait;
-use futures::StreamExt as _;
 use reqwest::StatusCode;
 use reqwest::header::{ETAG, HeaderMap, HeaderValue, IF_MATCH, RANGE};
 use serde::Deserialize;
@@ -36,6 +36,9 @@ pub(super) struct Hub {
     http: Http,
     retry: Retry,
 }
+
+/// What to call the Hub's token where something is wrong with it.
+pub(super) const HUB_TOKEN: &str = "the Hub token (HF_TOKEN)";
 
 /// The commit that the repository's revision means now, and a source bound to it.
 pub(super) async fn resolve(hub: &Arc<Hub>, repo: &HubRepo) -> Result<Resolved> {
@@ -109,7 +112,7 @@ impl Hub {
     /// GETs `url` by way of any redirects; the token is sent to the endpoint and nowhere else.
     async fn follow(&self, url: Url, headers: HeaderMap, stay: bool) -> Result<Answer> {
         let endpoint = self.endpoint()?;
-        let authorization = self.config.token.as_ref().map(|token| bearer(token.expose())).transpose()?;
+        let authorization = self.config.token.as_ref().map(|token| bearer(token.expose(), HUB_TOKEN)).transpose()?;
         let ask = Ask { headers, home: &endpoint, authorization: authorization.as_ref(), stay };
         self.http.follow(url, ask).await
     }
@@ -175,12 +178,6 @@ fn refused_elsewhere(refusal: &Refusal, url: &Url) -> Error {
         404 | 410 | 412 => Error::unavailable(what()).transient(false),
         _ => refusal.error(url),
     }
-}
-
-fn bearer(token: &str) -> Result<HeaderValue> {
-    http::bearer(token).ok_or_else(|| {
-        Error::invalid("the Hub token contains characters that no token has").hint("check HF_TOKEN for stray line ends")
-    })
 }
 
 /// Reads JSON of the endpoint; `what` says what an unreadable answer amounts to.
@@ -278,11 +275,8 @@ impl HubSource {
     /// One attempt at the bytes: where the file was found last, else by way of the endpoint.
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let size = self.known_size(path)?;
-        if range.end < range.start || size.is_some_and(|size| range.end > size) {
-            return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
-        }
-        if range.is_empty() {
-            return Ok(Body { start: range.start, stream: futures::stream::empty().boxed() });
+        if let Some(body) = Body::unasked(path, &range, size)? {
+            return Ok(body);
         }
         if let Some(place) = self.place(path) {
             let answer = self.ask(place.url.clone(), &range, place.etag.clone()).await?;
@@ -493,6 +487,6 @@ mod tests {
         let repo = HubRepo { kind: RepoKind::Model, id: "a/b".into(), revision: "ab".repeat(20) };
         let source = source(&hub, &repo, &repo.key_at(&repo.revision).expect("key"));
         assert!(!format!("{hub:?}{source:?}").contains("canary"));
-        assert!(bearer("a\nb").is_err());
+        assert!(bearer("a\nb", HUB_TOKEN).is_err());
     }
 }

@@ -14,6 +14,7 @@
 //! addresses allow one method only.
 
 use super::Resolved;
+use super::authorization;
 use super::http::{self, Answer, Ask, Http, Refusal, Server};
 use crate::credentials::{Choice, Credential, Credentials};
 use crate::digest::{Digest, Provenance};
@@ -135,19 +136,13 @@ impl Web {
             }
             Choice::KeptBack | Choice::None => return Ok(None),
         };
-        let value = match credential {
-            Credential::Bearer(token) => http::bearer(token.expose()),
+        let what = format_args!("the credential for {}", Server(home));
+        match credential {
+            Credential::Bearer(token) => authorization::bearer(token.expose(), what).map(Some),
             Credential::Basic { username, password } => {
-                let both = BASE64_STANDARD.encode(format!("{username}:{}", password.expose()));
-                HeaderValue::from_str(&format!("Basic {both}")).ok()
+                authorization::basic(username, password.expose(), what).map(Some)
             }
-        };
-        let mut value = value.ok_or_else(|| {
-            Error::invalid(format!("the credential for {} has characters that none has", Server(home)))
-                .hint("check it for stray line ends")
-        })?;
-        value.set_sensitive(true);
-        Ok(Some(value))
+        }
     }
 
     /// What the server says of the file at `url` now. `derive` where that must do for a version; `demanded` where the
@@ -500,11 +495,8 @@ impl WebSource {
             return Err(Error::not_found(format!("there is no file {path} at {}", self.file.url)));
         }
         let found = self.found().await?;
-        if range.end < range.start || range.end > found.size {
-            return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
-        }
-        if range.is_empty() {
-            return Ok(Body { start: range.start, stream: futures::stream::empty().boxed() });
+        if let Some(body) = Body::unasked(path, &range, Some(found.size))? {
+            return Ok(body);
         }
         let place = self.place.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(place) = place {

@@ -46,18 +46,31 @@ pub(crate) struct Foreign {
 /// Digests by file, each with what states it.
 type Statements = BTreeMap<FilePath, (Digest, String)>;
 
+/// What one checksum file states.
+#[derive(Debug, Default)]
+struct Stated {
+    /// Digests of files that are there.
+    found: Vec<(FilePath, Digest)>,
+    /// Files that it names and that are not there.
+    absent: Vec<String>,
+}
+
 impl Foreign {
     /// Reads what lies beside the files of `listing`, and warns of what is odd, once each.
     pub(super) async fn describe(store: &Store, key: &ArtifactKey, listing: Arc<Listing>) -> Result<Self> {
         let (files, sidecars) = split(&listing);
         let mut statements = Statements::new();
-        let mut useless = Vec::new();
-        for (sidecar, found) in read_all(store, &listing, &sidecars, &files).await? {
-            if found.is_empty() {
+        let (mut useless, mut absent) = (Vec::new(), BTreeSet::new());
+        for (sidecar, stated) in read_all(store, &listing, &sidecars, &files).await? {
+            // Of one object alone the others were not listed.
+            if !listing.single && sidecar.ends_with(SUMS) {
+                absent.extend(stated.absent);
+            }
+            if stated.found.is_empty() {
                 useless.push(sidecar);
                 continue;
             }
-            for (path, digest) in found {
+            for (path, digest) in stated.found {
                 let later = statements.insert(path.clone(), (digest, sidecar.clone()));
                 if let Some((earlier, by)) = later.filter(|(earlier, _)| *earlier != digest) {
                     tracing::warn!(artifact = %key, %path, "{by} and {sidecar} state two digests ({earlier} and {digest}); {sidecar} counts");
@@ -79,17 +92,21 @@ impl Foreign {
         }
         manifest.check()?;
         let foreign = Self { listing, manifest, stated_by };
-        foreign.warn(&useless);
+        foreign.warn(&useless, &absent);
         Ok(foreign)
     }
 
-    fn warn(&self, useless: &[String]) {
+    fn warn(&self, useless: &[String], absent: &BTreeSet<String>) {
         let (artifact, left_out) = (&self.manifest.key, &self.listing.left_out);
         if !left_out.is_empty() {
             tracing::warn!(%artifact, "{} objects cannot be files and are left out: {}", left_out.len(), some(left_out));
         }
         if !useless.is_empty() {
             tracing::warn!(%artifact, "no digest of any file here is stated by {}; taken as absent", some(useless));
+        }
+        if !absent.is_empty() {
+            let absent: Vec<_> = absent.iter().collect();
+            tracing::warn!(%artifact, "{} files that {SUMS} names are not there ({}): is it still being uploaded?", absent.len(), some(&absent));
         }
         let unknown = unstated(&self.manifest);
         if !unknown.is_empty() {
@@ -278,7 +295,7 @@ async fn read_all(
     listing: &Listing,
     sidecars: &[FilePath],
     files: &BTreeSet<FilePath>,
-) -> Result<Vec<(String, Vec<(FilePath, Digest)>)>> {
+) -> Result<Vec<(String, Stated)>> {
     let mut wanted: Vec<(String, bool)> = match (listing.single, listing.objects.keys().next()) {
         (true, Some(file)) => vec![(SUMS.to_owned(), false), (format!("{file}{SIDECAR}"), false)],
         _ => sidecars.iter().map(|path| (path.to_string(), true)).collect(),
@@ -303,17 +320,19 @@ async fn read_all(
 
 /// What a checksum file states of `files`: those it names, from its own folder on; of the file that it is named after
 /// also where it names it in another way, or not at all.
-fn stated(sidecar: &str, text: &str, files: &BTreeSet<FilePath>) -> Vec<(FilePath, Digest)> {
+fn stated(sidecar: &str, text: &str, files: &BTreeSet<FilePath>) -> Stated {
     let folder = sidecar.rsplit_once('/').map_or_else(String::new, |(folder, _)| format!("{folder}/"));
     let own = sidecar.strip_suffix(SIDECAR).and_then(|own| files.get(&FilePath::new(own).ok()?));
     if let Some(own) = own {
-        return sidecar::digest_of(text, own.file_name()).map(|digest| (own.clone(), digest)).into_iter().collect();
+        let found = sidecar::digest_of(text, own.file_name()).map(|digest| (own.clone(), digest));
+        return Stated { found: found.into_iter().collect(), absent: Vec::new() };
     }
-    let named = sidecar::lines(text).filter_map(|line| {
-        let path = FilePath::new(&format!("{folder}{}", line.name?)).ok()?;
-        files.contains(&path).then_some((path, line.digest))
-    });
-    named.collect()
+    let named = sidecar::lines(text)
+        .filter_map(|line| Some((FilePath::new(&format!("{folder}{}", line.name?)).ok()?, line.digest)));
+    let (found, absent): (Vec<_>, Vec<_>) = named.partition(|(path, _)| files.contains(path));
+    // A checksum file may have been made where it already lay, or others did.
+    let absent = absent.into_iter().map(|(path, _)| path.to_string());
+    Stated { found, absent: absent.filter(|path| !path.ends_with(SIDECAR) && !path.ends_with(SUMS)).collect() }
 }
 
 /// Asks the store about the files of which no checksum file states a digest. The answer names what is of no use.
@@ -360,7 +379,7 @@ mod tests {
     }
 
     fn said(sidecar: &str, text: &str, paths: &[&str]) -> Vec<String> {
-        stated(sidecar, text, &files(paths)).into_iter().map(|(path, _)| path.to_string()).collect()
+        stated(sidecar, text, &files(paths)).found.into_iter().map(|(path, _)| path.to_string()).collect()
     }
 
     #[test]

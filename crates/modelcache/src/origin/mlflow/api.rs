@@ -89,7 +89,9 @@ impl Mlflow {
         let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
         let of_address = url.password().map(|password| (decoded(url.username()), Secret::new(decoded(password))));
         let authorization = match (of_address.as_ref().or(self.config.login.as_ref()), &self.config.token) {
-            (Some((user, password)), _) => Some(authorization::basic(user, password.expose())?),
+            (Some((user, password)), _) => {
+                Some(authorization::basic(user, password.expose(), "the password for MLflow")?)
+            }
             (None, Some(token)) => Some(authorization::bearer(token.expose(), "MLFLOW_TRACKING_TOKEN")?),
             (None, None) => None,
         };

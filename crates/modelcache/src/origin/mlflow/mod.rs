@@ -206,11 +206,8 @@ impl MlflowSource {
         let Some(entry) = found.manifest.files.get(path) else {
             return Err(Error::not_found(format!("there is no file {path} in the model")));
         };
-        if range.end < range.start || range.end > entry.size {
-            return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
-        }
-        if range.is_empty() {
-            return Ok(Body { start: range.start, stream: futures::stream::empty().boxed() });
+        if let Some(body) = Body::unasked(path, &range, Some(entry.size))? {
+            return Ok(body);
         }
         let (place, root) = match &found.bytes {
             Whence::Elsewhere(source) => return source.read(path, range).await,

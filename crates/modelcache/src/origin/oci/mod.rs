@@ -20,7 +20,6 @@ use crate::reference::oci::parse_digest;
 use crate::reference::{OciAt, OciRepo};
 use crate::source::{Body, Source};
 use async_trait::async_trait;
-use futures::StreamExt as _;
 use layers::{Document, Layers, only_choice};
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, RANGE};
@@ -134,11 +133,8 @@ impl OciSource {
         let (Some(entry), Some(blob)) = (layers.manifest.files.get(path), layers.blobs.get(path)) else {
             return Err(Error::not_found(format!("there is no file {path} in {}", self.repo)));
         };
-        if range.end < range.start || range.end > entry.size {
-            return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
-        }
-        if range.is_empty() {
-            return Ok(Body { start: range.start, stream: futures::stream::empty().boxed() });
+        if let Some(body) = Body::unasked(path, &range, Some(entry.size))? {
+            return Ok(body);
         }
         let headers = HeaderMap::from_iter([(RANGE, http::range_header(&range)?)]);
         if let Some(place) = self.place(blob) {

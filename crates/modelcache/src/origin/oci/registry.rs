@@ -126,7 +126,9 @@ impl Registries {
     /// What answers a challenge; `None` where there is nothing to show.
     async fn authorization(&self, repo: &OciRepo, home: &Url, challenge: &Challenge) -> Result<Option<HeaderValue>> {
         let login = match self.config.logins.get(&repo.registry) {
-            Some(OciLogin::Password(user, password)) => Some(authorization::basic(user, password.expose())?),
+            Some(OciLogin::Password(user, password)) => {
+                Some(authorization::basic(user, password.expose(), "the password for the registry")?)
+            }
             _ => None,
         };
         match challenge {
