@@ -148,6 +148,20 @@ def test_a_part_of_a_hub_repository_comes_and_is_widened_later(hub: Path, tmp_pa
         cache.get("hf://org/other", local_files_only=True)
 
 
+def test_what_came_from_the_hub_reaches_s3_in_the_background(
+    s3: str, hub: Path, tmp_path: Path, open_cache: Any
+) -> None:
+    first = open_cache()
+    path = first.get("hf://org/model")
+    commit = first.resolve("hf://org/model").version
+    first.close()
+    assert first.closed
+    other = open_cache(cache_dir=tmp_path / "other", offline=True)
+    same = other.get("hf://org/model", revision=commit)
+    assert (same / "weights.bin").read_bytes() == (path / "weights.bin").read_bytes()
+    assert other.metrics.to_dict()["hits"]["remote"] == 1
+
+
 def test_a_bare_name_takes_its_version_as_a_revision_too(model: Path, open_cache: Any) -> None:
     cache = open_cache()
     cache.put("m", "1", model)
