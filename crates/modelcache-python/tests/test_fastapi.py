@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -83,7 +84,9 @@ class Served:
         self.log = log
         command = [sys.executable, "-m", "uvicorn", "--app-dir", str(folder), "--port", str(port), *arguments]
         with log.open("w") as output:
-            self.process = subprocess.Popen([*command, "app:app"], stdout=output, stderr=output)
+            self.process = subprocess.Popen(
+                [*command, "app:app"], stdout=output, stderr=output, start_new_session=True
+            )
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
         self.until(lambda: self._is_live())
 
@@ -107,7 +110,8 @@ class Served:
         self.until(lambda: self.get("/readyz").status_code == 200)
 
     def kill(self) -> None:
-        self.process.kill()
+        """Kills it, and its workers."""
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def end(self) -> str:

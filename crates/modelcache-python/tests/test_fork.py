@@ -115,12 +115,14 @@ def test_a_child_goes_on_holding_what_its_parent_held(model: Path, open_cache: A
         os.write(ready_write, b".")
         os.read(read, 1)
         os._exit(0)
-    os.read(ready_read, 1)
-    cache.close()
-    with pytest.raises(ConflictError):
-        other.evict("m", "1")
-    os.write(write, b".")
-    os.waitpid(pid, 0)
+    try:
+        os.read(ready_read, 1)
+        cache.close()
+        with pytest.raises(ConflictError):
+            other.evict("m", "1")
+    finally:
+        os.write(write, b".")
+        os.waitpid(pid, 0)
     assert other.evict("m", "1").disk_bytes
 
 
