@@ -1,4 +1,4 @@
-//! The cache as Python calls it: one method a verb, each of which gives a [`Call`].
+//! The cache as Python calls it: one method a verb, each of which gives a `Call`.
 //!
 //! What `get` lends is held until the cache closes. In a forked child the cache is opened anew on first use, and holds
 //! what its parent held.

@@ -1,9 +1,9 @@
 //! The native half of the Python package `modelcache`: the library's cache, as Python can call it.
 //!
-//! Private: the typed face is in `python/modelcache/`. Every verb of [`cache::Cache`] gives a [`call::Call`], which a
+//! Private: the typed face is in `python/modelcache/`. Every verb of `cache::Cache` gives a `call::Call`, which a
 //! thread waits for or an event loop is told of; nothing waits with the interpreter's lock held. Failures become the
-//! package's exceptions in one place ([`failure`]); a panic becomes one, too. What belongs to a process stays behind in
-//! a fork ([`process`]).
+//! package's exceptions in one place (`failure`); a panic becomes one, too. What belongs to a process stays behind in
+//! a fork (`process`).
 
 mod answers;
 mod cache;
