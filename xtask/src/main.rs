@@ -1,4 +1,4 @@
-//! `cargo xtask demo|test|bench|docs|fuzz`: what a developer does with this repository, one file per task.
+//! `cargo xtask demo|test|bench|docs|fuzz|python`: what a developer does with this repository, one file per task.
 //!
 //! A task ends with code 1 and one line that says what failed. Tasks write below `target/` and, where they say so,
 //! below `docs/`; they need no credentials.
@@ -8,6 +8,7 @@ mod bench;
 mod demo;
 mod docs;
 mod fuzz;
+mod python;
 mod registry;
 mod repository;
 mod table;
@@ -36,6 +37,7 @@ enum Task {
     BenchRead(bench::ReaderArguments),
     Docs(docs::Docs),
     Fuzz(fuzz::Fuzz),
+    Python(python::Python),
 }
 
 fn main() -> ExitCode {
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         Task::BenchRead(task) => task.run(),
         Task::Docs(task) => task.run(),
         Task::Fuzz(task) => task.run(),
+        Task::Python(task) => task.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,27 +1,19 @@
-//! The one place that reads the process's environment and the files that settings come from.
+//! The one place that reads the process's environment.
 //!
 //! The library gets values and decides what they mean.
 
 use crate::arguments::Global;
+use modelcache::Result;
 use modelcache::config::Environment;
-use modelcache::settings::{ConfigFiles, Settings, netrc_path};
-use modelcache::{Error, ErrorKind, Result};
-use std::ffi::OsString;
-use std::io;
+use modelcache::settings::{self, ConfigFiles, Settings, read_files, read_if_there};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Settings from flags, environment and files.
 pub(crate) fn gather(global: &Global) -> Result<Settings> {
-    let environment = environment(std::env::vars_os())?;
+    let environment = settings::environment(std::env::vars_os())?;
     let files = read_files(ConfigFiles::choose(global.config.as_deref(), &environment))?;
-    let mut settings = Settings::gather(&global.settings.0, &environment, &files, read_if_there)?;
-    if netrc_path(&environment).is_some_and(|path| others_may_read(&path)) {
-        settings.config.credentials.netrc_is_open();
-    }
-    settings.config.dir = std::path::absolute(&settings.config.dir)
-        .map_err(|cause| Error::new(ErrorKind::Directory, "the present folder is not known").cause(cause))?;
-    Ok(settings)
+    Settings::gather(&global.settings.0, &environment, &files, read_if_there)?.placed(&environment)
 }
 
 /// What the doctor wants to know of where settings come from.
@@ -75,69 +67,5 @@ pub(crate) fn caller() -> String {
     match read_if_there(Path::new("/proc/sys/kernel/hostname")) {
         Ok(Some(host)) => format!("{user}@{}", host.trim()),
         _ => user,
-    }
-}
-
-/// The variables as text. One of ours that is not UTF-8 is refused; others are none of our business.
-fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> Result<Environment> {
-    let mut environment = Environment::default();
-    for (name, value) in variables {
-        let Ok(name) = name.into_string() else { continue };
-        match value.into_string() {
-            Ok(value) => {
-                environment.0.insert(name, value);
-            }
-            Err(_) if name.starts_with("MODEL_CACHE_") => {
-                return Err(Error::invalid(format!("{name} is not UTF-8")));
-            }
-            Err(_) => {}
-        }
-    }
-    Ok(environment)
-}
-
-fn read_files(files: ConfigFiles) -> Result<Vec<(PathBuf, String)>> {
-    let refuse = |path: &Path, cause: io::Error| {
-        Error::invalid(format!("cannot read the configuration file {}", path.display())).cause(cause)
-    };
-    match files {
-        ConfigFiles::Named(path) => match std::fs::read_to_string(&path) {
-            Ok(text) => Ok(vec![(path, text)]),
-            Err(cause) => Err(refuse(&path, cause).hint("--config and MODEL_CACHE_CONFIG name a TOML file")),
-        },
-        ConfigFiles::Usual(paths) => paths
-            .into_iter()
-            .filter_map(|path| match read_if_there(&path) {
-                Ok(text) => Some(Ok((path, text?))),
-                Err(cause) => Some(Err(refuse(&path, cause))),
-            })
-            .collect(),
-    }
-}
-
-/// Whether users other than the owner may read the file.
-fn others_may_read(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|file| file.mode() & 0o044 != 0)
-}
-
-fn read_if_there(path: &Path) -> io::Result<Option<String>> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::ffi::OsStringExt;
-
-    #[test]
-    fn only_our_own_variables_must_be_utf8() {
-        let bad = || OsString::from_vec(vec![0xff]);
-        let read = environment([("LESS".into(), bad()), (bad(), "x".into()), ("A".into(), "b".into())].into_iter());
-        assert_eq!(read.expect("environment").get("A"), Some("b"));
-        assert!(environment([("MODEL_CACHE_DIR".into(), bad())].into_iter()).is_err());
     }
 }

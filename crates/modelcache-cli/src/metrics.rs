@@ -86,16 +86,7 @@ impl Run {
         let phases = noted.phases.iter().map(|(phase, spent)| (("phase", *phase), spent.as_secs_f64()));
         page.family("command_phase_seconds", "Time spent by phase", phases);
         if let Some(stats) = stats {
-            for (name, help, value) in [
-                ("directory_artifacts", "Artifacts in the local directory", stats.artifacts as u64),
-                ("directory_leased_artifacts", "Artifacts that somebody holds", stats.leases as u64),
-                ("directory_pinned_artifacts", "Artifacts that are pinned", stats.pins as u64),
-                ("directory_budget_bytes", "The budget", stats.budget_bytes),
-                ("directory_used_bytes", "What counts against it", stats.used_bytes),
-                ("directory_staging_bytes", "Fills in progress or left over", stats.staging_bytes),
-                ("directory_quarantine_bytes", "What failed a check", stats.quarantine_bytes),
-                ("directory_filesystem_free_bytes", "Free on the filesystem", stats.filesystem_free_bytes),
-            ] {
+            for (name, help, value) in stats.gauges() {
                 page.plain(name, help, value as f64);
             }
         }

@@ -47,11 +47,14 @@ fn v2() -> Files {
     files
 }
 
+/// Lines of arguments.
+type Commands = &'static [&'static [&'static str]];
+
 /// What is done before, undisturbed and durable; what is struck; what must be right afterwards.
 struct Row {
     name: &'static str,
-    before: &'static [&'static [&'static str]],
-    act: &'static [&'static [&'static str]],
+    before: Commands,
+    act: Commands,
     right: &'static [(&'static str, fn() -> Files)],
 }
 

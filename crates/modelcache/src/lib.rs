@@ -15,6 +15,7 @@ pub mod sidecar;
 
 pub mod config;
 pub mod credentials;
+pub mod metrics;
 pub mod progress;
 pub mod settings;
 pub mod source;

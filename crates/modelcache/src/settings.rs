@@ -8,6 +8,7 @@
 
 mod credentials;
 mod file;
+mod read;
 mod registries;
 mod values;
 
@@ -25,6 +26,7 @@ use std::time::Duration;
 
 pub use credentials::netrc_path;
 use file::File;
+pub use read::{environment, read_files, read_if_there};
 use values::{DURATION_ACCEPTS, SIZE_ACCEPTS, SWITCH_ACCEPTS, nearest, parse_switch};
 pub use values::{parse_duration, parse_size};
 
@@ -587,11 +589,20 @@ impl ConfigFiles {
     }
 }
 
+/// A value that a caller gave, and what it is called there: a flag, an argument of a function.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Argument {
+    /// The value, as it would stand in a variable.
+    pub text: String,
+    /// What messages call the place that it came from.
+    pub source: String,
+}
+
 /// A value on its way into a setting.
 #[derive(Debug)]
 struct Given {
     text: String,
-    /// 0 for a flag, 1 for a variable, 2 and more for files: the smaller one wins.
+    /// 0 for an argument, 1 for a variable, 2 and more for files: the smaller one wins.
     rank: usize,
     /// The flag, variable or file and key that it came from.
     source: String,
@@ -638,10 +649,24 @@ impl Settings {
         files: &[(PathBuf, String)],
         read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
     ) -> Result<Self> {
+        let of = |setting: &Setting| {
+            let (flag, text) = flags.get_key_value(setting.flag?)?;
+            Some((setting.key, Argument { text: text.clone(), source: format!("--{flag}") }))
+        };
+        Self::gather_arguments(&SETTINGS.iter().filter_map(of).collect(), environment, files, read_secret)
+    }
+
+    /// The same for doors whose arguments go by the keys of [`SETTINGS`]: they need no flag to be set by.
+    pub fn gather_arguments(
+        arguments: &BTreeMap<&str, Argument>,
+        environment: &Environment,
+        files: &[(PathBuf, String)],
+        read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
+    ) -> Result<Self> {
         let files = files.iter().map(|(path, text)| File::parse(path, text)).collect::<Result<Vec<_>>>()?;
         let mut draft = Draft::new(environment.clone());
         for setting in SETTINGS {
-            let Some(given) = setting.find(flags, environment, &files) else { continue };
+            let Some(given) = setting.find(arguments, environment, &files) else { continue };
             (setting.set)(&given, &mut draft).map_err(|error| setting.refuse(&given, &error))?;
         }
         let mut warnings = unknown_variables(environment);
@@ -669,12 +694,11 @@ impl Settings {
 
 impl Setting {
     /// The value that wins, if any place has one.
-    fn find(&self, flags: &BTreeMap<&'static str, String>, environment: &Environment, files: &[File]) -> Option<Given> {
+    fn find(&self, arguments: &BTreeMap<&str, Argument>, environment: &Environment, files: &[File]) -> Option<Given> {
         let present = |text: &&str| !text.trim().is_empty();
         let given = |text: &str, rank, source| Given { text: text.trim().to_owned(), rank, source };
-        let flag = self.flag.and_then(|flag| {
-            flags.get(flag).map(String::as_str).filter(present).map(|text| given(text, 0, format!("--{flag}")))
-        });
+        let argument = arguments.get(self.key).filter(|argument| present(&argument.text.as_str()));
+        let argument = argument.map(|argument| given(&argument.text, 0, argument.source.clone()));
         let variable = || {
             let variable = self.variable?;
             environment.get(variable).filter(present).map(|text| given(text, 1, variable.to_owned()))
@@ -685,7 +709,7 @@ impl Setting {
                 Some(given(text, 2 + at, format!("{}: {}", file.path.display(), self.key)))
             })
         };
-        flag.or_else(variable).or_else(file)
+        argument.or_else(variable).or_else(file)
     }
 
     fn refuse(&self, given: &Given, error: &Error) -> Error {
@@ -961,6 +985,20 @@ mod tests {
 
     fn given() -> Given {
         Given::default()
+    }
+
+    #[test]
+    fn arguments_go_by_key_and_are_called_what_their_door_calls_them() {
+        let argument = |text: &str| Argument { text: text.into(), source: "the argument ttl".into() };
+        let given = Given::default().variable("MODEL_CACHE_REF_TTL", "7s");
+        let gather = |text: &str| {
+            let arguments = BTreeMap::from([("ref_ttl", argument(text))]);
+            Settings::gather_arguments(&arguments, &given.environment, &[], |_| Ok(None))
+        };
+        assert_eq!(gather("5s").expect("settings").config.ref_ttl, Duration::from_secs(5));
+        assert_eq!(gather(" ").expect("settings").config.ref_ttl, Duration::from_secs(7), "an empty one is none");
+        let error = gather("soon").expect_err("refused");
+        assert_eq!(error.message(), "ref_ttl = \"soon\" from the argument ttl: not a duration");
     }
 
     #[test]

@@ -47,6 +47,20 @@ async fn a_cold_get_fills_disk_and_a_warm_one_asks_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_gets_come_to_is_counted_by_every_clone_together() {
+    let house = house_with_model().await;
+    let cache = house.cache("a");
+    get(&cache, "hf://org/model").await.unwrap();
+    get(&cache.clone(), "hf://org/model").await.unwrap();
+    get(&cache.with_hub_token(None).unwrap(), "absent@1").await.unwrap_err();
+    let counts = cache.metrics().counts();
+    assert_eq!((counts.hits.disk, counts.hits.origin, counts.misses), (1, 1, 1));
+    assert_eq!(counts.bytes.origin, house.hub.body_bytes());
+    assert_eq!(counts.failures["not_found"], 1);
+    assert!(counts.phase_seconds["pour"] > 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn many_callers_at_once_cost_one_fetch() {
     let house = house_with_model().await;
     let (one, other) = (house.cache("a"), house.cache("a"));

@@ -118,7 +118,8 @@ impl Cache {
             Backfill::Background => {
                 let (cache, lent) = (self.clone(), lent.clone());
                 self.0.backfills.keep(tokio::spawn(async move {
-                    cache.upload(&lent, to, &Progress::new()).await;
+                    let published = cache.upload(&lent, to, &Progress::new()).await;
+                    cache.metrics().uploaded(published.uploaded_bytes, published.copied_bytes);
                     cache.complete(&Progress::new()).await;
                 }));
                 Published::default()
@@ -270,6 +271,7 @@ impl Cache {
             tracing::debug!(%error, "what earlier runs left for the remote is left again");
             BackfillReport::default()
         });
+        self.metrics().uploaded(report.uploaded_bytes, report.copied_bytes);
         report.failed.iter().for_each(|(_, error)| tell(remote, error, false));
         report.dropped.iter().for_each(|(_, error)| tell(remote, error, true));
         report

@@ -51,7 +51,7 @@ impl Cache {
     ///
     /// What is replaced at its origin while it is fetched is discarded and fetched anew, once.
     pub async fn get(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
-        match self.get_once(reference, options, progress).await {
+        let outcome = match self.get_once(reference, options, progress).await {
             Err(error) if error.is_superseded() => {
                 tracing::warn!(%error, "starting over");
                 // What anybody remembers of it is no longer so.
@@ -59,7 +59,9 @@ impl Cache {
                 self.get_once(reference, &options, progress).await
             }
             outcome => outcome,
-        }
+        };
+        self.count_get(&outcome);
+        outcome
     }
 
     async fn get_once(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {

@@ -6,6 +6,7 @@
 
 mod alarm;
 mod backfill;
+mod count;
 mod durable;
 mod evict;
 mod flight;
@@ -42,7 +43,7 @@ pub use crate::disk::{
     PruneReport, PrunedArtifact, Purpose,
 };
 
-use crate::config::{Config, RemoteMode};
+use crate::config::{Config, RemoteMode, Secret};
 use crate::disk::{Disk, Lower};
 use crate::error::Result;
 use crate::origin::Origins;
@@ -75,9 +76,21 @@ struct Inner {
 impl Cache {
     /// Opens the local directory, making it if need be. Asks no network.
     pub fn open(config: Config) -> Result<Self> {
+        let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
+        Self::over(disk, config)
+    }
+
+    /// The same cache for a caller with another token for the Hub, or with none: directory and counters are shared,
+    /// fills are not, so that nobody gets by waiting what he may not read.
+    pub fn with_hub_token(&self, token: Option<Secret>) -> Result<Self> {
+        let mut config = self.0.config.clone();
+        config.hub.token = token;
+        Self::over(self.0.disk.clone(), config)
+    }
+
+    fn over(disk: Disk, config: Config) -> Result<Self> {
         let retry = Retry::new(config.retry);
         let pourer = Pourer::new(retry.clone(), config.write_mode);
-        let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
         let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
         let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
         let remote = match config.remote_mode {

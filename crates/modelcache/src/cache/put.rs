@@ -37,7 +37,9 @@ impl Cache {
         options: &PutOptions,
         progress: &Progress,
     ) -> Result<PutReport> {
-        self.put_unnamed(key, path, options, progress).await.map_err(|error| error.artifact(key))
+        let outcome = self.put_unnamed(key, path, options, progress).await.map_err(|error| error.artifact(key));
+        self.count_put(&outcome);
+        outcome
     }
 
     async fn put_unnamed(

@@ -462,6 +462,7 @@ impl BudgetHold<'_> {
         tracing::debug!(artifact = artifact.name(), "evicting");
         let freed = self.remove_artifact(&artifact.dir)?;
         tracing::info!(artifact = artifact.name(), freed_bytes = freed, "evicted");
+        self.disk.metrics().evicted(freed);
         Ok(Evicted::Freed(freed))
     }
 

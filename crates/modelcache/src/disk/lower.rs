@@ -189,6 +189,7 @@ impl Disk {
             leases: Default::default(),
             index: Default::default(),
             upkeep: Default::default(),
+            metrics: Default::default(),
         })))
     }
 }

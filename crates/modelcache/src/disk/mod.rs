@@ -80,6 +80,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, ArtifactName};
 use crate::limits;
 use crate::manifest::Manifest;
+use crate::metrics::Metrics;
 use budget::Upkeep;
 use duties::Duties;
 use fault::At;
@@ -124,6 +125,8 @@ struct Inner {
     index: Mutex<Index>,
     /// What was tidied up, and what is left to be.
     upkeep: Mutex<Upkeep>,
+    /// What was done in it since it was opened.
+    metrics: Metrics,
 }
 
 /// One artifact's folder, as a scan found it.
@@ -182,6 +185,7 @@ impl Disk {
             leases: Leases::default(),
             index: Mutex::default(),
             upkeep: Mutex::default(),
+            metrics: Metrics::default(),
         })))
     }
 
@@ -197,6 +201,11 @@ impl Disk {
 
     pub(crate) fn layout(&self) -> &Layout {
         &self.0.layout
+    }
+
+    /// What was done in it since it was opened.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.0.metrics
     }
 
     pub(crate) fn is_read_only(&self) -> bool {

@@ -1,0 +1,65 @@
+"""A tiered, verifying cache for model artifacts: local disk, an object store, the origin.
+
+    from modelcache import ModelCache
+
+    cache = ModelCache()                     # settings from the environment, as for the command line
+    path = cache.get("fraud-detector", "3")  # pathlib.Path, held until the cache closes
+
+Every failure is a :class:`ModelCacheError`. Logs go to the logger ``modelcache``. ``modelcache.fastapi`` has what a
+FastAPI or Starlette application needs.
+"""
+
+from __future__ import annotations
+
+from ._cache import Lease, ModelCache
+from ._errors import (
+    ConflictError,
+    DirectoryError,
+    FullError,
+    IntegrityError,
+    InvalidError,
+    ModelCacheError,
+    NotFoundError,
+    UnauthorizedError,
+    UnavailableError,
+)
+from ._metrics import Metrics
+from ._native import VERSION as __version__
+from ._reports import (
+    CachedArtifact,
+    EvictReport,
+    Finding,
+    PinRecord,
+    Progress,
+    PutReport,
+    Resolved,
+    Stats,
+    TagReport,
+    Verified,
+)
+
+__all__ = [
+    "CachedArtifact",
+    "ConflictError",
+    "DirectoryError",
+    "EvictReport",
+    "Finding",
+    "FullError",
+    "IntegrityError",
+    "InvalidError",
+    "Lease",
+    "Metrics",
+    "ModelCache",
+    "ModelCacheError",
+    "NotFoundError",
+    "PinRecord",
+    "Progress",
+    "PutReport",
+    "Resolved",
+    "Stats",
+    "TagReport",
+    "UnauthorizedError",
+    "UnavailableError",
+    "Verified",
+    "__version__",
+]

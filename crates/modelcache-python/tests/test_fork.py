@@ -1,0 +1,188 @@
+"""Forks: a child works, whatever its parent was doing, and takes nothing from it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import noise, write_model
+from modelcache import ConflictError, ModelCache
+from servers import Slow
+
+SIZE = 2 << 20
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+def in_child(work: Callable[[], object], *, leave: Callable[[int], object] = os._exit) -> None:
+    """Runs `work` in a forked child; fails where it fails, or hangs."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        leave(code)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return
+        time.sleep(0.02)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    raise AssertionError("the child hangs")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", SIZE)
+
+
+def check(path: Path) -> None:
+    assert (path / "weights.bin").read_bytes() == noise(SIZE)
+
+
+def test_a_child_uses_the_cache_of_its_parent(s3: str, model: Path, open_cache: Any) -> None:
+    cache = open_cache()
+    cache.put("m", "1", model)
+    cache.put("n", "1", model, tier="remote")
+    cache.get("m", "1")
+
+    def work() -> None:
+        check(cache.get("m", "1"))
+        check(cache.get("n", "1"))
+        cache.close()
+
+    in_child(work)
+    in_child(work)
+    check(cache.get("m", "1"))
+
+
+def test_a_child_of_a_child_too(model: Path, open_cache: Any) -> None:
+    cache = open_cache()
+    cache.put("m", "1", model)
+
+    def work() -> None:
+        check(cache.get("m", "1"))
+        in_child(lambda: check(cache.get("m", "1")))
+
+    in_child(work)
+
+
+def test_a_child_that_ends_lets_go_of_nothing_that_its_parent_holds(model: Path, open_cache: Any) -> None:
+    cache, other = open_cache(), open_cache()
+    cache.put("m", "1", model)
+    lease = cache.lease("m", "1")
+    path = cache.get("m", "1")
+
+    def end_as_python_does(code: int) -> None:
+        # The interpreter's end, not the process's: everything is closed and freed.
+        import modelcache._cache as inner
+
+        lease.release()
+        inner._close_all()
+        os._exit(code)
+
+    in_child(lambda: cache.get("m", "1"), leave=end_as_python_does)
+    in_child(lambda: None, leave=end_as_python_does)
+    lease.release()
+    with pytest.raises(ConflictError):
+        other.evict("m", "1")
+    check(path)
+
+
+def test_a_child_goes_on_holding_what_its_parent_held(model: Path, open_cache: Any) -> None:
+    cache, other = open_cache(), open_cache()
+    cache.put("m", "1", model)
+    cache.get("m", "1")
+    read, write = os.pipe()
+    ready_read, ready_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        cache.stats()  # The first use.
+        os.write(ready_write, b".")
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        os.read(ready_read, 1)
+        cache.close()
+        with pytest.raises(ConflictError):
+            other.evict("m", "1")
+    finally:
+        os.write(write, b".")
+        os.waitpid(pid, 0)
+    assert other.evict("m", "1").disk_bytes
+
+
+def test_a_fork_in_the_middle_of_a_fetch(slow: Slow, model: Path, open_cache: Any, tmp_path: Path) -> None:
+    cache = open_cache()
+    cache.put("m", "1", model, tier="remote")
+    slow.bytes_down, slow.bytes_per_second = 0, 2_000_000
+    paths: list[Path] = []
+    thread = threading.Thread(target=lambda: paths.append(cache.get("m", "1")))
+    thread.start()
+    while slow.bytes_down < SIZE // 4:
+        time.sleep(0.01)
+    in_child(lambda: check(cache.get("m", "1")))
+    thread.join()
+    check(paths[0])
+
+
+def _get_in_worker(cache: ModelCache) -> str:
+    path = cache.get("m", "1")
+    check(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_of_multiprocessing(method: str, model: Path, open_cache: Any) -> None:
+    cache = open_cache()
+    cache.put("m", "1", model)
+    cache.get("m", "1")
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        paths = set(pool.map(_get_in_worker, [cache] * 4))
+    assert paths == {str(cache.get("m", "1"))}
+
+
+def test_a_fork_without_our_knowledge(model: Path, open_cache: Any) -> None:
+    """Native code forks without telling Python."""
+    cache = open_cache()
+    cache.put("m", "1", model)
+    code = (
+        "import ctypes, os\nfrom modelcache import ModelCache\n"
+        "cache = ModelCache()\ncache.get('m', '1')\n"
+        "pid = ctypes.CDLL(None).fork()\n"
+        "cache.get('m', '1')\n"
+        "if pid == 0: os._exit(7)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_interpreter_ends_in_the_middle_of_things(slow: Slow, model: Path, open_cache: Any) -> None:
+    open_cache().put("m", "1", model, tier="remote")
+    slow.bytes_per_second = 10_000
+    code = (
+        "import asyncio, threading\nfrom modelcache import ModelCache\n"
+        "cache = ModelCache()\n"
+        "threading.Thread(target=cache.get, args=('m', '1'), daemon=True).start()\n"
+        "loop = asyncio.new_event_loop()\n"
+        "task = loop.create_task(cache.aget('m', '1'))\n"
+        "loop.run_until_complete(asyncio.sleep(0.5))\n"
+        "print('over')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "over\n"), done.stderr

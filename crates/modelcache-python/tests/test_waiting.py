@@ -1,0 +1,238 @@
+"""Waiting: Ctrl-C, threads, asyncio, cancellation, one fetch for all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import modelcache
+import pytest
+from conftest import noise, write_model
+from modelcache import ModelCache, Progress
+from servers import Slow
+
+SIZE = 4 << 20
+
+
+@pytest.fixture
+def published(slow: Slow, tmp_path: Path) -> Slow:
+    """`m@1` on the remote alone."""
+    with ModelCache() as cache:
+        cache.put("m", "1", write_model(tmp_path / "model", SIZE), tier="remote")
+    slow.bytes_down = 0
+    return slow
+
+
+def check(path: Path) -> None:
+    assert (path / "weights.bin").read_bytes() == noise(SIZE)
+
+
+def test_ctrl_c_ends_a_get(published: Slow) -> None:
+    published.bytes_per_second = 10_000  # Minutes.
+    code = (
+        "import sys\nfrom modelcache import ModelCache\n"
+        "try:\n    ModelCache().get('m', '1', progress=lambda _: print('waiting', flush=True))\n"
+        "except KeyboardInterrupt:\n    print('interrupted', flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert out.splitlines()[-1] == "interrupted"
+    assert process.returncode == 0
+    assert published.bytes_down < SIZE
+
+
+def test_what_progress_raises_ends_the_get(published: Slow, open_cache: Any) -> None:
+    published.bytes_per_second = 10_000
+
+    def stop(progress: Progress) -> None:
+        raise LookupError(progress.phase)
+
+    with pytest.raises(LookupError):
+        open_cache().get("m", "1", progress=stop)
+
+
+def test_other_threads_run_while_one_waits(published: Slow, open_cache: Any) -> None:
+    published.bytes_per_second = 10_000
+    ticks, went_on = threading.Event(), threading.Event()
+
+    def tick() -> None:
+        ticks.wait()
+        sum(range(100_000))
+        went_on.set()
+
+    threading.Thread(target=tick, daemon=True).start()
+
+    class Enough(Exception):
+        pass
+
+    def tell(_: Progress) -> None:
+        ticks.set()
+        if went_on.is_set():
+            raise Enough
+
+    with pytest.raises(Enough):
+        open_cache().get("m", "1", progress=tell)
+
+
+def test_a_timeout_is_unavailable_and_what_came_is_kept(published: Slow, open_cache: Any) -> None:
+    published.bytes_per_second = 2_000_000
+    cache = open_cache()
+    with pytest.raises(modelcache.UnavailableError, match="not done within"):
+        cache.get("m", "1", timeout=1.5)
+    published.bytes_per_second = None
+    check(cache.get("m", "1"))
+
+
+def test_threads_and_caches_share_one_fetch(published: Slow, open_cache: Any) -> None:
+    published.bytes_per_second = 8_000_000
+    caches = [open_cache(), open_cache()]
+    with ThreadPoolExecutor(8) as threads:
+        paths = set(threads.map(lambda at: caches[at % 2].get("m", "1"), range(8)))
+    [path] = paths
+    check(path)
+    assert published.bytes_down < SIZE * 1.5
+    assert sum(cache.metrics.to_dict()["waits"]["count"] for cache in caches) == 7
+
+
+def test_processes_share_one_fetch(published: Slow) -> None:
+    published.bytes_per_second = 8_000_000
+    code = "from modelcache import ModelCache\nprint(ModelCache().get('m', '1'))"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    [path] = {process.communicate(timeout=60)[0].strip() for process in processes}
+    check(Path(path))
+    assert published.bytes_down < SIZE * 1.5
+
+
+def test_an_event_loop_goes_on_while_a_get_waits(published: Slow, open_cache: Any) -> None:
+    published.bytes_per_second = 8_000_000
+    told: list[Progress] = []
+
+    async def main() -> int:
+        task = asyncio.create_task(open_cache().aget("m", "1", progress=told.append))
+        turns = 0
+        while not task.done():
+            turns += 1
+            await asyncio.sleep(0.01)
+        check(await task)
+        return turns
+
+    assert asyncio.run(main()) > 5
+    assert told[-1].remote_bytes >= SIZE
+
+
+def test_a_cancelled_task_leaves_the_fetch_to_the_others(published: Slow, open_cache: Any) -> None:
+    published.bytes_per_second = 4_000_000
+    cache = open_cache()
+
+    async def main() -> Path:
+        first = asyncio.create_task(cache.aget("m", "1"))
+        while published.bytes_down < SIZE // 8:
+            await asyncio.sleep(0.01)
+        second = asyncio.create_task(cache.aget("m", "1"))
+        await asyncio.sleep(0.3)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        path: Path = await second
+        return path
+
+    check(asyncio.run(main()))
+    assert published.bytes_down < SIZE * 1.5
+
+
+def test_a_cancelled_task_that_waited_alone_ends_the_fetch(published: Slow, open_cache: Any) -> None:
+    published.bytes_per_second = 500_000
+    cache = open_cache()
+
+    async def main() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(cache.aget("m", "1"), 0.5)
+        before = published.bytes_down
+        await asyncio.sleep(1.5)
+        # What was on its way still arrives; the rest is not asked for.
+        assert published.bytes_down - before < 500_000
+
+    asyncio.run(main())
+
+
+def test_failures_reach_the_event_loop(open_cache: Any) -> None:
+    async def main() -> None:
+        cache = open_cache()
+        gets = [cache.aget("absent", str(version)) for version in range(20)]
+        outcomes = await asyncio.gather(*gets, return_exceptions=True)
+        assert all(isinstance(each, modelcache.NotFoundError) for each in outcomes)
+        with pytest.raises(modelcache.InvalidError):
+            await cache.aget("no version")
+
+    asyncio.run(main())
+
+
+def test_every_async_twin_works(s3: str, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", 1000)
+
+    async def main() -> None:
+        async with ModelCache(ref_ttl=0) as cache:
+            assert (await cache.aput("m", "1", model)).on_remote
+            assert (await cache.atag("m", "1", "prod")).after == "1"
+            assert (await cache.aresolve("m", "prod")).version == "1"
+            with await cache.alease("m", "1") as path:
+                assert path.exists()
+            assert len(await cache.aprewarm(["m@1"])) == 1
+            assert (await cache.apin("m", "1")).until is None
+            await cache.aunpin("m", "1")
+            assert all(each.ok for each in await cache.averify(tier="all"))
+            assert [row.name for row in await cache.alist_artifacts()] == ["m"]
+            assert (await cache.astats()).artifacts == 1
+            assert "modelcache_puts_total 1" in await cache.metrics.atext()
+            assert (await cache.auntag("m", "prod")).before == "1"
+            assert (await cache.aevict("m", "1")).remote_bytes
+        assert cache.closed
+
+    asyncio.run(main())
+
+
+def test_threads_event_loops_and_processes_together(published: Slow, tmp_path: Path) -> None:
+    """Many at once, evicting under each other: whoever gets a path gets the right bytes."""
+    rounds = int(os.environ.get("MODELCACHE_STRESS_ROUNDS", "15"))
+    code = f"""
+import asyncio, threading
+from modelcache import ModelCache, ConflictError, NotFoundError
+from pathlib import Path
+expected = Path({str(tmp_path / "model" / "weights.bin")!r}).read_bytes()
+failures = []
+def check(path): assert (path / "weights.bin").read_bytes() == expected
+def work():
+    try:
+        for _ in range({rounds}):
+            cache = ModelCache()
+            with cache.lease("m", "1") as path: check(path)
+            try: cache.evict("m", "1", tier="disk")
+            except ConflictError: pass
+            async def several():
+                for lease in await asyncio.gather(*(cache.alease("m", "1") for _ in range(3))):
+                    with lease as path: check(path)
+            asyncio.run(several())
+            cache.close()
+    except BaseException as error:
+        failures.append(error)
+threads = [threading.Thread(target=work) for _ in range(3)]
+[each.start() for each in threads]
+[each.join() for each in threads]
+assert not failures, failures
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=170)
+        assert process.returncode == 0, err

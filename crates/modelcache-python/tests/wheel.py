@@ -1,0 +1,43 @@
+"""Packs a wheel from a native module that cargo has built: what maturin does, without building everything once more.
+
+    python wheel.py NATIVE_MODULE FOLDER
+
+For tests. Cargo builds the module with the whole workspace, so that every dependency is built once; maturin, which builds
+what is shipped, has it built alone, with other features of the same dependencies.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+TAG = f"cp310-abi3-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+
+
+def main(native: Path, folder: Path) -> None:
+    found = re.search(r'^version = "(.*)"', (PACKAGE.parents[1] / "Cargo.toml").read_text(), re.MULTILINE)
+    assert found is not None
+    version = found[1]
+    info = f"modelcache-{version}.dist-info"
+    files = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: modelcache\nVersion: {version}\n",
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: false\nTag: {TAG}\n",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / f"modelcache-{version}-{TAG}.whl", "w") as wheel:
+        for source in sorted((PACKAGE / "python").rglob("*")):
+            if source.suffix in {".py", ".pyi"} or source.name == "py.typed":
+                wheel.write(source, source.relative_to(PACKAGE / "python"))
+        wheel.write(native, "modelcache/_native.abi3.so")
+        for name, text in files.items():
+            wheel.writestr(name, text)
+        record = f"{info}/RECORD"
+        wheel.writestr(record, "".join(f"{name},,\n" for name in [*wheel.namelist(), record]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

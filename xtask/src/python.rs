@@ -1,0 +1,87 @@
+//! `cargo xtask python`: the Python package, built, installed in an environment of its own, checked and tested.
+//!
+//! The native module is built with this workspace's other programs, so that no dependency is built twice, and packed by a
+//! script of the tests; `--wheel` has maturin build it as it is shipped instead, which builds most of it once more. The
+//! tests run over what is installed. Needs Python 3.10 or newer.
+
+use crate::repository::{cargo, root, target_folder};
+use crate::test::{create_venv, pip_install, run};
+use anyhow::{Context, Result};
+use clap::Args;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const PACKAGE: &str = "crates/modelcache-python";
+const REQUIREMENTS: &str = "crates/modelcache-python/tests/requirements.txt";
+const REQUIREMENTS_NO_DEPS: &str = "crates/modelcache-python/tests/requirements-no-deps.txt";
+
+/// Build, install and test the Python package
+#[derive(Debug, Default, Args)]
+pub(crate) struct Python {
+    /// Build the wheel that is shipped, with maturin
+    #[arg(long)]
+    wheel: bool,
+    /// Arguments for pytest, for instance -k NAME
+    #[arg(last = true)]
+    pytest: Vec<String>,
+}
+
+impl Python {
+    pub(crate) fn run(&self) -> Result<()> {
+        let target = target_folder()?;
+        let venv = environment(&target)?;
+        let python = venv.join("bin/python");
+        let wheels = target.join("python-wheel");
+        if wheels.exists() {
+            fs::remove_dir_all(&wheels)?;
+        }
+        // In one command with what else is built here: features of shared dependencies agree.
+        run(cargo().args(["build", "--package", "modelcache-python", "--package", "modelcache-testkit"]).args(ALSO))?;
+        if self.wheel {
+            let mut maturin = Command::new(venv.join("bin/maturin"));
+            maturin.args(["build", "--release", "--out"]).arg(&wheels).current_dir(root().join(PACKAGE));
+            run(&mut maturin)?;
+        } else {
+            let native = target.join("debug").join(NATIVE);
+            run(in_root(&python).arg(root().join(PACKAGE).join("tests/wheel.py")).arg(native).arg(&wheels))?;
+        }
+        let wheel = fs::read_dir(&wheels)?.next().context("no wheel was built")??.path();
+        pip_install(&venv, &["--force-reinstall", "--no-deps", &wheel.to_string_lossy()])?;
+        run(in_root(&python).args(["-m", "mypy"]).args(CHECKED).current_dir(root().join(PACKAGE)))?;
+        let stubtest = ["-m", "mypy.stubtest", "modelcache", "--mypy-config-file", "pyproject.toml"];
+        run(in_root(&python).args(stubtest).current_dir(root().join(PACKAGE)))?;
+        let mut pytest = in_root(&python);
+        pytest.args(["-m", "pytest", "-q", "--color=no"]).args(&self.pytest);
+        run(pytest.env("TESTKIT", target.join("debug/testkit")).current_dir(root().join(PACKAGE)))
+    }
+}
+
+/// Its features are those of the whole workspace.
+const ALSO: [&str; 2] = ["--package", "xtask"];
+const NATIVE: &str = "libmodelcache_native.so";
+/// What mypy looks at.
+const CHECKED: [&str; 3] = ["python/modelcache", "tests", "../../examples/fastapi"];
+
+fn in_root(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(root());
+    command
+}
+
+/// The environment with what the tests need, made again only when the lists change.
+fn environment(target: &Path) -> Result<PathBuf> {
+    let venv = target.join("venv-python");
+    let read = |list: &str| fs::read_to_string(root().join(list)).with_context(|| format!("cannot read {list}"));
+    let contents = read(REQUIREMENTS)? + &read(REQUIREMENTS_NO_DEPS)?;
+    let stamp = venv.join("requirements.stamp");
+    if fs::read_to_string(&stamp).is_ok_and(|present| present == contents) {
+        println!("{} is up to date", venv.display());
+        return Ok(venv);
+    }
+    create_venv(&venv)?;
+    pip_install(&venv, &["-r", REQUIREMENTS])?;
+    pip_install(&venv, &["--no-deps", "-r", REQUIREMENTS_NO_DEPS])?;
+    fs::write(stamp, contents)?;
+    Ok(venv)
+}
