@@ -21,8 +21,11 @@ pub(super) struct Entry<'a> {
     /// What one run is measured as: what is added to the setting, and whether the result is durable then.
     pub(super) steps: Vec<(&'static str, &'static str)>,
     /// Runs once with a new folder to work in; one measure a step, each of which includes the steps before.
-    pub(super) run: Box<dyn Fn(&Path) -> Result<Vec<Run>> + 'a>,
+    pub(super) run: Racer<'a>,
 }
+
+/// A run of a program in a folder of its own.
+pub(super) type Racer<'a> = Box<dyn Fn(&Path) -> Result<Vec<Run>> + 'a>;
 
 pub(super) const OURS: &str = "modelcache";
 

@@ -143,7 +143,7 @@ impl State {
 
 fn content_etag(file: &File) -> Option<String> {
     let mut content = Vec::new();
-    (&*file).take(SMALL_BYTES_MAX).read_to_end(&mut content).ok()?;
+    file.take(SMALL_BYTES_MAX).read_to_end(&mut content).ok()?;
     Some(etag(&content))
 }
 
