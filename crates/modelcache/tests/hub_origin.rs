@@ -519,5 +519,5 @@ async fn a_token_with_a_line_end_is_named_not_printed() {
     let reference = Reference::parse("hf://org/model").unwrap();
     let error = failure(origins("http://127.0.0.1:1", Some("hf_canary\n")).resolve(&reference).await);
     assert_eq!(error.kind(), ErrorKind::Invalid);
-    assert!(error.hint_text().unwrap().contains("HF_TOKEN"));
+    assert!(error.message().contains("HF_TOKEN") && !error.to_string().contains("canary"));
 }

@@ -144,6 +144,9 @@ mod tests {
         let disk = Disk::open(&folder.path().join("cache"), most, least, Sharing::Off).expect("opens");
         let key = ArtifactKey::bare("team/model@1").expect("key");
         drop(put(&disk, &key, "content", &folder.path().join("source")).expect("fits"));
+        // What is not durable yet is for `lend` to judge.
+        assert!(disk.lend_in_passing(&key, &Selection::all()).is_none());
+        disk.sync_owed().expect("syncs");
         (folder, disk, key)
     }
 

@@ -311,8 +311,8 @@ mod tests {
 
     #[test]
     fn more_requests_are_kept_where_each_brings_its_own() {
-        // 16 MiB parts at 30 MB/s a connection, 3 GB/s in all.
-        let shaped = |limit: usize| (limit as f64 * 28e6).min(3e9);
+        // 60 MB/s a connection, 3 GB/s in all.
+        let shaped = |limit: usize| (limit as f64 * 60e6).min(3e9);
         let found = climbed(12, shaped).limit;
         assert!(shaped(found) >= 0.95 * 3e9, "{found} at once");
     }
