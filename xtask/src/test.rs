@@ -5,6 +5,7 @@
 //! it is installed. All stages share one set of features (`--workspace`), so that no dependency is built twice.
 
 use crate::docs::Docs;
+use crate::python::Python;
 use crate::repository::{cargo, root, shown, target_folder};
 use crate::{registry, table, tidy};
 use anyhow::{Context, Result, bail, ensure};
@@ -42,6 +43,7 @@ impl Test {
                 venv = python_packages()?;
                 Ok(())
             });
+            stages.run("python package", || Python::default().run());
             stages.run("docker-registry", || {
                 registry = registry::program()?;
                 Ok(())
