@@ -155,7 +155,7 @@ fn publish(dir: &Path, number: usize) {
         let hex = digest.to_string();
         let blob = dir.join("blobs").join(&hex[..2]).join(&hex);
         fs::create_dir_all(blob.parent().unwrap()).unwrap();
-        if alone || number % VERSIONS == 0 {
+        if alone || number.is_multiple_of(VERSIONS) {
             fs::write(&blob, &content).unwrap();
         }
         fs::hard_link(&blob, folder.join("files").join(name)).unwrap();
