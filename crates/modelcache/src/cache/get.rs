@@ -17,7 +17,6 @@ use crate::manifest::Manifest;
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{Early, Proven};
-use crate::selection::Selection;
 use crate::transfer::{PourFile, Poured, blocking};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -73,28 +72,6 @@ impl Cache {
             self.verify_hit(&wanted, progress).await.map_err(|error| error.artifact(&wanted.key))?;
         }
         self.get_resolved(&wanted, progress).await.map_err(|error| error.artifact(&wanted.key))
-    }
-
-    /// Steps 1 and 2 in a few microseconds, where the reference alone decides the key and all of it is here; `None` says
-    /// nothing.
-    fn hit(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Option<Result<Artifact>> {
-        let selection = match &reference.file {
-            Some(_) if !options.selection.is_all() => return None,
-            Some(file) => Selection::file(file.clone()),
-            None => options.selection.clone(),
-        };
-        let key = self.0.origins.placed(reference).exact_key().filter(|_| !options.verify)?;
-        let lent = {
-            let _phase = progress.enter(Phase::Lend, 0);
-            self.0.disk.lend_in_passing(&key, &selection)?
-        };
-        let (reach, purpose) = (self.asking(options).reach, options.purpose);
-        let (digest, origin, tagged, remote) = (reference.digest, None, None, None);
-        let durable = options.durable;
-        let wanted = Wanted { key, selection, digest, origin, reach, purpose, durable, tagged, remote };
-        let checked = self.require_checksums(&wanted, &lent.manifest);
-        let got = checked.and_then(|()| artifact(&wanted, Landed::here(lent), progress));
-        Some(got.map_err(|error| error.artifact(&wanted.key)))
     }
 
     pub(super) async fn get_resolved(&self, wanted: &Wanted, progress: &Progress) -> Result<Artifact> {
@@ -294,12 +271,12 @@ impl Filled {
 
 impl Landed {
     /// Disk had it all.
-    fn here(lent: Lent) -> Self {
+    pub(super) fn here(lent: Lent) -> Self {
         Self { lent: Arc::new(lent), fetched_bytes: 0, backfilled_bytes: 0, copied_bytes: 0 }
     }
 }
 
-fn artifact(wanted: &Wanted, landed: Landed, progress: &Progress) -> Result<Artifact> {
+pub(super) fn artifact(wanted: &Wanted, landed: Landed, progress: &Progress) -> Result<Artifact> {
     let Landed { lent, fetched_bytes, backfilled_bytes, copied_bytes } = landed;
     wanted.check_demanded_digest(&lent.manifest)?;
     let received = progress.snapshot();

@@ -11,6 +11,7 @@ mod durable;
 mod evict;
 mod flight;
 mod get;
+mod hit;
 mod lease;
 mod look;
 mod lower;
