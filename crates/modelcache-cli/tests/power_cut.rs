@@ -47,6 +47,9 @@ fn v2() -> Files {
     files
 }
 
+/// A reference, and the files that it must give.
+type Right = (&'static str, fn() -> Files);
+
 /// Lines of arguments.
 type Commands = &'static [&'static [&'static str]];
 
@@ -55,7 +58,7 @@ struct Row {
     name: &'static str,
     before: Commands,
     act: Commands,
-    right: &'static [(&'static str, fn() -> Files)],
+    right: &'static [Right],
 }
 
 #[test]

@@ -402,6 +402,15 @@ impl Cache {
         Ok(Call::showing(py, shown, work))
     }
 
+    /// In a child that was forked just now: lets go of what is the parent's alone.
+    fn forked(&self) {
+        let open = self.open.try_lock();
+        let parents = open.as_ref().ok().and_then(|open| open.as_ref()).and_then(|owned| owned.of_any_process());
+        if let Some(open) = parents {
+            open.cache.forked();
+        }
+    }
+
     /// Lets go of everything, once what was fetched is durable and uploads in the background are done, or `seconds` have
     /// passed.
     fn close(&self, py: Python<'_>, seconds: f64) -> Call {

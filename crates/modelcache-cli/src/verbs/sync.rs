@@ -3,7 +3,7 @@
 //! `get` and `exec` leave what they published to a child. It is given the lock that says that somebody has the duty as
 //! its standard input, so that there is no moment in which nobody holds it; it has a session of its own and no other
 //! descriptor, so that neither a pipe nor a lock of the caller's stays open for its sake. Little is made durable at
-//! once, and so is everything where a child would die with its parent, process 1, or cannot be started. If it is killed,
+//! once, and so is everything where a child cannot be started or may die with a container. If it is killed,
 //! the next lend reads the files in full.
 
 use crate::exit;
@@ -60,7 +60,7 @@ pub(super) async fn leave(cache: &Cache, goes_on: bool) {
     if bytes == 0 {
         return;
     }
-    if bytes > AT_ONCE_BYTES && (goes_on || std::process::id() != 1) {
+    if bytes > AT_ONCE_BYTES && (goes_on || outlives_its_parent()) {
         match hand_over(cache) {
             Ok(true) => return,
             Ok(false) => {}
@@ -71,6 +71,14 @@ pub(super) async fn leave(cache: &Cache, goes_on: bool) {
         // Told already, and found again by the next get.
         tracing::debug!(%error, "not durable");
     }
+}
+
+/// Whether a process of this one's outlives whoever started it. In a container it ends with the first process there, which
+/// may be about to end: an init container's shell.
+fn outlives_its_parent() -> bool {
+    /// The kernel's number for the namespace that it starts with (`PROC_PID_INIT_INO`).
+    const FIRST: &str = "pid:[4026531836]";
+    std::process::id() != 1 && std::fs::read_link("/proc/self/ns/pid").is_ok_and(|name| name.as_os_str() == FIRST)
 }
 
 /// Whether another process has taken it over.

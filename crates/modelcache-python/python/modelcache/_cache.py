@@ -599,7 +599,16 @@ def _close_all() -> None:
 
 
 atexit.register(_close_all)
-os.register_at_fork(after_in_child=_native.forked)
+
+
+def _forked() -> None:
+    """Runs in a child that was forked just now."""
+    _native.forked()
+    for cache in list(_OPEN.values()):
+        cache._native.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _again(given: dict[str, Any]) -> ModelCache:

@@ -14,6 +14,10 @@ use crate::transfer::blocking;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// Pause before another try, where the directory was held by somebody for too long.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
 
 /// One at a time makes durable what this process published; the others wait without a thread.
 #[derive(Debug, Default)]
@@ -46,13 +50,21 @@ impl Cache {
         self.0.disk.handed_over();
     }
 
+    /// To be called in a child that was forked, before anything else: what its parent owes is not the child's, and the
+    /// child's copy of the descriptor must not speak for a parent that has ended. Waits for nothing.
+    pub fn forked(&self) {
+        self.0.disk.forked();
+    }
+
     /// Something was published: it becomes durable in the background, unless the caller waits or leaves it for later.
     pub(super) fn was_published(&self) {
         if self.0.config.durable == Durable::Background && self.0.disk.may_owe() {
             let cache = self.clone();
             tokio::spawn(async move {
-                // Told where it failed; the next get of it finds what is missing.
-                let _ = cache.make_durable().await;
+                // Told where it failed for good; the next get of it finds what is missing. Else somebody is in the way.
+                while cache.make_durable().await.is_err() && cache.undurable_bytes() > 0 {
+                    tokio::time::sleep(TRY_AGAIN).await;
+                }
             });
         }
     }

@@ -89,6 +89,8 @@ pub(crate) struct BudgetHold<'disk> {
     announced: Vec<ArtifactDir>,
     /// Links from staging and quarantine to each inode, counted when first asked for.
     private_links: Option<HashMap<u64, u64>>,
+    /// Files whose bytes were found right before this hold began.
+    pub(super) found_right: Vec<(Digest, FileIdentity)>,
 }
 
 /// What counts, by kind.
@@ -139,6 +141,7 @@ impl Disk {
             is_synced: false,
             announced: Vec::new(),
             private_links: None,
+            found_right: Vec::new(),
         };
         match record {
             // Two may hold it at once, and each overwrites what the other counted.

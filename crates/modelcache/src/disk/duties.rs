@@ -25,12 +25,15 @@ use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Digits of the name of a place: this boot, these filesystems.
 const PLACE_DIGITS: usize = 16;
 /// How often it is tried to pay what another process handed over, where somebody keeps the budget for long.
 const TRIES_MAX: usize = 10;
+/// How often a file is made anew.
+const MAKES_MAX: usize = 16;
 /// Bytes of a list of duties that are read.
 const LIST_BYTES_MAX: u64 = 64 << 20;
 
@@ -40,6 +43,8 @@ pub(super) struct Duties {
     state: Mutex<State>,
     /// One at a time makes something durable: what waits finds it done.
     pub(super) turn: Mutex<()>,
+    /// A `syncfs` of this process failed.
+    pub(super) filesystem_failed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -172,9 +177,9 @@ impl Disk {
         self.duties().state().owed.contains_key(key)
     }
 
-    /// The last publication of `key` that is owed.
+    /// The last publication of `key` that is owed; `None` also while one is under way, which nobody can pay for yet.
     pub(super) fn owed_number(&self, key: &ArtifactKey) -> Option<u64> {
-        self.duties().state().owed.get(key).map(|owed| owed.number)
+        self.duties().state().owed.get(key).filter(|owed| owed.running == 0).map(|owed| owed.number)
     }
 
     /// Nothing of `key` is owed any more that was published up to `number`.
@@ -196,6 +201,15 @@ impl Disk {
         let mut state = self.duties().state();
         state.owed.clear();
         state.writer = None;
+    }
+
+    /// This process is a child that was forked: the duties, and the lock, are its parent's. The parent may have been at
+    /// work on them in that moment; then the descriptor stays open.
+    pub(crate) fn forked(&self) {
+        if let Ok(mut state) = self.duties().state.try_lock() {
+            state.owed.clear();
+            state.writer = None;
+        }
     }
 
     /// Makes durable what another process handed over, with the lock that it held.
@@ -278,19 +292,35 @@ impl Drop for Duty<'_> {
 }
 
 impl Writer {
-    /// A new file, locked before anybody can know its name.
+    /// A new file, locked. Somebody who asks whether its writer lives, or sweeps, may come between making and locking it.
     fn new(disk: &Disk) -> Result<Self> {
+        for _ in 0..MAKES_MAX {
+            if let Some(writer) = Self::try_new(disk)? {
+                return Ok(writer);
+            }
+        }
+        Err(Error::new(ErrorKind::Other, "each new file in unsynced/ is locked by somebody else").tier(Tier::Disk))
+    }
+
+    fn try_new(disk: &Disk) -> Result<Option<Self>> {
         let folder = disk.layout().unsynced();
         modes::make_dir(&folder).at("make", &folder)?;
         let place = place(disk).unwrap_or_else(|| "0".repeat(PLACE_DIGITS));
         let name = format!("{place}-{}", files::random_name());
         let path = folder.join(&name);
         let file = modes::create_shared(&path).at("make", &path)?;
-        // Where there are no locks nobody will take the mark for anything.
-        if let Err(TryLockError::Error(cause)) = file.try_lock() {
-            tracing::debug!(%cause, "the file cannot be locked");
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                files::remove_file(&path)?;
+                return Ok(None);
+            }
+            // Where there are no locks nobody will take the mark for anything.
+            Err(TryLockError::Error(cause)) => tracing::debug!(%cause, "the file cannot be locked"),
         }
-        Ok(Self { name, path, file })
+        let is_there =
+            files::stat(&path)?.map(|found| found.ino()) == Some(file.metadata().at("look at", &path)?.ino());
+        Ok(is_there.then_some(Self { name, path, file }))
     }
 
     fn note(&mut self, line: &Line) -> Result<()> {

@@ -12,8 +12,9 @@ use super::fault::At;
 use super::files::{self, allocated};
 use super::layout::staged_name;
 use super::lock::FileLock;
-use super::modes;
 use super::parts::{journal_bytes, journal_of};
+use super::{hashing, modes};
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::part_size;
@@ -27,6 +28,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+/// Smaller files are hashed in moments, whoever waits.
+const JUDGED_AHEAD_BYTES_MIN: u64 = 16 << 20;
 /// Age after which a temporary file in staging is nobody's.
 const TEMPORARY_AGE_MAX: Duration = Duration::from_secs(3600);
 /// Age after which a sweep removes what a fill left to be resumed.
@@ -159,7 +162,8 @@ impl Disk {
         self.refuse_beyond_budget(key, wanted)?;
         let started = Instant::now();
         loop {
-            match self.try_begin_fill(key, wanted).map_err(|error| error.artifact(key)) {
+            let found_right = self.judge_ahead(wanted)?;
+            match self.try_begin_fill(key, wanted, found_right).map_err(|error| error.artifact(key)) {
                 Err(error) if error.kind() == ErrorKind::Full && error.is_transient() => {
                     if started.elapsed() > ROOM_WAIT_MAX {
                         return Err(error.transient(false));
@@ -171,8 +175,46 @@ impl Disk {
         }
     }
 
-    pub(super) fn try_begin_fill(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<Staging> {
+    /// Hashes what is wanted, is here, and has nobody to vouch for it, such as what a writer left that died before it was
+    /// durable: in a budget hold that would keep everybody waiting. Those that are right, as they were then.
+    fn judge_ahead(&self, wanted: &[(FilePath, FileEntry)]) -> Result<Vec<(Digest, FileIdentity)>> {
+        let mut doubtful: BTreeMap<Digest, (&FileEntry, FileIdentity)> = BTreeMap::new();
+        for (_, entry) in wanted.iter().filter(|(_, entry)| entry.size >= JUDGED_AHEAD_BYTES_MIN) {
+            let Some(digest) = entry.sha256 else { continue };
+            let blob =
+                files::stat(&self.layout().blob(&digest))?.filter(|blob| blob.is_file() && blob.len() == entry.size);
+            if let Some(blob) = blob {
+                doubtful.insert(digest, (entry, files::identity(&blob)));
+            }
+        }
+        if doubtful.is_empty() {
+            return Ok(Vec::new());
+        }
         let mut hold = self.hold_budget()?;
+        let mut unvouched = Vec::new();
+        for (digest, (entry, identity)) in doubtful {
+            if !hold.is_vouched(&digest, identity)? {
+                unvouched.push((digest, entry, identity));
+            }
+        }
+        hold.release()?;
+        let is_right = |(digest, entry, known): &(Digest, &FileEntry, FileIdentity)| {
+            let path = self.layout().blob(digest);
+            let Ok(file) = modes::open_existing(&path, false) else { return false };
+            let is_known = || file.metadata().is_ok_and(|found| files::identity(&found) == *known);
+            is_known() && hashing::has_digest(&file, *digest, entry.ladder.as_ref()).unwrap_or(false) && is_known()
+        };
+        Ok(unvouched.into_iter().filter(is_right).map(|(digest, _, identity)| (digest, identity)).collect())
+    }
+
+    pub(super) fn try_begin_fill(
+        &self,
+        key: &ArtifactKey,
+        wanted: &[(FilePath, FileEntry)],
+        found_right: Vec<(Digest, FileIdentity)>,
+    ) -> Result<Staging> {
+        let mut hold = self.hold_budget()?;
+        hold.found_right = found_right;
         let mut staging = match self.adopt_staging(key, wanted)? {
             Some(adopted) => adopted,
             None => self.make_staging(key)?,

@@ -21,6 +21,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -32,7 +33,10 @@ const CHECK_WAIT_MAX: Duration = Duration::from_secs(120);
 /// Time between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How often lending for good starts again.
-const ROUNDS_MAX: usize = 16;
+const ROUNDS_MAX: usize = 1500;
+
+/// A file that the medium did not take, with the descriptor that was told so.
+type Refused = (FilePath, FileEntry, File, std::io::Error);
 
 /// A file that is to be durable under an identity, and found right under it.
 pub(super) type Found = (FilePath, FileEntry, FileIdentity);
@@ -90,6 +94,10 @@ impl Disk {
             // A writer that has just died leaves what must be hashed.
             if is_marked && !matches!(self.lend(key, selection)?, Lend::Lent(_)) {
                 return Ok(());
+            }
+            // Somebody may be publishing more of it just now.
+            if self.owes(key) {
+                thread::sleep(LOOK_AGAIN);
             }
         }
         Err(Error::unavailable("it is published again and again while it is made durable"))
@@ -151,7 +159,9 @@ impl Disk {
         }
         let (mut failed, mut refusal) = (BTreeSet::new(), None);
         if found.len() <= ALL_AT_ONCE || !self.sync_filesystems(dir)? {
-            for (path, entry, file, cause) in self.sync_files(dir, found)? {
+            let (refused, passed_over) = self.sync_files(dir, found)?;
+            failed.extend(passed_over);
+            for (path, entry, file, cause) in refused {
                 let error = fault("make durable", &dir.view(&path), cause);
                 tracing::warn!(artifact = %dir.path().display(), file = %path, %error, "the medium did not take it; it will be fetched again");
                 self.mend(dir, &path, &entry, Mismatch::Wrong(file))?;
@@ -187,35 +197,40 @@ impl Disk {
             return Ok(false);
         }
         let mut done = BTreeSet::new();
+        let has_failed = &self.duties().filesystem_failed;
+        // A failure is told once, and may have been of any file there.
+        if has_failed.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
         for folder in [dir.files(), self.layout().blobs()] {
             let Some(open) = files::absent(File::open(&folder)).at("open", &folder)? else { continue };
             let device = open.metadata().at("look at", &folder)?.dev();
             if done.insert(device) && rustix::fs::syncfs(&open).is_err() {
+                has_failed.store(true, Ordering::Relaxed);
                 return Ok(false);
             }
         }
         Ok(true)
     }
 
-    /// Syncs each file once; those that the medium refused, with the descriptor that was told so. What lies elsewhere by
-    /// now is nobody's duty.
-    fn sync_files(
-        &self,
-        dir: &ArtifactDir,
-        found: &[Found],
-    ) -> Result<Vec<(FilePath, FileEntry, File, std::io::Error)>> {
-        let (mut failed, mut done) = (Vec::new(), BTreeSet::new());
+    /// Syncs each file once; those that the medium refused, and those that are not what was found any more: they keep
+    /// their marks.
+    fn sync_files(&self, dir: &ArtifactDir, found: &[Found]) -> Result<(Vec<Refused>, Vec<FilePath>)> {
+        let (mut refused, mut passed_over, mut done) = (Vec::new(), Vec::new(), BTreeSet::new());
         for (path, entry, known) in found {
             let view = dir.view(path);
-            let Some(file) = files::absent(modes::open_existing(&view, false)).at("open", &view)? else { continue };
-            if identity(&file.metadata().at("look at", &view)?) != *known || !done.insert(known.inode) {
+            let file = files::absent(modes::open_existing(&view, false)).at("open", &view)?;
+            let Some(file) = file.filter(|file| file.metadata().is_ok_and(|found| identity(&found) == *known)) else {
+                passed_over.push(path.clone());
                 continue;
-            }
-            if let Err(cause) = file.sync_data() {
-                failed.push((path.clone(), entry.clone(), file, cause));
+            };
+            if done.insert(known.inode)
+                && let Err(cause) = file.sync_data()
+            {
+                refused.push((path.clone(), entry.clone(), file, cause));
             }
         }
-        Ok(failed)
+        Ok((refused, passed_over))
     }
 
     /// Syncs the folders that lead to the files, as blobs and as views; each once.
@@ -228,7 +243,7 @@ impl Disk {
             folders.extend(blob.and_then(|blob| blob.parent().map(Path::to_owned)));
         }
         // From below: a name is worth what the folder above it is.
-        let above: Vec<PathBuf> = dir.path().ancestors().take(3).map(Path::to_owned).collect();
+        let above: Vec<PathBuf> = dir.path().ancestors().take(4).map(Path::to_owned).collect();
         let folders = folders.into_iter().rev().chain([self.layout().blobs()]).chain(above);
         folders.into_iter().try_for_each(|folder| match files::sync_dir(&folder) {
             Err(_) if files::stat(&folder)?.is_none() => Ok(()),

@@ -55,6 +55,7 @@ pub(crate) struct StagedWriter {
     size: u64,
     part_size: u64,
     buffered: File,
+    inode: u64,
     direct: Option<File>,
     direct_failed: AtomicBool,
     /// How far the file is hashed in order; [`u64::MAX`] when a ladder checks each part.
@@ -146,10 +147,7 @@ impl StagedWriter {
     fn over(draft: Draft, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Self {
         let Draft { path, size, part_size, in_order, git, direct } = draft;
         let direct = direct.then(|| open_direct(&path)).flatten();
-        let git = git.then(|| {
-            use sha1::Digest as _;
-            sha1::Sha1::new_with_prefix(format!("blob {size}\0"))
-        });
+        let inode = buffered.metadata().map_or(0, |metadata| metadata.ino());
         Self {
             _owner: owner,
             parts,
@@ -157,15 +155,11 @@ impl StagedWriter {
             size,
             part_size,
             buffered,
+            inode,
             direct,
             direct_failed: AtomicBool::new(false),
             cursor: AtomicU64::new(if in_order { 0 } else { u64::MAX }),
-            order: Mutex::new(InOrder {
-                hasher: LadderHasher::new(part_size),
-                git,
-                waiting: BTreeSet::new(),
-                is_caught_up_with: false,
-            }),
+            order: Mutex::new(InOrder::new(size, part_size, git)),
         }
     }
 
@@ -271,6 +265,20 @@ impl StagedWriter {
         Some(position..((position / self.part_size + 1) * self.part_size).min(self.size))
     }
 
+    /// Forgets what was hashed in order: the file is written from its beginning once more. Nothing is under way in it.
+    pub(crate) fn rewind(&self) {
+        if self.hashed_bytes() != u64::MAX {
+            let mut order = self.order();
+            *order = InOrder::new(self.size, self.part_size, order.git.is_some());
+            self.cursor.store(0, Ordering::Release);
+        }
+    }
+
+    /// The number of the file: what is filled anew has another.
+    pub(crate) fn inode(&self) -> u64 {
+        self.inode
+    }
+
     /// The digests of a file that was hashed in order; all its parts are done.
     pub(crate) fn hashed(&self) -> Hashed {
         use sha1::Digest as _;
@@ -326,6 +334,15 @@ impl Cursor<'_> {
 }
 
 impl InOrder {
+    /// At the beginning of a file of `size` bytes.
+    fn new(size: u64, part_size: u64, git: bool) -> Self {
+        let git = git.then(|| {
+            use sha1::Digest as _;
+            sha1::Sha1::new_with_prefix(format!("blob {size}\0"))
+        });
+        Self { hasher: LadderHasher::new(part_size), git, waiting: BTreeSet::new(), is_caught_up_with: false }
+    }
+
     /// Where to go on, if the part at the cursor is written whole. Parts passed meanwhile are forgotten.
     fn next_waiting(&mut self, part_size: u64, size: u64) -> Option<u64> {
         let position = Some(self.hasher.position()).filter(|position| *position < size)?;

@@ -19,7 +19,7 @@ use crate::transfer::{FilledPart, PartSink, blocking, tidy};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
@@ -112,7 +112,7 @@ async fn send(
 async fn follow_all(files: &mut BTreeMap<FilePath, Following>, told: &mut mpsc::UnboundedReceiver<FilledPart>) {
     while let Some(part) = told.recv().await {
         let Some(file) = files.get_mut(&part.path) else { continue };
-        if let Err(error) = file.note(part.bytes).await {
+        if let Err(error) = file.note(part.inode, part.bytes).await {
             tracing::debug!(path = %part.path, %error, "not sent while it is filled");
             if let Some(file) = files.remove(&part.path) {
                 file.multipart.abort().await;
@@ -133,8 +133,12 @@ struct Following {
 }
 
 impl Following {
-    /// These bytes are there: sends what became whole.
-    async fn note(&mut self, bytes: Range<u64>) -> Result<()> {
+    /// These bytes are there, in the staged file of that number: sends what became whole.
+    async fn note(&mut self, inode: u64, bytes: Range<u64>) -> Result<()> {
+        // The one at that place by now may be another, most of which is not there yet.
+        if self.file().await?.metadata().map_err(unreadable)?.ino() != inode {
+            return Err(filled_anew());
+        }
         let last = if bytes.end == self.size { units(bytes.end) } else { index(bytes.end / UNIT_BYTES) };
         let first = index(bytes.start.div_ceil(UNIT_BYTES));
         for unit in first..last.min(self.filled.len()) {
@@ -155,7 +159,7 @@ impl Following {
         let file = self.file().await?;
         let metadata = file.metadata().map_err(unreadable)?;
         if identity(&metadata) != identity_proven {
-            return Err(Error::new(ErrorKind::Other, "it was filled anew"));
+            return Err(filled_anew());
         }
         for part in 0..self.multipart.parts() {
             if !self.multipart.was_sent(part) {
@@ -198,6 +202,10 @@ fn units(size: u64) -> usize {
 
 fn index(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+fn filled_anew() -> Error {
+    Error::new(ErrorKind::Other, "it was filled anew")
 }
 
 fn unreadable(cause: std::io::Error) -> Error {

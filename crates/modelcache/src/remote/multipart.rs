@@ -18,6 +18,7 @@ use object_store::aws::AmazonS3;
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -62,8 +63,12 @@ impl Spares {
     }
 
     fn give_back(&self, sent: Bytes) {
-        if let Ok(spare) = sent.try_into_mut() {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(spare);
+        let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let held: usize = spares.iter().map(BytesMut::capacity).sum();
+        if let Ok(spare) = sent.try_into_mut()
+            && held + spare.capacity() <= BUFFER_KIB as usize * 1024
+        {
+            spares.push(spare);
         }
     }
 }
@@ -236,13 +241,17 @@ impl Multipart {
         };
         let parts: Option<Vec<_>> = std::mem::take(&mut self.sent).into_iter().map(part).collect();
         let parts = parts.ok_or_else(|| Error::new(ErrorKind::Other, "a part was not sent"))?;
+        // A try that failed may have arrived although its answer did not.
+        let was_tried = AtomicBool::new(false);
         let put = || async {
             match self.s3.complete_multipart(key, id, parts.clone()).await {
                 Ok(put) => Ok(Some(put.e_tag)),
                 Err(error) => match self.store.failed_write(error, &doing).await {
-                    // A first try may have arrived although its answer did not.
-                    error if error.kind() == ErrorKind::NotFound => Ok(None),
-                    error => Err(error),
+                    error if error.kind() == ErrorKind::NotFound && was_tried.load(Ordering::Relaxed) => Ok(None),
+                    error => {
+                        was_tried.store(true, Ordering::Relaxed);
+                        Err(error)
+                    }
                 },
             }
         };

@@ -23,6 +23,7 @@ struct Lane<'a> {
 /// The connections that bring one range.
 pub(super) struct Race<'a> {
     lanes: Vec<Lane<'a>>,
+    is_hedged: bool,
     /// Received, and thrown away because the other lane was first.
     wasted_bytes: u64,
 }
@@ -30,17 +31,18 @@ pub(super) struct Race<'a> {
 impl<'a> Race<'a> {
     /// One connection, whose stream begins at `at`.
     pub(super) fn new(stream: BoxStream<'a, Result<Bytes>>, at: u64) -> Self {
-        Self { lanes: vec![Lane { stream, at, _permit: None }], wasted_bytes: 0 }
+        Self { lanes: vec![Lane { stream, at, _permit: None }], is_hedged: false, wasted_bytes: 0 }
     }
 
     /// Another one.
     pub(super) fn join(&mut self, stream: BoxStream<'a, Result<Bytes>>, at: u64, permit: Permit) {
         self.lanes.push(Lane { stream, at, _permit: Some(permit) });
+        self.is_hedged = true;
     }
 
     /// Whether two are at it, or were.
     pub(super) fn is_hedged(&self) -> bool {
-        self.lanes.len() > 1
+        self.is_hedged
     }
 
     /// What was thrown away since this was last asked.

@@ -67,7 +67,7 @@ impl PartTask {
             self.part(&range, permit, &mut part).await?;
         }
         if let Some(sink) = &self.file.on_part {
-            sink.tell(&self.file.path, range);
+            sink.tell(&self.file.path, self.writer.inode(), range);
         }
         if part.behind { Ok(self.catch_up().await?) } else { Ok(()) }
     }
@@ -203,6 +203,8 @@ impl PartTask {
             if range.start != 0 || range.end != self.file.entry.size {
                 return Err(Trouble::IgnoresRanges);
             }
+            // What comes need not be what came before: all of it is hashed anew.
+            self.writer.rewind();
         }
         let received = self.receive(reading, Race::new(body.stream, part.next), range, part).await;
         // What is in the workers' hands is written and hashed, whatever became of the stream.

@@ -8,6 +8,8 @@ use tokio::sync::mpsc;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct FilledPart {
     pub(crate) path: FilePath,
+    /// The number of the staged file: one that is filled anew has another.
+    pub(crate) inode: u64,
     /// Where it is in the file.
     pub(crate) bytes: Range<u64>,
 }
@@ -24,7 +26,7 @@ impl PartSink {
         (Self(sender), receiver)
     }
 
-    pub(crate) fn tell(&self, path: &FilePath, bytes: Range<u64>) {
-        let _ = self.0.send(FilledPart { path: path.clone(), bytes });
+    pub(crate) fn tell(&self, path: &FilePath, inode: u64, bytes: Range<u64>) {
+        let _ = self.0.send(FilledPart { path: path.clone(), inode, bytes });
     }
 }

@@ -35,7 +35,7 @@ pub(in crate::disk) fn put(disk: &Disk, key: &ArtifactKey, content: &str, source
     let (path, size) = (FilePath::new("f").expect("path"), content.len() as u64);
     let mut listing = Manifest::new(key.clone(), Shape::Tree);
     let entry = FileEntry { size, sha256: Some(Digest::of(content.as_bytes())), ..FileEntry::default() };
-    let staging = disk.try_begin_fill(key, &[(path.clone(), entry)])?;
+    let staging = disk.try_begin_fill(key, &[(path.clone(), entry)], Vec::new())?;
     let given = Given { path: path.clone(), from: source.to_owned(), size };
     let staged = copy_given(&given, &staging.file("copy"), &Progress::new())?;
     let staged = crate::disk::StagedFile { name: "copy".into(), ..staged };
@@ -185,7 +185,7 @@ impl House {
             }
             _ => {
                 let wanted = (FilePath::new("f").expect("path"), FileEntry { size: 9, ..FileEntry::default() });
-                if let Ok(staging) = ours.try_begin_fill(&key, &[wanted]) {
+                if let Ok(staging) = ours.try_begin_fill(&key, &[wanted], Vec::new()) {
                     let digest = Digest::of(content.as_bytes());
                     fs::write(staging.file(&format!("sha256-{digest}")), &content).expect("writes");
                 }
@@ -332,7 +332,7 @@ fn what_an_ended_fill_leaves_goes_before_anything_published_at_each_eviction() {
     let digest = Digest::of(b"content 99");
     disk.evict(&key(6)).expect("evicts");
     let wanted = (FilePath::new("f").expect("path"), FileEntry { size: 10, ..FileEntry::default() });
-    let staging = disk.try_begin_fill(&key(99), &[wanted]).expect("begins");
+    let staging = disk.try_begin_fill(&key(99), &[wanted], Vec::new()).expect("begins");
     let (staged, blob) = (staging.file(&format!("sha256-{digest}")), disk.layout().blob(&digest));
     fs::write(&staged, "content 99").expect("writes");
     fs::create_dir_all(blob.parent().expect("a folder")).expect("makes");
