@@ -38,7 +38,7 @@ pub fn command_line() -> String {
     let mut command = Arguments::command().term_width(HELP_COLUMNS).disable_help_subcommand(true);
     command.build();
     let mut page = format!("# Command line\n\n{GENERATED}\n");
-    let mut verbs: Vec<_> = command.get_subcommands().cloned().collect();
+    let mut verbs: Vec<_> = command.get_subcommands().filter(|verb| !verb.is_hide_set()).cloned().collect();
     page.push_str(&help_block("modelcache", command.after_long_help("")));
     for verb in &mut verbs {
         // What holds for every verb is told once, above.

@@ -126,7 +126,7 @@ pub const SETTINGS: &[Setting] = &[
         default: "`0`",
         meaning: "Wait until what was fetched survives a power cut. Else it is made durable after the command has ended, \
                   and read in full before it is used if that does not happen. `put`, `prewarm` and `get --into` wait \
-                  always.",
+                  always, and so does `get` in a container, which may end with it.",
         accepts: SWITCH_ACCEPTS,
         set: |given, draft| {
             draft.durable = if parse_switch(&given.text)? { Durable::Wait } else { Durable::default() };
@@ -925,7 +925,11 @@ pub fn markdown() -> String {
             "| {} | {} | {} | {} | {} Accepted: {}. |\n",
             code(Some(setting.key.to_owned())),
             code(setting.variable.map(str::to_owned)),
-            code(setting.flag.map(|flag| format!("--{flag} {}", setting.value_name))),
+            code(setting.flag.map(|flag| match setting.value_name {
+                // A switch: a word after it would be the next argument.
+                SWITCH => format!("--{flag}[=0|1]"),
+                value => format!("--{flag} {value}"),
+            })),
             setting.default,
             setting.meaning,
             setting.accepts,

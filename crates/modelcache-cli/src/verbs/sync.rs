@@ -14,6 +14,7 @@ use modelcache::{Cache, Error, ErrorKind, Result};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -86,7 +87,8 @@ fn hand_over(cache: &Cache) -> Result<bool> {
     let Some(HandOver { dir, writer, lock }) = cache.hand_over()? else { return Ok(false) };
     let arguments = [std::ffi::OsStr::new("--apart"), dir.as_os_str(), writer.as_ref()];
     let mut child = start(&arguments, Stdio::from(lock))?;
-    // It starts the one that stays, and ends at once: whatever this process becomes has no child that it does not know.
+    // It starts the one that stays, and ends at once: whatever this process becomes has no child that it does not know,
+    // unless it is process 1, which all orphans are given to.
     let is_done = child.wait().map_err(not_started)?.success();
     if is_done {
         cache.handed_over();
@@ -97,7 +99,14 @@ fn hand_over(cache: &Cache) -> Result<bool> {
 fn start(arguments: &[&std::ffi::OsStr], lock: Stdio) -> Result<std::process::Child> {
     // This very program, also where its file was replaced meanwhile.
     let mut command = Command::new("/proc/self/exe");
-    command.arg("sync").args(arguments).current_dir("/").stdin(lock).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .arg0("modelcache")
+        .arg("sync")
+        .args(arguments)
+        .current_dir("/")
+        .stdin(lock)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     command.spawn().map_err(not_started)
 }
 

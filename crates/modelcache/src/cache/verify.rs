@@ -310,6 +310,7 @@ impl Verification {
 
     /// Brings what `findings` are about to disk, from wherever it is right. The farthest tier that gave bytes.
     async fn fetch(&self, key: &ArtifactKey, reference: Option<&Reference>, findings: &[Finding]) -> Result<Tier> {
+        self.cache.0.disk.ensure_writable()?;
         let origin = self.cache.origin_of(key, reference).await;
         let selection = selection(findings);
         let reach = self.cache.asking(&GetOptions::default()).reach;

@@ -22,13 +22,18 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// This moment, by the filesystem's clock.
 const NOW: rustix::fs::Timestamps = {
     let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
     rustix::fs::Timestamps { last_access: now, last_modification: now }
 };
+
+/// The last change of a file that was withdrawn, by which it differs from every record of it.
+fn spoilt() -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(1)
+}
 
 /// How often lending starts again after it found and mended something.
 const ROUNDS_MAX: usize = 1000;
@@ -153,6 +158,8 @@ impl Disk {
             return Ok(Mismatch::Missing);
         }
         let is_right = match entry.sha256 {
+            // It was withdrawn once: the medium may not have what a read still finds in memory.
+            _ if before.modified().is_ok_and(|modified| modified == spoilt()) => false,
             Some(digest) => hashing::has_digest(&file, digest, entry.ladder.as_ref()).at("read", view)?,
             None => false,
         };
@@ -201,8 +208,8 @@ impl Disk {
         entry: &FileEntry,
         file: &File,
     ) -> Result<Vec<(ArtifactKey, FilePath)>> {
-        tracing::warn!(artifact = %dir.path().display(), file = %path, "a cached file was changed on disk; it will be fetched again");
-        let _ = file.set_times(fs::FileTimes::new().set_modified(UNIX_EPOCH + Duration::from_secs(1)));
+        tracing::warn!(artifact = %dir.path().display(), file = %path, "a cached file is not what it was; it is withdrawn, and the next get fetches it again");
+        let _ = file.set_times(fs::FileTimes::new().set_modified(spoilt()));
         let inode = identity(&file.metadata().at("look at", &dir.view(path))?).inode;
         if let Some(digest) = entry.sha256 {
             self.quarantine_inode(&digest, inode)?;

@@ -16,6 +16,7 @@ use super::parts::{journal_bytes, journal_of};
 use super::{hashing, modes};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::human;
 use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity};
@@ -244,11 +245,11 @@ impl Disk {
         }
         Err(Error::new(
             ErrorKind::Full,
-            format!("needs {needed} bytes on disk, and the whole budget is {budget} bytes"),
+            format!("needs {} on disk, and the whole budget is {}", human::bytes(needed), human::bytes(budget)),
         )
         .artifact(key)
         .tier(Tier::Disk)
-        .hint("raise MODEL_CACHE_MAX_BYTES, or choose fewer files with --include"))
+        .hint("raise MODEL_CACHE_MAX_BYTES; a get may choose fewer files (--include), a put may leave this disk out (--tier remote)"))
     }
 
     fn make_staging(&self, key: &ArtifactKey) -> Result<Staging> {

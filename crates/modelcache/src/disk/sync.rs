@@ -115,7 +115,7 @@ impl Disk {
             }
         }
         if !found.is_empty() {
-            tracing::info!(artifact = %key, files = found.len(), "its writer ended before it was durable; it was read in full, and is right");
+            tracing::info!(artifact = %key, files = found.len(), "what a process left that ended before it was durable was read in full, and is right");
         }
         // What the medium refuses is missing then, and fetched again.
         self.make_durable(dir, &found).map(|_| ())
@@ -163,7 +163,7 @@ impl Disk {
             failed.extend(passed_over);
             for (path, entry, file, cause) in refused {
                 let error = fault("make durable", &dir.view(&path), cause);
-                tracing::warn!(artifact = %dir.path().display(), file = %path, %error, "the medium did not take it; it will be fetched again");
+                tracing::warn!(artifact = %dir.path().display(), file = %path, %error, "the medium did not take it; it is withdrawn, and the next get fetches it again");
                 self.mend(dir, &path, &entry, Mismatch::Wrong(file))?;
                 failed.insert(path);
                 refusal.get_or_insert(error);

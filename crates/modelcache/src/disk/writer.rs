@@ -56,6 +56,8 @@ pub(crate) struct StagedWriter {
     part_size: u64,
     buffered: File,
     inode: u64,
+    /// Held while a slice is written through the page cache.
+    turn: Mutex<()>,
     direct: Option<File>,
     direct_failed: AtomicBool,
     /// How far the file is hashed in order; [`u64::MAX`] when a ladder checks each part.
@@ -156,6 +158,7 @@ impl StagedWriter {
             part_size,
             buffered,
             inode,
+            turn: Mutex::default(),
             direct,
             direct_failed: AtomicBool::new(false),
             cursor: AtomicU64::new(if in_order { 0 } else { u64::MAX }),
@@ -224,7 +227,7 @@ impl StagedWriter {
     fn write_bytes(&self, offset: u64, slice: &[u8]) -> io::Result<()> {
         let direct = self.direct.as_ref().filter(|_| !self.direct_failed.load(Ordering::Relaxed));
         let Some(direct) = direct.filter(|_| offset.is_multiple_of(ALIGNMENT as u64)) else {
-            return self.buffered.write_all_at(slice, offset);
+            return self.write_buffered(offset, slice);
         };
         let whole_blocks = slice.len() / ALIGNMENT * ALIGNMENT;
         let (aligned, tail) = slice.split_at(whole_blocks);
@@ -233,9 +236,18 @@ impl StagedWriter {
                 return Err(error);
             }
             self.direct_failed.store(true, Ordering::Relaxed);
-            self.buffered.write_all_at(aligned, offset)?;
+            self.write_buffered(offset, aligned)?;
         }
-        self.buffered.write_all_at(tail, offset + whole_blocks as u64)
+        self.write_buffered(offset + whole_blocks as u64, tail)
+    }
+
+    /// One at a time: the kernel lets no two write into a file's pages at once, and burns a core while the second waits.
+    fn write_buffered(&self, offset: u64, slice: &[u8]) -> io::Result<()> {
+        if slice.is_empty() {
+            return Ok(());
+        }
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.buffered.write_all_at(slice, offset)
     }
 
     /// A part is written whole, and checked if a ladder can: the journal says so. Whether the caller shall now see to

@@ -108,6 +108,8 @@ fn from_refusal(refusal: &Refusal, doing: &str, at: &Whereabouts) -> Error {
     match (code, refusal.status) {
         ("NoSuchBucket", _) => Error::invalid(format!("the bucket {:?} does not exist at {}", at.container, at.endpoint))
             .hint("check the remote's address (s3://BUCKET/PREFIX), its endpoint and its region; modelcache creates no buckets"),
+        ("InvalidBucketName", _) => Error::invalid(format!("{:?} can be no bucket's name: {} says so", at.container, at.endpoint))
+            .hint("names have 3 to 63 lower-case letters, digits, dots and hyphens: check MODEL_CACHE_REMOTE or MODEL_CACHE_S3_BUCKET"),
         ("PermanentRedirect" | "AuthorizationHeaderMalformed" | "IllegalLocationConstraintException" | "IncorrectEndpoint", _) | ("", 301 | 307 | 308) => {
             wrong_region(refusal, at)
         }
