@@ -5,7 +5,8 @@ mod common;
 
 use common::*;
 use modelcache_testkit::{Content, Page, Ranges, Web, content};
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::TcpListener;
 use std::process::{Command, Stdio};
 
 /// Gives a page a validator, by tag or by date.
@@ -297,4 +298,36 @@ fn pythons_own_web_server_works() {
     assert_same(&path, &big());
     missing.failed(3, &["404"]);
     folder.failed(5, &["text/html"]);
+}
+
+/// A server that sends of each answer so many bytes and hangs up; it knows no ranges. The last answer is repeated.
+fn hanging_up(answers: Vec<(Vec<u8>, usize)>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for (number, stream) in listener.incoming().enumerate() {
+            let mut stream = stream.unwrap();
+            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            while lines.next().is_some_and(|line| line.is_ok_and(|line| !line.is_empty())) {}
+            let (body, sent) = &answers[number.min(answers.len() - 1)];
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\netag: \"1\"\r\n\r\n", body.len());
+            let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body[..*sent]));
+        }
+    });
+    format!("http://{address}/model.bin")
+}
+
+#[test]
+fn a_beginning_that_comes_twice_is_hashed_as_it_was_kept() {
+    // One part, several slices: those that came before the cut were hashed already.
+    let right = content::bytes(1, 2 << 20);
+    let mut damaged = right.clone();
+    damaged[100] ^= 1;
+    let whole = right.len();
+    let digest = content::sha256(&right);
+    let answers = vec![(right.clone(), whole), (right.clone(), 1_500_000), (damaged, whole), (right.clone(), whole)];
+    let address = format!("{}@3#sha256={digest}", hanging_up(answers));
+    let house = House::new();
+    let got = house.on_local("c").run(["get", &address]);
+    assert_eq!(content::sha256(&std::fs::read(got.path()).unwrap()), digest);
 }
