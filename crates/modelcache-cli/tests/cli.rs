@@ -189,7 +189,11 @@ fn completions_know_verbs_and_flags_of_settings() {
     for shell in ["bash", "zsh", "fish"] {
         let script = home.run(["completions", shell]).answered().stdout;
         assert!(script.contains("inspect") && script.contains("min-free-bytes"), "{shell}: {script}");
+        for hidden in ["modelcache,sync)", "what another process published"] {
+            assert!(!script.contains(hidden), "{shell} shows a verb that is nobody's");
+        }
     }
+    home.run(["man", "sync"]).refused(2, &["no verb", "inspect"]);
 }
 
 #[test]

@@ -176,6 +176,7 @@ def test_it_answers_at_once_and_is_ready_when_the_model_is(published: Slow, serv
 
     stats = app.get("/cache/stats").json()
     assert [(row["reference"], row["leased"]) for row in stats["items"]] == [("m@1", True)]
+    assert (stats["tiers"]["remote"]["up"], stats["tiers"]["remote"]["error"]) == (True, None)
     assert app.get("/cache/metrics").json()["hits"]["remote"] == 1
     page = app.get("/metrics")
     assert 'modelcache_gets_total{from="remote"} 1' in page.text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from conftest import noise, write_model
 from modelcache import ConflictError, ModelCache
@@ -154,6 +157,52 @@ def test_workers_of_multiprocessing(method: str, model: Path, open_cache: Any) -
     with multiprocessing.get_context(method).Pool(2) as pool:
         paths = set(pool.map(_get_in_worker, [cache] * 4))
     assert paths == {str(cache.get("m", "1"))}
+
+
+PREFORKED = """
+import os
+from modelcache import ModelCache
+
+cache = ModelCache()
+before = cache.get("m", "1")
+
+def app(environ, start_response):
+    after = cache.get("n", "1")
+    start_response("200 OK", [("content-type", "text/plain")])
+    sizes = [(path / "weights.bin").stat().st_size for path in (before, after)]
+    return [f"{os.getpid()} {sizes}".encode()]
+"""
+
+
+def test_gunicorn_that_loads_the_application_before_it_forks(s3: str, model: Path, open_cache: Any, tmp_path: Path) -> None:
+    cache = open_cache()
+    cache.put("m", "1", model, tier="remote")
+    cache.put("n", "1", model, tier="remote")
+    (tmp_path / "app.py").write_text(PREFORKED)
+    command = [sys.executable, "-m", "gunicorn", "--chdir", str(tmp_path), "--preload", "--workers", "2"]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        descriptor = listening.fileno()
+        server = subprocess.Popen(
+            [*command, "--bind", f"fd://{descriptor}", "app:app"], pass_fds=[descriptor], start_new_session=True
+        )
+        try:
+            address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+            workers: set[str] = set()
+            deadline = time.monotonic() + 60
+            while len(workers) < 2:
+                assert time.monotonic() < deadline, f"only {workers} answered"
+                worker, _, sizes = httpx.get(address, timeout=30).text.partition(" ")
+                assert sizes == str([SIZE, SIZE])
+                workers.add(worker)
+            assert str(server.pid) not in workers
+            with pytest.raises(ConflictError):
+                cache.evict("m", "1", tier="disk")
+            server.terminate()
+            assert server.wait(30) == 0
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGKILL)
+    assert cache.evict("m", "1", tier="disk").disk_bytes
 
 
 def test_a_fork_without_our_knowledge(model: Path, open_cache: Any) -> None:

@@ -78,13 +78,20 @@ pub enum Tier {
     Origin,
 }
 
-impl fmt::Display for Tier {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Tier {
+    /// Its name, as messages and metrics have it.
+    pub fn name(self) -> &'static str {
+        match self {
             Self::Disk => "disk",
             Self::Remote => "remote",
             Self::Origin => "origin",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 

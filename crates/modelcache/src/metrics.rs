@@ -3,13 +3,13 @@
 //! Whoever does something counts it; whoever shows it takes a copy. Counting never waits for anything but another count.
 //! A process that ends takes its counters with it, and each process has its own.
 
-use crate::error::{ErrorKind, Tier};
+use crate::error::{ErrorKind, Result, Tier};
 use crate::progress::Phase;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The counters of one cache; clones count together.
 #[derive(Debug, Clone, Default)]
@@ -38,6 +38,19 @@ pub struct Counts {
     pub failures: BTreeMap<&'static str, u64>,
     /// Seconds spent in gets and puts, by phase.
     pub phase_seconds: BTreeMap<&'static str, f64>,
+    /// How each tier did when it was last asked; those that were not are absent.
+    pub tiers: BTreeMap<&'static str, Health>,
+}
+
+/// How a tier did when it was last asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Health {
+    /// Whether it answered; that it has nothing is an answer.
+    pub up: bool,
+    /// When it was asked, in seconds since the Unix epoch.
+    pub asked_unix: u64,
+    /// How it failed, if it did.
+    pub error: Option<String>,
 }
 
 /// One number for each tier.
@@ -127,6 +140,19 @@ impl Metrics {
         *self.lock().failures.entry(kind.name()).or_default() += 1;
     }
 
+    /// Notes how a tier that was asked did. It fails when it does not answer, or not this caller; absence is an answer.
+    pub(crate) fn asked<T>(&self, tier: Tier, outcome: &Result<T>) {
+        let error = match outcome {
+            Err(error) if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unauthorized) => {
+                Some(error.to_string())
+            }
+            _ => None,
+        };
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let health = Health { up: error.is_none(), asked_unix: since_epoch.as_secs(), error };
+        self.lock().tiers.insert(tier.name(), health);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Counts> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -166,6 +192,10 @@ impl Counts {
             label: Some(("code", (*code).into())),
             value: *count as f64,
         };
+        let up = |(tier, health): (&&'static str, &Health)| Sample {
+            label: Some(("tier", (*tier).into())),
+            value: f64::from(u8::from(health.up)),
+        };
         let phase = |(phase, seconds): (&&'static str, &f64)| Sample {
             label: Some(("phase", (*phase).into())),
             value: *seconds,
@@ -191,6 +221,14 @@ impl Counts {
                 "Seconds spent in gets and puts, by phase",
                 self.phase_seconds.iter().map(phase).collect(),
             ),
+            Family {
+                is_counter: false,
+                ..Family::counter(
+                    "tier_up",
+                    "Whether a tier answered when it was last asked",
+                    self.tiers.iter().map(up).collect(),
+                )
+            },
         ]
     }
 }
@@ -252,6 +290,7 @@ pub fn text(families: &[Family]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
 
     fn got(metrics: &Metrics, from: Tier, waited: Option<Duration>) {
         let phases: BTreeMap<_, _> = waited.map(|waited| (Phase::Join, waited)).into_iter().collect();
@@ -276,8 +315,24 @@ mod tests {
     }
 
     #[test]
+    fn a_tier_that_has_nothing_is_up_and_one_that_fails_says_how() {
+        let metrics = Metrics::default();
+        assert!(metrics.counts().tiers.is_empty());
+        metrics.asked::<()>(Tier::Remote, &Err(Error::unavailable("no route to host")));
+        metrics.asked::<()>(Tier::Origin, &Err(Error::not_found("no such repository")));
+        let tiers = metrics.counts().tiers;
+        assert!(!tiers["remote"].up && tiers["origin"].up);
+        assert!(tiers["remote"].error.as_ref().is_some_and(|error| error.contains("no route")));
+        metrics.asked(Tier::Remote, &Ok(()));
+        let health = &metrics.counts().tiers["remote"];
+        assert!(health.up && health.error.is_none());
+        assert!(health.asked_unix > 1_700_000_000);
+    }
+
+    #[test]
     fn the_text_is_what_prometheus_reads() {
         let metrics = Metrics::default();
+        metrics.asked(Tier::Remote, &Ok(()));
         metrics.failed(ErrorKind::NotFound);
         metrics.evicted(7);
         let mut families = metrics.counts().families();
@@ -287,6 +342,7 @@ mod tests {
             "# TYPE modelcache_gets_total counter\nmodelcache_gets_total{from=\"disk\"} 0\n",
             "modelcache_failures_total{code=\"not_found\"} 1\n",
             "modelcache_evicted_bytes_total 7\n",
+            "# TYPE modelcache_tier_up gauge\nmodelcache_tier_up{tier=\"remote\"} 1\n",
             "# HELP modelcache_directory_used_bytes What counts.\n# TYPE modelcache_directory_used_bytes gauge\n\
              modelcache_directory_used_bytes 12\n",
         ] {

@@ -2,7 +2,7 @@
 
 use crate::arguments::Arguments;
 use crate::output::Output;
-use clap::{Args, CommandFactory};
+use clap::{Args, Command, CommandFactory};
 use clap_complete::Shell;
 use modelcache::Result;
 
@@ -19,7 +19,14 @@ pub(crate) struct Completions {
 impl Completions {
     pub(crate) fn run(&self, output: &Output) -> Result<()> {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut Arguments::command(), "modelcache", &mut script);
+        clap_complete::generate(self.shell, &mut for_people(), "modelcache", &mut script);
         output.answer(&String::from_utf8_lossy(&script))
     }
+}
+
+/// The command without the verbs that only processes of its own call.
+fn for_people() -> Command {
+    let all = Arguments::command();
+    let verbs = all.get_subcommands().filter(|verb| !verb.is_hide_set());
+    Command::new("modelcache").args(all.get_arguments().cloned()).subcommands(verbs.cloned())
 }

@@ -52,10 +52,11 @@ fn top_page() -> io::Result<String> {
 
 fn verb_page(verb: &str) -> Result<io::Result<String>> {
     let command = built();
-    let verbs = || command.get_subcommands().map(Command::get_name).filter(|name| *name != "help");
-    let Some(found) = command.get_subcommands().find(|command| command.get_name() == verb && verb != "help") else {
-        return Err(Error::invalid(format!("{verb:?} is no verb"))
-            .hint(format!("verbs: {}", verbs().collect::<Vec<_>>().join(", "))));
+    let is_for_people = |verb: &&Command| !verb.is_hide_set() && verb.get_name() != "help";
+    let verbs = || command.get_subcommands().filter(is_for_people);
+    let Some(found) = verbs().find(|command| command.get_name() == verb) else {
+        let names: Vec<_> = verbs().map(Command::get_name).collect();
+        return Err(Error::invalid(format!("{verb:?} is no verb")).hint(format!("verbs: {}", names.join(", "))));
     };
     let version = env!("CARGO_PKG_VERSION");
     let page = clap_mangen::Man::new(found.clone()).source(format!("modelcache {version}"));

@@ -30,7 +30,8 @@ class Metrics:
         could not answer by itself), ``hit_rate`` (share of gets that disk answered; ``None`` before the first),
         ``bytes`` by tier, ``waits`` (``count`` and ``seconds`` of gets that waited while somebody else fetched),
         ``puts``, ``uploaded_bytes``, ``copied_bytes``, ``evictions`` (``count`` and ``bytes``, to make room),
-        ``failures`` by kind, ``phase_seconds`` by phase.
+        ``failures`` by kind, ``phase_seconds`` by phase, ``tiers`` (by tier that was ever asked: ``up``, whether it
+        answered the last time, ``asked_unix``, when that was, ``error``, how it failed or ``None``).
         """
         counters: dict[str, Any] = json.loads(self._native.metrics())
         return counters

@@ -166,10 +166,11 @@ async def readyz(request: Request) -> Response:
 
 
 async def cache_stats(request: Request) -> Response:
-    """What is cached, and how full the directory is."""
+    """What is cached, how full the directory is, and how each tier did when it was last asked."""
     used = cache(request)
     stats, artifacts = await used.astats(), await used.alist_artifacts()
-    return JSONResponse({**stats.to_dict(), "items": [artifact.to_dict() for artifact in artifacts]})
+    items = [artifact.to_dict() for artifact in artifacts]
+    return JSONResponse({**stats.to_dict(), "tiers": used.metrics.to_dict()["tiers"], "items": items})
 
 
 async def cache_metrics(request: Request) -> Response:

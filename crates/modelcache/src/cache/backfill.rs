@@ -132,7 +132,9 @@ impl Cache {
     async fn upload(&self, lent: &Arc<Lent>, to: ToBackfill, progress: &Progress) -> Published {
         let Some(remote) = &self.0.remote else { return Published::default() };
         let (key, files) = (&lent.manifest.key, to.missing.files.clone());
-        match self.upload_noted(remote, lent, to, progress).await {
+        let uploaded = self.upload_noted(remote, lent, to, progress).await;
+        self.metrics().asked(Tier::Remote, &uploaded);
+        match uploaded {
             Ok(published) => {
                 self.note_remote(true);
                 published

@@ -141,7 +141,9 @@ impl Cache {
         if let Some(remote) = self.remote_within(wanted.reach) {
             self.before_first_call().await;
             let asked = wanted.remote.clone().unwrap_or_else(|| Ok(Arc::new(remote.source(&wanted.key))));
-            match manifest_of(asked).await {
+            let asked = manifest_of(asked).await;
+            self.metrics().asked(Tier::Remote, &asked);
+            match asked {
                 Ok((source, manifest)) => {
                     survey.remote_foreign = source.is_foreign();
                     survey.remote = manifest.map(|manifest| (source as Arc<dyn Source>, manifest));
@@ -151,7 +153,9 @@ impl Cache {
         }
         if let Some(origin) = wanted.origin.as_ref().filter(|_| !survey.satisfies(wanted)) {
             self.before_first_call().await;
-            match origin.manifest().await {
+            let asked = origin.manifest().await;
+            self.metrics().asked(Tier::Origin, &asked);
+            match asked {
                 Ok(manifest) => survey.origin = manifest,
                 Err(error) => survey.origin_failure = Some(error.tier(Tier::Origin)),
             }

@@ -28,8 +28,9 @@ impl Cache {
     /// Publishes a file or folder on disk and, where there is one, the remote; or on the remote only.
     ///
     /// # Errors
-    /// `Corrupt` for what is not of the format expected; `Invalid` for what cannot be an artifact; `Conflict` where the key has other content (unless forced); `Full`,
-    /// `Directory`, `Unavailable`, `Unauthorized` as for [`get`](Self::get). Nothing is visible then.
+    /// `Corrupt` for what is not of the format expected; `Invalid` for what cannot be an artifact; `Conflict` where the
+    /// key has other content (unless forced); `Full`, `Directory`, `Unavailable`, `Unauthorized` as for
+    /// [`get`](Self::get). Nothing is visible then.
     pub async fn put(
         &self,
         key: &ArtifactKey,
@@ -254,10 +255,10 @@ impl Cache {
         // An object can be damaged and look sound; forcing sends equal content, too.
         let rewrite = if options.force { files.keys().cloned().collect() } else { BTreeSet::new() };
         let options = PublishOptions { force: options.force, rewrite, sidecars: options.sidecars };
-        let published = remote
-            .publish_begun(manifest, files, options, begun, progress)
-            .await
-            .context(&manifest.key, Tier::Remote)?;
+        let published =
+            remote.publish_begun(manifest, files, options, begun, progress).await.context(&manifest.key, Tier::Remote);
+        self.metrics().asked(Tier::Remote, &published);
+        let published = published?;
         self.note_remote(true);
         Ok(published)
     }

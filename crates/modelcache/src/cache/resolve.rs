@@ -168,7 +168,9 @@ impl Cache {
             self.before_first_call().await;
         }
         let absent = || Error::not_found("there is no such file or folder").tier(Tier::Origin).hint("check the path");
-        let resolved = self.0.origins.resolve(reference).await?.ok_or_else(absent)?;
+        let resolved = self.0.origins.resolve(reference).await;
+        self.metrics().asked(Tier::Origin, &resolved);
+        let resolved = resolved?.ok_or_else(absent)?;
         Ok(Meaning { key: resolved.key, origin: Some(resolved.source), answer: None, tagged: None, remote: None })
     }
 

@@ -2,7 +2,8 @@
 //!
 //! Nobody blocks in `flock`: a lock is tried, and whoever must wait sleeps and tries again. A guard unlocks explicitly
 //! before it closes, so that a forked child that still has the descriptor does not keep the lock. The order in which
-//! locks may be taken: fill, owner, shared lease, budget, then (one try) exclusive lease or owner.
+//! locks may be taken: fill, owner, shared lease, check, budget, then (one try) exclusive lease or owner. Whoever brings
+//! an artifact to the remote holds its backfill lock before any of them.
 //!
 //! Some filesystems grant every lock or refuse all. [`are_honest`] finds out; where every lock is refused, a lock counts
 //! as gained, and whoever relies on exclusion asks the directory whether its locks are honest.

@@ -1,9 +1,9 @@
 //! Verifying: every held file is read in full and compared with its digest, whatever its metadata say.
 //!
 //! What lending cannot see is found here: bytes that changed while size and mtime did not. A file with a ladder is read
-//! part by part on all cores, two parts at once on each, so that a bad part has a name. A file that several artifacts share is read once. What is
-//! wrong is quarantined and uncommitted as lending would do it; nothing else is changed: no last use is touched, and
-//! nothing is evicted.
+//! part by part on all cores, two parts at once on each, so that a bad part has a name. A file that several artifacts
+//! share is read once. What is wrong is quarantined and uncommitted as lending would do it; nothing else is changed: no
+//! last use is touched, and nothing is evicted.
 //!
 //! A lease is held while a file is opened and while a finding is recorded, not while the file is read: an open file stays
 //! what it is, and no eviction has to wait for us. The medium is asked and not the kernel's memory, which stays as it is.
