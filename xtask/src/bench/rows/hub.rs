@@ -1,5 +1,6 @@
 //! A model from the Hub to disk, cold, by way of the redirect to its CDN.
 
+use super::calls::Calls;
 use super::pull::the_file;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
 use crate::bench::contest::{Entry, Line, OURS, best_peer, contest, ours, table};
@@ -14,6 +15,8 @@ use std::process::Command;
 
 const REPO: &str = "bench/model";
 const FILE: &str = "model.safetensors";
+/// The file, as our programs are asked for it.
+pub(super) const URI: &str = "hf://bench/model/model.safetensors";
 const FOLDER: &str = "hub";
 
 /// A Hub in this process, which only redirects, and the cheap server as its CDN.
@@ -71,15 +74,31 @@ impl<'a> HubStage<'a> {
         command
     }
 
-    /// Median, 10th and 90th percentile in microseconds of `hf_hub_download` with the file cached.
-    pub(super) fn warm(&self, runs: usize) -> Result<String> {
+    /// Has `hf_hub_download` cache the file in `folder`.
+    pub(super) fn fill_theirs(&self, folder: &Path) -> Result<()> {
+        measure(&mut self.their_calls(folder, 0)?).map(drop)
+    }
+
+    /// `hf_hub_download` of the file in `folder`, told by argument, or by variable, that it is to ask nobody.
+    pub(super) fn call_theirs(&self, folder: &Path, runs: usize, by_variable: bool) -> Result<Calls> {
+        let mut command = self.their_calls(folder, runs)?;
+        if by_variable {
+            command.env("HF_HUB_OFFLINE", "1");
+        }
+        Calls::of(&mut command)
+    }
+
+    fn their_calls(&self, folder: &Path, runs: usize) -> Result<Command> {
         self.setup.peers.want("huggingface_hub")?;
-        let folder = self.setup.scratch.fresh("hub-warm")?;
-        let mut command = self.script("hub_warm.py", &folder);
-        command.args([REPO, FILE]).arg(&folder).arg(runs.to_string());
-        let (_, printed) = crate::bench::usage::run(&mut command)?;
-        crate::bench::scratch::remove(&folder)?;
-        Ok(printed.trim().to_owned())
+        let mut command = self.script("hub_warm.py", folder);
+        command.args([REPO, FILE]).arg(folder).arg(runs.to_string());
+        Ok(command)
+    }
+
+    /// Has our program fetch the file into a directory.
+    pub(super) fn fill_ours(&self, dir: &Path) -> Result<()> {
+        let mut command = self.setup.modelcache(dir);
+        self.setup.get(command.env("HF_ENDPOINT", self.hub.url()), URI).map(drop)
     }
 }
 
