@@ -75,14 +75,27 @@ fn built(command: &mut Command) -> Result<Vec<Value>> {
     Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
 }
 
-/// Shows a command as a person would type it.
+/// Shows a command as a person would type it in the root.
 pub(crate) fn shown(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
     let words = std::iter::once(program).chain(command.get_args());
-    words.map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ")
+    let root = format!("{}/", root().display());
+    words.map(|word| quoted(&word.to_string_lossy().replace(&root, ""))).collect::<Vec<_>>().join(" ")
 }
 
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@=,+%".contains(c);
     if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{word}'") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_shown_without_where_the_repository_lies() {
+        let mut command = Command::new(root().join("target/venv/bin/python"));
+        command.arg(root().join("xtask/script.py")).args(["two words", "plain"]);
+        assert_eq!(shown(&command), "python xtask/script.py 'two words' plain");
+    }
 }

@@ -1,8 +1,8 @@
 """A safetensors file from S3: when its first tensor can be read, how much had come by then, and when all can.
 
-usage: first_tensor.py open REFERENCE FILE | get REFERENCE FILE | runai URL SIZE
+usage: first_tensor.py SIZE open REFERENCE FILE | SIZE get REFERENCE FILE | SIZE runai URL
 
-Prints seconds to the first and to the last tensor, and the bytes that the server had sent at the first, as JSON: from
+SIZE is that of the tensors. Prints seconds to the first and to the last tensor, and the bytes that the server had sent at the first, as JSON: from
 here, without the start of Python and what is imported.
 """
 
@@ -30,7 +30,7 @@ def with_get(reference, path):
             yield file.get_tensor(name)
 
 
-def with_runai(url, size):
+def with_runai(url):
     """Run:ai's streamer, into memory: the first is the first that comes."""
     engine = Engine()
 
@@ -40,7 +40,7 @@ def with_runai(url, size):
         return memory.tobytes()
 
     rows = tensors(read(LENGTH_BYTES, header_bytes(read(0, LENGTH_BYTES))))
-    memory = np.empty(int(size), np.uint8)
+    memory = np.empty(rows[-1][1] + rows[-1][2], np.uint8)
     places = [memory.ctypes.data + at for _, at, _ in rows]
     for number in engine.read(url, [at for _, at, _ in rows], [size for _, _, size in rows], places):
         _, at, size = rows[number]
@@ -48,7 +48,7 @@ def with_runai(url, size):
     engine.end()
 
 
-how, *what = sys.argv[1:]
+size, how, *what = sys.argv[1:]
 if how == "runai":
     from runai_engine import Engine
 
@@ -59,6 +59,7 @@ else:
 
     load = with_open if how == "open" else with_get
 
+measured.touch(int(size))
 watch = measured.Stopwatch()
 coming = load(*what)
 kept = [next(coming)]

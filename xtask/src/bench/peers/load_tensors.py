@@ -1,8 +1,8 @@
 """All tensors of a safetensors file in memory, as numpy has them.
 
-usage: load_tensors.py HOW FILE | HOW REFERENCE FILE   HOW: safe_open, load_file, runai, runai-packed
+usage: load_tensors.py HOW SIZE FILE | HOW SIZE REFERENCE FILE   HOW: safe_open, load_file, runai, runai-packed
 
-With a reference, our cache is opened and gives the folder that the file is in. Prints seconds and core-seconds as JSON:
+SIZE is that of the tensors. With a reference, our cache is opened and gives the folder that the file is in. Prints seconds and core-seconds as JSON:
 from here to the last tensor, without the start of Python and what is imported.
 """
 
@@ -54,7 +54,7 @@ def check(loaded, path):
         sys.exit("not all was loaded")
 
 
-how, *what = sys.argv[1:]
+how, size, *what = sys.argv[1:]
 if how == "safe_open":
     from safetensors import safe_open
 
@@ -68,6 +68,7 @@ else:
 if len(what) == 2:
     from modelcache import ModelCache
 
+measured.touch(int(size))
 watch = measured.Stopwatch()
 path = str(ModelCache().get(what[0]) / what[1]) if len(what) == 2 else what[0]
 loaded = load(path)

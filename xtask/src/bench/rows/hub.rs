@@ -15,8 +15,6 @@ use std::process::Command;
 
 const REPO: &str = "bench/model";
 const FILE: &str = "model.safetensors";
-/// The file, as our programs are asked for it.
-pub(super) const URI: &str = "hf://bench/model/model.safetensors";
 const FOLDER: &str = "hub";
 
 /// A Hub in this process, which only redirects, and the cheap server as its CDN.
@@ -24,6 +22,7 @@ pub(super) struct HubStage<'a> {
     setup: &'a Setup,
     hub: Hub,
     _cdn: Served,
+    commit: String,
     bytes: u64,
 }
 
@@ -37,8 +36,8 @@ impl<'a> HubStage<'a> {
         std::fs::hard_link(&file, folder.join("cdn").join(content.sha256()?))?;
         let (hub, cdn) = (Hub::start_on(0)?, Served::start(&folder, Kind::Plain)?);
         hub.cdn_elsewhere(&format!("{}/cdn", cdn.url()));
-        hub.repo(REPO).commit().file(FILE, content).publish()?;
-        Ok(Self { setup, hub, _cdn: cdn, bytes })
+        let commit = hub.repo(REPO).commit().file(FILE, content).publish()?;
+        Ok(Self { setup, hub, _cdn: cdn, commit, bytes })
     }
 
     fn ours(&'a self, setting: &str, waits: &'static str, change: fn(&mut Command) -> &mut Command) -> Entry<'a> {
@@ -98,7 +97,17 @@ impl<'a> HubStage<'a> {
     /// Has our program fetch the file into a directory.
     pub(super) fn fill_ours(&self, dir: &Path) -> Result<()> {
         let mut command = self.setup.modelcache(dir);
-        self.setup.get(command.env("HF_ENDPOINT", self.hub.url()), URI).map(drop)
+        self.setup.get(command.env("HF_ENDPOINT", self.hub.url()), &self.uri("main")).map(drop)
+    }
+
+    /// The file, as ours are asked for it.
+    pub(super) fn uri(&self, revision: &str) -> String {
+        format!("hf://{REPO}@{revision}/{FILE}")
+    }
+
+    /// What `main` is.
+    pub(super) fn commit(&self) -> &str {
+        &self.commit
     }
 }
 

@@ -12,11 +12,12 @@ use crate::bench::usage::{Run, run};
 use crate::table::markdown;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use std::process::Command;
 
 const NAME: &str = "bench/tensors";
 const REFERENCE: &str = "bench/tensors@1";
 const FILE: &str = "model.safetensors";
+/// Where the others find it.
+const RAW: &str = "raw-tensors";
 const SCRIPT: &str = "first_tensor.py";
 const READERS: [(&str, &str, &str); 3] = [
     ("open", OURS, "open, read as it comes"),
@@ -40,7 +41,7 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     let bytes = tensors::write(&source.join(FILE), 11, setup.sizes.tensors)?;
     std::fs::create_dir_all(setup.served())?;
     setup.publish(&Served::start(&setup.served(), Kind::Plain)?, NAME, &source)?;
-    setup.expose("raw-tensors", &source)?;
+    setup.expose(RAW, &source)?;
     let served = Served::start(&setup.served(), Kind::Shaped)?;
     let mut reads: [Result<Vec<Read>>; READERS.len()] = std::array::from_fn(|_| Ok(Vec::new()));
     for round in 1..=setup.rounds {
@@ -68,15 +69,21 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
 fn once(setup: &Setup, served: &Served, how: &str, bytes: u64) -> Result<Read> {
     let folder = setup.scratch.fresh("run")?;
     served.forget_counts()?;
+    let size = setup.sizes.tensors.to_string();
     let mut command = if how == "runai" {
+        setup.peers.want("runai-model-streamer")?;
         setup.peers.want("runai-model-streamer-s3")?;
-        theirs(setup, served, bytes)
+        let mut command = setup.peers.script(SCRIPT);
+        command.envs(served.env()).env("HOME", &setup.scratch.disk);
+        command.args([&size, how, &url(&format!("{RAW}/{FILE}"))]);
+        command
     } else {
+        setup.peers.want("safetensors")?;
         let mut command = setup.python_with_remote(SCRIPT, &folder.join("cache"), served);
-        command.args([how, REFERENCE, FILE]);
+        command.args([&size, how, REFERENCE, FILE]);
         command
     };
-    setup.peers.want("safetensors")?;
+    setup.peers.want("numpy")?;
     let (process, printed) = run(&mut command)?;
     let told: Value = serde_json::from_str(&printed).context("the script told no figures")?;
     let figure = |name: &str| told[name].as_f64().with_context(|| format!("the script tells no {name}"));
@@ -84,13 +91,6 @@ fn once(setup: &Setup, served: &Served, how: &str, bytes: u64) -> Result<Read> {
     ensure!(read == setup.sizes.tensors as f64, "read {read} bytes of tensors, not {}", setup.sizes.tensors);
     let first_percent = 100.0 * figure("first_sent")? / bytes as f64;
     Ok(Read { first_s: figure("first_s")?, first_percent, whole_s: figure("whole_s")?, process })
-}
-
-fn theirs(setup: &Setup, served: &Served, bytes: u64) -> Command {
-    let mut command = setup.peers.script(SCRIPT);
-    command.envs(served.env()).env("HOME", &setup.scratch.disk);
-    command.args(["runai", &url(&format!("raw-tensors/{FILE}")), &bytes.to_string()]);
-    command
 }
 
 fn told(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {

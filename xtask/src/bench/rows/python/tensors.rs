@@ -14,12 +14,32 @@ use std::process::Command;
 const REFERENCE: &str = "bench/tensors@1";
 const FILE: &str = "model.safetensors";
 const SCRIPT: &str = "load_tensors.py";
-/// How it is loaded, by whom, and what has to be installed for it.
-const LOADERS: [(&str, &str, &str, &str); 4] = [
-    ("safe_open", "safetensors", "safe_open", "safetensors"),
-    ("load_file", "safetensors", "load_file", "safetensors"),
-    ("runai", "runai streamer", "laid out for direct reads", "runai-model-streamer"),
-    ("runai-packed", "runai streamer", "packed", "runai-model-streamer"),
+
+/// One way to load the file, as the script calls it.
+struct Loader {
+    how: &'static str,
+    who: &'static str,
+    setting: &'static str,
+    needs: &'static str,
+    /// What it is called where our cache gives the path; `None` where a path from elsewhere says as much.
+    on_ours: Option<&'static str>,
+}
+
+const fn loader(
+    how: &'static str,
+    who: &'static str,
+    setting: &'static str,
+    needs: &'static str,
+    on_ours: Option<&'static str>,
+) -> Loader {
+    Loader { how, who, setting, needs, on_ours }
+}
+
+const LOADERS: [Loader; 4] = [
+    loader("safe_open", "safetensors", "safe_open", "safetensors", Some("get, then safe_open")),
+    loader("load_file", "safetensors", "load_file", "safetensors", Some("get, then load_file")),
+    loader("runai", "runai streamer", "laid out as in the file", "runai-model-streamer", None),
+    loader("runai-packed", "runai streamer", "packed", "runai-model-streamer", Some("get, then streamer, packed")),
 ];
 
 pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
@@ -33,24 +53,19 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     let (_, folder) = setup.get(&mut setup.modelcache(&cache), REFERENCE)?;
     let (file, cache) = (folder.join(FILE), cache.as_path());
     let mut entries = Vec::new();
-    for (how, _, setting, needs) in LOADERS {
-        // The package's path is a path: which of the streamer's two ways takes it makes no difference.
-        if how == "runai" {
-            continue;
-        }
-        let shown = if how.starts_with("runai") { "the streamer" } else { setting };
+    for Loader { how, needs, on_ours, .. } in LOADERS {
         let command = move || {
             let mut command = setup.python(SCRIPT, cache);
-            command.args([how, REFERENCE, FILE]);
+            command.args([how, &setup.sizes.tensors.to_string(), REFERENCE, FILE]);
             command
         };
-        entries.push(entry(setup, OURS, &format!("get, then {shown}"), needs, &file, command));
+        entries.extend(on_ours.map(|setting| entry(setup, OURS, setting, needs, &file, command)));
     }
-    for (how, who, setting, needs) in LOADERS {
-        let file_of_it = file.clone();
+    for Loader { how, who, setting, needs, .. } in LOADERS {
+        let path = file.clone();
         let command = move || {
             let mut command = setup.peers.script(SCRIPT);
-            command.env("HOME", &setup.scratch.disk).arg(how).arg(&file_of_it);
+            command.env("HOME", &setup.scratch.disk).args([how, &setup.sizes.tensors.to_string()]).arg(&path);
             command
         };
         entries.push(entry(setup, who, setting, needs, &file, command));
@@ -64,14 +79,15 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
         what: format!(
             "{TENSORS} tensors in one safetensors file on disk, in the page cache for all, until each is a numpy array. In \
              process: seconds and core-seconds are without the start of Python and imports; ours are with the opening \
-             of the cache, and its file was checked when it came. The streamer's engine is called without torch."
+             of the cache, and its file was checked when it came. The streamer's engine is called without torch. As much \
+             memory as the tensors take is touched and let go of before."
         ),
         tables: vec![table(&lines, best_peer(&lines, |_| true))],
         bars: Vec::new(),
         notes: vec![
             "Peak RSS has the arrays, and of what is mapped (safetensors) the file again.".into(),
-            "The streamer reads past the page cache what it lays out as in the file, which its face does; packed, it \
-             reads from the page cache."
+            "The streamer's face lays tensors out as they lie in the file, which lets it read past the page cache; packed, \
+             they come from the page cache."
                 .into(),
         ],
     })

@@ -3,7 +3,7 @@
 use crate::bench::contest::OURS;
 use crate::bench::page::{Bar, Section};
 use crate::bench::rows::calls::{Calls, middle};
-use crate::bench::rows::hub::{HubStage, URI};
+use crate::bench::rows::hub::HubStage;
 use crate::bench::rows::progress;
 use crate::bench::scratch::remove;
 use crate::bench::setup::Setup;
@@ -83,11 +83,11 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     // Where they cannot be had, their lines say so.
     let filled = hub.fill_theirs(&theirs).inspect_err(|error| eprintln!("  huggingface_hub: {error:#}")).is_ok();
     let runs = setup.sizes.calls;
-    let ours = |what: &'static [&'static str]| {
+    let ours = |what: Vec<String>| {
         let dir = &dir;
         move || {
             let mut command = setup.python("modelcache_warm.py", dir);
-            Calls::of(command.env("HF_HUB_OFFLINE", "1").arg(runs.to_string()).args(what))
+            Calls::of(command.env("HF_HUB_OFFLINE", "1").arg(runs.to_string()).args(&what))
         }
     };
     let hub_call = |by_variable: bool| {
@@ -98,8 +98,9 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
         }
     };
     let mut ways = [
-        Way::new(OURS, BY_NAME, ours(&[NAME, "1"])),
-        Way::new(OURS, "get(URI)", ours(&[URI])),
+        Way::new(OURS, BY_NAME, ours(vec![NAME.into(), "1".into()])),
+        Way::new(OURS, "get(URI) at a commit", ours(vec![hub.uri(hub.commit())])),
+        Way::new(OURS, "get(URI) at main", ours(vec![hub.uri("main")])),
         Way::new("hf_hub_download", "HF_HUB_OFFLINE=1", hub_call(true)),
         Way::new("hf_hub_download", "local_files_only=True", hub_call(false)),
     ];
@@ -114,8 +115,10 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
         row: "python-warm",
         title: "From Python: an artifact that is on disk".into(),
         what: format!(
-            "{runs} calls in one process, for a file of 1 MiB, which is not read; the URI is `{URI}`, at `main`. Nobody is \
-             asked: `HF_HUB_OFFLINE=1` is set for ours, too. Core-us are of all threads."
+            "{runs} calls in one process, for a file of 1 MiB, which is not read; the URI is `{}`, and what `main` means is \
+             looked up on disk, as `hf_hub_download` does. Nobody is asked: `HF_HUB_OFFLINE=1` is set for ours, too. \
+             Core-us are of all threads.",
+            hub.uri("main")
         ),
         tables: vec![markdown(
             &["program", "setting", "p50 us", "spread", "p99 us", "rounds", "core-us", "peak RSS MiB", "x best peer"],
@@ -128,4 +131,31 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
 
 fn best_peer_us(ways: &[Way<'_>]) -> Option<f64> {
     ways.iter().filter(|way| way.who != OURS).filter_map(Way::p50_us).min_by(f64::total_cmp)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::usage::Run;
+    use std::cell::Cell;
+
+    /// Its processes tell these medians, and it fails when there are no more.
+    fn way(who: &'static str, p50s_us: &'static [f64]) -> Way<'static> {
+        let next = Cell::new(0);
+        Way::new(who, "", move || {
+            let p50_us = *p50s_us.get(next.replace(next.get() + 1)).ok_or_else(|| anyhow::anyhow!("why"))?;
+            let process = Run { rss_bytes: 32 << 20, ..Run::default() };
+            Ok(Calls { p10_us: 1.0, p50_us, p90_us: 80.0, p99_us: 90.0, core_us: 21.0, process })
+        })
+    }
+
+    #[test]
+    fn ratios_are_to_the_fastest_of_the_others_that_came_through() {
+        let mut ways = [way(OURS, &[20.0, 30.0]), way("slow", &[90.0, 70.0]), way("fails", &[1.0])];
+        (1..=2).for_each(|round| ways.iter_mut().for_each(|way| way.run(round)));
+        let best = best_peer_us(&ways);
+        assert_eq!(best, Some(80.0));
+        assert_eq!(ways[0].cells(best)[2..], ["25.0", "20.0-30.0", "90.0", "2", "21.0", "32", "3.2"]);
+        assert_eq!(ways[2].cells(best)[2..], ["why"]);
+    }
 }
