@@ -52,9 +52,9 @@ pub(crate) fn build_modelcache(build: Build) -> Result<PathBuf> {
         Build::Development => command.arg("--workspace"),
         Build::Release => command.args(["--package", "modelcache-cli", "--release"]),
     };
-    let programs =
+    let mut programs =
         built(&mut command)?.into_iter().filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?)));
-    programs.last().context("cargo built no program")
+    programs.next_back().context("cargo built no program")
 }
 
 /// Builds the native half of the Python package as it is shipped and says where it lies.

@@ -195,11 +195,9 @@ impl Bench {
 
 /// As they are measured: what shares the large file first, then what wants its room.
 fn in_order() -> Vec<Row> {
-    let last = |row: &&Row| match row {
-        Row::FilesLarge | Row::FilesSmall | Row::Warm | Row::Hash => true,
-        Row::PythonWarm | Row::PythonOpen | Row::PythonTensors => true,
-        _ => false,
-    };
+    let of_python = |row: Row| row.is_in_python() && row != Row::PythonCold;
+    let last =
+        |row: &&Row| of_python(**row) || matches!(row, Row::FilesLarge | Row::FilesSmall | Row::Warm | Row::Hash);
     let (last, first): (Vec<Row>, Vec<Row>) = Row::value_variants().iter().partition(last);
     first.into_iter().chain(last).collect()
 }

@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import mmap
 import os
 import time
 from urllib.parse import urlsplit
@@ -35,12 +34,11 @@ def touch(size):
     """Touches as much memory once, and lets go of it.
 
     A virtual machine is given memory when it first touches it, which takes several times as long as a load, and more in
-    one run than in the next. Touched, it is there.
+    one run than in the next. Touched, it is there; as numpy asks for it, in huge pages where there are such.
     """
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for at in range(0, size, mmap.PAGESIZE):
-        memory[at] = 1
-    memory.close()
+    import numpy as np
+
+    np.ones(size, np.uint8)
 
 
 class Stopwatch:
