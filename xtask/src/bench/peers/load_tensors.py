@@ -2,8 +2,8 @@
 
 usage: load_tensors.py HOW SIZE FILE | HOW SIZE REFERENCE FILE   HOW: safe_open, load_file, runai, runai-packed
 
-SIZE is that of the tensors. With a reference, our cache is opened and gives the folder that the file is in. Prints seconds and core-seconds as JSON:
-from here to the last tensor, without the start of Python and what is imported.
+SIZE is that of the tensors. With a reference, our cache is opened and gives the folder that the file is in. Prints
+seconds and core-seconds to the last tensor as JSON: without the start of Python and what is imported.
 """
 
 import json

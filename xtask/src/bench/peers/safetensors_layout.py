@@ -1,4 +1,4 @@
-"""Where the tensors of a safetensors file lie: eight bytes with the length of a header, the header in JSON, the tensors."""
+"""Where the tensors of a safetensors file lie: after eight bytes with a header's length, and the header, in JSON."""
 
 import json
 import struct

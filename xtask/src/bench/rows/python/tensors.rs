@@ -77,17 +77,17 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
         row: "python-tensors",
         title: format!("From Python: a cached {} of tensors, until loaded", size(setup.sizes.tensors)),
         what: format!(
-            "{TENSORS} tensors in one safetensors file on disk, in the page cache for all, until each is a numpy array. In \
-             process: seconds and core-seconds are without the start of Python and imports; ours are with the opening \
-             of the cache, and its file was checked when it came. The streamer's engine is called without torch. As much \
-             memory as the tensors take is touched and let go of before."
+            "{TENSORS} tensors in one safetensors file on disk, in the page cache for all, until each is a numpy array. \
+             In process, without the start of Python and imports, ours with the opening of the cache; its file was \
+             checked when it came. The streamer's engine is called without torch. As much memory as the tensors take \
+             is touched and let go of before."
         ),
         tables: vec![table(&lines, best_peer(&lines, |_| true))],
         bars: Vec::new(),
         notes: vec![
             "Peak RSS has the arrays, and of what is mapped (safetensors) the file again.".into(),
-            "The streamer's face lays tensors out as they lie in the file, which lets it read past the page cache; packed, \
-             they come from the page cache."
+            "The streamer's face lays tensors out as they lie in the file, which lets it read past the page cache; \
+             packed, they come from the page cache."
                 .into(),
         ],
     })

@@ -115,9 +115,9 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
         row: "python-warm",
         title: "From Python: an artifact that is on disk".into(),
         what: format!(
-            "{runs} calls in one process, for a file of 1 MiB, which is not read; the URI is `{}`, and what `main` means is \
-             looked up on disk, as `hf_hub_download` does. Nobody is asked: `HF_HUB_OFFLINE=1` is set for ours, too. \
-             Core-us are of all threads.",
+            "{runs} calls in one process, for a file of 1 MiB, which is not read; the URI is `{}`, and what `main` \
+             means is looked up on disk, as `hf_hub_download` does. Nobody is asked: `HF_HUB_OFFLINE=1` is set for \
+             ours, too. Core-us are of all threads.",
             hub.uri("main")
         ),
         tables: vec![markdown(
