@@ -33,20 +33,17 @@ impl Python {
         let venv = environment(&target)?;
         let python = venv.join("bin/python");
         let wheels = target.join("python-wheel");
-        if wheels.exists() {
-            fs::remove_dir_all(&wheels)?;
-        }
         // In one command with what else is built here: features of shared dependencies agree.
         run(cargo().args(["build", "--package", "modelcache-python", "--package", "modelcache-testkit"]).args(ALSO))?;
-        if self.wheel {
+        let wheel = if self.wheel {
+            make_empty(&wheels)?;
             let mut maturin = Command::new(venv.join("bin/maturin"));
             maturin.args(["build", "--release", "--out"]).arg(&wheels).current_dir(root().join(PACKAGE));
             run(&mut maturin)?;
+            only_file(&wheels)?
         } else {
-            let native = target.join("debug").join(NATIVE);
-            run(in_root(&python).arg(root().join(PACKAGE).join("tests/wheel.py")).arg(native).arg(&wheels))?;
-        }
-        let wheel = fs::read_dir(&wheels)?.next().context("no wheel was built")??.path();
+            pack(&python, &target.join("debug").join(NATIVE), &wheels)?
+        };
         pip_install(&venv, &["--force-reinstall", "--no-deps", &wheel.to_string_lossy()])?;
         run(in_root(&python).args(["-m", "mypy"]).args(CHECKED).current_dir(root().join(PACKAGE)))?;
         let stubtest = ["-m", "mypy.stubtest", "modelcache", "--mypy-config-file", "pyproject.toml"];
@@ -59,9 +56,28 @@ impl Python {
 
 /// Its features are those of the whole workspace.
 const ALSO: [&str; 2] = ["--package", "xtask"];
-const NATIVE: &str = "libmodelcache_native.so";
+/// What cargo calls the native module.
+pub(crate) const NATIVE: &str = "libmodelcache_native.so";
 /// What mypy looks at.
 const CHECKED: [&str; 3] = ["python/modelcache", "tests", "../../examples/fastapi"];
+
+/// Packs a wheel around a native module that was built, the only one in `folder` then.
+pub(crate) fn pack(python: &Path, native: &Path, folder: &Path) -> Result<PathBuf> {
+    make_empty(folder)?;
+    run(in_root(python).arg(root().join(PACKAGE).join("tests/wheel.py")).arg(native).arg(folder))?;
+    only_file(folder)
+}
+
+fn make_empty(folder: &Path) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder)?;
+    }
+    Ok(fs::create_dir_all(folder)?)
+}
+
+fn only_file(folder: &Path) -> Result<PathBuf> {
+    Ok(fs::read_dir(folder)?.next().context("no wheel was built")??.path())
+}
 
 fn in_root(program: &Path) -> Command {
     let mut command = Command::new(program);

@@ -1,5 +1,6 @@
 //! Where this repository lies, and cargo run in it.
 
+use crate::python::NATIVE;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -51,24 +52,50 @@ pub(crate) fn build_modelcache(build: Build) -> Result<PathBuf> {
         Build::Development => command.arg("--workspace"),
         Build::Release => command.args(["--package", "modelcache-cli", "--release"]),
     };
-    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
-    ensure!(output.status.success(), "modelcache does not build");
-    let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
-    let mut programs = lines.filter_map(|line| {
-        let message: Value = serde_json::from_slice(line).ok()?;
-        Some(PathBuf::from(message["executable"].as_str()?))
-    });
+    let mut programs =
+        built(&mut command)?.into_iter().filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?)));
     programs.next_back().context("cargo built no program")
 }
 
-/// Shows a command as a person would type it.
+/// Builds the native half of the Python package as it is shipped and says where it lies.
+pub(crate) fn build_native() -> Result<PathBuf> {
+    let mut command = cargo();
+    command.args(["build", "--package", "modelcache-python", "--release", "--message-format=json-render-diagnostics"]);
+    let messages = built(&mut command)?;
+    let files = messages.iter().filter_map(|message| message["filenames"].as_array()).flatten();
+    let mut paths = files.filter_map(|file| file.as_str()).map(PathBuf::from);
+    paths.find(|path| path.ends_with(NATIVE)).context("cargo built no native module")
+}
+
+/// What cargo says that it built, one message an artifact.
+fn built(command: &mut Command) -> Result<Vec<Value>> {
+    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+    ensure!(output.status.success(), "modelcache does not build");
+    let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
+}
+
+/// Shows a command as a person would type it in the root.
 pub(crate) fn shown(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
     let words = std::iter::once(program).chain(command.get_args());
-    words.map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ")
+    let root = format!("{}/", root().display());
+    words.map(|word| quoted(&word.to_string_lossy().replace(&root, ""))).collect::<Vec<_>>().join(" ")
 }
 
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@=,+%".contains(c);
     if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{word}'") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_shown_without_where_the_repository_lies() {
+        let mut command = Command::new(root().join("target/venv/bin/python"));
+        command.arg(root().join("xtask/script.py")).args(["two words", "plain"]);
+        assert_eq!(shown(&command), "python xtask/script.py 'two words' plain");
+    }
 }

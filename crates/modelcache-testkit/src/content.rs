@@ -209,6 +209,18 @@ pub fn git_sha1(bytes: &[u8]) -> String {
 ///
 /// Layout: header length (u64, little endian), a JSON header padded with spaces to 8 bytes, then the tensors.
 pub fn safetensors(seed: u64, names: &[&str], floats: usize) -> Vec<u8> {
+    let mut file = safetensors_header(names, floats);
+    for word in 0..names.len() * floats {
+        let bits = word_at(seed, word as u64);
+        // Any bit pattern would do for a cache; finite numbers keep readers of the format content.
+        let value = (bits >> 40) as f32 / (1u64 << 24) as f32;
+        file.extend_from_slice(&value.to_le_bytes());
+    }
+    file
+}
+
+/// What a safetensors file has before its tensors: one `F32` vector of `floats` numbers per name, in this order.
+pub fn safetensors_header(names: &[&str], floats: usize) -> Vec<u8> {
     let tensor_bytes = floats * 4;
     let mut header = serde_json::Map::new();
     for (index, name) in names.iter().enumerate() {
@@ -222,12 +234,6 @@ pub fn safetensors(seed: u64, names: &[&str], floats: usize) -> Vec<u8> {
     }
     let mut file = (text.len() as u64).to_le_bytes().to_vec();
     file.extend_from_slice(text.as_bytes());
-    for word in 0..names.len() * floats {
-        let bits = word_at(seed, word as u64);
-        // Any bit pattern would do for a cache; finite numbers keep readers of the format content.
-        let value = (bits >> 40) as f32 / (1u64 << 24) as f32;
-        file.extend_from_slice(&value.to_le_bytes());
-    }
     file
 }
 

@@ -10,7 +10,8 @@
 //! | [`contest`] | programs in rounds, medians, ratios, the table |
 //! | [`rivals`], [`peers`] | how the others are asked; how they are installed |
 //! | [`server`], [`served`] | the server; its handle here |
-//! | [`setup`], [`scratch`] | our program and the data; where it lies, and that it goes |
+//! | [`package`] | our Python package, installed beside them |
+//! | [`setup`], [`scratch`], [`tensors`] | our program and the data; where it lies, and that it goes |
 //! | [`usage`] | one run of a program, and what it used |
 //! | [`page`], [`machine`] | docs/benchmarks.md; what the machine is |
 //!
@@ -18,6 +19,7 @@
 
 mod contest;
 mod machine;
+mod package;
 mod page;
 mod peers;
 mod reader;
@@ -27,6 +29,7 @@ mod scratch;
 mod served;
 mod server;
 mod setup;
+mod tensors;
 mod usage;
 
 pub(crate) use reader::ReaderArguments;
@@ -64,6 +67,9 @@ pub(crate) struct Bench {
     /// Measure this program instead of building ours
     #[arg(long, value_name = "FILE")]
     program: Option<PathBuf>,
+    /// Measure the Python package with this native module (libmodelcache_native.so) instead of building ours
+    #[arg(long, value_name = "FILE")]
+    native: Option<PathBuf>,
 }
 
 /// What can be measured, in the order of the page.
@@ -95,11 +101,24 @@ enum Row {
     Memory,
     /// SHA-256 alone
     Hash,
+    /// What is on disk, from Python
+    PythonWarm,
+    /// One large file from S3 to disk, from Python
+    PythonCold,
+    /// The first tensor of a file that is still coming
+    PythonOpen,
+    /// A cached file, until its tensors are loaded
+    PythonTensors,
 }
 
 impl Row {
     fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    /// Whether it needs our Python package.
+    fn is_in_python(self) -> bool {
+        matches!(self, Self::PythonWarm | Self::PythonCold | Self::PythonOpen | Self::PythonTensors)
     }
 
     fn measure(self, setup: &Setup) -> Result<Section> {
@@ -117,6 +136,10 @@ impl Row {
             Self::Warm => rows::warm::section(setup),
             Self::Memory => rows::memory::section(setup),
             Self::Hash => rows::hash::section(setup),
+            Self::PythonWarm => rows::python::warm::section(setup),
+            Self::PythonCold => rows::python::cold::section(setup),
+            Self::PythonOpen => rows::python::open::section(setup),
+            Self::PythonTensors => rows::python::tensors::section(setup),
         }
     }
 }
@@ -127,7 +150,7 @@ impl Bench {
         let setup = self.setup()?;
         let machine = machine::told(&setup)?;
         let (mut sections, mut failed) = (Vec::new(), Vec::new());
-        for row in in_order().into_iter().filter(|row| self.only.is_empty() || self.only.contains(row)) {
+        for row in in_order().into_iter().filter(|row| self.measures(*row)) {
             match row.measure(&setup) {
                 Ok(section) => {
                     println!("\n{}", section.text());
@@ -149,6 +172,10 @@ impl Bench {
         Ok(())
     }
 
+    fn measures(&self, row: Row) -> bool {
+        self.only.is_empty() || self.only.contains(&row)
+    }
+
     fn setup(&self) -> Result<Setup> {
         let rounds = self.rounds.unwrap_or(if self.quick { ROUNDS_QUICK } else { ROUNDS });
         ensure!(rounds > 0, "--rounds is at least 1");
@@ -158,6 +185,9 @@ impl Bench {
             None => build_modelcache(Build::Release)?,
         };
         let peers = Peers::install()?;
+        if Row::value_variants().iter().any(|row| row.is_in_python() && self.measures(*row)) {
+            package::install(&peers, self.native.as_deref())?;
+        }
         let scratch = Scratch::new(sizes.file)?;
         Ok(Setup { scratch, peers, program, rounds, quick: self.quick, sizes })
     }
@@ -165,7 +195,9 @@ impl Bench {
 
 /// As they are measured: what shares the large file first, then what wants its room.
 fn in_order() -> Vec<Row> {
-    let last = |row: &&Row| matches!(row, Row::FilesLarge | Row::FilesSmall | Row::Warm | Row::Hash);
+    let of_python = |row: Row| row.is_in_python() && row != Row::PythonCold;
+    let last =
+        |row: &&Row| of_python(**row) || matches!(row, Row::FilesLarge | Row::FilesSmall | Row::Warm | Row::Hash);
     let (last, first): (Vec<Row>, Vec<Row>) = Row::value_variants().iter().partition(last);
     first.into_iter().chain(last).collect()
 }

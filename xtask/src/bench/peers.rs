@@ -55,7 +55,7 @@ impl Peers {
         let stamp = self.venv.join(format!("{name}-{version}.installed"));
         if !stamp.exists() {
             eprintln!("installing {line}");
-            let mut pip = Command::new(self.venv.join("bin/python"));
+            let mut pip = Command::new(self.python());
             pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(options).arg(line);
             if let Err(error) = run(&mut pip) {
                 eprintln!("xtask: {name} is left out: {error:#}");
@@ -75,14 +75,24 @@ impl Peers {
         Ok(())
     }
 
+    /// The environment.
+    pub(super) fn venv(&self) -> &Path {
+        &self.venv
+    }
+
+    /// Its interpreter.
+    pub(super) fn python(&self) -> PathBuf {
+        self.venv.join("bin/python")
+    }
+
     /// A program of the environment.
     pub(super) fn program(&self, name: &str) -> Command {
         peer(&self.venv.join("bin").join(name))
     }
 
-    /// One of the scripts beside this module.
+    /// One of the scripts in the folder beside this module, ours among them.
     pub(super) fn script(&self, name: &str) -> Command {
-        let mut command = peer(&self.venv.join("bin/python"));
+        let mut command = peer(&self.python());
         command.arg(root().join(FOLDER).join(name));
         command
     }

@@ -8,6 +8,7 @@ use crate::repository::target_folder;
 use anyhow::{Context, Result};
 use modelcache_testkit::Content;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -15,6 +16,8 @@ const NAME: &str = "modelcache-bench-";
 const SHARED_MEMORY: &str = "/dev/shm";
 /// Left for everything else when data is put in memory.
 const SPARE_BYTES: u64 = 4 << 30;
+/// How often a folder is emptied in which something is made at the same time.
+const REMOVE_TRIES_MAX: u32 = 100;
 
 pub(super) struct Scratch {
     /// For what is served.
@@ -66,13 +69,19 @@ impl Drop for Scratch {
     }
 }
 
-/// Removes a folder, if it is there.
+/// Removes a folder, if it is there. Whoever still writes there, as the process does that makes files durable after a
+/// `get`, loses what it writes in.
 pub(super) fn remove(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("cannot remove {}", folder.display()))
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match fs::remove_dir_all(folder) {
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && tries < REMOVE_TRIES_MAX => {}
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {}", folder.display()));
+            }
+            _ => return Ok(()),
         }
-        _ => Ok(()),
     }
 }
 
@@ -119,4 +128,28 @@ fn room_in_memory() -> u64 {
     let available =
         told.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok());
     (filesystem.f_bavail * filesystem.f_frsize).min(available.unwrap_or(0_u64) * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_removed_from_under_one_who_writes_there() {
+        let parent = tempfile::tempdir().expect("a folder");
+        let folder = parent.path().join("run");
+        for round in 0..200 {
+            fs::create_dir_all(&folder).expect("made");
+            // Fewer than there are tries: each that fails has met one that was made meanwhile.
+            let files: Vec<_> = (1..REMOVE_TRIES_MAX).map(|number| folder.join(number.to_string())).collect();
+            let (began, beginning) = std::sync::mpsc::channel();
+            let writer = std::thread::spawn(move || {
+                files.iter().all(|file| fs::write(file, "").is_ok() && began.send(()).is_ok())
+            });
+            beginning.recv().expect("it writes");
+            remove(&folder).unwrap_or_else(|error| panic!("round {round}: {error:#}"));
+            writer.join().expect("no panic");
+            assert!(!folder.exists(), "round {round}");
+        }
+    }
 }

@@ -30,13 +30,29 @@ pub(super) struct Sizes {
     pub(super) small: (usize, u64),
     /// A file of holes, for what depends on size alone.
     pub(super) sparse: u64,
+    /// The tensors of a safetensors file.
+    pub(super) tensors: u64,
+    /// Hits in one process.
+    pub(super) calls: usize,
 }
 
 impl Sizes {
-    pub(super) const FULL: Self =
-        Self { file: 4 << 30, many: (16, 256 << 20), small: (2000, 4 << 10), sparse: 100_000_000_000 };
-    pub(super) const QUICK: Self =
-        Self { file: 256 << 20, many: (16, 16 << 20), small: (200, 4 << 10), sparse: 4_000_000_000 };
+    pub(super) const FULL: Self = Self {
+        file: 4 << 30,
+        many: (16, 256 << 20),
+        small: (2000, 4 << 10),
+        sparse: 100_000_000_000,
+        tensors: 2 << 30,
+        calls: 10_000,
+    };
+    pub(super) const QUICK: Self = Self {
+        file: 256 << 20,
+        many: (16, 16 << 20),
+        small: (200, 4 << 10),
+        sparse: 4_000_000_000,
+        tensors: 256 << 20,
+        calls: 1000,
+    };
 }
 
 impl Setup {
@@ -48,16 +64,33 @@ impl Setup {
     /// Our program on a directory, with nothing of this terminal's environment.
     pub(super) fn modelcache(&self, dir: &Path) -> Command {
         let mut command = Command::new(&self.program);
-        command.env_clear().env("HOME", &self.scratch.disk).env("MODEL_CACHE_DIR", dir);
-        command.env("MODEL_CACHE_MIN_FREE_BYTES", "0");
+        self.place(command.env_clear(), dir);
         command
     }
 
     /// The same with a remote.
     pub(super) fn with_remote(&self, dir: &Path, served: &Served) -> Command {
         let mut command = self.modelcache(dir);
-        command.envs(served.env()).env("MODEL_CACHE_REMOTE", format!("s3://{BUCKET}/{PREFIX}"));
+        point(&mut command, served);
         command
+    }
+
+    /// A script that uses our Python package, on a directory.
+    pub(super) fn python(&self, script: &str, dir: &Path) -> Command {
+        let mut command = self.peers.script(script);
+        self.place(&mut command, dir);
+        command
+    }
+
+    /// The same with a remote.
+    pub(super) fn python_with_remote(&self, script: &str, dir: &Path, served: &Served) -> Command {
+        let mut command = self.python(script, dir);
+        point(&mut command, served);
+        command
+    }
+
+    fn place(&self, command: &mut Command, dir: &Path) {
+        command.env("HOME", &self.scratch.disk).env("MODEL_CACHE_DIR", dir).env("MODEL_CACHE_MIN_FREE_BYTES", "0");
     }
 
     /// Makes a file or folder in memory an artifact of the server, by our own put; its bytes are served from where they
@@ -93,6 +126,11 @@ impl Setup {
         let path = printed.lines().next().context("get printed no path")?;
         Ok((used, path.into()))
     }
+}
+
+/// At our prefix in the bucket of a server.
+fn point(command: &mut Command, served: &Served) {
+    command.envs(served.env()).env("MODEL_CACHE_REMOTE", format!("s3://{BUCKET}/{PREFIX}"));
 }
 
 fn link(file: &Path, target: &Path) -> Result<()> {

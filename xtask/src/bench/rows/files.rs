@@ -1,5 +1,6 @@
 //! Many files: sixteen large ones, and two thousand small ones.
 
+use super::pull::make_room;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
 use crate::bench::contest::{Entry, Line, OURS, best_peer, contest, ours, table};
 use crate::bench::page::{Bar, Section};
@@ -21,9 +22,7 @@ pub(crate) fn small(setup: &Setup) -> Result<Section> {
 
 fn section(setup: &Setup, row: &'static str, (count, each): (usize, u64), least: f64) -> Result<Section> {
     progress(setup, row);
-    // The large file of the other rows makes room.
-    crate::bench::scratch::remove(&setup.served())?;
-    drop(std::fs::remove_file(setup.scratch.memory.join("model.bin")));
+    make_room(setup)?;
     let files = setup.scratch.memory.join(row);
     for number in 0..count {
         setup.scratch.data(&format!("{row}/model-{number:05}.bin"), 100 + number as u64, each)?;

@@ -1,5 +1,6 @@
 //! A model from the Hub to disk, cold, by way of the redirect to its CDN.
 
+use super::calls::Calls;
 use super::pull::the_file;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
 use crate::bench::contest::{Entry, Line, OURS, best_peer, contest, ours, table};
@@ -21,6 +22,7 @@ pub(super) struct HubStage<'a> {
     setup: &'a Setup,
     hub: Hub,
     _cdn: Served,
+    commit: String,
     bytes: u64,
 }
 
@@ -34,8 +36,8 @@ impl<'a> HubStage<'a> {
         std::fs::hard_link(&file, folder.join("cdn").join(content.sha256()?))?;
         let (hub, cdn) = (Hub::start_on(0)?, Served::start(&folder, Kind::Plain)?);
         hub.cdn_elsewhere(&format!("{}/cdn", cdn.url()));
-        hub.repo(REPO).commit().file(FILE, content).publish()?;
-        Ok(Self { setup, hub, _cdn: cdn, bytes })
+        let commit = hub.repo(REPO).commit().file(FILE, content).publish()?;
+        Ok(Self { setup, hub, _cdn: cdn, commit, bytes })
     }
 
     fn ours(&'a self, setting: &str, waits: &'static str, change: fn(&mut Command) -> &mut Command) -> Entry<'a> {
@@ -71,15 +73,41 @@ impl<'a> HubStage<'a> {
         command
     }
 
-    /// Median, 10th and 90th percentile in microseconds of `hf_hub_download` with the file cached.
-    pub(super) fn warm(&self, runs: usize) -> Result<String> {
+    /// Has `hf_hub_download` cache the file in `folder`.
+    pub(super) fn fill_theirs(&self, folder: &Path) -> Result<()> {
+        measure(&mut self.their_calls(folder, 0)?).map(drop)
+    }
+
+    /// `hf_hub_download` of the file in `folder`, told by argument, or by variable, that it is to ask nobody.
+    pub(super) fn call_theirs(&self, folder: &Path, runs: usize, by_variable: bool) -> Result<Calls> {
+        let mut command = self.their_calls(folder, runs)?;
+        if by_variable {
+            command.env("HF_HUB_OFFLINE", "1");
+        }
+        Calls::of(&mut command)
+    }
+
+    fn their_calls(&self, folder: &Path, runs: usize) -> Result<Command> {
         self.setup.peers.want("huggingface_hub")?;
-        let folder = self.setup.scratch.fresh("hub-warm")?;
-        let mut command = self.script("hub_warm.py", &folder);
-        command.args([REPO, FILE]).arg(&folder).arg(runs.to_string());
-        let (_, printed) = crate::bench::usage::run(&mut command)?;
-        crate::bench::scratch::remove(&folder)?;
-        Ok(printed.trim().to_owned())
+        let mut command = self.script("hub_warm.py", folder);
+        command.args([REPO, FILE]).arg(folder).arg(runs.to_string());
+        Ok(command)
+    }
+
+    /// Has our program fetch the file into a directory.
+    pub(super) fn fill_ours(&self, dir: &Path) -> Result<()> {
+        let mut command = self.setup.modelcache(dir);
+        self.setup.get(command.env("HF_ENDPOINT", self.hub.url()), &self.uri("main")).map(drop)
+    }
+
+    /// The file, as ours are asked for it.
+    pub(super) fn uri(&self, revision: &str) -> String {
+        format!("hf://{REPO}@{revision}/{FILE}")
+    }
+
+    /// What `main` is.
+    pub(super) fn commit(&self) -> &str {
+        &self.commit
     }
 }
 

@@ -1,11 +1,13 @@
 //! The rows: one file each, or one for rows that differ in little.
 
+mod calls;
 pub(super) mod files;
 pub(super) mod hash;
 pub(super) mod herd;
 pub(super) mod hub;
 pub(super) mod memory;
 pub(super) mod pull;
+pub(super) mod python;
 pub(super) mod shaped;
 pub(super) mod upload;
 pub(super) mod verify;

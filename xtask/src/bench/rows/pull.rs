@@ -13,6 +13,7 @@ use std::process::Command;
 
 const NAME: &str = "bench/model";
 pub(super) const REFERENCE: &str = "bench/model@1";
+const THE_FILE: &str = "model.bin";
 const KEY: &str = "raw/model.bin";
 
 /// One file, served.
@@ -97,10 +98,19 @@ impl<'a> Stage<'a> {
     }
 }
 
+/// Removes the file that most rows move, and all that is served: they make way for a row that wants the room.
+pub(super) fn make_room(setup: &Setup) -> Result<()> {
+    crate::bench::scratch::remove(&setup.served())?;
+    match std::fs::remove_file(setup.scratch.memory.join(THE_FILE)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
 /// The file that most rows move, made once.
 pub(super) fn the_file(setup: &Setup) -> Result<PathBuf> {
-    let file = setup.scratch.memory.join("model.bin");
-    if file.exists() { Ok(file) } else { setup.scratch.data("model.bin", 1, setup.sizes.file) }
+    let file = setup.scratch.memory.join(THE_FILE);
+    if file.exists() { Ok(file) } else { setup.scratch.data(THE_FILE, 1, setup.sizes.file) }
 }
 
 /// What is done with a file that another brought.

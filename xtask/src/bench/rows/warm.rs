@@ -1,5 +1,6 @@
 //! Hits: what it costs to be given the path of an artifact that is on disk.
 
+use super::calls::Calls;
 use super::hub::HubStage;
 use crate::bench::contest::median;
 use crate::bench::page::{Bar, Section};
@@ -18,17 +19,13 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let mut rows = vec![command(setup, runs)?];
     let in_process = in_process(setup.quick)?;
     rows.extend(in_process.clone());
-    rows.push(
-        match HubStage::set(setup, FILE_BYTES).and_then(|stage| stage.warm(if setup.quick { 100 } else { 2000 })) {
-            Ok(figures) => {
-                let mut figures = figures.split(' ').map(str::to_owned);
-                let [p50, p10, p90] = std::array::from_fn(|_| figures.next().unwrap_or_default());
-                let what = "hf_hub_download in process, offline";
-                vec![what.into(), format!("{p50} us"), format!("p10 {p10} us, p90 {p90} us")]
-            }
-            Err(error) => vec!["hf_hub_download in process, offline".into(), format!("{error:#}")],
-        },
-    );
+    rows.push(match hub_calls(setup, if setup.quick { 100 } else { 2000 }) {
+        Ok(Calls { p10_us, p50_us, p90_us, .. }) => {
+            let what = "hf_hub_download in process, offline";
+            vec![what.into(), format!("{p50_us:.1} us"), format!("p10 {p10_us:.1} us, p90 {p90_us:.1} us")]
+        }
+        Err(error) => vec!["hf_hub_download in process, offline".into(), format!("{error:#}")],
+    });
     let hits = hits(&in_process);
     let [least, most] = [hits.iter().min_by_key(|(count, _)| *count), hits.iter().max_by_key(|(count, _)| *count)];
     // The smallest directory may have one artifact; what is asked is told of 100.
@@ -64,6 +61,15 @@ fn command(setup: &Setup, runs: usize) -> Result<Vec<String>> {
     let spread = format!("p10 {:.1} ms, p90 {:.1} ms", at(10), at(90));
     let middle = median(times.clone()).unwrap_or_default();
     Ok(vec!["the whole command".into(), format!("{middle:.1} ms"), spread, String::new(), format!("{runs} runs")])
+}
+
+/// `hf_hub_download` with the file cached.
+fn hub_calls(setup: &Setup, runs: usize) -> Result<Calls> {
+    let (stage, folder) = (HubStage::set(setup, FILE_BYTES)?, setup.scratch.fresh("hub-warm")?);
+    stage.fill_theirs(&folder)?;
+    let calls = stage.call_theirs(&folder, runs, false)?;
+    crate::bench::scratch::remove(&folder)?;
+    Ok(calls)
 }
 
 /// In process, by the library's own benchmark: one line a row, cells split by `|`.

@@ -6,7 +6,7 @@
 //! It may be shaped (so much time to the first byte, so much a second on each connection) and speak TLS.
 //!
 //! Surprise: it is driven by its standard input, one word a line (`stats`, `reset`), and ends when that is closed: a
-//! bench that dies leaves no server behind.
+//! bench that dies leaves no server behind. A program that is measured asks for the counts with `GET /?bench-stats`.
 
 mod date;
 mod objects;

@@ -46,6 +46,10 @@ impl Answer {
 impl Shared {
     pub(super) fn answer(&self, wire: &mut BufReader<Wire>, request: Request) -> Result<()> {
         let (bucket, key) = request.path.split_once('/').unwrap_or((&request.path, ""));
+        if request.asks("bench-stats").is_some() {
+            let told = Answer { status: "200 OK", headers: String::new(), body: self.counts.told() };
+            return self.send(wire, &request, told);
+        }
         let answer = match (request.method.as_str(), key.is_empty()) {
             ("GET" | "HEAD", false) if request.asks("uploadId").is_none() => return self.object(wire, &request),
             ("GET" | "HEAD", true) => self.bucket(&request, bucket),

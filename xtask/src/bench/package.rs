@@ -1,0 +1,18 @@
+//! Our Python package as it is shipped, installed beside the peers: one interpreter runs them all.
+
+use super::peers::Peers;
+use crate::python::pack;
+use crate::repository::{build_native, target_folder};
+use crate::test::pip_install;
+use anyhow::{Context, Result};
+use std::path::Path;
+
+/// Installs the package around `native`, or around one that is built now.
+pub(super) fn install(peers: &Peers, native: Option<&Path>) -> Result<()> {
+    let native = match native {
+        Some(native) => native.canonicalize().with_context(|| format!("no library {}", native.display()))?,
+        None => build_native()?,
+    };
+    let wheel = pack(&peers.python(), &native, &target_folder()?.join("bench-wheel"))?;
+    pip_install(peers.venv(), &["--force-reinstall", "--no-deps", &wheel.to_string_lossy()])
+}

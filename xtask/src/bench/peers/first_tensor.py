@@ -1,0 +1,71 @@
+"""A safetensors file from S3: when its first tensor can be read, how much had come by then, and when all can.
+
+usage: first_tensor.py SIZE open REFERENCE FILE | SIZE get REFERENCE FILE | SIZE runai URL
+
+SIZE is that of the tensors. Prints seconds to the first and to the last tensor, the bytes that the server had sent at
+the first, and core-seconds, as JSON: without the start of Python and what is imported.
+"""
+
+import json
+import sys
+
+import numpy as np
+
+import measured
+from safetensors_layout import LENGTH_BYTES, header_bytes, read_tensors, tensors
+
+
+def with_open(reference, path):
+    """Ours, read while it comes."""
+    with ModelCache() as cache, cache.open(reference, path) as file:
+        for _, at, size in read_tensors(file):
+            file.seek(at)
+            yield np.frombuffer(file.read(size), np.float32)
+
+
+def with_get(reference, path):
+    """Ours, read when it is here."""
+    with ModelCache() as cache, safe_open(cache.get(reference) / path, "numpy") as file:
+        for name in file.keys():
+            yield file.get_tensor(name)
+
+
+def with_runai(url):
+    """Run:ai's streamer, into memory: the first is the first that comes."""
+    engine = Engine()
+
+    def read(at, size):
+        memory = np.empty(size, np.uint8)
+        list(engine.read(url, [at], [size], [memory.ctypes.data]))
+        return memory.tobytes()
+
+    rows = tensors(read(LENGTH_BYTES, header_bytes(read(0, LENGTH_BYTES))))
+    memory = np.empty(rows[-1][1] + rows[-1][2], np.uint8)
+    places = [memory.ctypes.data + at for _, at, _ in rows]
+    for number in engine.read(url, [at for _, at, _ in rows], [size for _, _, size in rows], places):
+        _, at, size = rows[number]
+        yield memory[at:][:size].view(np.float32)
+    engine.end()
+
+
+size, how, *what = sys.argv[1:]
+if how == "runai":
+    from runai_engine import Engine
+
+    load = with_runai
+else:
+    from modelcache import ModelCache
+    from safetensors import safe_open
+
+    load = with_open if how == "open" else with_get
+
+measured.touch(int(size))
+watch = measured.Stopwatch()
+coming = load(*what)
+kept = [next(coming)]
+told = {"first_s": watch.seconds(), "first_sent": measured.bytes_sent()}
+for tensor in coming:
+    kept.append(tensor)
+    # Not what comes after the last: a cache that is closed.
+    told.update(whole_s=watch.seconds(), core_seconds=watch.core_seconds())
+print(json.dumps({**told, "bytes": sum(tensor.nbytes for tensor in kept)}))

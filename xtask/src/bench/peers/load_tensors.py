@@ -1,0 +1,77 @@
+"""All tensors of a safetensors file in memory, as numpy has them.
+
+usage: load_tensors.py HOW SIZE FILE | HOW SIZE REFERENCE FILE   HOW: safe_open, load_file, runai, runai-packed
+
+SIZE is that of the tensors. With a reference, our cache is opened and gives the folder that the file is in. Prints
+seconds and core-seconds to the last tensor as JSON: without the start of Python and what is imported.
+"""
+
+import json
+import os
+import sys
+
+import numpy as np
+
+import measured
+from safetensors_layout import read_tensors
+
+
+def with_safe_open(path):
+    with safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def with_runai(path):
+    """As its face lays the ranges out: what lies in memory as it does in the file is read past the page cache."""
+    engine = Engine()
+    with open(path, "rb") as file:
+        rows = read_tensors(file)
+    block = 1 if how == "runai-packed" else engine.direct_block(path)
+    memory = np.empty(sum(size for _, _, size in rows) + block * (len(rows) + 1), np.uint8)
+    start = cursor = memory.ctypes.data
+    places = []
+    for _, at, size in rows:
+        cursor += (at - cursor) % block
+        places.append(cursor)
+        cursor += size
+    for _ in engine.read(path, [at for _, at, _ in rows], [size for _, _, size in rows], places):
+        pass
+    engine.end()
+    views = (memory[place - start :][:size].view(np.float32) for place, (_, _, size) in zip(places, rows))
+    return dict(zip((name for name, _, _ in rows), views))
+
+
+def check(loaded, path):
+    """Exits unless every tensor is there, with the beginning and the end that it has in the file."""
+    with open(path, "rb") as file:
+        rows = read_tensors(file)
+        for name, at, size in rows:
+            array = loaded[name]
+            ends = os.pread(file.fileno(), 4, at), os.pread(file.fileno(), 4, at + size - 4)
+            if array.nbytes != size or (array[:1].tobytes(), array[-1:].tobytes()) != ends:
+                sys.exit(f"{name} was not loaded")
+    if len(loaded) != len(rows):
+        sys.exit("not all was loaded")
+
+
+how, size, *what = sys.argv[1:]
+if how == "safe_open":
+    from safetensors import safe_open
+
+    load = with_safe_open
+elif how == "load_file":
+    from safetensors.numpy import load_file as load
+else:
+    from runai_engine import Engine
+
+    load = with_runai
+if len(what) == 2:
+    from modelcache import ModelCache
+
+measured.touch(int(size))
+watch = measured.Stopwatch()
+path = str(ModelCache().get(what[0]) / what[1]) if len(what) == 2 else what[0]
+loaded = load(path)
+told = {"seconds": watch.seconds(), "core_seconds": watch.core_seconds()}
+check(loaded, path)
+print(json.dumps(told))

@@ -1,0 +1,19 @@
+"""Our package: what a get costs when the artifact is on disk, in process.
+
+usage: modelcache_warm.py RUNS REFERENCE | RUNS NAME VERSION
+"""
+
+import sys
+
+from modelcache import ModelCache
+
+import measured
+
+runs, what = int(sys.argv[1]), sys.argv[2:]
+cache = ModelCache()
+if len(what) == 2:
+    name, version = what
+    measured.calls(lambda: cache.get(name, version), runs)
+else:
+    reference = what[0]
+    measured.calls(lambda: cache.get(reference), runs)

@@ -1,0 +1,165 @@
+//! A safetensors file from S3, read while it comes: when the first tensor can be used, and how much had come by then.
+
+use crate::bench::contest::{OURS, median};
+use crate::bench::page::{Bar, Section};
+use crate::bench::rivals::url;
+use crate::bench::rows::{progress, pull, size};
+use crate::bench::scratch::remove;
+use crate::bench::served::{Kind, SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, Served};
+use crate::bench::setup::Setup;
+use crate::bench::tensors::{self, TENSORS};
+use crate::bench::usage::run;
+use crate::table::markdown;
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+const NAME: &str = "bench/tensors";
+const REFERENCE: &str = "bench/tensors@1";
+const FILE: &str = "model.safetensors";
+/// Where the others find it.
+const RAW: &str = "raw-tensors";
+const SCRIPT: &str = "first_tensor.py";
+const READERS: [(&str, &str, &str); 3] = [
+    ("open", OURS, "open, read as it comes"),
+    ("get", OURS, "get, then safe_open"),
+    ("runai", "runai streamer", "to memory, not kept"),
+];
+
+/// One run of a reader.
+struct Read {
+    first_s: f64,
+    /// Of the file, in percent, that the server had sent when the first tensor could be read.
+    first_percent: f64,
+    whole_s: f64,
+    core_seconds: f64,
+    rss_bytes: u64,
+}
+
+pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
+    progress(setup, "python-open");
+    pull::make_room(setup)?;
+    let source = setup.scratch.memory.join("tensors");
+    let bytes = tensors::write(&source.join(FILE), 11, setup.sizes.tensors)?;
+    std::fs::create_dir_all(setup.served())?;
+    setup.publish(&Served::start(&setup.served(), Kind::Plain)?, NAME, &source)?;
+    setup.expose(RAW, &source)?;
+    let served = Served::start(&setup.served(), Kind::Shaped)?;
+    let mut reads: [Result<Vec<Read>>; READERS.len()] = std::array::from_fn(|_| Ok(Vec::new()));
+    for round in 1..=setup.rounds {
+        for ((how, who, setting), reads) in READERS.iter().zip(&mut reads) {
+            let Ok(present) = reads else { continue };
+            match once(setup, &served, how, bytes) {
+                Ok(read) => {
+                    eprintln!("  {round}  {who:<16} {setting:<24} {:.2} s, {:.1} %", read.first_s, read.first_percent);
+                    present.push(read);
+                }
+                Err(error) => {
+                    eprintln!("  {round}  {who:<16} {setting:<24} {error:#}");
+                    *reads = Err(error);
+                }
+            }
+        }
+    }
+    drop(served);
+    remove(&setup.scratch.disk.join("run"))?;
+    remove(&source)?;
+    remove(&setup.served())?;
+    Ok(told(setup, &reads))
+}
+
+fn once(setup: &Setup, served: &Served, how: &str, bytes: u64) -> Result<Read> {
+    let folder = setup.scratch.fresh("run")?;
+    served.forget_counts()?;
+    let size = setup.sizes.tensors.to_string();
+    let mut command = if how == "runai" {
+        setup.peers.want("runai-model-streamer")?;
+        setup.peers.want("runai-model-streamer-s3")?;
+        let mut command = setup.peers.script(SCRIPT);
+        command.envs(served.env()).env("HOME", &setup.scratch.disk);
+        command.args([&size, how, &url(&format!("{RAW}/{FILE}"))]);
+        command
+    } else {
+        setup.peers.want("safetensors")?;
+        let mut command = setup.python_with_remote(SCRIPT, &folder.join("cache"), served);
+        command.args([&size, how, REFERENCE, FILE]);
+        command
+    };
+    setup.peers.want("numpy")?;
+    let (process, printed) = run(&mut command)?;
+    let told: Value = serde_json::from_str(&printed).context("the script told no figures")?;
+    let figure = |name: &str| told[name].as_f64().with_context(|| format!("the script tells no {name}"));
+    let read = figure("bytes")?;
+    ensure!(read == setup.sizes.tensors as f64, "read {read} bytes of tensors, not {}", setup.sizes.tensors);
+    let first_percent = 100.0 * figure("first_sent")? / bytes as f64;
+    let (first_s, whole_s) = (figure("first_s")?, figure("whole_s")?);
+    let core_seconds = figure("core_seconds")?;
+    Ok(Read { first_s, first_percent, whole_s, core_seconds, rss_bytes: process.rss_bytes })
+}
+
+fn told(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {
+    let of = |reads: &[Read], figure: fn(&Read) -> f64| median(reads.iter().map(figure).collect());
+    let gb = setup.sizes.tensors as f64 / 1e9;
+    let best_peer_s = READERS
+        .iter()
+        .zip(reads)
+        .filter(|((_, who, _), _)| *who != OURS)
+        .find_map(|(_, reads)| of(reads.as_ref().ok()?, |read| read.first_s));
+    let cells = |((_, who, setting), reads): (&(&str, &str, &str), &Result<Vec<Read>>)| {
+        let mut cells = vec![(*who).to_owned(), (*setting).to_owned()];
+        let reads = match reads {
+            Ok(reads) => reads,
+            Err(error) => {
+                cells.push(format!("{error:#}").chars().take(60).collect());
+                return cells;
+            }
+        };
+        let shown =
+            |figure: fn(&Read) -> f64| of(reads, figure).map_or_else(String::new, |found| format!("{found:.2}"));
+        let firsts = || reads.iter().map(|read| read.first_s);
+        let best = best_peer_s.zip(of(reads, |read| read.first_s));
+        let rss_bytes = reads.iter().map(|read| read.rss_bytes).max().unwrap_or_default();
+        cells.extend([
+            shown(|read| read.first_s),
+            format!("{:.2}-{:.2}", firsts().fold(f64::MAX, f64::min), firsts().fold(0.0, f64::max)),
+            shown(|read| read.first_percent),
+            shown(|read| read.whole_s),
+            reads.len().to_string(),
+            of(reads, |read| read.core_seconds).map_or_else(String::new, |spent| format!("{:.2}", spent / gb)),
+            (rss_bytes >> 20).to_string(),
+            best.map_or_else(String::new, |(best, first)| format!("{:.2}", best / first)),
+        ]);
+        cells
+    };
+    let header = [
+        "program",
+        "setting",
+        "first tensor s",
+        "spread",
+        "come by then, %",
+        "all s",
+        "rounds",
+        "core-s/GB",
+        "peak RSS MiB",
+        "x best peer, first",
+    ];
+    let opened = reads[0].as_ref().ok();
+    Section {
+        row: "python-open",
+        title: format!("From Python: the first of {} of tensors, S3 shaped", size(setup.sizes.tensors)),
+        what: format!(
+            "{TENSORS} tensors in one safetensors file, at {} MB/s a connection and {SHAPED_FIRST_BYTE_MS} ms to the \
+             first byte. In process, without the start of Python and imports: seconds until header and first tensor are \
+             in memory, and until all are. What had come by then is what the server had sent.",
+            SHAPED_BYTES_PER_S / 1_000_000
+        ),
+        tables: vec![markdown(&header, &READERS.iter().zip(reads).map(cells).collect::<Vec<_>>())],
+        bars: vec![Bar::at_most(
+            "`open`: share that had come at the first tensor",
+            opened.and_then(|reads| of(reads, |read| read.first_percent)),
+            " %",
+            50.0,
+            None,
+        )],
+        notes: vec!["The streamer's first tensor is whichever comes first, not the first of the file.".into()],
+    }
+}

@@ -1,0 +1,64 @@
+//! A safetensors file of any size, written slice by slice: this process stays small, which the figures for memory need.
+//!
+//! Vectors of 32-bit numbers, all of one length, of any bit pattern: not a number among them is none's concern.
+
+use anyhow::{Context, Result};
+use modelcache_testkit::Content;
+use modelcache_testkit::content::safetensors_header;
+use std::fs::{File, create_dir_all};
+use std::io::Write as _;
+use std::path::Path;
+
+/// How many there are in a file.
+pub(super) const TENSORS: u64 = 64;
+const SLICE_BYTES: usize = 1 << 20;
+
+/// Writes a file whose tensors take `bytes`, and gives its size with its header. `bytes` is a multiple of [`TENSORS`]
+/// numbers.
+pub(super) fn write(path: &Path, seed: u64, bytes: u64) -> Result<u64> {
+    write_to(path, seed, bytes).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn write_to(path: &Path, seed: u64, bytes: u64) -> Result<u64> {
+    let names: Vec<String> = (0..TENSORS).map(|number| format!("tensor-{number:02}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let floats = usize::try_from(bytes / TENSORS / size_of::<f32>() as u64)?;
+    let header = safetensors_header(&names, floats);
+    let content = Content::generated(seed, bytes);
+    create_dir_all(path.parent().context("a file lies in a folder")?)?;
+    let mut out = File::create(path)?;
+    out.write_all(&header)?;
+    for at in (0..bytes).step_by(SLICE_BYTES) {
+        out.write_all(&content.read(at..at + SLICE_BYTES as u64)?)?;
+    }
+    Ok(header.len() as u64 + bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    #[test]
+    fn every_byte_after_the_header_belongs_to_one_tensor() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("new/model.safetensors");
+        // More than one slice, and not a whole number of them.
+        let bytes = TENSORS * 4 * 5000;
+        let size = write(&path, 1, bytes).expect("written");
+        let file = std::fs::read(&path).expect("read");
+        assert_eq!(file.len() as u64, size);
+        let (length, rest) = file.split_first_chunk::<8>().expect("a length");
+        let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
+        assert_eq!(data, Content::generated(1, bytes).to_vec().expect("generated"));
+        let header: Value = serde_json::from_slice(header).expect("JSON");
+        let rows = header.as_object().expect("an object");
+        let mut places: Vec<[u64; 2]> =
+            rows.values().map(|row| serde_json::from_value(row["data_offsets"].clone()).expect("two")).collect();
+        places.sort_unstable();
+        assert_eq!(places.len() as u64, TENSORS);
+        let ends = places.iter().map(|place| place[1]);
+        assert!(ends.clone().eq(places.iter().skip(1).map(|place| place[0]).chain([bytes])), "{places:?}");
+        assert_eq!(places[0][0], 0);
+    }
+}
