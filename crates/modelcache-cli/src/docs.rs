@@ -73,7 +73,8 @@ mod tests {
     fn every_verb_setting_and_exit_code_is_documented() {
         let page = command_line();
         for verb in Arguments::command().get_subcommands() {
-            assert!(page.contains(&format!("## `modelcache {}`", verb.get_name())), "{page}");
+            let heading = format!("## `modelcache {}`", verb.get_name());
+            assert_eq!(page.contains(&heading), !verb.is_hide_set(), "{heading} in {page}");
         }
         assert!(page.contains("| 143 | terminated"), "{page}");
         assert!(!page.contains("\x1b"), "no colours in a file");

@@ -180,7 +180,7 @@ fn a_lender_trusts_what_a_living_writer_published_and_reads_what_a_dead_one_left
     bench.on().run(["get", MODEL]).path_saying(&["on disk"]);
     assert!(!is_right(&weights), "nothing was read while the writer lives");
     bench.kill_owing();
-    bench.on().run(["get", MODEL]).path_saying(&["changed on disk", "from origin"]);
+    bench.on().run(["get", MODEL]).path_saying(&["is not what it was", "from origin"]);
     assert!(is_right(&weights), "what a dead writer left is read in full");
     bench.wait_until_durable();
     bench.assert_settled();
@@ -213,7 +213,7 @@ fn after_a_reboot_a_mark_is_worth_nothing_though_its_lock_is_held() {
     spoil(&path.join(WEIGHTS));
     let boot = bench.house.write("boot", "another boot\n");
     let strike = bench.shim.count(&bench.root()).in_boot(&boot);
-    bench.on().envs(strike.envs()).run(["get", MODEL]).path_saying(&["changed on disk"]);
+    bench.on().envs(strike.envs()).run(["get", MODEL]).path_saying(&["is not what it was"]);
     assert!(is_right(&path.join(WEIGHTS)));
     gate.open();
     bench.wait_until_durable();
@@ -243,7 +243,7 @@ fn whoever_shares_a_file_that_is_not_durable_yet_owes_it_too() {
 
     // The power is cut: what nobody synced comes back as other bytes.
     spoil(&path.join(WEIGHTS));
-    let old = bench.on().run(["get", &format!("{MODEL}@{}", bench.commit)]).path_saying(&["changed on disk"]);
+    let old = bench.on().run(["get", &format!("{MODEL}@{}", bench.commit)]).path_saying(&["is not what it was"]);
     assert!(is_right(&old.join(WEIGHTS)));
     let new = bench.on().run(["get", &reference]).path();
     assert!(is_right(&new.join(WEIGHTS)), "found in one artifact, it is withdrawn in both");

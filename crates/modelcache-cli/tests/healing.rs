@@ -58,7 +58,7 @@ fn a_changed_file_is_uncommitted_in_every_artifact_that_shares_it_and_both_are_r
         house.hub.down(true);
         let refused = house.on_local("a").env("MODEL_CACHE_RETRY_DEADLINE", "100ms").run(["get", &references[0]]);
         assert_ne!(refused.code, Some(0), "{refused}");
-        refused.said(&["shared.bin", "changed on disk", "hint: "]);
+        refused.said(&["shared.bin", "is not what it was", "hint: "]);
         assert_quarantined(&house, &wrong);
         for reference in &references {
             assert_eq!(claimed(&house, reference), (1, false), "{reference}");

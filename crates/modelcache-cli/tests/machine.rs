@@ -199,7 +199,7 @@ fn what_is_larger_than_the_budget_is_refused_at_once_and_costs_nothing() {
     let tight = || house.on_local("a").env("MODEL_CACHE_MAX_BYTES", "5MB");
     tight().run(["get", "hf://org/small"]).path();
     house.hub.clear_requests();
-    let says = ["disk", "needs 9457664 bytes", "5000000", "MODEL_CACHE_MAX_BYTES"];
+    let says = ["disk", "needs 9.5 MB", "5.0 MB", "MODEL_CACHE_MAX_BYTES"];
     tight().run(["get", "hf://org/model"]).failed(6, &[&says[..], &["hf://org/model@"]].concat());
     tight().run(["put", "m@1", "mine"]).failed(6, &[&says[..], &["m@1"]].concat());
     assert_eq!(house.hub.body_bytes(), 0, "no byte moved");

@@ -219,7 +219,7 @@ fn a_changed_copy_is_healed_and_counted_once() {
     chmod(&config, 0o644);
     fs::write(&config, "{\"a\": 2}").unwrap();
     house.hub.clear_requests();
-    assert_model(&house.on_local("a").run_after(&mount, &["get", REF]).path_saying(&["changed on disk"]));
+    assert_model(&house.on_local("a").run_after(&mount, &["get", REF]).path_saying(&["is not what it was"]));
     assert_eq!(house.hub.body_bytes(), "{\"a\": 1}".len() as u64);
     assert_counted(&house, "a");
 }
