@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 /// One walk through a cache directory.
 #[derive(Debug, Default)]
 pub struct Census {
-    /// Allocated bytes of blobs, quarantine and staged files, each file once.
+    /// Allocated bytes of blobs, quarantine, staged files and views, each file once.
     pub counted_bytes: u64,
     /// Blobs that have no other name.
     pub orphans: Vec<PathBuf>,
@@ -60,8 +60,13 @@ impl Census {
         }
         census.intents = entries(&root.join("backfill"))?;
         for name in entries(&root.join("artifacts"))? {
-            for version in entries(&name)?.into_iter().filter(|version| !version.join("manifest.json").exists()) {
-                walk(&version.join("files"), &mut |view, _| census.loose_views.push(view.to_owned()))?;
+            for version in entries(&name)? {
+                let is_loose = !version.join("manifest.json").exists();
+                walk(&version.join("files"), &mut |view, metadata| {
+                    census.loose_views.extend(is_loose.then(|| view.to_owned()));
+                    // One that no blob stands behind any more takes room, too.
+                    count(metadata);
+                })?;
             }
         }
         census.counted_bytes = counted.values().sum();
@@ -119,7 +124,7 @@ mod tests {
         let census = Census::of(root).unwrap();
         let each = fs::metadata(root.join("blobs/aa/a")).unwrap().blocks() * 512;
         let small = fs::metadata(root.join("quarantine/c")).unwrap().blocks() * 512;
-        assert_eq!(census.counted_bytes, 2 * each + 2 * small);
+        assert_eq!(census.counted_bytes, 2 * each + 3 * small);
         assert_eq!(census.orphans, [root.join("blobs/bb/b")]);
         assert_eq!(census.stagings_with_bytes, [root.join("staging/k-1")]);
         assert_eq!(census.stagings.len(), 2);
