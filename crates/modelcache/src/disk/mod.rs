@@ -89,7 +89,6 @@ use index::Index;
 use memo::Memo;
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -401,27 +400,20 @@ fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
     for folder in folders.iter().chain(&[layout.refs(), layout.lower_records(), layout.intents(), layout.unsynced()]) {
         modes::make_top_dir(folder, sharing)?;
     }
-    write_new(&layout.cache_tag(), CACHE_TAG)?;
-    write_new(&layout.format(), FORMAT)?;
+    write_new(layout, &layout.cache_tag(), CACHE_TAG)?;
+    write_new(layout, &layout.format(), FORMAT)?;
     // A mount that turned read-only still lets existing folders be "made": ask whether it can be written.
     rustix::fs::access(layout.stagings(), rustix::fs::Access::WRITE_OK).at("write to", root)
 }
 
-/// Writes a file unless there is one. An empty one is what a process left that was killed before it wrote.
-fn write_new(path: &Path, content: &str) -> Result<()> {
-    let file = match modes::create_readable(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            if files::stat(path)?.is_some_and(|metadata| metadata.len() > 0) {
-                return Ok(());
-            }
-            modes::open_existing(path, true)
-        }
-        made => made,
-    };
-    let mut file = file.at("make", path)?;
-    file.write_all(content.as_bytes()).at("write", path)?;
-    // Torn by a power cut it would be somebody else's directory.
-    file.sync_all().at("make durable", path)
+/// Writes a file unless there is one. It is durable before it has its name: torn by a power cut it would be somebody
+/// else's directory. An empty one is what a process of an older release left that was killed before it wrote.
+fn write_new(layout: &Layout, path: &Path, content: &str) -> Result<()> {
+    match files::stat(path)? {
+        Some(metadata) if metadata.len() > 0 => Ok(()),
+        Some(_) => files::replace(path, content.as_bytes(), &layout.stagings()),
+        None => files::create(path, content.as_bytes(), &layout.stagings()).map(drop),
+    }
 }
 
 /// Refuses a directory that a newer release made.
