@@ -300,16 +300,24 @@ fn pythons_own_web_server_works() {
     folder.failed(5, &["text/html"]);
 }
 
-/// A server that sends of each answer so many bytes and hangs up; it knows no ranges. The last answer is repeated.
+/// A server with one file, which sends of each answer so many bytes and hangs up; it knows no ranges. The last answer is
+/// repeated.
 fn hanging_up(answers: Vec<(Vec<u8>, usize)>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
-        for (number, stream) in listener.incoming().enumerate() {
+        let mut asked = 0;
+        for stream in listener.incoming() {
             let mut stream = stream.unwrap();
-            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
-            while lines.next().is_some_and(|line| line.is_ok_and(|line| !line.is_empty())) {}
-            let (body, sent) = &answers[number.min(answers.len() - 1)];
+            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+            let is_file = lines.next().is_some_and(|first| first.contains(" /model.bin "));
+            while lines.next().is_some_and(|line| !line.is_empty()) {}
+            if !is_file {
+                let _ = stream.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n");
+                continue;
+            }
+            let (body, sent) = &answers[asked.min(answers.len() - 1)];
+            asked += 1;
             let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\netag: \"1\"\r\n\r\n", body.len());
             let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body[..*sent]));
         }
@@ -319,7 +327,7 @@ fn hanging_up(answers: Vec<(Vec<u8>, usize)>) -> String {
 
 #[test]
 fn a_beginning_that_comes_twice_is_hashed_as_it_was_kept() {
-    // One part, several slices: those that came before the cut were hashed already.
+    // One part, several slices: those that came before the cut were hashed already. The first answer is to a question.
     let right = content::bytes(1, 2 << 20);
     let mut damaged = right.clone();
     damaged[100] ^= 1;
