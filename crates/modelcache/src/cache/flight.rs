@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::progress::{Phase, PhaseGuard, Progress};
 use crate::selection::Selection;
-use crate::transfer::{Arrival, blocking};
+use crate::transfer::{Arrival, Reading, blocking};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -53,6 +53,14 @@ pub(super) type Arrivals = BTreeMap<FilePath, Arc<Arrival>>;
 pub(super) struct Teller {
     stage: watch::Sender<Stage>,
     arrivals: watch::Sender<Option<Arrivals>>,
+    opening: Option<Opening>,
+}
+
+/// A file that somebody is about to read.
+#[derive(Debug, Clone)]
+pub(super) struct Opening {
+    pub(super) file: FilePath,
+    pub(super) unchecked: bool,
 }
 
 /// How far a flight is, for those who wait.
@@ -104,23 +112,28 @@ impl Cache {
         Err(Error::new(ErrorKind::Other, "the fill ended unexpectedly"))
     }
 
-    /// The flight for `wanted`, and whether this call started it. For somebody who opens `file`, one that brings more of the
+    /// The flight for `wanted`, and whether this call started it. For somebody who opens a file, one that brings more of the
     /// same will do.
-    pub(super) fn flight(&self, wanted: &Wanted, file: Option<&FilePath>, progress: &Progress) -> (Arc<Flight>, bool) {
+    pub(super) fn flight(
+        &self,
+        wanted: &Wanted,
+        opening: Option<&Opening>,
+        progress: &Progress,
+    ) -> (Arc<Flight>, bool) {
         let id = (wanted.key.clone(), wanted.selection.identity(), wanted.digest, wanted.reach);
         let mut flights = self.0.flights.lock();
         flights.retain(|_, flight| flight.strong_count() > 0);
         let flying = |flight: &Weak<Flight>| flight.upgrade().filter(|flight| flight.is_flying());
         let wider = || {
-            let file = file.filter(|_| wanted.digest.is_none())?;
-            flights.values().filter_map(flying).find(|flight| flight.brings(file, &id))
+            let opening = opening.filter(|_| wanted.digest.is_none())?;
+            flights.values().filter_map(flying).find(|flight| flight.brings(&opening.file, &id))
         };
         if let Some(flight) = flights.get(&id).and_then(flying).or_else(wider) {
             return (flight, false);
         }
         let ((stage_sender, stage), (arrivals_sender, arrivals)) =
             (watch::channel(Stage::Flying), watch::channel(None));
-        let teller = Teller { stage: stage_sender, arrivals: arrivals_sender };
+        let teller = Teller { stage: stage_sender, arrivals: arrivals_sender, opening: opening.cloned() };
         let (cache, wanted, shown) = (self.clone(), wanted.clone(), progress.clone());
         let selection = wanted.selection.clone();
         let task = tokio::spawn(async move {
@@ -175,9 +188,13 @@ impl Flights {
 }
 
 impl Teller {
-    /// What is coming.
-    pub(super) fn arrivals(&self, arrivals: Arrivals) {
+    /// What is coming. Whoever started the flight to read a file is a reader of it from now on, before the first byte is
+    /// asked for.
+    pub(super) fn arrivals(&self, arrivals: Arrivals) -> Option<Reading> {
+        let opening = self.opening.as_ref();
+        let reading = opening.and_then(|opening| Some(arrivals.get(&opening.file)?.read(opening.unchecked)));
         self.arrivals.send_replace(Some(arrivals));
+        reading
     }
 
     /// There is something to lend.

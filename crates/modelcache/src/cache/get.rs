@@ -150,7 +150,7 @@ impl Cache {
         let (disk, key, selected) = (self.0.disk.clone(), wanted.key.clone(), plan.selected.clone());
         let staging = blocking(move || disk.begin_fill(&key, &selected)).await?;
         let (arrivals, to_pour) = to_pour(&staging, plan)?;
-        tell.arrivals(arrivals);
+        let _first_reader = tell.arrivals(arrivals);
         let (poured, early) = match self.pour_missing(to_pour, plan, self.purpose_of(wanted), progress).await {
             Ok(poured) => poured,
             Err(error) => {

@@ -8,7 +8,7 @@
 //! Surprise: an open file is bound to the very file that it was first given bytes of. If that turns out wrong and is
 //! filled anew, every further wait fails; there is never a mixture of two.
 
-use super::flight::{Arrivals, Flight, Landed, Stage};
+use super::flight::{Arrivals, Flight, Landed, Opening, Stage};
 use super::get::artifact;
 use super::plan::only_file;
 use super::resolve::Wanted;
@@ -126,7 +126,8 @@ impl Cache {
             Some(file) => file.clone(),
             None => self.file_meant(&mut wanted, progress).await?,
         };
-        let (flight, started) = self.flight(&wanted, Some(&file), progress);
+        let opening = Opening { file: file.clone(), unchecked };
+        let (flight, started) = self.flight(&wanted, Some(&opening), progress);
         let (mut stages, mut arriving) = (flight.stage(), flight.arrivals());
         let arrival = loop {
             match &*stages.borrow_and_update() {
@@ -213,7 +214,7 @@ impl Follower {
         let phase = (!self.started).then(|| self.progress.enter(Phase::Join, 0));
         let landed = match stages.wait_for(|stage| !matches!(stage, Stage::Flying)).await.as_deref() {
             Ok(Stage::Published(landed)) => Ok(landed.clone()),
-            Ok(Stage::Ended(landed)) => landed.clone(),
+            Ok(Stage::Ended(landed)) => landed.clone().inspect_err(|error| self.cache.metrics().failed(error.kind())),
             Ok(Stage::Flying) | Err(_) => Err(vanished()),
         };
         drop(phase);
