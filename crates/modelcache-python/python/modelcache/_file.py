@@ -13,7 +13,7 @@ from . import _calls, _native
 from ._reports import Progress
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 _WAIT_BYTES = 32 << 20
 """What is waited for at a time: reading goes on while the rest comes."""
@@ -166,6 +166,10 @@ class CachedFile(io.RawIOBase):
             await _calls.awaited(native.wait(offset, stop))
             descriptor = native.ready(offset, stop)
         return await asyncio.to_thread(_read, native, descriptor, offset, stop)
+
+    def write(self, data: ReadableBuffer, /) -> NoReturn:
+        """Refused: what is published never changes."""
+        raise io.UnsupportedOperation("not writable")
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
