@@ -18,6 +18,7 @@ use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{Early, Proven};
 use crate::transfer::{Arrival, PourFile, Poured, blocking};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -239,10 +240,10 @@ fn to_pour(staging: &Staging, plan: &FillPlan) -> Result<(Arrivals, BTreeMap<Str
         arrivals.insert(path.clone(), arrival.clone());
         if let Some(identity) = staging.reused(&name) {
             arrival.proven(identity.inode);
-        } else if !to_pour.contains_key(&name) {
+        } else if let Entry::Vacant(vacant) = to_pour.entry(name) {
             let (owner, arrival, sources) = (staging.owner(), arrival.clone(), plan.sources_of(path)?);
             let (path, entry) = (path.clone(), entry.clone());
-            to_pour.insert(name, PourFile { path, entry, target, owner, sources, on_part: None, arrival });
+            vacant.insert(PourFile { path, entry, target, owner, sources, on_part: None, arrival });
         }
     }
     Ok((arrivals, to_pour))

@@ -80,7 +80,7 @@ mod tests {
     fn what_was_asked_for_before_its_turn_is_not_asked_for_again() {
         let mut left = Left::new(5, Order::Strict);
         assert_eq!(left.first_in(1..9), Some(1));
-        [1, 0].map(|part| left.begin(part));
+        [1, 0].into_iter().for_each(|part| left.begin(part));
         assert_eq!((left.first_in(0..2), left.first_in(0..3)), (None, Some(2)));
         let rest = std::iter::from_fn(|| left.peek().inspect(|part| left.begin(*part)));
         assert_eq!(rest.collect::<Vec<_>>(), [2, 3, 4]);
