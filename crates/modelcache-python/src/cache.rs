@@ -9,11 +9,12 @@ use crate::process::{self, Owned};
 use crate::{failure, logs};
 use futures::{StreamExt, stream};
 use modelcache::cache::{
-    Artifact, EvictTier, GetOptions, LinkMode, Pin, Purpose, PutOptions, PutTier, VerifyOptions, VerifyTier,
+    Artifact, EvictTier, GetOptions, LinkMode, OpenOptions, Pin, Purpose, PutOptions, PutTier, VerifyOptions,
+    VerifyTier,
 };
 use modelcache::config::{Backfill, Secret};
 use modelcache::format::Format;
-use modelcache::key::Version;
+use modelcache::key::{FilePath, Version};
 use modelcache::progress::Progress;
 use modelcache::reference::Target;
 use modelcache::settings::{self, Argument, ConfigFiles, SETTINGS, Settings};
@@ -68,6 +69,22 @@ struct GetArguments {
     timeout_seconds: Option<f64>,
     /// Whether the cache keeps the hold; otherwise the answer is a `Lease`.
     hold: bool,
+}
+
+/// What is to be opened, and how, from the arguments of an open.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct OpenArguments {
+    reference: String,
+    path: Option<String>,
+    version: Option<String>,
+    revision: Option<String>,
+    unchecked: bool,
+    /// As for a get.
+    token: Option<String>,
+    local_files_only: bool,
+    refresh: bool,
+    timeout_seconds: Option<f64>,
 }
 
 impl GetArguments {
@@ -169,6 +186,28 @@ impl Cache {
                 let (pinned, id) = (reference.pinned(&artifact.key), (artifact.key.clone(), patterns));
                 let keep = move || drop(lock(&held).insert(id, (pinned, options.selection, artifact)));
                 Ok(Answer::Kept(Box::new(keep), Box::new(path)))
+            };
+            Ok((shown, work))
+        })
+    }
+
+    /// Opens one file of an artifact. The answer is a `File`.
+    fn open_file(&self, py: Python<'_>, arguments: OpenArguments) -> PyResult<Call> {
+        self.call(py, |open| {
+            let OpenArguments { reference, path, version, revision, timeout_seconds, .. } = &arguments;
+            let reference = self::reference(reference, version.as_deref(), revision.as_deref())?;
+            let options = OpenOptions {
+                file: path.as_deref().map(FilePath::new).transpose()?,
+                unchecked: arguments.unchecked,
+                refresh: arguments.refresh,
+                reach: if arguments.local_files_only { Tier::Disk } else { Tier::Origin },
+            };
+            let cache = open.for_caller(arguments.token.as_deref())?;
+            let (timeout, progress) = (*timeout_seconds, Progress::new());
+            let shown = vec![progress.clone()];
+            let work = async move {
+                let file = in_time(timeout, cache.open_file(&reference, &options, &progress)).await?;
+                Ok(Answer::Opened(Box::new(file), timeout))
             };
             Ok((shown, work))
         })
@@ -619,7 +658,7 @@ fn reference(text: &str, version: Option<&str>, revision: Option<&str>) -> Resul
     }
 }
 
-async fn in_time<T>(seconds: Option<f64>, work: impl Future<Output = Result<T>>) -> Result<T> {
+pub(crate) async fn in_time<T>(seconds: Option<f64>, work: impl Future<Output = Result<T>>) -> Result<T> {
     let Some(seconds) = seconds else { return work.await };
     tokio::time::timeout(duration(seconds)?, work).await.unwrap_or_else(|_| {
         Err(Error::unavailable(format!("not done within {seconds} s"))

@@ -4,11 +4,12 @@
 //! second signals are looked at and progress is told. Whoever stops waiting ends the call and no one else's: a fill goes
 //! on as long as anybody in this process waits for it.
 
+use crate::file::File;
 use crate::lease::Lease;
 use crate::process::{self, Owned};
 use crate::{failure, logs};
 use futures::FutureExt;
-use modelcache::cache::Artifact;
+use modelcache::cache::{Artifact, OpenFile};
 use modelcache::progress::Progress;
 use modelcache::{Error, Result};
 use pyo3::IntoPyObjectExt;
@@ -36,6 +37,8 @@ pub(crate) enum Answer {
     Kept(Box<dyn FnOnce() + Send>, Box<Answer>),
     /// A path and its hold.
     Lent(Box<Artifact>),
+    /// A file, and the seconds that a read of it may wait.
+    Opened(Box<OpenFile>, Option<f64>),
     /// Anything else, as JSON.
     Json(Value),
 }
@@ -52,6 +55,7 @@ impl Answer {
                 let path = artifact.path.clone();
                 Lease::new(*artifact, path).into_py_any(py)
             }
+            Self::Opened(file, timeout) => File::new(*file, timeout).into_py_any(py),
             Self::Json(value) => value.to_string().into_py_any(py),
         }
     }
@@ -180,16 +184,20 @@ impl Call {
 
     /// Phase, bytes done, bytes in all (0: not known), bytes received from the remote, bytes received from origins.
     fn snapshot(&self) -> (&'static str, u64, u64, u64, u64) {
-        let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let all: Vec<_> = shown.iter().map(Progress::snapshot).collect();
-        let phase = all.last().map_or("resolve", |one| one.phase.name());
-        let sum = |of: fn(&modelcache::progress::Snapshot) -> u64| all.iter().map(of).sum();
-        (
-            phase,
-            sum(|one| one.done_bytes),
-            sum(|one| one.total_bytes),
-            sum(|one| one.remote_bytes),
-            sum(|one| one.origin_bytes),
-        )
+        snapshot(&self.shown.lock().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+/// Several progresses as one.
+pub(crate) fn snapshot(shown: &[Progress]) -> (&'static str, u64, u64, u64, u64) {
+    let all: Vec<_> = shown.iter().map(Progress::snapshot).collect();
+    let phase = all.last().map_or("resolve", |one| one.phase.name());
+    let sum = |of: fn(&modelcache::progress::Snapshot) -> u64| all.iter().map(of).sum();
+    (
+        phase,
+        sum(|one| one.done_bytes),
+        sum(|one| one.total_bytes),
+        sum(|one| one.remote_bytes),
+        sum(|one| one.origin_bytes),
+    )
 }

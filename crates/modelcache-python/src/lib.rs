@@ -9,6 +9,7 @@ mod answers;
 mod cache;
 mod call;
 mod failure;
+mod file;
 mod lease;
 mod logs;
 mod process;
@@ -25,6 +26,8 @@ mod _native {
     use crate::cache::Cache;
     #[pymodule_export]
     use crate::call::Call;
+    #[pymodule_export]
+    use crate::file::File;
     #[pymodule_export]
     use crate::lease::Lease;
 

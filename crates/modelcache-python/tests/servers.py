@@ -37,17 +37,26 @@ class StandIn:
 
 
 class Slow:
-    """A proxy in front of a server on this machine: counts what comes back, and lets it through no faster than told."""
+    """A proxy in front of a server on this machine: counts what comes back, and lets it through no faster, and no
+    further, than told."""
 
     def __init__(self, port: int) -> None:
         self.target = port
         self.bytes_per_second: float | None = None
         self.bytes_down = 0
         self._lock = threading.Lock()
+        self._limit: int | None = None
+        self._limit_moved = threading.Condition(self._lock)
         self._free_at = 0.0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def let_through(self, count: int | None) -> None:
+        """Lets so many bytes more come back, over all connections, and then nothing; ``None``: whatever comes."""
+        with self._limit_moved:
+            self._limit = None if count is None else self.bytes_down + count
+            self._limit_moved.notify_all()
 
     def stop(self) -> None:
         self._listener.close()
@@ -82,7 +91,8 @@ class Slow:
                     pass
 
     def _wait_for_turn(self, count: int) -> None:
-        with self._lock:
+        with self._limit_moved:
+            self._limit_moved.wait_for(lambda: self._limit is None or self.bytes_down + count <= self._limit)
             self.bytes_down += count
             rate = self.bytes_per_second
             now = time.monotonic()

@@ -4,20 +4,22 @@
 //! accepted. Offsets count the bytes sent to the client on that connection, heads of answers included; with
 //! keep-alive several answers share one count.
 //!
+//! [`FaultProxy::let_through`] makes one narrow line of all connections, which passes as many bytes as the test says.
+//!
 //! Surprise: a pooled connection keeps the fault it was born with, or the lack of one. [`FaultProxy::sever`] ends all
 //! open ones.
 
 use std::future::pending;
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::faults::{Fault, Faults};
@@ -109,6 +111,9 @@ struct Shared {
     bytes_up: AtomicU64,
     bytes_down: AtomicU64,
     sever: Notify,
+    /// Bytes that may still pass on to clients, once [`FaultProxy::let_through`] was called.
+    line: Semaphore,
+    is_narrow: AtomicBool,
 }
 
 impl FaultProxy {
@@ -131,6 +136,8 @@ impl FaultProxy {
             bytes_up: AtomicU64::new(0),
             bytes_down: AtomicU64::new(0),
             sever: Notify::new(),
+            line: Semaphore::new(0),
+            is_narrow: AtomicBool::new(false),
         });
         let (listener, addr) = bind(("127.0.0.1", port))?;
         let task = runtime().spawn(accept(listener, shared.clone())).abort_handle();
@@ -165,6 +172,12 @@ impl FaultProxy {
     /// Bytes passed on to clients so far.
     pub fn bytes_down(&self) -> u64 {
         self.shared.bytes_down.load(Ordering::SeqCst)
+    }
+
+    /// From now on clients get only so many bytes, over all connections and in turn; again, so many more.
+    pub fn let_through(&self, bytes: u64) {
+        self.shared.is_narrow.store(true, Ordering::SeqCst);
+        self.shared.line.add_permits(usize::try_from(bytes).unwrap_or(Semaphore::MAX_PERMITS));
     }
 
     /// Ends every open connection now.
@@ -215,7 +228,7 @@ async fn connection(mut client: TcpStream, fault: Option<Kind>, shared: &Shared)
             pending::<()>().await;
         };
         tokio::select! {
-            _ = pass_down(target_reads, client_writes, fault, &shared.bytes_down) => {}
+            _ = pass_down(target_reads, client_writes, fault, shared) => {}
             () = up => {}
         }
     }
@@ -238,14 +251,20 @@ async fn pass_down(
     mut from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
     fault: Option<Kind>,
-    count: &AtomicU64,
+    shared: &Shared,
 ) -> std::io::Result<()> {
+    let count = &shared.bytes_down;
     let mut buffer = vec![0; 64 * 1024];
     let mut sent = 0;
     loop {
         let read = from.read(&mut buffer).await?;
         if read == 0 {
             return Ok(());
+        }
+        if shared.is_narrow.load(Ordering::SeqCst)
+            && let Ok(turn) = shared.line.acquire_many(u32::try_from(read).unwrap_or(u32::MAX)).await
+        {
+            turn.forget();
         }
         let chunk = &mut buffer[..read];
         // Where in this chunk the fault's offset lies, if it does.

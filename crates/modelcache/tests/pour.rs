@@ -3,73 +3,19 @@
 
 mod common;
 
-use common::{House, assert_same, get};
-use modelcache::cache::{GetOptions, Purpose, PutOptions};
-use modelcache::config::{Config, Environment, RemoteConfig, WriteMode};
+use common::weather::Weather;
+use common::{assert_same, get};
+use modelcache::cache::{GetOptions, Purpose};
+use modelcache::config::{Config, WriteMode};
 use modelcache::progress::Progress;
-use modelcache::{ArtifactKey, Cache, Reference};
+use modelcache::{Cache, Reference};
+use modelcache_testkit::Content;
 use modelcache_testkit::proxy::ProxyFault;
-use modelcache_testkit::{Content, FaultProxy, S3};
-use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 const PART: u64 = 8 * MIB;
-const BUCKET: &str = "models";
-
-/// A bucket that a proxy stands in front of.
-struct Weather {
-    house: House,
-    s3: S3,
-    proxy: FaultProxy,
-}
-
-impl Weather {
-    async fn new() -> Self {
-        let house = House::new().await;
-        let s3 = S3::start_in(house.path("s3"), 0).unwrap();
-        s3.bucket(BUCKET).unwrap();
-        let proxy = FaultProxy::start(s3.endpoint()).await.unwrap();
-        Self { house, s3, proxy }
-    }
-
-    fn config(&self, dir: &str, endpoint: &str) -> Config {
-        let remote = RemoteConfig {
-            url: format!("s3://{BUCKET}/cache"),
-            options: BTreeMap::from([("endpoint".into(), endpoint.into())]),
-            environment: Environment(
-                self.s3.env().into_iter().filter(|(name, _)| !name.contains("ENDPOINT")).collect(),
-            ),
-        };
-        Config { remote: Some(remote), ..self.house.config(dir) }
-    }
-
-    /// A cache that reaches the bucket through the proxy.
-    fn cache(&self, dir: &str) -> Cache {
-        Cache::open(self.config(dir, &self.proxy.url())).unwrap()
-    }
-
-    /// Puts `name@1` there, one file of this content, without the proxy.
-    async fn put(&self, name: &str, content: &Content) {
-        let file = self.house.path(name);
-        content.write_to(&file).unwrap();
-        let cache = Cache::open(self.config("publisher", &self.s3.endpoint())).unwrap();
-        let key = ArtifactKey::bare(&format!("{name}@1")).unwrap();
-        cache.put(&key, &file, &PutOptions::default(), &Progress::new()).await.unwrap();
-        fs::remove_dir_all(self.house.path("publisher")).unwrap();
-        self.s3.clear_requests();
-    }
-
-    /// The ranges that were asked of `name`.
-    fn ranges(&self, name: &str) -> Vec<(u64, u64)> {
-        let parse = |range: &str| {
-            let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
-            Some((first.parse().ok()?, last.parse::<u64>().ok()? + 1))
-        };
-        self.s3.object_gets(name).iter().filter_map(|seen| parse(seen.range.as_deref()?)).collect()
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_rest_of_a_slow_range_is_asked_for_again_and_the_slow_connection_is_left() {

@@ -23,6 +23,7 @@ from ._errors import (
     UnauthorizedError,
     UnavailableError,
 )
+from ._file import CachedFile
 from ._metrics import Metrics
 from ._native import VERSION as __version__
 from ._reports import (
@@ -40,6 +41,7 @@ from ._reports import (
 
 __all__ = [
     "CachedArtifact",
+    "CachedFile",
     "ConflictError",
     "DirectoryError",
     "EvictReport",

@@ -8,6 +8,7 @@ import getpass
 import json
 import os
 import socket
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from . import _calls, _native
 from ._calls import ProgressArgument
 from ._errors import ModelCacheError, from_native
+from ._file import CachedFile
 from ._metrics import Metrics
 from ._reports import CachedArtifact, EvictReport, PinRecord, PutReport, Resolved, Stats, TagReport, Verified
 
@@ -143,6 +145,7 @@ class ModelCache:
             token,
         )
         self._metrics = Metrics(self._native)
+        self._files: weakref.WeakSet[CachedFile] = weakref.WeakSet()
         _OPEN[id(self)] = self
 
     @property
@@ -316,6 +319,103 @@ class ModelCache:
                 "hold": hold,
             }
         )
+
+    # -- open ----------------------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        reference: str,
+        path: str | None = None,
+        *,
+        version: str | None = None,
+        revision: str | None = None,
+        unchecked: bool = False,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_refresh: bool = False,
+        timeout: float | None = None,
+        progress: ProgressArgument | None = None,
+    ) -> CachedFile:
+        """Opens one file of an artifact for reading, here or not: a read waits only for the bytes that it needs.
+
+        What a read waits for is asked for before the rest, which goes on coming meanwhile. Whoever gets or opens the same
+        at the same time shares one fetch. Once the file is whole it is held until it is closed; closed before that, the
+        fetch ends unless somebody else waits for it, and what came is kept for the next one.
+
+        Bytes are given before the whole file is proven only where a ladder vouches for each part: one that was proven on
+        this disk, or one from the remote's manifest where that manifest is what the fetch goes by. Otherwise, as for what
+        comes from an origin for the first time, a read waits until all of it is proven. Where another process fetches the
+        artifact, this call waits until that is done.
+
+        :param reference: as for :meth:`get`.
+        :param path: which file of the artifact; may be left out where there is only one, or the reference names it.
+        :param version: the version, or a tag, of a bare name.
+        :param revision: branch, tag or commit, of references that have one; of a bare name, its version.
+        :param unchecked: give bytes as soon as they are written, right or wrong. A file that turns out wrong fails the
+            next read, as :class:`IntegrityError`.
+        :param token: the Hub's token for this call; ``False``: none.
+        :param local_files_only: ask neither remote nor origin.
+        :param force_refresh: ask what a revision or tag means, however fresh the last answer is.
+        :param timeout: seconds after which to give up, for this call and for each wait of a read.
+        :param progress: as for :meth:`get`, of this call; afterwards :attr:`CachedFile.progress` tells.
+        :raises InvalidError: several files might be meant, or an argument is wrong (also a ``ValueError``).
+        :raises ModelCacheError: as for :meth:`get`.
+        """
+        call = self._open_file(
+            reference, path, version, revision, unchecked, token, local_files_only, force_refresh, timeout
+        )
+        return self._opened(_calls.wait(call, progress, _label(reference, version)))
+
+    async def aopen(
+        self,
+        reference: str,
+        path: str | None = None,
+        *,
+        version: str | None = None,
+        revision: str | None = None,
+        unchecked: bool = False,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_refresh: bool = False,
+        timeout: float | None = None,
+        progress: ProgressArgument | None = None,
+    ) -> CachedFile:
+        """As :meth:`open`, for asyncio. Its reads are ``await file.aread(…)`` and ``await file.apread(…)``."""
+        call = self._open_file(
+            reference, path, version, revision, unchecked, token, local_files_only, force_refresh, timeout
+        )
+        return self._opened(await _calls.awaited(call, progress, _label(reference, version)))
+
+    def _open_file(
+        self,
+        reference: str,
+        path: str | None,
+        version: str | None,
+        revision: str | None,
+        unchecked: bool,
+        token: str | bool | None,
+        local_files_only: bool,
+        refresh: bool,
+        timeout: float | None,
+    ) -> _native.Call:
+        return self._native.open_file(
+            {
+                "reference": reference,
+                "path": path,
+                "version": version,
+                "revision": revision,
+                "unchecked": unchecked,
+                "token": _token(token),
+                "local_files_only": local_files_only,
+                "refresh": refresh,
+                "timeout_seconds": timeout,
+            }
+        )
+
+    def _opened(self, native: _native.File) -> CachedFile:
+        file = CachedFile(native)
+        self._files.add(file)
+        return file
 
     # -- prewarm -----------------------------------------------------------------------------------------------------
 
@@ -550,17 +650,23 @@ class ModelCache:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def close(self, timeout: float = _CLOSE_SECONDS) -> None:
-        """Lets go of everything that was lent. Uploads in the background are waited for ``timeout`` seconds.
+        """Lets go of everything that was lent, and closes the files that were opened. Uploads in the background are waited
+        for ``timeout`` seconds.
 
         What has not reached the remote by then is written down, and a later run brings it there. Again changes nothing.
         """
-        _OPEN.pop(id(self), None)
+        self._close_files()
         _calls.wait(self._native.close(timeout))
 
     async def aclose(self, timeout: float = _CLOSE_SECONDS) -> None:
         """As :meth:`close`, for asyncio."""
-        _OPEN.pop(id(self), None)
+        self._close_files()
         await _calls.awaited(self._native.close(timeout))
+
+    def _close_files(self) -> None:
+        _OPEN.pop(id(self), None)
+        for file in list(self._files):
+            file.close()
 
     def __enter__(self) -> ModelCache:
         return self

@@ -1,18 +1,20 @@
 //! Flights: one fill for everybody who wants the same.
 //!
 //! In this process the fill is a task of its own. Callers wait for it and see its progress; it goes on as long as any of
-//! them waits, whoever of them is cancelled, and ends with the last. Other processes see it through the leader's record
-//! on disk. Callers who want another part of the same artifact meet where processes meet: at its fill lock.
+//! them waits, whoever of them is cancelled, and ends with the last, unless every byte has come: then it is published all
+//! the same. Other processes see it through the leader's record on disk. Callers who want another part of the same
+//! artifact meet where processes meet: at its fill lock. Who opens one file is content with a flight that brings more.
 
 use super::Cache;
 use super::resolve::Wanted;
 use crate::digest::Digest;
 use crate::disk::{BEAT_EVERY, Leader, Leadership, Lent, Watch};
 use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::key::ArtifactKey;
+use crate::key::{ArtifactKey, FilePath};
 use crate::progress::{Phase, PhaseGuard, Progress};
-use crate::transfer::blocking;
-use std::collections::HashMap;
+use crate::selection::Selection;
+use crate::transfer::{Arrival, Reading, blocking};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -34,16 +36,36 @@ type FlightId = (ArtifactKey, String, Option<Digest>, Tier);
 
 /// A fill under way. Dropped by the last who waits for it, it ends.
 #[derive(Debug)]
-struct Flight {
+pub(super) struct Flight {
     id: FlightId,
+    selection: Selection,
     progress: Progress,
     stage: watch::Receiver<Stage>,
+    arrivals: watch::Receiver<Option<Arrivals>>,
     task: AbortHandle,
+}
+
+/// The files that a flight brings, for those who read them meanwhile.
+pub(super) type Arrivals = BTreeMap<FilePath, Arc<Arrival>>;
+
+/// Where a fill tells those who wait for it.
+#[derive(Debug)]
+pub(super) struct Teller {
+    stage: watch::Sender<Stage>,
+    arrivals: watch::Sender<Option<Arrivals>>,
+    opening: Option<Opening>,
+}
+
+/// A file that somebody is about to read.
+#[derive(Debug, Clone)]
+pub(super) struct Opening {
+    pub(super) file: FilePath,
+    pub(super) unchecked: bool,
 }
 
 /// How far a flight is, for those who wait.
 #[derive(Debug, Clone)]
-enum Stage {
+pub(super) enum Stage {
     /// Bytes are still coming.
     Flying,
     /// The artifact can be lent, and whoever started the flight still writes to the remote.
@@ -64,7 +86,7 @@ pub(super) struct Landed {
 
 impl Landed {
     /// Somebody else brought it.
-    fn waited(self) -> Self {
+    pub(super) fn waited(self) -> Self {
         Self { fetched_bytes: 0, backfilled_bytes: 0, copied_bytes: 0, ..self }
     }
 }
@@ -81,7 +103,7 @@ impl Cache {
     /// Step 3 of the main path within this process: starts the flight, or waits for the one that is under way.
     pub(super) async fn board(&self, wanted: &Wanted, progress: &Progress) -> Result<Landed> {
         for _ in 0..STARTS_MAX {
-            let (flight, started) = self.flight(wanted, progress);
+            let (flight, started) = self.flight(wanted, None, progress);
             let landed = if started { flight.ended().await } else { flight.published(progress).await };
             if let Some(landed) = landed {
                 return landed;
@@ -90,24 +112,36 @@ impl Cache {
         Err(Error::new(ErrorKind::Other, "the fill ended unexpectedly"))
     }
 
-    /// The flight for `wanted`, and whether this call started it.
-    fn flight(&self, wanted: &Wanted, progress: &Progress) -> (Arc<Flight>, bool) {
+    /// The flight for `wanted`, and whether this call started it. For somebody who opens a file, one that brings more of the
+    /// same will do.
+    pub(super) fn flight(
+        &self,
+        wanted: &Wanted,
+        opening: Option<&Opening>,
+        progress: &Progress,
+    ) -> (Arc<Flight>, bool) {
         let id = (wanted.key.clone(), wanted.selection.identity(), wanted.digest, wanted.reach);
         let mut flights = self.0.flights.lock();
         flights.retain(|_, flight| flight.strong_count() > 0);
-        if let Some(flight) = flights.get(&id).and_then(Weak::upgrade).filter(|flight| flight.is_flying()) {
+        let flying = |flight: &Weak<Flight>| flight.upgrade().filter(|flight| flight.is_flying());
+        let wider = || {
+            let opening = opening.filter(|_| wanted.digest.is_none())?;
+            flights.values().filter_map(flying).find(|flight| flight.brings(&opening.file, &id))
+        };
+        if let Some(flight) = flights.get(&id).and_then(flying).or_else(wider) {
             return (flight, false);
         }
-        let (sender, stage) = watch::channel(Stage::Flying);
+        let ((stage_sender, stage), (arrivals_sender, arrivals)) =
+            (watch::channel(Stage::Flying), watch::channel(None));
+        let teller = Teller { stage: stage_sender, arrivals: arrivals_sender, opening: opening.cloned() };
         let (cache, wanted, shown) = (self.clone(), wanted.clone(), progress.clone());
+        let selection = wanted.selection.clone();
         let task = tokio::spawn(async move {
-            let published = |landed: &Landed| {
-                sender.send_replace(Stage::Published(landed.clone()));
-            };
-            let ended = cache.fill(&wanted, &shown, published).await;
-            sender.send_replace(Stage::Ended(ended));
+            let ended = cache.fill(&wanted, &shown, &teller).await;
+            teller.stage.send_replace(Stage::Ended(ended));
         });
-        let flight = Arc::new(Flight { id: id.clone(), progress: progress.clone(), stage, task: task.abort_handle() });
+        let (progress, task) = (progress.clone(), task.abort_handle());
+        let flight = Arc::new(Flight { id: id.clone(), selection, progress, stage, arrivals, task });
         flights.insert(id, Arc::downgrade(&flight));
         (flight, true)
     }
@@ -153,7 +187,49 @@ impl Flights {
     }
 }
 
+impl Teller {
+    /// What is coming. Whoever started the flight to read a file is a reader of it from now on, before the first byte is
+    /// asked for.
+    pub(super) fn arrivals(&self, arrivals: Arrivals) -> Option<Reading> {
+        let opening = self.opening.as_ref();
+        let reading = opening.and_then(|opening| Some(arrivals.get(&opening.file)?.read(opening.unchecked)));
+        self.arrivals.send_replace(Some(arrivals));
+        reading
+    }
+
+    /// There is something to lend.
+    pub(super) fn published(&self, landed: &Landed) {
+        self.stage.send_replace(Stage::Published(landed.clone()));
+    }
+}
+
 impl Flight {
+    /// How far it is, for whoever looks at the calls that wait for it.
+    pub(super) fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// What tells how far it is, without keeping it going.
+    pub(super) fn stage(&self) -> watch::Receiver<Stage> {
+        self.stage.clone()
+    }
+
+    /// What tells which files it brings.
+    pub(super) fn arrivals(&self) -> watch::Receiver<Option<Arrivals>> {
+        self.arrivals.clone()
+    }
+
+    /// Whether `file` of what `id` is about comes with it.
+    fn brings(&self, file: &FilePath, id: &FlightId) -> bool {
+        let ((key, _, digest, reach), (wanted, _, demanded, wanted_reach)) = (&self.id, id);
+        (key, digest, reach) == (wanted, demanded, wanted_reach) && self.selection.matches(file)
+    }
+
+    /// Whether every byte has come, and only the end is missing.
+    fn is_landing(&self) -> bool {
+        self.arrivals.borrow().as_ref().is_some_and(|files| files.values().all(|file| file.is_complete()))
+    }
+
     fn is_flying(&self) -> bool {
         // A task that vanished without a word has dropped its end.
         matches!(*self.stage.borrow(), Stage::Flying) && self.stage.has_changed().is_ok()
@@ -193,6 +269,9 @@ impl Flight {
 
 impl Drop for Flight {
     fn drop(&mut self) {
+        if self.is_flying() && self.is_landing() {
+            return;
+        }
         if self.is_flying() {
             tracing::debug!(key = %self.id.0, "nobody waits for this fill any more; it ends");
         }

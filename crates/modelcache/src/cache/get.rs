@@ -6,18 +6,19 @@
 //! the disk who did not ask to: see `durable.rs`.
 
 use super::backfill::ToBackfill;
-use super::flight::{Joined, Landed};
+use super::flight::{Arrivals, Joined, Landed, Teller};
 use super::plan::FillPlan;
 use super::resolve::Wanted;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
 use crate::disk::{Lend, Lent, Purpose, StagedFile, Staging, format_named, staged_name};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
-use crate::manifest::Manifest;
+use crate::manifest::{FileEntry, Manifest};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{Early, Proven};
-use crate::transfer::{PourFile, Poured, blocking};
+use crate::transfer::{Arrival, PourFile, Poured, blocking};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -84,18 +85,14 @@ impl Cache {
         artifact(wanted, landed, progress)
     }
 
-    /// A flight, for everybody who waits for it; `published` is told as soon as there is something to lend.
-    pub(super) async fn fill(
-        &self,
-        wanted: &Wanted,
-        progress: &Progress,
-        published: impl FnOnce(&Landed),
-    ) -> Result<Landed> {
+    /// A flight, for everybody who waits for it; `tell` tells them what is coming, and as soon as there is something to
+    /// lend.
+    pub(super) async fn fill(&self, wanted: &Wanted, progress: &Progress, tell: &Teller) -> Result<Landed> {
         let lead = match self.lead(wanted, progress).await? {
             Joined::Lent(lent) => return Ok(Landed::here(*lent)),
             Joined::Leading(lead) => lead,
         };
-        let (plan, mut filled) = self.plan_and_pour(wanted, progress).await?;
+        let (plan, mut filled) = self.plan_and_pour(wanted, progress, tell).await?;
         let to_backfill = self.missing_on_remote(&plan, &mut filled);
         let fetched_bytes = filled.fetched_bytes;
         // Before anything is published: whoever dies from here on has said what the remote still lacks.
@@ -105,21 +102,21 @@ impl Cache {
         let to_backfill = self.intend_again(&wanted.key, to_backfill).await;
         drop(lead);
         let landed = Landed { fetched_bytes, ..Landed::here(lent) };
-        published(&landed);
+        tell.published(&landed);
         let done = self.backfill(&landed.lent, to_backfill, progress).await;
         Ok(Landed { backfilled_bytes: done.uploaded_bytes, copied_bytes: done.copied_bytes, ..landed })
     }
 
     /// Steps 4 and 5; once more where another tool replaced files that had been listed.
-    async fn plan_and_pour(&self, wanted: &Wanted, progress: &Progress) -> Result<(FillPlan, Filled)> {
+    async fn plan_and_pour(&self, wanted: &Wanted, progress: &Progress, tell: &Teller) -> Result<(FillPlan, Filled)> {
         let plan = self.plan_fill(wanted, progress).await?;
         self.note_remote(!plan.remote_unusable);
-        match self.pour(wanted, &plan, progress).await {
+        match self.pour(wanted, &plan, progress, tell).await {
             Err(error) if plan.remote_foreign && error.kind() == ErrorKind::Conflict => {
                 tracing::warn!(%error, "starting over with a new list");
                 let anew = Wanted { remote: None, ..wanted.clone() };
                 let plan = self.plan_fill(&anew, progress).await?;
-                let filled = self.pour(&anew, &plan, progress).await?;
+                let filled = self.pour(&anew, &plan, progress, tell).await?;
                 Ok((plan, filled))
             }
             poured => Ok((plan, poured?)),
@@ -150,10 +147,12 @@ impl Cache {
     }
 
     /// Reserves room, evicting if need be, and pours what disk does not have.
-    async fn pour(&self, wanted: &Wanted, plan: &FillPlan, progress: &Progress) -> Result<Filled> {
+    async fn pour(&self, wanted: &Wanted, plan: &FillPlan, progress: &Progress, tell: &Teller) -> Result<Filled> {
         let (disk, key, selected) = (self.0.disk.clone(), wanted.key.clone(), plan.selected.clone());
         let staging = blocking(move || disk.begin_fill(&key, &selected)).await?;
-        let (poured, early) = match self.pour_missing(&staging, plan, self.purpose_of(wanted), progress).await {
+        let (arrivals, to_pour) = to_pour(&staging, plan)?;
+        let _first_reader = tell.arrivals(arrivals);
+        let (poured, early) = match self.pour_missing(to_pour, plan, self.purpose_of(wanted), progress).await {
             Ok(poured) => poured,
             Err(error) => {
                 // What was fetched is kept for the next fill, unless it is what fills the disk.
@@ -171,7 +170,11 @@ impl Cache {
         for (path, entry) in &plan.selected {
             let name = staged_name(path, entry);
             let staged = match (staging.reused(&name), by_target.get(&staging.file(&name))) {
-                (Some(identity), _) => StagedFile { name, entry: entry.clone(), identity },
+                (Some(identity), _) => {
+                    // Its bytes are proven. A ladder that somebody told of is not.
+                    let ladder = plan.listing.files.get(path).and_then(|listed| listed.ladder.clone());
+                    StagedFile { name, entry: FileEntry { ladder, ..entry.clone() }, identity }
+                }
                 (None, Some(poured)) => {
                     if poured.bad_tiers.contains(&Tier::Remote) {
                         bad_on_remote.insert(path.clone());
@@ -190,20 +193,11 @@ impl Cache {
 
     async fn pour_missing(
         &self,
-        staging: &Staging,
+        mut to_pour: BTreeMap<String, PourFile>,
         plan: &FillPlan,
         purpose: Purpose,
         progress: &Progress,
     ) -> Result<(Vec<Poured>, Option<Early>)> {
-        let mut to_pour: BTreeMap<String, PourFile> = BTreeMap::new();
-        for (path, entry) in &plan.selected {
-            let name = staged_name(path, entry);
-            if staging.reused(&name).is_none() && !to_pour.contains_key(&name) {
-                let (target, owner) = (staging.file(&name), staging.owner());
-                let (path, entry, sources) = (path.clone(), entry.clone(), plan.sources_of(path)?);
-                to_pour.insert(name, PourFile { path, entry, target, owner, sources, on_part: None });
-            }
-        }
         let early = self.send_early(plan, &mut to_pour);
         let _phase = progress.enter(Phase::Pour, to_pour.values().map(|file| file.entry.size).sum());
         Ok((self.0.pourer.pour(to_pour.into_values().collect(), purpose, progress).await?, early))
@@ -233,6 +227,26 @@ impl Cache {
         let sent = filled.early.take().map(|early| (early, filled.proven()));
         (!paths.is_empty()).then(|| ToBackfill::new(paths, rewrite, plan.remote_down, sent))
     }
+}
+
+/// What is to be poured, by its name in staging, and for every file what its readers are told of. Equal files come once.
+fn to_pour(staging: &Staging, plan: &FillPlan) -> Result<(Arrivals, BTreeMap<String, PourFile>)> {
+    let (mut arrivals, mut by_name, mut to_pour) = (Arrivals::new(), BTreeMap::new(), BTreeMap::new());
+    for (path, entry) in &plan.selected {
+        let name = staged_name(path, entry);
+        let target = staging.file(&name);
+        let arrival: &mut Arc<Arrival> =
+            by_name.entry(name.clone()).or_insert_with(|| Arrival::new(target.clone(), entry.size, plan.release(path)));
+        arrivals.insert(path.clone(), arrival.clone());
+        if let Some(identity) = staging.reused(&name) {
+            arrival.proven(identity.inode);
+        } else if let Entry::Vacant(vacant) = to_pour.entry(name) {
+            let (owner, arrival, sources) = (staging.owner(), arrival.clone(), plan.sources_of(path)?);
+            let (path, entry) = (path.clone(), entry.clone());
+            vacant.insert(PourFile { path, entry, target, owner, sources, on_part: None, arrival });
+        }
+    }
+    Ok((arrivals, to_pour))
 }
 
 /// Looks at the first bytes of files whose format nobody knows yet.

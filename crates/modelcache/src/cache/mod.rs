@@ -16,6 +16,7 @@ mod lease;
 mod look;
 mod lower;
 mod materialize;
+mod open;
 mod pin;
 mod pinned;
 mod plan;
@@ -36,6 +37,8 @@ pub use report::{
 };
 
 pub use durable::make_durable_for;
+
+pub use open::{OpenFile, OpenOptions};
 
 pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
@@ -135,6 +138,7 @@ mod tests {
     fn calls_can_be_spawned(cache: &Cache, reference: &Reference, key: &crate::ArtifactKey, progress: &Progress) {
         fn spawnable(_: impl Future + Send) {}
         spawnable(cache.get(reference, &GetOptions::default(), progress));
+        spawnable(cache.open_file(reference, &OpenOptions::default(), progress));
         spawnable(cache.plan(reference, &GetOptions::default()));
         spawnable(cache.put(key, Path::new(""), &PutOptions::default(), progress));
         spawnable(cache.backfill_pending(progress));

@@ -4,6 +4,8 @@
 //! retries inside the tier, goes on too, unless configured to fail; the failure is kept, and is what the caller gets to
 //! see if nobody else has the artifact. Where the remote contradicts the origin, the origin wins and the remote is left
 //! alone.
+//!
+//! Also decided here, and nowhere else: whose ladder is trusted before the whole file is proven.
 
 use super::pointer::Tagged;
 use super::resolve::{Asking, Wanted};
@@ -18,7 +20,7 @@ use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{self, RemoteSource};
 use crate::source::Source;
-use crate::transfer::blocking;
+use crate::transfer::{Release, blocking};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -42,6 +44,7 @@ pub(super) struct FillPlan {
     /// The remote's files are another tool's: read as they were listed, never written.
     pub(super) remote_foreign: bool,
     sources: BTreeMap<FilePath, Vec<Arc<dyn Source>>>,
+    releases: BTreeMap<FilePath, Release>,
 }
 
 /// What the tiers said.
@@ -52,6 +55,8 @@ pub(super) struct Survey {
     remote: Option<(Arc<dyn Source>, Manifest)>,
     remote_foreign: bool,
     origin: Option<Manifest>,
+    /// Whether the origin was asked, whatever it answered.
+    origin_asked: bool,
     remote_failure: Option<Error>,
     origin_failure: Option<Error>,
 }
@@ -70,6 +75,19 @@ impl FillPlan {
             });
         }
         Ok(sources)
+    }
+
+    /// When the bytes of one file may be read while it is filled.
+    pub(super) fn release(&self, path: &FilePath) -> Release {
+        self.releases.get(path).copied().unwrap_or(Release::Published)
+    }
+
+    /// The one file that is wanted.
+    ///
+    /// # Errors
+    /// `Invalid` where there are several, or none.
+    pub(super) fn only_file(&self) -> Result<FilePath> {
+        only_file(self.selected.iter().map(|(path, _)| path))
     }
 }
 
@@ -118,6 +136,10 @@ impl Cache {
             .iter()
             .map(|(path, entry)| (path.clone(), sources(path, entry, &local, &survey, wanted)))
             .collect();
+        let release =
+            |(path, entry): &(FilePath, FileEntry)| (path.clone(), release(path, entry, &survey, wanted, &listing));
+        let releases = selected.iter().map(release).collect();
+        keep_own_ladders(&mut listing, survey.disk.as_ref());
         let remote_unusable = survey.remote_failure.is_some() || self.remote_within(wanted.reach).is_none();
         let is_down = |error: &Error| error.kind() == ErrorKind::Unavailable;
         let remote_down = survey.remote_failure.as_ref().is_some_and(is_down);
@@ -130,6 +152,7 @@ impl Cache {
             remote_down,
             remote_foreign: survey.remote_foreign,
             sources,
+            releases,
         })
     }
 
@@ -153,6 +176,7 @@ impl Cache {
         }
         if let Some(origin) = wanted.origin.as_ref().filter(|_| !survey.satisfies(wanted)) {
             self.before_first_call().await;
+            survey.origin_asked = true;
             let asked = origin.manifest().await;
             self.metrics().asked(Tier::Origin, &asked);
             match asked {
@@ -349,6 +373,50 @@ fn sources(
     let remote = survey.remote.as_ref().filter(|(_, manifest)| held(manifest)).map(|(source, _)| source.clone());
     let most = if entry.sha256.is_none() && entry.git_oid.is_none() { 1 } else { usize::MAX };
     local.chain(remote.map(|source| source as Arc<dyn Source>)).chain(wanted.origin.clone()).take(most).collect()
+}
+
+/// When bytes of a file may be read before all of it is proven.
+///
+/// A ladder vouches for a part where it was made or proven on this disk, or where it comes from the very manifest whose
+/// digests this fill goes by. Where the origin's list or a digest of the caller's is what counts, a remote's ladder proves
+/// nothing before it has led to that digest.
+fn release(path: &FilePath, entry: &FileEntry, survey: &Survey, wanted: &Wanted, listing: &Manifest) -> Release {
+    if wanted.digest.is_some() && wanted.single_file(listing).is_none() {
+        // The demand is compared when all digests are known.
+        return Release::Published;
+    }
+    let known_here = survey.disk.as_ref().and_then(|disk| disk.files.get(path)).and_then(|here| here.ladder.as_ref());
+    let goes_by_its_manifest = !survey.origin_asked && wanted.digest.is_none();
+    match &entry.ladder {
+        Some(ladder) if known_here == Some(ladder) || goes_by_its_manifest => Release::ByPart,
+        _ => Release::Proven,
+    }
+}
+
+/// Forgets ladders that others told of. They serve this fill; what is written down on this disk was proven on it, so that
+/// it may be trusted the next time.
+fn keep_own_ladders(listing: &mut Manifest, disk: Option<&Manifest>) {
+    for (path, entry) in &mut listing.files {
+        let known_here = disk.and_then(|disk| disk.files.get(path)).and_then(|here| here.ladder.as_ref());
+        entry.ladder = entry.ladder.take().filter(|ladder| known_here == Some(ladder));
+    }
+}
+
+/// The one among `paths`.
+pub(super) fn only_file<'a>(paths: impl Iterator<Item = &'a FilePath>) -> Result<FilePath> {
+    let paths: Vec<_> = paths.collect();
+    match paths.as_slice() {
+        [path] => Ok(FilePath::clone(path)),
+        [] => Err(Error::not_found("it has no file")),
+        many => {
+            let mut names: Vec<&str> = many.iter().map(|path| path.as_str()).take(NAMES_SHOWN).collect();
+            if many.len() > NAMES_SHOWN {
+                names.push("…");
+            }
+            Err(Error::invalid(format!("it has {} files, and one is to be opened", many.len()))
+                .hint(format!("name one of them: {}", names.join(", "))))
+        }
+    }
 }
 
 /// A source with its list, for which it is asked if it was not before.

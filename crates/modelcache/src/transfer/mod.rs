@@ -1,5 +1,6 @@
 //! Moving bytes: trying again, and pouring sources into staging.
 
+mod arrival;
 mod buffer;
 mod engine;
 mod hedge;
@@ -13,6 +14,7 @@ mod sink;
 mod tidy;
 mod workers;
 
+pub(crate) use arrival::{Arrival, Reading, Release};
 pub(crate) use pace::Pace;
 pub(crate) use pour::{PourFile, Poured, Pourer, blocking};
 pub(crate) use retry::within;

@@ -66,6 +66,7 @@ impl PartTask {
         } else {
             self.part(&range, permit, &mut part).await?;
         }
+        self.file.arrival.part_came(self.writer.inode(), &range);
         if let Some(sink) = &self.file.on_part {
             sink.tell(&self.file.path, self.writer.inode(), range);
         }

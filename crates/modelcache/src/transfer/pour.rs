@@ -6,8 +6,9 @@
 //! is bounded by the buffers that all fills share, whatever the size of files. Nothing here decides where bytes should
 //! come from or what becomes of them.
 
+use super::arrival::{Arrival, NEXT_WISH, Next};
 use super::engine::Engine;
-use super::order::{self, Order};
+use super::order::{Left, Order};
 use super::part::PartTask;
 use super::retry::Retry;
 use super::sink::PartSink;
@@ -26,6 +27,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use tokio::task::JoinSet;
 
 /// How many parts a file's hash in order may lag behind: what came early has to be read back, best from memory.
@@ -45,6 +47,8 @@ pub(crate) struct PourFile {
     pub(crate) sources: Vec<Arc<dyn Source>>,
     /// Who is told of every part that is written and checked.
     pub(crate) on_part: Option<PartSink>,
+    /// What has come of it, for those who read it meanwhile.
+    pub(crate) arrival: Arc<Arrival>,
 }
 
 /// A file that is staged and proven.
@@ -136,11 +140,15 @@ impl Pourer {
     async fn pour_file(&self, file: PourFile, pouring: Pouring, progress: &Progress) -> Result<Poured> {
         let file = Arc::new(file);
         let outcome = self.try_sources(&file, pouring, progress).await;
+        if outcome.is_err() {
+            // Before the file goes: nobody shall be given what is not there.
+            file.arrival.failed();
+        }
         if matches!(&outcome, Err(error) if error.kind() == ErrorKind::Corrupt) {
             let target = file.target.clone();
             blocking(move || StagedWriter::forget(&target)).await?;
         }
-        outcome
+        outcome.inspect(|poured| file.arrival.proven(poured.identity.inode))
     }
 
     async fn try_sources(&self, file: &Arc<PourFile>, pouring: Pouring, progress: &Progress) -> Result<Poured> {
@@ -224,6 +232,7 @@ impl Pourer {
             }
         })
         .await?;
+        file.arrival.begin(writer.inode(), !in_order);
         let order = attempt.order();
         let task = PartTask {
             engine: self.engine.clone(),
@@ -351,29 +360,51 @@ async fn prove(task: PartTask, order: Order) -> Result<(FileEntry, FileIdentity)
     Ok((entry, identity))
 }
 
-/// Fetches every part, as many at once as the limiter allows.
+/// Fetches every part, as many at once as the limiter allows; what a reader waits for before the rest.
 async fn all_parts(task: &PartTask, order: Order) -> Result<(), Trouble> {
     let size = task.file.entry.size;
     let step = if task.one_stream { size.max(1) } else { task.part_size };
+    let mut left = Left::new(size.div_ceil(step), order);
     let mut running = JoinSet::new();
-    for part in order::parts(size.div_ceil(step), order) {
-        let range = part * step..((part + 1) * step).min(size);
-        while range.start > task.writer.hashed_bytes().saturating_add(LAG_PARTS * step) {
-            let Some(ended) = running.join_next().await else { break };
-            ended_part(ended)?;
-        }
+    while !left.is_empty() {
         let permit = loop {
             tokio::select! {
                 permit = task.engine.limiter.acquire() => break permit,
                 Some(ended) = running.join_next() => ended_part(ended)?,
             }
         };
-        running.spawn(task.clone().run(range, permit));
+        // As late as can be: somebody may have begun to read meanwhile.
+        let (part, pause) = next_part(task, &mut left, step, running.is_empty());
+        if let Some(part) = part {
+            left.begin(part);
+            let range = part * step..((part + 1) * step).min(size);
+            running.spawn(task.clone().run(range, permit));
+            continue;
+        }
+        drop(permit);
+        tokio::select! {
+            Some(ended) = running.join_next() => ended_part(ended)?,
+            () = task.file.arrival.wished() => {}
+            () = tokio::time::sleep(pause) => {}
+        }
     }
     while let Some(ended) = running.join_next().await {
         ended_part(ended)?;
     }
     Ok(())
+}
+
+/// The part to be asked for now, or for how long to ask for none.
+fn next_part(task: &PartTask, left: &mut Left, step: u64, is_idle: bool) -> (Option<u64>, Duration) {
+    let wished = task.file.arrival.next(left, step);
+    let in_order = left.peek();
+    let lags = |part: &u64| part * step > task.writer.hashed_bytes().saturating_add(LAG_PARTS * step);
+    match wished {
+        Next::Wished(part) => (Some(part), Duration::ZERO),
+        _ if is_idle => (in_order, Duration::ZERO),
+        Next::Wait => (None, NEXT_WISH),
+        Next::Any => (in_order.filter(|part| !lags(part)), Duration::MAX),
+    }
 }
 
 fn ended_part(ended: Result<Result<(), Trouble>, tokio::task::JoinError>) -> Result<(), Trouble> {

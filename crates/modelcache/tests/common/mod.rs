@@ -1,6 +1,8 @@
 //! A cache in a temporary folder, with a Hub stand-in as its origin.
 #![allow(dead_code, clippy::unwrap_used, missing_docs, unreachable_pub)]
 
+pub mod weather;
+
 use modelcache::cache::{Artifact, GetOptions};
 use modelcache::config::{
     BucketConfig, ByteBound, Config, Durable, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown,

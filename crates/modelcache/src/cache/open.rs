@@ -1,0 +1,413 @@
+//! Opening one file of an artifact: its bytes can be read as they come.
+//!
+//! What is here is lent at once. Else the caller joins the flight that brings the file, or starts the one that a get of
+//! the same would start, and reads from staging: what it waits for is asked for first. Whether bytes are given before the
+//! whole file is proven is decided in `plan.rs`. Where another process fills the artifact, opening waits until that is
+//! done.
+//!
+//! Surprise: an open file is bound to the very file that it was first given bytes of. If that turns out wrong and is
+//! filled anew, every further wait fails; there is never a mixture of two.
+
+use super::flight::{Arrivals, Flight, Landed, Opening, Stage};
+use super::get::artifact;
+use super::plan::only_file;
+use super::resolve::Wanted;
+use super::{Artifact, Cache, GetOptions};
+use crate::disk::{self, Lent};
+use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::key::{ArtifactKey, FilePath};
+use crate::progress::{Phase, Progress};
+use crate::reference::Reference;
+use crate::selection::Selection;
+use crate::transfer::{Arrival, Reading, blocking};
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use tokio::sync::watch;
+
+/// What is to be opened, and how.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Which file of the artifact. `None`: the one that the reference names, or the only one there is.
+    pub file: Option<FilePath>,
+    /// Give bytes as soon as they are written, right or wrong. That the whole is wrong is found out later all the same.
+    pub unchecked: bool,
+    /// As for [`GetOptions::refresh`].
+    pub refresh: bool,
+    /// As for [`GetOptions::reach`].
+    pub reach: Tier,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { file: None, unchecked: false, refresh: false, reach: Tier::Origin }
+    }
+}
+
+/// One file of an artifact, which may still be coming. Once it is whole, it is held against eviction while this lives.
+///
+/// Dropped before that, it lets go of the fill as a cancelled [`get`](Cache::get) does: what came is kept for the next one,
+/// and a fill of which every byte has come is published.
+#[derive(Debug)]
+pub struct OpenFile {
+    /// The artifact.
+    pub key: ArtifactKey,
+    /// Which of its files.
+    pub path: FilePath,
+    size: u64,
+    progress: Progress,
+    shared: Arc<Shared>,
+    /// `None` where it was here.
+    filling: Option<Filling>,
+}
+
+/// A fill that an open file waits for.
+#[derive(Debug)]
+struct Filling {
+    reading: Reading,
+    /// Keeps it going.
+    _flight: Arc<Flight>,
+}
+
+/// What an open file has in common with the task that follows its flight.
+#[derive(Debug, Default)]
+struct Shared {
+    /// The file that bytes are read from.
+    given: OnceLock<Given>,
+    end: watch::Sender<Option<Result<Arc<Lent>>>>,
+    /// The same, for who may take no lock.
+    is_whole: OnceLock<()>,
+}
+
+#[derive(Debug)]
+struct Given {
+    file: Arc<File>,
+    inode: u64,
+}
+
+impl Cache {
+    /// Opens one file of the artifact for reading, whether or not it is here yet. Its size is known when this returns.
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get), as far as they are met before the first byte is asked for; `Invalid` where several files
+    /// might be meant.
+    pub async fn open_file(
+        &self,
+        reference: &Reference,
+        options: &OpenOptions,
+        progress: &Progress,
+    ) -> Result<OpenFile> {
+        let opened = match self.open_once(reference, options, progress).await {
+            Err(error) if error.is_superseded() => {
+                tracing::warn!(%error, "starting over");
+                self.open_once(reference, &OpenOptions { refresh: true, ..options.clone() }, progress).await
+            }
+            opened => opened,
+        };
+        opened.inspect_err(|error| self.metrics().failed(error.kind()))
+    }
+
+    async fn open_once(&self, reference: &Reference, options: &OpenOptions, progress: &Progress) -> Result<OpenFile> {
+        let get = options.as_get(reference)?;
+        if let Some(hit) = self.hit(reference, &get, progress) {
+            return self.open_here(hit?, progress).await.map_err(|error| error.artifact(reference));
+        }
+        let wanted = self.resolve(reference, &get, progress).await.map_err(|error| error.artifact(reference))?;
+        self.open_wanted(wanted, options.unchecked, progress).await.map_err(|error| error.artifact(reference))
+    }
+
+    async fn open_wanted(&self, mut wanted: Wanted, unchecked: bool, progress: &Progress) -> Result<OpenFile> {
+        if let Some(lent) = self.try_lend(&wanted).await? {
+            return self.open_landed(&wanted, Landed::here(lent), progress).await;
+        }
+        let file = match wanted.selection.one_file() {
+            Some(file) => file.clone(),
+            None => self.file_meant(&mut wanted, progress).await?,
+        };
+        let opening = Opening { file: file.clone(), unchecked };
+        let (flight, started) = self.flight(&wanted, Some(&opening), progress);
+        let (mut stages, mut arriving) = (flight.stage(), flight.arrivals());
+        let arrival = loop {
+            match &*stages.borrow_and_update() {
+                Stage::Flying => {}
+                Stage::Published(landed) | Stage::Ended(Ok(landed)) => break Err(landed.clone()),
+                Stage::Ended(Err(error)) => return Err(error.clone()),
+            }
+            if let Some(arrival) = arriving.borrow_and_update().as_ref().map(|files| arrival_of(files, &file)) {
+                break Ok(arrival?);
+            }
+            tokio::select! {
+                biased;
+                changed = stages.changed() => changed.map_err(|_| vanished())?,
+                _ = arriving.changed() => {}
+            }
+        };
+        let arrival = match arrival {
+            Ok(arrival) => arrival,
+            Err(landed) => return self.open_landed(&wanted, landed, progress).await,
+        };
+        let opened = OpenFile {
+            key: wanted.key.clone(),
+            path: file,
+            size: arrival.size(),
+            progress: flight.progress().clone(),
+            shared: Arc::default(),
+            filling: Some(Filling { reading: arrival.read(unchecked), _flight: flight }),
+        };
+        let follower = Follower {
+            cache: self.clone(),
+            wanted,
+            path: opened.path.clone(),
+            arrival,
+            shared: opened.shared.clone(),
+            progress: progress.clone(),
+            started,
+        };
+        tokio::spawn(follower.follow(stages));
+        Ok(opened)
+    }
+
+    /// The only file of an artifact that is not here: found before a fill is begun, which asks for the same lists no
+    /// second time.
+    async fn file_meant(&self, wanted: &mut Wanted, progress: &Progress) -> Result<FilePath> {
+        if let (None, Some(remote)) = (&wanted.remote, self.remote_within(wanted.reach)) {
+            wanted.remote = Some(Ok(Arc::new(remote.source(&wanted.key))));
+        }
+        self.plan_fill(wanted, progress).await?.only_file()
+    }
+
+    async fn open_landed(&self, wanted: &Wanted, landed: Landed, progress: &Progress) -> Result<OpenFile> {
+        self.require_checksums(wanted, &landed.lent.manifest)?;
+        self.durably(wanted, &landed.lent).await?;
+        self.open_here(artifact(wanted, landed, progress)?, progress).await
+    }
+
+    async fn open_here(&self, artifact: Artifact, progress: &Progress) -> Result<OpenFile> {
+        let (key, lent) = (artifact.key.clone(), artifact._lent.clone());
+        let path = only_file(lent.manifest.selected(&artifact.selection).map(|(path, _)| path))?;
+        let shared = Arc::new(Shared::default());
+        shared.land(&path, lent).await?;
+        let size = shared.given.get().map_or(Ok(0), |given| given.file.metadata().map(|found| found.len()));
+        let size = size.map_err(|cause| Error::new(ErrorKind::Directory, "cannot look at it").cause(cause))?;
+        self.count_get(&Ok(artifact));
+        Ok(OpenFile { key, path, size, progress: progress.clone(), shared, filling: None })
+    }
+}
+
+/// What sees to it that an open file learns of the end of its flight, and that it counts as a get. It does not keep the
+/// flight going.
+struct Follower {
+    cache: Cache,
+    wanted: Wanted,
+    path: FilePath,
+    arrival: Arc<Arrival>,
+    shared: Arc<Shared>,
+    progress: Progress,
+    /// The flight is its own.
+    started: bool,
+}
+
+impl Follower {
+    async fn follow(self, mut stages: watch::Receiver<Stage>) {
+        let phase = (!self.started).then(|| self.progress.enter(Phase::Join, 0));
+        let landed = match stages.wait_for(|stage| !matches!(stage, Stage::Flying)).await.as_deref() {
+            Ok(Stage::Published(landed)) => Ok(landed.clone()),
+            Ok(Stage::Ended(landed)) => landed.clone().inspect_err(|error| self.cache.metrics().failed(error.kind())),
+            Ok(Stage::Flying) | Err(_) => Err(vanished()),
+        };
+        drop(phase);
+        let ended = match &landed {
+            Ok(landed) if self.fits(landed) => self.shared.land(&self.path, landed.lent.clone()).await,
+            Ok(_) => Err(filled_anew(&self.path)),
+            Err(error) => Err(error.clone()),
+        };
+        if let Err(error) = ended {
+            self.shared.end.send_replace(Some(Err(error)));
+        }
+        let Ok(landed) = landed else { return };
+        let (cache, lent) = (&self.cache, landed.lent.clone());
+        let landed = if self.started { landed } else { landed.waited() };
+        cache.count_get(&artifact(&self.wanted, landed, &self.progress));
+        // Whoever reads need not wait for the disk.
+        if let Err(error) = cache.durably(&self.wanted, &lent).await {
+            tracing::warn!(artifact = %self.wanted.key, %error, "what was opened is not durable");
+        }
+    }
+
+    /// Whether what was given is of the file that was proven, and what is published is as long.
+    fn fits(&self, landed: &Landed) -> bool {
+        let published = landed.lent.manifest.files.get(&self.path);
+        let given = self.shared.given.get();
+        published.is_some_and(|entry| entry.size == self.arrival.size())
+            && given.is_none_or(|given| self.arrival.is_proven(given.inode))
+    }
+}
+
+impl OpenOptions {
+    fn as_get(&self, reference: &Reference) -> Result<GetOptions> {
+        let selection = match (&self.file, &reference.file) {
+            (Some(file), Some(named)) if file != named => {
+                return Err(Error::invalid(format!("{reference} names a file, and {file} is another")));
+            }
+            (Some(_), Some(_)) | (None, _) => Selection::all(),
+            (Some(file), None) => Selection::file(file.clone()),
+        };
+        Ok(GetOptions { selection, refresh: self.refresh, reach: self.reach, ..GetOptions::default() })
+    }
+}
+
+impl OpenFile {
+    /// Bytes of the file.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// How far its fill is, and how many bytes came from where so far.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Whether all of it is here, proven and held.
+    pub fn is_whole(&self) -> bool {
+        self.shared.is_whole.get().is_some()
+    }
+
+    /// The file, once anything was given of it: to be read from where [`wait`](Self::wait) says so. Takes no lock.
+    pub fn file(&self) -> Option<&Arc<File>> {
+        self.shared.given.get().map(|given| &given.file)
+    }
+
+    /// The file, if `range` (bytes) of it can be read without waiting.
+    ///
+    /// # Errors
+    /// As for [`wait`](Self::wait), as far as they are known.
+    pub fn try_wait(&self, range: Range<u64>) -> Result<Option<&Arc<File>>> {
+        self.check(&range)?;
+        let Some(given) = self.shared.given.get() else { return Ok(None) };
+        match &self.filling {
+            Some(filling) if !self.is_whole() => match filling.reading.may_read(&range) {
+                Some(inode) if inode == given.inode => Ok(Some(&given.file)),
+                Some(_) => Err(filled_anew(&self.path).artifact(&self.key)),
+                None => Ok(None),
+            },
+            _ => Ok(Some(&given.file)),
+        }
+    }
+
+    /// Waits until `range` (bytes) of the file can be read, from the file that is returned. It is asked for before
+    /// anything else that is not there yet.
+    ///
+    /// # Errors
+    /// Whatever the fill fails with. `Corrupt` where bytes that were given before have turned out wrong, or may have: the
+    /// file was filled anew. `Invalid` for bytes that the file does not have.
+    pub async fn wait(&self, range: Range<u64>) -> Result<&Arc<File>> {
+        if let Some(file) = self.try_wait(range.clone())? {
+            return Ok(file);
+        }
+        let Some(filling) = &self.filling else { return Err(vanished()) };
+        filling.reading.wish(&range);
+        let waited = filling.wait(&self.shared, &self.path, &range).await;
+        waited.map_err(|error| error.artifact(&self.key))
+    }
+
+    /// Waits until all of the file is here, proven and held, and gives its path, which stays valid while this value
+    /// lives.
+    ///
+    /// # Errors
+    /// As for [`wait`](Self::wait).
+    pub async fn whole(&self) -> Result<PathBuf> {
+        if let Some(filling) = self.filling.as_ref().filter(|_| !self.is_whole()) {
+            filling.reading.wish(&(0..self.size));
+        }
+        let mut ends = self.shared.end.subscribe();
+        let ended = ends.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
+        let lent = ended.unwrap_or_else(|| Err(vanished())).map_err(|error| error.artifact(&self.key))?;
+        Ok(lent.dir.view(&self.path))
+    }
+
+    fn check(&self, range: &Range<u64>) -> Result<()> {
+        if range.start > range.end || range.end > self.size {
+            let has = format!("{} has {} bytes, and no {}..{}", self.path, self.size, range.start, range.end);
+            return Err(Error::invalid(has).artifact(&self.key));
+        }
+        Ok(())
+    }
+}
+
+impl Filling {
+    async fn wait<'a>(&self, shared: &'a Shared, path: &FilePath, range: &Range<u64>) -> Result<&'a Arc<File>> {
+        let (mut ends, mut came) = (shared.end.subscribe(), self.reading.watch());
+        loop {
+            let end = ends.borrow_and_update().clone();
+            came.look();
+            let given = shared.given.get();
+            if let (Some(Ok(_)), Some(given)) = (&end, given) {
+                return Ok(&given.file);
+            }
+            match (self.reading.may_read(range), given) {
+                (Some(inode), Some(given)) if given.inode == inode => return Ok(&given.file),
+                (Some(inode), None) => {
+                    let staged = self.reading.staged().to_owned();
+                    // Where it is not there any more, it has just been published or filled anew, which is told in a moment.
+                    if let Some(file) = blocking(move || disk::open_staged(&staged, inode)).await? {
+                        let given = shared.given.get_or_init(|| Given { file: Arc::new(file), inode });
+                        match given.inode == inode {
+                            true => return Ok(&given.file),
+                            // Another wait was first, and another file.
+                            false => continue,
+                        }
+                    }
+                }
+                (_, Some(given)) if self.reading.inode().is_some_and(|inode| inode != given.inode) => {
+                    return Err(filled_anew(path));
+                }
+                _ => {}
+            }
+            if let Some(Err(error)) = end {
+                return Err(error);
+            }
+            tokio::select! {
+                changed = ends.changed() => changed.map_err(|_| vanished())?,
+                () = came.changed() => {}
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// The artifact can be lent: the file is whole.
+    async fn land(&self, path: &FilePath, lent: Arc<Lent>) -> Result<()> {
+        if self.given.get().is_none() {
+            let (from, path) = (lent.clone(), path.clone());
+            let opened = blocking(move || {
+                let file = from.open(&path)?;
+                let inode = file.metadata().map_or(0, |metadata| metadata.ino());
+                Ok(Given { file: Arc::new(file), inode })
+            });
+            let _ = self.given.set(opened.await?);
+        }
+        if let Some(given) = self.given.get() {
+            disk::is_whole(&given.file);
+        }
+        let _ = self.is_whole.set(());
+        self.end.send_replace(Some(Ok(lent)));
+        Ok(())
+    }
+}
+
+fn arrival_of(files: &Arrivals, file: &FilePath) -> Result<Arc<Arrival>> {
+    files.get(file).cloned().ok_or_else(|| Error::not_found(format!("it has no file {file}")))
+}
+
+fn vanished() -> Error {
+    Error::new(ErrorKind::Other, "the fill ended unexpectedly")
+}
+
+fn filled_anew(path: &FilePath) -> Error {
+    Error::corrupt(format!(
+        "{path} turned out to be wrong while it was read, and is filled anew: what was read of it early is not to be used"
+    ))
+    .hint("discard what was read, and open it again")
+}

@@ -1,0 +1,425 @@
+//! Arrival: what has come of one file that is being poured, for those who read it meanwhile, and what they wish for.
+//!
+//! The pour tells and asks what is wished for next; readers look, wish and watch. Both only ever hold a lock for moments,
+//! so that no reader holds up a fill. Which bytes may be read before the whole is proven follows here from what the plan
+//! says of the file ([`Release`]), from whether a ladder checked them, and from whether the reader minds; nothing else
+//! decides it.
+//!
+//! Surprise: a file that turns out wrong is filled anew, as another inode, and nothing of the earlier one may be read any
+//! more. Whoever was given some of it finds that its inode is not the one that is filled.
+
+use super::order::Left;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, watch};
+
+/// Parts that are asked for beyond what a reader waits for, at first; more as it goes on in sequence.
+const AHEAD_PARTS: u64 = 4;
+/// A reader that goes on within so many bytes of where it stopped reads in sequence.
+const GAP_BYTES: u64 = 1 << 20;
+/// For how long a reader that was just given something is expected to wish for more, before connections are taken by
+/// what nobody waits for.
+pub(super) const NEXT_WISH: Duration = Duration::from_millis(20);
+
+/// When the bytes of a file may be read while it is filled, by whoever wants only bytes that are vouched for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Release {
+    /// Part by part, as its ladder finds them right.
+    ByPart,
+    /// Once the whole file is proven.
+    Proven,
+    /// Not before all that is filled is published.
+    Published,
+}
+
+/// One file of a fill.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    staged: PathBuf,
+    size: u64,
+    release: Release,
+    came: watch::Sender<Came>,
+    wishes: Mutex<BTreeMap<u64, Wish>>,
+    wished: Notify,
+}
+
+/// What has come so far.
+#[derive(Debug, Clone, Default)]
+struct Came {
+    /// The number of the staged file, once there is one.
+    inode: Option<u64>,
+    /// Whether a ladder checks its parts.
+    by_ladder: bool,
+    /// What was written of it, as the end of each span by its beginning.
+    spans: BTreeMap<u64, u64>,
+    is_proven: bool,
+}
+
+/// What one reader wants.
+#[derive(Debug)]
+struct Wish {
+    /// It takes what is written, checked or not.
+    unchecked: bool,
+    /// What it waits for.
+    range: Option<Range<u64>>,
+    /// Where it has read in sequence.
+    read: Range<u64>,
+    /// When it last began to wait, or was given what it waited for.
+    touched: Instant,
+}
+
+/// One reader. Dropped, it wishes for nothing any more.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    arrival: Arc<Arrival>,
+    id: u64,
+    unchecked: bool,
+}
+
+/// What the pour shall ask for next.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// A part that a reader waits for, or will soon.
+    Wished(u64),
+    /// Whatever comes next in order.
+    Any,
+    /// Nothing: what a reader waits for is under way and shall have the connection for itself.
+    Wait,
+}
+
+impl Arrival {
+    /// A file of `size` bytes that is to be filled at `staged`.
+    pub(crate) fn new(staged: PathBuf, size: u64, release: Release) -> Arc<Self> {
+        let (came, wishes, wished) = (watch::Sender::default(), Mutex::default(), Notify::new());
+        Arc::new(Self { staged, size, release, came, wishes, wished })
+    }
+
+    /// Bytes of the file.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether all of it is written.
+    pub(crate) fn is_complete(&self) -> bool {
+        let came = self.came.borrow();
+        came.is_proven || came.inode.is_some() && came.has(&(0..self.size))
+    }
+
+    /// It is filled from here on as the file numbered `inode`; what was there before counts no more.
+    pub(super) fn begin(&self, inode: u64, by_ladder: bool) {
+        self.came.send_replace(Came { inode: Some(inode), by_ladder, ..Came::default() });
+    }
+
+    /// These bytes are written into the file numbered `inode` and, where a ladder can tell, right.
+    pub(super) fn part_came(&self, inode: u64, range: &Range<u64>) {
+        self.came.send_if_modified(|came| {
+            let is_current = came.inode == Some(inode);
+            if is_current {
+                came.add(range);
+            }
+            is_current
+        });
+        let came = self.came.borrow().clone();
+        for wish in self.wishes().values_mut() {
+            if wish.range.as_ref().is_some_and(|range| came.has(range)) {
+                (wish.range, wish.touched) = (None, Instant::now());
+            }
+        }
+    }
+
+    /// The whole file, numbered `inode`, is proven.
+    pub(crate) fn proven(&self, inode: u64) {
+        self.came.send_replace(Came { inode: Some(inode), is_proven: true, ..Came::default() });
+    }
+
+    /// Whether the whole file, numbered `inode`, is proven.
+    pub(crate) fn is_proven(&self, inode: u64) -> bool {
+        let came = self.came.borrow();
+        came.is_proven && came.inode == Some(inode)
+    }
+
+    /// Nothing came of it.
+    pub(super) fn failed(&self) {
+        self.came.send_replace(Came::default());
+    }
+
+    /// A reader, which begins at the beginning. `unchecked`: it takes what is written, proven or not.
+    pub(crate) fn read(self: &Arc<Self>, unchecked: bool) -> Reading {
+        let first = Some(0..self.size.min(1)).filter(|first| !first.is_empty());
+        let wish = Wish { unchecked, range: first, read: 0..0, touched: Instant::now() };
+        let mut wishes = self.wishes();
+        let id = wishes.last_key_value().map_or(0, |(last, _)| last + 1);
+        wishes.insert(id, wish);
+        drop(wishes);
+        self.wished.notify_one();
+        Reading { arrival: self.clone(), id, unchecked }
+    }
+
+    /// Which of the parts that are `left` is asked for next.
+    pub(super) fn next(&self, left: &Left, part_size: u64) -> Next {
+        let by_part = self.gives_by_part();
+        let wishes = self.wishes();
+        // Whoever has to wait for the whole file anyway shall not disturb the order in which it is hashed.
+        let heard: Vec<&Wish> = wishes.values().filter(|wish| wish.unchecked || by_part).collect();
+        let parts = |range: Range<u64>| range.start / part_size..range.end.div_ceil(part_size);
+        let waited_for = heard.iter().filter_map(|wish| wish.range.clone());
+        let ahead = heard.iter().map(|wish| wish.ahead(part_size));
+        if let Some(part) = waited_for.chain(ahead).find_map(|range| left.first_in(parts(range))) {
+            return Next::Wished(part);
+        }
+        match heard.iter().any(|wish| wish.is_urgent()) {
+            true => Next::Wait,
+            false => Next::Any,
+        }
+    }
+
+    /// Waits until a reader wishes for something else.
+    pub(super) async fn wished(&self) {
+        self.wished.notified().await;
+    }
+
+    fn gives_by_part(&self) -> bool {
+        self.release == Release::ByPart && self.came.borrow().by_ladder
+    }
+
+    fn wishes(&self) -> MutexGuard<'_, BTreeMap<u64, Wish>> {
+        self.wishes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Came {
+    fn add(&mut self, range: &Range<u64>) {
+        let (mut start, mut end) = (range.start, range.end);
+        if let Some((before, its_end)) = self.spans.range(..=start).next_back().map(|(start, end)| (*start, *end))
+            && its_end >= start
+        {
+            (start, end) = (before, end.max(its_end));
+        }
+        while let Some((next, its_end)) = self.spans.range(start..=end).next().map(|(start, end)| (*start, *end)) {
+            self.spans.remove(&next);
+            end = end.max(its_end);
+        }
+        self.spans.insert(start, end);
+    }
+
+    fn has(&self, range: &Range<u64>) -> bool {
+        self.is_proven
+            || range.is_empty()
+            || self.spans.range(..=range.start).next_back().is_some_and(|(_, end)| *end >= range.end)
+    }
+}
+
+impl Wish {
+    /// What it will probably want next: as much as it has read in sequence, and some parts.
+    fn ahead(&self, part_size: u64) -> Range<u64> {
+        let read = self.read.end - self.read.start;
+        self.read.end..self.read.end.saturating_add(read).saturating_add(AHEAD_PARTS * part_size)
+    }
+
+    fn is_urgent(&self) -> bool {
+        self.range.is_some() || self.touched.elapsed() < NEXT_WISH
+    }
+
+    /// It reads here now.
+    fn is_at(&mut self, range: &Range<u64>) {
+        let goes_on = self.read.start..=self.read.end.saturating_add(GAP_BYTES);
+        match goes_on.contains(&range.start) {
+            true => self.read.end = self.read.end.max(range.end),
+            false => self.read = range.clone(),
+        }
+    }
+}
+
+impl Reading {
+    /// Where the file is staged.
+    pub(crate) fn staged(&self) -> &Path {
+        &self.arrival.staged
+    }
+
+    /// What tells of every change.
+    pub(crate) fn watch(&self) -> Watching {
+        Watching(self.arrival.came.subscribe())
+    }
+
+    /// The number of the staged file, if `range` of it may be read now. It reads on from there.
+    pub(crate) fn may_read(&self, range: &Range<u64>) -> Option<u64> {
+        let inode = {
+            let (came, release) = (self.arrival.came.borrow(), self.arrival.release);
+            let is_given = match release {
+                _ if self.unchecked => came.has(range),
+                Release::ByPart => came.is_proven || came.by_ladder && came.has(range),
+                Release::Proven => came.is_proven,
+                Release::Published => false,
+            };
+            came.inode.filter(|_| is_given)?
+        };
+        if let Some(wish) = self.arrival.wishes().get_mut(&self.id) {
+            wish.is_at(range);
+        }
+        Some(inode)
+    }
+
+    /// Has this asked for before anything else.
+    pub(crate) fn wish(&self, range: &Range<u64>) {
+        if let Some(wish) = self.arrival.wishes().get_mut(&self.id) {
+            wish.is_at(range);
+            (wish.range, wish.touched) = (Some(range.clone()), Instant::now());
+        }
+        self.arrival.wished.notify_one();
+    }
+
+    /// The number of the file that is filled now, if any is.
+    pub(crate) fn inode(&self) -> Option<u64> {
+        self.arrival.came.borrow().inode
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.arrival.wishes().remove(&self.id);
+        self.arrival.wished.notify_one();
+    }
+}
+
+/// Sees that something came.
+#[derive(Debug)]
+pub(crate) struct Watching(watch::Receiver<Came>);
+
+impl Watching {
+    /// What was there until now is known.
+    pub(crate) fn look(&mut self) {
+        self.0.mark_unchanged();
+    }
+
+    /// Waits until there is more, or nothing any more. For ever where nobody could tell.
+    pub(crate) async fn changed(&mut self) {
+        if self.0.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::order::Order;
+    use super::*;
+
+    const PART: u64 = GAP_BYTES;
+
+    fn arrival(release: Release) -> Arc<Arrival> {
+        let arrival = Arrival::new(PathBuf::new(), 100 * PART, release);
+        arrival.begin(1, true);
+        arrival
+    }
+
+    fn part(arrival: &Arrival, part: u64) {
+        arrival.part_came(1, &(part * PART..(part + 1) * PART));
+    }
+
+    fn asked(arrival: &Arrival, left: &mut Left) -> Option<u64> {
+        match arrival.next(left, PART) {
+            Next::Wished(part) => {
+                left.begin(part);
+                Some(part)
+            }
+            Next::Any => left.peek().inspect(|part| left.begin(*part)),
+            Next::Wait => None,
+        }
+    }
+
+    fn all_wished(arrival: &Arrival, left: &mut Left) -> Vec<u64> {
+        std::iter::from_fn(|| match arrival.next(left, PART) {
+            Next::Wished(part) => asked(arrival, left).inspect(|asked| assert_eq!(*asked, part)),
+            Next::Any | Next::Wait => None,
+        })
+        .collect()
+    }
+
+    #[test]
+    fn spans_grow_together_whatever_comes_first() {
+        let mut came = Came::default();
+        for range in [4..6, 0..2, 8..9, 2..4, 5..8] {
+            came.add(&range);
+        }
+        assert_eq!(came.spans, BTreeMap::from([(0, 9)]));
+        assert!(came.has(&(3..9)) && !came.has(&(3..10)) && came.has(&(20..20)));
+    }
+
+    #[test]
+    fn what_is_waited_for_comes_first_then_what_follows_and_nothing_else_meanwhile() {
+        let arrival = arrival(Release::ByPart);
+        let mut left = Left::new(100, Order::Any);
+        let reading = arrival.read(false);
+        assert_eq!(all_wished(&arrival, &mut left), [0, 1, 2, 3], "a reader begins at the beginning");
+        assert_eq!(asked(&arrival, &mut left), None);
+        reading.wish(&(50 * PART + 1..52 * PART));
+        assert_eq!(all_wished(&arrival, &mut left), (50..58).collect::<Vec<_>>());
+        assert_eq!(asked(&arrival, &mut left), None, "the others wait");
+        part(&arrival, 50);
+        part(&arrival, 51);
+        assert_eq!(asked(&arrival, &mut left), None, "another wish is expected");
+        arrival.wishes().values_mut().for_each(|wish| wish.touched -= 2 * NEXT_WISH);
+        assert_eq!(arrival.next(&left, PART), Next::Any);
+        drop(reading);
+        assert_eq!(arrival.next(&left, PART), Next::Any);
+    }
+
+    #[test]
+    fn who_reads_on_is_read_ahead_for_more_and_more() {
+        let arrival = arrival(Release::ByPart);
+        let mut left = Left::new(100, Order::Any);
+        let reading = arrival.read(false);
+        all_wished(&arrival, &mut left);
+        (0..4).for_each(|at| part(&arrival, at));
+        assert_eq!(reading.may_read(&(0..2 * PART)), Some(1));
+        assert_eq!(reading.may_read(&(2 * PART..4 * PART)), Some(1));
+        assert_eq!(all_wished(&arrival, &mut left), (4..12).collect::<Vec<_>>());
+        reading.wish(&(90 * PART..91 * PART));
+        assert_eq!(all_wished(&arrival, &mut left), (90..96).collect::<Vec<_>>(), "elsewhere it begins anew");
+    }
+
+    #[test]
+    fn bytes_are_given_by_the_part_only_under_a_ladder_that_is_trusted() {
+        let (trusted, doubted) = (arrival(Release::ByPart), arrival(Release::Proven));
+        for (arrival, unchecked, given) in
+            [(&trusted, false, true), (&doubted, false, false), (&doubted, true, true), (&trusted, true, true)]
+        {
+            let reading = arrival.read(unchecked);
+            part(arrival, 7);
+            assert_eq!(reading.may_read(&(7 * PART..8 * PART)).is_some(), given, "{arrival:?} {unchecked}");
+            assert_eq!(reading.may_read(&(7 * PART..8 * PART + 1)), None);
+        }
+        let reading = trusted.read(false);
+        trusted.begin(2, false);
+        trusted.part_came(1, &(0..PART));
+        trusted.part_came(2, &(PART..2 * PART));
+        assert_eq!(reading.may_read(&(0..PART)), None, "it is of a file that is no more");
+        assert_eq!(reading.may_read(&(PART..2 * PART)), None, "no ladder checked it");
+        trusted.proven(2);
+        assert_eq!(reading.may_read(&(0..100 * PART)), Some(2));
+        assert!(trusted.is_proven(2) && !trusted.is_proven(1));
+    }
+
+    #[test]
+    fn what_a_demand_for_the_whole_list_may_refuse_is_not_given_when_a_file_is_proven() {
+        let arrival = arrival(Release::Published);
+        let (reading, careless) = (arrival.read(false), arrival.read(true));
+        part(&arrival, 0);
+        arrival.proven(1);
+        assert_eq!(reading.may_read(&(0..PART)), None);
+        assert_eq!(careless.may_read(&(0..PART)), Some(1));
+    }
+
+    #[test]
+    fn the_order_of_what_is_hashed_in_order_is_left_alone() {
+        let arrival = arrival(Release::Proven);
+        let reading = arrival.read(false);
+        reading.wish(&(50 * PART..51 * PART));
+        assert_eq!(arrival.next(&Left::new(100, Order::Strict), PART), Next::Any);
+        let _careless = arrival.read(true);
+        assert_eq!(arrival.next(&Left::new(100, Order::Strict), PART), Next::Wished(0));
+    }
+}
