@@ -10,8 +10,8 @@ use crate::reference::Reference;
 use crate::selection::Selection;
 
 impl Cache {
-    /// Steps 1 and 2 in a few microseconds, where the reference alone decides the key and all of it is here; `None` says
-    /// nothing.
+    /// Steps 1 and 2 in a few microseconds, where the reference and what is remembered decide the key and all of it is
+    /// here; `None` says nothing.
     pub(super) fn hit(
         &self,
         reference: &Reference,
@@ -23,12 +23,13 @@ impl Cache {
             Some(file) => Selection::file(file.clone()),
             None => options.selection.clone(),
         };
-        let key = self.0.origins.placed(reference).exact_key().filter(|_| !options.verify)?;
+        let (placed, asking) = (self.0.origins.placed(reference), self.asking(options));
+        let key = placed.exact_key().or_else(|| self.key_in_passing(&placed, asking)).filter(|_| !options.verify)?;
         let lent = {
             let _phase = progress.enter(Phase::Lend, 0);
             self.0.disk.lend_in_passing(&key, &selection)?
         };
-        let (reach, purpose) = (self.asking(options).reach, options.purpose);
+        let (reach, purpose) = (asking.reach, options.purpose);
         let (digest, origin, tagged, remote) = (reference.digest, None, None, None);
         let durable = options.durable;
         let wanted = Wanted { key, selection, digest, origin, reach, purpose, durable, tagged, remote };

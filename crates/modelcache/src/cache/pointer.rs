@@ -282,6 +282,14 @@ impl Cache {
         !asking.refresh && age <= self.0.config.ref_ttl
     }
 
+    /// What a revision means without asking anybody: it was asked a moment ago, or nobody is to be asked.
+    pub(super) fn key_in_passing(&self, reference: &Reference, asking: Asking) -> Option<ArtifactKey> {
+        let pointer = reference.pointer()?;
+        let RememberedRef { version, age } = self.remembered_ref(&pointer.name, &pointer.revision).ok()??;
+        let is_last_word = asking.reach < Tier::Origin && self.remote_within(asking.reach).is_none();
+        (self.is_fresh(age, asking) || is_last_word && !asking.refresh).then(|| ArtifactKey::new(pointer.name, version))
+    }
+
     /// The remote, where there is one and it may be asked.
     pub(super) fn remote_within(&self, reach: Tier) -> Option<&Remote> {
         self.0.remote.as_ref().filter(|_| reach >= Tier::Remote)
