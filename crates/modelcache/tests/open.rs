@@ -180,8 +180,9 @@ async fn house_with_copy() -> (House, Content) {
     (house, content)
 }
 
-fn stall(house: &House) {
-    house.hub.faults().add(HubFault::stall_at(17 * MIB, Duration::from_secs(600)).on("model.bin").once());
+/// The last part of the model stands still.
+fn stall() -> HubFault {
+    HubFault::stall_at(17 * MIB, Duration::from_secs(600)).on("model.bin")
 }
 
 /// Who asks again for what stands still, after some time.
@@ -202,7 +203,7 @@ async fn where_the_origin_was_asked_the_remotes_ladder_gives_nothing_early() {
     assert!(told.files.values().all(|entry| entry.ladder.is_some()));
     told.files.values_mut().for_each(|entry| entry.held = None);
     fs::write(&manifest, told.to_bytes().unwrap()).unwrap();
-    stall(&house);
+    house.hub.faults().add(stall().once());
     only_the_careless_reads_early(None, &impatient(config("a")), HUB, &content).await;
 }
 
@@ -218,7 +219,7 @@ async fn a_ladder_that_was_proven_here_gives_bytes_early_whoever_was_asked() {
     fs::rename(bad, &path).unwrap();
     let blobs = fs::read_dir(house.path("a/blobs")).unwrap().map(|entry| entry.unwrap().path());
     blobs.for_each(|blobs| fs::remove_dir_all(blobs).unwrap());
-    stall(&house);
+    house.hub.faults().add(stall());
     let file = open(&cache, HUB).await;
     read(&file, &content, 0..100).await;
     assert!(!file.is_whole(), "a part of it stands still");
