@@ -136,15 +136,23 @@ async fn the_first_bytes_and_then_the_last_are_read_before_half_of_the_file_has_
     assert_eq!(cache.metrics().counts().hits.remote, 1, "it counts as a get");
 }
 
-/// Opens `reference` for two readers, one of whom takes unchecked bytes, and sees that the other is given none before
-/// `rest` lets the rest come.
-async fn only_the_careless_reads_early(cache: &Cache, reference: &str, content: &Content, rest: impl AsyncFnOnce()) {
-    let careless = open_unchecked(cache, reference).await;
-    let careful = open(cache, reference).await;
-    read(&careless, content, 0..100).await;
+/// Opens `reference` for two readers, one of whom takes unchecked bytes, and sees that the other is given none before the
+/// rest is there. In the weather the rest comes when it is let through; else it comes late by itself.
+async fn only_the_careless_reads_early(weather: Option<&Weather>, cache: &Cache, reference: &str, content: &Content) {
+    let first = async {
+        let (careless, careful) = (open_unchecked(cache, reference).await, open(cache, reference).await);
+        read(&careless, content, 0..100).await;
+        (careless, careful)
+    };
+    let (careless, careful) = match weather {
+        Some(weather) => trickle(weather, first).await,
+        None => first.await,
+    };
     let mut waits = Box::pin(careful.wait(0..100));
     assert!(timeout(Duration::from_millis(300), &mut waits).await.is_err(), "it was given what nobody vouches for");
-    rest().await;
+    if let Some(weather) = weather {
+        weather.proxy.let_through(WIDE);
+    }
     soon(waits).await.unwrap();
     read(&careful, content, 0..content.len()).await;
     read(&careless, content, 0..content.len()).await;
@@ -155,22 +163,14 @@ async fn without_a_ladder_nothing_is_given_before_all_is_proven_but_to_who_wants
     let (weather, content) = (Weather::new().await, Content::generated(6, 48 * MIB + 1));
     weather.put("m", &content).await;
     edit(&weather, |entry| entry.ladder = None);
-    let cache = patient(&weather, "a");
-    weather.proxy.let_through(MIB);
-    let careless = open_unchecked(&cache, "m@1").await;
-    trickle(&weather, read(&careless, &content, 0..100)).await;
-    only_the_careless_reads_early(&cache, "m@1", &content, async || weather.proxy.let_through(WIDE)).await;
+    only_the_careless_reads_early(Some(&weather), &patient(&weather, "a"), "m@1", &content).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn under_a_demanded_digest_the_remotes_ladder_gives_nothing_early() {
     let weather = weather().await;
-    weather.proxy.let_through(SIZE / 2);
     let reference = format!("m@1#sha256={}", CONTENT.sha256().unwrap());
-    only_the_careless_reads_early(&patient(&weather, "a"), &reference, &CONTENT, async || {
-        weather.proxy.let_through(WIDE);
-    })
-    .await;
+    only_the_careless_reads_early(Some(&weather), &patient(&weather, "a"), &reference, &CONTENT).await;
 }
 
 /// A house whose Hub has the model, and whose bucket has it by a first machine; one part of the next fetch stands still.
@@ -180,8 +180,9 @@ async fn house_with_copy() -> (House, Content) {
     (house, content)
 }
 
-fn stall(house: &House) {
-    house.hub.faults().add(HubFault::stall(MIB, Duration::from_secs(600)).on("model.bin").after_skipping(1).once());
+/// The last part of the model stands still.
+fn stall() -> HubFault {
+    HubFault::stall_at(17 * MIB, Duration::from_secs(600)).on("model.bin")
 }
 
 /// Who asks again for what stands still, after some time.
@@ -202,8 +203,8 @@ async fn where_the_origin_was_asked_the_remotes_ladder_gives_nothing_early() {
     assert!(told.files.values().all(|entry| entry.ladder.is_some()));
     told.files.values_mut().for_each(|entry| entry.held = None);
     fs::write(&manifest, told.to_bytes().unwrap()).unwrap();
-    stall(&house);
-    only_the_careless_reads_early(&impatient(config("a")), HUB, &content, async || {}).await;
+    house.hub.faults().add(stall().once());
+    only_the_careless_reads_early(None, &impatient(config("a")), HUB, &content).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -218,7 +219,7 @@ async fn a_ladder_that_was_proven_here_gives_bytes_early_whoever_was_asked() {
     fs::rename(bad, &path).unwrap();
     let blobs = fs::read_dir(house.path("a/blobs")).unwrap().map(|entry| entry.unwrap().path());
     blobs.for_each(|blobs| fs::remove_dir_all(blobs).unwrap());
-    stall(&house);
+    house.hub.faults().add(stall());
     let file = open(&cache, HUB).await;
     read(&file, &content, 0..100).await;
     assert!(!file.is_whole(), "a part of it stands still");

@@ -97,6 +97,10 @@ impl Plan {
         if let Some(Kind::Stall(bytes, time)) = take(&|kind| matches!(kind, Kind::Stall(bytes, _) if *bytes < size)) {
             plan.stall = Some((range.start + bytes, time));
         }
+        if let Some(Kind::StallAt(at, time)) = take(&|kind| matches!(kind, Kind::StallAt(at, _) if range.contains(at)))
+        {
+            plan.stall = Some((at, time));
+        }
         plan
     }
 

@@ -1,8 +1,8 @@
 //! What can go wrong at the Hub and its CDN.
 //!
 //! Faults of two sorts: those that replace the answer (`throttle`, `status`, `redirect_loop`) strike any request they
-//! are aimed at, on both listeners; those that spoil a body (`flip`, `cut`, `short`, `stall`, `ignore_range`) strike
-//! only answers that carry file content, so a redirect to the CDN never uses one up.
+//! are aimed at, on both listeners; those that spoil a body (`flip`, `cut`, `short`, `stall`, `stall_at`,
+//! `ignore_range`) strike only answers that carry file content, so a redirect to the CDN never uses one up.
 //!
 //! The aim of [`Fault::on`] is compared with the decoded path; for the CDN, where the URL names only digests, with the
 //! path of the resolve URL that redirected there (`/org/model/resolve/<commit>/<file>`).
@@ -35,6 +35,8 @@ pub enum Kind {
     Short(u64),
     /// The body pauses after so many bytes for so long, then goes on.
     Stall(u64, Duration),
+    /// The body pauses before the byte at this offset of the file for so long, then goes on.
+    StallAt(u64, Duration),
     /// The whole file is answered with 200, whatever `Range` said.
     IgnoreRange,
     /// Trees, infos and the linked size say a size that is this far off.
@@ -93,6 +95,11 @@ impl Fault<Kind> {
     /// A pause of `time` after `bytes` of the body.
     pub fn stall(bytes: u64, time: Duration) -> Self {
         Self::new(Kind::Stall(bytes, time))
+    }
+
+    /// A pause of `time` before the byte at `offset` of the file; strikes only answers that contain this byte.
+    pub fn stall_at(offset: u64, time: Duration) -> Self {
+        Self::new(Kind::StallAt(offset, time))
     }
 
     /// `Range` is ignored: 200 and the whole file.
