@@ -136,8 +136,8 @@ async fn the_first_bytes_and_then_the_last_are_read_before_half_of_the_file_has_
     assert_eq!(cache.metrics().counts().hits.remote, 1, "it counts as a get");
 }
 
-/// Opens `reference` for two readers, one of whom takes unchecked bytes, and sees that the other is given none before the
-/// rest is there. In the weather the rest comes when it is let through; else it comes late by itself.
+/// Opens `reference` for two readers, one of whom takes unchecked bytes, and sees that the other is given none before
+/// the rest is there. In the weather the rest comes when it is let through; else it comes late by itself.
 async fn only_the_careless_reads_early(weather: Option<&Weather>, cache: &Cache, reference: &str, content: &Content) {
     let first = async {
         let (careless, careful) = (open_unchecked(cache, reference).await, open(cache, reference).await);
@@ -173,7 +173,8 @@ async fn under_a_demanded_digest_the_remotes_ladder_gives_nothing_early() {
     only_the_careless_reads_early(Some(&weather), &patient(&weather, "a"), &reference, &CONTENT).await;
 }
 
-/// A house whose Hub has the model, and whose bucket has it by a first machine; one part of the next fetch stands still.
+/// A house whose Hub has the model, and whose bucket has it by a first machine; one part of the next fetch stands
+/// still.
 async fn house_with_copy() -> (House, Content) {
     let (house, content) = (House::new().await, Content::generated(7, 20 * MIB + 4321));
     house.hub.repo("org/model").commit().lfs("model.bin", content.clone()).publish().unwrap();

@@ -336,16 +336,16 @@ class ModelCache:
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
     ) -> CachedFile:
-        """Opens one file of an artifact for reading, here or not: a read waits only for the bytes that it needs.
+        """Opens one file of an artifact, here or not, for reading: a read waits only for the bytes that it needs.
 
-        What a read waits for is asked for before the rest, which goes on coming meanwhile. Whoever gets or opens the same
-        at the same time shares one fetch. Once the file is whole it is held until it is closed; closed before that, the
-        fetch ends unless somebody else waits for it, and what came is kept for the next one.
+        What a read waits for is asked for before the rest, which goes on coming meanwhile. Whoever gets or opens the
+        same at the same time shares one fetch. Once the file is whole it is held until it is closed; closed before
+        that, the fetch ends unless somebody else waits for it, and what came is kept for the next one.
 
-        Bytes are given before the whole file is proven only where a ladder vouches for each part: one that was proven on
-        this disk, or one from the remote's manifest where that manifest is what the fetch goes by. Otherwise, as for what
-        comes from an origin for the first time, a read waits until all of it is proven. Where another process fetches the
-        artifact, this call waits until that is done.
+        Bytes are given before the whole file is proven only where a ladder vouches for each part: one that was proven
+        on this disk, or one from the remote's manifest where that manifest is what the fetch goes by. Otherwise, as for
+        what comes from an origin for the first time, a read waits until all of it is proven. Where another process
+        fetches the artifact, this call waits until that is done.
 
         :param reference: as for :meth:`get`.
         :param path: which file of the artifact; may be left out where there is only one, or the reference names it.
@@ -650,8 +650,9 @@ class ModelCache:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def close(self, timeout: float = _CLOSE_SECONDS) -> None:
-        """Lets go of everything that was lent, and closes the files that were opened. Uploads in the background are waited
-        for ``timeout`` seconds.
+        """Lets go of everything that was lent, and closes the files that were opened.
+
+        Uploads in the background are waited for ``timeout`` seconds.
 
         What has not reached the remote by then is written down, and a later run brings it there. Again changes nothing.
         """

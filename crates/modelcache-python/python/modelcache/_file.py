@@ -24,9 +24,9 @@ _READ_BYTES = 1 << 30
 class CachedFile(io.RawIOBase):
     """A file of an artifact, as :meth:`ModelCache.open` gives it: binary, read-only, seekable.
 
-    A read waits only for the bytes it needs, without the interpreter's lock, and gives all that were asked for unless the
-    file ends. It is not buffered: a read of bytes that are here costs a system call. For very many very small reads wrap it
-    in ``io.BufferedReader(file)``.
+    A read waits only for the bytes it needs, without the interpreter's lock, and gives all that were asked for unless
+    the file ends. It is not buffered: a read of bytes that are here costs a system call. For very many very small reads
+    wrap it in ``io.BufferedReader(file)``.
 
     What works with a descriptor or a path (``mmap``, ``numpy.fromfile``, ``safetensors.safe_open``) gets a whole file:
     :meth:`fileno` and :attr:`path` wait until all of it is here and proven.
@@ -85,7 +85,7 @@ class CachedFile(io.RawIOBase):
         return path
 
     def fileno(self) -> int:
-        """A descriptor of the file, once all of it is here and proven, which is waited for. Valid until it is closed."""
+        """A descriptor of it, once all of it is here and proven, which is waited for. Valid until it is closed."""
         native = self._live()
         if not native.is_whole:
             _calls.wait(native.whole())

@@ -1,9 +1,10 @@
 //! Flights: one fill for everybody who wants the same.
 //!
-//! In this process the fill is a task of its own. Callers wait for it and see its progress; it goes on as long as any of
-//! them waits, whoever of them is cancelled, and ends with the last, unless every byte has come: then it is published all
-//! the same. Other processes see it through the leader's record on disk. Callers who want another part of the same
-//! artifact meet where processes meet: at its fill lock. Who opens one file is content with a flight that brings more.
+//! In this process the fill is a task of its own. Callers wait for it and see its progress; it goes on as long as any
+//! of them waits, whoever of them is cancelled, and ends with the last, unless every byte has come: then it is
+//! published all the same. Other processes see it through the leader's record on disk. Callers who want another part of
+//! the same artifact meet where processes meet: at its fill lock. Who opens one file is content with a flight that
+//! brings more.
 
 use super::Cache;
 use super::resolve::Wanted;
@@ -112,8 +113,8 @@ impl Cache {
         Err(Error::new(ErrorKind::Other, "the fill ended unexpectedly"))
     }
 
-    /// The flight for `wanted`, and whether this call started it. For somebody who opens a file, one that brings more of the
-    /// same will do.
+    /// The flight for `wanted`, and whether this call started it. For somebody who opens a file, one that brings more
+    /// of the same will do.
     pub(super) fn flight(
         &self,
         wanted: &Wanted,
@@ -188,8 +189,8 @@ impl Flights {
 }
 
 impl Teller {
-    /// What is coming. Whoever started the flight to read a file is a reader of it from now on, before the first byte is
-    /// asked for.
+    /// What is coming. Whoever started the flight to read a file is a reader of it from now on, before the first byte
+    /// is asked for.
     pub(super) fn arrivals(&self, arrivals: Arrivals) -> Option<Reading> {
         let opening = self.opening.as_ref();
         let reading = opening.and_then(|opening| Some(arrivals.get(&opening.file)?.read(opening.unchecked)));

@@ -229,7 +229,8 @@ impl Cache {
     }
 }
 
-/// What is to be poured, by its name in staging, and for every file what its readers are told of. Equal files come once.
+/// What is to be poured, by its name in staging, and for every file what its readers are told of. Equal files come
+/// once.
 fn to_pour(staging: &Staging, plan: &FillPlan) -> Result<(Arrivals, BTreeMap<String, PourFile>)> {
     let (mut arrivals, mut by_name, mut to_pour) = (Arrivals::new(), BTreeMap::new(), BTreeMap::new());
     for (path, entry) in &plan.selected {

@@ -1,9 +1,9 @@
 //! Opening one file of an artifact: its bytes can be read as they come.
 //!
 //! What is here is lent at once. Else the caller joins the flight that brings the file, or starts the one that a get of
-//! the same would start, and reads from staging: what it waits for is asked for first. Whether bytes are given before the
-//! whole file is proven is decided in `plan.rs`. Where another process fills the artifact, opening waits until that is
-//! done.
+//! the same would start, and reads from staging: what it waits for is asked for first. Whether bytes are given before
+//! the whole file is proven is decided in `plan.rs`. Where another process fills the artifact, opening waits until that
+//! is done.
 //!
 //! Surprise: an open file is bound to the very file that it was first given bytes of. If that turns out wrong and is
 //! filled anew, every further wait fails; there is never a mixture of two.
@@ -48,8 +48,8 @@ impl Default for OpenOptions {
 
 /// One file of an artifact, which may still be coming. Once it is whole, it is held against eviction while this lives.
 ///
-/// Dropped before that, it lets go of the fill as a cancelled [`get`](Cache::get) does: what came is kept for the next one,
-/// and a fill of which every byte has come is published.
+/// Dropped before that, it lets go of the fill as a cancelled [`get`](Cache::get) does: what came is kept for the next
+/// one, and a fill of which every byte has come is published.
 #[derive(Debug)]
 pub struct OpenFile {
     /// The artifact.
@@ -91,8 +91,8 @@ impl Cache {
     /// Opens one file of the artifact for reading, whether or not it is here yet. Its size is known when this returns.
     ///
     /// # Errors
-    /// As for [`get`](Self::get), as far as they are met before the first byte is asked for; `Invalid` where several files
-    /// might be meant.
+    /// As for [`get`](Self::get), as far as they are met before the first byte is asked for; `Invalid` where several
+    /// files might be meant.
     pub async fn open_file(
         &self,
         reference: &Reference,
@@ -300,8 +300,8 @@ impl OpenFile {
     /// anything else that is not there yet.
     ///
     /// # Errors
-    /// Whatever the fill fails with. `Corrupt` where bytes that were given before have turned out wrong, or may have: the
-    /// file was filled anew. `Invalid` for bytes that the file does not have.
+    /// Whatever the fill fails with. `Corrupt` where bytes that were given before have turned out wrong, or may have:
+    /// the file was filled anew. `Invalid` for bytes that the file does not have.
     pub async fn wait(&self, range: Range<u64>) -> Result<&Arc<File>> {
         if let Some(file) = self.try_wait(range.clone())? {
             return Ok(file);
@@ -350,7 +350,8 @@ impl Filling {
                 (Some(inode), Some(given)) if given.inode == inode => return Ok(&given.file),
                 (Some(inode), None) => {
                     let staged = self.reading.staged().to_owned();
-                    // Where it is not there any more, it has just been published or filled anew, which is told in a moment.
+                    // Where it is not there any more, it has just been published or filled anew, which is told in a
+                    // moment.
                     if let Some(file) = blocking(move || disk::open_staged(&staged, inode)).await? {
                         let given = shared.given.get_or_init(|| Given { file: Arc::new(file), inode });
                         match given.inode == inode {
@@ -407,7 +408,7 @@ fn vanished() -> Error {
 
 fn filled_anew(path: &FilePath) -> Error {
     Error::corrupt(format!(
-        "{path} turned out to be wrong while it was read, and is filled anew: what was read of it early is not to be used"
+        "{path} turned out wrong while it was read, and is filled anew: what was read of it early is not to be used"
     ))
     .hint("discard what was read, and open it again")
 }

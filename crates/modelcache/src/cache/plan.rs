@@ -378,8 +378,8 @@ fn sources(
 /// When bytes of a file may be read before all of it is proven.
 ///
 /// A ladder vouches for a part where it was made or proven on this disk, or where it comes from the very manifest whose
-/// digests this fill goes by. Where the origin's list or a digest of the caller's is what counts, a remote's ladder proves
-/// nothing before it has led to that digest.
+/// digests this fill goes by. Where the origin's list or a digest of the caller's is what counts, a remote's ladder
+/// proves nothing before it has led to that digest.
 fn release(path: &FilePath, entry: &FileEntry, survey: &Survey, wanted: &Wanted, listing: &Manifest) -> Release {
     if wanted.digest.is_some() && wanted.single_file(listing).is_none() {
         // The demand is compared when all digests are known.
@@ -393,8 +393,8 @@ fn release(path: &FilePath, entry: &FileEntry, survey: &Survey, wanted: &Wanted,
     }
 }
 
-/// Forgets ladders that others told of. They serve this fill; what is written down on this disk was proven on it, so that
-/// it may be trusted the next time.
+/// Forgets ladders that others told of. They serve this fill; what is written down on this disk was proven on it, so
+/// that it may be trusted the next time.
 fn keep_own_ladders(listing: &mut Manifest, disk: Option<&Manifest>) {
     for (path, entry) in &mut listing.files {
         let known_here = disk.and_then(|disk| disk.files.get(path)).and_then(|here| here.ladder.as_ref());

@@ -1,7 +1,7 @@
 //! Opening what is read: a staged file by its number, a lent one by its place.
 //!
-//! A file that is still being filled is opened for reading only. As long as that lasts the kernel shall read nothing ahead:
-//! what it found there before it was written could stay in memory for what was written.
+//! A file that is still being filled is opened for reading only. As long as that lasts the kernel shall read nothing
+//! ahead: what it found there before it was written could stay in memory for what was written.
 
 use super::fault::At;
 use super::{Lent, files, modes};

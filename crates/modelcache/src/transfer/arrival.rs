@@ -1,12 +1,12 @@
 //! Arrival: what has come of one file that is being poured, for those who read it meanwhile, and what they wish for.
 //!
-//! The pour tells and asks what is wished for next; readers look, wish and watch. Both only ever hold a lock for moments,
-//! so that no reader holds up a fill. Which bytes may be read before the whole is proven follows here from what the plan
-//! says of the file ([`Release`]), from whether a ladder checked them, and from whether the reader minds; nothing else
-//! decides it.
+//! The pour tells and asks what is wished for next; readers look, wish and watch. Both only ever hold a lock for
+//! moments, so that no reader holds up a fill. Which bytes may be read before the whole is proven follows here from
+//! what the plan says of the file ([`Release`]), from whether a ladder checked them, and from whether the reader minds;
+//! nothing else decides it.
 //!
-//! Surprise: a file that turns out wrong is filled anew, as another inode, and nothing of the earlier one may be read any
-//! more. Whoever was given some of it finds that its inode is not the one that is filled.
+//! Surprise: a file that turns out wrong is filled anew, as another inode, and nothing of the earlier one may be read
+//! any more. Whoever was given some of it finds that its inode is not the one that is filled.
 
 use super::order::Left;
 use std::collections::BTreeMap;

@@ -1,8 +1,8 @@
 //! In which order the parts of a file are asked for: another one on every node.
 //!
 //! A fleet that starts at once and asks in one order makes every part hot in turn; at random it spreads over all of
-//! them. Parts that a ladder checks may come in any order. A file that is hashed in order is asked for nearly so. What a
-//! reader waits for comes before its turn (`arrival.rs`).
+//! them. Parts that a ladder checks may come in any order. A file that is hashed in order is asked for nearly so. What
+//! a reader waits for comes before its turn (`arrival.rs`).
 
 use rand::seq::SliceRandom;
 use std::collections::BTreeSet;
