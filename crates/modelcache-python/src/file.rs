@@ -12,6 +12,7 @@ use modelcache::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
 use serde_json::json;
 use std::os::fd::{AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::watch;
 
@@ -26,7 +27,7 @@ pub(crate) struct File {
     /// `None` once it is closed. Locked by whoever holds the interpreter's lock, so no fork comes in between.
     open: Mutex<Option<Arc<Owned<OpenFile>>>>,
     descriptor: OnceLock<Arc<std::fs::File>>,
-    closed: watch::Sender<bool>,
+    closed: Owned<watch::Sender<bool>>,
 }
 
 impl File {
@@ -38,7 +39,7 @@ impl File {
             timeout,
             open: Mutex::new(Some(Arc::new(Owned::new(opened)))),
             descriptor: OnceLock::new(),
-            closed: watch::Sender::default(),
+            closed: Owned::new(watch::Sender::default()),
         }
     }
 
@@ -67,12 +68,12 @@ impl File {
     where
         W: Future<Output = Result<Answer>> + Send + 'static,
     {
-        let open = self.open().and_then(|open| match open.get() {
-            Some(file) => Ok((file.progress().clone(), open.clone())),
-            None => Err(left_behind()),
+        let open = self.open().and_then(|open| match (open.get(), self.closed.get()) {
+            (Some(file), Some(closed)) => Ok((file.progress().clone(), open.clone(), closed.subscribe())),
+            _ => Err(left_behind()),
         });
-        let (progress, open) = open.map_err(|error| failure::exception(py, &error))?;
-        let (work, timeout, mut ends) = (wait(open), self.timeout, self.closed.subscribe());
+        let (progress, open, mut ends) = open.map_err(|error| failure::exception(py, &error))?;
+        let (work, timeout) = (wait(open), self.timeout);
         Ok(Call::new(py, progress, async move {
             tokio::select! {
                 biased;
@@ -110,6 +111,13 @@ impl File {
         Ok(open.of_any_process().is_some_and(OpenFile::is_whole))
     }
 
+    /// Where it lies, if all of it is here and proven.
+    #[getter]
+    fn whole_path(&self, py: Python<'_>) -> PyResult<Option<PathBuf>> {
+        let open = self.open().map_err(|error| failure::exception(py, &error))?;
+        Ok(open.of_any_process().and_then(OpenFile::whole_path).map(Path::to_owned))
+    }
+
     /// The descriptor to read these bytes from, if that takes no waiting.
     fn ready(&self, py: Python<'_>, start: u64, stop: u64) -> PyResult<Option<RawFd>> {
         self.ready_fd(start, stop).map_err(|error| failure::exception(py, &error))
@@ -142,7 +150,9 @@ impl File {
     /// Lets go of it and ends what waits for it; again changes nothing.
     fn close(&self) {
         drop(self.open.lock().unwrap_or_else(PoisonError::into_inner).take());
-        self.closed.send_replace(true);
+        if let Some(closed) = self.closed.get() {
+            closed.send_replace(true);
+        }
     }
 }
 

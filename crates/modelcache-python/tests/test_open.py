@@ -245,6 +245,7 @@ def test_a_forked_child(published: Slow, open_cache: Any) -> None:
     def read() -> None:
         assert file.read() == noise(SIZE)
         assert os.pread(file.fileno(), 100, 0) == noise(SIZE)[:100]
+        assert file.path.read_bytes() == noise(SIZE)
         file.close()
 
     in_child(read)

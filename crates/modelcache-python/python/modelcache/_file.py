@@ -76,12 +76,14 @@ class CachedFile(io.RawIOBase):
     @property
     def path(self) -> Path:
         """Where it lies, once all of it is here and proven, which is waited for. Valid until it is closed."""
-        path: Path = _calls.wait(self._live().whole())
+        native = self._live()
+        path: Path = native.whole_path or _calls.wait(native.whole())
         return path
 
     async def apath(self) -> Path:
         """As :attr:`path`, for asyncio."""
-        path: Path = await _calls.awaited(self._live().whole())
+        native = self._live()
+        path: Path = native.whole_path or await _calls.awaited(native.whole())
         return path
 
     def fileno(self) -> int:

@@ -43,6 +43,8 @@ pub(super) struct Flight {
     progress: Progress,
     stage: watch::Receiver<Stage>,
     arrivals: watch::Receiver<Option<Arrivals>>,
+    /// Started by who opened a file.
+    is_for_reading: bool,
     task: AbortHandle,
 }
 
@@ -142,7 +144,8 @@ impl Cache {
             teller.stage.send_replace(Stage::Ended(ended));
         });
         let (progress, task) = (progress.clone(), task.abort_handle());
-        let flight = Arc::new(Flight { id: id.clone(), selection, progress, stage, arrivals, task });
+        let is_for_reading = opening.is_some();
+        let flight = Arc::new(Flight { id: id.clone(), selection, progress, stage, arrivals, is_for_reading, task });
         flights.insert(id, Arc::downgrade(&flight));
         (flight, true)
     }
@@ -196,6 +199,11 @@ impl Teller {
         let reading = opening.and_then(|opening| Some(arrivals.get(&opening.file)?.read(opening.unchecked)));
         self.arrivals.send_replace(Some(arrivals));
         reading
+    }
+
+    /// What was coming is not what was wanted: nothing of it is to be read any more.
+    pub(super) fn forget(&self) {
+        self.arrivals.borrow().iter().flat_map(Arrivals::values).for_each(|file| file.failed());
     }
 
     /// There is something to lend.
@@ -270,7 +278,8 @@ impl Flight {
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        if self.is_flying() && self.is_landing() {
+        // Whoever opened a file and has read it does not wait for the upload either.
+        if self.is_landing() && (self.is_flying() || self.is_for_reading) {
             return;
         }
         if self.is_flying() {

@@ -116,6 +116,7 @@ impl Cache {
                 tracing::warn!(%error, "starting over with a new list");
                 let anew = Wanted { remote: None, ..wanted.clone() };
                 let plan = self.plan_fill(&anew, progress).await?;
+                tell.forget();
                 let filled = self.pour(&anew, &plan, progress, tell).await?;
                 Ok((plan, filled))
             }

@@ -23,7 +23,7 @@ use crate::transfer::{Arrival, Reading, blocking};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::watch;
 
@@ -77,8 +77,8 @@ struct Shared {
     /// The file that bytes are read from.
     given: OnceLock<Given>,
     end: watch::Sender<Option<Result<Arc<Lent>>>>,
-    /// The same, for who may take no lock.
-    is_whole: OnceLock<()>,
+    /// Where the whole file lies, for who may take no lock.
+    whole: OnceLock<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -188,7 +188,8 @@ impl Cache {
         let (key, lent) = (artifact.key.clone(), artifact._lent.clone());
         let path = only_file(lent.manifest.selected(&artifact.selection).map(|(path, _)| path))?;
         let shared = Arc::new(Shared::default());
-        shared.land(&path, lent).await?;
+        shared.give(&path, &lent).await?;
+        shared.land(&path, lent);
         let size = shared.given.get().map_or(Ok(0), |given| given.file.metadata().map(|found| found.len()));
         let size = size.map_err(|cause| Error::new(ErrorKind::Directory, "cannot look at it").cause(cause))?;
         self.count_get(&Ok(artifact));
@@ -219,8 +220,7 @@ impl Follower {
         };
         drop(phase);
         let ended = match &landed {
-            Ok(landed) if self.fits(landed) => self.shared.land(&self.path, landed.lent.clone()).await,
-            Ok(_) => Err(filled_anew(&self.path)),
+            Ok(landed) => self.land(landed).await,
             Err(error) => Err(error.clone()),
         };
         if let Err(error) = ended {
@@ -236,12 +236,16 @@ impl Follower {
         }
     }
 
-    /// Whether what was given is of the file that was proven, and what is published is as long.
-    fn fits(&self, landed: &Landed) -> bool {
-        let published = landed.lent.manifest.files.get(&self.path);
-        let given = self.shared.given.get();
-        published.is_some_and(|entry| entry.size == self.arrival.size())
-            && given.is_none_or(|given| self.arrival.is_proven(given.inode))
+    /// The file is whole, if what was given is of the file that was proven, and what is published is as long.
+    async fn land(&self, landed: &Landed) -> Result<()> {
+        let is_published = self.shared.give(&self.path, &landed.lent).await?;
+        let fits = is_published || self.shared.given.get().is_some_and(|given| self.arrival.is_proven(given.inode));
+        let size = landed.lent.manifest.files.get(&self.path).map(|entry| entry.size);
+        if !fits || size != Some(self.arrival.size()) {
+            return Err(filled_anew(&self.path));
+        }
+        self.shared.land(&self.path, landed.lent.clone());
+        Ok(())
     }
 }
 
@@ -271,7 +275,12 @@ impl OpenFile {
 
     /// Whether all of it is here, proven and held.
     pub fn is_whole(&self) -> bool {
-        self.shared.is_whole.get().is_some()
+        self.shared.whole.get().is_some()
+    }
+
+    /// Where it lies, once all of it is here, proven and held. Takes no lock.
+    pub fn whole_path(&self) -> Option<&Path> {
+        self.shared.whole.get().map(PathBuf::as_path)
     }
 
     /// The file, once anything was given of it: to be read from where [`wait`](Self::wait) says so. Takes no lock.
@@ -378,23 +387,27 @@ impl Filling {
 }
 
 impl Shared {
-    /// The artifact can be lent: the file is whole.
-    async fn land(&self, path: &FilePath, lent: Arc<Lent>) -> Result<()> {
-        if self.given.get().is_none() {
-            let (from, path) = (lent.clone(), path.clone());
-            let opened = blocking(move || {
-                let file = from.open(&path)?;
-                let inode = file.metadata().map_or(0, |metadata| metadata.ino());
-                Ok(Given { file: Arc::new(file), inode })
-            });
-            let _ = self.given.set(opened.await?);
+    /// Gives what is published, unless something was given before; whether it did.
+    async fn give(&self, path: &FilePath, lent: &Arc<Lent>) -> Result<bool> {
+        if self.given.get().is_some() {
+            return Ok(false);
         }
+        let (from, path) = (lent.clone(), path.clone());
+        let opened = blocking(move || {
+            let file = from.open(&path)?;
+            let inode = file.metadata().map_or(0, |metadata| metadata.ino());
+            Ok(Given { file: Arc::new(file), inode })
+        });
+        Ok(self.given.set(opened.await?).is_ok())
+    }
+
+    /// The artifact can be lent, and what was given is of it: the file is whole.
+    fn land(&self, path: &FilePath, lent: Arc<Lent>) {
         if let Some(given) = self.given.get() {
             disk::is_whole(&given.file);
         }
-        let _ = self.is_whole.set(());
+        let _ = self.whole.set(lent.dir.view(path));
         self.end.send_replace(Some(Ok(lent)));
-        Ok(())
     }
 }
 

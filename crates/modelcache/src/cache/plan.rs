@@ -221,7 +221,7 @@ impl Cache {
             }
             (disk, origin) => disk.or_else(|| origin.cloned()),
         };
-        let local = match (local, survey.lower.take()) {
+        let local = match (local, survey.lower.clone()) {
             (Some(mut listing), Some(lower)) => {
                 if let Err(error) = listing.learn(&lower) {
                     tracing::warn!(%error, "the lower directory contradicts this disk or the origin; its list is not used");
@@ -386,7 +386,13 @@ fn release(path: &FilePath, entry: &FileEntry, survey: &Survey, wanted: &Wanted,
         return Release::Published;
     }
     let known_here = survey.disk.as_ref().and_then(|disk| disk.files.get(path)).and_then(|here| here.ladder.as_ref());
-    let goes_by_its_manifest = !survey.origin_asked && wanted.digest.is_none();
+    // A digest that was known here before may be an origin's, whoever brought it.
+    let stated = |manifest: &Option<Manifest>| {
+        let entry = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
+        entry.is_some_and(|entry| entry.sha256.is_some() || entry.git_oid.is_some())
+    };
+    let is_known = stated(&survey.disk) || stated(&survey.lower);
+    let goes_by_its_manifest = !survey.origin_asked && wanted.digest.is_none() && !is_known;
     match &entry.ladder {
         Some(ladder) if known_here == Some(ladder) || goes_by_its_manifest => Release::ByPart,
         _ => Release::Proven,

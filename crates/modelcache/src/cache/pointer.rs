@@ -284,8 +284,8 @@ impl Cache {
 
     /// What a revision means without asking anybody: it was asked a moment ago, or nobody is to be asked.
     pub(super) fn key_in_passing(&self, reference: &Reference, asking: Asking) -> Option<ArtifactKey> {
-        let pointer = reference.pointer()?;
-        let RememberedRef { version, age } = self.remembered_ref(&pointer.name, &pointer.revision).ok()??;
+        let pointer = reference.pointer().filter(|_| self.0.disk.lends_in_passing())?;
+        let RememberedRef { version, age } = self.0.disk.remembered_ref(&pointer.name, &pointer.revision).ok()??;
         let is_last_word = asking.reach < Tier::Origin && self.remote_within(asking.reach).is_none();
         (self.is_fresh(age, asking) || is_last_word && !asking.refresh).then(|| ArtifactKey::new(pointer.name, version))
     }

@@ -56,9 +56,14 @@ impl Leases {
 }
 
 impl Disk {
+    /// Whether what lies here can be looked at without anything that might be waited for.
+    pub(crate) fn lends_in_passing(&self) -> bool {
+        self.0.is_local && !self.is_read_only()
+    }
+
     /// Lends what `selection` chooses of `key`, if that takes microseconds; `None` says nothing about what is here.
     pub(crate) fn lend_in_passing(&self, key: &ArtifactKey, selection: &Selection) -> Option<Lent> {
-        if !self.0.is_local || self.is_read_only() {
+        if !self.lends_in_passing() {
             return None;
         }
         let (dir, hash) = (self.layout().artifact(key), key.hash());

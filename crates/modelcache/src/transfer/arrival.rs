@@ -23,6 +23,8 @@ const GAP_BYTES: u64 = 1 << 20;
 /// For how long a reader that was just given something is expected to wish for more, before connections are taken by
 /// what nobody waits for.
 pub(super) const NEXT_WISH: Duration = Duration::from_millis(20);
+/// For how long the rest of a file stands back for what a reader waits for: a connection may have stalled.
+const WISH_MAX: Duration = Duration::from_secs(1);
 
 /// When the bytes of a file may be read while it is filled, by whoever wants only bytes that are vouched for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,10 +104,10 @@ impl Arrival {
         self.size
     }
 
-    /// Whether all of it is written.
+    /// Whether all of it is written and right.
     pub(crate) fn is_complete(&self) -> bool {
         let came = self.came.borrow();
-        came.is_proven || came.inode.is_some() && came.has(&(0..self.size))
+        came.is_proven || came.by_ladder && came.has(&(0..self.size))
     }
 
     /// It is filled from here on as the file numbered `inode`; what was there before counts no more.
@@ -122,7 +124,7 @@ impl Arrival {
             }
             is_current
         });
-        let came = self.came.borrow().clone();
+        let came = self.came.borrow();
         for wish in self.wishes().values_mut() {
             if wish.range.as_ref().is_some_and(|range| came.has(range)) {
                 (wish.range, wish.touched) = (None, Instant::now());
@@ -142,7 +144,7 @@ impl Arrival {
     }
 
     /// Nothing came of it.
-    pub(super) fn failed(&self) {
+    pub(crate) fn failed(&self) {
         self.came.send_replace(Came::default());
     }
 
@@ -220,7 +222,7 @@ impl Wish {
     }
 
     fn is_urgent(&self) -> bool {
-        self.range.is_some() || self.touched.elapsed() < NEXT_WISH
+        self.touched.elapsed() < if self.range.is_some() { WISH_MAX } else { NEXT_WISH }
     }
 
     /// It reads here now.

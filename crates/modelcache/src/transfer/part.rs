@@ -211,8 +211,11 @@ impl PartTask {
         // What is in the workers' hands is written and hashed, whatever became of the stream.
         let holds = part.settle(self).await?;
         part.spare = None;
-        received?;
-        if part.next < range.end {
+        if holds {
+            // What does not hold is complete, and wrong, however the stream ended.
+            received?;
+        }
+        if holds && part.next < range.end {
             return Err(part.ended_early(&self.file.path, want.start, range.end, source.tier()).into());
         }
         if !holds {
@@ -377,12 +380,23 @@ struct PartProgress {
     short_ends: u32,
     /// The file's hash has to catch up, and nobody else sees to it.
     behind: bool,
+    /// The ladder, where it was asked, did not contradict.
+    holds: bool,
 }
 
 impl PartProgress {
     fn new(task: &PartTask, range: &Range<u64>) -> Self {
         let hasher = Self::rung(task, range).and_then(|rung| rung.hasher());
-        Self { next: range.start, hasher, in_flight: None, spare: None, shown: 0, short_ends: 0, behind: false }
+        Self {
+            next: range.start,
+            hasher,
+            in_flight: None,
+            spare: None,
+            shown: 0,
+            short_ends: 0,
+            behind: false,
+            holds: true,
+        }
     }
 
     fn rung(task: &PartTask, range: &Range<u64>) -> Option<Rung> {
@@ -445,16 +459,17 @@ impl PartProgress {
         Ok(())
     }
 
-    /// Waits for what the workers have. Whether the ladder, where it was asked, did not contradict.
+    /// Waits for what the workers have. Whether the ladder, where it was asked, has not contradicted, now or before.
     async fn settle(&mut self, task: &PartTask) -> Result<bool, Trouble> {
-        let Some((len, pending)) = self.in_flight.take() else { return Ok(true) };
+        let Some((len, pending)) = self.in_flight.take() else { return Ok(self.holds) };
         let Done { buffer, hash, holds, behind } = pending.done().await.map_err(Trouble::Broken)?;
         if let Hash::Part(hasher) = hash {
             self.hasher = Some(hasher);
         }
         (self.spare, self.behind, self.shown) = (Some(buffer), self.behind || behind, self.shown + len);
+        self.holds &= holds;
         task.show(len);
-        Ok(holds)
+        Ok(self.holds)
     }
 }
 

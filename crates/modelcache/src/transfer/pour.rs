@@ -418,3 +418,66 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
         Err(cause) => Err(Error::new(ErrorKind::Other, "background work ended unexpectedly").cause(cause)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::RetryConfig;
+    use crate::ladder::LadderHasher;
+    use crate::manifest::Manifest;
+    use crate::source::Body;
+    use async_trait::async_trait;
+    use bytes::Bytes;
+    use std::collections::VecDeque;
+    use std::ops::Range;
+
+    /// A server that sends the file it is asked for from the beginning of the range to its own end: another each time.
+    #[derive(Debug)]
+    struct Endless(Mutex<VecDeque<Vec<u8>>>);
+
+    #[async_trait]
+    impl Source for Endless {
+        fn tier(&self) -> Tier {
+            Tier::Origin
+        }
+
+        async fn manifest(&self) -> Result<Option<Manifest>> {
+            Ok(None)
+        }
+
+        async fn read(&self, _: &FilePath, range: Range<u64>) -> Result<Body> {
+            let mut answers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let answer = answers.pop_front().ok_or_else(|| Error::unavailable("no more").transient(false))?;
+            let sent = answer[usize::try_from(range.start).unwrap_or_default()..].to_vec();
+            Ok(Body { start: range.start, stream: stream::iter([Ok(Bytes::from(sent))]).boxed() })
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_part_that_is_wrong_is_wrong_also_where_the_stream_fails_after_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let right: Vec<u8> = (0..700_000_u32).map(|at| (at % 251) as u8).collect();
+        let mut damaged = right.clone();
+        damaged[699_999] ^= 1;
+        damaged.extend(b"more");
+        let size = right.len() as u64;
+        let mut hasher = LadderHasher::new(part_size(size));
+        hasher.update(&right);
+        let (sha256, ladder) = hasher.finish();
+        let entry = FileEntry { size, sha256: Some(sha256), ladder: Some(ladder), ..FileEntry::default() };
+        let owner = FileLock::try_exclusive(&folder.path().join("owner")).expect("locks").expect("nobody else");
+        let target = folder.path().join("file");
+        let file = PourFile {
+            path: FilePath::new("file").expect("a path"),
+            entry,
+            target: target.clone(),
+            owner: Arc::new(owner),
+            sources: vec![Arc::new(Endless(Mutex::new([damaged, right.clone()].into())))],
+            on_part: None,
+            arrival: Arrival::new(target.clone(), size, super::super::Release::ByPart),
+        };
+        let pourer = Pourer::new(Retry::new(RetryConfig::default()), WriteMode::Buffered);
+        pourer.pour(vec![file], Purpose::Read, &Progress::new()).await.expect("the second answer is right");
+        assert!(std::fs::read(&target).expect("is there") == right, "wrong bytes were taken for right");
+    }
+}

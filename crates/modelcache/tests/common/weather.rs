@@ -8,6 +8,7 @@ use modelcache::{ArtifactKey, Cache};
 use modelcache_testkit::{Content, FaultProxy, S3};
 use std::collections::BTreeMap;
 use std::fs;
+use std::time::Duration;
 
 pub const BUCKET: &str = "models";
 
@@ -47,7 +48,10 @@ impl Weather {
     pub async fn put(&self, name: &str, content: &Content) {
         let file = self.house.path(name);
         content.write_to(&file).unwrap();
-        let cache = Cache::open(self.config("publisher", &self.s3.endpoint())).unwrap();
+        let mut config = self.config("publisher", &self.s3.endpoint());
+        // Putting the parts together takes a server on a busy disk as long as it takes.
+        config.retry.read_timeout = Duration::from_secs(60);
+        let cache = Cache::open(config).unwrap();
         let key = ArtifactKey::bare(&format!("{name}@1")).unwrap();
         cache.put(&key, &file, &PutOptions::default(), &Progress::new()).await.unwrap();
         fs::remove_dir_all(self.house.path("publisher")).unwrap();
