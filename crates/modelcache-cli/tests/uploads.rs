@@ -53,6 +53,12 @@ fn assert_clean(house: &House) {
 #[track_caller]
 fn assert_on_remote(house: &House, reference: &str) {
     assert_eq!((house.s3.uploads(BUCKET), claims(house)), (vec![], 0));
+    assert_whole_on_remote(house, reference);
+}
+
+/// The same, whatever is left unfinished there.
+#[track_caller]
+fn assert_whole_on_remote(house: &House, reference: &str) {
     let before = house.hub.body_bytes();
     let path = house.on("fresh").run(["get", reference]).path();
     assert_same(&if path.is_dir() { path.join("large.bin") } else { path }, &large());
@@ -290,8 +296,10 @@ fn a_file_that_is_filled_anew_is_sent_as_it_is_then() {
     let house = house();
     house.hub.faults().add(HubFault::flip(12 * MIB).on("large.bin").once());
     house.on("a").run(["get", REF]).path();
-    assert_eq!(house.pending("a"), (0, 0));
-    assert_on_remote(&house, REF);
+    assert_eq!((house.pending("a"), claims(&house)), ((0, 0), 0));
+    // An upload that is given up while it is being begun has no name by which it could be aborted: a sweep takes it.
+    assert!(house.s3.uploads(BUCKET).len() <= 1, "{:?}", house.s3.uploads(BUCKET));
+    assert_whole_on_remote(&house, REF);
 }
 
 #[test]
