@@ -318,10 +318,11 @@ impl AbortGuard {
     }
 
     pub(super) async fn abort(&mut self) -> bool {
-        match self.id.take() {
-            Some(id) => abort(&self.store, &self.key, &id).await,
-            None => true,
-        }
+        let Some(id) = &self.id else { return true };
+        let is_gone = abort(&self.store, &self.key, id).await;
+        // Not before: who is cancelled here leaves it to the drop.
+        self.id = None;
+        is_gone
     }
 }
 
