@@ -290,7 +290,7 @@ fn a_file_that_is_filled_anew_is_sent_as_it_is_then() {
     let house = house();
     house.hub.faults().add(HubFault::flip(12 * MIB).on("large.bin").once());
     // What was sent of the first is still being taken back when the second is proven.
-    house.s3.faults().add(S3Fault::delay(Duration::from_secs(1)).method("DELETE").on("uploadId"));
+    house.s3.faults().add(S3Fault::delay(Duration::from_millis(500)).method("DELETE").on("uploadId"));
     house.on("a").run(["get", REF]).path();
     assert_eq!(house.pending("a"), (0, 0));
     assert_on_remote(&house, REF);
