@@ -92,7 +92,7 @@ impl GetArguments {
         Ok(GetOptions {
             selection: Selection::globs(&self.include, &self.exclude)?,
             refresh: self.refresh,
-            reach: if self.local_files_only { Tier::Disk } else { Tier::Origin },
+            reach: reach(self.local_files_only),
             verify: self.verify,
             // What is put elsewhere is durable there, and so it is here.
             durable: self.into.is_some(),
@@ -200,7 +200,7 @@ impl Cache {
                 file: path.as_deref().map(FilePath::new).transpose()?,
                 unchecked: arguments.unchecked,
                 refresh: arguments.refresh,
-                reach: if arguments.local_files_only { Tier::Disk } else { Tier::Origin },
+                reach: reach(arguments.local_files_only),
             };
             let cache = open.for_caller(arguments.token.as_deref())?;
             let (timeout, progress) = (*timeout_seconds, Progress::new());
@@ -371,7 +371,7 @@ impl Cache {
     ) -> PyResult<Call> {
         self.quiet(py, |open| {
             let reference = self::reference(reference, version, revision)?;
-            let reach = if local_files_only { Tier::Disk } else { Tier::Origin };
+            let reach = reach(local_files_only);
             let options = GetOptions { refresh, reach, ..GetOptions::default() };
             let cache = open.cache.clone();
             Ok(async move { Ok(answers::resolved(&cache.pinned(&reference, &options).await?)) })
@@ -656,6 +656,10 @@ fn reference(text: &str, version: Option<&str>, revision: Option<&str>) -> Resul
         }
         (Some(revision), None) | (None, Some(revision)) => Reference::parse(text)?.at_revision(revision),
     }
+}
+
+fn reach(local_files_only: bool) -> Tier {
+    if local_files_only { Tier::Disk } else { Tier::Origin }
 }
 
 pub(crate) async fn in_time<T>(seconds: Option<f64>, work: impl Future<Output = Result<T>>) -> Result<T> {

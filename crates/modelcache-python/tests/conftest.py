@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +83,18 @@ def open_cache() -> Iterator[Any]:
     yield make
     for cache in made:
         cache.close()
+
+
+def interrupted(code: str, first: str, *, after_seconds: float = 0) -> list[str]:
+    """What a program prints that gets a Ctrl-C once it has printed `first`; it ends well."""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"{first}\n"
+    time.sleep(after_seconds)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return out.splitlines()
 
 
 def noise(size: int, seed: int = 0) -> bytes:

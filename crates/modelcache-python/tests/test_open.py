@@ -9,9 +9,6 @@ import mmap
 import os
 import pickle
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +20,7 @@ import boto3
 import modelcache
 import numpy as np
 import pytest
-from conftest import MIB, noise
+from conftest import MIB, interrupted, noise
 from modelcache import CachedFile, ModelCache, ModelCacheError
 from safetensors import safe_open
 from safetensors.numpy import load, save_file
@@ -261,13 +258,7 @@ def test_ctrl_c_ends_a_read(published: Slow) -> None:
         "try:\n    file.readinto(bytearray(file.size))\n"
         "except KeyboardInterrupt:\n    print('interrupted', flush=True)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "open\n"
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert (out, process.returncode) == ("interrupted\n", 0)
+    assert interrupted(code, "open", after_seconds=0.5) == ["interrupted"]
 
 
 def test_closing_the_cache_closes_its_files_and_ends_what_waits(published: Slow, open_cache: Any) -> None:

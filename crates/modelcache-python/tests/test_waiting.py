@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from typing import Any
 
 import modelcache
 import pytest
-from conftest import noise, write_model
+from conftest import interrupted, noise, write_model
 from modelcache import ModelCache, Progress
 from servers import Slow
 
@@ -41,13 +40,7 @@ def test_ctrl_c_ends_a_get(published: Slow) -> None:
         "try:\n    ModelCache().get('m', '1', progress=lambda _: print('waiting', flush=True))\n"
         "except KeyboardInterrupt:\n    print('interrupted', flush=True)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "waiting\n"
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert out.splitlines()[-1] == "interrupted"
-    assert process.returncode == 0
+    assert interrupted(code, "waiting")[-1] == "interrupted"
     assert published.bytes_down < SIZE
 
 

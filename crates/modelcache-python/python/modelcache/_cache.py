@@ -656,15 +656,15 @@ class ModelCache:
 
         What has not reached the remote by then is written down, and a later run brings it there. Again changes nothing.
         """
-        self._close_files()
+        self._let_go()
         _calls.wait(self._native.close(timeout))
 
     async def aclose(self, timeout: float = _CLOSE_SECONDS) -> None:
         """As :meth:`close`, for asyncio."""
-        self._close_files()
+        self._let_go()
         await _calls.awaited(self._native.close(timeout))
 
-    def _close_files(self) -> None:
+    def _let_go(self) -> None:
         _OPEN.pop(id(self), None)
         for file in list(self._files):
             file.close()

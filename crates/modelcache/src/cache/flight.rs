@@ -1,8 +1,8 @@
 //! Flights: one fill for everybody who wants the same.
 //!
 //! In this process the fill is a task of its own. Callers wait for it and see its progress; it goes on as long as any
-//! of them waits, whoever of them is cancelled, and ends with the last, unless every byte has come: then it is
-//! published all the same. Other processes see it through the leader's record on disk. Callers who want another part of
+//! of them waits, whoever of them is cancelled, and ends with the last, unless every byte has come and is proven: then it
+//! is published all the same. Other processes see it through the leader's record on disk. Callers who want another part of
 //! the same artifact meet where processes meet: at its fill lock. Who opens one file is content with a flight that
 //! brings more.
 
@@ -112,7 +112,7 @@ impl Cache {
                 return landed;
             }
         }
-        Err(Error::new(ErrorKind::Other, "the fill ended unexpectedly"))
+        Err(vanished())
     }
 
     /// The flight for `wanted`, and whether this call started it. For somebody who opens a file, one that brings more
@@ -234,7 +234,7 @@ impl Flight {
         (key, digest, reach) == (wanted, demanded, wanted_reach) && self.selection.matches(file)
     }
 
-    /// Whether every byte has come, and only the end is missing.
+    /// Whether every byte has come and is proven, and only the end is missing.
     fn is_landing(&self) -> bool {
         self.arrivals.borrow().as_ref().is_some_and(|files| files.values().all(|file| file.is_complete()))
     }
@@ -287,6 +287,11 @@ impl Drop for Flight {
         }
         self.task.abort();
     }
+}
+
+/// A flight's task ended without a word.
+pub(super) fn vanished() -> Error {
+    Error::new(ErrorKind::Other, "the fill ended unexpectedly")
 }
 
 /// A caller that waits for another process.

@@ -8,7 +8,7 @@
 //! Surprise: an open file is bound to the very file that it was first given bytes of. If that turns out wrong and is
 //! filled anew, every further wait fails; there is never a mixture of two.
 
-use super::flight::{Arrivals, Flight, Landed, Opening, Stage};
+use super::flight::{Arrivals, Flight, Landed, Opening, Stage, vanished};
 use super::get::artifact;
 use super::plan::only_file;
 use super::resolve::Wanted;
@@ -404,7 +404,7 @@ impl Shared {
     /// The artifact can be lent, and what was given is of it: the file is whole.
     fn land(&self, path: &FilePath, lent: Arc<Lent>) {
         if let Some(given) = self.given.get() {
-            disk::is_whole(&given.file);
+            disk::read_ahead_again(&given.file);
         }
         let _ = self.whole.set(lent.dir.view(path));
         self.end.send_replace(Some(Ok(lent)));
@@ -413,10 +413,6 @@ impl Shared {
 
 fn arrival_of(files: &Arrivals, file: &FilePath) -> Result<Arc<Arrival>> {
     files.get(file).cloned().ok_or_else(|| Error::not_found(format!("it has no file {file}")))
-}
-
-fn vanished() -> Error {
-    Error::new(ErrorKind::Other, "the fill ended unexpectedly")
 }
 
 fn filled_anew(path: &FilePath) -> Error {

@@ -15,6 +15,7 @@ use crate::digest::Provenance;
 use crate::disk::DiskSource;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
+use crate::ladder::Ladder;
 use crate::manifest::{FileEntry, Manifest};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
@@ -221,14 +222,14 @@ impl Cache {
             }
             (disk, origin) => disk.or_else(|| origin.cloned()),
         };
-        let local = match (local, survey.lower.clone()) {
+        let local = match (local, &survey.lower) {
             (Some(mut listing), Some(lower)) => {
-                if let Err(error) = listing.learn(&lower) {
+                if let Err(error) = listing.learn(lower) {
                     tracing::warn!(%error, "the lower directory contradicts this disk or the origin; its list is not used");
                 }
                 Some(listing)
             }
-            (local, lower) => local.or(lower),
+            (local, lower) => local.or_else(|| lower.clone()),
         };
         let remote = survey.remote.as_ref().map(|(_, manifest)| manifest.clone().without_holdings());
         if let (Some(tagged), Some(there)) = (&wanted.tagged, remote.as_ref().and_then(Manifest::content_digest))
@@ -385,7 +386,6 @@ fn release(path: &FilePath, entry: &FileEntry, survey: &Survey, wanted: &Wanted,
         // The demand is compared when all digests are known.
         return Release::Published;
     }
-    let known_here = survey.disk.as_ref().and_then(|disk| disk.files.get(path)).and_then(|here| here.ladder.as_ref());
     // A digest that was known here before may be an origin's, whoever brought it.
     let stated = |manifest: &Option<Manifest>| {
         let entry = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
@@ -394,7 +394,7 @@ fn release(path: &FilePath, entry: &FileEntry, survey: &Survey, wanted: &Wanted,
     let is_known = stated(&survey.disk) || stated(&survey.lower);
     let goes_by_its_manifest = !survey.origin_asked && wanted.digest.is_none() && !is_known;
     match &entry.ladder {
-        Some(ladder) if known_here == Some(ladder) || goes_by_its_manifest => Release::ByPart,
+        Some(ladder) if is_own(ladder, path, survey.disk.as_ref()) || goes_by_its_manifest => Release::ByPart,
         _ => Release::Proven,
     }
 }
@@ -403,9 +403,13 @@ fn release(path: &FilePath, entry: &FileEntry, survey: &Survey, wanted: &Wanted,
 /// that it may be trusted the next time.
 fn keep_own_ladders(listing: &mut Manifest, disk: Option<&Manifest>) {
     for (path, entry) in &mut listing.files {
-        let known_here = disk.and_then(|disk| disk.files.get(path)).and_then(|here| here.ladder.as_ref());
-        entry.ladder = entry.ladder.take().filter(|ladder| known_here == Some(ladder));
+        entry.ladder = entry.ladder.take().filter(|ladder| is_own(ladder, path, disk));
     }
+}
+
+/// Whether our own disk has this ladder of the file: it was made or proven on it.
+fn is_own(ladder: &Ladder, path: &FilePath, disk: Option<&Manifest>) -> bool {
+    disk.and_then(|disk| disk.files.get(path)).is_some_and(|here| here.ladder.as_ref() == Some(ladder))
 }
 
 /// The one among `paths`.
@@ -414,14 +418,8 @@ pub(super) fn only_file<'a>(paths: impl Iterator<Item = &'a FilePath>) -> Result
     match paths.as_slice() {
         [path] => Ok(FilePath::clone(path)),
         [] => Err(Error::not_found("it has no file")),
-        many => {
-            let mut names: Vec<&str> = many.iter().map(|path| path.as_str()).take(NAMES_SHOWN).collect();
-            if many.len() > NAMES_SHOWN {
-                names.push("…");
-            }
-            Err(Error::invalid(format!("it has {} files, and one is to be opened", many.len()))
-                .hint(format!("name one of them: {}", names.join(", "))))
-        }
+        many => Err(Error::invalid(format!("it has {} files, and one is to be opened", many.len()))
+            .hint(format!("name one of them: {}", some(many.iter().copied())))),
     }
 }
 
@@ -443,13 +441,16 @@ fn replaced(wanted: &Wanted, error: &Error) -> Error {
 }
 
 fn nothing_selected(wanted: &Wanted, listing: &Manifest) -> Error {
-    let mut names: Vec<&str> = listing.files.keys().map(FilePath::as_str).take(NAMES_SHOWN).collect();
-    if listing.files.len() > NAMES_SHOWN {
-        names.push("…");
-    }
     let message = match wanted.selection.one_file() {
         Some(file) => format!("it has no file {file}"),
         None => format!("no file matches {}", wanted.selection.patterns().join(", ")),
     };
-    Error::not_found(message).hint(format!("it has {} files: {}", listing.files.len(), names.join(", ")))
+    Error::not_found(message).hint(format!("it has {} files: {}", listing.files.len(), some(listing.files.keys())))
+}
+
+/// A few of many names, for a message.
+fn some<'a>(mut paths: impl Iterator<Item = &'a FilePath>) -> String {
+    let mut names: Vec<&str> = paths.by_ref().take(NAMES_SHOWN).map(FilePath::as_str).collect();
+    names.extend(paths.next().map(|_| "…"));
+    names.join(", ")
 }

@@ -64,7 +64,7 @@ pub(crate) use lock::FileLock;
 pub(crate) use lower::Lower;
 pub(crate) use materialize::Tree;
 pub use materialize::{Destination, LinkMode, Materialized};
-pub(crate) use opened::{is_whole, open_staged};
+pub(crate) use opened::{open_staged, read_ahead_again};
 pub use pin::{Holder, InTheWay, Pin};
 pub use prune::{KeptArtifact, Leftovers, PruneOptions, PruneReport, PrunedArtifact};
 pub(crate) use publish::StagedFile;

@@ -21,8 +21,8 @@ pub(crate) fn open_staged(path: &Path, inode: u64) -> Result<Option<File>> {
     Ok(is_it.then_some(file))
 }
 
-/// The file is whole: it may be read as any other.
-pub(crate) fn is_whole(file: &File) {
+/// Has the kernel read ahead again in a file that is whole by now.
+pub(crate) fn read_ahead_again(file: &File) {
     let _ = fadvise(file, 0, None, Advice::Normal);
 }
 

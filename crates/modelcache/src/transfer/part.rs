@@ -211,14 +211,8 @@ impl PartTask {
         // What is in the workers' hands is written and hashed, whatever became of the stream.
         let holds = part.settle(self).await?;
         part.spare = None;
-        if holds {
-            // What does not hold is complete, and wrong, however the stream ended.
-            received?;
-        }
-        if holds && part.next < range.end {
-            return Err(part.ended_early(&self.file.path, want.start, range.end, source.tier()).into());
-        }
         if !holds {
+            // It is complete, and wrong, however the stream ended.
             part.restart(self, range);
             let expected = self.file.entry.sha256.map(|digest| digest.short()).unwrap_or_default();
             return Err(Trouble::Failed(
@@ -229,6 +223,10 @@ impl PartTask {
                 .tier(source.tier())
                 .transient(true),
             ));
+        }
+        received?;
+        if part.next < range.end {
+            return Err(part.ended_early(&self.file.path, want.start, range.end, source.tier()).into());
         }
         Ok(())
     }
