@@ -3,6 +3,7 @@
 //! Machines drift, so that only what ran in the same rounds is compared. A slow program runs fewer rounds: it leaves
 //! when it has taken [`SPENT_S_MAX`], though not before the second. One that fails leaves, with the reason.
 
+use super::machine::memory_bytes;
 use super::setup::Setup;
 use super::usage::Run;
 use crate::table;
@@ -86,11 +87,8 @@ pub(super) fn contest(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Resul
 /// A virtual machine is given memory when it touches it, which costs several times what writing a page does, and gives
 /// back what is free for some seconds: whoever came after a program that takes none would pay for it.
 fn touch_memory(bytes: u64) {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or_default();
-    let available = available.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap_or(0) << 10;
-    let touched = usize::try_from(bytes.saturating_add(bytes / 4).min(available / 2)).unwrap_or(0);
-    std::hint::black_box(vec![1_u8; touched]);
+    let touched = bytes.saturating_add(bytes / 4).min(memory_bytes("MemAvailable") / 2);
+    std::hint::black_box(vec![1_u8; usize::try_from(touched).unwrap_or_default()]);
 }
 
 impl Line {
@@ -114,15 +112,12 @@ impl Line {
     fn cells(&self, best_peer: Option<f64>) -> Vec<String> {
         let mut cells = vec![self.who.to_owned(), self.setting.clone()];
         let Some(seconds) = self.seconds() else {
-            let failure = self.failure.as_deref().unwrap_or("not run");
-            cells.push(failure.chars().take(60).collect());
+            cells.push(failure_cell(self.failure.as_deref().unwrap_or("not run")));
             return cells;
         };
-        let times = || self.runs.iter().map(|run| run.seconds);
-        let (least, most) = (times().fold(f64::MAX, f64::min), times().fold(0.0, f64::max));
         cells.extend([
             format!("{seconds:.2}"),
-            format!("{least:.2}-{most:.2}"),
+            spread(self.runs.iter().map(|run| run.seconds), 2),
             self.runs.len().to_string(),
             format!("{:.0}", self.bytes as f64 / 1e6 / seconds),
             self.core_seconds_per_gb().map_or_else(String::new, |spent| format!("{spent:.2}")),
@@ -160,6 +155,17 @@ pub(super) fn table(lines: &[Line], best_peer: Option<f64>) -> String {
         "x best peer",
     ];
     table::markdown(&header, &lines.iter().map(|line| line.cells(best_peer)).collect::<Vec<_>>())
+}
+
+/// Why there are no figures, as far as a cell holds it.
+pub(super) fn failure_cell(failure: &str) -> String {
+    failure.chars().take(60).collect()
+}
+
+/// The least and the most of them, with so many digits.
+pub(super) fn spread(values: impl Iterator<Item = f64> + Clone, digits: usize) -> String {
+    let (least, most) = (values.clone().fold(f64::MAX, f64::min), values.fold(0.0, f64::max));
+    format!("{least:.digits$}-{most:.digits$}")
 }
 
 /// The middle one; of an even number, the mean of the middle two.

@@ -11,12 +11,12 @@ use std::time::{Instant, SystemTime};
 
 const BUFFER_BYTES: usize = 4 << 20;
 const ALIGN: usize = 4096;
+const GIB: f64 = 1_073_741_824.0;
 
 /// The first line says when and how often; the rest describes the machine.
 pub(super) fn told(setup: &Setup) -> Result<String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let (model, memory) = (field("/proc/cpuinfo", "model name"), field("/proc/meminfo", "MemTotal"));
-    let memory_gib = memory.split(' ').next().and_then(|kib| kib.parse::<f64>().ok()).unwrap_or_default() / 1048576.0;
+    let (model, memory_gib) = (field("/proc/cpuinfo", "model name"), memory_bytes("MemTotal") as f64 / GIB);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let (write, read) = disk_rates(setup)?;
     let served = if setup.scratch.in_memory { "in memory (tmpfs)" } else { "on the same disk" };
@@ -33,6 +33,11 @@ pub(super) fn told(setup: &Setup) -> Result<String> {
         filesystem(&setup.scratch.disk),
         setup.peers.told(),
     ))
+}
+
+/// What the kernel says of its memory under this name; 0 where it does not.
+pub(super) fn memory_bytes(name: &str) -> u64 {
+    field("/proc/meminfo", name).split(' ').next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or_default() * 1024
 }
 
 /// The value of the first line of a file that begins with `name`.

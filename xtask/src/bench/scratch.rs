@@ -3,6 +3,7 @@
 //! Also when it is interrupted: a thread takes the signals, kills what runs and removes the folders. What a killed
 //! bench left is removed by the next.
 
+use super::machine::memory_bytes;
 use super::usage::kill_all;
 use crate::repository::target_folder;
 use anyhow::{Context, Result};
@@ -124,10 +125,7 @@ fn sweep(place: &Path) {
 /// Bytes that a folder in memory may take: what is free of it and of the memory.
 fn room_in_memory() -> u64 {
     let Ok(filesystem) = rustix::fs::statvfs(SHARED_MEMORY) else { return 0 };
-    let told = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let available =
-        told.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok());
-    (filesystem.f_bavail * filesystem.f_frsize).min(available.unwrap_or(0_u64) * 1024)
+    (filesystem.f_bavail * filesystem.f_frsize).min(memory_bytes("MemAvailable"))
 }
 
 #[cfg(test)]

@@ -2,20 +2,34 @@
 //!
 //! Vectors of 32-bit numbers, all of one length, of any bit pattern: not a number among them is none's concern.
 
+use super::setup::Setup;
 use anyhow::{Context, Result};
 use modelcache_testkit::Content;
 use modelcache_testkit::content::safetensors_header;
 use std::fs::{File, create_dir_all};
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// How many there are in a file.
 pub(super) const TENSORS: u64 = 64;
 const SLICE_BYTES: usize = 1 << 20;
 
+/// The artifact that it is, and the one file of it.
+pub(super) const NAME: &str = "bench/tensors";
+pub(super) const REFERENCE: &str = "bench/tensors@1";
+pub(super) const FILE: &str = "model.safetensors";
+const SEED: u64 = 11;
+
+/// Writes the file where data to be served lies; its folder, and its size with its header.
+pub(super) fn write_for(setup: &Setup) -> Result<(PathBuf, u64)> {
+    let folder = setup.scratch.memory.join("tensors");
+    let bytes = write(&folder.join(FILE), SEED, setup.sizes.tensors)?;
+    Ok((folder, bytes))
+}
+
 /// Writes a file whose tensors take `bytes`, and gives its size with its header. `bytes` is a multiple of [`TENSORS`]
 /// numbers.
-pub(super) fn write(path: &Path, seed: u64, bytes: u64) -> Result<u64> {
+fn write(path: &Path, seed: u64, bytes: u64) -> Result<u64> {
     write_to(path, seed, bytes).with_context(|| format!("cannot write {}", path.display()))
 }
 

@@ -7,6 +7,7 @@
 
 use crate::repository::shown;
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 use std::fs::File;
 use std::io::{Read as _, Seek as _};
 use std::os::unix::process::ExitStatusExt as _;
@@ -54,6 +55,21 @@ pub(super) fn run(command: &mut Command) -> Result<(Run, String)> {
 /// Runs `command` to its end and measures it.
 pub(super) fn measure(command: &mut Command) -> Result<Run> {
     Ok(run(command)?.0)
+}
+
+/// What a script tells of itself: numbers by name, printed as one line of JSON.
+pub(super) struct Figures(Value);
+
+impl Figures {
+    /// Runs a script to its end, and gives what it used and what it tells.
+    pub(super) fn of(script: &mut Command) -> Result<(Run, Self)> {
+        let (process, printed) = run(script)?;
+        Ok((process, Self(serde_json::from_str(&printed).context("the script told no figures")?)))
+    }
+
+    pub(super) fn figure(&self, name: &str) -> Result<f64> {
+        self.0[name].as_f64().with_context(|| format!("the script tells no {name}"))
+    }
 }
 
 /// A program that has been started.

@@ -1,9 +1,8 @@
 //! A call made again and again in one process, as the scripts tell of it: hits, which take microseconds.
 
 use crate::bench::contest::median;
-use crate::bench::usage::{Run, run};
-use anyhow::{Context, Result};
-use serde_json::Value;
+use crate::bench::usage::{Figures, Run};
+use anyhow::Result;
 use std::process::Command;
 
 /// What a process told of its calls.
@@ -21,15 +20,13 @@ pub(super) struct Calls {
 impl Calls {
     /// Runs a script that makes them.
     pub(super) fn of(command: &mut Command) -> Result<Self> {
-        let (process, printed) = run(command)?;
-        let told: Value = serde_json::from_str(&printed).context("the script told no figures")?;
-        let figure = |name: &str| told[name].as_f64().with_context(|| format!("the script tells no {name}"));
+        let (process, told) = Figures::of(command)?;
         Ok(Self {
-            p10_us: figure("p10_us")?,
-            p50_us: figure("p50_us")?,
-            p90_us: figure("p90_us")?,
-            p99_us: figure("p99_us")?,
-            core_us: figure("core_us")?,
+            p10_us: told.figure("p10_us")?,
+            p50_us: told.figure("p50_us")?,
+            p90_us: told.figure("p90_us")?,
+            p99_us: told.figure("p99_us")?,
+            core_us: told.figure("core_us")?,
             process,
         })
     }

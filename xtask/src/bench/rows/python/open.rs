@@ -1,21 +1,17 @@
 //! A safetensors file from S3, read while it comes: when the first tensor can be used, and how much had come by then.
 
-use crate::bench::contest::{OURS, median};
+use crate::bench::contest::{OURS, failure_cell, median, spread};
 use crate::bench::page::{Bar, Section};
 use crate::bench::rivals::url;
 use crate::bench::rows::{progress, pull, size};
 use crate::bench::scratch::remove;
 use crate::bench::served::{Kind, SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS, Served};
 use crate::bench::setup::Setup;
-use crate::bench::tensors::{self, TENSORS};
-use crate::bench::usage::run;
+use crate::bench::tensors::{FILE, NAME, REFERENCE, TENSORS, write_for};
+use crate::bench::usage::Figures;
 use crate::table::markdown;
-use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use anyhow::{Result, ensure};
 
-const NAME: &str = "bench/tensors";
-const REFERENCE: &str = "bench/tensors@1";
-const FILE: &str = "model.safetensors";
 /// Where the others find it.
 const RAW: &str = "raw-tensors";
 const SCRIPT: &str = "first_tensor.py";
@@ -38,8 +34,7 @@ struct Read {
 pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "python-open");
     pull::make_room(setup)?;
-    let source = setup.scratch.memory.join("tensors");
-    let bytes = tensors::write(&source.join(FILE), 11, setup.sizes.tensors)?;
+    let (source, bytes) = write_for(setup)?;
     std::fs::create_dir_all(setup.served())?;
     setup.publish(&Served::start(&setup.served(), Kind::Plain)?, NAME, &source)?;
     setup.expose(RAW, &source)?;
@@ -85,14 +80,12 @@ fn once(setup: &Setup, served: &Served, how: &str, bytes: u64) -> Result<Read> {
         command
     };
     setup.peers.want("numpy")?;
-    let (process, printed) = run(&mut command)?;
-    let told: Value = serde_json::from_str(&printed).context("the script told no figures")?;
-    let figure = |name: &str| told[name].as_f64().with_context(|| format!("the script tells no {name}"));
-    let read = figure("bytes")?;
+    let (process, told) = Figures::of(&mut command)?;
+    let read = told.figure("bytes")?;
     ensure!(read == setup.sizes.tensors as f64, "read {read} bytes of tensors, not {}", setup.sizes.tensors);
-    let first_percent = 100.0 * figure("first_sent")? / bytes as f64;
-    let (first_s, whole_s) = (figure("first_s")?, figure("whole_s")?);
-    let core_seconds = figure("core_seconds")?;
+    let first_percent = 100.0 * told.figure("first_sent")? / bytes as f64;
+    let (first_s, whole_s) = (told.figure("first_s")?, told.figure("whole_s")?);
+    let core_seconds = told.figure("core_seconds")?;
     Ok(Read { first_s, first_percent, whole_s, core_seconds, rss_bytes: process.rss_bytes })
 }
 
@@ -109,18 +102,17 @@ fn told(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {
         let reads = match reads {
             Ok(reads) => reads,
             Err(error) => {
-                cells.push(format!("{error:#}").chars().take(60).collect());
+                cells.push(failure_cell(&format!("{error:#}")));
                 return cells;
             }
         };
         let shown =
             |figure: fn(&Read) -> f64| of(reads, figure).map_or_else(String::new, |found| format!("{found:.2}"));
-        let firsts = || reads.iter().map(|read| read.first_s);
         let best = best_peer_s.zip(of(reads, |read| read.first_s));
         let rss_bytes = reads.iter().map(|read| read.rss_bytes).max().unwrap_or_default();
         cells.extend([
             shown(|read| read.first_s),
-            format!("{:.2}-{:.2}", firsts().fold(f64::MAX, f64::min), firsts().fold(0.0, f64::max)),
+            spread(reads.iter().map(|read| read.first_s), 2),
             shown(|read| read.first_percent),
             shown(|read| read.whole_s),
             reads.len().to_string(),

@@ -5,14 +5,12 @@ use crate::bench::page::Section;
 use crate::bench::rows::{progress, pull, size};
 use crate::bench::scratch::remove;
 use crate::bench::setup::{Setup, read};
-use crate::bench::tensors::{self, TENSORS};
-use crate::bench::usage::{Run, measure, run};
-use anyhow::{Context, Result};
+use crate::bench::tensors::{FILE, REFERENCE, TENSORS, write_for};
+use crate::bench::usage::{Figures, Run, measure};
+use anyhow::Result;
 use std::path::Path;
 use std::process::Command;
 
-const REFERENCE: &str = "bench/tensors@1";
-const FILE: &str = "model.safetensors";
 const SCRIPT: &str = "load_tensors.py";
 
 /// One way to load the file, as the script calls it.
@@ -45,8 +43,7 @@ const LOADERS: [Loader; 4] = [
 pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     progress(setup, "python-tensors");
     pull::make_room(setup)?;
-    let source = setup.scratch.memory.join("tensors");
-    let bytes = tensors::write(&source.join(FILE), 11, setup.sizes.tensors)?;
+    let (source, bytes) = write_for(setup)?;
     let cache = setup.scratch.fresh("python-tensors")?;
     measure(setup.modelcache(&cache).args(["put", REFERENCE, "--quiet"]).arg(&source))?;
     remove(&source)?;
@@ -115,8 +112,6 @@ fn entry<'a>(
 
 /// What the script told of itself, as a run.
 fn loaded(command: &mut Command) -> Result<Run> {
-    let (process, printed) = run(command)?;
-    let told: serde_json::Value = serde_json::from_str(&printed).context("the script told no figures")?;
-    let figure = |name: &str| told[name].as_f64().with_context(|| format!("the script tells no {name}"));
-    Ok(Run { seconds: figure("seconds")?, core_seconds: figure("core_seconds")?, ..process })
+    let (process, told) = Figures::of(command)?;
+    Ok(Run { seconds: told.figure("seconds")?, core_seconds: told.figure("core_seconds")?, ..process })
 }

@@ -1,6 +1,6 @@
 //! Hits from Python: what it costs to be given the path of an artifact that is on disk, in a process that lives.
 
-use crate::bench::contest::OURS;
+use crate::bench::contest::{OURS, failure_cell, spread};
 use crate::bench::page::{Bar, Section};
 use crate::bench::rows::calls::{Calls, middle};
 use crate::bench::rows::hub::HubStage;
@@ -53,15 +53,14 @@ impl<'a> Way<'a> {
     fn cells(&self, best_peer_us: Option<f64>) -> Vec<String> {
         let mut cells = vec![self.who.to_owned(), self.setting.to_owned()];
         let Some(p50_us) = self.p50_us() else {
-            cells.push(self.failure.as_deref().unwrap_or("not run").chars().take(60).collect());
+            cells.push(failure_cell(self.failure.as_deref().unwrap_or("not run")));
             return cells;
         };
-        let p50s = || self.told.iter().map(|calls| calls.p50_us);
         let figure = |figure: fn(&Calls) -> f64| middle(&self.told, figure).unwrap_or_default();
         let rss_bytes = self.told.iter().map(|calls| calls.process.rss_bytes).max().unwrap_or_default();
         cells.extend([
             format!("{p50_us:.1}"),
-            format!("{:.1}-{:.1}", p50s().fold(f64::MAX, f64::min), p50s().fold(0.0, f64::max)),
+            spread(self.told.iter().map(|calls| calls.p50_us), 1),
             format!("{:.1}", figure(|calls| calls.p99_us)),
             self.told.len().to_string(),
             format!("{:.1}", figure(|calls| calls.core_us)),
