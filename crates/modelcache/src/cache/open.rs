@@ -84,6 +84,7 @@ struct Shared {
 #[derive(Debug)]
 struct Given {
     file: Arc<File>,
+    /// No other file has it: this one is open.
     inode: u64,
 }
 
@@ -297,7 +298,7 @@ impl OpenFile {
         let Some(given) = self.shared.given.get() else { return Ok(None) };
         match &self.filling {
             Some(filling) if !self.is_whole() => match filling.reading.may_read(&range) {
-                Some(inode) if inode == given.inode => Ok(Some(&given.file)),
+                Some(inode) if inode.number() == given.inode => Ok(Some(&given.file)),
                 Some(_) => Err(filled_anew(&self.path).artifact(&self.key)),
                 None => Ok(None),
             },
@@ -356,14 +357,14 @@ impl Filling {
                 return Ok(&given.file);
             }
             match (self.reading.may_read(range), given) {
-                (Some(inode), Some(given)) if given.inode == inode => return Ok(&given.file),
+                (Some(inode), Some(given)) if given.inode == inode.number() => return Ok(&given.file),
                 (Some(inode), None) => {
-                    let staged = self.reading.staged().to_owned();
+                    let (staged, number) = (self.reading.staged().to_owned(), inode.number());
                     // Where it is not there any more, it has just been published or filled anew, which is told in a
                     // moment.
-                    if let Some(file) = blocking(move || disk::open_staged(&staged, inode)).await? {
-                        let given = shared.given.get_or_init(|| Given { file: Arc::new(file), inode });
-                        match given.inode == inode {
+                    if let Some(file) = blocking(move || disk::open_staged(&staged, &inode)).await? {
+                        let given = shared.given.get_or_init(|| Given { file: Arc::new(file), inode: number });
+                        match given.inode == number {
                             true => return Ok(&given.file),
                             // Another wait was first, and another file.
                             false => continue,

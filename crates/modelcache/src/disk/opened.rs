@@ -4,7 +4,7 @@
 //! ahead: what it found there before it was written could stay in memory for what was written.
 
 use super::fault::At;
-use super::{Lent, files, modes};
+use super::{Lent, StagedInode, files, modes};
 use crate::error::Result;
 use crate::key::FilePath;
 use rustix::fs::{Advice, fadvise};
@@ -12,10 +12,10 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// The file staged at `path`, if it is the one numbered `inode`.
-pub(crate) fn open_staged(path: &Path, inode: u64) -> Result<Option<File>> {
+/// The file staged at `path`, if it is that one.
+pub(crate) fn open_staged(path: &Path, inode: &StagedInode) -> Result<Option<File>> {
     let Some(file) = files::absent(modes::open_existing(path, false)).at("open", path)? else { return Ok(None) };
-    let is_it = file.metadata().at("look at", path)?.ino() == inode;
+    let is_it = file.metadata().at("look at", path)?.ino() == inode.number();
     // Advice: where it is not taken, nothing is lost.
     let _ = fadvise(&file, 0, None, Advice::Random);
     Ok(is_it.then_some(file))

@@ -11,7 +11,7 @@ use super::Remote;
 use super::begun::{Begun, abort_all};
 use super::multipart::{Multipart, Room, SINGLE_BYTES_MAX};
 use crate::digest::Digest;
-use crate::disk::identity;
+use crate::disk::{StagedInode, identity};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
 use crate::manifest::{FileIdentity, Manifest};
@@ -112,7 +112,7 @@ async fn send(
 async fn follow_all(files: &mut BTreeMap<FilePath, Following>, told: &mut mpsc::UnboundedReceiver<FilledPart>) {
     while let Some(part) = told.recv().await {
         let Some(file) = files.get_mut(&part.path) else { continue };
-        if let Err(error) = file.note(part.inode, part.bytes).await {
+        if let Err(error) = file.note(&part.inode, part.bytes).await {
             tracing::debug!(path = %part.path, %error, "not sent while it is filled");
             if let Some(file) = files.remove(&part.path) {
                 file.multipart.abort().await;
@@ -133,10 +133,10 @@ struct Following {
 }
 
 impl Following {
-    /// These bytes are there, in the staged file of that number: sends what became whole.
-    async fn note(&mut self, inode: u64, bytes: Range<u64>) -> Result<()> {
+    /// These bytes are there, in that staged file: sends what became whole.
+    async fn note(&mut self, inode: &StagedInode, bytes: Range<u64>) -> Result<()> {
         // The one at that place by now may be another, most of which is not there yet.
-        if self.file().await?.metadata().map_err(unreadable)?.ino() != inode {
+        if self.file().await?.metadata().map_err(unreadable)?.ino() != inode.number() {
             return Err(filled_anew());
         }
         let last = if bytes.end == self.size { units(bytes.end) } else { index(bytes.end / UNIT_BYTES) };

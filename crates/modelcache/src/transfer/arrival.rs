@@ -9,6 +9,7 @@
 //! any more. Whoever was given some of it finds that its inode is not the one that is filled.
 
 use super::order::Left;
+use crate::disk::StagedInode;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -51,8 +52,8 @@ pub(crate) struct Arrival {
 /// What has come so far.
 #[derive(Debug, Clone, Default)]
 struct Came {
-    /// The number of the staged file, once there is one.
-    inode: Option<u64>,
+    /// The staged file, once there is one.
+    inode: Option<StagedInode>,
     /// Whether a ladder checks its parts.
     by_ladder: bool,
     /// What was written of it, as the end of each span by its beginning.
@@ -110,15 +111,15 @@ impl Arrival {
         came.is_proven || came.by_ladder && came.has(&(0..self.size))
     }
 
-    /// It is filled from here on as the file numbered `inode`; what was there before counts no more.
-    pub(super) fn begin(&self, inode: u64, by_ladder: bool) {
+    /// It is filled from here on as the file `inode`; what was there before counts no more.
+    pub(super) fn begin(&self, inode: StagedInode, by_ladder: bool) {
         self.came.send_replace(Came { inode: Some(inode), by_ladder, ..Came::default() });
     }
 
-    /// These bytes are written into the file numbered `inode` and, where a ladder can tell, right.
-    pub(super) fn part_came(&self, inode: u64, range: &Range<u64>) {
+    /// These bytes are written into the file `inode` and, where a ladder can tell, right.
+    pub(super) fn part_came(&self, inode: &StagedInode, range: &Range<u64>) {
         self.came.send_if_modified(|came| {
-            let is_current = came.inode == Some(inode);
+            let is_current = came.is_of(inode.number());
             if is_current {
                 came.add(range);
             }
@@ -134,13 +135,13 @@ impl Arrival {
 
     /// The whole file, numbered `inode`, is proven.
     pub(crate) fn proven(&self, inode: u64) {
-        self.came.send_replace(Came { inode: Some(inode), is_proven: true, ..Came::default() });
+        self.came.send_replace(Came { inode: Some(StagedInode::named(inode)), is_proven: true, ..Came::default() });
     }
 
     /// Whether the whole file, numbered `inode`, is proven.
     pub(crate) fn is_proven(&self, inode: u64) -> bool {
         let came = self.came.borrow();
-        came.is_proven && came.inode == Some(inode)
+        came.is_proven && came.is_of(inode)
     }
 
     /// Nothing came of it.
@@ -193,6 +194,10 @@ impl Arrival {
 }
 
 impl Came {
+    fn is_of(&self, inode: u64) -> bool {
+        self.inode.as_ref().is_some_and(|current| current.number() == inode)
+    }
+
     fn add(&mut self, range: &Range<u64>) {
         let (mut start, mut end) = (range.start, range.end);
         if let Some((before, its_end)) = self.spans.range(..=start).next_back().map(|(start, end)| (*start, *end))
@@ -246,8 +251,8 @@ impl Reading {
         Watching(self.arrival.came.subscribe())
     }
 
-    /// The number of the staged file, if `range` of it may be read now. It reads on from there.
-    pub(crate) fn may_read(&self, range: &Range<u64>) -> Option<u64> {
+    /// The staged file, if `range` of it may be read now. It reads on from there.
+    pub(crate) fn may_read(&self, range: &Range<u64>) -> Option<StagedInode> {
         let inode = {
             let (came, release) = (self.arrival.came.borrow(), self.arrival.release);
             let is_given = match release {
@@ -256,7 +261,7 @@ impl Reading {
                 Release::Proven => came.is_proven,
                 Release::Published => false,
             };
-            came.inode.filter(|_| is_given)?
+            came.inode.clone().filter(|_| is_given)?
         };
         if let Some(wish) = self.arrival.wishes().get_mut(&self.id) {
             wish.is_at(range);
@@ -275,7 +280,7 @@ impl Reading {
 
     /// The number of the file that is filled now, if any is.
     pub(crate) fn inode(&self) -> Option<u64> {
-        self.arrival.came.borrow().inode
+        self.arrival.came.borrow().inode.as_ref().map(StagedInode::number)
     }
 }
 
@@ -313,12 +318,16 @@ mod tests {
 
     fn arrival(release: Release) -> Arc<Arrival> {
         let arrival = Arrival::new(PathBuf::new(), 100 * PART, release);
-        arrival.begin(1, true);
+        arrival.begin(StagedInode::named(1), true);
         arrival
     }
 
     fn part(arrival: &Arrival, part: u64) {
-        arrival.part_came(1, &(part * PART..(part + 1) * PART));
+        arrival.part_came(&StagedInode::named(1), &(part * PART..(part + 1) * PART));
+    }
+
+    fn may_read(reading: &Reading, range: Range<u64>) -> Option<u64> {
+        reading.may_read(&range).as_ref().map(StagedInode::number)
     }
 
     fn asked(arrival: &Arrival, left: &mut Left) -> Option<u64> {
@@ -376,8 +385,8 @@ mod tests {
         let reading = arrival.read(false);
         all_wished(&arrival, &mut left);
         (0..4).for_each(|at| part(&arrival, at));
-        assert_eq!(reading.may_read(&(0..2 * PART)), Some(1));
-        assert_eq!(reading.may_read(&(2 * PART..4 * PART)), Some(1));
+        assert_eq!(may_read(&reading, 0..2 * PART), Some(1));
+        assert_eq!(may_read(&reading, 2 * PART..4 * PART), Some(1));
         assert_eq!(all_wished(&arrival, &mut left), (4..12).collect::<Vec<_>>());
         reading.wish(&(90 * PART..91 * PART));
         assert_eq!(all_wished(&arrival, &mut left), (90..96).collect::<Vec<_>>(), "elsewhere it begins anew");
@@ -391,17 +400,17 @@ mod tests {
         {
             let reading = arrival.read(unchecked);
             part(arrival, 7);
-            assert_eq!(reading.may_read(&(7 * PART..8 * PART)).is_some(), given, "{arrival:?} {unchecked}");
-            assert_eq!(reading.may_read(&(7 * PART..8 * PART + 1)), None);
+            assert_eq!(may_read(&reading, 7 * PART..8 * PART).is_some(), given, "{arrival:?} {unchecked}");
+            assert_eq!(may_read(&reading, 7 * PART..8 * PART + 1), None);
         }
         let reading = trusted.read(false);
-        trusted.begin(2, false);
-        trusted.part_came(1, &(0..PART));
-        trusted.part_came(2, &(PART..2 * PART));
-        assert_eq!(reading.may_read(&(0..PART)), None, "it is of a file that is no more");
-        assert_eq!(reading.may_read(&(PART..2 * PART)), None, "no ladder checked it");
+        trusted.begin(StagedInode::named(2), false);
+        trusted.part_came(&StagedInode::named(1), &(0..PART));
+        trusted.part_came(&StagedInode::named(2), &(PART..2 * PART));
+        assert_eq!(may_read(&reading, 0..PART), None, "it is of a file that is no more");
+        assert_eq!(may_read(&reading, PART..2 * PART), None, "no ladder checked it");
         trusted.proven(2);
-        assert_eq!(reading.may_read(&(0..100 * PART)), Some(2));
+        assert_eq!(may_read(&reading, 0..100 * PART), Some(2));
         assert!(trusted.is_proven(2) && !trusted.is_proven(1));
     }
 
@@ -411,8 +420,8 @@ mod tests {
         let (reading, careless) = (arrival.read(false), arrival.read(true));
         part(&arrival, 0);
         arrival.proven(1);
-        assert_eq!(reading.may_read(&(0..PART)), None);
-        assert_eq!(careless.may_read(&(0..PART)), Some(1));
+        assert_eq!(may_read(&reading, 0..PART), None);
+        assert_eq!(may_read(&careless, 0..PART), Some(1));
     }
 
     #[test]

@@ -232,7 +232,7 @@ impl Pourer {
             }
         })
         .await?;
-        file.arrival.begin(writer.inode(), !in_order);
+        file.arrival.begin(writer.inode().clone(), !in_order);
         let order = attempt.order();
         let task = PartTask {
             engine: self.engine.clone(),

@@ -1,15 +1,16 @@
 //! Who wants to know which parts of a file that is being filled are there already.
 
+use crate::disk::StagedInode;
 use crate::key::FilePath;
 use std::ops::Range;
 use tokio::sync::mpsc;
 
 /// A part that is written and, where a ladder can tell, checked; it can be read where the file is staged.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) struct FilledPart {
     pub(crate) path: FilePath,
-    /// The number of the staged file: one that is filled anew has another.
-    pub(crate) inode: u64,
+    /// The staged file: one that is filled anew is another.
+    pub(crate) inode: StagedInode,
     /// Where it is in the file.
     pub(crate) bytes: Range<u64>,
 }
@@ -26,7 +27,7 @@ impl PartSink {
         (Self(sender), receiver)
     }
 
-    pub(crate) fn tell(&self, path: &FilePath, inode: u64, bytes: Range<u64>) {
-        let _ = self.0.send(FilledPart { path: path.clone(), inode, bytes });
+    pub(crate) fn tell(&self, path: &FilePath, inode: &StagedInode, bytes: Range<u64>) {
+        let _ = self.0.send(FilledPart { path: path.clone(), inode: inode.clone(), bytes });
     }
 }
