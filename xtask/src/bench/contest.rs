@@ -8,6 +8,8 @@ use super::setup::Setup;
 use super::usage::Run;
 use crate::table;
 use anyhow::Result;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read};
 use std::path::Path;
 
 /// How long one program may take in one contest, in seconds.
@@ -64,7 +66,7 @@ pub(super) fn contest(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Resul
                 continue;
             }
             let folder = setup.scratch.fresh("run")?;
-            touch_memory(bytes);
+            warm_page_cache(&setup.scratch.disk, bytes)?;
             match (entry.run)(&folder) {
                 Ok(runs) => {
                     let last = runs.last().copied().unwrap_or_default();
@@ -82,13 +84,18 @@ pub(super) fn contest(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Resul
     Ok(results.into_iter().flatten().collect())
 }
 
-/// Touches as much memory as a program's files will take in the page cache, and lets go of it.
+/// Writes as much through the page cache as a program's files will take there, and removes it.
 ///
-/// A virtual machine is given memory when it touches it, which costs several times what writing a page does, and gives
-/// back what is free for some seconds: whoever came after a program that takes none would pay for it.
-fn touch_memory(bytes: u64) {
-    let touched = bytes.saturating_add(bytes / 4).min(memory_bytes("MemAvailable") / 2);
-    std::hint::black_box(vec![1_u8; usize::try_from(touched).unwrap_or_default()]);
+/// A virtual machine that gives back what is free within seconds is given it page by page when it writes: five times the
+/// price of the write itself, to be paid by whoever comes after a program that takes none. Memory that a file has just
+/// left is taken again first, other memory is not.
+fn warm_page_cache(folder: &Path, bytes: u64) -> Result<()> {
+    let warmed = bytes.saturating_add(bytes / 8).min(memory_bytes("MemAvailable") / 2);
+    let path = folder.join("warm");
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(&path)?);
+    io::copy(&mut io::repeat(1).take(warmed), &mut file)?;
+    drop(file);
+    Ok(fs::remove_file(&path)?)
 }
 
 impl Line {
