@@ -297,6 +297,24 @@ fn a_file_that_is_filled_anew_is_sent_as_it_is_then() {
 }
 
 #[test]
+fn few_open_files_are_enough_to_send_many_meanwhile() {
+    if !can_mount() {
+        return;
+    }
+    let house = House::new();
+    let names: Vec<String> = (0..60).map(|n| format!("{n}.bin")).collect();
+    let content = |n: usize| Content::generated(n as u64, 8 * MIB + 1);
+    let commit = house.hub.repo("org/model").commit();
+    let commit = names.iter().enumerate().fold(commit, |commit, (n, name)| commit.lfs(name, content(n)));
+    commit.publish().unwrap();
+    // None of them is known to be right before all are there.
+    let folder = house.on("a").run_after("ulimit -n 96", &["get", REF]).path();
+    names.iter().enumerate().for_each(|(n, name)| assert_same(&folder.join(name), &content(n)));
+    assert_eq!((house.pending("a"), parts(&house)), ((0, 0), 2 * names.len()), "each part was sent once");
+    assert_eq!((house.s3.uploads(BUCKET), claims(&house)), (vec![], 0));
+}
+
+#[test]
 fn old_unfinished_uploads_of_ours_are_swept_and_no_others() {
     let house = house();
     let key = |name: &str| format!("cache/{name}/1/large.bin");

@@ -461,6 +461,7 @@ impl Cache {
                 let others: Vec<_> = lock(&open.others).drain().map(|(_, cache)| cache).collect();
                 let finish = async {
                     for cache in std::iter::once(&open.cache).chain(&others) {
+                        cache.land().await;
                         // Told where it failed; the next get of it finds what is missing.
                         let _ = cache.make_durable().await;
                         cache.finish_backfills(&progress).await;

@@ -281,7 +281,7 @@ pub const SETTINGS: &[Setting] = &[
         variable: Some("MODEL_CACHE_BACKFILL"),
         flag: Some("backfill"),
         value_name: "wait|background|later|never",
-        default: "`wait`; `background` in a daemon and in Python",
+        default: "`wait`; `background` in Python",
         meaning: "When the remote gets what came from an origin: before the call returns, while the process goes on, \
                   with a later run (`modelcache backfill`), or not at all. `get` prints its path before a background \
                   upload and ends after it; `exec` leaves a background upload to a later run.",

@@ -352,12 +352,8 @@ async fn what_was_read_to_its_end_is_published_however_soon_it_is_closed() {
     soon(file.wait(0..SIZE)).await.unwrap();
     drop(file);
     let here = OpenOptions { reach: Tier::Disk, ..OpenOptions::default() };
-    soon(async {
-        while open_with(&cache, "m@1", here.clone()).await.is_err() {
-            sleep(Duration::from_millis(5)).await;
-        }
-    })
-    .await;
+    soon(cache.land()).await;
+    open_with(&cache, "m@1", here).await.unwrap();
     assert_eq!(weather.ranges("m").len(), 64);
 }
 

@@ -9,6 +9,7 @@
 //! the remote has other content or the artifact left this disk, is dropped and said.
 
 use super::plan::FillPlan;
+use super::tasks::Tasks;
 use super::{BackfillReport, Cache, PendingBackfill};
 use crate::config::Backfill;
 use crate::disk::{Disk, FileLock, Intent, Leadership, Lend, Lent, Missing, Watch};
@@ -20,10 +21,9 @@ use crate::remote::{Begun, Early, Proven, PublishOptions, Published, Remote};
 use crate::selection::Selection;
 use crate::transfer::{PourFile, blocking};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::task::JoinHandle;
 
 /// How long another process that uploads the same is waited for; what it does not finish stays intended.
 const OTHER_MAX: Duration = Duration::from_secs(60);
@@ -34,7 +34,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 #[derive(Debug, Default)]
 pub(super) struct Backfills {
     /// Uploads in the background.
-    tasks: Mutex<Vec<JoinHandle<()>>>,
+    tasks: Tasks,
     /// This process wrote to the remote, or could have: a good time for what earlier ones left.
     remote_answers: AtomicBool,
     /// One at a time completes what others left.
@@ -80,7 +80,7 @@ impl Cache {
         let is_now = matches!(self.backfill_mode(), Backfill::Wait | Backfill::Background) && self.may_backfill();
         let is_new = plan.remote.is_none() && !plan.remote_unusable && !plan.remote_foreign;
         let remote = self.0.remote.as_ref().filter(|_| is_now && is_new && !to_pour.is_empty())?;
-        let files = to_pour.values().map(|file| (file.path.clone(), file.target.clone())).collect();
+        let files = to_pour.values().map(|file| (file.path.clone(), file.arrival.clone())).collect();
         let (early, sink) = Early::start(remote, plan.listing.clone(), files);
         to_pour.values_mut().for_each(|file| file.on_part = Some(sink.clone()));
         Some(early)
@@ -117,7 +117,7 @@ impl Cache {
             Backfill::Wait => self.upload(lent, to, progress).await,
             Backfill::Background => {
                 let (cache, lent) = (self.clone(), lent.clone());
-                self.0.backfills.keep(tokio::spawn(async move {
+                self.0.backfills.tasks.keep(tokio::spawn(async move {
                     let published = cache.upload(&lent, to, &Progress::new()).await;
                     cache.metrics().uploaded(published.uploaded_bytes, published.copied_bytes);
                     cache.complete(&Progress::new()).await;
@@ -247,11 +247,7 @@ impl Cache {
     /// The end of a run: waits for what goes on in the background; if this process reached the remote, brings what
     /// earlier ones left there, too. Failures are logged: the work that was asked for is done.
     pub async fn finish_backfills(&self, progress: &Progress) -> BackfillReport {
-        for task in self.0.backfills.take() {
-            if let Err(error) = task.await {
-                tracing::debug!(%error, "an upload in the background was cut short; a later run goes on");
-            }
-        }
+        self.0.backfills.tasks.finish().await;
         match self.backfill_mode() {
             Backfill::Wait | Backfill::Background => self.complete(progress).await,
             Backfill::Later | Backfill::Never => BackfillReport::default(),
@@ -388,18 +384,6 @@ impl Cache {
     async fn settle(&self, remote: &Remote, key: &ArtifactKey, files: &BTreeSet<FilePath>) -> Result<()> {
         let (disk, key, url, files) = (self.0.disk.clone(), key.clone(), remote.url().to_owned(), files.clone());
         blocking(move || disk.settle(&key, &url, &files)).await
-    }
-}
-
-impl Backfills {
-    fn keep(&self, task: JoinHandle<()>) {
-        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        tasks.retain(|task| !task.is_finished());
-        tasks.push(task);
-    }
-
-    fn take(&self) -> Vec<JoinHandle<()>> {
-        std::mem::take(&mut self.tasks.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

@@ -8,6 +8,7 @@
 
 use super::Cache;
 use super::resolve::Wanted;
+use super::tasks::Tasks;
 use crate::digest::Digest;
 use crate::disk::{BEAT_EVERY, Leader, Leadership, Lent, Watch};
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -19,7 +20,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time;
 
 /// First and longest pause before a lock that somebody holds is looked at again.
@@ -30,7 +31,11 @@ const STARTS_MAX: usize = 3;
 
 /// The flights of this process.
 #[derive(Debug, Default)]
-pub(super) struct Flights(Mutex<HashMap<FlightId, Weak<Flight>>>);
+pub(super) struct Flights {
+    flying: Mutex<HashMap<FlightId, Weak<Flight>>>,
+    /// Those that nobody waits for any more and that come to their end all the same.
+    landing: Arc<Tasks>,
+}
 
 /// What makes two callers want the same: key, selection, demanded digest; and how far they let a fill reach.
 type FlightId = (ArtifactKey, String, Option<Digest>, Tier);
@@ -45,7 +50,9 @@ pub(super) struct Flight {
     arrivals: watch::Receiver<Option<Arrivals>>,
     /// Started by who opened a file.
     is_for_reading: bool,
-    task: AbortHandle,
+    /// Gone when this is dropped.
+    task: Option<JoinHandle<()>>,
+    landing: Arc<Tasks>,
 }
 
 /// The files that a flight brings, for those who read them meanwhile.
@@ -143,11 +150,24 @@ impl Cache {
             let ended = cache.fill(&wanted, &shown, &teller).await;
             teller.stage.send_replace(Stage::Ended(ended));
         });
-        let (progress, task) = (progress.clone(), task.abort_handle());
-        let is_for_reading = opening.is_some();
-        let flight = Arc::new(Flight { id: id.clone(), selection, progress, stage, arrivals, is_for_reading, task });
+        let flight = Arc::new(Flight {
+            id: id.clone(),
+            selection,
+            progress: progress.clone(),
+            stage,
+            arrivals,
+            is_for_reading: opening.is_some(),
+            task: Some(task),
+            landing: self.0.flights.landing.clone(),
+        });
         flights.insert(id, Arc::downgrade(&flight));
         (flight, true)
+    }
+
+    /// Waits for the fills that go on though nobody waits for them any more, because every byte of them has come: what
+    /// they bring is published then.
+    pub async fn land(&self) {
+        self.0.flights.landing.finish().await;
     }
 
     /// Step 3 between processes: waits until somebody else has filled the artifact, or nobody else is filling it.
@@ -187,7 +207,7 @@ impl Cache {
 
 impl Flights {
     fn lock(&self) -> MutexGuard<'_, HashMap<FlightId, Weak<Flight>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.flying.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -278,14 +298,15 @@ impl Flight {
 
 impl Drop for Flight {
     fn drop(&mut self) {
+        let Some(task) = self.task.take() else { return };
         // Whoever opened a file and has read it does not wait for the upload either.
         if self.is_landing() && (self.is_flying() || self.is_for_reading) {
-            return;
+            return self.landing.keep(task);
         }
         if self.is_flying() {
             tracing::debug!(key = %self.id.0, "nobody waits for this fill any more; it ends");
         }
-        self.task.abort();
+        task.abort();
     }
 }
 

@@ -17,7 +17,7 @@ use crate::manifest::{FileEntry, Manifest};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{Early, Proven};
-use crate::transfer::{Arrival, PourFile, Poured, blocking};
+use crate::transfer::{Arrival, PourFile, Poured, Release, blocking};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -156,6 +156,8 @@ impl Cache {
         let (poured, early) = match self.pour_missing(to_pour, plan, self.purpose_of(wanted), progress).await {
             Ok(poured) => poured,
             Err(error) => {
+                // Before any of it goes or is filled again: nobody shall be given what is not there.
+                tell.forget();
                 // What was fetched is kept for the next fill, unless it is what fills the disk.
                 if error.kind() == ErrorKind::Full
                     && let Err(left) = blocking(move || staging.discard()).await
@@ -234,14 +236,21 @@ impl Cache {
 /// once.
 fn to_pour(staging: &Staging, plan: &FillPlan) -> Result<(Arrivals, BTreeMap<String, PourFile>)> {
     let (mut arrivals, mut by_name, mut to_pour) = (Arrivals::new(), BTreeMap::new(), BTreeMap::new());
+    let mut releases: BTreeMap<String, Release> = BTreeMap::new();
+    for (path, entry) in &plan.selected {
+        // Of equal files, what is asked of one is asked of all.
+        let (name, release) = (staged_name(path, entry), plan.release(path));
+        releases.entry(name).and_modify(|of_all| *of_all = release.max(*of_all)).or_insert(release);
+    }
     for (path, entry) in &plan.selected {
         let name = staged_name(path, entry);
         let target = staging.file(&name);
+        let release = releases.get(&name).copied().unwrap_or(Release::Published);
         let arrival: &mut Arc<Arrival> =
-            by_name.entry(name.clone()).or_insert_with(|| Arrival::new(target.clone(), entry.size, plan.release(path)));
+            by_name.entry(name.clone()).or_insert_with(|| Arrival::new(target.clone(), entry.size, release));
         arrivals.insert(path.clone(), arrival.clone());
-        if let Some(identity) = staging.reused(&name) {
-            arrival.proven(identity.inode);
+        if staging.reused(&name).is_some() {
+            arrival.proven();
         } else if let Entry::Vacant(vacant) = to_pour.entry(name) {
             let (owner, arrival, sources) = (staging.owner(), arrival.clone(), plan.sources_of(path)?);
             let (path, entry) = (path.clone(), entry.clone());

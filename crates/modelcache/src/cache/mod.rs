@@ -28,6 +28,7 @@ mod report;
 mod resolve;
 mod start;
 mod tag;
+mod tasks;
 mod verify;
 
 pub use report::{
@@ -143,6 +144,7 @@ mod tests {
         spawnable(cache.put(key, Path::new(""), &PutOptions::default(), progress));
         spawnable(cache.backfill_pending(progress));
         spawnable(cache.finish_backfills(progress));
+        spawnable(cache.land());
         spawnable(cache.make_durable());
         spawnable(cache.evict(reference, EvictTier::All, true));
         spawnable(cache.list());

@@ -22,7 +22,6 @@ use crate::selection::Selection;
 use crate::transfer::{Arrival, Reading, blocking};
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::watch;
@@ -84,8 +83,15 @@ struct Shared {
 #[derive(Debug)]
 struct Given {
     file: Arc<File>,
-    /// No other file has it: this one is open.
-    inode: u64,
+    /// Of the staged file; `None`: it was published.
+    generation: Option<u64>,
+}
+
+impl Given {
+    /// Whether it is that one, or whole.
+    fn is_of(&self, generation: u64) -> bool {
+        self.generation.is_none_or(|given| given == generation)
+    }
 }
 
 impl Cache {
@@ -239,8 +245,9 @@ impl Follower {
 
     /// The file is whole, if what was given is of the file that was proven, and what is published is as long.
     async fn land(&self, landed: &Landed) -> Result<()> {
-        let is_published = self.shared.give(&self.path, &landed.lent).await?;
-        let fits = is_published || self.shared.given.get().is_some_and(|given| self.arrival.is_proven(given.inode));
+        self.shared.give(&self.path, &landed.lent).await?;
+        let given = self.shared.given.get();
+        let fits = given.is_some_and(|given| given.generation.is_none_or(|given| self.arrival.is_proven(given)));
         let size = landed.lent.manifest.files.get(&self.path).map(|entry| entry.size);
         if !fits || size != Some(self.arrival.size()) {
             return Err(filled_anew(&self.path));
@@ -298,7 +305,7 @@ impl OpenFile {
         let Some(given) = self.shared.given.get() else { return Ok(None) };
         match &self.filling {
             Some(filling) if !self.is_whole() => match filling.reading.may_read(&range) {
-                Some(inode) if inode.number() == given.inode => Ok(Some(&given.file)),
+                Some(generation) if given.is_of(generation) => Ok(Some(&given.file)),
                 Some(_) => Err(filled_anew(&self.path).artifact(&self.key)),
                 None => Ok(None),
             },
@@ -357,21 +364,23 @@ impl Filling {
                 return Ok(&given.file);
             }
             match (self.reading.may_read(range), given) {
-                (Some(inode), Some(given)) if given.inode == inode.number() => return Ok(&given.file),
-                (Some(inode), None) => {
-                    let (staged, number) = (self.reading.staged().to_owned(), inode.number());
-                    // Where it is not there any more, it has just been published or filled anew, which is told in a
-                    // moment.
-                    if let Some(file) = blocking(move || disk::open_staged(&staged, &inode)).await? {
-                        let given = shared.given.get_or_init(|| Given { file: Arc::new(file), inode: number });
-                        match given.inode == number {
+                (Some(generation), Some(given)) if given.is_of(generation) => return Ok(&given.file),
+                (Some(generation), None) => {
+                    let arrival = self.reading.arrival();
+                    let staged = arrival.staged().to_owned();
+                    let file = blocking(move || disk::open_staged(&staged)).await?;
+                    // Where it is not there any more, or another one, that is told in a moment.
+                    if let Some(file) = file.filter(|_| arrival.is_current(generation)) {
+                        let given =
+                            shared.given.get_or_init(|| Given { file: Arc::new(file), generation: Some(generation) });
+                        match given.is_of(generation) {
                             true => return Ok(&given.file),
                             // Another wait was first, and another file.
                             false => continue,
                         }
                     }
                 }
-                (_, Some(given)) if self.reading.inode().is_some_and(|inode| inode != given.inode) => {
+                (_, Some(given)) if self.reading.generation().is_some_and(|now| !given.is_of(now)) => {
                     return Err(filled_anew(path));
                 }
                 _ => {}
@@ -388,18 +397,14 @@ impl Filling {
 }
 
 impl Shared {
-    /// Gives what is published, unless something was given before; whether it did.
-    async fn give(&self, path: &FilePath, lent: &Arc<Lent>) -> Result<bool> {
-        if self.given.get().is_some() {
-            return Ok(false);
+    /// Gives what is published, unless something was given before.
+    async fn give(&self, path: &FilePath, lent: &Arc<Lent>) -> Result<()> {
+        if self.given.get().is_none() {
+            let (from, path) = (lent.clone(), path.clone());
+            let file = Arc::new(blocking(move || from.open(&path)).await?);
+            let _ = self.given.set(Given { file, generation: None });
         }
-        let (from, path) = (lent.clone(), path.clone());
-        let opened = blocking(move || {
-            let file = from.open(&path)?;
-            let inode = file.metadata().map_or(0, |metadata| metadata.ino());
-            Ok(Given { file: Arc::new(file), inode })
-        });
-        Ok(self.given.set(opened.await?).is_ok())
+        Ok(())
     }
 
     /// The artifact can be lent, and what was given is of it: the file is whole.

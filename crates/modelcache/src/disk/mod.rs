@@ -74,7 +74,7 @@ pub(crate) use staging::Staging;
 pub(crate) use verify::{Reading, Stored};
 pub use write_mode::Purpose;
 pub(crate) use write_mode::goes_direct;
-pub(crate) use writer::{ALIGNMENT, Cursor, Draft, Hashed, StagedInode, StagedWriter};
+pub(crate) use writer::{ALIGNMENT, Cursor, Draft, Hashed, StagedWriter};
 
 use crate::config::{ByteBound, Sharing};
 use crate::digest::{Digest, GitOid};

@@ -55,7 +55,6 @@ pub(crate) struct StagedWriter {
     size: u64,
     part_size: u64,
     buffered: File,
-    inode: StagedInode,
     /// Held while a slice is written through the page cache.
     turn: Mutex<()>,
     direct: Option<File>,
@@ -63,15 +62,6 @@ pub(crate) struct StagedWriter {
     /// How far the file is hashed in order; [`u64::MAX`] when a ladder checks each part.
     cursor: AtomicU64,
     order: Mutex<InOrder>,
-}
-
-/// Which file is, or was, staged at a path. As long as a copy of it lives no other file gets the number, though the file
-/// was removed: a filesystem gives the number of a file that is gone to the very next one.
-#[derive(Debug, Clone)]
-pub(crate) struct StagedInode {
-    number: u64,
-    /// `None`: kept by its name.
-    _open: Option<Arc<File>>,
 }
 
 struct InOrder {
@@ -122,7 +112,7 @@ impl StagedWriter {
         options.read(true).write(true).create_new(true).mode(0o600);
         let buffered = options.open(path).map_err(|cause| at("make", cause))?;
         allocate(&buffered, draft.size).map_err(|cause| at("make room for", cause))?;
-        Self::over(draft, buffered, parts, owner)
+        Ok(Self::over(draft, buffered, parts, owner))
     }
 
     /// Goes on with what an ended fill left at the same place, and the parts that are said to be there; `None` if it
@@ -152,27 +142,25 @@ impl StagedWriter {
             if same { Ok(writable) } else { Err(io::Error::from(Errno::STALE)) }
         };
         let Ok(buffered) = open() else { return Ok(None) };
-        Ok(Some((Self::over(draft.clone(), buffered, journal, owner)?, parts)))
+        Ok(Some((Self::over(draft.clone(), buffered, journal, owner), parts)))
     }
 
-    fn over(draft: Draft, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Result<Self> {
+    fn over(draft: Draft, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Self {
         let Draft { path, size, part_size, in_order, git, direct } = draft;
         let direct = direct.then(|| open_direct(&path)).flatten();
-        let inode = StagedInode::open(&path)?;
-        Ok(Self {
+        Self {
             _owner: owner,
             parts,
             path,
             size,
             part_size,
             buffered,
-            inode,
             turn: Mutex::default(),
             direct,
             direct_failed: AtomicBool::new(false),
             cursor: AtomicU64::new(if in_order { 0 } else { u64::MAX }),
             order: Mutex::new(InOrder::new(size, part_size, git)),
-        })
+        }
     }
 
     /// Removes the file staged at `path`, whose bytes are wrong, so that nobody goes on with it.
@@ -295,11 +283,6 @@ impl StagedWriter {
         }
     }
 
-    /// Which file it is: what is filled anew is another.
-    pub(crate) fn inode(&self) -> &StagedInode {
-        &self.inode
-    }
-
     /// The digests of a file that was hashed in order; all its parts are done.
     pub(crate) fn hashed(&self) -> Hashed {
         use sha1::Digest as _;
@@ -318,7 +301,7 @@ impl StagedWriter {
             .set_permissions(Permissions::from_mode(0o444))
             .map_err(|cause| fault("make read-only", &path, cause))?;
         let written = self.buffered.metadata().map_err(|cause| fault("look at", &path, cause))?;
-        drop((self.buffered, self.direct, self.inode, self.parts));
+        drop((self.buffered, self.direct, self.parts));
         // Read-only says as much as the journal did.
         super::files::remove_file(&super::parts::journal_of(&path))?;
         let metadata = fs::symlink_metadata(&path).map_err(|cause| fault("look at", &path, cause))?;
@@ -330,24 +313,6 @@ impl StagedWriter {
 
     fn order(&self) -> MutexGuard<'_, InOrder> {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl StagedInode {
-    /// The one at `path`, kept open: for reading only, so that nothing of it is written any more once it is sealed.
-    fn open(path: &Path) -> Result<Self> {
-        let open = modes::open_existing(path, false).map_err(|cause| fault("open", path, cause))?;
-        let number = open.metadata().map_err(|cause| fault("look at", path, cause))?.ino();
-        Ok(Self { number, _open: Some(Arc::new(open)) })
-    }
-
-    /// One that keeps its name as long as anybody asks.
-    pub(crate) fn named(number: u64) -> Self {
-        Self { number, _open: None }
-    }
-
-    pub(crate) fn number(&self) -> u64 {
-        self.number
     }
 }
 
@@ -449,18 +414,6 @@ mod tests {
             prop_assert_eq!(fs::read(folder.path().join("f")).expect("reads"), content);
         }
     }
-
-    #[test]
-    fn a_file_that_is_made_anew_is_another_for_whoever_remembers_the_first() {
-        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("folder");
-        let path = folder.path().join("f");
-        let draft = Draft { path, size: 5000, part_size: 1024, in_order: true, git: false, direct: false };
-        let made = || StagedWriter::create(draft.clone(), None).expect("creates").inode().clone();
-        let numbers: BTreeSet<u64> =
-            (0..20).map(|_| made()).collect::<Vec<_>>().iter().map(StagedInode::number).collect();
-        assert_eq!(numbers.len(), 20, "none was given twice: {numbers:?}");
-    }
-
     #[test]
     fn what_is_written_past_the_page_cache_is_what_was_given() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("folder");

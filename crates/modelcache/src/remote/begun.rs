@@ -14,7 +14,7 @@ use super::multipart::{Multipart, SINGLE_BYTES_MAX};
 use super::publish::{Job, LOOKS_IN_FLIGHT, There};
 use super::{Folder, Remote, hanging, twin};
 use crate::digest::Digest;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::key::FilePath;
 use crate::ladder::PartHasher;
 use crate::manifest::{FileEntry, Manifest};
@@ -125,30 +125,14 @@ async fn begin(
     }
     let claim = Claim::take_within(remote, &job.folder, job.claimed(&There::Nothing), Duration::ZERO).await?;
     hanging::abort_abandoned(store, &job.folder, &claim).await;
-    let mut begun = Inner { claim, checked, uploads: BTreeMap::new(), sent: BTreeMap::new() };
-    let begin = |(path, size): (FilePath, u64)| {
-        let folder = &job.folder;
-        async move {
-            let key = folder.object(store, &path)?;
-            Ok((path, Multipart::begin(store, &remote.0.upload_memory, &key, size).await?))
-        }
-    };
-    let begins: Vec<_> = lone.into_iter().map(begin).collect();
-    let mut begins = futures::stream::iter(begins).buffer_unordered(LOOKS_IN_FLIGHT);
-    while let Some(multipart) = begins.next().await {
-        match multipart {
-            Ok((path, multipart)) => drop(begun.uploads.insert(path, multipart)),
-            Err(error) => {
-                drop(begins);
-                begun.abandon().await;
-                return Err(error);
-            }
+    let mut begun = Begun(Some(Inner { claim, checked, uploads: BTreeMap::new(), sent: BTreeMap::new() }));
+    match begun.begin_uploads(&job, lone).await {
+        Ok(()) => Ok(Some(begun)),
+        Err(error) => {
+            begun.abandon().await;
+            Err(error)
         }
     }
-    drop(begins);
-    let ids = begun.uploads.iter().map(|(path, multipart)| (multipart.id().to_owned(), path.clone()));
-    begun.claim.notes().uploads(ids.collect::<Vec<_>>()).await;
-    Ok(Some(Begun(Some(begun))))
 }
 
 /// Whether another version may have this file already: then the server copies it, once its digest is known.
@@ -188,6 +172,29 @@ fn differs_at_first(file: &Path, twin: &FileEntry) -> bool {
 }
 
 impl Begun {
+    async fn begin_uploads(&mut self, job: &Job<'_>, files: Vec<(FilePath, u64)>) -> Result<()> {
+        let Some(Inner { claim, uploads, .. }) = &mut self.0 else { return Ok(()) };
+        let begin = |(path, size): (FilePath, u64)| async move {
+            let key = job.folder.object(job.store, &path)?;
+            Ok::<_, Error>((path, Multipart::begin(job.store, &job.remote.0.upload_memory, &key, size).await?))
+        };
+        // Cut off before they are noted, some may be there that nobody can name: the next writer looks.
+        claim.touch();
+        let begins: Vec<_> = files.into_iter().map(begin).collect();
+        let mut begins = futures::stream::iter(begins).buffer_unordered(LOOKS_IN_FLIGHT);
+        while let Some(multipart) = begins.next().await {
+            let (path, multipart) = multipart?;
+            uploads.insert(path, multipart);
+        }
+        drop(begins);
+        let ids = uploads.iter().map(|(path, multipart)| (multipart.id().to_owned(), path.clone()));
+        claim.notes().uploads(ids.collect::<Vec<_>>()).await;
+        if claim.inherited.is_empty() {
+            claim.settle();
+        }
+        Ok(())
+    }
+
     /// The upload of a file, for whoever sends its parts.
     pub(crate) fn take(&mut self, path: &FilePath) -> Option<Multipart> {
         self.0.as_mut()?.uploads.remove(path)

@@ -4,23 +4,22 @@
 //! memory that all uploads share. A remote that is slow or fails costs the fill nothing: what was not sent when the fill
 //! ends goes afterwards, the usual way.
 //!
-//! Surprise: a fill may find at its end that a file is wrong and begin anew, as another inode. So whatever was sent counts
-//! only if it was read from the very file that was proven.
+//! Surprise: a fill may find at its end that a file is wrong and begin anew, as another generation. So whatever was sent
+//! counts only if it was read from the very file that was proven.
 
 use super::Remote;
 use super::begun::{Begun, abort_all};
 use super::multipart::{Multipart, Room, SINGLE_BYTES_MAX};
 use crate::digest::Digest;
-use crate::disk::{StagedInode, identity};
+use crate::disk::identity;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
 use crate::manifest::{FileIdentity, Manifest};
-use crate::transfer::{FilledPart, PartSink, blocking, tidy};
+use crate::transfer::{Arrival, FilledPart, PartSink, blocking, tidy};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::PathBuf;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
@@ -39,9 +38,12 @@ pub(crate) struct Early {
 }
 
 impl Early {
-    /// Starts to send `files` of `listing` from where they are being staged, as far as that makes sense. Whoever fills
-    /// them tells the sink.
-    pub(crate) fn start(remote: &Remote, listing: Manifest, files: BTreeMap<FilePath, PathBuf>) -> (Self, PartSink) {
+    /// Starts to send `files` of `listing` as they arrive, as far as that makes sense. Whoever fills them tells the sink.
+    pub(crate) fn start(
+        remote: &Remote,
+        listing: Manifest,
+        files: BTreeMap<FilePath, Arc<Arrival>>,
+    ) -> (Self, PartSink) {
         let ((sink, told), (sender, proven)) = (PartSink::new(), oneshot::channel());
         let task = tokio::spawn(send(remote.clone(), listing, files, told, proven));
         (Self { proven: Some(sender), task: Some(task) }, sink)
@@ -69,7 +71,7 @@ impl Drop for Early {
 async fn send(
     remote: Remote,
     listing: Manifest,
-    files: BTreeMap<FilePath, PathBuf>,
+    files: BTreeMap<FilePath, Arc<Arrival>>,
     mut told: mpsc::UnboundedReceiver<FilledPart>,
     mut proven: oneshot::Receiver<Proven>,
 ) -> Option<Begun> {
@@ -77,9 +79,8 @@ async fn send(
     let mut begun = remote.begin(&listing, &paths, &BTreeMap::new(), false).await?;
     let begun_paths = begun.paths();
     let follow = |path: FilePath| {
-        let (size, multipart) = (listing.files.get(&path)?.size, begun.take(&path)?);
-        let staged = files.get(&path)?.clone();
-        Some((path, Following { multipart, staged, file: None, filled: vec![false; units(size)], size }))
+        let (arrival, multipart) = (files.get(&path)?.clone(), begun.take(&path)?);
+        Some((path, Following::new(arrival, multipart)))
     };
     let mut following: BTreeMap<_, _> = begun_paths.into_iter().filter_map(follow).collect();
     let proven = tokio::select! {
@@ -112,7 +113,7 @@ async fn send(
 async fn follow_all(files: &mut BTreeMap<FilePath, Following>, told: &mut mpsc::UnboundedReceiver<FilledPart>) {
     while let Some(part) = told.recv().await {
         let Some(file) = files.get_mut(&part.path) else { continue };
-        if let Err(error) = file.note(&part.inode, part.bytes).await {
+        if let Err(error) = file.note(part.generation, part.bytes).await {
             tracing::debug!(path = %part.path, %error, "not sent while it is filled");
             if let Some(file) = files.remove(&part.path) {
                 file.multipart.abort().await;
@@ -124,22 +125,28 @@ async fn follow_all(files: &mut BTreeMap<FilePath, Following>, told: &mut mpsc::
 /// A file that is being filled and sent.
 struct Following {
     multipart: Multipart,
-    staged: PathBuf,
-    /// The file that parts are read from, once there is one.
+    arrival: Arc<Arrival>,
+    /// Of the file that parts are read from, once there is one.
+    generation: Option<u64>,
+    /// That file, as long as there are parts to be read.
     file: Option<Arc<File>>,
     /// Which units are there.
     filled: Vec<bool>,
-    size: u64,
+    unsent_parts: usize,
 }
 
 impl Following {
-    /// These bytes are there, in that staged file: sends what became whole.
-    async fn note(&mut self, inode: &StagedInode, bytes: Range<u64>) -> Result<()> {
-        // The one at that place by now may be another, most of which is not there yet.
-        if self.file().await?.metadata().map_err(unreadable)?.ino() != inode.number() {
+    fn new(arrival: Arc<Arrival>, multipart: Multipart) -> Self {
+        let (filled, unsent_parts) = (vec![false; units(arrival.size())], multipart.parts());
+        Self { multipart, arrival, generation: None, file: None, filled, unsent_parts }
+    }
+
+    /// These bytes are there, in the staged file of that generation: sends what became whole.
+    async fn note(&mut self, generation: u64, bytes: Range<u64>) -> Result<()> {
+        if *self.generation.get_or_insert(generation) != generation {
             return Err(filled_anew());
         }
-        let last = if bytes.end == self.size { units(bytes.end) } else { index(bytes.end / UNIT_BYTES) };
+        let last = if bytes.end == self.arrival.size() { units(bytes.end) } else { index(bytes.end / UNIT_BYTES) };
         let first = index(bytes.start.div_ceil(UNIT_BYTES));
         for unit in first..last.min(self.filled.len()) {
             self.filled[unit] = true;
@@ -156,9 +163,11 @@ impl Following {
 
     /// Sends what was not sent yet of the file, which is whole and was proven as `identity`.
     async fn finish(&mut self, identity_proven: FileIdentity) -> Result<()> {
-        let file = self.file().await?;
-        let metadata = file.metadata().map_err(unreadable)?;
-        if identity(&metadata) != identity_proven {
+        if self.generation.is_some_and(|sent| !self.arrival.is_proven(sent)) {
+            return Err(filled_anew());
+        }
+        // By now it may have been published, and lie elsewhere.
+        if self.unsent_parts > 0 && identity(&self.file().await?.metadata().map_err(unreadable)?) != identity_proven {
             return Err(filled_anew());
         }
         for part in 0..self.multipart.parts() {
@@ -183,15 +192,25 @@ impl Following {
             })?;
             Ok::<Room, Error>(room)
         };
-        self.multipart.send(blocking(read).await?, None)
+        self.multipart.send(blocking(read).await?, None)?;
+        self.unsent_parts -= 1;
+        if self.unsent_parts == 0 {
+            // Many files may wait for the proof: none of them is kept open for that.
+            self.file = None;
+        }
+        Ok(())
     }
 
     async fn file(&mut self) -> Result<Arc<File>> {
         if let Some(file) = &self.file {
             return Ok(file.clone());
         }
-        let staged = self.staged.clone();
+        let staged = self.arrival.staged().to_owned();
         let file = Arc::new(blocking(move || File::open(staged).map_err(unreadable)).await?);
+        // Another one may lie there by now, most of which is not there yet.
+        if self.generation.is_some_and(|generation| !self.arrival.is_current(generation)) {
+            return Err(filled_anew());
+        }
         Ok(self.file.insert(file).clone())
     }
 }

@@ -5,11 +5,12 @@
 //! what the plan says of the file ([`Release`]), from whether a ladder checked them, and from whether the reader minds;
 //! nothing else decides it.
 //!
-//! Surprise: a file that turns out wrong is filled anew, as another inode, and nothing of the earlier one may be read
-//! any more. Whoever was given some of it finds that its inode is not the one that is filled.
+//! Surprise: a file that turns out wrong is filled anew, as another generation, and nothing of the earlier one may be
+//! read any more. The inode does not tell them apart: a filesystem gives the number of a file that is gone to the very
+//! next one. A generation begins before its file is made and the earlier one goes, so whoever opens what lies there and
+//! finds the same generation afterwards has opened that one.
 
 use super::order::Left;
-use crate::disk::StagedInode;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -27,8 +28,9 @@ pub(super) const NEXT_WISH: Duration = Duration::from_millis(20);
 /// For how long the rest of a file stands back for what a reader waits for: a connection may have stalled.
 const WISH_MAX: Duration = Duration::from_secs(1);
 
-/// When the bytes of a file may be read while it is filled, by whoever wants only bytes that are vouched for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// When the bytes of a file may be read while it is filled, by whoever wants only bytes that are vouched for; the
+/// earliest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Release {
     /// Part by part, as its ladder finds them right.
     ByPart,
@@ -52,8 +54,10 @@ pub(crate) struct Arrival {
 /// What has come so far.
 #[derive(Debug, Clone, Default)]
 struct Came {
-    /// The staged file, once there is one.
-    inode: Option<StagedInode>,
+    /// How often the file was begun anew.
+    begun: u64,
+    /// Which of these is being filled, or is there; what an earlier fill left is none of them, and 0.
+    generation: Option<u64>,
     /// Whether a ladder checks its parts.
     by_ladder: bool,
     /// What was written of it, as the end of each span by its beginning.
@@ -100,6 +104,11 @@ impl Arrival {
         Arc::new(Self { staged, size, release, came, wishes, wished })
     }
 
+    /// Where the file is staged.
+    pub(crate) fn staged(&self) -> &Path {
+        &self.staged
+    }
+
     /// Bytes of the file.
     pub(crate) fn size(&self) -> u64 {
         self.size
@@ -111,15 +120,29 @@ impl Arrival {
         came.is_proven || came.by_ladder && came.has(&(0..self.size))
     }
 
-    /// It is filled from here on as the file `inode`; what was there before counts no more.
-    pub(super) fn begin(&self, inode: StagedInode, by_ladder: bool) {
-        self.came.send_replace(Came { inode: Some(inode), by_ladder, ..Came::default() });
+    /// A new generation, whose file is about to be made: what was there before counts no more.
+    pub(super) fn begin(&self, by_ladder: bool) -> u64 {
+        let begun = self.came.borrow().begun + 1;
+        self.came.send_replace(Came { begun, generation: Some(begun), by_ladder, ..Came::default() });
+        begun
     }
 
-    /// These bytes are written into the file `inode` and, where a ladder can tell, right.
-    pub(super) fn part_came(&self, inode: &StagedInode, range: &Range<u64>) {
+    /// What lies there is filled further, as the generation that it is; what is there of it is told anew.
+    pub(super) fn go_on(&self, by_ladder: bool) -> u64 {
+        let begun = self.came.borrow().begun;
+        self.came.send_replace(Came { begun, generation: Some(begun), by_ladder, ..Came::default() });
+        begun
+    }
+
+    /// Whether `generation` is the one that is being filled, or is there.
+    pub(crate) fn is_current(&self, generation: u64) -> bool {
+        self.came.borrow().generation == Some(generation)
+    }
+
+    /// These bytes are written into the file of `generation` and, where a ladder can tell, right.
+    pub(super) fn part_came(&self, generation: u64, range: &Range<u64>) {
         self.came.send_if_modified(|came| {
-            let is_current = came.is_of(inode.number());
+            let is_current = came.generation == Some(generation);
             if is_current {
                 came.add(range);
             }
@@ -133,20 +156,22 @@ impl Arrival {
         }
     }
 
-    /// The whole file, numbered `inode`, is proven.
-    pub(crate) fn proven(&self, inode: u64) {
-        self.came.send_replace(Came { inode: Some(StagedInode::named(inode)), is_proven: true, ..Came::default() });
+    /// The whole file, as it lies there, is proven.
+    pub(crate) fn proven(&self) {
+        let begun = self.came.borrow().begun;
+        self.came.send_replace(Came { begun, generation: Some(begun), is_proven: true, ..Came::default() });
     }
 
-    /// Whether the whole file, numbered `inode`, is proven.
-    pub(crate) fn is_proven(&self, inode: u64) -> bool {
+    /// Whether the whole file is proven, and of `generation`.
+    pub(crate) fn is_proven(&self, generation: u64) -> bool {
         let came = self.came.borrow();
-        came.is_proven && came.is_of(inode)
+        came.is_proven && came.generation == Some(generation)
     }
 
     /// Nothing came of it.
     pub(crate) fn failed(&self) {
-        self.came.send_replace(Came::default());
+        let begun = self.came.borrow().begun;
+        self.came.send_replace(Came { begun, ..Came::default() });
     }
 
     /// A reader, which begins at the beginning. `unchecked`: it takes what is written, proven or not.
@@ -194,10 +219,6 @@ impl Arrival {
 }
 
 impl Came {
-    fn is_of(&self, inode: u64) -> bool {
-        self.inode.as_ref().is_some_and(|current| current.number() == inode)
-    }
-
     fn add(&mut self, range: &Range<u64>) {
         let (mut start, mut end) = (range.start, range.end);
         if let Some((before, its_end)) = self.spans.range(..=start).next_back().map(|(start, end)| (*start, *end))
@@ -241,9 +262,9 @@ impl Wish {
 }
 
 impl Reading {
-    /// Where the file is staged.
-    pub(crate) fn staged(&self) -> &Path {
-        &self.arrival.staged
+    /// The file that is read.
+    pub(crate) fn arrival(&self) -> &Arrival {
+        &self.arrival
     }
 
     /// What tells of every change.
@@ -251,9 +272,9 @@ impl Reading {
         Watching(self.arrival.came.subscribe())
     }
 
-    /// The staged file, if `range` of it may be read now. It reads on from there.
-    pub(crate) fn may_read(&self, range: &Range<u64>) -> Option<StagedInode> {
-        let inode = {
+    /// The generation of the staged file, if `range` of it may be read now. It reads on from there.
+    pub(crate) fn may_read(&self, range: &Range<u64>) -> Option<u64> {
+        let generation = {
             let (came, release) = (self.arrival.came.borrow(), self.arrival.release);
             let is_given = match release {
                 _ if self.unchecked => came.has(range),
@@ -261,12 +282,12 @@ impl Reading {
                 Release::Proven => came.is_proven,
                 Release::Published => false,
             };
-            came.inode.clone().filter(|_| is_given)?
+            came.generation.filter(|_| is_given)?
         };
         if let Some(wish) = self.arrival.wishes().get_mut(&self.id) {
             wish.is_at(range);
         }
-        Some(inode)
+        Some(generation)
     }
 
     /// Has this asked for before anything else.
@@ -278,9 +299,9 @@ impl Reading {
         self.arrival.wished.notify_one();
     }
 
-    /// The number of the file that is filled now, if any is.
-    pub(crate) fn inode(&self) -> Option<u64> {
-        self.arrival.came.borrow().inode.as_ref().map(StagedInode::number)
+    /// The generation that is filled now, if any is.
+    pub(crate) fn generation(&self) -> Option<u64> {
+        self.arrival.came.borrow().generation
     }
 }
 
@@ -318,16 +339,12 @@ mod tests {
 
     fn arrival(release: Release) -> Arc<Arrival> {
         let arrival = Arrival::new(PathBuf::new(), 100 * PART, release);
-        arrival.begin(StagedInode::named(1), true);
+        assert_eq!(arrival.begin(true), 1);
         arrival
     }
 
     fn part(arrival: &Arrival, part: u64) {
-        arrival.part_came(&StagedInode::named(1), &(part * PART..(part + 1) * PART));
-    }
-
-    fn may_read(reading: &Reading, range: Range<u64>) -> Option<u64> {
-        reading.may_read(&range).as_ref().map(StagedInode::number)
+        arrival.part_came(1, &(part * PART..(part + 1) * PART));
     }
 
     fn asked(arrival: &Arrival, left: &mut Left) -> Option<u64> {
@@ -385,8 +402,8 @@ mod tests {
         let reading = arrival.read(false);
         all_wished(&arrival, &mut left);
         (0..4).for_each(|at| part(&arrival, at));
-        assert_eq!(may_read(&reading, 0..2 * PART), Some(1));
-        assert_eq!(may_read(&reading, 2 * PART..4 * PART), Some(1));
+        assert_eq!(reading.may_read(&(0..2 * PART)), Some(1));
+        assert_eq!(reading.may_read(&(2 * PART..4 * PART)), Some(1));
         assert_eq!(all_wished(&arrival, &mut left), (4..12).collect::<Vec<_>>());
         reading.wish(&(90 * PART..91 * PART));
         assert_eq!(all_wished(&arrival, &mut left), (90..96).collect::<Vec<_>>(), "elsewhere it begins anew");
@@ -400,17 +417,18 @@ mod tests {
         {
             let reading = arrival.read(unchecked);
             part(arrival, 7);
-            assert_eq!(may_read(&reading, 7 * PART..8 * PART).is_some(), given, "{arrival:?} {unchecked}");
-            assert_eq!(may_read(&reading, 7 * PART..8 * PART + 1), None);
+            assert_eq!(reading.may_read(&(7 * PART..8 * PART)).is_some(), given, "{arrival:?} {unchecked}");
+            assert_eq!(reading.may_read(&(7 * PART..8 * PART + 1)), None);
         }
         let reading = trusted.read(false);
-        trusted.begin(StagedInode::named(2), false);
-        trusted.part_came(&StagedInode::named(1), &(0..PART));
-        trusted.part_came(&StagedInode::named(2), &(PART..2 * PART));
-        assert_eq!(may_read(&reading, 0..PART), None, "it is of a file that is no more");
-        assert_eq!(may_read(&reading, PART..2 * PART), None, "no ladder checked it");
-        trusted.proven(2);
-        assert_eq!(may_read(&reading, 0..100 * PART), Some(2));
+        assert_eq!(trusted.begin(false), 2);
+        assert!(trusted.is_current(2) && !trusted.is_current(1));
+        trusted.part_came(1, &(0..PART));
+        trusted.part_came(2, &(PART..2 * PART));
+        assert_eq!(reading.may_read(&(0..PART)), None, "it is of a file that is no more");
+        assert_eq!(reading.may_read(&(PART..2 * PART)), None, "no ladder checked it");
+        trusted.proven();
+        assert_eq!(reading.may_read(&(0..100 * PART)), Some(2));
         assert!(trusted.is_proven(2) && !trusted.is_proven(1));
     }
 
@@ -419,9 +437,9 @@ mod tests {
         let arrival = arrival(Release::Published);
         let (reading, careless) = (arrival.read(false), arrival.read(true));
         part(&arrival, 0);
-        arrival.proven(1);
-        assert_eq!(may_read(&reading, 0..PART), None);
-        assert_eq!(may_read(&careless, 0..PART), Some(1));
+        arrival.proven();
+        assert_eq!(reading.may_read(&(0..PART)), None);
+        assert_eq!(careless.may_read(&(0..PART)), Some(1));
     }
 
     #[test]

@@ -80,8 +80,9 @@ pub(super) struct Permit {
 impl Limiter {
     /// For a process that may have `files_max` files open, if that is known.
     pub(super) fn new(files_max: Option<u64>) -> Self {
-        // A request needs a connection, and its file up to three descriptors.
-        let most = files_max.map_or(MOST, |files| usize::try_from(files / 8).unwrap_or(MOST)).clamp(LEAST, MOST);
+        // A request needs a connection; two files for each are open, with up to three descriptors; and what comes may be
+        // sent meanwhile.
+        let most = files_max.map_or(MOST, |files| usize::try_from(files / 16).unwrap_or(MOST)).clamp(LEAST, MOST);
         let climb = Climb::new(START.min(most), most);
         Self(Arc::new(Inner {
             permits: Arc::new(Semaphore::new(climb.limit)),
@@ -361,7 +362,7 @@ mod tests {
 
     #[test]
     fn few_descriptors_mean_few_requests() {
-        assert_eq!(Limiter::new(Some(64)).limit(), 8);
+        assert_eq!(Limiter::new(Some(128)).limit(), 8);
         assert_eq!(Limiter::new(Some(1)).limit(), LEAST);
         assert_eq!(Limiter::new(Some(1 << 20)).limit(), START);
     }

@@ -42,6 +42,8 @@ pub(super) struct PartTask {
     pub(super) retry: Retry,
     pub(super) file: Arc<PourFile>,
     pub(super) writer: Arc<StagedWriter>,
+    /// Of what is written, as the arrival has it.
+    pub(super) generation: u64,
     /// Sources left for this attempt at the file, best first.
     pub(super) sources: Vec<Arc<dyn Source>>,
     pub(super) ladder: Option<Arc<Ladder>>,
@@ -66,9 +68,9 @@ impl PartTask {
         } else {
             self.part(&range, permit, &mut part).await?;
         }
-        self.file.arrival.part_came(self.writer.inode(), &range);
+        self.file.arrival.part_came(self.generation, &range);
         if let Some(sink) = &self.file.on_part {
-            sink.tell(&self.file.path, self.writer.inode(), range);
+            sink.tell(&self.file.path, self.generation, range);
         }
         if part.behind { Ok(self.catch_up().await?) } else { Ok(()) }
     }

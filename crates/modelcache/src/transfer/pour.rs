@@ -148,7 +148,7 @@ impl Pourer {
             let target = file.target.clone();
             blocking(move || StagedWriter::forget(&target)).await?;
         }
-        outcome.inspect(|poured| file.arrival.proven(poured.identity.inode))
+        outcome.inspect(|_| file.arrival.proven())
     }
 
     async fn try_sources(&self, file: &Arc<PourFile>, pouring: Pouring, progress: &Progress) -> Result<Poured> {
@@ -222,23 +222,27 @@ impl Pourer {
         let (pouring, write_mode, may_resume) =
             (attempt.pouring, self.write_mode, attempt.resume && !attempt.one_stream);
         let (path, git) = (file.target.clone(), file.entry.sha256.is_none() && file.entry.git_oid.is_some());
-        let (writer, left_over) = blocking(move || {
+        let arrival = file.arrival.clone();
+        let (writer, left_over, generation) = blocking(move || {
             let direct = goes_direct(write_mode, pouring.purpose, size, pouring.bytes, in_order);
             let draft = Draft { path, size, part_size, in_order, git, direct };
             let left = if may_resume { StagedWriter::resume(&draft, Some(owner.clone()))? } else { None };
             match left {
-                Some(left) => Ok(left),
-                None => Ok((StagedWriter::create(draft, Some(owner))?, BTreeSet::new())),
+                Some((writer, parts)) => Ok((writer, parts, arrival.go_on(!in_order))),
+                None => {
+                    let generation = arrival.begin(!in_order);
+                    Ok((StagedWriter::create(draft, Some(owner))?, BTreeSet::new(), generation))
+                }
             }
         })
         .await?;
-        file.arrival.begin(writer.inode().clone(), !in_order);
         let order = attempt.order();
         let task = PartTask {
             engine: self.engine.clone(),
             retry: self.retry.clone(),
             file: file.clone(),
             writer: Arc::new(writer),
+            generation,
             sources: attempt.sources,
             ladder: attempt.ladder,
             part_size,

@@ -1,22 +1,21 @@
 //! Who wants to know which parts of a file that is being filled are there already.
 
-use crate::disk::StagedInode;
 use crate::key::FilePath;
 use std::ops::Range;
 use tokio::sync::mpsc;
 
 /// A part that is written and, where a ladder can tell, checked; it can be read where the file is staged.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct FilledPart {
     pub(crate) path: FilePath,
-    /// The staged file: one that is filled anew is another.
-    pub(crate) inode: StagedInode,
+    /// Of the staged file: one that is filled anew has another.
+    pub(crate) generation: u64,
     /// Where it is in the file.
     pub(crate) bytes: Range<u64>,
 }
 
 /// Tells of parts, without ever waiting for whoever listens. What is told is early, not proven: the file may still turn
-/// out wrong as a whole and be filled anew, as another inode.
+/// out wrong as a whole and be filled anew, as another generation.
 #[derive(Debug, Clone)]
 pub(crate) struct PartSink(mpsc::UnboundedSender<FilledPart>);
 
@@ -27,7 +26,7 @@ impl PartSink {
         (Self(sender), receiver)
     }
 
-    pub(crate) fn tell(&self, path: &FilePath, inode: &StagedInode, bytes: Range<u64>) {
-        let _ = self.0.send(FilledPart { path: path.clone(), inode: inode.clone(), bytes });
+    pub(crate) fn tell(&self, path: &FilePath, generation: u64, bytes: Range<u64>) {
+        let _ = self.0.send(FilledPart { path: path.clone(), generation, bytes });
     }
 }
