@@ -30,7 +30,8 @@ use std::time::Instant;
 /// For instance: modelcache exec hf://org/model -- vllm serve {}
 #[derive(Debug, Args)]
 pub(crate) struct Exec {
-    /// NAME@VERSION, hf://org/model[@revision[/file]], file:///folder-or-file
+    /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
+    /// oci://host/repository[:tag], https://host/file, file:///folder-or-file
     #[arg(required = true, value_name = "REF")]
     pub(crate) references: Vec<String>,
     #[command(flatten)]

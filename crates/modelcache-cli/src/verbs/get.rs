@@ -24,7 +24,8 @@ use std::time::{Duration, Instant};
 /// artifact gives it, and the nearer ones keep it. Every byte is checked.
 #[derive(Debug, Args)]
 pub(crate) struct Get {
-    /// NAME@VERSION, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, file:///folder-or-file
+    /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
+    /// oci://host/repository[:tag], https://host/file, file:///folder-or-file
     #[arg(required = true, value_name = "REF")]
     pub(crate) references: Vec<String>,
     #[command(flatten)]

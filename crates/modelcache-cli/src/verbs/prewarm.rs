@@ -26,7 +26,8 @@ const LIST_BYTES_MAX: u64 = 16 << 20;
 /// reference that fails does not stop the others.
 #[derive(Debug, Args)]
 pub(crate) struct Prewarm {
-    /// NAME@VERSION, hf://org/model[@revision[/file]], file:///folder-or-file
+    /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
+    /// oci://host/repository[:tag], https://host/file, file:///folder-or-file
     #[arg(required_unless_present = "file", value_name = "REF")]
     references: Vec<String>,
     /// Also those in this file, one a line; lines that begin with # are comments; `-` is standard input

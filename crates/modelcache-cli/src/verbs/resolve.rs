@@ -17,7 +17,8 @@ use std::time::Duration;
 /// answer came from, on standard error.
 #[derive(Debug, Args)]
 pub(crate) struct Resolve {
-    /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], file:///folder-or-file
+    /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
+    /// oci://host/repository[:tag], https://host/file, file:///folder-or-file
     #[arg(value_name = "REF")]
     pub(crate) reference: String,
     /// Branch, tag or commit, in place of the one in the reference
