@@ -13,7 +13,7 @@ use std::io::{self, BufWriter, Read};
 use std::path::Path;
 
 /// How long one program may take in one contest, in seconds.
-const SPENT_S_MAX: f64 = 40.0;
+const SPENT_S_MAX: f64 = 25.0;
 const ROUNDS_MIN: usize = 2;
 
 /// One program with one setting.
@@ -45,6 +45,19 @@ pub(super) struct Line {
 
 /// Runs the entries, each of which moves `bytes`.
 pub(super) fn contest(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Result<Vec<Line>> {
+    in_turn(setup, bytes, entries, |_| Ok(()))
+}
+
+/// The same where the bytes are written to disk: all find as much memory for the page cache, whoever ran before.
+pub(super) fn contest_to_disk(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Result<Vec<Line>> {
+    in_turn(setup, bytes, entries, |freed| match freed < bytes / 4 * 3 {
+        true => warm_page_cache(&setup.scratch.disk, bytes),
+        false => Ok(()),
+    })
+}
+
+/// `prepare` is told how many bytes of memory became free as the files of the run before were removed.
+fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn(u64) -> Result<()>) -> Result<Vec<Line>> {
     let lines = |entry: &Entry<'_>| -> Vec<Line> {
         let line = |(suffix, durable): &(&str, &'static str)| Line {
             who: entry.who,
@@ -65,8 +78,9 @@ pub(super) fn contest(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Resul
             if out || (round > ROUNDS_MIN && spent > SPENT_S_MAX) {
                 continue;
             }
+            let free_before = memory_bytes("MemFree");
             let folder = setup.scratch.fresh("run")?;
-            warm_page_cache(&setup.scratch.disk, bytes)?;
+            prepare(memory_bytes("MemFree").saturating_sub(free_before))?;
             match (entry.run)(&folder) {
                 Ok(runs) => {
                     let last = runs.last().copied().unwrap_or_default();
@@ -86,8 +100,8 @@ pub(super) fn contest(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Resul
 
 /// Writes as much through the page cache as a program's files will take there, and removes it.
 ///
-/// A virtual machine that gives back what is free within seconds is given it page by page when it writes: five times the
-/// price of the write itself, to be paid by whoever comes after a program that takes none. Memory that a file has just
+/// A virtual machine that gives back what is free within seconds is given it page by page when it writes: several times
+/// the price of the write itself, to be paid by whoever comes after a program that takes none. Memory that a file has just
 /// left is taken again first, other memory is not.
 fn warm_page_cache(folder: &Path, bytes: u64) -> Result<()> {
     let warmed = bytes.saturating_add(bytes / 8).min(memory_bytes("MemAvailable") / 2);

@@ -2,7 +2,7 @@
 
 use super::pull::make_room;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
-use crate::bench::contest::{Entry, Line, OURS, best_peer, contest, ours, table};
+use crate::bench::contest::{Entry, Line, OURS, best_peer, contest_to_disk, ours, table};
 use crate::bench::page::{Bar, Section};
 use crate::bench::rivals::{ALL, Way};
 use crate::bench::served::{Kind, Served};
@@ -55,7 +55,7 @@ fn section(setup: &Setup, row: &'static str, (count, each): (usize, u64), least:
         let steps = vec![("", "no"), (" + sync", "yes")];
         entries.push(Entry { who: rival.who, setting: rival.setting(), checked: "no", steps, run: Box::new(run) });
     }
-    let lines = contest(setup, bytes, &entries)?;
+    let lines = contest_to_disk(setup, bytes, &entries)?;
     drop(entries);
     crate::bench::scratch::remove(&files)?;
     crate::bench::scratch::remove(&setup.served())?;

@@ -3,7 +3,7 @@
 use super::calls::Calls;
 use super::pull::the_file;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
-use crate::bench::contest::{Entry, Line, OURS, best_peer, contest, ours, table};
+use crate::bench::contest::{Entry, Line, OURS, best_peer, contest_to_disk, ours, table};
 use crate::bench::page::{Bar, Section};
 use crate::bench::served::{Kind, Served};
 use crate::bench::setup::{Setup, has_bytes, sync};
@@ -133,7 +133,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         stage.theirs(None),
         stage.theirs(Some(16)),
     ];
-    let lines = contest(setup, setup.sizes.file, &entries)?;
+    let lines = contest_to_disk(setup, setup.sizes.file, &entries)?;
     let best = best_peer(&lines, |_| true);
     let ratio = best.zip(ours(&lines, DEFAULTS).and_then(Line::seconds)).map(|(best, seconds)| best / seconds);
     Ok(Section {

@@ -1,7 +1,7 @@
 //! One large file from S3: to disk, to memory by way of the disk, and over TLS.
 
 use super::{DEFAULTS, DURABLE, durable, progress, size};
-use crate::bench::contest::{Entry, Line, OURS, best_peer, contest, ours, table};
+use crate::bench::contest::{Entry, Line, OURS, best_peer, contest_to_disk, ours, table};
 use crate::bench::page::{Bar, Section};
 use crate::bench::rivals::{ALL, Rival, Way, aria2, url};
 use crate::bench::served::{Kind, Served};
@@ -140,7 +140,7 @@ pub(crate) fn to_disk(setup: &Setup) -> Result<Section> {
     ];
     entries.extend(ALL.map(|rival| stage.theirs(rival, SYNCED)));
     entries.push(stage.aria2(SYNCED));
-    let lines = contest(setup, setup.sizes.file, &entries)?;
+    let lines = contest_to_disk(setup, setup.sizes.file, &entries)?;
     section(&stage, "durable", "", &lines, (1.5, 2.0))
 }
 
@@ -153,7 +153,7 @@ pub(crate) fn over_tls(setup: &Setup) -> Result<Section> {
     ];
     let fast = ALL.into_iter().filter(|rival| rival.tuned || rival.who == "s5cmd");
     entries.extend(fast.map(|rival| stage.theirs(rival, SYNCED)));
-    let lines = contest(setup, setup.sizes.file, &entries)?;
+    let lines = contest_to_disk(setup, setup.sizes.file, &entries)?;
     section(&stage, "tls", " over TLS", &lines, (1.3, 1.6))
 }
 
@@ -207,7 +207,7 @@ pub(crate) fn loaded(setup: &Setup) -> Result<Section> {
     ];
     let fast = ALL.into_iter().filter(|rival| rival.tuned && rival.who != "aws" || rival.who == "s5cmd");
     entries.extend(fast.map(|rival| stage.theirs(rival, LOADED)));
-    let lines = contest(setup, setup.sizes.file, &entries)?;
+    let lines = contest_to_disk(setup, setup.sizes.file, &entries)?;
     let loaded = |line: &Line| line.setting.ends_with("read") || line.setting.ends_with("memory");
     let best = best_peer(&lines, loaded);
     let seconds = ours(&lines, &format!("{DEFAULTS} + read")).and_then(Line::seconds);

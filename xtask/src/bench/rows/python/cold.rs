@@ -1,6 +1,6 @@
 //! One large file from S3 to disk, by our command and by our Python package: what the interpreter adds.
 
-use crate::bench::contest::{Entry, OURS, best_peer, contest, ours, table};
+use crate::bench::contest::{Entry, OURS, best_peer, contest_to_disk, ours, table};
 use crate::bench::page::{Bar, Section};
 use crate::bench::rivals::ALL;
 use crate::bench::rows::pull::{REFERENCE, Stage};
@@ -26,7 +26,7 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     }
     let in_python = ALL.into_iter().filter(|rival| matches!(rival.who, "obstore" | "boto3") && rival.tuned);
     entries.extend(in_python.map(|rival| stage.theirs(rival, &[])));
-    let lines = contest(setup, setup.sizes.file, &entries)?;
+    let lines = contest_to_disk(setup, setup.sizes.file, &entries)?;
     drop(entries);
     let best = best_peer(&lines, |_| true);
     let bar = |setting: &str| {
