@@ -308,7 +308,8 @@ fn few_open_files_are_enough_to_send_many_meanwhile() {
     let commit = names.iter().enumerate().fold(commit, |commit, (n, name)| commit.lfs(name, content(n)));
     commit.publish().unwrap();
     // None of them is known to be right before all are there.
-    let folder = house.on("a").run_after("ulimit -n 96", &["get", REF]).path();
+    let patient = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "60s");
+    let folder = patient.run_after("ulimit -n 96", &["get", REF]).path();
     names.iter().enumerate().for_each(|(n, name)| assert_same(&folder.join(name), &content(n)));
     assert_eq!((house.pending("a"), parts(&house)), ((0, 0), 2 * names.len()), "each part was sent once");
     assert_eq!((house.s3.uploads(BUCKET), claims(&house)), (vec![], 0));
