@@ -45,19 +45,15 @@ pub(super) struct Line {
 
 /// Runs the entries, each of which moves `bytes`.
 pub(super) fn contest(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Result<Vec<Line>> {
-    in_turn(setup, bytes, entries, |_| Ok(()))
+    in_turn(setup, bytes, entries, || Ok(()))
 }
 
 /// The same where the bytes are written to disk: all find as much memory for the page cache, whoever ran before.
 pub(super) fn contest_to_disk(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Result<Vec<Line>> {
-    in_turn(setup, bytes, entries, |freed| match freed < bytes / 4 * 3 {
-        true => warm_page_cache(&setup.scratch.disk, bytes),
-        false => Ok(()),
-    })
+    in_turn(setup, bytes, entries, || warm_page_cache(&setup.scratch.disk, bytes))
 }
 
-/// `prepare` is told how many bytes of memory became free as the files of the run before were removed.
-fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn(u64) -> Result<()>) -> Result<Vec<Line>> {
+fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() -> Result<()>) -> Result<Vec<Line>> {
     let lines = |entry: &Entry<'_>| -> Vec<Line> {
         let line = |(suffix, durable): &(&str, &'static str)| Line {
             who: entry.who,
@@ -78,9 +74,8 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn(u6
             if out || (round > ROUNDS_MIN && spent > SPENT_S_MAX) {
                 continue;
             }
-            let free_before = memory_bytes("MemFree");
             let folder = setup.scratch.fresh("run")?;
-            prepare(memory_bytes("MemFree").saturating_sub(free_before))?;
+            prepare()?;
             match (entry.run)(&folder) {
                 Ok(runs) => {
                     let last = runs.last().copied().unwrap_or_default();

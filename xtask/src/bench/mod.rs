@@ -149,12 +149,17 @@ impl Bench {
         let started = Instant::now();
         let setup = self.setup()?;
         let machine = machine::told(&setup)?;
-        let (mut sections, mut failed) = (Vec::new(), Vec::new());
+        let names: Vec<String> = Row::value_variants().iter().map(|row| row.name()).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let mut failed = Vec::new();
         for row in in_order().into_iter().filter(|row| self.measures(*row)) {
             match row.measure(&setup) {
                 Ok(section) => {
                     println!("\n{}", section.text());
-                    sections.push(section);
+                    // At once: what was measured is not lost when a later row is interrupted.
+                    if self.write || !self.quick {
+                        page::write(&names, &[section], &machine)?;
+                    }
                 }
                 // What can still be measured is.
                 Err(error) => {
@@ -164,10 +169,6 @@ impl Bench {
             }
         }
         println!("{machine}\n{:.0} s in all", started.elapsed().as_secs_f64());
-        if self.write || !self.quick {
-            let names: Vec<String> = Row::value_variants().iter().map(|row| row.name()).collect();
-            page::write(&names.iter().map(String::as_str).collect::<Vec<_>>(), &sections, &machine)?;
-        }
         ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
         Ok(())
     }

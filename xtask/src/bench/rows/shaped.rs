@@ -2,7 +2,7 @@
 
 use super::pull::Stage;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
-use crate::bench::contest::{Entry, best_peer, contest, median, ours, table};
+use crate::bench::contest::{Entry, best_peer, contest_to_disk, median, ours, table};
 use crate::bench::page::{Bar, Section};
 use crate::bench::rivals::ALL;
 use crate::bench::served::{Counted, Kind, SHAPED_BYTES_PER_S, SHAPED_FIRST_BYTE_MS};
@@ -32,7 +32,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         free.ours("durable, no shape", &[("", "yes")], durable, None),
     ];
     entries.extend(fast.map(|rival| watched(&stage, &seen, stage.theirs(rival, &[]))));
-    let lines = contest(setup, setup.sizes.file, &entries)?;
+    let lines = contest_to_disk(setup, setup.sizes.file, &entries)?;
     drop(entries);
     let seen = seen.into_inner();
     let share = |setting: &str, free: &str| {
