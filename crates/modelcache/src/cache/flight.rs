@@ -15,8 +15,8 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::progress::{Phase, PhaseGuard, Progress};
 use crate::selection::Selection;
-use crate::transfer::{Arrival, Reading, blocking};
-use std::collections::{BTreeMap, HashMap};
+use crate::transfer::{Arrivals, Reading, blocking};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -54,9 +54,6 @@ pub(super) struct Flight {
     task: Option<JoinHandle<()>>,
     landing: Arc<Tasks>,
 }
-
-/// The files that a flight brings, for those who read them meanwhile.
-pub(super) type Arrivals = BTreeMap<FilePath, Arc<Arrival>>;
 
 /// Where a fill tells those who wait for it.
 #[derive(Debug)]

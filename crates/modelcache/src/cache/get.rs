@@ -6,7 +6,7 @@
 //! the disk who did not ask to: see `durable.rs`.
 
 use super::backfill::ToBackfill;
-use super::flight::{Arrivals, Joined, Landed, Teller};
+use super::flight::{Joined, Landed, Teller};
 use super::plan::FillPlan;
 use super::resolve::Wanted;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
@@ -17,7 +17,7 @@ use crate::manifest::{FileEntry, Manifest};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{Early, Proven};
-use crate::transfer::{Arrival, PourFile, Poured, Release, blocking};
+use crate::transfer::{Arrival, Arrivals, PourFile, Poured, Release, blocking};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -240,7 +240,8 @@ fn to_pour(staging: &Staging, plan: &FillPlan) -> Result<(Arrivals, BTreeMap<Str
     for (path, entry) in &plan.selected {
         // Of equal files, what is asked of one is asked of all.
         let (name, release) = (staged_name(path, entry), plan.release(path));
-        releases.entry(name).and_modify(|of_all| *of_all = release.max(*of_all)).or_insert(release);
+        let of_all = releases.entry(name).or_insert(release);
+        *of_all = release.max(*of_all);
     }
     for (path, entry) in &plan.selected {
         let name = staged_name(path, entry);

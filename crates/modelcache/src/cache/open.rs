@@ -8,7 +8,7 @@
 //! Surprise: an open file is bound to the very file that it was first given bytes of. If that turns out wrong and is
 //! filled anew, every further wait fails; there is never a mixture of two.
 
-use super::flight::{Arrivals, Flight, Landed, Opening, Stage, vanished};
+use super::flight::{Flight, Landed, Opening, Stage, vanished};
 use super::get::artifact;
 use super::plan::only_file;
 use super::resolve::Wanted;
@@ -19,7 +19,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::selection::Selection;
-use crate::transfer::{Arrival, Reading, blocking};
+use crate::transfer::{Arrival, Arrivals, Reading, blocking};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};

@@ -15,7 +15,7 @@ use crate::disk::identity;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
 use crate::manifest::{FileIdentity, Manifest};
-use crate::transfer::{Arrival, FilledPart, PartSink, blocking, tidy};
+use crate::transfer::{Arrival, Arrivals, FilledPart, PartSink, blocking, tidy};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
@@ -39,11 +39,7 @@ pub(crate) struct Early {
 
 impl Early {
     /// Starts to send `files` of `listing` as they arrive, as far as that makes sense. Whoever fills them tells the sink.
-    pub(crate) fn start(
-        remote: &Remote,
-        listing: Manifest,
-        files: BTreeMap<FilePath, Arc<Arrival>>,
-    ) -> (Self, PartSink) {
+    pub(crate) fn start(remote: &Remote, listing: Manifest, files: Arrivals) -> (Self, PartSink) {
         let ((sink, told), (sender, proven)) = (PartSink::new(), oneshot::channel());
         let task = tokio::spawn(send(remote.clone(), listing, files, told, proven));
         (Self { proven: Some(sender), task: Some(task) }, sink)
@@ -71,7 +67,7 @@ impl Drop for Early {
 async fn send(
     remote: Remote,
     listing: Manifest,
-    files: BTreeMap<FilePath, Arc<Arrival>>,
+    files: Arrivals,
     mut told: mpsc::UnboundedReceiver<FilledPart>,
     mut proven: oneshot::Receiver<Proven>,
 ) -> Option<Begun> {

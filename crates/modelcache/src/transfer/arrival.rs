@@ -11,6 +11,7 @@
 //! finds the same generation afterwards has opened that one.
 
 use super::order::Left;
+use crate::key::FilePath;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -40,6 +41,9 @@ pub(crate) enum Release {
     Published,
 }
 
+/// The files of a fill.
+pub(crate) type Arrivals = BTreeMap<FilePath, Arc<Arrival>>;
+
 /// One file of a fill.
 #[derive(Debug)]
 pub(crate) struct Arrival {
@@ -54,10 +58,10 @@ pub(crate) struct Arrival {
 /// What has come so far.
 #[derive(Debug, Clone, Default)]
 struct Came {
-    /// How often the file was begun anew.
-    begun: u64,
-    /// Which of these is being filled, or is there; what an earlier fill left is none of them, and 0.
-    generation: Option<u64>,
+    /// How often the file was begun anew: what an earlier fill left is 0.
+    generation: u64,
+    /// It is being filled, or there.
+    is_there: bool,
     /// Whether a ladder checks its parts.
     by_ladder: bool,
     /// What was written of it, as the end of each span by its beginning.
@@ -122,27 +126,23 @@ impl Arrival {
 
     /// A new generation, whose file is about to be made: what was there before counts no more.
     pub(super) fn begin(&self, by_ladder: bool) -> u64 {
-        let begun = self.came.borrow().begun + 1;
-        self.came.send_replace(Came { begun, generation: Some(begun), by_ladder, ..Came::default() });
-        begun
+        self.replace(1, Came { is_there: true, by_ladder, ..Came::default() })
     }
 
     /// What lies there is filled further, as the generation that it is; what is there of it is told anew.
     pub(super) fn go_on(&self, by_ladder: bool) -> u64 {
-        let begun = self.came.borrow().begun;
-        self.came.send_replace(Came { begun, generation: Some(begun), by_ladder, ..Came::default() });
-        begun
+        self.replace(0, Came { is_there: true, by_ladder, ..Came::default() })
     }
 
     /// Whether `generation` is the one that is being filled, or is there.
     pub(crate) fn is_current(&self, generation: u64) -> bool {
-        self.came.borrow().generation == Some(generation)
+        self.came.borrow().current() == Some(generation)
     }
 
     /// These bytes are written into the file of `generation` and, where a ladder can tell, right.
     pub(super) fn part_came(&self, generation: u64, range: &Range<u64>) {
         self.came.send_if_modified(|came| {
-            let is_current = came.generation == Some(generation);
+            let is_current = came.current() == Some(generation);
             if is_current {
                 came.add(range);
             }
@@ -158,20 +158,25 @@ impl Arrival {
 
     /// The whole file, as it lies there, is proven.
     pub(crate) fn proven(&self) {
-        let begun = self.came.borrow().begun;
-        self.came.send_replace(Came { begun, generation: Some(begun), is_proven: true, ..Came::default() });
+        self.replace(0, Came { is_there: true, is_proven: true, ..Came::default() });
     }
 
     /// Whether the whole file is proven, and of `generation`.
     pub(crate) fn is_proven(&self, generation: u64) -> bool {
         let came = self.came.borrow();
-        came.is_proven && came.generation == Some(generation)
+        came.is_proven && came.current() == Some(generation)
     }
 
     /// Nothing came of it.
     pub(crate) fn failed(&self) {
-        let begun = self.came.borrow().begun;
-        self.came.send_replace(Came { begun, ..Came::default() });
+        self.replace(0, Came::default());
+    }
+
+    /// What came until now counts no more, but for how often the file was begun; which generation this is.
+    fn replace(&self, begun: u64, came: Came) -> u64 {
+        let generation = self.came.borrow().generation + begun;
+        self.came.send_replace(Came { generation, ..came });
+        generation
     }
 
     /// A reader, which begins at the beginning. `unchecked`: it takes what is written, proven or not.
@@ -219,6 +224,10 @@ impl Arrival {
 }
 
 impl Came {
+    fn current(&self) -> Option<u64> {
+        self.is_there.then_some(self.generation)
+    }
+
     fn add(&mut self, range: &Range<u64>) {
         let (mut start, mut end) = (range.start, range.end);
         if let Some((before, its_end)) = self.spans.range(..=start).next_back().map(|(start, end)| (*start, *end))
@@ -282,7 +291,7 @@ impl Reading {
                 Release::Proven => came.is_proven,
                 Release::Published => false,
             };
-            came.generation.filter(|_| is_given)?
+            came.current().filter(|_| is_given)?
         };
         if let Some(wish) = self.arrival.wishes().get_mut(&self.id) {
             wish.is_at(range);
@@ -301,7 +310,7 @@ impl Reading {
 
     /// The generation that is filled now, if any is.
     pub(crate) fn generation(&self) -> Option<u64> {
-        self.arrival.came.borrow().generation
+        self.arrival.came.borrow().current()
     }
 }
 

@@ -14,7 +14,7 @@ mod sink;
 mod tidy;
 mod workers;
 
-pub(crate) use arrival::{Arrival, Reading, Release};
+pub(crate) use arrival::{Arrival, Arrivals, Reading, Release};
 pub(crate) use pace::Pace;
 pub(crate) use pour::{PourFile, Poured, Pourer, blocking};
 pub(crate) use retry::within;
