@@ -205,6 +205,13 @@ impl Begun {
         self.0.iter().flat_map(|inner| inner.uploads.keys().cloned()).collect()
     }
 
+    /// It will not be sent: it is aborted with whatever else is not published.
+    pub(crate) fn give_up(&mut self, path: FilePath, multipart: Multipart) {
+        if let Some(inner) = &mut self.0 {
+            inner.uploads.insert(path, multipart);
+        }
+    }
+
     /// All parts are on their way, and this is what they are.
     pub(crate) fn put_back(&mut self, path: FilePath, multipart: Multipart, sha256: Digest) {
         if let Some(inner) = &mut self.0 {
@@ -220,8 +227,9 @@ impl Begun {
     }
 
     pub(super) async fn open(mut self) -> Option<Opened> {
-        let Inner { claim, checked, uploads, sent } = self.0.take()?;
-        abort_all(uploads.into_values()).await;
+        let mut inner = self.0.take()?;
+        inner.abort_uploads().await;
+        let Inner { claim, checked, sent, .. } = inner;
         Some(Opened { claim, checked, sent })
     }
 }
@@ -236,12 +244,17 @@ impl Drop for Begun {
 
 impl Inner {
     async fn abandon(mut self) {
-        let sent = std::mem::take(&mut self.sent).into_values().map(|(multipart, _)| multipart);
-        if !abort_all(self.uploads.into_values().chain(sent)).await {
-            self.claim.touch();
-        }
+        let sent = std::mem::take(&mut self.sent).into_iter().map(|(path, (multipart, _))| (path, multipart));
+        self.uploads.extend(sent);
+        self.abort_uploads().await;
         if let Err(error) = self.claim.close().await {
             tracing::debug!(%error, "a claim is left to end by itself");
+        }
+    }
+    /// What does not go is left to whoever looks at the claim.
+    async fn abort_uploads(&mut self) {
+        if !abort_all(std::mem::take(&mut self.uploads).into_values()).await {
+            self.claim.touch();
         }
     }
 }

@@ -8,7 +8,7 @@
 //! counts only if it was read from the very file that was proven.
 
 use super::Remote;
-use super::begun::{Begun, abort_all};
+use super::begun::Begun;
 use super::multipart::{Multipart, Room, SINGLE_BYTES_MAX};
 use crate::digest::Digest;
 use crate::disk::identity;
@@ -82,10 +82,10 @@ async fn send(
     let proven = tokio::select! {
         biased;
         proven = &mut proven => proven,
-        () = follow_all(&mut following, &mut told) => proven.await,
+        () = follow_all(&mut begun, &mut following, &mut told) => proven.await,
     };
     let Ok(proven) = proven else {
-        abort_all(following.into_values().map(|file| file.multipart)).await;
+        following.into_iter().for_each(|(path, file)| begun.give_up(path, file.multipart));
         begun.abandon().await;
         return None;
     };
@@ -98,7 +98,7 @@ async fn send(
             Ok(sha256) => begun.put_back(path, file.multipart, sha256),
             Err(error) => {
                 tracing::debug!(%path, %error, "not sent while it was filled");
-                file.multipart.abort().await;
+                begun.give_up(path, file.multipart);
             }
         }
     }
@@ -106,13 +106,17 @@ async fn send(
 }
 
 /// Sends parts until nobody tells of any more. A file that cannot be sent is given up.
-async fn follow_all(files: &mut BTreeMap<FilePath, Following>, told: &mut mpsc::UnboundedReceiver<FilledPart>) {
+async fn follow_all(
+    begun: &mut Begun,
+    files: &mut BTreeMap<FilePath, Following>,
+    told: &mut mpsc::UnboundedReceiver<FilledPart>,
+) {
     while let Some(part) = told.recv().await {
         let Some(file) = files.get_mut(&part.path) else { continue };
         if let Err(error) = file.note(part.generation, part.bytes).await {
             tracing::debug!(path = %part.path, %error, "not sent while it is filled");
             if let Some(file) = files.remove(&part.path) {
-                file.multipart.abort().await;
+                begun.give_up(part.path, file.multipart);
             }
         }
     }
