@@ -1,7 +1,7 @@
 //! Programs that do the same, measured in turn: a round runs each of them once.
 //!
 //! Machines drift, so that only what ran in the same rounds is compared. A slow program runs fewer rounds: it leaves
-//! when it has taken [`SPENT_S_MAX`], though not before the second. One that fails leaves, with the reason.
+//! when it has taken [`SPENT_S_MAX`]. One that fails leaves, with the reason.
 
 use super::machine::memory_bytes;
 use super::setup::Setup;
@@ -14,7 +14,6 @@ use std::path::Path;
 
 /// How long one program may take in one contest, in seconds.
 const SPENT_S_MAX: f64 = 25.0;
-const ROUNDS_MIN: usize = 2;
 
 /// One program with one setting.
 pub(super) struct Entry<'a> {
@@ -71,7 +70,7 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
         for (entry, lines) in entries.iter().zip(&mut results) {
             let spent: f64 = lines.last().map_or(0.0, |line| line.runs.iter().map(|run| run.seconds).sum());
             let out = lines.iter().any(|line| line.failure.is_some());
-            if out || (round > ROUNDS_MIN && spent > SPENT_S_MAX) {
+            if out || spent > SPENT_S_MAX {
                 continue;
             }
             let folder = setup.scratch.fresh("run")?;

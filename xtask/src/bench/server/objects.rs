@@ -22,8 +22,8 @@ pub(super) struct Objects {
 /// What was sent and is not there. While it is locked, nothing else is written.
 #[derive(Default)]
 pub(super) struct State {
-    /// Sizes, by bucket and key.
-    thrown_away: BTreeMap<String, u64>,
+    /// Sizes and times, by bucket and key.
+    thrown_away: BTreeMap<String, (u64, SystemTime)>,
     pub(super) uploads: HashMap<String, Upload>,
     uploads_begun: u64,
 }
@@ -64,8 +64,8 @@ impl Objects {
                 Some(Object { size, etag, modified, file: Some(file) })
             }
             None => {
-                let size = *state.thrown_away.get(path)?;
-                Some(Object { size, etag: named_etag(path, size), modified: SystemTime::now(), file: None })
+                let (size, modified) = *state.thrown_away.get(path)?;
+                Some(Object { size, etag: named_etag(path, size), modified, file: None })
             }
         }
     }
@@ -88,7 +88,7 @@ impl Objects {
 
     /// Remembers the size of what was thrown away.
     pub(super) fn forget(&self, state: &mut State, path: &str, size: u64) -> String {
-        state.thrown_away.insert(path.to_owned(), size);
+        state.thrown_away.insert(path.to_owned(), (size, SystemTime::now()));
         named_etag(path, size)
     }
 
@@ -105,7 +105,7 @@ impl Objects {
         let begin = format!("{bucket}/{prefix}");
         let strip = |path: &str| path[bucket.len() + 1..].to_owned();
         let gone = state.thrown_away.iter().filter(|(path, _)| path.starts_with(&begin));
-        let mut keys: BTreeMap<String, u64> = gone.map(|(path, size)| (strip(path), *size)).collect();
+        let mut keys: BTreeMap<String, u64> = gone.map(|(path, (size, _))| (strip(path), *size)).collect();
         // From the deepest folder that the prefix names.
         let start = begin.rfind('/').map_or("", |slash| &begin[..slash]);
         let mut folders = Vec::from_iter(self.file(start));

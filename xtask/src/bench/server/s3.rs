@@ -152,7 +152,6 @@ impl Shared {
         let after = ["continuation-token", "start-after", "marker"].into_iter().find_map(|name| request.asks(name));
         let most = request.asks("max-keys").and_then(|most| most.parse().ok()).unwrap_or(KEYS_MAX).min(KEYS_MAX);
         let (mut rows, mut count, mut last, mut more) = (String::new(), 0, String::new(), false);
-        let modified = date::xml(SystemTime::now());
         let state = self.objects.lock();
         for (key, size) in self.objects.list(&state, bucket, prefix) {
             let rest = &key[prefix.len()..];
@@ -165,20 +164,20 @@ impl Shared {
                 more = true;
                 break;
             }
-            count += 1;
             let shown = escaped(&name);
             if folder.is_some() {
                 let _ = write!(rows, "<CommonPrefixes><Prefix>{shown}</Prefix></CommonPrefixes>");
             } else {
-                let etag =
-                    self.objects.find(&state, &format!("{bucket}/{key}")).map_or_else(String::new, |found| found.etag);
+                let Some(object) = self.objects.find(&state, &format!("{bucket}/{key}")) else { continue };
+                // Its own time: s5cmd leaves out what is newer than its own start.
+                let (etag, modified) = (escaped(&object.etag), date::xml(object.modified));
                 let _ = write!(
                     rows,
-                    "<Contents><Key>{shown}</Key><LastModified>{modified}</LastModified><ETag>{}</ETag>\
-                     <Size>{size}</Size><StorageClass>STANDARD</StorageClass></Contents>",
-                    escaped(&etag)
+                    "<Contents><Key>{shown}</Key><LastModified>{modified}</LastModified><ETag>{etag}</ETag>\
+                     <Size>{size}</Size><StorageClass>STANDARD</StorageClass></Contents>"
                 );
             }
+            count += 1;
             last = name;
         }
         let next = if more {
