@@ -52,8 +52,13 @@ pub(crate) fn absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 }
 
 /// Removes a file; that it is already gone is fine.
+///
+/// It looks first: to remove even what is not there, the kernel locks the folder against all who make names in it.
 pub(crate) fn remove_file(path: &Path) -> Result<()> {
-    absent(fs::remove_file(path)).at("remove", path).map(|_| ())
+    match absent(fs::symlink_metadata(path)).at("look at", path)? {
+        Some(_) => absent(fs::remove_file(path)).at("remove", path).map(|_| ()),
+        None => Ok(()),
+    }
 }
 
 /// Removes a folder and all it holds; that it is already gone is fine.

@@ -61,15 +61,23 @@ pub(crate) struct StagedWriter {
     direct_failed: AtomicBool,
     /// How far the file is hashed in order; [`u64::MAX`] when a ladder checks each part.
     cursor: AtomicU64,
+    /// Held while bytes are hashed.
     order: Mutex<InOrder>,
+    /// Never held for long: whoever completes a part does not wait for a hash.
+    early: Mutex<Early>,
 }
 
 struct InOrder {
     hasher: LadderHasher,
     git: Option<sha1::Sha1>,
+}
+
+/// What came before its turn.
+#[derive(Debug, Default)]
+struct Early {
     /// Parts that are written whole and not yet hashed.
-    waiting: BTreeSet<u64>,
-    /// Somebody reads back what waits.
+    parts: BTreeSet<u64>,
+    /// Somebody reads them back.
     is_caught_up_with: bool,
 }
 
@@ -82,7 +90,7 @@ pub(crate) struct Cursor<'a> {
 
 impl std::fmt::Debug for InOrder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("InOrder").field("position", &self.hasher.position()).field("waiting", &self.waiting).finish()
+        f.debug_struct("InOrder").field("position", &self.hasher.position()).finish_non_exhaustive()
     }
 }
 
@@ -160,6 +168,7 @@ impl StagedWriter {
             direct_failed: AtomicBool::new(false),
             cursor: AtomicU64::new(if in_order { 0 } else { u64::MAX }),
             order: Mutex::new(InOrder::new(size, part_size, git)),
+            early: Mutex::default(),
         }
     }
 
@@ -256,22 +265,41 @@ impl StagedWriter {
         if self.hashed_bytes() == u64::MAX {
             return Ok(false);
         }
-        let mut order = self.order();
-        order.waiting.insert(part);
-        if order.is_caught_up_with || order.next_waiting(self.part_size, self.size).is_none() {
+        let mut early = self.early();
+        early.parts.insert(part);
+        if early.is_caught_up_with || self.next_early(&mut early).is_none() {
             return Ok(false);
         }
-        order.is_caught_up_with = true;
+        early.is_caught_up_with = true;
         Ok(true)
     }
 
     /// What is to be read back and hashed next, within one part; `None` when nothing lags behind any more.
     pub(crate) fn behind(&self) -> Option<Range<u64>> {
-        let mut order = self.order();
-        let next = order.next_waiting(self.part_size, self.size);
-        order.is_caught_up_with = next.is_some();
+        let mut early = self.early();
+        let next = self.next_early(&mut early);
+        early.is_caught_up_with = next.is_some();
         let position = next?;
         Some(position..((position / self.part_size + 1) * self.part_size).min(self.size))
+    }
+
+    /// How many parts are written whole and wait for the hash.
+    pub(crate) fn parts_behind(&self) -> usize {
+        let mut early = self.early();
+        self.next_early(&mut early);
+        early.parts.len()
+    }
+
+    /// Where to go on, if the part at the cursor is written whole. Parts passed meanwhile are forgotten.
+    fn next_early(&self, early: &mut Early) -> Option<u64> {
+        let position = self.hashed_bytes();
+        if position >= self.size {
+            early.parts.clear();
+            return None;
+        }
+        let part = position / self.part_size;
+        early.parts = early.parts.split_off(&part);
+        early.parts.contains(&part).then_some(position)
     }
 
     /// Forgets what was hashed in order: the file is written from its beginning once more. Nothing is under way in it.
@@ -279,6 +307,7 @@ impl StagedWriter {
         if self.hashed_bytes() != u64::MAX {
             let mut order = self.order();
             *order = InOrder::new(self.size, self.part_size, order.git.is_some());
+            *self.early() = Early::default();
             self.cursor.store(0, Ordering::Release);
         }
     }
@@ -314,6 +343,10 @@ impl StagedWriter {
     fn order(&self) -> MutexGuard<'_, InOrder> {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn early(&self) -> MutexGuard<'_, Early> {
+        self.early.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Cursor<'_> {
@@ -344,15 +377,7 @@ impl InOrder {
             use sha1::Digest as _;
             sha1::Sha1::new_with_prefix(format!("blob {size}\0"))
         });
-        Self { hasher: LadderHasher::new(part_size), git, waiting: BTreeSet::new(), is_caught_up_with: false }
-    }
-
-    /// Where to go on, if the part at the cursor is written whole. Parts passed meanwhile are forgotten.
-    fn next_waiting(&mut self, part_size: u64, size: u64) -> Option<u64> {
-        let position = Some(self.hasher.position()).filter(|position| *position < size)?;
-        let part = position / part_size;
-        self.waiting = self.waiting.split_off(&part);
-        self.waiting.contains(&part).then_some(position)
+        Self { hasher: LadderHasher::new(part_size), git }
     }
 }
 

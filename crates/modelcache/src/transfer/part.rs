@@ -112,18 +112,9 @@ impl PartTask {
 
     /// Reads back and hashes in order what came before its turn.
     async fn catch_up(&self) -> Result<()> {
-        let mut spare = None;
-        while let Some(range) = self.writer.behind() {
-            let buffer = match spare.take() {
-                Some(buffer) => buffer,
-                None => self.engine.buffers.take().await,
-            };
-            let len = usize::try_from(range.end - range.start).unwrap_or(SLICE_BYTES).min(SLICE_BYTES);
-            let (writer, offset, work) = (self.writer.clone(), range.start, Work::ReadBack(len));
-            let slice = Slice { writer, offset, buffer, work, hash: Hash::InOrder, end: None };
-            spare = Some(self.engine.workers.submit(slice).done().await?.buffer);
-        }
-        Ok(())
+        let Some(range) = self.writer.behind() else { return Ok(()) };
+        let slice = Slice::behind(self.writer.clone(), &range, self.engine.buffers.take().await);
+        self.engine.workers.submit(slice).done().await.map(drop)
     }
 
     /// Gets one range right, from the first source that gives it.
@@ -444,7 +435,7 @@ impl PartProgress {
         self.settle(task).await?;
         let len = match work {
             Work::Write => buffer.len(),
-            Work::ReadBack(len) => len,
+            Work::ReadBack(len) | Work::CatchUp(len) => len,
         } as u64;
         let (writer, offset) = (task.writer.clone(), self.next);
         let hash = self.hasher.take().map_or(Hash::InOrder, Hash::Part);

@@ -30,8 +30,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinSet;
 
-/// How many parts a file's hash in order may lag behind: what came early has to be read back, best from memory.
-const LAG_PARTS: u64 = 64;
+/// How many parts that came may wait for a file's hash in order: they have to be read back, best from memory.
+const BEHIND_PARTS: usize = 8;
+/// How soon to look again whether the hash has caught up.
+const LOOK_BEHIND: Duration = Duration::from_millis(5);
 
 /// One file to be poured.
 #[derive(Debug, Clone)]
@@ -402,12 +404,12 @@ async fn all_parts(task: &PartTask, order: Order) -> Result<(), Trouble> {
 fn next_part(task: &PartTask, left: &mut Left, step: u64, is_idle: bool) -> (Option<u64>, Duration) {
     let wished = task.file.arrival.next(left, step);
     let in_order = left.peek();
-    let lags = |part: &u64| part * step > task.writer.hashed_bytes().saturating_add(LAG_PARTS * step);
     match wished {
         Next::Wished(part) => (Some(part), Duration::ZERO),
         _ if is_idle => (in_order, Duration::ZERO),
         Next::Wait => (None, NEXT_WISH),
-        Next::Any => (in_order.filter(|part| !lags(part)), Duration::MAX),
+        Next::Any if task.writer.parts_behind() > BEHIND_PARTS => (None, LOOK_BEHIND),
+        Next::Any => (in_order, Duration::MAX),
     }
 }
 

@@ -5,9 +5,12 @@
 //! that pairs are found; more may be writing meanwhile. A worker is a blocking task that ends when the queue is empty:
 //! nothing is left running, and a process that forks loses nothing.
 //!
+//! What came before its turn in a file that is hashed in order is read back and hashed slice after slice by one worker:
+//! that hash is a chain, and whoever waits for it would wait for a thread to wake between any two.
+//!
 //! A slice whose stream is gone is dropped unwritten. What fails, fails the stream that the slice is of.
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, SLICE_BYTES};
 use crate::digest::Digest;
 use crate::disk::{Cursor, StagedWriter};
 use crate::error::{Error, ErrorKind, Result};
@@ -64,6 +67,8 @@ pub(super) enum Work {
     Write,
     /// It is in the file, so many bytes, to be read back.
     ReadBack(usize),
+    /// The same, and after it all that lags [behind](StagedWriter::behind) in the file then.
+    CatchUp(usize),
 }
 
 /// How a slice is hashed.
@@ -202,7 +207,12 @@ impl Worker {
                 hash(&mut jobs);
                 drop(slot);
             }
-            jobs.into_iter().for_each(Job::complete);
+            let go_on: Vec<Job> = jobs.into_iter().filter_map(Job::complete).collect();
+            if !go_on.is_empty() {
+                // Before all others: the chain is the longest of what is to be done. Nobody is woken, it is taken here.
+                let mut state = shared.lock();
+                go_on.into_iter().for_each(|job| state.queue.push_front(job));
+            }
         }
     }
 
@@ -262,7 +272,7 @@ impl Job {
 
     /// With its bytes; `None` if they could not be read, which was then told.
     fn loaded(mut self) -> Option<Self> {
-        if let Work::ReadBack(len) = self.slice.work
+        if let Work::ReadBack(len) | Work::CatchUp(len) = self.slice.work
             && let Err(error) = self.slice.writer.load(self.slice.offset, self.slice.buffer.room(len))
         {
             self.fail(error);
@@ -271,12 +281,16 @@ impl Job {
         Some(self)
     }
 
-    /// Checks, writes, marks and answers.
-    fn complete(self) {
+    /// Checks, writes, marks and answers; itself where there is more to catch up with.
+    fn complete(mut self) -> Option<Self> {
+        if self.slice.goes_on() {
+            return Some(self);
+        }
         let Self { slice, reply } = self;
         let outcome = slice.complete();
         // Nobody may be there any more; then the answer is dropped with its buffer.
         let _ = reply.send(outcome);
+        None
     }
 
     fn fail(self, error: Error) {
@@ -288,6 +302,22 @@ impl Job {
 }
 
 impl Slice {
+    /// What lags [behind](StagedWriter::behind) in a file: `range` of it first, then the rest.
+    pub(super) fn behind(writer: Arc<StagedWriter>, range: &Range<u64>, buffer: Buffer) -> Self {
+        let work = Work::CatchUp(slice_of(range));
+        Self { writer, offset: range.start, buffer, work, hash: Hash::InOrder, end: None }
+    }
+
+    /// Whether there is more to catch up with; it is that from then on.
+    fn goes_on(&mut self) -> bool {
+        if !matches!(self.work, Work::CatchUp(_)) {
+            return false;
+        }
+        let Some(range) = self.writer.behind() else { return false };
+        (self.offset, self.work) = (range.start, Work::CatchUp(slice_of(&range)));
+        true
+    }
+
     fn complete(self) -> Result<Done> {
         let Self { writer, offset, mut buffer, work, hash, end } = self;
         let holds = match (&end, &hash) {
@@ -306,6 +336,11 @@ impl Slice {
         buffer.clear();
         Ok(Done { buffer, hash, holds, behind })
     }
+}
+
+/// How much of a range is read at a time.
+fn slice_of(range: &Range<u64>) -> usize {
+    usize::try_from(range.end - range.start).unwrap_or(SLICE_BYTES).min(SLICE_BYTES)
 }
 
 /// What a slice is hashed into.
@@ -374,7 +409,7 @@ mod tests {
     use super::*;
     use crate::disk::Draft;
     use crate::ladder::LadderHasher;
-    use crate::transfer::buffer::{BufferPool, SLICE_BYTES};
+    use crate::transfer::buffer::BufferPool;
     use std::fs;
     use tempfile::TempDir;
 
@@ -450,6 +485,33 @@ mod tests {
         }
         assert_eq!(workers.pairs(), 4);
         assert!(writers.iter().all(|writer| writer.hashed().sha256 == Digest::of(&content)));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_came_early_is_caught_up_with_at_one_request() {
+        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::default(), Workers::new(2));
+        let content = bytes(3 * PART as usize - 5, 3);
+        let writer = writer(&folder, "f", content.len(), true);
+        let mut behind = Vec::new();
+        for part in [2, 1, 0] {
+            let range = part * PART as usize..((part + 1) * PART as usize).min(content.len());
+            for offset in range.clone().step_by(SLICE_BYTES) {
+                let end = (offset + SLICE_BYTES).min(range.end);
+                let mut slice = slice(&pool, &writer, offset, &content[offset..end], Hash::InOrder).await;
+                slice.end = (end == range.end).then(|| (None, part as u64..part as u64 + 1));
+                let done = workers.submit(slice).done().await.expect("works");
+                if end == range.end {
+                    behind.push((done.behind, writer.parts_behind()));
+                }
+            }
+        }
+        assert_eq!(behind, [(false, 1), (false, 2), (true, 2)], "the first part was hashed as it came");
+        let range = writer.behind().expect("the second part");
+        assert_eq!(range, PART..2 * PART);
+        let slice = Slice::behind(writer.clone(), &range, pool.take().await);
+        workers.submit(slice).done().await.expect("works");
+        assert_eq!((writer.behind(), writer.parts_behind()), (None, 0));
+        assert_eq!(writer.hashed().sha256, Digest::of(&content));
     }
 
     #[tokio::test(flavor = "multi_thread")]
