@@ -283,11 +283,11 @@ impl StagedWriter {
         Some(position..((position / self.part_size + 1) * self.part_size).min(self.size))
     }
 
-    /// How many parts are written whole and wait for the hash.
+    /// How many parts are written whole and wait for a hash that is at work on them; none where it waits for a part.
     pub(crate) fn parts_behind(&self) -> usize {
         let mut early = self.early();
         self.next_early(&mut early);
-        early.parts.len()
+        if early.is_caught_up_with { early.parts.len() } else { 0 }
     }
 
     /// Where to go on, if the part at the cursor is written whole. Parts passed meanwhile are forgotten.

@@ -30,7 +30,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinSet;
 
-/// How many parts that came may wait for a file's hash in order: they have to be read back, best from memory.
+/// How many parts a file's hash in order may lag behind what is asked for: what came early has to be read back, best from
+/// memory.
+const LAG_PARTS: u64 = 64;
+/// How many parts that came may wait for a hash that is slower than the network.
 const BEHIND_PARTS: usize = 8;
 /// How soon to look again whether the hash has caught up.
 const LOOK_BEHIND: Duration = Duration::from_millis(5);
@@ -404,11 +407,15 @@ async fn all_parts(task: &PartTask, order: Order) -> Result<(), Trouble> {
 fn next_part(task: &PartTask, left: &mut Left, step: u64, is_idle: bool) -> (Option<u64>, Duration) {
     let wished = task.file.arrival.next(left, step);
     let in_order = left.peek();
+    let lags = |part: u64| {
+        let ahead = task.writer.hashed_bytes().saturating_add(LAG_PARTS * step);
+        part * step > ahead || task.writer.parts_behind() > BEHIND_PARTS
+    };
     match wished {
         Next::Wished(part) => (Some(part), Duration::ZERO),
         _ if is_idle => (in_order, Duration::ZERO),
         Next::Wait => (None, NEXT_WISH),
-        Next::Any if task.writer.parts_behind() > BEHIND_PARTS => (None, LOOK_BEHIND),
+        Next::Any if in_order.is_some_and(lags) => (None, LOOK_BEHIND),
         Next::Any => (in_order, Duration::MAX),
     }
 }
