@@ -129,6 +129,16 @@ mod tests {
     }
 
     #[test]
+    fn the_page_says_what_the_frame_says() {
+        let present = fs::read_to_string(root().join(PAGE)).expect("the page");
+        let rows: Vec<&str> =
+            present.lines().filter_map(|line| line.strip_prefix("<!-- row ")?.strip_suffix(" -->")).collect();
+        let (_, machine) = present.split_once("## The machine\n").expect("the machine");
+        let (machine, _) = machine.split_once("<!-- row ").expect("a row");
+        assert!(page(&present, &rows, &[], machine) == present, "{PAGE}: its prose is changed in frame.md");
+    }
+
+    #[test]
     fn bars_are_judged_by_what_was_found() {
         let reached = |found| Bar::at_least("", Some(found), "", 1.5, Some(2.0)).reached();
         assert_eq!([reached(1.4), reached(1.5), reached(2.0)], ["**no**", "yes", "goal"]);
