@@ -55,7 +55,7 @@ pub(crate) fn absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 ///
 /// It looks first: to remove even what is not there, the kernel locks the folder against all who make names in it.
 pub(crate) fn remove_file(path: &Path) -> Result<()> {
-    match absent(fs::symlink_metadata(path)).at("look at", path)? {
+    match stat(path)? {
         Some(_) => absent(fs::remove_file(path)).at("remove", path).map(|_| ()),
         None => Ok(()),
     }

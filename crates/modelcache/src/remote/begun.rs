@@ -251,6 +251,7 @@ impl Inner {
             tracing::debug!(%error, "a claim is left to end by itself");
         }
     }
+
     /// What does not go is left to whoever looks at the claim.
     async fn abort_uploads(&mut self) {
         if !abort_all(std::mem::take(&mut self.uploads).into_values()).await {

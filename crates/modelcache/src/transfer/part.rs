@@ -14,7 +14,7 @@ use super::hedge::Race;
 use super::limiter::Permit;
 use super::pour::{Failures, Local, PourFile, Trouble};
 use super::retry::{Attempts, Retry};
-use super::workers::{Done, Hash, Pending, Rung, Slice, Work};
+use super::workers::{Done, Hash, Pending, Rung, Slice, Work, slice_of};
 use crate::disk::StagedWriter;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
@@ -94,8 +94,7 @@ impl PartTask {
         if self.ladder.is_some() {
             while part.next < range.end {
                 let buffer = part.buffer(self).await?;
-                let len = usize::try_from(range.end - part.next).unwrap_or(SLICE_BYTES).min(SLICE_BYTES);
-                part.submit(self, range, Work::ReadBack(len), buffer).await?;
+                part.submit(self, range, Work::ReadBack(slice_of(&(part.next..range.end))), buffer).await?;
             }
             if !part.settle(self).await? {
                 part.restart(self, range);
@@ -433,10 +432,7 @@ impl PartProgress {
     /// Hands the next slice to the workers, after the one before came back.
     async fn submit(&mut self, task: &PartTask, range: &Range<u64>, work: Work, buffer: Buffer) -> Result<(), Trouble> {
         self.settle(task).await?;
-        let len = match work {
-            Work::Write => buffer.len(),
-            Work::ReadBack(len) | Work::CatchUp(len) => len,
-        } as u64;
+        let len = work.reads_back().unwrap_or(buffer.len()) as u64;
         let (writer, offset) = (task.writer.clone(), self.next);
         let hash = self.hasher.take().map_or(Hash::InOrder, Hash::Part);
         let parts = range.start / task.part_size..range.end.div_ceil(task.part_size);

@@ -113,6 +113,16 @@ struct Job {
     reply: oneshot::Sender<Result<Done>>,
 }
 
+impl Work {
+    /// How many bytes are read from the file; `None` where they are in the buffer.
+    pub(super) fn reads_back(self) -> Option<usize> {
+        match self {
+            Self::Write => None,
+            Self::ReadBack(len) | Self::CatchUp(len) => Some(len),
+        }
+    }
+}
+
 impl Rung {
     /// A hasher that stands before the part.
     pub(super) fn hasher(&self) -> Option<PartHasher> {
@@ -272,7 +282,7 @@ impl Job {
 
     /// With its bytes; `None` if they could not be read, which was then told.
     fn loaded(mut self) -> Option<Self> {
-        if let Work::ReadBack(len) | Work::CatchUp(len) = self.slice.work
+        if let Some(len) = self.slice.work.reads_back()
             && let Err(error) = self.slice.writer.load(self.slice.offset, self.slice.buffer.room(len))
         {
             self.fail(error);
@@ -339,7 +349,7 @@ impl Slice {
 }
 
 /// How much of a range is read at a time.
-fn slice_of(range: &Range<u64>) -> usize {
+pub(super) fn slice_of(range: &Range<u64>) -> usize {
     usize::try_from(range.end - range.start).unwrap_or(SLICE_BYTES).min(SLICE_BYTES)
 }
 

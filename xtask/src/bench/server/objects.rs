@@ -3,7 +3,7 @@
 //! Small bodies become files. An ETag is a hash of the content for what is small, else of name and size, which are all
 //! that is left of an upload; a file that is put in its place by other means has the same ETag, and is served.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::{self, Read as _};
@@ -100,25 +100,24 @@ impl Objects {
         }
     }
 
-    /// Keys in a bucket that begin with `prefix`, sorted, with their sizes.
-    pub(super) fn list(&self, state: &State, bucket: &str, prefix: &str) -> BTreeMap<String, u64> {
+    /// Keys in a bucket that begin with `prefix`, sorted.
+    pub(super) fn list(&self, state: &State, bucket: &str, prefix: &str) -> BTreeSet<String> {
         let begin = format!("{bucket}/{prefix}");
         let strip = |path: &str| path[bucket.len() + 1..].to_owned();
-        let gone = state.thrown_away.iter().filter(|(path, _)| path.starts_with(&begin));
-        let mut keys: BTreeMap<String, u64> = gone.map(|(path, (size, _))| (strip(path), *size)).collect();
+        let gone = state.thrown_away.keys().filter(|path| path.starts_with(&begin));
+        let mut keys: BTreeSet<String> = gone.map(|path| strip(path)).collect();
         // From the deepest folder that the prefix names.
         let start = begin.rfind('/').map_or("", |slash| &begin[..slash]);
         let mut folders = Vec::from_iter(self.file(start));
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
                 let path = entry.path();
-                let Ok(metadata) = path.metadata() else { continue };
-                if metadata.is_dir() {
+                if path.is_dir() {
                     folders.push(path);
                 } else if let Some(name) = path.strip_prefix(&self.folder).ok().and_then(Path::to_str)
                     && name.starts_with(&begin)
                 {
-                    keys.insert(strip(name), metadata.len());
+                    keys.insert(strip(name));
                 }
             }
         }

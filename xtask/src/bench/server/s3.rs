@@ -153,7 +153,7 @@ impl Shared {
         let most = request.asks("max-keys").and_then(|most| most.parse().ok()).unwrap_or(KEYS_MAX).min(KEYS_MAX);
         let (mut rows, mut count, mut last, mut more) = (String::new(), 0, String::new(), false);
         let state = self.objects.lock();
-        for (key, size) in self.objects.list(&state, bucket, prefix) {
+        for key in self.objects.list(&state, bucket, prefix) {
             let rest = &key[prefix.len()..];
             let folder = delimiter.and_then(|delimiter| Some(&rest[..rest.find(delimiter)? + delimiter.len()]));
             let name = folder.map_or_else(|| key.clone(), |folder| format!("{prefix}{folder}"));
@@ -170,7 +170,7 @@ impl Shared {
             } else {
                 let Some(object) = self.objects.find(&state, &format!("{bucket}/{key}")) else { continue };
                 // Its own time: s5cmd leaves out what is newer than its own start.
-                let (etag, modified) = (escaped(&object.etag), date::xml(object.modified));
+                let (etag, modified, size) = (escaped(&object.etag), date::xml(object.modified), object.size);
                 let _ = write!(
                     rows,
                     "<Contents><Key>{shown}</Key><LastModified>{modified}</LastModified><ETag>{etag}</ETag>\
