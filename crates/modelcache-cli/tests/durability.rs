@@ -352,8 +352,12 @@ fn a_file_that_the_disk_did_not_take_is_withdrawn_and_fetched_again() {
 fn a_directory_that_vanishes_ends_the_process_and_does_not_come_back() {
     let Some(bench) = Bench::new() else { return };
     let gate = bench.gate("gate");
-    bench.on().envs(bench.behind(&gate).envs()).run(["get", MODEL]).path();
+    let behind = bench.behind(&gate);
+    bench.on().envs(behind.envs()).run(["get", MODEL]).path();
     assert_eq!(bench.owing().len(), 1);
+    // Before that it makes names of its own, which a removal under way may meet.
+    let is_at_gate = || behind.calls().iter().any(|call| call.name.contains("sync"));
+    wait_until("whoever owes waits at the gate", is_at_gate);
     fs::remove_dir_all(bench.root()).unwrap();
     gate.open();
     bench.wait_until_durable();
