@@ -12,7 +12,7 @@
 //! - A server that ignores ranges is allowed: [`Body::start`] tells where the stream really begins.
 //! - No answer and no error ever carries a token or a signed address.
 //!
-//! One conformance suite runs over every implementation (`tests/source_conformance.rs`).
+//! One conformance suite runs over every implementation (`tests/it/source_conformance.rs`).
 
 use crate::error::{Error, Result, Tier};
 use crate::key::FilePath;

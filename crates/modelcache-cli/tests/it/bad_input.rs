@@ -1,0 +1,208 @@
+//! What cannot be had, or cannot be put: the code, the message that names what, where and the remedy, and a directory
+//! that works as before.
+
+use crate::common::*;
+use modelcache_testkit::content;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::Command;
+
+#[test]
+fn what_the_hub_does_not_have_ends_in_3_with_the_nearest_remedy() {
+    let (house, _) = House::with_model();
+    let unknown = "hf://org/model@0123456789abcdef0123456789abcdef01234567";
+    for (args, says) in [
+        (&["hf://org/none"][..], &["hf://org/none", "origin", "no repository org/none", "HF_TOKEN"][..]),
+        (&["hf://org/model@v9"], &["hf://org/model@v9", "origin", "no revision v9", "without @revision it is main"]),
+        (&["hf://org/model", "--revision", "v9"], &["no revision v9", "check the branch, tag or commit"]),
+        (&[unknown], &[unknown, "not found", "the origin", "check the commit"]),
+        (&["hf://org/model@main/none.json"], &["no file none.json", "4 files: config.json, empty"]),
+        (&["hf://org/model", "--include", "*.gguf"], &["no file matches *.gguf", "4 files: config.json, empty"]),
+        (&["hf://org/model", "--exclude", "*"], &["no file matches", "4 files: config.json, empty"]),
+        (&["hf://datasets/org/model"], &["hf://datasets/org/model", "no repository"]),
+        (&["file:///no/such/folder"], &["file:///no/such/folder", "origin", "check the path"]),
+    ] {
+        house.on("a").run([&["get"], args].concat()).failed(3, says);
+        house.assert_invisible("a");
+    }
+    assert_eq!(house.published_keys(), [""; 0], "nothing was written to the remote");
+    assert_model(&house.on("a").run(["get", "hf://org/model"]).path());
+}
+
+#[test]
+fn a_bare_name_that_nobody_has_tells_who_was_asked() {
+    let (house, _) = House::with_model();
+    let here = ["nobody@1", "not found on this disk", "MODEL_CACHE_REMOTE", "MODEL_CACHE_ORIGIN", "hf://"];
+    house.on_local("a").run(["get", "nobody@1"]).failed(3, &here);
+    let remote = ["nobody@1", "this disk", "s3://models/cache", "modelcache ls --remote"];
+    house.on("a").run(["get", "nobody@1"]).failed(3, &remote);
+    let origin = ["nobody@1", "s3://models/cache", "hf://org/{name}@{version}", "MODEL_CACHE_ORIGIN"];
+    house.on("a").run(["get", "nobody@1", "--origin", "hf://org/{name}@{version}"]).failed(3, &origin);
+    house.assert_invisible("a");
+    assert!(house.hub.body_gets().is_empty());
+
+    house.write("w.bin", "weights");
+    house.on("b").run(["put", "nobody@1", "w.bin"]).ok();
+    assert_same(&house.on("a").run(["get", "nobody@1"]).path(), &"weights".into());
+}
+
+#[test]
+fn a_gated_repository_names_the_page_where_its_conditions_are_accepted() {
+    let (house, commit) = House::with_model();
+    house.hub.repo("org/model").accept(TOKEN);
+    let page = format!("{}/org/model", house.hub.url());
+    let says = ["hf://org/model", "origin", "org/model is gated", "accept its conditions", &page, "HF_TOKEN"];
+    let says = says.map(|text| if text == "hf://org/model" { commit.as_str() } else { text });
+    house.on("a").run(["get", "hf://org/model"]).failed(4, &says);
+    house.on("a").env("HF_TOKEN", "hf_other").run(["get", "hf://org/model"]).failed(4, &says);
+    house.assert_invisible("a");
+    assert_eq!(house.published_keys(), [""; 0]);
+    assert_model(&house.on("a").env("HF_TOKEN", TOKEN).run(["get", "hf://org/model"]).path());
+    assert_eq!(house.hub.tokens_at_cdn(), [""; 0]);
+}
+
+#[test]
+fn a_private_repository_opens_to_its_token_from_wherever_that_comes() {
+    let (house, _) = House::with_model();
+    house.hub.repo("org/model").private(TOKEN);
+    let get = |dir: &str| house.on_local(dir);
+    let says = ["hf://org/model", "origin", "or it is private", "set HF_TOKEN"];
+    get("a").run(["get", "hf://org/model"]).failed(3, &says);
+    let says = ["hf://org/model", "origin", "the token may not read it", "an account with access"];
+    get("a").env("HF_TOKEN", "hf_canary-secret").run(["get", "hf://org/model"]).failed(3, &says);
+    get("a")
+        .env("HF_TOKEN", "hf_canary-secret\nx")
+        .run(["get", "hf://org/model"])
+        .failed(2, &["HF_TOKEN", "line ends"]);
+    house.assert_invisible("a");
+
+    let file = house.write("token", format!("{TOKEN}\n").as_str());
+    house.write("hf/token", TOKEN);
+    house.write("home/.cache/huggingface/token", TOKEN);
+    assert_model(&get("a").env("HF_TOKEN", TOKEN).run(["get", "hf://org/model"]).path());
+    assert_model(&get("b").env("HF_TOKEN_PATH", &file).run(["get", "hf://org/model"]).path());
+    assert_model(&get("c").env("HF_HOME", house.path("hf")).run(["get", "hf://org/model"]).path());
+    assert_model(&get("d").run(["get", "hf://org/model"]).path());
+    assert_eq!(house.hub.tokens_at_cdn(), [""; 0]);
+}
+
+#[test]
+fn a_broken_reference_says_what_to_write() {
+    let (house, _) = House::with_model();
+    for (reference, says) in [
+        ("s3://", &["s3://", "names no bucket", "write s3://bucket/prefix-or-object"][..]),
+        ("s3://bucket/a//b", &["s3://bucket/a//b", "an empty segment"]),
+        ("s3://bucket/../b", &["s3://bucket/../b", "\"..\""]),
+        ("models:/name/3", &["models:/name/3", "MLFLOW_TRACKING_URI"]),
+        ("models:/name", &["models:/name", "names no version", "models:/name@alias"]),
+        ("oci://registry", &["oci://registry", "names no repository"]),
+        ("https://host/", &["https://host/", "names no file"]),
+        ("https://ann:canary-secret@host/f", &["user or password", "netrc"]),
+        ("https://host/f?X-Amz-Signature=canary-signature", &["a query", "put NAME@VERSION FILE"]),
+        ("ftp://host/file.bin", &["ftp://host/file.bin", "write name@version"]),
+        ("hf://org/model/config.json", &["hf://org/model/config.json", "hf://org/model@revision/file"]),
+        ("hf://", &["hf://", "write hf://org/model"]),
+        ("file://host/x", &["file://host/x", "file:///absolute/path"]),
+        ("file://x", &["file://x", "file:///absolute/path"]),
+        ("model", &["model", "has no version", "NAME@VERSION"]),
+        ("../model@1", &["\"../model\"", "segment \"..\"", "write NAME@VERSION"]),
+        ("m@1#sha256=abc", &["m@1#sha256=abc", "64 hex digits"]),
+        ("m@1#md5=d41d8cd98f00b204e9800998ecf8427e", &["#md5", "append #sha256=", "sha256=<64 hex digits>"]),
+        ("m@1?a=b", &["\"1?a=b\"", "'?'", "write NAME@VERSION"]),
+    ] {
+        house.on("a").run(["get", reference]).failed(2, &[&["error: "], says].concat());
+    }
+    house.on("a").run(["get", "m@1", "--revision", "2"]).failed(2, &["--revision", "hf://"]);
+    let both = ["get", "hf://org/model@main/config.json", "--include", "*.bin"];
+    house.on("a").run(both).failed(2, &["config.json", "--include"]);
+    assert_eq!(house.hub.requests().len() + house.s3.requests().len(), 0, "nobody was asked");
+    house.assert_invisible("a");
+    assert_model(&house.on("a").run(["get", "hf://org/model"]).path());
+}
+
+#[test]
+fn other_content_than_a_digest_demands_is_refused_before_a_byte_moves_where_it_is_known() {
+    let (house, _) = House::with_model();
+    let other = content::sha256(b"other");
+    let says = |what: &str| vec![what.to_owned(), other.clone(), "is demanded".into(), "pins other content".into()];
+    let fails = |reference: &str, what: &str| {
+        let says = says(what);
+        let says: Vec<&str> = says.iter().map(String::as_str).collect();
+        house.on("a").run(["get", &format!("{reference}#sha256={other}")]).failed(5, &says);
+        house.assert_invisible("a");
+    };
+    // The Hub tells the SHA-256 of a large file, of a small one only a SHA-1.
+    fails("hf://org/model@main/model.safetensors", &big().sha256().unwrap());
+    assert_eq!(house.hub.body_bytes(), 0);
+    house
+        .on("a")
+        .run(["get", &format!("hf://org/model@main/config.json#sha256={other}")])
+        .failed(5, &["config.json", &other, "the reference demands"]);
+    house.assert_invisible("a");
+    fails("hf://org/model", "the artifact has");
+
+    for (path, content) in model() {
+        house.write(&format!("mine/{path}"), content);
+    }
+    let put = house.on("b").run(["put", "m@1", "mine", "--json"]).object();
+    fails("m@1", &text(&put["sha256"]));
+    assert_eq!(house.s3.object_gets("m/1/model.safetensors").len(), 0);
+    assert_model(&house.on("a").run(["get", &format!("m@1#sha256={}", text(&put["sha256"]))]).path());
+    assert_model(&house.on("a").run(["get", "hf://org/model"]).path());
+}
+
+#[test]
+fn what_cannot_be_an_artifact_is_not_put() {
+    let house = House::new();
+    fs::create_dir_all(house.path("empty/deep/er")).unwrap();
+    fs::create_dir_all(house.path("loop/x")).unwrap();
+    symlink("..", house.path("loop/x/up")).unwrap();
+    fs::create_dir_all(house.path("dangling")).unwrap();
+    symlink("nowhere", house.path("dangling/link")).unwrap();
+    fs::create_dir_all(house.path("pipes")).unwrap();
+    assert!(Command::new("mkfifo").arg(house.path("pipes/fifo")).status().unwrap().success());
+    house.write("ours/.modelcache/manifest.json", "{}");
+    house.write("w.bin", "weights");
+    for (code, key, path, says) in [
+        (2, "m@1", "empty", &["m@1", "empty holds no files", "at least one file"][..]),
+        (3, "m@1", "none", &["m@1", "there is no ", "/none", "check the path"]),
+        (2, "m@1", "loop", &["m@1", "loop/x/up", "links back to a folder above it"]),
+        (2, "m@1", "dangling", &["m@1", "dangling/link", "leads nowhere"]),
+        (2, "m@1", "pipes", &["m@1", "pipes/fifo", "neither a file nor a folder", "take it out"]),
+        (2, "m@1", "pipes/fifo", &["m@1", "pipes/fifo", "neither a file nor a folder"]),
+        (2, "m@1", "/dev/null", &["m@1", "/dev/null", "neither a file nor a folder"]),
+        (2, "m@1", "ours", &["m@1", ".modelcache"]),
+        (2, "m", "w.bin", &["\"m\" has no version", "NAME@VERSION"]),
+        (2, "a/../b@1", "w.bin", &["\"a/../b\"", "segment \"..\""]),
+        (2, "hf://org/model", "w.bin", &["hf://org/model"]),
+    ] {
+        house.on("a").run(["put", key, path]).failed(code, says);
+        house.assert_nothing("a");
+    }
+    assert_eq!(house.s3.keys(BUCKET), [""; 0]);
+    house.on("a").run(["put", "m@1", "w.bin"]).ok();
+    assert_same(&house.on("b").run(["get", "m@1"]).path(), &"weights".into());
+}
+
+#[test]
+fn what_may_not_be_read_is_named() {
+    let house = House::new();
+    let open = |name: &str, mode| fs::set_permissions(house.path(name), fs::Permissions::from_mode(mode)).unwrap();
+    house.write("mine/secret/key.bin", "weights");
+    fs::create_dir_all(house.path("a")).unwrap();
+    open("", 0o755);
+    open("a", 0o777);
+    let put = || house.on("a").unprivileged().run(["put", "m@1", "mine"]);
+    let get = || house.on("a").unprivileged().run(["get", &format!("file://{}", house.path("mine").display())]);
+    for (name, mode, back) in [("mine/secret/key.bin", 0, 0o644), ("mine/secret", 0, 0o755)] {
+        open(name, mode);
+        put().failed(4, &["m@1", name, "ermission denied", "right to read it"]);
+        get().failed(4, &["origin", name, "ermission denied", "right to read it"]);
+        house.assert_invisible("a");
+        open(name, back);
+    }
+    assert_eq!(house.s3.keys(BUCKET), [""; 0]);
+    put().ok();
+    assert_same(&get().path().join("secret/key.bin"), &"weights".into());
+    assert_same(&house.on("b").run(["get", "m@1"]).path().join("secret/key.bin"), &"weights".into());
+}

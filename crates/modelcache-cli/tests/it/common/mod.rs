@@ -1,0 +1,505 @@
+//! The binary in a house of its own: a Hub stand-in, an S3 stand-in, and a folder for homes and cache directories.
+//!
+//! Each run has a cleared environment. Whatever it prints is searched for the secrets it was given: no test can pass
+//! while one leaks.
+#![allow(unreachable_pub)]
+
+pub mod order;
+
+use modelcache_testkit::{Content, Hub, S3, Shim};
+use serde_json::Value;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+pub const MIB: u64 = 1 << 20;
+pub const BIN: &str = env!("CARGO_BIN_EXE_modelcache");
+pub const BUCKET: &str = "models";
+/// The token that private and gated repositories want.
+pub const TOKEN: &str = "hf_canaryCanaryCanary";
+/// A run that takes longer hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// What no run may print, whatever it was given.
+const SECRETS: [&str; 11] = [
+    TOKEN,
+    "testkit/secret+key",
+    "testkit%2Fsecret",
+    "canary-secret",
+    "canary-session",
+    // ann:canary-secret, as `Authorization: Basic` carries it.
+    "YW5uOmNhbmFyeS1zZWNyZXQ",
+    // What a signature in an address would be.
+    "canary-signature",
+    "canary-token",
+    "canary-password",
+    "cmVhZGVyOm9jaS1jYW5hcnktcGFzc3dvcmQ",
+    "bWU6bWxmbG93LWNhbmFyeS1wYXNzd29yZA",
+];
+
+pub struct House {
+    pub hub: Hub,
+    pub s3: S3,
+    folder: TempDir,
+}
+
+impl House {
+    /// Both stand-ins, an empty bucket, and no repository.
+    pub fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        let s3 = S3::start_in(folder.path().join("s3"), 0).unwrap();
+        s3.bucket(BUCKET).unwrap();
+        Self { hub: Hub::start_on(0).unwrap(), s3, folder }
+    }
+
+    /// With `org/model`: a file above one part, small ones, an odd name. The answer is its commit, too.
+    pub fn with_model() -> (Self, String) {
+        let house = Self::new();
+        let commit = house.hub.repo("org/model").commit();
+        let commit = model().into_iter().fold(commit, |commit, (path, content)| commit.file(path, content));
+        let commit = commit.publish().unwrap();
+        (house, commit)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A file of the test's own.
+    pub fn write(&self, name: &str, content: impl Into<Content>) -> PathBuf {
+        let path = self.path(name);
+        content.into().write_to(&path).unwrap();
+        path
+    }
+
+    /// A run over the cache directory `dir` with the Hub and S3.
+    pub fn on(&self, dir: &str) -> Run {
+        self.on_local(dir).envs(self.s3.env()).env("MODEL_CACHE_REMOTE", format!("s3://{BUCKET}/cache"))
+    }
+
+    /// A run over the cache directory `dir` with the Hub and no remote.
+    pub fn on_local(&self, dir: &str) -> Run {
+        let mut command = Command::new(BIN);
+        command.env_clear().current_dir(self.folder.path()).stdin(Stdio::null());
+        Run(command)
+            .env("HOME", self.path("home"))
+            .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
+            .env("MODEL_CACHE_DIR", self.path(dir))
+            .env("MODEL_CACHE_MAX_BYTES", "1GB")
+            .env("MODEL_CACHE_MIN_FREE_BYTES", "0")
+            // So that nothing is at work in the directory when a command has ended; see tests/durability.rs.
+            .env("MODEL_CACHE_DURABLE", "1")
+            .env("MODEL_CACHE_RETRY_DEADLINE", "3s")
+            .env("MODEL_CACHE_READ_TIMEOUT", "1s")
+            .env("HF_ENDPOINT", self.hub.url())
+    }
+
+    /// What is being filled, or was left half-filled, in `dir`.
+    pub fn staging(&self, dir: &str) -> Vec<PathBuf> {
+        entries(&self.path(dir).join("staging"))
+    }
+
+    /// Parts that the journals in the staging of `dir` name.
+    pub fn marked_parts(&self, dir: &str) -> u64 {
+        let below = |folder: PathBuf| files_below(&folder).into_iter().map(move |path| folder.join(path));
+        let journals =
+            self.staging(dir).into_iter().flat_map(below).filter(|path| path.to_string_lossy().ends_with("parts"));
+        journals.flat_map(|path| fs::read(path).unwrap().into_iter().skip(16)).filter(|mark| *mark == b'1').count()
+            as u64
+    }
+
+    /// The artifacts that a person sees in `dir`.
+    #[track_caller]
+    pub fn listed(&self, dir: &str) -> Vec<String> {
+        self.on_local(dir).run(["ls", "--json"]).objects().iter().map(|row| text(&row["reference"])).collect()
+    }
+
+    /// Asserts that nothing is visible in `dir`, complete or half-made, and nothing is left over.
+    #[track_caller]
+    pub fn assert_nothing(&self, dir: &str) {
+        self.assert_invisible(dir);
+        assert_eq!(self.staging(dir), Vec::<PathBuf>::new(), "left over");
+    }
+
+    /// Asserts that nothing is visible in `dir`, complete or half-made; a fill may have left something to resume.
+    #[track_caller]
+    pub fn assert_invisible(&self, dir: &str) {
+        assert_eq!(self.listed(dir), [""; 0]);
+        assert_eq!(files_below(&self.path(dir).join("artifacts")), Vec::<PathBuf>::new(), "half-made");
+    }
+
+    /// The keys in the bucket that belong to artifacts: without what revisions mean, which a get writes before it
+    /// knows whether it will succeed.
+    pub fn published_keys(&self) -> Vec<String> {
+        self.s3.keys(BUCKET).into_iter().filter(|key| !key.contains("/.modelcache/refs/")).collect()
+    }
+
+    /// A claim of a writer that was killed ends after a minute; here the minute is over at once.
+    pub fn end_claims(&self) {
+        let bucket = self.s3.object_path(BUCKET, "cache");
+        for path in files_below(&bucket).into_iter().filter(|path| path.ends_with(".modelcache/claim")) {
+            let path = bucket.join(path);
+            let mut claim: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+            claim["expires_at"] = 0.into();
+            fs::write(&path, claim.to_string()).unwrap();
+        }
+    }
+
+    /// Artifacts in `dir` that still have to reach a remote, and their bytes.
+    #[track_caller]
+    pub fn pending(&self, dir: &str) -> (u64, u64) {
+        let stats = self.on_local(dir).run(["stats", "--json"]).object();
+        (stats["pending_backfills"].as_u64().unwrap(), stats["pending_backfill_bytes"].as_u64().unwrap())
+    }
+
+    /// The S3 key of a file of `artifact` (`name/version`).
+    pub fn s3_key(&self, artifact: &str, path: &str) -> String {
+        format!("cache/{artifact}/{path}")
+    }
+}
+
+/// The files of `org/model`.
+pub fn model() -> Vec<(&'static str, Content)> {
+    vec![
+        ("config.json", "{\"a\": 1}".into()),
+        ("empty", "".into()),
+        ("model.safetensors", big()),
+        ("sub dir/fé+%.txt", "odd name".into()),
+    ]
+}
+
+/// More than one part.
+pub fn big() -> Content {
+    Content::generated(1, 9 * MIB + 4321)
+}
+
+pub fn model_bytes() -> u64 {
+    model().iter().map(|(_, content)| content.len()).sum()
+}
+
+/// Asserts that `folder` is `org/model`, every byte and no file more.
+#[track_caller]
+pub fn assert_model(folder: &Path) {
+    let expected: Vec<PathBuf> = model().iter().map(|(path, _)| PathBuf::from(path)).collect();
+    assert_eq!(files_below(folder), expected);
+    for (path, content) in model() {
+        assert_same(&folder.join(path), &content);
+    }
+}
+
+#[track_caller]
+pub fn assert_same(path: &Path, content: &Content) {
+    let found = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    assert!(found == content.to_vec().unwrap(), "{} has {} other bytes", path.display(), found.len());
+}
+
+/// Paths of files below `folder`, relative to it, sorted; none if it is not there.
+pub fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let (mut folders, mut files) = (vec![folder.to_owned()], Vec::new());
+    while let Some(next) = folders.pop() {
+        // What an entry is, is asked of the entry: a look at its path would find nothing where it was just removed.
+        for entry in fs::read_dir(&next).into_iter().flatten().map(Result::unwrap) {
+            if entry.file_type().unwrap().is_dir() {
+                folders.push(entry.path());
+            } else {
+                files.push(entry.path().strip_prefix(folder).unwrap().to_owned());
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+fn entries(folder: &Path) -> Vec<PathBuf> {
+    fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path()).collect()
+}
+
+pub fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_else(|| panic!("{value} is no text")).to_owned()
+}
+
+/// A run of the binary that is being put together.
+pub struct Run(Command);
+
+impl Run {
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.0.env(name, value);
+        self
+    }
+
+    pub fn envs(mut self, pairs: impl IntoIterator<Item = (String, String)>) -> Self {
+        self.0.envs(pairs);
+        self
+    }
+
+    pub fn without(mut self, name: &str) -> Self {
+        self.0.env_remove(name);
+        self
+    }
+
+    /// As a user that owns nothing and may do little; where the tests do not run as root, as themselves.
+    pub fn unprivileged(self) -> Self {
+        if !is_root() {
+            return self;
+        }
+        let mut command = Command::new("/usr/bin/setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", BIN]).stdin(Stdio::null()).env_clear();
+        command.envs(self.0.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.current_dir(self.0.get_current_dir().unwrap());
+        Self(command)
+    }
+
+    #[track_caller]
+    pub fn run<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Outcome {
+        self.0.args(args);
+        let line = format!("{:?}", self.0.get_args().collect::<Vec<_>>());
+        let started = Instant::now();
+        let output = assert_cmd::Command::from_std(self.0).timeout(PATIENCE).output().unwrap();
+        assert!(started.elapsed() < PATIENCE, "{line} hangs; it printed:\n{output:?}");
+        Outcome::new(line, output)
+    }
+
+    /// The same inside a mount namespace: `sh` runs `before`, then becomes the binary. Root only.
+    #[track_caller]
+    pub fn run_after(self, before: &str, args: &[&str]) -> Outcome {
+        self.script(&format!("{before}\nexec {BIN} \"$@\""), args)
+    }
+
+    /// A shell script in a mount namespace of its own, in this run's environment. Root only.
+    #[track_caller]
+    pub fn script(self, script: &str, args: &[&str]) -> Outcome {
+        let mut command = Command::new("/usr/bin/unshare");
+        command.args(["-m", "/bin/sh", "-euc", script, "sh"]).args(args).stdin(Stdio::null()).env_clear();
+        command.envs(self.0.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.current_dir(self.0.get_current_dir().unwrap());
+        Outcome::new(script.to_owned(), assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap())
+    }
+
+    /// A shell script in this run's environment.
+    #[track_caller]
+    pub fn shell(self, script: &str) -> Outcome {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-euc", script]).stdin(Stdio::null()).env_clear();
+        command.envs(self.0.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.current_dir(self.0.get_current_dir().unwrap());
+        Outcome::new(script.to_owned(), assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap())
+    }
+
+    /// Starts it and comes back at once.
+    pub fn start<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Running {
+        self.0.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Running { line: format!("{:?}", self.0.get_args().collect::<Vec<_>>()), child: self.0.spawn().unwrap() }
+    }
+}
+
+/// A run that has not ended.
+pub struct Running {
+    line: String,
+    child: std::process::Child,
+}
+
+impl Running {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the process has become `program`.
+    #[track_caller]
+    pub fn wait_until_it_is(&self, program: &str) {
+        let name = || fs::read_to_string(format!("/proc/{}/comm", self.child.id())).unwrap_or_default();
+        wait_until(&format!("{} becomes {program}", self.line), || name().trim_end() == program);
+    }
+
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    /// The first line of its standard output, as soon as it is there.
+    pub fn first_line(&mut self) -> String {
+        let (stdout, mut line, mut byte) = (self.child.stdout.as_mut().unwrap(), Vec::new(), [0]);
+        while std::io::Read::read(stdout, &mut byte).unwrap() == 1 && byte[0] != b'\n' {
+            line.push(byte[0]);
+        }
+        String::from_utf8(line).unwrap()
+    }
+
+    /// Like [`Running::wait`], with the most memory it held at any time, in bytes. The kernel keeps the maximum, so
+    /// only what it grows in the last few milliseconds of its life is missed.
+    #[track_caller]
+    pub fn wait_and_weigh(self) -> (Outcome, u64) {
+        let status = PathBuf::from(format!("/proc/{}/status", self.child.id()));
+        let (mut kib_max, end) = (0, Instant::now() + PATIENCE);
+        // A process that has ended, and is not yet waited for, has a status without memory.
+        while let Some(kib) = peak_kib(&fs::read_to_string(&status).unwrap()).filter(|_| Instant::now() < end) {
+            kib_max = kib;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        (self.wait(), kib_max * 1024)
+    }
+
+    /// Small outputs only: they wait in the pipe.
+    #[track_caller]
+    pub fn wait(mut self) -> Outcome {
+        let end = Instant::now() + PATIENCE;
+        while self.child.try_wait().unwrap().is_none() {
+            if Instant::now() > end {
+                self.child.kill().unwrap();
+                panic!("{} hangs: {:?}", self.line, self.child.wait_with_output());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Outcome::new(self.line, self.child.wait_with_output().unwrap())
+    }
+}
+
+fn peak_kib(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix(" kB").unwrap().parse().unwrap())
+}
+
+/// Waits until `condition` holds.
+#[track_caller]
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < end, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// How a run ended.
+pub struct Outcome {
+    line: String,
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Outcome {
+    #[track_caller]
+    fn new(line: String, output: Output) -> Self {
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        let outcome =
+            Self { line, code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) };
+        for secret in SECRETS {
+            assert!(!format!("{}{}", outcome.stdout, outcome.stderr).contains(secret), "{secret} leaks: {outcome}");
+        }
+        assert!(!outcome.stderr.contains("panicked"), "{outcome}");
+        outcome
+    }
+
+    /// It worked. Gives itself back.
+    #[track_caller]
+    pub fn ok(self) -> Self {
+        assert_eq!(self.code, Some(0), "{self}");
+        // At the beginning of a line: a warning may repeat a cause that has the word in it.
+        assert!(!self.stderr.lines().any(|line| line.starts_with("error:")), "{self}");
+        self
+    }
+
+    /// It worked, and standard output is one path, which is there, and nothing else.
+    #[track_caller]
+    pub fn path(self) -> PathBuf {
+        let outcome = self.ok();
+        let path = outcome.stdout.strip_suffix('\n').unwrap_or_else(|| panic!("no path: {outcome}"));
+        assert!(!path.contains('\n') && Path::new(path).is_absolute(), "not one path: {outcome}");
+        assert!(Path::new(path).exists(), "the path is not there: {outcome}");
+        path.into()
+    }
+
+    /// It worked, and the talk says all of this. Gives the path.
+    #[track_caller]
+    pub fn path_saying(self, says: &[&str]) -> PathBuf {
+        self.said(says).path()
+    }
+
+    /// It ended with `code`, an empty answer, and an error that says all of this and a remedy.
+    #[track_caller]
+    pub fn failed(self, code: i32, says: &[&str]) -> Self {
+        assert_eq!(self.code, Some(code), "{self}");
+        assert_eq!(self.stdout, "", "{self}");
+        assert!(self.stderr.contains("error: ") && self.stderr.contains("hint: "), "no error, or no remedy: {self}");
+        self.said(says)
+    }
+
+    /// Standard error says all of this.
+    #[track_caller]
+    pub fn said(self, says: &[&str]) -> Self {
+        for part in says {
+            assert!(self.stderr.contains(part), "{part:?} is not said: {self}");
+        }
+        self
+    }
+
+    /// It worked, and standard output is one JSON object a line.
+    #[track_caller]
+    pub fn objects(self) -> Vec<Value> {
+        let outcome = self.ok();
+        outcome.stdout.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{outcome}"))).collect()
+    }
+
+    /// It worked, and standard output is one JSON object.
+    #[track_caller]
+    pub fn object(self) -> Value {
+        let shown = self.to_string();
+        let mut objects = self.objects();
+        assert_eq!(objects.len(), 1, "{shown}");
+        objects.remove(0)
+    }
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { line, code, stdout, stderr } = self;
+        write!(f, "{line} ended with {code:?}\n--- stdout\n{stdout}--- stderr\n{stderr}---")
+    }
+}
+
+fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0)
+}
+
+/// Whether mounts can be made in a namespace of their own; says so where they cannot.
+#[allow(clippy::print_stderr)]
+pub fn can_mount() -> bool {
+    let mounts = Command::new("/usr/bin/unshare").args(["-m", "mount", "-t", "tmpfs", "none", "/mnt"]).output();
+    let can = mounts.is_ok_and(|output| output.status.success());
+    if !can {
+        eprintln!("SKIPPED: mounting needs root and `unshare -m`");
+    }
+    can
+}
+
+/// The Python environment with moto, safetensors and huggingface_hub; says so where there is none.
+#[allow(clippy::print_stderr)]
+pub fn venv() -> Option<PathBuf> {
+    let venv = std::env::var_os("MODELCACHE_TEST_VENV").filter(|venv| !venv.is_empty()).map(PathBuf::from);
+    if venv.is_none() {
+        eprintln!("SKIPPED: MODELCACHE_TEST_VENV names no Python environment (`cargo xtask test` makes one)");
+    }
+    venv
+}
+
+/// Debian's `docker-registry`; says so where there is none.
+#[allow(clippy::print_stderr)]
+pub fn registry_program() -> Option<PathBuf> {
+    let program = std::env::var_os("MODELCACHE_TEST_REGISTRY").filter(|name| !name.is_empty()).map(PathBuf::from);
+    if program.is_none() {
+        eprintln!("SKIPPED: MODELCACHE_TEST_REGISTRY names no docker-registry (`cargo xtask test` gets one)");
+    }
+    program
+}
+
+/// The fault shim; says so where there is no C compiler, which in CI is a failure.
+#[allow(clippy::print_stderr)]
+pub fn shim() -> Option<Shim> {
+    Shim::build()
+        .inspect_err(|error| {
+            assert!(std::env::var("CI").as_deref() != Ok("true"), "{error:#}");
+            eprintln!("SKIPPED: {error:#}");
+        })
+        .ok()
+}

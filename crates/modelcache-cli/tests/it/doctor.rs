@@ -1,0 +1,377 @@
+//! `doctor`: what is wrong is named with its fix, the exit code tells what would fail, and nothing is left behind.
+
+use crate::common::*;
+use modelcache_testkit::s3::S3Fault;
+use modelcache_testkit::{Content, Seen};
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+
+/// What a run that answered in JSON found.
+struct Report {
+    code: Option<i32>,
+    checks: Vec<Value>,
+    shown: String,
+}
+
+impl Report {
+    #[track_caller]
+    fn of(outcome: Outcome) -> Self {
+        let shown = outcome.to_string();
+        let object: Value = serde_json::from_str(&outcome.stdout).unwrap_or_else(|_| panic!("{shown}"));
+        assert_eq!(object["exit"], outcome.code.unwrap(), "{shown}");
+        Self { code: outcome.code, checks: object["checks"].as_array().unwrap().clone(), shown }
+    }
+
+    /// The check of this gravity that says this. Whatever is not fine has a fix.
+    #[track_caller]
+    fn says(&self, area: &str, gravity: &str, part: &str) -> &Value {
+        for check in self.checks.iter().filter(|check| check["gravity"] != "ok") {
+            assert!(check["fix"].is_string(), "{check}");
+        }
+        let found = self
+            .checks
+            .iter()
+            .find(|check| check["area"] == area && check["gravity"] == gravity && text(&check["says"]).contains(part));
+        found.unwrap_or_else(|| panic!("no {gravity} of {area} says {part:?}: {}", self.shown))
+    }
+}
+
+#[track_caller]
+fn doctor(run: Run) -> Report {
+    Report::of(run.run(["doctor", "--json"]))
+}
+
+#[test]
+fn all_is_well_and_nothing_is_left_behind() {
+    let house = House::new();
+    house.on("a").run(["stats"]).ok();
+    let before = files_below(&house.path("a"));
+    let report = doctor(house.on("a"));
+    assert_eq!(report.code, Some(0), "{}", report.shown);
+    report.says("directory", "ok", "locks exclude");
+    report.says("directory", "ok", "hard links");
+    report.says("credentials", "ok", "AWS_ACCESS_KEY_ID; the key's id begins with TEST");
+    assert!(!report.shown.contains("TESTK"), "four characters at most");
+    for part in ["may be listed", "may be written", "conditional writes are kept", "may be read", "may be removed"] {
+        report.says("remote", "ok", part);
+    }
+    report.says("origin", "ok", "answers; no token");
+    report.says("clock", "ok", "agrees");
+    report.says("network", "ok", "no proxy");
+    assert_eq!(files_below(&house.path("a")), before);
+    assert_eq!(house.s3.keys(BUCKET), [""; 0]);
+    assert!(house.s3.requests().iter().all(|seen| seen.path.starts_with("/models/cache/.modelcache-doctor")
+        || seen.path.trim_end_matches('/').len() <= "/models".len()));
+    let people = house.on("a").run(["doctor"]).ok();
+    assert!(people.stdout.starts_with("configuration\n  ok ") && people.stderr.contains("no problem"), "{people}");
+}
+
+#[test]
+fn no_remote_and_no_directory_yet_are_fine_and_none_is_made() {
+    let house = House::new();
+    let report = doctor(house.on_local("not/yet"));
+    assert_eq!(report.code, Some(0), "{}", report.shown);
+    report.says("directory", "ok", "is not there yet");
+    report.says("remote", "ok", "none is configured");
+    assert!(!house.path("not").exists());
+}
+
+#[test]
+fn with_read_only_nothing_is_written() {
+    let house = House::new();
+    let report = Report::of(house.on("a").run(["doctor", "--json", "--read-only"]));
+    assert_eq!(report.code, Some(0), "{}", report.shown);
+    report.says("remote", "ok", "was not tried");
+    assert!(house.s3.requests().iter().all(|seen| seen.method == "GET"), "{:?}", house.s3.requests());
+}
+
+#[test]
+fn a_bad_configuration_is_named_and_the_rest_examined() {
+    let house = House::new();
+    let file = house.write("bad.toml", "max-bytes = 1\n");
+    let report = doctor(house.on("a").env("MODEL_CACHE_CONFIG", &file));
+    assert_eq!(report.code, Some(2), "{}", report.shown);
+    let problem = report.says("configuration", "problem", "no setting is called \"max-bytes\"");
+    assert_eq!(problem["fix"], "did you mean \"max_bytes\"?");
+    report.says("directory", "ok", &house.path("a").display().to_string());
+    report.says("remote", "ok", "conditional writes are kept");
+
+    for (name, value) in
+        [("MODEL_CACHE_MIN_FREE_BYTES", "lots"), ("HF_ENDPOINT", "nonsense"), ("MODEL_CACHE_LOG", "a=b=c")]
+    {
+        let report = doctor(house.on("a").env(name, value));
+        assert_eq!(report.code, Some(2), "{name}: {}", report.shown);
+        report.says("configuration", "problem", value);
+        report.says("directory", "ok", &house.path("a").display().to_string());
+    }
+    let report = doctor(house.on("a").env("MODEL_CACHE_MAX_BYTE", "1GB"));
+    assert_eq!(report.code, Some(0), "{}", report.shown);
+    report.says("configuration", "warning", "did you mean MODEL_CACHE_MAX_BYTES?");
+}
+
+#[test]
+fn a_dead_endpoint_and_a_missing_bucket_are_told_apart() {
+    let house = House::new();
+    let report = doctor(house.on("a").env("AWS_ENDPOINT_URL", "http://127.0.0.1:9"));
+    assert_eq!(report.code, Some(7), "{}", report.shown);
+    report.says("remote", "problem", "cannot connect");
+    report.says("directory", "ok", "can be");
+    let report = doctor(house.on("a").env("MODEL_CACHE_REMOTE", "s3://nowhere/cache"));
+    assert_eq!(report.code, Some(2), "{}", report.shown);
+    report.says("remote", "problem", "\"nowhere\" does not exist");
+}
+
+#[test]
+fn credentials_that_are_missing_wrong_or_expired_end_with_4() {
+    let house = House::new();
+    let report = doctor(house.on("a").without("AWS_ACCESS_KEY_ID").without("AWS_SECRET_ACCESS_KEY"));
+    assert_eq!(report.code, Some(4), "{}", report.shown);
+    report.says("credentials", "problem", "no AWS credentials found");
+    let report = doctor(house.on("a").env("AWS_SECRET_ACCESS_KEY", "canary-secret"));
+    assert_eq!(report.code, Some(4), "{}", report.shown);
+    report.says("remote", "problem", "SignatureDoesNotMatch");
+    for (fault, says) in [
+        (S3Fault::expired_token(), "expired"),
+        (S3Fault::invalid_access_key(), "InvalidAccessKeyId"),
+        (S3Fault::clock_skew(), "clock of this machine"),
+        (S3Fault::access_denied(), "no right that was tried"),
+    ] {
+        house.s3.faults().clear();
+        house.s3.faults().add(fault);
+        let report = doctor(house.on("a"));
+        assert_eq!(report.code, Some(4), "{says}: {}", report.shown);
+        report.says("remote", "problem", says);
+    }
+}
+
+#[test]
+fn a_profile_is_named_as_the_source_of_its_keys() {
+    let house = House::new();
+    let keys = format!(
+        "[team]\naws_access_key_id = {}\naws_secret_access_key = {}\n",
+        house.s3.access_key(),
+        house.s3.secret_key()
+    );
+    house.write("home/.aws/credentials", keys.as_str());
+    let run = house.on("a").without("AWS_ACCESS_KEY_ID").without("AWS_SECRET_ACCESS_KEY").env("AWS_PROFILE", "team");
+    doctor(run).says("credentials", "ok", "profile \"team\"");
+}
+
+#[test]
+fn the_right_region_is_told() {
+    let house = House::new();
+    house.s3.faults().add(S3Fault::wrong_region("eu-west-3"));
+    let report = doctor(house.on("a"));
+    assert_eq!(report.code, Some(2), "{}", report.shown);
+    assert!(text(&report.says("remote", "problem", "eu-west-3")["fix"]).contains("AWS_REGION=eu-west-3"));
+}
+
+#[test]
+fn rights_that_are_lacking_are_named_one_by_one() {
+    let house = House::new();
+    let with = |fault: S3Fault| {
+        house.s3.faults().clear();
+        house.s3.faults().add(fault);
+        let report = doctor(house.on("a"));
+        house.s3.faults().clear();
+        report
+    };
+    let report = with(S3Fault::access_denied().method("PUT"));
+    assert_eq!(report.code, Some(0), "a reader is no patient: {}", report.shown);
+    report.says("remote", "warning", "may not be written");
+    let report = with(S3Fault::no_list_permission());
+    assert_eq!(report.code, Some(0), "{}", report.shown);
+    report.says("remote", "warning", "listing is not permitted");
+    report.says("remote", "ok", "may be read");
+    let report = with(S3Fault::ignore_conditions());
+    assert_eq!(report.code, Some(0), "{}", report.shown);
+    report.says("remote", "warning", "conditional writes are ignored");
+    assert_eq!(house.s3.keys(BUCKET), [""; 0]);
+    let report = with(S3Fault::access_denied().method("DELETE"));
+    assert_eq!(report.code, Some(4), "{}", report.shown);
+    let [left] = &house.s3.keys(BUCKET)[..] else { panic!("{:?}", house.s3.keys(BUCKET)) };
+    report.says("remote", "problem", left);
+    house.s3.remove(BUCKET, left).unwrap();
+    let report = with(S3Fault::slow_down());
+    assert_eq!(report.code, Some(7), "{}", report.shown);
+    // A write that arrived although its answer did not is removed, too.
+    with(S3Fault::lose_reply().method("PUT"));
+    assert_eq!(house.s3.keys(BUCKET), [""; 0]);
+}
+
+#[test]
+fn a_clock_that_is_off_is_told_with_its_server() {
+    let house = House::new();
+    house.s3.clock_ahead(-100);
+    let report = doctor(house.on("a"));
+    assert_eq!(report.code, Some(0), "{}", report.shown);
+    report.says("clock", "warning", "ahead of");
+    house.s3.clock_ahead(1000);
+    let report = doctor(house.on("a"));
+    assert_eq!(report.code, Some(4), "{}", report.shown);
+    report.says("clock", "problem", "s behind that of");
+}
+
+#[test]
+fn a_hub_that_is_down_throttled_or_does_not_know_the_token() {
+    let house = House::new();
+    house.hub.user("ada", TOKEN);
+    let report = doctor(house.on_local("a").env("HF_TOKEN", TOKEN));
+    assert_eq!(report.code, Some(0), "{}", report.shown);
+    report.says("origin", "ok", "the token is that of \"ada\"");
+    let report = doctor(house.on_local("a").env("HF_TOKEN", "canary-session"));
+    assert_eq!(report.code, Some(4), "{}", report.shown);
+    report.says("origin", "problem", "does not know the token");
+    house.hub.faults().add(modelcache_testkit::hub::HubFault::throttle(30));
+    doctor(house.on_local("a")).says("origin", "warning", "limits how often");
+    house.hub.down(true);
+    let report = doctor(house.on_local("a"));
+    assert_eq!(report.code, Some(7), "{}", report.shown);
+    report.says("origin", "problem", "127.0.0.1");
+    let report = doctor(house.on("a"));
+    assert_eq!(report.code, Some(0), "the remote serves: {}", report.shown);
+    report.says("origin", "warning", "found all the same");
+    doctor(house.on_local("a").env("MODEL_CACHE_OFFLINE", "1")).says("origin", "warning", "no origin is asked");
+}
+
+#[test]
+fn a_directory_that_cannot_be_used_ends_with_8() {
+    let house = House::new();
+    house.write("file", "x");
+    let report = doctor(house.on_local("file"));
+    assert_eq!(report.code, Some(8), "{}", report.shown);
+    let report = doctor(house.on_local("file/below"));
+    assert_eq!(report.code, Some(8), "{}", report.shown);
+    report.says("directory", "problem", "no folder");
+
+    house.on_local("newer").run(["stats"]).ok();
+    fs::write(house.path("newer/FORMAT"), "modelcache 9\n").unwrap();
+    doctor(house.on_local("newer")).says("directory", "problem", "has format 9");
+
+    fs::create_dir(house.path("locked")).unwrap();
+    fs::set_permissions(house.path("locked"), Permissions::from_mode(0o555)).unwrap();
+    fs::set_permissions(house.path(""), Permissions::from_mode(0o755)).unwrap();
+    let report = doctor(house.on_local("locked").unprivileged());
+    assert_eq!(report.code, Some(8), "{}", report.shown);
+    report.says("directory", "problem", "cannot write to");
+}
+
+#[test]
+fn a_read_only_mount_and_a_full_one_are_told() {
+    if !can_mount() {
+        return;
+    }
+    let house = House::new();
+    house.write("m/f", "content");
+    house.on_local("a").run(["put", "m@1", "m"]).ok();
+    let dir = house.path("a").display().to_string();
+    let mount = format!("mount --bind {dir} {dir} && mount -o remount,ro,bind {dir}");
+    let report = Report::of(house.on_local("a").run_after(&mount, &["doctor", "--json"]));
+    assert_eq!(report.code, Some(8), "{}", report.shown);
+    report.says("directory", "problem", "what it holds is served");
+
+    let full =
+        format!("mount -t tmpfs -o size=64k none {dir} && (dd if=/dev/zero of={dir}/fill bs=4k 2>/dev/null || true)");
+    let report = Report::of(house.on_local("a").run_after(&full, &["doctor", "--json"]));
+    assert_eq!(report.code, Some(6), "{}", report.shown);
+    report.says("directory", "problem", "cannot write");
+    report.says("directory", "warning", "tmpfs");
+}
+
+#[test]
+fn locks_that_lie_are_a_warning() {
+    let Some(shim) = shim() else { return };
+    let house = House::new();
+    house.on_local("a").run(["stats"]).ok();
+    let lies = shim.flock(&house.path("a"), modelcache_testkit::Flock::Lies);
+    let report = doctor(house.on_local("a").envs(lies.envs()));
+    assert_eq!(report.code, Some(0), "{}", report.shown);
+    report.says("directory", "warning", "locks do not exclude");
+}
+
+/// The IAM action that a request needs.
+fn action(seen: &Seen) -> &'static str {
+    match (seen.method.as_str(), seen.query.as_str()) {
+        ("GET", query) if query.contains("list-type=2") => "s3:ListBucket",
+        ("GET", query) if query.starts_with("uploads") => "s3:ListBucketMultipartUploads",
+        ("GET" | "HEAD", query) if !query.contains("uploadId") => "s3:GetObject",
+        ("DELETE", query) if query.contains("uploadId") => "s3:AbortMultipartUpload",
+        ("DELETE", _) => "s3:DeleteObject",
+        ("PUT" | "POST", query) if !query.contains("delete") => "s3:PutObject",
+        _ => panic!("{seen:?} needs an action that is not known here"),
+    }
+}
+
+fn granted(policy: &Value) -> BTreeSet<String> {
+    let statements = policy["Statement"].as_array().unwrap();
+    let actions = statements.iter().flat_map(|statement| statement["Action"].as_array().unwrap());
+    actions.map(text).collect()
+}
+
+#[test]
+fn the_iam_policies_grant_what_is_asked_for_and_nothing_more() {
+    let house = House::new();
+    let policy = |role: &str| house.on("a").run(["doctor", "--iam-policy", role]).ok();
+    let [reader, writer] =
+        ["reader", "writer"].map(|role| serde_json::from_str::<Value>(&policy(role).stdout).unwrap());
+    assert_eq!(reader["Statement"][1]["Resource"], serde_json::json!(["arn:aws:s3:::models/cache/*"]));
+    policy("writer").said(&["kms:GenerateDataKey"]);
+    assert!(house.s3.requests().is_empty(), "a policy asks nobody");
+    let needed =
+        |house: &House| house.s3.requests().iter().map(|seen| action(seen).to_owned()).collect::<BTreeSet<_>>();
+
+    house.write("m/small", "x");
+    house.write("m/large", Content::generated(1, 17 * MIB));
+    // An upload in parts that fails at its end is aborted.
+    house.s3.faults().add(S3Fault::error(400, "InvalidPart", "no").method("POST").on("uploadId").once());
+    assert_ne!(house.on("a").run(["put", "m@1", "m"]).code, Some(0));
+    house.on("a").run(["put", "m@1", "m", "--force"]).ok();
+    house.on("b").run(["get", "m@1"]).path();
+    house.on("b").run(["ls", "--remote"]).ok();
+    house.on("b").run(["verify", "--tier", "remote"]).ok();
+    doctor(house.on("b"));
+    house.on("a").run(["evict", "m@1", "--yes"]).ok();
+    let clock = |seen: &&Seen| seen.path == "/";
+    house
+        .s3
+        .requests()
+        .iter()
+        .filter(clock)
+        .for_each(|seen| assert_eq!(seen.authorization, None, "the clock's question"));
+    assert_eq!(needed(&house), granted(&writer));
+
+    house.on("a").run(["put", "m@1", "m"]).ok();
+    house.s3.clear_requests();
+    house.on("c").run(["get", "m@1"]).path();
+    house.on("c").run(["ls", "--remote"]).ok();
+    house.on("c").run(["verify", "--tier", "remote"]).ok();
+    assert_eq!(needed(&house), granted(&reader));
+}
+
+#[test]
+fn without_a_bucket_there_is_no_policy() {
+    let house = House::new();
+    house.on_local("a").run(["doctor", "--iam-policy", "reader"]).failed(2, &["no remote is configured"]);
+    let folder = format!("file://{}", house.path("remote").display());
+    house
+        .on_local("a")
+        .env("MODEL_CACHE_REMOTE", folder)
+        .run(["doctor", "--iam-policy", "writer"])
+        .failed(2, &["folder"]);
+}
+
+#[test]
+fn a_folder_as_remote_is_tried_and_left_as_it_was() {
+    let house = House::new();
+    let folder = house.path("remote");
+    let run = || house.on_local("a").env("MODEL_CACHE_REMOTE", format!("file://{}", folder.display()));
+    doctor(run()).says("remote", "warning", "the first put makes it");
+    assert!(!folder.exists());
+    fs::create_dir(&folder).unwrap();
+    let report = doctor(run());
+    assert_eq!(report.code, Some(0), "{}", report.shown);
+    report.says("remote", "ok", "conditional writes are kept");
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+}

@@ -1,0 +1,470 @@
+//! Files that other tools put into the bucket, and places in other buckets: found as they are, checked by what lies
+//! beside them, never written to.
+
+use crate::common::*;
+use modelcache_testkit::s3::S3Fault;
+use modelcache_testkit::{Content, Moto};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+fn model_file() -> Content {
+    Content::generated(7, 200_000)
+}
+
+fn sha256(content: &Content) -> String {
+    content.sha256().unwrap()
+}
+
+/// A bucket that somebody filled by hand.
+fn by_hand(objects: &[(&str, Content)]) -> House {
+    let house = House::new();
+    for (key, content) in objects {
+        house.s3.put(BUCKET, &format!("cache/{key}"), content.clone()).unwrap();
+    }
+    house
+}
+
+fn inspected(house: &House, dir: &str, reference: &str) -> Value {
+    house.on(dir).run(["inspect", reference, "--json"]).object()
+}
+
+fn provenances(inspection: &Value) -> Vec<String> {
+    inspection["files"].as_array().unwrap().iter().map(|file| text(&file["provenance"])).collect()
+}
+
+/// Nobody stated a checksum, and a warning says so.
+const UNSTATED: &str = "nobody states a checksum";
+
+#[test]
+fn one_file_put_there_by_hand_is_that_file_checked_by_its_sidecar() {
+    let model = model_file();
+    let digest = sha256(&model);
+    for (form, sidecar) in [
+        format!("{digest}\n"),
+        format!("{}  model.tar.gz\r\n", digest.to_uppercase()),
+        format!("SHA256 (model.tar.gz) = {digest}\n"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let sidecar: Content = sidecar.as_str().into();
+        let house = by_hand(&[("fraud/3/model.tar.gz", model.clone()), ("fraud/3/model.tar.gz.sha256", sidecar)]);
+        let got = house.on("a").run(["get", "fraud@3"]);
+        assert!(!got.stderr.contains("WARN"), "form {form}: {got}");
+        let path = got.path();
+        assert!(path.ends_with("model.tar.gz") && path.is_file(), "{path:?}");
+        assert_same(&path, &model);
+        let inspection = inspected(&house, "a", "fraud@3");
+        assert_eq!(provenances(&inspection), ["sidecar"]);
+        assert_eq!(text(&inspection["sha256"]), digest);
+        assert_eq!(house.s3.keys(BUCKET).len(), 2, "nothing was written");
+    }
+}
+
+#[test]
+fn a_sidecar_that_lies_is_named_and_nothing_is_kept() {
+    let other: Content = format!("{}  model.tar.gz\n", sha256(&"other".into())).as_str().into();
+    let house = by_hand(&[("fraud/3/model.tar.gz", model_file()), ("fraud/3/model.tar.gz.sha256", other)]);
+    let digest = sha256(&model_file());
+    house.on("a").run(["get", "fraud@3"]).failed(5, &["as model.tar.gz.sha256 says", &digest]);
+    house.assert_invisible("a");
+}
+
+#[test]
+fn sums_speak_for_their_folder_and_are_not_part_of_the_view() {
+    let (a, b, c): (Content, Content, Content) = (model_file(), "b".into(), "c".into());
+    let root = format!("{}  a.bin\n{}  sub/b\n{}  gone\n", sha256(&a), sha256(&"wrong".into()), sha256(&"x".into()));
+    let sub = format!("{} *b\n", sha256(&b));
+    let house = by_hand(&[
+        ("team/m/1/a.bin", a.clone()),
+        ("team/m/1/sub/b", b.clone()),
+        ("team/m/1/sub/c", c.clone()),
+        ("team/m/1/sub/c.sha256", "<html>not found</html>".into()),
+        ("team/m/1/SHA256SUMS", root.as_str().into()),
+        ("team/m/1/sub/SHA256SUMS", sub.as_str().into()),
+    ]);
+    let got = house.on("a").run(["get", "team/m@1"]);
+    let got = got.said(&["sub/SHA256SUMS counts", "sub/c.sha256", UNSTATED, "1 of 3 files", r#"not there ("gone")"#]);
+    let path = got.path();
+    assert_eq!(files_below(&path), ["a.bin", "sub/b", "sub/c"].map(PathBuf::from));
+    assert_same(&path.join("a.bin"), &a);
+    assert_same(&path.join("sub/b"), &b);
+    assert_eq!(provenances(&inspected(&house, "a", "team/m@1")), ["sidecar", "sidecar", "first-seen"]);
+    // What is stated for some files does not do where a checksum is required, unless those alone are wanted.
+    house.on("b").run(["get", "--require-checksum", "team/m@1"]).failed(5, &["sub/c"]);
+    house.on("b").run(["get", "--require-checksum", "team/m@1", "--include", "*/b"]).path();
+}
+
+#[test]
+fn without_checksums_one_warning_and_a_requirement_refuses() {
+    let house = by_hand(&[("fraud/3/model.tar.gz", model_file())]);
+    let before = house.s3.keys(BUCKET);
+    let got = house.on("a").run(["get", "fraud@3"]).ok();
+    assert_eq!(got.stderr.matches("WARN").count(), 1, "{got}");
+    let got = got.said(&[UNSTATED, "model.tar.gz", "sha256sum FILE > FILE.sha256"]);
+    assert_same(&got.path(), &model_file());
+    assert_eq!(provenances(&inspected(&house, "a", "fraud@3")), ["first-seen"]);
+    assert_eq!(house.s3.keys(BUCKET), before, "a first digest is no truth, and the place is not ours");
+
+    let warm = house.on("a").run(["get", "fraud@3"]).ok();
+    assert!(!warm.stderr.contains("WARN"), "{warm}");
+    let required = || ["MODEL_CACHE_REQUIRE_CHECKSUM", "1"];
+    let says = ["nobody states a checksum of 1 of its files", "model.tar.gz", "sha256sum FILE > FILE.sha256"];
+    for dir in ["b", "a"] {
+        let [name, value] = required();
+        house.on(dir).env(name, value).run(["get", "fraud@3"]).failed(5, &says);
+    }
+    house.assert_nothing("b");
+    let demanded = format!("fraud@3#sha256={}", sha256(&model_file()));
+    house.on("b").run(["get", "--require-checksum", &demanded]).path();
+}
+
+#[test]
+fn a_tree_of_more_keys_than_a_page_comes_whole() {
+    const FILES: usize = 2_501;
+    let house = House::new();
+    let mut sums = String::new();
+    for at in 0..FILES {
+        let content: Content = format!("file {at}").as_str().into();
+        sums.push_str(&format!("{}  part-{at:04}.txt\n", sha256(&content)));
+        content.write_to(house.s3.object_path(BUCKET, &format!("cache/shards/1/part-{at:04}.txt"))).unwrap();
+    }
+    house.s3.put(BUCKET, "cache/shards/1/SHA256SUMS", sums.as_str()).unwrap();
+    // The neighbour is not part of it.
+    house.s3.put(BUCKET, "cache/shards/10/x", "x").unwrap();
+    let got = house.on("a").run(["get", "shards@1"]);
+    assert!(!got.stderr.contains("WARN"), "{got}");
+    let path = got.path();
+    assert_eq!(files_below(&path).len(), FILES);
+    assert_same(&path.join("part-2500.txt"), &"file 2500".into());
+    let lists = house.s3.requests().into_iter().filter(|seen| seen.query.contains("list-type=2")).count();
+    assert_eq!(lists, 3, "pages");
+}
+
+#[test]
+fn what_is_half_written_or_not_there_is_a_miss_for_four_requests() {
+    let house = by_hand(&[("fraud/3/model.tar.gz", model_file()), ("fraud/3/.modelcache/claim", "{}".into())]);
+    house.on("a").run(["get", "fraud@3"]).failed(3, &["not found"]);
+    // Versions below a name are no files of an artifact.
+    house.on("a").run(["put", "team/x@1", house.write("x", "x").to_str().unwrap()]).ok();
+    house.on("a").run(["get", "team@x"]).failed(3, &["not found"]);
+    house.s3.clear_requests();
+    house.on("a").run(["get", "nothing@1"]).failed(3, &["not found"]);
+    assert_eq!(house.s3.requests().len(), 4, "manifest, tag, list, object: {:?}", house.s3.requests());
+}
+
+#[test]
+fn one_object_may_be_the_version_itself() {
+    let house = by_hand(&[
+        ("fraud/3", model_file()),
+        ("fraud/3.sha256", sha256(&model_file()).as_str().into()),
+        ("fraud/30/x", "x".into()),
+    ]);
+    let path = house.on("a").run(["get", "fraud@3", "--require-checksum"]).path();
+    assert_same(&path, &model_file());
+    assert!(path.is_file());
+    let file = house.write("mine", "mine");
+    house.on("b").run(["put", "fraud@3", file.to_str().unwrap()]).failed(1, &["modelcache did not write"]);
+}
+
+/// Runs a get of `big@1`, whose file is replaced while its first read is held back, `times` times.
+fn replaced_while_read(times: u64) -> (House, Outcome) {
+    let house = by_hand(&[("big/1/model.bin", Content::generated(0, 50_000))]);
+    let held = house
+        .s3
+        .faults()
+        .add(S3Fault::delay(Duration::from_millis(600)).method("GET").on("big/1/model.bin").times(times));
+    let running = house.on("a").start(["get", "big@1"]);
+    for time in 1..=times {
+        wait_until("the read is held back", || held.count() >= time);
+        house.s3.put(BUCKET, "cache/big/1/model.bin", Content::generated(time, 50_000)).unwrap();
+    }
+    let outcome = running.wait();
+    (house, outcome)
+}
+
+#[test]
+fn nothing_is_put_below_what_another_tool_put_there() {
+    let house = by_hand(&[("fraud/3/model.tar.gz", model_file())]);
+    let mine = house.write("mine", "m").display().to_string();
+    for key in ["fraud/3@x", "fraud/3/model.tar.gz@1", "fraud/3/deep/er@1"] {
+        house.on("a").run(["put", key, &mine]).failed(1, &["fraud/3", "another tool", "choose another name"]);
+    }
+    assert_same(&house.on("b").run(["get", "fraud@3"]).path(), &model_file());
+    house.on("a").run(["put", "fraud@4", &mine]).ok();
+}
+
+#[test]
+fn a_file_that_no_digest_names_has_one_source() {
+    let house = by_hand(&[("big/1/model.bin", big())]);
+    let other = Content::generated(7, big().len());
+    other.write_to(house.path("registry/big/1")).unwrap();
+    let origin = format!("file://{}/{{name}}/{{version}}", house.path("registry").display());
+    // The first part comes; then the bucket has nothing more to give.
+    house.s3.faults().add(S3Fault::hang_up().on("model.bin").method("GET").after_skipping(1));
+    let got = house.on("a").env("MODEL_CACHE_ORIGIN", &origin).run(["get", "big@1"]);
+    assert_ne!(got.code, Some(0), "what is half this and half that is nothing: {got}");
+    house.assert_invisible("a");
+    house.s3.faults().clear();
+    assert_same(&house.on("a").env("MODEL_CACHE_ORIGIN", &origin).run(["get", "big@1"]).path(), &big());
+}
+
+#[test]
+fn an_object_replaced_between_list_and_read_is_listed_anew() {
+    let (_house, outcome) = replaced_while_read(1);
+    let path = outcome.said(&["starting over with a new list"]).path();
+    assert_same(&path, &Content::generated(1, 50_000));
+}
+
+#[test]
+fn an_object_that_is_replaced_again_and_again_is_a_clear_failure() {
+    let (house, outcome) = replaced_while_read(2);
+    outcome.failed(1, &["model.bin was replaced or removed after it was listed"]);
+    house.assert_invisible("a");
+}
+
+#[test]
+fn files_that_changed_under_a_version_are_an_alarm() {
+    let house = by_hand(&[("m/1/a", "a".into()), ("m/1/b", "b".into())]);
+    house.on("a").run(["get", "m@1", "--include", "a"]).path();
+    house.s3.put(BUCKET, "cache/m/1/a", "aa").unwrap();
+    house.on("a").run(["get", "m@1"]).failed(1, &["no longer those that this disk knows", "evict --tier disk m@1"]);
+    house.on("a").run(["evict", "--tier", "disk", "m@1"]).ok();
+    let path = house.on("a").run(["get", "m@1"]).path();
+    assert_same(&path.join("a"), &"aa".into());
+}
+
+#[test]
+fn without_the_right_to_list_it_is_a_miss_that_says_which_right() {
+    let house = by_hand(&[("fraud/3/model.tar.gz", model_file())]);
+    house.s3.faults().add(S3Fault::no_list_permission());
+    let got = house.on("a").run(["get", "fraud@3"]).failed(3, &["s3:ListBucket"]);
+    assert_eq!(got.stderr.matches("WARN").count(), 1, "{got}");
+}
+
+#[test]
+fn a_slow_or_throttling_store_is_waited_for() {
+    let house = by_hand(&[("fraud/3/model.tar.gz", model_file())]);
+    house.s3.faults().add(S3Fault::slow_down().on("list-type=2").times(2));
+    house.s3.faults().add(S3Fault::internal_error().method("HEAD").on("model.tar.gz").times(1));
+    house.s3.faults().add(S3Fault::hang_up().method("GET").on("model.tar.gz").times(1));
+    let path = house.on("a").run(["get", "fraud@3"]).path();
+    assert_same(&path, &model_file());
+}
+
+#[test]
+fn what_another_tool_put_there_is_neither_overwritten_nor_removed() {
+    let house = by_hand(&[("fraud/3/model.tar.gz", model_file())]);
+    let file = house.write("mine", "mine");
+    house.on("a").run(["put", "fraud@3", file.to_str().unwrap()]).failed(1, &["modelcache did not write"]);
+    for tier in ["remote", "all"] {
+        let args = ["evict", "--tier", tier, "--yes", "fraud@3"];
+        house.on("a").run(args).failed(1, &["put there by another tool"]);
+    }
+    house.on("a").run(["get", "fraud@3"]).path();
+    // No `--yes`: the remote can give it back.
+    house.on("a").run(["evict", "fraud@3"]).ok().said(&["the remote keeps it", "on disk"]);
+    assert_eq!(house.listed("a"), [""; 0]);
+    assert_eq!(house.s3.keys(BUCKET), ["cache/fraud/3/model.tar.gz"]);
+}
+
+#[test]
+fn a_shared_folder_is_filled_by_hand_too() {
+    let house = House::new();
+    let run =
+        |dir: &str| house.on_local(dir).env("MODEL_CACHE_REMOTE", format!("file://{}", house.path("far").display()));
+    house.write("far/fraud/3/model.tar.gz", model_file());
+    house.write("far/fraud/3/SHA256SUMS", format!("{}  model.tar.gz\n", sha256(&model_file())).as_str());
+    house.write("far/odd/1/sub dir/fé+%.txt", "odd");
+    house.write("far/odd/1/with\nnewline", "x");
+    std::os::unix::fs::symlink("..", house.path("far/odd/1/circle")).unwrap();
+    // Whoever may write there must not have us read for them.
+    house.write("private", "private");
+    std::os::unix::fs::symlink(house.path("private"), house.path("far/odd/1/planted")).unwrap();
+    std::os::unix::fs::symlink(house.path("private"), house.path("far/odd/2")).unwrap();
+    // A link within the folder is a name like any other.
+    std::os::unix::fs::symlink("3", house.path("far/fraud/latest")).unwrap();
+    assert_same(&run("a").run(["get", "--require-checksum", "fraud@3"]).path(), &model_file());
+    let path = run("a").run(["get", "odd@1"]).path_saying(&["left out", r"with\nnewline", "planted", UNSTATED]);
+    assert_eq!(files_below(&path), [PathBuf::from("sub dir/fé+%.txt")]);
+    run("a").run(["get", "odd@2"]).failed(3, &["leads out of the remote's folder"]);
+    assert_same(&run("a").run(["get", "fraud@latest"]).path(), &model_file());
+    run("a").run(["get", "nothing@1"]).failed(3, &["not found"]);
+    run("a").run(["evict", "--tier", "remote", "--yes", "odd@1"]).failed(1, &["put there by another tool"]);
+}
+
+/// Puts objects with boto3, as people do: `keys` with their own names as content, then those with metadata, with a
+/// checksum of the store, and with one of parts.
+const UPLOAD: &str = r#"
+import boto3, hashlib, sys
+from botocore.config import Config
+s3 = boto3.client("s3", config=Config(s3={"addressing_style": "path"}))
+bucket, base = sys.argv[1:3]
+for key in sys.argv[3:]:
+    s3.put_object(Bucket=bucket, Key=base + "odd/1/" + key, Body=key.encode())
+s3.put_object(Bucket=bucket, Key=base + "stated/1/meta", Body=b"meta", Metadata={"sha256": hashlib.sha256(b"meta").hexdigest()})
+s3.put_object(Bucket=bucket, Key=base + "stated/1/checksum", Body=b"checksum", ChecksumAlgorithm="SHA256")
+s3.put_object(Bucket=bucket, Key=base + "lying/1/meta", Body=b"meta", Metadata={"sha256": "00" * 32})
+upload = s3.create_multipart_upload(Bucket=bucket, Key=base + "stated/1/parts", ChecksumAlgorithm="SHA256")["UploadId"]
+at = dict(Bucket=bucket, Key=base + "stated/1/parts", UploadId=upload)
+parts = []
+for number, body in enumerate([b"1" * (5 << 20), b"2"], 1):
+    part = s3.upload_part(PartNumber=number, Body=body, ChecksumAlgorithm="SHA256", **at)
+    parts.append({"PartNumber": number, "ETag": part["ETag"], "ChecksumSHA256": part["ChecksumSHA256"]})
+s3.complete_multipart_upload(MultipartUpload={"Parts": parts}, **at)
+"#;
+
+fn upload(venv: &Path, moto: &Moto, keys: &[&str]) {
+    let mut python = Command::new(venv.join("bin/python"));
+    python.args(["-c", UPLOAD, BUCKET, "cache/"]).args(keys).envs(moto.env()).env("AWS_DEFAULT_REGION", "us-east-1");
+    let output = python.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn odd_keys_metadata_and_checksums_of_a_real_tool_are_read() {
+    let Some(venv) = venv() else { return };
+    let (house, moto) = (House::new(), Moto::start(&venv).unwrap());
+    moto.bucket(BUCKET).unwrap();
+    let good = ["a b.txt", "fé ω.txt", "x+y.txt", "100%25 %.txt", "sub/q?&=;#.txt", "<&>'.txt"];
+    let bad = ["a//b", "marker/", "../up", "sub/../x", "back\\slash", "both", "both/inner"];
+    upload(&venv, &moto, &[&good[..], &bad[..]].concat());
+    let run = |dir| house.on_local(dir).envs(moto.env()).env("MODEL_CACHE_REMOTE", format!("s3://{BUCKET}/cache"));
+
+    let got = run("a").run(["get", "odd@1"]).said(&["left out", "a//b"]);
+    assert!(!got.stderr.contains("marker/"), "{got}");
+    let path = got.path();
+    let mut expected: Vec<PathBuf> = good.iter().chain(&["both/inner"]).map(PathBuf::from).collect();
+    expected.sort();
+    assert_eq!(files_below(&path), expected);
+    for name in good {
+        assert_same(&path.join(name), &name.into());
+    }
+
+    let path = run("a").run(["get", "stated@1"]).path_saying(&[UNSTATED, "1 of 3 files", "parts"]);
+    assert_eq!(fs::read(path.join("parts")).unwrap().len() as u64, 5 * MIB + 1);
+    let inspection = run("a").run(["inspect", "stated@1", "--json"]).object();
+    assert_eq!(provenances(&inspection), ["sidecar", "sidecar", "first-seen"], "checksum, meta, parts");
+    run("a").run(["get", "lying@1"]).failed(5, &["as x-amz-meta-sha256 says"]);
+}
+
+/// A second bucket with a tree, and what an `s3://` reference to it gives.
+fn elsewhere() -> House {
+    let house = House::new();
+    house.s3.bucket("other").unwrap();
+    for (key, content) in [("m@1/model.bin", model_file()), ("m@1/config.json", "{}".into()), ("m@12/x", "x".into())] {
+        house.s3.put("other", &format!("models/{key}"), content).unwrap();
+    }
+    house
+}
+
+#[test]
+fn a_place_in_another_bucket_is_an_origin() {
+    let house = elsewhere();
+    let sums = format!("{}  model.bin\n", sha256(&model_file()));
+    house.s3.put("other", "models/m@1/SHA256SUMS", sums.as_str()).unwrap();
+    let path = house.on("a").run(["get", "s3://other/models/m@1"]).path_saying(&[UNSTATED, "config.json"]);
+    assert_eq!(files_below(&path), ["config.json", "model.bin"].map(PathBuf::from));
+    assert_same(&path.join("model.bin"), &model_file());
+    let file = house.on("a").run(["get", "s3://other/models/m@1/model.bin"]).path();
+    assert_same(&file, &model_file());
+    house.on("a").run(["get", "s3://other/models/m"]).failed(3, &["there is no such object, and nothing below it"]);
+    house.on("a").run(["get", "s3://no-such-bucket/x"]).failed(2, &["no-such-bucket", "does not exist"]);
+
+    // It went to the remote, digests with their provenance, and comes from there.
+    let listed = house.on("a").run(["ls", "--remote", "--json"]).objects();
+    let reference =
+        listed.iter().map(|row| text(&row["reference"])).find(|name| name.starts_with("s3/other/models/m%401@"));
+    let reference = reference.expect("it was backfilled");
+    house.s3.clear_requests();
+    let path = house.on("b").run(["get", &reference]).path();
+    assert_same(&path.join("model.bin"), &model_file());
+    assert!(house.s3.requests().iter().all(|seen| !seen.path.starts_with("/other")), "the key alone is enough");
+    assert_eq!(provenances(&inspected(&house, "b", &reference)), ["first-seen", "sidecar"]);
+}
+
+#[test]
+fn another_bucket_is_asked_again_only_once_its_answer_is_old() {
+    let house = elsewhere();
+    let get = |ttl: &str| {
+        let run = house.on_local("a").envs(house.s3.env()).env("MODEL_CACHE_REF_TTL", ttl);
+        run.run(["get", "s3://other/models/m@1", "--json"]).object()
+    };
+    let first = text(&get("1h")["version"]);
+    house.s3.put("other", "models/m@1/config.json", "{\"new\": 1}").unwrap();
+    house.s3.clear_requests();
+    assert_eq!(text(&get("1h")["version"]), first);
+    assert_eq!(house.s3.requests().len(), 0, "a fresh answer asks nobody");
+    let second = get("0s");
+    assert_ne!(text(&second["version"]), first);
+    assert_same(&Path::new(&text(&second["path"])).join("config.json"), &"{\"new\": 1}".into());
+    house.s3.down(true);
+    let last = house.on_local("a").envs(house.s3.env()).env("MODEL_CACHE_REF_TTL", "0s");
+    last.env("MODEL_CACHE_RETRY_DEADLINE", "0s")
+        .run(["get", "s3://other/models/m@1"])
+        .path_saying(&["using the version that it last meant"]);
+}
+
+#[test]
+fn a_bucket_in_another_region_is_found_there() {
+    let house = elsewhere();
+    let told = house.s3.faults().add(S3Fault::wrong_region("eu-west-1").on("prefix=models/m@1").times(1));
+    house.on("a").run(["get", "s3://other/models/m@1/"]).path();
+    assert_eq!(told.count(), 1);
+    let signed = |seen: &modelcache_testkit::Seen| seen.authorization.clone().unwrap_or_default();
+    let reads = house.s3.object_gets("models/m@1");
+    assert!(!reads.is_empty() && reads.iter().all(|seen| signed(seen).contains("/eu-west-1/s3/")), "{reads:?}");
+}
+
+#[test]
+fn a_template_leads_bare_names_to_another_bucket() {
+    let house = elsewhere();
+    house.s3.put("other", "byname/fraud/3/model.tar.gz", model_file()).unwrap();
+    let run = |dir| house.on(dir).env("MODEL_CACHE_ORIGIN", "s3://other/byname/{name}/{version}/");
+    assert_same(&run("a").run(["get", "fraud@3"]).path(), &model_file());
+    run("a").run(["get", "fraud@4"]).failed(3, &["s3://other/byname/{name}/{version}/"]);
+    assert!(house.s3.keys(BUCKET).contains(&"cache/fraud/3/.modelcache/manifest.json".to_owned()), "backfilled");
+}
+
+#[test]
+fn what_we_published_elsewhere_is_read_by_its_manifest() {
+    let house = elsewhere();
+    let file = house.write("given", model_file());
+    let there = house.on("a").env("MODEL_CACHE_REMOTE", "s3://other/pool");
+    there.run(["put", "fraud@3", file.to_str().unwrap()]).ok();
+    let reference = "s3://other/pool/fraud/3";
+    let path = house.on_local("b").envs(house.s3.env()).run(["get", reference, "--require-checksum"]).path();
+    assert_same(&path, &model_file());
+    assert!(path.is_file() && path.ends_with("given"), "{path:?}");
+    house.on("b").run(["get", "s3://other/pool/fraud"]).failed(2, &["versions are published below it", "pool/fraud/3"]);
+    // Bytes that the manifest does not vouch for are not taken.
+    house.s3.flip_byte("other", "pool/fraud/3/given", 5).unwrap();
+    house.on("c").without("MODEL_CACHE_REMOTE").run(["get", reference]).failed(5, &["mismatch"]);
+}
+
+/// Every command of the page, one after the other, in a folder of their own.
+#[test]
+fn the_page_for_people_with_a_bucket_can_be_followed() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/existing-bucket.md");
+    let page = fs::read_to_string(page).unwrap();
+    let blocks = page.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap());
+    let script: String = blocks.collect();
+    let house = House::new();
+    let work = house.path("work");
+    fs::create_dir(&work).unwrap();
+    let mut shell = Command::new("/bin/sh");
+    shell.args(["-euc", &script]).current_dir(&work).env_clear().env("MODEL_CACHE_DIR", house.path("a"));
+    shell.env("MODEL_CACHE_MIN_FREE_BYTES", "0");
+    shell.env("PATH", format!("{}:/usr/bin:/bin", Path::new(BIN).parent().unwrap().display()));
+    let output = shell.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains(UNSTATED), "{said}");
+    for part in ["sidecar", "refused with exit code 5"] {
+        assert!(printed.contains(part), "{part:?} is not printed: {printed}{said}");
+    }
+}

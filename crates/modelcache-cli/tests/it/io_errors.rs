@@ -1,0 +1,169 @@
+//! A disk that fails: ENOSPC, EDQUOT, EIO, EROFS and EMFILE at every call of a get and of a put, reads included.
+//!
+//! Success means right bytes; failure has its exit code, says what the system said, and names a remedy; the next clean
+//! run works. `IO_SEED` repeats a sample, `IO_POINTS` sets its size, `IO_EXHAUSTIVE=1` takes every call (with
+//! `cargo nextest run --profile long`).
+
+use crate::common::{House, Outcome, assert_model, model, shim};
+use modelcache_testkit::shim::sample;
+use modelcache_testkit::{Call, Dice, Errno, Shim, Strike};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+const POINTS: usize = 6;
+const GET: &[&str] = &["get", "hf://org/model"];
+const PUT: &[&str] = &["put", "m@1", "model"];
+/// What makes a published file durable.
+const SYNC: &str = "fdatasync";
+
+/// What the system calls it, and the exit code it ends in.
+fn told(errno: Errno) -> (&'static str, i32) {
+    match errno {
+        Errno::ENOSPC => ("No space left on device", 6),
+        Errno::EDQUOT => ("quota exceeded", 6),
+        Errno::EIO => ("Input/output error", 8),
+        Errno::EROFS => ("Read-only file system", 8),
+        Errno::EMFILE => ("Too many open files", 1),
+        Errno::EINTR => ("Interrupted system call", 8),
+    }
+}
+
+#[test]
+fn a_full_disk_is_no_false_success() {
+    fail_everywhere("ENOSPC", Errno::ENOSPC);
+}
+
+#[test]
+fn a_used_up_quota_is_no_false_success() {
+    fail_everywhere("EDQUOT", Errno::EDQUOT);
+}
+
+#[test]
+fn a_disk_error_is_no_false_success() {
+    fail_everywhere("EIO", Errno::EIO);
+}
+
+#[test]
+fn a_disk_that_turns_read_only_is_no_false_success() {
+    fail_everywhere("EROFS", Errno::EROFS);
+}
+
+#[test]
+fn a_lack_of_descriptors_is_no_false_success() {
+    fail_everywhere("EMFILE", Errno::EMFILE);
+}
+
+#[test]
+#[allow(clippy::print_stderr)]
+fn an_fsync_that_fails_is_not_tried_again_and_its_file_is_not_lent() {
+    let Some(shim) = shim() else { return };
+    let bench = Bench::new(shim);
+    let mut struck = 0;
+    for args in [GET, PUT] {
+        let count = bench.shim.count(&bench.house.path("whole"));
+        bench.house.on_local("whole").envs(count.envs()).run(args).ok();
+        for n in 1..=count.calls().into_iter().filter(is_sync).count() as u64 {
+            bench.fails_to_sync(args, n);
+            struck += 1;
+        }
+        std::fs::remove_dir_all(bench.house.path("whole")).unwrap();
+    }
+    eprintln!("io errors: {struck} failed syncs");
+    assert!(struck > 0, "no fsync was struck");
+}
+
+struct Bench {
+    house: House,
+    shim: Shim,
+}
+
+/// Both commands under one error.
+#[allow(clippy::print_stderr)]
+fn fail_everywhere(name: &str, errno: Errno) {
+    let Some(shim) = shim() else { return };
+    let bench = Bench::new(shim);
+    let mut dice = Dice::from_env("IO_SEED");
+    let exhaustive = std::env::var("IO_EXHAUSTIVE").is_ok_and(|on| on == "1");
+    let points = std::env::var("IO_POINTS").map_or(POINTS, |points| points.parse().unwrap());
+    let (mut faults, mut failures) = (0, 0);
+    for args in [GET, PUT] {
+        let whole = format!("whole-{}", args[0]);
+        let root = bench.house.path(&whole);
+        let count = bench.shim.count(&root).with_reads();
+        bench.house.on_local(&whole).envs(count.envs()).run(args).ok();
+        for n in sample(&count.calls(), &root, &mut dice, if exhaustive { usize::MAX } else { points }) {
+            let modes: &[bool] = if exhaustive { &[false, true] } else { &[dice.percent(50)] };
+            for from_then_on in modes {
+                let dir = format!("{}-{n}-{from_then_on}", args[0]);
+                let fault = bench.shim.fail_at(&bench.house.path(&dir), n, errno).with_reads();
+                let fault = if *from_then_on { fault.from_then_on() } else { fault };
+                failures += u32::from(bench.survives(args, &dir, &fault, errno, n));
+                faults += 1;
+            }
+        }
+    }
+    eprintln!("io errors: {name}: {faults} faults injected, {failures} runs failed, seed {}", dice.seed());
+    assert!(failures > 0, "no fault made a run fail: this proved nothing");
+}
+
+impl Bench {
+    fn new(shim: Shim) -> Self {
+        let (house, _) = House::with_model();
+        model().into_iter().for_each(|(path, content)| drop(house.write(&format!("model/{path}"), content)));
+        Self { house, shim }
+    }
+
+    /// One run under a fault, and all that must hold during and after it; whether the run failed.
+    #[allow(clippy::print_stderr)]
+    fn survives(&self, args: &[&str], dir: &str, fault: &Strike, errno: Errno, n: u64) -> bool {
+        let outcome = self.house.on_local(dir).envs(fault.envs()).run(args);
+        // Shown only if something fails from here on.
+        eprintln!("{args:?} under {errno:?} from call {n}: {:?}", fault.calls().iter().find(|call| call.number == n));
+        let (text, code) = told(errno);
+        let failed = outcome.code != Some(0);
+        if failed {
+            outcome.failed(code, &[text, "disk"]);
+            self.house.state(dir);
+        } else {
+            self.assert_right(args, dir, outcome);
+        }
+        let again = self.house.on_local(dir).run(args);
+        self.assert_right(args, dir, again);
+        self.house.assert_in_order(dir);
+        std::fs::remove_dir_all(self.house.path(dir)).unwrap();
+        failed
+    }
+
+    /// A successful run has made the model local.
+    #[track_caller]
+    fn assert_right(&self, args: &[&str], dir: &str, outcome: Outcome) {
+        if args == PUT {
+            outcome.ok();
+            assert_model(&self.house.on_local(dir).run(["get", "m@1"]).path());
+        } else {
+            assert_model(&outcome.path());
+        }
+    }
+
+    /// The `n`-th sync of a staged file fails; then all that must hold is checked.
+    fn fails_to_sync(&self, args: &[&str], n: u64) {
+        let dir = format!("sync-{}-{n}", args[0]);
+        let fault = self.shim.fail_at(&self.house.path(&dir), n, Errno::EIO).of(SYNC);
+        let outcome = self.house.on_local(&dir).envs(fault.envs()).run(args);
+        outcome.failed(8, &["cannot make durable", "Input/output error"]);
+        let calls = fault.calls();
+        let synced: Vec<&Path> = calls.iter().filter(|call| is_sync(call)).map(|call| &*call.path).collect();
+        let once: BTreeSet<_> = synced.iter().collect();
+        assert_eq!(once.len(), synced.len(), "a failed fsync says nothing about the next: {synced:?}");
+        let struck = calls.iter().filter(|call| is_sync(call)).nth(usize::try_from(n).unwrap() - 1).unwrap();
+        let held = self.house.state(&dir).into_values().flat_map(|files| files.into_keys()).collect::<BTreeSet<_>>();
+        assert!(held.iter().all(|path| !struck.path.ends_with(path)), "{} is held: {held:?}", struck.path.display());
+        assert!(held.len() + 1 == model().len(), "the others are: {held:?}");
+        let again = self.house.on_local(&dir).run(args);
+        self.assert_right(args, &dir, again);
+    }
+}
+
+fn is_sync(call: &Call) -> bool {
+    call.name == SYNC
+}

@@ -1,0 +1,42 @@
+//! The program from outside, in one program: each module is about one thing that it has to do.
+#![allow(clippy::unwrap_used)]
+
+mod backfill;
+mod bad_input;
+mod chaos;
+mod cli;
+mod common;
+mod crash;
+mod doctor;
+mod durability;
+mod foreign;
+mod healing;
+mod io_errors;
+mod lower;
+mod lying_locks;
+mod machine;
+mod main_job;
+mod metrics_file;
+mod mlflow;
+mod oci;
+mod offline;
+mod pages;
+mod power_cut;
+mod proxies;
+mod put_options;
+mod real_model;
+mod redirects;
+mod revisions;
+mod security;
+mod sharing;
+mod together;
+mod troubleshooting;
+mod uploads;
+mod verbs_exec;
+mod verbs_into;
+mod verbs_pin;
+mod verbs_prewarm;
+mod verbs_prune;
+mod verify;
+mod weather;
+mod web;

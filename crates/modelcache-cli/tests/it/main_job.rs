@@ -1,0 +1,463 @@
+//! The main job with the real binary: get, put, evict, and the looks, through disk, S3 and the Hub.
+
+use crate::common::*;
+use modelcache_testkit::hub::HubFault;
+use modelcache_testkit::{Content, content};
+use serde_json::{Value, json};
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+#[test]
+fn a_cold_get_fills_disk_and_s3_a_second_machine_reads_s3_and_a_warm_get_asks_nobody() {
+    let (house, commit) = House::with_model();
+    let cold = house.on("a").run(["get", "hf://org/model@main"]).path_saying(&["from origin", "to remote"]);
+    assert_model(&cold);
+    assert_eq!(house.hub.body_bytes(), model_bytes(), "each byte came once");
+
+    let folder = format!("hf/org/model/{commit}");
+    for (path, content) in model() {
+        let object = house.s3.object(BUCKET, &house.s3_key(&folder, path));
+        assert_eq!(object.as_deref(), Some(&*content.to_vec().unwrap()), "{path} is a plain object on S3");
+    }
+    let manifest = house.s3.object(BUCKET, &house.s3_key(&folder, ".modelcache/manifest.json")).unwrap();
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    assert!(manifest.to_string().contains(&content::sha256(b"odd name")), "{manifest}");
+    assert!(house.s3.object(BUCKET, &house.s3_key(&folder, ".modelcache/claim")).is_none(), "the claim is dropped");
+
+    house.hub.clear_requests();
+    let second = house.on("b").run(["get", &format!("hf://org/model@{commit}")]).path_saying(&["from remote"]);
+    assert_model(&second);
+    assert_eq!(house.hub.requests().len(), 0, "a commit that S3 has is not asked of the Hub");
+
+    house.hub.down(true);
+    house.s3.down(true);
+    for dir in ["a", "b"] {
+        let warm = house.on(dir).run(["get", &format!("hf://org/model@{commit}")]);
+        assert_model(&warm.path_saying(&["on disk"]));
+    }
+    let main = house.on("a").run(["get", "hf://org/model"]).path_saying(&["on disk"]);
+    assert_eq!(main, cold, "main is fresh here");
+}
+
+#[test]
+fn main_on_a_second_machine_is_known_from_the_first_and_read_from_s3() {
+    let (house, _) = House::with_model();
+    house.on("a").run(["get", "hf://org/model@main"]).path();
+    house.hub.clear_requests();
+    assert_model(&house.on("b").run(["get", "hf://org/model@main"]).path_saying(&["from remote"]));
+    assert_eq!(house.hub.body_gets().len(), 0);
+    assert_eq!(house.hub.requests().len(), 0, "the fleet knows what main is");
+}
+
+#[test]
+fn json_tells_where_it_is_and_where_each_byte_came_from() {
+    let (house, commit) = House::with_model();
+    let cold = house.on("a").run(["get", "hf://org/model", "--json"]).object();
+    assert_eq!((&cold["reference"], &cold["from"]), (&json!("hf://org/model"), &json!("origin")));
+    assert_eq!((&cold["name"], &cold["version"]), (&json!("hf/org/model"), &json!(commit)));
+    assert_eq!((&cold["files"], &cold["size"]), (&json!(4), &json!(model_bytes())));
+    assert_eq!(cold["bytes"], json!({"disk": 0, "remote": 0, "origin": model_bytes()}));
+    assert_eq!(cold["backfilled_bytes"], json!(model_bytes()));
+    assert!(cold["seconds"]["pour"].as_f64().unwrap() > 0.0 && cold["total_seconds"].as_f64().unwrap() > 0.0);
+    assert_model(&PathBuf::from(text(&cold["path"])));
+
+    let warm = house.on("a").run(["get", "hf://org/model", "--json"]).object();
+    assert_eq!((&warm["from"], &warm["path"]), (&json!("disk"), &cold["path"]));
+    let second = house.on("b").run(["get", "hf://org/model", "--json", "--quiet"]);
+    assert_eq!(second.stderr, "", "quiet");
+    let second = second.object();
+    assert_eq!(second["bytes"], json!({"disk": 0, "remote": model_bytes(), "origin": 0}));
+}
+
+#[test]
+fn of_several_references_one_that_fails_does_not_keep_the_others() {
+    let (house, _) = House::with_model();
+    house.hub.repo("org/other").commit().file("x", "x").publish().unwrap();
+    let args = ["get", "hf://org/other", "hf://org/none", "hf://org/model"];
+    let outcome = house.on("a").run(args).said(&["error: hf://org/none", "hint: "]);
+    assert_eq!(outcome.code, Some(3), "{outcome}");
+    let paths: Vec<&str> = outcome.stdout.lines().collect();
+    assert_eq!(paths.len(), 2, "{outcome}");
+    assert_same(&PathBuf::from(paths[0]).join("x"), &"x".into());
+    assert_model(&PathBuf::from(paths[1]));
+
+    let outcome = house.on("a").run([&args[..], &["--json"]].concat());
+    let rows: Vec<Value> = outcome.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(rows.len(), 3, "one object for each, in order: {outcome}");
+    assert_eq!((&rows[1]["reference"], &rows[1]["error"]["code"]), (&json!("hf://org/none"), &json!("not_found")));
+}
+
+#[test]
+fn a_part_can_be_fetched_and_widened_and_is_never_taken_for_the_whole() {
+    let (house, commit) = House::with_model();
+    let part = house.on("a").run(["get", "hf://org/model", "--include", "*.json"]).path();
+    assert_eq!(files_below(&part), [PathBuf::from("config.json")]);
+    let row = house.on("a").run(["ls", "--json"]).object();
+    assert_eq!((&row["held_files"], &row["files"]), (&json!(1), &json!(4)));
+
+    // The second machine finds a part on S3 and gets the rest from the Hub.
+    house.hub.clear_requests();
+    let whole = house.on("b").run(["get", "hf://org/model", "--json"]).object();
+    assert_model(&PathBuf::from(text(&whole["path"])));
+    assert_eq!(whole["bytes"], json!({"disk": 0, "remote": 8, "origin": model_bytes() - 8}));
+    assert!(house.hub.body_gets().iter().all(|seen| seen.file.as_deref() != Some("config.json")));
+
+    // The first one widens with what the second one left on S3.
+    house.hub.down(true);
+    let wide = house.on("a").run(["get", &format!("hf://org/model@{commit}"), "--json"]).object();
+    assert_eq!(wide["bytes"], json!({"disk": 8, "remote": model_bytes() - 8, "origin": 0}));
+    assert_model(&part);
+
+    let without = house.on("a").run(["get", "hf://org/model", "--exclude", "*.safetensors", "--json"]).object();
+    assert_eq!((&without["from"], &without["files"]), (&json!("disk"), &json!(3)));
+}
+
+#[test]
+fn one_file_of_a_repository_is_that_file() {
+    let (house, commit) = House::with_model();
+    let file = house.on("a").run(["get", "hf://org/model@main/sub dir/fé+%25.txt"]).path();
+    assert_same(&file, &"odd name".into());
+    assert_eq!(house.hub.body_bytes(), 8);
+    let pinned = format!("hf://org/model@{commit}/config.json#sha256={}", content::sha256(b"{\"a\": 1}"));
+    assert_same(&house.on("b").run(["get", &pinned]).path(), &"{\"a\": 1}".into());
+    let wrong = pinned.replace("#sha256=", "#sha256=0000").chars().take(pinned.len()).collect::<String>();
+    house.on("a").run(["get", &wrong]).failed(5, &["sha256", "demanded"]);
+}
+
+#[test]
+fn a_dry_run_tells_sizes_and_tiers_and_moves_no_byte() {
+    let (house, _) = House::with_model();
+    let outcome = house.on("a").run(["get", "hf://org/model", "--dry-run"]).ok();
+    assert!(outcome.stdout.contains("model.safetensors") && outcome.stdout.contains("origin 9.4 MB"), "{outcome}");
+    assert_eq!(house.hub.body_gets().len(), 0);
+    house.assert_nothing("a");
+    assert_eq!(house.s3.keys(BUCKET), [""; 0]);
+
+    house.on("a").run(["get", "hf://org/model", "--include", "*.json"]).path();
+    let plan = house.on("b").run(["get", "hf://org/model", "--dry-run", "--json"]).object();
+    assert_eq!(plan["bytes"], json!({"disk": 0, "remote": 8, "origin": model_bytes() - 8}));
+    let plan = house.on("a").run(["get", "hf://org/model", "--dry-run", "--json"]).object();
+    assert_eq!(plan["bytes"], json!({"disk": 8, "remote": 0, "origin": model_bytes() - 8}));
+    house.on("a").run(["get", "hf://org/none", "--dry-run"]).failed(3, &["org/none"]);
+}
+
+fn put_folder(house: &House) -> PathBuf {
+    for (path, content) in model() {
+        house.write(&format!("mine/{path}"), content);
+    }
+    house.path("mine")
+}
+
+#[test]
+fn a_folder_that_was_put_comes_back_the_same_on_another_machine() {
+    let house = House::new();
+    let mine = put_folder(&house);
+    let put = house.on("a").run(["put", "team/model@1", mine.to_str().unwrap(), "--json"]).object();
+    assert_eq!((&put["files"], &put["on_remote"]), (&json!(4), &json!(true)));
+    assert_eq!((&put["size"], &put["uploaded_bytes"]), (&json!(model_bytes()), &json!(model_bytes())));
+    assert_model(&house.on("a").run(["get", "team/model@1"]).path_saying(&["on disk"]));
+    assert_model(&house.on("b").run(["get", "team/model@1"]).path_saying(&["from remote"]));
+    assert_model(&mine);
+    assert!(house.hub.requests().is_empty(), "a bare name asks no public place");
+
+    let again = house.on("c").run(["put", "team/model@1", mine.to_str().unwrap(), "--json"]).object();
+    assert_eq!(again["uploaded_bytes"], json!(0), "equal content is there already");
+    let sha256 = text(&put["sha256"]);
+    assert_eq!(text(&again["sha256"]), sha256);
+    let pinned = format!("team/model@1#sha256={sha256}");
+    assert_model(&house.on("d").run(["get", &pinned]).path());
+}
+
+#[test]
+fn a_file_that_was_put_comes_back_as_that_file() {
+    let house = House::new();
+    let file = house.write("weights.bin", big());
+    let put = house.on("a").run(["put", "weights@v1", "weights.bin"]).ok();
+    assert_eq!(put.stdout, "", "{put}");
+    put.said(&["weights@v1: put 1 file", "to remote", &big().sha256().unwrap()]);
+    let got = house.on("b").run(["get", "weights@v1"]).path();
+    assert_eq!(got.file_name(), file.file_name());
+    assert_same(&got, &big());
+    let pinned = format!("weights@v1#sha256={}", big().sha256().unwrap());
+    assert_same(&house.on("b").run(["get", &pinned]).path(), &big());
+}
+
+#[test]
+fn other_content_under_a_key_is_refused_until_it_is_forced() {
+    let house = House::new();
+    house.write("one", "first");
+    house.write("two/one", "second");
+    house.on("a").run(["put", "m@1", "one"]).ok();
+    for dir in ["a", "b"] {
+        house.on(dir).run(["put", "m@1", "two/one"]).failed(1, &["m@1", "--force"]);
+    }
+    assert_same(&house.on("b").run(["get", "m@1"]).path(), &"first".into());
+    house.on("b").run(["put", "m@1", "two/one", "--force"]).ok();
+    assert_same(&house.on("b").run(["get", "m@1"]).path(), &"second".into());
+    assert_same(&house.on("c").run(["get", "m@1"]).path(), &"second".into());
+}
+
+#[test]
+fn evict_removes_where_it_is_told_and_asks_before_the_last_copy_goes() {
+    let house = House::new();
+    let mine = put_folder(&house);
+    let mine = mine.to_str().unwrap();
+    house.on("a").run(["put", "m@1", mine]).ok();
+    house.on("a").run(["evict", "m@1", "--tier", "disk"]).ok().said(&["removed", "on disk"]);
+    house.assert_nothing("a");
+    assert_model(&house.on("a").run(["get", "m@1"]).path_saying(&["from remote"]));
+
+    for tier in ["all", "remote"] {
+        house.on("a").run(["evict", "m@1", "--tier", tier]).failed(2, &["m@1", "nothing can give", "--yes"]);
+    }
+    let would = house.on("a").run(["evict", "m@1", "--dry-run", "--json"]).object();
+    assert_eq!((&would["disk_bytes"], &would["remote_bytes"]), (&json!(model_bytes()), &json!(model_bytes())));
+    assert_eq!((&would["dry_run"], &would["origin_can_give_back"]), (&json!(true), &json!(false)));
+    assert_eq!(house.on("a").run(["ls", "--remote", "--json"]).objects().len(), 1, "nothing was removed so far");
+
+    house.on("a").run(["evict", "m@1", "--tier", "remote", "--yes"]).ok();
+    assert_eq!(house.s3.keys(BUCKET), [""; 0]);
+    house.on("b").run(["get", "m@1"]).failed(3, &["m@1", "not found", "s3://models/cache"]);
+    assert_model(&house.on("a").run(["get", "m@1"]).path_saying(&["on disk"]));
+    house.on("a").run(["put", "m@1", mine]).ok();
+    house.on("a").run(["evict", "m@1", "--yes"]).ok().said(&["on disk", "on remote"]);
+    house.on("a").run(["get", "m@1"]).failed(3, &["m@1"]);
+    house.on("a").run(["evict", "m@1", "--yes"]).failed(3, &["m@1", "neither on disk nor on the remote"]);
+    assert_eq!(house.s3.keys(BUCKET), [""; 0]);
+}
+
+#[test]
+fn what_an_origin_can_give_back_is_evicted_without_asking() {
+    let (house, commit) = House::with_model();
+    house.on("a").run(["get", "hf://org/model"]).path();
+    house.on("a").run(["evict", "hf://org/model"]).ok();
+    house.assert_nothing("a");
+    assert_eq!(house.s3.keys(BUCKET), [""; 0]);
+    let again = house.on("a").run(["get", &format!("hf://org/model@{commit}")]);
+    assert_model(&again.path_saying(&["from origin"]));
+}
+
+#[test]
+fn the_looks_agree_with_what_was_done() {
+    let (house, commit) = House::with_model();
+    house.write("w.bin", "weights");
+    house.on("a").run(["get", "hf://org/model", "--include", "*.json"]).path();
+    house.on("a").run(["put", "m@1", "w.bin"]).ok();
+    let name = format!("hf://org/model@{commit}");
+
+    let ls = house.on("a").run(["ls"]).ok().stdout;
+    assert!(ls.contains("NAME@VERSION") && ls.contains("m@1") && ls.contains(&name), "{ls}");
+    assert!(ls.contains("8 B of 9.4 MB") && ls.contains("1/4"), "{ls}");
+    let ls = house.on("b").run(["ls", "--remote"]).ok().stdout;
+    assert!(ls.contains("m@1") && ls.contains(&name), "{ls}");
+    let url = format!("s3://{BUCKET}/cache");
+    let rows = house.on("b").without("MODEL_CACHE_REMOTE").run(["ls", "--remote", &url, "--json"]).objects();
+    assert_eq!(rows.iter().map(|row| text(&row["reference"])).collect::<Vec<_>>(), [name.clone(), "m@1".into()]);
+    assert_eq!(house.on("b").run(["ls", "--json"]).objects().len(), 0);
+
+    let inspect = house.on("a").run(["inspect", "m@1"]).ok().stdout;
+    for part in ["m@1", "w.bin", "put", &content::sha256(b"weights"), "yes"] {
+        assert!(inspect.contains(part), "{part}: {inspect}");
+    }
+    let object = house.on("a").run(["inspect", &name, "--json"]).object();
+    let files = object["files"].as_array().unwrap();
+    assert_eq!(files.len(), 4, "all files, held or not: {object}");
+    let held: Vec<bool> = files.iter().map(|file| file["on_disk"] == json!(true)).collect();
+    assert_eq!(held, [true, false, false, false]);
+    assert_eq!(files[0]["on_remote"], json!(true));
+    house.on("b").run(["inspect", "m@1"]).ok();
+    house.on("b").run(["inspect", "none@1"]).failed(3, &["none@1"]);
+
+    let stats = house.on("a").run(["stats", "--json"]).object();
+    assert_eq!((&stats["artifacts"], &stats["files"]), (&json!(2), &json!(2)));
+    assert_eq!((&stats["budget_bytes"], &stats["remote"]), (&json!(1_000_000_000), &json!(url)));
+    assert_eq!((&stats["staging_bytes"], &stats["quarantine_bytes"]), (&json!(0), &json!(0)));
+    let used = stats["used_bytes"].as_u64().unwrap();
+    assert!((15..100_000).contains(&used), "{stats}");
+    let stats = house.on("a").run(["stats"]).ok().stdout;
+    assert!(stats.contains("artifacts     2 (2 files)") && stats.contains("of 1.0 GB"), "{stats}");
+}
+
+#[test]
+fn a_budget_evicts_the_least_recently_used_before_the_download() {
+    let house = House::new();
+    for (seed, name) in ["one", "two", "three"].into_iter().enumerate() {
+        house.hub.repo(name).commit().generated("model.bin", seed as u64, 4 * MIB).publish().unwrap();
+    }
+    let get = |name: &str| {
+        let run = house.on_local("a").env("MODEL_CACHE_MAX_BYTES", "9MiB");
+        run.run(["get", &format!("hf://{name}")]).path();
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    ["one", "two", "one", "three"].into_iter().for_each(get);
+    let left: Vec<String> = house.listed("a").iter().map(|name| name[..8].to_owned()).collect();
+    assert_eq!(left, ["hf://one", "hf://thr"]);
+}
+
+#[test]
+fn a_killed_put_is_invisible_on_s3_and_a_second_put_completes_it() {
+    use modelcache_testkit::s3::S3Fault;
+    let house = House::new();
+    let mine = put_folder(&house);
+    let mine = mine.to_str().unwrap();
+    house.s3.faults().add(S3Fault::delay(Duration::from_secs(600)).on("manifest.json").method("PUT"));
+    let running = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "10m").start(["put", "m@1", mine]);
+    wait_until("the files are on S3", || house.s3.keys(BUCKET).len() >= 4);
+    running.signal("KILL");
+    running.wait();
+    house.s3.faults().clear();
+    house.on("b").run(["get", "m@1"]).failed(3, &["m@1"]);
+    assert_eq!(house.on("b").run(["ls", "--remote", "--json"]).objects().len(), 0);
+    assert_eq!(house.listed("a"), [""; 0]);
+}
+
+#[test]
+fn a_timeout_ends_in_7_and_the_next_one_works() {
+    let (house, _) = House::with_model();
+    house.hub.faults().add(HubFault::stall(MIB, Duration::from_secs(600)).on("model.safetensors"));
+    let run = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "10m");
+    run.run(["get", "hf://org/model", "--timeout", "1s"]).failed(7, &["not done within 1.0 s", "--timeout"]);
+    house.assert_invisible("a");
+    house.hub.faults().clear();
+    assert_model(&house.on("a").run(["get", "hf://org/model", "--timeout", "1m"]).path());
+}
+
+#[test]
+fn a_flipped_byte_on_s3_is_healed_from_the_origin_and_repaired_there() {
+    let (house, commit) = House::with_model();
+    house.on("a").run(["get", "hf://org/model"]).path();
+    let key = house.s3_key(&format!("hf/org/model/{commit}"), "model.safetensors");
+    house.s3.flip_byte(BUCKET, &key, 8 * MIB + 7).unwrap();
+    house.hub.clear_requests();
+    let healed = house.on("b").run(["get", &format!("hf://org/model@{commit}"), "--json"]).said(&["model.safetensors"]);
+    let healed = healed.object();
+    assert_model(&PathBuf::from(text(&healed["path"])));
+    assert_eq!(healed["from"], json!("origin"));
+    let from_origin = healed["bytes"]["origin"].as_u64().unwrap();
+    assert!(from_origin < 2 * MIB, "only the bad part came from the origin: {healed}");
+    assert_eq!(house.s3.object(BUCKET, &key).as_deref(), Some(&*big().to_vec().unwrap()), "repaired on S3");
+
+    house.hub.down(true);
+    let clean = house.on("c").run(["get", &format!("hf://org/model@{commit}")]).path_saying(&["from remote"]);
+    assert_model(&clean);
+}
+
+#[test]
+fn a_flipped_byte_that_no_origin_can_heal_ends_in_5_and_is_mended_by_putting_again() {
+    let house = House::new();
+    let mine = put_folder(&house);
+    house.on("a").run(["put", "m@1", mine.to_str().unwrap()]).ok();
+    house.s3.flip_byte(BUCKET, &house.s3_key("m/1", "model.safetensors"), 5).unwrap();
+    let says = ["m@1", "remote", "model.safetensors", "sha256"];
+    house.on("b").run(["get", "m@1"]).failed(5, &says);
+    house.assert_invisible("b");
+    assert_model(&house.on("a").run(["get", "m@1"]).path_saying(&["on disk"]));
+    // What is sound can still be had.
+    house.on("b").run(["get", "m@1", "--include", "*.json"]).path();
+    house.on("a").run(["put", "m@1", mine.to_str().unwrap(), "--force"]).ok();
+    assert_model(&house.on("b").run(["get", "m@1"]).path_saying(&["from remote"]));
+}
+
+#[test]
+fn an_object_that_a_lifecycle_rule_took_is_refilled_and_repaired() {
+    let (house, commit) = House::with_model();
+    house.on("a").run(["get", "hf://org/model"]).path();
+    let key = house.s3_key(&format!("hf/org/model/{commit}"), "model.safetensors");
+    house.s3.remove(BUCKET, &key).unwrap();
+    let refilled = house.on("b").run(["get", &format!("hf://org/model@{commit}")]).path_saying(&["from origin"]);
+    assert_model(&refilled);
+    assert_eq!(house.s3.object(BUCKET, &key).as_deref(), Some(&*big().to_vec().unwrap()), "repaired on S3");
+    house.hub.down(true);
+    let clean = house.on("c").run(["get", &format!("hf://org/model@{commit}")]).path_saying(&["from remote"]);
+    assert_model(&clean);
+}
+
+#[test]
+fn an_object_that_is_gone_for_good_is_named() {
+    let house = House::new();
+    let mine = put_folder(&house);
+    house.on("a").run(["put", "m@1", mine.to_str().unwrap()]).ok();
+    house.s3.remove(BUCKET, &house.s3_key("m/1", "model.safetensors")).unwrap();
+    house.on("b").run(["get", "m@1"]).failed(3, &["m@1", "remote", "model.safetensors"]);
+    house.assert_invisible("b");
+    house.on("a").run(["put", "m@1", mine.to_str().unwrap()]).ok().said(&["to remote"]);
+    assert_model(&house.on("b").run(["get", "m@1"]).path());
+}
+
+#[test]
+fn a_folder_is_an_origin_and_a_remote_too() {
+    let house = House::new();
+    let mine = put_folder(&house);
+    let remote = format!("file://{}", house.path("shared").display());
+    let on = |dir: &str| house.on_local(dir).env("MODEL_CACHE_REMOTE", &remote);
+    let got = on("a").run(["get", &format!("file://{}", mine.display()), "--json"]).object();
+    assert_model(&PathBuf::from(text(&got["path"])));
+    assert_eq!(got["from"], json!("origin"));
+    on("a").run(["put", "m@1", mine.to_str().unwrap()]).ok();
+    assert_model(&on("b").run(["get", "m@1"]).path_saying(&["from remote"]));
+    assert_eq!(on("b").run(["ls", "--remote", "--json"]).objects().len(), 2);
+    fs::write(house.path("shared/m/1/config.json"), "{\"a\": 2}").unwrap();
+    on("c").run(["get", "m@1"]).failed(5, &["m@1", "remote", "config.json"]);
+}
+
+#[test]
+fn a_folder_as_it_once_was_is_named_as_it_is_listed() {
+    let house = House::new();
+    let mine = house.path("mine");
+    let reference = format!("file://{}", mine.display());
+    house.write("mine/weights", "first");
+    house.on("a").run(["get", &reference]).path();
+    let once = house.listed("a").remove(0);
+    house.write("mine/weights", "second, and longer");
+    house.on("a").run(["get", &reference]).path();
+    assert_same(&house.on("a").run(["get", &once]).path().join("weights"), &"first".into());
+    house.on("a").run(["evict", &once, "--yes"]).ok();
+    assert!(!house.listed("a").contains(&once) && house.listed("a").len() == 1, "{:?}", house.listed("a"));
+    house.on("a").run(["put", &once, "mine"]).failed(2, &["stands for a URI"]);
+}
+
+#[test]
+fn a_bare_name_comes_from_the_origin_that_is_configured() {
+    let (house, _) = House::with_model();
+    let origin = "hf://nobody/{name}@{version},hf://org/{name}@{version}";
+    let got = house.on("a").run(["get", "model@main", "--origin", origin]).path_saying(&["model@main", "from origin"]);
+    assert_model(&got);
+    assert_model(&house.on("b").run(["get", "model@main"]).path_saying(&["from remote"]));
+}
+
+#[test]
+fn a_cached_file_that_was_changed_is_found_and_fetched_again() {
+    let (house, _) = House::with_model();
+    let path = house.on_local("a").run(["get", "hf://org/model"]).path().join("model.safetensors");
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, "spoilt").unwrap();
+    assert_model(&house.on_local("a").run(["get", "hf://org/model"]).path());
+}
+
+#[test]
+fn settings_may_stand_in_a_file_and_a_profile_in_the_home() {
+    let (house, _) = House::with_model();
+    house.write(
+        "c.toml",
+        Content::from(
+            format!(
+                "dir = {:?}\n[remote]\nurl = 's3://{BUCKET}/cache'\n[remote.options]\nendpoint = {:?}\nregion = 'us-east-1'\n",
+                house.path("from-file"),
+                house.s3.endpoint()
+            )
+            .into_bytes(),
+        ),
+    );
+    let credentials = format!(
+        "[work]\naws_access_key_id = {}\naws_secret_access_key = {}\n",
+        house.s3.access_key(),
+        house.s3.secret_key()
+    );
+    house.write("home/.aws/credentials", credentials.as_str());
+    let run = || house.on_local("a").without("MODEL_CACHE_DIR").env("AWS_PROFILE", "work");
+    let path = run().run(["--config", "c.toml", "get", "hf://org/model"]).path_saying(&["to remote"]);
+    assert!(path.starts_with(house.path("from-file")), "{}", path.display());
+    let unset = run().without("AWS_PROFILE").env("AWS_EC2_METADATA_DISABLED", "true");
+    unset.run(["--config", "c.toml", "ls", "--remote"]).failed(4, &["credentials", "aws configure"]);
+}

@@ -1,0 +1,441 @@
+//! One directory for several users, over several mounts, on filesystems that refuse links, writes or locks.
+
+use crate::common::*;
+use modelcache_testkit::Content;
+use serde_json::json;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+const REF: &str = "hf://org/model@main";
+const OTHER: &str = "hf://org/other@main";
+
+/// A house in which other users may work, with a second repository that has the big file and one of its own.
+fn open_house() -> House {
+    let (house, _) = House::with_model();
+    house.hub.repo("org/other").commit().file("weights", big()).file("own", "own").publish().unwrap();
+    chmod(&house.path(""), 0o755);
+    let open = house.path("open");
+    fs::create_dir(&open).unwrap();
+    chmod(&open, 0o777);
+    house
+}
+
+/// A run by another user, whose umask closes everything.
+#[track_caller]
+fn by(user: (u32, u32), run: Run, args: &[&str]) -> Outcome {
+    let (uid, gid) = user;
+    let become_user = format!("setpriv --reuid={uid} --regid={gid} --clear-groups");
+    run.script(&format!("umask 077\nexec {become_user} {BIN} \"$@\""), args)
+}
+
+fn chmod(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::symlink_metadata(path).unwrap().mode() & 0o7777
+}
+
+fn used_bytes(house: &House, dir: &str) -> u64 {
+    house.on_local(dir).run(["stats", "--json"]).object()["used_bytes"].as_u64().unwrap()
+}
+
+/// Bytes that lie in blobs and views of `dir`, each inode once.
+fn lying_bytes(house: &House, dir: &str) -> u64 {
+    let mut inodes = std::collections::BTreeMap::new();
+    for part in ["blobs", "quarantine", "artifacts"] {
+        let folder = house.path(dir).join(part);
+        for file in files_below(&folder).iter().map(|file| folder.join(file)) {
+            if part != "artifacts" || file.components().any(|part| part.as_os_str() == "files") {
+                let metadata = fs::symlink_metadata(&file).unwrap();
+                inodes.insert(metadata.ino(), metadata.blocks() * 512);
+            }
+        }
+    }
+    inodes.values().sum()
+}
+
+#[track_caller]
+fn assert_counted(house: &House, dir: &str) {
+    let used = used_bytes(house, dir);
+    assert_eq!(used, lying_bytes(house, dir), "the record is exact");
+    fs::remove_file(house.path(dir).join("locks/budget")).unwrap();
+    assert_eq!(used_bytes(house, dir), used, "counting again finds the same");
+}
+
+fn two_users_share(sharing: &str, a: (u32, u32), b: (u32, u32), modes: (u32, u32)) {
+    if !can_mount() {
+        return;
+    }
+    let house = open_house();
+    let dir = "open/cache";
+    let on = || house.on_local(dir).env("MODEL_CACHE_SHARED", sharing);
+    assert_model(&by(a, on(), &["get", REF]).path());
+    let cache = house.path(dir);
+    for folder in ["", "blobs", "artifacts", "staging", "locks", "refs"] {
+        assert_eq!(mode(&cache.join(folder)), modes.0, "{folder}");
+    }
+    for file in files_below(&cache.join("locks")) {
+        assert_eq!(mode(&cache.join("locks").join(&file)), modes.1, "{file:?}");
+    }
+    for file in files_below(&cache.join("artifacts")) {
+        let expected = match file.file_name().unwrap().to_str().unwrap() {
+            "manifest.json" => 0o644,
+            "last-used" => modes.1,
+            _ => 0o444,
+        };
+        assert_eq!(mode(&cache.join("artifacts").join(&file)), expected, "{file:?}");
+    }
+
+    let last_used = files_below(&cache).into_iter().find(|path| path.ends_with("last-used")).unwrap();
+    let long_ago = SystemTime::now() - Duration::from_secs(86_400);
+    fs::File::open(cache.join(&last_used)).unwrap().set_modified(long_ago).unwrap();
+    house.hub.clear_requests();
+    assert_model(&by(b, on(), &["get", REF]).path_saying(&["on disk"]));
+    assert_eq!(house.hub.body_bytes(), 0, "the second user fetches nothing");
+    let touched = fs::metadata(cache.join(&last_used)).unwrap().modified().unwrap();
+    assert!(touched > long_ago + Duration::from_secs(3600), "the second user touches the last use");
+
+    // The kernel refuses a link to another user's read-only blob.
+    let other = by(b, on(), &["get", OTHER, "--json"]).said(&["copy"]).object();
+    assert_eq!((&other["link"], &other["from"]), (&json!("copy"), &json!("origin")));
+    assert_eq!(house.hub.body_bytes(), "own".len() as u64, "what can be copied is not fetched");
+    assert_same(Path::new(&text(&other["path"])).join("weights").as_path(), &big());
+    assert_counted(&house, dir);
+
+    for reference in [REF, OTHER] {
+        for user in [b, a] {
+            by(user, on(), &["get", reference]).path_saying(&["on disk"]);
+        }
+    }
+    by(b, on(), &["evict", REF, "--tier", "disk"]).ok();
+    assert_counted(&house, dir);
+    assert_same(&by(a, on(), &["get", OTHER]).path_saying(&["on disk"]).join("weights"), &big());
+    by(a, on(), &["evict", OTHER, "--tier", "disk"]).ok();
+    assert_eq!((used_bytes(&house, dir), lying_bytes(&house, dir)), (0, 0), "both are gone, and so are the copies");
+}
+
+#[test]
+fn two_users_of_one_group_share_a_directory() {
+    two_users_share("group", (1001, 2000), (1002, 2000), (0o2775, 0o664));
+}
+
+#[test]
+fn any_two_users_share_a_directory_that_is_open_to_the_world() {
+    two_users_share("world", (1001, 1001), (1002, 1002), (0o777, 0o666));
+}
+
+#[test]
+fn a_directory_that_another_user_planted_in_an_open_folder_is_refused() {
+    if !can_mount() {
+        return;
+    }
+    let house = open_house();
+    chmod(&house.path("open"), 0o1777);
+    let (stranger, user) = ((1003, 1003), (1001, 1001));
+    by(stranger, house.on_local("open/cache"), &["get", REF]).ok();
+    let link = house.path("open/link");
+    std::os::unix::fs::symlink(house.path("open/cache"), &link).unwrap();
+    std::os::unix::fs::lchown(&link, Some(1003), Some(1003)).unwrap();
+    by(user, house.on_local("open/cache"), &["get", REF]).failed(8, &["user 1003", "MODEL_CACHE_SHARED"]);
+    for sharing in ["off", "world"] {
+        let run = house.on_local("open/link").env("MODEL_CACHE_SHARED", sharing);
+        by(user, run, &["get", REF]).failed(8, &["symbolic link"]);
+    }
+    by(stranger, house.on_local("open/cache"), &["get", REF]).path_saying(&["on disk"]);
+}
+
+#[test]
+fn two_processes_each_through_its_own_bind_mount_share() {
+    if !can_mount() {
+        return;
+    }
+    let house = open_house();
+    for folder in ["cache", "one", "two"] {
+        fs::create_dir(house.path(folder)).unwrap();
+    }
+    for (mount, says) in [("one", "from origin"), ("two", "on disk")] {
+        let [from, to] = [house.path("cache"), house.path(mount)];
+        let check = format!(
+            "mount --bind {} {}\n{BIN} \"$@\" >out\ncmp \"$(cat out)/config.json\" want",
+            from.display(),
+            to.display()
+        );
+        house.write("want", "{\"a\": 1}");
+        house.on_local(mount).script(&check, &["get", REF]).ok().said(&[says]);
+    }
+    assert_eq!(house.hub.body_bytes(), model_bytes(), "each byte came once");
+    assert_counted(&house, "cache");
+}
+
+/// Fills, widens and evicts with `part` of the directory on a mount of its own.
+fn with_a_part_on_its_own_mount(part: &str) {
+    if !can_mount() {
+        return;
+    }
+    let house = open_house();
+    house.on_local("a").run(["stats"]).ok();
+    let folder = house.path("a").join(part);
+    let mount = format!("mount --bind {0} {0}", folder.display());
+    let first = house.on_local("a").run_after(&mount, &["get", REF, "--include", "*.safetensors", "--json"]).object();
+    assert_eq!(first["link"], json!("copy"), "{first}");
+    assert_counted(&house, "a");
+    let whole = house.on_local("a").run_after(&mount, &["get", REF]).path();
+    assert_model(&whole);
+    assert_eq!(house.hub.body_bytes(), model_bytes(), "what was here was not fetched again");
+    assert_counted(&house, "a");
+    assert_model(&house.on_local("a").run(["get", REF]).path_saying(&["on disk"]));
+    house.on_local("a").run_after(&mount, &["evict", REF, "--tier", "disk"]).ok();
+    assert_eq!((used_bytes(&house, "a"), lying_bytes(&house, "a")), (0, 0));
+    assert_eq!(house.staging("a"), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn blobs_on_another_mount_leave_the_views_to_hold_the_bytes() {
+    with_a_part_on_its_own_mount("blobs");
+}
+
+#[test]
+fn artifacts_on_another_mount_are_copies() {
+    with_a_part_on_its_own_mount("artifacts");
+}
+
+#[test]
+fn a_changed_copy_is_healed_and_counted_once() {
+    if !can_mount() {
+        return;
+    }
+    let house = open_house();
+    house.on_local("a").run(["stats"]).ok();
+    let mount = format!("mount --bind {0} {0}", house.path("a/blobs").display());
+    let path = house.on_local("a").run_after(&mount, &["get", REF]).path();
+    let config = path.join("config.json");
+    chmod(&config, 0o644);
+    fs::write(&config, "{\"a\": 2}").unwrap();
+    house.hub.clear_requests();
+    assert_model(&house.on_local("a").run_after(&mount, &["get", REF]).path_saying(&["is not what it was"]));
+    assert_eq!(house.hub.body_bytes(), "{\"a\": 1}".len() as u64);
+    assert_counted(&house, "a");
+}
+
+#[test]
+fn a_blob_with_as_many_links_as_the_filesystem_takes_is_copied() {
+    let house = open_house();
+    let view = house.on_local("a").run(["get", REF]).path().join("model.safetensors");
+    fs::create_dir(house.path("links")).unwrap();
+    let full = (0..70_000).any(|at| fs::hard_link(&view, house.path("links").join(at.to_string())).is_err());
+    if !full {
+        return; // this filesystem has no such bound
+    }
+    house.hub.clear_requests();
+    let other = house.on_local("a").run(["get", OTHER, "--json"]).object();
+    assert_eq!((&other["link"], house.hub.body_bytes()), (&json!("copy"), "own".len() as u64));
+    assert_same(&Path::new(&text(&other["path"])).join("weights"), &big());
+    assert_counted(&house, "a");
+}
+
+#[test]
+fn a_small_filesystem_refuses_clearly_and_keeps_nothing_half_made() {
+    if !can_mount() {
+        return;
+    }
+    let house = open_house();
+    fs::create_dir(house.path("a")).unwrap();
+    let script = format!(
+        "mount -t tmpfs -o size=8m none {0}\n{BIN} get {REF} && exit 1 || echo $?\nfind {0}/staging {0}/blobs -type f\n\
+         {BIN} get {REF} --include config.json",
+        house.path("a").display()
+    );
+    let outcome = house.on_local("a").script(&script, &[]).said(&["no room", "hint: "]);
+    assert_eq!(outcome.code, Some(0), "{outcome}");
+    let lines: Vec<&str> = outcome.stdout.lines().collect();
+    assert_eq!((lines[0], lines.len()), ("6", 2), "{outcome}");
+}
+
+#[test]
+fn what_cannot_be_written_is_read_and_a_miss_names_the_remedy() {
+    if !can_mount() {
+        return;
+    }
+    let house = open_house();
+    house.on_local("a").run(["get", REF, "--include", "*.json"]).ok();
+    house.on_local("a").run(["get", OTHER]).ok();
+    for folder in ["m", "empty"] {
+        fs::create_dir(house.path(folder)).unwrap();
+    }
+    let [a, m, empty] = ["a", "m", "empty"].map(|name| house.path(name).display().to_string());
+    let read_only = format!("mount --bind {a} {a}; mount -o remount,ro,bind {a}");
+    let overlay = format!("mount -t overlay -o lowerdir={a}:{empty} none {m}");
+    let before = listing(&house.path("a"));
+    for (dir, mount) in [("a", &read_only), ("m", &overlay)] {
+        let check = format!("{mount}\n{BIN} \"$@\" >out\ncmp \"$(cat out)/own\" want");
+        house.write("want", "own");
+        house.on_local(dir).script(&check, &["get", OTHER]).ok().said(&["on disk"]);
+        house.on_local(dir).run_after(mount, &["get", REF]).failed(8, &["MODEL_CACHE_DIR"]);
+        house.on_local(dir).run_after(mount, &["stats"]).ok();
+    }
+    let other_user = || house.on_local("a");
+    by((1001, 1001), other_user(), &["get", OTHER]).path_saying(&["on disk"]);
+    by((1001, 1001), other_user(), &["get", REF]).failed(8, &["MODEL_CACHE_DIR"]);
+    assert_eq!(listing(&house.path("a")), before, "nothing was touched");
+}
+
+/// Every path below `folder` with inode, links and times.
+fn listing(folder: &Path) -> Vec<(PathBuf, u64, u64, i64, i64)> {
+    let files = files_below(folder).into_iter();
+    let row = |file: PathBuf| {
+        let metadata = fs::symlink_metadata(folder.join(&file)).unwrap();
+        (file, metadata.ino(), metadata.nlink(), metadata.mtime(), metadata.mtime_nsec())
+    };
+    files.map(row).collect()
+}
+
+#[test]
+fn a_cache_in_the_lower_layer_of_an_overlay_serves_and_grows() {
+    if !can_mount() {
+        return;
+    }
+    let house = open_house();
+    house.on_local("a").run(["get", REF]).ok();
+    for folder in ["m", "upper", "work"] {
+        fs::create_dir(house.path(folder)).unwrap();
+    }
+    let [a, m, upper, work] = ["a", "m", "upper", "work"].map(|name| house.path(name).display().to_string());
+    // Its upper layer must lie on another filesystem than an overlay; here both are plain folders.
+    let mount = format!("mount -t overlay -o lowerdir={a},upperdir={upper},workdir={work} none {m}");
+    house.hub.clear_requests();
+    let script = format!(
+        "{mount}\n{BIN} get {REF} >one\n{BIN} get {OTHER} >two\n\
+         cmp \"$(cat one)/model.safetensors\" want; cmp \"$(cat two)/weights\" want"
+    );
+    house.write("want", big());
+    house.on_local("m").script(&script, &[]).ok().said(&["on disk", "from origin"]);
+    assert_eq!(house.hub.body_bytes(), "own".len() as u64, "the blob of the lower layer is reused");
+}
+
+#[test]
+fn an_artifact_linked_outside_the_cache_is_no_victim() {
+    let house = House::new();
+    let put = |name: &str, seed| {
+        let file = house.write("file", Content::generated(seed, 3 * MIB));
+        house.on_local("a").env("MODEL_CACHE_MAX_BYTES", "5MiB").run(["put", name, file.to_str().unwrap()])
+    };
+    put("linked@1", 1).ok();
+    let kept = house.on_local("a").run(["get", "linked@1"]).path();
+    fs::hard_link(&kept, house.path("outside")).unwrap();
+    put("second@1", 2).failed(6, &["linked@1 is linked outside the cache"]);
+    assert_eq!(house.listed("a"), ["linked@1"], "evicting it would have freed nothing");
+    fs::remove_file(house.path("outside")).unwrap();
+    put("second@1", 2).ok();
+    assert_eq!(house.listed("a"), ["second@1"]);
+}
+
+#[test]
+fn links_planted_in_the_directory_lead_to_nothing_that_is_changed() {
+    let (house, commit) = House::with_model();
+    let mine = house.path("mine");
+    for path in ["1/manifest.json", "1/files/config.json", "1/thesis.txt"] {
+        house.write(&format!("mine/{path}"), "dear to me");
+    }
+    house.on_local("a").run(["put", "m@1", mine.join("1/thesis.txt").to_str().unwrap()]).ok();
+    let artifacts = house.path("a/artifacts");
+    std::os::unix::fs::symlink(&mine, artifacts.join("evil")).unwrap();
+    fs::create_dir(artifacts.join("worse")).unwrap();
+    std::os::unix::fs::symlink(mine.join("1"), artifacts.join("worse/1")).unwrap();
+    std::os::unix::fs::symlink(&mine, artifacts.join("m/1/files/1")).unwrap();
+    // What a crash leaves, so that everything is swept and counted.
+    fs::write(house.path("a/locks/budget"), "").unwrap();
+    house.on_local("a").run(["prune"]).ok();
+    house.on_local("a").run(["evict", "worse@1", "--yes"]);
+    house.on_local("a").run(["evict", "evil@1", "--yes"]);
+    house
+        .on_local("a")
+        .run(["put", "worse@1", mine.join("1/thesis.txt").to_str().unwrap()])
+        .failed(8, &["worse/1", "no folder"]);
+    house
+        .on_local("a")
+        .env("MODEL_CACHE_MAX_BYTES", "9500000")
+        .run(["get", &format!("hf://org/model@{commit}")])
+        .path();
+    for path in ["1/manifest.json", "1/files/config.json", "1/thesis.txt"] {
+        assert_same(&mine.join(path), &"dear to me".into());
+    }
+}
+
+/// A library that makes `flock` do this.
+fn flock_that(house: &House, does: &str) -> PathBuf {
+    let source = house.path("flock.c");
+    fs::write(&source, format!("#include <errno.h>\nint flock(int fd, int op) {{ {does} }}\n")).unwrap();
+    let library = house.path("flock.so");
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-w", "-o"]).arg(&library).arg(source);
+    assert!(cc.status().unwrap().success());
+    library
+}
+
+const LYING: &str = "return 0;";
+const REFUSING: &str = "errno = ENOLCK; return -1;";
+
+#[test]
+fn where_locks_lie_or_are_refused_gets_work_and_say_so() {
+    for does in [LYING, REFUSING] {
+        let (house, _) = House::with_model();
+        let library = flock_that(&house, does);
+        let run = || house.on_local("a").env("LD_PRELOAD", &library);
+        let runs: Vec<Running> = (0..4).map(|_| run().start(["get", REF])).collect();
+        for running in runs {
+            assert_model(&running.wait().path_saying(&["file locks do not exclude"]));
+        }
+        assert_model(&run().run(["get", REF]).path_saying(&["on disk"]));
+        assert_eq!(used_bytes(&house, "a"), lying_bytes(&house, "a"), "the count did not drift");
+        run().run(["evict", REF, "--tier", "disk"]).ok();
+        assert_eq!(lying_bytes(&house, "a"), 0);
+    }
+    let (house, _) = House::with_model();
+    let outcome = house.on_local("a").run(["get", REF]);
+    assert!(!outcome.stderr.contains("locks"), "{outcome}");
+}
+
+#[test]
+fn where_locks_lie_only_what_has_long_been_idle_is_evicted_for_space() {
+    let house = House::new();
+    let library = flock_that(&house, LYING);
+    let put = |name: &str, seed| {
+        let file = house.write("file", Content::generated(seed, 3 * MIB));
+        let run = house.on_local("a").env("LD_PRELOAD", &library).env("MODEL_CACHE_MAX_BYTES", "5MiB");
+        run.run(["put", name, file.to_str().unwrap()])
+    };
+    put("first@1", 1).ok();
+    let first = house.on_local("a").run(["get", "first@1"]).path();
+    put("second@1", 2).failed(6, &["first@1 is perhaps in use"]);
+    let dir = first.parent().unwrap().parent().unwrap();
+    for name in ["manifest.json", "last-used", "files", "."] {
+        let then = SystemTime::now() - Duration::from_secs(7200);
+        fs::File::open(dir.join(name)).unwrap().set_modified(then).unwrap();
+    }
+    put("second@1", 2).ok();
+    assert_eq!(house.listed("a"), ["second@1"]);
+}
+
+#[test]
+fn where_locks_lie_two_contents_put_at_once_under_one_key_cannot_both_win() {
+    let house = House::new();
+    let library = flock_that(&house, LYING);
+    for round in 0..15 {
+        let key = format!("race@{round}");
+        let start = |seed| {
+            let file = house.write(&format!("file-{seed}/weights"), Content::generated(seed, MIB));
+            let folder = file.parent().unwrap().to_owned();
+            house.on_local("a").env("LD_PRELOAD", &library).start(["put", &key, folder.to_str().unwrap()])
+        };
+        let outcomes = [1, 2].map(start).map(Running::wait);
+        let winners: Vec<u64> =
+            outcomes.iter().zip([1, 2]).filter(|(outcome, _)| outcome.code == Some(0)).map(|(_, seed)| seed).collect();
+        assert_eq!(winners.len(), 1, "{} {}", outcomes[0], outcomes[1]);
+        let lent = house.on_local("a").env("LD_PRELOAD", &library).run(["get", &key]);
+        assert_same(&lent.path().join("weights"), &Content::generated(winners[0], MIB));
+    }
+}

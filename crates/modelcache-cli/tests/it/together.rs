@@ -1,0 +1,251 @@
+//! Many processes on one directory: one fetch for all, and a fill that outlives whoever began it.
+
+use crate::common::*;
+use modelcache_testkit::hub::HubFault;
+use modelcache_testkit::proxy::ProxyFault;
+use modelcache_testkit::{Content, FaultProxy};
+use serde_json::json;
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+/// Five parts, so that one can be missing.
+const PARTS: u64 = 5;
+const PART: u64 = 8 * MIB;
+
+fn large() -> Content {
+    Content::generated(7, PARTS * PART - 1000)
+}
+
+fn house_with_large() -> House {
+    let house = House::new();
+    house.hub.repo("org/large").commit().lfs("large.bin", large()).file("config.json", "{}").publish().unwrap();
+    house
+}
+
+fn run(house: &House, dir: &str) -> Run {
+    house.on_local(dir).env("MODEL_CACHE_READ_TIMEOUT", "10m")
+}
+
+/// A get of which one part stands still after its first MiB and all others are in staging.
+fn stalled(house: &House) -> Running {
+    house.hub.faults().add(HubFault::stall(MIB, Duration::from_secs(600)).on("large.bin").once());
+    let running = run(house, "a").start(["get", "hf://org/large"]);
+    wait_until("all parts but one are in staging", || house.marked_parts("a") == PARTS - 1);
+    running
+}
+
+fn assert_large(folder: &std::path::Path) {
+    assert_same(&folder.join("large.bin"), &large());
+}
+
+#[test]
+fn ten_processes_at_once_cost_one_fetch() {
+    let house = house_with_large();
+    let gets: Vec<Running> = (0..10).map(|_| run(&house, "a").start(["get", "hf://org/large"])).collect();
+    for get in gets {
+        assert_large(&get.wait().path());
+    }
+    assert_eq!(house.hub.body_bytes(), large().len() + 2, "each byte came once");
+    assert_eq!(house.staging("a"), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn after_a_kill_or_an_interrupt_only_the_part_in_flight_is_fetched_again() {
+    for (signal, code, word) in
+        [("KILL", None, ""), ("INT", Some(130), "interrupted"), ("TERM", Some(143), "terminated")]
+    {
+        let house = house_with_large();
+        let running = stalled(&house);
+        running.signal(signal);
+        let outcome = running.wait().said(&[word]);
+        assert_eq!((outcome.code, outcome.stdout.as_str()), (code, ""), "{outcome}");
+        house.assert_invisible("a");
+        let stats = run(&house, "a").run(["stats", "--json"]).object();
+        assert!(stats["staging_bytes"].as_u64().unwrap() >= large().len(), "what is left is counted: {stats}");
+
+        house.hub.clear_requests();
+        let got = run(&house, "a").run(["get", "hf://org/large", "--json"]).object();
+        assert_large(&PathBuf::from(text(&got["path"])));
+        assert!(house.hub.body_bytes() <= PART + 2, "{} bytes came again after {signal}", house.hub.body_bytes());
+        assert_eq!(got["bytes"]["origin"], json!(house.hub.body_bytes()), "{got}");
+        assert!(got["bytes"]["disk"].as_u64().unwrap() >= large().len() - PART, "{got}");
+        assert_eq!(house.staging("a"), Vec::<PathBuf>::new(), "nothing is left over");
+    }
+}
+
+#[test]
+fn a_smaller_get_leaves_what_a_larger_one_left() {
+    let house = house_with_large();
+    let running = stalled(&house);
+    running.signal("KILL");
+    running.wait();
+    run(&house, "a").run(["get", "hf://org/large", "--include", "*.json"]).path();
+    house.hub.clear_requests();
+    assert_large(&run(&house, "a").run(["get", "hf://org/large"]).path());
+    assert!(house.hub.body_bytes() <= PART, "{} bytes came again", house.hub.body_bytes());
+}
+
+#[test]
+fn what_was_left_is_checked_before_it_counts() {
+    let house = house_with_large();
+    let running = stalled(&house);
+    running.signal("KILL");
+    running.wait();
+    let folder = house.staging("a").remove(0);
+    let staged =
+        files_below(&folder).into_iter().find(|path| path.to_string_lossy().len() > 70 && path.extension().is_none());
+    let staged = folder.join(staged.unwrap());
+    // Torn, as a power cut leaves it: zeroes where bytes were. No ladder can tell which part it is.
+    use std::os::unix::fs::FileExt;
+    let file = File::options().write(true).open(staged).unwrap();
+    for part in 0..PARTS {
+        file.write_all_at(&[0; 512], part * PART + PART / 2).unwrap();
+    }
+    let got = run(&house, "a").run(["get", "hf://org/large"]).said(&["was wrong"]).path();
+    assert_large(&got);
+}
+
+#[test]
+fn with_a_ladder_only_the_torn_part_is_fetched_again() {
+    let house = house_with_large();
+    let on = |dir: &str| house.on(dir).env("MODEL_CACHE_READ_TIMEOUT", "10m");
+    on("first").run(["get", "hf://org/large"]).path();
+    house.hub.down(true);
+    let commit = house.hub.repo("org/large").resolve("main").unwrap();
+    let reference = format!("hf://org/large@{commit}");
+
+    // Killed at some moment of a slow fill from S3; what is in staging then has journal and bytes of its own.
+    let slow = FaultProxy::start_on(house.s3.endpoint(), 0).unwrap();
+    slow.faults().add(ProxyFault::slow(100 << 10).after_skipping(4));
+    let running = on("a").env("AWS_ENDPOINT_URL", slow.url()).start(["get", &reference]);
+    wait_until("some parts are in staging", || house.marked_parts("a") >= 2);
+    running.signal("KILL");
+    running.wait();
+    let before = house.marked_parts("a");
+    assert!(before < PARTS, "killed too late");
+    let folder = house.staging("a").remove(0);
+    let journal = files_below(&folder).into_iter().find(|path| path.to_string_lossy().ends_with("parts")).unwrap();
+    let marks = fs::read(folder.join(&journal)).unwrap();
+    let torn = (0..).zip(&marks[16..]).find(|(_, mark)| **mark == b'1').unwrap().0 as u64;
+    let staged = folder.join(journal.to_str().unwrap().strip_suffix(".parts").unwrap());
+    use std::os::unix::fs::FileExt;
+    File::options().write(true).open(staged).unwrap().write_all_at(&[0; 512], torn * PART + 77).unwrap();
+
+    let got = on("a").run(["get", &reference, "--json"]).object();
+    assert_large(&PathBuf::from(text(&got["path"])));
+    let fetched = got["bytes"]["remote"].as_u64().unwrap();
+    assert!(fetched <= (PARTS - before + 1) * PART + 2, "{fetched} bytes came, {before} parts were there, one torn");
+    assert!(fetched >= PART - 1000, "the torn one came again: {got}");
+}
+
+#[test]
+fn a_waiter_goes_on_when_the_leader_is_killed() {
+    let house = house_with_large();
+    let leader = stalled(&house);
+    let waiter = run(&house, "a").start(["get", "hf://org/large", "--json"]);
+    std::thread::sleep(Duration::from_millis(300));
+    let before = house.hub.body_bytes();
+    leader.signal("KILL");
+    let got = waiter.wait().object();
+    assert_large(&PathBuf::from(text(&got["path"])));
+    assert!(house.hub.body_bytes() - before <= PART + 2, "it went on with what was there");
+    assert!(got["seconds"]["join"].as_f64().unwrap() > 0.1, "it waited: {got}");
+    leader.wait();
+}
+
+#[test]
+fn a_waiter_sees_how_far_the_leader_is() {
+    let house = house_with_large();
+    let leader = stalled(&house);
+    let waiter = run(&house, "a").start(["get", "hf://org/large"]);
+    std::thread::sleep(Duration::from_millis(2500));
+    waiter.signal("INT");
+    let said = waiter.wait();
+    assert!(said.stderr.contains("waiting for another fill") && said.stderr.contains("of 41.9 MB"), "{said}");
+    leader.signal("KILL");
+    leader.wait();
+}
+
+#[test]
+fn a_stopped_leader_is_followed_and_does_no_harm_when_it_wakes() {
+    let house = house_with_large();
+    let leader = stalled(&house);
+    leader.signal("STOP");
+    let lock = fs::read_dir(house.path("a/locks")).unwrap().map(|entry| entry.unwrap().path());
+    let lock = lock.into_iter().find(|path| path.extension().is_some_and(|end| end == "fill")).unwrap();
+    // As if it had been stopped a minute ago.
+    let long_ago = SystemTime::now() - Duration::from_secs(60);
+    File::options().write(true).open(lock).unwrap().set_times(fs::FileTimes::new().set_modified(long_ago)).unwrap();
+
+    let follower = run(&house, "a").run(["get", "hf://org/large"]).said(&["has been silent"]).path();
+    assert_large(&follower);
+    house.hub.faults().clear();
+    leader.signal("CONT");
+    leader.signal("KILL");
+    leader.wait();
+    assert_large(&run(&house, "a").run(["get", "hf://org/large"]).path_saying(&["on disk"]));
+}
+
+#[test]
+fn room_that_is_needed_is_taken_from_what_was_left_before_anything_published_goes() {
+    let house = house_with_large();
+    house.hub.repo("org/small").commit().generated("s.bin", 3, 6 * MIB).publish().unwrap();
+    house.hub.repo("org/other").commit().generated("o.bin", 4, 20 * MIB).publish().unwrap();
+    let small = |args: &[&str]| run(&house, "a").env("MODEL_CACHE_MAX_BYTES", "50MiB").run(args);
+    small(&["get", "hf://org/small"]).path();
+    let running = stalled(&house);
+    running.signal("KILL");
+    running.wait();
+    small(&["get", "hf://org/other"]).path();
+    let left: Vec<String> = house.listed("a").iter().map(|name| name[..12].to_owned()).collect();
+    assert_eq!(left, ["hf://org/oth", "hf://org/sma"], "nothing published had to go");
+    assert_eq!(house.staging("a"), Vec::<PathBuf>::new());
+}
+
+/// Maps the file it is given, says so, and tells the digest of what it mapped when it is told to go on.
+const MAPPER: &str = r#"
+import hashlib, mmap, sys
+with open(sys.argv[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+print("mapped", flush=True)
+sys.stdin.readline()
+print(hashlib.sha256(mapped).hexdigest())
+"#;
+
+#[test]
+fn a_file_that_is_mapped_or_open_without_a_lease_keeps_its_bytes_whatever_happens() {
+    let house = House::new();
+    let (old, new) = (Content::generated(1, 3 * MIB), Content::generated(2, 3 * MIB));
+    house.write("old/w.bin", old.clone());
+    house.write("new/w.bin", new.clone());
+    let run = |args: &[&str]| house.on_local("a").run(args);
+    let replace: &[&str] = &["put", "m@1", "new", "--force"];
+    let evict: &[&str] = &["evict", "m@1", "--tier", "disk", "--yes"];
+    for fates in [[replace, &["prune"], evict], [evict, &["put", "m@1", "new"], &["prune", "--to", "0"]]] {
+        run(&["put", "m@1", "old"]).ok();
+        let file = run(&["get", "m@1"]).path().join("w.bin");
+        let mut open = File::open(&file).unwrap();
+        let mut mapper = Command::new("python3")
+            .args(["-c", MAPPER])
+            .arg(&file)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = BufReader::new(mapper.stdout.take().unwrap()).lines();
+        assert_eq!(said.next().unwrap().unwrap(), "mapped");
+        fates.iter().for_each(|args| drop(run(args).ok()));
+        assert!(!file.exists(), "nothing of it is in the cache any more");
+
+        mapper.stdin.take().unwrap().write_all(b"go\n").unwrap();
+        assert_eq!(said.next().unwrap().unwrap(), old.sha256().unwrap(), "{fates:?}");
+        assert!(mapper.wait().unwrap().success());
+        let mut bytes = Vec::new();
+        open.read_to_end(&mut bytes).unwrap();
+        assert!(bytes == old.to_vec().unwrap(), "{fates:?}");
+        house.assert_in_order("a");
+    }
+}

@@ -1,0 +1,152 @@
+//! `get --into` with the real binary: the folder is replaced as a whole, or not at all.
+
+use crate::common::*;
+use modelcache_testkit::Content;
+use serde_json::json;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+const MARKER: &str = ".modelcache.json";
+
+/// `org/model` in `folder`, and the marker.
+#[track_caller]
+fn assert_materialized(folder: &Path) {
+    let mut expected: Vec<PathBuf> = model().iter().map(|(path, _)| PathBuf::from(path)).collect();
+    expected.push(MARKER.into());
+    expected.sort();
+    assert_eq!(files_below(folder), expected);
+    model().iter().for_each(|(path, content)| assert_same(&folder.join(path), content));
+}
+
+/// Nothing is left beside `folder`.
+#[track_caller]
+fn assert_no_leftover(house: &House) {
+    let names = fs::read_dir(house.path(".")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert_eq!(names.filter(|name| name.contains(".modelcache-")).collect::<Vec<_>>(), [""; 0]);
+}
+
+#[test]
+fn the_folder_is_printed_and_holds_the_files_and_another_version_replaces_all_of_it() {
+    let (house, _) = House::with_model();
+    house.hub.repo("org/other").commit().file("only", "other").publish().unwrap();
+    let out = house.path("out");
+    let get = |reference: &str| house.on_local("a").run(["get", reference, "--into", "out"]);
+    assert_eq!(get("hf://org/model").path_saying(&["4 files hard-linked (read-only)"]), out);
+    assert_materialized(&out);
+    let [view, file] = [house.on_local("a").run(["get", "hf://org/model"]).path(), out.clone()]
+        .map(|folder| fs::metadata(folder.join("config.json")).unwrap());
+    assert_eq!((view.ino(), file.permissions().mode() & 0o777), (file.ino(), 0o444));
+
+    get("hf://org/other").path();
+    assert_eq!(files_below(&out), [PathBuf::from(MARKER), "only".into()], "nothing of the old one stays");
+    assert_no_leftover(&house);
+    house.on_local("a").run(["get", "hf://org/model", "--local-dir", "out/"]).path();
+    assert_materialized(&out);
+}
+
+#[test]
+fn each_way_is_taken_when_asked_for_and_told() {
+    let (house, _) = House::with_model();
+    for (how, files, symlink) in [("hard", 4, false), ("copy", 4, false), ("symlink", 4, true)] {
+        let args = ["get", "hf://org/model", "--into", how, "--link", how, "--json"];
+        let made = house.on_local("a").run(args).object();
+        assert_eq!((&made["path"], &made["into"]["links"]), (&json!(house.path(how)), &json!({how: files})));
+        assert_materialized(&house.path(how));
+        assert_eq!(fs::symlink_metadata(house.path(how).join("empty")).unwrap().is_symlink(), symlink);
+    }
+    let copied = fs::metadata(house.path("copy/config.json")).unwrap();
+    assert_eq!(copied.nlink(), 1);
+    fs::write(house.path("copy/config.json"), "mine").unwrap();
+    house.on_local("a").run(["get", "hf://org/model", "--into", "s", "--link", "symlink"]).ok().said(&["breaks them"]);
+    house.on_local("a").run(["evict", "--tier", "disk", "hf://org/model"]).ok();
+    assert_same(&house.path("hard/model.safetensors"), &big());
+}
+
+#[test]
+fn one_file_stands_in_the_folder_under_its_path() {
+    let (house, _) = House::with_model();
+    let file = house.on_local("a").run(["get", "hf://org/model@main/sub dir/fé+%.txt", "--into", "x/out"]).path();
+    assert_eq!(file, house.path("x/out/sub dir/fé+%.txt"));
+    assert_same(&file, &"odd name".into());
+    let part = house.on_local("a").run(["get", "hf://org/model", "--include", "*.json", "--into", "x/out"]).path();
+    assert_eq!(files_below(&part), [PathBuf::from(MARKER), "config.json".into()]);
+}
+
+#[test]
+fn what_others_put_there_is_never_removed() {
+    let (house, _) = House::with_model();
+    let get = |dir: &str| house.on_local("a").run(["get", "hf://org/model", "--into", dir]);
+    house.write("foreign/notes.txt", "mine");
+    get("foreign").failed(1, &["notes.txt", "did not put there"]);
+    assert_eq!(house.hub.body_bytes(), 0, "refused before a byte moved");
+    fs::create_dir(house.path("empty")).unwrap();
+    get("empty").path();
+    house.write("empty/checkpoints/1", "mine");
+    get("empty").failed(1, &["checkpoints/1"]);
+    assert_same(&house.path("empty/checkpoints/1"), &"mine".into());
+    house.write("file", "mine");
+    get("file").failed(2, &["is no folder"]);
+    get(".").failed(2, &["runs in"]);
+    get("a/out").failed(2, &["outside the cache directory"]);
+    let two = ["get", "hf://org/model", "hf://org/model", "--into", "two"];
+    house.on_local("a").run(two).failed(2, &["--into takes one reference"]);
+    house.on_local("a").run(["get", "hf://org/model", "--link", "copy"]).said(&["--into"]);
+}
+
+#[test]
+fn what_the_user_changed_there_is_never_removed() {
+    let (house, _) = House::with_model();
+    let get = || house.on_local("a").run(["get", "hf://org/model", "--into", "out", "--link", "copy"]);
+    get().path();
+    get().path();
+    fs::write(house.path("out/config.json"), "tuned").unwrap();
+    get().failed(1, &["config.json", "changed since"]);
+    assert_same(&house.path("out/config.json"), &"tuned".into());
+    house.write(".out.modelcache-backup/notes", "mine");
+    fs::remove_file(house.path("out/config.json")).unwrap();
+    get().path();
+    assert_same(&house.path(".out.modelcache-backup/notes"), &"mine".into());
+}
+
+#[test]
+fn a_copy_of_rotten_bytes_is_refused_and_the_old_folder_stays() {
+    let (house, _) = House::with_model();
+    let copy = || house.on_local("a").run(["get", "hf://org/model", "--into", "out", "--link", "copy"]);
+    copy().path();
+    let view = house.on_local("a").run(["get", "hf://org/model"]).path().join("model.safetensors");
+    let mtime = fs::metadata(&view).unwrap().modified().unwrap();
+    fs::set_permissions(&view, fs::Permissions::from_mode(0o644)).unwrap();
+    let file = fs::File::options().write(true).open(&view).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"rot", 7).unwrap();
+    file.set_times(fs::FileTimes::new().set_modified(mtime)).unwrap();
+    copy().failed(5, &["model.safetensors are wrong"]);
+    assert_materialized(&house.path("out"));
+    assert_no_leftover(&house);
+}
+
+#[test]
+fn a_folder_whose_builder_was_killed_is_removed_by_the_next_call() {
+    let (house, _) = House::with_model();
+    house.write(".out.modelcache-0123456789abcdef/model.safetensors", Content::generated(9, MIB));
+    house.on_local("a").run(["get", "hf://org/model", "--into", "out"]).path();
+    assert_no_leftover(&house);
+}
+
+#[test]
+fn on_another_filesystem_files_are_copied_and_a_mount_is_refused() {
+    if !can_mount() {
+        return;
+    }
+    let (house, _) = House::with_model();
+    house.on_local("a").run(["get", "hf://org/model"]).path();
+    fs::create_dir(house.path("mnt")).unwrap();
+    let mounted = "mount -t tmpfs none mnt";
+    let copied = house.on_local("a").run_after(mounted, &["get", "hf://org/model", "--into", "mnt/out", "--json"]);
+    assert_eq!(copied.object()["into"]["links"], json!({"copy": 4}));
+    let hard = ["get", "hf://org/model", "--into", "mnt/out", "--link", "hard"];
+    house.on_local("a").run_after(mounted, &hard).failed(1, &["--link auto"]);
+    house.on_local("a").run_after(mounted, &["get", "hf://org/model", "--into", "mnt"]).failed(2, &["is a mount"]);
+    let small = "mount -t tmpfs -o size=1m none mnt";
+    house.on_local("a").run_after(small, &["get", "hf://org/model", "--into", "mnt/out"]).failed(6, &["free space"]);
+}

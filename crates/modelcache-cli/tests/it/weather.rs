@@ -1,0 +1,352 @@
+//! Bad weather: S3, the Hub and the network between fail in every way that they are known to fail.
+//!
+//! What passes is waited for and never shows. What lasts ends in the right code with what failed, where and the
+//! remedy; nothing half-made is visible, and when the weather clears the same directory works.
+
+use crate::common::*;
+use modelcache_testkit::FaultProxy;
+use modelcache_testkit::hub::HubFault;
+use modelcache_testkit::proxy::ProxyFault;
+use modelcache_testkit::s3::S3Fault;
+use std::fs;
+use std::sync::Mutex;
+use std::time::Duration;
+
+/// Longer than any patience.
+const FOR_EVER: Duration = Duration::from_secs(600);
+/// A port on which nothing listens.
+const NOBODY: &str = "http://127.0.0.1:9";
+
+/// For what lasts: the sooner it ends, the better.
+fn impatient(run: Run) -> Run {
+    run.env("MODEL_CACHE_RETRY_DEADLINE", "300ms").env("MODEL_CACHE_READ_TIMEOUT", "500ms")
+}
+
+/// `org/model` at the Hub, and `m@1` on S3 only.
+fn house() -> House {
+    let (house, _) = House::with_model();
+    for (path, content) in model() {
+        house.write(&format!("mine/{path}"), content);
+    }
+    house.on("publisher").run(["put", "m@1", "mine"]).ok();
+    fs::remove_dir_all(house.path("publisher")).unwrap();
+    house
+}
+
+/// Checks every row, a few at a time, for most of it is waiting; `check` builds a house of its own.
+fn each_in_its_own_house<T: Send>(rows: Vec<T>, check: impl Fn(T) + Sync) {
+    let rows = Mutex::new(rows.into_iter());
+    let next = || rows.lock().unwrap().next();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| std::iter::from_fn(next).for_each(&check));
+        }
+    });
+}
+
+/// One way in which S3 can fail for good.
+struct S3Trouble {
+    name: &'static str,
+    fault: Option<S3Fault>,
+    change: fn(Run) -> Run,
+    code: i32,
+    says: &'static [&'static str],
+}
+
+fn s3_troubles() -> Vec<S3Trouble> {
+    let row = |name, code, says| S3Trouble { name, fault: None, change: |run| run, code, says };
+    vec![
+        S3Trouble {
+            change: |run| run.without("AWS_ACCESS_KEY_ID").without("AWS_SECRET_ACCESS_KEY"),
+            ..row("no credentials", 4, &["no AWS credentials found", "aws configure"])
+        },
+        S3Trouble {
+            change: |run| run.env("AWS_ACCESS_KEY_ID", "AKIAUNKNOWN"),
+            ..row("unknown key", 4, &["InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"])
+        },
+        S3Trouble {
+            change: |run| run.env("AWS_SECRET_ACCESS_KEY", "canary-secret"),
+            ..row("wrong secret", 4, &["SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"])
+        },
+        S3Trouble {
+            fault: Some(S3Fault::expired_token()),
+            change: |run| run.env("AWS_SESSION_TOKEN", "canary-session"),
+            ..row("expired token", 4, &["ExpiredToken", "log in again", "aws sso login"])
+        },
+        S3Trouble { fault: Some(S3Fault::clock_skew()), ..row("clock skew", 4, &["clock", "NTP"]) },
+        S3Trouble { fault: Some(S3Fault::slow_down()), ..row("slow down", 7, &["SlowDown"]) },
+        S3Trouble { fault: Some(S3Fault::hang_up()), ..row("hangs up", 7, &["127.0.0.1"]) },
+        S3Trouble { fault: Some(S3Fault::delay(FOR_EVER)), ..row("silent", 7, &["127.0.0.1"]) },
+        S3Trouble {
+            change: |run| run.env("AWS_ENDPOINT_URL", NOBODY),
+            ..row("down", 7, &["cannot connect to http://127.0.0.1:9", "check the endpoint"])
+        },
+    ]
+}
+
+#[test]
+fn s3_that_fails_for_good_is_named_and_the_origin_serves_meanwhile() {
+    each_in_its_own_house(s3_troubles(), |S3Trouble { name, fault, change, code, says }| {
+        let house = house();
+        let keys = house.s3.keys(BUCKET);
+        fault.map(|fault| house.s3.faults().add(fault));
+        let run = || change(impatient(house.on("a")));
+        let says = [says, &["remote"]].concat();
+        run().run(["get", "m@1"]).failed(code, &[&says[..], &["m@1"]].concat());
+        run().run(["put", "p@1", "mine/config.json"]).failed(code, &[&says[..], &["p@1"]].concat());
+        house.assert_invisible("a");
+        run().run(["ls", "--remote"]).failed(code, &says);
+
+        // The Hub has it: a warning with the remedy, and the bytes.
+        let served = run().run(["get", "hf://org/model"]);
+        assert_model(&served.path_saying(&[&says[..], &["WARN", "the remote is left out", "from origin"]].concat()));
+        let refuses = run().env("MODEL_CACHE_ON_REMOTE_DOWN", "fail");
+        fs::remove_dir_all(house.path("a")).unwrap();
+        refuses.run(["get", "hf://org/model"]).failed(code, &[&says[..], &["hf://org/model"]].concat());
+
+        house.s3.faults().clear();
+        assert_eq!(house.s3.keys(BUCKET), keys, "{name}: nothing was written");
+        assert_model(&house.on("a").run(["get", "m@1"]).path_saying(&["from remote"]));
+    });
+}
+
+/// Without `s3:ListBucket` a missing object looks like this, so a get takes it for one, aloud.
+#[test]
+fn s3_that_denies_access_is_taken_for_empty_with_a_warning_and_written_to_by_nobody() {
+    let house = house();
+    house.s3.faults().add(S3Fault::access_denied());
+    let warns = ["WARN", "403", "may just be missing", "s3:ListBucket", "models"];
+    house.on("a").run(["get", "m@1"]).failed(3, &[&warns[..], &["m@1", "s3://models/cache"]].concat());
+    let rights = ["remote", "AccessDenied", "s3:PutObject", "\"models\""];
+    let lists = ["listing the remote is not permitted", "s3:ListBucket"];
+    house.on("a").run(["put", "p@1", "mine"]).failed(4, &[&rights[..], &["p@1"]].concat());
+    house.on("a").run(["ls", "--remote"]).failed(4, &lists);
+    house.assert_invisible("a");
+    let served = house.on("a").run(["get", "hf://org/model"]);
+    assert_model(&served.path_saying(&[&warns[..], &rights, &["it is local all the same", "from origin"]].concat()));
+    house.s3.faults().clear();
+    assert_model(&house.on("a").run(["get", "m@1"]).path());
+}
+
+#[test]
+fn a_remote_that_is_set_wrong_ends_in_2_and_is_never_passed_over() {
+    let house = house();
+    let elsewhere = |run: Run| run.env("MODEL_CACHE_REMOTE", "s3://nobody-has-this/cache");
+    let same = |run: Run| run;
+    type Trouble<'a> = (Option<S3Fault>, fn(Run) -> Run, &'a [&'a str]);
+    let rows: [Trouble<'_>; 3] = [
+        (None, elsewhere, &["nobody-has-this", "does not exist", "creates no buckets"]),
+        (Some(S3Fault::wrong_region("eu-west-1")), same, &["region eu-west-1, not us-east-1", "AWS_REGION=eu-west-1"]),
+        (
+            Some(S3Fault::error(400, "AuthorizationHeaderMalformed", "the region 'us-east-1' is wrong")),
+            same,
+            &["is not in the region us-east-1", "set AWS_REGION"],
+        ),
+    ];
+    for (fault, change, says) in rows {
+        fault.map(|fault| house.s3.faults().add(fault));
+        for args in [&["get", "m@1"][..], &["get", "hf://org/model"], &["put", "p@1", "mine"], &["ls", "--remote"]] {
+            change(house.on("a")).run(args).failed(2, &[says, &["remote"]].concat());
+        }
+        house.assert_invisible("a");
+        house.s3.faults().clear();
+    }
+    assert_model(&house.on("a").run(["get", "m@1"]).path());
+}
+
+#[test]
+fn s3_that_fails_a_few_times_is_waited_for() {
+    let house = house();
+    for fault in [
+        S3Fault::slow_down().times(2),
+        S3Fault::internal_error().times(2),
+        S3Fault::slow_down().on("model.safetensors").times(2),
+        S3Fault::hang_up().on("model.safetensors").times(2),
+        S3Fault::delay(FOR_EVER).on("config.json").once(),
+    ] {
+        let shown = format!("{fault:?}");
+        let hits = house.s3.faults().add(fault.clone());
+        let got = house.on("a").run(["get", "m@1"]);
+        assert!(!got.stderr.contains("WARN"), "{shown}: {got}");
+        assert_model(&got.path_saying(&["from remote"]));
+        assert!(hits.count() > 0, "{shown} struck");
+        house.s3.faults().clear();
+        let hits = house.s3.faults().add(fault.method("PUT"));
+        house.on("a").run(["put", "p@1", "mine"]).ok().said(&["to remote"]);
+        assert!(hits.count() > 0, "{shown} struck");
+        house.s3.faults().clear();
+        assert_model(&house.on("b").run(["get", "p@1"]).path_saying(&["from remote"]));
+        house.on("a").run(["evict", "p@1", "--yes"]).ok();
+        fs::remove_dir_all(house.path("a")).unwrap();
+        fs::remove_dir_all(house.path("b")).unwrap();
+    }
+}
+
+#[test]
+fn s3_that_fails_only_for_the_bytes_gives_way_to_the_hub() {
+    let (house, commit) = House::with_model();
+    house.on("publisher").run(["get", "hf://org/model"]).path();
+    let reference = format!("hf://org/model@{commit}");
+    let aims = [S3Fault::slow_down(), S3Fault::access_denied(), S3Fault::hang_up(), S3Fault::expired_token()];
+    for fault in aims {
+        house.s3.faults().add(fault.on("model.safetensors").method("GET"));
+        let got = impatient(house.on("a")).run(["get", &reference]).said(&[
+            "WARN",
+            "model.safetensors",
+            "remote",
+            "trying the next",
+        ]);
+        assert_model(&got.path());
+        house.s3.faults().clear();
+        fs::remove_dir_all(house.path("a")).unwrap();
+    }
+}
+
+#[test]
+fn a_hub_that_fails_a_few_times_is_waited_for() {
+    let house = house();
+    let body = "model.safetensors";
+    for fault in [
+        HubFault::status(503).times(2),
+        HubFault::status(500).on(body).times(2),
+        HubFault::hang_up().times(2),
+        HubFault::delay(FOR_EVER).once(),
+        HubFault::throttle(1).once(),
+        HubFault::rate_limit(1).once(),
+        HubFault::cut(MIB).on(body).times(3),
+        HubFault::short(5).on(body).once(),
+        HubFault::stall(MIB, FOR_EVER).on(body).once(),
+        HubFault::flip(8 * MIB + 1).on(body).once(),
+        HubFault::ignore_range(),
+    ] {
+        let shown = format!("{fault:?}");
+        let hits = house.hub.faults().add(fault);
+        assert_model(&house.on_local("a").run(["get", "hf://org/model"]).path_saying(&["from origin"]));
+        assert!(hits.count() > 0, "{shown} struck");
+        house.hub.faults().clear();
+        fs::remove_dir_all(house.path("a")).unwrap();
+    }
+}
+
+#[test]
+fn what_is_waited_for_is_told() {
+    let house = house();
+    house.hub.faults().add(HubFault::rate_limit(3).once());
+    let got = house.on_local("a").env("MODEL_CACHE_RETRY_DEADLINE", "30s").run(["get", "hf://org/model"]);
+    assert_model(&got.said(&["waiting before another try", "throttled", "wait_s"]).path());
+}
+
+#[test]
+fn a_hub_that_fails_for_good_is_named() {
+    let house = house();
+    let body = "model.safetensors";
+    let hub = house.hub.url();
+    for (fault, code, says) in [
+        (HubFault::status(503), 7, &[&hub[..], "503"][..]),
+        (HubFault::status(500).on(body), 7, &["500"]),
+        (HubFault::hang_up(), 7, &[&hub, "broke"]),
+        (HubFault::hang_up().on(body), 7, &["broke"]),
+        (HubFault::delay(FOR_EVER), 7, &[&hub, "fell silent"]),
+        (HubFault::throttle(3600), 7, &[&hub, "throttled", "asks to wait 3600 s", "HF_TOKEN"]),
+        (HubFault::rate_limit(3600), 7, &[&hub, "throttled", "asks to wait 3600 s", "HF_TOKEN"]),
+        (HubFault::throttle(3600).on(body), 7, &["throttled", "asks to wait 3600 s"]),
+        (HubFault::redirect_loop(), 7, &[&hub, "still redirects after 10 redirects", "HF_ENDPOINT for the Hub"]),
+        (HubFault::redirect_loop().on(body), 7, &["still redirects after 10 redirects", "HF_ENDPOINT for the Hub"]),
+        (HubFault::stall(0, FOR_EVER).on(body), 7, &[&house.hub.cdn_url(), "fell silent"]),
+        (HubFault::cut(0).on(body), 7, &[&house.hub.cdn_url(), "broke"]),
+        (HubFault::short(5).on(body), 7, &[body, "bytes early"]),
+        (HubFault::flip(MIB + 7).on(body), 5, &["sha256 mismatch", body, "discarded"]),
+        (HubFault::flip(3).on("config.json"), 5, &["git sha1 mismatch", "config.json", "discarded"]),
+        (HubFault::lie_size(1).on(body), 5, &[body, "9441506 bytes", "9441505 bytes"]),
+        (HubFault::lie_size(-1).on(body), 5, &[body, "9441504 bytes", "9441505 bytes"]),
+        (HubFault::lie_size(1).on("config.json"), 5, &["config.json", "9 bytes", "8 bytes"]),
+    ] {
+        let shown = format!("{fault:?}");
+        let hits = house.hub.faults().add(fault);
+        impatient(house.on("a"))
+            .run(["get", "hf://org/model"])
+            .failed(code, &[says, &["hf://org/model@", "origin"]].concat());
+        assert!(hits.count() > 0, "{shown} struck");
+        house.assert_invisible("a");
+        house.hub.faults().clear();
+        let keys = house.published_keys();
+        assert!(!keys.iter().any(|key| key.contains("hf/")), "nothing was published: {keys:?}");
+        assert_model(&house.on_local("a").run(["get", "hf://org/model"]).path_saying(&["from origin"]));
+        fs::remove_dir_all(house.path("a")).unwrap();
+    }
+}
+
+#[test]
+fn a_hub_that_is_not_there_is_named_with_what_to_check() {
+    let house = house();
+    for (endpoint, code, says) in [
+        (NOBODY, 7, &["cannot reach http://127.0.0.1:9", "check the network"][..]),
+        ("http://no-such-host.invalid", 7, &["cannot reach http://no-such-host.invalid", "check the network"]),
+        ("ftp://host", 2, &["HF_ENDPOINT"]),
+        ("huggingface.co", 2, &["HF_ENDPOINT"]),
+        (&house.s3.endpoint(), 4, &["403", "check HF_ENDPOINT"]),
+    ] {
+        let run = house.on_local("a").env("HF_ENDPOINT", endpoint).env("MODEL_CACHE_RETRY_DEADLINE", "300ms");
+        run.run(["get", "hf://org/model"]).failed(code, says);
+        house.assert_invisible("a");
+    }
+    assert_model(&house.on("a").run(["get", "hf://org/model"]).path());
+}
+
+#[test]
+fn a_network_that_breaks_connections_is_outlasted() {
+    let faults = vec![
+        ProxyFault::refuse().times(2),
+        ProxyFault::reset(0).times(2),
+        ProxyFault::reset(2 * MIB).times(2),
+        ProxyFault::cut(2 * MIB).times(2),
+        ProxyFault::hang(2 * MIB).once(),
+        ProxyFault::slow(1).once(),
+        ProxyFault::unavailable(Some(1)).once(),
+    ];
+    each_in_its_own_house(faults, |fault| {
+        let house = house();
+        let hub = FaultProxy::start_on(house.hub.url(), 0).unwrap();
+        let s3 = FaultProxy::start_on(house.s3.endpoint(), 0).unwrap();
+        house.hub.repo("org/plain").commit().plain("weights.bin", big()).publish().unwrap();
+        let shown = format!("{fault:?}");
+        let hits = [hub.faults().add(fault.clone()), s3.faults().add(fault)];
+        let on = |run: Run| run.env("HF_ENDPOINT", hub.url()).env("AWS_ENDPOINT_URL", s3.url());
+        let got = on(house.on("a").env("MODEL_CACHE_RETRY_DEADLINE", "10s")).run(["get", "m@1"]);
+        assert_model(&got.path_saying(&["from remote"]));
+        let run = on(house.on_local("a").env("MODEL_CACHE_RETRY_DEADLINE", "10s"));
+        let got = run.run(["get", "hf://org/plain"]).path_saying(&["from origin"]);
+        assert_same(&got.join("weights.bin"), &big());
+        assert!(hits.iter().all(|hits| hits.count() > 0), "{shown} struck");
+    });
+}
+
+#[test]
+fn a_network_that_stays_bad_ends_in_7() {
+    let faults = vec![
+        ProxyFault::refuse(),
+        ProxyFault::reset(10),
+        ProxyFault::cut(10),
+        ProxyFault::hang(10),
+        ProxyFault::slow(1),
+        ProxyFault::answer(502),
+    ];
+    each_in_its_own_house(faults, |fault| {
+        let house = house();
+        let hub = FaultProxy::start_on(house.hub.url(), 0).unwrap();
+        let s3 = FaultProxy::start_on(house.s3.endpoint(), 0).unwrap();
+        for proxy in [&hub, &s3] {
+            proxy.faults().add(fault.clone());
+        }
+        let on = |run: Run| impatient(run).env("HF_ENDPOINT", hub.url()).env("AWS_ENDPOINT_URL", s3.url());
+        on(house.on("a")).run(["get", "m@1"]).failed(7, &["m@1", "remote", "127.0.0.1"]);
+        on(house.on_local("a")).run(["get", "hf://org/model"]).failed(7, &["hf://org/model", "origin", "127.0.0.1"]);
+        house.assert_invisible("a");
+        for proxy in [&hub, &s3] {
+            proxy.faults().clear();
+            proxy.sever();
+        }
+        assert_model(&on(house.on("a")).run(["get", "m@1"]).path_saying(&["from remote"]));
+        assert_model(&on(house.on("a")).run(["get", "hf://org/model"]).path());
+    });
+}

@@ -1,0 +1,91 @@
+//! A cache in a temporary folder, with a Hub stand-in as its origin.
+#![allow(unreachable_pub)]
+
+pub mod weather;
+
+use modelcache::cache::{Artifact, GetOptions};
+use modelcache::config::{
+    BucketConfig, ByteBound, Config, Durable, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown,
+    RemoteConfig, RemoteMode, RetryConfig, Sharing,
+};
+use modelcache::progress::Progress;
+use modelcache::{Cache, Reference, Result, Selection};
+use modelcache_testkit::{Content, Hub};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tempfile::TempDir;
+
+pub struct House {
+    pub hub: Hub,
+    pub folder: TempDir,
+}
+
+impl House {
+    pub async fn new() -> Self {
+        Self { hub: Hub::start().await.unwrap(), folder: tempfile::tempdir().unwrap() }
+    }
+
+    /// A configuration with directory `name`, without a remote.
+    pub fn config(&self, name: &str) -> Config {
+        Config {
+            dir: self.folder.path().join(name),
+            max_bytes: ByteBound::Bytes(1 << 30),
+            min_free_bytes: ByteBound::Bytes(0),
+            durable: Durable::Wait,
+            shared: Sharing::Off,
+            lower_dir: None,
+            write_mode: Default::default(),
+            remote: None,
+            buckets: BucketConfig::default(),
+            require_checksum: false,
+            on_remote_down: OnRemoteDown::Origin,
+            remote_mode: RemoteMode::ReadWrite,
+            backfill: None,
+            origins: Vec::new(),
+            hub: HubConfig { endpoint: self.hub.url().to_owned(), token: None },
+            credentials: Default::default(),
+            mlflow: MlflowConfig::default(),
+            oci: OciConfig::default(),
+            ref_ttl: Duration::from_secs(60),
+            offline: false,
+            start_jitter: Duration::ZERO,
+            retry: RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(1) },
+        }
+    }
+
+    /// The remote in a shared folder.
+    pub fn folder_remote(&self) -> Option<RemoteConfig> {
+        Some(RemoteConfig {
+            url: format!("file://{}", self.folder.path().join("remote").display()),
+            options: Default::default(),
+            environment: Environment::default(),
+        })
+    }
+
+    pub fn cache(&self, name: &str) -> Cache {
+        Cache::open(self.config(name)).unwrap()
+    }
+
+    pub fn cache_with_remote(&self, name: &str) -> Cache {
+        Cache::open(Config { remote: self.folder_remote(), ..self.config(name) }).unwrap()
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
+pub async fn get(cache: &Cache, reference: &str) -> Result<Artifact> {
+    get_some(cache, reference, &[], &[]).await
+}
+
+pub async fn get_some(cache: &Cache, reference: &str, include: &[&str], exclude: &[&str]) -> Result<Artifact> {
+    let options = GetOptions { selection: Selection::globs(include, exclude).unwrap(), ..GetOptions::default() };
+    cache.get(&Reference::parse(reference).unwrap(), &options, &Progress::new()).await
+}
+
+pub fn assert_same(path: &Path, content: &Content) {
+    let found = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    assert_eq!(found.len() as u64, content.len(), "{}", path.display());
+    assert!(found == content.to_vec().unwrap(), "{} has other bytes", path.display());
+}

@@ -1,0 +1,163 @@
+//! Flights in one process: one fill for all who want the same, whoever of them is cancelled.
+
+use crate::common::{House, assert_same, get, get_some};
+use modelcache::cache::GetOptions;
+use modelcache::config::{ByteBound, Config, RetryConfig};
+use modelcache::progress::{Phase, Progress};
+use modelcache::{Cache, ErrorKind, Reference};
+use modelcache_testkit::Content;
+use modelcache_testkit::hub::HubFault;
+use std::time::Duration;
+use tokio::time::sleep;
+
+const MIB: u64 = 1 << 20;
+const MODEL: &str = "hf://org/model";
+
+fn big() -> Content {
+    Content::generated(1, 20 * MIB + 4321)
+}
+
+/// One of the model's parts stands still for `pause`.
+async fn house(pause: Duration) -> House {
+    let house = House::new().await;
+    house.hub.repo("org/model").commit().file("config.json", "{}").lfs("model.bin", big()).publish().unwrap();
+    house.hub.faults().add(HubFault::stall(MIB, pause).on("model.bin").once());
+    house
+}
+
+fn patient(house: &House) -> Cache {
+    let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
+    Cache::open(Config { retry, ..house.config("a") }).unwrap()
+}
+
+async fn until(mut condition: impl FnMut() -> bool) {
+    for _ in 0..2000 {
+        if condition() {
+            return;
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+    panic!("waited in vain");
+}
+
+fn bytes_of_all() -> u64 {
+    big().len() + 2
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_leader_or_waiter_leaves_the_fill_to_the_others() {
+    let house = house(Duration::from_millis(700)).await;
+    let cache = patient(&house);
+    let start = || {
+        let cache = cache.clone();
+        tokio::spawn(async move { get(&cache, MODEL).await.map(|artifact| artifact.path) })
+    };
+    let leader = start();
+    until(|| house.hub.body_bytes() > 0).await;
+    let (waiter, other) = (start(), start());
+    sleep(Duration::from_millis(50)).await;
+    leader.abort();
+    waiter.abort();
+    assert_same(&other.await.unwrap().unwrap().join("model.bin"), &big());
+    assert_eq!(house.hub.body_bytes(), bytes_of_all(), "each byte came once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_that_nobody_waits_for_ends_and_the_next_one_goes_on_with_it() {
+    let house = house(Duration::from_secs(600)).await;
+    let cache = patient(&house);
+    let only = tokio::spawn({
+        let cache = cache.clone();
+        async move { get(&cache, MODEL).await.map(|_| ()) }
+    });
+    // Three parts: one stands still after its first MiB.
+    until(|| house.hub.body_bytes() >= big().len() - 8 * MIB).await;
+    sleep(Duration::from_millis(300)).await;
+    only.abort();
+    assert!(only.await.unwrap_err().is_cancelled());
+    // Writes that were under way keep the folder theirs for a moment.
+    sleep(Duration::from_millis(300)).await;
+    house.hub.clear_requests();
+    let got = get(&cache, MODEL).await.unwrap();
+    assert_same(&got.path.join("model.bin"), &big());
+    assert!(house.hub.body_bytes() <= 8 * MIB + 2, "{} bytes came again", house.hub.body_bytes());
+    assert_eq!(got.report.bytes.origin, house.hub.body_bytes());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn those_who_wait_see_progress_and_are_told_what_was_fetched_for_them() {
+    let house = house(Duration::from_millis(1500)).await;
+    let cache = patient(&house);
+    let first = tokio::spawn({
+        let cache = cache.clone();
+        async move { get(&cache, MODEL).await.unwrap().report }
+    });
+    until(|| house.hub.body_bytes() > 0).await;
+    let progress = Progress::new();
+    let waiter = tokio::spawn({
+        let (cache, progress) = (cache.clone(), progress.clone());
+        async move {
+            let reference = Reference::parse(MODEL).unwrap();
+            cache.get(&reference, &GetOptions::default(), &progress).await.unwrap().report
+        }
+    });
+    until(|| progress.snapshot().phase == Phase::Join && progress.snapshot().total_bytes == bytes_of_all()).await;
+    until(|| progress.snapshot().done_bytes > 0).await;
+    let (first, waiter) = (first.await.unwrap(), waiter.await.unwrap());
+    assert_eq!((first.bytes.origin, first.bytes.disk), (bytes_of_all(), 0));
+    assert_eq!((waiter.bytes.origin, waiter.bytes.disk), (0, bytes_of_all()), "bytes are not counted twice");
+    assert!(waiter.phases.contains_key(&Phase::Join) && !first.phases.contains_key(&Phase::Join));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn those_who_wait_for_a_failure_share_it() {
+    let house = House::new().await;
+    house.hub.repo("org/model").commit().lfs("model.bin", big()).publish().unwrap();
+    house.hub.faults().add(HubFault::flip(7).on("model.bin"));
+    let cache = house.cache("a");
+    let gets = (0..4).map(|_| {
+        let cache = cache.clone();
+        tokio::spawn(async move { get(&cache, MODEL).await.unwrap_err() })
+    });
+    for error in futures::future::join_all(gets).await {
+        let error = error.unwrap();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    }
+    let asked = house.hub.body_gets().len();
+    assert!(asked <= 8, "{asked} requests for one file, tried twice, by one fill");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_selection_waits_and_then_fetches_only_its_own() {
+    let house = house(Duration::from_millis(500)).await;
+    let cache = patient(&house);
+    let all = tokio::spawn({
+        let cache = cache.clone();
+        async move { get_some(&cache, MODEL, &["*.bin"], &[]).await.unwrap().path }
+    });
+    until(|| house.hub.body_bytes() > 0).await;
+    let small = get_some(&cache, MODEL, &["*.json"], &[]).await.unwrap();
+    assert_same(&small.path.join("config.json"), &"{}".into());
+    assert_same(&all.await.unwrap().join("model.bin"), &big());
+    assert_eq!(house.hub.body_bytes(), bytes_of_all());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn room_that_a_reader_holds_is_waited_for_a_little_and_then_refused_by_name() {
+    let house = House::new().await;
+    for (seed, name) in ["one", "two"].into_iter().enumerate() {
+        house.hub.repo(name).commit().generated("model.bin", seed as u64, 6 * MIB).publish().unwrap();
+    }
+    let cache = Cache::open(Config { max_bytes: ByteBound::Bytes(9 * MIB), ..house.config("a") }).unwrap();
+    let one = get(&cache, "hf://one").await.unwrap();
+    let refused = get(&cache, "hf://two").await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Full);
+    assert!(refused.to_string().contains("one@") && refused.to_string().contains("in use"), "{refused}");
+    let two = tokio::spawn({
+        let cache = cache.clone();
+        async move { get(&cache, "hf://two").await.map(|artifact| artifact.report.bytes.origin) }
+    });
+    sleep(Duration::from_millis(500)).await;
+    drop(one);
+    assert_eq!(two.await.unwrap().unwrap(), 6 * MIB, "it came as soon as there was room");
+}

@@ -1,0 +1,435 @@
+//! One file, opened and read while it is filled: what is given early, in which order it comes, and what is never given.
+
+use crate::common::weather::{BUCKET, Weather};
+use crate::common::{House, assert_same, get};
+use modelcache::cache::{EvictTier, GetOptions, OpenFile, OpenOptions};
+use modelcache::config::{Config, RetryConfig};
+use modelcache::key::FilePath;
+use modelcache::ladder::{Ladder, LadderHasher};
+use modelcache::manifest::{FileEntry, Manifest};
+use modelcache::progress::Progress;
+use modelcache::{Cache, ErrorKind, Reference, Result, Tier};
+use modelcache_testkit::Content;
+use modelcache_testkit::hub::HubFault;
+use std::fs;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+use tokio::time::{sleep, timeout};
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+/// Parts in these tests: as many as a file of half a GiB has in life.
+const PART: u64 = 256 * KIB;
+const SIZE: u64 = 64 * PART - 321;
+/// A line without a bound.
+const WIDE: u64 = 1 << 40;
+const HUB: &str = "hf://org/model@main/model.bin";
+
+static CONTENT: Content = Content::Generated { seed: 5, len: SIZE };
+
+fn last() -> Range<u64> {
+    SIZE - 10..SIZE
+}
+
+async fn open_with(cache: &Cache, reference: &str, options: OpenOptions) -> Result<OpenFile> {
+    let (reference, progress) = (Reference::parse(reference).unwrap(), Progress::new());
+    soon(cache.open_file(&reference, &options, &progress)).await
+}
+
+async fn open(cache: &Cache, reference: &str) -> OpenFile {
+    open_with(cache, reference, OpenOptions::default()).await.unwrap()
+}
+
+async fn open_unchecked(cache: &Cache, reference: &str) -> OpenFile {
+    open_with(cache, reference, OpenOptions { unchecked: true, ..OpenOptions::default() }).await.unwrap()
+}
+
+/// Nothing here takes long, unless it never ends.
+async fn soon<T>(work: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(60), work).await.expect("waited in vain")
+}
+
+async fn until(mut condition: impl FnMut() -> bool) {
+    soon(async {
+        while !condition() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+/// Lets bytes through, a few at a time, until `work` is done.
+async fn trickle<T>(weather: &Weather, work: impl Future<Output = T>) -> T {
+    let line = async {
+        loop {
+            weather.proxy.let_through(MIB / 4);
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::select! {
+        done = soon(work) => done,
+        () = line => unreachable!(),
+    }
+}
+
+/// Reads `range` as soon as that can be, and compares.
+async fn read(file: &OpenFile, content: &Content, range: Range<u64>) {
+    let from = soon(file.wait(range.clone())).await.unwrap();
+    let mut bytes = vec![0; (range.end - range.start) as usize];
+    from.read_exact_at(&mut bytes, range.start).unwrap();
+    assert!(bytes == content.read(range.clone()).unwrap(), "{range:?} has other bytes");
+}
+
+fn ladder(content: &Content) -> Ladder {
+    let mut hasher = LadderHasher::new(PART);
+    hasher.update(&content.to_vec().unwrap());
+    hasher.finish().1
+}
+
+/// Weather with `m@1` on the remote, whose small parts a ladder checks.
+async fn weather() -> Weather {
+    let weather = Weather::new().await;
+    weather.put("m", &CONTENT).await;
+    edit(&weather, |entry| entry.ladder = Some(ladder(&CONTENT)));
+    weather
+}
+
+/// Alters what the remote's manifest says of the one file.
+fn edit(weather: &Weather, change: impl FnOnce(&mut FileEntry)) {
+    let path = weather.s3.object_path(BUCKET, "cache/m/1/.modelcache/manifest.json");
+    let mut manifest = Manifest::from_bytes(&fs::read(&path).unwrap()).unwrap();
+    change(manifest.files.values_mut().next().unwrap());
+    fs::write(path, manifest.to_bytes().unwrap()).unwrap();
+}
+
+/// Whose server may be silent for long.
+fn patient(weather: &Weather, dir: &str) -> Cache {
+    let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
+    Cache::open(Config { retry, ..weather.config(dir, &weather.proxy.url()) }).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_bytes_and_then_the_last_are_read_before_half_of_the_file_has_come() {
+    let weather = weather().await;
+    let cache = patient(&weather, "a");
+    let before = weather.proxy.bytes_down();
+    weather.proxy.let_through(SIZE / 2 - MIB);
+    let file = open(&cache, "m@1").await;
+    assert_eq!(file.size(), SIZE);
+    read(&file, &CONTENT, 0..100).await;
+    read(&file, &CONTENT, last()).await;
+    assert!(weather.proxy.bytes_down() - before < SIZE / 2, "{} came", weather.proxy.bytes_down() - before);
+    let asked = weather.ranges("m");
+    assert!(asked.iter().any(|(_, end)| *end == SIZE), "{asked:?}");
+    assert!(asked.len() < 32, "the end before the middle: {asked:?}");
+    assert!(!file.is_whole() && file.progress().snapshot().remote_bytes < SIZE / 2);
+
+    weather.proxy.let_through(WIDE);
+    let path = soon(file.whole()).await.unwrap();
+    assert_same(&path, &CONTENT);
+    read(&file, &CONTENT, 0..SIZE).await;
+    assert!(file.is_whole() && weather.ranges("m").len() == 64, "each part was asked for once");
+    assert_eq!(cache.metrics().counts().hits.remote, 1, "it counts as a get");
+}
+
+/// Opens `reference` for two readers, one of whom takes unchecked bytes, and sees that the other is given none before
+/// the rest is there. In the weather the rest comes when it is let through; else it comes late by itself.
+async fn only_the_careless_reads_early(weather: Option<&Weather>, cache: &Cache, reference: &str, content: &Content) {
+    let first = async {
+        let (careless, careful) = (open_unchecked(cache, reference).await, open(cache, reference).await);
+        read(&careless, content, 0..100).await;
+        (careless, careful)
+    };
+    let (careless, careful) = match weather {
+        Some(weather) => trickle(weather, first).await,
+        None => first.await,
+    };
+    let mut waits = Box::pin(careful.wait(0..100));
+    assert!(timeout(Duration::from_millis(300), &mut waits).await.is_err(), "it was given what nobody vouches for");
+    if let Some(weather) = weather {
+        weather.proxy.let_through(WIDE);
+    }
+    soon(waits).await.unwrap();
+    read(&careful, content, 0..content.len()).await;
+    read(&careless, content, 0..content.len()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_ladder_nothing_is_given_before_all_is_proven_but_to_who_wants_it_unchecked() {
+    let (weather, content) = (Weather::new().await, Content::generated(6, 48 * MIB + 1));
+    weather.put("m", &content).await;
+    edit(&weather, |entry| entry.ladder = None);
+    only_the_careless_reads_early(Some(&weather), &patient(&weather, "a"), "m@1", &content).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn under_a_demanded_digest_the_remotes_ladder_gives_nothing_early() {
+    let weather = weather().await;
+    let reference = format!("m@1#sha256={}", CONTENT.sha256().unwrap());
+    only_the_careless_reads_early(Some(&weather), &patient(&weather, "a"), &reference, &CONTENT).await;
+}
+
+/// A house whose Hub has the model, and whose bucket has it by a first machine; one part of the next fetch stands
+/// still.
+async fn house_with_copy() -> (House, Content) {
+    let (house, content) = (House::new().await, Content::generated(7, 20 * MIB + 4321));
+    house.hub.repo("org/model").commit().lfs("model.bin", content.clone()).publish().unwrap();
+    (house, content)
+}
+
+/// The last part of the model stands still.
+fn stall() -> HubFault {
+    HubFault::stall_at(17 * MIB, Duration::from_secs(600)).on("model.bin")
+}
+
+/// Who asks again for what stands still, after some time.
+fn impatient(config: Config) -> Cache {
+    let retry = RetryConfig { deadline: Duration::from_secs(30), read_timeout: Duration::from_secs(2) };
+    Cache::open(Config { retry, ..config }).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_the_origin_was_asked_the_remotes_ladder_gives_nothing_early() {
+    let (house, content) = house_with_copy().await;
+    let config = |dir: &str| Config { remote: house.folder_remote(), ..house.config(dir) };
+    drop(get(&Cache::open(config("first")).unwrap(), HUB).await.unwrap());
+    // The remote lists it, with a ladder, and has lost the object.
+    let folder = fs::read_dir(house.path("remote/hf/org/model")).unwrap().map(|entry| entry.unwrap().path());
+    let manifest = folder.map(|version| version.join(".modelcache/manifest.json")).find(|path| path.exists()).unwrap();
+    let mut told = Manifest::from_bytes(&fs::read(&manifest).unwrap()).unwrap();
+    assert!(told.files.values().all(|entry| entry.ladder.is_some()));
+    told.files.values_mut().for_each(|entry| entry.held = None);
+    fs::write(&manifest, told.to_bytes().unwrap()).unwrap();
+    house.hub.faults().add(stall().once());
+    only_the_careless_reads_early(None, &impatient(config("a")), HUB, &content).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ladder_that_was_proven_here_gives_bytes_early_whoever_was_asked() {
+    let (house, content) = house_with_copy().await;
+    let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
+    let cache = Cache::open(Config { retry, ..house.config("a") }).unwrap();
+    let path = get(&cache, HUB).await.unwrap().path;
+    // The copy here goes bad: it is fetched again.
+    let bad = house.path("bad");
+    fs::write(&bad, "bad").unwrap();
+    fs::rename(bad, &path).unwrap();
+    let blobs = fs::read_dir(house.path("a/blobs")).unwrap().map(|entry| entry.unwrap().path());
+    blobs.for_each(|blobs| fs::remove_dir_all(blobs).unwrap());
+    house.hub.faults().add(stall());
+    let file = open(&cache, HUB).await;
+    read(&file, &content, 0..100).await;
+    assert!(!file.is_whole(), "a part of it stands still");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ladder_that_lies_is_found_out_and_never_mixes_two_files() {
+    let weather = weather().await;
+    // It is right for all that is let through at first, in whatever order that comes, and then of another file.
+    let other = Content::generated(8, SIZE);
+    let (truth, lie) = (ladder(&CONTENT), ladder(&other));
+    let rungs = |ladder: &Ladder, parts: Range<u64>| parts.map(|part| ladder.after(part).unwrap()).collect::<Vec<_>>();
+    let told = [rungs(&truth, 0..40), rungs(&lie, 40..63)].concat();
+    edit(&weather, |entry| entry.ladder = Some(Ladder::new(PART, told).unwrap()));
+    weather.proxy.let_through(SIZE / 4);
+    let cache = patient(&weather, "a");
+    let (early, late) = (open(&cache, "m@1").await, open(&cache, "m@1").await);
+    read(&early, &CONTENT, 0..100).await;
+    weather.proxy.let_through(WIDE);
+    let error = soon(early.wait(last())).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    assert!(error.to_string().contains("filled anew"), "{error}");
+    read(&late, &CONTENT, 0..SIZE).await;
+    let error = soon(early.wait(0..1)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "also when the file is there: {error}");
+    assert_eq!(soon(early.whole()).await.unwrap_err().kind(), ErrorKind::Corrupt);
+    read(&open(&cache, "m@1").await, &CONTENT, 0..SIZE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_bytes_that_were_read_unchecked_are_told_of() {
+    let weather = weather().await;
+    edit(&weather, |entry| entry.ladder = None);
+    let object = weather.s3.object_path(BUCKET, "cache/m/1/m");
+    let other = fs::OpenOptions::new().write(true).open(&object).unwrap();
+    other.write_all_at(b"wrong", 10).unwrap();
+    weather.proxy.let_through(MIB);
+    let file = open_unchecked(&patient(&weather, "a"), "m@1").await;
+    let mut bytes = [0; 5];
+    let from = trickle(&weather, file.wait(0..100)).await.unwrap();
+    from.read_exact_at(&mut bytes, 10).unwrap();
+    assert_eq!(&bytes, b"wrong");
+    weather.proxy.let_through(WIDE);
+    assert_eq!(soon(file.whole()).await.unwrap_err().kind(), ErrorKind::Corrupt);
+    assert_eq!(soon(file.wait(0..100)).await.unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_that_fails_half_way_fails_who_waits() {
+    let weather = weather().await;
+    weather.proxy.let_through(SIZE / 4);
+    let cache = Cache::open(weather.config("a", &weather.proxy.url())).unwrap();
+    let file = open(&cache, "m@1").await;
+    read(&file, &CONTENT, 0..100).await;
+    weather.s3.down(true);
+    weather.proxy.sever();
+    weather.proxy.let_through(WIDE);
+    let error = soon(file.wait(last())).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(error.to_string().contains("m@1"), "{error}");
+    assert_eq!(soon(file.whole()).await.unwrap_err().kind(), ErrorKind::Unavailable);
+    weather.s3.down(false);
+    read(&open(&cache, "m@1").await, &CONTENT, 0..SIZE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_and_a_get_share_one_fill() {
+    let weather = weather().await;
+    weather.proxy.let_through(SIZE / 4);
+    let cache = patient(&weather, "a");
+    let one = open(&cache, "m@1").await;
+    let getting = tokio::spawn({
+        let cache = cache.clone();
+        async move { get(&cache, "m@1").await.unwrap() }
+    });
+    let named = OpenOptions { file: Some(FilePath::new("m").unwrap()), ..OpenOptions::default() };
+    let other = open_with(&cache, "m@1", named).await.unwrap();
+    let together = futures::future::join(read(&one, &CONTENT, 0..SIZE), read(&other, &CONTENT, last()));
+    weather.proxy.let_through(WIDE);
+    together.await;
+    assert_same(&soon(getting).await.unwrap().path, &CONTENT);
+    let mut asked = weather.ranges("m");
+    asked.sort_unstable();
+    asked.dedup();
+    assert_eq!((asked.len(), weather.ranges("m").len()), (64, 64), "each part came once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_is_read_early_from_a_fill_that_brings_more() {
+    let (house, content) = house_with_copy().await;
+    house.hub.repo("org/model").commit().lfs("other.bin", Content::generated(1, 9 * MIB)).publish().unwrap();
+    house.hub.faults().add(HubFault::stall(MIB, Duration::from_secs(2)).on("other.bin").once());
+    let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
+    let cache = Cache::open(Config { retry, ..house.config("a") }).unwrap();
+    let getting = tokio::spawn({
+        let cache = cache.clone();
+        async move { get(&cache, "hf://org/model").await.unwrap().path }
+    });
+    until(|| house.hub.body_bytes() > 0).await;
+    let file = open(&cache, HUB).await;
+    read(&file, &content, 0..content.len()).await;
+    assert!(!file.is_whole(), "proven, and not published before the other file is there");
+    assert_same(&soon(getting).await.unwrap().join("model.bin"), &content);
+    assert_eq!(house.hub.body_bytes(), content.len() + 9 * MIB, "each byte came once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_is_dropped_ends_its_fill_and_the_next_one_goes_on_with_it() {
+    let weather = weather().await;
+    weather.proxy.let_through(SIZE / 4);
+    let cache = patient(&weather, "a");
+    let file = open(&cache, "m@1").await;
+    read(&file, &CONTENT, 0..100).await;
+    drop(file);
+    weather.proxy.sever();
+    let before = weather.proxy.bytes_down();
+    weather.proxy.let_through(WIDE);
+    let got = get(&cache, "m@1").await.unwrap();
+    assert!(got.report.bytes.remote > 0, "it is a fill of its own: {:?}", got.report);
+    assert_same(&got.path, &CONTENT);
+    assert!(weather.proxy.bytes_down() - before < SIZE, "what had come was kept");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_read_to_its_end_is_published_however_soon_it_is_closed() {
+    let weather = weather().await;
+    let cache = patient(&weather, "a");
+    let file = open(&cache, "m@1").await;
+    soon(file.wait(0..SIZE)).await.unwrap();
+    drop(file);
+    let here = OpenOptions { reach: Tier::Disk, ..OpenOptions::default() };
+    soon(cache.land()).await;
+    open_with(&cache, "m@1", here).await.unwrap();
+    assert_eq!(weather.ranges("m").len(), 64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_open_is_not_evicted() {
+    let weather = weather().await;
+    let cache = patient(&weather, "a");
+    for round in ["filled", "here"] {
+        let file = open(&cache, "m@1").await;
+        let path = soon(file.whole()).await.unwrap();
+        let reference = Reference::parse("m@1").unwrap();
+        let evict = || cache.evict(&reference, EvictTier::Disk, false);
+        assert_eq!(evict().await.unwrap_err().kind(), ErrorKind::Conflict, "{round}");
+        read(&file, &CONTENT, 0..SIZE).await;
+        drop(file);
+        if round == "here" {
+            evict().await.unwrap();
+            assert!(!path.exists());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_opens_what_another_process_fills_waits_for_its_end() {
+    let weather = weather().await;
+    weather.proxy.let_through(SIZE / 4);
+    let (one, other) = (patient(&weather, "a"), patient(&weather, "a"));
+    let first = open(&one, "m@1").await;
+    read(&first, &CONTENT, 0..100).await;
+    let second = tokio::spawn(async move { open(&other, "m@1").await });
+    until(|| weather.s3.object_gets("m/1/.modelcache/manifest.json").len() >= 2).await;
+    assert!(!second.is_finished());
+    weather.proxy.let_through(WIDE);
+    let second = soon(second).await.unwrap();
+    assert!(second.is_whole());
+    read(&second, &CONTENT, 0..SIZE).await;
+    read(&first, &CONTENT, 0..SIZE).await;
+    assert_eq!(weather.ranges("m").len(), 64, "each part came once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_file_is_opened_by_its_name_and_only_what_is_meant_is_fetched() {
+    let house = House::new().await;
+    let commit = house.hub.repo("org/model").commit();
+    commit.file("config.json", "{}").file("empty", "").lfs("model.bin", CONTENT.clone()).publish().unwrap();
+    let cache = house.cache("a");
+    let error = open_with(&cache, "hf://org/model", OpenOptions::default()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    assert!(error.hint_text().unwrap().contains("config.json"), "{error:?}");
+    let named = |name: &str| OpenOptions { file: Some(FilePath::new(name).unwrap()), ..OpenOptions::default() };
+    assert_eq!(open_with(&cache, HUB, named("config.json")).await.unwrap_err().kind(), ErrorKind::Invalid);
+    let absent = open_with(&cache, "hf://org/model", named("absent")).await.unwrap_err();
+    assert_eq!(absent.kind(), ErrorKind::NotFound, "{absent}");
+    assert_eq!(house.hub.body_bytes(), 0);
+    let file = open_with(&cache, "hf://org/model", named("config.json")).await.unwrap();
+    read(&file, &"{}".into(), 0..2).await;
+    assert_eq!(soon(file.wait(1..3)).await.unwrap_err().kind(), ErrorKind::Invalid);
+    let empty = open_with(&cache, "hf://org/model", named("empty")).await.unwrap();
+    assert_eq!(empty.size(), 0);
+    soon(empty.wait(0..0)).await.unwrap();
+    assert!(soon(empty.whole()).await.unwrap().exists());
+    assert_eq!(house.hub.body_bytes(), 2);
+    get(&cache, "hf://org/model").await.unwrap();
+    read(&open(&cache, HUB).await, &CONTENT, 0..SIZE).await;
+    let error = open_with(&cache, "hf://org/model", OpenOptions::default()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "also where all of it is here: {error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_disk_has_under_another_name_is_given_at_once() {
+    let weather = weather().await;
+    let cache = patient(&weather, "a");
+    get(&cache, "m@1").await.unwrap();
+    weather.put("twin", &CONTENT).await;
+    let asked = weather.ranges("twin").len();
+    let file = open(&cache, "twin@1").await;
+    read(&file, &CONTENT, last()).await;
+    soon(file.whole()).await.unwrap();
+    assert_eq!(weather.ranges("twin").len(), asked, "nothing was fetched");
+    let options = GetOptions { reach: Tier::Disk, ..GetOptions::default() };
+    cache.get(&Reference::parse("twin@1").unwrap(), &options, &Progress::new()).await.unwrap();
+}
