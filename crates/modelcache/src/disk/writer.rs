@@ -6,7 +6,7 @@
 //! cache (O_DIRECT); a filesystem that does not take it is written to as usual.
 //!
 //! Surprise: nothing here hashes by itself. Whoever writes takes the [`Cursor`] where the slice is next, and reads back
-//! what [lags behind](StagedWriter::behind), so that two files can be hashed side by side.
+//! what [came early](StagedWriter::next_to_catch_up), so that two files can be hashed side by side.
 
 use super::lock::FileLock;
 use super::parts::PartsJournal;
@@ -77,8 +77,19 @@ struct InOrder {
 struct Early {
     /// Parts that are written whole and not yet hashed.
     parts: BTreeSet<u64>,
-    /// Somebody reads them back.
-    is_caught_up_with: bool,
+    catching_up: CatchingUp,
+}
+
+/// Whether what came early is read back and hashed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum CatchingUp {
+    /// By nobody: the part at the cursor is not there yet.
+    #[default]
+    Nobody,
+    /// By somebody who was told to, and has not begun.
+    Told,
+    /// It is at work.
+    AtWork,
 }
 
 /// The place in a file that is hashed in order where the next bytes go. Nobody else hashes it meanwhile.
@@ -256,8 +267,8 @@ impl StagedWriter {
         self.buffered.write_all_at(slice, offset)
     }
 
-    /// A part is written whole, and checked if a ladder can: the journal says so. Whether the caller shall now see to
-    /// what lags [behind](Self::behind); until that ends, nobody else is told to.
+    /// A part is written whole, and checked if a ladder can: the journal says so. Whether the caller shall now
+    /// [catch up](Self::next_to_catch_up); until that ends, nobody else is told to.
     pub(crate) fn part_done(&self, part: u64) -> Result<bool> {
         if let Some(parts) = &self.parts {
             parts.mark(part)?;
@@ -267,27 +278,29 @@ impl StagedWriter {
         }
         let mut early = self.early();
         early.parts.insert(part);
-        if early.is_caught_up_with || self.next_early(&mut early).is_none() {
+        if early.catching_up != CatchingUp::Nobody || self.next_early(&mut early).is_none() {
             return Ok(false);
         }
-        early.is_caught_up_with = true;
+        early.catching_up = CatchingUp::Told;
         Ok(true)
     }
 
-    /// What is to be read back and hashed next, within one part; `None` when nothing lags behind any more.
-    pub(crate) fn behind(&self) -> Option<Range<u64>> {
+    /// For whoever was told to catch up: what is to be read back and hashed next, within one part. `None` is the end of
+    /// it: then the next part that comes to the cursor tells somebody anew.
+    pub(crate) fn next_to_catch_up(&self) -> Option<Range<u64>> {
         let mut early = self.early();
         let next = self.next_early(&mut early);
-        early.is_caught_up_with = next.is_some();
+        early.catching_up = if next.is_some() { CatchingUp::AtWork } else { CatchingUp::Nobody };
         let position = next?;
         Some(position..((position / self.part_size + 1) * self.part_size).min(self.size))
     }
 
-    /// How many parts are written whole and wait for a hash that is at work on them; none where it waits for a part.
+    /// How many parts are written whole and wait for a hash that is at work on them; none where it waits for a part, or
+    /// for whoever was told to go on with it.
     pub(crate) fn parts_behind(&self) -> usize {
         let mut early = self.early();
         self.next_early(&mut early);
-        if early.is_caught_up_with { early.parts.len() } else { 0 }
+        if early.catching_up == CatchingUp::AtWork { early.parts.len() } else { 0 }
     }
 
     /// Where to go on, if the part at the cursor is written whole. Parts passed meanwhile are forgotten.
@@ -419,7 +432,7 @@ mod tests {
                 writer.write(part as u64 * 1024, first).expect("writes");
                 writer.write((part * 1024 + first.len()) as u64, second).expect("writes");
                 if writer.part_done(part as u64).expect("marks") {
-                    while let Some(range) = writer.behind() {
+                    while let Some(range) = writer.next_to_catch_up() {
                         let mut bytes = vec![0; (range.end - range.start) as usize];
                         writer.load(range.start, &mut bytes).expect("reads back");
                         let mut cursor = writer.at_cursor(range.start).expect("nobody else is there");

@@ -72,7 +72,7 @@ impl PartTask {
         if let Some(sink) = &self.file.on_part {
             sink.tell(&self.file.path, self.generation, range);
         }
-        if part.behind { Ok(self.catch_up().await?) } else { Ok(()) }
+        if part.is_to_catch_up { Ok(self.catch_up().await?) } else { Ok(()) }
     }
 
     fn show(&self, bytes: u64) {
@@ -102,7 +102,7 @@ impl PartTask {
             }
         } else {
             let writer = self.writer.clone();
-            part.behind = blocking(move || writer.part_done(index)).await?;
+            part.is_to_catch_up = blocking(move || writer.part_done(index)).await?;
             self.show(range.end - range.start);
         }
         self.local.resumed.fetch_add(range.end - range.start, Ordering::Relaxed);
@@ -111,8 +111,8 @@ impl PartTask {
 
     /// Reads back and hashes in order what came before its turn.
     async fn catch_up(&self) -> Result<()> {
-        let Some(range) = self.writer.behind() else { return Ok(()) };
-        let slice = Slice::behind(self.writer.clone(), &range, self.engine.buffers.take().await);
+        let Some(range) = self.writer.next_to_catch_up() else { return Ok(()) };
+        let slice = Slice::catch_up(self.writer.clone(), &range, self.engine.buffers.take().await);
         self.engine.workers.submit(slice).done().await.map(drop)
     }
 
@@ -369,7 +369,7 @@ struct PartProgress {
     /// Streams in a row that ended in good order without bringing a byte.
     short_ends: u32,
     /// The file's hash has to catch up, and nobody else sees to it.
-    behind: bool,
+    is_to_catch_up: bool,
     /// The ladder, where it was asked, did not contradict.
     holds: bool,
 }
@@ -384,7 +384,7 @@ impl PartProgress {
             spare: None,
             shown: 0,
             short_ends: 0,
-            behind: false,
+            is_to_catch_up: false,
             holds: true,
         }
     }
@@ -449,11 +449,12 @@ impl PartProgress {
     /// Waits for what the workers have. Whether the ladder, where it was asked, has not contradicted, now or before.
     async fn settle(&mut self, task: &PartTask) -> Result<bool, Trouble> {
         let Some((len, pending)) = self.in_flight.take() else { return Ok(self.holds) };
-        let Done { buffer, hash, holds, behind } = pending.done().await.map_err(Trouble::Broken)?;
+        let Done { buffer, hash, holds, is_to_catch_up } = pending.done().await.map_err(Trouble::Broken)?;
         if let Hash::Part(hasher) = hash {
             self.hasher = Some(hasher);
         }
-        (self.spare, self.behind, self.shown) = (Some(buffer), self.behind || behind, self.shown + len);
+        (self.spare, self.shown) = (Some(buffer), self.shown + len);
+        self.is_to_catch_up |= is_to_catch_up;
         self.holds &= holds;
         task.show(len);
         Ok(self.holds)

@@ -33,7 +33,8 @@ use tokio::task::JoinSet;
 /// How many parts a file's hash in order may lag behind what is asked for: what came early has to be read back, best from
 /// memory.
 const LAG_PARTS: u64 = 64;
-/// How many parts that came may wait for a hash that is slower than the network.
+/// How many parts that came may wait for a hash that is slower than the network. What an ended fill left came long ago,
+/// and is no reason to wait.
 const BEHIND_PARTS: usize = 8;
 /// How soon to look again whether the hash has caught up.
 const LOOK_BEHIND: Duration = Duration::from_millis(5);
@@ -409,7 +410,7 @@ fn next_part(task: &PartTask, left: &mut Left, step: u64, is_idle: bool) -> (Opt
     let in_order = left.peek();
     let lags = |part: u64| {
         let ahead = task.writer.hashed_bytes().saturating_add(LAG_PARTS * step);
-        part * step > ahead || task.writer.parts_behind() > BEHIND_PARTS
+        part * step > ahead || task.left_over.is_empty() && task.writer.parts_behind() > BEHIND_PARTS
     };
     match wished {
         Next::Wished(part) => (Some(part), Duration::ZERO),

@@ -5,8 +5,10 @@
 //! that pairs are found; more may be writing meanwhile. A worker is a blocking task that ends when the queue is empty:
 //! nothing is left running, and a process that forks loses nothing.
 //!
-//! What came before its turn in a file that is hashed in order is read back and hashed slice after slice by one worker:
-//! that hash is a chain, and whoever waits for it would wait for a thread to wake between any two.
+//! What came before its turn in a file that is hashed in order is read back and hashed slice after slice, as one job
+//! that its worker puts in front of the queue again and mostly takes itself: that hash is a chain, and whoever waits for
+//! it would wait for a thread to wake between any two. One such job is in front at a time; others queue as all do, and
+//! whatever waits longest has the other half of the pair.
 //!
 //! A slice whose stream is gone is dropped unwritten. What fails, fails the stream that the slice is of.
 
@@ -67,7 +69,7 @@ pub(super) enum Work {
     Write,
     /// It is in the file, so many bytes, to be read back.
     ReadBack(usize),
-    /// The same, and after it all that lags [behind](StagedWriter::behind) in the file then.
+    /// The same, and after it all that there is [to catch up](StagedWriter::next_to_catch_up) with in the file.
     CatchUp(usize),
 }
 
@@ -103,8 +105,8 @@ pub(super) struct Done {
     pub(super) hash: Hash,
     /// The ladder did not contradict.
     pub(super) holds: bool,
-    /// The file's hash lags behind its parts, and nobody else sees to it.
-    pub(super) behind: bool,
+    /// The file's hash has to catch up with its parts, and nobody else sees to it.
+    pub(super) is_to_catch_up: bool,
 }
 
 #[derive(Debug)]
@@ -157,14 +159,7 @@ impl Workers {
         let (reply, pending) = oneshot::channel();
         let mut state = self.0.lock();
         state.queue.push_back(Job { slice, reply });
-        if state.workers < self.0.workers_max {
-            state.workers += 1;
-            let worker = Worker { shared: self.0.clone(), is_counted: true };
-            drop(state);
-            tokio::task::spawn_blocking(move || worker.run());
-        } else {
-            self.0.freed.notify_one();
-        }
+        self.0.see_to(state);
         Pending(pending)
     }
 
@@ -188,6 +183,18 @@ impl Pending {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has somebody look at the queue, which `state` was locked to add to.
+    fn see_to(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
+        if state.workers < self.workers_max {
+            state.workers += 1;
+            let worker = Worker { shared: self.clone(), is_counted: true };
+            drop(state);
+            tokio::task::spawn_blocking(move || worker.run());
+        } else {
+            self.freed.notify_one();
+        }
     }
 }
 
@@ -217,12 +224,17 @@ impl Worker {
                 hash(&mut jobs);
                 drop(slot);
             }
-            let go_on: Vec<Job> = jobs.into_iter().filter_map(Job::complete).collect();
-            if !go_on.is_empty() {
-                // Before all others: the chain is the longest of what is to be done. Nobody is woken, it is taken here.
+            let (chains, others): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(Job::catches_up);
+            let chains: Vec<Job> = chains.into_iter().filter_map(Job::go_on).collect();
+            if !chains.is_empty() {
                 let mut state = shared.lock();
-                go_on.into_iter().for_each(|job| state.queue.push_front(job));
+                chains.into_iter().for_each(|chain| state.go_on(chain));
+                if !others.is_empty() {
+                    // They are written first: somebody else may go on with the chain.
+                    shared.see_to(state);
+                }
             }
+            others.into_iter().for_each(Job::complete);
         }
     }
 
@@ -256,6 +268,16 @@ impl Worker {
     }
 }
 
+impl State {
+    /// Takes a chain back into the queue: in front, for it is the longest of what is to be done, but behind another.
+    fn go_on(&mut self, chain: Job) {
+        match self.queue.front() {
+            Some(first) if first.catches_up() => self.queue.push_back(chain),
+            _ => self.queue.push_front(chain),
+        }
+    }
+}
+
 impl Drop for Worker {
     fn drop(&mut self) {
         if self.is_counted {
@@ -280,6 +302,11 @@ impl Job {
         }
     }
 
+    /// Whether it goes on until nothing is left to catch up with.
+    fn catches_up(&self) -> bool {
+        matches!(self.slice.work, Work::CatchUp(_))
+    }
+
     /// With its bytes; `None` if they could not be read, which was then told.
     fn loaded(mut self) -> Option<Self> {
         if let Some(len) = self.slice.work.reads_back()
@@ -291,16 +318,22 @@ impl Job {
         Some(self)
     }
 
-    /// Checks, writes, marks and answers; itself where there is more to catch up with.
-    fn complete(mut self) -> Option<Self> {
-        if self.slice.goes_on() {
-            return Some(self);
-        }
+    /// Itself with the next of what there is to catch up with; where that was all, it answers.
+    fn go_on(mut self) -> Option<Self> {
+        let Some(range) = self.slice.writer.next_to_catch_up() else {
+            self.complete();
+            return None;
+        };
+        (self.slice.offset, self.slice.work) = Slice::to_catch_up(&range);
+        Some(self)
+    }
+
+    /// Checks, writes, marks and answers.
+    fn complete(self) {
         let Self { slice, reply } = self;
         let outcome = slice.complete();
         // Nobody may be there any more; then the answer is dropped with its buffer.
         let _ = reply.send(outcome);
-        None
     }
 
     fn fail(self, error: Error) {
@@ -312,20 +345,15 @@ impl Job {
 }
 
 impl Slice {
-    /// What lags [behind](StagedWriter::behind) in a file: `range` of it first, then the rest.
-    pub(super) fn behind(writer: Arc<StagedWriter>, range: &Range<u64>, buffer: Buffer) -> Self {
-        let work = Work::CatchUp(slice_of(range));
-        Self { writer, offset: range.start, buffer, work, hash: Hash::InOrder, end: None }
+    /// What there is to catch up with in a file: `range` of it first, then the rest.
+    pub(super) fn catch_up(writer: Arc<StagedWriter>, range: &Range<u64>, buffer: Buffer) -> Self {
+        let (offset, work) = Self::to_catch_up(range);
+        Self { writer, offset, buffer, work, hash: Hash::InOrder, end: None }
     }
 
-    /// Whether there is more to catch up with; it is that from then on.
-    fn goes_on(&mut self) -> bool {
-        if !matches!(self.work, Work::CatchUp(_)) {
-            return false;
-        }
-        let Some(range) = self.writer.behind() else { return false };
-        (self.offset, self.work) = (range.start, Work::CatchUp(slice_of(&range)));
-        true
+    /// The beginning of `range`.
+    fn to_catch_up(range: &Range<u64>) -> (u64, Work) {
+        (range.start, Work::CatchUp(slice_of(range)))
     }
 
     fn complete(self) -> Result<Done> {
@@ -339,12 +367,14 @@ impl Slice {
         if holds && work == Work::Write {
             writer.store(offset, &buffer)?;
         }
-        let mut behind = false;
-        if holds && let Some((_, mut parts)) = end {
-            behind = parts.try_fold(false, |behind, part| Ok::<_, Error>(writer.part_done(part)? || behind))?;
+        let mut is_to_catch_up = false;
+        if holds && let Some((_, parts)) = end {
+            for part in parts {
+                is_to_catch_up |= writer.part_done(part)?;
+            }
         }
         buffer.clear();
-        Ok(Done { buffer, hash, holds, behind })
+        Ok(Done { buffer, hash, holds, is_to_catch_up })
     }
 }
 
@@ -502,7 +532,7 @@ mod tests {
         let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::default(), Workers::new(2));
         let content = bytes(3 * PART as usize - 5, 3);
         let writer = writer(&folder, "f", content.len(), true);
-        let mut behind = Vec::new();
+        let mut told = Vec::new();
         for part in [2, 1, 0] {
             let range = part * PART as usize..((part + 1) * PART as usize).min(content.len());
             for offset in range.clone().step_by(SLICE_BYTES) {
@@ -511,17 +541,38 @@ mod tests {
                 slice.end = (end == range.end).then(|| (None, part as u64..part as u64 + 1));
                 let done = workers.submit(slice).done().await.expect("works");
                 if end == range.end {
-                    behind.push((done.behind, writer.parts_behind()));
+                    told.push((done.is_to_catch_up, writer.parts_behind()));
                 }
             }
         }
-        assert_eq!(behind, [(false, 0), (false, 0), (true, 2)], "the first part was hashed as it came");
-        let range = writer.behind().expect("the second part");
-        assert_eq!(range, PART..2 * PART);
-        let slice = Slice::behind(writer.clone(), &range, pool.take().await);
+        assert_eq!(told, [(false, 0), (false, 0), (true, 0)], "the first part was hashed as it came");
+        let range = writer.next_to_catch_up().expect("the second part");
+        assert_eq!((range.clone(), writer.parts_behind()), (PART..2 * PART, 2), "somebody is at work");
+        let slice = Slice::catch_up(writer.clone(), &range, pool.take().await);
         workers.submit(slice).done().await.expect("works");
-        assert_eq!((writer.behind(), writer.parts_behind()), (None, 0));
+        assert_eq!((writer.next_to_catch_up(), writer.parts_behind()), (None, 0));
         assert_eq!(writer.hashed().sha256, Digest::of(&content));
+    }
+
+    /// Else two long chains would have every slot for themselves, and whoever waits would wait for their ends.
+    #[tokio::test]
+    async fn one_chain_is_in_front_and_the_next_queues_as_all_do() {
+        let (folder, pool) = (TempDir::new().expect("folder"), BufferPool::default());
+        let (mut state, mut pending) = (State::default(), Vec::new());
+        for name in ["other", "one", "two"] {
+            let writer = writer(&folder, name, SLICE_BYTES, true);
+            let mut slice = slice(&pool, &writer, 0, &[1], Hash::InOrder).await;
+            let (reply, answer) = oneshot::channel();
+            pending.push(answer);
+            if name == "other" {
+                state.queue.push_back(Job { slice, reply });
+            } else {
+                slice.work = Work::CatchUp(1);
+                state.go_on(Job { slice, reply });
+            }
+        }
+        let order: Vec<bool> = state.queue.iter().map(Job::catches_up).collect();
+        assert_eq!(order, [true, false, true]);
     }
 
     #[tokio::test(flavor = "multi_thread")]
