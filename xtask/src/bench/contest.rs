@@ -1,7 +1,7 @@
 //! Programs that do the same, measured in turn: a round runs each of them once.
 //!
-//! Machines drift, so that only what ran in the same rounds is compared. A slow program runs fewer rounds: it leaves
-//! when it has taken [`SPENT_S_MAX`]. One that fails leaves, with the reason.
+//! Machines drift, so that only what took turns is compared. A slow program runs fewer rounds, which its line tells: it
+//! leaves when it has taken [`SPENT_S_MAX`] and run [`ROUNDS_MIN`] times. One that fails leaves, with the reason.
 
 use super::machine::memory_bytes;
 use super::setup::Setup;
@@ -14,6 +14,8 @@ use std::path::Path;
 
 /// How long one program may take in one contest, in seconds.
 const SPENT_S_MAX: f64 = 25.0;
+/// One run is no measurement.
+const ROUNDS_MIN: usize = 2;
 /// What one run brings stays until the end of its contest, up to this many bytes: an ext4 without a journal passes over
 /// each inode that was removed in the last minutes, at the cost of whoever makes files next.
 const KEPT_BYTES_MAX: u64 = 64 << 20;
@@ -71,9 +73,8 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
     let mut results: Vec<Vec<Line>> = entries.iter().map(lines).collect();
     for round in 1..=setup.rounds {
         for (at, (entry, lines)) in entries.iter().zip(&mut results).enumerate() {
-            let spent: f64 = lines.last().map_or(0.0, |line| line.runs.iter().map(|run| run.seconds).sum());
             let out = lines.iter().any(|line| line.failure.is_some());
-            if out || spent > SPENT_S_MAX {
+            if out || lines.last().is_some_and(Line::has_run_enough) {
                 continue;
             }
             let name = if bytes > KEPT_BYTES_MAX { "run".to_owned() } else { format!("run/{round}-{at}") };
@@ -113,6 +114,11 @@ fn warm_page_cache(folder: &Path, bytes: u64) -> Result<()> {
 impl Line {
     pub(super) fn is_ours(&self) -> bool {
         self.who == OURS
+    }
+
+    fn has_run_enough(&self) -> bool {
+        let spent: f64 = self.runs.iter().map(|run| run.seconds).sum();
+        spent > SPENT_S_MAX && self.runs.len() >= ROUNDS_MIN
     }
 
     /// The middle of its runs, by seconds; `None` where it failed.

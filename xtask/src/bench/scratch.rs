@@ -6,11 +6,15 @@
 use super::machine::memory_bytes;
 use super::usage::kill_all;
 use crate::repository::target_folder;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use modelcache_testkit::Content;
+use std::ffi::OsStr;
 use std::fs;
 use std::io::ErrorKind;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 
 const NAME: &str = "modelcache-bench-";
@@ -19,6 +23,10 @@ const SHARED_MEMORY: &str = "/dev/shm";
 const SPARE_BYTES: u64 = 4 << 30;
 /// How often a folder is emptied in which something is made at the same time.
 const REMOVE_TRIES_MAX: u32 = 100;
+/// How long what a `get` left may take to become durable.
+const SYNC_WAIT_MAX: Duration = Duration::from_secs(120);
+/// Time between two looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 pub(super) struct Scratch {
     /// For what is served.
@@ -53,9 +61,11 @@ impl Scratch {
         Ok(path)
     }
 
-    /// A new, empty folder on disk, with nothing left to be written back that an earlier program wrote.
+    /// A new, empty folder on disk, with nothing left to be written back that an earlier program wrote, and nobody left
+    /// who does that.
     pub(super) fn fresh(&self, name: &str) -> Result<PathBuf> {
         let folder = self.disk.join(name);
+        wait_for_syncing(&self.disk)?;
         remove(&folder)?;
         rustix::fs::sync();
         fs::create_dir_all(&folder)?;
@@ -68,6 +78,30 @@ impl Drop for Scratch {
         let _ = remove(&self.memory);
         let _ = remove(&self.disk);
     }
+}
+
+/// Waits until no process makes durable any more what a `get` of ours left below `folder`: it would run beside the next
+/// program.
+fn wait_for_syncing(folder: &Path) -> Result<()> {
+    let began = Instant::now();
+    while is_synced_by_somebody(folder)? {
+        ensure!(began.elapsed() < SYNC_WAIT_MAX, "what is below {} does not become durable", folder.display());
+        thread::sleep(LOOK_AGAIN);
+    }
+    Ok(())
+}
+
+fn is_synced_by_somebody(folder: &Path) -> Result<bool> {
+    for process in fs::read_dir("/proc")? {
+        // Most entries are no process, and a process may end.
+        let line = fs::read(process?.path().join("cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0);
+        let mut is_below = |word: &[u8]| Path::new(OsStr::from_bytes(word)).starts_with(folder);
+        if words.next() == Some(b"modelcache") && words.next() == Some(b"sync") && words.any(&mut is_below) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Removes a folder, if it is there. Whoever still writes there, as the process does that makes files durable after a
@@ -95,7 +129,7 @@ pub(super) fn drop_cached(file: &Path) -> Result<()> {
 
 fn clean_up_when_interrupted(folders: [PathBuf; 2]) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    std::thread::spawn(move || {
+    thread::spawn(move || {
         runtime.block_on(async {
             let (Ok(mut interrupt), Ok(mut terminate)) =
                 (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))

@@ -2,7 +2,7 @@
 
 use super::calls::Calls;
 use super::pull::the_file;
-use super::{DEFAULTS, DURABLE, durable, progress, size};
+use super::{DEFAULTS, durable, progress, size};
 use crate::bench::contest::{Entry, Line, OURS, best_peer, contest_to_disk, ours, table};
 use crate::bench::page::{Bar, Section};
 use crate::bench::served::{Kind, Served};
@@ -129,7 +129,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let stage = HubStage::set(setup, setup.sizes.file)?;
     let entries = [
         stage.ours(DEFAULTS, "after", |command| command),
-        stage.ours(DURABLE, "yes", durable),
+        stage.ours("durable", "yes", durable),
         stage.theirs(None),
         stage.theirs(Some(16)),
     ];
@@ -141,7 +141,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
         title: format!("One {} file, Hub to disk, cold", size(setup.sizes.file)),
         what:
             "The Hub answers with a redirect to another server, as the real one does; no xet. Seen for the first time, \
-               the file has no ladder: it is hashed in order."
+               the file has no ladder: it is hashed in order, and never written past the page cache."
                 .into(),
         tables: vec![table(&lines, best)],
         bars: vec![Bar::at_least("defaults: times huggingface_hub as it is", ratio, " x", 4.0, None)],
