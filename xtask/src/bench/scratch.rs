@@ -165,6 +165,34 @@ fn room_in_memory() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn whoever_makes_a_folder_durable_is_waited_for() {
+        let [folder, other] = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
+        // A script of that name, so that its command line is that of ours.
+        fs::write(folder.path().join("sync"), "read line").expect("written");
+        let mut command = Command::new("sh");
+        command.arg0("modelcache").arg("sync").arg(folder.path().join("cache")).current_dir(&folder);
+        let mut syncing = command.stdin(Stdio::piped()).spawn().expect("runs");
+        let is_found = |folder: &Path| is_synced_by_somebody(folder).expect("processes");
+        // A process that has just begun has no command line for a moment.
+        let began = Instant::now();
+        while !is_found(folder.path()) && began.elapsed() < SYNC_WAIT_MAX {
+            thread::sleep(LOOK_AGAIN);
+        }
+        assert_eq!([is_found(folder.path()), is_found(other.path())], [true, false]);
+        let end = syncing.stdin.take();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                drop(end);
+                syncing.wait().expect("ends");
+            });
+            wait_for_syncing(folder.path()).expect("ends");
+        });
+        assert!(!is_found(folder.path()));
+    }
 
     #[test]
     fn a_folder_is_removed_from_under_one_who_writes_there() {
