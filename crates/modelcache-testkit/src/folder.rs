@@ -1,11 +1,14 @@
 //! What a cache directory holds, counted by its files alone: the second opinion on what the program says of itself.
 //!
 //! Knows the layout that docs/disk-format.md promises and nothing of the program. May run while others change the
-//! directory: what vanishes under the walk is gone, and a file with several names counts once.
+//! directory: what vanishes under the walk is gone, and a file with several names counts once. [`syncing`] alone looks
+//! at processes instead.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{self, Metadata};
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -96,6 +99,20 @@ fn present<T>(result: io::Result<T>) -> io::Result<Option<T>> {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Processes that make durable what a `get` left in the cache directory `folder`, or in one below it. One that has ended
+/// has no command line any more, and one that has just begun has none yet.
+pub fn syncing(folder: &Path) -> io::Result<Vec<u32>> {
+    let is_one = |pid: &u32| {
+        // It may have ended.
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0);
+        let is_ours = words.next() == Some(b"modelcache") && words.next() == Some(b"sync");
+        is_ours && words.any(|word| Path::new(OsStr::from_bytes(word)).starts_with(folder))
+    };
+    let names = fs::read_dir("/proc")?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
+    Ok(names.iter().filter_map(|name| name.to_str()?.parse().ok()).filter(is_one).collect())
 }
 
 #[cfg(test)]

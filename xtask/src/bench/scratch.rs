@@ -8,10 +8,9 @@ use super::usage::kill_all;
 use crate::repository::target_folder;
 use anyhow::{Context, Result, ensure};
 use modelcache_testkit::Content;
-use std::ffi::OsStr;
+use modelcache_testkit::folder::syncing;
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -84,24 +83,11 @@ impl Drop for Scratch {
 /// program.
 fn wait_for_syncing(folder: &Path) -> Result<()> {
     let began = Instant::now();
-    while is_synced_by_somebody(folder)? {
+    while !syncing(folder)?.is_empty() {
         ensure!(began.elapsed() < SYNC_WAIT_MAX, "what is below {} does not become durable", folder.display());
         thread::sleep(LOOK_AGAIN);
     }
     Ok(())
-}
-
-fn is_synced_by_somebody(folder: &Path) -> Result<bool> {
-    for process in fs::read_dir("/proc")? {
-        // Most entries are no process, and a process may end.
-        let line = fs::read(process?.path().join("cmdline")).unwrap_or_default();
-        let mut words = line.split(|byte| *byte == 0);
-        let mut is_below = |word: &[u8]| Path::new(OsStr::from_bytes(word)).starts_with(folder);
-        if words.next() == Some(b"modelcache") && words.next() == Some(b"sync") && words.any(&mut is_below) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 /// Removes a folder, if it is there. Whoever still writes there, as the process does that makes files durable after a
@@ -170,28 +156,29 @@ mod tests {
 
     #[test]
     fn whoever_makes_a_folder_durable_is_waited_for() {
-        let [folder, other] = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
+        let folder = tempfile::tempdir().expect("a folder");
         // A script of that name, so that its command line is that of ours.
         fs::write(folder.path().join("sync"), "read line").expect("written");
         let mut command = Command::new("sh");
         command.arg0("modelcache").arg("sync").arg(folder.path().join("cache")).current_dir(&folder);
-        let mut syncing = command.stdin(Stdio::piped()).spawn().expect("runs");
-        let is_found = |folder: &Path| is_synced_by_somebody(folder).expect("processes");
+        let mut process = command.stdin(Stdio::piped()).spawn().expect("runs");
+        let found = || syncing(folder.path()).expect("processes");
         // A process that has just begun has no command line for a moment.
         let began = Instant::now();
-        while !is_found(folder.path()) && began.elapsed() < SYNC_WAIT_MAX {
+        while found().is_empty() && began.elapsed() < SYNC_WAIT_MAX {
             thread::sleep(LOOK_AGAIN);
         }
-        assert_eq!([is_found(folder.path()), is_found(other.path())], [true, false]);
-        let end = syncing.stdin.take();
+        assert_eq!(found(), [process.id()]);
+        assert!(syncing(&folder.path().join("other")).expect("processes").is_empty());
+        let end = process.stdin.take();
         thread::scope(|scope| {
             scope.spawn(|| {
                 drop(end);
-                syncing.wait().expect("ends");
+                process.wait().expect("ends");
             });
             wait_for_syncing(folder.path()).expect("ends");
         });
-        assert!(!is_found(folder.path()));
+        assert!(found().is_empty());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use crate::common::order::State;
 use crate::common::*;
+use modelcache_testkit::folder::syncing;
 use modelcache_testkit::{Content, Errno, Shim, Strike};
 use std::fs::{self, FileTimes, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -82,15 +83,7 @@ impl Bench {
 
     /// Processes that make something durable in this directory.
     fn owing(&self) -> Vec<u32> {
-        let root = self.root().display().to_string();
-        let of = |pid: u32| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let is_one = |pid: &u32| {
-            let line = String::from_utf8_lossy(&of(*pid)).into_owned();
-            let words: Vec<&str> = line.split('\0').collect();
-            words.get(1) == Some(&"sync") && words.contains(&root.as_str()) && state(*pid) != Some('Z')
-        };
-        let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
-        pids.filter(is_one).collect()
+        syncing(&self.root()).unwrap()
     }
 
     /// Kills whoever owes something, and waits until it is gone.
@@ -110,11 +103,6 @@ impl Bench {
         self.house.assert_in_order("a");
         assert_eq!(fs::read_dir(self.root().join("unsynced")).unwrap().count(), 0, "a list of duties is left");
     }
-}
-
-fn state(pid: u32) -> Option<char> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    text.rsplit_once(") ")?.1.chars().next()
 }
 
 /// Other bytes under the same inode, size and time, as a medium that lost a write would have them.
