@@ -474,23 +474,23 @@ pub fn can_mount() -> bool {
 }
 
 /// The Python environment with moto, safetensors and huggingface_hub; says so where there is none.
-#[allow(clippy::print_stderr)]
 pub fn venv() -> Option<PathBuf> {
-    let venv = std::env::var_os("MODELCACHE_TEST_VENV").filter(|venv| !venv.is_empty()).map(PathBuf::from);
-    if venv.is_none() {
-        eprintln!("SKIPPED: MODELCACHE_TEST_VENV names no Python environment (`cargo xtask test` makes one)");
-    }
-    venv
+    named_by("MODELCACHE_TEST_VENV", "Python environment (`cargo xtask test` makes one)")
 }
 
 /// Debian's `docker-registry`; says so where there is none.
-#[allow(clippy::print_stderr)]
 pub fn registry_program() -> Option<PathBuf> {
-    let program = std::env::var_os("MODELCACHE_TEST_REGISTRY").filter(|name| !name.is_empty()).map(PathBuf::from);
-    if program.is_none() {
-        eprintln!("SKIPPED: MODELCACHE_TEST_REGISTRY names no docker-registry (`cargo xtask test` gets one)");
+    named_by("MODELCACHE_TEST_REGISTRY", "docker-registry (`cargo xtask test` gets one)")
+}
+
+/// What a variable names; says that it is missing where it names none.
+#[allow(clippy::print_stderr)]
+fn named_by(variable: &str, missing: &str) -> Option<PathBuf> {
+    let named = std::env::var_os(variable).filter(|name| !name.is_empty()).map(PathBuf::from);
+    if named.is_none() {
+        eprintln!("SKIPPED: {variable} names no {missing}");
     }
-    program
+    named
 }
 
 /// The fault shim; says so where there is no C compiler, which in CI is a failure.
