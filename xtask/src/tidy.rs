@@ -38,7 +38,17 @@ fn tracked() -> Result<Vec<String>> {
 
 struct Rules {
     lines: Vec<(Regex, &'static str)>,
+    filesystem_call: Regex,
 }
+
+/// Where files of a cache directory are worked with.
+const BELOW_THE_ROOT: [&str; 3] =
+    ["crates/modelcache/src/disk/", "crates/modelcache/src/cache/", "crates/modelcache/src/transfer/"];
+/// The module that calls the filesystem below the root, and those that only look at files elsewhere: the caller's own, the
+/// kernel's, the folder above the root.
+const CALLS_THE_FILESYSTEM: [&str; 5] = ["rooted.rs", "given.rs", "memory.rs", "trust.rs", "holders.rs"];
+/// Closes a line that works with a file outside the cache directory, or stands above it.
+const OUTSIDE: &str = "// outside the root";
 
 impl Rules {
     fn new() -> Result<Self> {
@@ -56,7 +66,26 @@ impl Rules {
             (concat!("--(extra-)?index", "-url|^ *replace", "-with *="), "a package mirror"),
         ];
         let compile = |(pattern, why)| Ok((Regex::new(pattern)?, why));
-        Ok(Self { lines: lines.into_iter().map(compile).collect::<Result<_>>()? })
+        // Names of functions of `std::fs`, `rustix::fs` and `std::path` that take a path.
+        let filesystem_call = Regex::new(concat!(
+            "(fs::(read|write|rename|remove|create|copy|hard_link|soft_link|metadata|symlink|canonicalize|set_perm",
+            "|open|mkdir|unlink|link|stat|lstat|chmod|utimens|access|mknod)",
+            "|OpenOptions::|File::(open|create|options)|[.](exists|canonicalize|read_dir)[(][)]|full[(][)][.])"
+        ))?;
+        Ok(Self { lines: lines.into_iter().map(compile).collect::<Result<_>>()?, filesystem_call })
+    }
+
+    /// Whether a line calls the filesystem by a path where that is left to one module.
+    fn redirectable(&self, path: &str, above: &str, line: &str) -> bool {
+        let folder = BELOW_THE_ROOT.iter().find_map(|folder| path.strip_prefix(folder));
+        let is_work = folder.is_some_and(|file| !CALLS_THE_FILESYSTEM.contains(&file) && !file.ends_with("tests.rs"));
+        let code = line.trim_start();
+        is_work
+            && !code.starts_with("//")
+            && !code.starts_with("use ")
+            && !line.ends_with(OUTSIDE)
+            && !above.ends_with(OUTSIDE)
+            && self.filesystem_call.is_match(line)
     }
 
     /// `:line: why` for everything that is wrong with a file.
@@ -65,7 +94,16 @@ impl Rules {
         if path.ends_with(".rs") && !text.starts_with("//! ") {
             breaches.push(":1: a module opens with //! and says what it is for".to_owned());
         }
+        let (mut is_test, mut above) = (false, "");
         for (number, line) in (1..).zip(text.lines()) {
+            is_test |= line == "#[cfg(test)]" || line.starts_with("#[cfg(all(test");
+            if !is_test && self.redirectable(path, above, line) {
+                breaches.push(format!(
+                    ":{number}: below the root only disk/rooted.rs calls the filesystem: {}",
+                    line.trim()
+                ));
+            }
+            above = line;
             for (rule, why) in &self.lines {
                 if rule.is_match(line) {
                     breaches.push(format!(":{number}: {why}: {}", line.trim()));
@@ -101,6 +139,18 @@ mod tests {
         for line in ["/home/u/.aws", "s3://bucket/work/x", "target/root/x", "https://host/root", "/rooted", "network"] {
             assert_eq!(breaches("a.md", line), 0, "{line}");
         }
+    }
+
+    #[test]
+    fn below_the_root_one_module_calls_the_filesystem() {
+        let line = "//! A module.\n    let file = std::fs::File::open(path)?;\n";
+        assert_eq!(breaches("crates/modelcache/src/disk/publish.rs", line), 1);
+        assert_eq!(breaches("crates/modelcache/src/disk/publish.rs", "//! M.\nif path.exists() {\n"), 1);
+        assert_eq!(breaches("crates/modelcache/src/disk/rooted.rs", line), 0);
+        assert_eq!(breaches("crates/modelcache/src/remote/upload.rs", line), 0);
+        assert_eq!(breaches("crates/modelcache/src/disk/publish.rs", &format!("//! M.\n#[cfg(test)]\n{line}")), 0);
+        let outside = "//! M.\nstd::fs::create_dir_all(above)?; // outside the root\n";
+        assert_eq!(breaches("crates/modelcache/src/disk/mod.rs", outside), 0);
     }
 
     #[test]

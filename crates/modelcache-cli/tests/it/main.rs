@@ -18,6 +18,7 @@ mod machine;
 mod main_job;
 mod metrics_file;
 mod mlflow;
+mod neighbours;
 mod oci;
 mod offline;
 mod pages;

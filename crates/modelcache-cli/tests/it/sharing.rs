@@ -75,7 +75,10 @@ fn two_users_share(sharing: &str, a: (u32, u32), b: (u32, u32), modes: (u32, u32
     let on = || house.on_local(dir).env("MODEL_CACHE_SHARED", sharing);
     assert_model(&by(a, on(), &["get", REF]).path());
     let cache = house.path(dir);
-    for folder in ["", "blobs", "artifacts", "staging", "locks", "refs"] {
+    for folder in ["", "blobs", "artifacts", "locks", "refs"] {
+        assert_eq!(mode(&cache.join(folder)), modes.0 | 0o1000, "{folder} is sticky");
+    }
+    for folder in ["staging", "quarantine", "backfill", "unsynced", "lower"] {
         assert_eq!(mode(&cache.join(folder)), modes.0, "{folder}");
     }
     for file in files_below(&cache.join("locks")) {

@@ -12,7 +12,7 @@ use super::plan::FillPlan;
 use super::tasks::Tasks;
 use super::{BackfillReport, Cache, PendingBackfill};
 use crate::config::Backfill;
-use crate::disk::{Disk, FileLock, Intent, Leadership, Lend, Lent, Missing, Watch};
+use crate::disk::{Disk, FileLock, Intent, Leadership, Lend, Lent, LocalFile, Missing, Watch};
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
@@ -197,7 +197,7 @@ impl Cache {
         let key = &lent.manifest.key;
         let entries = missing.files.iter().filter_map(|path| lent.manifest.files.get(path));
         let _phase = progress.enter(Phase::Backfill, entries.map(|entry| entry.size).sum());
-        let files = missing.files.iter().map(|path| (path.clone(), lent.dir.view(path))).collect();
+        let files = missing.files.iter().map(|path| (path.clone(), LocalFile::from(lent.dir.view(path)))).collect();
         let listing = Manifest::clone(&lent.manifest).without_holdings();
         let options = PublishOptions { rewrite: missing.rewrite.clone(), ..PublishOptions::default() };
         let published =

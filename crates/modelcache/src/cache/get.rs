@@ -10,7 +10,7 @@ use super::flight::{Joined, Landed, Teller};
 use super::plan::FillPlan;
 use super::resolve::Wanted;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
-use crate::disk::{Lend, Lent, Purpose, StagedFile, Staging, format_named, staged_name};
+use crate::disk::{Lend, Lent, Purpose, RootedPath, StagedFile, Staging, format_named, staged_name};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::manifest::{FileEntry, Manifest};
@@ -20,7 +20,6 @@ use crate::remote::{Early, Proven};
 use crate::transfer::{Arrival, Arrivals, PourFile, Poured, Release, blocking};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -168,7 +167,7 @@ impl Cache {
             }
         };
         let fetched_bytes = poured.iter().map(|file| file.fetched_bytes).sum();
-        let by_target: BTreeMap<PathBuf, _> = poured.into_iter().map(|file| (file.target.clone(), file)).collect();
+        let by_target: BTreeMap<RootedPath, _> = poured.into_iter().map(|file| (file.target.clone(), file)).collect();
         let (mut files, mut bad_on_remote) = (BTreeMap::new(), BTreeSet::new());
         for (path, entry) in &plan.selected {
             let name = staged_name(path, entry);
@@ -269,7 +268,7 @@ async fn tell_formats(
     let folder = staging.file("");
     blocking(move || {
         for file in files.values_mut().filter(|file| file.entry.format.is_none()) {
-            file.entry.format = format_named(&folder.join(&file.name));
+            file.entry.format = format_named(folder.join(&file.name).open(false));
         }
         Ok(files)
     })

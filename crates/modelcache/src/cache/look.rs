@@ -80,8 +80,8 @@ impl Cache {
         };
         let lower_dir = self.0.lower.as_ref().map(|lower| lower.dir(&key));
         let path_in = |dir: &ArtifactDir, manifest: &Manifest| match (manifest.shape, manifest.files.keys().next()) {
-            (Shape::File, Some(file)) => dir.view(file),
-            _ => dir.files(),
+            (Shape::File, Some(file)) => dir.view(file).full(),
+            _ => dir.files().full(),
         };
         let lends = |manifest: &&Manifest| manifest.held_bytes() > 0 || manifest.holds(&Selection::all());
         let own = disk.as_ref().filter(lends).map(|manifest| path_in(&dir, manifest));
@@ -116,8 +116,8 @@ impl Cache {
             let pending = pending(&disk)?;
             let held = |manifest: &&Manifest| manifest.files.values().filter(|entry| entry.held.is_some()).count();
             Ok(Stats {
-                dir: disk.layout().root().to_owned(),
-                lower_dir: lower.as_ref().map(|lower| lower.root().to_owned()),
+                dir: disk.layout().root().full(),
+                lower_dir: lower.as_ref().map(|lower| lower.root().full()),
                 lower_artifacts: lower.as_ref().map_or(Ok(0), Lower::artifacts)?,
                 artifacts: manifests.len(),
                 files: manifests.iter().map(held).sum(),

@@ -14,7 +14,7 @@ impl Cache {
     /// # Errors
     /// `Conflict` where the folder holds something else; `Invalid` for the present folder, the cache directory, a file.
     pub async fn destination(&self, dir: &Path) -> Result<Destination> {
-        let (dir, root) = (dir.to_owned(), self.0.disk.layout().root().to_owned());
+        let (dir, root) = (dir.to_owned(), self.0.disk.layout().root().full());
         blocking(move || Destination::check(&dir, &root)).await
     }
 }
@@ -45,7 +45,7 @@ impl Artifact {
             made
         });
         let mut made = made.await?;
-        if let Ok(inside) = self.path.strip_prefix(self._lent.dir.files()).map(Path::to_owned)
+        if let Ok(inside) = self.path.strip_prefix(self._lent.dir.files().full()).map(Path::to_owned)
             && inside != Path::new("")
         {
             made.path = made.dir.join(inside);

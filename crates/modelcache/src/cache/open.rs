@@ -341,7 +341,7 @@ impl OpenFile {
         let mut ends = self.shared.end.subscribe();
         let ended = ends.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
         let lent = ended.unwrap_or_else(|| Err(vanished())).map_err(|error| error.artifact(&self.key))?;
-        Ok(lent.dir.view(&self.path))
+        Ok(lent.dir.view(&self.path).full())
     }
 
     fn check(&self, range: &Range<u64>) -> Result<()> {
@@ -367,7 +367,7 @@ impl Filling {
                 (Some(generation), Some(given)) if given.is_of(generation) => return Ok(&given.file),
                 (Some(generation), None) => {
                     let arrival = self.reading.arrival();
-                    let staged = arrival.staged().to_owned();
+                    let staged = arrival.staged().clone();
                     let file = blocking(move || disk::open_staged(&staged)).await?;
                     // Where it is not there any more, or another one, that is told in a moment.
                     if let Some(file) = file.filter(|_| arrival.is_current(generation)) {
@@ -412,7 +412,7 @@ impl Shared {
         if let Some(given) = self.given.get() {
             disk::read_ahead_again(&given.file);
         }
-        let _ = self.whole.set(lent.dir.view(path));
+        let _ = self.whole.set(lent.dir.view(path).full());
         self.end.send_replace(Some(Ok(lent)));
     }
 }

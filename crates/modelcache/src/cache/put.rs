@@ -9,7 +9,10 @@
 //! and refused if it is not what it was.
 
 use super::{Cache, PutOptions, PutReport, PutTier};
-use crate::disk::{Copying, Given, StagedFile, Staging, copy_given, format_of, hash_given, list_given, staged_name};
+use crate::disk::{
+    Copying, Given, LocalFile, RootedPath, StagedFile, Staging, copy_given, format_of, hash_given, list_given,
+    staged_name,
+};
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::format::{self, Format};
 use crate::key::{ArtifactKey, FilePath};
@@ -103,7 +106,8 @@ impl Cache {
         let mut begun = self.begin_to_put(key, shape, given, options).await;
         let (staging, manifest, files) = self.stage(key, shape, given, &mut begun, progress).await?;
         let replaces = self.refuse_other_content(&manifest, options).await?;
-        let staged = files.iter().map(|(path, file)| (path.clone(), staging.file(&file.name))).collect();
+        let staged =
+            files.iter().map(|(path, file)| (path.clone(), LocalFile::from(staging.file(&file.name)))).collect();
         let published = self.put_on_remote(&manifest, &staged, options, begun, progress).await?;
         if replaces {
             self.evict_replaced(key).await?;
@@ -151,7 +155,7 @@ impl Cache {
             read.into_iter().map(|read| read.sent(&mut begun)).map(|read| (read.path, read.entry)).collect();
         manifest.check().map_err(|error| Error::invalid(error.message().to_owned()))?;
         let replaces = self.refuse_other_content(&manifest, options).await?;
-        let files = given.into_iter().map(|given| (given.path, given.from)).collect();
+        let files = given.into_iter().map(|given| (given.path, LocalFile::from(given.from))).collect();
         let published = self.put_on_remote(&manifest, &files, options, begun, progress).await;
         let published = published.map_err(|error| match error.kind() {
             ErrorKind::Corrupt => error.hint("put it again when nothing writes to it"),
@@ -177,7 +181,7 @@ impl Cache {
         let entry = |given: &Given| FileEntry { size: given.size, ..FileEntry::default() };
         listing.files = given.iter().map(|given| (given.path.clone(), entry(given))).collect();
         let paths = listing.files.keys().cloned().collect();
-        let files = given.iter().map(|given| (given.path.clone(), given.from.clone())).collect();
+        let files = given.iter().map(|given| (given.path.clone(), LocalFile::from(given.from.clone()))).collect();
         remote.begin(&listing, &paths, &files, options.sidecars).await
     }
 
@@ -245,7 +249,7 @@ impl Cache {
     async fn put_on_remote(
         &self,
         manifest: &Manifest,
-        files: &BTreeMap<FilePath, PathBuf>,
+        files: &BTreeMap<FilePath, LocalFile>,
         options: &PutOptions,
         begun: Option<Begun>,
         progress: &Progress,
@@ -286,12 +290,12 @@ impl Read {
 /// Reads a file once: hashed, copied to `target`, and sent part by part.
 async fn read_and_send(
     given: Given,
-    target: Option<PathBuf>,
+    target: Option<RootedPath>,
     mut sending: Multipart,
     progress: &Progress,
 ) -> Result<Read> {
     let path = given.path.clone();
-    let mut copying = blocking(move || Copying::open(&given, target.as_deref())).await?;
+    let mut copying = blocking(move || Copying::open(&given, target.as_ref())).await?;
     for index in 0..sending.parts() {
         let mut part = sending.room(index).await?;
         (copying, part) = blocking(move || {

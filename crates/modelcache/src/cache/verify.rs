@@ -6,7 +6,7 @@
 
 use super::resolve::{Asking, Meaning, Wanted};
 use super::{Cache, GetOptions};
-use crate::disk::{Purpose, Reading, Stored};
+use crate::disk::{LocalFile, Purpose, Reading, RootedPath, Stored};
 use crate::error::{Context, Error, Result, Tier};
 use crate::finding::{Finding, Problem, Verified};
 use crate::key::{ArtifactKey, FilePath};
@@ -56,7 +56,7 @@ pub struct VerifyTarget {
 #[derive(Debug, Clone)]
 enum What {
     Artifact { key: ArtifactKey, reference: Option<Reference> },
-    Nameless(std::path::PathBuf),
+    Nameless(RootedPath),
     Blobs,
 }
 
@@ -193,7 +193,7 @@ impl Verification {
         let target = |stored| match stored {
             Stored::Artifact(key) => artifact(key, None, Tier::Disk),
             Stored::Nameless(dir) => {
-                VerifyTarget { reference: dir.display().to_string(), tier: Tier::Disk, what: What::Nameless(dir) }
+                VerifyTarget { reference: dir.to_string(), tier: Tier::Disk, what: What::Nameless(dir) }
             }
         };
         let blobs = VerifyTarget { reference: "blobs".into(), tier: Tier::Disk, what: What::Blobs };
@@ -335,7 +335,7 @@ impl Verification {
         let held = blocking(move || disk.hold(&of)).await?;
         let Some((manifest, dir, _lease)) = held else { return Err(nowhere()) };
         let entries = manifest.files.iter().filter(|(path, entry)| entry.held.is_some() && wanted(path));
-        let files: BTreeMap<_, _> = entries.map(|(path, _)| (path.clone(), dir.view(path))).collect();
+        let files: BTreeMap<_, _> = entries.map(|(path, _)| (path.clone(), LocalFile::from(dir.view(path)))).collect();
         if files.is_empty() {
             return Err(nowhere());
         }

@@ -12,11 +12,12 @@
 
 use super::changes::Position;
 use super::fault::At;
-use super::files::{self, allocated};
+use super::files;
 use super::index::{Index, Turn, below_artifacts};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
 use super::pin::InTheWay;
+use super::rooted::{Metadata, RootedPath};
 use super::staging::StagingUse;
 use super::{Disk, ScannedArtifact};
 use crate::digest::Digest;
@@ -26,8 +27,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity, Manifest};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -161,7 +161,7 @@ impl Disk {
         for dir in [layout.blobs(), layout.quarantine()] {
             files::walk(&dir, &mut |_, metadata| {
                 counted.insert(metadata.ino());
-                total += allocated(metadata);
+                total += metadata.allocated();
                 Ok(())
             })?;
         }
@@ -169,7 +169,7 @@ impl Disk {
             for version_dir in files::entries(&name_dir)? {
                 files::walk(&ArtifactDir(version_dir).files(), &mut |_, metadata| {
                     if counted.insert(metadata.ino()) {
-                        total += allocated(metadata);
+                        total += metadata.allocated();
                     }
                     Ok(())
                 })?;
@@ -180,13 +180,13 @@ impl Disk {
 
     /// Whether nobody has been at work on the artifact or staging in `dir` for long: of two signs that it is not in use
     /// the one that needs no locks. Always, where locks tell.
-    pub(crate) fn is_idle(&self, dir: &Path) -> Result<bool> {
+    pub(crate) fn is_idle(&self, dir: &RootedPath) -> Result<bool> {
         if self.locks_are_honest() {
             return Ok(true);
         }
-        let mut latest = files::stat(dir)?.and_then(|metadata| metadata.modified().ok());
+        let mut latest = files::stat(dir)?.map(|metadata| metadata.modified());
         for path in files::entries(dir)? {
-            latest = latest.max(files::stat(&path)?.and_then(|metadata| metadata.modified().ok()));
+            latest = latest.max(files::stat(&path)?.map(|metadata| metadata.modified()));
         }
         Ok(latest.is_none_or(|latest| SystemTime::now().duration_since(latest).is_ok_and(|age| age >= IDLE_MIN)))
     }
@@ -413,7 +413,7 @@ impl BudgetHold<'_> {
             *links += 1;
             let blob = self.is_blob(metadata.ino(), artifact.entry_of(view).and_then(|entry| entry.sha256))?;
             if *links + u64::from(blob) == metadata.nlink() {
-                freed += allocated(metadata);
+                freed += metadata.allocated();
             }
             Ok(())
         })?;
@@ -514,10 +514,10 @@ impl BudgetHold<'_> {
         let mut freed = self.take_off_copies(dir, manifest.as_ref())?;
         files::remove_file(&dir.manifest())?;
         self.disk.forget_intent(&dir.hash())?;
-        files::remove_tree(&dir.files())?;
-        files::remove_tree(dir.path())?;
+        files::remove(&dir.files())?;
+        files::remove(dir.path())?;
         if let Some(name_dir) = dir.path().parent() {
-            let _ = std::fs::remove_dir(name_dir);
+            let _ = name_dir.remove_dir();
         }
         self.end_change_of(dir)?;
         for digest in manifest.iter().flat_map(|manifest| manifest.files.values()).filter_map(|entry| entry.sha256) {
@@ -535,35 +535,35 @@ impl BudgetHold<'_> {
         for digest in entries().filter_map(|entry| entry.sha256) {
             blobs.extend(files::stat(&self.disk.layout().blob(&digest))?.map(|metadata| metadata.ino()));
         }
-        let mut copies: HashMap<u64, (u64, std::fs::Metadata)> = HashMap::new();
+        let mut copies: HashMap<u64, (u64, Metadata)> = HashMap::new();
         files::walk(&dir.files(), &mut |_, metadata| {
             if !blobs.contains(&metadata.ino()) {
-                copies.entry(metadata.ino()).or_insert_with(|| (0, metadata.clone())).0 += 1;
+                copies.entry(metadata.ino()).or_insert_with(|| (0, *metadata)).0 += 1;
             }
             Ok(())
         })?;
         let mut freed = 0;
         for (links, metadata) in copies.into_values() {
-            if recorded.contains(&files::identity(&metadata)) {
-                self.subtract(allocated(&metadata));
+            if recorded.contains(&metadata.identity()) {
+                self.subtract(metadata.allocated());
             } else {
                 self.distrust()?;
             }
             if metadata.nlink() == links {
-                freed += allocated(&metadata);
+                freed += metadata.allocated();
             }
         }
         Ok(freed)
     }
 
     /// Removes the blob or quarantined file at `path` if this is its last link; bytes freed.
-    pub(super) fn drop_if_unlinked(&mut self, path: &Path) -> Result<u64> {
+    pub(super) fn drop_if_unlinked(&mut self, path: &RootedPath) -> Result<u64> {
         match files::stat(path)? {
             Some(metadata) if metadata.is_file() && metadata.nlink() == 1 => {
                 self.begin_change()?;
                 files::remove_file(path)?;
-                self.subtract(allocated(&metadata));
-                Ok(allocated(&metadata))
+                self.subtract(metadata.allocated());
+                Ok(metadata.allocated())
             }
             _ => Ok(0),
         }
@@ -613,7 +613,7 @@ impl BudgetHold<'_> {
             if matches!(owner, Some(None)) {
                 continue;
             }
-            tracing::debug!(staging = %staging.dir.display(), bytes = staging.allocated, "removing what an ended fill left");
+            tracing::debug!(staging = %staging.dir, bytes = staging.allocated, "removing what an ended fill left");
             self.note_orphans(&staging.dir)?;
             if let Err(error) = staging.remove() {
                 tracing::warn!(%error, "what an ended fill left cannot be removed; it is left alone");
@@ -624,10 +624,11 @@ impl BudgetHold<'_> {
 
     /// Remembers the blobs that lose a link with this staging folder. Of one that its name does not tell, only a sweep can
     /// tell whether it has another.
-    fn note_orphans(&self, staging: &Path) -> Result<()> {
+    fn note_orphans(&self, staging: &RootedPath) -> Result<()> {
         for path in files::entries(staging)? {
             if files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() > 1) {
-                let digest = path.file_stem().and_then(|name| name.to_str()?.strip_prefix("sha256-")?.parse().ok());
+                let name = path.name().split_once('.').map_or(path.name(), |(stem, _)| stem);
+                let digest = name.strip_prefix("sha256-").and_then(|digest| digest.parse().ok());
                 let mut upkeep = lock(&self.disk.0.upkeep);
                 match digest {
                     Some(digest) => drop(upkeep.orphans.insert(digest)),
@@ -675,14 +676,14 @@ impl BudgetHold<'_> {
 
 impl ScannedArtifact {
     /// What its manifest says of the file at `view`.
-    fn entry_of(&self, view: &Path) -> Option<&FileEntry> {
-        let path = FilePath::new(view.strip_prefix(self.dir.files()).ok()?.to_str()?).ok()?;
+    fn entry_of(&self, view: &RootedPath) -> Option<&FileEntry> {
+        let path = FilePath::new(view.below(&self.dir.files())?.to_str()?).ok()?;
         self.manifest.as_ref()?.files.get(&path)
     }
 
     /// Views that its manifest does not hold.
-    pub(super) fn loose_views(&self) -> Result<Vec<PathBuf>> {
-        let held = |path: &Path| self.entry_of(path).is_some_and(|entry| entry.held.is_some());
+    pub(super) fn loose_views(&self) -> Result<Vec<RootedPath>> {
+        let held = |path: &RootedPath| self.entry_of(path).is_some_and(|entry| entry.held.is_some());
         let mut loose = Vec::new();
         files::walk(&self.dir.files(), &mut |path, _| {
             if !held(path) {
@@ -755,12 +756,12 @@ fn read_record(file: &std::fs::File) -> Option<Record> {
 
 /// The recorded total of a directory that is not open, if it is to be trusted.
 pub(super) fn recorded_total(layout: &super::Layout) -> Option<u64> {
-    let file = std::fs::File::open(layout.budget_lock()).ok()?;
+    let file = layout.budget_lock().open(false).ok()?;
     read_record(&file).filter(|record| !record.dirty && record.boot_id == boot_id()).map(|record| record.total)
 }
 
-fn held_too_long(path: &Path) -> Error {
-    let holder = std::fs::File::open(path).ok().and_then(|file| read_record(&file)).map(|record| record.pid);
+fn held_too_long(path: &RootedPath) -> Error {
+    let holder = path.open(false).ok().and_then(|file| read_record(&file)).map(|record| record.pid);
     let who = holder.map_or_else(|| "another process".into(), |pid| format!("process {pid}"));
     Error::new(
         ErrorKind::Unavailable,
@@ -773,7 +774,7 @@ fn held_too_long(path: &Path) -> Error {
 /// The kernel's name for this boot; the record of another boot is not trusted. Empty where it does not tell.
 pub(super) fn boot_id() -> String {
     static BOOT_ID: OnceLock<String> = OnceLock::new();
-    let read = || std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned());
+    let read = || std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()); // outside the root
     BOOT_ID.get_or_init(|| read().unwrap_or_default()).clone()
 }
 

@@ -6,6 +6,7 @@
 //! another log is answered with `None`, and the directory is read anew.
 
 use super::modes;
+use super::rooted::RootedPath;
 use crate::digest::Digest;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -36,7 +37,7 @@ impl Position {
     /// Writes that the manifest of `artifact`, its folder below `artifacts/`, is about to be changed; the position after.
     ///
     /// Where it cannot be written, as on a full disk that is being emptied, the log ends, and nothing else.
-    pub(super) fn note(self, path: &Path, artifact: &Path) -> Self {
+    pub(super) fn note(self, path: &RootedPath, artifact: &Path) -> Self {
         let Some(name) = artifact.to_str().filter(|name| !name.contains('\n')) else { return Self::fresh() };
         let at = if self.bytes < LOG_BYTES_MAX { self } else { Self::fresh() };
         let line = at.line(name);
@@ -50,7 +51,7 @@ impl Position {
     }
 
     /// The artifacts noted from here to `end`; `None` if the log does not tell.
-    pub(super) fn until(self, path: &Path, end: Self) -> Option<Vec<PathBuf>> {
+    pub(super) fn until(self, path: &RootedPath, end: Self) -> Option<Vec<PathBuf>> {
         let bytes =
             end.bytes.checked_sub(self.bytes).filter(|bytes| self.log == end.log && *bytes <= 2 * LOG_BYTES_MAX);
         let mut text = vec![0; usize::try_from(bytes?).ok()?];
@@ -71,8 +72,8 @@ impl Position {
     }
 }
 
-fn read_at(path: &Path, bytes: &mut [u8], from: u64) -> io::Result<()> {
-    modes::open_existing(path, false)?.read_exact_at(bytes, from)
+fn read_at(path: &RootedPath, bytes: &mut [u8], from: u64) -> io::Result<()> {
+    path.open(false)?.read_exact_at(bytes, from)
 }
 
 #[cfg(test)]
@@ -87,7 +88,7 @@ mod tests {
     #[test]
     fn whoever_reads_on_learns_what_was_noted_since() {
         let folder = tempfile::tempdir().expect("folder");
-        let path = folder.path().join("changes");
+        let path = RootedPath::root(folder.path()).join("changes");
         let start = Position::fresh();
         let one = start.note(&path, Path::new("a/1"));
         let two = one.note(&path, Path::new("b b/2"));
@@ -104,34 +105,37 @@ mod tests {
     #[test]
     fn a_log_that_was_cut_or_overwritten_says_so() {
         let folder = tempfile::tempdir().expect("folder");
-        let path = folder.path().join("changes");
+        let path = RootedPath::root(folder.path()).join("changes");
         let start = Position::fresh();
         let end = start.note(&path, Path::new("a/1")).note(&path, Path::new("b/2"));
-        let whole = fs::read(&path).expect("reads");
+        let whole = fs::read(path.full()).expect("reads");
         for cut in 0..whole.len() {
-            fs::write(&path, &whole[..cut]).expect("cuts");
+            fs::write(path.full(), &whole[..cut]).expect("cuts");
             assert_eq!(start.until(&path, end), None, "cut to {cut} bytes");
             let mut garbled = whole.clone();
             garbled[cut] ^= 1;
-            fs::write(&path, &garbled).expect("garbles");
+            fs::write(path.full(), &garbled).expect("garbles");
             assert_eq!(start.until(&path, end), None, "byte {cut} flipped");
         }
-        fs::remove_file(&path).expect("removes");
+        path.unlink().expect("removes");
         assert_eq!(start.until(&path, end), None);
         // The lines of an older log are none of a newer one's, wherever they lie.
-        fs::write(&path, &whole).expect("writes");
+        fs::write(path.full(), &whole).expect("writes");
         assert_eq!(Position { log: 7, ..start }.until(&path, Position { log: 7, ..end }), None);
     }
 
     #[test]
     fn a_log_that_is_long_or_cannot_be_written_ends() {
         let folder = tempfile::tempdir().expect("folder");
-        let path = folder.path().join("changes");
+        let path = RootedPath::root(folder.path()).join("changes");
         let long = Position { bytes: LOG_BYTES_MAX, ..Position::fresh() };
         let next = long.note(&path, Path::new("a/1"));
         assert!(next.log != long.log && next.bytes < 100, "{next:?}");
         let start = Position::fresh();
-        assert_ne!(start.note(&folder.path().join("no folder/changes"), Path::new("a/1")).log, start.log);
+        assert_ne!(
+            start.note(&RootedPath::root(folder.path()).join("no folder/changes"), Path::new("a/1")).log,
+            start.log
+        );
         assert_ne!(start.note(&path, Path::new("a\n/1")).log, start.log);
     }
 }

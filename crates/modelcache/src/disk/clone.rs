@@ -6,18 +6,17 @@
 //! [`copy`] tells what it copied.
 
 use super::fault::{At, errno};
-use super::files::{self, identity};
-use super::modes;
+use super::files;
+use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::ladder::{LadderHasher, part_size};
 use crate::manifest::FileIdentity;
 use rustix::io::Errno;
 use serde::Serialize;
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{File, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
 
 /// Bytes copied at a time.
 const COPY_BYTES: usize = 1 << 20;
@@ -48,8 +47,8 @@ impl std::fmt::Display for Link {
 }
 
 /// Links `from` as `to`, which must not be there; `false` where the filesystem or the kernel refuses that link.
-pub(crate) fn hard_link(from: &Path, to: &Path) -> io::Result<bool> {
-    match fs::hard_link(from, to) {
+pub(crate) fn hard_link(from: &RootedPath, to: &RootedPath) -> io::Result<bool> {
+    match from.hard_link(to) {
         Ok(()) => Ok(true),
         Err(error) if is_refusal(&error) => Ok(false),
         Err(error) => Err(error),
@@ -63,19 +62,19 @@ pub(crate) fn is_refusal(error: &io::Error) -> bool {
 
 /// Makes `to` a reflink of `from` while `from` is the file `known`; the new file's identity, or `None` where that cannot
 /// be done.
-pub(crate) fn reflink(from: &Path, to: &Path, known: FileIdentity) -> Result<Option<FileIdentity>> {
-    let Ok(source) = modes::open_existing(from, false) else { return Ok(None) };
-    let target = new_file(to).at("make", to)?;
+pub(crate) fn reflink(from: &RootedPath, to: &RootedPath, known: FileIdentity) -> Result<Option<FileIdentity>> {
+    let Ok(source) = from.open(false) else { return Ok(None) };
+    let target = to.create_new(0o600).at("make", to)?;
     let cloned = rustix::fs::ioctl_ficlone(&target, &source).is_ok()
-        && identity(&source.metadata().at("look at", from)?) == known;
+        && Metadata::of(&source).at("look at", from)?.identity() == known;
     if cloned { seal(target, to).map(Some) } else { files::remove_file(to).map(|()| None) }
 }
 
 /// Copies `from` to `to`, which must not be there; what was copied, and the new file's identity.
-pub(crate) fn copy(from: &Path, to: &Path) -> Result<(Digest, FileIdentity)> {
-    let mut source = modes::open_existing(from, false).at("open", from)?;
-    let mut target = new_file(to).at("make", to)?;
-    let mut hasher = LadderHasher::new(part_size(source.metadata().at("look at", from)?.len()));
+pub(crate) fn copy(from: &RootedPath, to: &RootedPath) -> Result<(Digest, FileIdentity)> {
+    let mut source = from.open(false).at("open", from)?;
+    let mut target = to.create_new(0o600).at("make", to)?;
+    let mut hasher = LadderHasher::new(part_size(Metadata::of(&source).at("look at", from)?.len()));
     let mut buffer = vec![0; COPY_BYTES];
     loop {
         let read = source.read(&mut buffer).at("read", from)?;
@@ -87,12 +86,8 @@ pub(crate) fn copy(from: &Path, to: &Path) -> Result<(Digest, FileIdentity)> {
     }
 }
 
-fn new_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
-}
-
-fn seal(file: File, path: &Path) -> Result<FileIdentity> {
+fn seal(file: File, path: &RootedPath) -> Result<FileIdentity> {
     file.set_permissions(Permissions::from_mode(0o444)).at("make read-only", path)?;
     file.sync_all().at("make durable", path)?;
-    Ok(identity(&file.metadata().at("look at", path)?))
+    Ok(Metadata::of(&file).at("look at", path)?.identity())
 }

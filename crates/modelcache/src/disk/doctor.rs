@@ -7,6 +7,7 @@
 use super::fault::At;
 use super::files::{self, TEMPORARY, random_name};
 use super::layout::Layout;
+use super::rooted::RootedPath;
 use super::{check_format, clone, lock, modes, trust};
 use crate::config::{ByteBound, Config};
 use crate::doctor::{Area, Check};
@@ -36,7 +37,7 @@ pub(crate) fn examine(config: &Config) -> Vec<Check> {
 }
 
 fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
-    let layout = Layout::new(root.to_owned());
+    let layout = Layout::new(root);
     let usable = trust::check(root, config.shared).and_then(|()| check_format(&layout));
     if let Err(error) = usable {
         checks.push(Check::problem(Area::Directory, &error));
@@ -48,6 +49,7 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
         return;
     };
     let is_there = there == root;
+    // outside the root
     match fs::metadata(&there) {
         Ok(metadata) if !metadata.is_dir() => {
             let error = Error::new(ErrorKind::Directory, format!("{} is no folder", there.display()));
@@ -70,7 +72,7 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
 
 /// `root`, or what is nearest above it. Something that is no folder is found, too.
 fn nearest_folder(root: &Path) -> Option<PathBuf> {
-    root.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).map(Path::to_owned)
+    root.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).map(Path::to_owned) // outside the root
 }
 
 fn found(root: &Path, is_there: bool, metadata: &fs::Metadata) -> Check {
@@ -89,6 +91,7 @@ fn found(root: &Path, is_there: bool, metadata: &fs::Metadata) -> Check {
 
 fn writable(there: &Path, is_there: bool) -> Check {
     let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    // outside the root
     match rustix::fs::access(there, access).at("write to", there) {
         Ok(()) => Check::ok(Area::Directory, format!("{} can be written", there.display())),
         Err(error) if is_there && holds_something(there) => {
@@ -100,11 +103,12 @@ fn writable(there: &Path, is_there: bool) -> Check {
 }
 
 fn holds_something(root: &Path) -> bool {
-    fs::read_dir(root.join("artifacts")).is_ok_and(|mut entries| entries.next().is_some())
+    files::entries(&Layout::new(root).artifacts()).is_ok_and(|entries| !entries.is_empty())
 }
 
 /// Kind, room and inodes of the filesystem.
 fn filesystem(there: &Path, config: &Config, layout: &Layout, is_there: bool) -> Vec<Check> {
+    // outside the root
     let stat = match rustix::fs::statvfs(there).at("look at the filesystem of", there) {
         Ok(stat) => stat,
         Err(error) => return vec![Check::problem(Area::Directory, &error)],
@@ -159,6 +163,7 @@ fn gigabytes(bytes: u64) -> String {
 }
 
 fn kind_check(there: &Path) -> Check {
+    // outside the root
     let Ok(stat) = rustix::fs::statfs(there) else {
         return Check::ok(Area::Directory, "the kind of the filesystem is not known");
     };
@@ -189,7 +194,7 @@ fn kind_check(there: &Path) -> Check {
 /// What is tried: writing, locks, links, clones, one filesystem.
 fn attempts(layout: &Layout) -> Vec<Check> {
     let (root, stagings) = (layout.root(), layout.stagings());
-    let parent = if files::is_folder(&stagings).unwrap_or(false) { stagings.as_path() } else { root };
+    let parent = if files::is_folder(&stagings).unwrap_or(false) { &stagings } else { root };
     let folder = match TryFolder::make(parent) {
         Ok(folder) => folder,
         Err(error) => return vec![Check::problem(Area::Directory, &error)],
@@ -218,7 +223,7 @@ fn attempts(layout: &Layout) -> Vec<Check> {
         ),
         Err(error) => Check::problem(Area::Directory, &error),
     });
-    let identity = files::stat(&file).ok().flatten().map(|metadata| files::identity(&metadata));
+    let identity = files::stat(&file).ok().flatten().map(|metadata| metadata.identity());
     let cloned =
         identity.is_some_and(|known| matches!(clone::reflink(&file, &folder.0.join("clone"), known), Ok(Some(_))));
     let says = if cloned { "files can be cloned (reflink)" } else { "no reflinks: --into links or copies" };
@@ -229,22 +234,22 @@ fn attempts(layout: &Layout) -> Vec<Check> {
 
 /// Folders of one cache on several mounts: then nothing can be linked between them.
 fn one_filesystem(layout: &Layout) -> Option<Check> {
-    let device = |path: &Path| fs::metadata(path).ok().map(|metadata| metadata.dev());
+    let device = |path: &RootedPath| path.metadata().ok().map(|metadata| metadata.dev());
     let root = device(layout.root());
     let parts = [layout.stagings(), layout.blobs(), layout.artifacts(), layout.quarantine()];
     let apart = parts.iter().find(|path| device(path).is_some_and(|device| Some(device) != root))?;
     Some(Check::warning(
         Area::Directory,
-        format!("{} lies on another filesystem than the rest: files are copied, not linked", apart.display()),
+        format!("{} lies on another filesystem than the rest: files are copied, not linked", apart),
         "put the whole cache directory on one filesystem",
     ))
 }
 
 /// A folder that goes when it is dropped.
-struct TryFolder(PathBuf);
+struct TryFolder(RootedPath);
 
 impl TryFolder {
-    fn make(parent: &Path) -> Result<Self> {
+    fn make(parent: &RootedPath) -> Result<Self> {
         let path = parent.join(format!("{TEMPORARY}{}", random_name()));
         modes::make_new_dir(&path).at("make a folder in", parent)?;
         Ok(Self(path))
@@ -253,11 +258,11 @@ impl TryFolder {
 
 impl Drop for TryFolder {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        let _ = self.0.remove_all();
     }
 }
 
-fn write(path: &Path) -> Result<()> {
+fn write(path: &RootedPath) -> Result<()> {
     let written = modes::create_readable(path)
         .and_then(|mut file| file.write_all(&[7; 64 * 1024]).and_then(|()| file.sync_all()));
     written.at("write", path)

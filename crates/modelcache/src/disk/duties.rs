@@ -15,16 +15,17 @@ use super::budget::boot_id;
 use super::fault::At;
 use super::files;
 use super::modes;
+use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::manifest::{FileEntry, FileIdentity};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::Write;
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -67,7 +68,7 @@ struct Owed {
 #[derive(Debug)]
 struct Writer {
     name: String,
-    path: PathBuf,
+    path: RootedPath,
     file: File,
 }
 
@@ -193,7 +194,7 @@ impl Disk {
         let state = self.duties().state();
         let Some(writer) = &state.writer else { return Ok(None) };
         let lock = writer.file.try_clone().at("hand over", &writer.path)?;
-        Ok(Some(HandOver { dir: self.layout().root().to_owned(), writer: writer.name.clone(), lock }))
+        Ok(Some(HandOver { dir: self.layout().root().full(), writer: writer.name.clone(), lock }))
     }
 
     /// Another process has the duties, and the lock.
@@ -227,9 +228,9 @@ impl Disk {
 
     fn take_over(&self, writer: &str, lock: File) -> Result<()> {
         let path = self.layout().unsynced().join(writer);
-        let gone = || Error::new(ErrorKind::Directory, format!("{} is not what was handed over", path.display()));
-        let inode = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-        let ours = lock.metadata().map(inode).at("look at", &path)?;
+        let gone = || Error::new(ErrorKind::Directory, format!("{} is not what was handed over", path));
+        let inode = |metadata: Metadata| (metadata.dev(), metadata.ino());
+        let ours = Metadata::of(&lock).map(inode).at("look at", &path)?;
         if files::stat(&path)?.map(inode) != Some(ours) {
             return Err(gone().tier(Tier::Disk));
         }
@@ -319,7 +320,7 @@ impl Writer {
             Err(TryLockError::Error(cause)) => tracing::debug!(%cause, "the file cannot be locked"),
         }
         let is_there =
-            files::stat(&path)?.map(|found| found.ino()) == Some(file.metadata().at("look at", &path)?.ino());
+            files::stat(&path)?.map(|found| found.ino()) == Some(Metadata::of(&file).at("look at", &path)?.ino());
         Ok(is_there.then_some(Self { name, path, file }))
     }
 
@@ -332,8 +333,8 @@ impl Writer {
 }
 
 /// Whether somebody holds the file at `path` alone.
-fn is_locked(path: &Path) -> bool {
-    let Ok(file) = modes::open_existing(path, false) else { return false };
+fn is_locked(path: &RootedPath) -> bool {
+    let Ok(file) = path.open(false) else { return false };
     match file.try_lock_shared() {
         Ok(()) => {
             let _ = file.unlock();
@@ -348,9 +349,9 @@ fn is_locked(path: &Path) -> bool {
 fn place(disk: &Disk) -> Option<String> {
     let boot = Some(boot_id()).filter(|boot| !boot.is_empty())?;
     let layout = disk.layout();
-    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev()).ok();
+    let device = |path: &RootedPath| path.metadata().map(|metadata| metadata.dev()).ok();
     let devices = [layout.root(), &layout.blobs(), &layout.artifacts()].map(device);
-    let filesystem = rustix::fs::statvfs(layout.root()).ok()?.f_fsid;
+    let filesystem = layout.root().filesystem().ok()?.f_fsid;
     let mut text = Vec::new();
     write!(text, "{boot}\0{devices:?}\0{filesystem}").ok()?;
     Some(Digest::of(&text).to_string()[..PLACE_DIGITS].to_owned())

@@ -1,9 +1,10 @@
 //! What an input/output error in the local directory means to a caller.
 
+use super::rooted::RootedPath;
 use crate::error::{Error, ErrorKind, Tier};
 use rustix::io::Errno;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The system's number of an error, where it has one.
 pub(super) fn errno(cause: &io::Error) -> Option<Errno> {
@@ -11,7 +12,7 @@ pub(super) fn errno(cause: &io::Error) -> Option<Errno> {
 }
 
 /// Translates an error of `operation` on `path` (once, here): no room, directory not usable, or the machine's trouble.
-pub(crate) fn fault(operation: &str, path: &Path, cause: io::Error) -> Error {
+pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Error) -> Error {
     let (kind, hint) = match errno(&cause) {
         Some(Errno::NOSPC) => {
             (ErrorKind::Full, "free space or inodes on this filesystem, or point MODEL_CACHE_DIR to a larger one")
@@ -35,23 +36,53 @@ pub(crate) fn fault(operation: &str, path: &Path, cause: io::Error) -> Error {
         Some(Errno::IO) => (ErrorKind::Directory, "the disk reports an error: see the kernel's log"),
         _ => (ErrorKind::Directory, "see whether the directory and its filesystem are in order"),
     };
-    Error::new(kind, format!("cannot {operation} {}", path.display())).tier(Tier::Disk).hint(hint).cause(cause)
+    Error::new(kind, format!("cannot {operation} {}", path.shown())).tier(Tier::Disk).hint(hint).cause(cause)
+}
+
+/// A path that can be shown in a message.
+pub(crate) trait Shown {
+    /// The whole path, as the caller named its beginning.
+    fn shown(&self) -> String;
+}
+
+impl Shown for Path {
+    fn shown(&self) -> String {
+        self.display().to_string()
+    }
+}
+
+impl Shown for PathBuf {
+    fn shown(&self) -> String {
+        self.display().to_string()
+    }
+}
+
+impl Shown for RootedPath {
+    fn shown(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl<T: Shown + ?Sized> Shown for &T {
+    fn shown(&self) -> String {
+        (**self).shown()
+    }
 }
 
 /// Adds operation and path to an [`io::Result`].
 pub(crate) trait At<T> {
     /// Translates the error of `operation` on `path`.
-    fn at(self, operation: &str, path: &Path) -> crate::Result<T>;
+    fn at(self, operation: &str, path: &(impl Shown + ?Sized)) -> crate::Result<T>;
 }
 
 impl<T> At<T> for io::Result<T> {
-    fn at(self, operation: &str, path: &Path) -> crate::Result<T> {
+    fn at(self, operation: &str, path: &(impl Shown + ?Sized)) -> crate::Result<T> {
         self.map_err(|cause| fault(operation, path, cause))
     }
 }
 
 impl<T> At<T> for Result<T, Errno> {
-    fn at(self, operation: &str, path: &Path) -> crate::Result<T> {
+    fn at(self, operation: &str, path: &(impl Shown + ?Sized)) -> crate::Result<T> {
         self.map_err(|cause| fault(operation, path, cause.into()))
     }
 }

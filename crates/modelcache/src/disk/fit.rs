@@ -11,7 +11,6 @@ use crate::human::bytes;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::FileEntry;
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::fs::MetadataExt;
 
 /// What a list takes, in bytes on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

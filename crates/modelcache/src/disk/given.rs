@@ -2,7 +2,7 @@
 //!
 //! The caller's files are only read, once. One that changes meanwhile is refused rather than published half-old.
 
-use super::{Draft, StagedFile, StagedWriter, files, identity};
+use super::{Draft, RootedPath, StagedFile, StagedWriter, files, identity};
 use crate::digest::Provenance;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Format, HEAD_BYTES};
@@ -40,22 +40,22 @@ pub(crate) struct Copying {
 
 /// What becomes of the bytes.
 enum Target {
-    Staging(Box<StagedWriter>, PathBuf),
+    Staging(Box<StagedWriter>, RootedPath),
     Nowhere(LadderHasher),
 }
 
 impl Copying {
     /// Opens the file, to be copied to `target`.
-    pub(crate) fn open(given: &Given, target: Option<&Path>) -> Result<Self> {
+    pub(crate) fn open(given: &Given, target: Option<&RootedPath>) -> Result<Self> {
         let fault = |cause: std::io::Error| unreadable(&given.from, cause);
         let source = File::open(&given.from).map_err(fault)?;
         let before = identity(&source.metadata().map_err(fault)?);
         let part_size = part_size(given.size);
         let into = match target {
             Some(target) => {
-                let path = target.to_owned();
+                let path = target.clone();
                 let draft = Draft { path, size: given.size, part_size, in_order: true, git: false, direct: false };
-                Target::Staging(Box::new(StagedWriter::create(draft, None)?), target.to_owned())
+                Target::Staging(Box::new(StagedWriter::create(draft, None)?), target.clone())
             }
             None => Target::Nowhere(LadderHasher::new(part_size)),
         };
@@ -90,11 +90,11 @@ impl Copying {
         let (sha256, ladder, format, copy) = match self.into {
             Target::Staging(writer, target) => {
                 let hashed = writer.hashed();
-                (hashed.sha256, hashed.ladder, format_named(&target), Some(writer.seal()?))
+                (hashed.sha256, hashed.ladder, format_named(target.open(false)), Some(writer.seal()?))
             }
             Target::Nowhere(hasher) => {
                 let (sha256, ladder) = hasher.finish();
-                (sha256, ladder, format_named(&self.given.from), None)
+                (sha256, ladder, format_named(File::open(&self.given.from)), None)
             }
         };
         let entry = FileEntry {
@@ -110,7 +110,7 @@ impl Copying {
 }
 
 /// Copies one file into staging, hashing it; refuses one that changes meanwhile.
-pub(crate) fn copy_given(given: &Given, target: &Path, progress: &Progress) -> Result<StagedFile> {
+pub(crate) fn copy_given(given: &Given, target: &RootedPath, progress: &Progress) -> Result<StagedFile> {
     let mut copying = Copying::open(given, Some(target))?;
     let mut buffer = vec![0; COPY_BYTES.min(usize::try_from(given.size).unwrap_or(COPY_BYTES))];
     let mut left = given.size;
@@ -130,7 +130,7 @@ pub(crate) fn hash_given(given: &Given, progress: &Progress) -> Result<FileEntry
     let fault = |cause: std::io::Error| unreadable(&given.from, cause);
     let mut source = File::open(&given.from).map_err(fault)?;
     let before = identity(&source.metadata().map_err(fault)?);
-    let format = format_named(&given.from);
+    let format = format_named(File::open(&given.from));
     let (sha256, ladder) = files::hash(&mut source, &given.from, part_size(given.size))?;
     if before.bytes != given.size || before != identity(&source.metadata().map_err(fault)?) {
         return Err(changed(given));
@@ -146,21 +146,21 @@ pub(crate) fn hash_given(given: &Given, progress: &Progress) -> Result<FileEntry
     })
 }
 
-/// What a file is, by its first bytes.
+/// The format of a file of the caller's, by its first bytes.
 pub(crate) fn format_of(path: &Path) -> Result<Format> {
-    let read = || {
-        let file = File::open(path)?;
-        let size = file.metadata()?.len();
-        let mut head = Vec::with_capacity(HEAD_BYTES.min(usize::try_from(size).unwrap_or(HEAD_BYTES)));
-        file.take(HEAD_BYTES as u64).read_to_end(&mut head)?;
-        Ok(Format::of(&head, size))
-    };
-    read().map_err(|cause| unreadable(path, cause))
+    File::open(path).and_then(read_format).map_err(|cause| unreadable(path, cause))
+}
+
+fn read_format(file: File) -> std::io::Result<Format> {
+    let size = file.metadata()?.len();
+    let mut head = Vec::with_capacity(HEAD_BYTES.min(usize::try_from(size).unwrap_or(HEAD_BYTES)));
+    file.take(HEAD_BYTES as u64).read_to_end(&mut head)?;
+    Ok(Format::of(&head, size))
 }
 
 /// The name of a file's format, for its manifest. That it cannot be told is no failure: nothing depends on it.
-pub(crate) fn format_named(path: &Path) -> Option<String> {
-    match format_of(path) {
+pub(crate) fn format_named(opened: std::io::Result<File>) -> Option<String> {
+    match opened.and_then(read_format) {
         Ok(format) => format.name().map(str::to_owned),
         Err(error) => {
             tracing::debug!(%error, "the format is not told");

@@ -5,12 +5,12 @@
 //! differs) is left to `lend`, which may read, hash, mend and wait. It runs only where the directory is on a filesystem of
 //! this machine: one that is on a server may hang, and a thread of the runtime with it.
 
-use super::files;
-use super::layout::ArtifactDir;
+use super::layout::{ArtifactDir, LAST_USED, MANIFEST};
 use super::lock::FileLock;
-use super::{Disk, Lent, modes};
+use super::rooted::{Folder, Folders};
+use super::{Disk, Lent};
 use crate::key::ArtifactKey;
-use crate::manifest::{FileIdentity, Manifest};
+use crate::manifest::Manifest;
 use crate::selection::Selection;
 use std::collections::HashMap;
 use std::path::Path;
@@ -68,21 +68,19 @@ impl Disk {
         }
         let (dir, hash) = (self.layout().artifact(key), key.hash());
         let lease = self.lease_in_passing(&hash)?;
-        let manifest = self.manifest_in_passing(&dir, &hash)?;
+        let folder = dir.path().open_folder().ok()?;
+        let manifest = self.manifest_in_passing(&folder, &dir, &hash)?;
         if !manifest.holds(selection) || manifest.selected(selection).nth(FILES_MAX).is_some() {
             return None;
         }
-        let mut view = dir.files();
+        let mut views = Folders::default();
         for (path, entry) in manifest.selected(selection) {
-            view.push(path.as_str());
-            if entry.on_disk() != Some(identity_of(&view)?) {
+            let view = views.metadata(&dir.view(path)).ok()??;
+            if entry.on_disk() != Some(view.identity()) {
                 return None;
             }
-            for _ in path.as_str().split('/') {
-                view.pop();
-            }
         }
-        let _ = self.touch_last_used(&dir, false);
+        let _ = folder.touch(LAST_USED);
         Some(Lent { manifest, dir, link: None, is_lower: false, _lease: Some(lease) })
     }
 
@@ -91,23 +89,18 @@ impl Disk {
             return Some(lease);
         }
         let path = self.layout().lease_of(hash);
-        let lease = Arc::new(FileLock::try_shared_of(modes::open_existing(&path, true).ok()?, &path).ok()??);
+        let lease = Arc::new(FileLock::try_shared_of(path.open(true).ok()?, &path).ok()??);
         self.0.leases.keep(hash.to_owned(), &lease);
         Some(lease)
     }
 
-    fn manifest_in_passing(&self, dir: &ArtifactDir, hash: &str) -> Option<Arc<Manifest>> {
-        let file = identity_of(&dir.manifest())?;
+    fn manifest_in_passing(&self, folder: &Folder, dir: &ArtifactDir, hash: &str) -> Option<Arc<Manifest>> {
+        let file = folder.metadata(MANIFEST).ok()?.identity();
         match self.0.memo.recall(hash, file) {
             None if file.bytes <= MANIFEST_BYTES_MAX => self.shared_manifest(dir).ok()?,
             recalled => recalled,
         }
     }
-}
-
-/// The identity of the file at `path`; a call leaner than [`files::stat`].
-fn identity_of(path: &Path) -> Option<FileIdentity> {
-    rustix::fs::lstat(path).ok().map(|stat| files::identity_of_stat(&stat))
 }
 
 /// Whether the directory is on a filesystem of this machine, whose calls do not wait for a server.
@@ -126,7 +119,7 @@ pub(super) fn is_local(root: &Path) -> bool {
         0x794c_7630,
     ];
     #[allow(clippy::unnecessary_cast)]
-    rustix::fs::statfs(root).is_ok_and(|filesystem| LOCAL.contains(&(filesystem.f_type as u32)))
+    rustix::fs::statfs(root).is_ok_and(|filesystem| LOCAL.contains(&(filesystem.f_type as u32))) // outside the root
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -159,7 +152,7 @@ mod tests {
     fn a_hit_in_passing_holds_the_lease_and_touches_the_last_use() {
         let (_folder, disk, key) = filled_disk();
         let dir = disk.layout().artifact(&key);
-        let last_used = fs::File::open(dir.last_used()).expect("opens");
+        let last_used = fs::File::open(dir.last_used().full()).expect("opens");
         last_used.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1)).expect("sets");
         let first = disk.lend_in_passing(&key, &Selection::all()).expect("a hit");
         assert!(disk.last_used(&dir).expect("looks") > Some(SystemTime::UNIX_EPOCH + Duration::from_secs(2)));
@@ -182,7 +175,7 @@ mod tests {
         let eviction = FileLock::try_exclusive(&disk.layout().lease(&dir)).expect("tries").expect("free");
         assert!(disk.lend_in_passing(&key, &all).is_none(), "an eviction is at work");
         drop(eviction);
-        let view = dir.files().join("f");
+        let view = dir.files().join("f").full();
         let times = fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH);
         fs::File::open(&view).expect("opens").set_times(times).expect("touches");
         assert!(disk.lend_in_passing(&key, &all).is_none(), "it may have been changed");
@@ -190,7 +183,7 @@ mod tests {
         assert!(disk.lend_in_passing(&key, &all).is_some());
         fs::remove_file(&view).expect("removes");
         assert!(disk.lend_in_passing(&key, &all).is_none());
-        fs::remove_dir_all(disk.layout().locks()).expect("removes");
+        fs::remove_dir_all(disk.layout().locks().full()).expect("removes");
         assert!(disk.lend_in_passing(&key, &all).is_none());
     }
 }

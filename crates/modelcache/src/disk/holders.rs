@@ -4,13 +4,13 @@
 //! by the process that took the lock.
 
 use super::pin::Holder;
+use super::rooted::RootedPath;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// The processes that hold a `flock` on `path`.
-pub(super) fn of_flock(path: &Path) -> Vec<Holder> {
-    let (Ok(metadata), Ok(table)) = (fs::symlink_metadata(path), fs::read_to_string("/proc/locks")) else {
+pub(super) fn of_flock(path: &RootedPath) -> Vec<Holder> {
+    let (Ok(metadata), Ok(table)) = (path.metadata(), fs::read_to_string("/proc/locks")) else {
         return Vec::new();
     };
     let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
@@ -68,7 +68,7 @@ mod tests {
     #[test]
     fn this_process_is_seen_holding_its_own_lock() {
         let folder = tempfile::tempdir().expect("folder");
-        let path = folder.path().join("lock");
+        let path = RootedPath::root(folder.path()).join("lock");
         let lock = super::super::FileLock::try_shared(&path).expect("opens").expect("free");
         let pids: Vec<u32> = of_flock(&path).iter().map(|holder| holder.pid).collect();
         assert_eq!(pids, [std::process::id()]);

@@ -188,7 +188,7 @@ fn recorded(manifest: &Manifest) -> impl Iterator<Item = Recorded> {
 
 /// The artifact's folder below `artifacts/`.
 pub(super) fn below_artifacts(disk: &Disk, dir: &ArtifactDir) -> Option<PathBuf> {
-    dir.path().strip_prefix(disk.layout().artifacts()).ok().map(Path::to_owned)
+    dir.path().below(&disk.layout().artifacts()).map(Path::to_owned)
 }
 
 fn take_off<K: Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) {

@@ -9,12 +9,12 @@
 use super::Disk;
 use super::files;
 use super::lock::FileLock;
+use super::rooted::RootedPath;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 
 /// The number of this format. One that is higher is left alone.
 const FORMAT: u32 = 1;
@@ -139,19 +139,19 @@ impl Disk {
 }
 
 /// The intent there. A damaged one says nothing.
-fn read(path: &Path) -> Result<Option<Stored>> {
+fn read(path: &RootedPath) -> Result<Option<Stored>> {
     let Some(bytes) = files::read_small(path, limits::MANIFEST_BYTES_MAX)? else { return Ok(None) };
     if let Ok(FormatOnly { format }) = serde_json::from_slice(&bytes)
         && format > FORMAT
     {
-        return Err(Error::new(ErrorKind::Directory, format!("{} has format {format}", path.display()))
+        return Err(Error::new(ErrorKind::Directory, format!("{} has format {format}", path))
             .tier(Tier::Disk)
             .hint("update modelcache"));
     }
     match serde_json::from_slice(&bytes) {
         Ok(stored) => Ok(Some(stored)),
         Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "an intent to upload is damaged and ignored");
+            tracing::warn!(path = %path, %error, "an intent to upload is damaged and ignored");
             Ok(None)
         }
     }
@@ -162,7 +162,7 @@ mod tests {
     use super::*;
     use crate::config::{ByteBound, Sharing};
 
-    fn disk(root: &Path) -> Disk {
+    fn disk(root: &std::path::Path) -> Disk {
         Disk::open(root, ByteBound::Bytes(1 << 30), ByteBound::Bytes(0), Sharing::Off).expect("opens")
     }
 
@@ -185,7 +185,7 @@ mod tests {
         disk.settle(&key, "s3://one", &missing(&["b/c"], &[]).files).expect("settles");
         assert_eq!(disk.intent(&key, "s3://one").expect("reads"), None);
         disk.settle(&key, "s3://two", &missing(&["a"], &[]).files).expect("settles");
-        assert_eq!(files::entries(&disk.layout().intents()).expect("lists"), Vec::<std::path::PathBuf>::new());
+        assert_eq!(files::entries(&disk.layout().intents()).expect("lists"), []);
     }
 
     #[test]
@@ -193,14 +193,14 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, key) = (disk(folder.path()), ArtifactKey::bare("team/a@1").expect("key"));
         let path = disk.layout().intent(&key.hash());
-        std::fs::write(&path, "{").expect("writes");
+        std::fs::write(path.full(), "{").expect("writes");
         assert_eq!(disk.intents().expect("lists"), []);
         disk.intend(&key, "s3://one", &missing(&["a"], &[])).expect("written anew");
-        let newer = std::fs::read_to_string(&path).expect("reads").replace("\"format\":1", "\"format\":2");
-        std::fs::write(&path, &newer).expect("writes");
+        let newer = std::fs::read_to_string(path.full()).expect("reads").replace("\"format\":1", "\"format\":2");
+        std::fs::write(path.full(), &newer).expect("writes");
         assert_eq!(disk.intents().expect("lists"), []);
         disk.intend(&key, "s3://one", &missing(&["b"], &[])).expect_err("not ours to change");
-        assert_eq!(std::fs::read_to_string(&path).expect("reads"), newer);
+        assert_eq!(std::fs::read_to_string(path.full()).expect("reads"), newer);
     }
 
     #[test]

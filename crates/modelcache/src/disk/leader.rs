@@ -9,12 +9,12 @@
 use super::Disk;
 use super::files;
 use super::lock::FileLock;
+use super::rooted::RootedPath;
 use crate::error::Result;
 use crate::key::ArtifactKey;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 /// Time between two records of a leader.
@@ -43,7 +43,7 @@ pub(crate) struct Beat {
 #[derive(Debug)]
 pub(crate) struct Leader {
     lock: FileLock,
-    path: PathBuf,
+    path: RootedPath,
 }
 
 /// Who leads.
@@ -106,14 +106,14 @@ impl Leader {
         let mut bytes = serde_json::to_vec(&beat).unwrap_or_default();
         bytes.resize(RECORD_BYTES, b' ');
         if let Err(cause) = self.lock.file().write_all_at(&bytes, 0) {
-            tracing::debug!(%cause, path = %self.path.display(), "the leader's record is not written");
+            tracing::debug!(%cause, path = %self.path, "the leader's record is not written");
         }
     }
 }
 
 /// What the holder of the lock at `path` last told, and when. A record that cannot be read tells nothing.
-fn read_beat(path: &std::path::Path) -> Result<(Beat, SystemTime)> {
-    let written_at = files::stat(path)?.and_then(|metadata| metadata.modified().ok()).unwrap_or_else(SystemTime::now);
+fn read_beat(path: &RootedPath) -> Result<(Beat, SystemTime)> {
+    let written_at = files::stat(path)?.map(|metadata| metadata.modified()).unwrap_or_else(SystemTime::now);
     let bytes = files::read_small(path, RECORD_BYTES as u64)?.unwrap_or_default();
     Ok((serde_json::from_slice(&bytes).unwrap_or_default(), written_at))
 }
@@ -141,7 +141,7 @@ mod tests {
 
     /// As if the first leader's record had been written, and looked at, long ago.
     fn silence(disk: &Disk) -> Watch {
-        let file = File::options().write(true).open(disk.layout().fill_lock(&key(), 0)).expect("opens");
+        let file = File::options().write(true).open(disk.layout().fill_lock(&key(), 0).full()).expect("opens");
         let long_ago = SystemTime::UNIX_EPOCH + SILENT_AFTER;
         file.set_times(std::fs::FileTimes::new().set_modified(long_ago)).expect("sets");
         let looked = Instant::now().checked_sub(2 * LOOKS_APART).expect("an earlier time");

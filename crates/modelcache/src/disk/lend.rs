@@ -7,11 +7,12 @@
 use super::Disk;
 use super::clone::Link;
 use super::fault::{At, errno};
-use super::files::{self, identity};
+use super::files;
 use super::hashing;
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
 use super::modes;
+use super::rooted::{Folders, Metadata, NOW, RootedPath};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::key::{ArtifactKey, FilePath};
@@ -19,16 +20,9 @@ use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
 use crate::selection::Selection;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-/// This moment, by the filesystem's clock.
-const NOW: rustix::fs::Timestamps = {
-    let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
-    rustix::fs::Timestamps { last_access: now, last_modification: now }
-};
 
 /// The last change of a file that was withdrawn, by which it differs from every record of it.
 fn spoilt() -> SystemTime {
@@ -75,6 +69,7 @@ impl Lent {
             (Some(file), _, _) | (None, Shape::File, Some(file)) => self.dir.view(file),
             _ => self.dir.files(),
         }
+        .full()
     }
 }
 
@@ -127,13 +122,13 @@ impl Disk {
         manifest: &Manifest,
         selection: &Selection,
     ) -> Result<Option<(FilePath, FileEntry, Mismatch)>> {
-        let mut trust = self.trust();
+        let (mut trust, mut views) = (self.trust(), Folders::default());
         for (path, entry) in manifest.selected(selection) {
             let view = dir.view(path);
-            let Some(metadata) = files::stat(&view)? else {
+            let Some(metadata) = views.metadata(&view).at("look at", &view)? else {
                 return Ok(Some((path.clone(), entry.clone(), Mismatch::Missing)));
             };
-            if trust.identity(entry) != Some(identity(&metadata)) {
+            if trust.identity(entry) != Some(metadata.identity()) {
                 match self.judge(&view, entry)? {
                     // It cannot be recorded there; it is right all the same.
                     Mismatch::Right(_) if self.is_read_only() => {}
@@ -145,26 +140,26 @@ impl Disk {
     }
 
     /// Hashes a view that is not the file its manifest recorded.
-    pub(super) fn judge(&self, view: &std::path::Path, entry: &FileEntry) -> Result<Mismatch> {
-        let file = match modes::open_existing(view, false) {
+    pub(super) fn judge(&self, view: &RootedPath, entry: &FileEntry) -> Result<Mismatch> {
+        let file = match view.open(false) {
             Ok(file) => file,
             Err(error) if errno(&error) == Some(rustix::io::Errno::MFILE) => {
                 return Err(error).at("open", view);
             }
             Err(_) => return Ok(Mismatch::Missing),
         };
-        let before = file.metadata().at("look at", view)?;
+        let before = Metadata::of(&file).at("look at", view)?;
         if !before.is_file() {
             return Ok(Mismatch::Missing);
         }
         let is_right = match entry.sha256 {
             // It was withdrawn once: the medium may not have what a read still finds in memory.
-            _ if before.modified().is_ok_and(|modified| modified == spoilt()) => false,
+            _ if before.modified() == spoilt() => false,
             Some(digest) => hashing::has_digest(&file, digest, entry.ladder.as_ref()).at("read", view)?,
             None => false,
         };
-        let after = identity(&file.metadata().at("look at", view)?);
-        if is_right && after == identity(&before) { Ok(Mismatch::Right(after)) } else { Ok(Mismatch::Wrong(file)) }
+        let after = Metadata::of(&file).at("look at", view)?.identity();
+        if is_right && after == before.identity() { Ok(Mismatch::Right(after)) } else { Ok(Mismatch::Wrong(file)) }
     }
 
     /// Records what was found of a view. Tells which files of which artifacts are held no more because of it.
@@ -208,9 +203,9 @@ impl Disk {
         entry: &FileEntry,
         file: &File,
     ) -> Result<Vec<(ArtifactKey, FilePath)>> {
-        tracing::warn!(artifact = %dir.path().display(), file = %path, "a cached file is not what it was; it is withdrawn, and the next get fetches it again");
+        tracing::warn!(artifact = %dir.path(), file = %path, "a cached file is not what it was; it is withdrawn, and the next get fetches it again");
         let _ = file.set_times(fs::FileTimes::new().set_modified(spoilt()));
-        let inode = identity(&file.metadata().at("look at", &dir.view(path))?).inode;
+        let inode = Metadata::of(file).at("look at", &dir.view(path))?.ino();
         if let Some(digest) = entry.sha256 {
             self.quarantine_inode(&digest, inode)?;
         }
@@ -230,7 +225,7 @@ impl Disk {
         }
         // The record may name another inode than the one that lies there now.
         self.edit_manifest(dir, |manifest| {
-            let lies_there = files::stat(&dir.view(path)).ok().flatten().map(|metadata| identity(&metadata));
+            let lies_there = files::stat(&dir.view(path)).ok().flatten().map(|metadata| metadata.identity());
             let entry = manifest.files.get_mut(path).filter(|e| e.held.is_some() && e.recorded_on_disk() != lies_there);
             entry.map(|entry| entry.held = None).is_some()
         })?;
@@ -240,7 +235,7 @@ impl Disk {
     pub(super) fn quarantine_inode(&self, digest: &Digest, inode: u64) -> Result<()> {
         let blob = self.layout().blob(digest);
         let mut hold = self.hold_budget()?;
-        if files::stat(&blob)?.is_some_and(|metadata| identity(&metadata).inode == inode) {
+        if files::stat(&blob)?.is_some_and(|metadata| metadata.ino() == inode) {
             hold.begin_change()?;
             hold.quarantine(&blob, digest)?;
         }
@@ -264,7 +259,7 @@ impl Disk {
     pub(crate) fn touch_last_used(&self, dir: &ArtifactDir, create: bool) -> Result<()> {
         let path = dir.last_used();
         // The usual case, in one call. A link is touched itself, not what it points to.
-        let touched = rustix::fs::utimensat(rustix::fs::CWD, &path, &NOW, rustix::fs::AtFlags::SYMLINK_NOFOLLOW);
+        let touched = path.touch();
         if touched.is_ok() || !create {
             return touched.at("touch", &path);
         }

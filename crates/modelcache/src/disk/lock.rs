@@ -11,12 +11,11 @@
 use super::fault::{At, errno};
 use super::files;
 use super::modes;
+use super::rooted::{Metadata, RootedPath};
 use crate::error::Result;
 use rustix::io::Errno;
 use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
 /// A held lock; falls with the value.
 #[derive(Debug)]
@@ -26,40 +25,40 @@ pub(crate) struct FileLock {
 
 impl FileLock {
     /// Tries to hold `path` alone; `None` while somebody else holds it.
-    pub(crate) fn try_exclusive(path: &Path) -> Result<Option<Self>> {
+    pub(crate) fn try_exclusive(path: &RootedPath) -> Result<Option<Self>> {
         let file = modes::open_shared(path).at("open the lock", path)?;
         Self::locked(file.try_lock(), file).at("lock", path)
     }
 
     /// Tries to share `path`; `None` while somebody holds it alone. On a read-only directory an existing lock file is
     /// enough, and where there is none the error says so.
-    pub(crate) fn try_shared(path: &Path) -> Result<Option<Self>> {
+    pub(crate) fn try_shared(path: &RootedPath) -> Result<Option<Self>> {
         let file = match modes::open_shared(path) {
             Ok(file) => file,
-            Err(denied) => modes::open_existing(path, false).map_err(|_| denied).at("open the lock", path)?,
+            Err(denied) => path.open(false).map_err(|_| denied).at("open the lock", path)?,
         };
         Self::try_shared_of(file, path)
     }
 
     /// The same for a lock file that is open already.
-    pub(crate) fn try_shared_of(file: File, path: &Path) -> Result<Option<Self>> {
+    pub(crate) fn try_shared_of(file: File, path: &RootedPath) -> Result<Option<Self>> {
         Self::locked(file.try_lock_shared(), file).at("lock", path)
     }
 
     /// Tries to hold the existing file `path` alone; the outer `None` if there is none, or no longer once it is held:
     /// whoever removes a locked file does so under its lock. It is never made: a journal that its owner is just removing
     /// must not come back.
-    pub(crate) fn try_existing(path: &Path) -> Result<Option<Option<Self>>> {
-        let opened = files::absent(modes::open_existing(path, true)).at("open the lock", path)?;
+    pub(crate) fn try_existing(path: &RootedPath) -> Result<Option<Option<Self>>> {
+        let opened = files::absent(path.open(true)).at("open the lock", path)?;
         let Some(file) = opened else { return Ok(None) };
         let Some(held) = Self::locked(file.try_lock(), file).at("lock", path)? else { return Ok(Some(None)) };
-        let inode = |metadata: std::fs::Metadata| metadata.ino();
-        let locked = held.file.metadata().map(inode).at("look at", path)?;
-        Ok((files::stat(path)?.map(inode) == Some(locked)).then_some(Some(held)))
+        let locked = Metadata::of(&held.file).at("look at", path)?.ino();
+        let is_there = files::stat(path)?.is_some_and(|there| there.ino() == locked);
+        Ok(is_there.then_some(Some(held)))
     }
 
     /// Takes the lock of a file that this process has just made.
-    pub(crate) fn of_new(file: File, path: &Path) -> Result<Option<Self>> {
+    pub(crate) fn of_new(file: File, path: &RootedPath) -> Result<Option<Self>> {
         Self::locked(file.try_lock(), file).at("lock", path)
     }
 
@@ -86,7 +85,7 @@ impl Drop for FileLock {
 
 /// Whether locks exclude on the filesystem of `path`, a file of its own: while one open holds it, a second must not get
 /// it. Somebody else who holds it at this moment is proof enough.
-pub(crate) fn are_honest(path: &Path) -> Result<bool> {
+pub(crate) fn are_honest(path: &RootedPath) -> Result<bool> {
     let [first, second] = [modes::open_shared(path), modes::open_shared(path)];
     let (first, second) = (first.at("open the lock", path)?, second.at("open the lock", path)?);
     match first.try_lock() {

@@ -6,7 +6,8 @@
 //! makes that copy of the artifact count as absent.
 
 use super::budget::boot_id;
-use super::files::{self, identity};
+use super::files;
+use super::rooted::{Metadata, RootedPath};
 use super::{ArtifactDir, Disk, DiskSource, Lent, Reading, check_format};
 use crate::config::{ByteBound, Sharing};
 use crate::digest::Digest;
@@ -15,8 +16,6 @@ use crate::key::{ArtifactKey, ArtifactName, FilePath};
 use crate::manifest::{FileEntry, Manifest};
 use crate::selection::Selection;
 use std::collections::HashMap;
-use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -53,7 +52,7 @@ impl Lower {
         }
     }
 
-    pub(crate) fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &RootedPath {
         self.disk.layout().root()
     }
 
@@ -88,7 +87,7 @@ impl Lower {
         for (path, entry) in manifest.selected(selection) {
             let view = dir.view(path);
             let Some(metadata) = files::stat(&view)?.filter(Metadata::is_file) else { return Ok(None) };
-            if entry.on_disk() == Some(identity(&metadata)) && !self.was_found_wrong(&metadata, entry) {
+            if entry.on_disk() == Some(metadata.identity()) && !self.was_found_wrong(&metadata, entry) {
                 continue;
             }
             let found = self.digest_of(&view, &metadata, entry)?;
@@ -126,7 +125,7 @@ impl Lower {
     /// What the file at `view` consists of: remembered, or found by hashing it. `None` if it is being changed.
     ///
     /// What may not be durable there is another file with every boot: a power cut changes bytes and nothing else.
-    fn digest_of(&self, view: &Path, metadata: &Metadata, entry: &FileEntry) -> Result<Option<Found>> {
+    fn digest_of(&self, view: &RootedPath, metadata: &Metadata, entry: &FileEntry) -> Result<Option<Found>> {
         let name = match entry.unsynced() {
             None => self.record_name(metadata),
             Some(_) => Digest::of(format!("{}\0{}", self.record_name(metadata), boot_id()).as_bytes()).to_string(),
@@ -141,7 +140,7 @@ impl Lower {
             return Ok(Some(Found { digest, is_news: true }));
         }
         let Some((digest, _)) =
-            self.disk.hash_unchanged(view)?.filter(|(_, hashed_under)| *hashed_under == identity(metadata))
+            self.disk.hash_unchanged(view)?.filter(|(_, hashed_under)| *hashed_under == metadata.identity())
         else {
             return Ok(None);
         };
@@ -155,8 +154,8 @@ impl Lower {
     }
 
     fn record_name(&self, metadata: &Metadata) -> String {
-        let identity = identity(metadata);
-        let root = self.root().display();
+        let identity = metadata.identity();
+        let root = self.root();
         let text = format!("{root}\0{}\0{}\0{}\0{}", metadata.dev(), identity.inode, identity.bytes, identity.mtime_ns);
         Digest::of(text.as_bytes()).to_string()
     }
@@ -170,7 +169,7 @@ impl Disk {
     /// A directory that exists, for reading only. Nothing is made in it.
     pub(super) fn reader(root: &Path, why: &str) -> Result<Self> {
         super::trust::check(root, Sharing::Off)?;
-        let layout = super::Layout::new(root.to_owned());
+        let layout = super::Layout::new(root);
         if files::stat(&layout.format())?.is_none() {
             return Err(Error::new(ErrorKind::Directory, format!("{} is no cache directory", root.display()))
                 .hint("fill it with modelcache when the image is built, or unset MODEL_CACHE_LOWER_DIR"));

@@ -5,24 +5,23 @@
 //! folder lists what was. A folder whose builder died is removed by the next call; the live ones are locked.
 
 use super::clone::{self, Link};
-use super::fault::errno;
-use super::files::{self, absent, identity};
+use super::fault::{Shown, errno};
+use super::files::{self, absent};
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
-use super::modes::open_existing;
+use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity};
 use crate::progress::Progress;
-use rustix::fs::{CWD, RenameFlags, ioctl_ficlone, renameat_with};
+use rustix::fs::{RenameFlags, ioctl_ficlone};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Says in a materialized folder what was put there. No artifact has a file of this name.
@@ -47,7 +46,7 @@ pub enum LinkMode {
 /// A folder that may be replaced: absent, empty, or materialized before.
 #[derive(Debug, Clone)]
 pub struct Destination {
-    dir: PathBuf,
+    dir: RootedPath,
     asked: PathBuf,
 }
 
@@ -88,7 +87,7 @@ impl Destination {
     pub(crate) fn check(dir: &Path, cache_root: &Path) -> Result<Self> {
         let refuse = |why: &str, hint: &str| Err(Error::invalid(format!("{} {why}", dir.display())).hint(hint));
         let real = real_path(dir)?;
-        let cache_root = fs::canonicalize(cache_root).unwrap_or_else(|_| cache_root.to_owned());
+        let cache_root = fs::canonicalize(cache_root).unwrap_or_else(|_| cache_root.to_owned()); // outside the root
         if std::env::current_dir().is_ok_and(|present| present.starts_with(&real)) {
             return refuse(
                 "is the folder this command runs in, and would be replaced as a whole",
@@ -98,10 +97,12 @@ impl Destination {
         if real.starts_with(&cache_root) || cache_root.starts_with(&real) {
             return refuse("and the cache directory lie in each other", "choose a folder outside the cache directory");
         }
+        // outside the root
         if real.file_name().is_none() || absent(fs::metadata(&real)).is_ok_and(|m| m.is_some_and(|m| !m.is_dir())) {
             return refuse("is no folder", "name a folder: it need not exist");
         }
-        let destination = Self { dir: real, asked: dir.to_owned() };
+        let (above, name) = (real.parent().unwrap_or(Path::new("/")), real.file_name().unwrap_or_default());
+        let destination = Self { dir: RootedPath::root(above).join(name), asked: dir.to_owned() };
         destination.refuse_what_is_not_ours()?;
         Ok(destination)
     }
@@ -126,19 +127,15 @@ impl Destination {
 
     /// Builds the folder beside its place and puts it there; durable on return.
     pub(crate) fn materialize(&self, tree: &Tree, mode: LinkMode, progress: &Progress) -> Result<Materialized> {
-        let parent = self.dir.parent().unwrap_or(Path::new("/"));
-        fs::create_dir_all(parent).map_err(|cause| trouble("make", parent, cause))?;
-        let prefix = format!(".{}.modelcache-", self.dir.file_name().unwrap_or_default().display());
-        sweep(parent, &prefix, &self.dir)?;
-        let site = Site::open(parent, &prefix)?;
+        let parent = self.dir.parent().unwrap_or_else(|| self.dir.clone());
+        fs::create_dir_all(parent.full()).map_err(|cause| trouble("make", &parent, cause))?; // outside the root
+        let prefix = format!(".{}.modelcache-", self.dir.name());
+        sweep(&parent, &prefix, &self.dir)?;
+        let site = Site::open(&parent, &prefix)?;
         let (mut links, mut folders) = (BTreeMap::new(), BTreeSet::from([site.path.clone()]));
         for (path, entry) in &tree.files {
             let target = site.path.join(path.as_str());
-            for folder in target.ancestors().skip(1).take_while(|folder| *folder != site.path) {
-                folders.insert(folder.to_owned());
-            }
-            let folder = target.parent().unwrap_or(&site.path);
-            fs::create_dir_all(folder).map_err(|cause| trouble("make", folder, cause))?;
+            make_folder(target.parent().as_ref().unwrap_or(&site.path), &mut folders)?;
             let link = place(&tree.from.view(path), &target, entry, ways(mode, tree.may_link), progress)?;
             *links.entry(link).or_default() += 1;
         }
@@ -151,18 +148,31 @@ impl Destination {
             swap(&site.path, &self.dir).map_err(|cause| not_swapped(&self.asked, cause))?;
             return Err(self.not_ours(&foreign));
         }
-        sync(parent)?;
-        Ok(Materialized { dir: self.dir.clone(), path: self.dir.clone(), links })
+        sync(&parent)?;
+        Ok(Materialized { dir: self.dir.full(), path: self.dir.full(), links })
     }
 }
 
+/// Makes a folder below one of `made`, and those in between; `made` gains them.
+fn make_folder(folder: &RootedPath, made: &mut BTreeSet<RootedPath>) -> Result<()> {
+    if made.contains(folder) {
+        return Ok(());
+    }
+    if let Some(above) = folder.parent() {
+        make_folder(&above, made)?;
+    }
+    folder.create_dir(None).map_err(|cause| trouble("make", folder, cause))?;
+    made.insert(folder.clone());
+    Ok(())
+}
+
 /// A file in `dir` that no earlier call put there as it is now.
-fn foreign_file(dir: &Path) -> Result<Option<PathBuf>> {
+fn foreign_file(dir: &RootedPath) -> Result<Option<PathBuf>> {
     let marker = files::read_small(&dir.join(MARKER), MARKER_BYTES_MAX)?;
     let ours = marker.and_then(|bytes| serde_json::from_slice::<Marker>(&bytes).ok()).map(|marker| marker.files);
     let mut foreign = None;
     files::walk(dir, &mut |path, metadata| {
-        let inside = path.strip_prefix(dir).unwrap_or(path);
+        let inside = path.below(dir).unwrap_or(Path::new(""));
         let put_there = ours.as_ref().zip(inside.to_str().and_then(|path| FilePath::new(path).ok()));
         let known = put_there.and_then(|(ours, path)| ours.get(&path)).is_some_and(|put| is_still(put, metadata));
         if !known && inside != Path::new(MARKER) && foreign.is_none() {
@@ -175,8 +185,8 @@ fn foreign_file(dir: &Path) -> Result<Option<PathBuf>> {
 
 /// Whether a file is the one that was put there. Of a hard link into the cache, whose mtime is the cache's, the inode
 /// tells.
-fn is_still(put: &FileIdentity, metadata: &fs::Metadata) -> bool {
-    let now = identity(metadata);
+fn is_still(put: &FileIdentity, metadata: &Metadata) -> bool {
+    let now = metadata.identity();
     now == *put || (metadata.nlink() > 1 && now.inode == put.inode && now.bytes == put.bytes)
 }
 
@@ -186,6 +196,7 @@ fn real_path(dir: &Path) -> Result<PathBuf> {
     let mut missing = Vec::new();
     let mut there = absolute.as_path();
     loop {
+        // outside the root
         match fs::canonicalize(there) {
             Ok(real) => return Ok(missing.iter().rev().fold(real, |path, name| path.join(name))),
             Err(cause) => match (there.parent(), there.file_name()) {
@@ -201,19 +212,19 @@ fn real_path(dir: &Path) -> Result<PathBuf> {
 
 /// The folder while it is being built. Dropped, it removes what then lies under its name: itself, or the old folder.
 struct Site {
-    path: PathBuf,
+    path: RootedPath,
     _alive: FileLock,
 }
 
 impl Site {
-    fn open(parent: &Path, prefix: &str) -> Result<Self> {
+    fn open(parent: &RootedPath, prefix: &str) -> Result<Self> {
         loop {
             let path = parent.join(format!("{prefix}{}", files::random_name()));
-            fs::create_dir(&path).map_err(|cause| trouble("make", &path, cause))?;
+            path.create_dir(None).map_err(|cause| trouble("make", &path, cause))?;
             // Between the two somebody's sweep may have taken it for a dead one.
-            if let Ok(dir) = File::open(&path)
+            if let Ok(dir) = path.open_dir()
                 && let Some(alive) = FileLock::of_new(dir, &path)?
-                && path.is_dir()
+                && files::is_folder(&path)?
             {
                 return Ok(Self { path, _alive: alive });
             }
@@ -223,7 +234,7 @@ impl Site {
 
 impl Drop for Site {
     fn drop(&mut self) {
-        if let Err(error) = files::remove_tree(&self.path) {
+        if let Err(error) = files::remove(&self.path) {
             tracing::warn!(%error, "a temporary folder stays; the next call removes it");
         }
     }
@@ -231,21 +242,20 @@ impl Drop for Site {
 
 /// Removes what died while it was being built. An old folder that died between leaving its place and the new one's
 /// coming there goes back.
-fn sweep(parent: &Path, prefix: &str, place: &Path) -> Result<()> {
+fn sweep(parent: &RootedPath, prefix: &str, place: &RootedPath) -> Result<()> {
     let random = |name: &str| name.len() == files::RANDOM_NAME_CHARS && name.chars().all(|c| c.is_ascii_alphanumeric());
     for path in files::entries(parent)? {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let Some(rest) = name.strip_prefix(prefix) else { continue };
+        let Some(rest) = path.name().strip_prefix(prefix) else { continue };
         let is_old = rest.strip_suffix(OLD).is_some_and(random);
         if !is_old && !random(rest) {
             continue;
         }
-        let Ok(dir) = File::open(&path) else { continue };
+        let Ok(dir) = path.open_dir() else { continue };
         let Ok(Some(_dead)) = FileLock::of_new(dir, &path) else { continue };
-        if is_old && !place.exists() {
-            fs::rename(&path, place).map_err(|cause| trouble("put back", place, cause))?;
+        if is_old && files::stat(place)?.is_none() {
+            path.rename(place).map_err(|cause| trouble("put back", place, cause))?;
         } else {
-            files::remove_tree(&path)?;
+            files::remove(&path)?;
         }
     }
     Ok(())
@@ -265,13 +275,19 @@ fn ways(mode: LinkMode, may_link: bool) -> &'static [Link] {
 }
 
 /// Brings one file to `target`; tells which way.
-fn place(view: &Path, target: &Path, entry: &FileEntry, ways: &[Link], progress: &Progress) -> Result<Link> {
+fn place(
+    view: &RootedPath,
+    target: &RootedPath,
+    entry: &FileEntry,
+    ways: &[Link],
+    progress: &Progress,
+) -> Result<Link> {
     let mut refused = io::Error::from(io::ErrorKind::Unsupported);
     for way in ways {
         let outcome = match way {
-            Link::Hard => fs::hard_link(view, target),
+            Link::Hard => hard_link(view, target, entry),
             Link::Reflink => reflink(view, target),
-            Link::Symlink => std::os::unix::fs::symlink(view, target),
+            Link::Symlink => target.symlink_to(&view.full()),
             Link::Copy => {
                 copy(view, target, entry, progress)?;
                 return Ok(*way);
@@ -287,7 +303,7 @@ fn place(view: &Path, target: &Path, entry: &FileEntry, ways: &[Link], progress:
         }
     }
     let way = if ways == [Link::Reflink] { "a reflink" } else { "a hard link" };
-    Err(Error::new(ErrorKind::Other, format!("{way} is not possible at {}", target.display()))
+    Err(Error::new(ErrorKind::Other, format!("{way} is not possible at {target}"))
         .hint("the folder lies on another filesystem, on one without such links, or beside the lower directory: try --link auto")
         .cause(refused))
 }
@@ -297,19 +313,31 @@ fn is_refusal(cause: &io::Error) -> bool {
     clone::is_refusal(cause) || matches!(errno(cause), Some(Errno::INVAL | Errno::NOTTY))
 }
 
-fn reflink(view: &Path, target: &Path) -> io::Result<()> {
-    let (from, to) = (open_existing(view, false)?, File::create_new(target)?);
+/// Makes a hard link, and makes sure that it is one to a file of the size that was promised: in a shared directory another
+/// user may have put something else in the place of the view.
+fn hard_link(view: &RootedPath, target: &RootedPath, entry: &FileEntry) -> io::Result<()> {
+    view.hard_link(target)?;
+    let linked = target.metadata()?;
+    if linked.is_file() && linked.len() == entry.size {
+        return Ok(());
+    }
+    target.unlink()?;
+    Err(io::Error::new(io::ErrorKind::InvalidData, format!("{view} was replaced while it was linked")))
+}
+
+fn reflink(view: &RootedPath, target: &RootedPath) -> io::Result<()> {
+    let (from, to) = (view.open(false)?, target.create_new(0o666)?);
     let cloned = ioctl_ficlone(&to, &from).map_err(io::Error::from).and_then(|()| to.sync_all());
     if cloned.is_err() {
-        let _ = fs::remove_file(target);
+        let _ = target.unlink();
     }
     cloned
 }
 
 /// Copies and checks in the same pass.
-fn copy(view: &Path, target: &Path, entry: &FileEntry, progress: &Progress) -> Result<()> {
-    let mut from = open_existing(view, false).map_err(|cause| trouble("read", view, cause))?;
-    let mut to = File::create_new(target).map_err(|cause| trouble("write", target, cause))?;
+fn copy(view: &RootedPath, target: &RootedPath, entry: &FileEntry, progress: &Progress) -> Result<()> {
+    let mut from = view.open(false).map_err(|cause| trouble("read", view, cause))?;
+    let mut to = target.create_new(0o666).map_err(|cause| trouble("write", target, cause))?;
     let (mut hasher, mut buffer) = (sha2::Sha256::new(), vec![0; COPY_BYTES]);
     loop {
         let read = from.read(&mut buffer).map_err(|cause| trouble("read", view, cause))?;
@@ -323,19 +351,19 @@ fn copy(view: &Path, target: &Path, entry: &FileEntry, progress: &Progress) -> R
     to.sync_all().map_err(|cause| trouble("make durable", target, cause))?;
     let found = Digest::from_bytes(hasher.finalize().into());
     if entry.sha256.is_some_and(|expected| expected != found) {
-        return Err(Error::corrupt(format!("the cached bytes of {} are wrong; nothing was replaced", view.display()))
+        return Err(Error::corrupt(format!("the cached bytes of {view} are wrong; nothing was replaced"))
             .tier(Tier::Disk)
             .hint("evict it with --tier disk and get it again"));
     }
     Ok(())
 }
 
-fn write_marker(dir: &Path, tree: &Tree) -> Result<()> {
+fn write_marker(dir: &RootedPath, tree: &Tree) -> Result<()> {
     let mut put = BTreeMap::new();
     for (path, _) in &tree.files {
         let target = dir.join(path.as_str());
-        let metadata = fs::symlink_metadata(&target).map_err(|cause| trouble("look at", &target, cause))?;
-        put.insert(path.clone(), identity(&metadata));
+        let metadata = target.metadata().map_err(|cause| trouble("look at", &target, cause))?;
+        put.insert(path.clone(), metadata.identity());
     }
     let marker = Marker {
         about: "Put here by modelcache, which replaces this folder as a whole.".into(),
@@ -343,28 +371,28 @@ fn write_marker(dir: &Path, tree: &Tree) -> Result<()> {
         files: put,
     };
     let (path, bytes) = (dir.join(MARKER), serde_json::to_vec_pretty(&marker).unwrap_or_default());
-    File::create_new(&path)
+    path.create_new(0o666)
         .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
         .map_err(|cause| trouble("write", &path, cause))
 }
 
 /// Puts `new` in the place of `dir`; what was there then lies under the name of `new`.
-fn swap(new: &Path, dir: &Path) -> io::Result<()> {
-    match fs::rename(new, dir) {
+fn swap(new: &RootedPath, dir: &RootedPath) -> io::Result<()> {
+    match new.rename(dir) {
         Err(cause) if matches!(errno(&cause), Some(Errno::NOTEMPTY | Errno::EXIST)) => {}
         renamed => return renamed,
     }
-    match renameat_with(CWD, new, CWD, dir, RenameFlags::EXCHANGE) {
+    match new.rename_with(dir, RenameFlags::EXCHANGE) {
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
         exchanged => return exchanged.map_err(io::Error::from),
     }
     // This filesystem cannot exchange: for a moment there is no folder.
-    let aside = new.with_file_name(format!("{}{OLD}", new.file_name().unwrap_or_default().display()));
-    fs::rename(dir, &aside)?;
-    match fs::rename(new, dir) {
-        Ok(()) => fs::rename(&aside, new),
+    let aside = new.with_file_name(format!("{}{OLD}", new.name()));
+    dir.rename(&aside)?;
+    match new.rename(dir) {
+        Ok(()) => aside.rename(new),
         Err(cause) => {
-            let _ = fs::rename(&aside, dir);
+            let _ = aside.rename(dir);
             Err(cause)
         }
     }
@@ -381,17 +409,17 @@ fn not_swapped(dir: &Path, cause: io::Error) -> Error {
     }
 }
 
-fn sync(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|cause| trouble("make durable", dir, cause))
+fn sync(dir: &RootedPath) -> Result<()> {
+    dir.open_dir().and_then(|dir| dir.sync_all()).map_err(|cause| trouble("make durable", dir, cause))
 }
 
 /// Trouble in the caller's own folder, which is none of the cache directory's.
-fn trouble(operation: &str, path: &Path, cause: io::Error) -> Error {
+fn trouble(operation: &str, path: &(impl Shown + ?Sized), cause: io::Error) -> Error {
     let (kind, hint) = match errno(&cause) {
         Some(Errno::NOSPC | Errno::DQUOT) => (ErrorKind::Full, "free space there, or choose another folder"),
         Some(Errno::ACCESS | Errno::PERM | Errno::ROFS) => (ErrorKind::Other, "choose a folder this user may write to"),
         _ => (ErrorKind::Other, "see whether the folder and its filesystem are in order"),
     };
-    let error = Error::new(kind, format!("cannot {operation} {}", path.display())).cause(cause);
+    let error = Error::new(kind, format!("cannot {operation} {}", path.shown())).cause(cause);
     error.hint(hint)
 }

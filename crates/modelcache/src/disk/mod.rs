@@ -40,6 +40,7 @@ mod pin;
 mod prune;
 mod publish;
 mod refs;
+mod rooted;
 mod source;
 mod staging;
 mod sync;
@@ -64,11 +65,13 @@ pub(crate) use lock::FileLock;
 pub(crate) use lower::Lower;
 pub(crate) use materialize::Tree;
 pub use materialize::{Destination, LinkMode, Materialized};
+pub use opened::LocalFile;
 pub(crate) use opened::{open_staged, read_ahead_again};
 pub use pin::{Holder, InTheWay, Pin};
 pub use prune::{KeptArtifact, Leftovers, PruneOptions, PruneReport, PrunedArtifact};
 pub(crate) use publish::StagedFile;
 pub(crate) use refs::RememberedRef;
+pub(crate) use rooted::RootedPath;
 pub(crate) use source::DiskSource;
 pub(crate) use staging::Staging;
 pub(crate) use verify::{Reading, Stored};
@@ -89,8 +92,8 @@ use fault::At;
 use hit::Leases;
 use index::Index;
 use memo::Memo;
+use modes::Removal;
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -142,7 +145,7 @@ pub(crate) struct ScannedArtifact {
 impl ScannedArtifact {
     /// How people know it: its key, or its folder while no manifest tells.
     pub(crate) fn name(&self) -> String {
-        self.manifest.as_ref().map_or_else(|| self.dir.path().display().to_string(), |m| m.key.to_string())
+        self.manifest.as_ref().map_or_else(|| self.dir.path().to_string(), |m| m.key.to_string())
     }
 }
 
@@ -159,21 +162,23 @@ impl Disk {
     pub(crate) fn open(root: &Path, max_bytes: ByteBound, min_free_bytes: ByteBound, sharing: Sharing) -> Result<Self> {
         let root = std::path::absolute(root).at("resolve", root)?;
         trust::check(&root, sharing)?;
-        let layout = Layout::new(root);
-        check_format(&layout)?;
-        let unwritable = match prepare(&layout, sharing) {
+        check_format(&Layout::new(&root))?;
+        let made = make_root(&root, sharing);
+        // Links that lead to the root are resolved here, so it must be there.
+        let layout = Layout::new(&root);
+        let unwritable = match made.and_then(|()| prepare(&layout, sharing)) {
             Ok(()) => None,
             Err(error) if files::stat(&layout.format()).is_ok_and(|metadata| metadata.is_some()) => Some(error),
             Err(error) => return Err(error),
         };
         // Again: another release, or a stranger, may have made it in between.
-        trust::check(layout.root(), sharing)?;
+        trust::check(&root, sharing)?;
         check_format(&layout)?;
         let locks_are_honest = unwritable.is_some() || lock::are_honest(&layout.probe_lock())?;
         if !locks_are_honest {
-            tracing::warn!(path = %layout.root().display(), "file locks do not exclude on this filesystem: bytes may be fetched twice, and only what has long been idle is evicted for space");
+            tracing::warn!(path = %layout.root(), "file locks do not exclude on this filesystem: bytes may be fetched twice, and only what has long been idle is evicted for space");
         }
-        let is_local = hit::is_local(layout.root());
+        let is_local = hit::is_local(&root);
         Ok(Self(Arc::new(Inner {
             layout,
             max_bytes,
@@ -192,7 +197,7 @@ impl Disk {
 
     /// Opens a directory that is there already, to change what it holds and to fetch nothing.
     pub(crate) fn open_present(root: &Path) -> Result<Self> {
-        if files::stat(&Layout::new(root.to_owned()).format())?.is_none() {
+        if files::stat(&Layout::new(root).format())?.is_none() {
             return Err(Error::new(ErrorKind::Directory, format!("{} is no cache directory", root.display()))
                 .tier(Tier::Disk)
                 .hint("point MODEL_CACHE_DIR to one"));
@@ -252,7 +257,7 @@ impl Disk {
 
     fn filesystem(&self) -> Result<rustix::fs::StatVfs> {
         let root = self.layout().root();
-        rustix::fs::statvfs(root).at("look at the filesystem of", root)
+        root.filesystem().at("look at the filesystem of", root)
     }
 
     /// What disk knows of `key`, held or not.
@@ -269,7 +274,7 @@ impl Disk {
             Ok(manifest) if belongs_here(&manifest) => Ok(Some(manifest)),
             Err(error) if error.kind() == ErrorKind::Invalid => Err(error),
             Ok(_) | Err(_) => {
-                tracing::warn!(path = %path.display(), "a manifest is damaged; it is ignored and will be written anew");
+                tracing::warn!(path = %path, "a manifest is damaged; it is ignored and will be written anew");
                 Ok(None)
             }
         }
@@ -277,13 +282,13 @@ impl Disk {
 
     /// The same, for those who only look: not read again while it is the file that was read before.
     pub(crate) fn shared_manifest(&self, dir: &ArtifactDir) -> Result<Option<Arc<Manifest>>> {
-        let Some(before) = files::stat(&dir.manifest())?.map(|metadata| identity(&metadata)) else { return Ok(None) };
+        let Some(before) = files::stat(&dir.manifest())?.map(|metadata| metadata.identity()) else { return Ok(None) };
         let hash = dir.hash();
         if let Some(manifest) = self.0.memo.recall(&hash, before) {
             return Ok(Some(manifest));
         }
         let Some(manifest) = self.read_manifest(dir)?.map(Arc::new) else { return Ok(None) };
-        if files::stat(&dir.manifest())?.map(|metadata| identity(&metadata)) == Some(before) {
+        if files::stat(&dir.manifest())?.map(|metadata| metadata.identity()) == Some(before) {
             self.0.memo.remember(&hash, before, &manifest);
         }
         Ok(Some(manifest))
@@ -311,7 +316,7 @@ impl Disk {
 
     /// What a scan would find of one artifact.
     fn scan_one(&self, dir: &ArtifactDir) -> Result<Option<ScannedArtifact>> {
-        let above = dir.path().parent().map_or(Ok(false), files::is_folder)?;
+        let above = dir.path().parent().map_or(Ok(false), |above| files::is_folder(&above))?;
         if above && files::stat(dir.path())?.is_some() { self.scan_folder(dir.clone()) } else { Ok(None) }
     }
 
@@ -330,7 +335,7 @@ impl Disk {
     }
 
     pub(crate) fn last_used(&self, dir: &ArtifactDir) -> Result<Option<SystemTime>> {
-        Ok(files::stat(&dir.last_used())?.and_then(|metadata| metadata.modified().ok()))
+        Ok(files::stat(&dir.last_used())?.map(|metadata| metadata.modified()))
     }
 
     /// Whether anybody holds a lease on the artifact now.
@@ -377,7 +382,7 @@ impl Disk {
     pub(crate) fn usage(&self) -> Result<(Usage, u64)> {
         let mut quarantined = 0;
         files::walk(&self.layout().quarantine(), &mut |_, metadata| {
-            quarantined += files::allocated(metadata);
+            quarantined += metadata.allocated();
             Ok(())
         })?;
         if self.is_read_only() {
@@ -391,26 +396,35 @@ impl Disk {
     }
 }
 
+/// Makes the directory itself, and the folders above it that are missing.
+fn make_root(root: &Path, sharing: Sharing) -> Result<()> {
+    let (Some(above), Some(name)) = (root.parent(), root.file_name()) else { return Ok(()) };
+    if root.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(above).at("make the cache directory", root)?; // outside the root
+    modes::make_top_dir(&RootedPath::root(above).join(name), sharing, Removal::ByOwner)
+}
+
 /// Makes the folders and marks the directory as ours.
 fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
-    let root = layout.root();
-    if let Some(above) = root.parent() {
-        fs::create_dir_all(above).at("make the cache directory", root)?;
+    for folder in [layout.blobs(), layout.artifacts(), layout.locks(), layout.refs()] {
+        modes::make_top_dir(&folder, sharing, Removal::ByOwner)?;
     }
-    modes::make_top_dir(root, sharing)?;
-    let folders = [layout.blobs(), layout.artifacts(), layout.stagings(), layout.quarantine(), layout.locks()];
-    for folder in folders.iter().chain(&[layout.refs(), layout.lower_records(), layout.intents(), layout.unsynced()]) {
-        modes::make_top_dir(folder, sharing)?;
+    let emptied_by_any =
+        [layout.stagings(), layout.quarantine(), layout.lower_records(), layout.intents(), layout.unsynced()];
+    for folder in emptied_by_any {
+        modes::make_top_dir(&folder, sharing, Removal::ByAny)?;
     }
     write_new(layout, &layout.cache_tag(), CACHE_TAG)?;
     write_new(layout, &layout.format(), FORMAT)?;
     // A mount that turned read-only still lets existing folders be "made": ask whether it can be written.
-    rustix::fs::access(layout.stagings(), rustix::fs::Access::WRITE_OK).at("write to", root)
+    layout.stagings().check_writable().at("write to", layout.root())
 }
 
 /// Writes a file unless there is one. It is durable before it has its name: torn by a power cut it would be somebody
 /// else's directory. An empty one is what a process of an older release left that was killed before it wrote.
-fn write_new(layout: &Layout, path: &Path, content: &str) -> Result<()> {
+fn write_new(layout: &Layout, path: &RootedPath, content: &str) -> Result<()> {
     match files::stat(path)? {
         Some(metadata) if metadata.len() > 0 => Ok(()),
         Some(_) => files::replace(path, content.as_bytes(), &layout.stagings()),
@@ -429,13 +443,13 @@ fn check_format(layout: &Layout) -> Result<()> {
     match number {
         Some(1) => Ok(()),
         Some(newer) => refuse(
-            format!("{} has format {newer}; this release knows 1", layout.root().display()),
+            format!("{} has format {newer}; this release knows 1", layout.root()),
             "update modelcache, or point MODEL_CACHE_DIR to another directory; nothing was touched",
         ),
         // There is none yet, or another process has made it and not yet written it.
         None if text.is_empty() => Ok(()),
         None => refuse(
-            format!("{} is not a cache directory: its FORMAT file says something else", layout.root().display()),
+            format!("{} is not a cache directory: its FORMAT file says something else", layout.root()),
             "point MODEL_CACHE_DIR to another directory",
         ),
     }

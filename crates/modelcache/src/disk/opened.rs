@@ -4,16 +4,60 @@
 //! ahead: what it found there before it was written could stay in memory for what was written.
 
 use super::fault::At;
-use super::{Lent, files, modes};
+use super::{Lent, RootedPath, files};
 use crate::error::Result;
 use crate::key::FilePath;
 use rustix::fs::{Advice, fadvise};
+use std::fmt;
 use std::fs::File;
-use std::path::Path;
+use std::io;
+use std::path::PathBuf;
+
+/// A file on this machine that is to be read.
+#[derive(Debug, Clone)]
+pub struct LocalFile(Place);
+
+#[derive(Debug, Clone)]
+enum Place {
+    /// The caller's own, wherever it lies.
+    Given(PathBuf),
+    /// One of the cache directory.
+    Cached(RootedPath),
+}
+
+impl LocalFile {
+    pub(crate) fn open(&self) -> io::Result<File> {
+        match &self.0 {
+            Place::Given(path) => File::open(path), // outside the root
+            Place::Cached(path) => path.open(false),
+        }
+    }
+}
+
+impl From<PathBuf> for LocalFile {
+    fn from(path: PathBuf) -> Self {
+        Self(Place::Given(path))
+    }
+}
+
+impl From<RootedPath> for LocalFile {
+    fn from(path: RootedPath) -> Self {
+        Self(Place::Cached(path))
+    }
+}
+
+impl fmt::Display for LocalFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Place::Given(path) => path.display().fmt(f),
+            Place::Cached(path) => path.fmt(f),
+        }
+    }
+}
 
 /// The file staged at `path`, if there is one: whoever opens it sees whether it is the one that was meant.
-pub(crate) fn open_staged(path: &Path) -> Result<Option<File>> {
-    let Some(file) = files::absent(modes::open_existing(path, false)).at("open", path)? else { return Ok(None) };
+pub(crate) fn open_staged(path: &RootedPath) -> Result<Option<File>> {
+    let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(None) };
     // Advice: where it is not taken, nothing is lost.
     let _ = fadvise(&file, 0, None, Advice::Random);
     Ok(Some(file))
@@ -28,6 +72,6 @@ impl Lent {
     /// One of its files, for reading.
     pub(crate) fn open(&self, file: &FilePath) -> Result<File> {
         let view = self.dir.view(file);
-        modes::open_existing(&view, false).at("open", &view)
+        view.open(false).at("open", &view)
     }
 }

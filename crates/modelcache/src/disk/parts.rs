@@ -6,12 +6,11 @@
 
 use super::fault;
 use super::files;
-use super::modes;
+use super::rooted::RootedPath;
 use crate::error::Result;
 use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 
 /// Bytes before the first part's: size of the file and of a part, little-endian.
 const HEADER_BYTES: u64 = 16;
@@ -21,14 +20,12 @@ const WRITTEN: u8 = b'1';
 #[derive(Debug)]
 pub(super) struct PartsJournal {
     file: File,
-    path: PathBuf,
+    path: RootedPath,
 }
 
 /// The name of the journal beside the staged file at `path`.
-pub(super) fn journal_of(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".parts");
-    path.with_file_name(name)
+pub(super) fn journal_of(path: &RootedPath) -> RootedPath {
+    path.with_file_name(format!("{}.parts", path.name()))
 }
 
 /// Bytes that the journal of a file takes.
@@ -45,20 +42,20 @@ fn header(size: u64, part_size: u64) -> [u8; HEADER_BYTES as usize] {
 
 impl PartsJournal {
     /// A new journal without parts, in place of any that is there; `None` for a file of one part.
-    pub(super) fn create(staged: &Path, size: u64, part_size: u64) -> Result<Option<Self>> {
+    pub(super) fn create(staged: &RootedPath, size: u64, part_size: u64) -> Result<Option<Self>> {
         let path = journal_of(staged);
         files::remove_file(&path)?;
         if size <= part_size {
             return Ok(None);
         }
         let at = |cause| fault("make", &path, cause);
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).map_err(at)?;
+        let file = path.create_new(0o666).map_err(at)?;
         file.write_all_at(&header(size, part_size), 0).map_err(at)?;
         Ok(Some(Self { file, path }))
     }
 
     /// A journal that names every part of a file that was complete; `None` for a file of one part.
-    pub(super) fn of_sealed(staged: &Path, size: u64, part_size: u64) -> Result<Option<(Self, BTreeSet<u64>)>> {
+    pub(super) fn of_sealed(staged: &RootedPath, size: u64, part_size: u64) -> Result<Option<(Self, BTreeSet<u64>)>> {
         let Some(journal) = Self::create(staged, size, part_size)? else { return Ok(None) };
         let parts: BTreeSet<u64> = (0..size.div_ceil(part_size)).collect();
         parts.iter().try_for_each(|part| journal.mark(*part))?;
@@ -66,9 +63,9 @@ impl PartsJournal {
     }
 
     /// The journal that an ended fill left, and the parts it names; `None` if there is none for these sizes.
-    pub(super) fn resume(staged: &Path, size: u64, part_size: u64) -> Option<(Self, BTreeSet<u64>)> {
+    pub(super) fn resume(staged: &RootedPath, size: u64, part_size: u64) -> Option<(Self, BTreeSet<u64>)> {
         let path = journal_of(staged);
-        let file = modes::open_existing(&path, true).ok()?;
+        let file = path.open(true).ok()?;
         let mut bytes = vec![0; usize::try_from(journal_bytes(size, part_size)).ok()?];
         let mut read = 0;
         while let Ok(more @ 1..) = file.read_at(&mut bytes[read..], read as u64) {
@@ -92,14 +89,14 @@ mod tests {
     #[test]
     fn what_was_marked_is_found_again_and_other_sizes_find_nothing() {
         let folder = tempfile::tempdir().expect("folder");
-        let staged = folder.path().join("sha256-x");
+        let staged = RootedPath::root(folder.path()).join("sha256-x");
         let journal = PartsJournal::create(&staged, 4500, 1024).expect("makes").expect("more than one part");
         journal.mark(3).expect("marks");
         journal.mark(0).expect("marks");
         let found = |size, part_size| PartsJournal::resume(&staged, size, part_size).map(|(_, parts)| parts);
         assert_eq!(found(4500, 1024), Some(BTreeSet::from([0, 3])));
         assert_eq!((found(4501, 1024), found(4500, 2048)), (None, None));
-        assert_eq!(std::fs::metadata(journal_of(&staged)).expect("stat").len(), 16 + 4, "no more than the parts");
+        assert_eq!(journal_of(&staged).metadata().expect("stat").len(), 16 + 4, "no more than the parts");
         PartsJournal::create(&staged, 4500, 1024).expect("makes");
         assert_eq!(found(4500, 1024), Some(BTreeSet::new()), "a new one knows nothing of the old");
         assert!(PartsJournal::create(&staged, 1024, 1024).expect("makes").is_none());

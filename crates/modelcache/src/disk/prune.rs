@@ -5,16 +5,15 @@
 //! cache frees nothing there either.
 
 use super::budget::Evicted;
-use super::files::{self, allocated};
+use super::files;
 use super::pin::InTheWay;
+use super::rooted::RootedPath;
 use super::{ArtifactDir, Disk, ScannedArtifact};
 use crate::config::ByteBound;
 use crate::error::Result;
 use crate::key::ArtifactKey;
 use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// What `prune` shall remove. Without a bound: only what nobody can use any more.
@@ -241,20 +240,20 @@ impl<'disk> Rehearsal<'disk> {
     fn new(disk: &'disk Disk) -> Result<Self> {
         let (mut used, mut blobs) = (0, HashMap::new());
         files::walk(&disk.layout().blobs(), &mut |_, metadata| {
-            let blob = Blob { bytes: allocated(metadata), links: metadata.nlink().saturating_sub(1) };
+            let blob = Blob { bytes: metadata.allocated(), links: metadata.nlink().saturating_sub(1) };
             used += blob.bytes;
             blobs.insert(metadata.ino(), blob);
             Ok(())
         })?;
         files::walk(&disk.layout().quarantine(), &mut |_, metadata| {
-            used += allocated(metadata);
+            used += metadata.allocated();
             Ok(())
         })?;
         // Views that no blob stands behind have bytes of their own.
         for artifact in disk.scan()? {
             files::walk(&artifact.dir.files(), &mut |_, metadata| {
                 if metadata.nlink() == 1 {
-                    let own = Blob { bytes: allocated(metadata), links: 1 };
+                    let own = Blob { bytes: metadata.allocated(), links: 1 };
                     used += own.bytes;
                     blobs.insert(metadata.ino(), own);
                 }
@@ -284,7 +283,7 @@ impl<'disk> Rehearsal<'disk> {
         }
     }
 
-    fn unlink_below(&mut self, dir: &Path) -> Result<u64> {
+    fn unlink_below(&mut self, dir: &RootedPath) -> Result<u64> {
         let mut freed = 0;
         files::walk(dir, &mut |_, metadata| {
             freed += self.unlink(metadata.ino());
@@ -319,7 +318,7 @@ impl Broom for Rehearsal<'_> {
             }
         }
         files::walk(&self.disk.layout().quarantine(), &mut |_, metadata| {
-            leftovers.quarantine_bytes += if metadata.nlink() == 1 { allocated(metadata) } else { 0 };
+            leftovers.quarantine_bytes += if metadata.nlink() == 1 { metadata.allocated() } else { 0 };
             Ok(())
         })?;
         self.used = self.used.saturating_sub(leftovers.bytes());

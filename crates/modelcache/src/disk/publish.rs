@@ -9,10 +9,11 @@
 use super::budget::{BudgetHold, room_for};
 use super::clone::{self, Link};
 use super::fault::At;
-use super::files::{self, allocated, identity};
+use super::files;
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
 use super::modes;
+use super::rooted::{Metadata, RootedPath};
 use super::staging::Staging;
 use super::{Disk, Lent};
 use crate::digest::Digest;
@@ -22,10 +23,7 @@ use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity, Held, Manifest, UnsyncedFile};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -130,7 +128,7 @@ impl Disk {
         let mut hold = self.hold_budget()?;
         modes::make_dirs(dir.path()).at("make", dir.path())?;
         if !dir.is_ours()? {
-            return Err(Error::new(ErrorKind::Directory, format!("{} is a link, not a folder", dir.path().display()))
+            return Err(Error::new(ErrorKind::Directory, format!("{} is a link, not a folder", dir.path()))
                 .tier(Tier::Disk)
                 .hint("remove that link: what it leads to is left alone"));
         }
@@ -191,7 +189,7 @@ impl Disk {
     pub(crate) fn checked_blob(&self, hold: &mut BudgetHold<'_>, digest: &Digest) -> Result<Option<FileIdentity>> {
         let path = self.layout().blob(digest);
         let Some(metadata) = files::stat(&path)? else { return Ok(None) };
-        let present = identity(&metadata);
+        let present = metadata.identity();
         if metadata.is_file() && hold.is_vouched(digest, present)? {
             return Ok(Some(present));
         }
@@ -204,8 +202,13 @@ impl Disk {
 
     /// The identity of a link just made to bytes that are right under the identity `known`; `None` if they are not right
     /// any more. On an overlay, linking a file of the lower layer makes a copy of it, which is hashed.
-    pub(crate) fn linked(&self, path: &Path, digest: &Digest, known: FileIdentity) -> Result<Option<FileIdentity>> {
-        match files::stat(path)?.map(|metadata| identity(&metadata)) {
+    pub(crate) fn linked(
+        &self,
+        path: &RootedPath,
+        digest: &Digest,
+        known: FileIdentity,
+    ) -> Result<Option<FileIdentity>> {
+        match files::stat(path)?.map(|metadata| metadata.identity()) {
             Some(linked) if linked == known => Ok(Some(known)),
             Some(_) => Ok(self.hash_unchanged(path)?.filter(|(found, _)| found == digest).map(|(_, linked)| linked)),
             None => Ok(None),
@@ -213,17 +216,17 @@ impl Disk {
     }
 
     /// The digest of `path` and the identity it was hashed under; `None` if it is no file or changed meanwhile.
-    pub(crate) fn hash_unchanged(&self, path: &Path) -> Result<Option<(Digest, FileIdentity)>> {
-        let Some(mut file) = files::absent(modes::open_existing(path, false)).at("open", path)? else {
+    pub(crate) fn hash_unchanged(&self, path: &RootedPath) -> Result<Option<(Digest, FileIdentity)>> {
+        let Some(mut file) = files::absent(path.open(false)).at("open", path)? else {
             return Ok(None);
         };
-        let before = file.metadata().at("look at", path)?;
+        let before = Metadata::of(&file).at("look at", path)?;
         if !before.is_file() {
             return Ok(None);
         }
         let (digest, _) = files::hash(&mut file, path, part_size(before.len()))?;
-        let after = identity(&file.metadata().at("look at", path)?);
-        Ok((after == identity(&before)).then_some((digest, after)))
+        let after = Metadata::of(&file).at("look at", path)?.identity();
+        Ok((after == before.identity()).then_some((digest, after)))
     }
 }
 
@@ -248,16 +251,21 @@ impl BudgetHold<'_> {
     }
 
     /// The identity of the file at `path`, if a committed manifest vouches for it as `digest`.
-    pub(super) fn vouched_file(&mut self, path: &Path, digest: &Digest) -> Result<Option<FileIdentity>> {
-        let Some(metadata) = files::stat(path)?.filter(fs::Metadata::is_file) else { return Ok(None) };
-        let present = identity(&metadata);
+    pub(super) fn vouched_file(&mut self, path: &RootedPath, digest: &Digest) -> Result<Option<FileIdentity>> {
+        let Some(metadata) = files::stat(path)?.filter(Metadata::is_file) else { return Ok(None) };
+        let present = metadata.identity();
         Ok(self.is_vouched(digest, present)?.then_some(present))
     }
 
     /// Links the staged file as the blob of `digest`, or finds a right one there. `None` where the link is refused.
-    fn publish_blob(&mut self, staged: &Path, digest: &Digest, checked: FileIdentity) -> Result<Option<FileIdentity>> {
-        let metadata = fs::symlink_metadata(staged).at("look at", staged)?;
-        if identity(&metadata) != checked {
+    fn publish_blob(
+        &mut self,
+        staged: &RootedPath,
+        digest: &Digest,
+        checked: FileIdentity,
+    ) -> Result<Option<FileIdentity>> {
+        let metadata = staged.metadata().at("look at", staged)?;
+        if metadata.identity() != checked {
             return Err(Error::corrupt("a staged file changed after it was checked")
                 .tier(Tier::Disk)
                 .hint("try again"));
@@ -265,7 +273,7 @@ impl BudgetHold<'_> {
         let disk = self.disk();
         let blob = disk.layout().blob(digest);
         if let Some(folder) = blob.parent() {
-            modes::make_dir(folder).at("make", folder)?;
+            modes::make_dir(&folder).at("make", &folder)?;
         }
         loop {
             self.begin_change()?;
@@ -273,7 +281,7 @@ impl BudgetHold<'_> {
                 Ok(true) => {
                     // A view that had no blob behind it has been counted.
                     if metadata.nlink() == 1 {
-                        self.add(allocated(&metadata));
+                        self.add(metadata.allocated());
                     }
                     return Ok(Some(checked));
                 }
@@ -281,13 +289,13 @@ impl BudgetHold<'_> {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(error).at("link", &blob),
             }
-            if files::stat(&blob)?.is_some_and(|metadata| identity(&metadata) == checked) {
+            if files::stat(&blob)?.is_some_and(|metadata| metadata.identity() == checked) {
                 return Ok(Some(checked));
             }
             if let Some(theirs) = disk.checked_blob(self, digest)? {
                 // Theirs needs a link of ours: else it may be evicted, or replaced, before our view of it stands. Where
                 // links are refused, the view becomes the staged file.
-                let ours = staged.with_extension("reused");
+                let ours = staged.with_file_name(format!("{}.reused", staged.name()));
                 return match clone::hard_link(&blob, &ours).at("link", &ours)? {
                     true => disk.linked(&ours, digest, theirs),
                     false => Ok(None),
@@ -315,19 +323,19 @@ impl BudgetHold<'_> {
         if let Some(known) = blob
             && self.link_view(&self.disk().layout().blob(&digest), dir, &view)?
         {
-            let linked = identity(&fs::symlink_metadata(&view).at("look at", &view)?);
+            let linked = view.metadata().at("look at", &view)?.identity();
             return if linked == known { Ok((linked, Link::Hard)) } else { Err(changed().tier(Tier::Disk)) };
         }
         let before = files::stat(&view)?.map(|metadata| metadata.ino());
         if self.link_view(&staged, dir, &view)? {
-            let metadata = fs::symlink_metadata(&view).at("look at", &view)?;
-            if identity(&metadata) != file.identity {
+            let metadata = view.metadata().at("look at", &view)?;
+            if metadata.identity() != file.identity {
                 return Err(changed().tier(Tier::Disk));
             }
             // The first link beside the one in staging: from here on it counts here, not there.
             if metadata.nlink() == 2 && before != Some(metadata.ino()) {
                 self.begin_change()?;
-                self.add(allocated(&metadata));
+                self.add(metadata.allocated());
             }
             return Ok((file.identity, own));
         }
@@ -342,13 +350,13 @@ impl BudgetHold<'_> {
             },
         };
         self.clear_view(&view)?;
-        fs::rename(&temporary, &view).at("make", &view)?;
-        self.add(files::stat(&view)?.map_or(0, |metadata| allocated(&metadata)));
+        temporary.rename(&view).at("make", &view)?;
+        self.add(files::stat(&view)?.map_or(0, |metadata| metadata.allocated()));
         Ok((copied, how))
     }
 
     /// Links `from` as `view`, replacing whatever is there; `false` where the link is refused.
-    fn link_view(&mut self, from: &Path, dir: &ArtifactDir, view: &Path) -> Result<bool> {
+    fn link_view(&mut self, from: &RootedPath, dir: &ArtifactDir, view: &RootedPath) -> Result<bool> {
         match clone::hard_link(from, view) {
             // There before, or since a moment: where locks do not exclude, others place views, too.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -358,13 +366,13 @@ impl BudgetHold<'_> {
         if files::stat(from)?.is_some_and(|metadata| Some(metadata.ino()) == present) {
             return Ok(true);
         }
-        for folder in [&*self.disk().layout().stagings(), dir.path()] {
+        for folder in [&self.disk().layout().stagings(), dir.path()] {
             let temporary = folder.join(format!("{}{}", files::TEMPORARY, files::random_name()));
             if !clone::hard_link(from, &temporary).at("link", &temporary)? {
                 continue;
             }
             self.clear_view(view)?;
-            match fs::rename(&temporary, view) {
+            match temporary.rename(view) {
                 Ok(()) => return Ok(true),
                 Err(error) if clone::is_refusal(&error) => files::remove_file(&temporary)?,
                 Err(error) => return Err(error).at("link", view),
@@ -374,9 +382,9 @@ impl BudgetHold<'_> {
     }
 
     /// Prepares for replacing what lies at `view`: a folder goes, and bytes that counted by themselves are counted anew.
-    fn clear_view(&mut self, view: &Path) -> Result<()> {
+    fn clear_view(&mut self, view: &RootedPath) -> Result<()> {
         match files::stat(view)? {
-            Some(metadata) if metadata.is_dir() => files::remove_tree(view),
+            Some(metadata) if metadata.is_dir() => files::remove(view),
             Some(metadata) if metadata.nlink() == 1 => self.distrust(),
             _ => Ok(()),
         }
@@ -384,10 +392,10 @@ impl BudgetHold<'_> {
 
     /// Takes a bad blob out of the way; it still counts. Where it cannot be moved, because quarantine is another mount,
     /// it goes.
-    pub(crate) fn quarantine(&mut self, blob: &Path, digest: &Digest) -> Result<()> {
+    pub(crate) fn quarantine(&mut self, blob: &RootedPath, digest: &Digest) -> Result<()> {
         let grave = self.disk().layout().quarantine().join(format!("{digest}-{}", files::random_name()));
         tracing::warn!(%digest, "a cached file failed its check; it is in quarantine");
-        match fs::rename(blob, &grave) {
+        match blob.rename(&grave) {
             Err(error) if clone::is_refusal(&error) => {
                 self.distrust()?;
                 files::remove_file(blob)
@@ -398,12 +406,12 @@ impl BudgetHold<'_> {
 }
 
 /// Makes the folders above the view of `path`; a stale file in the place of a folder is removed.
-fn make_folders(view_root: &Path, path: &FilePath) -> Result<()> {
-    let mut folder = view_root.to_owned();
+fn make_folders(view_root: &RootedPath, path: &FilePath) -> Result<()> {
+    let mut folder = view_root.clone();
     let mut segments: Vec<&str> = path.as_str().split('/').collect();
     segments.pop();
     for segment in segments {
-        folder.push(segment);
+        folder = folder.join(segment);
         match modes::make_new_dir(&folder) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -434,7 +442,7 @@ mod tests {
     type Filled = (Staging, Manifest, BTreeMap<FilePath, StagedFile>);
 
     /// A fill of `key` that is ready to be published: one file, the same for every key.
-    fn filled(disk: &Disk, key: &str, source: &Path) -> Filled {
+    fn filled(disk: &Disk, key: &str, source: &std::path::Path) -> Filled {
         let (key, path) = (ArtifactKey::bare(key).expect("key"), FilePath::new("f").expect("path"));
         let given = Given { path: path.clone(), from: source.to_owned(), size: 7 };
         let wanted = [(path.clone(), FileEntry { size: 7, ..FileEntry::default() })];
@@ -450,7 +458,7 @@ mod tests {
     fn a_blob_that_was_found_there_outlives_the_artifact_it_came_from() {
         let folder = tempfile::tempdir().expect("folder");
         let source = folder.path().join("source");
-        fs::write(&source, "content").expect("writes");
+        std::fs::write(&source, "content").expect("writes");
         let (most, least) = (ByteBound::Bytes(1 << 30), ByteBound::Bytes(0));
         let disk = Disk::open(&folder.path().join("cache"), most, least, Sharing::Off).expect("opens");
 

@@ -48,7 +48,7 @@ impl Disk {
         self.ensure_writable()?;
         let path = self.layout().reference(name, revision);
         if let Some(folder) = path.parent() {
-            modes::make_dirs(folder).at("make", folder)?;
+            modes::make_dirs(&folder).at("make", &folder)?;
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let stored = Stored { version: version.clone(), resolved_at_unix: now.saturating_sub(age).as_secs() };

@@ -5,7 +5,7 @@
 //! checks what it reads here as it checks a server's. No lock is taken; a file that is evicted meanwhile stays readable
 //! while it is open, and is `NotFound` after.
 
-use super::{Disk, fault, files, modes};
+use super::{Disk, RootedPath, fault, files};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Manifest};
@@ -18,7 +18,6 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
 
 /// Bytes read at a time.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -27,7 +26,7 @@ const CHUNK_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct DiskSource {
     manifest: Option<Manifest>,
-    files: BTreeMap<FilePath, PathBuf>,
+    files: BTreeMap<FilePath, RootedPath>,
 }
 
 impl Disk {
@@ -70,11 +69,9 @@ impl Source for DiskSource {
         let gone = || Error::not_found(format!("{path} is not there any more")).tier(Tier::Disk);
         let from = self.files.get(path).ok_or_else(gone)?.clone();
         let opened = from.clone();
-        let file = blocking(move || {
-            files::absent(modes::open_existing(&opened, false)).map_err(|cause| fault("open", &opened, cause))
-        })
-        .await?
-        .ok_or_else(gone)?;
+        let file = blocking(move || files::absent(opened.open(false)).map_err(|cause| fault("open", &opened, cause)))
+            .await?
+            .ok_or_else(gone)?;
         let start = range.start;
         let chunks = futures::stream::unfold(Some((file, range)), move |reading| {
             let from = from.clone();
@@ -84,7 +81,7 @@ impl Source for DiskSource {
                     let chunk = chunk(&file, &range).map_err(|cause| fault("read", &from, cause))?;
                     let next = range.start + chunk.len() as u64;
                     if chunk.is_empty() {
-                        return Err(Error::new(ErrorKind::Corrupt, format!("{} ends early", from.display())));
+                        return Err(Error::new(ErrorKind::Corrupt, format!("{} ends early", from)));
                     }
                     Ok((chunk, (file, next..range.end)))
                 });

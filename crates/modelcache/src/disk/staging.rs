@@ -9,10 +9,11 @@ use super::Disk;
 use super::budget::{BudgetHold, room_for};
 use super::clone;
 use super::fault::At;
-use super::files::{self, allocated};
+use super::files;
 use super::layout::staged_name;
 use super::lock::FileLock;
 use super::parts::{journal_bytes, journal_of};
+use super::rooted::{Metadata, RootedPath};
 use super::{hashing, modes};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -22,9 +23,6 @@ use crate::ladder::part_size;
 use crate::manifest::{FileEntry, FileIdentity};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -59,7 +57,7 @@ struct Journal {
 #[derive(Debug)]
 pub(crate) struct Staging {
     disk: Disk,
-    dir: PathBuf,
+    dir: RootedPath,
     owner: Arc<FileLock>,
     /// Staged names that are links to blobs, and the identity under which their bytes are known to be right.
     reused: BTreeMap<String, FileIdentity>,
@@ -70,7 +68,7 @@ pub(crate) struct Staging {
 /// What one staging folder takes.
 #[derive(Debug)]
 pub(crate) struct StagingUse {
-    pub(crate) dir: PathBuf,
+    pub(crate) dir: RootedPath,
     pub(crate) live: bool,
     pub(crate) allocated: u64,
     reserved: u64,
@@ -85,13 +83,12 @@ impl StagingUse {
         if self.live { self.reserved.saturating_sub(self.allocated) } else { 0 }
     }
 
-    pub(crate) fn journal(&self) -> PathBuf {
+    pub(crate) fn journal(&self) -> RootedPath {
         self.dir.join(JOURNAL)
     }
 
     pub(crate) fn is_of(&self, key: &ArtifactKey) -> bool {
-        let name = self.dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        name.starts_with(&key.hash())
+        self.dir.name().starts_with(&key.hash())
     }
 
     /// A live fill, for people.
@@ -101,10 +98,10 @@ impl StagingUse {
 
     /// Whether the next fill of its key may want what is left here.
     pub(crate) fn may_be_resumed(&self) -> bool {
-        let modified = |path: &Path| fs::symlink_metadata(path).ok()?.modified().ok();
-        let latest = files::entries(&self.dir).unwrap_or_default().iter().filter_map(|path| modified(path)).max();
+        let modified = |path: &RootedPath| path.metadata().ok().map(|metadata| metadata.modified());
+        let latest = files::entries(&self.dir).unwrap_or_default().iter().filter_map(modified).max();
         let age = latest.and_then(|latest| SystemTime::now().duration_since(latest).ok());
-        is_resumable(&self.dir) && self.journal().exists() && age.is_some_and(|age| age < RESUME_AGE_MAX)
+        is_resumable(&self.dir) && self.journal().metadata().is_ok() && age.is_some_and(|age| age < RESUME_AGE_MAX)
     }
 
     /// Whether a fill that wants the files called `names` may take over what is here: they are most of it. A fill of
@@ -112,7 +109,7 @@ impl StagingUse {
     fn is_for(&self, names: &BTreeSet<String>) -> bool {
         let (mut wanted, mut all) = (0, 0);
         for path in files::entries(&self.dir).unwrap_or_default().iter().filter(|path| by_content(path)) {
-            let bytes = fs::symlink_metadata(path).map_or(0, |metadata| metadata.len());
+            let bytes = path.metadata().map_or(0, |metadata| metadata.len());
             all += bytes;
             wanted += if names.contains(staged_part(path)) { bytes } else { 0 };
         }
@@ -125,12 +122,12 @@ impl StagingUse {
     }
 }
 
-fn remove_staging(dir: &Path) -> Result<()> {
+fn remove_staging(dir: &RootedPath) -> Result<()> {
     let journal = dir.join(JOURNAL);
     for path in files::entries(dir)?.into_iter().filter(|path| *path != journal) {
         files::remove(&path)?;
     }
-    files::remove_tree(dir)
+    files::remove(dir)
 }
 
 fn names_of(wanted: &[(FilePath, FileEntry)]) -> BTreeSet<String> {
@@ -138,20 +135,19 @@ fn names_of(wanted: &[(FilePath, FileEntry)]) -> BTreeSet<String> {
 }
 
 /// The name of the staged file at `path`, or of the one whose parts the journal at `path` names.
-fn staged_part(path: &Path) -> &str {
-    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    name.strip_suffix(".parts").unwrap_or(name)
+fn staged_part(path: &RootedPath) -> &str {
+    path.name().strip_suffix(".parts").unwrap_or(path.name())
 }
 
 /// Whether a staged file is named by its content.
-fn by_content(path: &Path) -> bool {
+fn by_content(path: &RootedPath) -> bool {
     staged_part(path).starts_with("sha256-") || staged_part(path).starts_with("git-")
 }
 
 /// Whether anything in the folder has bytes that are nowhere else, and is named by its content, so that whoever goes on
 /// with it can check it.
-fn is_resumable(dir: &Path) -> bool {
-    let has_bytes = |path: &Path| files::stat(path).is_ok_and(|found| found.is_some_and(|m| m.nlink() == 1));
+fn is_resumable(dir: &RootedPath) -> bool {
+    let has_bytes = |path: &RootedPath| files::stat(path).is_ok_and(|found| found.is_some_and(|m| m.nlink() == 1));
     files::entries(dir).unwrap_or_default().iter().any(|path| by_content(path) && has_bytes(path))
 }
 
@@ -185,7 +181,7 @@ impl Disk {
             let blob =
                 files::stat(&self.layout().blob(&digest))?.filter(|blob| blob.is_file() && blob.len() == entry.size);
             if let Some(blob) = blob {
-                doubtful.insert(digest, (entry, files::identity(&blob)));
+                doubtful.insert(digest, (entry, blob.identity()));
             }
         }
         if doubtful.is_empty() {
@@ -201,8 +197,8 @@ impl Disk {
         hold.release()?;
         let is_right = |(digest, entry, known): &(Digest, &FileEntry, FileIdentity)| {
             let path = self.layout().blob(digest);
-            let Ok(file) = modes::open_existing(&path, false) else { return false };
-            let is_known = || file.metadata().is_ok_and(|found| files::identity(&found) == *known);
+            let Ok(file) = path.open(false) else { return false };
+            let is_known = || Metadata::of(&file).is_ok_and(|found| found.identity() == *known);
             is_known() && hashing::has_digest(&file, *digest, entry.ladder.as_ref()).unwrap_or(false) && is_known()
         };
         Ok(unvouched.into_iter().filter(is_right).map(|(digest, _, identity)| (digest, identity)).collect())
@@ -268,7 +264,7 @@ impl Disk {
         let journal = dir.join(JOURNAL);
         let file = modes::create_shared(&journal).at("make", &journal)?;
         let Some(owner) = FileLock::of_new(file, &journal)? else {
-            files::remove_tree(&dir)?;
+            files::remove(&dir)?;
             return Ok(None);
         };
         let staging = Staging::owned(self, dir, owner);
@@ -288,7 +284,7 @@ impl Disk {
         let names = names_of(wanted);
         let us = rustix::process::geteuid().as_raw();
         dead.retain(|staging| {
-            staging.is_for(&names) && fs::symlink_metadata(&staging.dir).is_ok_and(|metadata| metadata.uid() == us)
+            staging.is_for(&names) && staging.dir.metadata().is_ok_and(|metadata| metadata.uid() == us)
         });
         for StagingUse { dir, .. } in dead {
             let Some(Some(owner)) = FileLock::try_existing(&dir.join(JOURNAL))? else { continue };
@@ -307,7 +303,7 @@ impl Disk {
     pub(crate) fn stagings(&self) -> Result<Vec<StagingUse>> {
         let mut uses = Vec::new();
         for dir in files::entries(&self.layout().stagings())? {
-            if !files::stat(&dir)?.is_some_and(|metadata| metadata.is_dir()) {
+            if !files::is_folder(&dir)? {
                 continue;
             }
             let path = dir.join(JOURNAL);
@@ -321,14 +317,13 @@ impl Disk {
     }
 
     /// Removes what writers that ended long ago had not given its name yet, directly in `folder`.
-    pub(crate) fn drop_old_temporaries(&self, folder: &Path) -> Result<()> {
-        let is_temporary =
-            |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(files::TEMPORARY));
+    pub(crate) fn drop_old_temporaries(&self, folder: &RootedPath) -> Result<()> {
+        let is_temporary = |path: &RootedPath| path.name().starts_with(files::TEMPORARY);
         for path in files::entries(folder)?.into_iter().filter(is_temporary) {
-            let age = |metadata: &fs::Metadata| SystemTime::now().duration_since(metadata.modified().ok()?).ok();
+            let age = |metadata: &Metadata| SystemTime::now().duration_since(metadata.modified()).ok();
             match files::stat(&path)?.filter(|metadata| age(metadata) > Some(TEMPORARY_AGE_MAX)) {
                 Some(metadata) if metadata.is_file() => files::remove_file(&path)?,
-                Some(metadata) if metadata.is_dir() => drop(fs::remove_dir(&path)),
+                Some(metadata) if metadata.is_dir() => drop(path.remove_dir()),
                 _ => {}
             }
         }
@@ -337,13 +332,13 @@ impl Disk {
 }
 
 impl Staging {
-    fn owned(disk: &Disk, dir: PathBuf, owner: FileLock) -> Self {
+    fn owned(disk: &Disk, dir: RootedPath, owner: FileLock) -> Self {
         let (reused, reflinked) = (BTreeMap::new(), BTreeMap::new());
         Self { disk: disk.clone(), dir, owner: Arc::new(owner), reused, reflinked }
     }
 
     /// Where the file called `name` is (to be) staged.
-    pub(crate) fn file(&self, name: &str) -> PathBuf {
+    pub(crate) fn file(&self, name: &str) -> RootedPath {
         self.dir.join(name)
     }
 
@@ -381,7 +376,7 @@ impl Staging {
             let own = files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() == 1);
             if own && names.contains(staged_part(&path)) && by_content(&path) {
                 kept = true;
-            } else if path.file_name().is_none_or(|name| name != JOURNAL) {
+            } else if path.name() != JOURNAL {
                 files::remove(&path)?;
             }
         }
@@ -450,7 +445,7 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        if self.dir.exists()
+        if self.dir.metadata().is_ok()
             && !is_resumable(&self.dir)
             && let Err(error) = remove_staging(&self.dir)
         {
@@ -465,11 +460,11 @@ fn room_to_stage(size: u64) -> u64 {
 }
 
 /// Bytes that the folder takes. Files that are links to blobs count there; the journal does not count.
-fn staged_bytes(dir: &Path) -> Result<u64> {
+fn staged_bytes(dir: &RootedPath) -> Result<u64> {
     let mut bytes = 0;
     files::walk(dir, &mut |path, metadata| {
-        if metadata.nlink() == 1 && path.file_name().is_none_or(|name| name != JOURNAL) {
-            bytes += allocated(metadata);
+        if metadata.nlink() == 1 && path.name() != JOURNAL {
+            bytes += metadata.allocated();
         }
         Ok(())
     })?;

@@ -8,19 +8,18 @@
 //! What a dead writer left is hashed whole first, by the one who wants to lend it, and then made durable the same way.
 
 use super::fault::At;
-use super::files::{self, identity};
+use super::files;
 use super::layout::ArtifactDir;
 use super::lend::{Lend, Mismatch};
 use super::lock::FileLock;
-use super::{Disk, fault, modes};
+use super::rooted::{Metadata, RootedPath};
+use super::{Disk, fault};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity, Held, Manifest};
 use crate::selection::Selection;
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{OnceLock, PoisonError};
 use std::thread;
@@ -163,7 +162,7 @@ impl Disk {
             failed.extend(passed_over);
             for (path, entry, file, cause) in refused {
                 let error = fault("make durable", &dir.view(&path), cause);
-                tracing::warn!(artifact = %dir.path().display(), file = %path, %error, "the medium did not take it; it is withdrawn, and the next get fetches it again");
+                tracing::warn!(artifact = %dir.path(), file = %path, %error, "the medium did not take it; it is withdrawn, and the next get fetches it again");
                 self.mend(dir, &path, &entry, Mismatch::Wrong(file))?;
                 failed.insert(path);
                 refusal.get_or_insert(error);
@@ -186,7 +185,7 @@ impl Disk {
 
     /// Whether what was made durable is what is recorded, or what lies there though another file was recorded.
     fn is_still(&self, dir: &ArtifactDir, path: &FilePath, entry: &FileEntry, synced: FileIdentity) -> bool {
-        let lies_there = || files::stat(&dir.view(path)).ok().flatten().map(|metadata| identity(&metadata));
+        let lies_there = || files::stat(&dir.view(path)).ok().flatten().map(|metadata| metadata.identity());
         entry.recorded_on_disk() == Some(synced) || lies_there() == Some(synced)
     }
 
@@ -203,8 +202,8 @@ impl Disk {
             return Ok(false);
         }
         for folder in [dir.files(), self.layout().blobs()] {
-            let Some(open) = files::absent(File::open(&folder)).at("open", &folder)? else { continue };
-            let device = open.metadata().at("look at", &folder)?.dev();
+            let Some(open) = files::absent(folder.open_dir()).at("open", &folder)? else { continue };
+            let device = Metadata::of(&open).at("look at", &folder)?.dev();
             if done.insert(device) && rustix::fs::syncfs(&open).is_err() {
                 has_failed.store(true, Ordering::Relaxed);
                 return Ok(false);
@@ -219,8 +218,9 @@ impl Disk {
         let (mut refused, mut passed_over, mut done) = (Vec::new(), Vec::new(), BTreeSet::new());
         for (path, entry, known) in found {
             let view = dir.view(path);
-            let file = files::absent(modes::open_existing(&view, false)).at("open", &view)?;
-            let Some(file) = file.filter(|file| file.metadata().is_ok_and(|found| identity(&found) == *known)) else {
+            let file = files::absent(view.open(false)).at("open", &view)?;
+            let Some(file) = file.filter(|file| Metadata::of(file).is_ok_and(|found| found.identity() == *known))
+            else {
                 passed_over.push(path.clone());
                 continue;
             };
@@ -238,12 +238,12 @@ impl Disk {
         let (mut folders, files_root) = (BTreeSet::new(), dir.files());
         for (path, entry, _) in found {
             let view = dir.view(path);
-            folders.extend(view.ancestors().skip(1).take_while(|at| at.starts_with(&files_root)).map(Path::to_owned));
+            folders.extend(view.ancestors().skip(1).take_while(|at| at.below(&files_root).is_some()));
             let blob = entry.sha256.map(|digest| self.layout().blob(&digest));
-            folders.extend(blob.and_then(|blob| blob.parent().map(Path::to_owned)));
+            folders.extend(blob.and_then(|blob| blob.parent()));
         }
         // From below: a name is worth what the folder above it is.
-        let above: Vec<PathBuf> = dir.path().ancestors().take(4).map(Path::to_owned).collect();
+        let above: Vec<RootedPath> = dir.path().ancestors().take(4).collect();
         let folders = folders.into_iter().rev().chain([self.layout().blobs()]).chain(above);
         folders.into_iter().try_for_each(|folder| match files::sync_dir(&folder) {
             Err(_) if files::stat(&folder)?.is_none() => Ok(()),

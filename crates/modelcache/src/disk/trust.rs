@@ -5,7 +5,6 @@
 //! above; anybody once the directory is said to be shared, except for a link.
 
 use super::fault::At;
-use super::files;
 use crate::config::Sharing;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use std::fs;
@@ -17,7 +16,9 @@ const OPEN_TO_ALL: u32 = 0o1002;
 
 /// Refuses a root that somebody else put into a folder open to all.
 pub(super) fn check(root: &Path, sharing: Sharing) -> Result<()> {
-    let Some(found) = files::stat(root)? else { return Ok(()) };
+    let Some(found) = super::rooted::absent(std::fs::symlink_metadata(root)).at("look at", root)? else {
+        return Ok(());
+    };
     let Some(above) = root.parent() else { return Ok(()) };
     let above = fs::metadata(above).at("look at", above)?;
     if above.mode() & OPEN_TO_ALL != OPEN_TO_ALL {

@@ -8,13 +8,14 @@
 //! A lease is held while a file is opened and while a finding is recorded, not while the file is read: an open file stays
 //! what it is, and no eviction has to wait for us. The medium is asked and not the kernel's memory, which stays as it is.
 
+use super::Disk;
 use super::fault::At;
-use super::files::{self, identity};
+use super::files;
 use super::hashing::{self, Stretch};
 use super::layout::ArtifactDir;
 use super::lend::Mismatch;
 use super::lock::FileLock;
-use super::{Disk, modes};
+use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
 use crate::error::{Error, Result, Tier};
 use crate::finding::{BadPart, Finding, Problem, Verified};
@@ -27,8 +28,6 @@ use crate::transfer::Pace;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -116,7 +115,7 @@ pub(crate) enum Stored {
     /// An artifact, its manifest readable or not.
     Artifact(ArtifactKey),
     /// A folder with a damaged manifest whose key its name does not tell.
-    Nameless(PathBuf),
+    Nameless(RootedPath),
 }
 
 impl Disk {
@@ -127,7 +126,7 @@ impl Disk {
             match artifact.manifest.map(|manifest| manifest.key).or_else(|| self.key_of(&artifact.dir)) {
                 _ if files::stat(&artifact.dir.manifest())?.is_none() => {}
                 Some(key) => keys.push(key),
-                None => nameless.push(Stored::Nameless(artifact.dir.path().to_owned())),
+                None => nameless.push(Stored::Nameless(artifact.dir.path().clone())),
             }
         }
         keys.sort();
@@ -136,8 +135,8 @@ impl Disk {
 
     /// The key whose folder this is, as far as names that were not cut tell.
     fn key_of(&self, dir: &ArtifactDir) -> Option<ArtifactKey> {
-        let text = |path: &Path| unescape(path.file_name()?.to_str()?);
-        let key = ArtifactKey::new(text(dir.path().parent()?)?.parse().ok()?, Version::new(&text(dir.path())?).ok()?);
+        let text = |path: &RootedPath| unescape(path.name());
+        let key = ArtifactKey::new(text(&dir.path().parent()?)?.parse().ok()?, Version::new(&text(dir.path())?).ok()?);
         (self.layout().artifact(&key) == *dir).then_some(key)
     }
 
@@ -204,11 +203,8 @@ impl Disk {
     fn withdrawn_before(&self, manifest: &Manifest, selection: &Selection) -> Result<Vec<Finding>> {
         let nothing_left = manifest.files.values().all(|entry| entry.held.is_none());
         let mut quarantined = BTreeSet::new();
-        let entries =
-            files::absent(std::fs::read_dir(self.layout().quarantine())).at("list", &self.layout().quarantine())?;
-        for entry in entries.into_iter().flatten().flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            quarantined.extend(name.split_once('-').and_then(|(digest, _)| digest.parse::<Digest>().ok()));
+        for path in files::entries(&self.layout().quarantine())? {
+            quarantined.extend(path.name().split_once('-').and_then(|(digest, _)| digest.parse::<Digest>().ok()));
         }
         let absent = manifest.selected(selection).filter(|(_, entry)| entry.held.is_none());
         let lost = absent
@@ -227,19 +223,19 @@ impl Disk {
     }
 
     /// What there is to say of a folder whose manifest tells nothing.
-    pub(crate) fn verify_nameless(&self, dir: &Path) -> Verified {
-        let mut verified = Verified::new(None, dir.display().to_string(), Tier::Disk);
-        verified.findings.push(damaged_manifest(&ArtifactDir(dir.to_owned())));
+    pub(crate) fn verify_nameless(&self, dir: &RootedPath) -> Verified {
+        let mut verified = Verified::new(None, dir.to_string(), Tier::Disk);
+        verified.findings.push(damaged_manifest(&ArtifactDir(dir.clone())));
         verified
     }
 
     /// Reads the blobs that no artifact's file led to: leftovers, copies beside files with bytes of their own.
     pub(crate) fn verify_blobs(&self, reading: &Reading, progress: &Progress) -> Result<Verified> {
         let folder = self.layout().blobs();
-        let mut verified = Verified::new(None, folder.display().to_string(), Tier::Disk);
+        let mut verified = Verified::new(None, folder.to_string(), Tier::Disk);
         let mut blobs = Vec::new();
         files::walk(&folder, &mut |path, _| {
-            blobs.push(path.to_owned());
+            blobs.push(path.clone());
             Ok(())
         })?;
         for path in blobs {
@@ -251,23 +247,29 @@ impl Disk {
         Ok(verified)
     }
 
-    fn verify_blob(&self, path: &Path, reading: &Reading, progress: &Progress, verified: &mut Verified) -> Result<()> {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    fn verify_blob(
+        &self,
+        path: &RootedPath,
+        reading: &Reading,
+        progress: &Progress,
+        verified: &mut Verified,
+    ) -> Result<()> {
+        let name = path.name();
         if name.starts_with(files::TEMPORARY) {
             return Ok(());
         }
         let Some(expected) = name.parse::<Digest>().ok().filter(|digest| self.layout().blob(digest) == *path) else {
             verified.findings.push(Finding {
-                detail: Some(format!("{} is no blob: its name is no digest", path.display())),
+                detail: Some(format!("{} is no blob: its name is no digest", path)),
                 remedy: Some("remove it; modelcache did not make it, and leaves it alone".into()),
                 ..Finding::new(None, Problem::WrongBytes)
             });
             return Ok(());
         };
-        let Some(file) = files::absent(modes::open_existing(path, false)).at("open", path)? else { return Ok(()) };
-        let metadata = file.metadata().at("look at", path)?;
+        let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(()) };
+        let metadata = Metadata::of(&file).at("look at", path)?;
         let is_told = lock(&reading.bad).contains(&(metadata.dev(), metadata.ino()));
-        if is_told || reading.was_right(metadata.dev(), identity(&metadata), expected) {
+        if is_told || reading.was_right(metadata.dev(), metadata.identity(), expected) {
             return Ok(());
         }
         verified.files += 1;
@@ -284,7 +286,7 @@ impl Disk {
         verified.findings.push(Finding {
             expected: Some(expected),
             found,
-            detail: Some(format!("the blob {}", path.display())),
+            detail: Some(format!("the blob {}", path)),
             withdrawn: !self.is_read_only(),
             // Nobody is served from it, and nobody will be.
             repaired_from: (!self.is_read_only()).then_some(Tier::Disk),
@@ -294,9 +296,9 @@ impl Disk {
     }
 
     /// The digest of a file that is only read; `None` if it is gone, or nobody waits any more.
-    pub(crate) fn hash_paced(&self, path: &Path, reading: &Reading) -> Result<Option<Digest>> {
-        let Some(file) = files::absent(modes::open_existing(path, false)).at("open", path)? else { return Ok(None) };
-        let size = file.metadata().at("look at", path)?.len();
+    pub(crate) fn hash_paced(&self, path: &RootedPath, reading: &Reading) -> Result<Option<Digest>> {
+        let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(None) };
+        let size = Metadata::of(&file).at("look at", path)?.len();
         let digest = reading.in_order(&file, size, &Progress::new()).at("read", path)?;
         Ok((!reading.is_stopped()).then_some(digest))
     }
@@ -337,7 +339,7 @@ fn cut_short() -> Error {
 
 fn damaged_manifest(dir: &ArtifactDir) -> Finding {
     Finding {
-        detail: Some(dir.manifest().display().to_string()),
+        detail: Some(dir.manifest().to_string()),
         withdrawn: true,
         remedy: Some("get or put the artifact again; what is left of it is found by digest, or swept".into()),
         ..Finding::new(None, Problem::DamagedManifest)
@@ -462,7 +464,7 @@ impl Work<'_> {
             return Ok(None);
         }
         let view = self.dir.view(&path);
-        let opened = match modes::open_existing(&view, false) {
+        let opened = match view.open(false) {
             Ok(file) => Some(file),
             Err(error) if super::fault::errno(&error) == Some(rustix::io::Errno::MFILE) => {
                 return Err(error).at("open", &view);
@@ -474,8 +476,8 @@ impl Work<'_> {
             self.record(&path, &entry, Mismatch::Missing, Finding::new(Some(path.clone()), Problem::Missing))?;
             return Ok(None);
         };
-        let metadata = file.metadata().at("look at", &view)?;
-        let (device, identity) = (metadata.dev(), identity(&metadata));
+        let metadata = Metadata::of(&file).at("look at", &view)?;
+        let (device, identity) = (metadata.dev(), metadata.identity());
         if entry.on_disk() == Some(identity)
             && entry.sha256.is_some_and(|digest| self.reading.was_right(device, identity, digest))
         {
@@ -502,7 +504,7 @@ impl Work<'_> {
     fn judge(&self, open: &OpenFile) -> Result<()> {
         let (path, entry) = (&open.path, &open.entry);
         let view = self.dir.view(path);
-        let now = identity(&open.file.metadata().at("look at", &view)?);
+        let now = Metadata::of(&open.file).at("look at", &view)?.identity();
         lock(&self.done).bytes += open.identity.bytes;
         let mut seen = std::mem::take(&mut *lock(&open.seen));
         if !seen.bad.is_empty() && seen.found.is_none() && seen.trouble.is_none() {
@@ -546,7 +548,7 @@ impl Work<'_> {
             return Ok(());
         }
         let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(()) };
-        let lies_there = files::stat(&self.dir.view(&open.path))?.map(|metadata| identity(&metadata));
+        let lies_there = files::stat(&self.dir.view(&open.path))?.map(|metadata| metadata.identity());
         if lies_there == Some(now) && self.is_still_held(&open.path, &open.entry)? {
             self.disk.mend(self.dir, &open.path, &open.entry, Mismatch::Right(now))?;
         }

@@ -8,21 +8,21 @@
 //! Surprise: nothing here hashes by itself. Whoever writes takes the [`Cursor`] where the slice is next, and reads back
 //! what [came early](StagedWriter::next_to_catch_up), so that two files can be hashed side by side.
 
+use super::fault;
 use super::lock::FileLock;
 use super::parts::PartsJournal;
-use super::{fault, identity, modes};
+use super::rooted::{Metadata, RootedPath};
 use crate::digest::{Digest, GitOid};
 use crate::error::{Error, Result};
 use crate::ladder::{Ladder, LadderHasher, PartHasher};
 use crate::manifest::FileIdentity;
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{File, Permissions};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
@@ -32,7 +32,7 @@ pub(crate) const ALIGNMENT: usize = 4096;
 #[derive(Debug, Clone)]
 pub(crate) struct Draft {
     /// Where it is staged.
-    pub(crate) path: PathBuf,
+    pub(crate) path: RootedPath,
     /// Bytes.
     pub(crate) size: u64,
     /// Bytes of a part.
@@ -51,7 +51,7 @@ pub(crate) struct StagedWriter {
     /// Nobody adopts the staging folder while a write may still be under way.
     _owner: Option<Arc<FileLock>>,
     parts: Option<PartsJournal>,
-    path: PathBuf,
+    path: RootedPath,
     size: u64,
     part_size: u64,
     buffered: File,
@@ -127,9 +127,7 @@ impl StagedWriter {
         // Always a new inode: a write of an abandoned attempt that is still under way must not land in this one.
         super::files::remove_file(path)?;
         let parts = PartsJournal::create(path, draft.size, draft.part_size)?;
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(0o600);
-        let buffered = options.open(path).map_err(|cause| at("make", cause))?;
+        let buffered = path.create_new(0o600).map_err(|cause| at("make", cause))?;
         allocate(&buffered, draft.size).map_err(|cause| at("make room for", cause))?;
         Ok(Self::over(draft, buffered, parts, owner))
     }
@@ -142,7 +140,7 @@ impl StagedWriter {
             return Ok(None);
         }
         // Read-only: it was complete and proven when its fill ended.
-        let sealed = metadata.permissions().mode() & 0o222 == 0;
+        let sealed = metadata.mode() & 0o222 == 0;
         let journal = match sealed {
             true => PartsJournal::of_sealed(&draft.path, draft.size, draft.part_size)?,
             false => PartsJournal::resume(&draft.path, draft.size, draft.part_size),
@@ -154,10 +152,15 @@ impl StagedWriter {
             None => return Ok(None),
         };
         let open = || {
-            let sealed = modes::open_existing(&draft.path, false)?;
+            let sealed = draft.path.open(false)?;
+            let found = Metadata::of(&sealed)?;
+            // Not a link that another user just made of a file elsewhere.
+            if found.ino() != metadata.ino() || found.nlink() != 1 {
+                return Err(io::Error::from(Errno::STALE));
+            }
             sealed.set_permissions(Permissions::from_mode(0o600))?;
-            let writable = modes::open_existing(&draft.path, true)?;
-            let same = sealed.metadata()?.ino() == writable.metadata()?.ino();
+            let writable = draft.path.open(true)?;
+            let same = found.ino() == Metadata::of(&writable)?.ino();
             if same { Ok(writable) } else { Err(io::Error::from(Errno::STALE)) }
         };
         let Ok(buffered) = open() else { return Ok(None) };
@@ -166,7 +169,7 @@ impl StagedWriter {
 
     fn over(draft: Draft, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Self {
         let Draft { path, size, part_size, in_order, git, direct } = draft;
-        let direct = direct.then(|| open_direct(&path)).flatten();
+        let direct = direct.then(|| path.open_direct().ok()).flatten();
         Self {
             _owner: owner,
             parts,
@@ -184,7 +187,7 @@ impl StagedWriter {
     }
 
     /// Removes the file staged at `path`, whose bytes are wrong, so that nobody goes on with it.
-    pub(crate) fn forget(path: &Path) -> Result<()> {
+    pub(crate) fn forget(path: &RootedPath) -> Result<()> {
         super::files::remove_file(path)?;
         super::files::remove_file(&super::parts::journal_of(path))
     }
@@ -342,14 +345,14 @@ impl StagedWriter {
         self.buffered
             .set_permissions(Permissions::from_mode(0o444))
             .map_err(|cause| fault("make read-only", &path, cause))?;
-        let written = self.buffered.metadata().map_err(|cause| fault("look at", &path, cause))?;
+        let written = Metadata::of(&self.buffered).map_err(|cause| fault("look at", &path, cause))?;
         drop((self.buffered, self.direct, self.parts));
         // Read-only says as much as the journal did.
         super::files::remove_file(&super::parts::journal_of(&path))?;
-        let metadata = fs::symlink_metadata(&path).map_err(|cause| fault("look at", &path, cause))?;
-        match identity(&metadata) == identity(&written) {
-            true => Ok(identity(&metadata)),
-            false => Err(Error::corrupt(format!("{} was replaced while it was being filled", path.display()))),
+        let metadata = path.metadata().map_err(|cause| fault("look at", &path, cause))?;
+        match metadata.identity() == written.identity() {
+            true => Ok(metadata.identity()),
+            false => Err(Error::corrupt(format!("{path} was replaced while it was being filled"))),
         }
     }
 
@@ -406,11 +409,6 @@ fn allocate(file: &File, size: u64) -> io::Result<()> {
     }
 }
 
-fn open_direct(path: &Path) -> Option<File> {
-    let flags = (OFlags::DIRECT | OFlags::NOFOLLOW).bits().cast_signed();
-    OpenOptions::new().write(true).custom_flags(flags).open(path).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -421,7 +419,7 @@ mod tests {
         fn parts_in_any_order_hash_to_the_file(len in 0usize..9000, seed in any::<u64>()) {
             let content: Vec<u8> = (0..len).map(|at| (at as u64 ^ seed).wrapping_mul(0x9e37_79b9) as u8).collect();
             let folder = tempfile::tempdir().expect("folder");
-            let path = folder.path().join("f");
+            let path = RootedPath::root(folder.path()).join("f");
             let draft = Draft { path, size: len as u64, part_size: 1024, in_order: true, git: true, direct: false };
             let writer = StagedWriter::create(draft, None).expect("creates");
             let mut parts: Vec<usize> = (0..len.div_ceil(1024)).collect();
@@ -449,18 +447,18 @@ mod tests {
             git.update(&content);
             prop_assert_eq!(hashed.git_oid, Some(GitOid::from_bytes(git.finalize().into())));
             writer.seal().expect("seals");
-            prop_assert_eq!(fs::read(folder.path().join("f")).expect("reads"), content);
+            prop_assert_eq!(std::fs::read(folder.path().join("f")).expect("reads"), content);
         }
     }
     #[test]
     fn what_is_written_past_the_page_cache_is_what_was_given() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("folder");
-        let path = folder.path().join("f");
+        let path = RootedPath::root(folder.path()).join("f");
         let content: Vec<u8> = (0..3 * ALIGNMENT + 77).map(|at| (at % 251) as u8).collect();
         let size = content.len() as u64;
         let draft = Draft { path: path.clone(), size, part_size: 1 << 20, in_order: false, git: false, direct: true };
         let writer = StagedWriter::create(draft, None).expect("creates");
-        assert_eq!(writer.direct.is_some(), open_direct(&path).is_some(), "where the filesystem takes it");
+        assert_eq!(writer.direct.is_some(), path.open_direct().is_ok(), "where the filesystem takes it");
         // An address that no direct write takes: it falls back.
         for skew in [0, 1] {
             let mut memory = vec![0; content.len() + 2 * ALIGNMENT];
@@ -472,6 +470,6 @@ mod tests {
             assert_eq!(back, content);
         }
         writer.seal().expect("seals");
-        assert_eq!(fs::read(path).expect("reads"), content);
+        assert_eq!(std::fs::read(path.full()).expect("reads"), content);
     }
 }

@@ -14,6 +14,7 @@ use super::multipart::{Multipart, SINGLE_BYTES_MAX};
 use super::publish::{Job, LOOKS_IN_FLIGHT, There};
 use super::{Folder, Remote, hanging, twin};
 use crate::digest::Digest;
+use crate::disk::LocalFile;
 use crate::error::{Error, Result};
 use crate::key::FilePath;
 use crate::ladder::PartHasher;
@@ -22,9 +23,8 @@ use crate::progress::Progress;
 use crate::transfer::{tidy, within};
 use futures::StreamExt;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io::Read as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// How long a remote may take to say whether sending can begin.
@@ -67,7 +67,7 @@ impl Remote {
         &self,
         manifest: &Manifest,
         paths: &BTreeSet<FilePath>,
-        files: &BTreeMap<FilePath, PathBuf>,
+        files: &BTreeMap<FilePath, LocalFile>,
         sidecars: bool,
     ) -> Option<Begun> {
         if self.is_read_only() || self.refuses_writes() {
@@ -87,7 +87,7 @@ async fn begin(
     remote: &Remote,
     manifest: &Manifest,
     paths: &BTreeSet<FilePath>,
-    files: &BTreeMap<FilePath, PathBuf>,
+    files: &BTreeMap<FilePath, LocalFile>,
     sidecars: bool,
 ) -> Result<Option<Begun>> {
     let large = |(path, entry): &(&FilePath, &FileEntry)| paths.contains(*path) && entry.size > SINGLE_BYTES_MAX;
@@ -97,7 +97,7 @@ async fn begin(
         return Ok(None);
     }
     let (folder, rewrite, progress) = (Folder::new(&manifest.key), BTreeSet::new(), Progress::new());
-    let places: BTreeMap<_, _> = paths.iter().map(|path| (path.clone(), PathBuf::new())).collect();
+    let places: BTreeMap<_, _> = paths.iter().map(|path| (path.clone(), LocalFile::from(PathBuf::new()))).collect();
     let job = Job {
         remote,
         store,
@@ -136,7 +136,7 @@ async fn begin(
 }
 
 /// Whether another version may have this file already: then the server copies it, once its digest is known.
-async fn may_be_one_of(twins: &[FileEntry], entry: &FileEntry, file: Option<&PathBuf>) -> bool {
+async fn may_be_one_of(twins: &[FileEntry], entry: &FileEntry, file: Option<&LocalFile>) -> bool {
     for twin in twins.iter().filter(|twin| twin.size == entry.size) {
         let differs = match (entry.sha256, twin.sha256, file) {
             (Some(ours), Some(theirs), _) => ours != theirs,
@@ -154,12 +154,12 @@ async fn may_be_one_of(twins: &[FileEntry], entry: &FileEntry, file: Option<&Pat
 }
 
 /// Whether the first part of a file is another than that of `twin`, as its ladder tells.
-fn differs_at_first(file: &Path, twin: &FileEntry) -> bool {
+fn differs_at_first(file: &LocalFile, twin: &FileEntry) -> bool {
     let Some((ladder, rung)) = twin.ladder.as_ref().and_then(|ladder| Some((ladder, ladder.after(0)?))) else {
         return false;
     };
     let read = || {
-        let (mut part, mut hasher) = (File::open(file)?.take(ladder.part_size()), PartHasher::new());
+        let (mut part, mut hasher) = (file.open()?.take(ladder.part_size()), PartHasher::new());
         let mut buffer = vec![0; SLICE_BYTES];
         loop {
             match part.read(&mut buffer)? {

@@ -205,8 +205,8 @@ impl Following {
         if let Some(file) = &self.file {
             return Ok(file.clone());
         }
-        let staged = self.arrival.staged().to_owned();
-        let file = Arc::new(blocking(move || File::open(staged).map_err(unreadable)).await?);
+        let staged = self.arrival.staged().clone();
+        let file = Arc::new(blocking(move || staged.open(false).map_err(unreadable)).await?);
         // Another one may lie there by now, most of which is not there yet.
         if self.generation.is_some_and(|generation| !self.arrival.is_current(generation)) {
             return Err(filled_anew());

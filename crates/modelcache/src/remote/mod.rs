@@ -51,6 +51,7 @@ mod upload;
 mod verify;
 mod wire;
 
+pub use crate::disk::LocalFile;
 pub(crate) use begun::Begun;
 pub(crate) use doctor::examine;
 pub(crate) use early::{Early, Proven};
@@ -79,7 +80,6 @@ use object_store::path::Path;
 use settings::{Options, Place};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use store::Store;
@@ -229,7 +229,7 @@ impl Remote {
     pub async fn publish(
         &self,
         manifest: &Manifest,
-        files: &BTreeMap<FilePath, PathBuf>,
+        files: &BTreeMap<FilePath, LocalFile>,
         options: PublishOptions,
         progress: &Progress,
     ) -> Result<Published> {
@@ -242,7 +242,7 @@ impl Remote {
     pub(crate) async fn publish_begun(
         &self,
         manifest: &Manifest,
-        files: &BTreeMap<FilePath, PathBuf>,
+        files: &BTreeMap<FilePath, LocalFile>,
         options: PublishOptions,
         begun: Option<Begun>,
         progress: &Progress,

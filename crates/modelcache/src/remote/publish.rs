@@ -24,6 +24,7 @@ use super::twin::{self, Twin};
 use super::upload::{self, FILES_IN_FLIGHT, Upload, Uploader};
 use super::{Conditions, Folder, MANIFEST, PublishOptions, Published, Remote};
 use crate::digest::Digest;
+use crate::disk::LocalFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{FilePath, OWN_FOLDER};
 use crate::manifest::{Held, Manifest, ObjectIdentity};
@@ -46,7 +47,7 @@ pub(super) struct Job<'a> {
     pub(super) store: &'a Arc<Store>,
     pub(super) folder: Folder,
     pub(super) manifest: &'a Manifest,
-    pub(super) files: &'a BTreeMap<FilePath, PathBuf>,
+    pub(super) files: &'a BTreeMap<FilePath, LocalFile>,
     pub(super) force: bool,
     pub(super) rewrite: &'a BTreeSet<FilePath>,
     pub(super) sidecars: bool,
@@ -64,7 +65,7 @@ pub(super) enum There {
 pub(super) async fn publish(
     remote: &Remote,
     manifest: &Manifest,
-    files: &BTreeMap<FilePath, PathBuf>,
+    files: &BTreeMap<FilePath, LocalFile>,
     options: PublishOptions,
     begun: Option<Begun>,
     progress: &Progress,
@@ -126,7 +127,7 @@ impl Job<'_> {
 
     /// What to send for each file.
     fn uploads(&self) -> Result<BTreeMap<FilePath, Upload>> {
-        let one = |(path, file): (&FilePath, &PathBuf)| {
+        let one = |(path, file): (&FilePath, &LocalFile)| {
             let entry = self.manifest.files.get(path);
             let entry = entry.ok_or_else(|| Error::invalid(format!("{path} is not in the manifest")))?;
             let sha256 = entry.sha256.ok_or_else(|| Error::invalid(format!("the digest of {path} is not known")))?;

@@ -11,6 +11,7 @@ use super::failure;
 use super::multipart::{Memory, Multipart, Room, SINGLE_BYTES_MAX};
 use super::store::{Condition, Store, Written};
 use crate::digest::Digest;
+use crate::disk::LocalFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
 use crate::ladder::PartHasher;
@@ -38,7 +39,7 @@ pub(super) struct Upload {
     /// The object.
     pub(super) object: Path,
     /// The local file.
-    pub(super) file: PathBuf,
+    pub(super) file: LocalFile,
     /// Its bytes.
     pub(super) size: u64,
     /// Its digest.
@@ -140,7 +141,7 @@ impl Uploader {
 struct Reader {
     file: File,
     hasher: PartHasher,
-    path: PathBuf,
+    path: LocalFile,
 }
 
 impl Reader {
@@ -205,19 +206,19 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     done.map_err(|cause| Error::new(ErrorKind::Other, "reading a file was cut short").cause(cause))?
 }
 
-fn open(path: &FsPath) -> Result<File> {
-    File::open(path).map_err(|cause| unreadable(path, cause))
+fn open(path: &LocalFile) -> Result<File> {
+    path.open().map_err(|cause| unreadable(path, cause))
 }
 
-fn unreadable(path: &FsPath, cause: std::io::Error) -> Error {
-    Error::new(ErrorKind::Other, format!("cannot read {}", path.display())).cause(cause)
+fn unreadable(path: &LocalFile, cause: std::io::Error) -> Error {
+    Error::new(ErrorKind::Other, format!("cannot read {path}")).cause(cause)
 }
 
-fn changed(path: &FsPath, how: &str) -> Error {
-    Error::corrupt(format!("{} changed before it was sent: {how}", path.display()))
+fn changed(path: &LocalFile, how: &str) -> Error {
+    Error::corrupt(format!("{path} changed before it was sent: {how}"))
 }
 
-fn same_digest(expected: Digest, found: Digest, path: &FsPath) -> Result<()> {
+fn same_digest(expected: Digest, found: Digest, path: &LocalFile) -> Result<()> {
     if found != expected {
         return Err(changed(path, &format!("sha256 {}, expected {}", found.short(), expected.short())));
     }

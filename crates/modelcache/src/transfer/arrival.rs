@@ -11,10 +11,10 @@
 //! finds the same generation afterwards has opened that one.
 
 use super::order::Left;
+use crate::disk::RootedPath;
 use crate::key::FilePath;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
@@ -47,7 +47,7 @@ pub(crate) type Arrivals = BTreeMap<FilePath, Arc<Arrival>>;
 /// One file of a fill.
 #[derive(Debug)]
 pub(crate) struct Arrival {
-    staged: PathBuf,
+    staged: RootedPath,
     size: u64,
     release: Release,
     came: watch::Sender<Came>,
@@ -103,13 +103,13 @@ pub(super) enum Next {
 
 impl Arrival {
     /// A file of `size` bytes that is to be filled at `staged`.
-    pub(crate) fn new(staged: PathBuf, size: u64, release: Release) -> Arc<Self> {
+    pub(crate) fn new(staged: RootedPath, size: u64, release: Release) -> Arc<Self> {
         let (came, wishes, wished) = (watch::Sender::default(), Mutex::default(), Notify::new());
         Arc::new(Self { staged, size, release, came, wishes, wished })
     }
 
     /// Where the file is staged.
-    pub(crate) fn staged(&self) -> &Path {
+    pub(crate) fn staged(&self) -> &RootedPath {
         &self.staged
     }
 
@@ -347,7 +347,7 @@ mod tests {
     const PART: u64 = GAP_BYTES;
 
     fn arrival(release: Release) -> Arc<Arrival> {
-        let arrival = Arrival::new(PathBuf::new(), 100 * PART, release);
+        let arrival = Arrival::new(RootedPath::root(std::path::Path::new("/")), 100 * PART, release);
         assert_eq!(arrival.begin(true), 1);
         arrival
     }

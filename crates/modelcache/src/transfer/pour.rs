@@ -14,7 +14,7 @@ use super::retry::Retry;
 use super::sink::PartSink;
 use crate::config::WriteMode;
 use crate::digest::Provenance;
-use crate::disk::{Draft, FileLock, Hashed, Purpose, StagedWriter, goes_direct};
+use crate::disk::{Draft, FileLock, Hashed, Purpose, RootedPath, StagedWriter, goes_direct};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::ladder::{Ladder, part_size};
@@ -24,7 +24,6 @@ use crate::source::Source;
 use futures::{StreamExt, TryStreamExt, stream};
 use rand::seq::SliceRandom;
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -46,7 +45,7 @@ pub(crate) struct PourFile {
     /// What is known of it: its size always, digests and ladder if anybody knows them.
     pub(crate) entry: FileEntry,
     /// Where it is staged.
-    pub(crate) target: PathBuf,
+    pub(crate) target: RootedPath,
     /// Says that the staging is somebody's as long as anything may be written there.
     pub(crate) owner: Arc<FileLock>,
     /// Where it can be read, best first.
@@ -60,7 +59,7 @@ pub(crate) struct PourFile {
 /// A file that is staged and proven.
 #[derive(Debug, Clone)]
 pub(crate) struct Poured {
-    pub(crate) target: PathBuf,
+    pub(crate) target: RootedPath,
     /// The entry with what the pour learnt: digest, ladder, provenance.
     pub(crate) entry: FileEntry,
     pub(crate) identity: FileIdentity,
@@ -479,8 +478,10 @@ mod tests {
         hasher.update(&right);
         let (sha256, ladder) = hasher.finish();
         let entry = FileEntry { size, sha256: Some(sha256), ladder: Some(ladder), ..FileEntry::default() };
-        let owner = FileLock::try_exclusive(&folder.path().join("owner")).expect("locks").expect("nobody else");
-        let target = folder.path().join("file");
+        let owner = FileLock::try_exclusive(&RootedPath::root(folder.path()).join("owner"))
+            .expect("locks")
+            .expect("nobody else");
+        let target = RootedPath::root(folder.path()).join("file");
         let file = PourFile {
             path: FilePath::new("file").expect("a path"),
             entry,
@@ -492,6 +493,6 @@ mod tests {
         };
         let pourer = Pourer::new(Retry::new(RetryConfig::default()), WriteMode::Buffered);
         pourer.pour(vec![file], Purpose::Read, &Progress::new()).await.expect("the second answer is right");
-        assert!(std::fs::read(&target).expect("is there") == right, "wrong bytes were taken for right");
+        assert!(std::fs::read(target.full()).expect("is there") == right, "wrong bytes were taken for right");
     }
 }

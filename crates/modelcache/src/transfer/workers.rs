@@ -447,7 +447,7 @@ fn hash(jobs: &mut [Job]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::Draft;
+    use crate::disk::{Draft, RootedPath};
     use crate::ladder::LadderHasher;
     use crate::transfer::buffer::BufferPool;
     use std::fs;
@@ -460,7 +460,7 @@ mod tests {
     }
 
     fn writer(folder: &TempDir, name: &str, size: usize, in_order: bool) -> Arc<StagedWriter> {
-        let (path, size) = (folder.path().join(name), size as u64);
+        let (path, size) = (RootedPath::root(folder.path()).join(name), size as u64);
         let draft = Draft { path, size, part_size: PART, in_order, git: false, direct: false };
         Arc::new(StagedWriter::create(draft, None).expect("creates"))
     }

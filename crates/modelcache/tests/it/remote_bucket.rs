@@ -62,7 +62,10 @@ async fn a_missing_bucket_is_never_a_missing_artifact() {
     for error in [
         look(&remote).await.expect_err("no bucket"),
         remote.list().await.expect_err("no bucket"),
-        remote.publish(&tree.manifest, &tree.files, Default::default(), &progress).await.expect_err("no bucket"),
+        remote
+            .publish(&tree.manifest, &tree.local_files(), Default::default(), &progress)
+            .await
+            .expect_err("no bucket"),
     ] {
         assert_eq!((error.kind(), error.is_transient()), (ErrorKind::Invalid, false), "{error}");
         assert!(told(&error).contains("\"models\"") && told(&error).contains("s3://BUCKET"), "{}", told(&error));
@@ -111,13 +114,14 @@ async fn an_ambiguous_403_is_a_miss_and_publishing_still_protects_what_is_there(
     let tree = Tree::new("m@1", &[("a", 5)]);
     let progress = modelcache::progress::Progress::new();
     remote
-        .publish(&tree.manifest, &tree.files, Default::default(), &progress)
+        .publish(&tree.manifest, &tree.local_files(), Default::default(), &progress)
         .await
         .expect("publishes without listing");
     assert!(look(&remote).await.expect("there"));
     s3.put(BUCKET, "some/prefix/n/1/a", modelcache_testkit::Content::generated(1, 9)).expect("puts");
     let tree = Tree::new("n@1", &[("a", 5)]);
-    let error = remote.publish(&tree.manifest, &tree.files, Default::default(), &progress).await.expect_err("foreign");
+    let error =
+        remote.publish(&tree.manifest, &tree.local_files(), Default::default(), &progress).await.expect_err("foreign");
     assert_eq!(error.kind(), ErrorKind::Conflict);
     assert_eq!(remote.list().await.expect_err("no right").kind(), ErrorKind::Unauthorized);
 }

@@ -129,7 +129,8 @@ async fn what_a_reader_found_wrong_is_sent_again(place: Place) {
     place.publish(&tree).await.expect("publishes");
     let rewrite = PublishOptions { rewrite: [path("a")].into(), ..PublishOptions::default() };
     let progress = modelcache::progress::Progress::new();
-    let published = place.remote().publish(&tree.manifest, &tree.files, rewrite, &progress).await.expect("rewrites");
+    let published =
+        place.remote().publish(&tree.manifest, &tree.local_files(), rewrite, &progress).await.expect("rewrites");
     assert_eq!(published.uploaded_bytes, 5_000);
     assert_eq!(progress.snapshot().done_bytes, 5_010);
     assert_same_files(&place.remote().source(&tree.key()), &tree).await;
@@ -415,7 +416,7 @@ async fn two_writers_of_the_same_content_both_succeed(place: Place) {
     let others = place.another();
     let (first, second) = tokio::join!(place.publish(&tree), async {
         let progress = modelcache::progress::Progress::new();
-        others.publish(&tree.manifest, &tree.files, PublishOptions::default(), &progress).await
+        others.publish(&tree.manifest, &tree.local_files(), PublishOptions::default(), &progress).await
     });
     first.expect("one");
     second.expect("the other");
@@ -428,7 +429,7 @@ async fn two_writers_of_other_content_do_not_mix(place: Place) {
     let others = place.another();
     let (first, second) = tokio::join!(place.publish(&one), async {
         let progress = modelcache::progress::Progress::new();
-        others.publish(&two.manifest, &two.files, PublishOptions::default(), &progress).await
+        others.publish(&two.manifest, &two.local_files(), PublishOptions::default(), &progress).await
     });
     let winner = match (&first, &second) {
         (Ok(_), Err(error)) => (&one, error),

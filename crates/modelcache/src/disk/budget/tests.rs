@@ -15,6 +15,7 @@ use crate::selection::Selection;
 use modelcache_testkit::Dice;
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
 
 const KEYS: u64 = 14;
 const CONTENTS: u64 = 9;
@@ -44,8 +45,8 @@ pub(in crate::disk) fn put(disk: &Disk, key: &ArtifactKey, content: &str, source
 }
 
 /// Whether no blob stands behind a view. What the outside does to such a one is seen at the next count only.
-fn is_alone(view: &Path) -> bool {
-    fs::metadata(view).is_ok_and(|metadata| metadata.nlink() == 1)
+fn is_alone(view: &RootedPath) -> bool {
+    view.metadata().is_ok_and(|metadata| metadata.nlink() == 1)
 }
 
 /// One directory, opened by two processes and by an older release.
@@ -74,11 +75,11 @@ impl House {
     }
 
     fn record(&self) -> Option<Record> {
-        read_record(&fs::File::open(self.older.layout().budget_lock()).ok()?)
+        read_record(&self.older.layout().budget_lock().open(false).ok()?)
     }
 
     fn set_record(&self, record: &Record) {
-        let file = OpenOptions::new().write(true).open(self.older.layout().budget_lock()).expect("opens");
+        let file = OpenOptions::new().write(true).open(self.older.layout().budget_lock().full()).expect("opens");
         let mut bytes = serde_json::to_vec(record).expect("encodes");
         bytes.resize(RECORD_BYTES, b' ');
         file.write_all_at(&bytes, 0).expect("writes");
@@ -151,25 +152,25 @@ impl House {
                 let outside = self.path(&format!("outside-{}", dice.below(3)));
                 let _ = fs::remove_file(&outside);
                 if !is_alone(&dir.files().join("f")) {
-                    let _ = fs::hard_link(dir.files().join("f"), outside);
+                    let _ = fs::hard_link(dir.files().join("f").full(), outside);
                 }
                 "link outside"
             }
             17 => {
                 let view = dir.files().join("f");
-                if !is_alone(&view) && fs::remove_file(&view).is_ok() && dice.percent(50) {
-                    fs::write(&view, "CONTENT 1").expect("writes");
+                if !is_alone(&view) && view.unlink().is_ok() && dice.percent(50) {
+                    fs::write(view.full(), "CONTENT 1").expect("writes");
                 }
                 let _ = ours.lend(&key, &Selection::all());
                 "found a view that is not right"
             }
             18 => {
                 let log = ours.layout().changes();
-                let length = fs::metadata(&log).map_or(0, |metadata| metadata.len());
-                match (dice.below(3), OpenOptions::new().write(true).open(&log)) {
+                let length = log.metadata().map_or(0, |metadata| metadata.len());
+                match (dice.below(3), OpenOptions::new().write(true).open(log.full())) {
                     (0, Ok(log)) => log.set_len(dice.below(length + 1)).expect("cuts"),
                     (1, Ok(log)) => log.write_all_at(b"garbage", dice.below(length + 1)).expect("garbles"),
-                    _ => drop(fs::remove_file(&log)),
+                    _ => drop(log.unlink()),
                 }
                 "the log was cut, garbled or removed"
             }
@@ -187,7 +188,7 @@ impl House {
                 let wanted = (FilePath::new("f").expect("path"), FileEntry { size: 9, ..FileEntry::default() });
                 if let Ok(staging) = ours.try_begin_fill(&key, &[wanted], Vec::new()) {
                     let digest = Digest::of(content.as_bytes());
-                    fs::write(staging.file(&format!("sha256-{digest}")), &content).expect("writes");
+                    fs::write(staging.file(&format!("sha256-{digest}")).full(), &content).expect("writes");
                 }
                 "killed while filling"
             }
@@ -217,7 +218,7 @@ impl House {
 fn victims_by_scan(disk: &Disk, bytes: u64, own: &ArtifactDir) -> Option<Vec<ArtifactDir>> {
     let (mut blobs, mut links) = (HashSet::new(), HashMap::<u64, u64>::new());
     for folder in [disk.layout().blobs(), disk.layout().quarantine(), disk.layout().stagings()] {
-        let mut count = |_: &Path, metadata: &fs::Metadata| {
+        let mut count = |_: &RootedPath, metadata: &Metadata| {
             *links.entry(metadata.ino()).or_default() += 1;
             if folder == disk.layout().blobs() {
                 blobs.insert(metadata.ino());
@@ -250,7 +251,7 @@ fn victims_by_scan(disk: &Disk, bytes: u64, own: &ArtifactDir) -> Option<Vec<Art
             let entry = artifact.manifest.as_ref().and_then(|m| m.files.values().next()).and_then(|entry| entry.sha256);
             let blob = entry.and_then(|digest| files::stat(&disk.layout().blob(&digest)).expect("looks"));
             let blob = blob.is_some_and(|blob| blob.ino() == view.ino() && blobs.contains(&view.ino()));
-            freed += if *gone + u64::from(blob) == view.nlink() { allocated(&view) } else { 0 };
+            freed += if *gone + u64::from(blob) == view.nlink() { view.allocated() } else { 0 };
         }
         victims.push(artifact.dir.clone());
     }
@@ -284,10 +285,10 @@ fn an_eviction_looks_at_what_goes_and_not_at_the_rest() {
         drop(put(&disk, &key(number), &format!("content {number}"), &house.path("source")).expect("fits"))
     };
     (0..=artifacts).for_each(fill);
-    let is_here = |number: u64| disk.layout().artifact(&key(number)).path().exists();
+    let is_here = |number: u64| disk.layout().artifact(&key(number)).path().metadata().is_ok();
     assert!(!is_here(0) && is_here(1), "the first goes for the last");
     for number in 5..artifacts {
-        fs::write(disk.layout().artifact(&key(number)).manifest(), "{").expect("spoils");
+        fs::write(disk.layout().artifact(&key(number)).manifest().full(), "{").expect("spoils");
     }
     // Used since: it is looked at, and stays.
     disk.lend(&key(1), &Selection::all()).expect("lends");
@@ -334,16 +335,16 @@ fn what_an_ended_fill_leaves_goes_before_anything_published_at_each_eviction() {
     let wanted = (FilePath::new("f").expect("path"), FileEntry { size: 10, ..FileEntry::default() });
     let staging = disk.try_begin_fill(&key(99), &[wanted], Vec::new()).expect("begins");
     let (staged, blob) = (staging.file(&format!("sha256-{digest}")), disk.layout().blob(&digest));
-    fs::write(&staged, "content 99").expect("writes");
-    fs::create_dir_all(blob.parent().expect("a folder")).expect("makes");
+    fs::write(staged.full(), "content 99").expect("writes");
+    fs::create_dir_all(blob.parent().expect("a folder").full()).expect("makes");
     let mut hold = disk.hold_budget().expect("holds");
     hold.begin_change().expect("begins");
-    fs::hard_link(&staged, &blob).expect("links");
+    staged.hard_link(&blob).expect("links");
     hold.add(BLOCK_BYTES);
     hold.release().expect("releases");
     staging.abandon();
     fill(7);
-    assert!(!blob.exists(), "nobody can use it");
+    assert!(blob.metadata().is_err(), "nobody can use it");
     assert_eq!(disk.scan().expect("scans").len(), 6, "and nothing else had to go");
 }
 

@@ -9,7 +9,7 @@ use modelcache::digest::{Digest, Provenance};
 use modelcache::key::{ArtifactKey, ArtifactName, FilePath, Version};
 use modelcache::manifest::{FileEntry, Manifest, Shape};
 use modelcache::progress::Progress;
-use modelcache::remote::{PublishOptions, Published, Remote, RemoteSource};
+use modelcache::remote::{LocalFile, PublishOptions, Published, Remote, RemoteSource};
 use modelcache::source::{Body, Source};
 use modelcache::transfer::Retry;
 use modelcache_testkit::s3::S3Fault;
@@ -55,6 +55,11 @@ pub enum Change {
 }
 
 impl Tree {
+    /// Its files as the remote takes them.
+    pub fn local_files(&self) -> BTreeMap<FilePath, LocalFile> {
+        self.files.iter().map(|(path, file)| (path.clone(), file.clone().into())).collect()
+    }
+
     pub fn new(name: &str, files: &[(&str, u64)]) -> Self {
         Self::seeded(1, name, files)
     }
@@ -230,14 +235,14 @@ impl Place {
     }
 
     pub async fn publish(&self, tree: &Tree) -> Result<Published> {
-        self.remote.publish(&tree.manifest, &tree.files, PublishOptions::default(), &Progress::new()).await
+        self.remote.publish(&tree.manifest, &tree.local_files(), PublishOptions::default(), &Progress::new()).await
     }
 
     pub async fn publish_forced(&self, tree: &Tree) -> Result<Published> {
         self.remote
             .publish(
                 &tree.manifest,
-                &tree.files,
+                &tree.local_files(),
                 PublishOptions { force: true, ..PublishOptions::default() },
                 &Progress::new(),
             )
@@ -245,7 +250,7 @@ impl Place {
     }
 
     pub async fn publish_only(&self, tree: &Tree, names: &[&str]) -> Result<Published> {
-        let files = names.iter().map(|name| (path(name), tree.files[&path(name)].clone())).collect();
+        let files = names.iter().map(|name| (path(name), tree.files[&path(name)].clone().into())).collect();
         self.remote.publish(&tree.manifest, &files, PublishOptions::default(), &Progress::new()).await
     }
 

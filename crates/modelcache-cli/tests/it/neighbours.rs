@@ -1,0 +1,183 @@
+//! A hostile user of a shared directory puts links in the place of its folders, at rest and while commands run.
+//!
+//! Whatever a link leads to stays as it is. `NEIGHBOURS_SECONDS` sets how long each folder is swapped back and forth.
+
+use crate::common::*;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long one folder is swapped in CI.
+const SWAP_SECONDS: f64 = 2.0;
+
+/// A directory with an artifact, and a folder of the user's own that has files under every name that occurs below it.
+struct Shared {
+    house: House,
+    mine: PathBuf,
+}
+
+impl Shared {
+    fn new() -> Self {
+        let house = House::new();
+        for (path, content) in [("source/a.bin", "model"), ("source/d/b.bin", "more")] {
+            house.write(path, content);
+        }
+        let shared = Self { mine: house.path("mine"), house };
+        shared.put_back();
+        let digest = fs::read_dir(shared.cache("blobs")).unwrap().next().unwrap().unwrap().path();
+        let blob = fs::read_dir(&digest).unwrap().next().unwrap().unwrap().file_name().into_string().unwrap();
+        let intent = "0b203ec73c7ce729a75f7f51a8caf41e";
+        let names = [
+            "a.bin",
+            "d/b.bin",
+            "b.bin",
+            "files/a.bin",
+            "files/d/b.bin",
+            "1/files/a.bin",
+            "1/manifest.json",
+            "m/1/pin",
+            "manifest.json",
+            "last-used",
+            "pin",
+            "journal",
+            "x-y/journal",
+            "new-abc",
+            "budget",
+            "changes",
+            "probe",
+            "m/prod",
+            "0123456789abcdef-abc",
+            intent,
+            &format!("{blob}-abc"),
+            &blob,
+            &format!("{}/{blob}", &blob[..2]),
+        ];
+        for name in names {
+            shared.house.write(&format!("mine/{name}"), "dear to me");
+        }
+        shared
+    }
+
+    fn cache(&self, folder: &str) -> PathBuf {
+        self.house.path("a").join(folder)
+    }
+
+    fn run(&self, args: &[&str]) -> Outcome {
+        self.house.on_local("a").run(args)
+    }
+
+    fn put_back(&self) {
+        self.run(&["put", "m@1", self.house.path("source").to_str().unwrap(), "--force"]).ok();
+    }
+
+    /// What lies in the user's own folder.
+    fn possessions(&self) -> BTreeMap<PathBuf, String> {
+        let read = |file: PathBuf| {
+            let content = fs::read_to_string(self.mine.join(&file)).unwrap_or_default();
+            (file, content)
+        };
+        files_below(&self.mine).into_iter().map(read).collect()
+    }
+
+    /// What any user does, over and over. No command may crash; whether it succeeds is not the question.
+    fn use_it(&self, round: usize) {
+        let source = self.house.path("source");
+        let other = format!("other{round}@1");
+        let commands: [&[&str]; 8] = [
+            &["get", "m@1"],
+            &["put", &other, source.to_str().unwrap()],
+            &["verify"],
+            &["prune"],
+            &["get", "m@1", "--verify"],
+            &["prune", "--to", "0"],
+            &["put", "m@1", source.to_str().unwrap()],
+            &["evict", "m@1", "--tier", "disk"],
+        ];
+        for command in commands {
+            let outcome = self.run(command);
+            assert!(outcome.code.is_some_and(|code| code < 100), "{command:?}: {outcome}");
+        }
+    }
+}
+
+const FOLDERS: [&str; 14] = [
+    "locks",
+    "artifacts",
+    "artifacts/m",
+    "artifacts/m/1",
+    "artifacts/m/1/files",
+    "artifacts/m/1/files/d",
+    "blobs",
+    "blobs/xx",
+    "quarantine",
+    "staging",
+    "unsynced",
+    "refs",
+    "backfill",
+    "lower",
+];
+
+/// The folder that is meant; `xx` is that of a blob.
+fn real_name(shared: &Shared, folder: &str) -> PathBuf {
+    match folder {
+        "blobs/xx" => fs::read_dir(shared.cache("blobs")).unwrap().next().unwrap().unwrap().path(),
+        folder => shared.cache(folder),
+    }
+}
+
+#[test]
+fn a_link_in_the_place_of_a_folder_leads_no_command_outside() {
+    for folder in FOLDERS {
+        let shared = Shared::new();
+        let before = shared.possessions();
+        let place = real_name(&shared, folder);
+        fs::rename(&place, place.with_extension("old")).unwrap();
+        symlink(&shared.mine, &place).unwrap();
+        shared.use_it(0);
+        assert_eq!(shared.possessions(), before, "{folder}");
+    }
+}
+
+#[test]
+fn a_folder_that_becomes_a_link_at_any_moment_leads_no_command_outside() {
+    let seconds = std::env::var("NEIGHBOURS_SECONDS").map_or(SWAP_SECONDS, |text| text.parse().expect("seconds"));
+    for folder in
+        ["artifacts/m", "artifacts/m/1", "artifacts/m/1/files", "artifacts/m/1/files/d", "staging", "unsynced"]
+    {
+        let shared = Shared::new();
+        let (before, place) = (shared.possessions(), real_name(&shared, folder));
+        let (end, ended) = (Instant::now() + Duration::from_secs_f64(seconds), AtomicBool::new(false));
+        let swaps = std::thread::scope(|scope| {
+            let swapping = scope.spawn(|| swap(&place, &shared.mine, &ended));
+            let mut round = 0;
+            while Instant::now() < end {
+                shared.use_it(round);
+                round += 1;
+            }
+            ended.store(true, Ordering::Relaxed);
+            swapping.join().unwrap()
+        });
+        assert_eq!(shared.possessions(), before, "{folder}, after {swaps} swaps");
+        assert!(swaps > 0, "{folder} was never a link");
+    }
+}
+
+/// Exchanges the folder at `place` and a link to `target`, again and again. How often that worked.
+fn swap(place: &Path, target: &Path, ended: &AtomicBool) -> u64 {
+    let (link, mut swaps) = (place.with_extension("link"), 0);
+    while !ended.load(Ordering::Relaxed) {
+        let is_link = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink());
+        if !is_link(&link) && !is_link(place) {
+            let _ = symlink(target, &link);
+        }
+        match renameat_with(CWD, place, CWD, &link, RenameFlags::EXCHANGE) {
+            Ok(()) => swaps += 1,
+            Err(_) => std::thread::sleep(Duration::from_micros(500)),
+        }
+    }
+    swaps
+}
