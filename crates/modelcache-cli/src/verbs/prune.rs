@@ -82,6 +82,7 @@ fn report_object(report: &PruneReport, dry_run: bool) -> Value {
         "leftovers": report.leftovers,
         "evicted": evicted.collect::<Vec<_>>(),
         "kept": report.kept,
+        "set_aside": report.set_aside,
     })
 }
 
@@ -97,6 +98,10 @@ fn report_text(report: &PruneReport, dry_run: bool, now: SystemTime) -> String {
     }
     for kept in &report.kept {
         text.push_str(&format!("kept {}: it is {}\n", kept.reference, kept.why));
+    }
+    for entry in &report.set_aside {
+        let verb = if dry_run { "would move" } else { "moved" };
+        text.push_str(&format!("{verb} to quarantine: {}, a {} that does not belong there\n", entry.path, entry.is));
     }
     text.extend(leftovers_text(&report.leftovers));
     let [freed, used] = [report.freed_bytes, report.used_bytes].map(human::bytes);

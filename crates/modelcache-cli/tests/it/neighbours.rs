@@ -181,3 +181,45 @@ fn swap(place: &Path, target: &Path, ended: &AtomicBool) -> u64 {
     }
     swaps
 }
+
+#[test]
+fn what_does_not_belong_in_the_directory_is_named_by_doctor_and_moved_by_prune() {
+    let fifo = |path: &Path| {
+        rustix::fs::mknodat(CWD, path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+    };
+    let folder = |path: &Path| fs::create_dir_all(path.join("inside")).unwrap();
+    let link = |path: &Path| symlink("/dev/null", path).unwrap();
+    let cases: [(&str, &str, &dyn Fn(&Path)); 10] = [
+        ("locks/budget", "pipe", &fifo),
+        ("locks/budget", "folder", &folder),
+        ("locks/changes", "pipe", &fifo),
+        ("locks/probe", "pipe", &fifo),
+        ("staging/new-abc", "pipe", &fifo),
+        ("staging/x-y/journal", "pipe", &fifo),
+        ("artifacts/m/1/manifest.json", "folder", &folder),
+        ("artifacts/m/1/last-used", "symbolic link", &link),
+        ("artifacts/odd", "pipe", &fifo),
+        ("unsynced/0123-abc", "folder", &folder),
+    ];
+    for (name, is, plant) in cases {
+        let shared = Shared::new();
+        let place = shared.cache(name);
+        fs::create_dir_all(place.parent().unwrap()).unwrap();
+        let _ = fs::remove_file(&place);
+        plant(&place);
+        if name != "locks/probe" {
+            let doctor = shared.house.on_local("a").run(["doctor", "--read-only"]);
+            assert_eq!(doctor.code, Some(8), "{name}: {doctor}");
+            assert!(doctor.stdout.contains(name) && doctor.stdout.contains(is), "{name}: {doctor}");
+            let dry = shared.run(&["prune", "--dry-run", "--json"]);
+            assert!(place.symlink_metadata().is_ok(), "{name}: {dry}");
+        }
+        let pruned = shared.run(&["prune"]).ok();
+        assert!(pruned.stderr.contains(name), "{name}: {pruned}");
+        assert!(!fs::symlink_metadata(&place).is_ok_and(|found| !found.is_file()), "{name} is gone");
+        shared.put_back();
+        shared.run(&["get", "m@1"]).ok();
+        shared.run(&["evict", "m@1", "--tier", "disk"]).ok();
+        shared.house.on_local("a").run(["doctor", "--read-only"]).ok();
+    }
+}

@@ -44,8 +44,8 @@ pub use open::{OpenFile, OpenOptions};
 pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
 pub use crate::disk::{
-    Destination, HandOver, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Pin, PruneOptions,
-    PruneReport, PrunedArtifact, Purpose,
+    Destination, HandOver, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Misplaced, Pin,
+    PruneOptions, PruneReport, PrunedArtifact, Purpose,
 };
 
 use crate::config::{Config, RemoteMode, Secret};

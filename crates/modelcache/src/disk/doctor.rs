@@ -8,7 +8,7 @@ use super::fault::At;
 use super::files::{self, TEMPORARY, random_name};
 use super::layout::Layout;
 use super::rooted::RootedPath;
-use super::{check_format, clone, lock, modes, trust};
+use super::{Misplaced, check_format, clone, lock, modes, trust};
 use crate::config::{ByteBound, Config};
 use crate::doctor::{Area, Check};
 use crate::error::{Error, ErrorKind, Result};
@@ -67,6 +67,9 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
     checks.extend(filesystem(&there, config, &layout, is_there));
     if is_there && checks.iter().all(|check| check.error_kind() != Some(ErrorKind::Directory)) {
         checks.extend(attempts(&layout));
+    }
+    if is_there {
+        checks.extend(misplaced(&layout));
     }
 }
 
@@ -230,6 +233,26 @@ fn attempts(layout: &Layout) -> Vec<Check> {
     checks.push(Check::ok(Area::Directory, says));
     checks.extend(one_filesystem(layout));
     checks
+}
+
+/// Entries of the wrong type.
+fn misplaced(layout: &Layout) -> Vec<Check> {
+    let entries = match super::misplaced::misplaced(layout) {
+        Ok(entries) => entries,
+        Err(error) => return vec![Check::problem(Area::Directory, &error)],
+    };
+    let problem = |entry: Misplaced| {
+        let Misplaced { path, is, owner, .. } = entry;
+        let error =
+            Error::new(ErrorKind::Directory, format!("{path} is a {is} that does not belong there (owner {owner})"));
+        Check::problem(
+            Area::Directory,
+            &error.hint(
+                "`modelcache prune` moves it to quarantine/; in a sticky folder only its owner or root can remove it",
+            ),
+        )
+    };
+    entries.into_iter().map(problem).collect()
 }
 
 /// Folders of one cache on several mounts: then nothing can be linked between them.

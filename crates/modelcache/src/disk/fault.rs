@@ -11,6 +11,10 @@ pub(super) fn errno(cause: &io::Error) -> Option<Errno> {
     cause.raw_os_error().map(Errno::from_raw_os_error)
 }
 
+/// The remedy where something else lies in the place of a file of the cache.
+const MISPLACED: &str =
+    "`modelcache doctor` names what does not belong in the directory, and `modelcache prune` moves it to quarantine/";
+
 /// Translates an error of `operation` on `path` (once, here): no room, directory not usable, or the machine's trouble.
 pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Error) -> Error {
     let (kind, hint) = match errno(&cause) {
@@ -29,10 +33,8 @@ pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Er
             (ErrorKind::Directory, "what lies there is no folder: move it away, or point MODEL_CACHE_DIR elsewhere")
         }
         Some(Errno::MFILE | Errno::NFILE) => (ErrorKind::Other, "too many open files: raise the limit (ulimit -n)"),
-        Some(Errno::LOOP) => (
-            ErrorKind::Directory,
-            "a symbolic link lies where a file of the cache belongs: see who made it, and remove it",
-        ),
+        Some(Errno::LOOP | Errno::ISDIR) => (ErrorKind::Directory, MISPLACED),
+        None if cause.kind() == io::ErrorKind::InvalidInput => (ErrorKind::Directory, MISPLACED),
         Some(Errno::IO) => (ErrorKind::Directory, "the disk reports an error: see the kernel's log"),
         _ => (ErrorKind::Directory, "see whether the directory and its filesystem are in order"),
     };

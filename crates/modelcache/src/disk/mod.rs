@@ -33,6 +33,7 @@ mod lower;
 mod materialize;
 mod memo;
 mod memory;
+mod misplaced;
 mod modes;
 mod opened;
 mod parts;
@@ -65,6 +66,7 @@ pub(crate) use lock::FileLock;
 pub(crate) use lower::Lower;
 pub(crate) use materialize::Tree;
 pub use materialize::{Destination, LinkMode, Materialized};
+pub use misplaced::Misplaced;
 pub use opened::LocalFile;
 pub(crate) use opened::{open_staged, read_ahead_again};
 pub use pin::{Holder, InTheWay, Pin};
@@ -174,7 +176,12 @@ impl Disk {
         // Again: another release, or a stranger, may have made it in between.
         trust::check(&root, sharing)?;
         check_format(&layout)?;
-        let locks_are_honest = unwritable.is_some() || lock::are_honest(&layout.probe_lock())?;
+        let probe = || lock::are_honest(&layout.probe_lock());
+        let locks_are_honest = unwritable.is_some()
+            || match probe() {
+                Err(_) if misplaced::set_aside(&layout, &layout.probe_lock())? => probe()?,
+                found => found?,
+            };
         if !locks_are_honest {
             tracing::warn!(path = %layout.root(), "file locks do not exclude on this filesystem: bytes may be fetched twice, and only what has long been idle is evicted for space");
         }

@@ -8,7 +8,7 @@ use super::budget::Evicted;
 use super::files;
 use super::pin::InTheWay;
 use super::rooted::RootedPath;
-use super::{ArtifactDir, Disk, ScannedArtifact};
+use super::{ArtifactDir, Disk, Misplaced, ScannedArtifact};
 use crate::config::ByteBound;
 use crate::error::Result;
 use crate::key::ArtifactKey;
@@ -44,6 +44,8 @@ pub struct PruneReport {
     pub evicted: Vec<PrunedArtifact>,
     /// Artifacts that would have gone, and why they stayed.
     pub kept: Vec<KeptArtifact>,
+    /// Entries of the wrong type that were moved to `quarantine/`.
+    pub set_aside: Vec<Misplaced>,
 }
 
 impl PruneReport {
@@ -120,11 +122,15 @@ impl Disk {
     /// Removes what `options` say, and tells what went and what stayed.
     pub(crate) fn prune(&self, options: &PruneOptions) -> Result<PruneReport> {
         self.ensure_writable()?;
+        // First, as they may lie in the place of the budget lock.
+        let misplaced = self.misplaced()?;
+        let set_aside = if options.dry_run { misplaced } else { self.set_aside(misplaced) };
         let mut broom: Box<dyn Broom> =
             if options.dry_run { Box::new(Rehearsal::new(self)?) } else { Box::new(InEarnest(self)) };
         let cutoff = options.older_than.map(|age| SystemTime::now().checked_sub(age).unwrap_or(UNIX_EPOCH));
         let to_bytes = options.to.map(|to| self.bound_bytes(to)).transpose()?;
-        let mut report = PruneReport { to_bytes, used_before_bytes: broom.count()?, ..PruneReport::default() };
+        let used_before_bytes = broom.count()?;
+        let mut report = PruneReport { to_bytes, used_before_bytes, set_aside, ..PruneReport::default() };
         report.leftovers = broom.sweep()?;
         for artifact in self.scan_by_last_use()? {
             let old = cutoff.is_some_and(|cutoff| artifact.last_used.is_none_or(|last| last <= cutoff));

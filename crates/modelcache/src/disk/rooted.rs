@@ -179,7 +179,13 @@ impl RootedPath {
         let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
         let file = self.open_at(access, Mode::empty())?;
         let found = Metadata::of(&file)?;
-        if found.is_file() && (!write || found.nlink() == 1) { Ok(file) } else { Err(Errno::INVAL.into()) }
+        match found.is_file() {
+            true if write && found.nlink() > 1 => {
+                Err(io::Error::new(io::ErrorKind::InvalidInput, "the file has a second name"))
+            }
+            true => Ok(file),
+            false => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is a {}, not a file", found.kind()))),
+        }
     }
 
     /// Opens a file of this process for writing past the page cache.
@@ -361,6 +367,19 @@ impl Metadata {
 
     fn file_type(&self) -> FileType {
         FileType::from_raw_mode(self.0.st_mode)
+    }
+
+    /// What it is, for people.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self.file_type() {
+            FileType::RegularFile => "file",
+            FileType::Directory => "folder",
+            FileType::Symlink => "symbolic link",
+            FileType::Fifo => "pipe",
+            FileType::Socket => "socket",
+            FileType::CharacterDevice | FileType::BlockDevice => "device",
+            _ => "entry of an unknown type",
+        }
     }
 
     pub(crate) fn is_file(&self) -> bool {
