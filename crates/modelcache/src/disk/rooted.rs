@@ -11,7 +11,7 @@
 
 use crate::manifest::FileIdentity;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags, Stat, Timespec, Timestamps};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use std::ffi::{CStr, OsStr, OsString};
 use std::fmt;
 use std::fs::File;
@@ -144,9 +144,11 @@ impl RootedPath {
     fn open_stepwise(&self, flags: OFlags) -> Result<OwnedFd, Errno> {
         let mut names = self.relative.components().map(|component| component.as_os_str().to_owned()).peekable();
         let next = |is_last: bool| if is_last { flags } else { FOLDER } | OFlags::NOFOLLOW;
-        let mut folder = rustix::fs::open(&self.root.real, next(names.peek().is_none()), Mode::empty())?;
+        let flags = next(names.peek().is_none());
+        let mut folder = retry_on_intr(|| rustix::fs::open(&self.root.real, flags, Mode::empty()))?;
         while let Some(name) = names.next() {
-            folder = rustix::fs::openat(&folder, &name, next(names.peek().is_none()), Mode::empty())?;
+            let flags = next(names.peek().is_none());
+            folder = retry_on_intr(|| rustix::fs::openat(&folder, &name, flags, Mode::empty()))?;
         }
         Ok(folder)
     }
@@ -203,7 +205,7 @@ impl RootedPath {
 
     fn open_at(&self, access: OFlags, mode: Mode) -> io::Result<File> {
         let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        self.at(|folder, name| Ok(rustix::fs::openat(folder, name, flags, mode)?.into()))
+        self.at(|folder, name| Ok(retry_on_intr(|| rustix::fs::openat(folder, name, flags, mode))?.into()))
     }
 
     /// Makes a folder. With `mode` it has exactly these permissions.
@@ -460,7 +462,7 @@ fn openat2(path: &Path, flags: OFlags) -> Option<Result<OwnedFd, Errno>> {
         return None;
     }
     let links = rustix::fs::ResolveFlags::NO_SYMLINKS;
-    match rustix::fs::openat2(CWD, path, flags, Mode::empty(), links) {
+    match retry_on_intr(|| rustix::fs::openat2(CWD, path, flags, Mode::empty(), links)) {
         Err(Errno::NOSYS | Errno::PERM) => {
             IS_MISSING.store(true, Ordering::Relaxed);
             None
