@@ -91,6 +91,13 @@ pub(super) fn translate(error: object_store::Error, doing: &str, at: &Whereabout
         },
         error => error,
     };
+    // What our own HTTP layer found wrong with an answer.
+    if let Some(ours) = find::<Error>(&error) {
+        return Error::new(ours.kind(), format!("{doing}: {}", ours.message()))
+            .hint(ours.hint_text().unwrap_or_default())
+            .transient(ours.is_transient())
+            .tier(Tier::Remote);
+    }
     let translated = if let Some(refusal) = refusal(&error) {
         from_refusal(refusal, doing, at)
     } else if let Some(http) = find::<HttpError>(&error) {

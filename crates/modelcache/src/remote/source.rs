@@ -114,6 +114,7 @@ impl RemoteSource {
         let recorded = self.recorded(path).await?;
         let store = self.remote.store().await?;
         let object = self.folder.object(store, path)?;
+        let wanted = |etag| ObjectIdentity { etag, object_bytes: recorded.object_bytes };
         let etag = self.etag(path, &recorded);
         let gone = |error: Error| match error.kind() {
             ErrorKind::NotFound => {
@@ -121,10 +122,10 @@ impl RemoteSource {
             }
             _ => error,
         };
-        let body = match store.read(&object, range.clone(), etag.as_deref()).await.map_err(gone)? {
+        let body = match store.read(&object, range.clone(), &wanted(etag)).await.map_err(gone)? {
             ReadBody::Changed => {
                 let etag = self.relearn(path, &recorded).await?;
-                store.read(&object, range, etag.as_deref()).await.map_err(gone)?
+                store.read(&object, range, &wanted(etag)).await.map_err(gone)?
             }
             body => body,
         };

@@ -109,6 +109,8 @@ pub(super) enum Trouble {
     Failed(Error),
     /// It cannot be written, or read back: another source would not help.
     Broken(Error),
+    /// The file's hash has bytes of an answer that turned out wrong: the file starts over.
+    Spoiled(Error),
     /// A server answers the whole file whatever range is asked.
     IgnoresRanges,
 }
@@ -187,7 +189,7 @@ impl Pourer {
                 Err(Trouble::IgnoresRanges) => {
                     Error::unavailable("the server ignores ranges and starts elsewhere").transient(false)
                 }
-                Err(Trouble::Failed(error) | Trouble::Broken(error)) => error,
+                Err(Trouble::Failed(error) | Trouble::Broken(error) | Trouble::Spoiled(error)) => error,
             };
             if error.kind() != ErrorKind::Corrupt {
                 return Err(error);

@@ -10,7 +10,7 @@ mod registry;
 
 pub(super) use registry::Registries;
 
-use super::Resolved;
+use super::{Resolved, no_files};
 use super::http::{self, Answer, Ask};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, Result, Tier};
@@ -117,7 +117,14 @@ impl OciSource {
             bytes = self.fetch(digest).await?;
         }
         match Document::parse(&bytes)? {
-            Document::Layers(layers) => Layers::new(&self.key, layers),
+            Document::Layers(layers) => {
+                let layers = Layers::new(&self.key, layers)?;
+                match layers.manifest.files.is_empty() {
+                    true => Err(no_files(format!("the manifest sha256:{digest} lists no files"))
+                        .hint("check the reference: it is an artifact without layers, a signature for instance")),
+                    false => Ok(layers),
+                }
+            }
             Document::Index(_) => Err(Error::corrupt(format!("sha256:{digest} is an index inside an index"))),
         }
     }
