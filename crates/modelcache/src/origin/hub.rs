@@ -6,9 +6,9 @@
 //!
 //! Surprise: without the right to see it, a private repository is said not to exist. The message says so.
 
-use super::{Resolved, no_files};
 use super::authorization::bearer;
 use super::http::{self, Answer, Ask, Http, Refusal, Server};
+use super::{Resolved, no_files};
 use crate::config::HubConfig;
 use crate::digest::{GitOid, Provenance};
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};

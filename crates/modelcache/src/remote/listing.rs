@@ -125,7 +125,9 @@ impl Listing {
     /// Keys that are left out count, too: a listing of nothing else must end as well.
     fn check_size(&self) -> Result<()> {
         match self.objects.len() + self.left_out.count > limits::FILES_MAX {
-            true => Err(Error::invalid(format!("more than {} objects below {:?}", limits::FILES_MAX, self.address.base))),
+            true => {
+                Err(Error::invalid(format!("more than {} objects below {:?}", limits::FILES_MAX, self.address.base)))
+            }
             false => Ok(()),
         }
     }

@@ -59,6 +59,11 @@ impl RemoteSource {
         let ask = || async {
             let store = self.remote.store().await?;
             if let Some((manifest, _)) = self.folder.read_manifest(store).await? {
+                if manifest.files.is_empty() {
+                    // Nobody can publish that; a release that took a server's empty list for a repository could.
+                    tracing::warn!(artifact = %self.folder.key, "the manifest on the remote lists no files; taken as absent");
+                    return Ok(None);
+                }
                 return Ok(Some(Known::Published(Arc::new(manifest))));
             }
             match foreign::at_key(store, &self.folder.key).await? {

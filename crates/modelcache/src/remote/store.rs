@@ -16,8 +16,8 @@ use super::settings::{Options, Place, S3Settings};
 use super::wire::{Connector, LeftOut};
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::manifest::ObjectIdentity;
 use crate::limits;
+use crate::manifest::ObjectIdentity;
 use crate::transfer::{BodyLimits, Paging, Retry, StallDetector, read_body};
 use bytes::Bytes;
 use futures::stream::BoxStream;
@@ -27,7 +27,8 @@ use object_store::list::{PaginatedListOptions, PaginatedListResult, PaginatedLis
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
-    GetOptions, GetRange, GetResultPayload, ListResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion,
+    GetOptions, GetRange, GetResultPayload, ListResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
+    UpdateVersion,
 };
 use std::borrow::Cow;
 use std::fmt;

@@ -119,8 +119,7 @@ impl Job<'_> {
     /// Reads from where `hasher` stands to the end, or until the stream breaks. `false` if it is another object by now.
     async fn read_on(&self, object: &Path, now: &ObjectIdentity, hasher: &mut LadderHasher) -> Result<bool> {
         let size = now.object_bytes;
-        let ReadBody::Stream { start, mut stream } =
-            self.store.read(object, hasher.position()..size, now).await?
+        let ReadBody::Stream { start, mut stream } = self.store.read(object, hasher.position()..size, now).await?
         else {
             return Ok(false);
         };

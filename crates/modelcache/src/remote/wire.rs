@@ -158,7 +158,9 @@ impl HttpService for Wire {
             (body, None) => body,
             (body, Some(Cut::TooLong(_))) if refused => body,
             (_, Some(Cut::Broken(error))) => return Err(error),
-            (_, Some(cut)) => return Err(failed(cut.error("the server", |error: HttpError| Error::unavailable(error.to_string())))),
+            (_, Some(cut)) => {
+                return Err(failed(cut.error("the server", |error: HttpError| Error::unavailable(error.to_string()))));
+            }
         };
         if refused {
             return Err(HttpError::new(HttpErrorKind::Unknown, refusal(parts.status.as_u16(), &parts.headers, &body)));

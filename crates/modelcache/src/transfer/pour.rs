@@ -469,6 +469,38 @@ mod tests {
         }
     }
 
+    /// A file that is poured from one source, without any digest.
+    fn undigested(folder: &std::path::Path, size: u64, answers: Vec<Vec<u8>>) -> PourFile {
+        let owner = FileLock::try_exclusive(&folder.join("owner")).expect("locks").expect("nobody else");
+        let target = folder.join("file");
+        PourFile {
+            path: FilePath::new("file").expect("a path"),
+            entry: FileEntry { size, ..FileEntry::default() },
+            target: target.clone(),
+            owner: Arc::new(owner),
+            sources: vec![Arc::new(Endless(Mutex::new(answers.into())))],
+            on_part: None,
+            arrival: Arrival::new(target, size, super::super::Release::Proven),
+        }
+    }
+
+    /// Of one slice, which is held back, and of several, the first of which are hashed when the surplus shows.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn bytes_of_an_answer_that_is_too_long_are_not_kept_where_nobody_states_a_digest() {
+        for bytes in [1000, 1_400_000_u32] {
+            let folder = tempfile::tempdir().expect("a folder");
+            let right: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8).collect();
+            let too_long = [b"OTHER BYTES ".as_slice(), &right].concat();
+            let file = undigested(folder.path(), right.len() as u64, vec![too_long, right.clone()]);
+            let (target, pourer) =
+                (file.target.clone(), Pourer::new(Retry::new(RetryConfig::default()), WriteMode::Buffered));
+            let poured = pourer.pour(vec![file], Purpose::Read, &Progress::new()).await.expect("the second is right");
+            assert!(std::fs::read(&target).expect("is there") == right, "{bytes}: wrong bytes were taken for right");
+            let digest = poured.first().and_then(|poured| poured.entry.sha256);
+            assert_eq!(digest, Some(crate::digest::Digest::of(&right)), "{bytes}: the digest is that of other bytes");
+        }
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn a_part_that_is_wrong_is_wrong_also_where_the_stream_fails_after_it() {
         let folder = tempfile::tempdir().expect("a folder");

@@ -10,8 +10,8 @@ mod registry;
 
 pub(super) use registry::Registries;
 
-use super::{Resolved, no_files};
 use super::http::{self, Answer, Ask};
+use super::{Resolved, no_files};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
