@@ -22,6 +22,8 @@ use crate::serve::{Answer, BoxError, Dropped, full};
 
 /// The length that an endless answer of 200 states.
 const ENDLESS_BYTES: u64 = 100 << 20;
+/// The length that it states where it comes in small chunks: what any metadata may have.
+const TRICKLE_BYTES: u64 = 60_000;
 
 /// The kinds; build them with the constructors on [`Lie`].
 #[derive(Clone, Debug)]
@@ -110,6 +112,7 @@ impl Kind {
     pub(crate) fn answer(self, number: u64, count: &Arc<AtomicU64>) -> Option<Answer> {
         match self {
             Self::Endless(status, chunk, every) => {
+                let length = if chunk.len() < 1024 { TRICKLE_BYTES } else { ENDLESS_BYTES };
                 let count = count.clone();
                 let chunks = stream::repeat(()).then(move |()| {
                     let (chunk, count) = (chunk.clone(), count.clone());
@@ -125,7 +128,7 @@ impl Kind {
                 headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/xml"));
                 if status == 200 {
                     // What clients of S3 want to see of an object.
-                    headers.insert(CONTENT_LENGTH, ENDLESS_BYTES.into());
+                    headers.insert(CONTENT_LENGTH, length.into());
                     headers.insert(ETAG, HeaderValue::from_static("\"endless\""));
                     headers.insert(LAST_MODIFIED, HeaderValue::from_static("Wed, 01 Jan 2025 00:00:00 GMT"));
                 }

@@ -198,7 +198,9 @@ fn from_local(error: &object_store::Error, doing: &str, at: &Whereabouts) -> Err
         Some(io) => from_io(io, doing, at),
         None => {
             let reason = innermost(error);
-            let kind = if reason.contains("range") { ErrorKind::Corrupt } else { ErrorKind::Unavailable };
+            // "Requested 0..5, got 3..8" and "Content-Range header not present": an answer of another range, or of none.
+            let contradicts = ["range", "Content-Range", "Requested "].iter().any(|word| reason.contains(word));
+            let kind = if contradicts { ErrorKind::Corrupt } else { ErrorKind::Unavailable };
             Error::new(kind, format!("{doing}: {reason}"))
         }
     }

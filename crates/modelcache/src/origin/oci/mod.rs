@@ -10,8 +10,8 @@ mod registry;
 
 pub(super) use registry::Registries;
 
+use super::Resolved;
 use super::http::{self, Answer, Ask};
-use super::{Resolved, no_files};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -40,6 +40,12 @@ pub(super) async fn resolve(registries: &Arc<Registries>, repo: &OciRepo) -> Res
         }
     };
     let key = repo.key_at(&digest)?;
+    // What a tag means is remembered: not that it means nothing.
+    if let Some(Document::Layers(layers)) = bytes.as_deref().and_then(|bytes| Document::parse(bytes).ok())
+        && let Ok(layers) = Layers::new(&key, layers)
+    {
+        layers.refuse_none(&digest)?;
+    }
     let repo = OciRepo { at: OciAt::Digest(digest), ..repo.clone() };
     Ok(Resolved { source: Arc::new(OciSource::new(registries, repo, key.clone(), digest, bytes)), key })
 }
@@ -119,11 +125,8 @@ impl OciSource {
         match Document::parse(&bytes)? {
             Document::Layers(layers) => {
                 let layers = Layers::new(&self.key, layers)?;
-                match layers.manifest.files.is_empty() {
-                    true => Err(no_files(format!("the manifest sha256:{digest} lists no files"))
-                        .hint("check the reference: it is an artifact without layers, a signature for instance")),
-                    false => Ok(layers),
-                }
+                layers.refuse_none(&digest)?;
+                Ok(layers)
             }
             Document::Index(_) => Err(Error::corrupt(format!("sha256:{digest} is an index inside an index"))),
         }
