@@ -5,17 +5,21 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use base64::Engine as _;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper::header::{AUTHORIZATION, HOST, HeaderValue, LOCATION, WWW_AUTHENTICATE};
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use percent_encoding::percent_decode_str;
 use tokio::net::TcpStream;
 
+use crate::faults::Faults;
+use crate::lie::Kind as LieKind;
 use crate::log::{Log, Place, Seen};
 use crate::serve::{Answer, Dropped, Server, answer, bind, lock, serve};
 
@@ -42,7 +46,13 @@ pub struct Gate {
 #[derive(Debug)]
 struct Shared {
     behind: SocketAddr,
+    /// Requests pass as they came, signed host and credentials among them.
+    is_transparent: bool,
     rules: Mutex<Rules>,
+    lies: Faults<LieKind>,
+    lies_told: AtomicU64,
+    /// Bytes of endless answers that were sent.
+    endless_bytes: Arc<AtomicU64>,
     log: Log,
 }
 
@@ -65,8 +75,25 @@ struct Rules {
 impl Gate {
     /// A gate that lets everybody pass to the server at `behind`.
     pub fn start(behind: SocketAddr) -> anyhow::Result<Self> {
+        Self::start_before(behind, false)
+    }
+
+    /// A gate whose server gets every request as it came, with the host and credentials that may be signed.
+    pub fn transparent(behind: SocketAddr) -> anyhow::Result<Self> {
+        Self::start_before(behind, true)
+    }
+
+    fn start_before(behind: SocketAddr, is_transparent: bool) -> anyhow::Result<Self> {
         let rules = Mutex::new(Rules { uses: usize::MAX, ..Rules::default() });
-        let shared = Arc::new(Shared { behind, rules, log: Log::default() });
+        let shared = Arc::new(Shared {
+            behind,
+            is_transparent,
+            rules,
+            lies: Faults::default(),
+            lies_told: AtomicU64::new(0),
+            endless_bytes: Arc::default(),
+            log: Log::default(),
+        });
         let (front, cdn) = (bind("127.0.0.1:0")?, bind("127.0.0.2:0").or_else(|_| bind("127.0.0.1:0"))?);
         let (front_addr, cdn_addr) = (front.1, cdn.1);
         let front = serve(front, {
@@ -88,6 +115,16 @@ impl Gate {
     /// Its address, without a slash at the end.
     pub fn url(&self) -> String {
         format!("http://{}", self.addr())
+    }
+
+    /// The lies that are told; see [`Lie`](crate::Lie) for what there is.
+    pub fn lies(&self) -> &Faults<LieKind> {
+        &self.shared.lies
+    }
+
+    /// Bytes of endless answers that connections took.
+    pub fn endless_bytes(&self) -> u64 {
+        self.shared.endless_bytes.load(Ordering::SeqCst)
     }
 
     /// What is wanted from now on.
@@ -142,7 +179,7 @@ async fn at_the_front(
     let decided = shared.decide(front, cdn, &request);
     let answer = match decided {
         Some(answer) => Ok(answer),
-        None => forward(shared.behind, request).await,
+        None => forward_or_lie(&shared, request).await,
     };
     seen.status = answer.as_ref().map_or(0, |answer| answer.status().as_u16());
     shared.log.push(seen);
@@ -152,7 +189,7 @@ async fn at_the_front(
 async fn at_the_cdn(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Answer, Dropped> {
     let mut seen = Seen::of(Place::Cdn, &request);
     let answer = match shared.signature_holds(request.uri().query().unwrap_or_default()) {
-        true => forward(shared.behind, request).await,
+        true => forward(&shared, request).await,
         false => Ok(refuse(StatusCode::FORBIDDEN, "spent")),
     };
     seen.status = answer.as_ref().map_or(0, |answer| answer.status().as_u16());
@@ -245,11 +282,35 @@ fn refuse(status: StatusCode, body: &'static str) -> Answer {
     answer(status, "application/json", body)
 }
 
-/// The answer of the server at `behind`, which gets no credentials.
-async fn forward(behind: SocketAddr, request: Request<Incoming>) -> Result<Answer, Dropped> {
-    let (mut head, body) = request.into_parts();
-    head.headers.remove(AUTHORIZATION);
-    head.headers.insert(HOST, HeaderValue::from_str(&behind.to_string()).map_err(|_| Dropped)?);
+/// The honest answer, a spoiled one, or another one.
+async fn forward_or_lie(shared: &Shared, request: Request<Incoming>) -> Result<Answer, Dropped> {
+    let path = percent_decode_str(request.uri().path()).decode_utf8_lossy().into_owned();
+    let subject = format!("{path}?{}", request.uri().query().unwrap_or_default());
+    let method = request.method().to_string();
+    let number = shared.lies_told.fetch_add(1, Ordering::SeqCst);
+    if let Some(lie) = shared.lies.strike(&method, &subject, |lie| !lie.spoils()) {
+        return lie.answer(number, &shared.endless_bytes).ok_or(Dropped);
+    }
+    let answer = forward(shared, request).await?;
+    if !answer.status().is_success()
+        || method != "GET"
+        || answer.body().size_hint().exact().is_some_and(|size| size < 2)
+    {
+        return Ok(answer);
+    }
+    match shared.lies.strike(&method, &subject, LieKind::spoils) {
+        Some(lie) => lie.spoiled(answer).await,
+        None => Ok(answer),
+    }
+}
+
+/// The answer of the server behind, which gets no credentials unless the gate is transparent.
+async fn forward(shared: &Shared, request: Request<Incoming>) -> Result<Answer, Dropped> {
+    let (behind, (mut head, body)) = (shared.behind, request.into_parts());
+    if !shared.is_transparent {
+        head.headers.remove(AUTHORIZATION);
+        head.headers.insert(HOST, HeaderValue::from_str(&behind.to_string()).map_err(|_| Dropped)?);
+    }
     let body: Bytes = body.collect().await.map_err(|_| Dropped)?.to_bytes();
     let stream = TcpStream::connect(behind).await.map_err(|_| Dropped)?;
     let (mut sender, connection) =

@@ -9,7 +9,7 @@
 //! | [`s3`] | an S3 endpoint over a folder, with the conditions of the real one kept |
 //! | [`web`] | any other web server, with or without ranges, validators, digests, credentials |
 //! | [`tls`] | TLS in front of any of them, and a proxy that tunnels |
-//! | [`gate`] | what stands in front of a server: credentials, a CDN |
+//! | [`gate`] | what stands in front of a server: credentials, a CDN, [lies](lie) about what it answers |
 //! | [`moto`], [`registry`], [`mlflow`] | nothing: they start the real servers |
 //! | [`proxy`] | a bad network, in front of any of them |
 //! | [`shim`] | a bad disk and sudden death, underneath a program |
@@ -28,6 +28,7 @@ pub mod faults;
 pub mod folder;
 pub mod gate;
 pub mod hub;
+pub mod lie;
 pub mod log;
 pub mod mlflow;
 pub mod moto;
@@ -48,6 +49,7 @@ pub use dice::Dice;
 pub use faults::{Fault, Faults, Hits};
 pub use gate::{Demand, Gate};
 pub use hub::Hub;
+pub use lie::Lie;
 pub use log::{Place, Seen};
 pub use mlflow::Mlflow;
 pub use moto::Moto;

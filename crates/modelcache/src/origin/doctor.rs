@@ -60,11 +60,12 @@ async fn hub(config: &Config, clock: &Clock) -> Result<Check> {
         let value = authorization::bearer(token.expose(), HUB_TOKEN)?;
         headers.insert(AUTHORIZATION, value);
     }
-    let response = Http::new(config.retry.read_timeout).get(&url, headers).await?;
+    let http = Http::new(config.retry.read_timeout);
+    let response = http.get(&url, headers).await?;
     let server = Server(&url).to_string();
     clock.learn(&server, http::header(response.headers(), "date"));
     let (status, signed) = (response.status(), config.hub.token.is_some());
-    let body = http::body_up_to(response, &url, limits::ANSWER_BYTES_MAX).await.unwrap_or_default();
+    let body = http.body(response, &url, limits::ANSWER_BYTES_MAX).await.unwrap_or_default();
     Ok(match status {
         StatusCode::OK if signed => {
             let name = serde_json::from_slice::<serde_json::Value>(&body)

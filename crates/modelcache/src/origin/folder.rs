@@ -7,7 +7,7 @@
 //! Surprise: links are followed wherever they lead (the Hub's own cache is made of them); only a folder that contains
 //! itself is refused.
 
-use super::Resolved;
+use super::{Resolved, no_files};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
@@ -76,6 +76,10 @@ impl FolderSource {
         let mut walk = Walk::default();
         let (base, shape) = if found.is_dir() {
             walk.folder(root, "", &found)?;
+            if walk.identities.is_empty() {
+                let what = format!("{} holds no files", root.display());
+                return Err(no_files(what).hint("is it the right folder, and is what should be there mounted?"));
+            }
             (root, Shape::Tree)
         } else {
             let name = root.file_name().and_then(|name| name.to_str());

@@ -12,6 +12,7 @@
 pub(super) use crate::config::one_segment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
+use crate::transfer::{BodyLimits, check_headers, content_range, read_body};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
@@ -27,8 +28,6 @@ use url::Url;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait that a server can ask for; above it the number is nonsense.
 const WAIT_MAX: Duration = Duration::from_secs(24 * 3600);
-/// Most bytes of an error's body that are looked at.
-const ERROR_BYTES_MAX: usize = 64 * 1024;
 /// Most characters of a server's message that are repeated.
 const QUOTE_CHARS_MAX: usize = 200;
 
@@ -82,6 +81,15 @@ impl Http {
         Err(Error::unavailable(format!("{server} still redirects after {} redirects", limits::REDIRECTS_MAX))
             .hint("check the address (HF_ENDPOINT for the Hub), and any proxy on the way")
             .transient(false))
+    }
+
+    /// The body of a metadata answer, refused above `bytes_max`.
+    pub(super) async fn body(&self, response: Response, url: &Url, bytes_max: u64) -> Result<Vec<u8>> {
+        let limits = BodyLimits::answer(bytes_max, self.read_timeout);
+        match read_body(response.bytes_stream(), limits).await {
+            (body, None) => Ok(body),
+            (_, Some(cut)) => Err(cut.error(Server(url), |error| transport_error(error, url))),
+        }
     }
 
     async fn client(&self) -> Result<&Client> {
@@ -238,33 +246,9 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The body of a metadata answer, refused above `bytes_max`.
-pub(super) async fn body_up_to(mut response: Response, url: &Url, bytes_max: u64) -> Result<Vec<u8>> {
-    let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(|error| transport_error(error, url))? {
-        if (body.len() + chunk.len()) as u64 > bytes_max {
-            return Err(Error::corrupt(format!("{} answers with more than {bytes_max} bytes", Server(url))));
-        }
-        body.extend_from_slice(&chunk);
-    }
-    Ok(body)
-}
-
-/// Reads a short body to its end, so that the connection can be used again; gives up on a long one.
+/// Reads a short body to its end, so that the connection can be used again; gives up on a long or slow one.
 pub(super) async fn drain(response: Response) {
-    read_some(response).await;
-}
-
-/// What comes first in a body, and nothing where reading it fails.
-async fn read_some(mut response: Response) -> Vec<u8> {
-    let mut body = Vec::new();
-    while let Ok(Some(chunk)) = response.chunk().await {
-        body.extend_from_slice(&chunk);
-        if body.len() > ERROR_BYTES_MAX {
-            break;
-        }
-    }
-    body
+    read_body(response.bytes_stream(), BodyLimits::drain()).await;
 }
 
 /// The body of a file's answer as it comes in.
@@ -286,10 +270,11 @@ pub(super) fn body_start(
     let (start, told) = match status {
         StatusCode::OK => (0, content_length(headers)),
         StatusCode::PARTIAL_CONTENT => match header(headers, "content-range").and_then(content_range) {
-            Some((start, total)) if start == first => (start, total),
-            Some((start, _)) => {
+            Some(given) if given.first == first && given.last <= last => (first, given.total),
+            Some(given) => {
                 return Err(Error::corrupt(format!(
-                    "asked for bytes from {first} on and was given those from {start} on"
+                    "asked for bytes {first}-{last} and was given {}-{}",
+                    given.first, given.last
                 )));
             }
             None => return Err(Error::corrupt("a part of a file came without saying which part")),
@@ -304,9 +289,7 @@ pub(super) fn body_start(
         }
         status => return Err(Error::unavailable(format!("a file was answered with {status}")).transient(false)),
     };
-    if let Some(encoding) = header(headers, "content-encoding").filter(|encoding| *encoding != "identity") {
-        return Err(Error::corrupt(format!("the server encodes the file ({encoding:?}), though asked not to")));
-    }
+    check_headers(status, headers)?;
     match (told, size) {
         (Some(told), Some(size)) if told != size => Err(Error::corrupt(format!(
             "the file has {size} bytes by the list of files and {told} bytes where it is read"
@@ -316,15 +299,6 @@ pub(super) fn body_start(
         }
         _ => Ok(start),
     }
-}
-
-/// First byte and, unless unknown, size of the whole: `bytes 5-9/10` gives `(5, Some(10))`.
-pub(super) fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
-    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
-    let (first, last) = range.split_once('-')?;
-    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
-    let total = if total == "*" { None } else { Some(total.parse().ok()?) };
-    (first <= last && total.is_none_or(|total| last < total)).then_some((first, total))
 }
 
 pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
@@ -394,13 +368,14 @@ pub(super) struct Refusal {
 }
 
 impl Refusal {
-    /// Reads status and headers; the words only where `quote` says that they may be repeated.
-    pub(super) async fn read(response: Response, quote: bool) -> Self {
+    /// Reads status and headers; the words only where `quote` says that they may be repeated. Of a body that is too long
+    /// or too slow, what came first.
+    pub(super) async fn read(http: &Http, response: Response, quote: bool) -> Self {
         let headers = response.headers();
         let (status, wait) = (response.status(), asked_wait(headers));
         let code = header(headers, "x-error-code").map(one_line);
         let message = header(headers, "x-error-message").map(one_line);
-        let body = read_some(response).await;
+        let (body, _) = read_body(response.bytes_stream(), BodyLimits::refusal(http.read_timeout)).await;
         let message = message.or_else(|| json_error(&body)).filter(|_| quote);
         let body = if quote { body } else { Vec::new() };
         Self { status, code, message: message.filter(|text| !text.is_empty()), wait, body }
@@ -550,6 +525,7 @@ mod tests {
         assert_eq!(start(200, &[]).expect("whole, length unknown"), 0);
         for (status, rows) in [
             (206, ("content-range", "bytes 4-8/10")),
+            (206, ("content-range", "bytes 5-9/10")),
             (206, ("content-range", "bytes 5-8/11")),
             (206, ("content-range", "bytes 8-5/10")),
             (206, ("content-range", "bytes 5-10/10")),

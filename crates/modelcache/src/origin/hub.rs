@@ -6,9 +6,9 @@
 //!
 //! Surprise: without the right to see it, a private repository is said not to exist. The message says so.
 
-use super::Resolved;
 use super::authorization::bearer;
 use super::http::{self, Answer, Ask, Http, Refusal, Server};
+use super::{Resolved, no_files};
 use crate::config::HubConfig;
 use crate::digest::{GitOid, Provenance};
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
@@ -17,7 +17,7 @@ use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::reference::HubRepo;
 use crate::source::{Body, Source};
-use crate::transfer::Retry;
+use crate::transfer::{Paging, Retry};
 use async_trait::async_trait;
 use reqwest::StatusCode;
 use reqwest::header::{ETAG, HeaderMap, HeaderValue, IF_MATCH, RANGE};
@@ -100,7 +100,7 @@ impl Hub {
         let answer = self.follow(url, HeaderMap::new(), true).await?;
         let headers = answer.response.headers().clone();
         if answer.response.status().is_success() {
-            let body = http::body_up_to(answer.response, &answer.url, limits::ANSWER_BYTES_MAX).await?;
+            let body = self.http.body(answer.response, &answer.url, limits::ANSWER_BYTES_MAX).await?;
             return Ok(Some((body, headers)));
         }
         match http::header(&headers, "x-error-code") {
@@ -120,7 +120,7 @@ impl Hub {
     /// What a refusal means: the one place where the Hub's statuses and codes become kinds.
     async fn refused(&self, answer: Answer, repo: &HubRepo, path: Option<&FilePath>) -> Error {
         let Answer { response, url, at_home, .. } = answer;
-        let mut refusal = Refusal::read(response, at_home).await;
+        let mut refusal = Refusal::read(&self.http, response, at_home).await;
         if !at_home {
             return refused_elsewhere(&refusal, &url);
         }
@@ -256,19 +256,26 @@ impl HubSource {
         let path = format!("api/{}/{id}/tree/{revision}?recursive=true&expand=false", kind.api_segment());
         let mut manifest = Manifest::new(self.key.clone(), Shape::Tree);
         let mut next = Some(self.hub.at(&path)?);
-        let mut entries = 0;
+        let (mut entries, mut paging) = (0, Paging::default());
         while let Some(url) = next {
             let page = self.hub.retry.run(|| self.hub.api(url.clone(), &self.repo)).await?;
             let Some((page, headers)) = page else { return Ok(None) };
             let page: Vec<TreeEntry> = parse(&page, "a tree that is no list of entries")?;
             next = http::next_link(&headers).map(|link| next_page(&endpoint, &url, link)).transpose()?;
             entries += page.len();
+            paging.page(page.last().map(|entry| entry.path.as_str()), next.as_ref().map(Url::as_str))?;
             if (page.is_empty() && next.is_some()) || entries > 2 * limits::FILES_MAX {
                 return Err(Error::corrupt(format!("the list of files does not end ({entries} entries so far)")));
             }
             page.into_iter().try_for_each(|entry| add(&mut manifest, entry))?;
         }
         manifest.check()?;
+        if manifest.files.is_empty() {
+            let what = format!("{} lists no files of {id} at {revision}", Server(&endpoint));
+            return Err(no_files(what).hint(
+                "look at the repository in a browser: is it empty? else check HF_ENDPOINT and any proxy on the way",
+            ));
+        }
         Ok(Some(manifest))
     }
 

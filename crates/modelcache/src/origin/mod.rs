@@ -8,6 +8,7 @@
 //! - A reference to nothing is `None` where there is nothing more to say (a path that is not there), and
 //!   [`NotFound`](crate::ErrorKind::NotFound) where there is: which of repository and revision is missing, and what to
 //!   check.
+//! - An origin that lists no files has no artifact: `NotFound`, and nothing is kept.
 //! - Credentials go to the scheme, host and port that they were configured for, on no redirect elsewhere.
 //! - Nothing is connected, and no certificate read, before the first request.
 //!
@@ -30,7 +31,7 @@ pub(crate) use {hub::fuzz as fuzz_hub, oci::fuzz as fuzz_oci};
 
 use crate::config::{BucketConfig, HubConfig, MlflowConfig, OciConfig};
 use crate::credentials::Credentials;
-use crate::error::{Context as _, Result, Tier};
+use crate::error::{Context as _, Error, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::reference::{Reference, Target};
 use crate::source::Source;
@@ -46,6 +47,12 @@ pub struct Origins {
     mlflow: Arc<mlflow::Mlflow>,
     registries: Arc<oci::Registries>,
     retry: Retry,
+}
+
+/// The error for an artifact whose origin lists no file. Nothing of it is kept: an origin that errs (a broken proxy, a
+/// folder that is not mounted) looks the same.
+fn no_files(what: impl Into<String>) -> Error {
+    Error::not_found(what)
 }
 
 /// What a reference pointed to when it was asked.

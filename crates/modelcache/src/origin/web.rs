@@ -25,7 +25,7 @@ use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::reference::{WebFile, is_derived};
 use crate::sidecar;
 use crate::source::{Body, Source};
-use crate::transfer::Retry;
+use crate::transfer::{Retry, StallDetector, check_headers, content_range};
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -46,6 +46,10 @@ use url::Url;
 
 /// Most bytes of a checksum file that are looked at: a line per file of a large release.
 const SIDECAR_BYTES_MAX: u64 = 1024 * 1024;
+/// Most bytes of a file whose size the server does not state: more than any single file of a model has.
+const UNSIZED_BYTES_MAX: u64 = 1 << 40;
+/// How often it is logged how far a file has been read through.
+const SHOW_EVERY: Duration = Duration::from_secs(10);
 /// How long a source that resolving made waits for whoever asked; then the server is asked anew.
 const HANDED_ON_MAX: Duration = Duration::from_secs(10);
 /// Longest validator that becomes a version as it is; a longer one, or one with odd characters, is hashed.
@@ -160,7 +164,7 @@ impl Web {
             return Err(self.refused(answer, url).await);
         }
         let headers = answer.response.headers();
-        check_kind(headers, url)?;
+        check_kind(status, headers, url)?;
         let (etag, modified) = (headers.get("etag").cloned(), headers.get("last-modified").cloned());
         let stated = stated_digest(headers, status)?;
         let mut found = Found { size: 0, etag, modified, stated, counted: None };
@@ -180,20 +184,35 @@ impl Web {
             http::drain(answer.response).await;
             answer = self.get(url.clone(), url, HeaderMap::new()).await?;
             if answer.response.status() == StatusCode::OK {
-                check_kind(answer.response.headers(), url)?;
+                check_kind(StatusCode::OK, answer.response.headers(), url)?;
             } else {
                 return Err(self.refused(answer, url).await);
             }
         }
         let told = http::content_length(answer.response.headers());
+        if told.is_some_and(|told| told > limits::FILE_BYTES_MAX) {
+            return Err(Error::corrupt(format!("{} states a size that no file has", Server(url))));
+        }
         let (mut size, mut hasher) = (0, sha2::Sha256::new());
+        let mut stall = StallDetector::new(self.retry.read_timeout());
+        let mut shown = Instant::now();
         let mut body = http::body_stream(answer.response, &answer.url);
-        while let Some(chunk) = body.next().await {
+        loop {
+            let waiting = Instant::now();
+            let Some(chunk) = body.next().await else { break };
             let chunk = chunk?;
             size += chunk.len() as u64;
+            if told.is_none() && size > UNSIZED_BYTES_MAX {
+                let why = format!("{} states no size and has sent {UNSIZED_BYTES_MAX} bytes", Server(url));
+                return Err(Error::corrupt(why).hint("is it a stream without end? let the server send Content-Length"));
+            }
+            if stall.record(chunk.len() as u64, waiting.elapsed()) {
+                return Err(Error::unavailable(format!("the connection to {} has nearly stalled", Server(url))));
+            }
             hasher.update(&chunk);
-            if size > limits::FILE_BYTES_MAX {
-                return Err(Error::corrupt(format!("{} sends a file without end", Server(url))));
+            if shown.elapsed() >= SHOW_EVERY {
+                shown = Instant::now();
+                tracing::info!(server = %Server(url), bytes = size, "still reading the file through");
             }
         }
         if told.is_some_and(|told| told != size) {
@@ -210,11 +229,11 @@ impl Web {
         let answer = self.get(url, &file.url, HeaderMap::new()).await?;
         let status = answer.response.status();
         if !status.is_success() {
-            let error = Refusal::read(answer.response, false).await.error(&answer.url);
+            let error = Refusal::read(&self.http, answer.response, false).await.error(&answer.url);
             return if error.is_transient() { Err(error) } else { Ok(None) };
         }
-        let encoded = http::header(answer.response.headers(), "content-encoding").is_some_and(|e| e != "identity");
-        let text = match http::body_up_to(answer.response, &answer.url, SIDECAR_BYTES_MAX).await {
+        let encoded = check_headers(status, answer.response.headers()).is_err();
+        let text = match self.http.body(answer.response, &answer.url, SIDECAR_BYTES_MAX).await {
             Ok(text) => text,
             Err(error) if error.kind() == ErrorKind::Corrupt => return Ok(None),
             Err(error) => return Err(error),
@@ -226,7 +245,7 @@ impl Web {
     /// What a refusal means: the one place where statuses of web servers become kinds.
     async fn refused(&self, answer: Answer, home: &Url) -> Error {
         let Answer { response, url, at_home, .. } = answer;
-        let refusal = Refusal::read(response, false).await;
+        let refusal = Refusal::read(&self.http, response, false).await;
         let error = refusal.error(&url);
         let (server, status) = (Server(home), refusal.status.as_u16());
         match status {
@@ -278,20 +297,16 @@ fn told_size(answer: &Answer) -> Option<u64> {
     let range = http::header(headers, "content-range");
     match answer.response.status() {
         StatusCode::OK => http::content_length(headers),
-        StatusCode::PARTIAL_CONTENT => http::content_range(range?)?.1,
+        StatusCode::PARTIAL_CONTENT => content_range(range?)?.total,
         StatusCode::RANGE_NOT_SATISFIABLE => range?.strip_prefix("bytes */")?.parse().ok(),
         _ => None,
     }
 }
 
 /// Refuses what is not the file itself: an encoding of it, or a page for people in its place.
-fn check_kind(headers: &HeaderMap, url: &Url) -> Result<()> {
+fn check_kind(status: StatusCode, headers: &HeaderMap, url: &Url) -> Result<()> {
     let server = Server(url);
-    if let Some(encoding) = http::header(headers, "content-encoding").filter(|encoding| *encoding != "identity") {
-        return Err(Error::corrupt(format!("{server} encodes the file ({encoding:?}), though asked not to")).hint(
-            "let the server send the file as it is stored: no Content-Encoding, neither by compression nor by a rule for .gz",
-        ));
-    }
+    check_headers(status, headers)?;
     let is_page = http::header(headers, "content-type").is_some_and(|kind| kind.trim_start().starts_with("text/html"));
     let wants_page = [".html", ".htm"].iter().any(|end| url.path().ends_with(end));
     if is_page && !wants_page {
@@ -538,7 +553,7 @@ impl WebSource {
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
             return Err(self.web.refused(answer, &self.file.url).await);
         }
-        check_kind(answer.response.headers(), &self.file.url)?;
+        check_kind(status, answer.response.headers(), &self.file.url)?;
         if !found.fits(&answer) {
             return Err(self.superseded());
         }

@@ -12,6 +12,7 @@ use super::settings::Options;
 use super::wire::element;
 use crate::config::{Environment, Secret};
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::transfer::{BodyLimits, Cut, read_body};
 use async_trait::async_trait;
 use bytes::Bytes;
 use object_store::CredentialProvider;
@@ -38,6 +39,8 @@ const METADATA_CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const METADATA_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for an answer of STS or SSO.
 const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Largest answer of a metadata service, STS or SSO, in bytes; credentials have some KiB.
+const ANSWER_BYTES_MAX: u64 = 256 * 1024;
 /// How deep `source_profile` may lead.
 const SOURCE_PROFILES_MAX: usize = 5;
 
@@ -509,7 +512,13 @@ impl Http {
         if let Some(headers) = answer.headers_mut() {
             headers.clone_from(response.headers());
         }
-        let body = response.bytes().await.map_err(text)?;
+        let limits = BodyLimits::within(ANSWER_BYTES_MAX, if plain { METADATA_TIMEOUT } else { SERVICE_TIMEOUT });
+        let body = match read_body(response.bytes_stream(), limits).await {
+            (body, None) => Bytes::from(body),
+            (_, Some(Cut::Broken(error))) => return Err(text(error)),
+            (_, Some(Cut::TooLong(bytes_max))) => return Err(format!("the answer has more than {bytes_max} bytes")),
+            (_, Some(_)) => return Err("the answer was not complete in time".into()),
+        };
         answer.body(body).map_err(|_| "broken answer".into())
     }
 

@@ -91,6 +91,13 @@ pub(super) fn translate(error: object_store::Error, doing: &str, at: &Whereabout
         },
         error => error,
     };
+    // What our own HTTP layer found wrong with an answer.
+    if let Some(ours) = find::<Error>(&error) {
+        return Error::new(ours.kind(), format!("{doing}: {}", ours.message()))
+            .hint(ours.hint_text().unwrap_or_default())
+            .transient(ours.is_transient())
+            .tier(Tier::Remote);
+    }
     let translated = if let Some(refusal) = refusal(&error) {
         from_refusal(refusal, doing, at)
     } else if let Some(http) = find::<HttpError>(&error) {
@@ -191,7 +198,9 @@ fn from_local(error: &object_store::Error, doing: &str, at: &Whereabouts) -> Err
         Some(io) => from_io(io, doing, at),
         None => {
             let reason = innermost(error);
-            let kind = if reason.contains("range") { ErrorKind::Corrupt } else { ErrorKind::Unavailable };
+            // "Requested 0..5, got 3..8" and "Content-Range header not present": an answer of another range, or of none.
+            let contradicts = ["range", "Content-Range", "Requested "].iter().any(|word| reason.contains(word));
+            let kind = if contradicts { ErrorKind::Corrupt } else { ErrorKind::Unavailable };
             Error::new(kind, format!("{doing}: {reason}"))
         }
     }

@@ -98,8 +98,8 @@ impl Foreign {
 
     fn warn(&self, useless: &[String], absent: &BTreeSet<String>) {
         let (artifact, left_out) = (&self.manifest.key, &self.listing.left_out);
-        if !left_out.is_empty() {
-            tracing::warn!(%artifact, "{} objects cannot be files and are left out: {}", left_out.len(), some(left_out));
+        if left_out.count > 0 {
+            tracing::warn!(%artifact, "{} objects cannot be files and are left out: {}", left_out.count, some(&left_out.first));
         }
         if !useless.is_empty() {
             tracing::warn!(%artifact, "no digest of any file here is stated by {}; taken as absent", some(useless));
@@ -264,7 +264,7 @@ async fn read(store: &Store, key: &str, path: &FilePath, listed: &ObjectIdentity
         Error::new(ErrorKind::Conflict, format!("{path} was replaced or removed after it was listed"))
             .hint("run it again once nothing writes there")
     };
-    match store.read(&store.key(key)?, range, listed.etag.as_deref()).await {
+    match store.read(&store.key(key)?, range, listed).await {
         Ok(ReadBody::Stream { start, stream }) => Ok(Body { start, stream }),
         Ok(ReadBody::Changed) => Err(changed()),
         Err(error) if error.kind() == ErrorKind::NotFound => Err(changed()),

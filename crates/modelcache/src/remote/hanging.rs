@@ -130,7 +130,11 @@ async fn list(store: &Store, prefix: &str) -> Vec<Hanging> {
         match (element(&page, "NextKeyMarker"), element(&page, "NextUploadIdMarker")) {
             (Some(key), id) if element(&page, "IsTruncated").as_deref() == Some("true") => {
                 let id = id.map(|id| format!("&upload-id-marker={}", encoded(&id))).unwrap_or_default();
-                after = format!("&key-marker={}{id}", encoded(&key));
+                let next = format!("&key-marker={}{id}", encoded(&key));
+                if next == after {
+                    break;
+                }
+                after = next;
             }
             _ => break,
         }

@@ -1,6 +1,6 @@
 //! Listing what is published: every manifest below the remote's prefix.
 //!
-//! The store is listed page by page; whatever is no manifest of ours, in its own place, is passed over. An artifact that
+//! The store is listed page by page, and only our records are kept; whatever is no manifest of ours, in its own place, is passed over. An artifact that
 //! is evicted meanwhile is left out, as is one that cannot be read, with a warning.
 
 use super::refs::{self, RemoteRef};
@@ -33,7 +33,9 @@ pub(super) async fn list_with_tags(remote: &Remote) -> Result<(Vec<Manifest>, Ve
 }
 
 async fn objects(store: &Store) -> Result<Vec<ObjectMeta>> {
-    store.list(store.root().as_ref()).await?.ok_or_else(|| {
+    let is_record = |path: &str| key_of(path).is_some() || refs::is_ref(path);
+    let wanted = |meta: &ObjectMeta| store.relative(&meta.location).is_some_and(is_record);
+    store.list_those(store.root().as_ref(), wanted).await?.ok_or_else(|| {
         Error::new(ErrorKind::Unauthorized, "listing the remote is not permitted")
             .hint("grant s3:ListBucket on the bucket")
     })

@@ -14,10 +14,12 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{FilePath, OWN_FOLDER};
 use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity, Shape};
-use object_store::list::{PaginatedListOptions, PaginatedListStore as _};
 use sha2::Digest as _;
 use std::collections::{BTreeMap, HashSet};
 use std::{fmt, io};
+
+/// Keys that are left out and kept by name, for a message.
+const OMITTED_SHOWN: usize = 8;
 
 /// Where to look, below the store's prefix, without slashes at its ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,12 +64,32 @@ pub(crate) struct Listing {
     pub(super) single: bool,
     pub(super) objects: BTreeMap<FilePath, ObjectIdentity>,
     /// Keys below the place that are no files of it.
-    pub(super) left_out: Vec<String>,
+    pub(super) left_out: Omitted,
+}
+
+/// Keys that are left out: how many, and the first of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Omitted {
+    pub(super) count: usize,
+    pub(super) first: Vec<String>,
+}
+
+impl Omitted {
+    fn add(&mut self, key: String) {
+        // A mark that tools leave for a folder.
+        if key.ends_with('/') {
+            return;
+        }
+        self.count += 1;
+        if self.first.len() < OMITTED_SHOWN {
+            self.first.push(key);
+        }
+    }
 }
 
 impl Listing {
     fn new(address: &Address) -> Self {
-        Self { address: address.clone(), single: false, objects: BTreeMap::new(), left_out: Vec::new() }
+        Self { address: address.clone(), single: false, objects: BTreeMap::new(), left_out: Omitted::default() }
     }
 
     /// The key of `path`, below the store's prefix.
@@ -94,17 +116,20 @@ impl Listing {
     fn take(&mut self, store: &Store, path: &str, identity: ObjectIdentity) -> Result<()> {
         let usable = FilePath::new(path).ok().filter(|path| store.key(&self.key_of(path.as_str())).is_ok());
         match usable {
-            Some(_) if self.objects.len() == limits::FILES_MAX => {
-                return Err(Error::invalid(format!(
-                    "more than {} objects below {:?}",
-                    limits::FILES_MAX,
-                    self.address.base
-                )));
-            }
             Some(path) => drop(self.objects.insert(path, identity)),
-            None => self.left_out.push(path.to_owned()),
+            None => self.left_out.add(path.to_owned()),
         }
-        Ok(())
+        self.check_size()
+    }
+
+    /// Keys that are left out count, too: a listing of nothing else must end as well.
+    fn check_size(&self) -> Result<()> {
+        match self.objects.len() + self.left_out.count > limits::FILES_MAX {
+            true => {
+                Err(Error::invalid(format!("more than {} objects below {:?}", limits::FILES_MAX, self.address.base)))
+            }
+            false => Ok(()),
+        }
     }
 
     /// Leaves out objects whose path is a folder of others.
@@ -117,18 +142,17 @@ impl Listing {
         self.objects.retain(|path, identity| {
             let is_folder = folders.contains(path.as_str());
             if is_folder && identity.object_bytes > 0 {
-                self.left_out.push(path.to_string());
+                self.left_out.add(path.to_string());
             }
             !is_folder
         });
-        self.left_out.retain(|key| !key.ends_with('/'));
         self
     }
 
     /// What the files are, given how many of them are real: see [`Shape`].
     pub(super) fn shape(&self, mut files: impl Iterator<Item = FilePath>) -> Shape {
         match (files.next(), files.next()) {
-            (Some(only), None) if self.left_out.is_empty() && !only.as_str().contains('/') => Shape::File,
+            (Some(only), None) if self.left_out.count == 0 && !only.as_str().contains('/') => Shape::File,
             _ => Shape::Tree,
         }
     }
@@ -184,56 +208,35 @@ fn ours(address: &Address, path: &str) -> Option<Look> {
 
 async fn below_prefix(store: &Store, address: &Address) -> Result<Look> {
     let mut listing = Listing::new(address);
-    let mut prefix = store.root().map_or_else(String::new, |root| format!("{root}/"));
-    if !address.base.is_empty() {
-        prefix.push_str(&format!("{}/", address.base));
-    }
-    let mut token = None;
-    loop {
-        let Some(page) = store.page(&prefix, token).await? else {
-            store::warn_ambiguous(store.at());
-            return Ok(Look::Nothing);
-        };
-        for object in page.result.objects {
+    let base = match address.base.as_str() {
+        "" => store.root(),
+        base => Some(store.key(base)?),
+    };
+    let prefix = base.as_ref().map_or_else(String::new, |base| format!("{base}/"));
+    let mut record = None;
+    let permitted = store.pages(base.as_ref(), false, |page| {
+        for object in page.objects {
             let path = object.location.as_ref().strip_prefix(&prefix).filter(|path| !is_pointer(path));
             let Some(path) = path else { continue };
             if let Some(ours) = ours(address, path) {
-                return Ok(ours);
+                record = Some(ours);
+                return Ok(false);
             }
             listing.take(store, path, store::identity(&object))?;
         }
-        let odd = page.result.extensions.get::<LeftOut>().cloned().unwrap_or_default().0;
-        listing.left_out.extend(odd.iter().filter_map(|key| key.strip_prefix(&prefix)).map(str::to_owned));
-        token = page.page_token;
-        if token.is_none() {
-            break;
-        }
+        let odd = page.extensions.get::<LeftOut>().map(|LeftOut(keys)| keys.as_slice()).unwrap_or_default();
+        odd.iter().filter_map(|key| key.strip_prefix(&prefix)).for_each(|key| listing.left_out.add(key.to_owned()));
+        listing.check_size().map(|()| true)
+    });
+    if !permitted.await? {
+        store::warn_ambiguous(store.at());
+        return Ok(Look::Nothing);
+    }
+    if let Some(record) = record {
+        return Ok(record);
     }
     let listing = listing.settle();
     Ok(if listing.objects.is_empty() { Look::Nothing } else { Look::Foreign(listing) })
-}
-
-impl Store {
-    /// One page of keys that begin with `prefix`. `None`: listing is not permitted.
-    async fn page(
-        &self,
-        prefix: &str,
-        token: Option<String>,
-    ) -> Result<Option<object_store::list::PaginatedListResult>> {
-        let Some(s3) = self.bucket() else { return Ok(None) };
-        let doing = format!("cannot list {prefix:?}");
-        let (doing, token) = (&doing, &token);
-        self.retry()
-            .run(|| async move {
-                let options = PaginatedListOptions { page_token: token.clone(), ..PaginatedListOptions::default() };
-                match s3.list_paginated(Some(prefix), options).await {
-                    Ok(page) => Ok(Some(page)),
-                    Err(error) if failure::is_ambiguous(&error) => Ok(None),
-                    Err(error) => Err(self.failed(error, doing).await),
-                }
-            })
-            .await
-    }
 }
 
 /// Whether the place in a folder is a link to somewhere else: whoever may write to a shared folder could have files
@@ -269,7 +272,8 @@ async fn below_folder(store: &Store, address: &Address) -> Result<Look> {
     if let Some(ours) = paths.iter().find_map(|path| ours(address, path)) {
         return Ok(ours);
     }
-    let mut listing = Listing { left_out, ..Listing::new(address) };
+    let mut listing = Listing::new(address);
+    left_out.into_iter().for_each(|path| listing.left_out.add(path));
     for path in paths {
         let identity = match store.key(&listing.key_of(&path)) {
             Ok(key) => store.head(&key).await?,

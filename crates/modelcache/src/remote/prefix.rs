@@ -105,7 +105,7 @@ impl PrefixSource {
         if range.is_empty() {
             return Ok(Body { start: range.start, stream: futures::stream::empty().boxed() });
         }
-        match found.store.read(location, range, identity.etag.as_deref()).await? {
+        match found.store.read(location, range, identity).await? {
             ReadBody::Stream { start, stream } => Ok(Body { start, stream }),
             ReadBody::Changed => {
                 Err(Error::unavailable(format!("{path} was replaced in the bucket while it was read")).transient(false))

@@ -59,6 +59,11 @@ impl RemoteSource {
         let ask = || async {
             let store = self.remote.store().await?;
             if let Some((manifest, _)) = self.folder.read_manifest(store).await? {
+                if manifest.files.is_empty() {
+                    // Nobody can publish that; a release that took a server's empty list for a repository could.
+                    tracing::warn!(artifact = %self.folder.key, "the manifest on the remote lists no files; taken as absent");
+                    return Ok(None);
+                }
                 return Ok(Some(Known::Published(Arc::new(manifest))));
             }
             match foreign::at_key(store, &self.folder.key).await? {
@@ -114,6 +119,7 @@ impl RemoteSource {
         let recorded = self.recorded(path).await?;
         let store = self.remote.store().await?;
         let object = self.folder.object(store, path)?;
+        let wanted = |etag| ObjectIdentity { etag, object_bytes: recorded.object_bytes };
         let etag = self.etag(path, &recorded);
         let gone = |error: Error| match error.kind() {
             ErrorKind::NotFound => {
@@ -121,10 +127,10 @@ impl RemoteSource {
             }
             _ => error,
         };
-        let body = match store.read(&object, range.clone(), etag.as_deref()).await.map_err(gone)? {
+        let body = match store.read(&object, range.clone(), &wanted(etag)).await.map_err(gone)? {
             ReadBody::Changed => {
                 let etag = self.relearn(path, &recorded).await?;
-                store.read(&object, range, etag.as_deref()).await.map_err(gone)?
+                store.read(&object, range, &wanted(etag)).await.map_err(gone)?
             }
             body => body,
         };

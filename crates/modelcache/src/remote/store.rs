@@ -13,26 +13,30 @@ use super::credentials::Credentials;
 use super::failure::{self, Whereabouts};
 use super::profile::Profiles;
 use super::settings::{Options, Place, S3Settings};
-use super::wire::Connector;
+use super::wire::{Connector, LeftOut};
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::limits;
 use crate::manifest::ObjectIdentity;
-use crate::transfer::Retry;
+use crate::transfer::{BodyLimits, Paging, Retry, StallDetector, read_body};
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::list::{PaginatedListOptions, PaginatedListResult, PaginatedListStore as _};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
-    GetOptions, GetRange, GetResultPayload, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion,
+    GetOptions, GetRange, GetResultPayload, ListResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
+    UpdateVersion,
 };
+use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longest key, in bytes (<https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html>).
 const KEY_BYTES_MAX: usize = 1024;
@@ -342,16 +346,14 @@ impl Store {
                 if identity.object_bytes > bytes_max {
                     return Err(too_big());
                 }
-                let mut bytes = Vec::with_capacity(usize::try_from(identity.object_bytes).unwrap_or_default());
-                let mut stream = self.stream(answer, doing.clone());
-                while let Some(chunk) = stream.try_next().await? {
-                    bytes.extend_from_slice(&chunk);
-                    if bytes.len() as u64 > bytes_max {
-                        return Err(too_big());
-                    }
+                let limits = BodyLimits::answer(bytes_max, self.retry.read_timeout());
+                let (bytes, cut) = read_body(self.stream(answer, doing.clone()), limits).await;
+                if let Some(cut) = cut {
+                    return Err(cut.error(key, |error| error).tier(Tier::Remote));
                 }
                 if bytes.len() as u64 != identity.object_bytes {
-                    return Err(Error::unavailable(format!("{doing}: the answer ended early")).tier(Tier::Remote));
+                    let what = format!("{doing}: the answer has {} of {} bytes", bytes.len(), identity.object_bytes);
+                    return Err(Error::unavailable(what).tier(Tier::Remote));
                 }
                 Ok(Some((Bytes::from(bytes), identity)))
             })
@@ -376,32 +378,35 @@ impl Store {
         Ok(answer.map(|meta| meta.last_modified.timestamp_millis()))
     }
 
-    /// Names of the folders directly in `folder`.
+    /// Names of the folders directly in `folder`; none where listing is not permitted.
     pub(super) async fn folders(&self, folder: &Path) -> Result<Vec<String>> {
-        match self.objects.list_with_delimiter(Some(folder)).await {
-            Ok(listed) => {
-                Ok(listed.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)).collect())
-            }
-            Err(error) => Err(self.failed(error, "cannot list the remote").await),
-        }
+        let mut folders = Vec::new();
+        self.pages(Some(folder), true, |page| {
+            folders.extend(page.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned)));
+            within_files_max(folders.len()).map(|()| true)
+        })
+        .await?;
+        Ok(folders)
     }
 
     /// An object directly in `folder`, records of ours and markers apart, if there is one. `None` also where listing is not
     /// permitted.
     pub(super) async fn any_in(&self, folder: &Path) -> Result<Option<String>> {
-        match self.objects.list_with_delimiter(Some(folder)).await {
-            Ok(listed) => {
-                Ok(listed.objects.iter().find(|object| object.size > 0).map(|object| object.location.to_string()))
-            }
-            Err(error) => {
-                let error = self.failed(error, "cannot list the remote").await;
-                if error.kind() == ErrorKind::Unauthorized { Ok(None) } else { Err(error) }
-            }
+        let mut found = None;
+        let listed = self.pages(Some(folder), true, |page| {
+            found = page.objects.iter().find(|object| object.size > 0).map(|object| object.location.to_string());
+            Ok(found.is_none())
+        });
+        match listed.await {
+            Ok(_) => Ok(found),
+            Err(error) if error.kind() == ErrorKind::Unauthorized => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
-    /// A range of an object, as one attempt.
-    pub(super) async fn read(&self, key: &Path, range: Range<u64>, etag: Option<&str>) -> Result<ReadBody> {
+    /// A range of an object, as one attempt. The object must have the size of `wanted`, and its ETag where that has one.
+    pub(super) async fn read(&self, key: &Path, range: Range<u64>, wanted: &ObjectIdentity) -> Result<ReadBody> {
+        let etag = wanted.etag.as_deref();
         let doing = format!("cannot read {key}");
         let options = |ranged: bool| GetOptions {
             range: ranged.then(|| GetRange::Bounded(range.clone())),
@@ -414,7 +419,10 @@ impl Store {
         };
         match answer {
             // A store that ignores the condition still tells what it sends.
-            Ok(answer) if etag.is_some_and(|etag| is_another(etag, answer.meta.e_tag.as_deref())) => {
+            Ok(answer)
+                if etag.is_some_and(|etag| is_another(etag, answer.meta.e_tag.as_deref()))
+                    || answer.meta.size != wanted.object_bytes =>
+            {
                 Ok(ReadBody::Changed)
             }
             Ok(answer) => Ok(ReadBody::Stream { start: answer.range.start, stream: self.stream(answer, doing) }),
@@ -423,7 +431,7 @@ impl Store {
         }
     }
 
-    /// The bytes of an answer, with a limit on silence.
+    /// The bytes of an answer, with a limit on silence and on a connection that hardly sends.
     fn stream(&self, answer: object_store::GetResult, doing: String) -> BoxStream<'static, Result<Bytes>> {
         let at = self.at.clone();
         let silence = self.retry.read_timeout();
@@ -482,19 +490,99 @@ impl Store {
 
     /// Every object below `prefix`, which may not exist. `None`: listing is not permitted.
     pub(super) async fn list(&self, prefix: Option<&Path>) -> Result<Option<Vec<ObjectMeta>>> {
+        self.list_those(prefix, |_| true).await
+    }
+
+    /// The objects below `prefix` that `wanted` accepts; others cost no memory. `None`: listing is not permitted.
+    ///
+    /// # Errors
+    /// `Invalid` for more than [`limits::FILES_MAX`] of them.
+    pub(super) async fn list_those(
+        &self,
+        prefix: Option<&Path>,
+        wanted: impl Fn(&ObjectMeta) -> bool,
+    ) -> Result<Option<Vec<ObjectMeta>>> {
+        let mut objects = Vec::new();
+        let listed = self.pages(prefix, false, |page| {
+            objects.extend(page.objects.into_iter().filter(&wanted));
+            within_files_max(objects.len()).map(|()| true)
+        });
+        match listed.await {
+            Ok(permitted) => Ok(permitted.then_some(objects)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Some(Vec::new())),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives the pages of what lies below `prefix` to `take`, until that returns false. `flat`: what lies directly there,
+    /// objects and folders. Returns false if listing is not permitted.
+    ///
+    /// # Errors
+    /// `Corrupt` for pages without end, see [`Paging`].
+    pub(super) async fn pages(
+        &self,
+        prefix: Option<&Path>,
+        flat: bool,
+        mut take: impl FnMut(ListResult) -> Result<bool>,
+    ) -> Result<bool> {
         let doing = "cannot list the remote";
-        self.retry
-            .run(|| async {
-                match self.objects.list(prefix).try_collect::<Vec<_>>().await {
-                    Ok(objects) => Ok(Some(objects)),
-                    Err(error) if failure::is_ambiguous(&error) => Ok(None),
-                    Err(error) => match self.failed(error, doing).await {
-                        error if error.kind() == ErrorKind::NotFound => Ok(Some(Vec::new())),
-                        error => Err(error),
-                    },
+        let Kind::Bucket { s3, .. } = &self.kind else {
+            let listed = self.retry.run(|| async {
+                let listed = match flat {
+                    true => self.objects.list_with_delimiter(prefix).await,
+                    false => self.objects.list(prefix).try_collect::<Vec<_>>().await.map(|objects| ListResult {
+                        objects,
+                        common_prefixes: Vec::new(),
+                        extensions: Default::default(),
+                    }),
+                };
+                match listed {
+                    Ok(listed) => Ok(listed),
+                    Err(error) => Err(self.failed(error, doing).await),
                 }
-            })
-            .await
+            });
+            return take(listed.await?).map(|_| true);
+        };
+        let prefix = prefix.map(|prefix| format!("{prefix}/"));
+        let (mut paging, mut token) = (Paging::default(), None);
+        loop {
+            let page = self.retry.run(|| async {
+                let delimiter = flat.then_some(Cow::Borrowed("/"));
+                let options =
+                    PaginatedListOptions { page_token: token.clone(), delimiter, ..PaginatedListOptions::default() };
+                match s3.list_paginated(prefix.as_deref(), options).await {
+                    Ok(page) => Ok(Some(page)),
+                    Err(error) if failure::is_ambiguous(&error) => Ok(None),
+                    Err(error) => Err(self.failed(error, doing).await),
+                }
+            });
+            let Some(PaginatedListResult { result, page_token }) = page.await? else { return Ok(false) };
+            let left_out = result.extensions.get::<LeftOut>().and_then(|LeftOut(keys)| keys.last().map(String::as_str));
+            let last = [
+                result.objects.last().map(|object| object.location.as_ref()),
+                result.common_prefixes.last().map(AsRef::as_ref),
+                left_out,
+            ];
+            let last = last.into_iter().flatten().collect::<Vec<_>>().join("\n");
+            let next = page_token.as_deref().filter(|token| !token.is_empty());
+            paging
+                .page(Some(last.as_str()).filter(|last| !last.is_empty()), next)
+                .map_err(|error| error.tier(Tier::Remote))?;
+            token = next.map(str::to_owned);
+            if !take(result)? || token.is_none() {
+                return Ok(true);
+            }
+        }
+    }
+}
+
+/// Refuses a list of more entries than an artifact can have files.
+fn within_files_max(entries: usize) -> Result<()> {
+    match entries > limits::FILES_MAX {
+        true => Err(Error::invalid(format!("the remote lists more than {} entries", limits::FILES_MAX))
+            .tier(Tier::Remote)
+            .hint("is it a prefix that other tools fill? name one of its own for modelcache, or a narrower place")),
+        false => Ok(()),
     }
 }
 
@@ -519,16 +607,23 @@ pub(super) fn warn_ambiguous(at: &Whereabouts) {
     }
 }
 
+/// Ends a stream whose connection is silent or has nearly stalled.
 fn with_idle_limit(
     stream: BoxStream<'static, Result<Bytes>>,
     silence: Duration,
     doing: String,
 ) -> BoxStream<'static, Result<Bytes>> {
-    futures::stream::unfold(Some((stream, doing)), move |state| async move {
-        let (mut stream, doing) = state?;
+    let stall = StallDetector::new(silence);
+    futures::stream::unfold(Some((stream, doing, stall)), move |state| async move {
+        let (mut stream, doing, mut stall) = state?;
+        let waiting = Instant::now();
         match tokio::time::timeout(silence, stream.next()).await {
+            Ok(Some(Ok(chunk))) if stall.record(chunk.len() as u64, waiting.elapsed()) => {
+                let error = Error::unavailable(format!("{doing}: the connection has nearly stalled"));
+                Some((Err(error.tier(Tier::Remote)), None))
+            }
             Ok(Some(item)) => {
-                let next = item.is_ok().then_some((stream, doing));
+                let next = item.is_ok().then_some((stream, doing, stall));
                 Some((item, next))
             }
             Ok(None) => None,

@@ -119,8 +119,7 @@ impl Job<'_> {
     /// Reads from where `hasher` stands to the end, or until the stream breaks. `false` if it is another object by now.
     async fn read_on(&self, object: &Path, now: &ObjectIdentity, hasher: &mut LadderHasher) -> Result<bool> {
         let size = now.object_bytes;
-        let ReadBody::Stream { start, mut stream } =
-            self.store.read(object, hasher.position()..size, now.etag.as_deref()).await?
+        let ReadBody::Stream { start, mut stream } = self.store.read(object, hasher.position()..size, now).await?
         else {
             return Ok(false);
         };
@@ -131,7 +130,9 @@ impl Job<'_> {
             skip -= skipped;
             let left = usize::try_from(size - hasher.position()).unwrap_or(usize::MAX);
             let fresh = &chunk[usize::try_from(skipped).unwrap_or(chunk.len())..];
-            let fresh = &fresh[..fresh.len().min(left)];
+            if fresh.len() > left {
+                return Err(Error::corrupt(format!("{object}: the server sent more than was asked for")));
+            }
             hasher.update(fresh);
             self.progress.received(Tier::Remote, fresh.len() as u64);
             self.progress.done(fresh.len() as u64);

@@ -9,6 +9,8 @@
 
 use super::settings::{Options, S3Settings};
 use crate::error::{Error, Result, Tier};
+use crate::limits;
+use crate::transfer::{BodyLimits, Cut, check_headers, read_body};
 use async_trait::async_trait;
 use object_store::ClientOptions;
 use object_store::client::{
@@ -20,8 +22,6 @@ use std::time::Duration;
 
 /// Slowest upload that is waited for, in bytes per second, on top of the longest silence.
 const UPLOAD_BYTES_PER_S_MIN: u64 = 64 * 1024;
-/// Most bytes of an error body that are looked at.
-const REFUSAL_BYTES_MAX: usize = 64 * 1024;
 
 /// An answer that says no, with what matters of it. Never carries request headers or signatures.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -122,6 +122,11 @@ impl HttpConnector for Connector {
     }
 }
 
+/// An error of ours on its way through `object_store`.
+fn failed(error: Error) -> HttpError {
+    HttpError::new(HttpErrorKind::Unknown, error.tier(Tier::Remote))
+}
+
 fn timed_out(_: tokio::time::error::Elapsed) -> HttpError {
     HttpError::new(HttpErrorKind::Timeout, std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time"))
 }
@@ -130,17 +135,34 @@ fn timed_out(_: tokio::time::error::Elapsed) -> HttpError {
 impl HttpService for Wire {
     async fn call(&self, request: HttpRequest) -> std::result::Result<HttpResponse, HttpError> {
         let listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
-        let streams = request.method() == reqwest::Method::GET && !listing;
+        // Only the bytes of objects are asked for without a query; every other body is kept in memory.
+        let streams = request.method() == reqwest::Method::GET && request.uri().query().is_none();
         let extra = request.extensions().get::<Patience>().map_or(Duration::ZERO, |patience| patience.0);
         let upload = Duration::from_secs(request.body().content_length() as u64 / UPLOAD_BYTES_PER_S_MIN);
         let patience = self.read_timeout + upload + extra;
         let response = tokio::time::timeout(patience, self.client.call(request)).await.map_err(timed_out)??;
         let (mut parts, body) = response.into_parts();
-        if streams && parts.status.is_success() {
+        let refused = !parts.status.is_success();
+        if streams && !refused {
+            check_headers(parts.status, &parts.headers).map_err(failed)?;
             return Ok(HttpResponse::from_parts(parts, body));
         }
-        let body = tokio::time::timeout(self.read_timeout + extra, body.bytes()).await.map_err(timed_out)??;
-        if !parts.status.is_success() {
+        let patience = self.read_timeout + extra;
+        let limits = match refused {
+            true => BodyLimits::refusal(patience),
+            false if listing => BodyLimits::answer(limits::ANSWER_BYTES_MAX, self.read_timeout),
+            // S3 sends blanks while it is at work: a connection that is slow is none that has stalled.
+            false => BodyLimits::within(limits::ANSWER_BYTES_MAX, patience),
+        };
+        let body = match read_body(body.bytes_stream(), limits).await {
+            (body, None) => body,
+            (body, Some(Cut::TooLong(_))) if refused => body,
+            (_, Some(Cut::Broken(error))) => return Err(error),
+            (_, Some(cut)) => {
+                return Err(failed(cut.error("the server", |error: HttpError| Error::unavailable(error.to_string()))));
+            }
+        };
+        if refused {
             return Err(HttpError::new(HttpErrorKind::Unknown, refusal(parts.status.as_u16(), &parts.headers, &body)));
         }
         let body = if listing {
@@ -156,7 +178,7 @@ impl HttpService for Wire {
 
 fn refusal(status: u16, headers: &reqwest::header::HeaderMap, body: &[u8]) -> Refusal {
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let body = String::from_utf8_lossy(&body[..body.len().min(REFUSAL_BYTES_MAX)]);
+    let body = String::from_utf8_lossy(body);
     Refusal {
         status,
         code: element(&body, "Code").or_else(|| header("x-minio-error-code")),

@@ -1,7 +1,8 @@
 //! One range, read over one connection, or over two when the first is far slower than its peers.
 //!
 //! Both then read on from the same byte. Each byte is taken from whichever brings it first, once: what the other brings
-//! later is thrown away, and nothing is hashed or written twice. When the range is complete both are dropped.
+//! later is thrown away, and nothing is hashed or written twice. When the range is complete the slower one is dropped,
+//! and the other must end.
 
 use super::limiter::Permit;
 use crate::error::Result;
@@ -43,6 +44,13 @@ impl<'a> Race<'a> {
     /// Whether two are at it, or were.
     pub(super) fn is_hedged(&self) -> bool {
         self.is_hedged
+    }
+
+    /// Drops the connections that are not at `position`, the end of the range. Returns false if none is left: all that
+    /// had come so far have ended.
+    pub(super) fn keep_those_at(&mut self, position: u64) -> bool {
+        self.lanes.retain(|lane| lane.at == position);
+        !self.lanes.is_empty()
     }
 
     /// What was thrown away since this was last asked.

@@ -5,8 +5,13 @@
 //! it stopped, one that fails its check is fetched once more, one that is far slower than others is asked for again
 //! over a second connection.
 //!
+//! The last slice of a range is held back until the answer has ended. An answer that goes on has other bytes than it
+//! says: nothing of it is marked as complete, and the range starts over. Where the file is hashed in order and bytes of
+//! the range are in the hash already, the whole file starts over ([`Trouble::Spoiled`]).
+//!
 //! Surprise: requests are counted by permits, and a range gives its permit back while it only waits.
 
+use super::answer::StallDetector;
 use super::blocking;
 use super::buffer::{Buffer, SLICE_BYTES};
 use super::engine::Engine;
@@ -30,8 +35,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// A connection that brings less than this in one read timeout has stalled, in bytes.
-const STALL_BYTES: u64 = 32 << 10;
 /// How often a range is compared with its peers.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
@@ -183,9 +186,6 @@ impl PartTask {
     /// Streams what is missing of the range from one source, once.
     async fn stream(&self, source: &dyn Source, range: &Range<u64>, part: &mut PartProgress) -> Result<(), Trouble> {
         let want = part.next..range.end;
-        if want.is_empty() {
-            return Ok(());
-        }
         let reading = Reading::start(self, source, want.clone());
         let body = reading.first(source.read(&self.file.path, want.clone())).await?;
         if body.start != want.start {
@@ -216,14 +216,21 @@ impl PartTask {
                 .transient(true),
             ));
         }
-        received?;
+        match received {
+            Err(Trouble::Failed(error)) if error.kind() == ErrorKind::Corrupt => {
+                let is_hashed = self.ladder.is_none() && part.next > range.start;
+                part.restart(self, range);
+                return Err(if is_hashed { Trouble::Spoiled(error.tier(source.tier())) } else { error.into() });
+            }
+            received => received?,
+        }
         if part.next < range.end {
             return Err(part.ended_early(&self.file.path, want.start, range.end, source.tier()).into());
         }
         Ok(())
     }
 
-    /// Hands what comes to the workers, until the range is complete or nothing comes any more.
+    /// Hands what comes to the workers, until the answer ends. The last slice only then: nothing may follow it.
     async fn receive<'a>(
         &'a self,
         mut reading: Reading<'a>,
@@ -235,8 +242,8 @@ impl PartTask {
         let mut filling: Option<Buffer> = None;
         loop {
             let position = part.next + filling.as_ref().map_or(0, |buffer| buffer.len() as u64);
-            if race.is_hedged() && position == range.end {
-                return Ok(());
+            if position == range.end && !race.keep_those_at(position) {
+                break;
             }
             let Some(chunk) = reading.next(&mut race, position).await? else { break };
             let mut rest = &chunk[..];
@@ -251,7 +258,7 @@ impl PartTask {
                     break;
                 }
                 rest = &rest[taken..];
-                if buffer.len() == SLICE_BYTES || buffer.len() as u64 == room {
+                if buffer.len() == SLICE_BYTES && SLICE_BYTES as u64 != room {
                     part.submit(self, range, Work::Write, buffer).await?;
                 } else {
                     filling = Some(buffer);
@@ -261,6 +268,9 @@ impl PartTask {
                 let error = Error::corrupt("the server sent more than was asked for").tier(tier).transient(true);
                 return Err(error.into());
             }
+        }
+        if let Some(last) = filling.filter(|buffer| part.next + buffer.len() as u64 == range.end) {
+            part.submit(self, range, Work::Write, last).await?;
         }
         if part.next == range.end && !race.is_hedged() && tier != Tier::Disk {
             self.engine.limiter.ended(reading.want.end - reading.want.start, reading.began.elapsed());
@@ -276,13 +286,13 @@ struct Reading<'a> {
     want: Range<u64>,
     began: Instant,
     looked: Instant,
-    pace: Pace,
+    stall: StallDetector,
 }
 
 impl<'a> Reading<'a> {
     fn start(task: &'a PartTask, source: &'a dyn Source, want: Range<u64>) -> Self {
         let began = Instant::now();
-        Self { task, source, want, began, looked: began, pace: Pace { since: began, bytes: 0 } }
+        Self { task, source, want, began, looked: began, stall: StallDetector::new(task.retry.read_timeout()) }
     }
 
     fn silent(&self) -> Error {
@@ -316,7 +326,7 @@ impl<'a> Reading<'a> {
         if self.source.tier() != Tier::Disk {
             self.task.engine.limiter.received(received);
         }
-        if self.pace.stalled(received, timeout) {
+        if self.stall.record(received, waiting.elapsed()) {
             return Err(Error::unavailable("the connection has nearly stalled").tier(self.source.tier()));
         }
         Ok(Some(chunk))
@@ -458,24 +468,6 @@ impl PartProgress {
         self.holds &= holds;
         task.show(len);
         Ok(self.holds)
-    }
-}
-
-/// Finds connections that still send, but hardly.
-struct Pace {
-    since: Instant,
-    bytes: u64,
-}
-
-impl Pace {
-    fn stalled(&mut self, bytes: u64, window: Duration) -> bool {
-        self.bytes += bytes;
-        if self.since.elapsed() < window {
-            return false;
-        }
-        let stalled = self.bytes < STALL_BYTES;
-        *self = Self { since: Instant::now(), bytes: 0 };
-        stalled
     }
 }
 

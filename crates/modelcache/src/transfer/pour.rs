@@ -108,6 +108,8 @@ pub(super) enum Trouble {
     Failed(Error),
     /// It cannot be written, or read back: another source would not help.
     Broken(Error),
+    /// The file's hash has bytes of an answer that turned out wrong: the file starts over.
+    Spoiled(Error),
     /// A server answers the whole file whatever range is asked.
     IgnoresRanges,
 }
@@ -186,7 +188,7 @@ impl Pourer {
                 Err(Trouble::IgnoresRanges) => {
                     Error::unavailable("the server ignores ranges and starts elsewhere").transient(false)
                 }
-                Err(Trouble::Failed(error) | Trouble::Broken(error)) => error,
+                Err(Trouble::Failed(error) | Trouble::Broken(error) | Trouble::Spoiled(error)) => error,
             };
             if error.kind() != ErrorKind::Corrupt {
                 return Err(error);
@@ -463,6 +465,41 @@ mod tests {
             let answer = answers.pop_front().ok_or_else(|| Error::unavailable("no more").transient(false))?;
             let sent = answer[usize::try_from(range.start).unwrap_or_default()..].to_vec();
             Ok(Body { start: range.start, stream: stream::iter([Ok(Bytes::from(sent))]).boxed() })
+        }
+    }
+
+    /// A file that is poured from one source, without any digest.
+    fn undigested(folder: &RootedPath, size: u64, answers: Vec<Vec<u8>>) -> PourFile {
+        let owner = FileLock::try_exclusive(&folder.join("owner")).expect("locks").expect("nobody else");
+        let target = folder.join("file");
+        PourFile {
+            path: FilePath::new("file").expect("a path"),
+            entry: FileEntry { size, ..FileEntry::default() },
+            target: target.clone(),
+            owner: Arc::new(owner),
+            sources: vec![Arc::new(Endless(Mutex::new(answers.into())))],
+            on_part: None,
+            arrival: Arrival::new(target, size, super::super::Release::Proven),
+        }
+    }
+
+    /// Of one slice, which is held back, and of several, the first of which are hashed when the surplus shows.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn bytes_of_an_answer_that_is_too_long_are_not_kept_where_nobody_states_a_digest() {
+        for bytes in [1000, 1_400_000_u32] {
+            let folder = tempfile::tempdir().expect("a folder");
+            let right: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8).collect();
+            let too_long = [b"OTHER BYTES ".as_slice(), &right].concat();
+            let file = undigested(&RootedPath::root(folder.path()), right.len() as u64, vec![too_long, right.clone()]);
+            let (target, pourer) =
+                (file.target.clone(), Pourer::new(Retry::new(RetryConfig::default()), WriteMode::Buffered));
+            let poured = pourer.pour(vec![file], Purpose::Read, &Progress::new()).await.expect("the second is right");
+            assert!(
+                std::fs::read(target.full()).expect("is there") == right,
+                "{bytes}: wrong bytes were taken for right"
+            );
+            let digest = poured.first().and_then(|poured| poured.entry.sha256);
+            assert_eq!(digest, Some(crate::digest::Digest::of(&right)), "{bytes}: the digest is that of other bytes");
         }
     }
 

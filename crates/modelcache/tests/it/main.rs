@@ -4,6 +4,7 @@
 mod common;
 mod flights;
 mod get;
+mod hostile_servers;
 mod hub_origin;
 mod open;
 mod pour;

@@ -16,6 +16,8 @@ use url::Url;
 
 /// Most folders of one model that are listed. Real ones have a handful.
 const FOLDERS_MAX: usize = 10_000;
+/// Deepest folder of a model. A folder that lists itself ends here.
+const FOLDER_DEPTH_MAX: usize = 32;
 /// Most `runs:/` and `models:/` on the way from a version to its files.
 const INDIRECTIONS_MAX: usize = 8;
 /// Where the files of a version are.
@@ -118,7 +120,7 @@ impl Mlflow {
         if !answer.response.status().is_success() {
             return Err(self.refused(answer).await);
         }
-        let body = http::body_up_to(answer.response, &answer.url, limits::ANSWER_BYTES_MAX).await?;
+        let body = self.http.body(answer.response, &answer.url, limits::ANSWER_BYTES_MAX).await?;
         serde_json::from_slice(&body).map_err(|cause| {
             Error::corrupt(format!("{} answers in another form than MLflow", Server(&place.url)))
                 .cause(cause)
@@ -134,7 +136,7 @@ impl Mlflow {
             message: Option<String>,
         }
         let Answer { response, url, at_home, .. } = answer;
-        let mut refusal = Refusal::read(response, at_home).await;
+        let mut refusal = Refusal::read(&self.http, response, at_home).await;
         let words: Option<Words> = serde_json::from_slice(&refusal.body).ok();
         let code = words.as_ref().map(|words| words.error_code.as_str());
         if !at_home {
@@ -340,6 +342,9 @@ impl Mlflow {
                 let path = FilePath::new(&inside(&entry.path)).map_err(|error| refuse(error.message()))?;
                 if entry.is_dir {
                     seen += 1;
+                    if path.as_str().matches('/').count() >= FOLDER_DEPTH_MAX {
+                        return Err(refuse("more than 32 folders deep; does a folder list itself?"));
+                    }
                     folders.push(Some(path));
                 } else if manifest
                     .files

@@ -14,7 +14,7 @@ mod api;
 pub(super) use api::Mlflow;
 
 use super::http::{self, Ask};
-use super::{Resolved, folder};
+use super::{Resolved, folder, no_files};
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -124,7 +124,7 @@ impl MlflowSource {
     }
 
     fn no_files(&self, uri: &str) -> Error {
-        Error::not_found(format!("the model has no files at {uri:?}"))
+        no_files(format!("the model has no files at {uri:?}"))
             .hint("were they deleted, or logged to another place? register the model again where its files are")
     }
 
@@ -251,7 +251,11 @@ impl Asked {
         }
         let start = http::body_start(status, answer.response.headers(), &range, Some(self.size))
             .map_err(|error| Error::new(error.kind(), format!("{}: {}", self.path, error.message())))?;
-        Ok(Body { start, stream: up_to(http::body_stream(answer.response, &answer.url), range.end - start) })
+        let stream = http::body_stream(answer.response, &answer.url);
+        // Cut only where the server was asked for more than is wanted. A body that goes on after the end of the file is not
+        // that file, and whoever reads must see it.
+        let stream = if range.end < self.size { up_to(stream, range.end - start) } else { stream };
+        Ok(Body { start, stream })
     }
 }
 

@@ -9,7 +9,7 @@ use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Manifest, Shape};
-use crate::origin::http;
+use crate::origin::{http, no_files};
 use crate::reference::OciRepo;
 use crate::reference::oci::parse_digest;
 use serde::Deserialize;
@@ -175,6 +175,15 @@ impl Layers {
         }
         manifest.check()?;
         Ok(Self { manifest, blobs })
+    }
+
+    /// Refuses a manifest that lists no files.
+    pub(super) fn refuse_none(&self, digest: &Digest) -> Result<()> {
+        match self.manifest.files.is_empty() {
+            true => Err(no_files(format!("the manifest sha256:{digest} lists no files"))
+                .hint("check the reference: it is an artifact without layers, a signature for instance")),
+            false => Ok(()),
+        }
     }
 }
 

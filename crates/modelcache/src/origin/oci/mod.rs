@@ -40,6 +40,12 @@ pub(super) async fn resolve(registries: &Arc<Registries>, repo: &OciRepo) -> Res
         }
     };
     let key = repo.key_at(&digest)?;
+    // What a tag means is remembered: not that it means nothing.
+    if let Some(Document::Layers(layers)) = bytes.as_deref().and_then(|bytes| Document::parse(bytes).ok())
+        && let Ok(layers) = Layers::new(&key, layers)
+    {
+        layers.refuse_none(&digest)?;
+    }
     let repo = OciRepo { at: OciAt::Digest(digest), ..repo.clone() };
     Ok(Resolved { source: Arc::new(OciSource::new(registries, repo, key.clone(), digest, bytes)), key })
 }
@@ -117,7 +123,11 @@ impl OciSource {
             bytes = self.fetch(digest).await?;
         }
         match Document::parse(&bytes)? {
-            Document::Layers(layers) => Layers::new(&self.key, layers),
+            Document::Layers(layers) => {
+                let layers = Layers::new(&self.key, layers)?;
+                layers.refuse_none(&digest)?;
+                Ok(layers)
+            }
             Document::Index(_) => Err(Error::corrupt(format!("sha256:{digest} is an index inside an index"))),
         }
     }

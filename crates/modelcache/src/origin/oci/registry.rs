@@ -78,7 +78,7 @@ impl Registries {
             return Err(self.refused(answer, repo, &format!("manifest {at}")).await);
         }
         let stated = http::header(answer.response.headers(), "docker-content-digest").map(str::to_owned);
-        let bytes = http::body_up_to(answer.response, &answer.url, MANIFEST_BYTES_MAX).await?;
+        let bytes = self.http.body(answer.response, &answer.url, MANIFEST_BYTES_MAX).await?;
         let found = Digest::of(&bytes);
         let contradicts = |asked: &str| {
             Error::corrupt(format!(
@@ -164,7 +164,7 @@ impl Registries {
             token: Option<String>,
             access_token: Option<String>,
         }
-        let body = http::body_up_to(response, &realm, TOKEN_BYTES_MAX).await?;
+        let body = self.http.body(response, &realm, TOKEN_BYTES_MAX).await?;
         // The cause is not kept: it may repeat what it stumbled over.
         let token: Option<Token> = serde_json::from_slice(&body).ok();
         let token = token.and_then(|token| token.token.or(token.access_token)).filter(|token| !token.is_empty());
@@ -223,7 +223,7 @@ impl Registries {
             code: Option<String>,
             message: Option<String>,
         }
-        let mut refusal = Refusal::read(response, at_home).await;
+        let mut refusal = Refusal::read(&self.http, response, at_home).await;
         let errors: Option<Errors> = serde_json::from_slice(&refusal.body).ok();
         if let Some(words) = errors.and_then(|errors| errors.errors.into_iter().next()) {
             refusal.code = words.code.as_deref().map(http::one_line);

@@ -1,0 +1,264 @@
+//! HTTP answers, as every origin and the remote read them: header checks, and the one reader of bodies kept in memory.
+//!
+//! # Contract
+//! - [`check_headers`] refuses an answer whose headers contradict each other or whose body is encoded.
+//! - [`read_body`] is the only way to collect a body into memory. It stops at a number of bytes, at a silent or nearly
+//!   stalled connection and at a deadline for the whole body. Its buffer grows with what arrives, never with what the
+//!   server announces.
+//! - File bodies are streamed by `part.rs`, under the same stall rule ([`StallDetector`]).
+
+use crate::error::{Error, Result};
+use futures::{Stream, StreamExt as _};
+use http::{HeaderMap, StatusCode};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// A connection that brings fewer bytes than this in one read timeout has stalled.
+pub(crate) const STALL_BYTES: u64 = 32 << 10;
+/// Bytes of a refusal's body that are read; the explanations of real servers have a few hundred.
+pub(crate) const REFUSAL_BYTES_MAX: u64 = 64 << 10;
+/// Read timeouts that a body may take in all, beside the time that its size allows.
+const READ_TIMEOUTS_MAX: u32 = 10;
+/// Rate that the deadline allows for, in bytes per second: 16 MiB get 64 s, the largest manifest 34 min.
+const BYTES_PER_S_MIN: u64 = 256 << 10;
+/// Time to wait for the rest of a body that nobody needs, so that its connection can be used again.
+const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// Limits for a body that is kept in memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BodyLimits {
+    bytes_max: u64,
+    /// Longest silence, and the window of the stall rule.
+    read_timeout: Duration,
+    /// Longest time for the whole body.
+    deadline: Duration,
+}
+
+impl BodyLimits {
+    /// For an answer of at most `bytes_max` bytes. The deadline is 10 read timeouts and one second per 256 KiB.
+    pub(crate) fn answer(bytes_max: u64, read_timeout: Duration) -> Self {
+        let deadline = read_timeout * READ_TIMEOUTS_MAX + Duration::from_secs(bytes_max / BYTES_PER_S_MIN);
+        Self { bytes_max, read_timeout, deadline }
+    }
+
+    /// For an answer that must be complete within `deadline`.
+    pub(crate) fn within(bytes_max: u64, deadline: Duration) -> Self {
+        Self { bytes_max, read_timeout: deadline, deadline }
+    }
+
+    /// For the body of a refusal.
+    pub(crate) fn refusal(read_timeout: Duration) -> Self {
+        Self::within(REFUSAL_BYTES_MAX, read_timeout)
+    }
+
+    /// For the rest of a body that is thrown away.
+    pub(crate) fn drain() -> Self {
+        Self::within(REFUSAL_BYTES_MAX, DRAIN_TIME_MAX)
+    }
+}
+
+/// Why a body was not read to its end.
+#[derive(Debug)]
+pub(crate) enum Cut<E> {
+    /// It has more bytes than the limit.
+    TooLong(u64),
+    /// Nothing came for this long.
+    Silent(Duration),
+    /// The connection has nearly stalled.
+    Stalled,
+    /// It was not complete after this long.
+    TooSlow(Duration),
+    /// The stream failed.
+    Broken(E),
+}
+
+impl<E> Cut<E> {
+    /// The error for it. `whose` names the server or object; `broken` translates a failure of the stream.
+    pub(crate) fn error(self, whose: impl std::fmt::Display, broken: impl FnOnce(E) -> Error) -> Error {
+        match self {
+            Self::TooLong(bytes_max) => Error::corrupt(format!("{whose} answers with more than {bytes_max} bytes")),
+            Self::Silent(time) => Error::unavailable(format!("{whose} sent no bytes for {} s", time.as_secs_f32())),
+            Self::Stalled => Error::unavailable(format!("{whose} is too slow: the connection has nearly stalled")),
+            Self::TooSlow(time) => {
+                Error::unavailable(format!("the answer of {whose} was not complete after {} s", time.as_secs_f32()))
+            }
+            Self::Broken(error) => broken(error),
+        }
+    }
+}
+
+/// Reads a body into memory as far as `limits` allow: the bytes that came, and why there are no more.
+pub(crate) async fn read_body<B: AsRef<[u8]>, E>(
+    mut stream: impl Stream<Item = Result<B, E>> + Unpin,
+    limits: BodyLimits,
+) -> (Vec<u8>, Option<Cut<E>>) {
+    let (end, mut body) = (Instant::now() + limits.deadline, Vec::new());
+    let mut stall = StallDetector::new(limits.read_timeout);
+    loop {
+        let began = Instant::now();
+        let silent_at = began + limits.read_timeout;
+        let chunk = match tokio::time::timeout_at(silent_at.min(end), stream.next()).await {
+            Ok(None) => return (body, None),
+            Ok(Some(Ok(chunk))) => chunk,
+            Ok(Some(Err(error))) => return (body, Some(Cut::Broken(error))),
+            Err(_) if silent_at <= end => return (body, Some(Cut::Silent(limits.read_timeout))),
+            Err(_) => return (body, Some(Cut::TooSlow(limits.deadline))),
+        };
+        let chunk = chunk.as_ref();
+        let room = usize::try_from(limits.bytes_max).unwrap_or(usize::MAX) - body.len();
+        body.extend_from_slice(&chunk[..chunk.len().min(room)]);
+        if chunk.len() > room {
+            return (body, Some(Cut::TooLong(limits.bytes_max)));
+        }
+        if stall.record(chunk.len() as u64, began.elapsed()) {
+            return (body, Some(Cut::Stalled));
+        }
+        if Instant::now() >= end {
+            return (body, Some(Cut::TooSlow(limits.deadline)));
+        }
+    }
+}
+
+/// Finds connections that still send, but hardly: fewer than [`STALL_BYTES`] in a window of waiting.
+///
+/// Only time spent waiting for the connection counts, so that a slow disk or a rate limit is no stall.
+#[derive(Debug)]
+pub(crate) struct StallDetector {
+    window: Duration,
+    waited: Duration,
+    bytes: u64,
+}
+
+impl StallDetector {
+    /// A detector for one connection.
+    pub(crate) fn new(window: Duration) -> Self {
+        Self { window, waited: Duration::ZERO, bytes: 0 }
+    }
+
+    /// Records `bytes` that were waited for. Returns true if the connection has stalled.
+    pub(crate) fn record(&mut self, bytes: u64, waited: Duration) -> bool {
+        (self.bytes, self.waited) = (self.bytes + bytes, self.waited + waited);
+        if self.waited < self.window {
+            return false;
+        }
+        let stalled = self.bytes < STALL_BYTES;
+        *self = Self::new(self.window);
+        stalled
+    }
+}
+
+/// Checks the headers of an answer that carries bytes of a file: the body is the file as it is stored, and not longer
+/// than its range says.
+///
+/// # Errors
+/// `Corrupt` for an encoded body, and for a `Content-Length` above what the `Content-Range` says.
+pub(crate) fn check_headers(status: StatusCode, headers: &HeaderMap) -> Result<()> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    // Some object stores keep the framing of an upload (`aws-chunked`) as if it were an encoding of the object.
+    let is_encoding = |encoding: &&str| !matches!(*encoding, "" | "identity" | "aws-chunked");
+    let encodings = headers.get_all("content-encoding").into_iter();
+    let encodings = encodings.flat_map(|value| value.to_str().unwrap_or("unreadable").split(','));
+    if let Some(encoding) = encodings.map(str::trim).find(is_encoding) {
+        return Err(Error::corrupt(format!("the server encodes the file ({encoding:?}), though asked not to")).hint(
+            "let the server send the file as it is stored: no Content-Encoding, neither by compression, nor by a rule \
+             for .gz, nor in the metadata of the object",
+        ));
+    }
+    let length = text("content-length").and_then(|length| length.parse::<u64>().ok());
+    let range = text("content-range").and_then(content_range).filter(|_| status == StatusCode::PARTIAL_CONTENT);
+    match (range, length) {
+        // A shorter body is one that ends early: whoever reads counts, and asks for the rest.
+        (Some(range), Some(length)) if range.last - range.first + 1 < length => Err(Error::corrupt(format!(
+            "the server says that it sends bytes {}-{} of the file, and {length} bytes",
+            range.first, range.last
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// What a `Content-Range` says: `bytes 5-9/10`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ContentRange {
+    /// Offset of the first byte.
+    pub(crate) first: u64,
+    /// Offset of the last byte.
+    pub(crate) last: u64,
+    /// Size of the whole file; `None` where it is `*`.
+    pub(crate) total: Option<u64>,
+}
+
+/// Parses a `Content-Range`; `None` if it contradicts itself.
+pub(crate) fn content_range(text: &str) -> Option<ContentRange> {
+    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+    let total = if total == "*" { None } else { Some(total.parse().ok()?) };
+    let fits = first <= last && last < u64::MAX && total.is_none_or(|total| last < total);
+    fits.then_some(ContentRange { first, last, total })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::stream;
+
+    const WINDOW: Duration = Duration::from_millis(300);
+
+    /// The body of a server that sends `chunk` again and again, for ever.
+    async fn cut(chunk: &'static [u8], every_ms: u64, limits: BodyLimits) -> (usize, Option<Cut<()>>) {
+        let endless = stream::repeat(()).then(move |()| async move {
+            tokio::time::sleep(Duration::from_millis(every_ms)).await;
+            Ok(chunk)
+        });
+        let (body, cut) = read_body(Box::pin(endless), limits).await;
+        (body.len(), cut)
+    }
+
+    #[tokio::test]
+    async fn a_body_without_end_is_cut_by_its_size_its_rate_or_its_deadline() {
+        const CHUNK: &[u8] = &[b' '; 32 << 10];
+        let limits = BodyLimits::answer(100_000, WINDOW);
+        assert!(matches!(cut(CHUNK, 0, limits).await, (100_000, Some(Cut::TooLong(100_000)))));
+        assert!(matches!(cut(b"xy", 20, limits).await, (2..100, Some(Cut::Stalled))));
+        assert!(matches!(cut(b"x", 5_000, limits).await, (0, Some(Cut::Silent(WINDOW)))));
+        let limits = BodyLimits { deadline: WINDOW, ..BodyLimits::answer(1 << 30, WINDOW * 2) };
+        assert!(matches!(cut(CHUNK, 20, limits).await, (1.., Some(Cut::TooSlow(WINDOW)))));
+    }
+
+    #[tokio::test]
+    async fn a_whole_body_comes_as_it_is() {
+        let chunks = [Ok::<_, ()>(b"ab".as_slice()), Ok(b""), Ok(b"c")];
+        let (body, cut) = read_body(stream::iter(chunks), BodyLimits::answer(3, WINDOW)).await;
+        assert!(cut.is_none() && body == b"abc");
+        let (body, cut) = read_body(stream::iter([Ok(b"ab".as_slice()), Err(())]), BodyLimits::refusal(WINDOW)).await;
+        assert!(matches!(cut, Some(Cut::Broken(()))) && body == b"ab");
+    }
+
+    #[test]
+    fn headers_that_contradict_each_other_or_name_an_encoding_are_refused() {
+        let check = |status: u16, rows: &[(&'static str, &str)]| {
+            let row = |(name, value): &(&'static str, &str)| {
+                (http::HeaderName::from_static(name), value.parse().expect("value"))
+            };
+            let mut headers = HeaderMap::new();
+            for (name, value) in rows.iter().map(row) {
+                headers.append(name, value);
+            }
+            check_headers(StatusCode::from_u16(status).expect("status"), &headers)
+        };
+        let range = ("content-range", "bytes 5-8/10");
+        assert!(check(206, &[range, ("content-length", "4")]).is_ok());
+        assert!(check(206, &[range]).is_ok(), "chunked");
+        assert!(check(206, &[range, ("content-length", "3")]).is_ok(), "it ends early");
+        for length in ["5", "124"] {
+            assert!(check(206, &[range, ("content-length", length)]).is_err(), "{length}");
+        }
+        for good in ["identity", "aws-chunked", "", "aws-chunked, identity"] {
+            assert!(check(200, &[("content-encoding", good)]).is_ok(), "{good}");
+        }
+        for bad in ["gzip", "aws-chunked,gzip", "identity, br", "x"] {
+            assert!(check(200, &[("content-encoding", bad)]).is_err(), "{bad}");
+        }
+        assert!(check(200, &[("content-encoding", "identity"), ("content-encoding", "gzip")]).is_err());
+    }
+}
