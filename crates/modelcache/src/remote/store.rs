@@ -342,7 +342,8 @@ impl Store {
                 if identity.object_bytes > bytes_max {
                     return Err(too_big());
                 }
-                let mut bytes = Vec::with_capacity(usize::try_from(identity.object_bytes).unwrap_or_default());
+                // Grows with what comes: the server's word for the size reserves no memory.
+                let mut bytes = Vec::new();
                 let mut stream = self.stream(answer, doing.clone());
                 while let Some(chunk) = stream.try_next().await? {
                     bytes.extend_from_slice(&chunk);
