@@ -220,10 +220,14 @@ impl Multipart {
         Ok(())
     }
 
-    /// Makes the object of the parts. The bytes that were sent must have been proven.
-    pub(super) async fn complete(mut self) -> Result<ObjectIdentity> {
+    /// Makes the object of the parts. The bytes that were sent must have been proven. `appears` is called when all parts
+    /// have arrived: from then on the object may be there.
+    pub(super) async fn complete(mut self, appears: impl FnOnce()) -> Result<ObjectIdentity> {
         let completed = match self.arrived().await {
-            Ok(()) => self.put_together().await,
+            Ok(()) => {
+                appears();
+                self.put_together().await
+            }
             Err(error) => Err(error),
         };
         match completed {
