@@ -12,6 +12,8 @@ pub const USAGE: u8 = 2;
 pub const NOT_RUN: u8 = 126;
 /// The command of `exec` was not found, as a shell has it.
 pub const NO_COMMAND: u8 = 127;
+/// The terminal or the connection is gone (128 + SIGHUP).
+pub const HUNG_UP: u8 = 129;
 /// Interrupted from the keyboard (128 + SIGINT).
 pub const INTERRUPTED: u8 = 130;
 /// Terminated (128 + SIGTERM).
@@ -38,11 +40,16 @@ pub const EXITS: &[Exit] = &[
     Exit { code: 5, meaning: "integrity: bytes that do not match their digest", kinds: &[ErrorKind::Corrupt] },
     Exit { code: 6, meaning: "no room: budget or disk", kinds: &[ErrorKind::Full] },
     Exit { code: 7, meaning: "unavailable: network, timeout, store down", kinds: &[ErrorKind::Unavailable] },
-    Exit { code: 8, meaning: "cache directory not usable", kinds: &[ErrorKind::Directory] },
+    Exit {
+        code: 8,
+        meaning: "cache directory not usable, or a limit on threads or memory is too low",
+        kinds: &[ErrorKind::Directory, ErrorKind::Limits],
+    },
     Exit { code: NOT_RUN, meaning: "exec: the command cannot be run", kinds: &[] },
     Exit { code: NO_COMMAND, meaning: "exec: there is no such command", kinds: &[] },
-    Exit { code: INTERRUPTED, meaning: "interrupted; a later get resumes", kinds: &[] },
-    Exit { code: TERMINATED, meaning: "terminated; a later get resumes", kinds: &[] },
+    Exit { code: HUNG_UP, meaning: "hung up (SIGHUP); a later get resumes", kinds: &[] },
+    Exit { code: INTERRUPTED, meaning: "interrupted (SIGINT); a later get resumes", kinds: &[] },
+    Exit { code: TERMINATED, meaning: "terminated (SIGTERM); a later get resumes", kinds: &[] },
 ];
 
 /// The exit code of a failure of `kind`.
@@ -71,6 +78,7 @@ mod tests {
             (Full, 6),
             (Unavailable, 7),
             (Directory, 8),
+            (Limits, 8),
             (Invalid, 2),
             (Conflict, 1),
             (Other, 1),

@@ -15,19 +15,17 @@ mod metrics;
 mod output;
 mod progress;
 mod signals;
+mod small_memory;
 mod verbs;
 
 use arguments::Arguments;
 use clap::Parser;
-use modelcache::{Error, ErrorKind, Result};
+use modelcache::Result;
 use output::Output;
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use verbs::Session;
-
-/// Most threads that run tasks: more do not help a process that waits for the network, and each costs start-up time.
-const WORKERS_MAX: usize = 32;
 
 /// How long an interrupted command waits for its threads to put their files away.
 const PUT_AWAY: Duration = Duration::from_secs(1);
@@ -35,9 +33,11 @@ const PUT_AWAY: Duration = Duration::from_secs(1);
 /// How long a command that is over waits until the remote has taken back what had begun there in vain.
 pub(crate) const TAKEN_BACK: Duration = Duration::from_secs(3);
 
-/// Runs the command line `args` (the program's name first) and gives its exit code.
+/// Runs the command line `args` (the program's name first) and gives its exit code. Where address space is limited it
+/// starts the program once more, with an allocator that takes less of it.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
+    small_memory::restart_with_one_arena(&args);
     let code = match Arguments::try_parse_from(&args) {
         Ok(arguments) => {
             let output = Output::new(&arguments.global);
@@ -67,7 +67,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
     logs::start(&settings.log, output)?;
     settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
 
-    let runtime = runtime()?;
+    let runtime = modelcache::runtime::start(!small_memory::has_one_arena())?;
     let session = Session {
         output,
         config: settings.config,
@@ -97,13 +97,4 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
             Ok(signal.exit_code())
         }
     }
-}
-
-fn runtime() -> Result<tokio::runtime::Runtime> {
-    let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(cores.clamp(2, WORKERS_MAX))
-        .enable_all()
-        .build()
-        .map_err(|cause| Error::new(ErrorKind::Other, "cannot start threads").cause(cause))
 }

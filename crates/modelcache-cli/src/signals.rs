@@ -1,4 +1,7 @@
 //! Signals: what is running is dropped, and the exit code tells which signal it was.
+//!
+//! A signal that was ignored when the program started stays ignored, as `nohup` and a shell's background jobs expect. A
+//! handler, unlike an ignored signal, does not outlive an `exec`: the command of `exec` finds the defaults.
 
 use crate::exit;
 use std::future::Future;
@@ -7,6 +10,8 @@ use tokio::signal::unix::{SignalKind, signal};
 /// A signal that ends the command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Signal {
+    /// SIGHUP: the terminal or the connection is gone.
+    HangUp,
     /// SIGINT: the keyboard.
     Interrupt,
     /// SIGTERM: an orchestrator.
@@ -16,6 +21,7 @@ pub(crate) enum Signal {
 impl Signal {
     pub(crate) fn exit_code(self) -> u8 {
         match self {
+            Self::HangUp => exit::HUNG_UP,
             Self::Interrupt => exit::INTERRUPTED,
             Self::Terminate => exit::TERMINATED,
         }
@@ -23,29 +29,63 @@ impl Signal {
 
     pub(crate) fn name(self) -> &'static str {
         match self {
+            Self::HangUp => "hangup",
             Self::Interrupt => "interrupted",
             Self::Terminate => "terminated",
+        }
+    }
+
+    fn kind(self) -> SignalKind {
+        match self {
+            Self::HangUp => SignalKind::hangup(),
+            Self::Interrupt => SignalKind::interrupt(),
+            Self::Terminate => SignalKind::terminate(),
         }
     }
 }
 
 /// The outcome of `work`, or the signal that came before it was done; `work` is dropped then.
 pub(crate) async fn or_signal<T>(work: impl Future<Output = T>) -> Result<T, Signal> {
+    fail_writes_beyond_the_file_size_limit();
     tokio::select! {
         outcome = work => Ok(outcome),
-        () = arrival(SignalKind::interrupt()) => Err(Signal::Interrupt),
-        () = arrival(SignalKind::terminate()) => Err(Signal::Terminate),
+        signal = arrival(Signal::HangUp) => Err(signal),
+        signal = arrival(Signal::Interrupt) => Err(signal),
+        signal = arrival(Signal::Terminate) => Err(signal),
     }
 }
 
-/// Where signals cannot be listened to, their default action stays, which ends the process as well.
-async fn arrival(kind: SignalKind) {
-    match signal(kind) {
+/// Waits for a signal, for ever where it is ignored. Where signals cannot be listened to, their default action stays,
+/// which ends the process as well.
+async fn arrival(awaited: Signal) -> Signal {
+    if is_ignored(awaited.kind()) {
+        return std::future::pending().await;
+    }
+    match signal(awaited.kind()) {
         Ok(mut signals) => {
             signals.recv().await;
+            awaited
         }
         Err(_) => std::future::pending().await,
     }
+}
+
+/// Makes a write beyond `ulimit -f` fail with EFBIG, which is told like a full disk, instead of ending the process: that
+/// is what it does while there is any handler for SIGXFSZ.
+fn fail_writes_beyond_the_file_size_limit() {
+    let kind = SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
+    if !is_ignored(kind) {
+        // The handler stays when the listener is dropped.
+        drop(signal(kind));
+    }
+}
+
+/// Whether the process ignores a signal; `false` where `/proc` is not mounted.
+fn is_ignored(kind: SignalKind) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (kind.as_raw_value() - 1) & 1 == 1)
 }
 
 #[cfg(test)]
@@ -64,11 +104,18 @@ mod tests {
         let (outcome, sent) = tokio::join!(or_signal(std::future::pending::<()>()), send);
         assert!(sent.success());
         assert_eq!(outcome, Err(Signal::Terminate));
-        assert_eq!((Signal::Terminate.exit_code(), Signal::Interrupt.exit_code()), (143, 130));
+        let codes = [Signal::HangUp, Signal::Interrupt, Signal::Terminate].map(Signal::exit_code);
+        assert_eq!(codes, [129, 130, 143]);
     }
 
     #[tokio::test]
     async fn work_that_is_done_is_not_disturbed() {
         assert_eq!(or_signal(async { 7 }).await, Ok(7));
+    }
+
+    #[test]
+    fn rust_programs_ignore_sigpipe_and_nothing_else_from_the_start() {
+        assert!(is_ignored(SignalKind::pipe()));
+        assert!(!is_ignored(SignalKind::child()));
     }
 }

@@ -5,7 +5,7 @@
 
 use crate::answers;
 use crate::call::{Answer, Call, Shown};
-use crate::process::{self, Owned};
+use crate::process::{self, Inside, Owned};
 use crate::{failure, logs};
 use futures::{StreamExt, stream};
 use modelcache::cache::{
@@ -115,34 +115,17 @@ impl Cache {
         remote_options: Option<BTreeMap<String, String>>,
         token: Option<String>,
     ) -> PyResult<Self> {
-        // What is found odd on the way shall not wait for the first call to be told.
-        process::current(py);
-        logs::look_up_level(py);
-        let opened = py.detach(|| {
-            let settings = gather(&arguments, environment, config_file)?;
-            settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-            let mut config = settings.config;
-            config.backfill.get_or_insert(Backfill::Background);
-            for (name, value) in remote_options.into_iter().flatten() {
-                config.buckets.options.insert(name.clone(), value.clone());
-                if let Some(remote) = &mut config.remote {
-                    remote.options.insert(name, value);
-                }
-            }
-            if let Some(token) = token {
-                config.hub.token = Some(Secret::new(token)).filter(|token| !token.expose().is_empty());
-            }
-            let open = Open::new(config.clone())?;
-            Ok(Self { config, open: Mutex::new(Some(Owned::new(Arc::new(open)))) })
-        });
-        logs::hand_over(py);
-        opened.map_err(|error| failure::exception(py, &error))
+        process::entry(py, |inside| {
+            logs::look_up_level(py);
+            let opened = inside.detach(|| Self::gathered(&arguments, environment, config_file, remote_options, token));
+            opened.map_err(|error| failure::exception(py, &error))
+        })
     }
 
     /// The directory.
     #[getter]
-    fn dir(&self) -> PathBuf {
-        self.config.dir.clone()
+    fn dir(&self) -> OsString {
+        self.config.dir.clone().into_os_string()
     }
 
     /// The remote's address.
@@ -304,13 +287,12 @@ impl Cache {
 
     /// The counters, as JSON.
     fn metrics(&self, py: Python<'_>) -> PyResult<String> {
-        let counted = self.opened(py).and_then(|open| {
+        self.with_open(py, |open| {
             let counts = open.cache.metrics().counts();
             let mut object = answers::plain(&counts)?;
             object["hit_rate"] = json!(counts.hit_rate());
             Ok(object.to_string())
-        });
-        counted.map_err(|error| failure::exception(py, &error))
+        })
     }
 
     /// Counters and the state of the directory, as families of Prometheus, or as its text.
@@ -430,15 +412,13 @@ impl Cache {
 
     /// Fills a list ahead of time; refused as a whole if it does not fit. The answer is one `Lease` or exception each.
     fn prewarm(&self, py: Python<'_>, wanted: Vec<(String, Option<String>)>, jobs: usize) -> PyResult<Call> {
-        let shown: Shown = Arc::default();
-        let made = self.opened(py).and_then(|open| {
+        self.with_open(py, |open| {
             let references = wanted.iter().map(|(text, version)| reference(text, version.as_deref(), None));
             let references = references.collect::<Result<Vec<_>>>()?;
-            let (open, shown) = (open.clone(), shown.clone());
-            Ok(async move { prewarm(&open, &references, jobs.clamp(1, 64), &shown).await })
-        });
-        let work = made.map_err(|error| failure::exception(py, &error))?;
-        Ok(Call::showing(py, shown, work))
+            let (open, shown) = (open.clone(), Shown::default());
+            let work = prewarm(open, references, jobs.clamp(1, 64), shown.clone());
+            Ok(Call::showing(py, shown, work))
+        })
     }
 
     /// In a child that was forked just now: lets go of what is the parent's alone.
@@ -452,7 +432,13 @@ impl Cache {
 
     /// Lets go of everything, once what was fetched is durable and uploads in the background are done, or `seconds` have
     /// passed.
-    fn close(&self, py: Python<'_>, seconds: f64) -> Call {
+    fn close(&self, py: Python<'_>, seconds: f64) -> PyResult<Call> {
+        process::entry(py, |_| Ok(self.closing(py, seconds)))
+    }
+}
+
+impl Cache {
+    fn closing(&self, py: Python<'_>, seconds: f64) -> Call {
         let taken = self.lock().take().and_then(|mut open| open.take());
         let progress = Progress::new();
         let shown = progress.clone();
@@ -475,15 +461,38 @@ impl Cache {
             Ok(Answer::Json(json!(null)))
         })
     }
-}
 
-impl Cache {
+    /// Opens the cache from its settings.
+    fn gathered(
+        arguments: &HashMap<String, (String, String)>,
+        environment: Vec<(Vec<u8>, Vec<u8>)>,
+        config_file: Option<PathBuf>,
+        remote_options: Option<BTreeMap<String, String>>,
+        token: Option<String>,
+    ) -> Result<Self> {
+        let settings = gather(arguments, environment, config_file)?;
+        settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+        let mut config = settings.config;
+        config.backfill.get_or_insert(Backfill::Background);
+        for (name, value) in remote_options.into_iter().flatten() {
+            config.buckets.options.insert(name.clone(), value.clone());
+            if let Some(remote) = &mut config.remote {
+                remote.options.insert(name, value);
+            }
+        }
+        if let Some(token) = token {
+            config.hub.token = Some(Secret::new(token)).filter(|token| !token.expose().is_empty());
+        }
+        let open = Open::new(config.clone())?;
+        Ok(Self { config, open: Mutex::new(Some(Owned::new(Arc::new(open)))) })
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<Owned<Arc<Open>>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The cache as it is open in this process: in a forked child, opened anew.
-    fn opened(&self, py: Python<'_>) -> Result<Arc<Open>> {
+    fn opened(&self, inside: &Inside<'_>, py: Python<'_>) -> Result<Arc<Open>> {
         let parents = match &*self.lock() {
             None => return Err(Error::invalid("the cache is closed").hint("make another ModelCache")),
             Some(owned) => match owned.get() {
@@ -491,8 +500,8 @@ impl Cache {
                 None => owned.of_any_process().map(|open| open.held_again()).unwrap_or_default(),
             },
         };
-        let runtime = process::current(py).runtime(py)?;
-        let open = py.detach(|| {
+        let runtime = inside.process().runtime(py)?;
+        let open = inside.detach(move || {
             let open = Open::new(self.config.clone())?;
             runtime.block_on(open.hold_again(parents));
             Ok::<_, Error>(Arc::new(open))
@@ -501,13 +510,22 @@ impl Cache {
         Ok(open)
     }
 
+    /// What `make` makes of the cache as it is open in this process.
+    fn with_open<T>(&self, py: Python<'_>, make: impl FnOnce(&Arc<Open>) -> Result<T>) -> PyResult<T> {
+        process::entry(py, |inside| {
+            let made = self.opened(inside, py).and_then(|open| make(&open));
+            made.map_err(|error| failure::exception(py, &error))
+        })
+    }
+
     fn call<W>(&self, py: Python<'_>, make: impl FnOnce(&Open) -> Result<(Vec<Progress>, W)>) -> PyResult<Call>
     where
         W: Future<Output = Result<Answer>> + Send + 'static,
     {
-        let made = self.opened(py).and_then(|open| make(&open));
-        let (shown, work) = made.map_err(|error| failure::exception(py, &error))?;
-        Ok(Call::showing(py, Arc::new(Mutex::new(shown)), work))
+        self.with_open(py, |open| {
+            let (shown, work) = make(open)?;
+            Ok(Call::showing(py, Arc::new(Mutex::new(shown)), work))
+        })
     }
 
     /// A call without progress that gives JSON.
@@ -565,9 +583,9 @@ impl Open {
     }
 }
 
-async fn prewarm(open: &Open, references: &[Reference], jobs: usize, shown: &Shown) -> Result<Answer> {
+async fn prewarm(open: Arc<Open>, references: Vec<Reference>, jobs: usize, shown: Shown) -> Result<Answer> {
     let options = GetOptions { purpose: Purpose::Keep, durable: true, ..GetOptions::default() };
-    let plan = open.cache.plan_prewarm(references, &options).await?;
+    let plan = open.cache.plan_prewarm(&references, &options).await?;
     let (mut rows, mut waves) = (vec![json!(null); references.len()], [Vec::new(), Vec::new(), Vec::new()]);
     for (at, planned) in plan.artifacts.into_iter().enumerate() {
         match planned {
@@ -578,7 +596,7 @@ async fn prewarm(open: &Open, references: &[Reference], jobs: usize, shown: &Sho
     }
     let mut lent = Vec::new();
     for (wave, jobs) in waves.into_iter().zip([jobs, jobs, 1]) {
-        let fills: Vec<_> = wave.into_iter().map(|at| fill(open, &references[at], at, &options, shown)).collect();
+        let fills: Vec<_> = wave.into_iter().map(|at| fill(&open, &references[at], at, &options, &shown)).collect();
         let mut fills = stream::iter(fills).buffer_unordered(jobs);
         while let Some((at, filled)) = fills.next().await {
             rows[at] = match filled {

@@ -1,8 +1,9 @@
 //! A call: work that was asked for and waits to be waited for, by a thread or by an event loop.
 //!
-//! A thread that waits works itself: the call is polled on it, without the interpreter's lock, and every tenth of a
-//! second signals are looked at and progress is told. Whoever stops waiting ends the call and no one else's: a fill goes
-//! on as long as anybody in this process waits for it.
+//! A thread that waits works itself: for the first tenth of a second the call is polled on it, without the interpreter's
+//! lock. What takes longer goes on as a task of the runtime, while the thread goes back to Python ten times a second, for
+//! signals, logs and progress: callbacks have no frame of Rust below them, and may make calls of their own. Whoever stops
+//! waiting ends the call and no one else's: a fill goes on as long as anybody in this process waits for it.
 
 use crate::file::File;
 use crate::lease::Lease;
@@ -11,7 +12,7 @@ use crate::{failure, logs};
 use futures::FutureExt;
 use modelcache::cache::{Artifact, OpenFile};
 use modelcache::progress::Progress;
-use modelcache::{Error, Result};
+use modelcache::{Error, ErrorKind, Result};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use serde_json::Value;
@@ -21,11 +22,13 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::task::AbortHandle;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio::runtime::Runtime;
+use tokio::task::{AbortHandle, JoinHandle};
 
-/// Time between two looks at signals and progress.
+/// Time after which a waiting thread goes back to Python.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long a cancelled call is waited for.
+const CANCELLED: Duration = Duration::from_secs(1);
 
 type Work = Pin<Box<dyn Future<Output = Result<Answer>> + Send>>;
 
@@ -46,7 +49,7 @@ pub(crate) enum Answer {
 impl Answer {
     fn into_python(self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         match self {
-            Self::Path(path) => path.into_py_any(py),
+            Self::Path(path) => path.into_os_string().into_py_any(py),
             Self::Kept(keep, answer) => {
                 keep();
                 answer.into_python(py)
@@ -83,6 +86,9 @@ pub(crate) struct Call {
 
 enum Stage {
     New(Work),
+    /// A task, which a thread waits for.
+    Awaited(JoinHandle<Result<Answer>>),
+    /// A task that tells its end itself.
     Started(AbortHandle),
 }
 
@@ -109,33 +115,29 @@ impl Call {
     fn stage(&self) -> MutexGuard<'_, Owned<Stage>> {
         self.stage.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn take_work(&self) -> Result<Work> {
-        match self.stage().take() {
-            Some(Stage::New(work)) => Ok(work),
-            _ => Err(Error::invalid("a call is waited for once, in the process that made it")),
-        }
-    }
-
-    /// Polls `work` to its end, looking at signals and telling `progress` in between.
-    async fn drive(&self, work: Work, progress: Option<Py<PyAny>>) -> PyResult<Result<Answer>> {
-        let mut work = guarded(work);
-        let mut looks = interval_at(Instant::now() + LOOK_EVERY, LOOK_EVERY);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                biased;
-                outcome = &mut work => return Ok(outcome),
-                _ = looks.tick() => Python::attach(|py| self.look(py, progress.as_ref()))?,
+/// Works on a call for [`LOOK_EVERY`] at most: what came of it, or the task that it goes on in.
+fn work_on(runtime: &Runtime, stage: Option<Stage>) -> std::result::Result<Result<Answer>, JoinHandle<Result<Answer>>> {
+    let waited_for_before = || Error::invalid("a call is waited for once, in the process that made it");
+    runtime.block_on(async {
+        match stage {
+            Some(Stage::New(work)) => {
+                let mut work = guarded(work);
+                tokio::select! {
+                    biased;
+                    outcome = &mut work => Ok(outcome),
+                    () = tokio::time::sleep(LOOK_EVERY) => Err(tokio::spawn(work)),
+                }
             }
+            Some(Stage::Awaited(mut task)) => match tokio::time::timeout(LOOK_EVERY, &mut task).await {
+                Ok(Ok(outcome)) => Ok(outcome),
+                Ok(Err(cut_short)) => Ok(Err(Error::new(ErrorKind::Other, "the call was cut short").cause(cut_short))),
+                Err(_) => Err(task),
+            },
+            Some(Stage::Started(_)) | None => Ok(Err(waited_for_before())),
         }
-    }
-
-    fn look(&self, py: Python<'_>, progress: Option<&Py<PyAny>>) -> PyResult<()> {
-        py.check_signals()?;
-        logs::hand_over(py);
-        progress.map_or(Ok(()), |progress| progress.call1(py, self.snapshot()).map(|_| ()))
-    }
+    })
 }
 
 /// `work`, whose panics are failures.
@@ -148,38 +150,60 @@ fn guarded(work: Work) -> Pin<Box<dyn Future<Output = Result<Answer>> + Send>> {
 
 #[pymethods]
 impl Call {
-    /// Waits for the end. `progress` is called with a `snapshot` about ten times a second, on this thread; what it
-    /// raises, and what a signal raises, ends the call.
-    #[pyo3(signature = (progress = None))]
-    fn wait(&self, py: Python<'_>, progress: Option<Py<PyAny>>) -> PyResult<Py<PyAny>> {
-        let started = self.take_work().and_then(|work| Ok((work, process::current(py).runtime(py)?)));
-        let (work, runtime) = started.map_err(|error| failure::exception(py, &error))?;
-        let outcome = py.detach(|| runtime.block_on(self.drive(work, progress)));
-        logs::hand_over(py);
-        match outcome? {
-            Ok(answer) => answer.into_python(py),
-            Err(error) => Err(failure::exception(py, &error)),
-        }
+    /// Waits for the end, a tenth of a second at most. `None`: it has not come yet, and this is to be called again.
+    fn wait(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+        process::entry(py, |inside| {
+            let runtime = inside.process().runtime(py).map_err(|error| failure::exception(py, &error))?;
+            let stage = self.stage().take();
+            // The runtime is let go of before this thread may hang: whoever ends it waits for that.
+            match inside.detach(move || work_on(&runtime, stage)) {
+                Ok(Ok(answer)) => answer.into_python(py).map(Some),
+                Ok(Err(error)) => Err(failure::exception(py, &error)),
+                Err(task) => {
+                    *self.stage() = Owned::new(Stage::Awaited(task));
+                    Ok(None)
+                }
+            }
+        })
     }
 
     /// Starts the work; `done(answer, exception)` is called with its end, on a thread of ours, unless it is cancelled.
     fn start(&self, py: Python<'_>, done: Py<PyAny>) -> PyResult<()> {
-        let process = process::current(py);
-        let started = self.take_work().and_then(|work| Ok((work, process.runtime(py)?)));
-        let (work, runtime) = started.map_err(|error| failure::exception(py, &error))?;
-        let task = runtime.spawn(async move {
-            let outcome = guarded(work).await;
-            process.deliver(done, outcome);
-        });
-        *self.stage() = Owned::new(Stage::Started(task.abort_handle()));
-        Ok(())
+        process::entry(py, |inside| {
+            let process = inside.process();
+            let begin = || {
+                process.start_to_deliver()?;
+                let runtime = process.runtime(py)?;
+                let Some(Stage::New(work)) = self.stage().take() else {
+                    return Err(Error::invalid("a call is started once, in the process that made it"));
+                };
+                Ok(runtime.spawn(async move {
+                    let outcome = guarded(work).await;
+                    process.deliver(done, outcome);
+                }))
+            };
+            let task = begin().map_err(|error| failure::exception(py, &error))?;
+            *self.stage() = Owned::new(Stage::Started(task.abort_handle()));
+            Ok(())
+        })
     }
 
     /// Ends the call; a fill that others wait for goes on.
-    fn cancel(&self) {
-        if let Some(Stage::Started(task)) = self.stage().take() {
-            task.abort();
-        }
+    fn cancel(&self, py: Python<'_>) -> PyResult<()> {
+        process::entry(py, |inside| {
+            match self.stage().take() {
+                Some(Stage::Started(task)) => task.abort(),
+                Some(Stage::Awaited(task)) => {
+                    task.abort();
+                    if let Ok(runtime) = inside.process().runtime(py) {
+                        let gone = async { drop(tokio::time::timeout(CANCELLED, task).await) };
+                        inside.detach(move || runtime.block_on(gone));
+                    }
+                }
+                Some(Stage::New(_)) | None => {}
+            }
+            Ok(())
+        })
     }
 
     /// Phase, bytes done, bytes in all (0: not known), bytes received from the remote, bytes received from origins.

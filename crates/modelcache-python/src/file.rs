@@ -6,13 +6,13 @@
 use crate::cache::in_time;
 use crate::call::{Answer, Call, snapshot};
 use crate::failure;
-use crate::process::Owned;
+use crate::process::{self, Owned};
 use modelcache::cache::OpenFile;
 use modelcache::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
 use serde_json::json;
+use std::ffi::OsString;
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::watch;
 
@@ -68,19 +68,19 @@ impl File {
     where
         W: Future<Output = Result<Answer>> + Send + 'static,
     {
-        let open = self.open().and_then(|open| match (open.get(), self.closed.get()) {
-            (Some(file), Some(closed)) => Ok((file.progress().clone(), open.clone(), closed.subscribe())),
-            _ => Err(left_behind()),
-        });
-        let (progress, open, mut ends) = open.map_err(|error| failure::exception(py, &error))?;
-        let (work, timeout) = (wait(open), self.timeout);
-        Ok(Call::new(py, progress, async move {
-            tokio::select! {
-                biased;
-                _ = ends.wait_for(|closed| *closed) => Err(closed()),
-                done = in_time(timeout, work) => done,
-            }
-        }))
+        entry(py, || {
+            let open = self.open()?;
+            let (Some(file), Some(end)) = (open.get(), self.closed.get()) else { return Err(left_behind()) };
+            let (progress, mut ends) = (file.progress().clone(), end.subscribe());
+            let (work, timeout) = (wait(open.clone()), self.timeout);
+            Ok(Call::new(py, progress, async move {
+                tokio::select! {
+                    biased;
+                    _ = ends.wait_for(|closed| *closed) => Err(closed()),
+                    done = in_time(timeout, work) => done,
+                }
+            }))
+        })
     }
 }
 
@@ -107,20 +107,20 @@ impl File {
     /// Whether all of it is here and proven.
     #[getter]
     fn is_whole(&self, py: Python<'_>) -> PyResult<bool> {
-        let open = self.open().map_err(|error| failure::exception(py, &error))?;
-        Ok(open.of_any_process().is_some_and(OpenFile::is_whole))
+        entry(py, || Ok(self.open()?.of_any_process().is_some_and(OpenFile::is_whole)))
     }
 
     /// Where it lies, if all of it is here and proven.
     #[getter]
-    fn whole_path(&self, py: Python<'_>) -> PyResult<Option<PathBuf>> {
-        let open = self.open().map_err(|error| failure::exception(py, &error))?;
-        Ok(open.of_any_process().and_then(OpenFile::whole_path).map(Path::to_owned))
+    fn whole_path(&self, py: Python<'_>) -> PyResult<Option<OsString>> {
+        entry(py, || {
+            Ok(self.open()?.of_any_process().and_then(OpenFile::whole_path).map(|path| path.as_os_str().into()))
+        })
     }
 
     /// The descriptor to read these bytes from, if that takes no waiting.
     fn ready(&self, py: Python<'_>, start: u64, stop: u64) -> PyResult<Option<RawFd>> {
-        self.ready_fd(start, stop).map_err(|error| failure::exception(py, &error))
+        entry(py, || self.ready_fd(start, stop))
     }
 
     /// Waits until these bytes are ready.
@@ -142,18 +142,28 @@ impl File {
 
     /// As a call's.
     fn snapshot(&self, py: Python<'_>) -> PyResult<(&'static str, u64, u64, u64, u64)> {
-        let open = self.open().map_err(|error| failure::exception(py, &error))?;
-        let progress = open.of_any_process().map(|open| open.progress().clone()).unwrap_or_default();
-        Ok(snapshot(&[progress]))
+        entry(py, || {
+            let open = self.open()?;
+            let progress = open.of_any_process().map(|open| open.progress().clone()).unwrap_or_default();
+            Ok(snapshot(&[progress]))
+        })
     }
 
     /// Lets go of it and ends what waits for it; again changes nothing.
-    fn close(&self) {
-        drop(self.open.lock().unwrap_or_else(PoisonError::into_inner).take());
-        if let Some(closed) = self.closed.get() {
-            closed.send_replace(true);
-        }
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        entry(py, || {
+            drop(self.open.lock().unwrap_or_else(PoisonError::into_inner).take());
+            if let Some(closed) = self.closed.get() {
+                closed.send_replace(true);
+            }
+            Ok(())
+        })
     }
+}
+
+/// A call from Python that needs nothing but `work`.
+fn entry<T>(py: Python<'_>, work: impl FnOnce() -> Result<T>) -> PyResult<T> {
+    process::entry(py, |_| work().map_err(|error| failure::exception(py, &error)))
 }
 
 fn closed() -> Error {

@@ -1,9 +1,10 @@
 //! What a get lent: a path, and the hold on it.
 
 use crate::answers;
-use crate::process::Owned;
+use crate::process::{self, Owned};
 use modelcache::cache::Artifact;
 use pyo3::prelude::*;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
@@ -33,8 +34,8 @@ impl Lease {
 impl Lease {
     /// The file, or the folder of a tree.
     #[getter]
-    fn path(&self) -> PathBuf {
-        self.path.clone()
+    fn path(&self) -> OsString {
+        self.path.clone().into_os_string()
     }
 
     #[getter]
@@ -54,7 +55,10 @@ impl Lease {
     }
 
     /// Lets go of it; again changes nothing.
-    fn release(&self) {
-        drop(self.artifact.lock().unwrap_or_else(PoisonError::into_inner).take());
+    fn release(&self, py: Python<'_>) -> PyResult<()> {
+        process::entry(py, |_| {
+            drop(self.artifact.lock().unwrap_or_else(PoisonError::into_inner).take());
+            Ok(())
+        })
     }
 }

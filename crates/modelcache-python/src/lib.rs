@@ -41,16 +41,32 @@ mod _native {
         process::forked();
     }
 
+    /// The interpreter is about to end: from now on only this thread may call. All others hang where they call, or come
+    /// back from a call, as daemon threads do when the interpreter ends.
+    #[pyfunction]
+    fn begin_end(py: Python<'_>) {
+        process::begin_end(py);
+    }
+
     /// Ends the threads of this process, before the interpreter does. No call can be made afterwards.
     #[pyfunction]
     fn shut_down(py: Python<'_>) {
         process::shut_down(py);
     }
 
-    /// Panics inside a call: for the test that none crosses.
+    /// The log records that wait: level, logger and text.
     #[pyfunction]
-    fn panicking_call(py: Python<'_>) -> Call {
-        Call::new(py, modelcache::progress::Progress::new(), async { panic!("on purpose") })
+    fn take_records() -> Vec<(u8, String, String)> {
+        process::existing().map(process::Process::take_records).unwrap_or_default().into()
+    }
+
+    /// Panics inside a call, or before there is one: for the test that none crosses.
+    #[pyfunction]
+    fn panicking_call(py: Python<'_>, at_once: bool) -> PyResult<Call> {
+        process::entry(py, |_| {
+            assert!(!at_once, "on purpose");
+            Ok(Call::new(py, modelcache::progress::Progress::new(), async { panic!("on purpose") }))
+        })
     }
 
     #[pymodule_init]

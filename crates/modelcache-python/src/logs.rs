@@ -1,6 +1,7 @@
 //! Logs: what the library traces becomes records of Python's `logging`, below the logger `modelcache`.
 //!
-//! Nobody who logs waits for the interpreter: records stand in a queue until a call ends or the courier comes. How much
+//! Nobody who logs waits for the interpreter: records stand in a queue until a call goes back to Python, which takes them
+//! there, or a courier has them taken. A logging handler may make calls. How much
 //! is recorded follows the level of that logger, looked up whenever a call is made.
 
 use crate::process;
@@ -37,15 +38,12 @@ pub(crate) fn look_up_level(py: Python<'_>) {
     }
 }
 
-/// Hands the records that wait over to Python.
+/// Has Python take the records that wait; for a courier, which no call waits for.
 pub(crate) fn hand_over(py: Python<'_>) {
-    static EMIT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let Some(records) = process::existing().map(process::Process::take_records) else { return };
-    for (level, logger, text) in records {
-        let emitted = EMIT.import(py, "modelcache._logging", "emit").and_then(|emit| emit.call1((level, logger, text)));
-        if let Err(error) = emitted {
-            error.write_unraisable(py, None);
-        }
+    static HAND_OVER: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    if let Err(error) = HAND_OVER.import(py, "modelcache._logging", "hand_over").and_then(|hand_over| hand_over.call0())
+    {
+        error.write_unraisable(py, None);
     }
 }
 

@@ -1,23 +1,33 @@
-//! What belongs to one process: its runtime, its courier, its log. A forked child starts anew and leaves its parent's be.
+//! What belongs to one process: its runtime, its couriers, its log. A forked child starts anew and leaves its parent's be.
+//!
+//! Every call from Python goes through [`entry`], which turns a panic into an exception and lets no thread be caught by the
+//! end of the interpreter: CPython before 3.14 ends a thread that asks for the interpreter's lock then by unwinding it, and
+//! a stack with frames of Rust cannot be unwound by others (PyO3's guide, `PyEval_RestoreThread` in CPython's manual). Once
+//! [`begin_end`] was called, such threads hang instead, as they do since CPython 3.14.
 //!
 //! Threads do not survive a fork, and a lock that another thread held stays locked for ever. So nothing of a parent is
 //! used in its child, nor dropped there: dropping would let go of leases that the parent still holds. Processes stand in
 //! a chain, parent before child, and none is ever freed; a process that never forks has one link.
 
 use crate::call::Answer;
+use crate::failure;
 use crate::logs::{self, Record};
 use modelcache::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
+use std::cell::Cell;
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread::JoinHandle;
-use std::time::Duration;
-use tokio::runtime::{Handle, Runtime};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, JoinHandle, ThreadId};
+use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
 
-/// Most threads that run tasks, as on the command line.
-const WORKERS_MAX: usize = 32;
+/// How long the end of the interpreter waits for calls to leave this module, and for a logging handler to return.
+const LEAVE: Duration = Duration::from_secs(5);
+/// Time between two looks at whether they have.
+const LOOK: Duration = Duration::from_millis(1);
 /// How long the end of the interpreter waits for threads to put their files away.
 const PUT_AWAY: Duration = Duration::from_secs(1);
 /// Log records that wait for the interpreter; more are dropped.
@@ -44,7 +54,11 @@ impl ProcessId {
 pub(crate) struct Process {
     id: ProcessId,
     runtime: Mutex<Threads>,
-    courier: OnceLock<Courier>,
+    /// Tells event loops of what was done.
+    teller: OnceLock<Courier>,
+    /// Hands log records over; another than the teller, since a logging handler may wait for an event loop.
+    logger: OnceLock<Courier>,
+    gate: Gate,
     records: Mutex<VecDeque<Record>>,
     /// The child that this process became.
     child: OnceLock<Box<Process>>,
@@ -52,7 +66,7 @@ pub(crate) struct Process {
 
 enum Threads {
     None,
-    Running(Runtime),
+    Running(Arc<Runtime>),
     ShutDown,
 }
 
@@ -83,42 +97,176 @@ pub(crate) fn forked() {
     let _ = rand::rng().reseed();
 }
 
+/// Runs one call from Python: `work`, with a panic as the exception that stands for a defect.
+pub(crate) fn entry<T>(py: Python<'_>, work: impl FnOnce(&Inside<'_>) -> PyResult<T>) -> PyResult<T> {
+    let process = current(py);
+    if !process.gate.try_enter() {
+        py.detach(hang);
+    }
+    let inside = Inside { py, process };
+    catch_unwind(AssertUnwindSafe(|| work(&inside)))
+        .unwrap_or_else(|panic| Err(failure::exception(py, &failure::of_panic(&*panic))))
+}
+
+/// From now on every thread but this one hangs when it calls, or comes back to, this module. Returns once none of the
+/// others is in it with the interpreter's lock.
+pub(crate) fn begin_end(py: Python<'_>) {
+    let gate = &current(py).gate;
+    gate.close();
+    py.detach(|| gate.wait_until_empty());
+}
+
 /// Ends the threads of this process.
 pub(crate) fn shut_down(py: Python<'_>) {
     let Some(process) = existing() else { return };
     let threads = std::mem::replace(&mut *process.threads(), Threads::ShutDown);
     py.detach(|| {
-        if let Threads::Running(runtime) = threads {
+        if let Threads::Running(runtime) = threads
+            && let Some(runtime) = sole(runtime)
+        {
             runtime.shutdown_timeout(PUT_AWAY);
         }
-        if let Some(courier) = process.courier.get() {
-            courier.stop();
+        for courier in [&process.teller, &process.logger] {
+            courier.get().map(Courier::stop);
         }
     });
-    logs::hand_over(py);
+}
+
+/// The runtime, once no call waits in it any more: those that hang from now on leave it within a moment.
+fn sole(mut runtime: Arc<Runtime>) -> Option<Runtime> {
+    let end = Instant::now() + PUT_AWAY;
+    loop {
+        match Arc::try_unwrap(runtime) {
+            Ok(runtime) => return Some(runtime),
+            Err(_) if Instant::now() > end => return None,
+            Err(shared) => runtime = shared,
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// The interpreter is ending: this thread must not take its lock any more.
+fn hang() {
+    loop {
+        thread::park();
+    }
+}
+
+/// A thread that is in a call from Python, and holds the interpreter's lock.
+pub(crate) struct Inside<'py> {
+    py: Python<'py>,
+    process: &'static Process,
+}
+
+impl Inside<'_> {
+    /// What belongs to this process.
+    pub(crate) fn process(&self) -> &'static Process {
+        self.process
+    }
+
+    /// Runs `work` without the interpreter's lock.
+    pub(crate) fn detach<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let gate = &self.process.gate;
+        let done = self.py.detach(|| {
+            gate.leave();
+            let done = AssertUnwindSafe(catch_unwind(AssertUnwindSafe(work)));
+            if !gate.try_enter() {
+                hang();
+            }
+            done
+        });
+        done.0.unwrap_or_else(|panic| resume_unwind(panic))
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.process.gate.leave();
+    }
+}
+
+thread_local! {
+    /// Whether this is a courier, which is waited for before the interpreter ends.
+    static IS_COURIER: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Counts the threads that are in this module with the interpreter's lock, or about to take it.
+#[derive(Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    left: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    inside: usize,
+    /// The thread that ends the interpreter.
+    ending: Option<ThreadId>,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts the calling thread, unless it may not enter any more.
+    fn try_enter(&self) -> bool {
+        if IS_COURIER.get() {
+            return true;
+        }
+        let mut state = self.lock();
+        let may = state.ending.is_none_or(|ending| ending == thread::current().id());
+        state.inside += usize::from(may);
+        may
+    }
+
+    fn leave(&self) {
+        if !IS_COURIER.get() {
+            let mut state = self.lock();
+            state.inside -= 1;
+            if state.inside == 0 && state.ending.is_some() {
+                self.left.notify_all();
+            }
+        }
+    }
+
+    fn close(&self) {
+        self.lock().ending = Some(thread::current().id());
+    }
+
+    fn wait_until_empty(&self) {
+        let _ = self.left.wait_timeout_while(self.lock(), LEAVE, |state| state.inside > 0);
+    }
 }
 
 impl Process {
     fn new(id: ProcessId) -> Self {
         let (runtime, records) = (Mutex::new(Threads::None), Mutex::default());
-        Self { id, runtime, courier: OnceLock::new(), records, child: OnceLock::new() }
+        let (teller, logger, gate) = (OnceLock::new(), OnceLock::new(), Gate::default());
+        Self { id, runtime, teller, logger, gate, records, child: OnceLock::new() }
     }
 
     /// Where tasks run; started by the first call.
-    pub(crate) fn runtime(&self, _: Python<'_>) -> Result<Handle> {
+    pub(crate) fn runtime(&self, _: Python<'_>) -> Result<Arc<Runtime>> {
         let mut threads = self.threads();
         if let Threads::None = *threads {
-            *threads = Threads::Running(start()?);
+            let has_arenas = std::env::var_os("MALLOC_ARENA_MAX").is_none();
+            *threads = Threads::Running(Arc::new(modelcache::runtime::start(has_arenas)?));
         }
         match &*threads {
-            Threads::Running(runtime) => Ok(runtime.handle().clone()),
+            Threads::Running(runtime) => Ok(runtime.clone()),
             _ => Err(Error::new(ErrorKind::Other, "the interpreter is ending; nothing can be started any more")),
         }
     }
 
+    /// Starts the thread that [`deliver`](Self::deliver) needs.
+    pub(crate) fn start_to_deliver(&self) -> Result<()> {
+        self.teller().has_thread()
+    }
+
     /// Has `done` called with what came of a call, by a thread that may hold the interpreter's lock.
     pub(crate) fn deliver(&self, done: Py<PyAny>, outcome: Result<Answer>) {
-        self.courier().send(Errand::Tell(done, outcome));
+        self.teller().send(Errand::Tell(done, outcome));
     }
 
     /// Keeps a record until the interpreter's lock is held by somebody who hands it over.
@@ -130,7 +278,7 @@ impl Process {
         let is_first = records.len() == 1;
         drop(records);
         if is_first {
-            self.courier().send(Errand::HandOverLogs);
+            self.logger.get_or_init(Courier::start).send(Errand::HandOverLogs);
         }
     }
 
@@ -139,8 +287,8 @@ impl Process {
         std::mem::take(&mut *self.records.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn courier(&self) -> &Courier {
-        self.courier.get_or_init(Courier::start)
+    fn teller(&self) -> &Courier {
+        self.teller.get_or_init(Courier::start)
     }
 
     fn threads(&self) -> MutexGuard<'_, Threads> {
@@ -148,17 +296,7 @@ impl Process {
     }
 }
 
-fn start() -> Result<Runtime> {
-    let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(cores.clamp(2, WORKERS_MAX))
-        .thread_name("modelcache")
-        .enable_all()
-        .build()
-        .map_err(|cause| Error::new(ErrorKind::Other, "cannot start threads").cause(cause))
-}
-
-/// The one thread of ours that waits for the interpreter's lock, so that none that moves bytes ever does.
+/// A thread of ours that waits for the interpreter's lock, so that none that moves bytes ever does.
 struct Courier {
     errands: Sender<Errand>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -182,14 +320,26 @@ impl Courier {
         let _ = self.errands.send(errand);
     }
 
+    fn has_thread(&self) -> Result<()> {
+        match *self.thread.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(_) => Ok(()),
+            None => Err(modelcache::runtime::no_thread(None)),
+        }
+    }
+
+    /// Has it end, and waits for that. One that a logging handler keeps for long is left alone.
     fn stop(&self) {
         self.send(Errand::Stop);
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        thread.map(JoinHandle::join);
+        let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let end = Instant::now() + LEAVE;
+        while !thread.is_finished() && Instant::now() < end {
+            thread::sleep(LOOK);
+        }
     }
 }
 
 fn run(received: &Receiver<Errand>) {
+    IS_COURIER.set(true);
     while let Ok(errand) = received.recv() {
         // While the interpreter ends nobody gets its lock any more.
         let attached = match errand {

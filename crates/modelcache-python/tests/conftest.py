@@ -22,6 +22,12 @@ _PREFIXES = itertools.count()
 _FOREIGN = ("MODEL_CACHE_", "AWS_", "HF_", "XDG_", "MLFLOW_")
 
 
+# A shell's background job, and with it what it starts, ignores SIGINT. What is handled here is at its default in what
+# the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True)
 def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No settings but a test's own; a cache directory and a home of its own."""

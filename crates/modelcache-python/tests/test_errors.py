@@ -10,7 +10,7 @@ from typing import Any
 import modelcache
 import pytest
 from conftest import write_model
-from modelcache import ModelCacheError, NotFoundError, _native
+from modelcache import ModelCacheError, NotFoundError
 
 
 def test_every_failure_has_one_base_and_the_builtin_that_programs_expect() -> None:
@@ -74,11 +74,6 @@ def test_what_is_typed_wrong_is_a_type_error(open_cache: Any) -> None:
     for arguments in ({"reference": 3}, {"reference": "m", "version": 3}, {"reference": "m@1", "timeout": "soon"}):
         with pytest.raises(TypeError):
             cache.get(**arguments)
-
-
-def test_a_panic_is_an_exception(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ModelCacheError, match="a defect in modelcache: on purpose"):
-        _native.panicking_call().wait()
 
 
 def test_the_log_is_pythons(tmp_path: Path, open_cache: Any, caplog: pytest.LogCaptureFixture) -> None:

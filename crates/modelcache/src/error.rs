@@ -12,6 +12,10 @@ use std::time::Duration;
 /// The result of every fallible library call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// Hint for a file that may not grow any more: `EFBIG`, once SIGXFSZ does not end the process.
+pub(crate) const FILE_SIZE_HINT: &str =
+    "raise the limit on the size of files that this process writes (ulimit -f, RLIMIT_FSIZE)";
+
 type Cause = Box<dyn std::error::Error + Send + Sync + 'static>;
 
 /// What kind of failure this is, chosen by what the caller can do next.
@@ -34,6 +38,8 @@ pub enum ErrorKind {
     Conflict,
     /// The cache directory cannot be used.
     Directory,
+    /// The limits of this process leave it too few threads or too little memory.
+    Limits,
     /// Anything else, an input/output error in a caller's own file for instance.
     Other,
 }
@@ -50,6 +56,7 @@ impl ErrorKind {
             Self::Invalid => "invalid",
             Self::Conflict => "conflict",
             Self::Directory => "directory",
+            Self::Limits => "limits",
             Self::Other => "other",
         }
     }

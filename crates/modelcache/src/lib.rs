@@ -17,6 +17,7 @@ pub mod config;
 pub mod credentials;
 pub mod metrics;
 pub mod progress;
+pub mod runtime;
 pub mod settings;
 pub mod source;
 

@@ -6,7 +6,7 @@
 use crate::arguments::Global;
 use crate::environment::{self, Survey};
 use crate::output::Output;
-use crate::{exit, logs, runtime, signals};
+use crate::{exit, logs, signals, small_memory};
 use clap::{Args, ValueEnum};
 use modelcache::config::Environment;
 use modelcache::doctor::{self, Area, Check, DoctorOptions, Gravity};
@@ -60,7 +60,7 @@ impl Doctor {
             checks.push(Check::problem(Area::Configuration, &error));
         }
         let options = DoctorOptions { read_only: self.read_only };
-        let runtime = runtime()?;
+        let runtime = modelcache::runtime::start(!small_memory::has_one_arena())?;
         match runtime.block_on(signals::or_signal(doctor::examine(&settings.config, &survey.environment, options))) {
             Ok(examined) => {
                 runtime.shutdown_background();

@@ -6,7 +6,7 @@
 
 use super::choice::Choice;
 use super::{Session, sync};
-use crate::{exit, progress};
+use crate::{exit, progress, small_memory};
 use clap::Args;
 use modelcache::cache::Artifact;
 use modelcache::config::{Backfill, Config};
@@ -57,6 +57,7 @@ impl Exec {
         let numbered = (1..).zip(&paths).map(|(number, path)| (format!("MODEL_CACHE_PATH_{number}"), path));
         let mut command = Command::new(program);
         command.args(arguments).envs(numbered).env("MODEL_CACHE_PATH", &paths[0]);
+        small_memory::remove_from(&mut command);
         artifacts.iter().try_for_each(Artifact::hold_through_exec)?;
         // Nothing of this process is left to do or write it later.
         modelcache::transfer::tidied(crate::TAKEN_BACK).await;

@@ -144,12 +144,33 @@ fn another_machine_sweeps_what_a_killed_put_left_by_the_claims_word_or_by_lookin
 fn an_interrupted_put_takes_back_what_it_began() {
     let house = house();
     let held = house.s3.faults().add(S3Fault::delay(FOR_EVER).method("PUT").on("partNumber=2"));
-    let put = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "10m").start(["put", "m@1", "large.bin"]);
-    wait_until("a part is on its way", || held.count() > 0);
-    put.signal("INT");
-    assert_eq!(put.wait().code, Some(130));
-    assert_clean(&house);
-    house.assert_nothing("a");
+    for (signal, code) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
+        let before = held.count();
+        let put = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "10m").start(["put", "m@1", "large.bin"]);
+        wait_until("a part is on its way", || held.count() > before);
+        put.signal(signal);
+        assert_eq!(put.wait().code, Some(code));
+        assert_clean(&house);
+        house.assert_nothing("a");
+    }
+}
+
+#[test]
+fn a_put_that_is_interrupted_when_all_is_read_takes_back_what_it_began() {
+    let house = house();
+    let held = house.s3.faults().add(S3Fault::delay(FOR_EVER).method("PUT").on("partNumber=2"));
+    for options in [&[][..], &["--tier", "remote"]] {
+        let before = held.count();
+        let put = [&["put", "m@1", "large.bin"], options].concat();
+        let put = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "10m").start(put);
+        wait_until("a part is on its way", || held.count() > before);
+        // The file is read within this time, and the publish waits for the part.
+        std::thread::sleep(Duration::from_secs(1));
+        put.signal("INT");
+        assert_eq!(put.wait().code, Some(130));
+        assert_clean(&house);
+        house.assert_nothing("a");
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from . import _calls, _native
+from . import _calls, _logging, _native
 from ._calls import ProgressArgument
 from ._errors import ModelCacheError, from_native
 from ._file import CachedFile
@@ -38,7 +38,7 @@ class Lease:
     @property
     def path(self) -> Path:
         """The file, or the folder of a tree."""
-        return self._native.path
+        return Path(self._native.path)
 
     @property
     def name(self) -> str:
@@ -140,10 +140,11 @@ class ModelCache:
         self._native = _native.Cache(
             {keys.get(name, name): (_text(value), name) for name, value in arguments.items() if value is not None},
             list(os.environb.items()),
-            config,
+            None if config is None else os.fsdecode(config),
             None if options is None else {name: _text(value) for name, value in options.items()},
             token,
         )
+        _logging.hand_over()
         self._metrics = Metrics(self._native)
         self._files: weakref.WeakSet[CachedFile] = weakref.WeakSet()
         _OPEN[id(self)] = self
@@ -151,7 +152,7 @@ class ModelCache:
     @property
     def cache_dir(self) -> Path:
         """The local directory."""
-        return self._native.dir
+        return Path(self._native.dir)
 
     @property
     def remote(self) -> str | None:
@@ -205,7 +206,7 @@ class ModelCache:
         :param verify: read what is here in full and compare it with its digests first.
         :param timeout: seconds after which to give up; what has come by then is kept for the next call.
         :param progress: called with a :class:`Progress` about ten times a second on the calling thread, or a class
-            like ``tqdm.tqdm``.
+            like ``tqdm.tqdm``. It may use the cache; what it raises ends the call.
         :raises NotFoundError: no tier has it (also a ``FileNotFoundError``).
         :raises UnauthorizedError: credentials are missing or refused, or the repository is gated.
         :raises UnavailableError: a service failed, or it took longer than ``timeout``.
@@ -218,8 +219,7 @@ class ModelCache:
             reference, version, revision, allow_patterns, ignore_patterns, local_dir, token, local_files_only,
             force_refresh, verify, timeout, True,
         )  # fmt: skip
-        path: Path = call.wait() if progress is None else _calls.wait(call, progress, _label(reference, version))
-        return path
+        return Path(_calls.wait(call, progress, _label(reference, version)))
 
     async def aget(
         self,
@@ -242,8 +242,7 @@ class ModelCache:
             reference, version, revision, allow_patterns, ignore_patterns, local_dir, token, local_files_only,
             force_refresh, verify, timeout, True,
         )  # fmt: skip
-        path: Path = await _calls.awaited(call, progress, _label(reference, version))
-        return path
+        return Path(await _calls.awaited(call, progress, _label(reference, version)))
 
     def lease(
         self,
@@ -310,7 +309,7 @@ class ModelCache:
                 "revision": revision,
                 "include": _patterns(allow_patterns),
                 "exclude": _patterns(ignore_patterns),
-                "into": local_dir,
+                "into": None if local_dir is None else os.fsdecode(local_dir),
                 "token": _token(token),
                 "local_files_only": local_files_only,
                 "refresh": refresh,
@@ -467,7 +466,7 @@ class ModelCache:
         :raises IntegrityError: it is not of the format expected.
         """
         call = self._native.put(
-            name, version, path, tag=tag, tier=tier, expect=expect, sidecar=sidecar, force=force
+            name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar, force=force
         )
         return PutReport._parse(_calls.wait(call, progress, _label(name, version)))
 
@@ -486,7 +485,7 @@ class ModelCache:
     ) -> PutReport:
         """As :meth:`put`, for asyncio."""
         call = self._native.put(
-            name, version, path, tag=tag, tier=tier, expect=expect, sidecar=sidecar, force=force
+            name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar, force=force
         )
         return PutReport._parse(await _calls.awaited(call, progress, _label(name, version)))
 
@@ -699,10 +698,14 @@ _OPEN: dict[int, ModelCache] = {}
 
 
 def _close_all() -> None:
-    for cache in list(_OPEN.values()):
-        with contextlib.suppress(ModelCacheError):
-            cache.close()
-    _native.shut_down()
+    _native.begin_end()
+    try:
+        for cache in list(_OPEN.values()):
+            with contextlib.suppress(ModelCacheError):
+                cache.close()
+    finally:
+        _native.shut_down()
+        _logging.hand_over()
 
 
 atexit.register(_close_all)

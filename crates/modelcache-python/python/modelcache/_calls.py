@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
+from . import _logging
 from ._native import Call
 from ._reports import Progress
 
@@ -41,10 +42,6 @@ class _Teller:
         elif progress is not None:
             self._tell = cast("Callable[[Progress], object]", progress)
 
-    @property
-    def is_wanted(self) -> bool:
-        return self._tell is not None or self._bar is not None
-
     def __call__(self, phase: str, done: int, total: int, remote: int, origin: int) -> None:
         if self._tell is not None:
             self._tell(Progress(phase, done, total or None, remote, origin))
@@ -65,16 +62,33 @@ class _Teller:
 
 
 def wait(call: Call, progress: ProgressArgument | None = None, what: str = "") -> Any:
-    """The answer; raises what the call failed with, and ``KeyboardInterrupt`` soon after Ctrl-C."""
+    """The answer; raises what the call failed with, and ``KeyboardInterrupt`` soon after Ctrl-C.
+
+    Whatever is called back, ``progress`` or a logging handler, may make calls of its own: this one goes on meanwhile.
+    """
     if progress is None:
-        return call.wait()
+        return _answer(call, None)
     teller = _Teller(progress, what)
     try:
-        answer = call.wait(teller if teller.is_wanted else None)
+        answer = _answer(call, teller)
         teller.end(call)
         return answer
     finally:
         teller.close()
+
+
+def _answer(call: Call, teller: _Teller | None) -> Any:
+    try:
+        while (answer := call.wait()) is None:
+            _logging.hand_over()
+            if teller is not None:
+                teller(*call.snapshot())
+        return answer
+    except BaseException:
+        call.cancel()
+        raise
+    finally:
+        _logging.hand_over()
 
 
 async def awaited(call: Call, progress: ProgressArgument | None = None, what: str = "") -> Any:

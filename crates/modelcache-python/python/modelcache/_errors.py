@@ -112,6 +112,7 @@ def from_native(
     """The exception for a failure of the native half."""
     hint, artifact, tier, retry_after, transient = about
     error = _CLASSES.get(kind, ModelCacheError)(message, hint=hint)
+    error.code = kind
     error.artifact, error.tier = artifact, tier
     error.retry_after, error.transient = retry_after, transient
     return error

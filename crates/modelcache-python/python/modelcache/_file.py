@@ -77,14 +77,12 @@ class CachedFile(io.RawIOBase):
     def path(self) -> Path:
         """Where it lies, once all of it is here and proven, which is waited for. Valid until it is closed."""
         native = self._live()
-        path: Path = native.whole_path or _calls.wait(native.whole())
-        return path
+        return Path(native.whole_path or _calls.wait(native.whole()))
 
     async def apath(self) -> Path:
         """As :attr:`path`, for asyncio."""
         native = self._live()
-        path: Path = native.whole_path or await _calls.awaited(native.whole())
-        return path
+        return Path(native.whole_path or await _calls.awaited(native.whole()))
 
     def fileno(self) -> int:
         """A descriptor of it, once all of it is here and proven, which is waited for. Valid until it is closed."""

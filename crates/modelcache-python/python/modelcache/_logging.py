@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import traceback
+
+from . import _native
 
 _LOGGER = logging.getLogger("modelcache")
 
@@ -12,6 +15,10 @@ def level() -> int:
     return min(_LOGGER.getEffectiveLevel(), 255)
 
 
-def emit(level: int, logger: str, text: str) -> None:
-    """Hands one record to its logger."""
-    logging.getLogger(logger).log(level, "%s", text)
+def hand_over() -> None:
+    """Hands the records that wait to their loggers. A handler that raises fails no call."""
+    for level, logger, text in _native.take_records():
+        try:
+            logging.getLogger(logger).log(level, "%s", text)
+        except Exception:
+            traceback.print_exc()

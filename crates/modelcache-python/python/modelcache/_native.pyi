@@ -1,23 +1,34 @@
 """The native half. Private: its names change without notice."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, final
 
-__all__ = ["VERSION", "Cache", "Call", "File", "Lease", "forked", "panicking_call", "shut_down"]
+__all__ = [
+    "VERSION",
+    "Cache",
+    "Call",
+    "File",
+    "Lease",
+    "begin_end",
+    "forked",
+    "panicking_call",
+    "shut_down",
+    "take_records",
+]
 
 VERSION: str
 
 def forked() -> None: ...
+def begin_end() -> None: ...
 def shut_down() -> None: ...
-def panicking_call() -> Call: ...
+def take_records() -> list[tuple[int, str, str]]: ...
+def panicking_call(at_once: bool) -> Call: ...
 
 _Snapshot = tuple[str, int, int, int, int]
 
 @final
 class Call:
-    def wait(self, progress: Callable[[str, int, int, int, int], object] | None = None) -> Any: ...
+    def wait(self) -> Any: ...
     def start(self, done: Callable[[Any, BaseException | None], object]) -> None: ...
     def cancel(self) -> None: ...
     def snapshot(self) -> _Snapshot: ...
@@ -25,7 +36,7 @@ class Call:
 @final
 class Lease:
     @property
-    def path(self) -> Path: ...
+    def path(self) -> str: ...
     @property
     def name(self) -> str: ...
     @property
@@ -45,7 +56,7 @@ class File:
     @property
     def is_whole(self) -> bool: ...
     @property
-    def whole_path(self) -> Path | None: ...
+    def whole_path(self) -> str | None: ...
     def ready(self, start: int, stop: int) -> int | None: ...
     def wait(self, start: int, stop: int) -> Call: ...
     def whole(self) -> Call: ...
@@ -58,12 +69,12 @@ class Cache:
         cls,
         arguments: dict[str, tuple[str, str]],
         environment: list[tuple[bytes, bytes]],
-        config_file: str | os.PathLike[str] | None = None,
+        config_file: str | None = None,
         remote_options: dict[str, str] | None = None,
         token: str | None = None,
     ) -> Cache: ...
     @property
-    def dir(self) -> Path: ...
+    def dir(self) -> str: ...
     @property
     def remote(self) -> str | None: ...
     @property
@@ -74,7 +85,7 @@ class Cache:
         self,
         name: str,
         version: str,
-        path: str | os.PathLike[str],
+        path: str,
         *,
         tag: str | None,
         tier: str,

@@ -1,7 +1,7 @@
 //! What an input/output error in the local directory means to a caller.
 
 use super::rooted::RootedPath;
-use crate::error::{Error, ErrorKind, Tier};
+use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
 use rustix::io::Errno;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,7 @@ pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Er
             (ErrorKind::Full, "free space or inodes on this filesystem, or point MODEL_CACHE_DIR to a larger one")
         }
         Some(Errno::DQUOT) => (ErrorKind::Full, "the user's disk quota is used up"),
+        Some(Errno::FBIG) => (ErrorKind::Full, FILE_SIZE_HINT),
         Some(Errno::ROFS) => (
             ErrorKind::Directory,
             "the filesystem is mounted read-only: mount it writable, or point MODEL_CACHE_DIR elsewhere",

@@ -223,7 +223,8 @@ pub(crate) fn right_parts(
     };
     thread::scope(|scope| {
         let others = threads().min(parts.len().div_ceil(2)).saturating_sub(1);
-        (0..others).for_each(|_| drop(scope.spawn(work)));
+        // Where a thread cannot be started, those that run do its share.
+        (0..others).for_each(|_| drop(thread::Builder::new().spawn_scoped(scope, work)));
         work();
     });
     right.into_inner().unwrap_or_else(PoisonError::into_inner)

@@ -11,7 +11,7 @@ use super::layout::ArtifactDir;
 use super::lock::FileLock;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
-use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity};
 use crate::progress::Progress;
@@ -417,6 +417,7 @@ fn sync(dir: &RootedPath) -> Result<()> {
 fn trouble(operation: &str, path: &(impl Shown + ?Sized), cause: io::Error) -> Error {
     let (kind, hint) = match errno(&cause) {
         Some(Errno::NOSPC | Errno::DQUOT) => (ErrorKind::Full, "free space there, or choose another folder"),
+        Some(Errno::FBIG) => (ErrorKind::Full, FILE_SIZE_HINT),
         Some(Errno::ACCESS | Errno::PERM | Errno::ROFS) => (ErrorKind::Other, "choose a folder this user may write to"),
         _ => (ErrorKind::Other, "see whether the folder and its filesystem are in order"),
     };

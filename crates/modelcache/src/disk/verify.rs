@@ -177,7 +177,9 @@ impl Disk {
             done: Mutex::new(verified),
         };
         let failed = thread::scope(|scope| {
-            let threads: Vec<_> = (1..reading.threads).map(|_| scope.spawn(|| work.run())).collect();
+            // Where a thread cannot be started, those that run do its share.
+            let start = |_| thread::Builder::new().spawn_scoped(scope, || work.run()).ok();
+            let threads: Vec<_> = (1..reading.threads).map_while(start).collect();
             let ours = work.run();
             let theirs = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(cut_short())));
             theirs.fold(ours, |first, next| first.and(next))

@@ -247,7 +247,7 @@ impl Inner {
         let sent = std::mem::take(&mut self.sent).into_iter().map(|(path, (multipart, _))| (path, multipart));
         self.uploads.extend(sent);
         self.abort_uploads().await;
-        if let Err(error) = self.claim.close().await {
+        if let Err(error) = self.claim.abandon().await {
             tracing::debug!(%error, "a claim is left to end by itself");
         }
     }

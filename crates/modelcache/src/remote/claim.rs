@@ -10,7 +10,7 @@
 
 use super::process::Process;
 use super::store::{Condition, Store, Written};
-use super::{Conditions, Folder, Remote};
+use super::{Conditions, Folder, Remote, hanging};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
@@ -123,8 +123,8 @@ pub(super) struct Claim {
     /// Uploads that it may have left unfinished; `None` where nobody left anything.
     pub(super) abandoned: Option<Uploads>,
     renewal: tokio::task::JoinHandle<()>,
-    /// Whether objects were written that no manifest names yet.
-    touched: bool,
+    /// Whether there may be objects that no manifest names yet.
+    touched: AtomicBool,
     closed: bool,
 }
 
@@ -258,7 +258,7 @@ impl Claim {
         let held = Arc::new(Held::new(remote, store, folder, record, etag));
         let renewal = tokio::spawn(renew(held.clone()));
         let touched = !inherited.is_empty();
-        Self { held, inherited, abandoned, renewal, touched, closed: false }
+        Self { held, inherited, abandoned, renewal, touched: touched.into(), closed: false }
     }
 
     /// Where to note what is begun under it.
@@ -267,13 +267,13 @@ impl Claim {
     }
 
     /// From now on there may be objects that only the claim names.
-    pub(super) fn touch(&mut self) {
-        self.touched = true;
+    pub(super) fn touch(&self) {
+        self.touched.store(true, Ordering::Relaxed);
     }
 
     /// Everything is named by a manifest, or gone.
-    pub(super) fn settle(&mut self) {
-        self.touched = false;
+    pub(super) fn settle(&self) {
+        self.touched.store(false, Ordering::Relaxed);
     }
 
     /// Fails where somebody else has taken the claim over.
@@ -287,23 +287,32 @@ impl Claim {
 
     /// Gives the claim back: removed, or ended where leftovers have to be remembered.
     pub(super) async fn close(mut self) -> Result<()> {
+        let (held, touched) = self.let_go();
+        tokio::spawn(async move { give_back(&held, touched).await }).await.map_err(cut_short)?
+    }
+
+    /// Gives the claim back after a failure: what was begun under it is aborted first.
+    pub(super) async fn abandon(mut self) -> Result<()> {
+        let (held, touched) = self.let_go();
+        tokio::spawn(async move { give_back_unfinished(&held, touched).await }).await.map_err(cut_short)?
+    }
+
+    fn let_go(&mut self) -> (Arc<Held>, bool) {
         self.closed = true;
         self.renewal.abort();
-        let (held, touched) = (self.held.clone(), self.touched);
-        tokio::spawn(async move { give_back(&held, touched).await }).await.map_err(cut_short)?
+        (self.held.clone(), self.touched.load(Ordering::Relaxed))
     }
 }
 
 /// Gives the claim back when its holder is cancelled.
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.renewal.abort();
         if self.closed {
             return;
         }
-        let (held, touched) = (self.held.clone(), self.touched);
+        let (held, touched) = self.let_go();
         tidy(async move {
-            if let Err(error) = give_back(&held, touched).await {
+            if let Err(error) = give_back_unfinished(&held, touched).await {
                 tracing::debug!(%error, "a claim is left to end by itself");
             }
         });
@@ -448,6 +457,12 @@ async fn abandon(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: R
     if let Err(error) = try_to_give_back(&held, true).await {
         tracing::debug!(%error, "a claim, if it arrived, is left to end by itself");
     }
+}
+
+/// Aborts the uploads that were begun under the claim, then gives it back; ended, where not all of them are gone.
+async fn give_back_unfinished(held: &Held, touched: bool) -> Result<()> {
+    let touched = touched || !hanging::abort_noted(&held.store, &held.folder, &held.record().uploads).await;
+    give_back(held, touched).await
 }
 
 /// Tries twice, since what failed may have been a single answer.

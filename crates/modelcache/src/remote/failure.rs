@@ -5,7 +5,7 @@
 //! [`is_ambiguous`] lets the caller decide.
 
 use super::wire::Refusal;
-use crate::error::{Error, ErrorKind, Tier};
+use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
 use object_store::client::{HttpError, HttpErrorKind};
 use std::error::Error as StdError;
 
@@ -217,6 +217,7 @@ pub(super) fn from_io(io: &std::io::Error, doing: &str, at: &Whereabouts) -> Err
             error(ErrorKind::Unauthorized).hint(format!("check owner and mode of the folder {}", at.container))
         }
         Io::StorageFull | Io::QuotaExceeded => error(ErrorKind::Full).hint(format!("free space in {}", at.container)),
+        Io::FileTooLarge => error(ErrorKind::Full).hint(FILE_SIZE_HINT),
         _ => error(ErrorKind::Unavailable),
     }
 }

@@ -54,6 +54,17 @@ pub(super) async fn abort_abandoned(store: &Arc<Store>, folder: &Folder, claim: 
     abort_all(store, left).await;
 }
 
+/// Aborts the uploads that a claim names. Whether all of them are gone, as far as the store told.
+pub(super) async fn abort_noted(store: &Arc<Store>, folder: &Folder, named: &Uploads) -> bool {
+    match named_keys(store, folder, named) {
+        Ok(keys) => {
+            let count = keys.len();
+            abort_all(store, keys).await == count
+        }
+        Err(_) => false,
+    }
+}
+
 fn named_keys(store: &Store, folder: &Folder, named: &Uploads) -> Result<BTreeMap<String, Path>> {
     named.iter().map(|(id, path)| Ok((id.clone(), folder.object(store, path)?))).collect()
 }

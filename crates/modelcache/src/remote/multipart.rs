@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ladder::PartHasher;
 use crate::manifest::ObjectIdentity;
 use crate::progress::Progress;
+use crate::runtime::address_space_left;
 use crate::transfer::tidy;
 use bytes::{Bytes, BytesMut};
 use object_store::aws::AmazonS3;
@@ -34,19 +35,24 @@ const BUFFER_KIB: u32 = 48 * 1024;
 #[derive(Clone)]
 pub(super) struct Memory {
     free: Arc<Semaphore>,
+    kib: u32,
     spares: Arc<Spares>,
 }
 
 impl Default for Memory {
+    /// [`BUFFER_KIB`], or a quarter of the address space that is left, where that is limited and less: one part at least.
     fn default() -> Self {
-        Self { free: Arc::new(Semaphore::new(BUFFER_KIB as usize)), spares: Arc::default() }
+        let fitting = |left: u64| u32::try_from(left / 4 / 1024).unwrap_or(BUFFER_KIB);
+        let part = (SINGLE_BYTES_MAX / 1024) as u32;
+        let kib = address_space_left().map_or(BUFFER_KIB, fitting).clamp(part, BUFFER_KIB);
+        Self { free: Arc::new(Semaphore::new(kib as usize)), kib, spares: Arc::default() }
     }
 }
 
 impl Memory {
     /// Waits until so much may be held.
     pub(super) async fn reserve(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
-        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).clamp(1, BUFFER_KIB);
+        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).clamp(1, self.kib);
         let permits = self.free.clone().acquire_many_owned(kib).await;
         permits.map_err(|cause| Error::new(ErrorKind::Other, "uploading was cut short").cause(cause))
     }
@@ -214,10 +220,14 @@ impl Multipart {
         Ok(())
     }
 
-    /// Makes the object of the parts. The bytes that were sent must have been proven.
-    pub(super) async fn complete(mut self) -> Result<ObjectIdentity> {
+    /// Makes the object of the parts. The bytes that were sent must have been proven. `appears` is called when all parts
+    /// have arrived: from then on the object may be there.
+    pub(super) async fn complete(mut self, appears: impl FnOnce()) -> Result<ObjectIdentity> {
         let completed = match self.arrived().await {
-            Ok(()) => self.put_together().await,
+            Ok(()) => {
+                appears();
+                self.put_together().await
+            }
             Err(error) => Err(error),
         };
         match completed {

@@ -83,7 +83,8 @@ pub(super) async fn publish(
     };
     let Some(Opened { mut claim, checked, sent }) = opened else { return Ok(Published::default()) };
     let done = job.under_claim(&mut claim, uploads, checked, sent).await;
-    match (done, claim.close().await) {
+    let given_back = if done.is_ok() { claim.close().await } else { claim.abandon().await };
+    match (done, given_back) {
         (Ok(published), closed) => {
             if let Err(error) = closed {
                 tracing::warn!(artifact = %manifest.key, %error, "published, but the claim could not be removed; it will end by itself");
@@ -394,7 +395,6 @@ impl Job<'_> {
         if lacking.is_empty() {
             return Ok(BTreeMap::new());
         }
-        claim.touch();
         let to_send: BTreeSet<_> = lacking.iter().filter(|path| !begun.contains_key(*path)).cloned().collect();
         let twins = self.twins(&uploads, &to_send).await;
         let (memory, notes) = (self.remote.0.upload_memory.clone(), claim.notes());
@@ -405,10 +405,11 @@ impl Job<'_> {
         let sends = sends.map(|(begun, path, upload)| async move {
             claim.check()?;
             if let Some((multipart, _)) = begun {
-                let identity = multipart.complete().await?;
+                let identity = multipart.complete(|| claim.touch()).await?;
                 self.progress.done(upload.size);
                 return Ok((path, Sent { identity, is_copy: false }));
             }
+            claim.touch();
             let twin = twins.get(&upload.sha256).filter(|_| !self.rewrite.contains(&path));
             if let Some(twin) = twin
                 && let Some(identity) = twin::copied(self.store, twin, &path, &upload.object, staging.clone()).await

@@ -105,7 +105,7 @@ impl Uploader {
         let mut multipart = Multipart::begin(&self.store, &self.memory, &upload.object, upload.size).await?;
         self.notes.uploads([(multipart.id().to_owned(), upload.path.clone())]).await;
         match self.parts(&mut multipart, upload).await {
-            Ok(()) => multipart.complete().await,
+            Ok(()) => multipart.complete(|| ()).await,
             Err(error) => {
                 multipart.abort().await;
                 Err(error)

@@ -1,7 +1,7 @@
 //! One pool of page-aligned buffers for all fills: the bound on what a pour may hold in memory.
 //!
-//! There are [`BUFFERS_MAX`] of them and never more: who needs one when all are in use waits, while what comes waits in
-//! the kernel. Nobody waits for a second one while holding a first, so that waiting always ends.
+//! There are [`BUFFERS_MAX`] of them and never more, and fewer where address space is limited: who needs one when all are
+//! in use waits, while what comes waits in the kernel. Nobody waits for a second one while holding a first, so that waiting always ends.
 
 use crate::disk::ALIGNMENT;
 use std::ops::Deref;
@@ -12,12 +12,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub(crate) const SLICE_BYTES: usize = 512 << 10;
 /// All there are: 24 MiB.
 const BUFFERS_MAX: usize = 48;
+/// As many as there are at least, however little address space is left.
+const BUFFERS_MIN: usize = 8;
 
 /// Buffers that were used before, to be used again.
 #[derive(Debug, Clone)]
 pub(crate) struct BufferPool {
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
     left: Arc<Semaphore>,
+    buffers: usize,
 }
 
 /// A buffer of [`SLICE_BYTES`] whose memory starts at a multiple of [`ALIGNMENT`].
@@ -31,13 +34,14 @@ pub(crate) struct Buffer {
     _taken: Option<OwnedSemaphorePermit>,
 }
 
-impl Default for BufferPool {
-    fn default() -> Self {
-        Self { idle: Arc::default(), left: Arc::new(Semaphore::new(BUFFERS_MAX)) }
-    }
-}
-
 impl BufferPool {
+    /// A pool that takes at most a quarter of `address_space_left`, where that is limited.
+    pub(crate) fn new(address_space_left: Option<u64>) -> Self {
+        let fitting = |left: u64| usize::try_from(left / 4 / SLICE_BYTES as u64).unwrap_or(BUFFERS_MAX);
+        let buffers = address_space_left.map_or(BUFFERS_MAX, fitting).clamp(BUFFERS_MIN, BUFFERS_MAX);
+        Self { idle: Arc::default(), left: Arc::new(Semaphore::new(buffers)), buffers }
+    }
+
     /// An empty buffer, as soon as there is one.
     pub(crate) async fn take(&self) -> Buffer {
         self.buffer(self.left.clone().acquire_owned().await.ok())
@@ -53,7 +57,7 @@ impl BufferPool {
 
     /// Whether second buffers should be given back.
     pub(crate) fn is_tight(&self) -> bool {
-        self.left.available_permits() <= BUFFERS_MAX / 2
+        self.left.available_permits() <= self.buffers / 2
     }
 
     fn buffer(&self, taken: Option<OwnedSemaphorePermit>) -> Buffer {
@@ -107,7 +111,7 @@ mod tests {
 
     #[test]
     fn buffers_are_aligned_bounded_and_used_again() {
-        let pool = BufferPool::default();
+        let pool = BufferPool::new(None);
         for _ in 0..2 {
             let mut buffer = pool.spare().expect("there is one");
             assert_eq!(buffer.as_ptr() as usize % ALIGNMENT, 0);
@@ -118,9 +122,15 @@ mod tests {
         assert_eq!(pool.idle.lock().expect("lock").len(), 1);
     }
 
+    #[test]
+    fn limited_address_space_makes_the_pool_smaller() {
+        let buffers = |left| BufferPool::new(left).buffers;
+        assert_eq!((buffers(Some(0)), buffers(Some(40 << 20)), buffers(Some(1 << 40))), (8, 20, 48));
+    }
+
     #[tokio::test]
     async fn there_are_so_many_and_no_more() {
-        let pool = BufferPool::default();
+        let pool = BufferPool::new(None);
         let mut all: Vec<_> = std::iter::from_fn(|| pool.spare()).take(2 * BUFFERS_MAX).collect();
         assert_eq!(all.len(), BUFFERS_MAX / 2, "the other half is for first buffers");
         for _ in 0..BUFFERS_MAX / 2 {

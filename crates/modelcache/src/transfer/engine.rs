@@ -6,6 +6,7 @@
 use super::buffer::BufferPool;
 use super::limiter::Limiter;
 use super::workers::Workers;
+use crate::runtime::address_space_left;
 use rustix::process::{Resource, getrlimit};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -37,7 +38,7 @@ impl Engine {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             limiter: Limiter::new(getrlimit(Resource::Nofile).current),
-            buffers: BufferPool::default(),
+            buffers: BufferPool::new(address_space_left()),
             workers: Workers::new(cores),
         }
     }

@@ -474,7 +474,7 @@ mod tests {
     /// Two files in order and a part of a third, all at once and by so many slices that pairs are found.
     #[tokio::test(flavor = "multi_thread")]
     async fn streams_hashed_side_by_side_come_to_what_each_is() {
-        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::default(), Workers::new(1));
+        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(1));
         let contents: Vec<_> = (1..=3).map(|seed| bytes(PART as usize + 1000 * usize::from(seed), seed)).collect();
         let digests: Vec<_> = contents.iter().map(|content| Digest::of(content)).collect();
         let mut ladders = contents.iter().map(|content| {
@@ -511,7 +511,7 @@ mod tests {
     /// With one slot for hashing, what waits for it is taken by twos.
     #[tokio::test(flavor = "multi_thread")]
     async fn slices_that_wait_are_taken_by_twos() {
-        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::default(), Workers::new(1));
+        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(1));
         let content = bytes(SLICE_BYTES, 7);
         let writers: Vec<_> = (0..8).map(|at| writer(&folder, &at.to_string(), SLICE_BYTES, true)).collect();
         workers.0.lock().hashing = 1;
@@ -529,7 +529,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn what_came_early_is_caught_up_with_at_one_request() {
-        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::default(), Workers::new(2));
+        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(2));
         let content = bytes(3 * PART as usize - 5, 3);
         let writer = writer(&folder, "f", content.len(), true);
         let mut told = Vec::new();
@@ -557,7 +557,7 @@ mod tests {
     /// Else two long chains would have every slot for themselves, and whoever waits would wait for their ends.
     #[tokio::test]
     async fn one_chain_is_in_front_and_the_next_queues_as_all_do() {
-        let (folder, pool) = (TempDir::new().expect("folder"), BufferPool::default());
+        let (folder, pool) = (TempDir::new().expect("folder"), BufferPool::new(None));
         let (mut state, mut pending) = (State::default(), Vec::new());
         for name in ["other", "one", "two"] {
             let writer = writer(&folder, name, SLICE_BYTES, true);
@@ -577,7 +577,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_wrong_part_is_not_marked_and_a_failed_write_fails_its_own_stream_only() {
-        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::default(), Workers::new(2));
+        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(2));
         let content = bytes(2 * PART as usize, 9);
         let mut hasher = LadderHasher::new(PART);
         hasher.update(&content);
@@ -601,7 +601,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn what_nobody_waits_for_is_dropped_unwritten() {
-        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::default(), Workers::new(1));
+        let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(1));
         let content = bytes(SLICE_BYTES, 1);
         let writer = writer(&folder, "f", SLICE_BYTES, true);
         workers.0.lock().hashing = 1;

@@ -12,8 +12,10 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use tokio::signal::unix::SignalKind;
 
 pub const MIB: u64 = 1 << 20;
 pub const BIN: &str = env!("CARGO_BIN_EXE_modelcache");
@@ -45,9 +47,29 @@ pub struct House {
     folder: TempDir,
 }
 
+/// Handles the signals that this program was started to ignore, as a shell's background job and `nohup` are: what is
+/// handled here is at its default in what the tests start.
+fn listen_to_signals() {
+    static LISTENING: Once = Once::new();
+    LISTENING.call_once(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _context = runtime.enter();
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+        let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
+        for kind in [SignalKind::hangup(), SignalKind::interrupt(), SignalKind::terminate(), SignalKind::quit()] {
+            if ignored >> (kind.as_raw_value() - 1) & 1 == 1 {
+                // The handler stays when its listener is gone.
+                drop(tokio::signal::unix::signal(kind).unwrap());
+            }
+        }
+    });
+}
+
 impl House {
     /// Both stand-ins, an empty bucket, and no repository.
     pub fn new() -> Self {
+        listen_to_signals();
         let folder = TempDir::new().unwrap();
         let s3 = S3::start_in(folder.path().join("s3"), 0).unwrap();
         s3.bucket(BUCKET).unwrap();
@@ -244,8 +266,13 @@ impl Run {
         if !is_root() {
             return self;
         }
-        let mut command = Command::new("/usr/bin/setpriv");
-        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", BIN]).stdin(Stdio::null()).env_clear();
+        self.through(&["/usr/bin/setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"])
+    }
+
+    /// Through another program, which becomes this one.
+    pub fn through(self, words: &[&str]) -> Self {
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).arg(self.0.get_program()).args(self.0.get_args()).stdin(Stdio::null()).env_clear();
         command.envs(self.0.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command.current_dir(self.0.get_current_dir().unwrap());
         Self(command)
