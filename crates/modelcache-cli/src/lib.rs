@@ -37,6 +37,7 @@ pub(crate) const TAKEN_BACK: Duration = Duration::from_secs(3);
 
 /// Runs the command line `args` (the program's name first) and gives its exit code.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    std::panic::set_hook(Box::new(output::tell_panic));
     let args: Vec<OsString> = args.into_iter().collect();
     let code = match Arguments::try_parse_from(&args) {
         Ok(arguments) => {
@@ -46,7 +47,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
                 exit::code(error.kind())
             })
         }
-        Err(refusal) => arguments::explain(&refusal, &args),
+        Err(refusal) => arguments::explain(refusal, &args),
     };
     ExitCode::from(code)
 }
