@@ -5,8 +5,10 @@
 
 use crate::exit;
 use crate::verbs::Verb;
+use clap::error::{ContextKind, ContextValue};
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Parser};
 use modelcache::settings::{SETTINGS, SWITCH};
+use modelcache::{printable, redact};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Write;
@@ -94,7 +96,8 @@ impl FromArgMatches for SettingFlags {
 }
 
 /// Shows why the command line was not run: help, the version, or what is wrong with it. Gives the exit code.
-pub(crate) fn explain(refusal: &clap::Error, args: &[OsString]) -> u8 {
+pub(crate) fn explain(refusal: clap::Error, args: &[OsString]) -> u8 {
+    let refusal = without_secrets(refusal);
     // A closed standard output or error is nobody's failure here.
     let _ = refusal.print();
     if refusal.use_stderr() && args.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--json") {
@@ -105,9 +108,31 @@ pub(crate) fn explain(refusal: &clap::Error, args: &[OsString]) -> u8 {
             "code": modelcache::ErrorKind::Invalid.name(), "message": message,
             "hint": null, "artifact": null, "tier": null,
         }});
-        let _ = writeln!(std::io::stdout(), "{object}");
+        let _ = writeln!(std::io::stdout(), "{}", printable::json(&object.to_string()));
     }
     u8::try_from(refusal.exit_code()).unwrap_or(exit::USAGE)
+}
+
+/// The refusal with the words of the command line that it quotes made printable, and without secrets in them.
+fn without_secrets(mut refusal: clap::Error) -> clap::Error {
+    let shown = |text: &String| printable::line(&redact::reference(text)).into_owned();
+    let context: Vec<(ContextKind, ContextValue)> = refusal
+        .context()
+        .filter_map(|(kind, value)| match value {
+            ContextValue::String(text) => Some((kind, ContextValue::String(shown(text)))),
+            ContextValue::Strings(texts) => Some((kind, ContextValue::Strings(texts.iter().map(shown).collect()))),
+            // Suggestions repeat what was typed.
+            ContextValue::StyledStrs(texts) => {
+                let plain = texts.iter().map(|text| shown(&text.to_string()).into());
+                Some((kind, ContextValue::StyledStrs(plain.collect())))
+            }
+            _ => None,
+        })
+        .collect();
+    for (kind, value) in context {
+        refusal.insert(kind, value);
+    }
+    refusal
 }
 
 #[cfg(test)]
@@ -157,6 +182,22 @@ mod tests {
         assert_eq!(remote(&["ls", "--remote", "s3://b"]), (true, "s3://b".into()));
         assert_eq!(remote(&["ls", "--remote=s3://b"]), (true, "s3://b".into()));
         assert_eq!(remote(&["--remote", "s3://b", "ls"]), (true, "s3://b".into()));
+    }
+
+    #[test]
+    fn what_the_command_line_quotes_is_printable_and_has_no_secret() {
+        for args in [
+            &["inspect", "a@1", "http://u:canary@h/\x1b[2J\nerror: false"][..],
+            &["http://u:canary@h/x"],
+            &["get", "--\u{202e}http://u:canary@h"],
+            &["pin", "a@1", "--for", "http://u:canary@h/x"],
+            &["evict", "a@1", "--tier", "https://h/x?sig=canary"],
+        ] {
+            let refusal = Arguments::try_parse_from(["modelcache"].iter().chain(args)).expect_err("refused");
+            let text = without_secrets(refusal).render().to_string();
+            assert!(!text.contains(['\x1b', '\u{202e}']) && !text.contains("canary"), "{text}");
+            assert!(!text.contains("\nerror: false"), "{text}");
+        }
     }
 
     #[test]

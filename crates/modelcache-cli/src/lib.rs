@@ -36,6 +36,7 @@ pub(crate) const TAKEN_BACK: Duration = Duration::from_secs(3);
 /// Runs the command line `args` (the program's name first) and gives its exit code. Where address space is limited it
 /// starts the program once more, with an allocator that takes less of it.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    std::panic::set_hook(Box::new(output::tell_panic));
     let args: Vec<OsString> = args.into_iter().collect();
     small_memory::restart_with_one_arena(&args);
     let code = match Arguments::try_parse_from(&args) {
@@ -46,7 +47,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
                 exit::code(error.kind())
             })
         }
-        Err(refusal) => arguments::explain(&refusal, &args),
+        Err(refusal) => arguments::explain(refusal, &args),
     };
     ExitCode::from(code)
 }

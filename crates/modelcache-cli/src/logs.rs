@@ -1,30 +1,50 @@
 //! The log: on standard error, as text or JSON, in step with the progress bar.
+//!
+//! What foreign words a line has are made printable, and secrets are left out of it. A level is for this program's own
+//! parts: what the libraries below it (the HTTP client, TLS, the S3 client) trace shows requests and addresses, and is
+//! shown only where the filter names them.
 
 use crate::output::{ErrorLine, Output};
 use modelcache::settings::{LogFormat, LogSettings};
-use modelcache::{Error, ErrorKind, Result};
+use modelcache::{Error, ErrorKind, Result, printable, redact};
+use std::io::{self, Write};
 use tracing::Subscriber;
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::debug_fn;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Registry};
+
+/// How the names of this program's parts begin.
+const OURS: &str = "modelcache";
 
 /// Starts logging for the whole process. `--quiet` leaves errors only, unless a filter was set.
 pub(crate) fn start(settings: &LogSettings, output: &Output) -> Result<()> {
     let filter = if output.is_quiet() && settings.source.is_none() { "error" } else { settings.filter.as_str() };
     // A bare level is the usual case, and needs none of the machinery of a filter.
     let started = match filter.parse::<LevelFilter>() {
-        Ok(level) => install(lines(settings.format, output), level),
+        Ok(level) => install(lines(settings.format, output), Targets::new().with_target(OURS, level)),
         Err(_) => {
             if let Some(word) = filter.split(',').map(str::trim).find(|word| is_slip(word)) {
                 return Err(settings.bad_filter(format!("{word:?} is no level")));
             }
-            let filter = EnvFilter::builder().parse(filter).map_err(|why| settings.bad_filter(why))?;
+            let filter = EnvFilter::builder().parse(of_ours(filter)).map_err(|why| settings.bad_filter(why))?;
             install(lines(settings.format, output), filter)
         }
     };
     started.map_err(|cause| Error::new(ErrorKind::Other, "cannot start the log").cause(cause))
+}
+
+/// The filter with its levels that stand alone given to our own parts.
+fn of_ours(filter: &str) -> String {
+    let word = |word: &str| match word.parse::<LevelFilter>() {
+        Ok(level) => format!("{OURS}={level}"),
+        Err(_) => word.to_owned(),
+    };
+    filter.split(',').map(str::trim).map(word).collect::<Vec<_>>().join(",")
 }
 
 /// A word that stands alone is meant as a level. As the name of a part, which it could be, it would silence all others.
@@ -46,21 +66,67 @@ fn lines<S: Subscriber + for<'a> LookupSpan<'a>>(
     format: LogFormat,
     output: &Output,
 ) -> Box<dyn Layer<S> + Send + Sync> {
-    let layer =
-        tracing_subscriber::fmt::layer().with_writer(Writer(output.error_line())).with_ansi(output.has_colour());
+    let writer = Writer { line: output.error_line(), format };
+    let layer = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(output.has_colour());
+    let field = debug_fn(|writer, field, value| {
+        let text = format!("{value:?}");
+        match field.name() {
+            "message" => write!(writer, "{}", printable::line(&text)),
+            name => write!(writer, "{name}={}", printable::line(&text)),
+        }
+    });
     match format {
-        LogFormat::Text => layer.with_target(false).boxed(),
+        LogFormat::Text => layer.with_target(false).fmt_fields(field.delimited(" ")).boxed(),
         LogFormat::Json => layer.json().flatten_event(true).boxed(),
     }
 }
 
 /// Writes whole lines between two drawings of the progress bar.
-struct Writer(ErrorLine);
+#[derive(Clone)]
+struct Writer {
+    line: ErrorLine,
+    format: LogFormat,
+}
 
 impl<'a> MakeWriter<'a> for Writer {
-    type Writer = ErrorLine;
+    type Writer = Self;
 
-    fn make_writer(&'a self) -> ErrorLine {
-        self.0.clone()
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+impl Write for Writer {
+    /// Takes one whole line, which is how the log is written.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(bytes);
+        let text = redact::text(text.trim_end_matches('\n'));
+        let text = match self.format {
+            // Its fields are printable; the colours around them are ours.
+            LogFormat::Text => text,
+            LogFormat::Json => printable::json(&text).into_owned().into(),
+        };
+        self.line.write_all(format!("{text}\n").as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.line.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_is_for_our_own_parts_and_others_are_named() {
+        for (filter, becomes) in [
+            ("debug,hyper=trace", "modelcache=debug,hyper=trace"),
+            ("info, modelcache=debug", "modelcache=info,modelcache=debug"),
+            ("hyper=trace,off", "hyper=trace,modelcache=off"),
+        ] {
+            assert_eq!(of_ours(filter), becomes);
+        }
     }
 }

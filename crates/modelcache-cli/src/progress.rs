@@ -6,8 +6,8 @@
 use crate::human;
 use crate::output::Output;
 use indicatif::{ProgressBar, ProgressStyle};
-use modelcache::Tier;
 use modelcache::progress::{Phase, Progress, Snapshot};
+use modelcache::{Tier, printable};
 use std::future::Future;
 use std::pin::pin;
 use std::time::{Duration, Instant};
@@ -45,7 +45,7 @@ pub(crate) async fn show<T>(output: &Output, label: &str, progress: &Progress, w
 /// What is on the screen.
 struct View<'a> {
     output: &'a Output,
-    label: &'a str,
+    label: String,
     meter: Meter,
     started: Instant,
     last_line: Option<Instant>,
@@ -54,6 +54,7 @@ struct View<'a> {
 
 impl<'a> View<'a> {
     fn new(output: &'a Output, label: &'a str) -> Self {
+        let label = printable::line(label).into_owned();
         Self { output, label, meter: Meter::default(), started: Instant::now(), last_line: None, bar: None }
     }
 
@@ -72,7 +73,7 @@ impl<'a> View<'a> {
 
     fn draw(&mut self, reading: &Reading) {
         let style = style(reading.total_bytes > 0);
-        let (output, label) = (self.output, self.label);
+        let (output, label) = (self.output, &self.label);
         let bar = self.bar.get_or_insert_with(|| {
             let bar = ProgressBar::no_length().with_style(style.clone()).with_prefix(shortened(label));
             output.bars().add(bar.with_message(reading.brief()))

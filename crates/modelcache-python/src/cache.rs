@@ -18,7 +18,7 @@ use modelcache::key::{FilePath, Version};
 use modelcache::progress::Progress;
 use modelcache::reference::Target;
 use modelcache::settings::{self, Argument, ConfigFiles, SETTINGS, Settings};
-use modelcache::{ArtifactKey, Config, Error, Reference, Result, Selection, Tier, metrics};
+use modelcache::{ArtifactKey, Config, Error, Reference, Result, Selection, Tier, metrics, redact};
 use pyo3::prelude::*;
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
@@ -670,7 +670,8 @@ fn reference(text: &str, version: Option<&str>, revision: Option<&str>) -> Resul
             let reference = Reference::parse(&format!("{text}@{version}"))?;
             match &reference.target {
                 Target::Bare(key) if key.name.as_str() == text => Ok(reference),
-                _ => Err(Error::invalid(format!("{text:?} and a version, {version:?}")).hint("name one version")),
+                _ => Err(Error::invalid(format!("{:?} and a version, {version:?}", redact::reference(text)))
+                    .hint("name one version")),
             }
         }
         (Some(revision), None) | (None, Some(revision)) => Reference::parse(text)?.at_revision(revision),

@@ -1,9 +1,11 @@
 //! Failures: from the library's one error to the package's exceptions, in one place.
 
-use modelcache::{Error, ErrorKind};
+use modelcache::{Error, ErrorKind, printable};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use std::any::Any;
+use std::io::{self, Write};
+use std::panic::PanicHookInfo;
 
 /// The exception for `error`; which class it is, the package decides by the name of its kind.
 pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
@@ -15,6 +17,12 @@ pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
         make.call1((error.kind().name(), error.to_string(), about))
     });
     made.map_or_else(|broken| broken, PyErr::from_value)
+}
+
+/// Tells of a panic in one line; what the caller gets is [`of_panic`].
+pub(crate) fn tell_panic(info: &PanicHookInfo<'_>) {
+    // Where standard error is closed there is nobody to tell.
+    let _ = writeln!(io::stderr().lock(), "{}", printable::panic(info));
 }
 
 /// A panic as a failure: nothing else may leave this module.

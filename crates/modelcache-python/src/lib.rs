@@ -19,7 +19,7 @@ use pyo3::prelude::*;
 /// The native half of the package.
 #[pymodule]
 mod _native {
-    use crate::{logs, process};
+    use crate::{failure, logs, process};
     use pyo3::prelude::*;
 
     #[pymodule_export]
@@ -71,6 +71,7 @@ mod _native {
 
     #[pymodule_init]
     fn init() {
+        std::panic::set_hook(Box::new(failure::tell_panic));
         logs::start();
     }
 }

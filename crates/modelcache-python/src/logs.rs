@@ -5,6 +5,7 @@
 //! is recorded follows the level of that logger, looked up whenever a call is made.
 
 use crate::process;
+use modelcache::printable;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use std::fmt::{self, Write};
@@ -78,7 +79,9 @@ impl Subscriber for Recorder {
         let mut text = Text::default();
         event.record(&mut text);
         let metadata = event.metadata();
-        process.log((number(metadata.level()), metadata.target().replace("::", "."), text.message + &text.fields));
+        // Handlers write records to terminals and files as they are.
+        let text = printable::line(&(text.message + &text.fields)).into_owned();
+        process.log((number(metadata.level()), metadata.target().replace("::", "."), text));
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {

@@ -6,7 +6,8 @@
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::key::ArtifactKey;
-use crate::reference::{Reference, Target, shown};
+use crate::redact;
+use crate::reference::{Reference, Target};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -267,8 +268,15 @@ impl Default for RetryConfig {
 pub struct Secret(String);
 
 impl Secret {
-    /// Keeps `text` secret.
+    /// Keeps `text` secret: it is left out of every text that is shown, also where a server quotes it.
     pub fn new(text: impl Into<String>) -> Self {
+        let secret = Self::hidden(text);
+        redact::learn(&secret.0);
+        secret
+    }
+
+    /// A value that may be secret and may as well be a common word: only [`Debug`](fmt::Debug) leaves it out.
+    pub(crate) fn hidden(text: impl Into<String>) -> Self {
         Self(text.into())
     }
 
@@ -293,15 +301,18 @@ impl OriginTemplate {
     pub fn new(text: &str) -> Result<Self> {
         let template = Self(text.trim().to_owned());
         if !template.0.contains("{name}") && !template.0.contains("{version}") {
-            return Err(Error::invalid(format!("the origin {:?} names neither {{name}} nor {{version}}", shown(text)))
-                .hint("for instance hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
+            return Err(Error::invalid(format!(
+                "the origin {:?} names neither {{name}} nor {{version}}",
+                redact::reference(text)
+            ))
+            .hint("for instance hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
         }
         template.apply(&ArtifactKey::bare("a@1")?)?;
         for place in ["{name}", "{version}"] {
             if !template.0.contains(place) {
                 return Err(Error::invalid(format!(
                     "the origin {:?} has no {place} in it: other artifacts would get the same content",
-                    shown(text)
+                    redact::reference(text)
                 ))
                 .hint("for instance hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
             }
@@ -310,7 +321,7 @@ impl OriginTemplate {
         if rest.contains(['{', '}']) {
             return Err(Error::invalid(format!(
                 "the origin {:?} has other braces than {{name}} and {{version}}",
-                shown(text)
+                redact::reference(text)
             ))
             .hint("check how they are spelled"));
         }
@@ -330,10 +341,11 @@ impl OriginTemplate {
             file.version = Some(key.version.clone());
         }
         match reference.target {
-            Target::Bare(_) => Err(Error::invalid(format!("the origin {:?} is no URI", self.0))),
-            _ if reference.file.is_some() => {
-                Err(Error::invalid(format!("the origin {:?} names one file of a repository", self.0)))
-            }
+            Target::Bare(_) => Err(Error::invalid(format!("the origin {:?} is no URI", redact::reference(&self.0)))),
+            _ if reference.file.is_some() => Err(Error::invalid(format!(
+                "the origin {:?} names one file of a repository",
+                redact::reference(&self.0)
+            ))),
             _ => Ok(reference),
         }
     }

@@ -2,9 +2,11 @@
 //!
 //! Every failure says what a caller can do about it ([`ErrorKind`]), what was being done, to which artifact,
 //! in which tier, and how to mend it. Doors translate kinds once (exit codes, HTTP statuses); nobody matches
-//! on text. Absence is not an error inside the library: look-ups return `Option`, and only the outermost call
+//! on text. Every text of an error is one line that is fit for a terminal and has no secret in it (see
+//! [`printable`](crate::printable)), whatever a caller puts into it. Absence is not an error inside the library: look-ups return `Option`, and only the outermost call
 //! turns "nowhere" into [`ErrorKind::NotFound`].
 
+use crate::printable;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -126,7 +128,7 @@ impl Error {
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
-            message: message.into(),
+            message: printable::line(&message.into()).into_owned(),
             artifact: None,
             tier: None,
             hint: None,
@@ -163,7 +165,7 @@ impl Error {
     /// Names the artifact, unless an inner call already did.
     #[must_use]
     pub fn artifact(mut self, artifact: impl fmt::Display) -> Self {
-        self.0.artifact.get_or_insert_with(|| artifact.to_string());
+        self.0.artifact.get_or_insert_with(|| printable::line(&artifact.to_string()).into_owned());
         self
     }
 
@@ -184,7 +186,7 @@ impl Error {
     /// Says what to do about it, unless an inner call already did.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.0.hint.get_or_insert_with(|| hint.into());
+        self.0.hint.get_or_insert_with(|| printable::line(&hint.into()).into_owned());
         self
     }
 
@@ -245,6 +247,20 @@ impl Error {
         &self.0.message
     }
 
+    /// The message and the underlying failures, in one line.
+    pub fn message_with_causes(&self) -> String {
+        let mut text = self.message().to_owned();
+        let mut cause = std::error::Error::source(self);
+        while let Some(inner) = cause {
+            let more = printable::line(&inner.to_string()).into_owned();
+            if !text.contains(&more) {
+                text.push_str(&format!(": {more}"));
+            }
+            cause = inner.source();
+        }
+        text
+    }
+
     /// How to mend it, if anybody knows; where no inner call said so, what usually helps.
     pub fn hint_text(&self) -> Option<&str> {
         self.0.hint.as_deref().or_else(|| self.0.kind.usual_remedy())
@@ -282,7 +298,7 @@ impl fmt::Display for Error {
             (None, None) => f.write_str(&inner.message)?,
         }
         if let Some(cause) = &inner.cause {
-            write!(f, ": {cause}")?;
+            write!(f, ": {}", printable::line(&cause.to_string()))?;
         }
         Ok(())
     }
@@ -324,6 +340,18 @@ mod tests {
         let error = Error::not_found("x").artifact("inner").artifact("outer").hint("first").hint("second");
         assert_eq!(error.artifact_name(), Some("inner"));
         assert_eq!(error.hint_text(), Some("first"));
+    }
+
+    #[test]
+    fn no_part_of_an_error_has_a_line_end_an_escape_or_a_secret() {
+        let hostile = "\x1b[2J\nerror: false \u{202e} s3://u:canary@b/x ?sig=canary";
+        let error = Error::invalid(hostile).artifact(hostile).hint(hostile).cause(std::io::Error::other(hostile));
+        let parts = [error.to_string(), error.message_with_causes(), error.message().to_owned()];
+        let more = [error.artifact_name(), error.hint_text()].map(|text| text.unwrap_or_default().to_owned());
+        for text in parts.into_iter().chain(more) {
+            assert!(!text.contains(['\n', '\x1b', '\u{202e}']) && !text.contains("canary"), "{text}");
+            assert!(text.contains("\\u{1b}[2J error: false"), "{text}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::limits;
+use crate::redact;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -182,10 +183,14 @@ impl ArtifactKey {
 
     /// The key a person gives to `put`: a bare `name@version`.
     pub fn bare(text: &str) -> Result<Self> {
-        let (name, version) = text.rsplit_once('@').ok_or_else(|| {
-            Error::invalid(format!("{text:?} has no version")).hint("write NAME@VERSION, for instance fraud-detector@3")
-        })?;
-        Ok(Self::new(ArtifactName::bare(name)?, Version::new(version)?))
+        let parse = || {
+            let (name, version) = text.rsplit_once('@').ok_or_else(|| {
+                Error::invalid(format!("{text:?} has no version"))
+                    .hint("write NAME@VERSION, for instance fraud-detector@3")
+            })?;
+            Ok(Self::new(ArtifactName::bare(name)?, Version::new(version)?))
+        };
+        parse().map_err(|error| redact::refusal(text, error))
     }
 
     /// The key as it is listed: a bare one, or that of something that its URI names only as it is now: a folder as it

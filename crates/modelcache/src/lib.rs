@@ -9,6 +9,8 @@ pub mod key;
 pub mod ladder;
 pub mod limits;
 pub mod manifest;
+pub mod printable;
+pub mod redact;
 pub mod reference;
 pub mod selection;
 pub mod sidecar;

@@ -18,7 +18,7 @@ use crate::config::{
 };
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
-use crate::reference::shown;
+use crate::redact;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -465,8 +465,9 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "FILTER",
         default: "`info`",
-        meaning: "What is logged: a level, or a filter in the form of `RUST_LOG`.",
-        accepts: "off, error, warn, info, debug, trace, or for instance info,modelcache=debug",
+        meaning: "What is logged: a level, or a filter in the form of `RUST_LOG`. A level is for modelcache's own parts; \
+                  those of its libraries are logged where the filter names them.",
+        accepts: "off, error, warn, info, debug, trace, or for instance info,modelcache=debug or debug,hyper_util=trace",
         set: |given, draft| {
             draft.log = LogSettings {
                 filter: given.text.clone(),
@@ -548,7 +549,7 @@ impl LogSettings {
     /// The refusal of a filter that cannot be parsed.
     pub fn bad_filter(&self, why: impl fmt::Display) -> Error {
         let source = self.source.as_deref().unwrap_or("the default");
-        Error::invalid(format!("log = {:?} from {source}: {why}", self.filter)).hint(format!(
+        Error::invalid(format!("log = {:?} from {source}: {why}", redact::setting(&self.filter))).hint(format!(
             "accepted: {}",
             SETTINGS.iter().find(|setting| setting.key == "log").map_or("a level", |setting| setting.accepts)
         ))
@@ -663,6 +664,8 @@ impl Settings {
         files: &[(PathBuf, String)],
         read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
     ) -> Result<Self> {
+        // First, so that no refusal repeats one.
+        redact::learn_environment(&environment.0);
         let files = files.iter().map(|(path, text)| File::parse(path, text)).collect::<Result<Vec<_>>>()?;
         let mut draft = Draft::new(environment.clone());
         for setting in SETTINGS {
@@ -714,7 +717,7 @@ impl Setting {
 
     fn refuse(&self, given: &Given, error: &Error) -> Error {
         let hint = error.hint_text().map_or_else(|| format!("accepted: {}", self.accepts), str::to_owned);
-        let text = shown(&given.text);
+        let text = redact::setting(&given.text);
         Error::invalid(format!("{} = {text:?} from {}: {}", self.key, given.source, error.message())).hint(hint)
     }
 }
@@ -832,7 +835,7 @@ fn hub_config(
     if let Some(endpoint) = environment.get("HF_ENDPOINT") {
         let parsed = url::Url::parse(endpoint).ok();
         if !parsed.is_some_and(|url| matches!(url.scheme(), "https" | "http") && url.host().is_some()) {
-            return Err(Error::invalid(format!("HF_ENDPOINT = {endpoint:?} is no web address"))
+            return Err(Error::invalid(format!("HF_ENDPOINT = {:?} is no web address", redact::setting(endpoint)))
                 .hint("for instance https://huggingface.co"));
         }
         hub.endpoint = endpoint.trim_end_matches('/').to_owned();

@@ -4,7 +4,7 @@
 //! fetch or put something end with the same, quietly: see [`finish`].
 
 use super::{Session, extend, key_object};
-use crate::output::table;
+use crate::output::{Lines, table};
 use crate::{exit, human, progress};
 use clap::Args;
 use modelcache::cache::{BackfillReport, PendingBackfill};
@@ -102,7 +102,7 @@ pub(super) fn to_remote(uploaded_bytes: u64, copied_bytes: u64) -> Option<String
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
-fn listing(pending: &[PendingBackfill]) -> String {
+fn listing(pending: &[PendingBackfill]) -> Lines {
     let row = |pending: &PendingBackfill| {
         let (size, files) = (human::bytes(pending.bytes), pending.files.to_string());
         vec![pending.key.to_string(), size, files, pending.remote.clone()]

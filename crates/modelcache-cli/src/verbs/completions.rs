@@ -20,7 +20,7 @@ impl Completions {
     pub(crate) fn run(&self, output: &Output) -> Result<()> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut for_people(), "modelcache", &mut script);
-        output.answer(&String::from_utf8_lossy(&script))
+        output.answer_own(&String::from_utf8_lossy(&script))
     }
 }
 

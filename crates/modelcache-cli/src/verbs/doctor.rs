@@ -5,7 +5,7 @@
 
 use crate::arguments::Global;
 use crate::environment::{self, Survey};
-use crate::output::Output;
+use crate::output::{Lines, Output};
 use crate::{exit, logs, signals, small_memory};
 use clap::{Args, ValueEnum};
 use modelcache::config::Environment;
@@ -132,7 +132,7 @@ fn print_policy(config: &Config, role: Role, output: &Output) -> Result<()> {
     };
     let policy = Policy::least(remote, role)?;
     let encode = |cause| Error::new(ErrorKind::Other, "cannot write the policy").cause(cause);
-    output.answer(&serde_json::to_string_pretty(&policy.document).map_err(encode)?)?;
+    output.answer_own(&serde_json::to_string_pretty(&policy.document).map_err(encode)?)?;
     policy.notes.iter().for_each(|note| output.remark(note));
     Ok(())
 }
@@ -162,12 +162,12 @@ fn counted(number: usize, what: &str) -> String {
 }
 
 /// The checks by area; with `only_bad`, those that are as they should be are left out.
-fn text(checks: &[Check], only_bad: bool) -> String {
-    let mut text = String::new();
+fn text(checks: &[Check], only_bad: bool) -> Lines {
+    let mut text = Lines::default();
     let mut area = None;
     for check in checks.iter().filter(|check| !only_bad || check.gravity != Gravity::Ok) {
         if area != Some(check.area) {
-            text.push_str(&format!("{}\n", check.area));
+            text.push(&check.area.to_string());
             area = Some(check.area);
         }
         let word = match check.gravity {
@@ -175,8 +175,8 @@ fn text(checks: &[Check], only_bad: bool) -> String {
             Gravity::Warning => "warning",
             Gravity::Problem => "PROBLEM",
         };
-        text.push_str(&format!("  {word:<8} {}\n", check.says));
-        text.extend(check.fix.as_ref().map(|fix| format!("           fix: {fix}\n")));
+        text.push(&format!("  {word:<8} {}", check.says));
+        check.fix.iter().for_each(|fix| text.push(&format!("           fix: {fix}")));
     }
     text
 }
@@ -193,9 +193,10 @@ mod tests {
             Check::ok(Area::Directory, "/c"),
             Check::problem(Area::Directory, &error),
         ];
-        let all = "configuration\n  ok       fine\ndirectory\n  ok       /c\n  PROBLEM  cannot be written\n           fix: chmod it\n";
-        assert_eq!(text(&checks, false), all);
-        assert_eq!(text(&checks, true), "directory\n  PROBLEM  cannot be written\n           fix: chmod it\n");
+        let all = "configuration\n  ok       fine\ndirectory\n  ok       /c\n  PROBLEM  cannot be written\n           fix: chmod it";
+        assert_eq!(text(&checks, false).to_string(), all);
+        let bad = "directory\n  PROBLEM  cannot be written\n           fix: chmod it";
+        assert_eq!(text(&checks, true).to_string(), bad);
         assert_eq!((counted(0, "problem"), counted(2, "warning")), ("no problem".into(), "2 warnings".into()));
     }
 }

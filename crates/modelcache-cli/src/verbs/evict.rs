@@ -3,6 +3,7 @@
 //! Before bytes go that no origin can give back, a person is asked, or `--yes` must be given; so a first look decides.
 
 use super::{Session, extend, key_object};
+use crate::output::Lines;
 use crate::{exit, human};
 use clap::{Args, ValueEnum};
 use modelcache::cache::{EvictReport, EvictTier};
@@ -62,7 +63,7 @@ impl Evict {
                 output.answer_json(&report_object(&found, true))?;
             } else {
                 let also = if found.tags.is_empty() { String::new() } else { format!(", and {}", tags(&found)) };
-                output.answer(&format!("{}: would remove {}{also}", found.key, what(&found)))?;
+                output.answer(&Lines::one(&format!("{}: would remove {}{also}", found.key, what(&found))))?;
             }
             return Ok(exit::DONE);
         }

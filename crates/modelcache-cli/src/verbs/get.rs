@@ -8,7 +8,7 @@ use super::backfill::{finish, to_remote};
 use super::choice::Choice;
 use super::into::IntoFolder;
 use super::{Session, extend, key_object, path_text, phase_list, seconds, sync};
-use crate::output::table;
+use crate::output::{Lines, table};
 use crate::{exit, human, progress};
 use clap::Args;
 use modelcache::cache::{Artifact, BytesByTier, Destination, GetOptions, GetPlan, GetReport};
@@ -174,11 +174,12 @@ fn plan_object(reference: &str, plan: &GetPlan) -> Value {
     extend(key_object(&plan.key), about)
 }
 
-fn plan_text(plan: &GetPlan) -> String {
+fn plan_text(plan: &GetPlan) -> Lines {
     let rows =
         plan.files.iter().map(|file| vec![file.path.to_string(), human::bytes(file.size), file.from.to_string()]);
-    let files = table(&["FILE", "SIZE", "FROM"], &[1], rows);
-    format!("{}\n{files}\n{} files: {}", plan.key, plan.files.len(), by_tier(&planned_bytes(plan)))
+    let mut lines = Lines::one(&plan.key.to_string());
+    lines += table(&["FILE", "SIZE", "FROM"], &[1], rows);
+    lines.and(&format!("{} files: {}", plan.files.len(), by_tier(&planned_bytes(plan))))
 }
 
 #[cfg(test)]
@@ -243,7 +244,7 @@ mod tests {
         let files = vec![file("a", 1, Tier::Disk), file("b", 2_000, Tier::Origin), file("c", 3_000, Tier::Origin)];
         let plan = GetPlan { key: key(), files };
         assert_eq!(plan_object("r", &plan)["bytes"], json!({"disk": 1, "remote": 0, "origin": 5000}));
-        let text = plan_text(&plan);
+        let text = plan_text(&plan).to_string();
         assert!(text.starts_with("team/model@3\nFILE") && text.contains("b     2.0 kB  origin"), "{text}");
         assert!(text.ends_with("3 files: disk 1 B, remote 0 B, origin 5.0 kB"), "{text}");
     }

@@ -3,7 +3,7 @@
 use super::pin::pin_object;
 use super::{Session, extend, key_object, path_text};
 use crate::human;
-use crate::output::table;
+use crate::output::{Lines, table};
 use clap::Args;
 use modelcache::cache::{Holder, Inspection};
 use modelcache::key::FilePath;
@@ -120,7 +120,7 @@ fn inspection_object(inspection: &Inspection) -> Value {
     extend(key_object(&inspection.key), about)
 }
 
-fn inspection_text(inspection: &Inspection, now: SystemTime) -> String {
+fn inspection_text(inspection: &Inspection, now: SystemTime) -> Lines {
     let unknown = || "unknown".to_owned();
     let mut facts = vec![
         ("artifact", inspection.key.to_string()),
@@ -136,7 +136,9 @@ fn inspection_text(inspection: &Inspection, now: SystemTime) -> String {
     if let Some(why) = &inspection.remote_error {
         facts.push(("remote", format!("cannot be asked: {why}")));
     }
-    let facts: String = facts.into_iter().map(|(name, value)| format!("{name:<10} {value}\n")).collect();
+    let mut lines = Lines::default();
+    facts.iter().for_each(|(name, value)| lines.push(&format!("{name:<10} {value}")));
+    lines.push("");
 
     let tick = |held: bool| if held { "yes" } else { "-" }.to_owned();
     let rows = files(inspection).into_iter().map(|(path, file)| {
@@ -152,8 +154,8 @@ fn inspection_text(inspection: &Inspection, now: SystemTime) -> String {
             tick(file.on_remote()),
         ]
     });
-    let files = table(&["FILE", "SIZE", "SHA256", "PROVENANCE", "FORMAT", "DISK", "REMOTE"], &[1], rows);
-    format!("{facts}\n{files}")
+    lines += table(&["FILE", "SIZE", "SHA256", "PROVENANCE", "FORMAT", "DISK", "REMOTE"], &[1], rows);
+    lines
 }
 
 fn in_use(inspection: &Inspection) -> String {
@@ -200,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_file_shows_where_it_is_held() {
-        let text = inspection_text(&inspection(), SystemTime::UNIX_EPOCH);
+        let text = inspection_text(&inspection(), SystemTime::UNIX_EPOCH).to_string();
         let short = Digest::of(b"x").short();
         assert!(text.contains(&format!("one    5 B  {short}")), "{text}");
         let [one, two] = ["one", "two"].map(|name| text.lines().find(|line| line.starts_with(name)).expect("row"));

@@ -3,7 +3,7 @@
 use super::pin::pin_object;
 use super::{Session, extend, key_object};
 use crate::human;
-use crate::output::table;
+use crate::output::{Lines, table};
 use clap::Args;
 use modelcache::Result;
 use modelcache::cache::Listed;
@@ -39,7 +39,7 @@ impl Ls {
     }
 }
 
-fn listing(listed: &[Listed], of_remote: bool, now: SystemTime) -> String {
+fn listing(listed: &[Listed], of_remote: bool, now: SystemTime) -> Lines {
     let row = |listed: &Listed| {
         let size = if listed.held_bytes == listed.bytes {
             human::bytes(listed.bytes)
@@ -115,8 +115,8 @@ mod tests {
 NAME@VERSION              SIZE  FILES  FORMAT     LAST USED
 team/model@3  1.2 GB of 4.0 GB    1/2  -          2 hours ago
 a@1                     4.0 GB    1/2  gguf, tar  in use, pinned";
-        assert_eq!(listing(&rows, false, now), expected);
-        let remote = listing(&rows, true, now);
+        assert_eq!(listing(&rows, false, now).to_string(), expected);
+        let remote = listing(&rows, true, now).to_string();
         assert!(!remote.contains("LAST USED") && remote.contains("prod"), "the remote knows tags, and no last use");
         assert_eq!(listed_object(&rows[0])["last_used"], "1970-01-01T00:01:00Z");
     }

@@ -25,7 +25,7 @@ impl Man {
             None => top_page(),
             Some(verb) => verb_page(verb)?,
         };
-        output.answer(&page.map_err(|cause| Error::new(ErrorKind::Other, "cannot write the page").cause(cause))?)
+        output.answer_own(&page.map_err(|cause| Error::new(ErrorKind::Other, "cannot write the page").cause(cause))?)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::Session;
 use super::choice::{duration, explained};
-use crate::output::table;
+use crate::output::{Lines, table};
 use crate::{exit, human};
 use clap::Args;
 use modelcache::cache::{Leftovers, PruneOptions, PruneReport};
@@ -44,7 +44,7 @@ impl Prune {
             output.answer(&text)?;
         }
         if !self.dry_run {
-            text.lines().for_each(|line| output.remark(line));
+            text.iter().for_each(|line| output.remark(line));
         }
         if report.reached() || self.dry_run {
             return Ok(exit::DONE);
@@ -86,26 +86,25 @@ fn report_object(report: &PruneReport, dry_run: bool) -> Value {
     })
 }
 
-fn report_text(report: &PruneReport, dry_run: bool, now: SystemTime) -> String {
-    let mut text = String::new();
+fn report_text(report: &PruneReport, dry_run: bool, now: SystemTime) -> Lines {
+    let mut text = Lines::default();
     if !report.evicted.is_empty() {
         let rows = report.evicted.iter().map(|gone| {
             let used = gone.last_used.map_or_else(|| "unknown".into(), |then| human::ago(then, now));
             vec![gone.reference.clone(), human::bytes(gone.freed_bytes), used]
         });
-        text.push_str(&table(&["NAME@VERSION", "FREED", "LAST USED"], &[1], rows));
-        text.push('\n');
+        text += table(&["NAME@VERSION", "FREED", "LAST USED"], &[1], rows);
     }
     for kept in &report.kept {
-        text.push_str(&format!("kept {}: it is {}\n", kept.reference, kept.why));
+        text.push(&format!("kept {}: it is {}", kept.reference, kept.why));
     }
     for entry in &report.set_aside {
         let verb = if dry_run { "would move" } else { "moved" };
-        text.push_str(&format!("{verb} to quarantine: {}, a {} that does not belong there\n", entry.path, entry.is));
+        text.push(&format!("{verb} to quarantine: {}, a {} that does not belong there", entry.path, entry.is));
     }
-    text.extend(leftovers_text(&report.leftovers));
+    leftovers_text(&report.leftovers).iter().for_each(|line| text.push(line));
     let [freed, used] = [report.freed_bytes, report.used_bytes].map(human::bytes);
-    text.push_str(&match dry_run {
+    text.push(&match dry_run {
         _ if report.freed_bytes == 0 && report.evicted.is_empty() => format!("nothing to remove; {used} used"),
         true => format!("would free {freed}, and leave {used} used"),
         false => format!("freed {freed}; {used} used"),
@@ -125,7 +124,7 @@ fn leftovers_text(leftovers: &Leftovers) -> Option<String> {
     ];
     let shown = parts.into_iter().filter(|(_, _, any)| *any);
     let shown: Vec<_> = shown.map(|(what, bytes, _)| format!("{what} {}", human::bytes(bytes))).collect();
-    (!shown.is_empty()).then(|| format!("leftovers: {}\n", shown.join(", ")))
+    (!shown.is_empty()).then(|| format!("leftovers: {}", shown.join(", ")))
 }
 
 #[cfg(test)]
@@ -154,11 +153,11 @@ a@1           1.2 GB  2 hours ago
 kept b@1: it is in use
 leftovers: 1 ended download 1.0 MB
 freed 1.2 GB; 5.0 GB used";
-        assert_eq!(report_text(&report, false, now), expected);
+        assert_eq!(report_text(&report, false, now).to_string(), expected);
         assert_eq!(report_object(&report, false)["kept"][0]["why"], "leased");
         report.to_bytes = Some(4_000_000_000);
         assert!(!report.reached());
         assert_eq!(exit::code(not_reached(&report).kind()), 6);
-        assert_eq!(report_text(&PruneReport::default(), false, now), "nothing to remove; 0 B used");
+        assert_eq!(report_text(&PruneReport::default(), false, now).to_string(), "nothing to remove; 0 B used");
     }
 }

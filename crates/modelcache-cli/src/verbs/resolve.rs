@@ -43,9 +43,9 @@ impl Resolve {
         if output.is_json() {
             output.answer_json(&pinned_object(&self.reference, &pinned))?;
         } else if self.digest {
-            output.answer(&with_digest(&pinned).ok_or_else(|| unknown_digest(&pinned))?)?;
+            output.answer_reference(&with_digest(&pinned).ok_or_else(|| unknown_digest(&pinned))?)?;
         } else {
-            output.answer(&pinned.reference.to_string())?;
+            output.answer_reference(&pinned.reference.to_string())?;
         }
         output.remark(&summary(&self.reference, &pinned));
         Ok(())

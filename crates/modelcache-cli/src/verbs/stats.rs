@@ -2,6 +2,7 @@
 
 use super::{Session, path_text};
 use crate::human;
+use crate::output::Lines;
 use clap::Args;
 use modelcache::{Error, ErrorKind, Result, cache};
 
@@ -22,7 +23,7 @@ impl Stats {
     }
 }
 
-fn stats_text(stats: &cache::Stats) -> String {
+fn stats_text(stats: &cache::Stats) -> Lines {
     let share = match stats.budget_bytes {
         0 => String::new(),
         budget => format!(" ({:.0} %)", stats.used_bytes as f64 * 100.0 / budget as f64),
@@ -51,7 +52,7 @@ fn stats_text(stats: &cache::Stats) -> String {
         ("pending", pending(stats)),
         ("remote", stats.remote.clone().unwrap_or_else(|| "none".into())),
     ];
-    facts.into_iter().map(|(name, value)| format!("{name:<13} {value}\n")).collect()
+    facts.into_iter().fold(Lines::default(), |lines, (name, value)| lines.and(&format!("{name:<13} {value}")))
 }
 
 /// What still has to reach a remote.
@@ -90,11 +91,11 @@ mod tests {
             pending_backfill_bytes: 0,
             remote: None,
         };
-        let text = stats_text(&stats);
+        let text = stats_text(&stats).to_string();
         assert!(text.contains("lower         /baked (2 artifacts, only read)\n"), "{text}");
         assert!(text.contains("used          1.4 GB of 14.0 GB (10 %)\n"), "{text}");
-        assert!(text.ends_with("remote        none\n"), "{text}");
+        assert!(text.ends_with("remote        none"), "{text}");
         stats.budget_bytes = 0;
-        assert!(stats_text(&stats).contains("of 0 B\n"), "no share of nothing");
+        assert!(stats_text(&stats).to_string().contains("of 0 B\n"), "no share of nothing");
     }
 }

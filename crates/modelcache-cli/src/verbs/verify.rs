@@ -4,7 +4,7 @@
 
 use super::Session;
 use super::choice::explained;
-use crate::output::Output;
+use crate::output::{Lines, Output};
 use crate::{exit, human, progress};
 use clap::{Args, ValueEnum};
 use modelcache::cache::{VerifyOptions, VerifyTarget, VerifyTier};
@@ -184,18 +184,19 @@ fn object(verified: &Verified) -> Value {
     })
 }
 
-fn text(verified: &Verified) -> String {
+fn text(verified: &Verified) -> Lines {
     let word = match (verified.is_right(), verified.findings.is_empty()) {
         (true, true) => "ok",
         (true, false) => "repaired",
         (false, _) => "bad",
     };
     let read = format!("{}, {} read", human::counted(verified.files, "file"), human::bytes(verified.bytes));
-    let mut text = format!("{word:<8}  {}  {}: {read}\n", verified.reference, verified.tier);
+    let mut lines = Lines::one(&format!("{word:<8}  {}  {}: {read}", verified.reference, verified.tier));
     for finding in &verified.findings {
-        text.push_str(&format!("  {}\n", finding_text(finding)));
+        lines.push(&format!("  {}", finding_text(finding)));
+        finding.remedy.iter().for_each(|remedy| lines.push(&format!("    {remedy}")));
     }
-    text
+    lines
 }
 
 fn finding_text(finding: &Finding) -> String {
@@ -215,7 +216,6 @@ fn finding_text(finding: &Finding) -> String {
         None if finding.withdrawn => text.push_str("; withdrawn"),
         None => {}
     }
-    text.extend(finding.remedy.as_ref().map(|remedy| format!("\n    {remedy}")));
     text
 }
 
@@ -252,7 +252,7 @@ mod tests {
         let key = ArtifactKey::bare("team/model@3").expect("key");
         let mut verified = Verified::new(Some(key.clone()), key.to_string(), Tier::Disk);
         (verified.files, verified.bytes) = (2, 1_200_000_000);
-        assert_eq!(text(&verified), "ok        team/model@3  disk: 2 files, 1.2 GB read\n");
+        assert_eq!(text(&verified).to_string(), "ok        team/model@3  disk: 2 files, 1.2 GB read");
         verified.findings.push(Finding {
             expected: Some(Digest::of(b"a")),
             found: Some(Digest::of(b"b")),
@@ -261,9 +261,9 @@ mod tests {
             remedy: Some("get it again".into()),
             ..Finding::new(Some(FilePath::new("w.bin").expect("path")), Problem::WrongBytes)
         });
-        let shown = text(&verified);
+        let shown = text(&verified).to_string();
         let expected = format!(
-            "  w.bin: wrong bytes in part 1 (bytes 64-127) and 1 more; expected sha256 {}, found {}; withdrawn\n    get it again\n",
+            "  w.bin: wrong bytes in part 1 (bytes 64-127) and 1 more; expected sha256 {}, found {}; withdrawn\n    get it again",
             Digest::of(b"a"),
             Digest::of(b"b")
         );
@@ -271,7 +271,8 @@ mod tests {
         assert!(shown.starts_with("bad       team/model@3"), "{shown}");
         assert_eq!(object(&verified)["ok"], json!(false));
         verified.findings[0].repaired_from = Some(Tier::Origin);
-        assert!(text(&verified).starts_with("repaired  ") && text(&verified).contains("; repaired from origin"));
+        let shown = text(&verified).to_string();
+        assert!(shown.starts_with("repaired  ") && shown.contains("; repaired from origin"), "{shown}");
     }
 
     #[test]

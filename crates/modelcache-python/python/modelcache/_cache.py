@@ -69,7 +69,7 @@ class Lease:
         self.release()
 
     def __repr__(self) -> str:
-        return f"<Lease on {self.name}@{self.version} at {str(self.path)!r}>"
+        return f"<Lease on {_printable(self.name)}@{_printable(self.version)} at {str(self.path)!r}>"
 
 
 class ModelCache:
@@ -690,7 +690,12 @@ class ModelCache:
 
     def __repr__(self) -> str:
         state = "closed " if self.closed else ""
-        return f"<{state}ModelCache at {str(self.cache_dir)!r}, remote {self.remote}>"
+        return f"<{state}ModelCache at {str(self.cache_dir)!r}, remote {_printable(str(self.remote))}>"
+
+
+def _printable(text: str) -> str:
+    """``text`` without characters that a terminal obeys or does not show."""
+    return repr(text)[1:-1]
 
 
 _OPEN: dict[int, ModelCache] = {}

@@ -187,7 +187,7 @@ class CachedFile(io.RawIOBase):
 
     def __repr__(self) -> str:
         state = "closed " if self.closed else ""
-        return f"<{state}CachedFile {self._name!r} of {self._artifact}, {self._size} bytes>"
+        return f"<{state}CachedFile {self._name!r} of {repr(self._artifact)[1:-1]}, {self._size} bytes>"
 
     def _live(self) -> _native.File:
         """The native half. Whoever uses a descriptor of it keeps this meanwhile: it closes with the last reference."""

@@ -18,6 +18,7 @@ pub(crate) use clock::Clock;
 
 use crate::config::{Config, Environment, RemoteMode};
 use crate::error::{Error, ErrorKind};
+use crate::printable;
 use serde::Serialize;
 use std::fmt;
 use std::time::Duration;
@@ -93,18 +94,25 @@ pub struct Check {
 impl Check {
     /// It is as it should be.
     pub fn ok(area: Area, says: impl Into<String>) -> Self {
-        Self { area, gravity: Gravity::Ok, says: says.into(), fix: None, kind: None }
+        Self { area, gravity: Gravity::Ok, says: printable::line(&says.into()).into_owned(), fix: None, kind: None }
     }
 
     /// It works, but.
     pub fn warning(area: Area, says: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { area, gravity: Gravity::Warning, says: says.into(), fix: Some(fix.into()), kind: None }
+        let [says, fix] = [says.into(), fix.into()].map(|text| printable::line(&text).into_owned());
+        Self { area, gravity: Gravity::Warning, says, fix: Some(fix), kind: None }
     }
 
     /// A failure that has to be mended.
     pub fn problem(area: Area, error: &Error) -> Self {
         let fix = error.hint_text().unwrap_or("see the rest of this report").to_owned();
-        Self { area, gravity: Gravity::Problem, says: told(error), fix: Some(fix), kind: Some(error.kind()) }
+        Self {
+            area,
+            gravity: Gravity::Problem,
+            says: error.message_with_causes(),
+            fix: Some(fix),
+            kind: Some(error.kind()),
+        }
     }
 
     /// A failure that one can live with.
@@ -114,7 +122,7 @@ impl Check {
 
     /// The same with more to say.
     pub(crate) fn with_detail(mut self, detail: &str) -> Self {
-        self.says.push_str(&format!(" ({detail})"));
+        self.says.push_str(&format!(" ({})", printable::line(detail)));
         self
     }
 
@@ -122,20 +130,6 @@ impl Check {
     pub(crate) fn error_kind(&self) -> Option<ErrorKind> {
         self.kind
     }
-}
-
-/// An error in one line: message and causes. The area says the tier.
-fn told(error: &Error) -> String {
-    let mut text = error.message().to_owned();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        let more = inner.to_string();
-        if !text.contains(&more) {
-            text.push_str(&format!(": {more}"));
-        }
-        cause = inner.source();
-    }
-    text
 }
 
 /// What the doctor may do.

@@ -1,6 +1,7 @@
 //! Values of the `Authorization` header, which never print.
 
 use crate::error::{Error, Result};
+use crate::redact;
 use base64::Engine as _;
 use reqwest::header::HeaderValue;
 use std::fmt::Display;
@@ -13,6 +14,7 @@ pub(super) fn bearer(token: &str, what: impl Display) -> Result<HeaderValue> {
 /// The header for a user and a password (RFC 7617).
 pub(super) fn basic(user: &str, password: &str, what: impl Display) -> Result<HeaderValue> {
     let pair = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
+    redact::learn(&pair);
     secret(&format!("Basic {pair}"), what)
 }
 

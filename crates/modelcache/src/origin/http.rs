@@ -12,6 +12,7 @@
 pub(super) use crate::config::one_segment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
+use crate::printable;
 use crate::transfer::{BodyLimits, check_headers, content_range, read_body};
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -28,8 +29,6 @@ use url::Url;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait that a server can ask for; above it the number is nonsense.
 const WAIT_MAX: Duration = Duration::from_secs(24 * 3600);
-/// Most characters of a server's message that are repeated.
-const QUOTE_CHARS_MAX: usize = 200;
 
 /// The client of one authority, built when first used.
 #[derive(Debug)]
@@ -373,8 +372,8 @@ impl Refusal {
     pub(super) async fn read(http: &Http, response: Response, quote: bool) -> Self {
         let headers = response.headers();
         let (status, wait) = (response.status(), asked_wait(headers));
-        let code = header(headers, "x-error-code").map(one_line);
-        let message = header(headers, "x-error-message").map(one_line);
+        let code = header(headers, "x-error-code").map(printable::quote);
+        let message = header(headers, "x-error-message").map(printable::quote);
         let (body, _) = read_body(response.bytes_stream(), BodyLimits::refusal(http.read_timeout)).await;
         let message = message.or_else(|| json_error(&body)).filter(|_| quote);
         let body = if quote { body } else { Vec::new() };
@@ -409,16 +408,7 @@ impl Refusal {
 pub(super) fn json_error(body: &[u8]) -> Option<String> {
     let value: serde_json::Value = serde_json::from_slice(body).ok()?;
     let error = value.get("error")?;
-    error.as_str().or_else(|| error.get(0)?.as_str()).map(one_line)
-}
-
-/// A server's words as one bounded line without control characters.
-pub(super) fn one_line(text: &str) -> String {
-    let plain: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    match plain.trim().char_indices().nth(QUOTE_CHARS_MAX) {
-        Some((at, _)) => format!("{}…", &plain.trim()[..at]),
-        None => plain.trim().to_owned(),
-    }
+    error.as_str().or_else(|| error.get(0)?.as_str()).map(printable::quote)
 }
 
 #[cfg(test)]
@@ -546,10 +536,9 @@ mod tests {
 
     #[test]
     fn a_servers_words_are_one_bounded_line() {
-        assert_eq!(json_error(b"{\"error\":\"a\\nb\\u001b[31m\"}").as_deref(), Some("a b [31m"));
+        assert_eq!(json_error(b"{\"error\":\"a\\nb\\u001b[31m\"}").as_deref(), Some("a b\\u{1b}[31m"));
         assert_eq!(json_error(b"{\"error\":[\"x\"]}").as_deref(), Some("x"));
         assert_eq!(json_error(b"<html>"), None);
-        assert!(one_line(&"é".repeat(1000)).chars().count() <= QUOTE_CHARS_MAX + 1);
     }
 
     #[test]

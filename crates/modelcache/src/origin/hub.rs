@@ -120,12 +120,9 @@ impl Hub {
     /// What a refusal means: the one place where the Hub's statuses and codes become kinds.
     async fn refused(&self, answer: Answer, repo: &HubRepo, path: Option<&FilePath>) -> Error {
         let Answer { response, url, at_home, .. } = answer;
-        let mut refusal = Refusal::read(&self.http, response, at_home).await;
+        let refusal = Refusal::read(&self.http, response, at_home).await;
         if !at_home {
             return refused_elsewhere(&refusal, &url);
-        }
-        if let (Some(message), Some(token)) = (&mut refusal.message, &self.config.token) {
-            *message = message.replace(token.expose(), "…");
         }
         let (id, signed) = (&repo.id, self.config.token.is_some());
         let general = || refusal.error(&url);

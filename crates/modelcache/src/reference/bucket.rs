@@ -6,6 +6,7 @@
 use super::{Reference, Target};
 use crate::error::{Error, Result};
 use crate::key::ArtifactName;
+use crate::redact;
 use std::fmt;
 
 /// One object, or everything below a prefix, in a bucket.
@@ -20,7 +21,8 @@ pub struct BucketPlace {
 }
 
 pub(super) fn parse(rest: &str) -> Result<Reference> {
-    let refuse = |why: &str| Error::invalid(format!("s3://{rest}: {why}")).hint("write s3://bucket/prefix-or-object");
+    let text = redact::reference(&format!("s3://{rest}"));
+    let refuse = |why: &str| Error::invalid(format!("{text}: {why}")).hint("write s3://bucket/prefix-or-object");
     let (bucket, key) = rest.split_once('/').unwrap_or((rest, ""));
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     if bucket.is_empty() || !bucket.chars().all(plain) {

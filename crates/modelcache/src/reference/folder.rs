@@ -2,12 +2,14 @@
 
 use crate::error::{Error, Result};
 use crate::key::ArtifactName;
+use crate::redact;
 use percent_encoding::percent_decode_str;
 
 /// The absolute path of `file:///path`.
 pub(super) fn parse(rest: &str) -> Result<String> {
     let path = rest.strip_prefix("localhost").unwrap_or(rest);
-    let refuse = |why: &str| Error::invalid(format!("file://{rest}: {why}")).hint("write file:///absolute/path");
+    let text = redact::reference(&format!("file://{rest}"));
+    let refuse = |why: &str| Error::invalid(format!("{text}: {why}")).hint("write file:///absolute/path");
     if !path.starts_with('/') {
         return Err(refuse("the path is not absolute"));
     }

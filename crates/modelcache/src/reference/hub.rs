@@ -4,6 +4,7 @@ use super::{Reference, Target};
 use crate::digest::GitOid;
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
+use crate::redact;
 use percent_encoding::percent_decode_str;
 use std::fmt;
 
@@ -84,7 +85,7 @@ impl fmt::Display for HubRepo {
 /// `[datasets/|spaces/]org/name`, then `@rev[/file]`, or `:rev`.
 pub(super) fn parse(rest: &str) -> Result<Reference> {
     let refuse = |why: &str| {
-        Error::invalid(format!("hf://{rest}: {why}"))
+        Error::invalid(format!("{}: {why}", redact::reference(&format!("hf://{rest}"))))
             .hint("write hf://org/model@revision or hf://org/model@revision/file")
     };
     let (path, revision, file) = match rest.split_once('@') {

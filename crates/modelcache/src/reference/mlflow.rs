@@ -7,6 +7,7 @@
 use super::{Reference, Target};
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, Version};
+use crate::redact;
 use std::fmt;
 
 /// Stages that a version could be moved to before there were aliases.
@@ -76,7 +77,7 @@ impl fmt::Display for MlflowModel {
 /// What follows `models:`.
 pub(super) fn parse(rest: &str) -> Result<Reference> {
     let refuse = |why: &str| {
-        Error::invalid(format!("models:{rest}: {why}"))
+        Error::invalid(format!("{}: {why}", redact::reference(&format!("models:{rest}"))))
             .hint("write models:/name/version, models:/name@alias or models:/name/latest")
     };
     if rest.starts_with("//") {

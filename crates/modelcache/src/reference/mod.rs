@@ -16,11 +16,12 @@ pub use hub::{HubRepo, RepoKind};
 pub use mlflow::{MlflowModel, MlflowVersion};
 pub use oci::{OciAt, OciRepo};
 pub use web::WebFile;
-pub(crate) use web::{is_derived, shown};
+pub(crate) use web::is_derived;
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
+use crate::redact;
 use std::fmt;
 use std::str::FromStr;
 
@@ -67,8 +68,23 @@ pub struct Reference {
 }
 
 impl Reference {
-    /// Understands `text`, or says why not.
+    /// Understands `text`, or says why not, without repeating a password, a signature or a token in it.
     pub fn parse(text: &str) -> Result<Self> {
+        // Names, listings and logs would keep it.
+        if redact::has_secret_query(text) && !text.starts_with("http") {
+            return Err(Error::invalid(format!("{:?} carries a signature or a token", redact::reference(text)))
+                .hint(redact::HINT));
+        }
+        Self::understand(text).map_err(|error| if is_careful(text) { error } else { redact::refusal(text, error) })
+    }
+
+    /// `text`, a reference as it was typed, as it may be shown: one that is understood as it is, any other one without
+    /// passwords, signatures and tokens.
+    pub fn shown(text: &str) -> String {
+        if Self::parse(text).is_ok() { text.to_owned() } else { redact::reference(text) }
+    }
+
+    fn understand(text: &str) -> Result<Self> {
         let (body, digest) = split_digest(text)?;
         let reference = match body.split_once("://") {
             Some(("hf", rest)) => hub::parse(rest)?,
@@ -81,7 +97,7 @@ impl Reference {
             Some(("models", rest)) => mlflow::parse(&format!("//{rest}"))?,
             None if body.starts_with("models:") => mlflow::parse(&body["models:".len()..])?,
             Some((scheme, _)) => {
-                return Err(Error::invalid(format!("{:?}: no origin is called {scheme:?}", shown(text)))
+                return Err(Error::invalid(format!("{:?}: no origin is called {scheme:?}", redact::reference(text)))
                     .hint("write name@version, hf://org/model@revision, s3://bucket/prefix, https://host/file or file:///path"));
             }
             None => Self { target: Target::Bare(ArtifactKey::listed(body)?), file: None, digest: None },
@@ -185,6 +201,11 @@ impl Reference {
     }
 }
 
+/// Whether the parser of this scheme repeats nothing that may be secret, and has a better hint.
+fn is_careful(text: &str) -> bool {
+    ["http://", "https://", "oci://"].iter().any(|scheme| text.starts_with(scheme))
+}
+
 const DIGEST_HINT: &str = "append #sha256= and the digest that the content must have, or nothing";
 
 /// Takes `#sha256=<hex>` off the end.
@@ -192,13 +213,15 @@ fn split_digest(text: &str) -> Result<(&str, Option<Digest>)> {
     match text.split_once('#') {
         None => Ok((text, None)),
         Some((body, fragment)) => match fragment.strip_prefix("sha256=") {
-            Some(hex) => {
-                Ok((body, Some(hex.parse().map_err(|error: Error| error.artifact(shown(text)).hint(DIGEST_HINT))?)))
-            }
-            None => {
-                Err(Error::invalid(format!("{:?}: after '#' only sha256=<64 hex digits> is understood", shown(text)))
-                    .hint(DIGEST_HINT))
-            }
+            Some(hex) => Ok((
+                body,
+                Some(hex.parse().map_err(|error: Error| error.artifact(redact::reference(text)).hint(DIGEST_HINT))?),
+            )),
+            None => Err(Error::invalid(format!(
+                "{:?}: after '#' only sha256=<64 hex digits> is understood",
+                redact::reference(text)
+            ))
+            .hint(DIGEST_HINT)),
         },
     }
 }

@@ -7,6 +7,7 @@ use super::{Reference, Target};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, Version};
+use crate::redact;
 use std::fmt;
 
 /// What docker calls its own registry, and the names that mean the same.
@@ -67,7 +68,7 @@ impl fmt::Display for OciAt {
 /// `registry[:port]/repository[:tag][@sha256:hex]`.
 pub(super) fn parse(rest: &str) -> Result<Reference> {
     let refuse = |why: &str| {
-        Error::invalid(format!("oci://{rest}: {why}"))
+        Error::invalid(format!("{}: {why}", redact::reference(&format!("oci://{rest}"))))
             .hint("write oci://registry/repository:tag or oci://registry/repository@sha256:<hex>")
     };
     let (registry, path) = rest.split_once('/').ok_or_else(|| refuse("it names no repository"))?;

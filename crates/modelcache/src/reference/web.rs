@@ -8,6 +8,7 @@
 
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
+use crate::redact;
 use percent_encoding::percent_decode_str;
 use std::fmt;
 use url::Url;
@@ -89,7 +90,8 @@ pub(super) fn parse(scheme: &str, rest: &str) -> Result<WebFile> {
              or fetch it yourself and `modelcache put NAME@VERSION FILE`",
         ));
     }
-    let refuse = |why: &str| Error::invalid(format!("{scheme}://{rest}: {why}")).hint(FORM);
+    let refuse =
+        |why: &str| Error::invalid(format!("{}: {why}", redact::reference(&format!("{scheme}://{rest}")))).hint(FORM);
     if rest.chars().any(|c| c.is_control() || c == '\\') {
         return Err(refuse("contains a control character or a backslash"));
     }
@@ -111,17 +113,6 @@ pub(super) fn parse(scheme: &str, rest: &str) -> Result<WebFile> {
     file.name()?;
     file.path()?;
     Ok(file)
-}
-
-/// `text` as it may be shown: of a web address neither what could be a password nor what could be a signature.
-pub(crate) fn shown(text: &str) -> String {
-    let Some((scheme, rest)) = text.split_once("://").filter(|(scheme, _)| !matches!(*scheme, "hf" | "file")) else {
-        return text.to_owned();
-    };
-    let (server, path) = rest.find('/').map_or((rest, ""), |at| rest.split_at(at));
-    let server = server.rsplit_once('@').map_or(server.to_owned(), |(_, server)| format!("…@{server}"));
-    let cut = |text: &str| text.split_once('?').map_or(text.to_owned(), |(before, _)| format!("{before}?…"));
-    format!("{scheme}://{}{}", cut(&server), cut(path))
 }
 
 #[cfg(test)]
@@ -202,8 +193,7 @@ mod tests {
                 "{bad}: {error}"
             );
             assert!(!format!("{error:?}").contains("canary"), "{error}");
-            assert!(!shown(bad).contains("canary"), "{bad}");
+            assert!(!redact::reference(bad).contains("canary"), "{bad}");
         }
-        assert_eq!(shown("hf://a/b?c@d"), "hf://a/b?c@d");
     }
 }

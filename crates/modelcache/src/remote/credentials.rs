@@ -13,6 +13,7 @@ use super::wire::element;
 use crate::config::{Environment, Secret};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::transfer::{BodyLimits, Cut, read_body};
+use crate::{printable, redact};
 use async_trait::async_trait;
 use bytes::Bytes;
 use object_store::CredentialProvider;
@@ -432,6 +433,8 @@ impl Found {
 }
 
 fn to_store(credential: &Credential) -> AwsCredential {
+    redact::learn(&credential.secret_access_key);
+    credential.session_token.iter().for_each(|token| redact::learn(token));
     AwsCredential {
         key_id: credential.access_key_id.clone(),
         secret_key: credential.secret_access_key.clone(),
@@ -445,7 +448,7 @@ fn disabled(environment: &Environment) -> bool {
 
 /// A link's failure in a line.
 fn reason(error: &reqsign_core::Error) -> String {
-    error.to_string().chars().take(200).collect()
+    printable::quote(&error.to_string())
 }
 
 fn unexpected(reason: impl Into<String>) -> reqsign_core::Error {

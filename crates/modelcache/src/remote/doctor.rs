@@ -205,7 +205,7 @@ fn not_writable(error: &Error) -> Check {
         let says = "objects may not be written: what comes from origins stays on this disk, and put fails";
         let fix = "grant s3:PutObject (`modelcache doctor --iam-policy writer` prints the policy), or set \
                    MODEL_CACHE_REMOTE_MODE=ro if that is meant";
-        return Check { says: format!("{says} ({})", error.message()), ..Check::warning(Area::Remote, says, fix) };
+        return Check::warning(Area::Remote, says, fix).with_detail(error.message());
     }
     Check::problem(Area::Remote, error)
 }

@@ -6,6 +6,7 @@
 
 use super::wire::Refusal;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
+use crate::printable;
 use object_store::client::{HttpError, HttpErrorKind};
 use std::error::Error as StdError;
 
@@ -122,7 +123,7 @@ fn from_refusal(refusal: &Refusal, doing: &str, at: &Whereabouts) -> Error {
         }
         ("RequestTimeTooSkewed" | "RequestInTheFuture", _) => Error::new(
             ErrorKind::Unauthorized,
-            format!("{doing}: the clock of this machine differs too much from the server's ({})", refusal.date.as_deref().unwrap_or("time unknown")),
+            format!("{doing}: the clock of this machine differs too much from the server's ({})", refusal.date.as_deref().map_or_else(|| "time unknown".into(), printable::quote)),
         )
         .hint("set the clock (NTP); requests are signed with the time"),
         ("ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired" | "RequestExpired", _) => {
@@ -159,6 +160,7 @@ fn waiting(error: Error, refusal: &Refusal) -> Error {
 fn wrong_region(refusal: &Refusal, at: &Whereabouts) -> Error {
     match &refusal.region {
         Some(region) => {
+            let region = printable::quote(region);
             Error::invalid(format!("the bucket {:?} is in the region {region}, not {}", at.container, at.region))
                 .hint(format!("set AWS_REGION={region}, or region = {region:?} under [remote.options]"))
         }

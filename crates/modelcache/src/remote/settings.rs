@@ -10,6 +10,7 @@ use super::copy::is_on;
 use super::profile::Profiles;
 use crate::config::{Environment, RemoteConfig, Secret};
 use crate::error::{Error, Result, Tier};
+use crate::redact;
 use object_store::ClientConfigKey;
 use object_store::aws::AmazonS3ConfigKey;
 use std::path::PathBuf;
@@ -155,7 +156,8 @@ impl Options {
             "access_key_id" => self.access_key = Some(Secret::new(value)),
             "secret_access_key" => self.secret_key = Some(Secret::new(value)),
             "session_token" | "token" => self.session_token = Some(Secret::new(value)),
-            _ => self.passed_on.push((pass_on(name, plain)?, Secret::new(value))),
+            "sse_customer_key_base64" => self.passed_on.push((pass_on(name, plain)?, Secret::new(value))),
+            _ => self.passed_on.push((pass_on(name, plain)?, Secret::hidden(value))),
         }
         Ok(())
     }
@@ -276,9 +278,17 @@ impl S3Settings {
     pub(super) fn check(&self) -> Result<()> {
         let Some(endpoint) = &self.endpoint else { return Ok(()) };
         match Url::parse(endpoint) {
+            Ok(url) if !url.username().is_empty() || url.password().is_some() => Err(Error::invalid(format!(
+                "the endpoint {:?} of the remote carries credentials",
+                redact::setting(endpoint)
+            ))
+            .hint("leave them out; keys come from the environment or from `aws configure`")),
             Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Ok(()),
-            _ => Err(Error::invalid(format!("the endpoint {endpoint:?} of the remote is no http or https address"))
-                .hint("AWS_ENDPOINT_URL, or endpoint under [remote.options]: for instance http://localhost:9000")),
+            _ => Err(Error::invalid(format!(
+                "the endpoint {:?} of the remote is no http or https address",
+                redact::setting(endpoint)
+            ))
+            .hint("AWS_ENDPOINT_URL, or endpoint under [remote.options]: for instance http://localhost:9000")),
         }
     }
 }

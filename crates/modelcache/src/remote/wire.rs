@@ -10,6 +10,7 @@
 use super::settings::{Options, S3Settings};
 use crate::error::{Error, Result, Tier};
 use crate::limits;
+use crate::printable;
 use crate::transfer::{BodyLimits, Cut, check_headers, read_body};
 use async_trait::async_trait;
 use object_store::ClientOptions;
@@ -44,10 +45,10 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "HTTP {}", self.status)?;
         if let Some(code) = &self.code {
-            write!(f, " {code}")?;
+            write!(f, " {}", printable::quote(code))?;
         }
         if let Some(message) = &self.message {
-            write!(f, ": {message}")?;
+            write!(f, ": {}", printable::quote(message))?;
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use super::file::{CREDENTIAL_KEYS, File};
 use crate::config::{Environment, Secret};
 use crate::credentials::{Credential, Credentials, Netrc};
 use crate::error::{Error, Result};
+use crate::redact;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -34,7 +35,7 @@ pub(super) fn gather(
     let mut credentials = Credentials::default();
     for file in files {
         for (server, table) in &file.credentials {
-            let place = format!("{}: credentials.{server:?}", file.path.display());
+            let place = format!("{}: credentials.{:?}", file.path.display(), redact::setting(server));
             let refuse = |error: Error| {
                 Error::invalid(format!("{place}: {}", error.message())).hint(format!("accepted: {ACCEPTS}"))
             };
@@ -58,6 +59,11 @@ pub(super) fn gather(
     Ok(credentials)
 }
 
+/// Whether a text is written like the name of a variable, rather than like a secret.
+fn is_variable(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_' || byte.is_ascii_digit())
+}
+
 /// One table. Wrong keys are an error; a secret that is not where it should be is a reason not to use it.
 fn credential(
     table: &BTreeMap<String, String>,
@@ -76,12 +82,17 @@ fn credential(
     };
     let secret = |(key, value): (&str, &String)| match key {
         _ if key.ends_with("_env") => {
-            environment.get(value).map(str::to_owned).ok_or_else(|| format!("{value} is not set"))
+            environment.get(value).map(str::to_owned).ok_or_else(|| match is_variable(value) {
+                true => format!("{value} is not set"),
+                false => format!("{key} is not the name of a variable"),
+            })
         }
         _ if key.ends_with("_file") => {
             let path = expand_home(value, environment);
-            let text = read_secret(&path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
-            let text = text.ok_or_else(|| format!("there is no {}", path.display()))?;
+            // Without a slash it may be the secret itself, put where its file should be named.
+            let shown = if value.contains('/') { path.display().to_string() } else { format!("what {key} names") };
+            let text = read_secret(&path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
+            let text = text.ok_or_else(|| format!("there is no {shown}"))?;
             Ok(text.trim_end_matches(['\r', '\n']).to_owned())
         }
         _ => Ok(value.clone()),

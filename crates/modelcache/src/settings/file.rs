@@ -5,6 +5,7 @@
 use super::values::nearest;
 use super::{CREDENTIALS_KEY, OPTIONS_KEY, SETTINGS};
 use crate::error::{Error, Result};
+use crate::redact;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -62,7 +63,7 @@ impl File {
     /// `[credentials."https://host"]`. No message repeats a value.
     fn take_credentials(&mut self, servers: toml::Table) -> Result<()> {
         for (server, value) in servers {
-            let key = format!("{CREDENTIALS_KEY}.{server:?}");
+            let key = format!("{CREDENTIALS_KEY}.{:?}", redact::setting(&server));
             let toml::Value::Table(table) = value else { return Err(self.wrong_type(CREDENTIALS_KEY, &value)) };
             let mut texts = BTreeMap::new();
             for (name, value) in table {
@@ -102,7 +103,7 @@ impl File {
             Some(near) => format!("did you mean {near:?}?"),
             None => format!("known: {}", known.collect::<Vec<_>>().join(", ")),
         };
-        Error::invalid(format!("{}: no setting is called {key:?}", self.path.display())).hint(hint)
+        Error::invalid(format!("{}: no setting is called {:?}", self.path.display(), redact::setting(key))).hint(hint)
     }
 
     fn wrong_type(&self, key: &str, value: &toml::Value) -> Error {

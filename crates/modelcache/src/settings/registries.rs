@@ -6,6 +6,7 @@
 use super::{Draft, Given, expand_home};
 use crate::config::{Environment, OciLogin, Secret};
 use crate::error::{Error, Result};
+use crate::redact;
 use crate::reference::oci;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -22,7 +23,8 @@ pub(super) fn server(given: &Given) -> Option<Secret> {
 pub(super) fn plain_http(text: &str) -> Result<Vec<String>> {
     let names = text.split(',').map(str::trim).filter(|name| !name.is_empty() && *name != "none");
     let checked = |name: &str| {
-        oci::checked_registry(name).ok_or_else(|| Error::invalid(format!("{name:?} is no host, nor host and port")))
+        oci::checked_registry(name)
+            .ok_or_else(|| Error::invalid(format!("{:?} is no host, nor host and port", redact::setting(name))))
     };
     names.map(checked).collect()
 }

@@ -7,6 +7,7 @@ use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::origin::authorization;
 use crate::origin::http::{self, Answer, Ask, Http, Refusal, Server};
+use crate::printable;
 use crate::reference::{MlflowModel, MlflowVersion};
 use crate::transfer::Retry;
 use reqwest::header::{HeaderMap, HeaderValue};
@@ -143,7 +144,7 @@ impl Mlflow {
             return refusal.error(&url).hint("MLflow redirected there: is the clock of this machine right?");
         }
         if let Some(message) = words.as_ref().and_then(|words| words.message.as_deref()) {
-            refusal.message = Some(self.without_secrets(http::one_line(message)));
+            refusal.message = Some(printable::quote(message));
         }
         let no_proxy = refusal.body.windows(NO_PROXY.len()).any(|window| window == NO_PROXY.as_bytes());
         let signed = self.config.token.is_some() || self.config.login.is_some();
@@ -170,12 +171,6 @@ impl Mlflow {
                 .hint("check MLFLOW_TRACKING_URI: does `mlflow server` answer there?"),
             _ => refusal.error(&url),
         }
-    }
-
-    fn without_secrets(&self, text: String) -> String {
-        let login = self.config.login.as_ref().map(|(_, password)| password);
-        let secrets = self.config.token.iter().chain(login).map(Secret::expose).filter(|secret| !secret.is_empty());
-        secrets.fold(text, |text, secret| text.replace(secret, "…"))
     }
 
     /// The number that an alias, a stage or `latest` means now.
@@ -237,7 +232,7 @@ impl Mlflow {
         let info: Result<One> = self.api(&registry, "mlflow/model-versions/get", &query).await;
         let status = info.map_err(no_version)?.model_version.status;
         if let Some(status) = status.filter(|status| status != "READY") {
-            let status = http::one_line(&status);
+            let status = printable::quote(&status);
             return Err(Error::not_found(format!(
                 "version {version} of model {model:?} is not ready: its status is {status}"
             ))

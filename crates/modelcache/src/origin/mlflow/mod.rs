@@ -19,6 +19,7 @@ use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
+use crate::printable;
 use crate::reference::{MlflowModel, MlflowVersion};
 use crate::remote::PrefixSource;
 use crate::source::{Body, Source};
@@ -288,7 +289,10 @@ fn root_at(tracking: &Url, rest: &str) -> Result<String> {
             if !host.is_empty() && !ours {
                 return Err(Error::new(
                     ErrorKind::Other,
-                    format!("the model's files are with another MLflow server, {:?}; not asked", http::one_line(host)),
+                    format!(
+                        "the model's files are with another MLflow server, {:?}; not asked",
+                        printable::quote(host)
+                    ),
                 )
                 .hint("name that server in MLFLOW_TRACKING_URI, and the one of the registry in MLFLOW_REGISTRY_URI"));
             }

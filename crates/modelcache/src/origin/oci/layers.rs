@@ -9,7 +9,8 @@ use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, Manifest, Shape};
-use crate::origin::{http, no_files};
+use crate::origin::no_files;
+use crate::printable;
 use crate::reference::OciRepo;
 use crate::reference::oci::parse_digest;
 use serde::Deserialize;
@@ -104,7 +105,7 @@ impl Descriptor {
 
     /// How this manifest of an index is named.
     fn choice(&self, place: &str) -> String {
-        let word = |text: &Option<String>| http::one_line(text.as_deref().unwrap_or("?"));
+        let word = |text: &Option<String>| printable::quote(text.as_deref().unwrap_or("?"));
         match &self.platform {
             Some(platform) => {
                 format!("{place}@{} ({}/{})", self.digest, word(&platform.os), word(&platform.architecture))

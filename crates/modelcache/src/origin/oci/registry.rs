@@ -9,6 +9,7 @@ use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::origin::authorization;
 use crate::origin::http::{self, Answer, Ask, Http, Refusal, Server};
+use crate::printable;
 use crate::reference::{OciAt, OciRepo};
 use crate::transfer::Retry;
 use reqwest::StatusCode;
@@ -172,7 +173,7 @@ impl Registries {
     }
 
     async fn refused_token(&self, response: reqwest::Response, realm: &Url, repo: &OciRepo, signed: bool) -> Error {
-        let refusal = self.explained(response, true, repo).await;
+        let refusal = explained(&self.http, response, true).await;
         match refusal.status.as_u16() {
             401 | 403 if signed => refusal.error(realm).hint(format!("`docker login {}` again", repo.registry)),
             401 | 403 => refusal.error(realm).hint(self.login_hint(&repo.registry)),
@@ -187,7 +188,7 @@ impl Registries {
     /// What a refusal means: the one place where a registry's statuses become kinds.
     pub(super) async fn refused(&self, answer: Answer, repo: &OciRepo, what: &str) -> Error {
         let Answer { response, url, at_home, .. } = answer;
-        let refusal = self.explained(response, at_home, repo).await;
+        let refusal = explained(&self.http, response, at_home).await;
         if !at_home {
             return refused_elsewhere(&refusal, &url);
         }
@@ -210,33 +211,6 @@ impl Registries {
             429 => refusal.error(&url).hint("ask less often, or use a plan with higher limits"),
             _ => refusal.error(&url),
         }
-    }
-
-    /// A refusal with the registry's own code and words, in which nothing of a login is repeated.
-    async fn explained(&self, response: reqwest::Response, at_home: bool, repo: &OciRepo) -> Refusal {
-        #[derive(Deserialize)]
-        struct Errors {
-            errors: Vec<Words>,
-        }
-        #[derive(Deserialize)]
-        struct Words {
-            code: Option<String>,
-            message: Option<String>,
-        }
-        let mut refusal = Refusal::read(&self.http, response, at_home).await;
-        let errors: Option<Errors> = serde_json::from_slice(&refusal.body).ok();
-        if let Some(words) = errors.and_then(|errors| errors.errors.into_iter().next()) {
-            refusal.code = words.code.as_deref().map(http::one_line);
-            let message = words.message.filter(|message| !message.is_empty());
-            refusal.message = message.as_deref().map(http::one_line).or(refusal.message);
-        }
-        if let (Some(message), Some(OciLogin::Password(_, password))) =
-            (&mut refusal.message, self.config.logins.get(&repo.registry))
-            && !password.expose().is_empty()
-        {
-            *message = message.replace(password.expose(), "…");
-        }
-        refusal
     }
 
     fn login_hint(&self, registry: &str) -> String {
@@ -351,6 +325,27 @@ fn parameters(text: &str) -> BTreeMap<String, String> {
 #[cfg(fuzzing)]
 pub(super) fn fuzz(text: &str) {
     let _ = Challenge::parse(text);
+}
+
+/// A refusal with the registry's own code and words.
+async fn explained(http: &Http, response: reqwest::Response, at_home: bool) -> Refusal {
+    #[derive(Deserialize)]
+    struct Errors {
+        errors: Vec<Words>,
+    }
+    #[derive(Deserialize)]
+    struct Words {
+        code: Option<String>,
+        message: Option<String>,
+    }
+    let mut refusal = Refusal::read(http, response, at_home).await;
+    let errors: Option<Errors> = serde_json::from_slice(&refusal.body).ok();
+    if let Some(words) = errors.and_then(|errors| errors.errors.into_iter().next()) {
+        refusal.code = words.code.as_deref().map(printable::quote);
+        let message = words.message.filter(|message| !message.is_empty());
+        refusal.message = message.as_deref().map(printable::quote).or(refusal.message);
+    }
+    refusal
 }
 
 #[cfg(test)]

@@ -1,0 +1,420 @@
+//! Removes credentials from text before it is shown: the one place that decides what a secret looks like.
+//!
+//! Two kinds of text are told apart. [`reference`] takes one address or reference exactly as a person typed it. [`text`]
+//! takes any other text (a message, a server's answer, a log line) and finds addresses in it. Both replace user and
+//! password of an address, the values of its query, parameters that carry a signature or a token, and every value that
+//! this process knows to be secret (see [`learn`]) by `…`.
+//!
+//! Surprise: known secrets are kept for the whole process, because a server may quote a credential in an answer that is
+//! shown far from the code that sent it.
+
+use crate::error::Error;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use std::borrow::Cow;
+use std::collections::VecDeque;
+use std::sync::{PoisonError, RwLock};
+
+/// User and password as hints have them.
+const USER_INFO_EXAMPLE: &str = "user:password";
+
+/// What stands in the place of a secret.
+const REDACTED: &str = "…";
+
+/// What to do about a secret in a reference.
+pub(crate) const HINT: &str =
+    "leave it out: credentials come from the environment, the netrc or the configuration file";
+
+/// Shorter secrets are not searched for: they occur by chance, and replacing them would garble messages.
+const SECRET_CHARS_MIN: usize = 6;
+
+/// Most forms of secrets that are remembered; the oldest are forgotten first. Session tokens are renewed hourly, and a
+/// netrc may have hundreds of passwords.
+const FORMS_MAX: usize = 4096;
+
+/// Parameters whose values are secret, in lower case, wherever they stand in a text.
+const PARAMETERS: [&str; 30] = [
+    "x-amz-signature",
+    "x-amz-security-token",
+    "x-amz-credential",
+    "x-goog-signature",
+    "x-goog-credential",
+    "x-ms-signature",
+    "awsaccesskeyid",
+    "signature",
+    "sig",
+    "credential",
+    "token",
+    "access_token",
+    "id_token",
+    "refresh_token",
+    "session_token",
+    "security_token",
+    "private_token",
+    "auth_token",
+    "auth",
+    "password",
+    "passwd",
+    "pwd",
+    "secret",
+    "client_secret",
+    "secret_access_key",
+    "aws_secret_access_key",
+    "aws_session_token",
+    "api_key",
+    "apikey",
+    "authorization",
+];
+
+/// Variables whose values are secret.
+const VARIABLES: [&str; 7] = [
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_SECURITY_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+    "HF_TOKEN",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+];
+
+/// The secrets that this process knows, in every form in which a text may have them; oldest first.
+static KNOWN: RwLock<VecDeque<String>> = RwLock::new(VecDeque::new());
+
+/// Remembers a secret, so that no text shows it from now on: as it is, percent-encoded, in base64, and escaped as in
+/// JSON. Of an address, user and password are the secret.
+pub fn learn(secret: &str) {
+    let secret = secret.trim();
+    if let Some((_, rest)) = secret.split_once("://") {
+        if let Some((user_info, _)) = authority(rest).0.rsplit_once('@') {
+            learn_user_info(user_info);
+        }
+        return;
+    }
+    if secret.chars().count() < SECRET_CHARS_MIN {
+        return;
+    }
+    let json = serde_json::Value::from(secret).to_string();
+    let forms = [
+        secret.to_owned(),
+        utf8_percent_encode(secret, NON_ALPHANUMERIC).to_string(),
+        url::form_urlencoded::byte_serialize(secret.as_bytes()).collect(),
+        STANDARD.encode(secret).trim_end_matches('=').to_owned(),
+        json[1..json.len() - 1].to_owned(),
+    ];
+    let is_known = |known: &VecDeque<String>| known.iter().any(|form| *form == forms[0]);
+    if is_known(&KNOWN.read().unwrap_or_else(PoisonError::into_inner)) {
+        return;
+    }
+    let mut known = KNOWN.write().unwrap_or_else(PoisonError::into_inner);
+    for form in forms {
+        if !known.contains(&form) {
+            known.push_back(form);
+        }
+    }
+    while known.len() > FORMS_MAX {
+        known.pop_front();
+    }
+}
+
+/// `user:password`: the password is the secret, and so is the pair in base64, as `Authorization: Basic` carries it.
+fn learn_user_info(user_info: &str) {
+    let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
+    if let Some((user, password)) = user_info.split_once(':') {
+        learn(password);
+        learn(&decoded(password));
+        learn(&STANDARD.encode(format!("{}:{}", decoded(user), decoded(password))));
+    }
+}
+
+/// Remembers the secrets in the variables that are read: tokens, passwords, and those in addresses such as a proxy's.
+pub(crate) fn learn_environment<'a>(variables: impl IntoIterator<Item = (&'a String, &'a String)>) {
+    for (name, value) in variables {
+        if VARIABLES.contains(&name.as_str()) {
+            learn(value);
+        } else if value.contains('@') {
+            match value.contains("://") {
+                true => value.split(',').for_each(learn),
+                // A proxy may be named without a scheme.
+                false if name.to_ascii_lowercase().ends_with("_proxy") => learn(&format!("http://{value}")),
+                false => {}
+            }
+        }
+    }
+}
+
+/// Any text without its secrets.
+pub fn text(text: &str) -> Cow<'_, str> {
+    let text = match text.contains("://") {
+        true => Cow::Owned(with_addresses(text)),
+        false => Cow::Borrowed(text),
+    };
+    let text = match text.contains('=') {
+        true => Cow::Owned(with_parameters(&text)),
+        false => text,
+    };
+    without_known(text)
+}
+
+/// `text`, which is one reference or address and nothing else, without its secrets.
+pub fn reference(text: &str) -> String {
+    let shown = match text.split_once("://") {
+        Some((scheme, rest)) => format!("{scheme}://{}", address(scheme, rest, true)),
+        None => bare(text),
+    };
+    // After a `#` only a digest is understood.
+    let shown = match shown.split_once('#') {
+        Some((before, fragment)) if !fragment.starts_with("sha256=") => format!("{before}#{REDACTED}"),
+        _ => shown,
+    };
+    without_known(Cow::Owned(with_parameters(&shown))).into_owned()
+}
+
+/// The refusal of `text`, a reference or a name: `error`, unless that may repeat what is secret in it.
+pub(crate) fn refusal(text: &str, error: Error) -> Error {
+    match reference(text) {
+        shown if shown == text => error,
+        shown => Error::invalid(format!("{shown:?} is no reference; what may be a password in it is not repeated"))
+            .hint(HINT),
+    }
+}
+
+/// `text`, which is a setting's value, perhaps a list split by commas, without its secrets.
+pub(crate) fn setting(text: &str) -> String {
+    let part = |part: &str| match part.rsplit_once('@') {
+        // Of no address: the rest of a password with a comma in it, or user and password before a name.
+        Some((_, rest)) if !part.contains("://") => format!("{REDACTED}@{rest}"),
+        _ => reference(part),
+    };
+    text.split(',').map(part).collect::<Vec<_>>().join(",")
+}
+
+/// Whether an address has a signature or a token in its query, so that it must be kept nowhere.
+pub(crate) fn has_secret_query(text: &str) -> bool {
+    text.split_once('?').is_some_and(|(_, query)| with_parameters(query) != query)
+}
+
+/// `user:password@name`, without a scheme.
+fn bare(text: &str) -> String {
+    let (server, rest) = authority(text);
+    match server.rsplit_once('@') {
+        Some((user_info, server)) if user_info.contains(':') && !text.starts_with("models:") => {
+            format!("{REDACTED}@{server}{rest}")
+        }
+        _ => text.to_owned(),
+    }
+}
+
+/// Up to the first slash, and what follows.
+fn authority(rest: &str) -> (&str, &str) {
+    rest.split_at(rest.find('/').unwrap_or(rest.len()))
+}
+
+/// What follows `scheme://`, without user, password and query. Of one that was `typed` as it is, a port that is no number
+/// may be a password without its server; in a message it is `host:port` or the like.
+fn address(scheme: &str, rest: &str, typed: bool) -> String {
+    let (server, path) = authority(rest);
+    // A branch stands after the @ of `hf://name@branch`; a password has a colon before it.
+    let is_user_info = |text: &str| (scheme != "hf" || text.contains(':')) && text != USER_INFO_EXAMPLE;
+    let (server, path) = match server.rsplit_once('@') {
+        Some((user_info, server)) if is_user_info(user_info) => (format!("{REDACTED}@{server}"), path),
+        Some(_) => (server.to_owned(), path),
+        None => match (misplaced_password(scheme, server), path.rsplit_once('@')) {
+            // A slash in the password: what looks like the server ends in the middle of it.
+            (Some(_), Some((_, server))) => (format!("{REDACTED}@{server}"), ""),
+            (Some(host), None) if typed => (format!("{host}:{REDACTED}"), path),
+            (_, _) => (server.to_owned(), path),
+        },
+    };
+    // Elsewhere a question mark may belong to a name; with a value after it, it begins a query.
+    let has_query = |query: &str| matches!(scheme, "http" | "https") || query.contains('=');
+    let cut = |text: &str| match text.split_once('?') {
+        Some((before, query)) if has_query(query) => format!("{before}?{REDACTED}"),
+        _ => text.to_owned(),
+    };
+    format!("{}{}", cut(&server), cut(path))
+}
+
+/// The host of a server whose port is no number, so that it may be a password.
+fn misplaced_password<'a>(scheme: &str, server: &'a str) -> Option<&'a str> {
+    let port_from = server.rfind(']').map_or(0, |at| at + 1);
+    let (before, port) = server[port_from..].split_once(':')?;
+    let port = port.split('?').next().unwrap_or(port);
+    // In a message punctuation follows.
+    let port = port.trim_end_matches(|c: char| c.is_ascii_punctuation());
+    let is_port = port.bytes().all(|byte| byte.is_ascii_digit());
+    // `hf://name:revision` is a branch.
+    (!is_port && scheme != "hf").then(|| &server[..port_from + before.len()])
+}
+
+/// `text` with every address in it shown as [`address`] shows it.
+fn with_addresses(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find("://") {
+        let (before, after) = rest.split_at(at + 3);
+        let scheme = last_word(&before[..at], |c| c.is_ascii_alphanumeric()).to_ascii_lowercase();
+        let ends = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '"' | '\'' | '`' | '<' | '>');
+        let word = &after[..after.find(ends).unwrap_or(after.len())];
+        // In a list of addresses the next one begins after a comma, which may stand in a password as well.
+        let end = word.find(",http").or(word.find(",hf:")).or(word.find(",s3:")).unwrap_or(word.len());
+        shown.push_str(before);
+        shown.push_str(&address(&scheme, &word[..end], false));
+        rest = &after[end..];
+    }
+    shown.push_str(rest);
+    shown
+}
+
+/// `text` with the values of secret parameters (`name=value`) left out.
+fn with_parameters(text: &str) -> String {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find('=') {
+        let (before, after) = rest.split_at(at + 1);
+        let name = last_word(&before[..at], is_name).to_ascii_lowercase();
+        shown.push_str(before);
+        let ends = |c: char| c.is_whitespace() || matches!(c, '&' | ';' | ',' | '"' | '\'' | '<' | '>' | ')' | '…');
+        let end = after.find(ends).unwrap_or(after.len());
+        if PARAMETERS.contains(&name.as_str()) && end > 0 {
+            shown.push_str(REDACTED);
+            rest = &after[end..];
+        } else {
+            rest = after;
+        }
+    }
+    shown.push_str(rest);
+    shown
+}
+
+/// The end of `text` that has only such characters.
+fn last_word(text: &str, is_part: impl Fn(char) -> bool) -> &str {
+    text.rsplit(|c| !is_part(c)).next().unwrap_or_default()
+}
+
+fn without_known(text: Cow<'_, str>) -> Cow<'_, str> {
+    let known = KNOWN.read().unwrap_or_else(PoisonError::into_inner);
+    let mut found: Vec<&String> = known.iter().filter(|secret| text.contains(secret.as_str())).collect();
+    // One secret may be the beginning of another.
+    found.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
+    found.into_iter().fold(text, |text, secret| Cow::Owned(text.replace(secret.as_str(), REDACTED)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_reference_is_shown_without_password_and_query() {
+        for (typed, shown) in [
+            ("http://u:canary@h/x", "http://…@h/x"),
+            ("https://canary@h/x", "https://…@h/x"),
+            ("https://u:can/canary@h/x", "https://…@h/x"),
+            ("https://u:can?canary@h/x", "https://…@h/x"),
+            ("https://u:can#canary@h/x", "https://…@h/x"),
+            ("https://u:can canary@h/x", "https://…@h/x"),
+            ("https://u:canary", "https://u:…"),
+            ("https://h/x?X-Amz-Signature=canary", "https://h/x?…"),
+            ("https://h?canary", "https://h?…"),
+            ("hf://u:canary@org/model", "hf://…@org/model"),
+            ("s3://u:canary@b/x", "s3://…@b/x"),
+            ("s3://canary@b/x", "s3://…@b/x"),
+            ("s3://b/x?X-Amz-Security-Token=canary&y=2", "s3://b/x?…"),
+            ("models://u:canary@h/x/1", "models://…@h/x/1"),
+            ("models:/x/1?token=canary", "models:/x/1?token=…"),
+            ("oci://u:canary@r:5000/m:1", "oci://…@r:5000/m:1"),
+            ("file://u:canary@h/x", "file://…@h/x"),
+            ("u:canary@b", "…@b"),
+            ("https://h/x#canary", "https://h/x#…"),
+            ("ftp://u:canary@h/x", "ftp://…@h/x"),
+        ] {
+            assert_eq!(reference(typed), shown, "{typed}");
+            assert_eq!(has_secret_query(typed), typed.contains("canary&") || typed.contains("=canary"), "{typed}");
+            // Within a message it is a word, so one with a space in it cannot be found whole.
+            let message = format!("cannot read \"{typed}\": refused");
+            assert!(
+                typed.contains([' ', '#'])
+                    || typed == "https://u:canary"
+                    || !typed.contains("://")
+                    || !text(&message).contains("canary"),
+                "{typed}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_carries_no_secret_is_shown_as_it_is() {
+        for plain in [
+            "hf://org/model@main/sub/f?c@d",
+            "hf://gpt2@main",
+            "hf://gpt2:main",
+            "s3://b/m@3/x?y",
+            "s3://b/a/b@c",
+            "models:/fraud@prod",
+            "models:/fraud/3",
+            "oci://[::1]:5000/m:1",
+            "oci://r.example:5000/team/m@sha256:12",
+            "https://[::1]:9/m@2",
+            "http://h:8080/a/@b/m@1#sha256=00",
+            "file:///a b/c@d:e",
+            "team/model@3",
+            "key=team/model@3",
+        ] {
+            assert_eq!(reference(plain), plain);
+            assert!(!has_secret_query(plain), "{plain}");
+            let message =
+                format!("{plain}: gone (http://127.0.0.1:9000: 404; write http://user:password@host:port, http://h:1)");
+            assert_eq!(text(&message), message);
+        }
+    }
+
+    #[test]
+    fn a_message_is_shown_without_secret_parameters() {
+        for (message, shown) in [
+            ("the token=canary, is bad", "the token=…, is bad"),
+            ("Credential=canary Signature=canary", "Credential=… Signature=…"),
+            ("proxy http://u:canary@p:1 refused", "proxy http://…@p:1 refused"),
+            ("a,hf://x@y,http://u:canary@h/{name}", "a,hf://x@y,http://…@h/{name}"),
+            ("GET https://h/k?X-Goog-Signature=canary&Expires=1 failed", "GET https://h/k?… failed"),
+            ("monkey=1 design=2", "monkey=1 design=2"),
+        ] {
+            assert_eq!(text(message), shown);
+        }
+        assert_eq!(setting("hf://{name}@{version},http://u:can,ary@h"), "hf://{name}@{version},http://u:…,…@h");
+    }
+
+    #[test]
+    fn a_known_secret_is_found_in_every_form() {
+        learn("sësame/open+now\"");
+        learn("http://proxy-user:proxy%20password@p");
+        let environment = [("HF_TOKEN", "hf_known_token"), ("https_proxy", "u:other-password@p:3128")];
+        let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        learn_environment(environment.iter().map(|(name, value)| (name, value)));
+        learn("short");
+        for shown in [
+            "sësame/open+now\"",
+            "s%C3%ABsame%2Fopen%2Bnow%22",
+            "proxy password",
+            "proxy%20password",
+            "cHJveHktdXNlcjpwcm94eSBwYXNzd29yZA==",
+            "hf_known_token",
+            "aGZfa25vd25fdG9rZW4",
+            "other-password",
+        ] {
+            let text = text(&format!("a {shown} b")).into_owned();
+            assert!(!text.contains(shown) && text.contains("a …"), "{text}");
+        }
+        let json = serde_json::to_string("sësame/open+now\"").expect("json");
+        assert_eq!(text(&json), "\"…\"");
+        assert_eq!(text("short"), "short");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_it_panic(words in "(://|@|:|/|=|\\?|,http|sig=|é|…|\"| |u|\\[|\\]){0,24}") {
+            let _ = (text(&words), reference(&words), setting(&words), has_secret_query(&words));
+        }
+    }
+}
