@@ -144,8 +144,10 @@ fn write_then(
 /// The whole of a small file, or `None` if there is none.
 pub(crate) fn read_small(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>> {
     let read = || {
-        let mut bytes = Vec::new();
-        modes::open_existing(path, false)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
+        let file = modes::open_existing(path, false)?;
+        let bytes_expected = file.metadata()?.len().min(bytes_max) + 1;
+        let mut bytes = Vec::with_capacity(usize::try_from(bytes_expected).unwrap_or_default());
+        file.take(bytes_max + 1).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
     absent(read()).at("read", path)

@@ -438,7 +438,7 @@ mod tests {
     use super::*;
     use crate::config::RetryConfig;
     use crate::ladder::LadderHasher;
-    use crate::manifest::Manifest;
+    use crate::manifest::{FileDetails, Manifest};
     use crate::source::Body;
     use async_trait::async_trait;
     use bytes::Bytes;
@@ -478,7 +478,8 @@ mod tests {
         let mut hasher = LadderHasher::new(part_size(size));
         hasher.update(&right);
         let (sha256, ladder) = hasher.finish();
-        let entry = FileEntry { size, sha256: Some(sha256), ladder: Some(ladder), ..FileEntry::default() };
+        let entry =
+            FileEntry::with(size, FileDetails { sha256: Some(sha256), ladder: Some(ladder), ..FileDetails::default() });
         let owner = FileLock::try_exclusive(&folder.path().join("owner")).expect("locks").expect("nobody else");
         let target = folder.path().join("file");
         let file = PourFile {

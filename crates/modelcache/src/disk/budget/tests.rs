@@ -9,7 +9,7 @@ use super::*;
 use crate::config::{ByteBound, Sharing};
 use crate::disk::index::below_artifacts;
 use crate::disk::{Lend, Lent, Pin};
-use crate::manifest::Shape;
+use crate::manifest::{FileDetails, Shape};
 use crate::progress::Progress;
 use crate::selection::Selection;
 use modelcache_testkit::Dice;
@@ -34,7 +34,8 @@ pub(in crate::disk) fn put(disk: &Disk, key: &ArtifactKey, content: &str, source
     fs::write(source, content).expect("writes");
     let (path, size) = (FilePath::new("f").expect("path"), content.len() as u64);
     let mut listing = Manifest::new(key.clone(), Shape::Tree);
-    let entry = FileEntry { size, sha256: Some(Digest::of(content.as_bytes())), ..FileEntry::default() };
+    let entry =
+        FileEntry::with(size, FileDetails { sha256: Some(Digest::of(content.as_bytes())), ..FileDetails::default() });
     let staging = disk.try_begin_fill(key, &[(path.clone(), entry)], Vec::new())?;
     let given = Given { path: path.clone(), from: source.to_owned(), size };
     let staged = copy_given(&given, &staging.file("copy"), &Progress::new())?;
@@ -184,7 +185,7 @@ impl House {
                 "killed between record and manifest"
             }
             _ => {
-                let wanted = (FilePath::new("f").expect("path"), FileEntry { size: 9, ..FileEntry::default() });
+                let wanted = (FilePath::new("f").expect("path"), FileEntry::of(9));
                 if let Ok(staging) = ours.try_begin_fill(&key, &[wanted], Vec::new()) {
                     let digest = Digest::of(content.as_bytes());
                     fs::write(staging.file(&format!("sha256-{digest}")), &content).expect("writes");
@@ -331,7 +332,7 @@ fn what_an_ended_fill_leaves_goes_before_anything_published_at_each_eviction() {
     // A fill that died when its blob was published and its manifest was not: staging and blob share the bytes.
     let digest = Digest::of(b"content 99");
     disk.evict(&key(6)).expect("evicts");
-    let wanted = (FilePath::new("f").expect("path"), FileEntry { size: 10, ..FileEntry::default() });
+    let wanted = (FilePath::new("f").expect("path"), FileEntry::of(10));
     let staging = disk.try_begin_fill(&key(99), &[wanted], Vec::new()).expect("begins");
     let (staged, blob) = (staging.file(&format!("sha256-{digest}")), disk.layout().blob(&digest));
     fs::write(&staged, "content 99").expect("writes");

@@ -341,11 +341,7 @@ impl Mlflow {
                 if entry.is_dir {
                     seen += 1;
                     folders.push(Some(path));
-                } else if manifest
-                    .files
-                    .insert(path, FileEntry { size: entry.file_size, ..Default::default() })
-                    .is_some()
-                {
+                } else if manifest.files.insert(path, FileEntry::of(entry.file_size)).is_some() {
                     return Err(refuse("listed twice"));
                 }
             }
