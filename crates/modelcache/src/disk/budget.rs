@@ -271,7 +271,7 @@ impl BudgetHold<'_> {
         let (changes, mixed_unix) = (Some(self.at), self.mixed_unix);
         let record =
             Record { total: self.total, dirty, boot_id: boot_id(), pid: std::process::id(), changes, mixed_unix };
-        let mut bytes = serde_json::to_vec(&record).unwrap_or_default();
+        let mut bytes = with_checksum(&serde_json::to_string(&record).unwrap_or_default()).into_bytes();
         bytes.resize(RECORD_BYTES, b' ');
         self.lock.file().write_all_at(&bytes, 0).at("write", &self.disk.layout().budget_lock())
     }
@@ -747,10 +747,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The record in `file`; `None` if it cannot be read or its checksum differs. Older releases write none.
 fn read_record(file: &std::fs::File) -> Option<Record> {
     let mut bytes = [0; RECORD_BYTES];
     let read = file.read_at(&mut bytes, 0).ok()?;
-    serde_json::from_slice(&bytes[..read]).ok()
+    let text = std::str::from_utf8(&bytes[..read]).ok()?.trim_end_matches(' ');
+    let is_right = text.rsplit_once(CHECKSUM).is_none_or(|(record, _)| with_checksum(&format!("{record}}}")) == text);
+    if is_right { serde_json::from_str(text).ok() } else { None }
+}
+
+/// What stands before the checksum, which is the last field of the record.
+const CHECKSUM: &str = r#","check":""#;
+
+/// The record with the first eight hex digits of the SHA-256 of what stands before the checksum.
+fn with_checksum(record: &str) -> String {
+    let fields = record.strip_suffix('}').unwrap_or(record);
+    let digest = Digest::of(fields.as_bytes()).to_string();
+    format!("{fields}{CHECKSUM}{}\"}}", &digest[..8])
 }
 
 /// The recorded total of a directory that is not open, if it is to be trusted.

@@ -366,7 +366,7 @@ fn the_record_of_any_release_fits_and_is_read_by_any_other() {
         changes: serde_json::from_str(most).expect("a position"),
         mixed_unix: Some(u64::MAX),
     };
-    let bytes = serde_json::to_vec(&record).expect("encodes");
+    let bytes = with_checksum(&serde_json::to_string(&record).expect("encodes")).into_bytes();
     assert!(bytes.len() <= RECORD_BYTES, "{}", String::from_utf8_lossy(&bytes));
     let Older { total, dirty, boot_id, pid } = serde_json::from_slice(&bytes).expect("reads");
     assert_eq!((total, dirty, boot_id, pid), (u64::MAX, false, super::boot_id(), u32::MAX));
@@ -387,4 +387,28 @@ fn a_release_that_announces_nothing_is_reckoned_with_until_its_changes_are_made(
     };
     assert_eq!(seen(1), (true, true));
     assert_eq!(seen(MIXED_MAX.as_secs() + 5), (false, false), "then everything is read once more");
+}
+
+#[test]
+fn a_record_with_a_changed_byte_is_not_believed() {
+    let house = House::new();
+    let disk = &house.ours[0];
+    drop(put(disk, &key(1), "content", &house.path("source")).expect("fits"));
+    let total = house.record().expect("a record").total;
+    assert_eq!(total, disk.published_bytes().expect("counts"));
+    let lock = OpenOptions::new().read(true).write(true).open(disk.layout().budget_lock()).expect("opens");
+    let mut written = [0; RECORD_BYTES];
+    lock.read_exact_at(&mut written, 0).expect("reads");
+    for (at, byte) in written.iter().enumerate() {
+        lock.write_all_at(&[byte ^ 1], at as u64).expect("writes");
+        // In the name of the checksum itself it changes nothing that is believed.
+        assert!(read_record(&lock).is_none_or(|read| read.total == total && !read.dirty), "byte {at}");
+        lock.write_all_at(&[*byte], at as u64).expect("writes");
+    }
+    let digit = format!("\"total\":{total}");
+    let text = String::from_utf8_lossy(&written).replacen(&digit, &format!("\"total\":{}", total ^ 1), 1);
+    lock.write_all_at(text.as_bytes(), 0).expect("writes");
+    let hold = disk.hold_budget().expect("holds");
+    assert_eq!(hold.total, total, "it is counted again");
+    hold.release().expect("releases");
 }
