@@ -1,6 +1,7 @@
 //! Small file work shared by the disk tier: identities, durable writes, walking, removing.
 
 use super::fault::At;
+use super::lock::FileLock;
 use super::modes;
 use crate::digest::Digest;
 use crate::error::Result;
@@ -16,7 +17,7 @@ use std::path::{Path, PathBuf};
 /// Bytes read at a time when hashing.
 const READ_BYTES: usize = 1 << 20;
 
-/// How the names of files and folders begin that are not finished; what stays of them is swept by age.
+/// How the names of files and folders begin that are not finished. What their writers leave behind is counted and swept.
 pub(crate) const TEMPORARY: &str = "new-";
 
 /// What tells a file from another, as manifests record it.
@@ -116,6 +117,8 @@ enum Sync {
 }
 
 /// Writes `bytes` to a temporary file and gives it its name with `place`.
+///
+/// The file is locked before the first byte is written, until it has its name: a sweep removes those that nobody locks.
 fn write_then(
     target: &Path,
     bytes: &[u8],
@@ -124,10 +127,13 @@ fn write_then(
     place: impl Fn(&Path) -> io::Result<()>,
 ) -> io::Result<()> {
     let temporary = dir.join(format!("{TEMPORARY}{}", random_name()));
-    let synced = |file: File| if sync == Sync::Nothing { Ok(()) } else { file.sync_all() };
-    let written = modes::create_readable(&temporary)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| synced(file)))
-        .and_then(|()| place(&temporary));
+    let synced = |file: &File| if sync == Sync::Nothing { Ok(()) } else { file.sync_all() };
+    let written = modes::create_readable(&temporary).and_then(|file| {
+        let lock = FileLock::of_temporary(file)?;
+        lock.file().write_all(bytes)?;
+        synced(lock.file())?;
+        place(&temporary)
+    });
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
     }

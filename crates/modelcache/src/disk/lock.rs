@@ -50,7 +50,9 @@ impl FileLock {
     /// whoever removes a locked file does so under its lock. It is never made: a journal that its owner is just removing
     /// must not come back.
     pub(crate) fn try_existing(path: &Path) -> Result<Option<Option<Self>>> {
-        let opened = files::absent(modes::open_existing(path, true)).at("open the lock", path)?;
+        // The kernel locks what can only be read, too, on local filesystems: another user's temporary file.
+        let open = || modes::open_existing(path, true).or_else(|_| modes::open_existing(path, false));
+        let opened = files::absent(open()).at("open the lock", path)?;
         let Some(file) = opened else { return Ok(None) };
         let Some(held) = Self::locked(file.try_lock(), file).at("lock", path)? else { return Ok(Some(None)) };
         let inode = |metadata: std::fs::Metadata| metadata.ino();
@@ -61,6 +63,11 @@ impl FileLock {
     /// Takes the lock of a file that this process has just made.
     pub(crate) fn of_new(file: File, path: &Path) -> Result<Option<Self>> {
         Self::locked(file.try_lock(), file).at("lock", path)
+    }
+
+    /// Takes the lock of a temporary file that this process has just made; nobody else locks an empty one.
+    pub(crate) fn of_temporary(file: File) -> io::Result<Self> {
+        Self::locked(file.try_lock(), file)?.ok_or_else(|| Errno::WOULDBLOCK.into())
     }
 
     fn locked(outcome: Result<(), TryLockError>, file: File) -> io::Result<Option<Self>> {

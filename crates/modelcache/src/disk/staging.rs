@@ -320,11 +320,28 @@ impl Disk {
         Ok(uses)
     }
 
+    /// The temporary files directly in `folder` that take bytes. One that is a link to a blob counts there.
+    pub(super) fn temporaries(&self, folder: &Path) -> Result<Vec<TemporaryFile>> {
+        let mut found = Vec::new();
+        for path in files::entries(folder)?.into_iter().filter(|path| is_temporary(path)) {
+            if let Some(metadata) = files::stat(&path)?.filter(|metadata| metadata.is_file() && metadata.nlink() == 1)
+                && metadata.len() > 0
+            {
+                found.push(TemporaryFile { path, allocated: allocated(&metadata) });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether the writer of a temporary file with bytes in it died, as far as its lock tells. The caller holds the budget,
+    /// so that nobody is about to write or rename it within a budget hold.
+    pub(super) fn is_dead_temporary(&self, path: &Path) -> bool {
+        self.locks_are_honest() && matches!(FileLock::try_existing(path), Ok(Some(Some(_))))
+    }
+
     /// Removes what writers that ended long ago had not given its name yet, directly in `folder`.
     pub(crate) fn drop_old_temporaries(&self, folder: &Path) -> Result<()> {
-        let is_temporary =
-            |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(files::TEMPORARY));
-        for path in files::entries(folder)?.into_iter().filter(is_temporary) {
+        for path in files::entries(folder)?.into_iter().filter(|path| is_temporary(path)) {
             let age = |metadata: &fs::Metadata| SystemTime::now().duration_since(metadata.modified().ok()?).ok();
             match files::stat(&path)?.filter(|metadata| age(metadata) > Some(TEMPORARY_AGE_MAX)) {
                 Some(metadata) if metadata.is_file() => files::remove_file(&path)?,
@@ -457,6 +474,18 @@ impl Drop for Staging {
             tracing::debug!(%error, "staging stays until the next sweep");
         }
     }
+}
+
+/// A file that a writer has not given its name yet.
+#[derive(Debug)]
+pub(super) struct TemporaryFile {
+    pub(super) path: PathBuf,
+    /// Bytes on the filesystem.
+    pub(super) allocated: u64,
+}
+
+fn is_temporary(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(files::TEMPORARY))
 }
 
 /// Bytes that a staged file of `size` bytes takes, its journal included.

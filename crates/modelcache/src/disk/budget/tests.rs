@@ -8,6 +8,7 @@ use super::super::{Given, copy_given};
 use super::*;
 use crate::config::{ByteBound, Sharing};
 use crate::disk::index::below_artifacts;
+use crate::disk::prune::{Leftovers, PruneOptions};
 use crate::disk::{Lend, Lent, Pin};
 use crate::manifest::{FileDetails, Shape};
 use crate::progress::Progress;
@@ -411,4 +412,36 @@ fn a_record_with_a_changed_byte_is_not_believed() {
     let hold = disk.hold_budget().expect("holds");
     assert_eq!(hold.total, total, "it is counted again");
     hold.release().expect("releases");
+}
+
+#[test]
+fn a_temporary_file_counts_and_goes_before_an_artifact_once_its_writer_died() {
+    let house = House::new();
+    let disk = &house.ours[0];
+    let fill =
+        |number: u64| drop(put(disk, &key(number), &format!("content {number}"), &house.path("source")).expect("fits"));
+    let counted = || disk.usage().expect("counts").0.counted();
+    (0..4).for_each(fill);
+    let temporary = disk.layout().stagings().join(format!("{}{}", files::TEMPORARY, files::random_name()));
+    let file = OpenOptions::new().write(true).create_new(true).open(&temporary).expect("makes");
+    let writer = FileLock::of_temporary(file).expect("locks");
+    writer.file().write_all_at(b"a manifest", 0).expect("writes");
+    assert_eq!(counted(), 5 * BLOCK_BYTES);
+    let prune = |dry_run| disk.prune(&PruneOptions { dry_run, ..PruneOptions::default() }).expect("prunes");
+    for dry_run in [true, false] {
+        assert_eq!(prune(dry_run).leftovers, Leftovers::default(), "its writer lives");
+    }
+    fill(5);
+    assert!(temporary.exists());
+    drop(writer);
+    assert_eq!(prune(true).leftovers.temporary_bytes, BLOCK_BYTES);
+    fill(6);
+    assert!(!temporary.exists(), "its writer died");
+    assert_eq!((disk.scan().expect("scans").len(), counted()), (6, 6 * BLOCK_BYTES), "nothing else had to go");
+
+    disk.evict(&key(6)).expect("evicts");
+    fs::write(&temporary, "left").expect("writes");
+    let pruned = prune(false);
+    assert_eq!((pruned.leftovers.temporary_bytes, pruned.freed_bytes), (BLOCK_BYTES, BLOCK_BYTES));
+    assert!(!temporary.exists());
 }
