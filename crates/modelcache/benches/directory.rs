@@ -9,7 +9,7 @@ use modelcache::cache::GetOptions;
 use modelcache::config::{ByteBound, Config, HubConfig, OnRemoteDown, RemoteMode, RetryConfig, Sharing};
 use modelcache::digest::{Digest, Provenance};
 use modelcache::key::{ArtifactKey, FilePath, escape};
-use modelcache::manifest::{FileEntry, FileIdentity, Held, Manifest, Shape};
+use modelcache::manifest::{FileDetails, FileEntry, FileIdentity, Held, Manifest, Shape};
 use modelcache::progress::Progress;
 use modelcache::{Cache, Reference};
 use std::fs;
@@ -162,13 +162,15 @@ fn publish(dir: &Path, number: usize) {
         let metadata = fs::metadata(&blob).unwrap();
         let mtime_ns = metadata.mtime() * 1_000_000_000 + metadata.mtime_nsec();
         let held = Held::Disk(FileIdentity { inode: metadata.ino(), bytes: metadata.len(), mtime_ns });
-        let entry = FileEntry {
-            size: metadata.len(),
-            sha256: Some(digest),
-            provenance: Some(Provenance::Put),
-            held: Some(held),
-            ..FileEntry::default()
-        };
+        let entry = FileEntry::with(
+            metadata.len(),
+            FileDetails {
+                sha256: Some(digest),
+                provenance: Some(Provenance::Put),
+                held: Some(held),
+                ..FileDetails::default()
+            },
+        );
         manifest.files.insert(FilePath::new(name).unwrap(), entry);
     }
     fs::write(folder.join("last-used"), "").unwrap();

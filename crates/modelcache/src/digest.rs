@@ -16,6 +16,9 @@ pub struct Digest([u8; 32]);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GitOid([u8; 20]);
 
+/// Characters that are quoted of a text that is no digest.
+const QUOTED_CHARS_MAX: usize = 100;
+
 macro_rules! hex_words {
     ($type:ident, $len:literal, $what:literal) => {
         impl $type {
@@ -48,8 +51,11 @@ macro_rules! hex_words {
             /// Accepts hex digits of either case.
             fn from_str(text: &str) -> Result<Self> {
                 let mut bytes = [0; $len];
-                hex::decode_to_slice(text, &mut bytes)
-                    .map_err(|_| Error::invalid(format!(concat!("not a ", $what, ": {:?}"), text)))?;
+                hex::decode_to_slice(text, &mut bytes).map_err(|_| {
+                    // Not all of it: what a server sends here may be long.
+                    let quoted: String = text.chars().take(QUOTED_CHARS_MAX).collect();
+                    Error::invalid(format!(concat!("not a ", $what, ": {:?}"), quoted))
+                })?;
                 Ok(Self(bytes))
             }
         }

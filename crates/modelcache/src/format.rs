@@ -7,6 +7,8 @@
 
 use crate::error::{Error, Result};
 use crate::key::FilePath;
+use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
 use std::fmt;
 use std::io::Read;
 
@@ -288,12 +290,35 @@ fn is_safetensors(head: &[u8], size: u64) -> bool {
     }
     let text = &head[8..];
     match usize::try_from(length).ok().and_then(|length| text.get(..length)) {
-        Some(whole) => {
-            let header = serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(whole);
-            header.is_ok_and(|header| header.values().all(serde_json::Value::is_object))
-        }
+        Some(whole) => serde_json::from_slice::<ObjectOfObjects>(whole).is_ok(),
         // Larger than what is looked at: it begins like one.
         None => text.starts_with(b"{\"") && !text.contains(&0),
+    }
+}
+
+/// A JSON object whose values are objects; nothing of it is kept.
+struct ObjectOfObjects;
+
+impl<'de> Deserialize<'de> for ObjectOfObjects {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members;
+        impl<'de> Visitor<'de> for Members {
+            type Value = ObjectOfObjects;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of objects")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<ObjectOfObjects, A::Error> {
+                while let Some((IgnoredAny, value)) = members.next_entry::<IgnoredAny, &RawValue>()? {
+                    if !value.get().starts_with('{') {
+                        return Err(A::Error::custom("a value is no object"));
+                    }
+                }
+                Ok(ObjectOfObjects)
+            }
+        }
+        deserializer.deserialize_map(Members)
     }
 }
 

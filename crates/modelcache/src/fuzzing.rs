@@ -7,7 +7,8 @@ use crate::{origin, remote};
 
 /// The list inside a manifest, past its envelope.
 pub fn manifest_list(bytes: &[u8]) {
-    let Ok(manifest) = serde_json::from_slice::<Manifest>(bytes) else { return };
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let Ok(manifest) = Manifest::from_list(text) else { return };
     if manifest.check().is_ok() {
         let written = manifest.to_bytes().expect("a manifest that obeys the rules can be written");
         assert_eq!(Manifest::from_bytes(&written).expect("and read again"), manifest);
@@ -15,6 +16,20 @@ pub fn manifest_list(bytes: &[u8]) {
         merged.learn(&manifest).expect("a manifest agrees with itself");
         assert_eq!(merged, manifest, "and learns nothing from itself");
     }
+}
+
+/// The same list, read only.
+pub fn read_manifest_list(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let _ = Manifest::from_list(text);
+}
+
+/// A list with thousands of files, each with `bytes` for its entry.
+pub fn repeated_list(bytes: &[u8]) -> String {
+    let entry = String::from_utf8_lossy(bytes);
+    let files: Vec<String> =
+        (0..(1 << 20) / (entry.len() + 16)).map(|number| format!("\"{number:x}\":{entry}")).collect();
+    format!(r#"{{"name":"m","version":"1","shape":"tree","files":{{{}}}}}"#, files.join(","))
 }
 
 /// A page of a repository's tree, a revision, a refusal: what the Hub answers.

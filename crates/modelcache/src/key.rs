@@ -31,7 +31,7 @@ pub struct Version(String);
 /// The path of a file within an artifact: relative, `/`-separated, never climbing.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct FilePath(String);
+pub struct FilePath(Box<str>);
 
 /// Where an artifact lives: its name and version.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -160,7 +160,7 @@ impl FilePath {
         }
         match text.split('/').find_map(|segment| segment_fault(segment, &['\\'])) {
             Some(fault) => Err(Error::invalid(format!("the file path {text:?} {fault}"))),
-            None => Ok(Self(text.to_owned())),
+            None => Ok(Self(text.into())),
         }
     }
 
@@ -263,7 +263,7 @@ macro_rules! text_type {
 
         impl From<$type> for String {
             fn from(value: $type) -> String {
-                value.0
+                value.0.into()
             }
         }
     };

@@ -58,6 +58,27 @@ impl Ladder {
         Ok(Self { part_size, states })
     }
 
+    /// A ladder from its states as they are written: base64 of big-endian words.
+    pub(crate) fn from_base64(part_size: u64, states: &str) -> Result<Self> {
+        let bytes = BASE64_STANDARD
+            .decode(states)
+            .map_err(|cause| Error::corrupt("a ladder that is no base64").cause(cause))?;
+        let (states, rest) = bytes.as_chunks::<32>();
+        if !rest.is_empty() {
+            return Err(Error::corrupt(format!("a ladder of {} bytes, no multiple of 32", bytes.len())));
+        }
+        let states = states.iter().map(|state| {
+            let (words, _) = state.as_chunks::<4>();
+            std::array::from_fn(|at| u32::from_be_bytes(words[at]))
+        });
+        Self::new(part_size, states.collect())
+    }
+
+    /// Bytes that the states take in memory.
+    pub(crate) fn heap_bytes(&self) -> usize {
+        self.states.capacity() * size_of::<State>()
+    }
+
     /// Bytes of every part but the last.
     pub fn part_size(&self) -> u64 {
         self.part_size
@@ -115,18 +136,7 @@ impl TryFrom<Wire> for Ladder {
     type Error = Error;
 
     fn try_from(wire: Wire) -> Result<Self> {
-        let bytes = BASE64_STANDARD
-            .decode(&wire.states)
-            .map_err(|cause| Error::corrupt("a ladder that is no base64").cause(cause))?;
-        let (states, rest) = bytes.as_chunks::<32>();
-        if !rest.is_empty() {
-            return Err(Error::corrupt(format!("a ladder of {} bytes, no multiple of 32", bytes.len())));
-        }
-        let states = states.iter().map(|state| {
-            let (words, _) = state.as_chunks::<4>();
-            std::array::from_fn(|at| u32::from_be_bytes(words[at]))
-        });
-        Self::new(wire.part_size, states.collect())
+        Self::from_base64(wire.part_size, &wire.states)
     }
 }
 

@@ -28,6 +28,18 @@ pub const FILES_MAX: usize = 1_000_000;
 /// Largest manifest accepted, in bytes: a million files with digests and ladders stay below it.
 pub const MANIFEST_BYTES_MAX: u64 = 512 * MIB;
 
+/// Most unknown fields in one object of a manifest. Releases add a few at a time.
+pub const UNKNOWN_FIELDS_MAX: usize = 64;
+
+/// Most bytes of unknown fields of a manifest besides those of its files: a signature with its certificates fits.
+pub const UNKNOWN_BYTES_MAX: usize = 1 << 20;
+
+/// Most bytes of unknown fields of one file.
+pub const UNKNOWN_ENTRY_BYTES_MAX: usize = 16 << 10;
+
+/// How deep a manifest may be nested. Those of ours have six levels, and unknown fields may have theirs.
+pub const MANIFEST_DEPTH_MAX: usize = 40;
+
 /// Largest single metadata answer (a revision, a claim, an error body) accepted, in bytes.
 pub const ANSWER_BYTES_MAX: u64 = 16 * MIB;
 

@@ -3,7 +3,14 @@
 //! It is monotone: an entry gains a digest, a ladder, a holding; it never changes a size or digest. Whoever merges
 //! two manifests that contradict each other gets [`ErrorKind::Conflict`]. On disk and on the remote it is the
 //! commit point, published last, in one envelope that carries a format number and its own checksum; fields that
-//! this release does not know are kept.
+//! this release does not know are kept. What is read is bounded: see [`read`].
+
+mod files;
+mod read;
+mod unknown;
+
+pub use files::{Files, Iter as FilesIter};
+pub use unknown::UnknownFields;
 
 use crate::digest::{Digest, GitOid, Provenance};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,7 +20,7 @@ use crate::limits;
 use crate::selection::Selection;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
 
 /// The number of this format. A reader refuses a higher one; minor releases never raise it.
 pub const FORMAT: u32 = 1;
@@ -29,7 +36,7 @@ pub enum Shape {
 }
 
 /// All files of an artifact and what is known of each.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Manifest {
     /// The artifact.
     #[serde(flatten)]
@@ -37,45 +44,54 @@ pub struct Manifest {
     /// One file, or a tree.
     pub shape: Shape,
     /// Every file by its path.
-    pub files: BTreeMap<FilePath, FileEntry>,
+    pub files: Files,
     /// Fields of other releases, kept as they are.
     #[serde(flatten)]
-    pub extra: serde_json::Map<String, serde_json::Value>,
+    pub extra: UnknownFields,
 }
 
-/// What is known of one file.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+/// What is known of one file: its size, and the [`FileDetails`], whose fields are read and set as if they were its own.
+///
+/// The details are on the heap: a listing of a million files of which nothing but the size is known stays small.
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct FileEntry {
     /// Bytes.
     pub size: u64,
-    /// The SHA-256 of the bytes, once anybody knows it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sha256: Option<Digest>,
-    /// Where the digest came from: of `sha256`, or of `git_oid` while that is all there is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub provenance: Option<Provenance>,
-    /// Git's identity of the bytes, stated by the Hub for small files.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub git_oid: Option<GitOid>,
-    /// SHA-256 midstates at part boundaries, known once the file was hashed in order.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ladder: Option<Ladder>,
-    /// What kind of file it is, by its content; see [`Format::name`](crate::format::Format::name).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub format: Option<String>,
-    /// How the tier that keeps this manifest holds the bytes; `None` where it does not.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub held: Option<Held>,
-    /// Whether a checksum file lies beside it there: `<path>.sha256`, on the remote only, no file of the artifact.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub sidecar: bool,
+    #[serde(flatten)]
+    details: Option<Box<FileDetails>>,
     /// Fields of other releases, kept as they are.
     #[serde(flatten)]
-    pub extra: serde_json::Map<String, serde_json::Value>,
+    pub extra: UnknownFields,
+}
+
+/// What is known of one file besides its size.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct FileDetails {
+    /// The SHA-256 of the bytes, once anybody knows it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<Digest>,
+    /// Where the digest came from: of `sha256`, or of `git_oid` while that is all there is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub provenance: Option<Provenance>,
+    /// Git's identity of the bytes, stated by the Hub for small files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub git_oid: Option<GitOid>,
+    /// SHA-256 midstates at part boundaries, known once the file was hashed in order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ladder: Option<Ladder>,
+    /// What kind of file it is, by its content; see [`Format::name`](crate::format::Format::name).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<String>,
+    /// How the tier that keeps this manifest holds the bytes; `None` where it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held: Option<Held>,
+    /// Whether a checksum file lies beside it there: `<path>.sha256`, on the remote only, no file of the artifact.
+    #[serde(skip_serializing_if = "is_false")]
+    pub sidecar: bool,
 }
 
 /// How a tier recognises the bytes that it holds, without reading them.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Held {
     /// On disk, checked and published, and perhaps not durable yet.
@@ -103,8 +119,10 @@ pub struct FileIdentity {
 /// does the same: the identity that it reads has a time that no file has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnsyncedFile {
-    #[serde(flatten)]
-    never: FileIdentity,
+    inode: u64,
+    bytes: u64,
+    /// A time that no file has.
+    mtime_ns: i64,
     unsynced: Unsynced,
 }
 
@@ -123,12 +141,12 @@ impl UnsyncedFile {
     /// The file `identity`, which `writer` is about to make durable.
     pub fn new(identity: FileIdentity, writer: &str) -> Self {
         let unsynced = Unsynced { mtime_ns: identity.mtime_ns, writer: writer.to_owned() };
-        Self { never: FileIdentity { mtime_ns: Self::NEVER_NS, ..identity }, unsynced }
+        Self { inode: identity.inode, bytes: identity.bytes, mtime_ns: Self::NEVER_NS, unsynced }
     }
 
     /// The identity of the file when its bytes were hashed.
     pub fn identity(&self) -> FileIdentity {
-        FileIdentity { mtime_ns: self.unsynced.mtime_ns, ..self.never }
+        FileIdentity { inode: self.inode, bytes: self.bytes, mtime_ns: self.unsynced.mtime_ns }
     }
 
     /// Who makes it durable.
@@ -147,19 +165,18 @@ pub struct ObjectIdentity {
 }
 
 /// The envelope around a manifest, wherever one is stored.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize)]
 struct Envelope<'a> {
     format: u32,
     /// SHA-256 of the bytes of `manifest` exactly as they stand.
     sha256: Digest,
-    #[serde(borrow)]
     manifest: &'a RawValue,
 }
 
 impl Manifest {
     /// A manifest without files.
     pub fn new(key: ArtifactKey, shape: Shape) -> Self {
-        Self { key, shape, files: BTreeMap::new(), extra: serde_json::Map::new() }
+        Self { key, shape, files: Files::new(), extra: UnknownFields::default() }
     }
 
     /// The files that `selection` chooses.
@@ -185,7 +202,9 @@ impl Manifest {
 
     /// The same list with nothing held: what another tier may learn from it.
     pub fn without_holdings(mut self) -> Self {
-        self.files.values_mut().for_each(|entry| (entry.held, entry.sidecar) = (None, false));
+        for details in self.files.values_mut().filter_map(|entry| entry.details.as_mut()) {
+            (details.held, details.sidecar) = (None, false);
+        }
         self
     }
 
@@ -268,11 +287,6 @@ impl Manifest {
 
     /// Reads the stored form and checks it: checksum, format number, limits, internal agreement.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let damaged = |cause: serde_json::Error| Error::corrupt("the manifest is damaged").cause(cause);
-        #[derive(Deserialize)]
-        struct FormatOnly {
-            format: u32,
-        }
         if bytes.len() as u64 > limits::MANIFEST_BYTES_MAX {
             return Err(Error::corrupt(format!(
                 "a manifest of {} bytes; at most {}",
@@ -280,19 +294,22 @@ impl Manifest {
                 limits::MANIFEST_BYTES_MAX
             )));
         }
-        let FormatOnly { format } = serde_json::from_slice(bytes).map_err(damaged)?;
-        if format > FORMAT {
-            return Err(Error::invalid(format!("the manifest has format {format}; this release reads up to {FORMAT}"))
-                .hint("update modelcache"));
-        }
-        let envelope: Envelope<'_> = serde_json::from_slice(bytes).map_err(damaged)?;
-        let text = envelope.manifest.get();
-        if Digest::of(text.as_bytes()) != envelope.sha256 {
-            return Err(Error::corrupt("the manifest does not match its own checksum"));
-        }
-        let manifest: Self = serde_json::from_str(text).map_err(damaged)?;
+        let manifest = read::manifest(read::open_envelope(bytes)?)?;
         manifest.check()?;
         Ok(manifest)
+    }
+
+    /// The manifest that the value of `manifest` in the stored form describes; not checked beyond its types.
+    #[cfg(fuzzing)]
+    pub(crate) fn from_list(text: &str) -> Result<Self> {
+        read::look_over(text)?;
+        read::manifest(text)
+    }
+
+    /// Bytes that it takes in memory.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        let name = self.key.name.as_str().len() + self.key.version.as_str().len();
+        size_of::<Self>() + name + self.files.memory_bytes() + self.extra.heap_bytes()
     }
 
     /// What a well-formed manifest obeys beyond its types. For listings from outside, too.
@@ -329,27 +346,28 @@ impl Manifest {
 }
 
 impl FileEntry {
-    /// Takes over digests, ladder and format that it lacks.
+    /// A file of `size` bytes of which nothing else is known.
+    pub fn of(size: u64) -> Self {
+        Self { size, ..Self::default() }
+    }
+
+    /// A file of `size` bytes of which this is known.
+    pub fn with(size: u64, details: FileDetails) -> Self {
+        let details = (details != FileDetails::NONE).then(|| Box::new(details));
+        Self { details, ..Self::of(size) }
+    }
+
+    /// Takes over digests, ladder, format and unknown fields that it lacks.
     pub fn learn(&mut self, other: &Self) {
-        if self.sha256.is_none() && other.sha256.is_some() {
-            self.sha256 = other.sha256;
-            self.provenance = other.provenance;
+        if let Some(theirs) = &other.details {
+            self.details.get_or_insert_default().learn(theirs);
         }
-        // Of two who state the same, the better word counts.
-        if self.sha256.is_some() && self.sha256 == other.sha256 {
-            self.provenance = [self.provenance, other.provenance].into_iter().flatten().min();
-        }
-        self.provenance = self.provenance.or(other.provenance);
-        self.git_oid = self.git_oid.or(other.git_oid);
-        if self.ladder.is_none() && self.sha256.is_some() && self.sha256 == other.sha256 {
-            self.ladder.clone_from(&other.ladder);
-        }
-        if self.format.is_none() {
-            self.format.clone_from(&other.format);
-        }
-        for (field, value) in &other.extra {
-            self.extra.entry(field.clone()).or_insert_with(|| value.clone());
-        }
+        self.extra.learn(&other.extra);
+    }
+
+    /// Bytes that it takes on the heap.
+    fn heap_bytes(&self) -> usize {
+        self.details.as_ref().map_or(0, |details| details.memory_bytes()) + self.extra.heap_bytes()
     }
 
     /// The identity on disk, if that is where it is held, durably: as long as it is unchanged the bytes are right.
@@ -382,6 +400,63 @@ impl FileEntry {
     }
 }
 
+impl FileDetails {
+    /// Nothing is known.
+    const NONE: Self =
+        Self { sha256: None, provenance: None, git_oid: None, ladder: None, format: None, held: None, sidecar: false };
+
+    /// Takes over digests, ladder and format that it lacks.
+    fn learn(&mut self, other: &Self) {
+        if self.sha256.is_none() && other.sha256.is_some() {
+            self.sha256 = other.sha256;
+            self.provenance = other.provenance;
+        }
+        // Of two who state the same, the better word counts.
+        if self.sha256.is_some() && self.sha256 == other.sha256 {
+            self.provenance = [self.provenance, other.provenance].into_iter().flatten().min();
+        }
+        self.provenance = self.provenance.or(other.provenance);
+        self.git_oid = self.git_oid.or(other.git_oid);
+        if self.ladder.is_none() && self.sha256.is_some() && self.sha256 == other.sha256 {
+            self.ladder.clone_from(&other.ladder);
+        }
+        if self.format.is_none() {
+            self.format.clone_from(&other.format);
+        }
+    }
+
+    fn memory_bytes(&self) -> usize {
+        let held = match &self.held {
+            Some(Held::Unsynced(file)) => file.writer().len(),
+            Some(Held::Remote(object)) => object.etag.as_ref().map_or(0, String::len),
+            Some(Held::Disk(_)) | None => 0,
+        };
+        let ladder = self.ladder.as_ref().map_or(0, Ladder::heap_bytes);
+        size_of::<Self>() + held + ladder + self.format.as_ref().map_or(0, String::len)
+    }
+}
+
+impl Deref for FileEntry {
+    type Target = FileDetails;
+
+    fn deref(&self) -> &FileDetails {
+        static NONE: FileDetails = FileDetails::NONE;
+        self.details.as_deref().unwrap_or(&NONE)
+    }
+}
+
+impl DerefMut for FileEntry {
+    fn deref_mut(&mut self) -> &mut FileDetails {
+        self.details.get_or_insert_default()
+    }
+}
+
+impl PartialEq for FileEntry {
+    fn eq(&self, other: &Self) -> bool {
+        self.size == other.size && **self == **other && self.extra == other.extra
+    }
+}
+
 fn is_false(flag: &bool) -> bool {
     !flag
 }
@@ -397,15 +472,14 @@ mod tests {
             let mut hasher = LadderHasher::new(64);
             hasher.update(content);
             let (digest, ladder) = hasher.finish();
-            let entry = FileEntry {
-                size: content.len() as u64,
+            let details = FileDetails {
                 sha256: Some(digest),
                 provenance: Some(Provenance::Put),
                 ladder: Some(ladder),
                 held: Some(Held::Disk(FileIdentity { inode: 7, bytes: content.len() as u64, mtime_ns: -5 })),
-                ..FileEntry::default()
+                ..FileDetails::default()
             };
-            manifest.files.insert(FilePath::new(path).expect("path"), entry);
+            manifest.files.insert(FilePath::new(path).expect("path"), FileEntry::with(content.len() as u64, details));
         }
         manifest
     }
@@ -457,7 +531,8 @@ mod tests {
         let (mut ours, mut theirs) = (manifest(&[("a", b"1")]), manifest(&[("a", b"1")]));
         let entry = |manifest: &mut Manifest| manifest.files.values_mut().next().map(std::mem::take).expect("entry");
         let with = |manifest: &mut Manifest, format: Option<&str>, sidecar| {
-            let entry = FileEntry { format: format.map(str::to_owned), sidecar, ..entry(manifest) };
+            let mut entry = entry(manifest);
+            (entry.format, entry.sidecar) = (format.map(str::to_owned), sidecar);
             manifest.files.insert(FilePath::new("a").expect("path"), entry);
         };
         with(&mut theirs, Some("gguf"), true);
@@ -472,12 +547,16 @@ mod tests {
     #[test]
     fn fields_of_other_releases_survive() {
         let mut manifest = manifest(&[("a", b"1")]);
-        manifest.extra.insert("colour".into(), "red".into());
-        manifest.files.values_mut().for_each(|entry| {
-            entry.extra.insert("mode".into(), 7.into());
-        });
+        let raw = |text: &str| RawValue::from_string(text.to_owned()).expect("JSON");
+        manifest.extra.add("co\"lour", &raw(r#"{"red": [1.50, null]}"#));
+        manifest.files.values_mut().for_each(|entry| entry.extra.add("mode", &raw("7")));
         let read = Manifest::from_bytes(&manifest.to_bytes().expect("writes")).expect("reads");
         assert_eq!(read, manifest);
+        let text = String::from_utf8(read.to_bytes().expect("writes")).expect("text");
+        assert!(text.contains(r#""co\"lour":{"red": [1.50, null]}"#) && text.contains(r#""mode":7"#), "{text}");
+        let mut learnt = self::manifest(&[("a", b"1")]);
+        learnt.learn(&read).expect("agrees");
+        assert_eq!(learnt.files, read.files);
     }
 
     #[test]

@@ -171,17 +171,21 @@ fn in_use(inspection: &Inspection) -> String {
 mod tests {
     use super::*;
     use modelcache::digest::{Digest, Provenance};
-    use modelcache::manifest::{FileIdentity, Held, Shape};
+    use modelcache::manifest::{FileDetails, FileIdentity, Files, Held, Shape};
     use modelcache::{ArtifactKey, ErrorKind};
 
     fn inspection() -> Inspection {
         let held = Some(Held::Disk(FileIdentity { inode: 1, bytes: 5, mtime_ns: 0 }));
-        let entry = |held| FileEntry {
-            size: 5,
-            sha256: Some(Digest::of(b"x")),
-            provenance: Some(Provenance::Put),
-            held,
-            ..FileEntry::default()
+        let entry = |held| {
+            FileEntry::with(
+                5,
+                FileDetails {
+                    sha256: Some(Digest::of(b"x")),
+                    provenance: Some(Provenance::Put),
+                    held,
+                    ..FileDetails::default()
+                },
+            )
         };
         let path = |text| FilePath::new(text).expect("path");
         Inspection {
@@ -189,7 +193,7 @@ mod tests {
             shape: Shape::Tree,
             path: Some("/c/a".into()),
             sha256: None,
-            disk: Some(BTreeMap::from([(path("one"), entry(held)), (path("two"), entry(None))])),
+            disk: Some(Files::from_iter([(path("one"), entry(held)), (path("two"), entry(None))])),
             lower: None,
             remote: None,
             remote_error: Some("connection refused".into()),

@@ -119,6 +119,7 @@ fn leftovers_text(leftovers: &Leftovers) -> Option<String> {
     };
     let parts = [
         (fills.as_str(), leftovers.fill_bytes, leftovers.fills > 0),
+        ("unfinished files", leftovers.temporary_bytes, leftovers.temporary_bytes > 0),
         ("blobs of no artifact", leftovers.blob_bytes, leftovers.blob_bytes > 0),
         ("quarantine", leftovers.quarantine_bytes, leftovers.quarantine_bytes > 0),
     ];

@@ -92,16 +92,19 @@ fn without_a_bound_only_leftovers_go() {
     let digest = content::sha256(&junk);
     for path in [
         "staging/0123-dead/sha256-x".to_owned(),
+        "staging/new-0123456789abcdef".to_owned(),
         format!("blobs/{}/{digest}", &digest[..2]),
         format!("quarantine/{digest}-x"),
     ] {
         house.write(&format!("d/{path}"), junk.clone());
     }
     house.write("d/staging/0123-dead/journal", "");
+    let told = prune(&house, &["--dry-run"]);
     let did = prune(&house, &[]);
+    assert_eq!(told["leftovers"]["temporary_bytes"], did["leftovers"]["temporary_bytes"]);
     assert_eq!((&did["evicted"], &did["kept"]), (&json!([]), &json!([])));
     assert_eq!(did["leftovers"]["fills"], 1);
-    for kind in ["fill_bytes", "blob_bytes", "quarantine_bytes"] {
+    for kind in ["fill_bytes", "temporary_bytes", "blob_bytes", "quarantine_bytes"] {
         assert!(did["leftovers"][kind].as_u64().unwrap() >= 100_000, "{kind}: {did}");
     }
     assert_eq!(house.listed("d"), ["a@1", "b@1", "c@1"]);

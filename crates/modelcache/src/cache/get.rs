@@ -13,7 +13,7 @@ use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
 use crate::disk::{Lend, Lent, Purpose, RootedPath, StagedFile, Staging, format_named, staged_name};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
-use crate::manifest::{FileEntry, Manifest};
+use crate::manifest::Manifest;
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{Early, Proven};
@@ -175,7 +175,9 @@ impl Cache {
                 (Some(identity), _) => {
                     // Its bytes are proven. A ladder that somebody told of is not.
                     let ladder = plan.listing.files.get(path).and_then(|listed| listed.ladder.clone());
-                    StagedFile { name, entry: FileEntry { ladder, ..entry.clone() }, identity }
+                    let mut entry = entry.clone();
+                    entry.ladder = ladder;
+                    StagedFile { name, entry, identity }
                 }
                 (None, Some(poured)) => {
                     if poured.bad_tiers.contains(&Tier::Remote) {

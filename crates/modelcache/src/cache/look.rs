@@ -125,7 +125,7 @@ impl Cache {
                 pins: artifacts.iter().filter(pinned).count(),
                 budget_bytes: space.budget,
                 used_bytes: usage.counted(),
-                staging_bytes: usage.staging,
+                staging_bytes: usage.staging + usage.temporary,
                 quarantine_bytes,
                 filesystem_free_bytes: space.free,
                 min_free_bytes: space.min_free,

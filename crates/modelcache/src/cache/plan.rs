@@ -402,7 +402,7 @@ fn release(path: &FilePath, entry: &FileEntry, survey: &Survey, wanted: &Wanted,
 /// Forgets ladders that others told of. They serve this fill; what is written down on this disk was proven on it, so
 /// that it may be trusted the next time.
 fn keep_own_ladders(listing: &mut Manifest, disk: Option<&Manifest>) {
-    for (path, entry) in &mut listing.files {
+    for (path, entry) in listing.files.iter_mut().filter(|(_, entry)| entry.ladder.is_some()) {
         entry.ladder = entry.ladder.take().filter(|ladder| is_own(ladder, path, disk));
     }
 }

@@ -178,7 +178,7 @@ impl Cache {
     ) -> Option<Begun> {
         let remote = self.0.remote.as_ref()?;
         let mut listing = Manifest::new(key.clone(), shape);
-        let entry = |given: &Given| FileEntry { size: given.size, ..FileEntry::default() };
+        let entry = |given: &Given| FileEntry::of(given.size);
         listing.files = given.iter().map(|given| (given.path.clone(), entry(given))).collect();
         let paths = listing.files.keys().cloned().collect();
         let files = given.iter().map(|given| (given.path.clone(), LocalFile::from(given.from.clone()))).collect();
@@ -194,7 +194,7 @@ impl Cache {
         begun: &mut Option<Begun>,
         progress: &Progress,
     ) -> Result<(Staging, Manifest, BTreeMap<FilePath, StagedFile>)> {
-        let entry = |given: &Given| FileEntry { size: given.size, ..FileEntry::default() };
+        let entry = |given: &Given| FileEntry::of(given.size);
         let wanted: Vec<_> = given.iter().map(|given| (given.path.clone(), entry(given))).collect();
         let (disk, fill_key) = (self.0.disk.clone(), key.clone());
         let staging = blocking(move || disk.begin_fill(&fill_key, &wanted)).await?;

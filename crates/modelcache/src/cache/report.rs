@@ -4,7 +4,7 @@ use crate::disk::{Holder, Lent, Link, Pin, Purpose};
 use crate::error::Tier;
 use crate::format::Format;
 use crate::key::{ArtifactKey, FilePath, Version};
-use crate::manifest::{FileEntry, Shape};
+use crate::manifest::{Files, Shape};
 use crate::progress::Phase;
 use crate::selection::Selection;
 use serde::Serialize;
@@ -312,13 +312,13 @@ pub struct Inspection {
     /// Digest of the file, or of the file list, once every digest is known.
     pub sha256: Option<crate::digest::Digest>,
     /// Files as disk knows them; `None` if disk does not know the artifact.
-    pub disk: Option<BTreeMap<FilePath, FileEntry>>,
+    pub disk: Option<Files>,
     /// Files as the remote knows them; `None` if it does not, or was not reachable.
-    pub remote: Option<BTreeMap<FilePath, FileEntry>>,
+    pub remote: Option<Files>,
     /// Why the remote could not be asked, if it could not.
     pub remote_error: Option<String>,
     /// Files as the lower directory knows them; `None` if it does not know the artifact, or there is none.
-    pub lower: Option<BTreeMap<FilePath, FileEntry>>,
+    pub lower: Option<Files>,
     /// When it was last used.
     pub last_used: Option<SystemTime>,
     /// Whether somebody holds it.

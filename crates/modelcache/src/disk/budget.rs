@@ -18,7 +18,7 @@ use super::layout::ArtifactDir;
 use super::lock::FileLock;
 use super::pin::InTheWay;
 use super::rooted::{Metadata, RootedPath};
-use super::staging::StagingUse;
+use super::staging::{StagingUse, TemporaryFile};
 use super::{Disk, ScannedArtifact};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -102,11 +102,13 @@ pub(crate) struct Usage {
     pub(crate) staging: u64,
     /// What live fills have reserved beyond what they have written.
     pub(crate) reserved: u64,
+    /// Temporary files in the staging folder, of living and dead writers.
+    pub(crate) temporary: u64,
 }
 
 impl Usage {
     pub(crate) fn counted(&self) -> u64 {
-        self.published + self.staging + self.reserved
+        self.published + self.staging + self.reserved + self.temporary
     }
 }
 
@@ -167,6 +169,7 @@ impl Disk {
         }
         for name_dir in files::entries(&layout.artifacts())? {
             for version_dir in files::entries(&name_dir)? {
+                total += self.temporaries(&version_dir)?.iter().map(|file| file.allocated).sum::<u64>();
                 files::walk(&ArtifactDir(version_dir).files(), &mut |_, metadata| {
                     if counted.insert(metadata.ino()) {
                         total += metadata.allocated();
@@ -271,7 +274,7 @@ impl BudgetHold<'_> {
         let (changes, mixed_unix) = (Some(self.at), self.mixed_unix);
         let record =
             Record { total: self.total, dirty, boot_id: boot_id(), pid: std::process::id(), changes, mixed_unix };
-        let mut bytes = serde_json::to_vec(&record).unwrap_or_default();
+        let mut bytes = with_checksum(&serde_json::to_string(&record).unwrap_or_default()).into_bytes();
         bytes.resize(RECORD_BYTES, b' ');
         self.lock.file().write_all_at(&bytes, 0).at("write", &self.disk.layout().budget_lock())
     }
@@ -299,6 +302,8 @@ impl BudgetHold<'_> {
             usage.staging += staging.allocated;
             usage.reserved += staging.outstanding();
         }
+        usage.temporary =
+            self.disk.temporaries(&self.disk.layout().stagings())?.iter().map(|file| file.allocated).sum();
         Ok(usage)
     }
 
@@ -312,8 +317,8 @@ impl BudgetHold<'_> {
 
     /// Makes room for `extra` bytes that a fill of `key` will write, or refuses and says what is in the way.
     ///
-    /// Order: what dead fills left, views that no manifest holds and blobs that nothing links, quarantine, least recently
-    /// used artifacts. `key`'s own artifact is no victim; where all victims together would not do, none goes.
+    /// Order: what dead fills and writers left, views that no manifest holds and blobs that nothing links, quarantine,
+    /// least recently used artifacts. `key`'s own artifact is no victim; where all victims together would not do, none goes.
     ///
     /// # Errors
     /// [`ErrorKind::Full`]; transient where what is in the way may go by itself.
@@ -322,6 +327,7 @@ impl BudgetHold<'_> {
             return Ok(());
         }
         self.drop_dead_stagings(|_| true)?;
+        self.drop_dead_temporaries(&self.disk.layout().stagings())?;
         let is_due = lock(&self.disk.0.upkeep).swept.is_none_or(|swept| swept.elapsed() > SWEEP_EVERY);
         if is_due { self.sweep() } else { self.drop_orphans() }?;
         if self.shortfall(extra)? > 0 {
@@ -574,12 +580,15 @@ impl BudgetHold<'_> {
     pub(crate) fn sweep(&mut self) -> Result<()> {
         self.drop_dead_stagings(|staging| !staging.may_be_resumed())?;
         for folder in [self.disk.layout().stagings(), self.disk.layout().locks(), self.disk.layout().blobs()] {
-            self.disk.drop_old_temporaries(&folder)?;
+            self.drop_dead_temporaries(&folder)?;
         }
         self.disk.drop_dead_writers()?;
         let (disk, mut index) = (self.disk, Index::as_of(self.began_at));
         disk.scan_each(&mut |artifact| {
-            disk.drop_old_temporaries(artifact.dir.path())?;
+            if self.drop_dead_temporaries(artifact.dir.path())? > 0 {
+                // A count may have found them here.
+                self.distrust()?;
+            }
             self.sweep_views(&artifact)?;
             if artifact.manifest.is_some() || files::stat(artifact.dir.path())?.is_some() {
                 index.insert(disk, &artifact);
@@ -620,6 +629,25 @@ impl BudgetHold<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Removes the temporary files in `folder` whose writers died; bytes freed.
+    ///
+    /// A writer holds the lock of its temporary file from before the first byte until the file has its name, or writes it
+    /// within a budget hold. Empty ones, and all where locks do not tell, go when they are old: their writers may be about
+    /// to lock them.
+    fn drop_dead_temporaries(&mut self, folder: &RootedPath) -> Result<u64> {
+        let mut freed = 0;
+        for TemporaryFile { path, allocated } in self.disk.temporaries(folder)? {
+            if self.disk.is_dead_temporary(&path) {
+                match files::remove_file(&path) {
+                    Ok(()) => freed += allocated,
+                    Err(error) => tracing::warn!(%error, "a temporary file of a writer that died cannot be removed"),
+                }
+            }
+        }
+        self.disk.drop_old_temporaries(folder)?;
+        Ok(freed)
     }
 
     /// Remembers the blobs that lose a link with this staging folder. Of one that its name does not tell, only a sweep can
@@ -748,10 +776,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The record in `file`; `None` if it cannot be read or its checksum differs. Older releases write none.
 fn read_record(file: &std::fs::File) -> Option<Record> {
     let mut bytes = [0; RECORD_BYTES];
     let read = file.read_at(&mut bytes, 0).ok()?;
-    serde_json::from_slice(&bytes[..read]).ok()
+    let text = std::str::from_utf8(&bytes[..read]).ok()?.trim_end_matches(' ');
+    let is_right = text.rsplit_once(CHECKSUM).is_none_or(|(record, _)| with_checksum(&format!("{record}}}")) == text);
+    if is_right { serde_json::from_str(text).ok() } else { None }
+}
+
+/// What stands before the checksum, which is the last field of the record.
+const CHECKSUM: &str = r#","check":""#;
+
+/// The record with the first eight hex digits of the SHA-256 of what stands before the checksum.
+fn with_checksum(record: &str) -> String {
+    let fields = record.strip_suffix('}').unwrap_or(record);
+    let digest = Digest::of(fields.as_bytes()).to_string();
+    format!("{fields}{CHECKSUM}{}\"}}", &digest[..8])
 }
 
 /// The recorded total of a directory that is not open, if it is to be trusted.

@@ -1,6 +1,7 @@
 //! Small file work shared by the disk tier: identities, durable writes, walking, removing.
 
 use super::fault::{At, Shown};
+use super::lock::FileLock;
 use super::modes;
 pub(crate) use super::rooted::absent;
 use super::rooted::{DEPTH_MAX, Folders, Metadata, RootedPath};
@@ -17,7 +18,7 @@ use std::os::unix::fs::MetadataExt;
 /// Bytes read at a time when hashing.
 const READ_BYTES: usize = 1 << 20;
 
-/// How the names of files and folders begin that are not finished; what stays of them is swept by age.
+/// How the names of files and folders begin that are not finished. What their writers leave behind is counted and swept.
 pub(crate) const TEMPORARY: &str = "new-";
 
 /// What tells a file from another, as manifests record it.
@@ -91,6 +92,8 @@ enum Sync {
 }
 
 /// Writes `bytes` to a temporary file and gives it its name with `place`.
+///
+/// The file is locked before the first byte is written, until it has its name: a sweep removes those that nobody locks.
 fn write_then(
     target: &RootedPath,
     bytes: &[u8],
@@ -99,10 +102,13 @@ fn write_then(
     place: impl Fn(&RootedPath) -> io::Result<()>,
 ) -> io::Result<()> {
     let temporary = dir.join(format!("{TEMPORARY}{}", random_name()));
-    let synced = |file: File| if sync == Sync::Nothing { Ok(()) } else { file.sync_all() };
-    let written = modes::create_readable(&temporary)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| synced(file)))
-        .and_then(|()| place(&temporary));
+    let synced = |file: &File| if sync == Sync::Nothing { Ok(()) } else { file.sync_all() };
+    let written = modes::create_readable(&temporary).and_then(|file| {
+        let lock = FileLock::of_temporary(file)?;
+        lock.file().write_all(bytes)?;
+        synced(lock.file())?;
+        place(&temporary)
+    });
     if written.is_err() {
         let _ = temporary.unlink();
     }
@@ -119,8 +125,10 @@ fn write_then(
 /// The whole of a small file, or `None` if there is none.
 pub(crate) fn read_small(path: &RootedPath, bytes_max: u64) -> Result<Option<Vec<u8>>> {
     let read = || {
-        let mut bytes = Vec::new();
-        path.open(false)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
+        let file = path.open(false)?;
+        let bytes_expected = file.metadata()?.len().min(bytes_max) + 1;
+        let mut bytes = Vec::with_capacity(usize::try_from(bytes_expected).unwrap_or_default());
+        file.take(bytes_max + 1).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
     absent(read()).at("read", path)

@@ -9,7 +9,7 @@ use crate::format::{Format, HEAD_BYTES};
 use crate::key::FilePath;
 use crate::ladder::{LadderHasher, PartHasher, part_size};
 use crate::limits;
-use crate::manifest::{FileEntry, FileIdentity, Shape};
+use crate::manifest::{FileDetails, FileEntry, FileIdentity, Shape};
 use crate::progress::Progress;
 use std::fs::{self, File};
 use std::io::Read;
@@ -97,14 +97,16 @@ impl Copying {
                 (sha256, ladder, format_named(File::open(&self.given.from)), None)
             }
         };
-        let entry = FileEntry {
-            size: self.given.size,
-            sha256: Some(sha256),
-            provenance: Some(Provenance::Put),
-            ladder: Some(ladder),
-            format,
-            ..FileEntry::default()
-        };
+        let entry = FileEntry::with(
+            self.given.size,
+            FileDetails {
+                sha256: Some(sha256),
+                provenance: Some(Provenance::Put),
+                ladder: Some(ladder),
+                format,
+                ..FileDetails::default()
+            },
+        );
         Ok((entry, copy))
     }
 }
@@ -136,14 +138,16 @@ pub(crate) fn hash_given(given: &Given, progress: &Progress) -> Result<FileEntry
         return Err(changed(given));
     }
     progress.done(given.size);
-    Ok(FileEntry {
-        size: given.size,
-        sha256: Some(sha256),
-        provenance: Some(Provenance::Put),
-        ladder: Some(ladder),
-        format,
-        ..FileEntry::default()
-    })
+    Ok(FileEntry::with(
+        given.size,
+        FileDetails {
+            sha256: Some(sha256),
+            provenance: Some(Provenance::Put),
+            ladder: Some(ladder),
+            format,
+            ..FileDetails::default()
+        },
+    ))
 }
 
 /// The format of a file of the caller's, by its first bytes.

@@ -49,7 +49,9 @@ impl FileLock {
     /// whoever removes a locked file does so under its lock. It is never made: a journal that its owner is just removing
     /// must not come back.
     pub(crate) fn try_existing(path: &RootedPath) -> Result<Option<Option<Self>>> {
-        let opened = files::absent(path.open(true)).at("open the lock", path)?;
+        // The kernel locks what can only be read, too, on local filesystems: another user's temporary file.
+        let open = || path.open(true).or_else(|_| path.open(false));
+        let opened = files::absent(open()).at("open the lock", path)?;
         let Some(file) = opened else { return Ok(None) };
         let Some(held) = Self::locked(file.try_lock(), file).at("lock", path)? else { return Ok(Some(None)) };
         let locked = Metadata::of(&held.file).at("look at", path)?.ino();
@@ -60,6 +62,11 @@ impl FileLock {
     /// Takes the lock of a file that this process has just made.
     pub(crate) fn of_new(file: File, path: &RootedPath) -> Result<Option<Self>> {
         Self::locked(file.try_lock(), file).at("lock", path)
+    }
+
+    /// Takes the lock of a temporary file that this process has just made; nobody else locks an empty one.
+    pub(crate) fn of_temporary(file: File) -> io::Result<Self> {
+        Self::locked(file.try_lock(), file)?.ok_or_else(|| Errno::WOULDBLOCK.into())
     }
 
     fn locked(outcome: Result<(), TryLockError>, file: File) -> io::Result<Option<Self>> {

@@ -1,129 +1,95 @@
-//! Manifests that were read before, so that a hit need not parse one again.
+//! Manifests that were read before, so that neither a hit nor a check of many files parses one again.
 //!
 //! Held in memory only, and believed only as long as the file in the directory is the one that was read: a manifest is
-//! replaced by rename, never written in place, so its identity tells. Losing the memo costs a read. Small manifests are
-//! kept as plain lists, which take a quarter of the memory of a map, and cost a hit a microsecond.
+//! replaced by rename, never written in place, so its identity tells. Losing the memo costs a read.
 
-use crate::key::{ArtifactKey, FilePath};
-use crate::ladder::part_size;
-use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
-use std::collections::{HashMap, VecDeque};
+use crate::manifest::{FileIdentity, Manifest};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Most bytes that are remembered, about: 100,000 manifests of some files. Beyond that the oldest are forgotten.
+/// Most bytes of memory that remembered manifests take: some 100,000 manifests of a few files. Beyond that the least
+/// recently used are forgotten, all but the last one, which somebody is using whatever its size.
 const BYTES_MAX: usize = 128 << 20;
-/// Manifests of more files are read each time: reading them is not what a hit on them costs.
-const FILES_MAX: usize = 4096;
-/// Up to so many files a manifest is kept as a list.
-const PACKED_FILES_MAX: usize = 16;
-/// What a manifest takes besides its files, and what one file takes besides its entry, about.
-const MANIFEST_BYTES: usize = 300;
-const FILE_BYTES: usize = 100;
-const STATE_BYTES: usize = 32;
+/// What a manifest takes in the memo besides itself, about.
+const PLACE_BYTES: usize = 200;
 
 /// What was read, by the artifact's hash.
 #[derive(Debug, Default)]
-pub(super) struct Memo(Mutex<Known>);
+pub(super) struct Memo {
+    known: Mutex<Known>,
+    /// How many manifests were parsed because they were not known.
+    #[cfg(test)]
+    pub(super) parsed: std::sync::atomic::AtomicU64,
+}
 
 #[derive(Debug, Default)]
 struct Known {
-    manifests: HashMap<Arc<str>, (FileIdentity, Kept)>,
-    /// In the order in which they came.
-    order: VecDeque<Arc<str>>,
+    manifests: HashMap<Arc<str>, Kept>,
+    /// The same by when they were last used: the number of that use.
+    by_use: BTreeMap<u64, Arc<str>>,
+    uses: u64,
     bytes: usize,
 }
 
 #[derive(Debug)]
-enum Kept {
-    Packed { key: ArtifactKey, shape: Shape, files: Box<[(FilePath, FileEntry)]> },
-    Whole(Arc<Manifest>),
+struct Kept {
+    /// The file that was read.
+    file: FileIdentity,
+    manifest: Arc<Manifest>,
+    bytes: usize,
+    last_use: u64,
 }
 
 impl Memo {
     /// The manifest of the artifact with this hash, if the file there is the one that was read.
     pub(super) fn recall(&self, hash: &str, file: FileIdentity) -> Option<Arc<Manifest>> {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.manifests.get(hash).filter(|(read, _)| *read == file).map(|(_, kept)| kept.manifest())
+        let known = &mut *self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = known.manifests.get_mut(hash).filter(|kept| kept.file == file)?;
+        if let Some(hash) = known.by_use.remove(&kept.last_use) {
+            known.uses += 1;
+            kept.last_use = known.uses;
+            known.by_use.insert(kept.last_use, hash);
+        }
+        Some(kept.manifest.clone())
     }
 
     /// Remembers what was read from `file`.
     pub(super) fn remember(&self, hash: &str, file: FileIdentity, manifest: &Arc<Manifest>) {
-        if manifest.files.len() > FILES_MAX {
-            return;
-        }
-        let kept = Kept::of(manifest);
-        let known = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.bytes += kept.bytes();
-        match known.manifests.get_mut(hash) {
-            Some(there) => {
-                let before = std::mem::replace(there, (file, kept));
-                known.bytes -= before.1.bytes();
-            }
-            None => {
-                let hash: Arc<str> = hash.into();
-                known.order.push_back(hash.clone());
-                known.manifests.insert(hash, (file, kept));
-            }
-        }
-        known.forget(BYTES_MAX);
+        let bytes = PLACE_BYTES + manifest.memory_bytes();
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).remember(hash, file, manifest, bytes, BYTES_MAX);
     }
 }
 
 impl Known {
-    /// Forgets the oldest beyond `most` bytes.
-    fn forget(&mut self, most: usize) {
-        while self.bytes > most {
-            let Some(oldest) = self.order.pop_front() else { return };
-            if let Some((_, kept)) = self.manifests.remove(&oldest) {
-                self.bytes -= kept.bytes();
-            }
+    fn remember(&mut self, hash: &str, file: FileIdentity, manifest: &Arc<Manifest>, bytes: usize, bytes_max: usize) {
+        self.uses += 1;
+        let (hash, last_use): (Arc<str>, _) = (hash.into(), self.uses);
+        if let Some(before) =
+            self.manifests.insert(hash.clone(), Kept { file, manifest: manifest.clone(), bytes, last_use })
+        {
+            self.by_use.remove(&before.last_use);
+            self.bytes -= before.bytes;
         }
-    }
-}
-
-impl Kept {
-    fn of(manifest: &Arc<Manifest>) -> Self {
-        let Manifest { key, shape, files, extra } = &**manifest;
-        if files.len() > PACKED_FILES_MAX || !extra.is_empty() {
-            return Self::Whole(manifest.clone());
+        self.by_use.insert(last_use, hash);
+        self.bytes += bytes;
+        while self.bytes > bytes_max && self.manifests.len() > 1 {
+            let Some((_, oldest)) = self.by_use.pop_first() else { return };
+            self.bytes -= self.manifests.remove(&oldest).map_or(0, |kept| kept.bytes);
         }
-        let files = files.iter().map(|(path, entry)| (path.clone(), entry.clone())).collect();
-        Self::Packed { key: key.clone(), shape: *shape, files }
-    }
-
-    fn manifest(&self) -> Arc<Manifest> {
-        match self {
-            Self::Whole(manifest) => manifest.clone(),
-            Self::Packed { key, shape, files } => {
-                let files = files.iter().cloned().collect();
-                Arc::new(Manifest { files, ..Manifest::new(key.clone(), *shape) })
-            }
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        let of = |entry: &FileEntry| {
-            let states = entry.ladder.as_ref().map_or(0, |_| entry.size / part_size(entry.size));
-            size_of::<(FilePath, FileEntry)>() + FILE_BYTES + usize::try_from(states).unwrap_or_default() * STATE_BYTES
-        };
-        let files: usize = match self {
-            Self::Packed { files, .. } => files.iter().map(|(_, entry)| of(entry)).sum(),
-            // A map's nodes are two thirds full.
-            Self::Whole(manifest) => manifest.files.values().map(of).sum::<usize>() * 3 / 2,
-        };
-        MANIFEST_BYTES + files
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::key::{ArtifactKey, FilePath};
+    use crate::manifest::{FileEntry, Shape};
 
     fn manifest(files: usize) -> Arc<Manifest> {
         let mut manifest = Manifest::new(ArtifactKey::bare("team/model@1").expect("key"), Shape::Tree);
         for number in 0..files {
             let path = FilePath::new(&format!("f/{number}")).expect("path");
-            manifest.files.insert(path, FileEntry { size: number as u64, ..FileEntry::default() });
+            manifest.files.insert(path, FileEntry::of(number as u64));
         }
         Arc::new(manifest)
     }
@@ -141,27 +107,28 @@ mod tests {
             assert_eq!(memo.recall("hash", file(8)), None);
             assert_eq!(memo.recall("other", file(7)), None);
         }
-        let mut odd = Manifest::clone(&manifest(1));
-        odd.extra.insert("field".into(), "of another release".into());
-        memo.remember("hash", file(9), &Arc::new(odd.clone()));
-        assert_eq!(memo.recall("hash", file(9)).as_deref(), Some(&odd));
     }
 
     #[test]
-    fn the_oldest_are_forgotten_first_and_the_count_stays_right() {
-        let mut known = Known::default();
-        for number in 0..10 {
-            let (hash, kept): (Arc<str>, _) = (number.to_string().into(), Kept::of(&manifest(2)));
-            known.bytes += kept.bytes();
-            known.order.push_back(hash.clone());
-            known.manifests.insert(hash, (file(number), kept));
-        }
-        let one = known.bytes / 10;
-        known.forget(3 * one);
-        let mut left: Vec<&str> = known.manifests.keys().map(|hash| &**hash).collect();
-        left.sort_unstable();
-        assert_eq!(left, ["7", "8", "9"]);
-        known.forget(0);
-        assert_eq!((known.bytes, known.manifests.len(), known.order.len()), (0, 0, 0));
+    fn the_least_recently_used_are_forgotten_first_and_the_last_one_never() {
+        let (memo, three) = (Memo::default(), 300);
+        let remember = |number: u64, bytes| {
+            let known = &mut *memo.known.lock().expect("nobody panicked");
+            known.remember(&number.to_string(), file(number), &manifest(2), bytes, three);
+            assert_eq!(known.bytes, known.manifests.values().map(|kept| kept.bytes).sum::<usize>());
+            assert_eq!(known.by_use.len(), known.manifests.len());
+        };
+        let known = || (0..9).filter(|number| memo.recall(&number.to_string(), file(*number)).is_some());
+        (0..3).for_each(|number| remember(number, 100));
+        assert!(memo.recall("0", file(0)).is_some(), "it is used again");
+        remember(3, 100);
+        assert_eq!(known().collect::<Vec<_>>(), [0, 2, 3]);
+        remember(2, 50);
+        remember(4, 50);
+        assert_eq!(known().collect::<Vec<_>>(), [0, 2, 3, 4], "a smaller one in its place leaves room");
+        remember(5, 1000);
+        assert_eq!(known().collect::<Vec<_>>(), [5], "somebody uses it");
+        remember(6, 100);
+        assert_eq!(known().collect::<Vec<_>>(), [6]);
     }
 }

@@ -276,12 +276,16 @@ impl Disk {
     pub(crate) fn read_manifest(&self, dir: &ArtifactDir) -> Result<Option<Manifest>> {
         let path = dir.manifest();
         let Some(bytes) = files::read_small(&path, limits::MANIFEST_BYTES_MAX)? else { return Ok(None) };
+        #[cfg(test)]
+        self.0.memo.parsed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let belongs_here = |manifest: &Manifest| self.layout().artifact(&manifest.key) == *dir;
         match Manifest::from_bytes(&bytes) {
             Ok(manifest) if belongs_here(&manifest) => Ok(Some(manifest)),
             Err(error) if error.kind() == ErrorKind::Invalid => Err(error),
-            Ok(_) | Err(_) => {
-                tracing::warn!(path = %path, "a manifest is damaged; it is ignored and will be written anew");
+            damaged => {
+                let error = damaged.err().map(|error| error.to_string());
+                let error = error.as_deref().unwrap_or("it is another artifact's");
+                tracing::warn!(path = %path, error, "a manifest is damaged; it is ignored and will be written anew");
                 Ok(None)
             }
         }

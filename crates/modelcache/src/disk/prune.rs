@@ -62,6 +62,8 @@ pub struct Leftovers {
     pub fills: usize,
     /// What they had written.
     pub fill_bytes: u64,
+    /// Temporary files whose writers died.
+    pub temporary_bytes: u64,
     /// Blobs that belong to no artifact.
     pub blob_bytes: u64,
     /// What failed a check.
@@ -71,7 +73,7 @@ pub struct Leftovers {
 impl Leftovers {
     /// All of it.
     pub fn bytes(&self) -> u64 {
-        self.fill_bytes + self.blob_bytes + self.quarantine_bytes
+        self.fill_bytes + self.temporary_bytes + self.blob_bytes + self.quarantine_bytes
     }
 }
 
@@ -201,6 +203,7 @@ impl Broom for InEarnest<'_> {
         Ok(Leftovers {
             fills: dead.fills.saturating_sub(left.fills),
             fill_bytes: dead.fill_bytes.saturating_sub(left.fill_bytes),
+            temporary_bytes: before.temporary.saturating_sub(after.temporary),
             blob_bytes: before.published.saturating_sub(swept.published),
             quarantine_bytes: swept.published.saturating_sub(after.published),
         })
@@ -267,6 +270,7 @@ impl<'disk> Rehearsal<'disk> {
             })?;
         }
         used += disk.stagings()?.iter().map(|staging| staging.allocated + staging.outstanding()).sum::<u64>();
+        used += disk.temporaries(&disk.layout().stagings())?.iter().map(|file| file.allocated).sum::<u64>();
         Ok(Self { disk, used, blobs })
     }
 
@@ -310,6 +314,9 @@ impl Broom for Rehearsal<'_> {
 
     fn sweep(&mut self) -> Result<Leftovers> {
         let mut leftovers = dead_stagings(self.disk)?;
+        for file in self.disk.temporaries(&self.disk.layout().stagings())? {
+            leftovers.temporary_bytes += if self.disk.is_dead_temporary(&file.path) { file.allocated } else { 0 };
+        }
         let orphans: Vec<u64> =
             self.blobs.iter().filter(|(_, blob)| blob.links == 0).map(|(inode, _)| *inode).collect();
         leftovers.blob_bytes += orphans.into_iter().map(|inode| self.unlink(inode)).sum::<u64>();

@@ -134,7 +134,7 @@ impl Disk {
         }
         let mut manifest = self.merged_manifest(dir, listing)?;
         for (path, file) in staged {
-            let entry = manifest.files.entry(path.clone()).or_default();
+            let entry = manifest.files.get_or_default(path);
             entry.learn(&file.entry);
             if entry.sha256 != file.entry.sha256 {
                 return Err(Error::new(ErrorKind::Conflict, format!("{path} is published with other content"))
@@ -445,7 +445,7 @@ mod tests {
     fn filled(disk: &Disk, key: &str, source: &std::path::Path) -> Filled {
         let (key, path) = (ArtifactKey::bare(key).expect("key"), FilePath::new("f").expect("path"));
         let given = Given { path: path.clone(), from: source.to_owned(), size: 7 };
-        let wanted = [(path.clone(), FileEntry { size: 7, ..FileEntry::default() })];
+        let wanted = [(path.clone(), FileEntry::of(7))];
         let staging = disk.begin_fill(&key, &wanted).expect("begins");
         let copied = copy_given(&given, &staging.file("copy"), &Progress::new()).expect("copies");
         let staged = StagedFile { name: "copy".into(), ..copied };

@@ -316,13 +316,32 @@ impl Disk {
         Ok(uses)
     }
 
+    /// The temporary files directly in `folder` that take bytes. One that is a link to a blob counts there.
+    pub(super) fn temporaries(&self, folder: &RootedPath) -> Result<Vec<TemporaryFile>> {
+        let mut found = Vec::new();
+        for path in files::entries(folder)?.into_iter().filter(|path| is_temporary(path)) {
+            if let Some(metadata) = files::stat(&path)?.filter(|metadata| metadata.is_file() && metadata.nlink() == 1)
+                && metadata.len() > 0
+            {
+                found.push(TemporaryFile { path, allocated: metadata.allocated() });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether the writer of a temporary file with bytes in it died, as far as its lock tells. The caller holds the budget,
+    /// so that nobody is about to write or rename it within a budget hold.
+    pub(super) fn is_dead_temporary(&self, path: &RootedPath) -> bool {
+        self.locks_are_honest() && matches!(FileLock::try_existing(path), Ok(Some(Some(_))))
+    }
+
     /// Removes what writers that ended long ago had not given its name yet, directly in `folder`.
     pub(crate) fn drop_old_temporaries(&self, folder: &RootedPath) -> Result<()> {
-        let is_temporary = |path: &RootedPath| path.name().starts_with(files::TEMPORARY);
-        for path in files::entries(folder)?.into_iter().filter(is_temporary) {
+        for path in files::entries(folder)?.into_iter().filter(|path| is_temporary(path)) {
             let age = |metadata: &Metadata| SystemTime::now().duration_since(metadata.modified()).ok();
             match files::stat(&path)?.filter(|metadata| age(metadata) > Some(TEMPORARY_AGE_MAX)) {
-                Some(metadata) if metadata.is_file() => files::remove_file(&path)?,
+                // In a sticky folder its owner removes it.
+                Some(metadata) if metadata.is_file() => drop(path.unlink()),
                 Some(metadata) if metadata.is_dir() => drop(path.remove_dir()),
                 _ => {}
             }
@@ -452,6 +471,18 @@ impl Drop for Staging {
             tracing::debug!(%error, "staging stays until the next sweep");
         }
     }
+}
+
+/// A file that a writer has not given its name yet.
+#[derive(Debug)]
+pub(super) struct TemporaryFile {
+    pub(super) path: RootedPath,
+    /// Bytes on the filesystem.
+    pub(super) allocated: u64,
+}
+
+fn is_temporary(path: &RootedPath) -> bool {
+    path.name().starts_with(files::TEMPORARY)
 }
 
 /// Bytes that a staged file of `size` bytes takes, its journal included.

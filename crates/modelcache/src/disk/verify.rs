@@ -29,7 +29,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -142,7 +142,7 @@ impl Disk {
 
     /// Bytes that verifying what `selection` chooses of `key` reads at most.
     pub(crate) fn bytes_to_verify(&self, key: &ArtifactKey, selection: &Selection) -> Result<u64> {
-        let manifest = self.manifest(key)?;
+        let manifest = self.shared_manifest(&self.layout().artifact(key))?;
         let held = manifest.iter().flat_map(|manifest| manifest.selected(selection));
         Ok(held.filter(|(_, entry)| entry.held.is_some()).map(|(_, entry)| entry.size).sum())
     }
@@ -162,7 +162,7 @@ impl Disk {
             return Ok(None);
         }
         let mut verified = Verified::new(Some(key.clone()), key.to_string(), Tier::Disk);
-        let Some(manifest) = self.read_manifest(&dir)? else {
+        let Some(manifest) = self.shared_manifest(&dir)? else {
             verified.findings.push(damaged_manifest(&dir));
             return Ok(Some(verified));
         };
@@ -173,7 +173,8 @@ impl Disk {
             dir: &dir,
             reading,
             progress,
-            queue: Mutex::new(Queue { files: files.into_iter(), open: None }),
+            queue: Mutex::new(Queue { files: files.into_iter(), ..Queue::default() }),
+            opened: Condvar::new(),
             done: Mutex::new(verified),
         };
         let failed = thread::scope(|scope| {
@@ -355,13 +356,28 @@ struct Work<'a> {
     reading: &'a Reading,
     progress: &'a Progress,
     queue: Mutex<Queue>,
+    /// Notified when a thread has opened a file, or failed to.
+    opened: Condvar,
     done: Mutex<Verified>,
 }
 
+#[derive(Default)]
 struct Queue {
     files: std::vec::IntoIter<(FilePath, FileEntry)>,
-    /// The file that parts are handed out of, and the next of them.
-    open: Option<(Arc<OpenFile>, u64)>,
+    /// Files with parts that no thread has taken yet, and the next part of each.
+    open: Vec<(Arc<OpenFile>, u64)>,
+    /// Threads that are opening a file.
+    opening: usize,
+}
+
+/// A thread that is opening a file; the others wait for the parts of that file.
+struct Opening<'work>(&'work Work<'work>);
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.queue).opening -= 1;
+        self.0.opened.notify_all();
+    }
 }
 
 /// A file that is being read.
@@ -422,15 +438,30 @@ impl Work<'_> {
             if self.reading.is_stopped() {
                 return Ok(None);
             }
-            match &mut queue.open {
-                Some((open, next)) if *next < open.parts => {
-                    *next += 1;
-                    return Ok(Some(Piece { open: open.clone(), part: *next - 1 }));
+            if let Some((open, next)) = queue.open.last_mut() {
+                let piece = Piece { open: open.clone(), part: *next };
+                *next += 1;
+                if *next == open.parts {
+                    queue.open.pop();
                 }
-                _ => {}
+                return Ok(Some(piece));
             }
-            let Some((path, entry)) = queue.files.next() else { return Ok(None) };
-            queue.open = self.open(path, entry)?.map(|open| (Arc::new(open), 0));
+            let Some((path, entry)) = queue.files.next() else {
+                if queue.opening == 0 {
+                    return Ok(None);
+                }
+                queue = self.opened.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            queue.opening += 1;
+            // Opening may parse the manifest again, which takes long where it is large.
+            drop(queue);
+            let opening = Opening(self);
+            if let Some(open) = self.open(path, entry)? {
+                lock(&self.queue).open.push((Arc::new(open), 0));
+            }
+            drop(opening);
+            queue = lock(&self.queue);
         }
     }
 
@@ -595,5 +626,51 @@ fn problem(open: &OpenFile, seen: &Seen) -> Problem {
         Some(_) => Problem::Unreadable,
         None if open.identity.bytes != open.entry.size => Problem::WrongSize,
         None => Problem::WrongBytes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ByteBound, Sharing};
+    use crate::manifest::{FileDetails, Held, Shape};
+
+    const FILES: usize = 5000;
+
+    /// A directory with one artifact of many files, all of them links to one blob.
+    fn many_files(root: &std::path::Path) -> (Disk, ArtifactKey) {
+        let disk = Disk::open(root, ByteBound::Bytes(1 << 30), ByteBound::Bytes(0), Sharing::Off).expect("opens");
+        let key = ArtifactKey::bare("team/many@1").expect("key");
+        let (digest, dir) = (Digest::of(b"content"), disk.layout().artifact(&key));
+        let blob = disk.layout().blob(&digest);
+        std::fs::create_dir_all(blob.parent().expect("a folder").full()).expect("makes");
+        std::fs::create_dir_all(dir.files().full()).expect("makes");
+        std::fs::write(blob.full(), "content").expect("writes");
+        let held = Some(Held::Disk(blob.metadata().expect("is there").identity()));
+        let mut manifest = Manifest::new(key.clone(), Shape::Tree);
+        for number in 0..FILES {
+            let path = FilePath::new(&format!("{number:05}.bin")).expect("path");
+            blob.hard_link(&dir.view(&path)).expect("links");
+            let details = FileDetails { sha256: Some(digest), held: held.clone(), ..FileDetails::default() };
+            manifest.files.insert(path, FileEntry::with(7, details));
+        }
+        std::fs::write(dir.manifest().full(), manifest.to_bytes().expect("encodes")).expect("writes");
+        (disk, key)
+    }
+
+    #[test]
+    fn a_manifest_of_any_number_of_files_is_parsed_once_to_verify_them() {
+        let folder = tempfile::tempdir().expect("folder");
+        let (disk, key) = many_files(folder.path());
+        let verify = || {
+            let reading = Reading::new(None, false);
+            let all = Selection::all();
+            assert_eq!(disk.bytes_to_verify(&key, &all).expect("counts"), 7 * FILES as u64);
+            let verified = disk.verify(&key, &all, &reading, &Progress::new()).expect("verifies").expect("is here");
+            assert_eq!((verified.files, verified.findings.len()), (FILES, 0));
+        };
+        verify();
+        verify();
+        assert_eq!(disk.0.memo.parsed.load(Ordering::Relaxed), 1);
     }
 }

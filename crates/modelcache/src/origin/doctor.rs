@@ -68,9 +68,11 @@ async fn hub(config: &Config, clock: &Clock) -> Result<Check> {
     let body = http.body(response, &url, limits::ANSWER_BYTES_MAX).await.unwrap_or_default();
     Ok(match status {
         StatusCode::OK if signed => {
-            let name = serde_json::from_slice::<serde_json::Value>(&body)
-                .ok()
-                .and_then(|answer| answer.get("name")?.as_str().map(str::to_owned));
+            #[derive(serde::Deserialize)]
+            struct Account {
+                name: String,
+            }
+            let name = serde_json::from_slice::<Account>(&body).ok().map(|account| account.name);
             let who = name.map_or_else(|| "somebody".into(), |name| format!("{name:?}"));
             Check::ok(Area::Origin, format!("{server} answers; the token is that of {who}"))
         }

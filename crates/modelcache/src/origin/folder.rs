@@ -88,7 +88,7 @@ impl FolderSource {
         };
         let key = ArtifactKey::new(folder_name(path)?, version(shape, &walk.identities)?);
         let mut manifest = Manifest::new(key, shape);
-        let entry = |identity: &FileIdentity| FileEntry { size: identity.bytes, ..FileEntry::default() };
+        let entry = |identity: &FileIdentity| FileEntry::of(identity.bytes);
         manifest.files = walk.identities.iter().map(|(path, identity)| (path.clone(), entry(identity))).collect();
         manifest.check().map_err(|error| Error::invalid(error.message()))?;
         Ok(Some(Self { base: base.to_owned(), manifest, identities: walk.identities }))

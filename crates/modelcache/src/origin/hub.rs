@@ -376,7 +376,7 @@ fn add(manifest: &mut Manifest, entry: TreeEntry) -> Result<()> {
         refuse(&error.message()).hint("nothing of this repository was fetched; such a name is refused as a whole")
     })?;
     let Some(size) = entry.size else { return Err(refuse(&"no size")) };
-    let mut file = FileEntry { size, ..FileEntry::default() };
+    let mut file = FileEntry::of(size);
     match (&entry.lfs, &entry.oid) {
         (Some(lfs), _) => {
             let digest = lfs.oid.strip_prefix("sha256:").unwrap_or(&lfs.oid);

@@ -486,7 +486,7 @@ impl WebSource {
             ))
             .hint("one of the two is not of this file; ask whoever publishes it"));
         }
-        let mut entry = FileEntry { size: found.size, ..FileEntry::default() };
+        let mut entry = FileEntry::of(found.size);
         let known =
             [(found.stated, Provenance::Origin), (beside, Provenance::Sidecar), (found.counted, Provenance::FirstSeen)];
         if let Some(known) = known.into_iter().find_map(|(digest, provenance)| Some((digest?, provenance))) {

@@ -15,7 +15,7 @@ use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
-use crate::manifest::{FileEntry, Held, Manifest, ObjectIdentity};
+use crate::manifest::{FileDetails, FileEntry, Held, Manifest, ObjectIdentity};
 use crate::sidecar;
 use crate::source::Body;
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -83,7 +83,7 @@ impl Foreign {
         for path in &files {
             let Some(identity) = listing.objects.get(path) else { continue };
             let held = Some(Held::Remote(identity.clone()));
-            let mut entry = FileEntry { size: identity.object_bytes, held, ..FileEntry::default() };
+            let mut entry = FileEntry::with(identity.object_bytes, FileDetails { held, ..FileDetails::default() });
             if let Some((digest, by)) = statements.remove(path) {
                 (entry.sha256, entry.provenance) = (Some(digest), Some(Provenance::Sidecar));
                 stated_by.insert(path.clone(), by);

@@ -88,7 +88,7 @@ impl PrefixSource {
         let mut manifest = Manifest::new(self.key.clone(), shape);
         let mut objects = HashMap::new();
         for (path, location, identity) in rows {
-            manifest.files.insert(path.clone(), FileEntry { size: identity.object_bytes, ..FileEntry::default() });
+            manifest.files.insert(path.clone(), FileEntry::of(identity.object_bytes));
             objects.insert(path, (location, identity));
         }
         manifest.check()?;

@@ -61,7 +61,8 @@ pub(super) async fn possible(store: &Arc<Store>, folder: &Folder) -> Vec<FileEnt
     for version in newest(store, folder).await.unwrap_or_default().into_iter().take(MANIFESTS_MAX) {
         let other = Folder::new(&ArtifactKey::new(folder.key.name.clone(), version));
         if let Ok(Some((manifest, _))) = other.read_manifest(store).await {
-            entries.extend(manifest.files.into_values().filter(|entry| entry.on_remote().is_some()));
+            entries
+                .extend(manifest.files.into_iter().map(|(_, entry)| entry).filter(|entry| entry.on_remote().is_some()));
         }
     }
     entries

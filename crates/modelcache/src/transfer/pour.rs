@@ -439,7 +439,7 @@ mod tests {
     use super::*;
     use crate::config::RetryConfig;
     use crate::ladder::LadderHasher;
-    use crate::manifest::Manifest;
+    use crate::manifest::{FileDetails, Manifest};
     use crate::source::Body;
     use async_trait::async_trait;
     use bytes::Bytes;
@@ -474,7 +474,7 @@ mod tests {
         let target = folder.join("file");
         PourFile {
             path: FilePath::new("file").expect("a path"),
-            entry: FileEntry { size, ..FileEntry::default() },
+            entry: FileEntry::with(size, FileDetails::default()),
             target: target.clone(),
             owner: Arc::new(owner),
             sources: vec![Arc::new(Endless(Mutex::new(answers.into())))],
@@ -514,7 +514,8 @@ mod tests {
         let mut hasher = LadderHasher::new(part_size(size));
         hasher.update(&right);
         let (sha256, ladder) = hasher.finish();
-        let entry = FileEntry { size, sha256: Some(sha256), ladder: Some(ladder), ..FileEntry::default() };
+        let entry =
+            FileEntry::with(size, FileDetails { sha256: Some(sha256), ladder: Some(ladder), ..FileDetails::default() });
         let owner = FileLock::try_exclusive(&RootedPath::root(folder.path()).join("owner"))
             .expect("locks")
             .expect("nobody else");

@@ -8,8 +8,9 @@ use super::super::{Given, copy_given};
 use super::*;
 use crate::config::{ByteBound, Sharing};
 use crate::disk::index::below_artifacts;
+use crate::disk::prune::{Leftovers, PruneOptions};
 use crate::disk::{Lend, Lent, Pin};
-use crate::manifest::Shape;
+use crate::manifest::{FileDetails, Shape};
 use crate::progress::Progress;
 use crate::selection::Selection;
 use modelcache_testkit::Dice;
@@ -35,7 +36,8 @@ pub(in crate::disk) fn put(disk: &Disk, key: &ArtifactKey, content: &str, source
     fs::write(source, content).expect("writes");
     let (path, size) = (FilePath::new("f").expect("path"), content.len() as u64);
     let mut listing = Manifest::new(key.clone(), Shape::Tree);
-    let entry = FileEntry { size, sha256: Some(Digest::of(content.as_bytes())), ..FileEntry::default() };
+    let entry =
+        FileEntry::with(size, FileDetails { sha256: Some(Digest::of(content.as_bytes())), ..FileDetails::default() });
     let staging = disk.try_begin_fill(key, &[(path.clone(), entry)], Vec::new())?;
     let given = Given { path: path.clone(), from: source.to_owned(), size };
     let staged = copy_given(&given, &staging.file("copy"), &Progress::new())?;
@@ -185,7 +187,7 @@ impl House {
                 "killed between record and manifest"
             }
             _ => {
-                let wanted = (FilePath::new("f").expect("path"), FileEntry { size: 9, ..FileEntry::default() });
+                let wanted = (FilePath::new("f").expect("path"), FileEntry::of(9));
                 if let Ok(staging) = ours.try_begin_fill(&key, &[wanted], Vec::new()) {
                     let digest = Digest::of(content.as_bytes());
                     fs::write(staging.file(&format!("sha256-{digest}")).full(), &content).expect("writes");
@@ -332,7 +334,7 @@ fn what_an_ended_fill_leaves_goes_before_anything_published_at_each_eviction() {
     // A fill that died when its blob was published and its manifest was not: staging and blob share the bytes.
     let digest = Digest::of(b"content 99");
     disk.evict(&key(6)).expect("evicts");
-    let wanted = (FilePath::new("f").expect("path"), FileEntry { size: 10, ..FileEntry::default() });
+    let wanted = (FilePath::new("f").expect("path"), FileEntry::of(10));
     let staging = disk.try_begin_fill(&key(99), &[wanted], Vec::new()).expect("begins");
     let (staged, blob) = (staging.file(&format!("sha256-{digest}")), disk.layout().blob(&digest));
     fs::write(staged.full(), "content 99").expect("writes");
@@ -366,7 +368,7 @@ fn the_record_of_any_release_fits_and_is_read_by_any_other() {
         changes: serde_json::from_str(most).expect("a position"),
         mixed_unix: Some(u64::MAX),
     };
-    let bytes = serde_json::to_vec(&record).expect("encodes");
+    let bytes = with_checksum(&serde_json::to_string(&record).expect("encodes")).into_bytes();
     assert!(bytes.len() <= RECORD_BYTES, "{}", String::from_utf8_lossy(&bytes));
     let Older { total, dirty, boot_id, pid } = serde_json::from_slice(&bytes).expect("reads");
     assert_eq!((total, dirty, boot_id, pid), (u64::MAX, false, super::boot_id(), u32::MAX));
@@ -387,4 +389,60 @@ fn a_release_that_announces_nothing_is_reckoned_with_until_its_changes_are_made(
     };
     assert_eq!(seen(1), (true, true));
     assert_eq!(seen(MIXED_MAX.as_secs() + 5), (false, false), "then everything is read once more");
+}
+
+#[test]
+fn a_record_with_a_changed_byte_is_not_believed() {
+    let house = House::new();
+    let disk = &house.ours[0];
+    drop(put(disk, &key(1), "content", &house.path("source")).expect("fits"));
+    let total = house.record().expect("a record").total;
+    assert_eq!(total, disk.published_bytes().expect("counts"));
+    let lock = OpenOptions::new().read(true).write(true).open(disk.layout().budget_lock().full()).expect("opens");
+    let mut written = [0; RECORD_BYTES];
+    lock.read_exact_at(&mut written, 0).expect("reads");
+    for (at, byte) in written.iter().enumerate() {
+        lock.write_all_at(&[byte ^ 1], at as u64).expect("writes");
+        // In the name of the checksum itself it changes nothing that is believed.
+        assert!(read_record(&lock).is_none_or(|read| read.total == total && !read.dirty), "byte {at}");
+        lock.write_all_at(&[*byte], at as u64).expect("writes");
+    }
+    let digit = format!("\"total\":{total}");
+    let text = String::from_utf8_lossy(&written).replacen(&digit, &format!("\"total\":{}", total ^ 1), 1);
+    lock.write_all_at(text.as_bytes(), 0).expect("writes");
+    let hold = disk.hold_budget().expect("holds");
+    assert_eq!(hold.total, total, "it is counted again");
+    hold.release().expect("releases");
+}
+
+#[test]
+fn a_temporary_file_counts_and_goes_before_an_artifact_once_its_writer_died() {
+    let house = House::new();
+    let disk = &house.ours[0];
+    let fill =
+        |number: u64| drop(put(disk, &key(number), &format!("content {number}"), &house.path("source")).expect("fits"));
+    let counted = || disk.usage().expect("counts").0.counted();
+    (0..4).for_each(fill);
+    let temporary = disk.layout().stagings().join(format!("{}{}", files::TEMPORARY, files::random_name()));
+    let file = OpenOptions::new().write(true).create_new(true).open(temporary.full()).expect("makes");
+    let writer = FileLock::of_temporary(file).expect("locks");
+    writer.file().write_all_at(b"a manifest", 0).expect("writes");
+    assert_eq!(counted(), 5 * BLOCK_BYTES);
+    let prune = |dry_run| disk.prune(&PruneOptions { dry_run, ..PruneOptions::default() }).expect("prunes");
+    for dry_run in [true, false] {
+        assert_eq!(prune(dry_run).leftovers, Leftovers::default(), "its writer lives");
+    }
+    fill(5);
+    assert!(temporary.metadata().is_ok());
+    drop(writer);
+    assert_eq!(prune(true).leftovers.temporary_bytes, BLOCK_BYTES);
+    fill(6);
+    assert!(!temporary.metadata().is_ok(), "its writer died");
+    assert_eq!((disk.scan().expect("scans").len(), counted()), (6, 6 * BLOCK_BYTES), "nothing else had to go");
+
+    disk.evict(&key(6)).expect("evicts");
+    fs::write(temporary.full(), "left").expect("writes");
+    let pruned = prune(false);
+    assert_eq!((pruned.leftovers.temporary_bytes, pruned.freed_bytes), (BLOCK_BYTES, BLOCK_BYTES));
+    assert!(!temporary.metadata().is_ok());
 }

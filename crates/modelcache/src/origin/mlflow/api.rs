@@ -341,11 +341,7 @@ impl Mlflow {
                         return Err(refuse("more than 32 folders deep; does a folder list itself?"));
                     }
                     folders.push(Some(path));
-                } else if manifest
-                    .files
-                    .insert(path, FileEntry { size: entry.file_size, ..Default::default() })
-                    .is_some()
-                {
+                } else if manifest.files.insert(path, FileEntry::of(entry.file_size)).is_some() {
                     return Err(refuse("listed twice"));
                 }
             }

@@ -8,7 +8,7 @@
 use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::{ArtifactKey, FilePath};
-use crate::manifest::{FileEntry, Manifest, Shape};
+use crate::manifest::{FileDetails, FileEntry, Manifest, Shape};
 use crate::origin::no_files;
 use crate::printable;
 use crate::reference::OciRepo;
@@ -166,7 +166,8 @@ impl Layers {
             let digest = layer.digest()?;
             let path = layer.path(&digest)?;
             let provenance = Some(Provenance::Origin);
-            let entry = FileEntry { size: layer.size, sha256: Some(digest), provenance, ..FileEntry::default() };
+            let entry =
+                FileEntry::with(layer.size, FileDetails { sha256: Some(digest), provenance, ..FileDetails::default() });
             match manifest.files.insert(path.clone(), entry) {
                 Some(other) if other.sha256 != Some(digest) => {
                     return Err(Error::corrupt(format!("the manifest has two layers called {path}")));
@@ -209,7 +210,7 @@ mod tests {
     /// The name of a lone layer.
     fn name(media_type: &str, annotations: Value) -> String {
         let layers = layers(vec![layer(media_type, annotations)]).unwrap_or_else(|error| panic!("{error}"));
-        let names: Vec<_> = layers.manifest.files.into_keys().map(String::from).collect();
+        let names: Vec<_> = layers.manifest.files.into_iter().map(|(path, _)| String::from(path)).collect();
         names.join(" ")
     }
 

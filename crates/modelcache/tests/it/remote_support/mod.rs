@@ -7,7 +7,7 @@ use modelcache::Result;
 use modelcache::config::{Environment, RemoteConfig, RetryConfig};
 use modelcache::digest::{Digest, Provenance};
 use modelcache::key::{ArtifactKey, ArtifactName, FilePath, Version};
-use modelcache::manifest::{FileEntry, Manifest, Shape};
+use modelcache::manifest::{FileDetails, FileEntry, Manifest, Shape};
 use modelcache::progress::Progress;
 use modelcache::remote::{LocalFile, PublishOptions, Published, Remote, RemoteSource};
 use modelcache::source::{Body, Source};
@@ -76,12 +76,14 @@ impl Tree {
             let bytes = content.read(0..*size).expect("content");
             let file = tree._folder.path().join(at.to_string());
             std::fs::write(&file, &bytes).expect("file");
-            let entry = FileEntry {
-                size: *size,
-                sha256: Some(Digest::of(&bytes)),
-                provenance: Some(Provenance::Put),
-                ..FileEntry::default()
-            };
+            let entry = FileEntry::with(
+                *size,
+                FileDetails {
+                    sha256: Some(Digest::of(&bytes)),
+                    provenance: Some(Provenance::Put),
+                    ..FileDetails::default()
+                },
+            );
             tree.manifest.files.insert(path(name), entry);
             tree.files.insert(path(name), file);
         }

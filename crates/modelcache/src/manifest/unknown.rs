@@ -1,0 +1,81 @@
+//! Fields of other releases: kept as the text that they were read as, and written again.
+
+use super::read::members;
+use serde::Serialize;
+use serde::ser::{Error as _, SerializeMap, Serializer};
+use serde_json::value::RawValue;
+
+/// Members of a JSON object that this release does not know.
+#[derive(Debug, Clone, Default)]
+pub struct UnknownFields(
+    /// A JSON object with at least one member.
+    Option<Box<RawValue>>,
+);
+
+impl UnknownFields {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// Adds `field`; does nothing if it is there already.
+    pub fn add(&mut self, field: &str, value: &RawValue) {
+        self.add_all([(field, value)]);
+    }
+
+    /// Adds what `other` has and this has not.
+    pub(super) fn learn(&mut self, other: &Self) {
+        if let Some(there) = &other.0
+            && let Ok(there) = members(there.get())
+        {
+            self.add_all(there.iter().map(|(field, value)| (field.as_str(), *value)));
+        }
+    }
+
+    /// Adds those of `fields` that are not there yet.
+    pub(super) fn add_all<'a>(&mut self, fields: impl IntoIterator<Item = (&'a str, &'a RawValue)>) {
+        let before = self.text().to_owned();
+        let mut all = members(&before).unwrap_or_default();
+        for (field, value) in fields {
+            if !all.iter().any(|(there, _)| there == field) {
+                all.push((field.to_owned(), value));
+            }
+        }
+        let mut text =
+            String::with_capacity(all.iter().map(|(field, value)| field.len() + value.get().len() + 8).sum());
+        for (field, value) in &all {
+            text.push(if text.is_empty() { '{' } else { ',' });
+            text.push_str(&serde_json::Value::from(field.as_str()).to_string());
+            text.push(':');
+            text.push_str(value.get());
+        }
+        text.push('}');
+        self.0 = if all.is_empty() { None } else { RawValue::from_string(text).ok() };
+    }
+
+    fn text(&self) -> &str {
+        self.0.as_ref().map_or("{}", |object| object.get())
+    }
+
+    /// Bytes that they take in memory.
+    pub(super) fn heap_bytes(&self) -> usize {
+        self.0.as_ref().map_or(0, |object| object.get().len())
+    }
+}
+
+impl PartialEq for UnknownFields {
+    fn eq(&self, other: &Self) -> bool {
+        self.text() == other.text()
+    }
+}
+
+impl Serialize for UnknownFields {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let all = members(self.text()).map_err(S::Error::custom)?;
+        let mut map = serializer.serialize_map(Some(all.len()))?;
+        for (field, value) in all {
+            map.serialize_entry(&field, value)?;
+        }
+        map.end()
+    }
+}
