@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Runtime, RuntimeFlavor};
 use tokio::task::{AbortHandle, JoinHandle};
 
 /// Time after which a waiting thread goes back to Python.
@@ -172,8 +172,12 @@ impl Call {
         process::entry(py, |inside| {
             let process = inside.process();
             let begin = || {
-                process.start_to_deliver()?;
                 let runtime = process.runtime(py)?;
+                // Without a thread that runs tasks they run only while somebody waits.
+                if runtime.handle().runtime_flavor() == RuntimeFlavor::CurrentThread {
+                    return Err(modelcache::runtime::no_thread(None));
+                }
+                process.start_to_deliver()?;
                 let Some(Stage::New(work)) = self.stage().take() else {
                     return Err(Error::invalid("a call is started once, in the process that made it"));
                 };

@@ -16,6 +16,7 @@ use modelcache::{Error, ErrorKind, Result};
 use pyo3::prelude::*;
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -252,6 +253,8 @@ impl Process {
         if let Threads::None = *threads {
             let has_arenas = std::env::var_os("MALLOC_ARENA_MAX").is_none();
             *threads = Threads::Running(Arc::new(modelcache::runtime::start(has_arenas)?));
+            // Before the work takes what threads there are. Without it event loops are refused, and all else works.
+            let _ = courier(&self.teller);
         }
         match &*threads {
             Threads::Running(runtime) => Ok(runtime.clone()),
@@ -261,12 +264,14 @@ impl Process {
 
     /// Starts the thread that [`deliver`](Self::deliver) needs.
     pub(crate) fn start_to_deliver(&self) -> Result<()> {
-        self.teller().has_thread()
+        courier(&self.teller).map(|_| ())
     }
 
     /// Has `done` called with what came of a call, by a thread that may hold the interpreter's lock.
     pub(crate) fn deliver(&self, done: Py<PyAny>, outcome: Result<Answer>) {
-        self.teller().send(Errand::Tell(done, outcome));
+        if let Some(teller) = self.teller.get() {
+            teller.send(Errand::Tell(done, outcome));
+        }
     }
 
     /// Keeps a record until the interpreter's lock is held by somebody who hands it over.
@@ -278,17 +283,14 @@ impl Process {
         let is_first = records.len() == 1;
         drop(records);
         if is_first {
-            self.logger.get_or_init(Courier::start).send(Errand::HandOverLogs);
+            // Without it the next call takes the records.
+            let _ = courier(&self.logger).map(|logger| logger.send(Errand::HandOverLogs));
         }
     }
 
     /// The records that wait.
     pub(crate) fn take_records(&self) -> VecDeque<Record> {
         std::mem::take(&mut *self.records.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn teller(&self) -> &Courier {
-        self.teller.get_or_init(Courier::start)
     }
 
     fn threads(&self) -> MutexGuard<'_, Threads> {
@@ -308,23 +310,27 @@ enum Errand {
     Stop,
 }
 
+/// The courier that is in `place`, or a new one, which is there from now on.
+fn courier(place: &OnceLock<Courier>) -> Result<&Courier> {
+    match place.get() {
+        Some(courier) => Ok(courier),
+        None => {
+            let started = Courier::start().map_err(|cause| modelcache::runtime::no_thread(Some(cause)))?;
+            Ok(place.get_or_init(|| started))
+        }
+    }
+}
+
 impl Courier {
-    fn start() -> Self {
+    fn start() -> io::Result<Self> {
         let (errands, received) = mpsc::channel();
-        let thread = std::thread::Builder::new().name("modelcache-courier".into()).spawn(move || run(&received));
-        Self { errands, thread: Mutex::new(thread.ok()) }
+        let thread = thread::Builder::new().name("modelcache-courier".into()).spawn(move || run(&received))?;
+        Ok(Self { errands, thread: Mutex::new(Some(thread)) })
     }
 
     fn send(&self, errand: Errand) {
-        // Nobody receives it where no thread could be started, or at the end of the process.
+        // Nobody receives it at the end of the process.
         let _ = self.errands.send(errand);
-    }
-
-    fn has_thread(&self) -> Result<()> {
-        match *self.thread.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(_) => Ok(()),
-            None => Err(modelcache::runtime::no_thread(None)),
-        }
     }
 
     /// Has it end, and waits for that. One that a logging handler keeps for long is left alone.

@@ -22,6 +22,8 @@ _PREFIXES = itertools.count()
 _FOREIGN = ("MODEL_CACHE_", "AWS_", "HF_", "XDG_", "MLFLOW_")
 
 
+# What the tests make is to be seen by other users, whatever the mask that they are started with.
+os.umask(0o022)
 # A shell's background job, and with it what it starts, ignores SIGINT. What is handled here is at its default in what
 # the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -126,7 +126,8 @@ pub(crate) fn address_space_left() -> Option<u64> {
 /// How many threads fit into `left` bytes of address space, which leaves half of it to everything else.
 fn threads_within(left: u64, has_arenas: bool) -> usize {
     let each = STACK_BYTES as u64 + if has_arenas { ARENA_BYTES } else { 0 };
-    usize::try_from(left / 2 / each).unwrap_or(usize::MAX).max(1)
+    // glibc takes no arena where less than twice its size is left: two threads always fit.
+    usize::try_from(left / 2 / each).unwrap_or(usize::MAX).max(2)
 }
 
 fn too_little_memory(left: u64) -> Error {
@@ -191,8 +192,8 @@ mod tests {
     }
 
     #[test]
-    fn fewer_threads_fit_into_less_address_space_and_one_always_does() {
-        assert_eq!(threads_within(0, true), 1);
+    fn fewer_threads_fit_into_less_address_space_and_two_always_do() {
+        assert_eq!(threads_within(0, true), 2);
         assert!(threads_within(1 << 40, true) > threads_within(1 << 30, true));
         assert!(threads_within(1 << 30, false) > threads_within(1 << 30, true));
     }

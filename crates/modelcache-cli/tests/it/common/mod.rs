@@ -47,11 +47,12 @@ pub struct House {
     folder: TempDir,
 }
 
-/// Handles the signals that this program was started to ignore, as a shell's background job and `nohup` are: what is
-/// handled here is at its default in what the tests start.
-fn listen_to_signals() {
-    static LISTENING: Once = Once::new();
-    LISTENING.call_once(|| {
+/// Makes what the tests start independent of how they were started themselves. New files can be read by other users. The
+/// signals that a shell's background job and `nohup` ignore are handled here, and so at their default there.
+fn reset_what_is_inherited() {
+    static RESET: Once = Once::new();
+    RESET.call_once(|| {
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let _context = runtime.enter();
         let status = fs::read_to_string("/proc/self/status").unwrap();
@@ -69,7 +70,7 @@ fn listen_to_signals() {
 impl House {
     /// Both stand-ins, an empty bucket, and no repository.
     pub fn new() -> Self {
-        listen_to_signals();
+        reset_what_is_inherited();
         let folder = TempDir::new().unwrap();
         let s3 = S3::start_in(folder.path().join("s3"), 0).unwrap();
         s3.bucket(BUCKET).unwrap();
