@@ -171,8 +171,8 @@ fn swap(place: &Path, target: &Path, ended: &AtomicBool) -> u64 {
     let (link, mut swaps) = (place.with_extension("link"), 0);
     while !ended.load(Ordering::Relaxed) {
         let is_link = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink());
-        if !is_link(&link) && !is_link(place) {
-            let _ = symlink(target, &link);
+        if !is_link(link) && !is_link(place) {
+            let _ = symlink(target, link);
         }
         match renameat_with(CWD, place, CWD, &link, RenameFlags::EXCHANGE) {
             Ok(()) => swaps += 1,
@@ -182,24 +182,27 @@ fn swap(place: &Path, target: &Path, ended: &AtomicBool) -> u64 {
     swaps
 }
 
+/// Puts something at a path.
+type Plant = fn(&Path);
+
 #[test]
 fn what_does_not_belong_in_the_directory_is_named_by_doctor_and_moved_by_prune() {
-    let fifo = |path: &Path| {
+    let fifo: Plant = |path| {
         rustix::fs::mknodat(CWD, path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
     };
-    let folder = |path: &Path| fs::create_dir_all(path.join("inside")).unwrap();
-    let link = |path: &Path| symlink("/dev/null", path).unwrap();
-    let cases: [(&str, &str, &dyn Fn(&Path)); 10] = [
-        ("locks/budget", "pipe", &fifo),
-        ("locks/budget", "folder", &folder),
-        ("locks/changes", "pipe", &fifo),
-        ("locks/probe", "pipe", &fifo),
-        ("staging/new-abc", "pipe", &fifo),
-        ("staging/x-y/journal", "pipe", &fifo),
-        ("artifacts/m/1/manifest.json", "folder", &folder),
-        ("artifacts/m/1/last-used", "symbolic link", &link),
-        ("artifacts/odd", "pipe", &fifo),
-        ("unsynced/0123-abc", "folder", &folder),
+    let folder: Plant = |path| fs::create_dir_all(path.join("inside")).unwrap();
+    let link: Plant = |path| symlink("/dev/null", path).unwrap();
+    let cases: [(&str, &str, Plant); 10] = [
+        ("locks/budget", "pipe", fifo),
+        ("locks/budget", "folder", folder),
+        ("locks/changes", "pipe", fifo),
+        ("locks/probe", "pipe", fifo),
+        ("staging/new-abc", "pipe", fifo),
+        ("staging/x-y/journal", "pipe", fifo),
+        ("artifacts/m/1/manifest.json", "folder", folder),
+        ("artifacts/m/1/last-used", "symbolic link", link),
+        ("artifacts/odd", "pipe", fifo),
+        ("unsynced/0123-abc", "folder", folder),
     ];
     for (name, is, plant) in cases {
         let shared = Shared::new();

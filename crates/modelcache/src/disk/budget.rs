@@ -690,7 +690,7 @@ impl BudgetHold<'_> {
         if artifact.manifest.is_none() {
             self.remove_artifact(dir)?;
         }
-        loose.iter().try_for_each(|path| files::remove_file(path))
+        loose.iter().try_for_each(files::remove_file)
     }
 
     /// Removes what failed a check.

@@ -140,7 +140,7 @@ impl Destination {
             *links.entry(link).or_default() += 1;
         }
         write_marker(&site.path, tree)?;
-        folders.iter().try_for_each(|folder| sync(folder))?;
+        folders.iter().try_for_each(sync)?;
         // Somebody may have put something there meanwhile, or may be doing so while the two change places.
         self.refuse_what_is_not_ours()?;
         swap(&site.path, &self.dir).map_err(|cause| not_swapped(&self.asked, cause))?;

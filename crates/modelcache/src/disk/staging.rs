@@ -319,7 +319,7 @@ impl Disk {
     /// The temporary files directly in `folder` that take bytes. One that is a link to a blob counts there.
     pub(super) fn temporaries(&self, folder: &RootedPath) -> Result<Vec<TemporaryFile>> {
         let mut found = Vec::new();
-        for path in files::entries(folder)?.into_iter().filter(|path| is_temporary(path)) {
+        for path in files::entries(folder)?.into_iter().filter(is_temporary) {
             if let Some(metadata) = files::stat(&path)?.filter(|metadata| metadata.is_file() && metadata.nlink() == 1)
                 && metadata.len() > 0
             {
@@ -337,7 +337,7 @@ impl Disk {
 
     /// Removes what writers that ended long ago had not given its name yet, directly in `folder`.
     pub(crate) fn drop_old_temporaries(&self, folder: &RootedPath) -> Result<()> {
-        for path in files::entries(folder)?.into_iter().filter(|path| is_temporary(path)) {
+        for path in files::entries(folder)?.into_iter().filter(is_temporary) {
             let age = |metadata: &Metadata| SystemTime::now().duration_since(metadata.modified()).ok();
             match files::stat(&path)?.filter(|metadata| age(metadata) > Some(TEMPORARY_AGE_MAX)) {
                 // In a sticky folder its owner removes it.

@@ -437,12 +437,12 @@ fn a_temporary_file_counts_and_goes_before_an_artifact_once_its_writer_died() {
     drop(writer);
     assert_eq!(prune(true).leftovers.temporary_bytes, BLOCK_BYTES);
     fill(6);
-    assert!(!temporary.metadata().is_ok(), "its writer died");
+    assert!(temporary.metadata().is_err(), "its writer died");
     assert_eq!((disk.scan().expect("scans").len(), counted()), (6, 6 * BLOCK_BYTES), "nothing else had to go");
 
     disk.evict(&key(6)).expect("evicts");
     fs::write(temporary.full(), "left").expect("writes");
     let pruned = prune(false);
     assert_eq!((pruned.leftovers.temporary_bytes, pruned.freed_bytes), (BLOCK_BYTES, BLOCK_BYTES));
-    assert!(!temporary.metadata().is_ok());
+    assert!(temporary.metadata().is_err());
 }
