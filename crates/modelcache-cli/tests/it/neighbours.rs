@@ -172,7 +172,7 @@ fn swap(place: &Path, target: &Path, ended: &AtomicBool) -> u64 {
     while !ended.load(Ordering::Relaxed) {
         let is_link = |path: &Path| fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink());
         if !is_link(&link) && !is_link(place) {
-            let _ = symlink(target, link);
+            let _ = symlink(target, &link);
         }
         match renameat_with(CWD, place, CWD, &link, RenameFlags::EXCHANGE) {
             Ok(()) => swaps += 1,
