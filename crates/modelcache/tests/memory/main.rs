@@ -166,7 +166,7 @@ fn large_manifests_of_ours_are_read_within_the_same_bounds() {
         let details = FileDetails {
             sha256: Some(digest),
             provenance: Some(Provenance::Put),
-            held: (number % 2 == 0).then_some(held),
+            held: (number.is_multiple_of(2)).then_some(held),
             ..FileDetails::default()
         };
         FileEntry::with(number, details)
