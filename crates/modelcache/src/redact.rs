@@ -196,10 +196,9 @@ pub(crate) fn has_secret_query(text: &str) -> bool {
 
 /// `user:password@name`, without a scheme.
 fn bare(text: &str) -> String {
-    let (server, rest) = authority(text);
-    match server.rsplit_once('@') {
-        Some((user_info, server)) if user_info.contains(':') && !text.starts_with("models:") => {
-            format!("{REDACTED}@{server}{rest}")
+    match text.rsplit_once('@') {
+        Some((user_info, rest)) if user_info.contains(':') && !text.starts_with("models:") => {
+            format!("{REDACTED}@{rest}")
         }
         _ => text.to_owned(),
     }
@@ -214,15 +213,20 @@ fn authority(rest: &str) -> (&str, &str) {
 /// may be a password without its server; in a message it is `host:port` or the like.
 fn address(scheme: &str, rest: &str, typed: bool) -> String {
     let (server, path) = authority(rest);
+    if server.is_empty() && !matches!(scheme, "file" | "models") && !path.is_empty() {
+        let server_from = path.len() - path.trim_start_matches('/').len();
+        return format!("{}{}", &path[..server_from], address(scheme, &path[server_from..], typed));
+    }
     // A branch stands after the @ of `hf://name@branch`; a password has a colon before it.
     let is_user_info = |text: &str| (scheme != "hf" || text.contains(':')) && text != USER_INFO_EXAMPLE;
     let (server, path) = match server.rsplit_once('@') {
         Some((user_info, server)) if is_user_info(user_info) => (format!("{REDACTED}@{server}"), path),
         Some(_) => (server.to_owned(), path),
-        None => match (misplaced_password(scheme, server), path.rsplit_once('@')) {
+        None => match (misplaced_password(server), path.rsplit_once('@')) {
             // A slash in the password: what looks like the server ends in the middle of it.
             (Some(_), Some((_, server))) => (format!("{REDACTED}@{server}"), ""),
-            (Some(host), None) if typed => (format!("{host}:{REDACTED}"), path),
+            // `hf://name:revision` is a branch.
+            (Some(host), None) if typed && scheme != "hf" => (format!("{host}:{REDACTED}"), path),
             (_, _) => (server.to_owned(), path),
         },
     };
@@ -236,15 +240,14 @@ fn address(scheme: &str, rest: &str, typed: bool) -> String {
 }
 
 /// The host of a server whose port is no number, so that it may be a password.
-fn misplaced_password<'a>(scheme: &str, server: &'a str) -> Option<&'a str> {
+fn misplaced_password(server: &str) -> Option<&str> {
     let port_from = server.rfind(']').map_or(0, |at| at + 1);
     let (before, port) = server[port_from..].split_once(':')?;
     let port = port.split('?').next().unwrap_or(port);
     // In a message punctuation follows.
     let port = port.trim_end_matches(|c: char| c.is_ascii_punctuation());
     let is_port = port.bytes().all(|byte| byte.is_ascii_digit());
-    // `hf://name:revision` is a branch.
-    (!is_port && scheme != "hf").then(|| &server[..port_from + before.len()])
+    (!is_port).then(|| &server[..port_from + before.len()])
 }
 
 /// `text` with every address in it shown as [`address`] shows it.
@@ -320,6 +323,9 @@ mod tests {
             ("https://h?canary", "https://h?…"),
             ("hf://u:canary@org/model", "hf://…@org/model"),
             ("s3://u:canary@b/x", "s3://…@b/x"),
+            ("hf://u:can/canary@org/model", "hf://…@org/model"),
+            ("http:///u:can/canary@h/x", "http:///…@h/x"),
+            ("u:can/canary@h/x", "…@h/x"),
             ("s3://canary@b/x", "s3://…@b/x"),
             ("s3://b/x?X-Amz-Security-Token=canary&y=2", "s3://b/x?…"),
             ("models://u:canary@h/x/1", "models://…@h/x/1"),

@@ -89,8 +89,12 @@ fn credential(
         }
         _ if key.ends_with("_file") => {
             let path = expand_home(value, environment);
-            // Without a slash it may be the secret itself, put where its file should be named.
-            let shown = if value.contains('/') { path.display().to_string() } else { format!("what {key} names") };
+            // It may be the secret itself, put where its file should be named.
+            let shown = if value.starts_with(['/', '~', '.']) {
+                path.display().to_string()
+            } else {
+                format!("what {key} names")
+            };
             let text = read_secret(&path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
             let text = text.ok_or_else(|| format!("there is no {shown}"))?;
             Ok(text.trim_end_matches(['\r', '\n']).to_owned())
