@@ -48,6 +48,11 @@ impl Census {
         })?;
         for path in entries(&root.join("staging"))? {
             if !path.is_dir() {
+                if let Ok(metadata) = fs::symlink_metadata(&path)
+                    && metadata.nlink() == 1
+                {
+                    count(&metadata);
+                }
                 census.temporaries.push(path);
                 continue;
             }
@@ -141,7 +146,7 @@ mod tests {
         let census = Census::of(root).unwrap();
         let each = fs::metadata(root.join("blobs/aa/a")).unwrap().blocks() * 512;
         let small = fs::metadata(root.join("quarantine/c")).unwrap().blocks() * 512;
-        assert_eq!(census.counted_bytes, 2 * each + 3 * small);
+        assert_eq!(census.counted_bytes, 2 * each + 4 * small);
         assert_eq!(census.orphans, [root.join("blobs/bb/b")]);
         assert_eq!(census.stagings_with_bytes, [root.join("staging/k-1")]);
         assert_eq!(census.stagings.len(), 2);

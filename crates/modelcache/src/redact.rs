@@ -162,21 +162,42 @@ pub fn reference(text: &str) -> String {
         Some((scheme, rest)) => format!("{scheme}://{}", address(scheme, rest, true)),
         None => bare(text),
     };
-    // After a `#` only a digest is understood.
+    // After a `#` only a digest is understood. The name before a value says what the caller tried.
     let shown = match shown.split_once('#') {
-        Some((before, fragment)) if !fragment.starts_with("sha256=") => format!("{before}#{REDACTED}"),
+        Some((before, fragment)) if !fragment.starts_with("sha256=") => match fragment.split_once('=') {
+            Some((name, _)) if name.bytes().all(|byte| byte.is_ascii_alphanumeric()) => {
+                format!("{before}#{name}={REDACTED}")
+            }
+            _ => format!("{before}#{REDACTED}"),
+        },
         _ => shown,
     };
     without_known(Cow::Owned(with_parameters(&shown))).into_owned()
 }
 
-/// The refusal of `text`, a reference or a name: `error`, unless that may repeat what is secret in it.
+/// The refusal of `text`, a reference or a name: `error`, unless that repeats what may be secret in it.
 pub(crate) fn refusal(text: &str, error: Error) -> Error {
+    let told = format!("{} {}", error.message_with_causes(), error.hint_text().unwrap_or_default());
     match reference(text) {
-        shown if shown == text => error,
+        shown if left_out(text, &shown).iter().all(|secret| !told.contains(secret)) => error,
         shown => Error::invalid(format!("{shown:?} is no reference; what may be a password in it is not repeated"))
             .hint(HINT),
     }
+}
+
+/// The parts of `text` that are not in `shown`, which has [`REDACTED`] in the place of each.
+fn left_out<'text>(text: &'text str, shown: &str) -> Vec<&'text str> {
+    let mut kept = shown.split(REDACTED);
+    let first = kept.next().unwrap_or_default();
+    let Some(mut rest) = text.strip_prefix(first) else { return vec![text] };
+    let mut left_out = Vec::new();
+    for part in kept {
+        let at = if part.is_empty() { rest.len() } else { rest.find(part).unwrap_or(rest.len()) };
+        left_out.push(&rest[..at]);
+        rest = rest.get(at + part.len()..).unwrap_or_default();
+    }
+    left_out.retain(|part| !part.is_empty());
+    left_out
 }
 
 /// `text`, which is a setting's value, perhaps a list split by commas, without its secrets.

@@ -351,13 +351,13 @@ fn links_planted_in_the_directory_lead_to_nothing_that_is_changed() {
     std::os::unix::fs::symlink(&mine, artifacts.join("m/1/files/1")).unwrap();
     // What a crash leaves, so that everything is swept and counted.
     fs::write(house.path("a/locks/budget"), "").unwrap();
-    house.on_local("a").run(["prune"]).ok();
+    house.on_local("a").run(["stats"]).ok();
     house.on_local("a").run(["evict", "worse@1", "--yes"]);
     house.on_local("a").run(["evict", "evil@1", "--yes"]);
-    house
-        .on_local("a")
-        .run(["put", "worse@1", mine.join("1/thesis.txt").to_str().unwrap()])
-        .failed(8, &["worse/1", "no folder"]);
+    let put = || house.on_local("a").run(["put", "worse@1", mine.join("1/thesis.txt").to_str().unwrap()]);
+    put().failed(8, &["worse/1", "no folder"]);
+    house.on_local("a").run(["prune"]).said(&["artifacts/evil", "artifacts/worse/1", "quarantine"]);
+    put().ok();
     house
         .on_local("a")
         .env("MODEL_CACHE_MAX_BYTES", "9500000")

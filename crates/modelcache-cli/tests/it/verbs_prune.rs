@@ -99,9 +99,7 @@ fn without_a_bound_only_leftovers_go() {
         house.write(&format!("d/{path}"), junk.clone());
     }
     house.write("d/staging/0123-dead/journal", "");
-    let told = prune(&house, &["--dry-run"]);
     let did = prune(&house, &[]);
-    assert_eq!(told["leftovers"]["temporary_bytes"], did["leftovers"]["temporary_bytes"]);
     assert_eq!((&did["evicted"], &did["kept"]), (&json!([]), &json!([])));
     assert_eq!(did["leftovers"]["fills"], 1);
     for kind in ["fill_bytes", "temporary_bytes", "blob_bytes", "quarantine_bytes"] {
