@@ -291,7 +291,7 @@ fn no_verb_repeats_a_secret_of_the_configuration() {
         format!("\"{address}\" = 1"),
         format!("\"{address}\" = 1\n\"{address}\" = 2"),
         format!("[remote]\nurl = \"s3://models\"\noptions = {{ endpoint = \"{address}\" }}"),
-        format!("[remote]\nurl = \"s3://models\"\noptions = {{ endpoint = \"u:canary-password@host\" }}"),
+        "[remote]\nurl = \"s3://models\"\noptions = { endpoint = \"u:canary-password@host\" }".to_owned(),
         format!("[remote]\nurl = \"s3://models\"\noptions = {{ path_style = \"{address}\" }}"),
         format!(
             "[remote]\nurl = \"s3://models\"\noptions = {{ proxy_url = \"{address}\", endpoint = \"http://127.0.0.1:1\" }}"
