@@ -3,7 +3,7 @@
 //! Every failure says what a caller can do about it ([`ErrorKind`]), what was being done, to which artifact,
 //! in which tier, and how to mend it. Doors translate kinds once (exit codes, HTTP statuses); nobody matches
 //! on text. Every text of an error is one line that is fit for a terminal and has no secret in it (see
-//! [`printable`](crate::printable)), whatever a caller puts into it. Absence is not an error inside the library: look-ups return `Option`, and only the outermost call
+//! [`crate::printable`]), whatever a caller puts into it. Absence is not an error inside the library: look-ups return `Option`, and only the outermost call
 //! turns "nowhere" into [`ErrorKind::NotFound`].
 
 use crate::printable;

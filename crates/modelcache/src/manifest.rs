@@ -3,7 +3,7 @@
 //! It is monotone: an entry gains a digest, a ladder, a holding; it never changes a size or digest. Whoever merges
 //! two manifests that contradict each other gets [`ErrorKind::Conflict`]. On disk and on the remote it is the
 //! commit point, published last, in one envelope that carries a format number and its own checksum; fields that
-//! this release does not know are kept. What is read is bounded: see [`read`].
+//! this release does not know are kept. What is read is bounded: see `manifest/read.rs`.
 
 mod files;
 mod read;

@@ -1,9 +1,9 @@
 //! Foreign text made fit for a terminal, a log and an exception: the one place that decides which characters are shown.
 //!
 //! Servers, files, other users of a shared directory and the command line can put escape sequences, line ends and
-//! invisible characters into what is shown. [`line`] makes one line of any text. [`Error`](crate::Error) applies it to
+//! invisible characters into what is shown. [`line()`] makes one line of any text. [`Error`](crate::Error) applies it to
 //! every message, and each door applies it where it writes. Secrets are left out on the way (see
-//! [`redact`](crate::redact)).
+//! [`crate::redact`]).
 
 use crate::redact;
 use std::borrow::Cow;

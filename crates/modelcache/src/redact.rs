@@ -1,6 +1,6 @@
 //! Removes credentials from text before it is shown: the one place that decides what a secret looks like.
 //!
-//! Two kinds of text are told apart. [`reference`] takes one address or reference exactly as a person typed it. [`text`]
+//! Two kinds of text are told apart. [`reference()`] takes one address or reference exactly as a person typed it. [`text`]
 //! takes any other text (a message, a server's answer, a log line) and finds addresses in it. Both replace user and
 //! password of an address, the values of its query, parameters that carry a signature or a token, and every value that
 //! this process knows to be secret (see [`learn`]) by `…`.
