@@ -251,7 +251,7 @@ impl Manifest {
                 return conflict(format!("{path} has git sha1 {a} there and {b} here"));
             }
         }
-        match other.files.keys().find(|path| !self.files.contains_key(*path)) {
+        match other.files.keys().find(|path| !self.files.contains_key(path)) {
             Some(path) => conflict(format!("it has no {path}")),
             None => Ok(()),
         }

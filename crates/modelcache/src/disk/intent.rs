@@ -10,7 +10,7 @@ use super::Disk;
 use super::files;
 use super::lock::FileLock;
 use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::key::{ArtifactKey, FilePath};
+use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
 use crate::limits;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,12 +40,29 @@ pub(crate) struct Intent {
 
 /// The file.
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(from = "Fields")]
 struct Stored {
     format: u32,
     #[serde(flatten)]
     key: ArtifactKey,
     /// By the remote's address.
     remotes: BTreeMap<String, Missing>,
+}
+
+/// Its fields as they are read: a flattened key would have serde keep every other field in memory, too.
+#[derive(Deserialize)]
+struct Fields {
+    format: u32,
+    name: ArtifactName,
+    version: Version,
+    remotes: BTreeMap<String, Missing>,
+}
+
+impl From<Fields> for Stored {
+    fn from(fields: Fields) -> Self {
+        let Fields { format, name, version, remotes } = fields;
+        Self { format, key: ArtifactKey::new(name, version), remotes }
+    }
 }
 
 #[derive(Deserialize)]
