@@ -151,7 +151,7 @@ fn a_folder_that_becomes_a_link_at_any_moment_leads_no_command_outside() {
         let shared = Shared::new();
         let (before, place) = (shared.possessions(), real_name(&shared, folder));
         let (end, ended) = (Instant::now() + Duration::from_secs_f64(seconds), AtomicBool::new(false));
-        let swaps = std::thread::scope(|scope| {
+        let (swaps, rounds) = std::thread::scope(|scope| {
             let swapping = scope.spawn(|| swap(&place, &shared.mine, &ended));
             let mut round = 0;
             while Instant::now() < end {
@@ -159,8 +159,9 @@ fn a_folder_that_becomes_a_link_at_any_moment_leads_no_command_outside() {
                 round += 1;
             }
             ended.store(true, Ordering::Relaxed);
-            swapping.join().unwrap()
+            (swapping.join().unwrap(), round)
         });
+        println!("{folder}: {swaps} exchanges beside {} commands", 8 * rounds);
         assert_eq!(shared.possessions(), before, "{folder}, after {swaps} swaps");
         assert!(swaps > 0, "{folder} was never a link");
     }
