@@ -143,6 +143,7 @@ fn a_link_in_the_place_of_a_folder_leads_no_command_outside() {
 }
 
 #[test]
+#[allow(clippy::print_stderr)]
 fn a_folder_that_becomes_a_link_at_any_moment_leads_no_command_outside() {
     let seconds = std::env::var("NEIGHBOURS_SECONDS").map_or(SWAP_SECONDS, |text| text.parse().expect("seconds"));
     for folder in
@@ -161,7 +162,7 @@ fn a_folder_that_becomes_a_link_at_any_moment_leads_no_command_outside() {
             ended.store(true, Ordering::Relaxed);
             (swapping.join().unwrap(), round)
         });
-        println!("{folder}: {swaps} exchanges beside {} commands", 8 * rounds);
+        eprintln!("{folder}: {swaps} exchanges beside {} commands", 8 * rounds);
         assert_eq!(shared.possessions(), before, "{folder}, after {swaps} swaps");
         assert!(swaps > 0, "{folder} was never a link");
     }
