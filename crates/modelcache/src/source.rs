@@ -44,6 +44,12 @@ pub trait Source: fmt::Debug + Send + Sync {
     fn stated_by(&self, _path: &FilePath) -> Option<String> {
         None
     }
+
+    /// Whether a range is cut from an answer that has the whole file, as far as it is known. The end of such an answer is
+    /// not seen, so that bytes too many stay unnoticed: whoever wants the whole file asks for it in one stream.
+    fn ignores_ranges(&self) -> bool {
+        false
+    }
 }
 
 /// A stream of bytes of one file.

@@ -412,6 +412,8 @@ struct WebSource {
     place: Mutex<Option<Url>>,
     /// The server refuses ranges instead of ignoring them.
     refuses_ranges: AtomicBool,
+    /// A range was answered with the whole file.
+    ignores_ranges: AtomicBool,
 }
 
 /// Signed addresses stay unprinted.
@@ -436,6 +438,10 @@ impl Source for WebSource {
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         self.open(path, range).await.context(&self.key, Tier::Origin)
     }
+
+    fn ignores_ranges(&self) -> bool {
+        self.ignores_ranges.load(Ordering::Relaxed)
+    }
 }
 
 impl WebSource {
@@ -450,6 +456,7 @@ impl WebSource {
             manifest: OnceCell::new(),
             place: Mutex::default(),
             refuses_ranges: AtomicBool::new(false),
+            ignores_ranges: AtomicBool::new(false),
         })
     }
 
@@ -563,7 +570,10 @@ impl WebSource {
         let stream = http::body_stream(answer.response, &answer.url);
         // From a server that ignores ranges, the first part is all the same right: it ends where it was asked to.
         let stream = match status == StatusCode::OK && range.start == 0 && range.end < found.size {
-            true => first_bytes(stream, range.end),
+            true => {
+                self.ignores_ranges.store(true, Ordering::Relaxed);
+                first_bytes(stream, range.end)
+            }
             false => stream,
         };
         Ok(Body { start, stream })

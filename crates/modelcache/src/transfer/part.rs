@@ -186,8 +186,16 @@ impl PartTask {
     /// Streams what is missing of the range from one source, once.
     async fn stream(&self, source: &dyn Source, range: &Range<u64>, part: &mut PartProgress) -> Result<(), Trouble> {
         let want = part.next..range.end;
+        let cuts = || source.ignores_ranges() && range.end - range.start < self.file.entry.size;
+        if cuts() {
+            return Err(Trouble::IgnoresRanges);
+        }
         let reading = Reading::start(self, source, want.clone());
         let body = reading.first(source.read(&self.file.path, want.clone())).await?;
+        // The answer itself may have told.
+        if cuts() {
+            return Err(Trouble::IgnoresRanges);
+        }
         if body.start != want.start {
             // From the beginning of the file: only of use to whoever asked for all of it.
             if body.start != 0 || part.next != range.start {

@@ -107,6 +107,10 @@ impl Source for MlflowSource {
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         self.open(path, range).await.context(&self.key, Tier::Origin)
     }
+
+    fn ignores_ranges(&self) -> bool {
+        self.found.get().is_some_and(|found| matches!(found.bytes, Whence::Server(..)))
+    }
 }
 
 impl MlflowSource {
