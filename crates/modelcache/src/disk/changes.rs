@@ -62,6 +62,12 @@ impl Position {
         let whole = text.is_empty() || text.ends_with('\n');
         let is_ours = |line: &str, name: &str| self.line(name).strip_suffix('\n') == Some(line);
         let named = |line: &str| line.get(CHECK_DIGITS + 1..).filter(|name| is_ours(line, name)).map(PathBuf::from);
+        // A folder below `artifacts/` is two names: another user of a shared directory may have written something else.
+        let is_artifact = |path: &PathBuf| {
+            let mut names = path.components().map(|component| matches!(component, std::path::Component::Normal(_)));
+            (names.next(), names.next(), names.next()) == (Some(true), Some(true), None)
+        };
+        let named = |line: &str| named(line).filter(is_artifact);
         text.lines().map(named).collect::<Option<Vec<_>>>().filter(|_| whole)
     }
 

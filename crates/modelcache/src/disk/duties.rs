@@ -253,8 +253,10 @@ impl Disk {
             return Ok(());
         }
         for path in files::entries(&self.layout().unsynced())? {
-            if !is_locked(&path) {
-                files::remove(&path)?;
+            if !is_locked(&path)
+                && let Err(error) = files::remove(&path)
+            {
+                tracing::warn!(%error, "what a process left in unsynced/ cannot be removed; it is left alone");
             }
         }
         Ok(())

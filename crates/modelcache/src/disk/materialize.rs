@@ -313,16 +313,17 @@ fn is_refusal(cause: &io::Error) -> bool {
     clone::is_refusal(cause) || matches!(errno(cause), Some(Errno::INVAL | Errno::NOTTY))
 }
 
-/// Makes a hard link, and makes sure that it is one to a file of the size that was promised: in a shared directory another
-/// user may have put something else in the place of the view.
+/// Makes a hard link. Refuses what is not a read-only file of the right size: in a shared directory another user may have
+/// put something else in the place of the view.
 fn hard_link(view: &RootedPath, target: &RootedPath, entry: &FileEntry) -> io::Result<()> {
     view.hard_link(target)?;
     let linked = target.metadata()?;
-    if linked.is_file() && linked.len() == entry.size {
+    if linked.is_file() && linked.len() == entry.size && linked.mode() & 0o222 == 0 {
         return Ok(());
     }
+    // A copy is checked.
     target.unlink()?;
-    Err(io::Error::new(io::ErrorKind::InvalidData, format!("{view} was replaced while it was linked")))
+    Err(Errno::PERM.into())
 }
 
 fn reflink(view: &RootedPath, target: &RootedPath) -> io::Result<()> {

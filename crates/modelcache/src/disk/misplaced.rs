@@ -34,6 +34,8 @@ pub struct Misplaced {
     pub owner: u32,
     #[serde(skip)]
     at: RootedPath,
+    #[serde(skip)]
+    expected: Level,
 }
 
 impl Level {
@@ -79,7 +81,13 @@ pub(super) fn misplaced(layout: &Layout) -> Result<Vec<Misplaced>> {
 fn check(path: &RootedPath, level: Level, below: &[Level], found: &mut Vec<Misplaced>) -> Result<()> {
     let Some(metadata) = files::stat(path)? else { return Ok(()) };
     if !level.accepts(path, &metadata) {
-        found.push(Misplaced { path: path.to_string(), is: metadata.kind(), owner: metadata.uid(), at: path.clone() });
+        found.push(Misplaced {
+            path: path.to_string(),
+            is: metadata.kind(),
+            owner: metadata.uid(),
+            at: path.clone(),
+            expected: level,
+        });
     } else if let Some((next, below)) = below.split_first().filter(|_| metadata.is_dir()) {
         for path in files::entries(path)? {
             check(&path, *next, below, found)?;
@@ -99,7 +107,7 @@ impl Disk {
     /// Moves entries of the wrong type to `quarantine/`; those that were moved. Needs no lock: no process works with
     /// what is neither the file nor the folder that belongs there.
     pub(super) fn set_aside(&self, entries: Vec<Misplaced>) -> Vec<Misplaced> {
-        let was_moved = |entry: &Misplaced| match set_aside(self.layout(), &entry.at) {
+        let was_moved = |entry: &Misplaced| match set_aside(self.layout(), &entry.at, entry.expected) {
             Ok(moved) => moved,
             Err(error) => {
                 tracing::warn!(path = %entry.path, is = entry.is, owner = entry.owner, %error, "an entry that does not belong in the cache directory cannot be moved to quarantine/; its owner or root can remove it");
@@ -110,14 +118,22 @@ impl Disk {
     }
 }
 
-/// Moves what lies at `path` to `quarantine/`, unless a file is there by now.
-pub(super) fn set_aside(layout: &Layout, path: &RootedPath) -> Result<bool> {
-    let aside = layout.quarantine().join(format!("misplaced-{}-{}", path.name(), random_name()));
-    let is_file = |path: &RootedPath| files::stat(path).map(|found| found.is_some_and(|found| found.is_file()));
-    if is_file(path)? || absent(path.rename(&aside)).at("set aside", path)?.is_none() {
+/// Moves what lies at `path` to `quarantine/`, unless it is a file.
+pub(super) fn set_aside_no_file(layout: &Layout, path: &RootedPath) -> Result<bool> {
+    set_aside(layout, path, Level::File)
+}
+
+/// Moves what lies at `path` to `quarantine/`, unless it is what is expected there by now.
+fn set_aside(layout: &Layout, path: &RootedPath, expected: Level) -> Result<bool> {
+    // A name has at most 255 bytes.
+    let name: String = path.name().chars().take(40).collect();
+    let aside = layout.quarantine().join(format!("misplaced-{name}-{}", random_name()));
+    let belongs =
+        |at: &RootedPath| files::stat(at).map(|found| found.is_some_and(|found| expected.accepts(path, &found)));
+    if belongs(path)? || absent(path.rename(&aside)).at("set aside", path)?.is_none() {
         return Ok(false);
     }
-    if is_file(&aside)? {
+    if belongs(&aside)? {
         // What belongs there came in between the look and the move.
         modes::appear(&aside, path).at("put back", path)?;
         return Ok(false);

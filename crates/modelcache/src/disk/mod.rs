@@ -168,6 +168,10 @@ impl Disk {
         let made = make_root(&root, sharing);
         // Links that lead to the root are resolved here, so it must be there.
         let layout = Layout::new(&root);
+        if made.is_ok() {
+            trust::check(&root, sharing)?;
+            trust::check_same(&root, layout.root())?;
+        }
         let unwritable = match made.and_then(|()| prepare(&layout, sharing)) {
             Ok(()) => None,
             Err(error) if files::stat(&layout.format()).is_ok_and(|metadata| metadata.is_some()) => Some(error),
@@ -179,7 +183,7 @@ impl Disk {
         let probe = || lock::are_honest(&layout.probe_lock());
         let locks_are_honest = unwritable.is_some()
             || match probe() {
-                Err(_) if misplaced::set_aside(&layout, &layout.probe_lock())? => probe()?,
+                Err(_) if misplaced::set_aside_no_file(&layout, &layout.probe_lock())? => probe()?,
                 found => found?,
             };
         if !locks_are_honest {

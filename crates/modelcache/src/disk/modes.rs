@@ -8,7 +8,7 @@
 //! A shared folder whose names only their owners need to remove is sticky, so that no other user can put something else
 //! in their place.
 
-use super::fault::At;
+use super::fault::{At, errno};
 use super::files::{TEMPORARY, random_name};
 use super::rooted::RootedPath;
 use crate::config::Sharing;
@@ -101,6 +101,8 @@ pub(crate) fn open_shared(path: &RootedPath) -> io::Result<File> {
     loop {
         match path.open(true) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Replaced since it was opened.
+            Err(error) if errno(&error) == Some(Errno::STALE) => {}
             opened => return opened,
         }
         match create(path, Use::Written) {

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Folders in each other that are removed or walked through at most. The paths of artifacts are far shorter; a deeper
+/// How deep nested folders are removed or walked through. The paths of artifacts are far shorter; a deeper
 /// tree was planted.
 pub(super) const DEPTH_MAX: usize = 512;
 /// How a folder is opened to act on names in it. `O_PATH` needs no permission to list it.
@@ -170,7 +170,7 @@ impl RootedPath {
     /// Whether this process may write it.
     pub(crate) fn check_writable(&self) -> io::Result<()> {
         let access = rustix::fs::Access::WRITE_OK;
-        self.at(|folder, name| Ok(rustix::fs::accessat(folder, name, access, AtFlags::empty())?))
+        self.at(|folder, name| Ok(rustix::fs::accessat(folder, name, access, AtFlags::EACCESS)?))
     }
 
     /// Opens a regular file that exists. A pipe or device that was planted in its place neither blocks nor passes.
@@ -179,8 +179,18 @@ impl RootedPath {
     /// lies elsewhere, where the kernel allows that (`fs.protected_hardlinks=0`).
     pub(crate) fn open(&self, write: bool) -> io::Result<File> {
         let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
-        let file = self.open_at(access, Mode::empty())?;
-        let found = Metadata::of(&file)?;
+        let (file, named) = self.at(|folder, name| {
+            let file = open_at(folder, name, access, Mode::empty())?;
+            // One look at the name tells both which file it is and how many names that has: a second name may have been
+            // removed since the file was opened by it.
+            let named = if write { Some(folder.metadata(name)?) } else { None };
+            Ok((file, named))
+        })?;
+        let opened = Metadata::of(&file)?;
+        let found = named.unwrap_or(opened);
+        if (found.dev(), found.ino()) != (opened.dev(), opened.ino()) {
+            return Err(Errno::STALE.into());
+        }
         match found.is_file() {
             true if write && found.nlink() > 1 => {
                 Err(io::Error::new(io::ErrorKind::InvalidInput, "the file has a second name"))
@@ -204,8 +214,7 @@ impl RootedPath {
     }
 
     fn open_at(&self, access: OFlags, mode: Mode) -> io::Result<File> {
-        let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        self.at(|folder, name| Ok(retry_on_intr(|| rustix::fs::openat(folder, name, flags, mode))?.into()))
+        self.at(|folder, name| open_at(folder, name, access, mode))
     }
 
     /// Makes a folder. With `mode` it has exactly these permissions.
@@ -442,6 +451,12 @@ impl Metadata {
             (self.0.st_mtime as i64).saturating_mul(1_000_000_000).saturating_add(self.0.st_mtime_nsec as i64);
         FileIdentity { inode: self.ino(), bytes: self.len(), mtime_ns }
     }
+}
+
+/// Opens `name` in `folder`, and no link there. A pipe does not block.
+fn open_at(folder: &Folder, name: &OsStr, access: OFlags, mode: Mode) -> io::Result<File> {
+    let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(retry_on_intr(|| rustix::fs::openat(folder, name, flags, mode))?.into())
 }
 
 /// Turns "not found" into `None`. A name below what is no folder is not there either.

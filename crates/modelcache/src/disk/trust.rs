@@ -5,6 +5,7 @@
 //! above; anybody once the directory is said to be shared, except for a link.
 
 use super::fault::At;
+use super::rooted::RootedPath;
 use crate::config::Sharing;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use std::fs;
@@ -13,6 +14,18 @@ use std::path::Path;
 
 /// The sticky bit, and writable for all.
 const OPEN_TO_ALL: u32 = 0o1002;
+
+/// Refuses a root that was replaced while links to it were resolved: `real` is where they led, and a folder called `root` is
+/// another one.
+pub(super) fn check_same(root: &Path, real: &RootedPath) -> Result<()> {
+    let named = fs::symlink_metadata(root).at("look at", root)?;
+    let real = real.metadata().at("look at", root)?;
+    if named.is_symlink() || (named.dev(), named.ino()) == (real.dev(), real.ino()) {
+        return Ok(());
+    }
+    let message = format!("{} was replaced while it was opened", root.display());
+    Err(Error::new(ErrorKind::Directory, message).tier(Tier::Disk).hint("see who can rename that folder"))
+}
 
 /// Refuses a root that somebody else put into a folder open to all.
 pub(super) fn check(root: &Path, sharing: Sharing) -> Result<()> {

@@ -272,6 +272,10 @@ impl PartTask {
                     filling = Some(buffer);
                 }
             }
+            if !rest.is_empty() && range.start == 0 && range.end < self.file.entry.size {
+                // Perhaps it is the whole file. Asked for as one, the server shows what it sends.
+                return Err(Trouble::IgnoresRanges);
+            }
             if !rest.is_empty() {
                 let error = Error::corrupt("the server sent more than was asked for").tier(tier).transient(true);
                 return Err(error.into());
