@@ -5,6 +5,7 @@
 
 use crate::exit;
 use std::future::Future;
+use std::sync::OnceLock;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// A signal that ends the command.
@@ -80,12 +81,15 @@ fn fail_writes_beyond_the_file_size_limit() {
     }
 }
 
-/// Whether the process ignores a signal; `false` where `/proc` is not mounted.
+/// Whether the process ignored a signal when this was first asked; `false` where `/proc` is not mounted.
 fn is_ignored(kind: SignalKind) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    mask.is_some_and(|mask| mask >> (kind.as_raw_value() - 1) & 1 == 1)
+    static IGNORED: OnceLock<u64> = OnceLock::new();
+    let mask = IGNORED.get_or_init(|| {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default()
+    });
+    mask >> (kind.as_raw_value() - 1) & 1 == 1
 }
 
 #[cfg(test)]

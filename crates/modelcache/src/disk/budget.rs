@@ -18,7 +18,7 @@ use super::layout::ArtifactDir;
 use super::lock::FileLock;
 use super::pin::InTheWay;
 use super::rooted::{Metadata, RootedPath};
-use super::staging::{StagingUse, TemporaryFile};
+use super::staging::StagingUse;
 use super::{Disk, ScannedArtifact};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -169,7 +169,7 @@ impl Disk {
         }
         for name_dir in files::entries(&layout.artifacts())? {
             for version_dir in files::entries(&name_dir)? {
-                total += self.temporaries(&version_dir)?.iter().map(|file| file.allocated).sum::<u64>();
+                total += self.temporaries(&version_dir)?.iter().map(|file| file.allocated()).sum::<u64>();
                 files::walk(&ArtifactDir(version_dir).files(), &mut |_, metadata| {
                     if counted.insert(metadata.ino()) {
                         total += metadata.allocated();
@@ -303,7 +303,7 @@ impl BudgetHold<'_> {
             usage.reserved += staging.outstanding();
         }
         usage.temporary =
-            self.disk.temporaries(&self.disk.layout().stagings())?.iter().map(|file| file.allocated).sum();
+            self.disk.temporaries(&self.disk.layout().stagings())?.iter().map(|file| file.allocated()).sum();
         Ok(usage)
     }
 
@@ -638,15 +638,16 @@ impl BudgetHold<'_> {
     /// to lock them.
     fn drop_dead_temporaries(&mut self, folder: &RootedPath) -> Result<u64> {
         let mut freed = 0;
-        for TemporaryFile { path, allocated } in self.disk.temporaries(folder)? {
-            if self.disk.is_dead_temporary(&path) {
-                match files::remove_file(&path) {
-                    Ok(()) => freed += allocated,
-                    Err(error) => tracing::warn!(%error, "a temporary file of a writer that died cannot be removed"),
-                }
+        for file in self.disk.temporaries(folder)? {
+            if !self.disk.is_dead_temporary(&file) {
+                file.remove_if_old();
+                continue;
+            }
+            match files::remove_file(&file.path) {
+                Ok(()) => freed += file.allocated(),
+                Err(error) => tracing::warn!(%error, "a temporary file of a writer that died cannot be removed"),
             }
         }
-        self.disk.drop_old_temporaries(folder)?;
         Ok(freed)
     }
 

@@ -229,9 +229,8 @@ impl Disk {
     fn take_over(&self, writer: &str, lock: File) -> Result<()> {
         let path = self.layout().unsynced().join(writer);
         let gone = || Error::new(ErrorKind::Directory, format!("{} is not what was handed over", path));
-        let inode = |metadata: Metadata| (metadata.dev(), metadata.ino());
-        let ours = Metadata::of(&lock).map(inode).at("look at", &path)?;
-        if files::stat(&path)?.map(inode) != Some(ours) {
+        let ours = Metadata::of(&lock).at("look at", &path)?.device_and_inode();
+        if files::stat(&path)?.map(|there| there.device_and_inode()) != Some(ours) {
             return Err(gone().tier(Tier::Disk));
         }
         let list = files::read_small(&path, LIST_BYTES_MAX)?.unwrap_or_default();

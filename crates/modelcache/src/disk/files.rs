@@ -13,7 +13,6 @@ use rand::distr::{Alphanumeric, SampleString};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::MetadataExt;
 
 /// Bytes read at a time when hashing.
 const READ_BYTES: usize = 1 << 20;
@@ -21,10 +20,9 @@ const READ_BYTES: usize = 1 << 20;
 /// How the names of files and folders begin that are not finished. What their writers leave behind is counted and swept.
 pub(crate) const TEMPORARY: &str = "new-";
 
-/// What tells a file from another, as manifests record it.
-pub(crate) fn identity(metadata: &std::fs::Metadata) -> FileIdentity {
-    let mtime_ns = metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
-    FileIdentity { inode: metadata.ino(), bytes: metadata.len(), mtime_ns }
+/// What tells an open file from another, as manifests record it.
+pub(crate) fn identity(file: &File) -> io::Result<FileIdentity> {
+    Ok(Metadata::of(file)?.identity())
 }
 
 /// The metadata of `path` itself (links are not followed), or `None` if there is nothing.

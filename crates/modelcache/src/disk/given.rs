@@ -3,11 +3,11 @@
 //! The caller's files are only read, once. One that changes meanwhile is refused rather than published half-old.
 
 use super::{Draft, RootedPath, StagedFile, StagedWriter, files, identity};
-use crate::digest::Provenance;
+use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Format, HEAD_BYTES};
 use crate::key::FilePath;
-use crate::ladder::{LadderHasher, PartHasher, part_size};
+use crate::ladder::{Ladder, LadderHasher, PartHasher, part_size};
 use crate::limits;
 use crate::manifest::{FileDetails, FileEntry, FileIdentity, Shape};
 use crate::progress::Progress;
@@ -49,7 +49,7 @@ impl Copying {
     pub(crate) fn open(given: &Given, target: Option<&RootedPath>) -> Result<Self> {
         let fault = |cause: std::io::Error| unreadable(&given.from, cause);
         let source = File::open(&given.from).map_err(fault)?;
-        let before = identity(&source.metadata().map_err(fault)?);
+        let before = identity(&source).map_err(fault)?;
         let part_size = part_size(given.size);
         let into = match target {
             Some(target) => {
@@ -84,7 +84,7 @@ impl Copying {
     pub(crate) fn finish(mut self) -> Result<(FileEntry, Option<FileIdentity>)> {
         let fault = |cause: std::io::Error| unreadable(&self.given.from, cause);
         let ended = self.read == self.given.size && self.source.read(&mut [0]).map_err(fault)? == 0;
-        if !ended || self.before != identity(&self.source.metadata().map_err(fault)?) {
+        if !ended || self.before != identity(&self.source).map_err(fault)? {
             return Err(changed(&self.given));
         }
         let (sha256, ladder, format, copy) = match self.into {
@@ -97,17 +97,7 @@ impl Copying {
                 (sha256, ladder, format_named(File::open(&self.given.from)), None)
             }
         };
-        let entry = FileEntry::with(
-            self.given.size,
-            FileDetails {
-                sha256: Some(sha256),
-                provenance: Some(Provenance::Put),
-                ladder: Some(ladder),
-                format,
-                ..FileDetails::default()
-            },
-        );
-        Ok((entry, copy))
+        Ok((entry(self.given.size, sha256, ladder, format), copy))
     }
 }
 
@@ -131,23 +121,20 @@ pub(crate) fn copy_given(given: &Given, target: &RootedPath, progress: &Progress
 pub(crate) fn hash_given(given: &Given, progress: &Progress) -> Result<FileEntry> {
     let fault = |cause: std::io::Error| unreadable(&given.from, cause);
     let mut source = File::open(&given.from).map_err(fault)?;
-    let before = identity(&source.metadata().map_err(fault)?);
+    let before = identity(&source).map_err(fault)?;
     let format = format_named(File::open(&given.from));
     let (sha256, ladder) = files::hash(&mut source, &given.from, part_size(given.size))?;
-    if before.bytes != given.size || before != identity(&source.metadata().map_err(fault)?) {
+    if before.bytes != given.size || before != identity(&source).map_err(fault)? {
         return Err(changed(given));
     }
     progress.done(given.size);
-    Ok(FileEntry::with(
-        given.size,
-        FileDetails {
-            sha256: Some(sha256),
-            provenance: Some(Provenance::Put),
-            ladder: Some(ladder),
-            format,
-            ..FileDetails::default()
-        },
-    ))
+    Ok(entry(given.size, sha256, ladder, format))
+}
+
+/// The entry of a file that is put.
+fn entry(size: u64, sha256: Digest, ladder: Ladder, format: Option<String>) -> FileEntry {
+    let (sha256, provenance, ladder) = (Some(sha256), Some(Provenance::Put), Some(ladder));
+    FileEntry::with(size, FileDetails { sha256, provenance, ladder, format, ..FileDetails::default() })
 }
 
 /// The format of a file of the caller's, by its first bytes.

@@ -270,7 +270,7 @@ impl<'disk> Rehearsal<'disk> {
             })?;
         }
         used += disk.stagings()?.iter().map(|staging| staging.allocated + staging.outstanding()).sum::<u64>();
-        used += disk.temporaries(&disk.layout().stagings())?.iter().map(|file| file.allocated).sum::<u64>();
+        used += disk.temporaries(&disk.layout().stagings())?.iter().map(|file| file.allocated()).sum::<u64>();
         Ok(Self { disk, used, blobs })
     }
 
@@ -315,7 +315,7 @@ impl Broom for Rehearsal<'_> {
     fn sweep(&mut self) -> Result<Leftovers> {
         let mut leftovers = dead_stagings(self.disk)?;
         for file in self.disk.temporaries(&self.disk.layout().stagings())? {
-            leftovers.temporary_bytes += if self.disk.is_dead_temporary(&file.path) { file.allocated } else { 0 };
+            leftovers.temporary_bytes += if self.disk.is_dead_temporary(&file) { file.allocated() } else { 0 };
         }
         let orphans: Vec<u64> =
             self.blobs.iter().filter(|(_, blob)| blob.links == 0).map(|(inode, _)| *inode).collect();

@@ -188,7 +188,7 @@ impl RootedPath {
         })?;
         let opened = Metadata::of(&file)?;
         let found = named.unwrap_or(opened);
-        if (found.dev(), found.ino()) != (opened.dev(), opened.ino()) {
+        if found.device_and_inode() != opened.device_and_inode() {
             return Err(Errno::STALE.into());
         }
         match found.is_file() {
@@ -417,6 +417,11 @@ impl Metadata {
 
     pub(crate) fn dev(&self) -> u64 {
         self.0.st_dev as u64
+    }
+
+    /// Device and inode number: which file of this machine it is.
+    pub(crate) fn device_and_inode(&self) -> (u64, u64) {
+        (self.dev(), self.ino())
     }
 
     pub(crate) fn nlink(&self) -> u64 {

@@ -316,37 +316,19 @@ impl Disk {
         Ok(uses)
     }
 
-    /// The temporary files directly in `folder` that take bytes. One that is a link to a blob counts there.
-    pub(super) fn temporaries(&self, folder: &RootedPath) -> Result<Vec<TemporaryFile>> {
+    /// What writers have not given its name yet, directly in `folder`.
+    pub(super) fn temporaries(&self, folder: &RootedPath) -> Result<Vec<Temporary>> {
         let mut found = Vec::new();
         for path in files::entries(folder)?.into_iter().filter(is_temporary) {
-            if let Some(metadata) = files::stat(&path)?.filter(|metadata| metadata.is_file() && metadata.nlink() == 1)
-                && metadata.len() > 0
-            {
-                found.push(TemporaryFile { path, allocated: metadata.allocated() });
-            }
+            found.extend(files::stat(&path)?.map(|metadata| Temporary { path, metadata }));
         }
         Ok(found)
     }
 
     /// Whether the writer of a temporary file with bytes in it died, as far as its lock tells. The caller holds the budget,
     /// so that nobody is about to write or rename it within a budget hold.
-    pub(super) fn is_dead_temporary(&self, path: &RootedPath) -> bool {
-        self.locks_are_honest() && matches!(FileLock::try_existing(path), Ok(Some(Some(_))))
-    }
-
-    /// Removes what writers that ended long ago had not given its name yet, directly in `folder`.
-    pub(crate) fn drop_old_temporaries(&self, folder: &RootedPath) -> Result<()> {
-        for path in files::entries(folder)?.into_iter().filter(is_temporary) {
-            let age = |metadata: &Metadata| SystemTime::now().duration_since(metadata.modified()).ok();
-            match files::stat(&path)?.filter(|metadata| age(metadata) > Some(TEMPORARY_AGE_MAX)) {
-                // In a sticky folder its owner removes it.
-                Some(metadata) if metadata.is_file() => drop(path.unlink()),
-                Some(metadata) if metadata.is_dir() => drop(path.remove_dir()),
-                _ => {}
-            }
-        }
-        Ok(())
+    pub(super) fn is_dead_temporary(&self, file: &Temporary) -> bool {
+        self.locks_are_honest() && file.takes_bytes() && matches!(FileLock::try_existing(&file.path), Ok(Some(Some(_))))
     }
 }
 
@@ -473,12 +455,35 @@ impl Drop for Staging {
     }
 }
 
-/// A file that a writer has not given its name yet.
+/// A file or folder that a writer has not given its name yet.
 #[derive(Debug)]
-pub(super) struct TemporaryFile {
+pub(super) struct Temporary {
     pub(super) path: RootedPath,
-    /// Bytes on the filesystem.
-    pub(super) allocated: u64,
+    metadata: Metadata,
+}
+
+impl Temporary {
+    /// Whether it is a file with bytes of its own. One that is a link to a blob counts there.
+    fn takes_bytes(&self) -> bool {
+        self.metadata.is_file() && self.metadata.nlink() == 1 && self.metadata.len() > 0
+    }
+
+    /// Bytes on the filesystem that count here.
+    pub(super) fn allocated(&self) -> u64 {
+        if self.takes_bytes() { self.metadata.allocated() } else { 0 }
+    }
+
+    /// Removes it if it was left alone for so long that its writer must have ended. In a sticky folder only its owner can.
+    pub(super) fn remove_if_old(&self) {
+        let age = SystemTime::now().duration_since(self.metadata.modified()).ok();
+        if age > Some(TEMPORARY_AGE_MAX) {
+            let _ = match self.metadata {
+                found if found.is_file() => self.path.unlink(),
+                found if found.is_dir() => self.path.remove_dir(),
+                _ => Ok(()),
+            };
+        }
+    }
 }
 
 fn is_temporary(path: &RootedPath) -> bool {

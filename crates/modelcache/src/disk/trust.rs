@@ -20,7 +20,7 @@ const OPEN_TO_ALL: u32 = 0o1002;
 pub(super) fn check_same(root: &Path, real: &RootedPath) -> Result<()> {
     let named = fs::symlink_metadata(root).at("look at", root)?;
     let real = real.metadata().at("look at", root)?;
-    if named.is_symlink() || (named.dev(), named.ino()) == (real.dev(), real.ino()) {
+    if named.is_symlink() || (named.dev(), named.ino()) == real.device_and_inode() {
         return Ok(());
     }
     let message = format!("{} was replaced while it was opened", root.display());

@@ -271,7 +271,7 @@ impl Disk {
         };
         let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(()) };
         let metadata = Metadata::of(&file).at("look at", path)?;
-        let is_told = lock(&reading.bad).contains(&(metadata.dev(), metadata.ino()));
+        let is_told = lock(&reading.bad).contains(&metadata.device_and_inode());
         if is_told || reading.was_right(metadata.dev(), metadata.identity(), expected) {
             return Ok(());
         }

@@ -170,7 +170,7 @@ impl StagedWriter {
     fn over(draft: Draft, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Self {
         let Draft { path, size, part_size, in_order, git, direct } = draft;
         // Opened by its name: it counts only if that is still the same file.
-        let inode = |file: &File| Metadata::of(file).map(|found| (found.dev(), found.ino())).ok();
+        let inode = |file: &File| Metadata::of(file).map(|found| found.device_and_inode()).ok();
         let direct = direct.then(|| path.open_direct().ok()).flatten();
         let direct = direct.filter(|direct| inode(direct).is_some_and(|found| Some(found) == inode(&buffered)));
         Self {

@@ -167,7 +167,7 @@ impl Following {
             return Err(filled_anew());
         }
         // By now it may have been published, and lie elsewhere.
-        if self.unsent_parts > 0 && identity(&self.file().await?.metadata().map_err(unreadable)?) != identity_proven {
+        if self.unsent_parts > 0 && identity(&*self.file().await?).map_err(unreadable)? != identity_proven {
             return Err(filled_anew());
         }
         for part in 0..self.multipart.parts() {
