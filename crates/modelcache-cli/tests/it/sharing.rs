@@ -132,6 +132,25 @@ fn any_two_users_share_a_directory_that_is_open_to_the_world() {
 }
 
 #[test]
+fn a_file_that_one_user_may_not_read_stays_in_service_for_the_others() {
+    let (house, a, b) = (open_house(), (12_001, 12_001), (12_002, 12_002));
+    let on = || house.on_local("open/cache").env("MODEL_CACHE_SHARED", "world");
+    let view = by(a, on(), &["get", REF]).path().join("config.json");
+    chmod(&view, 0o000);
+    // A change of the time makes it a file that has to be read.
+    fs::File::open(&view).unwrap().set_modified(SystemTime::now()).unwrap();
+    by(b, on(), &["get", REF]).failed(8, &["cannot open", "config.json", "Permission denied"]);
+    let verified = by(b, on(), &["verify"]);
+    assert_eq!(verified.code, Some(5), "{verified}");
+    assert!(verified.stdout.contains("config.json: cannot be read"), "{verified}");
+    assert!(!verified.stdout.contains("withdrawn"), "{verified}");
+    chmod(&view, 0o444);
+    house.hub.clear_requests();
+    assert_model(&by(b, on(), &["get", REF]).path_saying(&["on disk"]));
+    assert_eq!(house.hub.body_bytes(), 0);
+}
+
+#[test]
 fn a_directory_that_another_user_planted_in_an_open_folder_is_refused() {
     if !can_mount() {
         return;

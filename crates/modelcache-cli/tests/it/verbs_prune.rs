@@ -95,6 +95,7 @@ fn without_a_bound_only_leftovers_go() {
         "staging/new-0123456789abcdef".to_owned(),
         format!("blobs/{}/{digest}", &digest[..2]),
         format!("quarantine/{digest}-x"),
+        "quarantine/misplaced-x/inside".to_owned(),
     ] {
         house.write(&format!("d/{path}"), junk.clone());
     }
@@ -107,6 +108,7 @@ fn without_a_bound_only_leftovers_go() {
     }
     assert_eq!(house.listed("d"), ["a@1", "b@1", "c@1"]);
     assert_eq!(house.staging("d"), Vec::<std::path::PathBuf>::new());
+    assert!(house.path("d/quarantine/misplaced-x/inside").exists(), "what was set aside stays");
 }
 
 #[test]

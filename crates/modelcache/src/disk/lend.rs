@@ -18,6 +18,7 @@ use crate::error::Result;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
 use crate::selection::Selection;
+use rustix::io::Errno;
 use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
@@ -42,6 +43,11 @@ pub(crate) struct Lent {
     /// Whether it lies in the lower directory, which is only read.
     pub(crate) is_lower: bool,
     pub(crate) _lease: Option<Arc<FileLock>>,
+}
+
+/// Whether a file could not be opened for want of descriptors or memory, which says nothing about the file.
+pub(super) fn is_shortage(error: &io::Error) -> bool {
+    matches!(errno(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
 }
 
 /// What lending found.
@@ -143,7 +149,7 @@ impl Disk {
     pub(super) fn judge(&self, view: &RootedPath, entry: &FileEntry) -> Result<Mismatch> {
         let file = match view.open(false) {
             Ok(file) => file,
-            Err(error) if errno(&error) == Some(rustix::io::Errno::MFILE) => {
+            Err(error) if is_shortage(&error) || error.kind() == io::ErrorKind::PermissionDenied => {
                 return Err(error).at("open", view);
             }
             Err(_) => return Ok(Mismatch::Missing),

@@ -330,10 +330,12 @@ impl Broom for Rehearsal<'_> {
                 }
             }
         }
-        files::walk(&self.disk.layout().quarantine(), &mut |_, metadata| {
-            leftovers.quarantine_bytes += if metadata.nlink() == 1 { metadata.allocated() } else { 0 };
-            Ok(())
-        })?;
+        // Only files: a folder there was set aside, and stays.
+        for path in files::entries(&self.disk.layout().quarantine())? {
+            if let Some(metadata) = files::stat(&path)?.filter(|found| found.is_file() && found.nlink() == 1) {
+                leftovers.quarantine_bytes += metadata.allocated();
+            }
+        }
         self.used = self.used.saturating_sub(leftovers.bytes());
         Ok(leftovers)
     }

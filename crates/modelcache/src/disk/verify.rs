@@ -13,7 +13,7 @@ use super::fault::At;
 use super::files;
 use super::hashing::{self, Stretch};
 use super::layout::ArtifactDir;
-use super::lend::Mismatch;
+use super::lend::{Mismatch, is_shortage};
 use super::lock::FileLock;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
@@ -497,17 +497,27 @@ impl Work<'_> {
             return Ok(None);
         }
         let view = self.dir.view(&path);
-        let opened = match view.open(false) {
-            Ok(file) => Some(file),
-            Err(error) if super::fault::errno(&error) == Some(rustix::io::Errno::MFILE) => {
-                return Err(error).at("open", &view);
-            }
-            Err(_) => None,
-        };
+        let opened = view.open(false);
+        if opened.as_ref().is_err_and(is_shortage) {
+            return opened.at("open", &view).map(|_| None);
+        }
         lock(&self.done).files += 1;
-        let Some(file) = opened else {
-            self.record(&path, &entry, Mismatch::Missing, Finding::new(Some(path.clone()), Problem::Missing))?;
-            return Ok(None);
+        let file = match opened {
+            Ok(file) => file,
+            // The file may be right: it stays in service for those who may read it.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                lock(&self.done).findings.push(Finding {
+                    expected: entry.sha256,
+                    detail: Some(error.to_string()),
+                    remedy: Some("its owner or root can make it readable, or remove it".into()),
+                    ..Finding::new(Some(path.clone()), Problem::Unreadable)
+                });
+                return Ok(None);
+            }
+            Err(_) => {
+                self.record(&path, &entry, Mismatch::Missing, Finding::new(Some(path.clone()), Problem::Missing))?;
+                return Ok(None);
+            }
         };
         let metadata = Metadata::of(&file).at("look at", &view)?;
         let (device, identity) = (metadata.dev(), metadata.identity());

@@ -86,7 +86,7 @@ async fn settings(remote: &Remote) -> Result<(S3Settings, Connector)> {
     let inner = remote.0.clone();
     let gathered = tokio::task::spawn_blocking(move || {
         let environment = &inner.config.environment;
-        let settings = S3Settings::gather(&inner.options, environment, &Profiles::load(environment));
+        let settings = S3Settings::gather(&inner.options, environment, &Profiles::load(environment))?;
         let connector = Connector::new(&settings, &inner.options, RETRY.read_timeout)?;
         Ok((settings, connector))
     });

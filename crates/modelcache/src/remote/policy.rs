@@ -48,7 +48,7 @@ impl Policy {
                 .hint("set MODEL_CACHE_REMOTE=s3://BUCKET/PREFIX"));
         };
         let options = Options::parse(config)?;
-        let settings = S3Settings::gather(&options, &config.environment, &Profiles::load(&config.environment));
+        let settings = S3Settings::gather(&options, &config.environment, &Profiles::load(&config.environment))?;
         let arn = format!("arn:{}:s3:::{bucket}", partition(&settings.region));
         let mut list = json!({
             "Sid": "ListModels", "Effect": "Allow", "Action": ["s3:ListBucket"], "Resource": [arn],

@@ -236,7 +236,11 @@ pub(super) struct S3Settings {
 
 impl S3Settings {
     /// Options first, then variables, then the profile.
-    pub(super) fn gather(options: &Options, environment: &Environment, profiles: &Profiles) -> Self {
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) where the endpoint is no address or the region no name. Neither is repeated
+    /// with what may be a credential.
+    pub(super) fn gather(options: &Options, environment: &Environment, profiles: &Profiles) -> Result<Self> {
         let variable = |name: &str| environment.get(name).map(str::to_owned);
         let setting = |name: &str| profiles.current(name).map(str::to_owned);
         let endpoint = options
@@ -255,14 +259,16 @@ impl S3Settings {
             .unwrap_or_else(|| DEFAULT_REGION.to_owned());
         let plain = endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
         let ca_file = variable("AWS_CA_BUNDLE").or_else(|| setting("ca_bundle")).or_else(|| variable("SSL_CERT_FILE"));
-        Self {
+        let settings = Self {
             region,
             path_style: options.path_style.unwrap_or(endpoint.is_some()),
             endpoint,
             allow_http: options.allow_http.unwrap_or(plain),
             connect_timeout: options.connect_timeout.unwrap_or(CONNECT_TIMEOUT),
             ca_file: ca_file.map(PathBuf::from),
-        }
+        };
+        settings.check()?;
+        Ok(settings)
     }
 
     /// Whether the digest of what is sent is signed: where TLS does not keep it as it is, unless the options say otherwise.
@@ -274,8 +280,12 @@ impl S3Settings {
         }
     }
 
-    /// Refuses an endpoint that is no address before a client is built over it.
-    pub(super) fn check(&self) -> Result<()> {
+    fn check(&self) -> Result<()> {
+        let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if self.region.is_empty() || !self.region.chars().all(is_name) {
+            return Err(invalid("the region of the remote is no name of a region".into())
+                .hint("AWS_REGION, or region under [remote.options]: for instance us-east-1"));
+        }
         let Some(endpoint) = &self.endpoint else { return Ok(()) };
         match Url::parse(endpoint) {
             Ok(url) if !url.username().is_empty() || url.password().is_some() => Err(Error::invalid(format!(
@@ -340,20 +350,25 @@ mod tests {
         ]));
         let profiles = Profiles::from_texts("default", "", "[default]\nregion = us-west-2\n");
         let none = options(&[]).expect("options");
-        let gathered = S3Settings::gather(&none, &environment, &profiles);
+        let gathered = S3Settings::gather(&none, &environment, &profiles).expect("settings");
         assert_eq!((gathered.region.as_str(), gathered.path_style, gathered.allow_http), ("eu-west-1", true, true));
         assert_eq!(gathered.endpoint.as_deref(), Some("http://localhost:9000"));
-        gathered.check().expect("an address");
         for nonsense in ["nonsense", "localhost:9000", "ftp://host", "http://"] {
             let bad = S3Settings { endpoint: Some(nonsense.into()), ..gathered.clone() };
             assert_eq!(bad.check().map_err(|error| error.kind()), Err(ErrorKind::Invalid), "{nonsense}");
         }
+        for nonsense in ["", "user:canary/x@host", "eu west", "eu\u{1b}[31m"] {
+            let bad = options(&[("region", nonsense)]).expect("options");
+            let refused = S3Settings::gather(&bad, &environment, &profiles).expect_err("no region");
+            assert_eq!(refused.kind(), ErrorKind::Invalid, "{nonsense}");
+            assert!(!refused.to_string().contains("canary"), "{refused}");
+        }
 
-        let gathered = S3Settings::gather(&none, &Environment::default(), &profiles);
+        let gathered = S3Settings::gather(&none, &Environment::default(), &profiles).expect("settings");
         assert_eq!((gathered.region.as_str(), gathered.path_style, gathered.allow_http), ("us-west-2", false, false));
 
         let named = options(&[("region", "ap-south-1"), ("sse", "aws:kms"), ("sse_kms_key_id", "k")]).expect("options");
-        assert_eq!(S3Settings::gather(&named, &environment, &profiles).region, "ap-south-1");
+        assert_eq!(S3Settings::gather(&named, &environment, &profiles).expect("settings").region, "ap-south-1");
         assert_eq!(named.passed_on.len(), 2);
     }
 

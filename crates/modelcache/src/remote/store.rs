@@ -130,8 +130,7 @@ impl Store {
 
     fn open_bucket(config: &RemoteConfig, bucket: &str, prefix: &str, options: &Options, retry: Retry) -> Result<Self> {
         let profiles = Profiles::load(&config.environment);
-        let settings = S3Settings::gather(options, &config.environment, &profiles);
-        settings.check()?;
+        let settings = S3Settings::gather(options, &config.environment, &profiles)?;
         let connector = Connector::new(&settings, options, retry.read_timeout())?;
         let credentials = Arc::new(Credentials::new(
             &config.environment,
