@@ -1,10 +1,10 @@
-//! `cargo xtask demo`: the program at work, from the first download to a full directory, with every claim checked.
+//! `cargo xtask demo`: shows the program from the first download to a full directory, and checks every step.
 //!
-//! Runs the real program as a user would, against an S3 server and a stand-in of the Hugging Face Hub that live in
-//! this process: no network, no credentials. Each step compares digests, the bytes by tier that the program reports,
-//! and what the servers were asked; the first difference ends the demo with a failure. Everything lies in one folder
-//! below `target/`, which is removed at the end. The program is built in the development profile: its dependencies,
-//! the hash among them, are optimised there too.
+//! Runs the real program as a user would, against an S3 server and a stand-in for the Hugging Face Hub in this process:
+//! no network, no credentials. Each step compares digests, the bytes by tier that the program reports, and the requests
+//! to the servers; the first difference ends the demo with a failure. All files are in one folder below `target/`,
+//! which is removed at the end. The program is built in the development profile, which optimises dependencies,
+//! including the hash.
 
 use crate::repository::{Build, build_modelcache, shown, target_folder};
 use crate::table;
@@ -23,14 +23,14 @@ use tempfile::TempDir;
 const BUCKET: &str = "models";
 const MODEL: &str = "demo/model";
 const WEIGHTS: &str = "model.safetensors";
-/// Numbers in the model's weights: 256 MiB of them.
+/// Numbers in the model's weights, 256 MiB in total.
 const FLOATS: usize = 64 << 20;
-/// Size of each of the three that compete for room, and a budget that holds two of them.
+/// Size of each of the three models that compete for space. The budget holds two of them.
 const SMALL_BYTES: u64 = 48 << 20;
 const BUDGET: &str = "110MB";
-/// Bytes of a part: what a kill may cost for each connection.
+/// Size of a part in bytes: the most that each connection may lose by a kill.
 const PART_BYTES: u64 = 8 << 20;
-/// The warm call is timed this many times.
+/// Number of timed runs of the warm call.
 const WARM_RUNS: usize = 11;
 
 /// Run the program against an embedded S3 server and Hub, and check every step
@@ -58,7 +58,7 @@ impl Demo {
         ten_at_once(&mut stage)?;
         a_kill(&mut stage)?;
 
-        println!("\nBytes in MB. Every step was checked: digests, bytes by tier, and what the servers were asked.\n");
+        println!("\nBytes in MB. Every step was checked: digests, bytes by tier, and the requests to the servers.\n");
         println!("{}", table::markdown(&["step", "seconds", "disk", "S3", "origin", "sent to S3"], &stage.rows));
         println!("All in {:.1} s.", started.elapsed().as_secs_f64());
         Ok(())
@@ -83,14 +83,14 @@ fn cold_from_s3(stage: &mut Stage, model: &Model) -> Result<()> {
     let got = stage.get("node-2", &format!("hf://{MODEL}@{}", model.commit))?;
     got.bytes_are(0, model.bytes, 0)?.sent_are(0)?;
     model.lies_in(&got.path()?)?;
-    ensure!(stage.hub.requests().is_empty(), "the Hub was asked");
-    ensure!(!stage.s3.object_gets(WEIGHTS).is_empty(), "S3 was not asked for the weights");
+    ensure!(stage.hub.requests().is_empty(), "the Hub got requests");
+    ensure!(!stage.s3.object_gets(WEIGHTS).is_empty(), "S3 got no request for the weights");
     stage.row("cold, from S3, Hub down", &got);
     Ok(())
 }
 
 fn warm(stage: &mut Stage, model: &Model) -> Result<()> {
-    stage.title("Warm: on disk, nobody is asked (the Hub is still down)");
+    stage.title("Warm: from disk, without a request to S3 or the Hub (which is still down)");
     stage.s3.clear_requests();
     let reference = format!("hf://{MODEL}@main");
     let mut runs = vec![stage.get("node-1", &reference)?];
@@ -101,9 +101,9 @@ fn warm(stage: &mut Stage, model: &Model) -> Result<()> {
         got.bytes_are(model.bytes, 0, 0)?.sent_are(0)?;
         model.lies_in(&got.path()?)?;
     }
-    ensure!(stage.s3.requests().is_empty(), "S3 was asked");
+    ensure!(stage.s3.requests().is_empty(), "S3 got requests");
     runs.sort_by_key(|run| run.took);
-    println!("  the same {WARM_RUNS} times: {:.1} ms in the middle", runs[WARM_RUNS / 2].took.as_secs_f64() * 1e3);
+    println!("  median of {WARM_RUNS} runs: {:.1} ms", runs[WARM_RUNS / 2].took.as_secs_f64() * 1e3);
     stage.row("warm, the whole command", &runs[WARM_RUNS / 2]);
     Ok(())
 }
@@ -137,7 +137,7 @@ fn a_budget(stage: &mut Stage) -> Result<()> {
     stage.budget = Some(BUDGET);
     for repo in ["demo/red", "demo/green", "demo/red"] {
         stage.get("node-4", &format!("hf://{repo}@main"))?;
-        // Last uses are compared as the filesystem keeps them; let them differ on the coarsest of clocks.
+        // Last uses are compared as file times. The pause makes them differ even on a coarse clock.
         std::thread::sleep(Duration::from_millis(20));
     }
     ensure!(stage.listed("node-4")? == ["hf/demo/green", "hf/demo/red"], "two models should be on disk");
@@ -149,7 +149,7 @@ fn a_budget(stage: &mut Stage) -> Result<()> {
         ensure!(Content::on_disk(path.join(WEIGHTS))?.sha256()? == *digest, "{repo} is damaged");
     }
     let stats = stage.run_silently("node-4", &["stats", "--json"])?;
-    let used = stats.answer["used_bytes"].as_u64().context("stats tells no used bytes")?;
+    let used = stats.answer["used_bytes"].as_u64().context("stats reports no used bytes")?;
     ensure!(used <= stats.answer["budget_bytes"].as_u64().unwrap_or_default(), "{used} bytes are more than the budget");
     stage.row("third of three, room for two", &got);
     stage.budget = None;
@@ -168,13 +168,13 @@ fn put_and_back(stage: &mut Stage) -> Result<()> {
     ensure!(stage.listed("node-5")?.is_empty(), "it is still on disk");
     let got = stage.get("node-5", "fraud-detector@3")?;
     got.bytes_are(0, SMALL_BYTES, 0)?.sent_are(0)?;
-    ensure!(Content::on_disk(got.path()?)?.sha256()? == sha256, "what came back differs from what was put");
+    ensure!(Content::on_disk(got.path()?)?.sha256()? == sha256, "the file from S3 differs from the file that was put");
     stage.row("evicted from disk, back from S3", &got);
     Ok(())
 }
 
 fn ten_at_once(stage: &mut Stage) -> Result<()> {
-    stage.title("Ten processes want the same at once, on one directory: one of them fetches it");
+    stage.title("Ten processes get the same model at once, into one directory: one of them downloads it");
     let crowd = Content::generated(21, SMALL_BYTES);
     let sha256 = crowd.sha256()?;
     stage.hub.repo("demo/crowd").commit().file(WEIGHTS, crowd).publish()?;
@@ -203,12 +203,12 @@ fn ten_at_once(stage: &mut Stage) -> Result<()> {
 }
 
 fn a_kill(stage: &mut Stage) -> Result<()> {
-    stage.title("kill -9 in the middle: the next get goes on with what is there");
+    stage.title("kill -9 during a download: the next get resumes from the parts on disk");
     let large = Content::generated(22, SMALL_BYTES);
     let sha256 = large.sha256()?;
     stage.hub.repo("demo/large").commit().file(WEIGHTS, large).publish()?;
     stage.hub.clear_requests();
-    // One connection stands still, so that there is a middle to be killed in.
+    // Stall one connection, so that the kill comes during the download.
     stage.hub.faults().add(HubFault::stall(1 << 20, Duration::from_secs(600)).on(WEIGHTS).once());
     let reference = "hf://demo/large@main";
     let mut command = stage.command("node-7");
@@ -221,11 +221,11 @@ fn a_kill(stage: &mut Stage) -> Result<()> {
     std::thread::sleep(Duration::from_millis(500));
     process.kill()?;
     process.wait()?;
-    ensure!(stage.listed("node-7")?.is_empty(), "something half-made is visible");
+    ensure!(stage.listed("node-7")?.is_empty(), "an incomplete artifact is visible");
     let got = stage.get("node-7", reference)?;
     ensure!(Content::on_disk(got.path()?.join(WEIGHTS))?.sha256()? == sha256, "the resumed file is damaged");
     let again = got.bytes("origin");
-    ensure!(again <= PART_BYTES, "{again} bytes came again, more than the part that was under way");
+    ensure!(again <= PART_BYTES, "{again} bytes were downloaded again, more than the part in progress");
     stage.row("killed, then resumed", &got);
     Ok(())
 }
@@ -234,7 +234,7 @@ fn remote() -> String {
     format!("s3://{BUCKET}/demo")
 }
 
-/// The servers, the program and what was measured.
+/// The servers, the program and the results.
 struct Stage {
     hub: Hub,
     s3: S3,
@@ -242,7 +242,7 @@ struct Stage {
     budget: Option<&'static str>,
     step: usize,
     rows: Vec<Vec<String>>,
-    /// Last, so that it is removed when the servers are gone.
+    /// The last field, so that the folder is removed after the servers have stopped.
     folder: TempDir,
 }
 
@@ -260,20 +260,20 @@ impl Stage {
     }
 
     fn row(&mut self, step: &str, run: &Run) {
-        let told = [run.bytes("disk"), run.bytes("remote"), run.bytes("origin"), run.sent()];
-        self.rows.push(row(step, run.took, told.map(|bytes| if bytes == 0 { "".into() } else { megabytes(bytes) })));
+        let by_tier = [run.bytes("disk"), run.bytes("remote"), run.bytes("origin"), run.sent()];
+        self.rows.push(row(step, run.took, by_tier.map(|bytes| if bytes == 0 { "".into() } else { megabytes(bytes) })));
     }
 
     fn get(&self, node: &str, reference: &str) -> Result<Run> {
         self.run(node, &["get", reference, "--json"])
     }
 
-    /// Runs the program on one of the machines, showing the command and what it says to people.
+    /// Runs the program on one of the machines. Prints the command and its messages.
     fn run(&self, node: &str, arguments: &[&str]) -> Result<Run> {
         let budget = self.budget.map_or_else(String::new, |budget| format!(" MODEL_CACHE_MAX_BYTES={budget}"));
         println!("$ MODEL_CACHE_DIR={node}{budget} {}", shown(self.command(node).args(arguments)));
         let run = self.run_silently(node, arguments)?;
-        run.talk.lines().for_each(|line| println!("  {line}"));
+        run.messages.lines().for_each(|line| println!("  {line}"));
         Ok(run)
     }
 
@@ -282,26 +282,26 @@ impl Stage {
         let started = Instant::now();
         let output = command.args(arguments).output().context("cannot run modelcache")?;
         let took = started.elapsed();
-        let talk = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(output.status.success(), "{} ended with {}\n{talk}", shown(&command), output.status);
+        let messages = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "{} ended with {}\n{messages}", shown(&command), output.status);
         let text = String::from_utf8(output.stdout)?;
         let answer = serde_json::from_str(&text).unwrap_or(Value::Null);
-        Ok(Run { answer, text, talk, took })
+        Ok(Run { answer, text, messages, took })
     }
 
-    /// The program with an environment of its own, on a machine that is a folder.
+    /// Returns a command for the program with a clean environment, on a machine that is simulated by a folder.
     fn command(&self, node: &str) -> Command {
         let mut command = Command::new(&self.program);
         command.current_dir(self.folder.path()).env_clear().env("HOME", self.folder.path());
         command.env("HF_ENDPOINT", self.hub.url()).envs(self.s3.env());
         command.env("MODEL_CACHE_DIR", node).env("MODEL_CACHE_REMOTE", remote());
-        // The machine that shows the demo may be short of space; that is not what is shown.
+        // The machine that runs the demo may be short of space, which the demo does not show.
         command.env("MODEL_CACHE_MIN_FREE_BYTES", "0");
         self.budget.map(|budget| command.env("MODEL_CACHE_MAX_BYTES", budget));
         command
     }
 
-    /// The names on a machine's disk, sorted; shows them to people.
+    /// Returns the names of the artifacts on a machine's disk, sorted. Prints the listing.
     fn listed(&self, node: &str) -> Result<Vec<String>> {
         let shown = self.run(node, &["ls"])?;
         shown.text.lines().for_each(|line| println!("  {line}"));
@@ -312,7 +312,7 @@ impl Stage {
         Ok(names)
     }
 
-    /// Where the model's weights lie on S3.
+    /// Returns the key of the model's weights on S3.
     fn weights_key(&self) -> Result<String> {
         let keys = self.s3.keys(BUCKET);
         keys.into_iter().find(|key| key.ends_with(WEIGHTS)).context("the weights are not on S3")
@@ -323,7 +323,7 @@ impl Stage {
 struct Run {
     answer: Value,
     text: String,
-    talk: String,
+    messages: String,
     took: Duration,
 }
 
@@ -341,9 +341,9 @@ impl Run {
     }
 
     fn bytes_are(&self, disk: u64, remote: u64, origin: u64) -> Result<&Self> {
-        let told = (self.bytes("disk"), self.bytes("remote"), self.bytes("origin"));
+        let found = (self.bytes("disk"), self.bytes("remote"), self.bytes("origin"));
         let expected = (disk, remote, origin);
-        ensure!(told == expected, "bytes from disk, S3 and origin are {told:?}, not {expected:?}");
+        ensure!(found == expected, "bytes from disk, S3 and origin are {found:?}, not {expected:?}");
         Ok(self)
     }
 
@@ -353,7 +353,7 @@ impl Run {
     }
 }
 
-/// The model on the Hub, and what must arrive of it.
+/// The model on the Hub, and the content that each get must produce.
 struct Model {
     commit: String,
     bytes: u64,
@@ -378,7 +378,7 @@ impl Model {
         Ok(Self { commit: commit.publish()?, bytes, sha256, small })
     }
 
-    /// Reads every file and compares it.
+    /// Reads every file in `folder` and compares it with the model.
     fn lies_in(&self, folder: &Path) -> Result<()> {
         let found = Content::on_disk(folder.join(WEIGHTS))?.sha256()?;
         ensure!(found == self.sha256, "{WEIGHTS} has SHA-256 {found}, not {}", self.sha256);

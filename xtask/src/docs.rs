@@ -1,4 +1,4 @@
-//! `cargo xtask docs`: the pages that are made from the tables in the code.
+//! `cargo xtask docs`: writes the pages that are generated from tables in the code.
 
 use crate::repository::root;
 use anyhow::{Context, Result, bail};
@@ -8,7 +8,7 @@ use std::fs;
 /// Write the generated pages below docs/
 #[derive(Debug, Args)]
 pub(crate) struct Docs {
-    /// Only compare them with what is there
+    /// Only check that the pages are up to date
     #[arg(long)]
     pub(crate) check: bool,
 }
@@ -21,7 +21,7 @@ impl Docs {
             if fs::read_to_string(&path).is_ok_and(|present| present == text) {
                 println!("{page}: up to date");
             } else if self.check {
-                println!("{page}: differs from what the code says");
+                println!("{page}: out of date");
                 stale.push(page);
             } else {
                 fs::create_dir_all(path.parent().context("a page lies in a folder")?)?;

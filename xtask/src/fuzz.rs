@@ -1,7 +1,7 @@
-//! `cargo xtask fuzz`: every parser against libFuzzer, with the usual toolchain.
+//! `cargo xtask fuzz`: fuzzes every parser with libFuzzer, on the regular toolchain.
 //!
-//! Inputs that were found worth keeping stand below `target/fuzz/corpus/`, what failed below `target/fuzz/failures/`; a
-//! failing input is run again with `cargo xtask fuzz TARGET --input FILE`. The seeds in `fuzz/seeds/` are read only.
+//! Inputs worth keeping are stored below `target/fuzz/corpus/`, failing inputs below `target/fuzz/failures/`. To run a
+//! failing input again: `cargo xtask fuzz TARGET --input FILE`. The seeds in `fuzz/seeds/` are never written.
 
 use crate::repository::{cargo, root, target_folder};
 use crate::table;
@@ -11,21 +11,21 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What the compiler is told so that libFuzzer sees which branches an input takes.
+/// Compiler flags that record the branches an input takes, for libFuzzer.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
      -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
      -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1";
-/// Longest input, in bytes: parsers here read small documents.
+/// Longest input, in bytes. The parsers read small documents.
 const INPUT_BYTES_MAX: &str = "16384";
-/// An input that takes longer, in seconds, is a failure.
+/// Seconds after which an input counts as a failure.
 const INPUT_SECONDS_MAX: &str = "10";
-/// Most memory, in MiB.
+/// Memory limit, in MiB.
 const MEMORY_MIB_MAX: &str = "2048";
 
-/// Fuzz the parsers of what comes from outside
+/// Fuzz the parsers of untrusted input
 #[derive(Debug, Args)]
 pub(crate) struct Fuzz {
-    /// Only this target; all of them otherwise
+    /// Only this target; all targets otherwise
     target: Option<String>,
     /// Seconds for each target
     #[arg(long, default_value_t = 60)]
@@ -40,7 +40,7 @@ impl Fuzz {
         let targets = targets()?;
         let chosen: Vec<&String> =
             targets.iter().filter(|name| self.target.as_ref().is_none_or(|target| target == *name)).collect();
-        ensure!(!chosen.is_empty(), "there is no such target; there are {}", targets.join(", "));
+        ensure!(!chosen.is_empty(), "unknown fuzz target; the targets are {}", targets.join(", "));
         let folder = target_folder()?.join("fuzz");
         let programs = build(&folder)?;
         let mut rows = Vec::new();
@@ -90,7 +90,7 @@ impl Fuzz {
     }
 }
 
-/// Every target: a file in `fuzz/targets`.
+/// Returns the names of all targets: one per file in `fuzz/targets`.
 fn targets() -> Result<Vec<String>> {
     let entries = fs::read_dir(root().join("fuzz/targets")).context("fuzz/targets")?;
     let mut names: Vec<String> = entries
@@ -100,7 +100,8 @@ fn targets() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Builds all targets. For a named platform, so that the flags do not reach what runs in the compiler.
+/// Builds all targets and returns the folder of the programs. Names the target platform, so that the flags do not apply
+/// to build scripts and procedural macros.
 fn build(folder: &Path) -> Result<PathBuf> {
     let host = String::from_utf8(Command::new("rustc").arg("-vV").output().context("cannot run rustc")?.stdout)?;
     let host = host.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc names no host")?.to_owned();

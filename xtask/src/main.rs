@@ -1,7 +1,7 @@
-//! `cargo xtask demo|test|bench|docs|fuzz|python`: what a developer does with this repository, one file per task.
+//! `cargo xtask demo|test|bench|docs|fuzz|python`: developer tasks of this repository, one file per task.
 //!
-//! A task ends with code 1 and one line that says what failed. Tasks write below `target/` and, where they say so,
-//! below `docs/`; they need no credentials.
+//! A task that fails exits with code 1 and prints one line with the cause. Tasks write below `target/`, and below
+//! `docs/` where documented. They need no credentials.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
 mod bench;

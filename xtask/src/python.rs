@@ -1,8 +1,8 @@
-//! `cargo xtask python`: the Python package, built, installed in an environment of its own, checked and tested.
+//! `cargo xtask python`: builds the Python package, installs it in an environment of its own, checks and tests it.
 //!
-//! The native module is built with this workspace's other programs, so that no dependency is built twice, and packed by a
-//! script of the tests; `--wheel` has maturin build it as it is shipped instead, which builds most of it once more. The
-//! tests run over what is installed. Needs Python 3.10 or newer.
+//! The native module is built together with the other programs of this workspace, so that no dependency is built twice,
+//! and packed by a script of the tests. With `--wheel`, maturin builds the wheel as it is shipped, which builds most
+//! dependencies again. The tests use the installed package. Needs Python 3.10 or newer.
 
 use crate::repository::{cargo, root, target_folder};
 use crate::test::{create_venv, pip_install, run};
@@ -33,7 +33,7 @@ impl Python {
         let venv = environment(&target)?;
         let python = venv.join("bin/python");
         let wheels = target.join("python-wheel");
-        // In one command with what else is built here: features of shared dependencies agree.
+        // One cargo command for all packages, so that shared dependencies get the same features.
         run(cargo().args(["build", "--package", "modelcache-python", "--package", "modelcache-testkit"]).args(ALSO))?;
         let wheel = if self.wheel {
             make_empty(&wheels)?;
@@ -54,14 +54,14 @@ impl Python {
     }
 }
 
-/// Its features are those of the whole workspace.
+/// Also builds xtask, which selects the dependency features of the whole workspace.
 const ALSO: [&str; 2] = ["--package", "xtask"];
-/// What cargo calls the native module.
+/// File name of the native module that cargo builds.
 pub(crate) const NATIVE: &str = "libmodelcache_native.so";
-/// What mypy looks at.
+/// Paths that mypy checks.
 const CHECKED: [&str; 3] = ["python/modelcache", "tests", "../../examples/fastapi"];
 
-/// Packs a wheel around a native module that was built, the only one in `folder` then.
+/// Packs a built native module into a wheel and returns the path of the wheel. Empties `folder` first.
 pub(crate) fn pack(python: &Path, native: &Path, folder: &Path) -> Result<PathBuf> {
     make_empty(folder)?;
     run(in_root(python).arg(root().join(PACKAGE).join("tests/wheel.py")).arg(native).arg(folder))?;
@@ -85,7 +85,7 @@ fn in_root(program: &Path) -> Command {
     command
 }
 
-/// The environment with what the tests need, made again only when the lists change.
+/// Returns the environment with the packages that the tests need. Creates it again if the requirements changed.
 fn environment(target: &Path) -> Result<PathBuf> {
     let venv = target.join("venv-python");
     let read = |list: &str| fs::read_to_string(root().join(list)).with_context(|| format!("cannot read {list}"));

@@ -1,7 +1,7 @@
-//! Debian's `docker-registry`, for the tests of OCI: a real one, fetched once, installed nowhere.
+//! Provides Debian's `docker-registry` for the OCI tests: a real registry, downloaded once and not installed.
 //!
-//! One on the `PATH` is taken as it is. Otherwise Debian's package is unpacked below `target/`, which needs `apt-get` and
-//! `dpkg` and no rights. Where there are neither, the tests that want a registry skip themselves.
+//! A `docker-registry` on the `PATH` is used if there is one. Otherwise Debian's package is unpacked below `target/`,
+//! which needs `apt-get` and `dpkg`, but no root rights. Without these, the tests that need a registry skip themselves.
 
 use crate::repository::target_folder;
 use crate::test::run;
@@ -12,7 +12,7 @@ use std::process::Command;
 
 const PACKAGE: &str = "docker-registry";
 
-/// The program, fetched if need be; `None` on a machine where it cannot be had.
+/// Returns the path of the program, and downloads it if necessary. Returns `None` if it cannot be downloaded here.
 pub(crate) fn program() -> Result<Option<PathBuf>> {
     if let Some(program) = on_path(PACKAGE) {
         println!("{}", program.display());
@@ -38,24 +38,24 @@ pub(crate) fn program() -> Result<Option<PathBuf>> {
     }
 }
 
-/// Unpacks the package into `folder/root`. Nothing half-unpacked keeps that name.
+/// Unpacks the package into `folder/root`. It is renamed last, so that an incomplete package never has this name.
 fn fetch(folder: &Path) -> Result<()> {
     let unpacked = folder.join("unpacked");
     drop(fs::remove_dir_all(folder));
     fs::create_dir_all(&unpacked)?;
     let download = |folder: &Path| run(Command::new("apt-get").args(["download", PACKAGE]).current_dir(folder));
     if download(folder).is_err() {
-        // A machine that is new knows no package until it was told the list.
+        // A fresh machine has no package lists.
         let remedy = "cannot fetch docker-registry; as root: apt-get update, or apt-get install docker-registry";
         run(Command::new("apt-get").args(["update", "--quiet"])).and_then(|()| download(folder)).context(remedy)?;
     }
     let package = fs::read_dir(folder)?.filter_map(|entry| Some(entry.ok()?.path()));
     let package = package.into_iter().find(|path| path.extension().is_some_and(|ending| ending == "deb"));
     run(Command::new("dpkg").arg("-x").arg(package.context("apt-get downloaded nothing")?).arg(&unpacked))?;
-    fs::rename(unpacked, folder.join("root")).context("cannot name what was unpacked")
+    fs::rename(unpacked, folder.join("root")).context("cannot rename the unpacked package")
 }
 
-/// The program called `name`, as the shell would find it.
+/// Returns the path of the program `name`, as the shell would find it.
 fn on_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|folder| folder.join(name)).find(|program| program.is_file())

@@ -1,4 +1,4 @@
-//! Where this repository lies, and cargo run in it.
+//! Paths of this repository, and cargo commands run in it.
 
 use crate::python::NATIVE;
 use anyhow::{Context, Result, ensure};
@@ -6,16 +6,16 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// The root of the repository.
+/// Returns the root of the repository.
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the repository")
 }
 
-/// `cargo` as it was called, in the root.
+/// Returns a command for the cargo that started this program, run in the root.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root());
-    // `cargo run` describes xtask in these; they are no business of what is built next.
+    // `cargo run` sets these for xtask. The next build must not see them.
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
             command.env_remove(name);
@@ -24,7 +24,7 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// The folder that cargo builds in.
+/// Returns cargo's target folder.
 pub(crate) fn target_folder() -> Result<PathBuf> {
     let output = cargo()
         .args(["metadata", "--no-deps", "--format-version", "1"])
@@ -38,13 +38,13 @@ pub(crate) fn target_folder() -> Result<PathBuf> {
 
 /// How the program is built.
 pub(crate) enum Build {
-    /// As the tests build it, so that nothing is built twice.
+    /// Like the tests, so that nothing is built twice.
     Development,
-    /// As it is shipped: its own features and no others.
+    /// Like the shipped program: only its own features.
     Release,
 }
 
-/// Builds the program `modelcache` and says where it lies.
+/// Builds the program `modelcache` and returns its path.
 pub(crate) fn build_modelcache(build: Build) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["build", "--bin", "modelcache", "--message-format=json-render-diagnostics"]);
@@ -57,7 +57,7 @@ pub(crate) fn build_modelcache(build: Build) -> Result<PathBuf> {
     programs.next_back().context("cargo built no program")
 }
 
-/// Builds the native half of the Python package as it is shipped and says where it lies.
+/// Builds the native module of the Python package as it is shipped, and returns its path.
 pub(crate) fn build_native() -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["build", "--package", "modelcache-python", "--release", "--message-format=json-render-diagnostics"]);
@@ -67,7 +67,7 @@ pub(crate) fn build_native() -> Result<PathBuf> {
     paths.find(|path| path.ends_with(NATIVE)).context("cargo built no native module")
 }
 
-/// What cargo says that it built, one message an artifact.
+/// Runs a cargo build and returns its JSON messages, one per artifact.
 fn built(command: &mut Command) -> Result<Vec<Value>> {
     let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
     ensure!(output.status.success(), "modelcache does not build");
@@ -75,7 +75,7 @@ fn built(command: &mut Command) -> Result<Vec<Value>> {
     Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
 }
 
-/// Shows a command as a person would type it in the root.
+/// Formats a command as a person would type it in the root.
 pub(crate) fn shown(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
     let words = std::iter::once(program).chain(command.get_args());
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn commands_are_shown_without_where_the_repository_lies() {
+    fn commands_are_shown_relative_to_the_repository() {
         let mut command = Command::new(root().join("target/venv/bin/python"));
         command.arg(root().join("xtask/script.py")).args(["two words", "plain"]);
         assert_eq!(shown(&command), "python xtask/script.py 'two words' plain");

@@ -1,6 +1,6 @@
-//! Tables: as Markdown that also reads well on a terminal.
+//! Markdown tables that are also readable on a terminal.
 
-/// A Markdown table; columns after the first are set to the right.
+/// Returns a Markdown table. Columns after the first are right-aligned.
 pub(crate) fn markdown(header: &[&str], rows: &[Vec<String>]) -> String {
     let width = |(column, name): (usize, &&str)| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
@@ -24,7 +24,7 @@ pub(crate) fn markdown(header: &[&str], rows: &[Vec<String>]) -> String {
     table
 }
 
-/// Seconds with as many decimals as matter.
+/// Formats seconds: three decimals below one second, one above.
 pub(crate) fn seconds(seconds: f64) -> String {
     let decimals = if seconds < 1.0 { 3 } else { 1 };
     format!("{seconds:.decimals$}")

@@ -1,8 +1,8 @@
-//! `cargo xtask test`: everything that must hold, in one command.
+//! `cargo xtask test`: runs all checks of this repository.
 //!
-//! Stages run from the cheap to the dear and stop at the first that fails; a table at the end says how each went. What
-//! a stage prints, it prints itself: nothing is rewritten. Needs cargo, git and Python; `cargo nextest` is used where
-//! it is installed. All stages share one set of features (`--workspace`), so that no dependency is built twice.
+//! Stages run from cheap to expensive and stop at the first failure; a table at the end shows the result of each stage.
+//! The output of a stage is passed through unchanged. Needs cargo, git and Python, and uses `cargo nextest` if it is
+//! installed. All stages share one set of features (`--workspace`), so that no dependency is built twice.
 
 use crate::docs::Docs;
 use crate::python::Python;
@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Packages that the tests in Python need; the second list is installed without what its packages ask for.
+/// Packages for the Python tests. Those of the second list are installed without their dependencies.
 const REQUIREMENTS: &str = "crates/modelcache-cli/tests/python/requirements.txt";
 const REQUIREMENTS_NO_DEPS: &str = "crates/modelcache-cli/tests/python/requirements-no-deps.txt";
 
-/// Run everything that must hold: lints, documentation, tests
+/// Run all checks: lints, documentation, tests
 #[derive(Debug, Args)]
 pub(crate) struct Test {
     /// Only the tests: no lints, no documentation, no Python environment
@@ -61,7 +61,7 @@ impl Test {
     }
 }
 
-/// What ran, how long it took and how it ended.
+/// The stages so far, with duration and result.
 #[derive(Default)]
 struct Stages {
     rows: Vec<(&'static str, Option<Duration>)>,
@@ -70,6 +70,7 @@ struct Stages {
 
 impl Stages {
     fn run(&mut self, name: &'static str, stage: impl FnOnce() -> Result<()>) {
+        // After a failure, the remaining stages appear in the table as not run.
         if self.failure.is_some() {
             self.rows.push((name, None));
             return;
@@ -117,7 +118,7 @@ fn test_runner() -> Command {
     command
 }
 
-/// Names the Python environment to the tests that use one; those that find none skip themselves.
+/// Passes the Python environment to the tests. Without it, the tests that need one skip themselves.
 fn with_venv<'a>(command: &'a mut Command, venv: Option<&Path>) -> &'a mut Command {
     if let Some(venv) = venv {
         command.env("MODELCACHE_TEST_VENV", venv).env("TESTKIT_MOTO_VENV", venv);
@@ -133,7 +134,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// A virtual environment with the packages that the tests want, made again only when their lists change.
+/// Returns a virtual environment with the packages that the tests need. Creates it again if the lists changed.
 fn python_packages() -> Result<Option<PathBuf>> {
     let wanted = [(REQUIREMENTS, false), (REQUIREMENTS_NO_DEPS, true)];
     let lists: Vec<_> = wanted
@@ -159,7 +160,7 @@ fn python_packages() -> Result<Option<PathBuf>> {
     Ok(Some(venv))
 }
 
-/// An empty virtual environment in place of whatever is there.
+/// Creates an empty virtual environment, and replaces an existing one.
 pub(crate) fn create_venv(venv: &Path) -> Result<()> {
     let mut command = Command::new("python3");
     command.args(["-m", "venv", "--clear"]).arg(venv);
@@ -171,7 +172,7 @@ pub(crate) fn create_venv(venv: &Path) -> Result<()> {
     }
 }
 
-/// `pip install` in a virtual environment.
+/// Runs `pip install` in a virtual environment.
 pub(crate) fn pip_install(venv: &Path, arguments: &[&str]) -> Result<()> {
     let mut command = Command::new(venv.join("bin/python"));
     let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];

@@ -1,7 +1,8 @@
-//! House rules that no compiler knows, checked over the files that git tracks.
+//! House rules that no compiler checks, applied to all files that git tracks.
 //!
-//! A module opens with what it is for; nothing is left to be done; nothing names the machine it was written on, or a
-//! mirror that only that machine reaches.
+//! Rust modules start with a header. No code is left unfinished. No file names a path of the development machine, or a
+//! package mirror that only this machine reaches. Below the root of a cache directory, only one module calls the
+//! filesystem by path.
 
 use crate::repository::root;
 use anyhow::{Context, Result, ensure};
@@ -9,16 +10,16 @@ use regex::Regex;
 use std::fs;
 use std::process::Command;
 
-/// The one source of packages that the lock file may name.
+/// The only package source that the lock file may name.
 const CRATES_IO: &str = "registry+https://github.com/rust-lang/crates.io-index";
 
-/// Checks every tracked file and names every breach.
+/// Checks every tracked file and prints every violation.
 pub(crate) fn check() -> Result<()> {
     let rules = Rules::new()?;
     let mut breaches = Vec::new();
     let files = tracked()?;
     for path in &files {
-        // A link, or a file that was removed and not yet committed, has nothing to be read.
+        // Not readable: a link to a folder, or a file that was removed but is still tracked.
         if let Ok(text) = fs::read_to_string(root().join(path)) {
             breaches.extend(rules.breaches(path, &text).into_iter().map(|breach| format!("{path}{breach}")));
         }
@@ -41,23 +42,24 @@ struct Rules {
     filesystem_call: Regex,
 }
 
-/// Where files of a cache directory are worked with.
+/// Folders with code that works on the files of a cache directory.
 const BELOW_THE_ROOT: [&str; 3] =
     ["crates/modelcache/src/disk/", "crates/modelcache/src/cache/", "crates/modelcache/src/transfer/"];
-/// The module that calls the filesystem below the root, and those that only look at files elsewhere: the caller's own, the
-/// kernel's, the folder above the root.
-const CALLS_THE_FILESYSTEM: [&str; 5] = ["rooted.rs", "given.rs", "memory.rs", "trust.rs", "holders.rs"];
-/// Closes a line that works with a file outside the cache directory, or stands above it.
+/// The module that calls the filesystem below the root, and modules that only read files elsewhere: files of the
+/// caller, files of the kernel, and the folder above the root.
+const CALLS_THE_FILESYSTEM: [&str; 5] = ["rooted.rs", "input.rs", "memory.rs", "ownership.rs", "holders.rs"];
+/// Marks code that works with a file outside the cache directory: at the end of its line, or of the line above.
 const OUTSIDE: &str = "// outside the root";
 
 impl Rules {
     fn new() -> Result<Self> {
-        // Written in pieces, so that this file keeps its own rules. Homes of one letter are examples.
+        // The patterns are split, so that this file passes its own check. Home folders with one-letter names are
+        // allowed as examples.
         let lines = [
-            (concat!("(^|[^A-Za-z0-9_])to", "do!"), "something is left to be done"),
+            (concat!("(^|[^A-Za-z0-9_])to", "do!"), "unfinished code"),
             (
                 concat!("(^|[^A-Za-z0-9_.%/:-])/", "(work|root|home/[A-Za-z0-9_.-]{2,})(/|[^A-Za-z0-9_.-]|$)"),
-                "a path of one machine",
+                "a path of the development machine",
             ),
             (
                 concat!("(static|index)[.]crates", "[.]io|python", "hosted[.]org|pypi[.]", "org/simple"),
@@ -66,7 +68,7 @@ impl Rules {
             (concat!("--(extra-)?index", "-url|^ *replace", "-with *="), "a package mirror"),
         ];
         let compile = |(pattern, why)| Ok((Regex::new(pattern)?, why));
-        // Names of functions of `std::fs`, `rustix::fs` and `std::path` that take a path.
+        // Functions of `std::fs`, `rustix::fs` and `std::path` that take a path.
         let filesystem_call = Regex::new(concat!(
             "(fs::(read|write|rename|remove|create|copy|hard_link|soft_link|metadata|symlink|canonicalize|set_perm",
             "|open|mkdir|unlink|link|stat|lstat|chmod|utimens|access|mknod)",
@@ -75,7 +77,7 @@ impl Rules {
         Ok(Self { lines: lines.into_iter().map(compile).collect::<Result<_>>()?, filesystem_call })
     }
 
-    /// Whether a line calls the filesystem by a path where that is left to one module.
+    /// Returns true if a line calls the filesystem by a path although only `rooted.rs` may.
     fn redirectable(&self, path: &str, above: &str, line: &str) -> bool {
         let folder = BELOW_THE_ROOT.iter().find_map(|folder| path.strip_prefix(folder));
         let is_work = folder.is_some_and(|file| !CALLS_THE_FILESYSTEM.contains(&file) && !file.ends_with("tests.rs"));
@@ -88,11 +90,11 @@ impl Rules {
             && self.filesystem_call.is_match(line)
     }
 
-    /// `:line: why` for everything that is wrong with a file.
+    /// Returns `:line: reason` for every violation in a file.
     fn breaches(&self, path: &str, text: &str) -> Vec<String> {
         let mut breaches = Vec::new();
         if path.ends_with(".rs") && !text.starts_with("//! ") {
-            breaches.push(":1: a module opens with //! and says what it is for".to_owned());
+            breaches.push(":1: a module starts with a //! header that states its purpose".to_owned());
         }
         let (mut is_test, mut above) = (false, "");
         for (number, line) in (1..).zip(text.lines()) {
@@ -126,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_belongs_to_one_machine_is_found() {
+    fn paths_and_mirrors_of_one_machine_are_found() {
         for line in [
             concat!("cd /", "root/x"),
             concat!("see \"/", "work\""),

@@ -1,23 +1,26 @@
 /*
- * A library for LD_PRELOAD that counts the calls by which a program changes one folder, and strikes at the n-th.
+ * LD_PRELOAD library that counts the calls by which a program changes one folder, and injects a fault at the n-th.
  *
- * It stands between a program and the C library. A call on a path or descriptor below SHIM_ROOT is counted; every
- * other call passes untouched. What happens is said by the environment:
+ * It overrides functions of the C library. A call on a path or descriptor below SHIM_ROOT is counted; every other call
+ * is passed on unchanged. Environment variables configure it:
  *
- *   SHIM_ROOT     the folder, absolute and without links
+ *   SHIM_ROOT     the folder, as an absolute path without symbolic links
  *   SHIM_LOG      a file outside the folder: one line "number call path" for each counted call, before it is made
- *   SHIM_READS=1  count opening, listing and reading, too
- *   SHIM_KILL_AT  the process is killed (SIGKILL) before the call with this number
- *   SHIM_FAIL_AT  the call with this number fails with SHIM_ERRNO; with SHIM_STICKY=1 every later one, too
- *   SHIM_OF       the name of a call: SHIM_FAIL_AT then counts the calls of this name alone
- *   SHIM_FLOCK    "lies": flock succeeds and locks nothing; "refuses": it fails with ENOLCK (anywhere, uncounted)
- *   SHIM_BOOT_ID  a file that is read in the place of the kernel's name for this boot
- *   SHIM_GATE     a file: whatever makes bytes or names durable waits until it is there
- *   SHIM_LEDGER   a file outside the folder that says what a power cut may take: a line "D device inode" before bytes are
- *                 written, "S device inode path" once they are durable, "A" once all are; "N path" for a new name, "R
- *                 path" for one that was taken
+ *   SHIM_READS=1  also counts calls that open, list and read
+ *   SHIM_KILL_AT  kills the process (SIGKILL) before the call with this number
+ *   SHIM_FAIL_AT  makes the call with this number fail with SHIM_ERRNO; with SHIM_STICKY=1 every later call fails, too
+ *   SHIM_OF       the name of a function: SHIM_FAIL_AT then counts only calls of this function
+ *   SHIM_FLOCK    "lies": flock succeeds without locking; "refuses": flock fails with ENOLCK (on any path, uncounted)
+ *   SHIM_BOOT_ID  a file that is opened in place of /proc/sys/kernel/random/boot_id
+ *   SHIM_GATE     a file: fsync, fdatasync and syncfs below the folder wait until it exists
+ *   SHIM_LEDGER   a file outside the folder that records which changes a power cut may lose, one per line:
+ *                   D device inode       before a call changes the content of this file
+ *                   S device inode path  after fsync or fdatasync of this file or folder
+ *                   A                    after syncfs, which makes everything durable
+ *                   N path               after a name was created
+ *                   R path               after a name was replaced
  *
- * Surprise: a write that fails has written nothing. What a program does by bare system calls is not seen.
+ * A write that is made to fail writes nothing. System calls that bypass the C library are not seen.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -64,7 +67,7 @@ __attribute__((constructor)) static void start(void) {
     count_reads = number("SHIM_READS") != 0;
 }
 
-/* Whether a path, found from the folder `at`, lies below the root; `full` gets its full name. */
+/* Returns nonzero if `path`, resolved against the folder `at`, is the root or below it. `full` gets the full path. */
 static int path_is_ours(int at, const char *path, char full[PATH_MAX]) {
     char base[PATH_MAX] = "", link[64];
     if (!root || !path) return 0;
@@ -80,18 +83,20 @@ static int path_is_ours(int at, const char *path, char full[PATH_MAX]) {
 }
 
 static int fd_is_ours(int fd, char full[PATH_MAX]) {
+    /* Descriptors 0 to 2 are the standard streams, never files below the root. */
     int saved = errno, ours = fd > 2 && path_is_ours(fd, "", full);
     errno = saved;
     return ours;
 }
 
-/* Counts a call on one of our files. Nonzero: it has to fail, and errno is set. */
+/* Counts a call on a file below the root. Returns nonzero, with errno set, if the call has to fail. */
 static int strike(const char *call, const char *path) {
     int saved = errno;
     long n = atomic_fetch_add(&calls, 1) + 1;
     if (log_path) {
         char line[PATH_MAX + 64];
         int len = snprintf(line, sizeof line, "%ld %s %s\n", n, call, path);
+        /* Raw system calls, because `open` and `write` of this library would count themselves. */
         int fd = syscall(SYS_openat, AT_FDCWD, log_path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
         if (fd >= 0) {
             syscall(SYS_write, fd, line, len);
@@ -102,13 +107,14 @@ static int strike(const char *call, const char *path) {
         syscall(SYS_kill, getpid(), SIGKILL);
         for (;;) pause();
     }
+    /* SHIM_OF: number the calls of this function on their own. Calls of other functions get 0, which never fails. */
     if (of) n = strcmp(call, of) ? 0 : atomic_fetch_add(&calls_of, 1) + 1;
     int fails = fail_at && (n == fail_at || (sticky && n > fail_at));
     errno = fails ? fail_errno : saved;
     return fails;
 }
 
-/* Writes a line into the ledger. */
+/* Appends a line to the ledger. */
 static void note(const char *format, ...) {
     char line[PATH_MAX + 64];
     int saved = errno;
@@ -125,6 +131,7 @@ static void note(const char *format, ...) {
     errno = saved;
 }
 
+/* Records that the content of a file is about to change. */
 static void dirty(int fd) {
     struct stat found;
     int saved = errno;
@@ -132,6 +139,7 @@ static void dirty(int fd) {
     errno = saved;
 }
 
+/* Returns nonzero if a ledger is kept and `full` exists. Does not follow symbolic links. */
 static int exists(const char *full) {
     int saved = errno, there = ledger_path && faccessat(AT_FDCWD, full, F_OK, AT_SYMLINK_NOFOLLOW) == 0;
     errno = saved;
@@ -142,11 +150,12 @@ static void wait_at_gate(void) {
     while (gate && syscall(SYS_faccessat, AT_FDCWD, gate, F_OK) != 0) usleep(2000);
 }
 
+/* Returns the path to open in place of `path`. */
 static const char *which(const char *path) {
     return boot_id && path && strcmp(path, "/proc/sys/kernel/random/boot_id") == 0 ? boot_id : path;
 }
 
-/* NEXT(name)(…) calls the C library's own. */
+/* NEXT(name)(…) calls the C library's function. */
 #define NEXT(name) ((__typeof__(&name))next(#name))
 static void *next(const char *name) {
     void *function = dlsym(RTLD_NEXT, name);
@@ -154,7 +163,7 @@ static void *next(const char *name) {
     return function;
 }
 
-/* A call that is given a path, as its own name, with its arguments in parentheses. */
+/* Defines the override of a function that takes a path. `params` declares its parameters; `args` passes them on. */
 #define ON_PATH(ret, failed, name, params, at, path, args) \
     ret name params {                                      \
         char full[PATH_MAX];                               \
@@ -167,7 +176,7 @@ static void *next(const char *name) {
         if (fd_is_ours(fd, full) && strike(#name, full)) return -1; \
         return NEXT(name) args;                            \
     }
-/* One that changes what a file consists of. */
+/* Overrides a function that changes the content of a file. */
 #define ON_BYTES(ret, name, params, fd, args)              \
     ret name params {                                      \
         char full[PATH_MAX];                               \
@@ -176,7 +185,7 @@ static void *next(const char *name) {
         if (ours) dirty(fd);                               \
         return NEXT(name) args;                            \
     }
-/* One that makes a name. */
+/* Overrides a function that creates a name. */
 #define ON_NAME(ret, name, params, at, path, args)         \
     ret name params {                                      \
         char full[PATH_MAX];                               \
@@ -188,7 +197,7 @@ static void *next(const char *name) {
         return made;                                       \
     }
 
-/* Opening: what makes or cuts a file changes the folder; anything else only reads. */
+/* Opening. A call that may create or truncate a file changes the folder; any other call only reads. */
 static int open_fails(const char *call, int at, const char *path, int flags) {
     char full[PATH_MAX];
     int changes = (flags & (O_CREAT | O_TRUNC)) || (flags & O_TMPFILE) == O_TMPFILE;
@@ -232,7 +241,7 @@ DIR *opendir(const char *path) {
     return NEXT(opendir)(path);
 }
 
-/* Reading. */
+/* Reading. Counted only with SHIM_READS. */
 #define ON_READ(name, params, fd, args)                    \
     ssize_t name params {                                  \
         char full[PATH_MAX];                               \
@@ -258,7 +267,7 @@ ON_BYTES(int, ftruncate64, (int fd, off64_t len), fd, (fd, len))
 ON_BYTES(int, fallocate, (int fd, int mode, off_t at, off_t len), fd, (fd, mode, at, len))
 ON_BYTES(int, fallocate64, (int fd, int mode, off64_t at, off64_t len), fd, (fd, mode, at, len))
 
-/* Making durable. */
+/* Syncing. The ledger line is written only after the call succeeded. */
 #define ON_SYNC(name)                                      \
     int name(int fd) {                                     \
         char full[PATH_MAX];                               \
@@ -283,7 +292,7 @@ int syncfs(int fd) {
     return failed;
 }
 
-/* Names. A call with two paths counts by the one that it makes. */
+/* Names. A call with two paths is counted by the path that it creates. */
 ON_NAME(int, mkdir, (const char *path, mode_t mode), AT_FDCWD, path, (path, mode))
 ON_NAME(int, mkdirat, (int at, const char *path, mode_t mode), at, path, (at, path, mode))
 ON_PATH(int, -1, rmdir, (const char *path), AT_FDCWD, path, (path))
@@ -306,7 +315,7 @@ ON_FD(int, futimens, (int fd, const struct timespec times[2]), fd, (fd, times))
 ON_PATH(int, -1, utimensat, (int at, const char *path, const struct timespec times[2], int flags), at, path,
         (at, path, times, flags))
 
-/* Locks: never counted, for nothing is changed; they lie where they are told to. */
+/* Locks change no file, so they are never counted. SHIM_FLOCK applies to every path. */
 int flock(int fd, int operation) {
     if (flock_mode && strcmp(flock_mode, "lies") == 0) return 0;
     if (flock_mode && strcmp(flock_mode, "refuses") == 0) {

@@ -1,8 +1,8 @@
-//! Chance that can be repeated: numbers from a seed, which is printed.
+//! Random numbers from a seed that is printed, so that a failure can be repeated.
 
 use crate::content::word_at;
 
-/// A row of numbers that depends on the seed alone.
+/// A sequence of pseudo-random numbers that depends only on the seed.
 #[derive(Debug, Clone)]
 pub struct Dice {
     seed: u64,
@@ -10,7 +10,7 @@ pub struct Dice {
 }
 
 impl Dice {
-    /// With the seed of the environment variable `name`, else a new one; printed on standard error.
+    /// Reads the seed from the environment variable `name`, or picks a new one. Prints it on standard error.
     #[allow(clippy::print_stderr, reason = "without its seed a failure cannot be repeated")]
     pub fn from_env(name: &str) -> Self {
         let given = std::env::var(name).ok().and_then(|seed| seed.parse().ok());
@@ -20,39 +20,39 @@ impl Dice {
         Self::new(seed)
     }
 
-    /// With this seed.
+    /// Starts the sequence of this seed.
     pub fn new(seed: u64) -> Self {
         Self { seed, drawn: 0 }
     }
 
-    /// The seed.
+    /// Returns the seed.
     pub fn seed(&self) -> u64 {
         self.seed
     }
 
-    /// Dice of their own for the `index`-th of several that draw at the same time.
+    /// Returns an independent sequence for the `index`-th of several concurrent users.
     pub fn split(&self, index: u64) -> Self {
         Self::new(word_at(self.seed, u64::MAX - 1 - index))
     }
 
-    /// A number below `end`; 0 if that is 0.
+    /// Returns a number below `end`, or 0 if `end` is 0.
     pub fn below(&mut self, end: u64) -> u64 {
         self.drawn += 1;
         word_at(self.seed, self.drawn).checked_rem(end).unwrap_or(0)
     }
 
-    /// Whether something happens that happens `of` times in a hundred.
+    /// Returns true with a probability of `of` percent.
     pub fn percent(&mut self, of: u64) -> bool {
         self.below(100) < of
     }
 
-    /// One of `items`, which are not empty.
+    /// Returns one of `items`. Panics if `items` is empty.
     pub fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
         let index = self.below(items.len() as u64);
         &items[usize::try_from(index).expect("an index fits")]
     }
 
-    /// Puts `items` into another order.
+    /// Shuffles `items`.
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             let other = self.below(last as u64 + 1);

@@ -1,16 +1,16 @@
-//! Counted, aimed faults, the same for every stand-in.
+//! Fault injection by request, shared by all stand-ins.
 //!
-//! A [`Fault`] says what goes wrong, for which requests and how often; [`Faults`] holds the armed ones of a stand-in.
-//! The first armed fault that fits a request takes it and is counted down.
+//! A [`Fault`] defines the failure, the requests it applies to and how often; [`Faults`] holds the armed faults of one
+//! stand-in. The first armed fault that matches a request is applied to it and counted down.
 //!
-//! Surprise: without [`Fault::times`] a fault stays until [`Faults::clear`].
+//! A fault without [`Fault::times`] stays armed until [`Faults::clear`].
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::serve::lock;
 
-/// One thing that goes wrong: what (`K`), where it is aimed and how often it strikes.
+/// One fault: its kind (`K`), the requests it matches and how often it is applied.
 #[derive(Clone, Debug)]
 pub struct Fault<K> {
     kind: K,
@@ -21,35 +21,35 @@ pub struct Fault<K> {
 }
 
 impl<K> Fault<K> {
-    /// A fault of this kind that strikes every request, for ever.
+    /// A fault of this kind that applies to every request, without limit.
     pub fn new(kind: K) -> Self {
         Self { kind, left: None, on: None, method: None, skip: 0 }
     }
 
-    /// Strikes `count` times and is then spent.
+    /// Applies the fault to `count` requests, then disarms it.
     pub fn times(mut self, count: u64) -> Self {
         self.left = Some(count);
         self
     }
 
-    /// Strikes the next fitting request only.
+    /// Applies the fault to the next matching request only.
     pub fn once(self) -> Self {
         self.times(1)
     }
 
-    /// Lets the first `count` fitting requests pass unharmed.
+    /// Lets the first `count` matching requests pass.
     pub fn after_skipping(mut self, count: u64) -> Self {
         self.skip = count;
         self
     }
 
-    /// Strikes only where the decoded path contains `part`.
+    /// Applies the fault only if the decoded path contains `part`.
     pub fn on(mut self, part: impl Into<String>) -> Self {
         self.on = Some(part.into());
         self
     }
 
-    /// Strikes only requests with this method, written as on the wire (`GET`).
+    /// Applies the fault only to requests with this method, written as on the wire (`GET`).
     pub fn method(mut self, method: impl Into<String>) -> Self {
         self.method = Some(method.into());
         self
@@ -61,12 +61,12 @@ impl<K> Fault<K> {
     }
 }
 
-/// How often one armed fault has struck.
+/// Counts how often one armed fault was applied.
 #[derive(Clone, Debug, Default)]
 pub struct Hits(Arc<AtomicU64>);
 
 impl Hits {
-    /// The number of strikes so far.
+    /// Returns how often the fault was applied so far.
     pub fn count(&self) -> u64 {
         self.0.load(Ordering::SeqCst)
     }
@@ -85,25 +85,28 @@ impl<K> Default for Faults<K> {
 }
 
 impl<K: Clone> Faults<K> {
-    /// Arms a fault; the answer counts its strikes. Faults armed earlier are looked at first.
+    /// Arms a fault and returns its counter. Faults that were armed earlier take precedence.
     pub fn add(&self, fault: Fault<K>) -> Hits {
         let hits = Hits::default();
         lock(&self.armed).push((fault, hits.clone()));
         hits
     }
 
-    /// Disarms all of them.
+    /// Disarms all faults.
     pub fn clear(&self) {
         lock(&self.armed).clear();
     }
 
-    /// Takes one strike from the first fault that fits and whose kind `wanted` accepts.
+    /// Applies the first armed fault that matches the request, among the kinds that `wanted` accepts, and returns its
+    /// kind.
     pub(crate) fn strike(&self, method: &str, subject: &str, wanted: impl Fn(&K) -> bool) -> Option<K> {
         let mut armed = lock(&self.armed);
         for (fault, hits) in armed.iter_mut() {
+            // A spent fault stays in the list but matches nothing.
             if fault.left == Some(0) || !wanted(&fault.kind) || !fault.fits(method, subject) {
                 continue;
             }
+            // A skipped request may still get a later fault.
             if fault.skip > 0 {
                 fault.skip -= 1;
                 continue;
@@ -121,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fault_strikes_as_often_as_it_was_told() {
+    fn a_fault_applies_to_the_given_number_of_requests() {
         let faults = Faults::default();
         let hits = faults.add(Fault::new('a').times(2).on("/x").method("GET").after_skipping(1));
         let strike = |method, subject| faults.strike(method, subject, |_| true);

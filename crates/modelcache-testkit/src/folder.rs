@@ -1,8 +1,8 @@
-//! What a cache directory holds, counted by its files alone: the second opinion on what the program says of itself.
+//! Counts the files of a cache directory, independently of the program's own accounting.
 //!
-//! Knows the layout that docs/disk-format.md promises and nothing of the program. May run while others change the
-//! directory: what vanishes under the walk is gone, and a file with several names counts once. [`syncing`] alone looks
-//! at processes instead.
+//! Relies only on the layout that docs/disk-format.md promises. May run while other processes change the directory:
+//! files that vanish during the walk are skipped, and a file with several hard links counts once. [`syncing`] inspects
+//! processes instead of files.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -12,27 +12,27 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-/// One walk through a cache directory.
+/// Result of one walk through a cache directory.
 #[derive(Debug, Default)]
 pub struct Census {
-    /// Allocated bytes of blobs, quarantine, staged files and views, each file once.
+    /// Allocated bytes of blobs, quarantine, staged files and views. Each inode counts once.
     pub counted_bytes: u64,
-    /// Blobs that have no other name.
+    /// Blobs with a single hard link.
     pub orphans: Vec<PathBuf>,
     /// Folders in staging.
     pub stagings: Vec<PathBuf>,
-    /// Those among them that hold files which have no other name.
+    /// Folders in staging with files that have a single hard link, the journal aside.
     pub stagings_with_bytes: Vec<PathBuf>,
-    /// Loose files in staging: what somebody was about to rename into place.
+    /// Files directly in staging: temporaries that were about to be renamed into place.
     pub temporaries: Vec<PathBuf>,
     /// Views of artifacts that have no manifest.
     pub loose_views: Vec<PathBuf>,
-    /// What remotes still lack: one file an artifact.
+    /// Records of pending uploads, one file per artifact.
     pub intents: Vec<PathBuf>,
 }
 
 impl Census {
-    /// Walks through `root`. Errors are those of reading, except that something is gone.
+    /// Walks through `root`. Fails on read errors; missing files and folders are not errors.
     pub fn of(root: &Path) -> io::Result<Self> {
         let mut census = Self::default();
         let mut counted: BTreeMap<u64, u64> = BTreeMap::new();
@@ -72,7 +72,7 @@ impl Census {
                 let is_loose = !version.join("manifest.json").exists();
                 walk(&version.join("files"), &mut |view, metadata| {
                     census.loose_views.extend(is_loose.then(|| view.to_owned()));
-                    // One that no blob stands behind any more takes room, too.
+                    // A view that no longer shares a blob's inode takes space, too.
                     count(metadata);
                 })?;
             }
@@ -106,11 +106,11 @@ fn present<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Processes that make durable what a `get` left in the cache directory `folder`, or in one below it. One that has ended
-/// has no command line any more, and one that has just begun has none yet.
+/// Returns the processes that sync files a `get` left in the cache directory `folder` or in one below it. A process has
+/// no command line just after it starts and after it ended, so it is missed then.
 pub fn syncing(folder: &Path) -> io::Result<Vec<u32>> {
     let is_one = |pid: &u32| {
-        // It may have ended.
+        // The process may have ended; its command line is then unreadable or empty.
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let mut words = line.split(|byte| *byte == 0);
         let is_ours = words.next() == Some(b"modelcache") && words.next() == Some(b"sync");

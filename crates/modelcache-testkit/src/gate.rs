@@ -1,7 +1,7 @@
-//! A gate in front of a real server: it wants credentials, sends downloads elsewhere, and keeps a log.
+//! A gate in front of a real server: requires credentials, redirects downloads, and logs requests.
 //!
-//! What passes it is answered by the server behind. Downloads that match are redirected to a second listener, the CDN,
-//! which wants a signature and serves the same bytes; tokens that arrive there stand in the log.
+//! The server behind answers the requests that pass. Matching downloads are redirected to a second listener, the CDN,
+//! which requires a signature and serves the same bytes. Tokens that arrive at the CDN appear in the log.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -23,19 +23,19 @@ use crate::lie::Kind as LieKind;
 use crate::log::{Log, Place, Seen};
 use crate::serve::{Answer, Dropped, Server, answer, bind, lock, serve};
 
-/// What a gate wants to be shown.
+/// The credentials that a gate requires.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Demand {
-    /// Nothing.
+    /// No credentials.
     #[default]
     Nothing,
     /// Exactly this `Authorization` header.
     Exactly(String),
-    /// A token that the gate itself hands out at `/token`: to everybody, or for this user and password.
+    /// A token issued by the gate at `/token`: to every client, or only for this user and password.
     Token(Option<(String, String)>),
 }
 
-/// A running gate with its CDN; both end when it is dropped.
+/// A running gate with its CDN. Both stop when it is dropped.
 #[derive(Debug)]
 pub struct Gate {
     shared: Arc<Shared>,
@@ -46,12 +46,12 @@ pub struct Gate {
 #[derive(Debug)]
 struct Shared {
     behind: SocketAddr,
-    /// Requests pass as they came, signed host and credentials among them.
+    /// Requests are forwarded unchanged, including the host and credentials that a signature may cover.
     is_transparent: bool,
     rules: Mutex<Rules>,
     lies: Faults<LieKind>,
-    lies_told: AtomicU64,
-    /// Bytes of endless answers that were sent.
+    lie_count: AtomicU64,
+    /// Bytes sent as bodies of endless answers.
     endless_bytes: Arc<AtomicU64>,
     log: Log,
 }
@@ -59,26 +59,27 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Rules {
     demand: Demand,
-    /// Where the challenge says that tokens are; the gate's own place unless set.
+    /// Address of the token endpoint in the challenge; `None` is the gate's own `/token`.
     realm: Option<String>,
-    /// Requests that a token is good for.
+    /// Requests that each token may be used for.
     uses: usize,
     tokens: HashMap<String, usize>,
     issued: usize,
-    /// Downloads whose path has this in it are redirected.
+    /// Downloads with this string in their path are redirected.
     redirected: Option<String>,
-    /// Redirects that the CDN's addresses are good for before they are spent.
+    /// Requests that each CDN address may be used for; `None` is no limit.
     spent_after: Option<usize>,
     signatures: HashMap<String, usize>,
 }
 
 impl Gate {
-    /// A gate that lets everybody pass to the server at `behind`.
+    /// Starts a gate in front of the server at `behind`. It requires no credentials at first.
     pub fn start(behind: SocketAddr) -> anyhow::Result<Self> {
         Self::start_before(behind, false)
     }
 
-    /// A gate whose server gets every request as it came, with the host and credentials that may be signed.
+    /// Starts a gate that forwards every request unchanged, including the host and credentials that a signature may
+    /// cover.
     pub fn transparent(behind: SocketAddr) -> anyhow::Result<Self> {
         Self::start_before(behind, true)
     }
@@ -90,10 +91,11 @@ impl Gate {
             is_transparent,
             rules,
             lies: Faults::default(),
-            lies_told: AtomicU64::new(0),
+            lie_count: AtomicU64::new(0),
             endless_bytes: Arc::default(),
             log: Log::default(),
         });
+        // The CDN is another host, also for clients that compare hosts without ports.
         let (front, cdn) = (bind("127.0.0.1:0")?, bind("127.0.0.2:0").or_else(|_| bind("127.0.0.1:0"))?);
         let (front_addr, cdn_addr) = (front.1, cdn.1);
         let front = serve(front, {
@@ -107,47 +109,47 @@ impl Gate {
         Ok(Self { shared, front, cdn })
     }
 
-    /// Where it listens.
+    /// Address of the gate's listener.
     pub fn addr(&self) -> SocketAddr {
         self.front.addr()
     }
 
-    /// Its address, without a slash at the end.
+    /// The gate's URL, without a trailing slash.
     pub fn url(&self) -> String {
         format!("http://{}", self.addr())
     }
 
-    /// The lies that are told; see [`Lie`](crate::Lie) for what there is.
+    /// The armed lies; see [`Lie`](crate::Lie) for the kinds.
     pub fn lies(&self) -> &Faults<LieKind> {
         &self.shared.lies
     }
 
-    /// Bytes of endless answers that connections took.
+    /// Bytes of endless answers that clients have taken.
     pub fn endless_bytes(&self) -> u64 {
         self.shared.endless_bytes.load(Ordering::SeqCst)
     }
 
-    /// What is wanted from now on.
+    /// Sets the credentials required from now on.
     pub fn demand(&self, demand: Demand) {
         lock(&self.shared.rules).demand = demand;
     }
 
-    /// Names another place for tokens.
+    /// Names another token endpoint in the challenge.
     pub fn realm(&self, realm: &str) {
         lock(&self.shared.rules).realm = Some(realm.to_owned());
     }
 
-    /// Each token is good for this many requests.
+    /// Limits how many requests each token may be used for.
     pub fn token_uses(&self, uses: usize) {
         lock(&self.shared.rules).uses = uses;
     }
 
-    /// GETs whose path contains `part` are answered from the CDN.
+    /// Redirects GETs with `part` in their path to the CDN.
     pub fn redirect(&self, part: &str) {
         lock(&self.shared.rules).redirected = Some(part.to_owned());
     }
 
-    /// Each address at the CDN is good for this many requests.
+    /// Limits how many requests each CDN address may be used for.
     pub fn spent_after(&self, requests: usize) {
         lock(&self.shared.rules).spent_after = Some(requests);
     }
@@ -158,12 +160,12 @@ impl Gate {
         self.cdn.set_down(down);
     }
 
-    /// Everything asked so far. The gate counts as [`Place::Hub`].
+    /// All requests so far. The gate's own listener is logged as [`Place::Hub`].
     pub fn requests(&self) -> Vec<Seen> {
         self.shared.log.all()
     }
 
-    /// Forgets what was asked.
+    /// Clears the request log.
     pub fn clear_requests(&self) {
         self.shared.log.clear();
     }
@@ -188,6 +190,7 @@ async fn at_the_front(
 
 async fn at_the_cdn(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Answer, Dropped> {
     let mut seen = Seen::of(Place::Cdn, &request);
+    // The CDN accepts signatures only; a token does not help.
     let answer = match shared.signature_holds(request.uri().query().unwrap_or_default()) {
         true => forward(&shared, request).await,
         false => Ok(refuse(StatusCode::FORBIDDEN, "spent")),
@@ -198,19 +201,22 @@ async fn at_the_cdn(shared: Arc<Shared>, request: Request<Incoming>) -> Result<A
 }
 
 impl Shared {
-    /// The gate's own answer, unless the request passes.
+    /// Returns the gate's own answer, or `None` if the request is to be forwarded.
     fn decide(&self, front: SocketAddr, cdn: SocketAddr, request: &Request<Incoming>) -> Option<Answer> {
         let mut rules = lock(&self.rules);
         let shown = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        // The token endpoint needs no token.
         if request.uri().path() == "/token" {
             return Some(rules.token(shown));
         }
+        // Check the credentials before the redirect: only an authorized client gets a signed address.
         if !rules.satisfied(shown) {
             return Some(rules.challenge(front));
         }
         let path = request.uri().path();
         let part = rules.redirected.clone()?;
         (request.method() == hyper::Method::GET && path.contains(&part)).then(|| {
+            // Every redirect gets a new signature. "canary" lets tests search logs and files for leaked secrets.
             let signature = format!("canary-signature-{}", rules.signatures.len());
             let good_for = rules.spent_after.unwrap_or(usize::MAX);
             rules.signatures.insert(signature.clone(), good_for);
@@ -282,16 +288,18 @@ fn refuse(status: StatusCode, body: &'static str) -> Answer {
     answer(status, "application/json", body)
 }
 
-/// The honest answer, a spoiled one, or another one.
+/// Forwards the request, unless a lie replaces the answer; a lie may also corrupt the answer of the server behind.
 async fn forward_or_lie(shared: &Shared, request: Request<Incoming>) -> Result<Answer, Dropped> {
     let path = percent_decode_str(request.uri().path()).decode_utf8_lossy().into_owned();
     let subject = format!("{path}?{}", request.uri().query().unwrap_or_default());
     let method = request.method().to_string();
-    let number = shared.lies_told.fetch_add(1, Ordering::SeqCst);
+    let number = shared.lie_count.fetch_add(1, Ordering::SeqCst);
     if let Some(lie) = shared.lies.strike(&method, &subject, |lie| !lie.spoils()) {
         return lie.answer(number, &shared.endless_bytes).ok_or(Dropped);
     }
+    // Replacing lies come first: the server behind does not see their requests.
     let answer = forward(shared, request).await?;
+    // A body of at most one byte answers a probe for the first byte; do not use up a lie on it.
     if !answer.status().is_success()
         || method != "GET"
         || answer.body().size_hint().exact().is_some_and(|size| size < 2)
@@ -304,7 +312,8 @@ async fn forward_or_lie(shared: &Shared, request: Request<Incoming>) -> Result<A
     }
 }
 
-/// The answer of the server behind, which gets no credentials unless the gate is transparent.
+/// Returns the answer of the server behind. Credentials are removed and the host is replaced, unless the gate is
+/// transparent.
 async fn forward(shared: &Shared, request: Request<Incoming>) -> Result<Answer, Dropped> {
     let (behind, (mut head, body)) = (shared.behind, request.into_parts());
     if !shared.is_transparent {
@@ -313,6 +322,7 @@ async fn forward(shared: &Shared, request: Request<Incoming>) -> Result<Answer, 
     }
     let body: Bytes = body.collect().await.map_err(|_| Dropped)?.to_bytes();
     let stream = TcpStream::connect(behind).await.map_err(|_| Dropped)?;
+    // One connection to the server behind per request.
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|_| Dropped)?;
     tokio::spawn(async move { drop(connection.await) });

@@ -1,24 +1,25 @@
-//! Stand-ins for the things modelcache talks to, and the faults they may have.
+//! Stand-ins for the services that modelcache talks to, with fault injection.
 //!
-//! Everything listens on loopback with a port the kernel picks, and ends when its handle is dropped. Content comes
-//! from a seed, so a file of any size costs no memory and can be recomputed by whoever checks it.
+//! All of them listen on loopback, on a port that the kernel picks, and stop when their handle is dropped. Content is
+//! generated from a seed, so a file of any size costs no memory and a test can recompute it.
 //!
 //! | module | stands in for |
 //! |---|---|
 //! | [`hub`] | the Hugging Face Hub and, on another address, its CDN |
-//! | [`s3`] | an S3 endpoint over a folder, with the conditions of the real one kept |
+//! | [`s3`] | an S3 endpoint over a folder, including conditional requests |
 //! | [`web`] | any other web server, with or without ranges, validators, digests, credentials |
 //! | [`tls`] | TLS in front of any of them, and a proxy that tunnels |
-//! | [`gate`] | what stands in front of a server: credentials, a CDN, [lies](lie) about what it answers |
-//! | [`moto`], [`registry`], [`mlflow`] | nothing: they start the real servers |
+//! | [`gate`] | a front that requires credentials, redirects to a CDN, or [falsifies answers](lie) |
+//! | [`moto`], [`registry`], [`mlflow`] | none: these start the real servers |
 //! | [`proxy`] | a bad network, in front of any of them |
-//! | [`shim`] | a bad disk and sudden death, underneath a program |
-//! | [`power`] | a power cut, afterwards |
+//! | [`shim`] | disk errors and sudden death, below a program |
+//! | [`power`] | a power cut, applied to the files that a program left |
 //!
-//! [`folder`] counts what a cache directory holds, without asking the program; [`dice`] are chance with a seed.
+//! [`folder`] counts the files of a cache directory without the program's help; [`dice`] is a seeded random number
+//! generator.
 //!
-//! Surprise: the stand-ins run on threads of their own, not on the caller's runtime. A test may block its thread (run
-//! a command, join a child) and the servers go on answering.
+//! The stand-ins run on threads of their own, not on the caller's runtime. A test may block its thread (run a command,
+//! join a child) while the servers keep answering.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test ends at the first surprise"))]
 

@@ -1,7 +1,7 @@
-//! What a hostile or broken server answers: a [`Gate`](crate::Gate) spoils the honest answers that pass through it.
+//! Answers of a hostile or broken server: a [`Gate`](crate::Gate) replaces or corrupts the honest answers.
 //!
-//! The aim of [`Fault::on`] is compared with the decoded `/path?query`. Lies about file bytes pass over answers of at
-//! most one byte, so that a question for the first byte of a file does not use them up.
+//! [`Fault::on`] is compared with the decoded `/path?query`. Lies that corrupt a body skip answers of at most one byte,
+//! so that a probe for the first byte of a file does not use one up.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,45 +20,46 @@ use hyper::header::{
 use crate::faults::Fault;
 use crate::serve::{Answer, BoxError, Dropped, full};
 
-/// The length that an endless answer of 200 states.
+/// `Content-Length` of an endless answer with status 200.
 const ENDLESS_BYTES: u64 = 100 << 20;
-/// The length that it states where it comes in small chunks: what any metadata may have.
+/// `Content-Length` of an endless answer in chunks below 1 KiB: small enough to be plausible for metadata.
 const TRICKLE_BYTES: u64 = 60_000;
 
-/// The kinds; build them with the constructors on [`Lie`].
+/// The kinds of lie. Use the constructors on [`Lie`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Kind {
-    /// So many other bytes in front of the body; `true` if `Content-Length` agrees, else the body is chunked.
+    /// This many extra bytes before the body. `true`: `Content-Length` agrees; `false`: the body is chunked.
     Prepend(usize, bool),
-    /// So many other bytes after the body.
+    /// This many extra bytes after the body. `true`: `Content-Length` agrees; `false`: the body is chunked.
     Append(usize, bool),
-    /// The body lacks its last bytes, and `Content-Length` agrees with it.
+    /// The body lacks this many bytes at its end; `Content-Length` agrees with it.
     Short(usize),
-    /// The first byte of the body is another.
+    /// The first byte of the body is changed.
     Flip,
-    /// `Content-Range` names a range and a size that are this much higher.
+    /// `Content-Range` states offsets and a size that are higher by these numbers.
     Shift(u64, u64),
-    /// `Content-Encoding` says this.
+    /// The answer has this `Content-Encoding`, although the body is not encoded.
     Encoded(&'static str),
-    /// Another answer: its body again and again, one chunk at a time, for ever.
+    /// A different answer with this status. Its body repeats the chunk without end, with this pause before each.
     Endless(u16, Bytes, Duration),
-    /// Another answer of 200, with a `Link` header if it is not empty. `{n}` is the number of the strike.
+    /// A different answer of 200 with this body, and a `Link` header if the second string is not empty. `{n}` becomes
+    /// the number of the request.
     Replace(String, String),
 }
 
-/// A lie of a server. Without `.times(n)` it is told for ever.
+/// A lie of a server. Without `.times(n)` it stays armed.
 pub type Lie = Fault<Kind>;
 
 impl Fault<Kind> {
-    /// `bytes` too many, in front. `told`: `Content-Length` says how many come; else the body is chunked.
-    pub fn prepend(bytes: usize, told: bool) -> Self {
-        Self::new(Kind::Prepend(bytes, told))
+    /// Adds `bytes` before the body. With `sized`, `Content-Length` covers them; otherwise the body is chunked.
+    pub fn prepend(bytes: usize, sized: bool) -> Self {
+        Self::new(Kind::Prepend(bytes, sized))
     }
 
-    /// `bytes` too many, at the end.
-    pub fn append(bytes: usize, told: bool) -> Self {
-        Self::new(Kind::Append(bytes, told))
+    /// Adds `bytes` after the body. With `sized`, `Content-Length` covers them; otherwise the body is chunked.
+    pub fn append(bytes: usize, sized: bool) -> Self {
+        Self::new(Kind::Append(bytes, sized))
     }
 
     /// A well-formed answer without its last `bytes`.
@@ -66,49 +67,50 @@ impl Fault<Kind> {
         Self::new(Kind::Short(bytes))
     }
 
-    /// One wrong byte, the length is right.
+    /// Changes the first byte; the length stays.
     pub fn flip() -> Self {
         Self::new(Kind::Flip)
     }
 
-    /// A `Content-Range` with other offsets than were asked for.
+    /// Answers with a `Content-Range` whose offsets are `by` higher than requested.
     pub fn other_range(by: u64) -> Self {
         Self::new(Kind::Shift(by, 0))
     }
 
-    /// A `Content-Range` with another size of the file.
+    /// Answers with a `Content-Range` that states a file size that is `by` higher.
     pub fn other_size(by: u64) -> Self {
         Self::new(Kind::Shift(0, by))
     }
 
-    /// A `Content-Encoding`.
+    /// Adds a `Content-Encoding` header.
     pub fn encoded(encoding: &'static str) -> Self {
         Self::new(Kind::Encoded(encoding))
     }
 
-    /// An answer whose body never ends: `chunk` again and again, with a pause before each.
+    /// Replaces the answer by one with an endless body: `chunk` again and again, with a pause of `every` before each.
     pub fn endless(status: u16, chunk: impl Into<Bytes>, every: Duration) -> Self {
         Self::new(Kind::Endless(status, chunk.into(), every))
     }
 
-    /// Another body; `{n}` in it is a number that is new each time.
+    /// Replaces the body. `{n}` in it becomes a number that differs in each answer.
     pub fn replace(body: impl Into<String>) -> Self {
         Self::new(Kind::Replace(body.into(), String::new()))
     }
 
-    /// Another body, and a link to the next page; `{n}` in either is a number that is new each time.
+    /// Replaces the body and adds a link to the next page. `{n}` in either becomes a number that differs in each
+    /// answer.
     pub fn replace_page(body: impl Into<String>, next: impl Into<String>) -> Self {
         Self::new(Kind::Replace(body.into(), next.into()))
     }
 }
 
 impl Kind {
-    /// Whether it spoils the bytes of an answer, as opposed to taking its place.
+    /// Returns true if the lie corrupts the bytes of an honest answer, false if it replaces the answer.
     pub(crate) fn spoils(&self) -> bool {
         !matches!(self, Self::Endless(..) | Self::Replace(..))
     }
 
-    /// The answer that takes the place of the honest one. `count` counts the bytes that are sent.
+    /// Returns the answer that replaces the honest one. Adds the bytes it sends to `count`.
     pub(crate) fn answer(self, number: u64, count: &Arc<AtomicU64>) -> Option<Answer> {
         match self {
             Self::Endless(status, chunk, every) => {
@@ -127,7 +129,7 @@ impl Kind {
                 let headers = answer.headers_mut();
                 headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/xml"));
                 if status == 200 {
-                    // What clients of S3 want to see of an object.
+                    // S3 clients need these headers to accept an object.
                     headers.insert(CONTENT_LENGTH, length.into());
                     headers.insert(ETAG, HeaderValue::from_static("\"endless\""));
                     headers.insert(LAST_MODIFIED, HeaderValue::from_static("Wed, 01 Jan 2025 00:00:00 GMT"));
@@ -146,20 +148,20 @@ impl Kind {
         }
     }
 
-    /// The honest answer, spoiled.
+    /// Returns the honest answer, corrupted.
     pub(crate) async fn spoiled(self, answer: Answer) -> Result<Answer, Dropped> {
         let (mut head, body) = answer.into_parts();
         let mut bytes = body.collect().await.map_err(|_| Dropped)?.to_bytes().to_vec();
         let other = |bytes: usize| b"OTHER BYTES ".iter().copied().cycle().take(bytes).collect::<Vec<u8>>();
-        let mut told = true;
+        let mut sized = true;
         match self {
-            Self::Prepend(more, is_told) => {
+            Self::Prepend(more, is_sized) => {
                 bytes.splice(..0, other(more));
-                told = is_told;
+                sized = is_sized;
             }
-            Self::Append(more, is_told) => {
+            Self::Append(more, is_sized) => {
                 bytes.extend(other(more));
-                told = is_told;
+                sized = is_sized;
             }
             Self::Short(less) => bytes.truncate(bytes.len().saturating_sub(less)),
             Self::Flip => bytes.iter_mut().take(1).for_each(|byte| *byte ^= 1),
@@ -169,9 +171,10 @@ impl Kind {
             }
             Self::Endless(..) | Self::Replace(..) => {}
         }
+        // The corrupted body may have another length, so the framing of the honest answer does not apply.
         head.headers.remove(TRANSFER_ENCODING);
         head.headers.insert(CONTENT_LENGTH, bytes.len().into());
-        let body = match told {
+        let body = match sized {
             true => full(bytes),
             false => {
                 head.headers.remove(CONTENT_LENGTH);
@@ -183,16 +186,16 @@ impl Kind {
     }
 }
 
-/// Moves offsets and size of the `Content-Range`, if there is one.
+/// Raises the offsets and the size in `Content-Range`, if the header is present.
 fn shift(headers: &mut hyper::HeaderMap, offset: u64, size: u64) {
     let name: HeaderName = CONTENT_RANGE;
-    let told = headers.get(&name).and_then(|value| value.to_str().ok()).and_then(|text| {
+    let shifted = headers.get(&name).and_then(|value| value.to_str().ok()).and_then(|text| {
         let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
         let (first, last) = range.split_once('-')?;
         let [first, last, total] = [first, last, total].map(|number| number.parse::<u64>().ok());
         Some(format!("bytes {}-{}/{}", first? + offset, last? + offset, total? + offset + size))
     });
-    if let Some(told) = told {
-        headers.insert(name, told.parse().expect("digits are a header's value"));
+    if let Some(shifted) = shifted {
+        headers.insert(name, shifted.parse().expect("digits are a header's value"));
     }
 }

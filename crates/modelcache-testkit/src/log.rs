@@ -1,7 +1,7 @@
-//! What a stand-in was asked, in the order the answers began.
+//! Request log of a stand-in, in the order in which answers began.
 //!
-//! A test that claims "no body was fetched twice" reads it here. An entry appears when the head of its answer is
-//! ready, so a request that still hangs is not in the log, and one whose connection was dropped has status 0.
+//! Tests read it to prove claims such as "no body was fetched twice". An entry is added when the head of its answer is
+//! ready: a request that still hangs has no entry, and one without an answer has status 0.
 
 use std::sync::Mutex;
 
@@ -9,7 +9,7 @@ use hyper::header::{AUTHORIZATION, HeaderMap, HeaderName, RANGE, USER_AGENT};
 
 use crate::serve::lock;
 
-/// Which listener a request reached.
+/// The listener that received a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// The Hub itself.
@@ -22,31 +22,31 @@ pub enum Place {
     Web,
 }
 
-/// One request and the status it got.
+/// One request and the status of its answer.
 #[derive(Clone, Debug)]
 pub struct Seen {
-    /// The listener.
+    /// The listener that received it.
     pub place: Place,
     /// Method as on the wire.
     pub method: String,
     /// Path as on the wire, still percent-encoded.
     pub path: String,
-    /// Query as on the wire, without the question mark; empty without one.
+    /// Query as on the wire, without the question mark. Empty if there is none.
     pub query: String,
     /// The `Range` header.
     pub range: Option<String>,
-    /// The `Authorization` header, value and all.
+    /// The `Authorization` header with its value.
     pub authorization: Option<String>,
     /// The `User-Agent` header.
     pub user_agent: Option<String>,
-    /// Hub and CDN: the path inside the repo, decoded, if the request was for the content of a file.
+    /// Hub and CDN: decoded path in the repo, if the request was for file content. S3: decoded key.
     pub file: Option<String>,
-    /// Status of the answer; 0 if the connection was dropped without one.
+    /// Status of the answer, or 0 if the connection was dropped without one.
     pub status: u16,
 }
 
 impl Seen {
-    /// Whether the request came with an `Authorization` header.
+    /// Returns true if the request had an `Authorization` header.
     pub fn authorized(&self) -> bool {
         self.authorization.is_some()
     }
@@ -71,7 +71,7 @@ fn text(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
     headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
 }
 
-/// The requests of one stand-in.
+/// All requests to one stand-in.
 #[derive(Debug, Default)]
 pub(crate) struct Log(Mutex<Vec<Seen>>);
 

@@ -1,6 +1,6 @@
-//! The real `mlflow server`, from a Python environment that the caller has.
+//! Starts the real `mlflow server` from an existing Python environment.
 //!
-//! It takes some seconds to start: one for each test binary is enough. Its database and its artifacts lie in a folder.
+//! Starting takes seconds, so each test binary should start only one. The database and the artifacts are in one folder.
 
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
@@ -12,7 +12,7 @@ use anyhow::Context as _;
 
 use crate::wire::request;
 
-/// Importing it alone takes ten seconds on a busy machine.
+/// Importing mlflow takes ten seconds on a busy machine.
 const START_DEADLINE: Duration = Duration::from_secs(120);
 
 /// A running server.
@@ -25,8 +25,8 @@ pub struct Mlflow {
 }
 
 impl Mlflow {
-    /// Starts `<venv>/bin/mlflow server` with `args` over `folder`; blocks until it answers. Its output goes to
-    /// `server.log` there. Errors if it is not there, ends early or stays silent.
+    /// Starts `<venv>/bin/mlflow server` with `args` over `folder`, and blocks until it answers. Its output goes to
+    /// `server.log` in the folder. Fails if the program is missing, exits early or does not answer in time.
     pub fn start(venv: &Path, folder: &Path, args: &[&str]) -> anyhow::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
@@ -55,22 +55,23 @@ impl Mlflow {
         Ok(server)
     }
 
-    /// Where it listens.
+    /// Address of the server.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// The address for `MLFLOW_TRACKING_URI`, without a slash at the end.
+    /// The value for `MLFLOW_TRACKING_URI`, without a trailing slash.
     pub fn url(&self) -> String {
         format!("http://{}", self.addr)
     }
 
-    /// The folder of its database and artifacts.
+    /// The folder with the database and the artifacts.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Runs Python code with MLflow's own client pointed here; the answer is what it printed. Errors if it fails.
+    /// Runs Python code with MLflow's own client, pointed at this server, and returns its output. Fails if the code
+    /// fails.
     pub fn python(&self, code: &str, args: &[&str], env: &[(String, String)]) -> anyhow::Result<String> {
         let output = Command::new(self.venv.join("bin/python"))
             .args(["-c", code])
@@ -86,7 +87,8 @@ impl Mlflow {
 }
 
 impl Drop for Mlflow {
-    /// It has a worker of its own, which ends when it is asked to, and not when its parent is killed.
+    /// The server has a worker process, which exits on SIGTERM but survives if its parent is killed. So the server gets
+    /// SIGTERM and five seconds before SIGKILL.
     fn drop(&mut self) {
         let _ = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
         let deadline = Instant::now() + Duration::from_secs(5);

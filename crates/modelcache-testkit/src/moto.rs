@@ -1,7 +1,7 @@
-//! The real moto server, as a second opinion on S3.
+//! Starts the real moto server, an independent implementation of S3.
 //!
-//! Runs `moto_server` from a Python environment that the caller has, waits until it answers and kills it when dropped.
-//! It keeps objects in memory and accepts any key pair.
+//! Runs `moto_server` from an existing Python environment and kills it when dropped. It keeps objects in memory and
+//! accepts any key pair.
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -23,8 +23,8 @@ pub struct Moto {
 }
 
 impl Moto {
-    /// Starts `<venv>/bin/moto_server` on a free port; blocks until it answers, at most 30 s. Errors if it is not
-    /// there, ends early or stays silent.
+    /// Starts `<venv>/bin/moto_server` on a free port and blocks until it answers, at most 30 s. Fails if the program
+    /// is missing, exits early or does not answer in time.
     pub fn start(venv: impl AsRef<Path>) -> anyhow::Result<Self> {
         let program = venv.as_ref().join("bin/moto_server");
         let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
@@ -45,17 +45,17 @@ impl Moto {
         Ok(moto)
     }
 
-    /// The address for `AWS_ENDPOINT_URL`, without a slash at the end.
+    /// The value for `AWS_ENDPOINT_URL`, without a trailing slash.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.addr)
     }
 
-    /// Creates a bucket. Errors if moto refuses.
+    /// Creates a bucket. Fails if the server refuses.
     pub fn bucket(&self, name: &str) -> anyhow::Result<()> {
         create_bucket_unsigned(self.addr, name)
     }
 
-    /// The environment variables that point an S3 client here.
+    /// Environment variables that point an S3 client at this server.
     pub fn env(&self) -> Vec<(String, String)> {
         let pairs = [
             ("AWS_ACCESS_KEY_ID", "moto".to_owned()),
@@ -75,7 +75,7 @@ impl Drop for Moto {
     }
 }
 
-/// Status of one request without body or signature.
+/// Sends a request without body or signature and returns the status of its answer.
 pub(crate) fn status_of(addr: SocketAddr, method: &str, path: &str) -> anyhow::Result<u16> {
     Ok(request(addr, method, path, &[], b"")?.status)
 }

@@ -1,11 +1,11 @@
-//! A power cut: takes from a folder what nobody made durable.
+//! Simulates a power cut: removes changes that were not synced from a folder.
 //!
-//! The [`ledger`](crate::Strike::with_ledger) of the programs that changed the folder says which files were written
-//! since their last sync, and which names came since their folder's. Each such file loses bytes at random: a tail or a
-//! page reads as zeros, under the size and time that it had, or the file is cut short or empty. Each such name may be gone.
-//! What was synced stays as it is.
+//! The [`ledger`](crate::Strike::with_ledger) of the programs that changed the folder records the files written since
+//! their last sync and the names created since the last sync of their folder. Each such file may lose bytes at random:
+//! a tail or a page becomes zeros while size and time stay, or the file is truncated. Each such name may disappear.
+//! Synced files and names stay.
 //!
-//! Surprise: a name that replaced another is kept. The filesystem would show the old file or the new one.
+//! A name that replaced another one stays: a filesystem would show the old file or the new one, never neither.
 
 use crate::dice::Dice;
 use std::collections::{BTreeSet, HashSet};
@@ -14,19 +14,19 @@ use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-/// What a power cut took.
+/// Effect of a power cut.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Cut {
-    /// Files that lost bytes.
+    /// Number of files that lost bytes.
     pub torn: usize,
-    /// Names that are gone.
+    /// Number of names that disappeared.
     pub lost: usize,
 }
 
-/// What is not durable, as a ledger has it.
+/// The changes in a ledger that are not durable.
 #[derive(Debug, Default)]
 struct Undurable {
-    /// Device and inode.
+    /// Device and inode of each file.
     files: HashSet<(u64, u64)>,
     names: BTreeSet<PathBuf>,
 }
@@ -36,18 +36,23 @@ impl Undurable {
         let mut undurable = Self::default();
         let text = fs::read(ledger).unwrap_or_default();
         for line in String::from_utf8_lossy(&text).lines() {
-            let (what, rest) = line.split_once(' ').unwrap_or((line, ""));
+            let (record, rest) = line.split_once(' ').unwrap_or((line, ""));
             let mut fields = rest.splitn(3, ' ');
             let mut number = || fields.next().and_then(|field| field.parse::<u64>().ok()).unwrap_or_default();
-            match what {
+            match record {
+                // "D device inode": written.
                 "D" => drop(undurable.files.insert((number(), number()))),
+                // "S device inode path": synced. A synced folder makes the names in it durable.
                 "S" => {
                     undurable.files.remove(&(number(), number()));
                     let synced = fields.next().map(Path::new);
                     undurable.names.retain(|name| name.parent() != synced);
                 }
+                // "A": syncfs made everything durable.
                 "A" => undurable = Self::default(),
+                // "N path": created.
                 "N" => drop(undurable.names.insert(rest.into())),
+                // "R path": replaced, which leaves a file under the name in any case.
                 _ => {}
             }
         }
@@ -55,7 +60,7 @@ impl Undurable {
     }
 }
 
-/// Cuts the power. `loses_names`: names may go, too.
+/// Cuts the power. With `loses_names`, names that were not synced may disappear, too.
 pub fn cut(root: &Path, ledger: &Path, loses_names: bool, dice: &mut Dice) -> io::Result<Cut> {
     let undurable = Undurable::read(ledger);
     let (mut cut, mut done) = (Cut::default(), HashSet::new());
@@ -76,7 +81,7 @@ pub fn cut(root: &Path, ledger: &Path, loses_names: bool, dice: &mut Dice) -> io
     Ok(cut)
 }
 
-/// Whether the file lost anything.
+/// Corrupts a file at random. Returns true if it lost bytes.
 fn tear(path: &Path, metadata: &Metadata, dice: &mut Dice) -> io::Result<bool> {
     let size = metadata.len();
     let at = dice.below(size);
@@ -86,12 +91,13 @@ fn tear(path: &Path, metadata: &Metadata, dice: &mut Dice) -> io::Result<bool> {
     fs::set_permissions(path, Permissions::from_mode(metadata.mode() | 0o200))?;
     let file = OpenOptions::new().write(true).open(path)?;
     match dice.below(4) {
+        // A tail of zeros, a page of zeros, a truncated file, or an empty one.
         0 => zero(&file, at..size)?,
         1 => zero(&file, at / 4096 * 4096..(at / 4096 * 4096 + 4096).min(size))?,
         2 => file.set_len(at)?,
         _ => file.set_len(0)?,
     }
-    // The inode reached the disk before the bytes did: nothing of it tells.
+    // On a real disk the inode can be durable before the data is. So restore the time: it must not reveal the damage.
     file.set_times(FileTimes::new().set_modified(metadata.modified()?))?;
     file.set_permissions(metadata.permissions())?;
     Ok(true)
@@ -103,7 +109,7 @@ fn zero(file: &File, range: std::ops::Range<u64>) -> io::Result<()> {
 }
 
 fn list(folder: &Path, found: &mut Vec<PathBuf>) -> io::Result<()> {
-    // The power may go before anything was made.
+    // The power may be cut before the folder exists.
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,
@@ -127,7 +133,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn what_was_synced_stays_and_what_was_not_may_go() {
+    fn synced_data_stays_and_unsynced_data_may_be_lost() {
         let (shim, folder) = (Shim::build().unwrap(), tempfile::tempdir().unwrap());
         let root = folder.path().join("root").canonicalize().unwrap_or_else(|_| folder.path().join("root"));
         fs::create_dir(&root).unwrap();
@@ -135,7 +141,7 @@ mod tests {
         let strike = shim.count(&root).with_ledger(&ledger);
         let given = folder.path().join("given");
         fs::write(&given, vec![7; 9999]).unwrap();
-        // One is synced, and the folder is not.
+        // Only the first copy is synced. The folder never is.
         let script = "cp --reflink=never ../given kept && sync --data kept && cp --reflink=never ../given risked";
         let ran = Command::new("/bin/sh").args(["-c", script]).current_dir(&root).envs(strike.envs()).output().unwrap();
         assert!(ran.status.success(), "{ran:?}");

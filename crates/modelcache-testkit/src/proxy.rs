@@ -1,13 +1,11 @@
-//! A bad network: a TCP proxy that breaks connections on demand.
+//! A TCP proxy that simulates a bad network.
 //!
-//! Stands in front of any address and copies bytes both ways. Each connection takes at most one fault, when it is
-//! accepted. Offsets count the bytes sent to the client on that connection, heads of answers included; with
-//! keep-alive several answers share one count.
+//! It listens in front of any address and copies bytes both ways. A connection takes at most one fault, when it is
+//! accepted, and keeps it: a pooled connection stays faulty or healthy for its lifetime. [`FaultProxy::sever`] ends all
+//! open connections. Offsets count the bytes sent to the client on one connection, including the heads of answers; with
+//! keep-alive, all answers of a connection share one count.
 //!
-//! [`FaultProxy::let_through`] makes one narrow line of all connections, which passes as many bytes as the test says.
-//!
-//! Surprise: a pooled connection keeps the fault it was born with, or the lack of one. [`FaultProxy::sever`] ends all
-//! open ones.
+//! [`FaultProxy::let_through`] limits how many bytes reach clients, over all connections together.
 
 use std::future::pending;
 use std::net::{SocketAddr, ToSocketAddrs as _};
@@ -25,36 +23,36 @@ use tokio::task::{AbortHandle, JoinSet};
 use crate::faults::{Fault, Faults};
 use crate::serve::{bind, runtime};
 
-/// The kinds; build them with the constructors on [`ProxyFault`].
+/// The kinds of fault. Use the constructors on [`ProxyFault`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Kind {
-    /// Reset right after the connection was accepted.
+    /// The connection is reset right after it was accepted.
     Refuse,
-    /// Closed after so many bytes.
+    /// The connection is closed after this many bytes.
     Cut(u64),
-    /// Reset after so many bytes.
+    /// The connection is reset after this many bytes.
     Reset(u64),
-    /// Silent after so many bytes, for so long or for ever.
+    /// The connection pauses after this many bytes, for this time or for ever.
     Stall(u64, Option<Duration>),
-    /// So many bytes per second.
+    /// The connection passes this many bytes per second.
     Slow(u64),
-    /// One bit of the byte at this offset inverted.
+    /// One bit of the byte at this offset is inverted.
     Flip(u64),
-    /// The proxy answers itself with this status and `Retry-After`.
+    /// The proxy itself answers with this status and, if given, `Retry-After` in seconds.
     Answer(u16, Option<u64>),
 }
 
-/// A fault of one connection. Without `.times(n)` it strikes every connection; `.on` and `.method` have no meaning.
+/// A fault of one connection. Without `.times(n)` it applies to every connection; `.on` and `.method` have no effect.
 pub type ProxyFault = Fault<Kind>;
 
 impl Fault<Kind> {
-    /// The connection is reset before a byte was read.
+    /// The connection is reset before a byte is read.
     pub fn refuse() -> Self {
         Self::new(Kind::Refuse)
     }
 
-    /// The connection is closed in good order after `bytes`.
+    /// The connection is closed in an orderly way after `bytes`.
     pub fn cut(bytes: u64) -> Self {
         Self::new(Kind::Cut(bytes))
     }
@@ -64,38 +62,38 @@ impl Fault<Kind> {
         Self::new(Kind::Reset(bytes))
     }
 
-    /// Nothing comes for `time` after `bytes`, then the rest.
+    /// The connection pauses for `time` after `bytes`, then continues.
     pub fn stall(bytes: u64, time: Duration) -> Self {
         Self::new(Kind::Stall(bytes, Some(time)))
     }
 
-    /// Nothing comes any more after `bytes`; the connection stays open.
+    /// The connection stays open but passes nothing after `bytes`.
     pub fn hang(bytes: u64) -> Self {
         Self::new(Kind::Stall(bytes, None))
     }
 
-    /// At most `bytes_per_s` from the first byte on.
+    /// The connection passes at most `bytes_per_s` from its first byte on.
     pub fn slow(bytes_per_s: u64) -> Self {
         Self::new(Kind::Slow(bytes_per_s.max(1)))
     }
 
-    /// One wrong bit in the byte at `offset`.
+    /// Inverts one bit of the byte at `offset`.
     pub fn flip(offset: u64) -> Self {
         Self::new(Kind::Flip(offset))
     }
 
-    /// The proxy answers 503 without asking the target, with `Retry-After` in seconds if given.
+    /// The proxy answers 503 without contacting the target, with `Retry-After` in seconds if given.
     pub fn unavailable(retry_after_s: Option<u64>) -> Self {
         Self::new(Kind::Answer(503, retry_after_s))
     }
 
-    /// The proxy answers any status without asking the target.
+    /// The proxy answers with this status without contacting the target.
     pub fn answer(status: u16) -> Self {
         Self::new(Kind::Answer(status, None))
     }
 }
 
-/// A running proxy; it ends with all its connections when it is dropped.
+/// A running proxy. It stops, with all its connections, when it is dropped.
 #[derive(Debug)]
 pub struct FaultProxy {
     shared: Arc<Shared>,
@@ -111,19 +109,19 @@ struct Shared {
     bytes_up: AtomicU64,
     bytes_down: AtomicU64,
     sever: Notify,
-    /// Bytes that may still pass on to clients, once [`FaultProxy::let_through`] was called.
+    /// Bytes that may still reach clients. Used once [`FaultProxy::let_through`] was called.
     line: Semaphore,
     is_narrow: AtomicBool,
 }
 
 impl FaultProxy {
-    /// Starts in front of `target`: `host:port`, or a URL of which only host and port matter. Errors if it means no
-    /// address or nothing can listen.
+    /// Starts a proxy for `target`: `host:port`, or a URL of which only host and port are used. Fails if the target has
+    /// no address or the proxy cannot listen.
     pub async fn start(target: impl AsRef<str>) -> anyhow::Result<Self> {
         Self::start_on(target, 0)
     }
 
-    /// Like [`FaultProxy::start`], for code without a runtime and for a fixed port (0 picks one).
+    /// Like [`FaultProxy::start`], for callers without a runtime and for a fixed port (0 picks a free one).
     pub fn start_on(target: impl AsRef<str>, port: u16) -> anyhow::Result<Self> {
         let target = target.as_ref();
         let authority = target.split_once("://").map_or(target, |(_, rest)| rest);
@@ -144,43 +142,44 @@ impl FaultProxy {
         Ok(Self { shared, addr, task })
     }
 
-    /// Where it listens.
+    /// Address of the proxy.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// Where it listens, as `http://…` without a slash at the end.
+    /// The proxy's URL (`http://…`), without a trailing slash.
     pub fn url(&self) -> String {
         format!("http://{}", self.addr)
     }
 
-    /// The faults; see [`ProxyFault`] for what there is.
+    /// The armed faults; see [`ProxyFault`] for the kinds.
     pub fn faults(&self) -> &Faults<Kind> {
         &self.shared.faults
     }
 
-    /// Connections accepted so far, spoiled ones included.
+    /// Number of connections accepted so far, including faulty ones.
     pub fn connections(&self) -> u64 {
         self.shared.connections.load(Ordering::SeqCst)
     }
 
-    /// Bytes passed on to the target so far.
+    /// Bytes forwarded to the target so far.
     pub fn bytes_up(&self) -> u64 {
         self.shared.bytes_up.load(Ordering::SeqCst)
     }
 
-    /// Bytes passed on to clients so far.
+    /// Bytes forwarded to clients so far.
     pub fn bytes_down(&self) -> u64 {
         self.shared.bytes_down.load(Ordering::SeqCst)
     }
 
-    /// From now on clients get only so many bytes, over all connections and in turn; again, so many more.
+    /// Stops passing bytes to clients, except for `bytes` more over all connections, in the order of arrival. Further
+    /// calls add to the allowance.
     pub fn let_through(&self, bytes: u64) {
         self.shared.is_narrow.store(true, Ordering::SeqCst);
         self.shared.line.add_permits(usize::try_from(bytes).unwrap_or(Semaphore::MAX_PERMITS));
     }
 
-    /// Ends every open connection now.
+    /// Closes all open connections.
     pub fn sever(&self) {
         self.shared.sever.notify_waiters();
     }
@@ -195,11 +194,14 @@ impl Drop for FaultProxy {
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     loop {
+        // Reap finished connections.
         while connections.try_join_next().is_some() {}
         let Ok((client, _)) = listener.accept().await else { continue };
         shared.connections.fetch_add(1, Ordering::SeqCst);
+        // The fault is fixed here, for the lifetime of the connection.
         let fault = shared.faults.strike("", "", |_| true);
         let shared = shared.clone();
+        // Subscribe before the connection runs, so that it does not miss a call of `sever`.
         connections.spawn(async move {
             let severed = shared.sever.notified();
             tokio::select! {
@@ -212,6 +214,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 
 async fn connection(mut client: TcpStream, fault: Option<Kind>, shared: &Shared) -> std::io::Result<()> {
     match fault {
+        // Closing a socket with zero linger sends a reset instead of an orderly shutdown.
         Some(Kind::Refuse) => return client.set_zero_linger(),
         Some(Kind::Answer(status, retry_after_s)) => return answer(client, status, retry_after_s).await,
         _ => {}
@@ -224,9 +227,10 @@ async fn connection(mut client: TcpStream, fault: Option<Kind>, shared: &Shared)
         let (target_reads, target_writes) = target.split();
         let up = async {
             let _ = pass_up(client_reads, target_writes, &shared.bytes_up).await;
-            // A client that has said all it wants to may still listen.
+            // Do not end the connection here: a client may close its sending side and still read.
             pending::<()>().await;
         };
+        // The target's side ends the connection: it closed, or the fault cut it.
         tokio::select! {
             _ = pass_down(target_reads, client_writes, fault, shared) => {}
             () = up => {}
@@ -261,13 +265,14 @@ async fn pass_down(
         if read == 0 {
             return Ok(());
         }
+        // With `let_through`, wait for an allowance of this many bytes and use it up.
         if shared.is_narrow.load(Ordering::SeqCst)
             && let Ok(turn) = shared.line.acquire_many(u32::try_from(read).unwrap_or(u32::MAX)).await
         {
             turn.forget();
         }
         let chunk = &mut buffer[..read];
-        // Where in this chunk the fault's offset lies, if it does.
+        // Returns the position of the fault's offset in this chunk, or `None` if it is elsewhere.
         let within = |offset: u64| {
             let place = usize::try_from(offset.checked_sub(sent)?).ok()?;
             (place < read).then_some(place)
@@ -298,7 +303,7 @@ async fn pass_down(
     }
 }
 
-/// Twenty pieces a second, or single bytes when even that is too fast.
+/// Writes twenty pieces per second, or single bytes if the rate is below twenty bytes per second.
 async fn write_slowly(to: &mut WriteHalf<'_>, bytes: &[u8], bytes_per_s: u64) -> std::io::Result<()> {
     let piece = usize::try_from(bytes_per_s / 20).unwrap_or(usize::MAX).max(1);
     for part in bytes.chunks(piece) {
@@ -308,7 +313,7 @@ async fn write_slowly(to: &mut WriteHalf<'_>, bytes: &[u8], bytes_per_s: u64) ->
     Ok(())
 }
 
-/// Answers a request without looking at more than its head.
+/// Answers a request after reading its head; the body is ignored.
 async fn answer(mut client: TcpStream, status: u16, retry_after_s: Option<u64>) -> std::io::Result<()> {
     let mut buffer = vec![0; 64 * 1024];
     let mut head = Vec::new();
@@ -322,7 +327,8 @@ async fn answer(mut client: TcpStream, status: u16, retry_after_s: Option<u64>) 
     let text = format!("HTTP/1.1 {status} Struck\r\n{retry}Content-Length: 0\r\nConnection: close\r\n\r\n");
     client.write_all(text.as_bytes()).await?;
     client.shutdown().await?;
-    // Closing with unread bytes would reset the connection and could lose the answer.
+    // Closing a socket with unread bytes sends a reset, which could lose the answer. So read the rest of the request
+    // first.
     let drain = async { while client.read(&mut buffer).await.is_ok_and(|read| read > 0) {} };
     let _ = tokio::time::timeout(Duration::from_secs(2), drain).await;
     Ok(())

@@ -1,11 +1,11 @@
-//! The `Range` header, single ranges only.
+//! Parses the `Range` header; single ranges only.
 //!
-//! Follows RFC 9110 section 14: what cannot be parsed is ignored and the whole is served; what can be parsed but lies
-//! past the end is unsatisfiable. Several ranges in one header count as "cannot be parsed".
+//! Follows RFC 9110 section 14: a header that cannot be parsed is ignored and the whole content is served; a valid
+//! range beyond the end is unsatisfiable. A header with several ranges counts as one that cannot be parsed.
 
 use std::ops::Range;
 
-/// What a `Range` header asks of a content of known length.
+/// The part of a content that a `Range` header asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Wanted {
     Whole,
@@ -13,7 +13,7 @@ pub(crate) enum Wanted {
     Unsatisfiable,
 }
 
-/// Reads a `Range` header against a content of `len` bytes.
+/// Parses a `Range` header for a content of `len` bytes.
 pub(crate) fn wanted(header: Option<&str>, len: u64) -> Wanted {
     let Some(spec) = header.and_then(|header| header.trim().strip_prefix("bytes=")) else {
         return Wanted::Whole;
@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_are_read_as_the_standard_says() {
+    fn ranges_follow_rfc_9110() {
         let cases = [
             ("bytes=0-0", 10, Wanted::Part(0..1)),
             ("bytes=2-4", 10, Wanted::Part(2..5)),

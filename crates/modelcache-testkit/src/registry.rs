@@ -1,7 +1,8 @@
-//! A real OCI registry: Debian's `docker-registry` over a folder.
+//! Starts a real OCI registry: Debian's `docker-registry` over a folder.
 //!
-//! Artifacts are pushed with the requests that every tool sends: blobs, then a manifest. With a password the registry
-//! wants it from everybody (`Basic`); tokens and redirects are the business of a [`Gate`](crate::Gate) in front of it.
+//! Artifacts are pushed with the requests that common tools send: blobs first, then the manifest. A registry with a
+//! password requires it from every client (`Basic`); put a [`Gate`](crate::Gate) in front of it for tokens and
+//! redirects.
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -16,18 +17,18 @@ use crate::content::sha256;
 use crate::wire::{Answer, request};
 
 const START_DEADLINE: Duration = Duration::from_secs(30);
-/// The user that a registry with a password knows.
+/// User name of a registry with a password.
 pub const USER: &str = "reader";
-/// That user's password.
+/// Password of [`USER`].
 pub const PASSWORD: &str = "oci-canary-password";
-/// The line of both for `htpasswd`; bcrypt, the only kind that the registry takes.
+/// `htpasswd` line for both. The registry accepts only bcrypt.
 const HTPASSWD: &str = "reader:$2b$05$5a.1eEFWW8ZTi/N5BleNeeNYFqXaucWezJoC0rx8ySDshUIJJXNl2\n";
-/// The media type of an image manifest.
+/// Media type of an image manifest.
 pub const IMAGE_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-/// The media type of an index.
+/// Media type of an image index.
 pub const IMAGE_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
-/// A running registry.
+/// A running registry. It is killed when it is dropped.
 #[derive(Debug)]
 pub struct Registry {
     child: Child,
@@ -35,14 +36,14 @@ pub struct Registry {
     authorization: Option<String>,
 }
 
-/// One layer of an artifact that is pushed.
+/// One layer of an artifact to push.
 #[derive(Debug, Clone)]
 pub struct Layer {
-    /// Its media type.
+    /// Media type.
     pub media_type: String,
-    /// Its annotations.
+    /// Annotations, as a JSON object.
     pub annotations: Value,
-    /// Its bytes.
+    /// Content.
     pub content: Vec<u8>,
 }
 
@@ -54,8 +55,8 @@ impl Layer {
 }
 
 impl Registry {
-    /// Starts `program` on a free port over `folder`, open to everybody or with [`USER`] and [`PASSWORD`]; blocks until
-    /// it answers, at most 30 s. Errors if it ends early or stays silent.
+    /// Starts `program` on a free port over `folder`, with [`USER`] and [`PASSWORD`] or without authentication, and
+    /// blocks until it answers, at most 30 s. Fails if it exits early or does not answer in time.
     pub fn start(program: &Path, folder: &Path, with_password: bool) -> anyhow::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
@@ -69,7 +70,7 @@ impl Registry {
             "http": {"addr": addr.to_string(), "secret": "testkit"},
             "auth": auth,
         });
-        // JSON is YAML.
+        // The configuration is YAML, of which JSON is a subset.
         let file = folder.join("config.yml");
         std::fs::write(&file, config.to_string())?;
         let child = Command::new(program)
@@ -93,16 +94,17 @@ impl Registry {
         Ok(registry)
     }
 
-    /// Where it listens.
+    /// Address of the registry.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// Pushes a blob; the answer is its digest (`sha256:…`).
+    /// Pushes a blob and returns its digest (`sha256:…`).
     pub fn push_blob(&self, repository: &str, content: &[u8]) -> anyhow::Result<String> {
         let digest = format!("sha256:{}", sha256(content));
         let begun = self.ask("POST", &format!("/v2/{repository}/blobs/uploads/"), &[], b"")?.want(202)?;
         let place = begun.header("location").context("an upload without a place")?;
+        // The location may be a full URL, and may have a query.
         let path = place.split_once("://").map_or(place, |(_, rest)| &rest[rest.find('/').unwrap_or(rest.len())..]);
         let joint = if path.contains('?') { '&' } else { '?' };
         let target = format!("{path}{joint}digest={digest}");
@@ -110,14 +112,14 @@ impl Registry {
         Ok(digest)
     }
 
-    /// Pushes the bytes of a manifest under a tag or digest; the answer is their digest.
+    /// Pushes a manifest under a tag or digest and returns its digest.
     pub fn push_manifest(&self, repository: &str, at: &str, media_type: &str, bytes: &[u8]) -> anyhow::Result<String> {
         let target = format!("/v2/{repository}/manifests/{at}");
         self.ask("PUT", &target, &[("Content-Type", media_type)], bytes)?.want(201)?;
         Ok(format!("sha256:{}", sha256(bytes)))
     }
 
-    /// Pushes an artifact under a tag; the answer is the digest of its manifest.
+    /// Pushes an artifact under a tag and returns the digest of its manifest.
     pub fn push(&self, repository: &str, tag: &str, artifact_type: &str, layers: &[Layer]) -> anyhow::Result<String> {
         let config = b"{}".as_slice();
         let config_digest = self.push_blob(repository, config)?;
@@ -139,7 +141,7 @@ impl Registry {
         self.push_manifest(repository, tag, IMAGE_MANIFEST, manifest.to_string().as_bytes())
     }
 
-    /// Removes the manifest with `digest`, and with it its tags.
+    /// Deletes the manifest with `digest`, together with its tags.
     pub fn delete(&self, repository: &str, digest: &str) -> anyhow::Result<()> {
         self.ask("DELETE", &format!("/v2/{repository}/manifests/{digest}"), &[], b"")?.want(202)?;
         Ok(())

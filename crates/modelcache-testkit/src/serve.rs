@@ -1,7 +1,7 @@
 //! Listeners and answers shared by the stand-ins.
 //!
-//! One small runtime of the testkit's own carries every server of the process. A [`Server`] ends, with all its
-//! connections, when it is dropped; while it is `down` it closes whatever connects.
+//! One small runtime carries all servers of the process. A [`Server`] stops, with its connections, when it is dropped.
+//! While it is `down` it closes every new connection.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -26,7 +26,7 @@ pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub(crate) type Body = UnsyncBoxBody<Bytes, BoxError>;
 pub(crate) type Answer = Response<Body>;
 
-/// The connection is to be dropped without an answer.
+/// Error of a handler that drops the connection without an answer.
 #[derive(Debug)]
 pub(crate) struct Dropped;
 
@@ -38,12 +38,12 @@ impl std::fmt::Display for Dropped {
 
 impl std::error::Error for Dropped {}
 
-/// A value behind a mutex, also after a test thread panicked while holding it.
+/// Locks a mutex, even if a test thread panicked while holding it.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The runtime that all stand-ins of this process share; it is never shut down.
+/// Returns the runtime shared by all stand-ins of this process. It is never shut down.
 pub(crate) fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     RUNTIME.get_or_init(|| {
@@ -56,7 +56,7 @@ pub(crate) fn runtime() -> &'static Runtime {
     })
 }
 
-/// A listening task and the switch that makes it hang up.
+/// A listening task, with a switch that makes it drop connections.
 #[derive(Debug)]
 pub(crate) struct Server {
     addr: SocketAddr,
@@ -69,7 +69,7 @@ impl Server {
         self.addr
     }
 
-    /// While down, new connections are closed at once and open ones at their next request.
+    /// While down, new connections are closed at once, and open ones at their next request.
     pub(crate) fn set_down(&self, down: bool) {
         self.down.store(down, Ordering::SeqCst);
     }
@@ -81,7 +81,7 @@ impl Drop for Server {
     }
 }
 
-/// Binds `addr` for use on the testkit's runtime.
+/// Binds `addr` for use on the shared runtime.
 pub(crate) fn bind(addr: impl ToSocketAddrs + std::fmt::Debug) -> anyhow::Result<(TcpListener, SocketAddr)> {
     let listener = StdListener::bind(&addr).with_context(|| format!("cannot listen on {addr:?}"))?;
     listener.set_nonblocking(true)?;
@@ -90,7 +90,7 @@ pub(crate) fn bind(addr: impl ToSocketAddrs + std::fmt::Debug) -> anyhow::Result
     Ok((TcpListener::from_std(listener)?, addr))
 }
 
-/// Answers HTTP/1.1 on `listener` with `handler` until the server is dropped.
+/// Answers HTTP/1.1 requests on `listener` with `handler` until the server is dropped.
 pub(crate) fn serve<H, F>((listener, addr): (TcpListener, SocketAddr), handler: H) -> Server
 where
     H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
@@ -107,17 +107,19 @@ where
     H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Result<Answer, Dropped>> + Send + 'static,
 {
-    // Owned by this task, so that aborting it ends the connections too.
+    // Owned by this task, so that aborting the task closes the connections.
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
         let Ok((stream, _)) = listener.accept().await else { continue };
+        // Dropping the stream closes the connection.
         if down.load(Ordering::SeqCst) {
             continue;
         }
         let _ = stream.set_nodelay(true);
         let (down, handler) = (down.clone(), handler.clone());
         let service = service_fn(move |request| {
+            // Checked for each request, because a connection may outlive the switch.
             let answer = (!down.load(Ordering::SeqCst)).then(|| handler(request));
             async move {
                 match answer {
@@ -127,17 +129,17 @@ where
             }
         });
         let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
-        // An error here is a client that went away, or a fault that was asked for.
+        // Errors are expected here: a client disconnected, or a fault dropped the connection.
         connections.spawn(async move { drop(connection.await) });
     }
 }
 
-/// A body that is already there.
+/// Returns a body that is held in memory.
 pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
-/// An answer with a small body and its type.
+/// Builds an answer with a body held in memory.
 pub(crate) fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
     let body = body.into();
     let length = body.len();

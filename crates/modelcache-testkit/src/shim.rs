@@ -1,10 +1,10 @@
-//! A library for LD_PRELOAD that kills or fails a program at the n-th call by which it changes a folder.
+//! LD_PRELOAD library that kills a program, or fails one of its calls, at the n-th call that changes a folder.
 //!
-//! The C file `shim/shim.c` says which calls are seen. It is compiled when it is first wanted, so a C compiler is needed
-//! then. A [`Strike`] tells a program what to do through its environment, and reads afterwards which calls it made.
+//! The source, `shim/shim.c`, documents which calls it sees. It is compiled on first use, which needs a C compiler. A
+//! [`Strike`] configures one run through the environment and reads afterwards which calls the program made.
 //!
-//! Surprise: numbers are those of one run. Threads take turns, so the n-th call of the next run may be another one;
-//! [`Strike::calls`] tells which call was struck.
+//! Call numbers are valid for one run only: threads interleave differently, so the n-th call of the next run may be
+//! another one. [`Strike::calls`] returns the calls of the actual run, including the one that failed.
 
 use crate::dice::Dice;
 use anyhow::{Context as _, ensure};
@@ -17,14 +17,14 @@ use tempfile::TempDir;
 
 const SOURCE: &str = include_str!("../shim/shim.c");
 
-/// The compiled library and the logs of the programs that ran with it; all of it goes when this is dropped.
+/// The compiled library and the logs of its runs. All files are removed when it is dropped.
 #[derive(Debug)]
 pub struct Shim {
     folder: TempDir,
     runs: AtomicU64,
 }
 
-/// What shall happen to one run.
+/// The faults to inject into one run, as environment variables.
 #[derive(Debug, Clone)]
 pub struct Strike {
     library: PathBuf,
@@ -35,15 +35,15 @@ pub struct Strike {
 /// A counted call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Call {
-    /// From 1.
+    /// Number of the call, from 1.
     pub number: u64,
-    /// The function of the C library; `create` for every way to open a file that may make or cut it.
+    /// The function of the C library. `create` is any call that may create or truncate a file.
     pub name: String,
-    /// The file or folder; of a call with two paths, the one that it makes.
+    /// The file or folder. For a call with two paths, the path that it creates.
     pub path: PathBuf,
 }
 
-/// An error number that a call can be made to fail with, as Linux numbers them on every platform but a few old ones.
+/// Error number for a failing call, as Linux numbers them on all but a few old platforms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs, reason = "they are described where the C library describes them")]
 pub enum Errno {
@@ -58,14 +58,14 @@ pub enum Errno {
 /// How `flock` behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flock {
-    /// It always succeeds and locks nothing.
+    /// It always succeeds without locking.
     Lies,
     /// It always fails with ENOLCK.
     Refuses,
 }
 
 impl Shim {
-    /// Compiles the library. Errors where there is no C compiler `cc` (Debian and Ubuntu: `apt-get install gcc`).
+    /// Compiles the library. Fails without a C compiler `cc` (Debian and Ubuntu: `apt-get install gcc`).
     pub fn build() -> anyhow::Result<Self> {
         let folder = tempfile::tempdir()?;
         let mut compiler = Command::new("cc")
@@ -81,7 +81,7 @@ impl Shim {
         Ok(Self { folder, runs: AtomicU64::new(0) })
     }
 
-    /// Only counts the calls that change the folder `root`, an absolute path without links.
+    /// Only counts the calls that change the folder `root`, an absolute path without symbolic links.
     pub fn count(&self, root: &Path) -> Strike {
         let run = self.runs.fetch_add(1, Ordering::Relaxed);
         let log = self.folder.path().join(format!("{run}.log"));
@@ -99,7 +99,7 @@ impl Shim {
         self.count(root).with("SHIM_FAIL_AT", n).with("SHIM_ERRNO", errno as i32)
     }
 
-    /// Lets `flock` misbehave, wherever the file lies.
+    /// Changes the behaviour of `flock` on every path.
     pub fn flock(&self, root: &Path, how: Flock) -> Strike {
         let how = match how {
             Flock::Lies => "lies",
@@ -110,50 +110,50 @@ impl Shim {
 }
 
 impl Strike {
-    /// Every later call fails, too.
+    /// Makes every later call fail, too.
     #[must_use]
     pub fn from_then_on(self) -> Self {
         self.with("SHIM_STICKY", 1)
     }
 
-    /// Counts the calls named `call` alone when it looks for the one that shall fail. Threads take turns, so only this
-    /// makes sure that it is one of them.
+    /// Counts only calls of the function `call` when it selects the call to fail. Threads interleave, so a number among
+    /// all calls could hit any function.
     #[must_use]
     pub fn of(self, call: &str) -> Self {
         self.with("SHIM_OF", call)
     }
 
-    /// Counts what opens, lists and reads, too.
+    /// Also counts calls that open, list and read.
     #[must_use]
     pub fn with_reads(self) -> Self {
         self.with("SHIM_READS", 1)
     }
 
-    /// Lets the program take `file` for the kernel's name for this boot.
+    /// Makes the program read its boot id from `file` instead of the kernel.
     #[must_use]
     pub fn in_boot(self, file: &Path) -> Self {
         self.with("SHIM_BOOT_ID", file.display())
     }
 
-    /// Whatever makes something durable waits until there is a file `gate`.
+    /// Makes every sync wait until the file `gate` exists.
     #[must_use]
     pub fn gated(self, gate: &Path) -> Self {
         self.with("SHIM_GATE", gate.display())
     }
 
-    /// Keeps an account of what a power cut may take; several programs may keep the same one.
+    /// Records in `file` the changes that a power cut may lose. Several programs may share one ledger.
     #[must_use]
     pub fn with_ledger(self, file: &Path) -> Self {
         self.with("SHIM_LEDGER", file.display())
     }
 
-    /// The environment that arms it.
+    /// Environment variables that apply the settings to a program.
     pub fn envs(&self) -> impl Iterator<Item = (String, String)> {
         let preload = ("LD_PRELOAD", self.library.display().to_string());
         self.settings.iter().cloned().chain([preload]).map(|(name, value)| (name.to_owned(), value))
     }
 
-    /// The counted calls of the run so far, in order; the one that was struck is among them.
+    /// Returns the counted calls so far, in order, including the one that was killed or failed.
     pub fn calls(&self) -> Vec<Call> {
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
         let mut calls: Vec<Call> = log.lines().filter_map(Call::parse).collect();
@@ -174,10 +174,11 @@ impl Call {
         Some(Self { number, name: fields.next()?.to_owned(), path: fields.next()?.into() })
     }
 
-    /// What kind of call it is: its name and place, with random and hashed names left out. Calls of one kind differ in
-    /// which file they concern, or which slice of it.
+    /// Returns the kind of the call: function and path, with random and hashed names replaced by `*`. Calls of one kind
+    /// differ only in the file, or the slice of it.
     pub fn kind(&self, root: &Path) -> String {
         let place = self.path.strip_prefix(root).unwrap_or(&self.path).display().to_string();
+        // Random names have 16 characters, hashes at least 32, and the folders of blobs two.
         let is_random = |word: &str| word.len() == 16 || word.len() >= 32 || word.len() == 2;
         let words = place.split_inclusive(['/', '-', '.']).map(|word| {
             let bare = word.trim_end_matches(['/', '-', '.']);
@@ -187,7 +188,8 @@ impl Call {
     }
 }
 
-/// The numbers of `want` calls, in order: of every kind one, as far as they go, then any. All if there are no more.
+/// Returns the numbers of `want` calls, in order: one call of each kind first, then others at random. Returns all if
+/// there are not more than `want`.
 pub fn sample(calls: &[Call], root: &Path, dice: &mut Dice, want: usize) -> Vec<u64> {
     let mut all: Vec<u64> = calls.iter().map(|call| call.number).collect();
     let mut by_kind: BTreeMap<String, Vec<u64>> = BTreeMap::new();
@@ -197,6 +199,7 @@ pub fn sample(calls: &[Call], root: &Path, dice: &mut Dice, want: usize) -> Vec<
     let mut kinds: Vec<Vec<u64>> = by_kind.into_values().collect();
     dice.shuffle(&mut kinds);
     dice.shuffle(&mut all);
+    // One call of each kind first, then calls at random.
     let one_of_each = kinds.iter().map(|numbers| *dice.pick(numbers)).collect::<Vec<_>>();
     let mut chosen = BTreeSet::new();
     for number in one_of_each.into_iter().chain(all) {
@@ -254,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn locks_lie_or_refuse_as_told() {
+    fn locks_lie_or_refuse() {
         let script = "exec 9> f; flock -n 9 && (exec 8> f; flock -n 8 && echo both)";
         let lies = run(|shim, root| shim.flock(root, Flock::Lies), script).0;
         assert_eq!(String::from_utf8_lossy(&lies.stdout), "both\n");
@@ -278,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn kinds_leave_out_what_is_random() {
+    fn kinds_leave_out_random_names() {
         let kind = |path: &str| {
             Call { number: 1, name: "link".into(), path: Path::new("/r").join(path) }.kind(Path::new("/r"))
         };

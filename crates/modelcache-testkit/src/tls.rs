@@ -1,7 +1,7 @@
-//! TLS in front of a stand-in, a certificate authority of one's own, and a proxy that tunnels (`CONNECT`).
+//! TLS in front of a stand-in, a certificate authority, and a tunnelling proxy (`CONNECT`).
 //!
-//! The TLS front ends the encryption and passes bytes on, so that anything that speaks plain HTTP can be reached by
-//! `https`. The proxy leads every name to where the test says, as if it were a resolver, too.
+//! The TLS front terminates TLS and forwards the bytes, so any plain HTTP server becomes reachable by `https`. The
+//! proxy maps host names to addresses that the test chooses, so it also replaces DNS.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,26 +19,27 @@ use tokio_rustls::rustls::pki_types::PrivateKeyDer;
 
 use crate::serve::{bind, lock, runtime};
 
-/// A certificate authority that nobody trusts by default.
+/// A certificate authority. Clients have to be configured to trust it.
 #[derive(Debug)]
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
-    /// A new one.
+    /// Creates an authority with a new key.
     pub fn new() -> anyhow::Result<Self> {
         let mut params = CertificateParams::new(Vec::new())?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        // Not the name that certificates have by default: OpenSSL takes one that names itself for its own issuer.
+        // Replace the default common name. OpenSSL takes a certificate whose subject equals its issuer for self-signed,
+        // and all certificates would have the default name.
         params.distinguished_name.push(DnType::CommonName, "stand-in authority");
         Ok(Self(CertifiedIssuer::self_signed(params, KeyPair::generate()?)?))
     }
 
-    /// Writes its certificate as PEM.
+    /// Writes the authority's certificate as PEM.
     pub fn write_to(&self, path: &Path) -> anyhow::Result<()> {
         std::fs::write(path, self.0.pem()).with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// What a server needs to speak TLS under these names: a certificate of this authority, and its key.
+    /// Returns a TLS server configuration with a new certificate for `names`, signed by this authority.
     pub fn server(&self, names: &[&str]) -> anyhow::Result<Arc<ServerConfig>> {
         let key = KeyPair::generate()?;
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
@@ -49,7 +50,7 @@ impl Authority {
     }
 }
 
-/// A listener that ends, with its connections, when it is dropped.
+/// A listener that stops, with its connections, when it is dropped.
 #[derive(Debug)]
 struct Listening {
     addr: SocketAddr,
@@ -82,17 +83,18 @@ where
     Ok(Listening { addr, task: task.abort_handle() })
 }
 
-/// TLS in front of something that speaks plain HTTP.
+/// A TLS front for a plain HTTP server.
 #[derive(Debug)]
 pub struct TlsFront(Listening);
 
 impl TlsFront {
-    /// Starts one on a free port of `host`, with a certificate of `authority` for `names`.
+    /// Starts a front on a free port of `host` that forwards to `to`, with a certificate of `authority` for `names`.
     pub fn start(host: &str, to: SocketAddr, authority: &Authority, names: &[&str]) -> anyhow::Result<Self> {
         let acceptor = TlsAcceptor::from(authority.server(names)?);
         let front = listen(host, move |stream| {
             let acceptor = acceptor.clone();
             async move {
+                // A failed handshake or connection drops the client.
                 let Ok(mut outside) = acceptor.accept(stream).await else { return };
                 let Ok(mut inside) = TcpStream::connect(to).await else { return };
                 drop(copy_bidirectional(&mut outside, &mut inside).await);
@@ -101,13 +103,13 @@ impl TlsFront {
         Ok(Self(front))
     }
 
-    /// Where it listens.
+    /// Address of the front.
     pub fn addr(&self) -> SocketAddr {
         self.0.addr
     }
 }
 
-/// A proxy that tunnels.
+/// A proxy for `CONNECT` tunnels.
 #[derive(Debug)]
 pub struct ConnectProxy {
     listening: Listening,
@@ -115,8 +117,8 @@ pub struct ConnectProxy {
 }
 
 impl ConnectProxy {
-    /// Starts one on a free port. It leads `host:port` as in `hosts`, and answers 502 for any other. With `wants`, it
-    /// answers 407 to whoever does not send exactly this `Proxy-Authorization`.
+    /// Starts a proxy on a free port. `hosts` maps `host:port` to addresses; any other target is answered with 502.
+    /// With `wants`, a request without exactly this `Proxy-Authorization` is answered with 407.
     pub fn start(hosts: BTreeMap<String, SocketAddr>, wants: Option<&str>) -> anyhow::Result<Self> {
         let asked = Arc::new(Mutex::new(Vec::new()));
         let (log, wants, hosts) = (asked.clone(), wants.map(str::to_owned), Arc::new(hosts));
@@ -129,12 +131,12 @@ impl ConnectProxy {
         Ok(Self { listening, asked })
     }
 
-    /// Where it listens.
+    /// Address of the proxy.
     pub fn addr(&self) -> SocketAddr {
         self.listening.addr
     }
 
-    /// The places that tunnels were asked to, in order.
+    /// Returns the targets of all tunnel requests, in order.
     pub fn asked(&self) -> Vec<String> {
         lock(&self.asked).clone()
     }
@@ -164,6 +166,7 @@ async fn tunnel(
     }
     lock(log).push(target.clone());
     let refusal = match hosts.get(&target) {
+        // Authentication first, then the target.
         _ if wants.is_some() && authorization.as_deref() != wants => "407 Proxy Authentication Required",
         None => "502 Bad Gateway",
         Some(to) => {

@@ -1,8 +1,7 @@
-//! A stand-in for web servers: any path, answered as a test wants it.
+//! A stand-in for web servers: tests define the answer for each path.
 //!
-//! A [`Page`] is what lies at a path: content with or without ranges, validators, digests and length, a redirect, a
-//! refusal; behind a credential, or to be replaced by another page in the middle of a download. What was asked is
-//! logged.
+//! A [`Page`] is content with or without ranges, validators, digests and length, or a redirect or error. It may require
+//! a credential, or be replaced by another page during a download. All requests are logged.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -24,19 +23,19 @@ use crate::log::{Log, Place, Seen};
 use crate::range::{Wanted, wanted};
 use crate::serve::{Answer, Body, BoxError, Server, answer, bind, full, lock, serve};
 
-/// What a server does with a `Range` header.
+/// How a server handles a `Range` header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Ranges {
     /// It serves the range.
     #[default]
     Served,
-    /// It sends the whole.
+    /// It sends the whole content.
     Ignored,
-    /// It answers 416, whatever was asked.
+    /// It answers 416 to any range.
     Refused,
 }
 
-/// What lies at a path.
+/// The answer of one path.
 #[derive(Clone, Debug)]
 pub struct Page {
     status: u16,
@@ -45,16 +44,16 @@ pub struct Page {
     ranges: Ranges,
     without_length: bool,
     ignores_conditions: bool,
-    /// The value of `Authorization` without which the answer is 401.
+    /// Required value of `Authorization`; any other request is answered with 401.
     wants: Option<String>,
-    /// Ranges that begin here or later are answered 503.
+    /// Ranges that begin at this byte or later are answered with 503.
     broken_from: Option<u64>,
-    /// After this many answers, the other page lies there.
+    /// After this many answers, the second page replaces this one.
     then: Option<(usize, Box<Page>)>,
 }
 
 impl Page {
-    /// Content with ranges and a length, and nothing more said of it.
+    /// Content with a length and ranges, without further headers.
     pub fn of(content: impl Into<Content>) -> Self {
         Self {
             status: 200,
@@ -69,59 +68,59 @@ impl Page {
         }
     }
 
-    /// A redirect.
+    /// A redirect with this status.
     pub fn redirect(status: u16, to: impl Into<String>) -> Self {
         Self { status, ..Self::of("moved") }.header("location", to)
     }
 
-    /// A refusal.
+    /// An error with this status.
     pub fn status(status: u16) -> Self {
         Self { status, ..Self::of("refused") }
     }
 
-    /// One more header.
+    /// Adds a header.
     pub fn header(mut self, name: &str, value: impl Into<String>) -> Self {
         self.headers.push((name.to_owned(), value.into()));
         self
     }
 
-    /// An entity tag, quotes and all.
+    /// Adds an entity tag, including its quotes.
     pub fn etag(self, etag: &str) -> Self {
         self.header("etag", etag)
     }
 
-    /// What is done with ranges.
+    /// Sets how `Range` headers are handled.
     pub fn ranges(self, ranges: Ranges) -> Self {
         Self { ranges, ..self }
     }
 
-    /// The body comes in chunks, without a length.
+    /// Sends the body in chunks, without a length and without ranges.
     pub fn without_length(self) -> Self {
         Self { without_length: true, ranges: Ranges::Ignored, ..self }
     }
 
-    /// `If-Match` means nothing to this server.
+    /// Ignores `If-Match`.
     pub fn ignoring_conditions(self) -> Self {
         Self { ignores_conditions: true, ..self }
     }
 
-    /// Only for who sends exactly this `Authorization`.
+    /// Requires exactly this `Authorization`; other requests are answered with 401.
     pub fn wanting(self, authorization: &str) -> Self {
         Self { wants: Some(authorization.to_owned()), ..self }
     }
 
-    /// Ranges that begin at `byte` or later fail.
+    /// Answers 503 to ranges that begin at `byte` or later.
     pub fn broken_from(self, byte: u64) -> Self {
         Self { broken_from: Some(byte), ..self }
     }
 
-    /// After `answers` answers, `page` lies there.
+    /// Replaces this page by `page` after `answers` answers.
     pub fn then(self, answers: usize, page: Self) -> Self {
         Self { then: Some((answers, Box::new(page))), ..self }
     }
 }
 
-/// A running web server; it ends when it is dropped.
+/// A running web server. It stops when it is dropped.
 #[derive(Debug)]
 pub struct Web {
     shared: Arc<Shared>,
@@ -155,32 +154,32 @@ impl Web {
         Ok(Self { shared, server })
     }
 
-    /// Where it listens.
+    /// Address of the server.
     pub fn addr(&self) -> SocketAddr {
         self.server.addr()
     }
 
-    /// `http://host:port`.
+    /// The server's URL, `http://host:port`.
     pub fn url(&self) -> String {
         format!("http://{}", self.addr())
     }
 
-    /// Lays `page` at `path` (as on the wire, percent-encoded).
+    /// Serves `page` at `path` (as on the wire, percent-encoded).
     pub fn put(&self, path: &str, page: Page) {
         lock(&self.shared.pages).insert(path.to_owned(), page);
     }
 
-    /// Nobody answers while it is down.
+    /// While down, every connection is closed without an answer.
     pub fn set_down(&self, down: bool) {
         self.server.set_down(down);
     }
 
-    /// Everything asked so far.
+    /// Returns all requests so far.
     pub fn requests(&self) -> Vec<Seen> {
         self.shared.log.all()
     }
 
-    /// Forgets what was asked.
+    /// Clears the request log.
     pub fn clear_log(&self) {
         self.shared.log.clear();
     }
@@ -204,10 +203,11 @@ impl Shared {
         answer
     }
 
-    /// The page at `path`, which may be the last time that it is this one.
+    /// Returns the page at `path` and counts the answer. Moves on to the next page if this one was given often enough.
     fn page(&self, path: &str) -> Option<Page> {
         let mut pages = lock(&self.pages);
         let page = pages.get_mut(path)?;
+        // This page has given all its answers.
         if let Some((0, next)) = &page.then {
             *page = Page::clone(next);
         }
@@ -236,6 +236,7 @@ impl Shared {
     }
 
     fn content(self: &Arc<Self>, page: &Page, method: &Method, range: Option<&str>, if_match: Option<&str>) -> Answer {
+        // `If-Match` is compared with the page's own ETag, quotes included.
         let etag = page.headers.iter().find(|(name, _)| name.eq_ignore_ascii_case(ETAG.as_str())).map(|(_, etag)| etag);
         if !page.ignores_conditions && if_match.is_some() && if_match != etag.map(String::as_str) {
             return answer(StatusCode::PRECONDITION_FAILED, "text/plain", "");
@@ -258,7 +259,7 @@ impl Shared {
                 return answer;
             }
         };
-        let told = format!("bytes {}-{}/{len}", range.start, range.end.saturating_sub(1));
+        let content_range = format!("bytes {}-{}/{len}", range.start, range.end.saturating_sub(1));
         let length = range.end - range.start;
         let body = if method == Method::HEAD { full(Bytes::new()) } else { self.body(&page.content, range) };
         let mut answer = Response::new(body);
@@ -267,7 +268,7 @@ impl Shared {
             answer.headers_mut().insert(CONTENT_LENGTH, length.into());
         }
         if status == StatusCode::PARTIAL_CONTENT {
-            answer.headers_mut().insert(CONTENT_RANGE, value(&told));
+            answer.headers_mut().insert(CONTENT_RANGE, value(&content_range));
         }
         answer
     }

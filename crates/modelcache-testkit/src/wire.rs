@@ -1,4 +1,4 @@
-//! One HTTP request over a socket of its own, for talking to servers that the testkit starts.
+//! A minimal HTTP client for servers that the testkit starts: one request per connection.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 
-/// What came back.
+/// An answer, read to its end.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -15,12 +15,12 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    /// The value of a header (`name` in small letters).
+    /// Returns the value of a header. `name` is in lower case.
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
-    /// Itself, if it has this status.
+    /// Returns the answer if it has this status, else an error with status and body.
     pub(crate) fn want(self, status: u16) -> anyhow::Result<Self> {
         anyhow::ensure!(self.status == status, "answered {} instead of {status}: {}", self.status, self.body);
         Ok(self)

@@ -1,9 +1,9 @@
-"""Downloads a repo with the real client and prints where it lies.
+"""Downloads a repo with the real client and prints the folder of its files.
 
 usage: snapshot_download.py ENDPOINT REPO TARGET_DIR [REVISION]
 
-REPO may begin with `datasets/` or `spaces/`. The client's cache is kept inside TARGET_DIR, so nothing else on the
-machine is read or written. Exit status 0 means the client was content; the caller compares the files.
+REPO may begin with `datasets/` or `spaces/`. The client's cache is inside TARGET_DIR, so nothing else on the machine is
+read or written. Exit status 0 means that the client succeeded; the caller compares the files.
 """
 
 import os
@@ -13,7 +13,7 @@ import sys
 def main() -> None:
     endpoint, repo, target = sys.argv[1:4]
     revision = sys.argv[4] if len(sys.argv) > 4 else "main"
-    # Read when the module is imported, so they are set before.
+    # huggingface_hub reads these when it is imported.
     os.environ["HF_ENDPOINT"] = endpoint
     os.environ["HF_HOME"] = os.path.join(target, ".hf-home")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,7 +1,8 @@
-//! Programs that do the same, measured in turn: a round runs each of them once.
+//! Runs competing programs in rounds; each round runs every program once.
 //!
-//! Machines drift, so that only what took turns is compared. A slow program runs fewer rounds, which its line tells: it
-//! leaves when it has taken [`SPENT_S_MAX`] and run [`ROUNDS_MIN`] times. One that fails leaves, with the reason.
+//! The speed of a machine drifts, so only results of the same rounds are compared. A slow program runs fewer rounds,
+//! which its line shows: it drops out after [`SPENT_S_MAX`] seconds and at least [`ROUNDS_MIN`] runs. A program that
+//! fails drops out with the reason.
 
 use super::machine::memory_bytes;
 use super::setup::Setup;
@@ -12,31 +13,32 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Read};
 use std::path::Path;
 
-/// How long one program may take in one contest, in seconds.
+/// Seconds that one program may take in one contest.
 const SPENT_S_MAX: f64 = 25.0;
-/// One run is no measurement.
+/// Minimum number of runs: a single run is no measurement.
 const ROUNDS_MIN: usize = 2;
-/// What one run brings stays until the end of its contest, up to this many bytes: an ext4 without a journal passes over
-/// each inode that was removed in the last minutes, at the cost of whoever makes files next.
+/// A contest that moves at most this many bytes per run keeps the files of all runs until it ends. An ext4 without a
+/// journal skips inodes that were freed in the last minutes, so removing files would slow down the next program that
+/// creates some.
 const KEPT_BYTES_MAX: u64 = 64 << 20;
 
-/// One program with one setting.
+/// One program at one setting.
 pub(super) struct Entry<'a> {
     pub(super) who: &'static str,
     pub(super) setting: String,
     pub(super) checked: &'static str,
-    /// What one run is measured as: what is added to the setting, and whether the result is durable then.
+    /// The measured steps: the suffix for the setting, and whether the result is durable after the step.
     pub(super) steps: Vec<(&'static str, &'static str)>,
-    /// Runs once with a new folder to work in; one measure a step, each of which includes the steps before.
+    /// Runs the program once in a new folder. Returns one measurement per step; each includes the steps before it.
     pub(super) run: Racer<'a>,
 }
 
-/// A run of a program in a folder of its own.
+/// Runs a program once in a folder of its own.
 pub(super) type Racer<'a> = Box<dyn Fn(&Path) -> Result<Vec<Run>> + 'a>;
 
 pub(super) const OURS: &str = "modelcache";
 
-/// What came of one step of an entry.
+/// Results of one step of an entry.
 pub(super) struct Line {
     pub(super) who: &'static str,
     pub(super) setting: String,
@@ -47,17 +49,19 @@ pub(super) struct Line {
     failure: Option<String>,
 }
 
-/// Runs the entries, each of which moves `bytes`.
+/// Runs the entries in turn; each moves `bytes`.
 pub(super) fn contest(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Result<Vec<Line>> {
     in_turn(setup, bytes, entries, || Ok(()))
 }
 
-/// The same where the bytes are written to disk: all find as much memory for the page cache, whoever ran before.
+/// Like [`contest`], for programs that write to disk. Warms the page cache before each run, so that every program finds
+/// equally much memory for it.
 pub(super) fn contest_to_disk(setup: &Setup, bytes: u64, entries: &[Entry<'_>]) -> Result<Vec<Line>> {
     in_turn(setup, bytes, entries, || warm_page_cache(&setup.scratch.disk, bytes))
 }
 
 fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() -> Result<()>) -> Result<Vec<Line>> {
+    // One line per step of the entry.
     let lines = |entry: &Entry<'_>| -> Vec<Line> {
         let line = |(suffix, durable): &(&str, &'static str)| Line {
             who: entry.who,
@@ -73,10 +77,12 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
     let mut results: Vec<Vec<Line>> = entries.iter().map(lines).collect();
     for round in 1..=setup.rounds {
         for (at, (entry, lines)) in entries.iter().zip(&mut results).enumerate() {
+            // A failed or slow program sits out the remaining rounds.
             let out = lines.iter().any(|line| line.failure.is_some());
             if out || lines.last().is_some_and(Line::has_run_enough) {
                 continue;
             }
+            // Large files share one folder name, so that only the files of one run exist at a time.
             let name = if bytes > KEPT_BYTES_MAX { "run".to_owned() } else { format!("run/{round}-{at}") };
             let folder = setup.scratch.fresh(&name)?;
             prepare()?;
@@ -97,11 +103,12 @@ fn in_turn(setup: &Setup, bytes: u64, entries: &[Entry<'_>], prepare: impl Fn() 
     Ok(results.into_iter().flatten().collect())
 }
 
-/// Writes as much through the page cache as a program's files will take there, and removes it.
+/// Writes as many bytes through the page cache as a program's files will take there, and removes them.
 ///
-/// A virtual machine that gives back what is free within seconds is given it page by page when it writes: several times
-/// the price of the write itself, to be paid by whoever comes after a program that takes none. Memory that a file has just
-/// left is taken again first, other memory is not.
+/// A virtual machine may return free memory to its host within seconds, and then gets it back page by page as it
+/// writes. That costs several times the write itself and would be charged to the program that runs after one without
+/// page cache use. The kernel reuses the memory of a file just removed before any other, so the next program gets pages
+/// that are already backed.
 fn warm_page_cache(folder: &Path, bytes: u64) -> Result<()> {
     let warmed = bytes.saturating_add(bytes / 8).min(memory_bytes("MemAvailable") / 2);
     let path = folder.join("warm");
@@ -121,7 +128,7 @@ impl Line {
         spent > SPENT_S_MAX && self.runs.len() >= ROUNDS_MIN
     }
 
-    /// The middle of its runs, by seconds; `None` where it failed.
+    /// Returns the median of the runs in seconds, or `None` if the program failed.
     pub(super) fn seconds(&self) -> Option<f64> {
         median(self.runs.iter().map(|run| run.seconds).collect()).filter(|_| self.failure.is_none())
     }
@@ -155,12 +162,12 @@ impl Line {
     }
 }
 
-/// The fastest of the others among the lines that `counts` lets pass.
+/// Returns the seconds of the fastest peer among the lines that `counts` accepts.
 pub(super) fn best_peer(lines: &[Line], counts: impl Fn(&Line) -> bool) -> Option<f64> {
     lines.iter().filter(|line| !line.is_ours() && counts(line)).filter_map(Line::seconds).min_by(f64::total_cmp)
 }
 
-/// Our line with this setting.
+/// Returns our line with this setting.
 pub(super) fn ours<'a>(lines: &'a [Line], setting: &str) -> Option<&'a Line> {
     lines.iter().find(|line| line.is_ours() && line.setting == setting)
 }
@@ -182,18 +189,18 @@ pub(super) fn table(lines: &[Line], best_peer: Option<f64>) -> String {
     table::markdown(&header, &lines.iter().map(|line| line.cells(best_peer)).collect::<Vec<_>>())
 }
 
-/// Why there are no figures, as far as a cell holds it.
+/// Shortens a failure so that it fits into a table cell.
 pub(super) fn failure_cell(failure: &str) -> String {
     failure.chars().take(60).collect()
 }
 
-/// The least and the most of them, with so many digits.
+/// Formats minimum and maximum with this many decimals.
 pub(super) fn spread(values: impl Iterator<Item = f64> + Clone, digits: usize) -> String {
     let (least, most) = (values.clone().fold(f64::MAX, f64::min), values.fold(0.0, f64::max));
     format!("{least:.digits$}-{most:.digits$}")
 }
 
-/// The middle one; of an even number, the mean of the middle two.
+/// Returns the median. For an even number of values it is the mean of the two in the middle.
 pub(super) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;

@@ -1,4 +1,4 @@
-//! The machine that the figures are of, and what its disk can do.
+//! Describes the machine on which the figures were measured, and measures its disk.
 
 use super::setup::{Setup, read};
 use super::usage::run;
@@ -13,8 +13,8 @@ const BUFFER_BYTES: usize = 4 << 20;
 const ALIGN: usize = 4096;
 const GIB: f64 = 1_073_741_824.0;
 
-/// The first line says when and how often; the rest describes the machine.
-pub(super) fn told(setup: &Setup) -> Result<String> {
+/// Returns the description. Its first line states date and number of rounds; the rest describes the machine.
+pub(super) fn description(setup: &Setup) -> Result<String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let (model, memory_gib) = (field("/proc/cpuinfo", "model name"), memory_bytes("MemTotal") as f64 / GIB);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -31,16 +31,16 @@ pub(super) fn told(setup: &Setup) -> Result<String> {
         if setup.quick { ", small sizes (`--quick`: a look, not a figure)" } else { "" },
         kernel.trim(),
         filesystem(&setup.scratch.disk),
-        setup.peers.told(),
+        setup.peers.summary(),
     ))
 }
 
-/// What the kernel says of its memory under this name; 0 where it does not.
+/// Returns a value of /proc/meminfo in bytes, or 0 if the kernel does not report it.
 pub(super) fn memory_bytes(name: &str) -> u64 {
     field("/proc/meminfo", name).split(' ').next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or_default() * 1024
 }
 
-/// The value of the first line of a file that begins with `name`.
+/// Returns the value of the first line that begins with `name`.
 fn field(file: &str, name: &str) -> String {
     let text = fs::read_to_string(file).unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix(name));
@@ -48,11 +48,12 @@ fn field(file: &str, name: &str) -> String {
 }
 
 fn filesystem(path: &Path) -> String {
-    let told = run(Command::new("stat").args(["--file-system", "--format=%T"]).arg(path));
-    told.map_or_else(|_| "an unknown filesystem".into(), |(_, name)| name.trim().to_owned())
+    let name = run(Command::new("stat").args(["--file-system", "--format=%T"]).arg(path));
+    name.map_or_else(|_| "an unknown filesystem".into(), |(_, name)| name.trim().to_owned())
 }
 
-/// MB/s of O_DIRECT writing, made durable, and of reading it back. (0, 0) where the filesystem refuses it.
+/// Returns the O_DIRECT rates of the disk in MB/s: of writing, including the sync, and of reading. They are (0, 0) if
+/// the filesystem does not support O_DIRECT.
 pub(super) fn disk_rates(setup: &Setup) -> Result<(f64, f64)> {
     let file = setup.scratch.fresh("rate")?.join("file");
     let Ok(write_s) = write_direct(&file, setup.sizes.file) else { return Ok((0.0, 0.0)) };
@@ -64,10 +65,12 @@ pub(super) fn disk_rates(setup: &Setup) -> Result<(f64, f64)> {
 
 fn write_direct(path: &Path, bytes: u64) -> Result<f64> {
     let memory = vec![0x5a_u8; BUFFER_BYTES + ALIGN];
+    // O_DIRECT requires an aligned buffer.
     let start = memory.as_ptr().align_offset(ALIGN);
     let buffer = &memory[start..start + BUFFER_BYTES];
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::DIRECT;
     let file = rustix::fs::open(path, flags, Mode::from_raw_mode(0o644))?;
+    // Preallocate, so that only the writes are timed.
     rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
     let started = Instant::now();
     for _ in 0..bytes / BUFFER_BYTES as u64 {

@@ -1,21 +1,22 @@
-//! `cargo xtask bench`: us and the others, measured in turn, and docs/benchmarks.md made of it.
+//! `cargo xtask bench`: measures modelcache and its peers in turn, and writes docs/benchmarks.md.
 //!
-//! A row is one thing that users wait for. Its programs run in the same rounds, because machines drift, against the same
-//! server on loopback, which is a process of its own and as cheap as it can be, because it shares the cores. What is
-//! measured is the program from its start to its end: an interpreter's start is in it, the server is not.
+//! A row is one operation that users wait for. Its programs run in the same rounds, because the speed of a machine
+//! drifts, and against the same server on loopback. The server is a separate process and as cheap as possible, because
+//! it shares the cores. A program is measured from start to exit: the start of an interpreter is included, the server
+//! is not.
 //!
-//! | module | what |
+//! | module | contents |
 //! |---|---|
-//! | [`rows`] | what is measured, one file a row |
+//! | [`rows`] | the measured operations, one file per row |
 //! | [`contest`] | programs in rounds, medians, ratios, the table |
-//! | [`rivals`], [`peers`] | how the others are asked; how they are installed |
-//! | [`server`], [`served`] | the server; its handle here |
-//! | [`package`] | our Python package, installed beside them |
-//! | [`setup`], [`scratch`], [`tensors`] | our program and the data; where it lies, and that it goes |
-//! | [`usage`] | one run of a program, and what it used |
-//! | [`page`], [`machine`] | docs/benchmarks.md; what the machine is |
+//! | [`rivals`], [`peers`] | the commands of the peers; their installation |
+//! | [`server`], [`served`] | the server; the handle of its process |
+//! | [`package`] | installs our Python package beside the peers |
+//! | [`setup`], [`scratch`], [`tensors`] | our program and the data; the folders of the data and their removal |
+//! | [`usage`] | one run of a program and its resource usage |
+//! | [`page`], [`machine`] | docs/benchmarks.md; the description of the machine |
 //!
-//! Nothing here is asserted: a row that is not reached is told, and a program that fails stands in the table as such.
+//! Nothing is asserted: tables show targets that were missed and programs that failed.
 
 mod contest;
 mod machine;
@@ -45,23 +46,23 @@ use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::time::Instant;
 
-/// Rounds unless something else is asked for.
+/// Default number of rounds.
 const ROUNDS: usize = 5;
 const ROUNDS_QUICK: usize = 2;
 
-/// Measure us and the others, and write docs/benchmarks.md
+/// Measure modelcache and its peers, and write docs/benchmarks.md
 #[derive(Debug, Args)]
 pub(crate) struct Bench {
-    /// Small data and two rounds: a look, not a figure; writes no page
+    /// Small data and two rounds, as a quick check; writes no page
     #[arg(long)]
     quick: bool,
     /// Write the page also with --quick
     #[arg(long)]
     write: bool,
-    /// Only these rows; in the page, the others keep what they had
+    /// Only these rows; the page keeps its other sections
     #[arg(long, value_enum, value_name = "ROW")]
     only: Vec<Row>,
-    /// How many rounds, each of which runs every program once (5; with --quick 2)
+    /// Number of rounds, each of which runs every program once (5; with --quick 2)
     #[arg(long)]
     rounds: Option<usize>,
     /// Measure this program instead of building ours
@@ -72,40 +73,40 @@ pub(crate) struct Bench {
     native: Option<PathBuf>,
 }
 
-/// What can be measured, in the order of the page.
+/// The rows, in the order of the page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Row {
     /// One large file from S3 to disk, durable
     Durable,
-    /// The same until it is loaded
+    /// One large file from S3, until it is loaded
     Loaded,
-    /// The same over TLS
+    /// One large file from S3 to disk, over TLS
     Tls,
     /// Sixteen large files
     FilesLarge,
     /// Two thousand small files
     FilesSmall,
-    /// A bound on each connection
+    /// One large file from S3 to disk, with a rate limit on each connection
     Shaped,
-    /// From the Hub, by way of its CDN
+    /// One large file from the Hub, through its CDN
     Hub,
-    /// 50 processes that want the same
+    /// 50 processes that get the same artifact
     Herd,
     /// One large file to S3
     Upload,
-    /// A cached file, checked again
+    /// Verification of a cached file
     Verify,
-    /// What is on disk
+    /// Hits: artifacts that are on disk
     Warm,
-    /// The most memory held
+    /// Peak memory
     Memory,
     /// SHA-256 alone
     Hash,
-    /// What is on disk, from Python
+    /// Hits from Python
     PythonWarm,
     /// One large file from S3 to disk, from Python
     PythonCold,
-    /// The first tensor of a file that is still coming
+    /// The first tensor of a file that is still being downloaded
     PythonOpen,
     /// A cached file, until its tensors are loaded
     PythonTensors,
@@ -116,7 +117,7 @@ impl Row {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    /// Whether it needs our Python package.
+    /// Returns true if the row needs our Python package.
     fn is_in_python(self) -> bool {
         matches!(self, Self::PythonWarm | Self::PythonCold | Self::PythonOpen | Self::PythonTensors)
     }
@@ -148,7 +149,7 @@ impl Bench {
     pub(crate) fn run(&self) -> Result<()> {
         let started = Instant::now();
         let setup = self.setup()?;
-        let machine = machine::told(&setup)?;
+        let machine = machine::description(&setup)?;
         let names: Vec<String> = Row::value_variants().iter().map(|row| row.name()).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let mut failed = Vec::new();
@@ -156,12 +157,12 @@ impl Bench {
             match row.measure(&setup) {
                 Ok(section) => {
                     println!("\n{}", section.text());
-                    // At once: what was measured is not lost when a later row is interrupted.
+                    // Write the page after each row, so that interrupting a later row loses no results.
                     if self.write || !self.quick {
                         page::write(&names, &[section], &machine)?;
                     }
                 }
-                // What can still be measured is.
+                // A failed row does not stop the others.
                 Err(error) => {
                     eprintln!("xtask: row {}: {error:#}", row.name());
                     failed.push(row.name());
@@ -194,7 +195,7 @@ impl Bench {
     }
 }
 
-/// As they are measured: what shares the large file first, then what wants its room.
+/// Returns the rows in the order of measurement: first those that share the large file, then those that need its space.
 fn in_order() -> Vec<Row> {
     let of_python = |row: Row| row.is_in_python() && row != Row::PythonCold;
     let last =

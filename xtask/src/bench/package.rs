@@ -1,4 +1,4 @@
-//! Our Python package as it is shipped, installed beside the peers: one interpreter runs them all.
+//! Installs our Python package, built as it is shipped, beside the peers, so that one interpreter runs them all.
 
 use super::peers::Peers;
 use crate::python::pack;
@@ -7,7 +7,7 @@ use crate::test::pip_install;
 use anyhow::{Context, Result};
 use std::path::Path;
 
-/// Installs the package around `native`, or around one that is built now.
+/// Installs the package with the native module `native`, or builds the module first.
 pub(super) fn install(peers: &Peers, native: Option<&Path>) -> Result<()> {
     let native = match native {
         Some(native) => native.canonicalize().with_context(|| format!("no library {}", native.display()))?,

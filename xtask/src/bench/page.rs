@@ -1,7 +1,7 @@
-//! docs/benchmarks.md: a written frame, the machine, and a section a row.
+//! Writes docs/benchmarks.md: hand-written text, the machine, and one section per row.
 //!
-//! The frame is `frame.md` beside this module; what is written by hand stands there, and is in every page. A row that
-//! was not measured keeps the section that the page had.
+//! The hand-written text is in `frame.md` beside this module and appears in every page. A row that was not measured
+//! keeps its section from the present page.
 
 use crate::repository::root;
 use crate::table;
@@ -11,23 +11,23 @@ use std::fs;
 const PAGE: &str = "docs/benchmarks.md";
 const FRAME: &str = include_str!("frame.md");
 
-/// What a row came to.
+/// The section of one row.
 pub(super) struct Section {
-    /// As `--only` has it.
+    /// Name of the row, as in `--only`.
     pub(super) row: &'static str,
     pub(super) title: String,
-    /// What was measured, in a sentence or two.
+    /// The measured operation, in a sentence or two.
     pub(super) what: String,
     pub(super) tables: Vec<String>,
     pub(super) bars: Vec<Bar>,
-    /// What a reader must know to read the figures.
+    /// Remarks that a reader needs to interpret the figures.
     pub(super) notes: Vec<String>,
 }
 
-/// What is asked of a row, and what came.
+/// A target of a row and the measured value.
 pub(super) struct Bar {
     what: String,
-    /// `None`: it could not be measured.
+    /// `None` if it could not be measured.
     found: Option<f64>,
     unit: &'static str,
     least: f64,
@@ -68,7 +68,7 @@ impl Bar {
 }
 
 impl Section {
-    /// As Markdown, which also reads well on a terminal.
+    /// Formats the section as Markdown that is also readable on a terminal.
     pub(super) fn text(&self) -> String {
         let mut text = format!("## {}\n\n{}\n", self.title, self.what);
         self.tables.iter().filter(|table| !table.is_empty()).for_each(|table| text += &format!("\n{table}"));
@@ -87,7 +87,7 @@ impl Section {
     }
 }
 
-/// Writes the page, with these sections in place of the ones it had. `rows` is the order of all.
+/// Writes the page with these sections; other rows keep theirs. `rows` is the order of all rows.
 pub(super) fn write(rows: &[&str], sections: &[Section], machine: &str) -> Result<()> {
     let path = root().join(PAGE);
     let present = fs::read_to_string(&path).unwrap_or_default();
@@ -98,6 +98,7 @@ pub(super) fn write(rows: &[&str], sections: &[Section], machine: &str) -> Resul
 
 fn page(present: &str, rows: &[&str], sections: &[Section], machine: &str) -> String {
     let section = |row: &&str| {
+        // Comments delimit the sections, so that one can be copied from the present page.
         let [begin, end] = [format!("<!-- row {row} -->\n"), format!("<!-- end {row} -->\n")];
         let body = match sections.iter().find(|section| section.row == *row) {
             Some(section) => format!("{}\nMeasured {}.\n", section.text(), machine.lines().next().unwrap_or_default()),
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_says_what_the_frame_says() {
+    fn the_page_contains_the_frame() {
         let present = fs::read_to_string(root().join(PAGE)).expect("the page");
         let rows: Vec<&str> =
             present.lines().filter_map(|line| line.strip_prefix("<!-- row ")?.strip_suffix(" -->")).collect();

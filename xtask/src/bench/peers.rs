@@ -1,6 +1,7 @@
-//! The programs that we are measured beside: installed into one environment below `target/`, or found on the machine.
+//! The programs that modelcache is compared with: installed into one environment below `target/`, or found on the
+//! machine.
 //!
-//! One that cannot be had is no error: it stands in the tables with the reason.
+//! A peer that is not available is no error: the tables show the reason.
 
 use super::usage::run;
 use crate::repository::{root, target_folder};
@@ -12,18 +13,18 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const FOLDER: &str = "xtask/src/bench/peers";
-/// What the machine may have, and how it tells its version.
+/// Programs that the machine may have, with the argument that prints their version.
 const FOUND: [(&str, &str); 2] = [("rclone", "version"), ("aria2c", "--version")];
 
 pub(super) struct Peers {
     venv: PathBuf,
-    /// By package or program.
+    /// By name of the package or program.
     versions: BTreeMap<String, String>,
     missing: BTreeMap<String, String>,
 }
 
 impl Peers {
-    /// Installs what is not there yet in the version wanted.
+    /// Installs the packages that are not yet there in the pinned version.
     pub(super) fn install() -> Result<Self> {
         let venv = target_folder()?.join("bench-venv");
         if !venv.join("bin/python").exists() {
@@ -39,8 +40,8 @@ impl Peers {
         }
         for (program, question) in FOUND {
             match run(Command::new(program).arg(question)) {
-                Ok((_, told)) => {
-                    let version = told.lines().next().unwrap_or_default().split(' ').next_back().unwrap_or_default();
+                Ok((_, printed)) => {
+                    let version = printed.lines().next().unwrap_or_default().split(' ').next_back().unwrap_or_default();
                     peers.versions.insert(program.into(), version.trim_start_matches('v').into());
                 }
                 Err(_) => drop(peers.missing.insert(program.into(), "not on this machine".into())),
@@ -49,9 +50,10 @@ impl Peers {
         Ok(peers)
     }
 
-    /// One package, `name==version`.
+    /// Installs one package, given as `name==version`.
     fn add(&mut self, line: &str, options: &[&str]) -> Result<()> {
         let (name, version) = line.split_once("==").with_context(|| format!("{line}: no version is pinned"))?;
+        // The stamp names the version, so a changed pin is installed again.
         let stamp = self.venv.join(format!("{name}-{version}.installed"));
         if !stamp.exists() {
             eprintln!("installing {line}");
@@ -68,49 +70,49 @@ impl Peers {
         Ok(())
     }
 
-    /// Errors, with the reason, where a package or program is not to be had.
+    /// Fails with the reason if a package or program is not available.
     pub(super) fn want(&self, name: &str) -> Result<()> {
         ensure!(!self.missing.contains_key(name), "{}", self.missing[name]);
         ensure!(self.versions.contains_key(name), "not installed");
         Ok(())
     }
 
-    /// The environment.
+    /// Returns the virtual environment.
     pub(super) fn venv(&self) -> &Path {
         &self.venv
     }
 
-    /// Its interpreter.
+    /// Returns the interpreter of the environment.
     pub(super) fn python(&self) -> PathBuf {
         self.venv.join("bin/python")
     }
 
-    /// A program of the environment.
+    /// Returns a command for a program of the environment.
     pub(super) fn program(&self, name: &str) -> Command {
         peer(&self.venv.join("bin").join(name))
     }
 
-    /// One of the scripts in the folder beside this module, ours among them.
+    /// Returns a command for a script in the folder beside this module. Some of the scripts measure our own package.
     pub(super) fn script(&self, name: &str) -> Command {
         let mut command = peer(&self.python());
         command.arg(root().join(FOLDER).join(name));
         command
     }
 
-    /// A program of the machine.
+    /// Returns a command for a program of the machine.
     pub(super) fn found(&self, name: &str) -> Command {
         peer(Path::new(name))
     }
 
-    /// What was found and what was not.
-    pub(super) fn told(&self) -> String {
+    /// Lists available peers with their versions, and missing ones with the reason.
+    pub(super) fn summary(&self) -> String {
         let have = self.versions.iter().map(|(name, version)| format!("{name} {version}"));
         let lack = self.missing.iter().map(|(name, why)| format!("{name} ({why})"));
         have.chain(lack).collect::<Vec<_>>().join(", ")
     }
 }
 
-/// A command that knows nothing of this terminal.
+/// Returns a command with a clean environment, so that the user's settings have no effect.
 fn peer(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env("HF_HUB_DISABLE_TELEMETRY", "1");

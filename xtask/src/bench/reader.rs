@@ -1,4 +1,4 @@
-//! `cargo xtask bench-read`: files read once from end to end, which is how a loader takes them.
+//! `cargo xtask bench-read`: reads files once from start to end, like a model loader.
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -11,7 +11,7 @@ const ALIGN: usize = 4096;
 /// Read files once
 #[derive(Debug, Args)]
 pub(crate) struct ReaderArguments {
-    /// Past the page cache (O_DIRECT)
+    /// Bypass the page cache (O_DIRECT)
     #[arg(long)]
     direct: bool,
     files: Vec<PathBuf>,

@@ -1,6 +1,6 @@
-//! How the others are asked to do what we do: each at its defaults and at a setting that is good for large files.
+//! The commands of the peers for one task, each at its defaults and at a setting tuned for large files.
 //!
-//! The good setting is the same for all that have one: 16 requests at a time, 16 MiB each.
+//! The tuned setting is the same for all peers that have one: 16 concurrent requests of 16 MiB.
 
 use super::served::Served;
 use super::setup::{BUCKET, Setup};
@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// Which way bytes go.
+/// Direction of a copy.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
     /// One object to a file.
@@ -20,7 +20,7 @@ pub(super) enum Way {
     Put,
 }
 
-/// A program that copies from and to S3, at one setting.
+/// A peer that copies from and to S3, at one setting.
 #[derive(Clone, Copy)]
 pub(super) struct Rival {
     pub(super) who: &'static str,
@@ -33,7 +33,7 @@ const fn rival(who: &'static str, needs: &'static str, tuned: bool) -> Rival {
     Rival { who, needs, tuned }
 }
 
-/// All of them, the fastest first.
+/// All peers, the fastest first.
 pub(super) const ALL: [Rival; 10] = [
     rival("s5cmd", "s5cmd", false),
     rival("s5cmd", "s5cmd", true),
@@ -52,7 +52,7 @@ impl Rival {
         if self.tuned { "16 x 16 MiB" } else { "defaults" }.to_owned()
     }
 
-    /// The command that copies `key` (an object or a prefix) to or from `path`.
+    /// Returns the command that copies `key` (an object or a prefix) to or from `path`.
     pub(super) fn command(&self, setup: &Setup, served: &Served, way: Way, key: &str, path: &Path) -> Result<Command> {
         setup.peers.want(self.needs)?;
         let mut command = match self.who {
@@ -123,7 +123,7 @@ impl Rival {
     }
 }
 
-/// aria2c, which knows no S3: plain HTTP, 16 connections.
+/// Returns a download command for aria2c, which does not speak S3: plain HTTP with 16 connections.
 pub(super) fn aria2(setup: &Setup, served: &Served, key: &str, path: &Path) -> Result<Command> {
     setup.peers.want("aria2c")?;
     let mut command = setup.peers.found("aria2c");
@@ -138,7 +138,7 @@ pub(super) fn url(key: &str) -> String {
     format!("s3://{BUCKET}/{key}")
 }
 
-/// With the slash that says that it is one.
+/// Adds the trailing slash that marks the target as a folder.
 fn folder(path: &Path) -> String {
     format!("{}/", path.display())
 }

@@ -1,6 +1,6 @@
 /*
- * A library for LD_PRELOAD that tells a program of more room than the disk has: every filesystem has 1 TB free, and
- * preallocating a file sets its length alone. What is then written has to fit.
+ * LD_PRELOAD library that reports more free space than the disk has: every filesystem has 1 TB free, and preallocating
+ * a file only sets its length. The data written afterwards still has to fit.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -8,20 +8,20 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
-#define TOLD(name, type, where)                                              \
-    int name(where at, struct type *told) {                                  \
+#define OVERRIDE(name, type, where)                                          \
+    int name(where at, struct type *space) {                                 \
         int (*real)(where, struct type *) = dlsym(RTLD_NEXT, #name);         \
-        int answer = real(at, told);                                         \
+        int answer = real(at, space);                                        \
         if (answer == 0) {                                                   \
-            told->f_blocks = told->f_bfree = told->f_bavail = 1000000000000 / told->f_frsize; \
+            space->f_blocks = space->f_bfree = space->f_bavail = 1000000000000 / space->f_frsize; \
         }                                                                    \
         return answer;                                                       \
     }
 
-TOLD(statvfs, statvfs, const char *)
-TOLD(statvfs64, statvfs64, const char *)
-TOLD(fstatvfs, statvfs, int)
-TOLD(fstatvfs64, statvfs64, int)
+OVERRIDE(statvfs, statvfs, const char *)
+OVERRIDE(statvfs64, statvfs64, const char *)
+OVERRIDE(fstatvfs, statvfs, int)
+OVERRIDE(fstatvfs64, statvfs64, int)
 
 int fallocate(int fd, int mode, off_t at, off_t len) {
     (void)mode;

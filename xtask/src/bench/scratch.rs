@@ -1,7 +1,7 @@
-//! Where a bench keeps its data: one folder in memory, one on the disk that is measured; both go when it ends.
+//! Folders for the data of a bench: one in memory, one on the measured disk. Both are removed when the bench ends.
 //!
-//! Also when it is interrupted: a thread takes the signals, kills what runs and removes the folders. What a killed
-//! bench left is removed by the next.
+//! They are removed also when it is interrupted: a thread handles the signals, kills the running programs and removes
+//! the folders. If the bench itself is killed, the next one removes them.
 
 use super::machine::memory_bytes;
 use super::usage::kill_all;
@@ -18,26 +18,26 @@ use tokio::signal::unix::{SignalKind, signal};
 
 const NAME: &str = "modelcache-bench-";
 const SHARED_MEMORY: &str = "/dev/shm";
-/// Left for everything else when data is put in memory.
+/// Memory that stays free when data is placed in memory.
 const SPARE_BYTES: u64 = 4 << 30;
-/// How often a folder is emptied in which something is made at the same time.
+/// Attempts to remove a folder in which files are created at the same time.
 const REMOVE_TRIES_MAX: u32 = 100;
-/// How long what a `get` left may take to become durable.
+/// Longest wait until the files of a `get` are durable.
 const SYNC_WAIT_MAX: Duration = Duration::from_secs(120);
-/// Time between two looks.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// Time between two polls.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 pub(super) struct Scratch {
-    /// For what is served.
+    /// For served data.
     pub(super) memory: PathBuf,
-    /// For what is fetched.
+    /// For downloaded data.
     pub(super) disk: PathBuf,
-    /// Whether `memory` is that.
+    /// True if `memory` is in memory; otherwise it is on the disk.
     pub(super) in_memory: bool,
 }
 
 impl Scratch {
-    /// Folders for up to `bytes` of data to serve.
+    /// Creates the folders, in memory if there is room for `bytes` of served data.
     pub(super) fn new(bytes: u64) -> Result<Self> {
         let target = target_folder()?;
         let own = format!("{NAME}{}", std::process::id());
@@ -53,15 +53,15 @@ impl Scratch {
         Ok(scratch)
     }
 
-    /// A file of `bytes` random bytes to be served.
+    /// Creates a file of `bytes` random bytes to be served.
     pub(super) fn data(&self, name: &str, seed: u64, bytes: u64) -> Result<PathBuf> {
         let path = self.memory.join(name);
         Content::generated(seed, bytes).write_to(&path).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }
 
-    /// A new, empty folder on disk, with nothing left to be written back that an earlier program wrote, and nobody left
-    /// who does that.
+    /// Returns a new, empty folder on disk. Before, it waits for the background syncs of earlier programs and writes
+    /// dirty pages back.
     pub(super) fn fresh(&self, name: &str) -> Result<PathBuf> {
         let folder = self.disk.join(name);
         wait_for_syncing(&self.disk)?;
@@ -79,24 +79,25 @@ impl Drop for Scratch {
     }
 }
 
-/// Waits until no process makes durable any more what a `get` of ours left below `folder`: it would run beside the next
+/// Waits until no `get` of ours has a background sync running below `folder`, because it would compete with the next
 /// program.
 fn wait_for_syncing(folder: &Path) -> Result<()> {
     let began = Instant::now();
     while !syncing(folder)?.is_empty() {
-        ensure!(began.elapsed() < SYNC_WAIT_MAX, "what is below {} does not become durable", folder.display());
-        thread::sleep(LOOK_AGAIN);
+        ensure!(began.elapsed() < SYNC_WAIT_MAX, "the background sync below {} does not end", folder.display());
+        thread::sleep(POLL_INTERVAL);
     }
     Ok(())
 }
 
-/// Removes a folder, if it is there. Whoever still writes there, as the process does that makes files durable after a
-/// `get`, loses what it writes in.
+/// Removes a folder if it exists. A process that still writes there, such as the background sync of a `get`, loses its
+/// files.
 pub(super) fn remove(folder: &Path) -> Result<()> {
     let mut tries = 0;
     loop {
         tries += 1;
         match fs::remove_dir_all(folder) {
+            // A file was created after the folder was listed.
             Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && tries < REMOVE_TRIES_MAX => {}
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("cannot remove {}", folder.display()));
@@ -106,7 +107,7 @@ pub(super) fn remove(folder: &Path) -> Result<()> {
     }
 }
 
-/// Drops from the page cache what is clean of these files.
+/// Drops a file from the page cache, after syncing it because dirty pages would stay.
 pub(super) fn drop_cached(file: &Path) -> Result<()> {
     let file = fs::File::open(file)?;
     file.sync_all()?;
@@ -131,7 +132,7 @@ fn clean_up_when_interrupted(folders: [PathBuf; 2]) -> Result<()> {
     Ok(())
 }
 
-/// Removes the folders of benches that are no more.
+/// Removes folders of benches that no longer run.
 fn sweep(place: &Path) {
     for entry in fs::read_dir(place).into_iter().flatten().flatten() {
         let name = entry.file_name();
@@ -142,7 +143,7 @@ fn sweep(place: &Path) {
     }
 }
 
-/// Bytes that a folder in memory may take: what is free of it and of the memory.
+/// Returns the bytes that a folder in memory may take: the free space there, or the available memory if that is less.
 fn room_in_memory() -> u64 {
     let Ok(filesystem) = rustix::fs::statvfs(SHARED_MEMORY) else { return 0 };
     (filesystem.f_bavail * filesystem.f_frsize).min(memory_bytes("MemAvailable"))
@@ -155,18 +156,18 @@ mod tests {
     use std::process::{Command, Stdio};
 
     #[test]
-    fn whoever_makes_a_folder_durable_is_waited_for() {
+    fn a_background_sync_is_waited_for() {
         let folder = tempfile::tempdir().expect("a folder");
-        // A script of that name, so that its command line is that of ours.
+        // A script named `sync`, so that its command line looks like that of our background sync.
         fs::write(folder.path().join("sync"), "read line").expect("written");
         let mut command = Command::new("sh");
         command.arg0("modelcache").arg("sync").arg(folder.path().join("cache")).current_dir(&folder);
         let mut process = command.stdin(Stdio::piped()).spawn().expect("runs");
         let found = || syncing(folder.path()).expect("processes");
-        // A process that has just begun has no command line for a moment.
+        // A process that has just started has no command line for a moment.
         let began = Instant::now();
         while found().is_empty() && began.elapsed() < SYNC_WAIT_MAX {
-            thread::sleep(LOOK_AGAIN);
+            thread::sleep(POLL_INTERVAL);
         }
         assert_eq!(found(), [process.id()]);
         assert!(syncing(&folder.path().join("other")).expect("processes").is_empty());
@@ -182,12 +183,12 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_is_removed_from_under_one_who_writes_there() {
+    fn a_folder_is_removed_while_files_are_created_in_it() {
         let parent = tempfile::tempdir().expect("a folder");
         let folder = parent.path().join("run");
         for round in 0..200 {
             fs::create_dir_all(&folder).expect("made");
-            // Fewer than there are tries: each that fails has met one that was made meanwhile.
+            // Fewer files than attempts: each failed attempt met a file that was created meanwhile.
             let files: Vec<_> = (1..REMOVE_TRIES_MAX).map(|number| folder.join(number.to_string())).collect();
             let (began, beginning) = std::sync::mpsc::channel();
             let writer = std::thread::spawn(move || {

@@ -1,4 +1,4 @@
-//! The server of a row, as this process sees it: started, asked what it counted, ended.
+//! Handle of the server process of a row: start, counts and end.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
-/// The bound of each connection to the shaped server, in bytes a second.
+/// Rate limit of each connection to the shaped server, in bytes per second.
 pub(super) const SHAPED_BYTES_PER_S: u64 = 90_000_000;
-/// Its time to the first byte, in milliseconds.
+/// Time to the first byte of the shaped server, in milliseconds.
 pub(super) const SHAPED_FIRST_BYTE_MS: u64 = 30;
 
-/// What a server is to be.
+/// Kind of server.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Plain,
@@ -20,7 +20,7 @@ pub(super) enum Kind {
     Tls,
 }
 
-/// A server in a process of its own, which ends when this is dropped.
+/// A server in a separate process. It exits when this is dropped.
 pub(super) struct Served {
     child: Child,
     lines: Mutex<(Option<ChildStdin>, BufReader<ChildStdout>)>,
@@ -28,16 +28,16 @@ pub(super) struct Served {
     authority: Option<PathBuf>,
 }
 
-/// What a server counted since it was last told to forget.
+/// Counts of a server since its last reset.
 #[derive(Debug)]
 pub(super) struct Counted {
-    /// Requests that were answered with at least 64 KiB.
+    /// Answers of at least 64 KiB.
     pub(super) transfers: u64,
     pub(super) bytes_sent: u64,
     pub(super) bytes_taken: u64,
-    /// Most connections that carried a transfer at a time.
+    /// Highest number of connections that carried a transfer at one time.
     pub(super) busy_max: u64,
-    /// Since it was started.
+    /// Since the start of the server.
     pub(super) core_seconds: f64,
 }
 
@@ -58,18 +58,19 @@ impl Served {
         let output = child.stdout.take().context("the server has no output")?;
         let lines = Mutex::new((child.stdin.take(), BufReader::new(output)));
         let mut served = Self { child, lines, addr: String::new(), authority };
+        // The first line is the server's address. It is empty if the server exited.
         served.addr = served.line()?;
         ensure!(!served.addr.is_empty(), "the server did not start");
         Ok(served)
     }
 
-    /// The address, with its scheme and without a slash at the end.
+    /// The server's URL, without a trailing slash.
     pub(super) fn url(&self) -> String {
         let scheme = if self.authority.is_some() { "https" } else { "http" };
         format!("{scheme}://{}", self.addr)
     }
 
-    /// What points S3 clients, ours and the others, here.
+    /// Environment variables that point S3 clients, ours and the peers', at this server.
     pub(super) fn env(&self) -> Vec<(String, String)> {
         let mut env = vec![
             ("AWS_ACCESS_KEY_ID", "BENCH".to_owned()),
@@ -88,22 +89,23 @@ impl Served {
     }
 
     pub(super) fn counted(&self) -> Result<Counted> {
-        let told: Value = serde_json::from_str(&self.asked("stats")?)?;
-        let number = |name: &str| told[name].as_u64().with_context(|| format!("the server tells no {name}"));
+        let stats: Value = serde_json::from_str(&self.ask("stats")?)?;
+        let number = |name: &str| stats[name].as_u64().with_context(|| format!("the server reports no {name}"));
         Ok(Counted {
             transfers: number("transfers")?,
             bytes_sent: number("bytes_sent")?,
             bytes_taken: number("bytes_taken")?,
             busy_max: number("busy_max")?,
-            core_seconds: told["core_seconds"].as_f64().unwrap_or_default(),
+            core_seconds: stats["core_seconds"].as_f64().unwrap_or_default(),
         })
     }
 
     pub(super) fn forget_counts(&self) -> Result<()> {
-        self.asked("reset").map(drop)
+        self.ask("reset").map(drop)
     }
 
-    fn asked(&self, word: &str) -> Result<String> {
+    /// Sends a command and returns the reply.
+    fn ask(&self, word: &str) -> Result<String> {
         {
             let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
             let input = lines.0.as_mut().context("the server was ended")?;
@@ -122,6 +124,7 @@ impl Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
+        // The server exits when its standard input is closed.
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).0 = None;
         let _ = self.child.wait();
     }

@@ -1,4 +1,4 @@
-//! What all rows are given: where data lies, who is measured, how much and how often.
+//! Input of all rows: data folders, programs, sizes and number of rounds.
 
 use super::peers::Peers;
 use super::scratch::Scratch;
@@ -22,17 +22,17 @@ pub(super) struct Setup {
     pub(super) sizes: Sizes,
 }
 
-/// How much is moved, in bytes.
+/// Amounts of data, in bytes. Pairs are a number of files and the size of each.
 #[derive(Clone, Copy)]
 pub(super) struct Sizes {
     pub(super) file: u64,
     pub(super) many: (usize, u64),
     pub(super) small: (usize, u64),
-    /// A file of holes, for what depends on size alone.
+    /// Size of a sparse file, for measurements that depend on the size alone.
     pub(super) sparse: u64,
-    /// The tensors of a safetensors file.
+    /// Size of all tensors of a safetensors file.
     pub(super) tensors: u64,
-    /// Hits in one process.
+    /// Number of hits in one process.
     pub(super) calls: usize,
 }
 
@@ -56,33 +56,33 @@ impl Sizes {
 }
 
 impl Setup {
-    /// The folder that is served.
+    /// Returns the folder that the server serves.
     pub(super) fn served(&self) -> PathBuf {
         self.scratch.memory.join("s3")
     }
 
-    /// Our program on a directory, with nothing of this terminal's environment.
+    /// Returns a command for our program on the cache directory `dir`, with a clean environment.
     pub(super) fn modelcache(&self, dir: &Path) -> Command {
         let mut command = Command::new(&self.program);
         self.place(command.env_clear(), dir);
         command
     }
 
-    /// The same with a remote.
+    /// Like [`Setup::modelcache`], with `served` as the remote.
     pub(super) fn with_remote(&self, dir: &Path, served: &Served) -> Command {
         let mut command = self.modelcache(dir);
         point(&mut command, served);
         command
     }
 
-    /// A script that uses our Python package, on a directory.
+    /// Returns a command for a script that uses our Python package on the cache directory `dir`.
     pub(super) fn python(&self, script: &str, dir: &Path) -> Command {
         let mut command = self.peers.script(script);
         self.place(&mut command, dir);
         command
     }
 
-    /// The same with a remote.
+    /// Like [`Setup::python`], with `served` as the remote.
     pub(super) fn python_with_remote(&self, script: &str, dir: &Path, served: &Served) -> Command {
         let mut command = self.python(script, dir);
         point(&mut command, served);
@@ -93,8 +93,8 @@ impl Setup {
         command.env("HOME", &self.scratch.disk).env("MODEL_CACHE_DIR", dir).env("MODEL_CACHE_MIN_FREE_BYTES", "0");
     }
 
-    /// Makes a file or folder in memory an artifact of the server, by our own put; its bytes are served from where they
-    /// lie. It must not have been published before.
+    /// Publishes a file or folder in memory as an artifact, by our own put. Files that the server discarded are then
+    /// linked into the served folder. The artifact must not have been published before.
     pub(super) fn publish(&self, served: &Served, name: &str, source: &Path) -> Result<Run> {
         let dir = self.scratch.fresh("put")?;
         let mut put = self.with_remote(&dir, served);
@@ -103,7 +103,7 @@ impl Setup {
         let version = self.served().join(BUCKET).join(PREFIX).join(name).join("1");
         for file in files_of(source)? {
             let target = version.join(file.file_name().context("a file has a name")?);
-            // The server keeps small ones itself.
+            // The server keeps small files itself.
             if !target.exists() {
                 link(&file, &target)?;
             }
@@ -111,7 +111,7 @@ impl Setup {
         Ok(run)
     }
 
-    /// Makes a file or folder in memory objects for the others, below `prefix/`.
+    /// Makes a file or folder in memory available to the peers, as objects below `prefix/`.
     pub(super) fn expose(&self, prefix: &str, source: &Path) -> Result<()> {
         let folder = self.served().join(BUCKET).join(prefix);
         for file in files_of(source)? {
@@ -120,7 +120,7 @@ impl Setup {
         Ok(())
     }
 
-    /// Runs a `get` of ours and gives what it used and the path it printed.
+    /// Runs our `get`. Returns its usage and the path that it printed.
     pub(super) fn get(&self, command: &mut Command, reference: &str) -> Result<(Run, PathBuf)> {
         let (used, printed) = run(command.args(["get", reference, "--quiet"]))?;
         let path = printed.lines().next().context("get printed no path")?;
@@ -128,7 +128,7 @@ impl Setup {
     }
 }
 
-/// At our prefix in the bucket of a server.
+/// Points a command at our prefix in the bucket of a server.
 fn point(command: &mut Command, served: &Served) {
     command.envs(served.env()).env("MODEL_CACHE_REMOTE", format!("s3://{BUCKET}/{PREFIX}"));
 }
@@ -138,7 +138,7 @@ fn link(file: &Path, target: &Path) -> Result<()> {
     fs::hard_link(file, target).with_context(|| format!("cannot link {}", target.display()))
 }
 
-/// The file itself, or the files in the folder, sorted.
+/// Returns `path` if it is a file, else the files in the folder, sorted.
 pub(super) fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
     if path.is_file() {
         return Ok(vec![path.to_owned()]);
@@ -150,7 +150,7 @@ pub(super) fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Errors unless `path`, a file or folder, has this many bytes: what brings less is no rival.
+/// Fails unless `path`, a file or folder, has exactly this many bytes, so that an incomplete copy does not count.
 pub(super) fn has_bytes(path: &Path, wanted: u64) -> Result<()> {
     let sizes = files_of(path)?.iter().map(|file| Ok(file.metadata()?.len())).collect::<Result<Vec<u64>>>()?;
     let found: u64 = sizes.iter().sum();
@@ -158,7 +158,7 @@ pub(super) fn has_bytes(path: &Path, wanted: u64) -> Result<()> {
     Ok(())
 }
 
-/// Makes files durable as `sync FILE…` does.
+/// Makes files durable by `sync FILE…`.
 pub(super) fn sync(path: &Path) -> Result<Run> {
     let mut command = Command::new("sync");
     command.args(files_of(path)?);
@@ -168,7 +168,7 @@ pub(super) fn sync(path: &Path) -> Result<Run> {
     measure(&mut command)
 }
 
-/// Reads files once, in large pieces: what a loader does.
+/// Reads files once in large pieces, like a model loader.
 pub(super) fn read(path: &Path, direct: bool) -> Result<Run> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("bench-read").args(direct.then_some("--direct")).args(files_of(path)?);

@@ -1,6 +1,7 @@
-//! A safetensors file of any size, written slice by slice: this process stays small, which the figures for memory need.
+//! Writes a safetensors file of any size in slices, because this process must stay small: its size is a lower bound of
+//! the measured memory.
 //!
-//! Vectors of 32-bit numbers, all of one length, of any bit pattern: not a number among them is none's concern.
+//! All tensors are vectors of 32-bit numbers and have equal length. Any bit pattern may occur, including NaN.
 
 use super::setup::Setup;
 use anyhow::{Context, Result};
@@ -10,25 +11,25 @@ use std::fs::{File, create_dir_all};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-/// How many there are in a file.
+/// Number of tensors in the file.
 pub(super) const TENSORS: u64 = 64;
 const SLICE_BYTES: usize = 1 << 20;
 
-/// The artifact that it is, and the one file of it.
+/// Name and reference of the artifact, and its only file.
 pub(super) const NAME: &str = "bench/tensors";
 pub(super) const REFERENCE: &str = "bench/tensors@1";
 pub(super) const FILE: &str = "model.safetensors";
 const SEED: u64 = 11;
 
-/// Writes the file where data to be served lies; its folder, and its size with its header.
+/// Writes the file into the folder of served data. Returns its folder, and its size including the header.
 pub(super) fn write_for(setup: &Setup) -> Result<(PathBuf, u64)> {
     let folder = setup.scratch.memory.join("tensors");
     let bytes = write(&folder.join(FILE), SEED, setup.sizes.tensors)?;
     Ok((folder, bytes))
 }
 
-/// Writes a file whose tensors take `bytes`, and gives its size with its header. `bytes` is a multiple of [`TENSORS`]
-/// numbers.
+/// Writes a file with `bytes` of tensors, which must be a multiple of [`TENSORS`] numbers. Returns its size including
+/// the header.
 fn write(path: &Path, seed: u64, bytes: u64) -> Result<u64> {
     write_to(path, seed, bytes).with_context(|| format!("cannot write {}", path.display()))
 }
@@ -57,7 +58,7 @@ mod tests {
     fn every_byte_after_the_header_belongs_to_one_tensor() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("new/model.safetensors");
-        // More than one slice, and not a whole number of them.
+        // More than one slice, and not a multiple of the slice size.
         let bytes = TENSORS * 4 * 5000;
         let size = write(&path, 1, bytes).expect("written");
         let file = std::fs::read(&path).expect("read");

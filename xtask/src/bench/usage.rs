@@ -1,9 +1,9 @@
-//! Programs run to their end, and what they used: their own process and what it waited for, from `wait4(2)`.
+//! Runs programs to their end and measures their usage with `wait4(2)`: of the process, and of children it waited for.
 //!
-//! Nothing of a server or of this process is in the figures. A program that does not end is killed after [`LIMIT`].
+//! Servers and this process are not included. A program that does not end is killed after [`LIMIT`].
 //!
-//! Surprise: the peak of memory is that of the largest process, and cannot be told lower than this process's own
-//! size, which the kernel counts until the child has become the other program; this process stays small for that.
+//! Peak memory is that of the largest process. It is never below the size of this process, which the kernel counts
+//! until the child has executed the program, so this process must stay small.
 
 use crate::repository::shown;
 use anyhow::{Context, Result, bail, ensure};
@@ -16,24 +16,24 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The longest that one run may take.
+/// Longest time of one run.
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// Programs that run now, to be killed when the bench is interrupted.
+/// Running programs, to be killed when the bench is interrupted.
 static RUNNING: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 
-/// One run of a program.
+/// Usage of one run of a program.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Run {
     pub(super) seconds: f64,
-    /// On all cores, user and system, of the program and what it ran.
+    /// User and system time on all cores, of the program and its children.
     pub(super) core_seconds: f64,
-    /// The most memory that it held, page cache apart.
+    /// Peak memory, without the page cache.
     pub(super) rss_bytes: u64,
 }
 
 impl Run {
-    /// This and then that.
+    /// Returns the usage of this run followed by `next`.
     pub(super) fn then(self, next: Self) -> Self {
         Self {
             seconds: self.seconds + next.seconds,
@@ -43,47 +43,47 @@ impl Run {
     }
 }
 
-/// Runs `command` to its end, measures it, and gives what it printed.
+/// Runs `command` to its end. Returns its usage and its standard output.
 pub(super) fn run(command: &mut Command) -> Result<(Run, String)> {
-    let (run, status, said) = Running::start(command)?.wait()?;
-    let [printed, complaints] = said;
+    let (run, status, output) = Running::start(command)?.wait()?;
+    let [printed, complaints] = output;
     let last = complaints.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
     ensure!(status.success(), "`{}` ended with {status}: {last}", shown(command));
     Ok((run, printed))
 }
 
-/// Runs `command` to its end and measures it.
+/// Runs `command` to its end and returns its usage.
 pub(super) fn measure(command: &mut Command) -> Result<Run> {
     Ok(run(command)?.0)
 }
 
-/// What a script tells of itself: numbers by name, printed as one line of JSON.
+/// Figures that a script prints, by name, as one line of JSON.
 pub(super) struct Figures(Value);
 
 impl Figures {
-    /// Runs a script to its end, and gives what it used and what it tells.
+    /// Runs a script to its end. Returns its usage and its figures.
     pub(super) fn of(script: &mut Command) -> Result<(Run, Self)> {
         let (process, printed) = run(script)?;
-        Ok((process, Self(serde_json::from_str(&printed).context("the script told no figures")?)))
+        Ok((process, Self(serde_json::from_str(&printed).context("the script printed no figures")?)))
     }
 
     pub(super) fn figure(&self, name: &str) -> Result<f64> {
-        self.0[name].as_f64().with_context(|| format!("the script tells no {name}"))
+        self.0[name].as_f64().with_context(|| format!("the script printed no {name}"))
     }
 }
 
-/// A program that has been started.
+/// A program that was started.
 pub(super) struct Running {
     started: Instant,
     pid: u32,
     output: [File; 2],
-    /// Dropped, it calls the watchdog off.
+    /// Stops the watchdog when it is dropped.
     _watchdog: Sender<()>,
 }
 
 impl Running {
     pub(super) fn start(command: &mut Command) -> Result<Self> {
-        // Files, not pipes: nobody has to read while it runs.
+        // Files instead of pipes, because pipes would have to be read while the program runs.
         let output = [tempfile::tempfile()?, tempfile::tempfile()?];
         command.stdin(Stdio::null()).stdout(output[0].try_clone()?).stderr(output[1].try_clone()?);
         let started = Instant::now();
@@ -98,18 +98,18 @@ impl Running {
         Ok(Self { started, pid, output, _watchdog: watchdog })
     }
 
-    /// Whether it has not ended yet.
+    /// Returns true if the program has not ended yet.
     pub(super) fn is_running(&self) -> bool {
         let state = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
         state.rsplit(')').next().is_some_and(|rest| !rest.trim_start().starts_with('Z'))
     }
 
-    /// Asks it to end.
+    /// Sends SIGTERM to the program.
     pub(super) fn terminate(&self) {
         signal(self.pid, libc::SIGTERM);
     }
 
-    /// Waits for its end: what it used, how it ended, what it printed and complained of.
+    /// Waits for the program to end. Returns its usage, its exit status, its standard output and its standard error.
     pub(super) fn wait(mut self) -> Result<(Run, ExitStatus, [String; 2])> {
         let (status, usage) = wait4(self.pid)?;
         let run = Run {
@@ -118,18 +118,18 @@ impl Running {
             rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or_default() * 1024,
         };
         running().retain(|pid| *pid != self.pid);
-        let mut said = [String::new(), String::new()];
-        for (file, text) in self.output.iter_mut().zip(&mut said) {
+        let mut output = [String::new(), String::new()];
+        for (file, text) in self.output.iter_mut().zip(&mut output) {
             file.rewind()?;
             let mut bytes = Vec::new();
             file.read_to_end(&mut bytes)?;
             *text = String::from_utf8_lossy(&bytes).into_owned();
         }
-        Ok((run, status, said))
+        Ok((run, status, output))
     }
 }
 
-/// Kills whatever is running.
+/// Kills all running programs.
 pub(super) fn kill_all() {
     running().iter().for_each(|pid| signal(*pid, libc::SIGKILL));
 }
@@ -145,15 +145,16 @@ fn signal(pid: u32, number: i32) {
     ) else {
         return;
     };
-    // It may have ended by itself.
+    // The program may have ended.
     let _ = rustix::process::kill_process(pid, signal);
 }
 
-/// The standard library waits without asking what the child used.
+/// Waits for a child and returns its usage, which the standard library does not report.
 #[expect(unsafe_code, reason = "one call that fills two plain structures")]
 fn wait4(pid: u32) -> Result<(ExitStatus, libc::rusage)> {
     let pid = libc::pid_t::try_from(pid)?;
-    // SAFETY: `rusage` is made of integers, for which zeroes are a value, and the call writes into nothing but the two.
+    // SAFETY: `rusage` consists of integers, for which zero is a valid value, and the call writes only to `status` and
+    // `usage`.
     let (ended, status, usage) = unsafe {
         let (mut status, mut usage) = (0, std::mem::zeroed::<libc::rusage>());
         let ended = libc::wait4(pid, &mut status, 0, &mut usage);
@@ -165,10 +166,10 @@ fn wait4(pid: u32) -> Result<(ExitStatus, libc::rusage)> {
     Ok((ExitStatus::from_raw(status), usage))
 }
 
-/// Core-seconds of this process.
+/// Returns the core-seconds of this process.
 #[expect(unsafe_code, reason = "one call that fills one plain structure")]
 pub(super) fn own_core_seconds() -> f64 {
-    // SAFETY: as above.
+    // SAFETY: as in `wait4`.
     let usage = unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
         libc::getrusage(libc::RUSAGE_SELF, &mut usage);
@@ -187,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_the_program_itself_used_is_counted() {
+    fn usage_of_other_programs_is_not_counted() {
         let work = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo $i";
         let beside = std::thread::spawn(move || measure(Command::new("sh").args(["-c", work])));
         let idle = measure(Command::new("sleep").arg("0.2")).expect("sleep runs");
@@ -197,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_tells_the_last_complaint() {
+    fn a_failure_names_the_last_line_of_standard_error() {
         let error =
             measure(Command::new("sh").args(["-c", "echo so >&2; echo why >&2; exit 3"])).expect_err("it fails");
         assert!(error.to_string().ends_with("exit status: 3: why"), "{error}");

@@ -1,6 +1,6 @@
-//! `testkit hub` and `testkit s3`: the stand-ins for a person at a terminal.
+//! `testkit hub` and `testkit s3`: run the stand-ins from a terminal.
 //!
-//! Prints where it listens, as `export` lines for a shell, and serves until it is interrupted.
+//! Prints the connection settings as `export` lines for a shell, then serves until interrupted.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ fn main() -> ExitCode {
 
 fn run() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let stand_in = arguments.next().context("what shall be served?")?;
+    let stand_in = arguments.next().context("missing argument: hub or s3")?;
     let options = Options::parse(arguments)?;
     match stand_in.as_str() {
         "hub" => serve_hub(&options),
@@ -89,7 +89,8 @@ fn wait() -> ! {
     }
 }
 
-/// Names and folders two levels down, three below `datasets` and `spaces`.
+/// Returns the repos below `root`, sorted by name, with their folders. Names have two segments (`org/name`), or three
+/// below `datasets` and `spaces`.
 fn repos_in(root: &Path) -> anyhow::Result<Vec<(String, PathBuf)>> {
     let mut repos = Vec::new();
     for (org, folder) in folders_in(root)? {

@@ -1,7 +1,7 @@
-//! From a request to its answer: faults first, then the route, then the right to read.
+//! From a request to its answer: faults first, then routing, then authorization.
 //!
-//! Every request is written down with the status it got, whichever way it went. A private repo looks absent to those
-//! who may not read it; a gated one shows its listings and keeps its files.
+//! Every request is logged with the status it got. A private repo answers like a missing one unless the token may read
+//! it. A gated repo shows its listings but refuses its files.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use crate::serve::{Answer, Dropped, lock};
 
 type Answering = BoxFuture<'static, Result<Answer, Dropped>>;
 
-/// What a listener answers with.
+/// Returns the request handler of a listener.
 pub(super) fn handler(shared: &Arc<Shared>, place: Place) -> impl Fn(Request<Incoming>) -> Answering + Clone + use<> {
     let shared = shared.clone();
     move |request| {
@@ -30,7 +30,7 @@ pub(super) fn handler(shared: &Arc<Shared>, place: Place) -> impl Fn(Request<Inc
     }
 }
 
-/// Answers one request and writes it down.
+/// Answers one request and logs it.
 async fn logged(shared: Arc<Shared>, place: Place, request: Request<Incoming>) -> Result<Answer, Dropped> {
     let mut seen = Seen::of(place, &request);
     let answer = answered(&shared, &mut seen, request).await;
@@ -40,6 +40,7 @@ async fn logged(shared: Arc<Shared>, place: Place, request: Request<Incoming>) -
 }
 
 async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incoming>) -> Result<Answer, Dropped> {
+    // The CDN's paths name digests only. Resolve them first, because faults are aimed at the path in the repo.
     let object = match seen.place {
         Place::Cdn => Some(resolve::cdn_object(shared, &seen.path, &seen.query)),
         _ => None,
@@ -48,6 +49,7 @@ async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incomi
         Some(Ok(object)) => object.subject.clone(),
         _ => route::decode(&seen.path).unwrap_or_else(|| seen.path.clone()),
     };
+    // Faults that replace the answer apply before routing and authorization.
     if let Some(kind) = shared.faults.strike(&seen.method, &subject, Kind::replaces_answer)
         && let Some(answer) = struck(kind, seen).await?
     {
@@ -63,7 +65,7 @@ async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incomi
     }
 }
 
-/// What a fault answers in place of the right thing; `None` if it only took time.
+/// Returns the answer that a fault puts in place of the regular one, or `None` if the fault only delays.
 async fn struck(kind: Kind, seen: &Seen) -> Result<Option<Answer>, Dropped> {
     Ok(match kind {
         Kind::Throttle(seconds) => Some(refuse::throttled(seconds, false)),
@@ -96,7 +98,7 @@ async fn at_hub(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incoming
     Ok(asked.route(&route).unwrap_or_else(|refusal| *refusal))
 }
 
-/// One request at the Hub, read in full.
+/// One request to the Hub, with its body.
 struct Asked<'a> {
     shared: &'a Arc<Shared>,
     seen: &'a Seen,
@@ -153,6 +155,7 @@ impl Asked<'_> {
 
 fn visible<'a>(repos: &'a Repos, id: &RepoId, headers: &HeaderMap) -> Result<&'a RepoData, Box<Answer>> {
     let token = bearer(headers).unwrap_or_default();
+    // Without read access the repo answers as if it did not exist, like the real Hub.
     let may_read = |repo: &&RepoData| repo.readers.as_ref().is_none_or(|readers| readers.contains(token));
     repos.by_id.get(id).filter(may_read).ok_or_else(|| Box::new(refuse::no_repo()))
 }
@@ -167,7 +170,7 @@ fn tree_at(repo: &RepoData, revision: &str) -> Result<Arc<Tree>, Box<Answer>> {
     repo.tree(revision).ok_or_else(|| Box::new(refuse::no_revision(revision)))
 }
 
-/// The token of an `Authorization: Bearer` header.
+/// Returns the token of an `Authorization: Bearer` header.
 pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
     value.strip_prefix("Bearer ").or_else(|| value.strip_prefix("bearer ")).map(str::trim)

@@ -1,7 +1,7 @@
 //! The JSON routes: info, tree, paths-info, refs, commits, whoami.
 //!
-//! Entries say the same of a file wherever they appear: `oid` is git's, the SHA-256 of an LFS file stands in `lfs`.
-//! Trees come in pages; the link to the next is absolute and names the host the client itself used.
+//! All routes describe a file by the same fields: `oid` is git's blob id; `lfs` holds the SHA-256 of an LFS file. Trees
+//! are paged; the link to the next page is absolute and names the host of the client's request.
 
 use std::collections::BTreeMap;
 
@@ -18,18 +18,18 @@ use crate::serve::{Answer, answer, lock};
 
 const LONG_AGO: &str = "2024-01-01T00:00:00.000Z";
 
-/// An answer of 200 with a JSON body.
+/// Answers 200 with a JSON body.
 pub(super) fn json(value: &Value) -> Answer {
     answer(StatusCode::OK, "application/json; charset=utf-8", value.to_string())
 }
 
-/// A repo and one of its revisions, with the commit and with its files if asked.
+/// Describes a repo at one of its revisions. Sizes and digests of its files are included if the query sets `blobs`.
 pub(super) fn info(shared: &Shared, id: &RepoId, repo: &RepoData, tree: &Tree, query: &str) -> Answer {
     let blobs = is_set(query, "blobs");
     let sibling = |entry: &Entry| {
         let mut row = json!({ "rfilename": entry.path });
         if blobs {
-            let size = shared.told_size(entry);
+            let size = shared.metadata_size(entry);
             row["size"] = size.into();
             row["blobId"] = entry.oid.as_str().into();
             if let Some(lfs) = &entry.lfs {
@@ -61,7 +61,7 @@ pub(super) fn info(shared: &Shared, id: &RepoId, repo: &RepoData, tree: &Tree, q
     json(&body)
 }
 
-/// One page of the entries below a folder.
+/// Returns one page of the entries below a folder.
 pub(super) fn tree(shared: &Shared, repo: &RepoData, tree: &Tree, folder: &str, at: &PageOf<'_>) -> Answer {
     let folder = folder.trim_matches('/');
     let rows = rows_below(tree, folder, is_set(at.query, "recursive"));
@@ -77,13 +77,14 @@ pub(super) fn tree(shared: &Shared, repo: &RepoData, tree: &Tree, folder: &str, 
     let page: Vec<Value> = page.map(|row| row.json(shared, repo, tree, expand)).collect();
     let mut answer = json(&Value::Array(page));
     if start + page_size < rows.len() {
+        // Paging as on the Hub: a `Link` header names the next page, the last page has none.
         let link = format!("<{}>; rel=\"next\"", at.next_url(start + page_size));
         answer.headers_mut().insert(LINK, link.parse().expect("a URL from a request is a header value"));
     }
     answer
 }
 
-/// The request a page answers, from which the address of the next is made.
+/// The request for a page, from which the URL of the next page is built.
 pub(super) struct PageOf<'a> {
     pub(super) headers: &'a HeaderMap,
     pub(super) path: &'a str,
@@ -93,6 +94,7 @@ pub(super) struct PageOf<'a> {
 
 impl PageOf<'_> {
     fn next_url(&self, cursor: usize) -> String {
+        // The host that the client used, so that a proxy in front of the Hub also sees the request for the next page.
         let host = self.headers.get(HOST).and_then(|host| host.to_str().ok());
         let base = host.map_or_else(|| self.own_url.to_owned(), |host| format!("http://{host}"));
         let kept = self.query.split('&').filter(|pair| !pair.is_empty() && !pair.starts_with("cursor="));
@@ -102,7 +104,7 @@ impl PageOf<'_> {
     }
 }
 
-/// The entries for the paths named in a form or JSON body; unknown paths are left out.
+/// Returns the entries of the paths named in a form or JSON body. Unknown paths are left out.
 pub(super) fn paths_info(shared: &Shared, repo: &RepoData, tree: &Tree, body: &str) -> Answer {
     let parsed = serde_json::from_str::<Value>(body).ok();
     let (paths, expand) = match parsed.as_ref().and_then(|body| body.get("paths")) {
@@ -118,7 +120,7 @@ pub(super) fn paths_info(shared: &Shared, repo: &RepoData, tree: &Tree, body: &s
     json(&Value::Array(found.collect()))
 }
 
-/// Branches, tags and pull requests.
+/// Lists branches, tags and pull requests.
 pub(super) fn refs(repo: &RepoData) -> Answer {
     let of = |prefix: &str| -> Value {
         let matching = repo.refs.iter().filter_map(|(name, commit)| Some((name, name.strip_prefix(prefix)?, commit)));
@@ -130,7 +132,7 @@ pub(super) fn refs(repo: &RepoData) -> Answer {
     json(&body)
 }
 
-/// The commits of the repo, newest first, from the one the revision names.
+/// Lists the commits of the repo, newest first, starting at the requested revision.
 pub(super) fn commits(repo: &RepoData, tree: &Tree) -> Answer {
     let from_here = repo.commits.iter().rev().skip_while(|commit| **commit != tree.commit);
     let row =
@@ -138,7 +140,7 @@ pub(super) fn commits(repo: &RepoData, tree: &Tree) -> Answer {
     json(&from_here.map(row).collect())
 }
 
-/// Who a token belongs to.
+/// Names the user that the token belongs to.
 pub(super) fn whoami(shared: &Shared, headers: &HeaderMap) -> Answer {
     let name = bearer(headers).and_then(|token| lock(&shared.settings).users.get(token).cloned());
     match name {
@@ -150,7 +152,7 @@ pub(super) fn whoami(shared: &Shared, headers: &HeaderMap) -> Answer {
     }
 }
 
-/// A file, or a folder with the hash over what lies below it.
+/// An entry of a listing: a file, or a folder with a hash over the files below it.
 enum Row<'a> {
     File(&'a Entry),
     Folder { path: String, oid: String },
@@ -168,7 +170,7 @@ impl Row<'_> {
         let mut row = match self {
             Row::Folder { path, oid } => json!({ "type": "directory", "oid": oid, "size": 0, "path": path }),
             Row::File(entry) => {
-                let size = shared.told_size(entry);
+                let size = shared.metadata_size(entry);
                 let mut row = json!({ "type": "file", "oid": entry.oid, "size": size, "path": entry.path });
                 if let Some(lfs) = &entry.lfs {
                     row["lfs"] = json!({ "oid": lfs.sha256, "size": size, "pointerSize": lfs.pointer_size });
@@ -186,7 +188,7 @@ impl Row<'_> {
     }
 }
 
-/// A stand-in for the xet hash: 64 hex digits that are not the SHA-256.
+/// A made-up xet hash: 64 hex digits that differ from the SHA-256.
 pub(super) fn xet_hash(entry: &Entry) -> String {
     content::sha256(format!("xet {}", entry.digest()).as_bytes())
 }
@@ -197,6 +199,8 @@ fn rows_below<'a>(tree: &'a Tree, folder: &str, recursive: bool) -> Vec<Row<'a>>
     for (path, entry) in &tree.files {
         let Some(below) = path.strip_prefix(&prefix) else { continue };
         for (at, _) in below.match_indices('/') {
+            // Every folder between the listed folder and the file becomes an entry; without `recursive`, only the
+            // first.
             let inner = &path[..prefix.len() + at];
             rows.entry(inner).or_insert_with(|| folder_row(tree, inner));
             if !recursive {

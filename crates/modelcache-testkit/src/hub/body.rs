@@ -1,8 +1,6 @@
 //! Answers that carry file content: ranges, streaming and the faults of a body.
 //!
-//! Content is produced a chunk at a time as the client takes it, so a file of any size costs one chunk of memory.
-//! Surprise: to cut a body short of its announced length the stream waits a moment before it ends, because hyper may
-//! throw away what it has buffered when a body ends too early.
+//! Content is read one chunk at a time as the client takes it, so a file of any size costs one chunk of memory.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,9 +20,11 @@ use crate::content::{CHUNK, Content};
 use crate::range::{Wanted, wanted};
 use crate::serve::{Answer, Body, BoxError, Dropped, full};
 
+/// Pause before a body is cut short. Hyper may discard its write buffer when a body ends before `Content-Length`; the
+/// pause lets it send the buffered bytes first.
 const CUT_GRACE: Duration = Duration::from_millis(30);
 
-/// Serves `content`, or the range of it that the headers ask for. `subject` is what body faults are aimed at.
+/// Serves `content`, or the range that the headers ask for. Body faults are matched against `subject`.
 pub(super) fn content(
     shared: &Arc<Shared>,
     subject: &str,
@@ -45,6 +45,7 @@ pub(super) fn content(
 
     let mut plan = Plan::default();
     if method == Method::GET {
+        // `Short` changes the range before `Content-Length` is computed, so the answer is consistent in itself.
         if let Some(Kind::Short(by)) = strike(|kind| matches!(kind, Kind::Short(_))) {
             range.end = range.end.saturating_sub(by).max(range.start);
         }
@@ -75,7 +76,7 @@ fn unsatisfiable(len: u64) -> Answer {
     answer
 }
 
-/// What will be wrong with one body; positions are offsets in the file.
+/// The faults of one body. Positions are offsets in the file.
 #[derive(Debug, Default)]
 struct Plan {
     flip: Option<u64>,
@@ -91,6 +92,7 @@ impl Plan {
             plan.flip = Some(at);
         }
         let size = range.end - range.start;
+        // Faults that need more bytes than this body has stay armed for a later answer.
         if let Some(Kind::Cut(bytes)) = take(&|kind| matches!(kind, Kind::Cut(bytes) if *bytes < size)) {
             plan.cut = Some(range.start + bytes);
         }
@@ -104,15 +106,16 @@ impl Plan {
         plan
     }
 
-    /// The next place where something happens, so that chunks end there.
+    /// Returns the end of the next chunk, so that no chunk spans a cut or a stall.
     fn chunk_end(&self, at: u64, end: u64) -> u64 {
+        // A flip needs no boundary: it alters one byte within a chunk.
         let marks = [self.cut, self.stall.map(|(mark, _)| mark)];
         let next = marks.into_iter().flatten().filter(|mark| *mark > at).min().unwrap_or(end);
         (at + CHUNK).min(next).min(end)
     }
 }
 
-struct Reading {
+struct BodyStream {
     shared: Arc<Shared>,
     content: Content,
     at: u64,
@@ -120,7 +123,7 @@ struct Reading {
     plan: Plan,
 }
 
-impl Reading {
+impl BodyStream {
     async fn next(mut self) -> Option<(Result<Frame<Bytes>, BoxError>, Self)> {
         if let Some((mark, time)) = self.plan.stall
             && mark == self.at
@@ -128,6 +131,7 @@ impl Reading {
             self.plan.stall = None;
             tokio::time::sleep(time).await;
         }
+        // Ending the stream with an error makes hyper close the connection early.
         if self.plan.cut == Some(self.at) {
             tokio::time::sleep(CUT_GRACE).await;
             return Some((Err(Dropped.into()), self));
@@ -153,6 +157,6 @@ impl Reading {
 
 fn stream_body(shared: &Arc<Shared>, content: &Content, range: Range<u64>, plan: Plan) -> Body {
     let (shared, content) = (shared.clone(), content.clone());
-    let reading = Reading { shared, content, at: range.start, end: range.end, plan };
-    StreamBody::new(stream::unfold(reading, Reading::next)).boxed_unsync()
+    let reading = BodyStream { shared, content, at: range.start, end: range.end, plan };
+    StreamBody::new(stream::unfold(reading, BodyStream::next)).boxed_unsync()
 }

@@ -1,11 +1,10 @@
-//! A stand-in of the Hugging Face Hub, with a CDN on another address.
+//! A stand-in for the Hugging Face Hub, with its CDN on another address.
 //!
-//! Speaks the routes, headers and error codes that download clients depend on, for repos that a test fills itself.
-//! LFS files are redirected to the CDN by signed URLs, everything asked is logged, and [`Hub::faults`] breaks what
-//! should be broken.
+//! Implements the routes, headers and error codes that download clients depend on, for repos that a test creates. LFS
+//! files are redirected to the CDN by signed URLs. All requests are logged, and [`Hub::faults`] injects failures.
 //!
-//! Surprise: the CDN listens on 127.0.0.2 where the system allows it, so that a client which compares hosts, not
-//! ports, also sees another host. Tokens that arrive there are kept in the log: see [`Hub::tokens_at_cdn`].
+//! The CDN listens on 127.0.0.2 where the system allows it, so that it is another host also to clients that compare
+//! hosts without ports. Tokens that arrive there are logged: see [`Hub::tokens_at_cdn`].
 
 mod answer;
 mod api;
@@ -36,7 +35,7 @@ use crate::faults::Faults;
 use crate::log::{Log, Place, Seen};
 use crate::serve::{Server, bind, lock, serve};
 
-/// A running Hub with its CDN; both end when it is dropped.
+/// A running Hub with its CDN. Both stop when it is dropped.
 #[derive(Debug)]
 pub struct Hub {
     shared: Arc<Shared>,
@@ -44,7 +43,7 @@ pub struct Hub {
     cdn: Server,
 }
 
-/// What both listeners work on.
+/// State shared by both listeners.
 #[derive(Debug, Default)]
 struct Shared {
     repos: Mutex<Repos>,
@@ -80,12 +79,12 @@ impl Default for Settings {
 }
 
 impl Hub {
-    /// Starts an empty Hub on a free port. Errors if nothing can listen on loopback.
+    /// Starts an empty Hub on a free port. Fails if it cannot listen on loopback.
     pub async fn start() -> anyhow::Result<Self> {
         Self::start_on(0)
     }
 
-    /// Like [`Hub::start`], for code without a runtime and for a fixed port (0 picks one).
+    /// Like [`Hub::start`], for callers without a runtime and for a fixed port (0 picks a free one).
     pub fn start_on(port: u16) -> anyhow::Result<Self> {
         let shared = Arc::new(Shared::default());
         let hub = bind(("127.0.0.1", port))?;
@@ -97,22 +96,24 @@ impl Hub {
         Ok(Self { shared, hub, cdn })
     }
 
-    /// The address for `HF_ENDPOINT`, without a slash at the end.
+    /// The value for `HF_ENDPOINT`: the Hub's URL without a trailing slash.
     pub fn url(&self) -> String {
         self.shared.hub_url().to_owned()
     }
 
-    /// The address of the CDN, without a slash at the end.
+    /// The CDN's URL, without a trailing slash.
     pub fn cdn_url(&self) -> String {
         self.shared.cdn_url().to_owned()
     }
 
-    /// The repo of this name, created empty if need be: `org/model`, `gpt2`, `datasets/org/set`, `spaces/org/app`.
+    /// Returns the repo of this name and creates it if needed: `org/model`, `gpt2`, `datasets/org/set`,
+    /// `spaces/org/app`.
     pub fn repo(&self, name: &str) -> Repo {
         Repo::new(self.shared.clone(), name)
     }
 
-    /// Commits every file below `folder` to a repo, paths relative to it. Errors are those of reading the folder.
+    /// Commits every file below `folder` to a repo, by its path relative to `folder`. Fails if the folder cannot be
+    /// read.
     pub fn repo_from_folder(&self, name: &str, folder: impl AsRef<Path>) -> anyhow::Result<Repo> {
         let folder = folder.as_ref();
         let repo = self.repo(name);
@@ -126,7 +127,7 @@ impl Hub {
         Ok(repo)
     }
 
-    /// The faults; see [`HubFault`] for what there is.
+    /// The armed faults; see [`HubFault`] for the kinds.
     pub fn faults(&self) -> &Faults<HubFaultKind> {
         &self.shared.faults
     }
@@ -137,60 +138,60 @@ impl Hub {
         self.cdn.set_down(down);
     }
 
-    /// Entries in one page of a tree, 1,000 unless changed.
+    /// Sets the number of entries per page of a tree. The default is 1,000.
     pub fn page_size(&self, entries: usize) {
         lock(&self.shared.settings).page_size = entries.max(1);
     }
 
-    /// Whether a revision that can move is answered with 307 to its commit. The real Hub does not; off at first.
+    /// Sets whether a branch or tag is answered with 307 to its commit. Off by default, as on the real Hub.
     pub fn redirect_revisions(&self, on: bool) {
         lock(&self.shared.settings).redirect_revisions = on;
     }
 
-    /// How long signed URLs live that are handed out from now on: an hour unless changed, in whole seconds.
+    /// Sets the lifetime of signed URLs issued from now on, in whole seconds. The default is an hour.
     pub fn signed_url_ttl(&self, ttl: Duration) {
         lock(&self.shared.settings).signed_url_ttl = ttl;
     }
 
-    /// Makes every signed URL handed out so far worthless: the CDN answers 403.
+    /// Invalidates every signed URL issued so far: the CDN answers 403.
     pub fn expire_signed_urls(&self) {
         lock(&self.shared.settings).signing_epoch += 1;
     }
 
-    /// Redirects LFS files to another server from now on: to `<url>/<sha256>`, signed all the same. What is there, and
-    /// whether it looks at signatures, is that server's business; the log does not see it.
+    /// Redirects LFS files to another server from now on: to `<url>/<sha256>`, with a signature as usual. This stand-in
+    /// neither serves nor logs the requests to that server, and does not check their signatures.
     pub fn cdn_elsewhere(&self, url: &str) {
         lock(&self.shared.settings).cdn_elsewhere = Some(url.to_owned());
     }
 
-    /// Makes a token known to `whoami-v2` under this name.
+    /// Registers a token under this user name for `whoami-v2`.
     pub fn user(&self, name: &str, token: &str) {
         lock(&self.shared.settings).users.insert(token.to_owned(), name.to_owned());
     }
 
-    /// Every request so far, on both listeners.
+    /// Returns all requests so far, on both listeners.
     pub fn requests(&self) -> Vec<Seen> {
         self.shared.log.all()
     }
 
-    /// Forgets the requests and the count of body bytes.
+    /// Clears the request log and the count of body bytes.
     pub fn clear_requests(&self) {
         self.shared.log.clear();
         self.shared.body_bytes.store(0, Ordering::SeqCst);
     }
 
-    /// GETs that were answered with file content: the CDN's, and those the Hub served in place.
+    /// Returns the GETs answered with file content, by the CDN or by the Hub itself.
     pub fn body_gets(&self) -> Vec<Seen> {
         let is_body = |seen: &Seen| seen.method == "GET" && seen.file.is_some() && matches!(seen.status, 200 | 206);
         self.requests().into_iter().filter(is_body).collect()
     }
 
-    /// Bytes of file content handed to connections; what a client asked for and did not read may be among them.
+    /// Bytes of file content handed to connections. Includes bytes that a client requested and did not read.
     pub fn body_bytes(&self) -> u64 {
         self.shared.body_bytes.load(Ordering::SeqCst)
     }
 
-    /// Values of `Authorization` that reached the CDN, where none belongs.
+    /// Returns the `Authorization` values that reached the CDN. A correct client sends none there.
     pub fn tokens_at_cdn(&self) -> Vec<String> {
         let at_cdn = self.requests().into_iter().filter(|seen| seen.place == Place::Cdn);
         at_cdn.filter_map(|seen| seen.authorization).collect()
@@ -206,8 +207,8 @@ impl Shared {
         self.urls.get().map_or("", |urls| &urls.1)
     }
 
-    /// The size that metadata says, which a fault may have put off.
-    fn told_size(&self, entry: &Entry) -> u64 {
+    /// Returns the size that metadata states for a file, altered if a fault is armed.
+    fn metadata_size(&self, entry: &Entry) -> u64 {
         let size = entry.content.len();
         match self.faults.strike("GET", &entry.path, |kind| matches!(kind, Kind::LieSize(_))) {
             Some(Kind::LieSize(by)) => size.saturating_add_signed(by),

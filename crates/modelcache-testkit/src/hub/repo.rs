@@ -1,7 +1,7 @@
-//! Repos, their commits and the files in them; and the handles a test fills them with.
+//! Repos, their commits and files, and the handles by which a test fills them.
 //!
-//! A commit is immutable and its id is a hash over what it holds, so equal content gives equal ids from run to run.
-//! A [`CommitBuilder`] starts from the files of the branch it will move: what is not named stays.
+//! A commit is immutable. Its id is a hash over its parent and files, so equal content gives equal ids in every run. A
+//! [`CommitBuilder`] starts from the files of the branch it moves and keeps those that it does not change.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
@@ -11,13 +11,13 @@ use super::Shared;
 use crate::content::{self, Content};
 use crate::serve::lock;
 
-/// Files of at least this many bytes are LFS files unless said otherwise.
+/// Files of at least this many bytes are LFS files by default.
 const LFS_BYTES_MIN: u64 = 1024 * 1024;
-/// Names that the Hub's default `.gitattributes` sends to LFS at any size.
+/// File name endings that the Hub's default `.gitattributes` puts into LFS at any size.
 const LFS_ENDINGS: [&str; 10] =
     [".safetensors", ".bin", ".gguf", ".onnx", ".pt", ".pth", ".h5", ".msgpack", ".parquet", ".zip"];
 
-/// Which of the three sorts of repo, and its name of one or two segments.
+/// Type and name of a repo. The name has one or two segments.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct RepoId {
     pub(super) kind: RepoKind,
@@ -32,7 +32,7 @@ pub(super) enum RepoKind {
 }
 
 impl RepoId {
-    /// Reads `org/model`, `datasets/org/name`, `spaces/org/name`.
+    /// Parses `org/model`, `datasets/org/name` or `spaces/org/name`.
     pub(super) fn of(name: &str) -> Self {
         let (kind, name) = match name.split_once('/') {
             Some(("datasets", rest)) => (RepoKind::Dataset, rest),
@@ -42,7 +42,7 @@ impl RepoId {
         Self { kind, name: name.to_owned() }
     }
 
-    /// The path in front of `/resolve/`: the type is named for all but models.
+    /// Returns the path before `/resolve/`. It names the type of the repo, except for models.
     pub(super) fn web_path(&self) -> String {
         match self.kind {
             RepoKind::Model => format!("/{}", self.name),
@@ -61,9 +61,9 @@ pub(super) struct Repos {
 #[derive(Debug, Default)]
 pub(super) struct RepoData {
     trees: HashMap<String, Arc<Tree>>,
-    /// Full ref names (`refs/heads/main`) to commits.
+    /// Commits by full ref name (`refs/heads/main`).
     pub(super) refs: BTreeMap<String, String>,
-    /// Oldest first.
+    /// Commit ids, oldest first.
     pub(super) commits: Vec<String>,
     pub(super) readers: Option<BTreeSet<String>>,
     pub(super) accepted: Option<BTreeSet<String>>,
@@ -71,8 +71,9 @@ pub(super) struct RepoData {
 }
 
 impl RepoData {
-    /// The tree that a branch, tag, pull request or full commit id names.
+    /// Returns the tree of a branch, tag, pull request or full commit id.
     pub(super) fn tree(&self, revision: &str) -> Option<Arc<Tree>> {
+        // A branch comes before a tag of the same name. Any other revision is a full ref or a commit id.
         let names = [format!("refs/heads/{revision}"), format!("refs/tags/{revision}"), revision.to_owned()];
         let commit = names.iter().find_map(|name| self.refs.get(name)).map_or(revision, String::as_str);
         self.trees.get(commit).cloned()
@@ -91,7 +92,7 @@ pub(super) struct Tree {
 pub(super) struct Entry {
     pub(super) path: String,
     pub(super) content: Content,
-    /// What git calls the file: the hash of its content, or of its pointer if it is an LFS file.
+    /// Git's blob id of the file's content, or of its pointer if it is an LFS file.
     pub(super) oid: String,
     pub(super) lfs: Option<Lfs>,
 }
@@ -112,19 +113,20 @@ impl Entry {
         }
         let sha256 = claimed.map_or_else(|| content.sha256(), Ok)?;
         let size = content.len();
+        // The pointer that git stores in place of an LFS file.
         let pointer = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n");
         let oid = content::git_sha1(pointer.as_bytes());
         let lfs = Lfs { sha256, pointer_size: pointer.len() as u64 };
         Ok(Self { path, content, oid, lfs: Some(lfs) })
     }
 
-    /// The digest a client checks: SHA-256 for an LFS file, git's SHA-1 for others.
+    /// Returns the digest that a client checks: SHA-256 for an LFS file, git's SHA-1 for any other.
     pub(super) fn digest(&self) -> &str {
         self.lfs.as_ref().map_or(&self.oid, |lfs| &lfs.sha256)
     }
 }
 
-/// A repo of the stand-in, existing from its first mention.
+/// Handle of a repo. Repos are created on first use.
 #[derive(Clone, Debug)]
 pub struct Repo {
     shared: Arc<Shared>,
@@ -138,12 +140,12 @@ impl Repo {
         Self { shared, id }
     }
 
-    /// Begins a commit on `main`.
+    /// Starts a commit on `main`.
     pub fn commit(&self) -> CommitBuilder {
         CommitBuilder { repo: self.clone(), branch: "main".to_owned(), changes: Vec::new() }
     }
 
-    /// Points a branch at a commit; `refs/pr/1` and other full ref names are taken as they are.
+    /// Points a branch at a commit. Full ref names such as `refs/pr/1` are used unchanged.
     pub fn branch(&self, name: &str, commit: &str) {
         self.with(|repo| repo.refs.insert(full_ref("heads", name), commit.to_owned()));
     }
@@ -153,13 +155,13 @@ impl Repo {
         self.with(|repo| repo.refs.insert(full_ref("tags", name), commit.to_owned()));
     }
 
-    /// Hides the repo from everyone without this token; more calls let more tokens in.
+    /// Makes the repo private and lets this token read it. Further calls add tokens.
     pub fn private(&self, token: &str) -> &Self {
         self.with(|repo| repo.readers.get_or_insert_default().insert(token.to_owned()));
         self
     }
 
-    /// Gates the files: without a token let in by [`Repo::accept`] they are refused; listings stay open.
+    /// Makes the repo gated: its files need a token passed to [`Repo::accept`]; its listings stay readable.
     pub fn gated(&self) -> &Self {
         self.with(|repo| {
             repo.accepted.get_or_insert_default();
@@ -167,29 +169,30 @@ impl Repo {
         self
     }
 
-    /// Lets a token through the gate, making the repo gated if it was not.
+    /// Grants a token access to the files of a gated repo. Makes the repo gated if it was not.
     pub fn accept(&self, token: &str) -> &Self {
         self.with(|repo| repo.accepted.get_or_insert_default().insert(token.to_owned()));
         self
     }
 
-    /// Whether LFS entries carry a `xetHash` and answers the xet headers. Off at first. There is no xet server behind
-    /// it: a client that follows the hint gets 404.
+    /// Sets whether LFS entries have a `xetHash` and answers have the xet headers. Off by default. There is no xet
+    /// server: a client that uses the hint gets 404.
     pub fn xet(&self, on: bool) -> &Self {
         self.with(|repo| repo.xet = on);
         self
     }
 
-    /// The commit that a revision means now.
+    /// Returns the commit that a revision currently resolves to.
     pub fn resolve(&self, revision: &str) -> Option<String> {
         self.with(|repo| repo.tree(revision).map(|tree| tree.commit.clone()))
     }
 
-    /// Replaces a file of a commit that is published, which no honest Hub does: same commit, other content. Errors
-    /// only if a file on disk cannot be read.
+    /// Replaces a file of a published commit, which the real Hub never does: the commit id stays, the content changes.
+    /// Fails only if a file on disk cannot be read.
     pub fn tamper(&self, commit: &str, path: &str, content: impl Into<Content>) -> io::Result<()> {
         let entry = Arc::new(Entry::new(path, content.into(), None, None)?);
         self.with(|repo| {
+            // Requests in progress keep the old tree.
             if let Some(tree) = repo.trees.get_mut(commit) {
                 let mut files = tree.files.clone();
                 files.insert(path.to_owned(), entry);
@@ -208,7 +211,7 @@ fn full_ref(sort: &str, name: &str) -> String {
     if name.starts_with("refs/") { name.to_owned() } else { format!("refs/{sort}/{name}") }
 }
 
-/// Changes on top of a branch, made visible together by [`CommitBuilder::publish`].
+/// Changes on top of a branch. [`CommitBuilder::publish`] makes them visible together.
 #[derive(Debug)]
 pub struct CommitBuilder {
     repo: Repo,
@@ -225,13 +228,13 @@ struct Change {
 }
 
 impl CommitBuilder {
-    /// Moves this branch (or full ref) instead of `main`. A new one starts empty.
+    /// Moves this branch (or full ref) instead of `main`. A new branch starts empty.
     pub fn on(mut self, branch: &str) -> Self {
         self.branch = branch.to_owned();
         self
     }
 
-    /// Adds or replaces a file; LFS if it has at least 1 MiB or a name like `.safetensors`.
+    /// Adds or replaces a file. It is an LFS file if it has at least 1 MiB or an ending such as `.safetensors`.
     pub fn file(self, path: &str, content: impl Into<Content>) -> Self {
         self.change(path, Some(content.into()), None)
     }
@@ -241,12 +244,12 @@ impl CommitBuilder {
         self.change(path, Some(content.into()), Some(true))
     }
 
-    /// Adds or replaces a file that git itself holds.
+    /// Adds or replaces a file that is not in LFS.
     pub fn plain(self, path: &str, content: impl Into<Content>) -> Self {
         self.change(path, Some(content.into()), Some(false))
     }
 
-    /// Adds or replaces a generated file, by the rule of [`CommitBuilder::file`].
+    /// Adds or replaces a file of generated content; in LFS by the rule of [`CommitBuilder::file`].
     pub fn generated(self, path: &str, seed: u64, len: u64) -> Self {
         self.file(path, Content::generated(seed, len))
     }
@@ -256,8 +259,8 @@ impl CommitBuilder {
         self.change(path, None, None)
     }
 
-    /// Says the SHA-256 of the file added last instead of computing it: for huge files, or to lie. Only an LFS file
-    /// has one.
+    /// States the SHA-256 of the file added last instead of computing it: to save time on huge files, or to state a
+    /// wrong digest. Only LFS files have one.
     pub fn claim_sha256(mut self, sha256: &str) -> Self {
         if let Some(last) = self.changes.last_mut() {
             last.claimed = Some(sha256.to_owned());
@@ -265,7 +268,7 @@ impl CommitBuilder {
         self
     }
 
-    /// Hashes the files, makes the commit and answers its id. Errors only if a file on disk cannot be read.
+    /// Hashes the files, creates the commit and returns its id. Fails only if a file on disk cannot be read.
     pub fn publish(self) -> io::Result<String> {
         let parent = self.repo.with(|repo| repo.tree(&self.branch));
         let parent_commit = parent.as_ref().map_or("", |tree| &tree.commit).to_owned();
@@ -283,6 +286,7 @@ impl CommitBuilder {
         }
         let commit = commit_id(&parent_commit, &files);
         let tree = Tree { commit: commit.clone(), files };
+        // One locked step, so that no request sees the commit without its branch.
         self.repo.with(|repo| {
             repo.trees.insert(commit.clone(), Arc::new(tree));
             repo.commits.push(commit.clone());

@@ -1,10 +1,9 @@
-//! The content of files: `resolve` at the Hub, and the CDN that LFS files are redirected to.
+//! File content: `resolve` at the Hub, and the CDN that serves LFS files.
 //!
-//! A plain file is served in place. An LFS file is answered with 302, to HEAD and GET alike, at a URL of the CDN that
-//! carries an end and a signature; nothing but the exact URL opens it, and no token is wanted there.
+//! A plain file is served by the Hub itself. HEAD and GET of an LFS file are answered with 302 to a CDN URL with an
+//! expiry and a signature. The CDN accepts only this exact URL and needs no token.
 //!
-//! Surprise: the `Content-Length` of that 302 is the length of the redirect's text. The size of the file stands in
-//! `X-Linked-Size`.
+//! The `Content-Length` of that 302 is the length of the redirect's text. The size of the file is in `X-Linked-Size`.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -26,10 +25,10 @@ const X_LINKED_SIZE: HeaderName = HeaderName::from_static("x-linked-size");
 const X_XET_HASH: HeaderName = HeaderName::from_static("x-xet-hash");
 const KEPT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
-/// What a CDN address leads to.
+/// The file that a CDN URL leads to.
 #[derive(Clone, Debug)]
 pub(super) struct CdnObject {
-    /// The resolve path it was handed out for; faults are aimed at it.
+    /// The resolve path for which the URL was issued. Faults are matched against it.
     pub(super) subject: String,
     pub(super) entry: Arc<Entry>,
 }
@@ -45,7 +44,7 @@ pub(super) struct Ask<'a> {
     pub(super) xet: bool,
 }
 
-/// HEAD or GET of a file at the Hub.
+/// Answers HEAD or GET of a file at the Hub.
 pub(super) fn resolve(shared: &Arc<Shared>, ask: &Ask<'_>) -> Answer {
     let commit = ask.tree.commit.as_str();
     let Some(entry) = ask.tree.files.get(ask.file) else {
@@ -53,6 +52,7 @@ pub(super) fn resolve(shared: &Arc<Shared>, ask: &Ask<'_>) -> Answer {
     };
     let pinned = format!("{}/resolve/{commit}/{}", ask.repo.web_path(), utf8_percent_encode(ask.file, KEPT));
     let redirect_revisions = lock(&shared.settings).redirect_revisions;
+    // The first case that applies decides: redirect to the commit, not modified, redirect to the CDN, content.
     let mut answer = if redirect_revisions && ask.revision != commit {
         redirect(StatusCode::TEMPORARY_REDIRECT, &pinned)
     } else if *ask.method == Method::HEAD && is_known(ask.headers, entry.digest()) {
@@ -69,7 +69,7 @@ pub(super) fn resolve(shared: &Arc<Shared>, ask: &Ask<'_>) -> Answer {
     headers.insert(ETAG, header(&format!("\"{}\"", entry.digest())));
     if entry.lfs.is_some() {
         headers.insert(X_LINKED_ETAG, header(&format!("\"{}\"", entry.digest())));
-        headers.insert(X_LINKED_SIZE, shared.told_size(entry).into());
+        headers.insert(X_LINKED_SIZE, shared.metadata_size(entry).into());
         if ask.xet {
             headers.insert(X_XET_HASH, header(&xet_hash(entry)));
             let token_route = format!("{}/api/models/{}/xet-read-token/{commit}", shared.hub_url(), ask.repo.name);
@@ -79,7 +79,7 @@ pub(super) fn resolve(shared: &Arc<Shared>, ask: &Ask<'_>) -> Answer {
     answer
 }
 
-/// The file behind a CDN request, or the refusal.
+/// Returns the file of a CDN request, or the refusal if its signature is wrong or expired.
 pub(super) fn cdn_object(shared: &Shared, path: &str, query: &str) -> Result<CdnObject, Box<Answer>> {
     let one = |name| values(query, name).into_iter().next().unwrap_or_default();
     let expires = one("Expires");
@@ -93,11 +93,11 @@ pub(super) fn cdn_object(shared: &Shared, path: &str, query: &str) -> Result<Cdn
     found.ok_or_else(|| Box::new(answer(StatusCode::NOT_FOUND, "text/plain", "not found")))
 }
 
-/// HEAD or GET of a file at the CDN.
+/// Answers HEAD or GET of a file at the CDN.
 pub(super) fn cdn(shared: &Arc<Shared>, object: &CdnObject, method: &Method, headers: &HeaderMap) -> Answer {
     let entry = &object.entry;
     let mut answer = body::content(shared, &object.subject, &entry.content, method, headers);
-    // Like the real one, an opaque validator that says nothing of the content.
+    // Like the real CDN's, this ETag is opaque: it is not the digest of the content.
     let etag = format!("\"{}\"", &content::sha1(entry.digest().as_bytes())[..32]);
     answer.headers_mut().insert(ETAG, header(&etag));
     answer
@@ -111,6 +111,7 @@ fn signed_url(shared: &Shared, subject: String, entry: &Arc<Entry>) -> String {
     let signature = signature(shared, &path, &expires);
     lock(&shared.cdn_objects).insert(path.clone(), CdnObject { subject, entry: entry.clone() });
     let elsewhere = lock(&shared.settings).cdn_elsewhere.clone();
+    // `cdn_elsewhere`: another server stands in for the CDN.
     let place =
         elsewhere.map_or_else(|| format!("{}{path}", shared.cdn_url()), |url| format!("{url}/{}", entry.digest()));
     format!("{place}?Expires={expires}&Signature={signature}&Key-Pair-Id=TESTKIT")
@@ -122,13 +123,13 @@ fn signature(shared: &Shared, path: &str, expires: &str) -> String {
 }
 
 fn redirect(status: StatusCode, location: &str) -> Answer {
-    // The text must not repeat the URL: a signature in a log line is what a client is tested not to leave.
+    // Do not repeat the URL in the text: tests check that no signature gets into a client's log.
     let mut answer = answer(status, "text/plain; charset=utf-8", format!("{}. Redirecting", status.as_str()));
     answer.headers_mut().insert(LOCATION, header(location));
     answer
 }
 
-/// The redirect of the fault that never ends: back to the same path with a growing query.
+/// Redirects to the same path with a counter in the query, so that every hop has a new URL.
 pub(super) fn loop_back(path: &str, query: &str) -> Answer {
     let turn = values(query, "turn").first().and_then(|turn| turn.parse::<u64>().ok()).unwrap_or(0) + 1;
     redirect(StatusCode::FOUND, &format!("{path}?turn={turn}"))

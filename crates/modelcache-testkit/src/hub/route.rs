@@ -1,13 +1,13 @@
-//! From a request line to what is asked.
+//! Routing: parses the path of a request.
 //!
-//! Works on the path as it came over the wire and decodes each piece afterwards, because a revision such as
-//! `refs%2Fpr%2F1` is one segment. A repo has one or two segments; the word behind it tells which.
+//! Paths are split before they are decoded, because a revision such as `refs%2Fpr%2F1` is one segment. A repo name has
+//! one or two segments; the segment after it shows which.
 
 use percent_encoding::percent_decode_str;
 
 use super::repo::{RepoId, RepoKind};
 
-/// What a request is about.
+/// A parsed request path.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Route {
     Info { repo: RepoId, revision: String },
@@ -21,7 +21,7 @@ pub(super) enum Route {
     Unknown,
 }
 
-/// Finds the route of an undecoded path.
+/// Parses a path that is still percent-encoded.
 pub(super) fn route(path: &str) -> Route {
     let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
     let found = match segments.as_slice() {
@@ -40,6 +40,7 @@ pub(super) fn route(path: &str) -> Route {
 fn api(kind: RepoKind, segments: &[&str]) -> Option<Route> {
     const WORDS: [&str; 6] = ["revision", "tree", "paths-info", "refs", "commits", "auth-check"];
     let is_word = |at: usize| segments.get(at).is_some_and(|word| WORDS.contains(word));
+    // `/api/models/gpt2/tree/…`: a known word as the second segment means that the name has one segment.
     let repo_len = if is_word(1) { 1 } else { segments.len().min(2) };
     let (repo, rest) = segments.split_at(repo_len);
     let repo = repo_id(kind, repo)?;
@@ -79,14 +80,14 @@ pub(super) fn decode(text: &str) -> Option<String> {
     percent_decode_str(text).decode_utf8().ok().map(Into::into)
 }
 
-/// The values of `name` in a query or form body.
+/// Returns the values of `name` in a query or form body.
 pub(super) fn values(query: &str, name: &str) -> Vec<String> {
     let pairs = query.split('&').filter_map(|pair| pair.split_once('=').or(Some((pair, ""))));
     let named = pairs.filter(|(key, _)| decode(key).is_some_and(|key| key == name));
     named.filter_map(|(_, value)| decode(&value.replace('+', " "))).collect()
 }
 
-/// Whether a boolean parameter is set, in any case.
+/// Returns true if the boolean parameter `name` is `true`, in any case, or `1`.
 pub(super) fn is_set(query: &str, name: &str) -> bool {
     values(query, name).iter().any(|value| value.eq_ignore_ascii_case("true") || value == "1")
 }
@@ -96,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_and_two_segment_repos_are_told_apart() {
+    fn one_and_two_segment_repos_are_distinguished() {
         let info = |name: &str| Route::Info { repo: RepoId::of(name), revision: "main".to_owned() };
         assert_eq!(route("/api/models/gpt2"), info("gpt2"));
         assert_eq!(route("/api/models/org/model"), info("org/model"));

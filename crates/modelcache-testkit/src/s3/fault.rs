@@ -1,34 +1,34 @@
-//! What can go wrong at the S3 server.
+//! Faults of the S3 server.
 //!
-//! The aim of [`Fault::on`] is compared with the decoded `/bucket/key?query`, so that `partNumber=2` or `list-type` can
-//! be aimed at as well as a key. Errors are struck before the request does anything; only [`S3Fault::lose_reply`] comes
-//! after.
+//! [`Fault::on`] is compared with the decoded `/bucket/key?query`, so a fault can be aimed at `partNumber=2` or
+//! `list-type` as well as at a key. Errors are returned before the request takes effect; only [`S3Fault::lose_reply`]
+//! comes after.
 
 use std::time::Duration;
 
 use crate::faults::Fault;
 
-/// The kinds; build them with the constructors on [`S3Fault`].
+/// The kinds of fault. Use the constructors on [`S3Fault`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Kind {
-    /// Status, S3 error code and message, as XML.
+    /// Status, S3 error code and message of an XML error.
     Error(u16, String, String),
-    /// 301 with the region the bucket is said to live in.
+    /// 301 that names this region as the bucket's.
     WrongRegion(String),
-    /// The connection is closed without an answer and nothing is done.
+    /// The connection is closed without an answer; the request has no effect.
     HangUp,
-    /// The answer is held back for this long.
+    /// The answer is delayed by this time.
     Delay(Duration),
-    /// The request is done, then the connection closed without an answer.
+    /// The request takes effect, then the connection is closed without an answer.
     LoseReply,
     /// `If-Match` and `If-None-Match` have no effect.
     IgnoreConditions,
-    /// A missing key answers 403 instead of 404, and listings are refused.
+    /// A missing key answers 403 instead of 404; listings are refused.
     NoListPermission,
 }
 
-/// A fault of the S3 stand-in. Without `.times(n)` it stays; without `.on(part)` it strikes every request.
+/// A fault of the S3 stand-in. Without `.times(n)` it stays armed; without `.on(part)` it applies to every request.
 pub type S3Fault = Fault<Kind>;
 
 impl Fault<Kind> {
@@ -47,7 +47,7 @@ impl Fault<Kind> {
         Self::error(403, "InvalidAccessKeyId", "The access key id you provided does not exist in our records.")
     }
 
-    /// `ExpiredToken`, with the status S3 documents for it: 400. Some look-alikes say 403: use [`S3Fault::error`].
+    /// `ExpiredToken` with status 400, as S3 documents it. Some compatible stores answer 403: use [`S3Fault::error`].
     pub fn expired_token() -> Self {
         Self::error(400, "ExpiredToken", "The provided token has expired.")
     }
@@ -68,32 +68,32 @@ impl Fault<Kind> {
         Self::error(500, "InternalError", "We encountered an internal error. Please try again.")
     }
 
-    /// 301 `PermanentRedirect` that names another region.
+    /// 301 `PermanentRedirect` to another region.
     pub fn wrong_region(region: &str) -> Self {
         Self::new(Kind::WrongRegion(region.to_owned()))
     }
 
-    /// The connection is closed instead of an answer; nothing is done.
+    /// The connection is closed without an answer; the request has no effect.
     pub fn hang_up() -> Self {
         Self::new(Kind::HangUp)
     }
 
-    /// The answer comes this much later.
+    /// The answer is delayed by `time`.
     pub fn delay(time: Duration) -> Self {
         Self::new(Kind::Delay(time))
     }
 
-    /// The request takes effect, and the client never hears of it.
+    /// The request takes effect, but the client gets no answer.
     pub fn lose_reply() -> Self {
         Self::new(Kind::LoseReply)
     }
 
-    /// Conditional requests succeed whatever the condition: a store that answers 200 and overwrites.
+    /// Conditional requests always succeed: the store answers 200 and overwrites.
     pub fn ignore_conditions() -> Self {
         Self::new(Kind::IgnoreConditions)
     }
 
-    /// As if the caller lacked `s3:ListBucket`: 403 for listings and for keys that do not exist.
+    /// Simulates a caller without `s3:ListBucket`: 403 for listings and for keys that do not exist.
     pub fn no_list_permission() -> Self {
         Self::new(Kind::NoListPermission)
     }

@@ -1,10 +1,11 @@
-//! A stand-in of S3: path-style, one key pair, objects as files in a folder.
+//! A stand-in for S3: path-style addresses, one key pair, objects as files in a folder.
 //!
-//! Signatures are checked, objects stream, conditional requests hold as on the real S3, every request is logged, and
-//! [`S3::faults`] breaks what should be broken. A test may look at objects, change or remove them behind the server's
-//! back: an object is the file `<folder>/<bucket>/<key>`.
+//! It checks signatures, streams objects, honours conditional requests like S3, and logs all requests; [`S3::faults`]
+//! injects failures. An object is the file `<folder>/<bucket>/<key>`, so a test may read, change or remove objects
+//! without a request.
 //!
-//! Surprise: [`S3::flip_byte`] leaves the ETag as it was, which is the point: only a digest of one's own notices.
+//! [`S3::flip_byte`] deliberately leaves the ETag unchanged: only a client that computes a digest can detect the
+//! damage.
 
 mod fault;
 mod store;
@@ -43,7 +44,7 @@ const ACCESS_KEY: &str = "TESTKITACCESSKEY";
 const SECRET_KEY: &str = "testkit/secret+key";
 const REGION: &str = "us-east-1";
 
-/// A running S3 server; it ends, and a folder it made goes, when it is dropped.
+/// A running S3 server. It stops when it is dropped, and removes the folder if it created it.
 #[derive(Debug)]
 pub struct S3 {
     shared: Arc<Shared>,
@@ -58,12 +59,13 @@ struct Shared {
     faults: Arc<Faults<Kind>>,
     log: Log,
     uploads: Uploads,
-    /// By how much the server's clock is ahead.
+    /// Seconds by which the server's clock is ahead.
     clock_ahead_s: AtomicI64,
 }
 
 impl S3 {
-    /// Starts a server over a new folder on a free port. Errors if nothing can listen or no folder be made.
+    /// Starts a server over a new folder on a free port. Fails if the folder cannot be created or the server cannot
+    /// listen.
     pub async fn start() -> anyhow::Result<Self> {
         let own = tempfile::tempdir()?;
         let mut server = Self::start_in(own.path(), 0)?;
@@ -71,7 +73,7 @@ impl S3 {
         Ok(server)
     }
 
-    /// Starts a server over this folder, for code without a runtime and for a fixed port (0 picks one).
+    /// Starts a server over this folder, for callers without a runtime and for a fixed port (0 picks a free one).
     pub fn start_in(folder: impl AsRef<Path>, port: u16) -> anyhow::Result<Self> {
         let folder = folder.as_ref();
         std::fs::create_dir_all(folder)?;
@@ -92,22 +94,22 @@ impl S3 {
         Ok(Self { shared, server, folder, _own_folder: None })
     }
 
-    /// The address for `AWS_ENDPOINT_URL`, without a slash at the end.
+    /// The value for `AWS_ENDPOINT_URL`, without a trailing slash.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.server.addr())
     }
 
-    /// The access key id that is let in.
+    /// The only accepted access key id.
     pub fn access_key(&self) -> &'static str {
         ACCESS_KEY
     }
 
-    /// The secret that goes with it.
+    /// The secret of the access key.
     pub fn secret_key(&self) -> &'static str {
         SECRET_KEY
     }
 
-    /// The environment variables that point an S3 client here.
+    /// Environment variables that point an S3 client at this server.
     pub fn env(&self) -> Vec<(String, String)> {
         let pairs = [
             ("AWS_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
@@ -119,18 +121,18 @@ impl S3 {
         pairs.map(|(name, value)| (name.to_owned(), value)).into()
     }
 
-    /// Creates a bucket if it is not there; a name has 3 to 63 characters of `a-z0-9.-`, or requests are refused.
-    /// Errors are those of the filesystem.
+    /// Creates a bucket if it does not exist. Requests need a name of 3 to 63 characters of `a-z0-9.-`. Fails on errors
+    /// of the filesystem.
     pub fn bucket(&self, name: &str) -> io::Result<()> {
         std::fs::create_dir_all(self.folder.join(name))
     }
 
-    /// The faults; see [`S3Fault`] for what there is.
+    /// The armed faults; see [`S3Fault`] for the kinds.
     pub fn faults(&self) -> &Faults<S3FaultKind> {
         &self.shared.faults
     }
 
-    /// Puts the server's clock, as answers tell it, this many seconds ahead; signatures are still taken.
+    /// Sets the clock of the `Date` header this many seconds ahead. Signatures are accepted regardless.
     pub fn clock_ahead(&self, seconds: i64) {
         self.shared.clock_ahead_s.store(seconds, Ordering::SeqCst);
     }
@@ -140,17 +142,17 @@ impl S3 {
         self.server.set_down(down);
     }
 
-    /// Every request so far.
+    /// Returns all requests so far.
     pub fn requests(&self) -> Vec<Seen> {
         self.shared.log.all()
     }
 
-    /// Forgets the requests.
+    /// Clears the request log.
     pub fn clear_requests(&self) {
         self.shared.log.clear();
     }
 
-    /// GETs that were answered with the content of an object whose key contains `part`.
+    /// Returns the GETs answered with the content of an object with `part` in its key.
     pub fn object_gets(&self, part: &str) -> Vec<Seen> {
         let is_object = |seen: &Seen| {
             let has_key = seen.file.as_ref().is_some_and(|key| key.contains(part));
@@ -159,17 +161,17 @@ impl S3 {
         self.requests().into_iter().filter(is_object).collect()
     }
 
-    /// The file that is this object, whether it exists or not.
+    /// Returns the path of the object's file, even if the object does not exist.
     pub fn object_path(&self, bucket: &str, key: &str) -> PathBuf {
         self.folder.join(bucket).join(key)
     }
 
-    /// The bytes of an object; `None` if there is none.
+    /// Returns the bytes of an object, or `None` if it does not exist.
     pub fn object(&self, bucket: &str, key: &str) -> Option<Vec<u8>> {
         std::fs::read(self.object_path(bucket, key)).ok()
     }
 
-    /// The keys in a bucket, sorted; empty if there is no bucket.
+    /// Returns the keys in a bucket, sorted. Empty if the bucket does not exist.
     pub fn keys(&self, bucket: &str) -> Vec<String> {
         let root = self.folder.join(bucket);
         let (mut folders, mut keys) = (vec![root.clone()], Vec::new());
@@ -187,7 +189,7 @@ impl S3 {
         keys
     }
 
-    /// The keys of uploads that were begun and neither completed nor aborted, sorted.
+    /// Returns the keys of multipart uploads that were neither completed nor aborted, sorted.
     pub fn uploads(&self, bucket: &str) -> Vec<String> {
         let uploads = lock(&self.shared.uploads);
         let mut keys: Vec<String> =
@@ -196,27 +198,29 @@ impl S3 {
         keys
     }
 
-    /// Makes the unfinished uploads of keys that contain `part` this much older.
+    /// Makes unfinished uploads with `part` in their key older by this time.
     pub fn age_uploads(&self, part: &str, by: Duration) {
         let mut uploads = lock(&self.shared.uploads);
         uploads.values_mut().filter(|upload| upload.key.contains(part)).for_each(|upload| upload.initiated -= by);
     }
 
-    /// Puts an object behind the server's back, as a foreign tool would have. Errors are those of the filesystem.
+    /// Stores an object without a request, like another tool would. Fails on errors of the filesystem.
     pub fn put(&self, bucket: &str, key: &str, content: impl Into<Content>) -> io::Result<()> {
         let path = self.object_path(bucket, key);
         let _ = std::fs::remove_file(&path);
+        // A note with the old ETag would otherwise survive.
         self.forget_note(bucket, key);
         content.into().write_to(path)
     }
 
-    /// Removes an object behind the server's back, as a lifecycle rule would. Errors if there is none.
+    /// Removes an object without a request, like a lifecycle rule would. Fails if it does not exist.
     pub fn remove(&self, bucket: &str, key: &str) -> io::Result<()> {
         self.forget_note(bucket, key);
         std::fs::remove_file(self.object_path(bucket, key))
     }
 
-    /// Inverts one bit of an object; size, time of change and ETag stay. Errors if it has no such byte.
+    /// Inverts one bit of an object; size, modification time and ETag stay. Fails if the object has no byte at
+    /// `offset`.
     pub fn flip_byte(&self, bucket: &str, key: &str, offset: u64) -> io::Result<()> {
         let file = std::fs::OpenOptions::new().read(true).write(true).open(self.object_path(bucket, key))?;
         let modified = file.metadata()?.modified()?;
@@ -231,7 +235,7 @@ impl S3 {
     }
 }
 
-/// Knows the one key pair.
+/// Authentication with the one key pair.
 struct OneKey;
 
 #[async_trait]
@@ -260,14 +264,14 @@ fn handler(
     }
 }
 
-/// Tells the time of a clock that is `ahead_s` off; of one that is not, the server library does.
+/// Sets `Date` to a clock that is `ahead_s` seconds ahead. With 0, the server library sets it.
 fn with_date(mut answer: Answer, ahead_s: i64) -> Answer {
     if ahead_s != 0 {
         let off = Duration::from_secs(ahead_s.unsigned_abs());
         let time = if ahead_s > 0 { SystemTime::now() + off } else { SystemTime::now() - off };
         let mut text = Vec::new();
-        let told = Timestamp::from(time).format(TimestampFormat::HttpDate, &mut text);
-        if let (Ok(()), Ok(date)) = (told, HeaderValue::from_bytes(&text)) {
+        let formatted = Timestamp::from(time).format(TimestampFormat::HttpDate, &mut text);
+        if let (Ok(()), Ok(date)) = (formatted, HeaderValue::from_bytes(&text)) {
             answer.headers_mut().insert(DATE, date);
         }
     }
@@ -278,6 +282,7 @@ async fn answered(shared: &Shared, seen: &mut Seen, request: Request<Incoming>) 
     let path = percent_decode_str(&seen.path).decode_utf8_lossy().into_owned();
     seen.file = path.trim_start_matches('/').split_once('/').map(|(_, key)| key.to_owned());
     let subject = format!("{path}?{}", percent_decode_str(&seen.query).decode_utf8_lossy());
+    // The store itself applies the other two kinds, because they change how a request is processed.
     let struck = shared
         .faults
         .strike(&seen.method, &subject, |kind| !matches!(kind, Kind::IgnoreConditions | Kind::NoListPermission));
@@ -294,13 +299,15 @@ async fn answered(shared: &Shared, seen: &mut Seen, request: Request<Incoming>) 
         Some(Kind::IgnoreConditions | Kind::NoListPermission) | None => {}
     }
     let answer = shared.service.call(request.map(s3s::Body::from)).await.map_err(|_| Dropped)?;
+    // The request took effect; only its answer is lost.
     if lose_reply {
         return Err(Dropped);
     }
     Ok(answer.map(|body| body.boxed_unsync()))
 }
 
-/// An S3 error document, after the body of the request was taken in: a client still sending would see a reset.
+/// Returns an S3 error document. Reads the body of the request first, because a client that is still sending would see
+/// a reset.
 async fn refused(
     mut request: Request<Incoming>,
     status: u16,
@@ -324,7 +331,7 @@ async fn refused(
     Ok(answer)
 }
 
-/// Creates a bucket on a server that wants no signature, moto for example.
+/// Creates a bucket on a server that needs no signature, for example moto.
 pub(crate) fn create_bucket_unsigned(addr: std::net::SocketAddr, name: &str) -> anyhow::Result<()> {
     let status = crate::moto::status_of(addr, "PUT", &format!("/{name}")).context("no answer to the bucket's PUT")?;
     anyhow::ensure!(status == 200, "creating bucket {name} answered {status}");

@@ -1,11 +1,11 @@
-//! The store behind the S3 stand-in: s3s-fs, with what it lacks of the real S3 put right.
+//! The store behind the S3 stand-in: s3s-fs, corrected where it differs from S3.
 //!
-//! Put right: conditions on GET and HEAD; conditional writes that race (one wins, and no reader sees the bytes of one
-//! version with the ETag of another); ETags in listings; `NoSuchBucket`; a folder is not an object; an upload whose
-//! digest is refused leaves no object; unfinished uploads can be listed, survive a refused completion, and an unknown one
+//! Corrected: conditions on GET and HEAD; races of conditional writes (one wins, and no reader gets the bytes of one
+//! version with the ETag of another); ETags in listings; `NoSuchBucket`; folders are not objects; an upload with a
+//! wrong digest leaves no object; unfinished uploads can be listed and survive a refused completion; an unknown upload
 //! is `NoSuchUpload`.
 //!
-//! Surprise: an object is a file, so the keys `a` and `a/b` cannot both exist here, as they can in S3.
+//! Remaining difference: an object is a file, so the keys `a` and `a/b` cannot both exist.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -31,7 +31,7 @@ use crate::content::CHUNK;
 use crate::faults::Faults;
 use crate::serve::lock;
 
-/// Bodies up to this size are read before their key is locked, so that a slow client holds nobody up.
+/// Largest body, in bytes, that is read before its key is locked, so that a slow client does not block other requests.
 const SMALL_BYTES: i64 = 8 * 1024 * 1024;
 
 type Answered<T> = S3Result<S3Response<T>>;
@@ -45,7 +45,7 @@ pub(super) struct Store {
     uploads: Uploads,
 }
 
-/// The uploads that were begun and neither completed nor aborted, by id.
+/// Uploads that were neither completed nor aborted, by id.
 pub(super) type Uploads = Arc<Mutex<BTreeMap<String, Upload>>>;
 
 #[derive(Clone, Debug)]
@@ -82,7 +82,8 @@ impl Store {
         self.strikes(method, bucket, key, |kind| matches!(kind, Kind::IgnoreConditions))
     }
 
-    /// The error for a key without an object: not every caller may know that it is missing.
+    /// Returns the error for a key without an object: 403 if the caller may not list, since S3 hides then that the key
+    /// is missing.
     fn missing(&self, method: &str, bucket: &str, key: &str) -> s3s::S3Error {
         if self.strikes(method, bucket, key, |kind| matches!(kind, Kind::NoListPermission)) {
             s3_error!(AccessDenied, "Access Denied")
@@ -108,7 +109,7 @@ impl Store {
         known.then_some(()).ok_or_else(|| s3_error!(NoSuchUpload, "The specified upload does not exist."))
     }
 
-    /// The ETag s3s-fs noted, else the MD5 of the file: the same two steps it takes itself.
+    /// Returns the ETag that s3s-fs noted, else the MD5 of the file. s3s-fs itself takes these two steps.
     fn e_tag(&self, bucket: &str, key: &str) -> io::Result<String> {
         let noted = std::fs::read(note_path(&self.root, bucket, key)).ok();
         let noted = noted.and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
@@ -134,13 +135,13 @@ impl Store {
     }
 }
 
-/// Where s3s-fs notes an object's ETag and checksums.
+/// Returns the path of the file in which s3s-fs notes an object's ETag and checksums.
 pub(super) fn note_path(root: &std::path::Path, bucket: &str, key: &str) -> PathBuf {
     let [bucket, key] = [bucket, key].map(|text| URL_SAFE_NO_PAD.encode(text));
     root.join(format!(".bucket-{bucket}.object-{key}.internal.json"))
 }
 
-/// Answers 412 or 304 where the conditions of a read say so.
+/// Fails with 412 or 304 if the conditions of a read do not hold.
 fn check_read(tag: Option<&ETag>, matching: Option<&ETagCondition>, none: Option<&ETagCondition>) -> S3Result<()> {
     let is = |condition: &ETagCondition| match condition {
         ETagCondition::Any => true,
@@ -155,7 +156,7 @@ fn check_read(tag: Option<&ETag>, matching: Option<&ETagCondition>, none: Option
     Ok(())
 }
 
-/// A body of 256 KiB chunks from an open file; s3s-fs reads 4 KiB at a time, which is slow.
+/// Returns a body that reads an open file in chunks of 256 KiB. s3s-fs reads 4 KiB at a time, which is slow.
 fn file_body(file: File, start: u64, len: u64) -> StreamingBlob {
     let state = (file, start, start + len);
     StreamingBlob::wrap(stream::unfold(state, |(file, at, end)| async move {
@@ -170,7 +171,7 @@ fn file_body(file: File, start: u64, len: u64) -> StreamingBlob {
     }))
 }
 
-/// First byte and length of what an answer carries.
+/// Returns the first byte and the length of the content in an answer.
 fn extent(output: &GetObjectOutput) -> Option<(u64, u64)> {
     let len = u64::try_from(output.content_length?).ok()?;
     let start = match &output.content_range {
@@ -185,12 +186,15 @@ impl S3 for Store {
     async fn get_object(&self, mut req: S3Request<GetObjectInput>) -> Answered<GetObjectOutput> {
         let (bucket, key) = (req.input.bucket.clone(), req.input.key.clone());
         self.has_bucket(&bucket)?;
+        // Held until the answer is built: a write between the file and its ETag would mix two versions.
         let _held = self.reading(&bucket, &key).await;
         if !self.is_object(&bucket, &key) {
             return Err(self.missing("GET", &bucket, &key));
         }
+        // s3s-fs must not see the conditions: they are checked here.
         let (matching, none) = (req.input.if_match.take(), req.input.if_none_match.take());
         let conditional = matching.is_some() || none.is_some();
+        // The open file keeps its content even if a later write replaces the object while the body streams.
         let file = File::open(self.root.join(&bucket).join(&key)).map_err(|error| s3_error!(error, NoSuchKey))?;
         let mut answer = self.inner.get_object(req).await?;
         if conditional && !self.ignores_conditions("GET", &bucket, &key) {
@@ -222,9 +226,11 @@ impl S3 for Store {
         let (bucket, key) = (req.input.bucket.clone(), req.input.key.clone());
         self.has_bucket(&bucket)?;
         let conditional = req.input.if_match.is_some() || req.input.if_none_match.is_some();
+        // Without the conditions, s3s-fs overwrites.
         if conditional && self.ignores_conditions("PUT", &bucket, &key) {
             (req.input.if_match, req.input.if_none_match) = (None, None);
         }
+        // Read a small body before taking the lock.
         if req.input.content_length.is_some_and(|len| len <= SMALL_BYTES)
             && let Some(body) = req.input.body.take()
         {
@@ -235,9 +241,11 @@ impl S3 for Store {
             let chunks = chunks.into_iter().map(Ok::<_, io::Error>);
             req.input.body = Some(StreamingBlob::wrap(stream::iter(chunks)));
         }
+        // One writer per key at a time, so that of several conditional writes only one succeeds.
         let _held = self.writing(&bucket, &key).await;
         let existed = self.is_object(&bucket, &key);
         let answer = self.inner.put_object(req).await;
+        // s3s-fs leaves the file behind if the digest does not match.
         if answer.is_err() && !existed {
             let _ = std::fs::remove_file(self.root.join(&bucket).join(&key));
         }
@@ -284,6 +292,7 @@ impl S3 for Store {
         self.has_bucket(&bucket)?;
         let answer = self.inner.create_multipart_upload(req).await?;
         if let Some(id) = answer.output.upload_id.clone() {
+            // s3s-fs cannot list uploads, so keep a list here.
             lock(&self.uploads).insert(id, Upload { bucket, key, initiated: SystemTime::now() });
         }
         Ok(answer)
@@ -340,12 +349,14 @@ impl S3 for Store {
             (req.input.if_match, req.input.if_none_match) = (None, None);
         }
         let _held = self.writing(&bucket, &key).await;
-        // s3s-fs forgets the upload before it looks at the parts; a refused completion leaves it open at S3.
+        // s3s-fs removes its upload record before it checks the parts. On S3, a refused completion leaves the upload
+        // open, so restore the record.
         let ticket = self.root.join(format!(".upload-{id}.json"));
         let kept = std::fs::read(&ticket);
         let answer = self.inner.complete_multipart_upload(req).await;
         match (&answer, kept) {
             (Err(_), Ok(kept)) => std::fs::write(&ticket, kept).map_err(s3s::S3Error::internal_error)?,
+            // The upload was completed, or it had no record.
             _ => drop(lock(&self.uploads).remove(&id)),
         }
         answer
@@ -357,7 +368,8 @@ impl S3 for Store {
     ) -> Answered<AbortMultipartUploadOutput> {
         let id = req.input.upload_id.clone();
         self.known_upload(&id)?;
-        // At once: a client that is gone before the answer has aborted it all the same.
+        // Before the call below: if the client disconnects and this future is dropped, the upload still counts as
+        // aborted.
         lock(&self.uploads).remove(&id);
         self.inner.abort_multipart_upload(req).await
     }

@@ -1,4 +1,4 @@
-//! The Hub stand-in over real sockets, with a client that follows no redirect by itself.
+//! Tests the Hub stand-in over real sockets, with a client that does not follow redirects.
 
 use std::time::{Duration, Instant};
 
@@ -35,7 +35,7 @@ fn header(answer: &Response, name: impl AsRef<str>) -> String {
     answer.headers().get(name.as_ref()).map(|value| value.to_str().unwrap().to_owned()).unwrap_or_default()
 }
 
-/// A repo with plain, LFS, nested and oddly named files, and its commit.
+/// Fills a repo with plain, LFS, nested and oddly named files. Returns it with its commit.
 fn filled(hub: &Hub) -> (Repo, String) {
     let repo = hub.repo("org/model");
     let commit = repo

@@ -1,4 +1,4 @@
-//! The stand-ins, asked by real clients, in one program.
+//! Tests of the stand-ins with real clients, in one binary.
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod hub;

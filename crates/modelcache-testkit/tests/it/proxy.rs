@@ -1,4 +1,4 @@
-//! The fault proxy in front of the Hub stand-in.
+//! Tests the fault proxy in front of the Hub stand-in.
 
 use std::time::{Duration, Instant};
 
@@ -17,11 +17,11 @@ async fn proxied() -> (Hub, FaultProxy, String) {
 }
 
 fn client() -> Client {
-    // A connection for every request: a fault belongs to a connection.
+    // A new connection for each request, because faults belong to connections.
     Client::builder().no_proxy().pool_max_idle_per_host(0).build().unwrap()
 }
 
-/// What came before the body ended, and whether it ended well.
+/// Returns the bytes received, and true if the body was complete.
 async fn received(url: &str) -> (Vec<u8>, bool) {
     let Ok(mut answer) = client().get(url).send().await else { return (Vec::new(), false) };
     let mut body = Vec::new();
@@ -46,7 +46,7 @@ async fn without_a_fault_all_bytes_pass_and_are_counted() {
 }
 
 #[tokio::test]
-async fn each_fault_does_what_its_name_says_and_is_then_spent() {
+async fn each_fault_applies_once() {
     let (_hub, proxy, url) = proxied().await;
     let good = Content::generated(5, LEN).to_vec().unwrap();
 

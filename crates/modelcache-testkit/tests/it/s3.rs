@@ -1,4 +1,4 @@
-//! The S3 stand-in, asked by the client that the cache itself uses.
+//! Tests the S3 stand-in with the S3 client that the cache uses.
 
 use std::time::Duration;
 
@@ -141,7 +141,7 @@ async fn listings_are_paged_above_a_thousand_keys() {
 }
 
 #[tokio::test]
-async fn what_is_missing_and_who_is_wrong_is_said() {
+async fn errors_name_the_missing_bucket_and_the_wrong_credential() {
     let (s3, good) = s3().await;
     let key = Path::from("absent");
     assert!(matches!(good.get(&key).await, Err(Error::NotFound { .. })));
@@ -205,7 +205,7 @@ async fn an_object_can_be_changed_behind_the_servers_back() {
     let before = store.put(&key, "abcdef".into()).await.unwrap();
     s3.flip_byte(BUCKET, "blob", 2).unwrap();
     assert_eq!(bytes_of(&store, "blob").await, b"abbdef");
-    assert_eq!(store.head(&key).await.unwrap().e_tag, before.e_tag, "nothing but the bytes tells");
+    assert_eq!(store.head(&key).await.unwrap().e_tag, before.e_tag, "only the bytes reveal the change");
     s3.put(BUCKET, "blob", Content::generated(1, 10)).unwrap();
     assert_ne!(store.head(&key).await.unwrap().e_tag, before.e_tag);
     s3.remove(BUCKET, "blob").unwrap();
@@ -224,7 +224,7 @@ async fn a_store_over_a_given_folder_outlives_the_server() {
     }
 }
 
-/// Runs where `TESTKIT_MOTO_VENV` names a Python environment with `moto[server]`.
+/// Runs only if `TESTKIT_MOTO_VENV` names a Python environment with `moto[server]`.
 #[tokio::test]
 async fn moto_starts_and_takes_objects() {
     let Some(venv) = std::env::var_os("TESTKIT_MOTO_VENV").filter(|venv| !venv.is_empty()) else { return };

@@ -1,4 +1,4 @@
-"""boto3: one object or all below a prefix to disk, or one file up.
+"""boto3: copies one object, or all objects below a prefix, to disk, or uploads one file.
 
 usage: boto3_copy.py get BUCKET KEY FILE | tree BUCKET PREFIX FOLDER | put BUCKET KEY FILE   [CONCURRENCY PART_MIB]
 """

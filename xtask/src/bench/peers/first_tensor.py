@@ -1,9 +1,9 @@
-"""A safetensors file from S3: when its first tensor can be read, how much had come by then, and when all can.
+"""Loads a safetensors file from S3 and measures when its first and its last tensor can be read.
 
 usage: first_tensor.py SIZE open REFERENCE FILE | SIZE get REFERENCE FILE | SIZE runai URL
 
-SIZE is that of the tensors. Prints seconds to the first and to the last tensor, the bytes that the server had sent at
-the first, and core-seconds, as JSON: without the start of Python and what is imported.
+SIZE is the size of all tensors. Prints as JSON the seconds to the first and to the last tensor, the bytes that the
+server had sent at the first, and core-seconds. The start of Python and the imports are not included.
 """
 
 import json
@@ -16,7 +16,7 @@ from safetensors_layout import LENGTH_BYTES, header_bytes, read_tensors, tensors
 
 
 def with_open(reference, path):
-    """Ours, read while it comes."""
+    """modelcache, reading the file while it is downloaded."""
     with ModelCache() as cache, cache.open(reference, path) as file:
         for _, at, size in read_tensors(file):
             file.seek(at)
@@ -24,14 +24,14 @@ def with_open(reference, path):
 
 
 def with_get(reference, path):
-    """Ours, read when it is here."""
+    """modelcache, reading the file after the download."""
     with ModelCache() as cache, safe_open(cache.get(reference) / path, "numpy") as file:
         for name in file.keys():
             yield file.get_tensor(name)
 
 
 def with_runai(url):
-    """Run:ai's streamer, into memory: the first is the first that comes."""
+    """Run:ai's streamer, into memory. Its first tensor is the first one that arrives."""
     engine = Engine()
 
     def read(at, size):
@@ -63,9 +63,9 @@ measured.touch(int(size))
 watch = measured.Stopwatch()
 coming = load(*what)
 kept = [next(coming)]
-told = {"first_s": watch.seconds(), "first_sent": measured.bytes_sent()}
+figures = {"first_s": watch.seconds(), "first_sent": measured.bytes_sent()}
 for tensor in coming:
     kept.append(tensor)
-    # Not what comes after the last: a cache that is closed.
-    told.update(whole_s=watch.seconds(), core_seconds=watch.core_seconds())
-print(json.dumps({**told, "bytes": sum(tensor.nbytes for tensor in kept)}))
+    # After every tensor, because the generator closes the cache after the last one, which is not part of loading.
+    figures.update(whole_s=watch.seconds(), core_seconds=watch.core_seconds())
+print(json.dumps({**figures, "bytes": sum(tensor.nbytes for tensor in kept)}))

@@ -1,4 +1,4 @@
-"""huggingface_hub: snapshot_download of one repo.   usage: hub_snapshot.py REPO FOLDER [WORKERS]"""
+"""huggingface_hub: downloads one repo by snapshot_download.   usage: hub_snapshot.py REPO FOLDER [WORKERS]"""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""huggingface_hub: what hf_hub_download costs when the file is cached, in process.
+"""huggingface_hub: measures hf_hub_download of a cached file, in process.
 
-usage: hub_warm.py REPO FILE FOLDER RUNS   no runs: caches the file; else offline, by HF_HUB_OFFLINE or by argument
+usage: hub_warm.py REPO FILE FOLDER RUNS   RUNS 0 fills the cache; otherwise offline, by HF_HUB_OFFLINE or by argument
 """
 
 import os

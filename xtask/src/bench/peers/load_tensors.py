@@ -1,9 +1,9 @@
-"""All tensors of a safetensors file in memory, as numpy has them.
+"""Loads all tensors of a safetensors file into memory as numpy arrays.
 
 usage: load_tensors.py HOW SIZE FILE | HOW SIZE REFERENCE FILE   HOW: safe_open, load_file, runai, runai-packed
 
-SIZE is that of the tensors. With a reference, our cache is opened and gives the folder that the file is in. Prints
-seconds and core-seconds to the last tensor as JSON: without the start of Python and what is imported.
+SIZE is the size of all tensors. With REFERENCE, modelcache is opened and returns the folder of FILE. Prints seconds and
+core-seconds to the last tensor as JSON. The start of Python and the imports are not included.
 """
 
 import json
@@ -22,7 +22,10 @@ def with_safe_open(path):
 
 
 def with_runai(path):
-    """As its face lays the ranges out: what lies in memory as it does in the file is read past the page cache."""
+    """Lays the tensors out like the streamer's Python API.
+
+    If address and file offset of a tensor differ by a multiple of the block size, it is read past the page cache.
+    """
     engine = Engine()
     with open(path, "rb") as file:
         rows = read_tensors(file)
@@ -42,7 +45,7 @@ def with_runai(path):
 
 
 def check(loaded, path):
-    """Exits unless every tensor is there, with the beginning and the end that it has in the file."""
+    """Exits with an error unless every tensor is loaded, with the first and last value that it has in the file."""
     with open(path, "rb") as file:
         rows = read_tensors(file)
         for name, at, size in rows:
@@ -72,6 +75,6 @@ measured.touch(int(size))
 watch = measured.Stopwatch()
 path = str(ModelCache().get(what[0]) / what[1]) if len(what) == 2 else what[0]
 loaded = load(path)
-told = {"seconds": watch.seconds(), "core_seconds": watch.core_seconds()}
+figures = {"seconds": watch.seconds(), "core_seconds": watch.core_seconds()}
 check(loaded, path)
-print(json.dumps(told))
+print(json.dumps(figures))

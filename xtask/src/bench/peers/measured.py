@@ -1,4 +1,4 @@
-"""What the scripts beside this one measure in process, printed as one line of JSON."""
+"""In-process measurements for the scripts in this folder, printed as one line of JSON."""
 
 import http.client
 import json
@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 
 def calls(call, runs):
-    """The same call again and again: microseconds at some percentiles, and core-microseconds a call."""
+    """Repeats a call and prints percentiles of its microseconds, and its mean core-microseconds."""
     times, clock = [], time.perf_counter_ns
     spent = time.process_time()
     for _ in range(runs):
@@ -17,12 +17,12 @@ def calls(call, runs):
         times.append(clock() - started)
     spent = time.process_time() - spent
     times.sort()
-    told = {f"p{share}_us": times[(runs - 1) * share // 100] / 1e3 for share in (10, 50, 90, 99)}
-    print(json.dumps({**told, "core_us": spent * 1e6 / runs}))
+    figures = {f"p{share}_us": times[(runs - 1) * share // 100] / 1e3 for share in (10, 50, 90, 99)}
+    print(json.dumps({**figures, "core_us": spent * 1e6 / runs}))
 
 
 def bytes_sent():
-    """What the server of this bench has sent until now."""
+    """Returns the bytes that the bench server has sent so far."""
     server = http.client.HTTPConnection(urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc)
     server.request("GET", "/?bench-stats")
     sent = json.load(server.getresponse())["bytes_sent"]
@@ -31,10 +31,11 @@ def bytes_sent():
 
 
 def touch(size):
-    """Touches as much memory once, and lets go of it.
+    """Touches this much memory once and frees it.
 
-    A virtual machine is given memory when it first touches it, which takes several times as long as a load, and more in
-    one run than in the next. Touched, it is there; as numpy asks for it, in huge pages where there are such.
+    A virtual machine gets memory from its host when it first touches it. That takes several times as long as a load and
+    varies from run to run. Memory that was touched before is already backed. numpy allocates it as it will later, in
+    huge pages where these are available.
     """
     import numpy as np
 
@@ -42,7 +43,7 @@ def touch(size):
 
 
 class Stopwatch:
-    """Seconds, and core-seconds of all threads, since it was made."""
+    """Seconds, and core-seconds of all threads, since its creation."""
 
     def __init__(self):
         self._started, self._spent = time.perf_counter(), time.process_time()

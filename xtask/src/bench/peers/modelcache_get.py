@@ -1,4 +1,4 @@
-"""Our package: one artifact to disk, which is what the command `get` does.   usage: modelcache_get.py REFERENCE"""
+"""modelcache: gets one artifact to disk, like the command `get`.   usage: modelcache_get.py REFERENCE"""
 
 import sys
 

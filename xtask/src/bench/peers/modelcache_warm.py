@@ -1,4 +1,4 @@
-"""Our package: what a get costs when the artifact is on disk, in process.
+"""modelcache: measures a get of an artifact that is on disk, in process.
 
 usage: modelcache_warm.py RUNS REFERENCE | RUNS NAME VERSION
 """

@@ -1,7 +1,7 @@
-"""Run:ai Model Streamer without its face, which is imported with torch: 5 GB to install and seconds to start.
+"""Run:ai Model Streamer without its Python API, which imports torch: 5 GB to install and seconds to start.
 
-Neither is needed to move bytes: the engine beneath is called as the face does, ranges of a file or an S3 object into
-memory, one answer a range.
+Moving bytes needs neither. The engine is called as the API calls it: ranges of a file or an S3 object go into memory,
+with one answer per range.
 """
 
 import importlib.util
@@ -24,17 +24,17 @@ from runai_model_streamer.libstreamer.libstreamer import (
 
 
 class Engine:
-    """One streamer. What its ranges go to must live until it is ended."""
+    """One streamer. The memory that `read` writes to must live until `end`."""
 
     def __init__(self):
         self._streamer = runai_start()
 
     def direct_block(self, path):
-        """Where range and memory differ by a multiple of this, a file is read past the page cache."""
+        """Returns the block size. A range is read past the page cache if offset and address differ by a multiple."""
         return runai_probe_direct_block_size(self._streamer, [path])
 
     def read(self, path, offsets, sizes, addresses):
-        """Asks for all ranges at once, and gives the number of each as it has come."""
+        """Requests all ranges at once, and yields the number of each range when it has arrived."""
         runai_request(self._streamer, [path], [len(offsets)], offsets, sizes, addresses)
         for _ in offsets:
             code, _, _, number, _ = runai_response(self._streamer)

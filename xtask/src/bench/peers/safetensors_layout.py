@@ -1,4 +1,4 @@
-"""Where the tensors of a safetensors file lie: after eight bytes with a header's length, and the header, in JSON."""
+"""Layout of a safetensors file: eight bytes with the length of the header, the header in JSON, then the tensors."""
 
 import json
 import struct
@@ -7,18 +7,18 @@ LENGTH_BYTES = 8
 
 
 def header_bytes(length):
-    """How long the header is that follows these eight bytes."""
+    """Returns the length of the header, given the first eight bytes of the file."""
     return struct.unpack("<Q", length)[0]
 
 
 def tensors(header):
-    """Name, place in the file, and size of each, in the order of their places. All are of 32-bit numbers."""
+    """Returns name, file offset and size of each tensor, sorted by offset. All tensors hold 32-bit numbers."""
     start = LENGTH_BYTES + len(header)
     rows = ((name, *row["data_offsets"]) for name, row in json.loads(header).items() if name != "__metadata__")
     return sorted(((name, start + at, end - at) for name, at, end in rows), key=lambda row: row[1])
 
 
 def read_tensors(file):
-    """The same of an open file."""
+    """Reads the header of an open file. Returns name, file offset and size of each tensor, sorted by offset."""
     file.seek(0)
     return tensors(file.read(header_bytes(file.read(LENGTH_BYTES))))

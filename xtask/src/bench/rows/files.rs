@@ -1,4 +1,4 @@
-//! Many files: sixteen large ones, and two thousand small ones.
+//! Rows with many files: sixteen large ones, and two thousand small ones.
 
 use super::pull::make_room;
 use super::{DEFAULTS, DURABLE, durable, progress, size};

@@ -1,4 +1,4 @@
-//! The hash alone, by the library's own benchmark.
+//! Row for the hash alone, measured by the library's own benchmark.
 
 use crate::bench::page::Section;
 use crate::bench::setup::Setup;
@@ -34,7 +34,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     Ok(section)
 }
 
-/// Name, time and throughput of each benchmark, the middle of the three figures that criterion prints.
+/// Returns name, time and throughput of each benchmark. Criterion prints three figures; this is the one in the middle.
 fn figures(printed: &str) -> Vec<Vec<String>> {
     let middle = |line: &str, label: &str| {
         let words: Vec<&str> = line.split_once(label)?.1.split(['[', ']']).nth(1)?.split_whitespace().collect();
@@ -48,7 +48,7 @@ fn figures(printed: &str) -> Vec<Vec<String>> {
         } else if let Some(throughput) = middle(line, "thrpt:") {
             rows.last_mut().into_iter().for_each(|row| row[2].clone_from(&throughput));
         } else if !line.starts_with(' ') && !line.trim().is_empty() {
-            // A long name has a line of its own.
+            // Criterion prints a long name on a line of its own.
             name = line.trim();
         }
     }
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_read_from_what_criterion_prints() {
+    fn figures_are_parsed_from_criterion_output() {
         let printed = "sha256/one              time:   [1.1 ms 1.2 ms 1.3 ms]\n\
                        \x20                       thrpt:  [3.1 GiB/s 3.2 GiB/s 3.3 GiB/s]\n\
                        a name that is rather long\n\

@@ -1,4 +1,4 @@
-//! A herd: 50 processes that want the same artifact at once, on one directory that does not have it.
+//! Row for 50 processes that get the same artifact at once, into one directory that does not have it.
 
 use super::pull::{REFERENCE, Stage};
 use super::{progress, size};
@@ -52,7 +52,7 @@ fn ratio_shown(ratio: Option<f64>) -> String {
     ratio.map_or_else(String::new, |ratio| format!("{ratio:.4}"))
 }
 
-/// What each of `count` processes used, and the bytes that the server sent them.
+/// Runs `count` processes at once. Returns the usage of each, and the bytes that the server sent.
 fn herd(stage: &Stage<'_>, count: usize) -> Result<(Vec<Run>, u64)> {
     let folder = stage.setup.scratch.fresh("run")?;
     stage.served.forget_counts()?;
@@ -61,12 +61,12 @@ fn herd(stage: &Stage<'_>, count: usize) -> Result<(Vec<Run>, u64)> {
         Running::start(command.args(["get", REFERENCE, "--quiet"]))
     };
     let running = (0..count).map(start).collect::<Result<Vec<_>>>()?;
-    // Each on a thread of its own, so that each is timed by its own end.
+    // One thread per process, so that each is timed to its own end.
     let waiting: Vec<_> = running.into_iter().map(|one| std::thread::spawn(move || one.wait())).collect();
     let mut runs = Vec::new();
     for one in waiting {
-        let (run, status, said) = one.join().map_err(|_| anyhow::anyhow!("a thread of the herd panicked"))??;
-        ensure!(status.success(), "one of the herd ended with {status}: {}", said[1]);
+        let (run, status, output) = one.join().map_err(|_| anyhow::anyhow!("a thread of the herd panicked"))??;
+        ensure!(status.success(), "one of the herd ended with {status}: {}", output[1]);
         runs.push(run);
     }
     let bytes = stage.served.counted()?.bytes_sent;

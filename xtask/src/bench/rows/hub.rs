@@ -1,4 +1,4 @@
-//! A model from the Hub to disk, cold, by way of the redirect to its CDN.
+//! Row for a model from the Hub to disk, cold, through the redirect to its CDN.
 
 use super::calls::Calls;
 use super::pull::the_file;
@@ -17,7 +17,7 @@ const REPO: &str = "bench/model";
 const FILE: &str = "model.safetensors";
 const FOLDER: &str = "hub";
 
-/// A Hub in this process, which only redirects, and the cheap server as its CDN.
+/// A Hub in this process, which only redirects, and the bench server as its CDN.
 pub(super) struct HubStage<'a> {
     setup: &'a Setup,
     hub: Hub,
@@ -33,6 +33,7 @@ impl<'a> HubStage<'a> {
         let whole = bytes == setup.sizes.file;
         let file = if whole { the_file(setup)? } else { setup.scratch.data("hub/model", 1, bytes)? };
         let content = Content::on_disk(&file)?;
+        // The Hub redirects to `cdn/<sha256>` on the server.
         std::fs::hard_link(&file, folder.join("cdn").join(content.sha256()?))?;
         let (hub, cdn) = (Hub::start_on(0)?, Served::start(&folder, Kind::Plain)?);
         hub.cdn_elsewhere(&format!("{}/cdn", cdn.url()));
@@ -73,12 +74,12 @@ impl<'a> HubStage<'a> {
         command
     }
 
-    /// Has `hf_hub_download` cache the file in `folder`.
+    /// Downloads the file by `hf_hub_download` into a cache in `folder`.
     pub(super) fn fill_theirs(&self, folder: &Path) -> Result<()> {
         measure(&mut self.their_calls(folder, 0)?).map(drop)
     }
 
-    /// `hf_hub_download` of the file in `folder`, told by argument, or by variable, that it is to ask nobody.
+    /// Measures `hf_hub_download` of the file cached in `folder`. Offline mode is set by variable or by argument.
     pub(super) fn call_theirs(&self, folder: &Path, runs: usize, by_variable: bool) -> Result<Calls> {
         let mut command = self.their_calls(folder, runs)?;
         if by_variable {
@@ -94,18 +95,18 @@ impl<'a> HubStage<'a> {
         Ok(command)
     }
 
-    /// Has our program fetch the file into a directory.
+    /// Downloads the file by our program into the cache directory `dir`.
     pub(super) fn fill_ours(&self, dir: &Path) -> Result<()> {
         let mut command = self.setup.modelcache(dir);
         self.setup.get(command.env("HF_ENDPOINT", self.hub.url()), &self.uri("main")).map(drop)
     }
 
-    /// The file, as ours are asked for it.
+    /// Returns the URI of the file for our program.
     pub(super) fn uri(&self, revision: &str) -> String {
         format!("hf://{REPO}@{revision}/{FILE}")
     }
 
-    /// What `main` is.
+    /// Returns the commit of `main`.
     pub(super) fn commit(&self) -> &str {
         &self.commit
     }
@@ -117,7 +118,7 @@ impl Drop for HubStage<'_> {
     }
 }
 
-/// The file among the snapshots of a Hugging Face cache.
+/// Returns the path of the file in a Hugging Face cache.
 fn found(folder: &Path) -> Result<PathBuf> {
     let snapshots = folder.join("models--bench--model/snapshots");
     let snapshot = std::fs::read_dir(&snapshots)?.next().context("huggingface_hub left no snapshot")??;

@@ -1,9 +1,9 @@
-//! Memory: what a get and a put hold, of a file and of one that no disk here could take.
+//! Row for the peak memory of get and put: of a regular file, and of a file larger than any disk here.
 //!
-//! The file of holes costs the server nothing. Putting it is measured to its end. Getting it is stopped when the server
-//! has sent [`STOP_BYTES`]; by then every list that grows with the size of the object is there, and what is on its way
-//! has long been at its bound. So that the disk need not have the room, a library stands between the program and the C
-//! library that tells of more room than there is, and makes preallocation set the length alone.
+//! The large file consists of holes, so it costs the server nothing. Its put is measured to the end. Its get is stopped
+//! when the server has sent [`STOP_BYTES`]: by then every list that grows with the object's size exists, and the amount
+//! of data in flight reached its limit long before. An LD_PRELOAD library (`room.c`) replaces the missing disk space:
+//! it reports more free space than there is, and makes preallocation only set the length.
 
 use super::pull::{REFERENCE, Stage};
 use super::{DEFAULTS, DURABLE, durable, size};
@@ -66,7 +66,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     })
 }
 
-/// The greatest of three gets of the file, with each setting.
+/// Returns the highest peak of at most three gets of the file, for each setting.
 fn whole(setup: &Setup) -> Result<[u64; 2]> {
     let stage = Stage::set(setup, Kind::Plain)?;
     let mut most = [0, 0];
@@ -111,7 +111,7 @@ fn put_and_get(setup: &Setup, served: &Served, folder: &Path, file: &Path) -> Re
         command
     };
     let put = measure(with_room(served).args(["put", "sparse@1", "--tier", "remote", "--quiet"]).arg(file))?;
-    // What was thrown away is served from the file itself.
+    // The server discarded the content, so let it serve the original file.
     let objects = folder.join("s3").join(BUCKET).join("bench/sparse/1");
     let target = objects.join("holes.bin");
     std::fs::create_dir_all(&objects)?;
@@ -121,21 +121,22 @@ fn put_and_get(setup: &Setup, served: &Served, folder: &Path, file: &Path) -> Re
     let stop = STOP_BYTES.min(setup.sizes.sparse / 4);
     let getting = Running::start(durable(&mut with_room(served)).args(["get", "sparse@1", "--quiet"]))?;
     let started = Instant::now();
+    // Stop at the byte limit, at the time limit, or when the program exits.
     while served.counted()?.bytes_sent < stop && started.elapsed() < STOP_AFTER && getting.is_running() {
         std::thread::sleep(Duration::from_millis(50));
     }
     getting.terminate();
-    let (get, _, said) = getting.wait()?;
+    let (get, _, output) = getting.wait()?;
     let landed = served.counted()?.bytes_sent;
     ensure!(
         landed >= stop.min(1 << 30),
         "only {landed} bytes were sent: {}",
-        said[1].lines().last().unwrap_or_default()
+        output[1].lines().last().unwrap_or_default()
     );
     Ok(Sparse { put, get, landed })
 }
 
-/// Compiles the library that tells of room.
+/// Compiles the library that reports more free space.
 fn build_room(folder: &Path) -> Result<PathBuf> {
     let library = folder.join("room.so");
     let mut compiler = Command::new("cc");

@@ -1,4 +1,4 @@
-//! The rows: one file each, or one for rows that differ in little.
+//! The rows of the page: one file each, or one file for several similar rows.
 
 mod calls;
 pub(super) mod files;
@@ -16,7 +16,7 @@ pub(super) mod warm;
 use super::setup::Setup;
 use std::process::Command;
 
-/// A file as people say it: `4 GiB`, `256 MiB`, `4 KiB`.
+/// Formats the size of a file: `4 GiB`, `256 MiB`, `4 KiB`.
 fn size(bytes: u64) -> String {
     match bytes {
         bytes if bytes >= 1 << 30 && bytes.is_multiple_of(1 << 30) => format!("{} GiB", bytes >> 30),
@@ -25,7 +25,7 @@ fn size(bytes: u64) -> String {
     }
 }
 
-/// Our setting that waits for the disk and goes past the page cache.
+/// Our setting that syncs before it returns and bypasses the page cache.
 const DURABLE: &str = "durable, O_DIRECT";
 const DEFAULTS: &str = "defaults";
 

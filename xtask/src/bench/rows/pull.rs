@@ -1,4 +1,4 @@
-//! One large file from S3: to disk, to memory by way of the disk, and over TLS.
+//! Rows for one large file from S3: to disk, to disk and then to memory, and over TLS.
 
 use super::{DEFAULTS, DURABLE, durable, progress, size};
 use crate::bench::contest::{Entry, Line, OURS, best_peer, contest_to_disk, ours, table};
@@ -16,16 +16,17 @@ pub(super) const REFERENCE: &str = "bench/model@1";
 const THE_FILE: &str = "model.bin";
 const KEY: &str = "raw/model.bin";
 
-/// One file, served.
+/// The large file with a server.
 pub(super) struct Stage<'a> {
     pub(super) setup: &'a Setup,
     pub(super) served: Served,
 }
 
 impl<'a> Stage<'a> {
-    /// Makes the file, publishes it, and starts a server of this kind on it.
+    /// Creates and publishes the file, and starts a server of this kind.
     pub(super) fn set(setup: &'a Setup, kind: Kind) -> Result<Self> {
         let file = the_file(setup)?;
+        // Several rows share the published file.
         if !setup.served().exists() {
             std::fs::create_dir_all(setup.served())?;
             setup.publish(&Served::start(&setup.served(), Kind::Plain)?, NAME, &file)?;
@@ -34,7 +35,7 @@ impl<'a> Stage<'a> {
         Ok(Self { setup, served: Served::start(&setup.served(), kind)? })
     }
 
-    /// Our get, as one entry; `then` is measured after it, on the path that it gave.
+    /// Returns the entry of our get. `then` is measured after it, on the path that it printed.
     pub(super) fn ours(
         &'a self,
         setting: &str,
@@ -54,7 +55,7 @@ impl<'a> Stage<'a> {
         Entry { who: OURS, setting: setting.into(), checked: "SHA-256", steps: steps.to_vec(), run: Box::new(run) }
     }
 
-    /// Another's copy, and what is measured after it.
+    /// Returns the entry of a peer's copy, followed by the steps of `then`.
     pub(super) fn theirs(&'a self, rival: Rival, then: &'static [Then]) -> Entry<'a> {
         let run = move |folder: &Path| {
             let file = folder.join("model.bin");
@@ -73,6 +74,7 @@ impl<'a> Stage<'a> {
     }
 
     fn measured(&self, command: &mut Command, file: &Path, then: &[Then]) -> Result<Vec<Run>> {
+        // The first run is the copy alone. Each further run adds one step to it.
         let mut runs = vec![measure(command)?];
         has_bytes(file, self.setup.sizes.file)?;
         for then in then {
@@ -81,7 +83,7 @@ impl<'a> Stage<'a> {
         Ok(runs)
     }
 
-    /// Run:ai's streamer, which brings the file into memory and nowhere else.
+    /// Returns the entry of Run:ai's streamer, which loads the file into memory and stores nothing on disk.
     fn streamer(&'a self, concurrency: Option<u32>) -> Entry<'a> {
         let run = move |_: &Path| {
             self.setup.peers.want("runai-model-streamer")?;
@@ -98,7 +100,7 @@ impl<'a> Stage<'a> {
     }
 }
 
-/// Removes the file that most rows move, and all that is served: they make way for a row that wants the room.
+/// Removes the large file and all served data, for a row that needs the space.
 pub(super) fn make_room(setup: &Setup) -> Result<()> {
     crate::bench::scratch::remove(&setup.served())?;
     match std::fs::remove_file(setup.scratch.memory.join(THE_FILE)) {
@@ -107,13 +109,13 @@ pub(super) fn make_room(setup: &Setup) -> Result<()> {
     }
 }
 
-/// The file that most rows move, made once.
+/// Returns the large file that most rows move. It is created once.
 pub(super) fn the_file(setup: &Setup) -> Result<PathBuf> {
     let file = setup.scratch.memory.join(THE_FILE);
     if file.exists() { Ok(file) } else { setup.scratch.data(THE_FILE, 1, setup.sizes.file) }
 }
 
-/// What is done with a file that another brought.
+/// A step after a peer's copy.
 pub(super) struct Then {
     suffix: &'static str,
     durable: &'static str,

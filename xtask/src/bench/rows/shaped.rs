@@ -1,4 +1,4 @@
-//! A network with a bound on each connection: what counts is to use enough of them, found without being told.
+//! Row for a network that limits each connection: a program has to find out by itself how many connections to use.
 
 use super::pull::Stage;
 use super::{DEFAULTS, DURABLE, durable, progress, size};
@@ -11,11 +11,11 @@ use crate::table::markdown;
 use anyhow::Result;
 use std::cell::RefCell;
 
-/// What the server saw of one run.
+/// Counts of the server for one run.
 struct Seen {
     who: String,
     connections: f64,
-    /// The time that the shape alone takes, with that many connections always busy.
+    /// Seconds that the shape alone takes if that many connections are always busy.
     bound_s: f64,
 }
 
@@ -37,6 +37,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let seen = seen.into_inner();
     let share = |setting: &str, free: &str| {
         let (_, bound_s) = medians(&seen, &format!("modelcache {setting}"))?;
+        // Allowed time: the bound of the shape, or the time without a shape if that is longer.
         let allowed_s = bound_s.max(ours(&lines, free)?.seconds()?);
         Some(100.0 * allowed_s / ours(&lines, setting)?.seconds()?)
     };
@@ -71,7 +72,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     })
 }
 
-/// The entry, with what the server saw of each run.
+/// Wraps an entry so that the server's counts of each run are recorded.
 fn watched<'a>(stage: &'a Stage<'_>, seen: &'a RefCell<Vec<Seen>>, entry: Entry<'a>) -> Entry<'a> {
     let Entry { who, setting, checked, steps, run } = entry;
     let name = format!("{who} {setting}");
@@ -86,7 +87,8 @@ fn watched<'a>(stage: &'a Stage<'_>, seen: &'a RefCell<Vec<Seen>>, entry: Entry<
     Entry { who, setting, checked, steps, run: Box::new(watched) }
 }
 
-/// Seconds that the shape takes for what was asked, spread evenly over the connections that were busy at the peak.
+/// Returns the seconds that the shape needs for the requests of a run, spread evenly over the connections that were
+/// busy at the peak.
 fn bound_s(counted: &Counted) -> f64 {
     let first_bytes_s = counted.transfers as f64 * SHAPED_FIRST_BYTE_MS as f64 / 1e3;
     let bytes_s = counted.bytes_sent as f64 / SHAPED_BYTES_PER_S as f64;

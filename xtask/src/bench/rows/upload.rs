@@ -1,4 +1,4 @@
-//! One large file to S3, where it is counted and thrown away.
+//! Row for one large file to S3, where the bytes are counted and discarded.
 
 use super::pull::the_file;
 use super::{DEFAULTS, progress, size};
@@ -20,7 +20,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     let served = Served::start(&folder, Kind::Plain)?;
     let bytes = setup.sizes.file;
     let number = Cell::new(0);
-    // Elsewhere each time: what a remote has, it is not sent again.
+    // A new prefix for each upload: content that a remote has is not uploaded again.
     let next = || {
         number.set(number.get() + 1);
         format!("upload-{}", number.get())

@@ -1,4 +1,4 @@
-//! A cached file checked again, beside the disk that has to be read and the hash that has to be made.
+//! Row for the verification of a cached file, compared with reading the disk and with hashing alone.
 
 use super::pull::{REFERENCE, Stage};
 use super::{durable, progress, size};
@@ -27,7 +27,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     };
     let hash = |program: &'static str, arguments: &'static [&'static str]| {
         move |_: &Path| {
-            // From the page cache: the hash alone.
+            // Bring the file into the page cache, so that only the hash is measured.
             read(file, false)?;
             Ok(vec![measure(Command::new(program).args(arguments).arg(file))?])
         }
@@ -70,13 +70,13 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     })
 }
 
-/// fio's own figure for reading, as a run.
+/// Runs fio. Returns a run with the read time that fio reports.
 fn fio(file: &Path, bytes: u64) -> Result<Run> {
     let mut command = Command::new("fio");
     command.args(["--name=read", "--readonly", "--rw=read", "--bs=4M", "--direct=1", "--ioengine=libaio"]);
     command.args(["--iodepth=8", "--output-format=json"]).arg(format!("--filename={}", file.display()));
     let (used, printed) = run(&mut command)?;
-    let told: serde_json::Value = serde_json::from_str(&printed).context("fio printed no JSON")?;
-    let rate = told["jobs"][0]["read"]["bw_bytes"].as_f64().context("fio tells no rate")?;
+    let report: serde_json::Value = serde_json::from_str(&printed).context("fio printed no JSON")?;
+    let rate = report["jobs"][0]["read"]["bw_bytes"].as_f64().context("fio reports no read rate")?;
     Ok(Run { seconds: bytes as f64 / rate, ..used })
 }

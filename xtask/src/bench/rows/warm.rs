@@ -1,4 +1,4 @@
-//! Hits: what it costs to be given the path of an artifact that is on disk.
+//! Row for hits: the time to get the path of an artifact that is on disk.
 
 use super::calls::Calls;
 use super::hub::HubStage;
@@ -11,7 +11,7 @@ use crate::table::markdown;
 use anyhow::{Context, Result, ensure};
 use std::process::Stdio;
 
-/// Size of the file in the hits of the whole command and of huggingface_hub, which do not read it.
+/// Size of the file for the hits of the whole command and of huggingface_hub, which do not read it.
 const FILE_BYTES: u64 = 1 << 20;
 
 pub(crate) fn section(setup: &Setup) -> Result<Section> {
@@ -28,7 +28,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     });
     let hits = hits(&in_process);
     let [least, most] = [hits.iter().min_by_key(|(count, _)| *count), hits.iter().max_by_key(|(count, _)| *count)];
-    // The smallest directory may have one artifact; what is asked is told of 100.
+    // The target is for 100 artifacts; the smallest measured directory may have fewer.
     let hundred = hits.iter().find(|(count, _)| *count == 100).or(least);
     let growth = hundred.zip(most).filter(|(few, many)| few.0 < many.0).map(|(few, many)| many.1 / few.1);
     let most_count = most.map_or(0, |(count, _)| *count);
@@ -48,7 +48,7 @@ pub(crate) fn section(setup: &Setup) -> Result<Section> {
     })
 }
 
-/// The whole command, from exec to exit.
+/// Measures the whole command, from exec to exit.
 fn command(setup: &Setup, runs: usize) -> Result<Vec<String>> {
     let file = setup.scratch.data("warm.bin", 7, FILE_BYTES)?;
     let dir = setup.scratch.fresh("warm")?;
@@ -63,7 +63,7 @@ fn command(setup: &Setup, runs: usize) -> Result<Vec<String>> {
     Ok(vec!["the whole command".into(), format!("{middle:.1} ms"), spread, String::new(), format!("{runs} runs")])
 }
 
-/// `hf_hub_download` with the file cached.
+/// Measures `hf_hub_download` of a cached file.
 fn hub_calls(setup: &Setup, runs: usize) -> Result<Calls> {
     let (stage, folder) = (HubStage::set(setup, FILE_BYTES)?, setup.scratch.fresh("hub-warm")?);
     stage.fill_theirs(&folder)?;
@@ -72,7 +72,7 @@ fn hub_calls(setup: &Setup, runs: usize) -> Result<Calls> {
     Ok(calls)
 }
 
-/// In process, by the library's own benchmark: one line a row, cells split by `|`.
+/// Runs the library's own benchmark in process. Returns its lines, split into cells at `|`.
 fn in_process(quick: bool) -> Result<Vec<Vec<String>>> {
     let mut command = cargo();
     command.args(["bench", "--quiet", "--package", "modelcache", "--bench", "directory"]);
@@ -86,7 +86,7 @@ fn in_process(quick: bool) -> Result<Vec<Vec<String>>> {
     Ok(lines.map(|line| line.split('|').map(|cell| cell.trim().to_owned()).collect()).collect())
 }
 
-/// Artifacts and microseconds of the rows that tell of a warm get: `… 10,000 artifacts | 18 us | …`.
+/// Returns number of artifacts and microseconds from the lines about a warm get: `… 10,000 artifacts | 18 us | …`.
 fn hits(rows: &[Vec<String>]) -> Vec<(u64, f64)> {
     let number = |text: &str| text.chars().filter(char::is_ascii_digit).collect::<String>().parse().ok();
     let hit = |row: &Vec<String>| {

@@ -1,4 +1,4 @@
-//! Times as HTTP and as S3's XML write them, both in UTC.
+//! Formats times for HTTP and for the XML of S3, both in UTC.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -15,7 +15,7 @@ struct Civil {
 }
 
 impl Civil {
-    /// Counts the months from March, so that the day that leap years add is the year's last.
+    /// Converts a time to the calendar. Years are counted from March, so that a leap day is the last day of its year.
     fn of(time: SystemTime) -> Self {
         let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (days, second) = (seconds / 86_400, seconds % 86_400);

@@ -1,12 +1,12 @@
-//! `cargo xtask bench-server`: a range server as cheap as a good one, in a process of its own.
+//! `cargo xtask bench-server`: an S3 server with little overhead, in a separate process.
 //!
-//! Serves a folder as S3 (and anybody who only wants ranges) on one address: `sendfile(2)` from tmpfs or the page cache,
-//! a thread a connection, no signature checked. Bodies of uploads are counted and thrown away, except small ones, which
-//! become files; the ETags it answers agree with each other, so that a version can be published through it.
-//! It may be shaped (so much time to the first byte, so much a second on each connection) and speak TLS.
+//! Serves a folder by S3, and by plain range requests, on one address: `sendfile(2)` from tmpfs or the page cache, one
+//! thread per connection, no signature checks. Bodies of uploads are counted and discarded, except small ones, which
+//! become files. Its ETags are consistent, so that a version can be published through it. It can be shaped (time to the
+//! first byte, and rate per connection) and can speak TLS.
 //!
-//! Surprise: it is driven by its standard input, one word a line (`stats`, `reset`), and ends when that is closed: a
-//! bench that dies leaves no server behind. A program that is measured asks for the counts with `GET /?bench-stats`.
+//! Reads commands from standard input, one word per line (`stats`, `reset`), and exits when it is closed, so that a
+//! bench that dies leaves no server behind. A measured program gets the counts by `GET /?bench-stats`.
 
 mod date;
 mod objects;
@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio_rustls::rustls::{ServerConfig, ServerConnection, StreamOwned};
 
-/// Answers of at least this many bytes count as transfers, of which the most at a time are told.
+/// Answers of at least this many bytes count as transfers. The highest number of concurrent transfers is reported.
 const TRANSFER_BYTES: u64 = 64 * 1024;
 
 /// Serve a folder to a bench
@@ -38,18 +38,18 @@ pub(crate) struct ServerArguments {
     /// The folder; a bucket is a folder in it
     #[arg(long)]
     folder: PathBuf,
-    /// Speak TLS, and write the authority's certificate there
+    /// Speak TLS, and write the authority's certificate to this file
     #[arg(long)]
     tls_authority: Option<PathBuf>,
-    /// Time to the first byte of an answer
+    /// Time to the first byte of an answer, in milliseconds
     #[arg(long, default_value_t = 0)]
     first_byte_ms: u64,
-    /// Bytes a second on each connection; 0 is no bound
+    /// Bytes per second on each connection; 0 is unlimited
     #[arg(long, default_value_t = 0)]
     bytes_per_s: u64,
 }
 
-/// What all connections share.
+/// State shared by all connections.
 pub(super) struct Shared {
     objects: Objects,
     shape: Shape,
@@ -57,7 +57,7 @@ pub(super) struct Shared {
     counts: Counts,
 }
 
-/// How much slower than it could the server is.
+/// Artificial limits of the server.
 #[derive(Clone, Copy)]
 pub(super) struct Shape {
     first_byte: Duration,
@@ -88,21 +88,22 @@ impl ServerArguments {
         let objects = Objects::new(self.folder.clone());
         let shared = Arc::new(Shared { objects, shape, tls, counts: Counts::default() });
         let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen on loopback")?;
-        say(&listener.local_addr()?.to_string())?;
+        // The parent process reads the address from the first line.
+        reply(&listener.local_addr()?.to_string())?;
         let serving = shared.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let shared = serving.clone();
-                // An error is a client that went away.
+                // Errors are expected: a client disconnected.
                 std::thread::spawn(move || drop(shared.connection(stream)));
             }
         });
         for line in std::io::stdin().lines() {
             match line?.as_str() {
-                "stats" => say(&shared.counts.told())?,
+                "stats" => reply(&shared.counts.to_json())?,
                 _ => {
                     shared.counts.reset();
-                    say("done")?;
+                    reply("done")?;
                 }
             }
         }
@@ -110,19 +111,19 @@ impl ServerArguments {
     }
 }
 
-/// The day of a time, as `2000-02-29`.
+/// Formats the day of a time, as `2000-02-29`.
 pub(super) fn day(time: std::time::SystemTime) -> String {
     date::day(time)
 }
 
-fn say(line: &str) -> Result<()> {
+fn reply(line: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{line}")?;
     Ok(out.flush()?)
 }
 
 impl Counts {
-    fn told(&self) -> String {
+    fn to_json(&self) -> String {
         let number = |count: &AtomicU64| count.load(Ordering::SeqCst);
         serde_json::json!({
             "requests": number(&self.requests),
@@ -143,7 +144,7 @@ impl Counts {
 }
 
 impl Shared {
-    /// Answers one request after the other until the client hangs up.
+    /// Answers the requests of one connection in turn, until the client closes it.
     fn connection(&self, stream: TcpStream) -> Result<()> {
         stream.set_nodelay(true)?;
         let wire = match &self.tls {
@@ -162,7 +163,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Sends a head and, from an open file, a body.
+    /// Sends a head, and `size` bytes of an open file from offset `at` as the body.
     fn send_file(
         &self,
         wire: &mut BufReader<Wire>,
@@ -187,6 +188,7 @@ impl Shared {
 
     fn send_body(&self, wire: &mut Wire, head: &str, file: &std::fs::File, at: u64, size: u64) -> Result<()> {
         wire.write_all(head.as_bytes())?;
+        // Small steps keep the rate of a shaped connection even.
         let step = if self.shape.bytes_per_s > 0 { 256 * 1024 } else { 8 << 20 };
         let (started, mut sent) = (Instant::now(), 0);
         while sent < size {
@@ -194,6 +196,7 @@ impl Shared {
             sent += now;
             self.counts.bytes_sent.fetch_add(now, Ordering::SeqCst);
             if self.shape.bytes_per_s > 0 {
+                // Sleep until the shaped rate allows the bytes sent so far.
                 let due = Duration::from_secs_f64(sent as f64 / self.shape.bytes_per_s as f64);
                 std::thread::sleep(due.saturating_sub(started.elapsed()));
             }

@@ -1,7 +1,8 @@
-//! What is served: files below a folder, and the sizes of what was uploaded and thrown away.
+//! The objects of the server: files below a folder, and the sizes of discarded uploads.
 //!
-//! Small bodies become files. An ETag is a hash of the content for what is small, else of name and size, which are all
-//! that is left of an upload; a file that is put in its place by other means has the same ETag, and is served.
+//! Small bodies become files. The ETag of a small object is a hash of its content. Of a large upload only name and size
+//! remain, so the ETag of a large object is a hash of these; a file that is later linked in its place has the same
+//! ETag, and is served.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -11,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-/// Bodies up to this many bytes are kept.
+/// Largest body that is kept, in bytes.
 pub(super) const SMALL_BYTES_MAX: u64 = 1 << 20;
 
 pub(super) struct Objects {
@@ -19,29 +20,29 @@ pub(super) struct Objects {
     state: Mutex<State>,
 }
 
-/// What was sent and is not there. While it is locked, nothing else is written.
+/// Uploads and discarded objects. It is locked during every write.
 #[derive(Default)]
 pub(super) struct State {
-    /// Sizes and times, by bucket and key.
+    /// Sizes and times of discarded objects, by bucket and key.
     thrown_away: BTreeMap<String, (u64, SystemTime)>,
     pub(super) uploads: HashMap<String, Upload>,
     uploads_begun: u64,
 }
 
-/// An upload in parts.
+/// An unfinished multipart upload.
 pub(super) struct Upload {
     pub(super) path: String,
-    /// Sizes, by number.
+    /// Sizes of the parts, by part number.
     pub(super) parts: BTreeMap<u64, u64>,
     pub(super) begun: SystemTime,
 }
 
-/// One object, as far as it is there.
+/// One object, with its content unless that was discarded.
 pub(super) struct Object {
     pub(super) size: u64,
     pub(super) etag: String,
     pub(super) modified: SystemTime,
-    /// `None` for what was thrown away.
+    /// `None` if the content was discarded.
     pub(super) file: Option<File>,
 }
 
@@ -54,7 +55,7 @@ impl Objects {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The object at `path`, which is bucket and key.
+    /// Returns the object at `path`, which is bucket and key.
     pub(super) fn find(&self, state: &State, path: &str) -> Option<Object> {
         match self.file(path).and_then(|file| File::open(file).ok()) {
             Some(file) => {
@@ -70,15 +71,16 @@ impl Objects {
         }
     }
 
-    /// Whether something is there under this name.
+    /// Returns true if there is an object at `path`.
     pub(super) fn exists(&self, state: &State, path: &str) -> bool {
         self.find(state, path).is_some()
     }
 
-    /// Makes a small body an object.
+    /// Stores a small body as a file and returns its ETag.
     pub(super) fn keep(&self, state: &mut State, path: &str, body: &[u8]) -> io::Result<String> {
         let file = self.file(path).ok_or(io::ErrorKind::InvalidInput)?;
         std::fs::create_dir_all(file.parent().ok_or(io::ErrorKind::InvalidInput)?)?;
+        // Write and rename, so that no reader sees a part of the object.
         let mut temporary = tempfile::NamedTempFile::new_in(&self.folder)?;
         io::Write::write_all(&mut temporary, body)?;
         temporary.persist(&file)?;
@@ -86,7 +88,7 @@ impl Objects {
         Ok(etag(body))
     }
 
-    /// Remembers the size of what was thrown away.
+    /// Records the size of a discarded object and returns its ETag.
     pub(super) fn forget(&self, state: &mut State, path: &str, size: u64) -> String {
         state.thrown_away.insert(path.to_owned(), (size, SystemTime::now()));
         named_etag(path, size)
@@ -95,18 +97,18 @@ impl Objects {
     pub(super) fn remove(&self, state: &mut State, path: &str) {
         state.thrown_away.remove(path);
         if let Some(file) = self.file(path) {
-            // It may not be there, which is what is wanted.
+            // The file may not exist.
             let _ = std::fs::remove_file(file);
         }
     }
 
-    /// Keys in a bucket that begin with `prefix`, sorted.
+    /// Returns the keys in a bucket that begin with `prefix`, sorted.
     pub(super) fn list(&self, state: &State, bucket: &str, prefix: &str) -> BTreeSet<String> {
         let begin = format!("{bucket}/{prefix}");
         let strip = |path: &str| path[bucket.len() + 1..].to_owned();
         let gone = state.thrown_away.keys().filter(|path| path.starts_with(&begin));
         let mut keys: BTreeSet<String> = gone.map(|path| strip(path)).collect();
-        // From the deepest folder that the prefix names.
+        // Start at the deepest folder that the prefix names in full.
         let start = begin.rfind('/').map_or("", |slash| &begin[..slash]);
         let mut folders = Vec::from_iter(self.file(start));
         while let Some(folder) = folders.pop() {
@@ -146,7 +148,7 @@ fn content_etag(file: &File) -> Option<String> {
     Some(etag(&content))
 }
 
-/// In quotes, 32 hex digits, like the ETag of any object: clients may look at its form.
+/// Returns an ETag in the usual form, because clients may check it: 32 hex digits in quotes.
 pub(super) fn etag(content: &[u8]) -> String {
     let half = |salt: u8| {
         let mut hasher = DefaultHasher::new();

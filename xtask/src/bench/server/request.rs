@@ -1,25 +1,25 @@
-//! A request as it comes over the wire: its line, its headers, and how long its body is.
+//! Parses HTTP requests: request line, headers and length of the body.
 
 use super::wire::Wire;
 use anyhow::{Context, Result, ensure};
 use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 
-/// The longest head taken.
+/// Longest request head, in bytes.
 const HEAD_BYTES_MAX: u64 = 64 * 1024;
 
 pub(super) struct Request {
     pub(super) method: String,
-    /// Decoded, without the slash in front.
+    /// Decoded, without the leading slash.
     pub(super) path: String,
-    /// Names and values, decoded.
+    /// Decoded names and values.
     pub(super) query: HashMap<String, String>,
-    /// Names in small letters.
+    /// Values by lower-case name.
     headers: HashMap<String, String>,
 }
 
 impl Request {
-    /// The next one; `None` where the client is done.
+    /// Reads the next request. Returns `None` if the client closed the connection.
     pub(super) fn read(wire: &mut BufReader<Wire>) -> Result<Option<Self>> {
         let mut head = wire.take(HEAD_BYTES_MAX);
         let mut line = String::new();
@@ -29,7 +29,7 @@ impl Request {
         let mut words = line.split_ascii_whitespace();
         let method = words.next().context("no method")?.to_owned();
         let target = words.next().context("no target")?;
-        // A client that knows the whole address may send it.
+        // The target may be a full URL.
         let target = target
             .find("://")
             .map_or(target, |at| target[at + 3..].find('/').map_or("/", |slash| &target[at + 3 + slash..]));
@@ -50,6 +50,7 @@ impl Request {
             };
         }
         let request = Self { method, path, query, headers };
+        // The client sends the body only after this.
         if request.header("expect").is_some() {
             wire.get_mut().write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
@@ -64,12 +65,13 @@ impl Request {
         self.query.get(name).map(String::as_str)
     }
 
-    /// Bytes of its body on the wire.
+    /// Returns the length of the body on the wire, in bytes.
     pub(super) fn body_bytes(&self) -> u64 {
         self.header("content-length").and_then(|length| length.parse().ok()).unwrap_or_default()
     }
 
-    /// Bytes of the object in its body: fewer where the body is made of signed chunks.
+    /// Returns the length of the object in the body, in bytes. It is shorter than the body if that consists of signed
+    /// chunks.
     pub(super) fn object_bytes(&self) -> u64 {
         let decoded = self.header("x-amz-decoded-content-length").and_then(|length| length.parse().ok());
         decoded.unwrap_or_else(|| self.body_bytes())
@@ -79,7 +81,8 @@ impl Request {
         self.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"))
     }
 
-    /// First byte and length that a `Range` header asks of `size` bytes; `None` is the whole, an error is unsatisfiable.
+    /// Returns first byte and length that a `Range` header requests of `size` bytes. `None` is the whole content; an
+    /// error means that the range is unsatisfiable.
     pub(super) fn range(&self, size: u64) -> Result<Option<(u64, u64)>, ()> {
         let Some((first, last)) = self.header("range").and_then(|range| range.strip_prefix("bytes=")?.split_once('-'))
         else {
@@ -95,7 +98,7 @@ impl Request {
     }
 }
 
-/// Percent-decoded; what is no UTF-8 then is replaced.
+/// Decodes percent-encoding. Invalid UTF-8 is replaced.
 fn decoded(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

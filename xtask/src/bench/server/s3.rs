@@ -1,6 +1,6 @@
-//! S3 as the programs that are measured speak it: objects, listings, uploads in one and in many parts.
+//! The part of S3 that the measured programs use: objects, listings, single and multipart uploads.
 //!
-//! Conditions hold (`If-Match`, `If-None-Match`), signatures and digests are not looked at.
+//! Conditions (`If-Match`, `If-None-Match`) are honoured; signatures and digests are not checked.
 
 use super::objects::{Object, SMALL_BYTES_MAX};
 use super::request::Request;
@@ -16,7 +16,7 @@ const KEYS_MAX: usize = 1000;
 const XML: &str = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n";
 const NAMESPACE: &str = "xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"";
 
-/// An answer without a file.
+/// An answer with its body in memory.
 struct Answer {
     status: &'static str,
     headers: String,
@@ -47,9 +47,10 @@ impl Shared {
     pub(super) fn answer(&self, wire: &mut BufReader<Wire>, request: Request) -> Result<()> {
         let (bucket, key) = request.path.split_once('/').unwrap_or((&request.path, ""));
         if request.asks("bench-stats").is_some() {
-            let told = Answer { status: "200 OK", headers: String::new(), body: self.counts.told() };
-            return self.send(wire, &request, told);
+            let stats = Answer { status: "200 OK", headers: String::new(), body: self.counts.to_json() };
+            return self.send(wire, &request, stats);
         }
+        // A path without a key names a bucket.
         let answer = match (request.method.as_str(), key.is_empty()) {
             ("GET" | "HEAD", false) if request.asks("uploadId").is_none() => return self.object(wire, &request),
             ("GET" | "HEAD", true) => self.bucket(&request, bucket),
@@ -79,7 +80,7 @@ impl Shared {
         Ok(wire.get_mut().flush()?)
     }
 
-    /// GET and HEAD of an object.
+    /// Answers GET and HEAD of an object.
     fn object(&self, wire: &mut BufReader<Wire>, request: &Request) -> Result<()> {
         let found = self.objects.find(&self.objects.lock(), &request.path);
         let Some(Object { size, etag, modified, file }) = found else {
@@ -115,7 +116,7 @@ impl Shared {
         }
     }
 
-    /// GET and HEAD of a bucket: whether it is there, where it is, what is in it, what is on its way there.
+    /// Answers GET and HEAD of a bucket: existence, location, listing, or unfinished uploads.
     fn bucket(&self, request: &Request, bucket: &str) -> Answer {
         if request.method == "HEAD" {
             return Answer::empty("200 OK");
@@ -145,7 +146,7 @@ impl Shared {
         ))
     }
 
-    /// ListObjects, both versions.
+    /// Lists objects, for both versions of ListObjects.
     fn listing(&self, request: &Request, bucket: &str) -> Answer {
         let prefix = request.asks("prefix").unwrap_or_default();
         let delimiter = request.asks("delimiter").filter(|delimiter| !delimiter.is_empty());
@@ -157,6 +158,7 @@ impl Shared {
             let rest = &key[prefix.len()..];
             let folder = delimiter.and_then(|delimiter| Some(&rest[..rest.find(delimiter)? + delimiter.len()]));
             let name = folder.map_or_else(|| key.clone(), |folder| format!("{prefix}{folder}"));
+            // One row per common prefix. Skip names that earlier pages contained.
             if name == last || after.is_some_and(|after| name.as_str() <= after) {
                 continue;
             }
@@ -169,7 +171,7 @@ impl Shared {
                 let _ = write!(rows, "<CommonPrefixes><Prefix>{shown}</Prefix></CommonPrefixes>");
             } else {
                 let Some(object) = self.objects.find(&state, &format!("{bucket}/{key}")) else { continue };
-                // Its own time: s5cmd leaves out what is newer than its own start.
+                // The file's own time, because s5cmd skips objects that are newer than its start.
                 let (etag, modified, size) = (escaped(&object.etag), date::xml(object.modified), object.size);
                 let _ = write!(
                     rows,
@@ -193,11 +195,12 @@ impl Shared {
         ))
     }
 
-    /// An object in one piece, or a part of one.
+    /// Stores an object, or one part of a multipart upload.
     fn put(&self, wire: &mut BufReader<Wire>, request: &Request) -> Result<Answer> {
         let (on_wire, size) = (request.body_bytes(), request.object_bytes());
         let part = request.asks("partNumber").and_then(|number| number.parse().ok()).zip(request.asks("uploadId"));
         let mut small = Vec::new();
+        // Keep only small objects. Discard all other bodies, including parts.
         if part.is_none() && on_wire <= SMALL_BYTES_MAX {
             small.resize(on_wire as usize, 0);
             wire.read_exact(&mut small)?;
@@ -224,7 +227,7 @@ impl Shared {
         Ok(Answer::empty("200 OK").with_etag(&etag))
     }
 
-    /// Whether the conditions of a write do not hold.
+    /// Returns true if the conditions of a write do not hold.
     fn refuses(&self, state: &super::objects::State, request: &Request) -> bool {
         let there = || self.objects.find(state, &request.path);
         match (request.header("if-match"), request.header("if-none-match")) {
@@ -249,6 +252,7 @@ impl Shared {
             }
             return Answer::xml(format!("<DeleteResult {NAMESPACE}></DeleteResult>"));
         }
+        // The remaining request completes a multipart upload.
         let Some(id) = request.asks("uploadId") else {
             return Answer::error("501 Not Implemented", "NotImplemented");
         };
@@ -258,6 +262,7 @@ impl Shared {
         if self.refuses(&state, request) {
             return Answer::error("412 Precondition Failed", "PreconditionFailed");
         }
+        // Of the parts only their total size remains.
         let size = state.uploads.remove(id).map_or(0, |upload| upload.parts.values().sum());
         let etag = self.objects.forget(&mut state, &request.path, size);
         let name = "CompleteMultipartUploadResult";
@@ -274,7 +279,7 @@ impl Shared {
     }
 }
 
-/// Whether a list of ETags, as conditions have it, has this one.
+/// Returns true if the list of ETags in a condition contains `etag`.
 fn names(list: &str, etag: &str) -> bool {
     let bare = |tag: &str| tag.trim().trim_matches('"').to_owned();
     list.trim() == "*" || list.split(',').any(|tag| bare(tag) == bare(etag))

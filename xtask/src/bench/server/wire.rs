@@ -1,7 +1,7 @@
-//! A connection, plain or with TLS, and the two ways to move much over it.
+//! A connection, plain or with TLS, with fast bulk transfer in both directions.
 //!
-//! Plain, a file goes out by `sendfile(2)` and a body that nobody wants is dropped by the kernel: neither is copied into
-//! this process. With TLS both are copied, as they would be by any server without TLS in the kernel.
+//! Without TLS, a file is sent by `sendfile(2)` and a discarded body is dropped by the kernel, so neither is copied
+//! into this process. With TLS both are copied, as in any server without kernel TLS.
 
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read, Write};
@@ -18,7 +18,7 @@ pub(super) enum Wire {
 }
 
 impl Wire {
-    /// Sends some of `size` bytes of a file from `at`, and says how many.
+    /// Sends up to `size` bytes of a file from offset `at`. Returns how many were sent.
     pub(super) fn send_file(&mut self, file: &File, at: u64, size: u64) -> io::Result<u64> {
         match self {
             Self::Plain(stream) => {
@@ -36,8 +36,9 @@ impl Wire {
     }
 }
 
-/// Takes in `size` bytes and forgets them.
+/// Reads `size` bytes and discards them.
 pub(super) fn discard(wire: &mut BufReader<Wire>, size: u64) -> io::Result<()> {
+    // The start of the body may be buffered already.
     let buffered = (wire.buffer().len() as u64).min(size);
     wire.consume(buffered as usize);
     let mut left = size - buffered;
@@ -60,7 +61,7 @@ pub(super) fn discard(wire: &mut BufReader<Wire>, size: u64) -> io::Result<()> {
 }
 
 /// Drops up to `most` received bytes without copying them (`MSG_TRUNC`, see tcp(7)).
-#[expect(unsafe_code, reason = "the safe wrapper wants a buffer, which is what is spared here")]
+#[expect(unsafe_code, reason = "the safe wrapper requires a buffer, which this call avoids")]
 fn drop_received(stream: &TcpStream, most: usize) -> io::Result<usize> {
     loop {
         // SAFETY: with MSG_TRUNC a TCP socket writes nothing to the buffer, which may therefore be null.

@@ -1,4 +1,4 @@
-//! One large file from S3 to disk, by our command and by our Python package: what the interpreter adds.
+//! Row for one large file from S3 to disk, by our command and by our Python package: the cost of the interpreter.
 
 use crate::bench::contest::{Entry, OURS, best_peer, contest_to_disk, ours, table};
 use crate::bench::page::{Bar, Section};

@@ -1,6 +1,6 @@
-//! Our Python package, in an interpreter: beside the command line, and beside what Python programs would use instead.
+//! Rows for our Python package, compared with the command line and with its alternatives in Python.
 //!
-//! Each script of ours is run by the interpreter that runs the peers, with the settings that our program gets.
+//! Our scripts run in the interpreter of the peers, with the settings of our program.
 
 pub(in crate::bench) mod cold;
 pub(in crate::bench) mod open;

@@ -1,4 +1,5 @@
-//! A safetensors file from S3, read while it comes: when the first tensor can be used, and how much had come by then.
+//! Row for a safetensors file that is read while it is downloaded from S3: the time to its first tensor, and the share
+//! of the file received by then.
 
 use crate::bench::contest::{OURS, failure_cell, median, spread};
 use crate::bench::page::{Bar, Section};
@@ -12,7 +13,7 @@ use crate::bench::usage::Figures;
 use crate::table::markdown;
 use anyhow::{Result, ensure};
 
-/// Where the others find it.
+/// Prefix of the objects for the peers.
 const RAW: &str = "raw-tensors";
 const SCRIPT: &str = "first_tensor.py";
 const READERS: [(&str, &str, &str); 3] = [
@@ -24,7 +25,7 @@ const READERS: [(&str, &str, &str); 3] = [
 /// One run of a reader.
 struct Read {
     first_s: f64,
-    /// Of the file, in percent, that the server had sent when the first tensor could be read.
+    /// Percent of the file that the server had sent when the first tensor could be read.
     first_percent: f64,
     whole_s: f64,
     core_seconds: f64,
@@ -59,11 +60,12 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     remove(&setup.scratch.disk.join("run"))?;
     remove(&source)?;
     remove(&setup.served())?;
-    Ok(told(setup, &reads))
+    Ok(report(setup, &reads))
 }
 
 fn once(setup: &Setup, served: &Served, how: &str, bytes: u64) -> Result<Read> {
     let folder = setup.scratch.fresh("run")?;
+    // The script reads the bytes sent until its first tensor.
     served.forget_counts()?;
     let size = setup.sizes.tensors.to_string();
     let mut command = if how == "runai" {
@@ -80,16 +82,16 @@ fn once(setup: &Setup, served: &Served, how: &str, bytes: u64) -> Result<Read> {
         command
     };
     setup.peers.want("numpy")?;
-    let (process, told) = Figures::of(&mut command)?;
-    let read = told.figure("bytes")?;
+    let (process, figures) = Figures::of(&mut command)?;
+    let read = figures.figure("bytes")?;
     ensure!(read == setup.sizes.tensors as f64, "read {read} bytes of tensors, not {}", setup.sizes.tensors);
-    let first_percent = 100.0 * told.figure("first_sent")? / bytes as f64;
-    let (first_s, whole_s) = (told.figure("first_s")?, told.figure("whole_s")?);
-    let core_seconds = told.figure("core_seconds")?;
+    let first_percent = 100.0 * figures.figure("first_sent")? / bytes as f64;
+    let (first_s, whole_s) = (figures.figure("first_s")?, figures.figure("whole_s")?);
+    let core_seconds = figures.figure("core_seconds")?;
     Ok(Read { first_s, first_percent, whole_s, core_seconds, rss_bytes: process.rss_bytes })
 }
 
-fn told(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {
+fn report(setup: &Setup, reads: &[Result<Vec<Read>>]) -> Section {
     let of = |reads: &[Read], figure: fn(&Read) -> f64| median(reads.iter().map(figure).collect());
     let gb = setup.sizes.tensors as f64 / 1e9;
     let best_peer_s = READERS

@@ -1,4 +1,4 @@
-//! A safetensors file that is on disk and in the page cache, until all its tensors are numpy arrays in memory.
+//! Row for a safetensors file on disk and in the page cache, until all its tensors are numpy arrays in memory.
 
 use crate::bench::contest::{Entry, OURS, best_peer, contest, table};
 use crate::bench::page::Section;
@@ -13,13 +13,14 @@ use std::process::Command;
 
 const SCRIPT: &str = "load_tensors.py";
 
-/// One way to load the file, as the script calls it.
+/// One way to load the file, named as in the script.
 struct Loader {
     how: &'static str,
     who: &'static str,
     setting: &'static str,
     needs: &'static str,
-    /// What it is called where our cache gives the path; `None` where a path from elsewhere says as much.
+    /// Setting shown if our cache provides the path. `None` omits that run, because it would add nothing to the peer's
+    /// own.
     on_ours: Option<&'static str>,
 }
 
@@ -46,6 +47,7 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     let (source, bytes) = write_for(setup)?;
     let cache = setup.scratch.fresh("python-tensors")?;
     measure(setup.modelcache(&cache).args(["put", REFERENCE, "--quiet"]).arg(&source))?;
+    // The cache has its own copy.
     remove(&source)?;
     let (_, folder) = setup.get(&mut setup.modelcache(&cache), REFERENCE)?;
     let (file, cache) = (folder.join(FILE), cache.as_path());
@@ -90,7 +92,7 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     })
 }
 
-/// A script that loads the file, which is in the page cache when it starts.
+/// Returns the entry of a script that loads the file. The file is in the page cache when the script starts.
 fn entry<'a>(
     setup: &'a Setup,
     who: &'static str,
@@ -110,8 +112,8 @@ fn entry<'a>(
     Entry { who, setting: setting.into(), checked, steps: vec![("", "")], run: Box::new(run) }
 }
 
-/// What the script told of itself, as a run.
+/// Runs the script and returns the figures that it reports.
 fn loaded(command: &mut Command) -> Result<Run> {
-    let (process, told) = Figures::of(command)?;
-    Ok(Run { seconds: told.figure("seconds")?, core_seconds: told.figure("core_seconds")?, ..process })
+    let (process, figures) = Figures::of(command)?;
+    Ok(Run { seconds: figures.figure("seconds")?, core_seconds: figures.figure("core_seconds")?, ..process })
 }

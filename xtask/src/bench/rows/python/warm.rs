@@ -1,4 +1,4 @@
-//! Hits from Python: what it costs to be given the path of an artifact that is on disk, in a process that lives.
+//! Row for hits from Python: the time to get the path of an artifact that is on disk, in a running process.
 
 use crate::bench::contest::{OURS, failure_cell, spread};
 use crate::bench::page::{Bar, Section};
@@ -11,23 +11,23 @@ use crate::bench::usage::measure;
 use crate::table::markdown;
 use anyhow::Result;
 
-/// Nobody reads it.
+/// Size of the file, which is never read.
 const FILE_BYTES: u64 = 1 << 20;
 const NAME: &str = "bench/warm";
 const BY_NAME: &str = "get(name, version)";
 
-/// One way to ask for what is there, and what came of it.
+/// One way to request the cached file, with its results.
 struct Way<'a> {
     who: &'static str,
     setting: &'static str,
     ask: Box<dyn Fn() -> Result<Calls> + 'a>,
-    told: Vec<Calls>,
+    results: Vec<Calls>,
     failure: Option<String>,
 }
 
 impl<'a> Way<'a> {
     fn new(who: &'static str, setting: &'static str, ask: impl Fn() -> Result<Calls> + 'a) -> Self {
-        Self { who, setting, ask: Box::new(ask), told: Vec::new(), failure: None }
+        Self { who, setting, ask: Box::new(ask), results: Vec::new(), failure: None }
     }
 
     fn run(&mut self, round: usize) {
@@ -37,7 +37,7 @@ impl<'a> Way<'a> {
         match (self.ask)() {
             Ok(calls) => {
                 eprintln!("  {round}  {:<16} {:<24} {:.1} us", self.who, self.setting, calls.p50_us);
-                self.told.push(calls);
+                self.results.push(calls);
             }
             Err(error) => {
                 eprintln!("  {round}  {:<16} {:<24} {error:#}", self.who, self.setting);
@@ -47,7 +47,7 @@ impl<'a> Way<'a> {
     }
 
     fn p50_us(&self) -> Option<f64> {
-        middle(&self.told, |calls| calls.p50_us).filter(|_| self.failure.is_none())
+        middle(&self.results, |calls| calls.p50_us).filter(|_| self.failure.is_none())
     }
 
     fn cells(&self, best_peer_us: Option<f64>) -> Vec<String> {
@@ -56,13 +56,13 @@ impl<'a> Way<'a> {
             cells.push(failure_cell(self.failure.as_deref().unwrap_or("not run")));
             return cells;
         };
-        let figure = |figure: fn(&Calls) -> f64| middle(&self.told, figure).unwrap_or_default();
-        let rss_bytes = self.told.iter().map(|calls| calls.process.rss_bytes).max().unwrap_or_default();
+        let figure = |figure: fn(&Calls) -> f64| middle(&self.results, figure).unwrap_or_default();
+        let rss_bytes = self.results.iter().map(|calls| calls.process.rss_bytes).max().unwrap_or_default();
         cells.extend([
             format!("{p50_us:.1}"),
-            spread(self.told.iter().map(|calls| calls.p50_us), 1),
+            spread(self.results.iter().map(|calls| calls.p50_us), 1),
             format!("{:.1}", figure(|calls| calls.p99_us)),
-            self.told.len().to_string(),
+            self.results.len().to_string(),
             format!("{:.1}", figure(|calls| calls.core_us)),
             (rss_bytes >> 20).to_string(),
             best_peer_us.map_or_else(String::new, |best_us| format!("{:.1}", best_us / p50_us)),
@@ -79,7 +79,7 @@ pub(in crate::bench) fn section(setup: &Setup) -> Result<Section> {
     let file = setup.scratch.data("warm.bin", 7, FILE_BYTES)?;
     measure(setup.modelcache(&dir).args(["put", &format!("{NAME}@1"), "--quiet"]).arg(file))?;
     hub.fill_ours(&dir)?;
-    // Where they cannot be had, their lines say so.
+    // If huggingface_hub is not available, its lines show the reason.
     let filled = hub.fill_theirs(&theirs).inspect_err(|error| eprintln!("  huggingface_hub: {error:#}")).is_ok();
     let runs = setup.sizes.calls;
     let ours = |what: Vec<String>| {
@@ -138,7 +138,7 @@ mod tests {
     use crate::bench::usage::Run;
     use std::cell::Cell;
 
-    /// Its processes tell these medians, and it fails when there are no more.
+    /// Reports one of these medians per run, and fails when there are no more.
     fn way(who: &'static str, p50s_us: &'static [f64]) -> Way<'static> {
         let next = Cell::new(0);
         Way::new(who, "", move || {
