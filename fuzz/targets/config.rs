@@ -1,4 +1,4 @@
-//! Configuration: files, sizes and durations, from whoever edits them.
+//! Configuration files, sizes and durations.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

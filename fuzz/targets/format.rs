@@ -1,4 +1,4 @@
-//! What the first bytes of a file tell of its format.
+//! Detection of the format of a file by its first bytes.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

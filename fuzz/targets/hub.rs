@@ -1,4 +1,4 @@
-//! What a Hub answers: trees, revisions, refusals.
+//! Answers of a Hub: trees, revisions, refusals.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

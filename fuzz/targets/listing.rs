@@ -1,4 +1,4 @@
-//! What an S3 server lists.
+//! Listings of an S3 server.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! Manifests, as they stand on a disk or a remote: what is read obeys the rules, and is written and read again alike.
+//! Manifests of a disk or a remote. A manifest that is accepted passes its checks and survives a round trip.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -6,8 +6,8 @@ use modelcache::manifest::Manifest;
 
 fuzz_target!(|bytes: &[u8]| {
     if let Ok(manifest) = Manifest::from_bytes(bytes) {
-        manifest.check().expect("what was read obeys the rules");
-        let written = manifest.to_bytes().expect("what was read can be written");
+        manifest.check().expect("an accepted manifest passes its checks");
+        let written = manifest.to_bytes().expect("an accepted manifest can be written");
         assert_eq!(Manifest::from_bytes(&written).expect("and read again"), manifest);
         let _ = (manifest.list_digest(), manifest.bytes());
     }

@@ -1,4 +1,4 @@
-//! The list inside a manifest, past the checksum that guards it.
+//! The list inside a manifest, without the checksum around it.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! The list inside a manifest: reading it never takes four times its bytes, itself included.
+//! Memory use of reading the list inside a manifest: less than four times its bytes, the list included.
 #![no_main]
 
 #[path = "../../crates/modelcache/tests/memory/counting.rs"]
@@ -11,11 +11,11 @@ use modelcache::fuzzing;
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// What reading may take in any case.
+/// Bytes that reading may allocate regardless of the size of the list.
 const BYTES_MIN: usize = 64 << 10;
 
 fuzz_target!(|bytes: &[u8]| {
-    // libFuzzer's inputs are small, what must not grow with them is not: the same again and again shows it.
+    // Inputs of libFuzzer are small. Repeating an input shows memory use that grows with it.
     let repeated = fuzzing::repeated_list(bytes);
     for list in [bytes, repeated.as_bytes()] {
         let ((), peak) = peak_of(|| fuzzing::read_manifest_list(list));

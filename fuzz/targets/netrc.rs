@@ -1,4 +1,4 @@
-//! The netrc.
+//! Netrc files.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! What an OCI registry answers: manifests, indexes, challenges.
+//! Answers of an OCI registry: manifests, indexes, challenges.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! References: whatever parses prints to something that parses to the same.
+//! References. The printed form of a reference parses to an equal reference.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! What lies on a remote beside manifests: claims.
+//! Claims on a remote.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -56,7 +56,7 @@ impl Args for SettingFlags {
             |command, (setting, flag)| {
                 let variable = setting.variable.map_or_else(String::new, |variable| format!(" [env: {variable}]"));
                 let default = setting.default.replace('`', "");
-                let help = format!("{}{variable} [default: {default}]", setting.meaning.replace('`', ""));
+                let help = format!("{}{variable} [default: {default}]", setting.description.replace('`', ""));
                 let arg = Arg::new(flag)
                     .long(flag)
                     .value_name(setting.value_name)

@@ -86,7 +86,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         Err(signal) => signal.exit_code(),
     };
     runtime.block_on(session.write_metrics(arguments.verb.name(), code));
-    runtime.block_on(modelcache::transfer::tidied(TAKEN_BACK));
+    runtime.block_on(modelcache::transfer::wait_for_cleanup(TAKEN_BACK));
     match ended {
         Ok(outcome) => {
             runtime.shutdown_background();

@@ -117,8 +117,8 @@ impl Reading {
     fn what(&self) -> String {
         match (self.phase, self.tier) {
             (Phase::Join, _) => "waiting for another fill".to_owned(),
-            (Phase::Backfill, _) => "backfill to remote".to_owned(),
-            (Phase::Pour, Some(tier)) => format!("pour from {tier}"),
+            (Phase::Backfill, _) => "uploading to remote".to_owned(),
+            (Phase::Download, Some(tier)) => format!("downloading from {tier}"),
             (phase, _) => phase.name().to_owned(),
         }
     }
@@ -178,7 +178,7 @@ impl Meter {
             }
             _ => self.bytes_per_second = None,
         }
-        if snapshot.phase != Phase::Pour {
+        if snapshot.phase != Phase::Download {
             self.tier = None;
         }
         self.last = Some((now, snapshot));
@@ -223,19 +223,22 @@ mod tests {
         let start = Instant::now();
         let mut meter = Meter::default();
         let mut read = |second: u64| {
-            meter.read(start + Duration::from_secs(second), snapshot(Phase::Pour, second * 100_000_000, 1_000_000_000))
+            meter.read(
+                start + Duration::from_secs(second),
+                snapshot(Phase::Download, second * 100_000_000, 1_000_000_000),
+            )
         };
-        assert_eq!(read(0).text(), "pour, 0 B of 1.0 GB");
-        assert_eq!(read(1).text(), "pour from origin, 100 MB of 1.0 GB, 100 MB/s, 9 s left");
-        assert_eq!(read(2).text(), "pour from origin, 200 MB of 1.0 GB, 100 MB/s, 8 s left");
+        assert_eq!(read(0).text(), "download, 0 B of 1.0 GB");
+        assert_eq!(read(1).text(), "downloading from origin, 100 MB of 1.0 GB, 100 MB/s, 9 s left");
+        assert_eq!(read(2).text(), "downloading from origin, 200 MB of 1.0 GB, 100 MB/s, 8 s left");
     }
 
     #[test]
     fn a_new_phase_starts_a_new_rate() {
         let start = Instant::now();
         let mut meter = Meter::default();
-        meter.read(start, snapshot(Phase::Pour, 0, 100));
-        meter.read(start + Duration::from_secs(1), snapshot(Phase::Pour, 100, 100));
+        meter.read(start, snapshot(Phase::Download, 0, 100));
+        meter.read(start + Duration::from_secs(1), snapshot(Phase::Download, 100, 100));
         let reading = meter.read(start + Duration::from_secs(2), snapshot(Phase::Backfill, 0, 100));
         assert_eq!(reading.text(), "backfill to remote, 0 B of 100 B");
     }
@@ -244,8 +247,8 @@ mod tests {
     fn bytes_that_are_taken_back_do_not_make_a_negative_rate() {
         let start = Instant::now();
         let mut meter = Meter::default();
-        meter.read(start, snapshot(Phase::Pour, 50, 100));
-        let reading = meter.read(start + Duration::from_secs(1), snapshot(Phase::Pour, 20, 100));
+        meter.read(start, snapshot(Phase::Download, 50, 100));
+        let reading = meter.read(start + Duration::from_secs(1), snapshot(Phase::Download, 20, 100));
         assert_eq!(reading.bytes_per_second, None);
     }
 

@@ -1,4 +1,7 @@
-//! Answers as JSON, in the same words as the command line's `--json`.
+//! Reports of the library as JSON, which the Python package parses into the classes of `_reports.py`.
+//!
+//! Some names differ from the command line's `--json`: `before` and `after` of a tag, `origin` of a resolved reference.
+//! Times are numbers in seconds.
 
 use modelcache::ArtifactKey;
 use modelcache::cache::{Artifact, EvictReport, Listed, Pin, PinReport, Pinned, PutReport, TagReport};
@@ -10,7 +13,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Anything that writes itself.
+/// Serializes a report with the field names that it has in the library.
 pub(crate) fn plain(value: &impl Serialize) -> Result<Value> {
     serde_json::to_value(value).map_err(|cause| Error::new(ErrorKind::Other, "cannot write the answer").cause(cause))
 }
@@ -78,6 +81,7 @@ pub(crate) fn resolved(pinned: &Pinned) -> Value {
             "revision": pinned.revision,
             "sha256": pinned.sha256,
             "origin": pinned.from,
+            // `Duration::MAX` stands for an answer of unknown age.
             "age_seconds": pinned.age.filter(|age| *age < Duration::MAX).map(|age| age.as_secs_f64()),
         }),
     )
@@ -117,15 +121,17 @@ fn pin_object(pin: &Pin) -> Value {
     json!({"since": pin.since_unix, "until": pin.until_unix, "by": pin.by, "reason": pin.reason})
 }
 
-/// Seconds since the Unix epoch.
+/// Returns the time as seconds since the Unix epoch, or `None` if it is before the epoch.
 fn unix(time: SystemTime) -> Option<f64> {
     Some(time.duration_since(UNIX_EPOCH).ok()?.as_secs_f64())
 }
 
+/// Returns the seconds spent in each phase, keyed by the name of the phase.
 fn seconds(phases: &BTreeMap<Phase, Duration>) -> Value {
     phases.iter().map(|(phase, spent)| (phase.name().to_owned(), json!(spent.as_secs_f64()))).collect()
 }
 
+/// Adds the name and version of the artifact to a report.
 fn with_key(key: &ArtifactKey, mut about: Value) -> Value {
     if let Value::Object(fields) = &mut about {
         fields.insert("name".into(), json!(key.name));

@@ -1,7 +1,8 @@
-//! The cache as Python calls it: one method a verb, each of which gives a `Call`.
+//! `Cache`: the native object behind `modelcache.ModelCache`, with one method per operation.
 //!
-//! What `get` lends is held until the cache closes. In a forked child the cache is opened anew on first use, and holds
-//! what its parent held.
+//! Methods check their arguments at once and return a `Call`, which does the work. Artifacts that `get` returned by
+//! path stay leased until the cache is closed. A forked child opens the cache again on its first use, and leases the
+//! artifacts that its parent holds.
 
 use crate::answers;
 use crate::call::{Answer, Call, Shown};
@@ -29,29 +30,30 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Callers' tokens whose caches are kept open.
+/// Upper bound on the number of caches that are kept open for tokens passed by callers.
 const TOKENS_MAX: usize = 16;
 
-/// A cache over one directory.
+/// A cache over one local directory.
 #[pyclass(frozen, module = "modelcache._native")]
 pub(crate) struct Cache {
     config: Config,
-    /// `None` once it is closed.
+    /// `None` once the cache is closed.
     open: Mutex<Option<Owned<Arc<Open>>>>,
 }
 
-/// A cache that is open in one process.
+/// The open state of a cache in one process.
 struct Open {
     cache: modelcache::Cache,
-    /// The same for callers with a token of their own; `None`: without one.
-    others: Mutex<HashMap<Option<String>, modelcache::Cache>>,
-    held: Arc<Mutex<Held>>,
+    /// Caches for callers that pass a token of their own, keyed by it. The key `None` is for requests without a token.
+    by_token: Mutex<HashMap<Option<String>, modelcache::Cache>>,
+    leases: Arc<Mutex<Leases>>,
 }
 
-/// What is held until the cache closes: each artifact once for each choice of its files.
-type Held = HashMap<(ArtifactKey, Vec<String>), (Reference, Selection, Artifact)>;
+/// The artifacts that are leased until the cache closes, one entry per artifact and selection of its files. With the
+/// reference and the selection of an entry, a forked child leases the same files.
+type Leases = HashMap<(ArtifactKey, Vec<String>), (Reference, Selection, Artifact)>;
 
-/// How a get is to be done, from its arguments.
+/// The arguments of a get.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 struct GetArguments {
@@ -61,17 +63,17 @@ struct GetArguments {
     include: Vec<String>,
     exclude: Vec<String>,
     into: Option<PathBuf>,
-    /// A token of the caller's own; an empty one: none at all. `None`: as configured.
+    /// A token for this call. An empty string sends no token, `None` the configured one.
     token: Option<String>,
     local_files_only: bool,
     refresh: bool,
     verify: bool,
     timeout_seconds: Option<f64>,
-    /// Whether the cache keeps the hold; otherwise the answer is a `Lease`.
+    /// If true, the cache keeps the lease and the answer is a path. If false, the answer is a `Lease`.
     hold: bool,
 }
 
-/// What is to be opened, and how, from the arguments of an open.
+/// The arguments of an open.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 struct OpenArguments {
@@ -80,7 +82,7 @@ struct OpenArguments {
     version: Option<String>,
     revision: Option<String>,
     unchecked: bool,
-    /// As for a get.
+    /// As in [`GetArguments`].
     token: Option<String>,
     local_files_only: bool,
     refresh: bool,
@@ -92,9 +94,9 @@ impl GetArguments {
         Ok(GetOptions {
             selection: Selection::globs(&self.include, &self.exclude)?,
             refresh: self.refresh,
-            reach: reach(self.local_files_only),
+            max_tier: max_tier(self.local_files_only),
             verify: self.verify,
-            // What is put elsewhere is durable there, and so it is here.
+            // The files in the caller's folder are durable when the call returns. So are those in the cache.
             durable: self.into.is_some(),
             ..GetOptions::default()
         })
@@ -103,8 +105,8 @@ impl GetArguments {
 
 #[pymethods]
 impl Cache {
-    /// Opens the cache. `arguments` go by the keys of the settings, with the names that messages shall have for them;
-    /// `environment` is the process's own, in bytes.
+    /// Opens the cache. `arguments` maps the key of a setting to its value and to the name that messages use for its
+    /// source. `environment` is the environment of the process, in bytes.
     #[new]
     #[pyo3(signature = (arguments, environment, config_file = None, remote_options = None, token = None))]
     fn open(
@@ -117,41 +119,44 @@ impl Cache {
     ) -> PyResult<Self> {
         process::entry(py, |inside| {
             logs::look_up_level(py);
-            let opened = inside.detach(|| Self::gathered(&arguments, environment, config_file, remote_options, token));
+            // Opening does file I/O. Other Python threads run meanwhile.
+            let opened =
+                inside.detach(|| Self::from_settings(&arguments, environment, config_file, remote_options, token));
             opened.map_err(|error| failure::exception(py, &error))
         })
     }
 
-    /// The directory.
+    /// The local directory.
     #[getter]
     fn dir(&self) -> OsString {
         self.config.dir.clone().into_os_string()
     }
 
-    /// The remote's address.
+    /// The URL of the remote, or `None` without one.
     #[getter]
     fn remote(&self) -> Option<String> {
         self.config.remote.as_ref().map(|remote| remote.url.clone())
     }
 
-    /// Whether it can be used.
+    /// True until the cache is closed.
     #[getter]
     fn is_open(&self) -> bool {
         self.lock().is_some()
     }
 
-    /// Makes an artifact local. The answer is its path, or a `Lease`.
+    /// Downloads an artifact unless it is on disk, and leases it. The answer is its path or a `Lease`.
     fn get(&self, py: Python<'_>, arguments: GetArguments) -> PyResult<Call> {
         self.call(py, |open| {
             let reference =
                 reference(&arguments.reference, arguments.version.as_deref(), arguments.revision.as_deref())?;
             let options = arguments.options()?;
-            let cache = open.for_caller(arguments.token.as_deref())?;
-            let held = open.held.clone();
+            let cache = open.with_token(arguments.token.as_deref())?;
+            let leases = open.leases.clone();
             let progress = Progress::new();
             let shown = vec![progress.clone()];
             let work = async move {
                 let GetArguments { into, hold, timeout_seconds, include, exclude, .. } = arguments;
+                // Before the download, so that a folder that must not be replaced is refused at once.
                 let destination = match &into {
                     Some(dir) => Some(cache.destination(dir).await?),
                     None => None,
@@ -165,16 +170,17 @@ impl Cache {
                     return Ok(Answer::Lent(Box::new(artifact)));
                 }
                 let path = Answer::Path(artifact.path.clone());
+                // Part of the key of the lease. The empty string separates the two lists of patterns.
                 let patterns = [include, vec![String::new()], exclude].concat();
                 let (pinned, id) = (reference.pinned(&artifact.key), (artifact.key.clone(), patterns));
-                let keep = move || drop(lock(&held).insert(id, (pinned, options.selection, artifact)));
+                let keep = move || drop(lock(&leases).insert(id, (pinned, options.selection, artifact)));
                 Ok(Answer::Kept(Box::new(keep), Box::new(path)))
             };
             Ok((shown, work))
         })
     }
 
-    /// Opens one file of an artifact. The answer is a `File`.
+    /// Opens one file of an artifact for reading. The answer is a `File`.
     fn open_file(&self, py: Python<'_>, arguments: OpenArguments) -> PyResult<Call> {
         self.call(py, |open| {
             let OpenArguments { reference, path, version, revision, timeout_seconds, .. } = &arguments;
@@ -183,9 +189,9 @@ impl Cache {
                 file: path.as_deref().map(FilePath::new).transpose()?,
                 unchecked: arguments.unchecked,
                 refresh: arguments.refresh,
-                reach: reach(arguments.local_files_only),
+                max_tier: max_tier(arguments.local_files_only),
             };
-            let cache = open.for_caller(arguments.token.as_deref())?;
+            let cache = open.with_token(arguments.token.as_deref())?;
             let (timeout, progress) = (*timeout_seconds, Progress::new());
             let shown = vec![progress.clone()];
             let work = async move {
@@ -196,7 +202,7 @@ impl Cache {
         })
     }
 
-    /// Publishes a file or folder.
+    /// Publishes a file or folder under a name and version.
     #[pyo3(signature = (name, version, path, *, tag, tier, expect, sidecar, force))]
     #[expect(clippy::too_many_arguments, reason = "the arguments of put, by name")]
     fn put(
@@ -225,7 +231,8 @@ impl Cache {
             let shown = vec![progress.clone()];
             let work = async move {
                 let path = std::path::absolute(&path)
-                    .map_err(|cause| Error::invalid(format!("{} is no path", path.display())).cause(cause))?;
+                    .map_err(|cause| Error::invalid(format!("{} is not a valid path", path.display())).cause(cause))?;
+                // Refuse a tag that cannot be set before the upload, not after it.
                 if let Some(tag) = &tag {
                     cache.check_tag(&key, tag).await.map_err(|error| error.artifact(&key))?;
                 }
@@ -239,7 +246,7 @@ impl Cache {
         })
     }
 
-    /// Removes an artifact.
+    /// Removes an artifact from disk, from the remote or from both.
     fn evict(
         &self,
         py: Python<'_>,
@@ -248,7 +255,7 @@ impl Cache {
         tier: &str,
         dry_run: bool,
     ) -> PyResult<Call> {
-        self.quiet(py, |open| {
+        self.json_call(py, |open| {
             let reference = self::reference(reference, version, None)?;
             let tier = match tier {
                 "all" => EvictTier::All,
@@ -256,27 +263,27 @@ impl Cache {
                 "remote" => EvictTier::Remote,
                 other => return Err(no_such_tier(other, "all, disk, remote")),
             };
-            // Its own hold would be in the way.
+            // The lease that an earlier get left in this cache would make the eviction fail.
             if !dry_run && tier != EvictTier::Remote {
-                let is_it = |key: &ArtifactKey| reference.exact_key().as_ref() == Some(key);
-                lock(&open.held).retain(|(key, _), _| !is_it(key));
+                let is_same = |key: &ArtifactKey| reference.exact_key().as_ref() == Some(key);
+                lock(&open.leases).retain(|(key, _), _| !is_same(key));
             }
             let cache = open.cache.clone();
             Ok(async move { Ok(answers::evicted(&cache.evict(&reference, tier, dry_run).await?)) })
         })
     }
 
-    /// The state of the directory.
+    /// Returns budget, usage and counts of the local directory.
     fn stats(&self, py: Python<'_>) -> PyResult<Call> {
-        self.quiet(py, |open| {
+        self.json_call(py, |open| {
             let cache = open.cache.clone();
             Ok(async move { answers::plain(&cache.stats().await?) })
         })
     }
 
-    /// The artifacts on disk, or on the remote.
+    /// Lists the artifacts on disk, or on the remote.
     fn artifacts(&self, py: Python<'_>, remote: bool) -> PyResult<Call> {
-        self.quiet(py, |open| {
+        self.json_call(py, |open| {
             let cache = open.cache.clone();
             Ok(async move {
                 let rows = if remote { cache.list_remote().await? } else { cache.list().await? };
@@ -285,7 +292,7 @@ impl Cache {
         })
     }
 
-    /// The counters, as JSON.
+    /// Returns the counters as JSON. Runs at once, without a `Call`.
     fn metrics(&self, py: Python<'_>) -> PyResult<String> {
         self.with_open(py, |open| {
             let counts = open.cache.metrics().counts();
@@ -295,9 +302,10 @@ impl Cache {
         })
     }
 
-    /// Counters and the state of the directory, as families of Prometheus, or as its text.
+    /// Returns the counters and the state of the directory as Prometheus metric families: as JSON, or as a page in the
+    /// text format.
     fn families(&self, py: Python<'_>, text: bool) -> PyResult<Call> {
-        self.quiet(py, |open| {
+        self.json_call(py, |open| {
             let cache = open.cache.clone();
             Ok(async move {
                 let mut families = cache.metrics().counts().families();
@@ -307,7 +315,7 @@ impl Cache {
         })
     }
 
-    /// Keeps an artifact on disk.
+    /// Pins an artifact on disk, for `seconds` or until it is unpinned.
     fn pin(
         &self,
         py: Python<'_>,
@@ -317,7 +325,7 @@ impl Cache {
         by: Option<String>,
         reason: Option<String>,
     ) -> PyResult<Call> {
-        self.quiet(py, |open| {
+        self.json_call(py, |open| {
             let reference = self::reference(reference, version, None)?;
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             let lasting = seconds.map(duration).transpose()?;
@@ -332,16 +340,16 @@ impl Cache {
         })
     }
 
-    /// Takes a pin off.
+    /// Removes a pin.
     fn unpin(&self, py: Python<'_>, reference: &str, version: Option<&str>) -> PyResult<Call> {
-        self.quiet(py, |open| {
+        self.json_call(py, |open| {
             let reference = self::reference(reference, version, None)?;
             let cache = open.cache.clone();
             Ok(async move { Ok(answers::pin(&cache.unpin(&reference).await?)) })
         })
     }
 
-    /// What a reference means now.
+    /// Resolves a reference to a pinned one, without downloading files.
     fn resolve(
         &self,
         py: Python<'_>,
@@ -351,18 +359,18 @@ impl Cache {
         refresh: bool,
         local_files_only: bool,
     ) -> PyResult<Call> {
-        self.quiet(py, |open| {
+        self.json_call(py, |open| {
             let reference = self::reference(reference, version, revision)?;
-            let reach = reach(local_files_only);
-            let options = GetOptions { refresh, reach, ..GetOptions::default() };
+            let max_tier = max_tier(local_files_only);
+            let options = GetOptions { refresh, max_tier, ..GetOptions::default() };
             let cache = open.cache.clone();
             Ok(async move { Ok(answers::resolved(&cache.pinned(&reference, &options).await?)) })
         })
     }
 
-    /// Makes a tag mean a version.
+    /// Points a tag on the remote at a version.
     fn tag(&self, py: Python<'_>, name: &str, version: &str, tag: &str) -> PyResult<Call> {
-        self.quiet(py, |open| {
+        self.json_call(py, |open| {
             let (key, tag) = (ArtifactKey::bare(&format!("{name}@{version}"))?, Version::new(tag)?);
             let cache = open.cache.clone();
             Ok(async move { Ok(answers::tagged(&cache.tag(&key, &tag).await?)) })
@@ -371,14 +379,14 @@ impl Cache {
 
     /// Removes a tag.
     fn untag(&self, py: Python<'_>, name: &str, tag: &str) -> PyResult<Call> {
-        self.quiet(py, |open| {
+        self.json_call(py, |open| {
             let tagged = ArtifactKey::bare(&format!("{name}@{tag}"))?;
             let cache = open.cache.clone();
             Ok(async move { Ok(answers::tagged(&cache.untag(&tagged).await?)) })
         })
     }
 
-    /// Reads what is kept and compares it with its digests.
+    /// Reads stored files in full and compares them with their digests.
     fn verify(
         &self,
         py: Python<'_>,
@@ -410,7 +418,8 @@ impl Cache {
         })
     }
 
-    /// Fills a list ahead of time; refused as a whole if it does not fit. The answer is one `Lease` or exception each.
+    /// Downloads a list of artifacts ahead of time. Fails before the first download if the list does not fit on disk.
+    /// The answer is a JSON row for each artifact, with its path or its failure. The cache keeps the leases.
     fn prewarm(&self, py: Python<'_>, wanted: Vec<(String, Option<String>)>, jobs: usize) -> PyResult<Call> {
         self.with_open(py, |open| {
             let references = wanted.iter().map(|(text, version)| reference(text, version.as_deref(), None));
@@ -421,8 +430,10 @@ impl Cache {
         })
     }
 
-    /// In a child that was forked just now: lets go of what is the parent's alone.
+    /// Called in a forked child right after the fork. The child's copy of the open cache must not act for the parent:
+    /// pending syncs stay with the parent.
     fn forked(&self) {
+        // Do not block: a mutex that another thread held at the fork stays locked.
         let open = self.open.try_lock();
         let parents = open.as_ref().ok().and_then(|open| open.as_ref()).and_then(|owned| owned.of_any_process());
         if let Some(open) = parents {
@@ -430,51 +441,54 @@ impl Cache {
         }
     }
 
-    /// Lets go of everything, once what was fetched is durable and uploads in the background are done, or `seconds` have
-    /// passed.
+    /// Closes the cache: waits up to `seconds` until downloads are published and durable and background uploads are
+    /// done, then releases all leases.
     fn close(&self, py: Python<'_>, seconds: f64) -> PyResult<Call> {
-        process::entry(py, |_| Ok(self.closing(py, seconds)))
+        process::entry(py, |_| Ok(self.close_call(py, seconds)))
     }
 }
 
 impl Cache {
-    fn closing(&self, py: Python<'_>, seconds: f64) -> Call {
+    fn close_call(&self, py: Python<'_>, seconds: f64) -> Call {
+        // Other calls fail from here on. In a forked child that never used the cache there is nothing to close.
         let taken = self.lock().take().and_then(|mut open| open.take());
         let progress = Progress::new();
         let shown = progress.clone();
         Call::new(py, shown, async move {
             if let Some(open) = taken {
-                let others: Vec<_> = lock(&open.others).drain().map(|(_, cache)| cache).collect();
+                let by_token: Vec<_> = lock(&open.by_token).drain().map(|(_, cache)| cache).collect();
                 let finish = async {
-                    for cache in std::iter::once(&open.cache).chain(&others) {
+                    for cache in std::iter::once(&open.cache).chain(&by_token) {
                         cache.land().await;
-                        // Told where it failed; the next get of it finds what is missing.
+                        // A failure is logged where it occurs. The next get of the artifact detects missing bytes.
                         let _ = cache.make_durable().await;
                         cache.finish_backfills(&progress).await;
                     }
                 };
                 if tokio::time::timeout(duration(seconds)?, finish).await.is_err() {
-                    tracing::info!("what has not reached the remote yet is left to a later run");
+                    tracing::info!("closing timed out; pending uploads to the remote are left to a later run");
                 }
-                lock(&open.held).clear();
+                lock(&open.leases).clear();
             }
             Ok(Answer::Json(json!(null)))
         })
     }
 
-    /// Opens the cache from its settings.
-    fn gathered(
+    /// Gathers the settings and opens the cache.
+    fn from_settings(
         arguments: &HashMap<String, (String, String)>,
         environment: Vec<(Vec<u8>, Vec<u8>)>,
         config_file: Option<PathBuf>,
         remote_options: Option<BTreeMap<String, String>>,
         token: Option<String>,
     ) -> Result<Self> {
-        let settings = gather(arguments, environment, config_file)?;
+        let settings = load_settings(arguments, environment, config_file)?;
         settings.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let mut config = settings.config;
+        // Default of the Python package: calls do not wait for uploads.
         config.backfill.get_or_insert(Backfill::Background);
         for (name, value) in remote_options.into_iter().flatten() {
+            // Options apply to the remote and to `s3://` references.
             config.buckets.options.insert(name.clone(), value.clone());
             if let Some(remote) = &mut config.remote {
                 remote.options.insert(name, value);
@@ -491,33 +505,35 @@ impl Cache {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The cache as it is open in this process: in a forked child, opened anew.
-    fn opened(&self, inside: &Inside<'_>, py: Python<'_>) -> Result<Arc<Open>> {
+    /// Returns the open state for this process. In a forked child, opens the cache again on first use.
+    fn in_this_process(&self, inside: &Inside<'_>, py: Python<'_>) -> Result<Arc<Open>> {
         let parents = match &*self.lock() {
-            None => return Err(Error::invalid("the cache is closed").hint("make another ModelCache")),
+            None => return Err(Error::invalid("the cache is closed").hint("create a new ModelCache")),
             Some(owned) => match owned.get() {
                 Some(open) => return Ok(open.clone()),
-                None => owned.of_any_process().map(|open| open.held_again()).unwrap_or_default(),
+                // Opened by the parent. Its table of leases is only read.
+                None => owned.of_any_process().map(|open| open.leases_to_renew()).unwrap_or_default(),
             },
         };
         let runtime = inside.process().runtime(py)?;
         let open = inside.detach(move || {
             let open = Open::new(self.config.clone())?;
-            runtime.block_on(open.hold_again(parents));
+            runtime.block_on(open.renew_leases(parents));
             Ok::<_, Error>(Arc::new(open))
         })?;
         *self.lock() = Some(Owned::new(open.clone()));
         Ok(open)
     }
 
-    /// What `make` makes of the cache as it is open in this process.
+    /// Calls `make` with the open state for this process.
     fn with_open<T>(&self, py: Python<'_>, make: impl FnOnce(&Arc<Open>) -> Result<T>) -> PyResult<T> {
         process::entry(py, |inside| {
-            let made = self.opened(inside, py).and_then(|open| make(&open));
+            let made = self.in_this_process(inside, py).and_then(|open| make(&open));
             made.map_err(|error| failure::exception(py, &error))
         })
     }
 
+    /// Returns a call that runs the future from `make` and shows its progress handles.
     fn call<W>(&self, py: Python<'_>, make: impl FnOnce(&Open) -> Result<(Vec<Progress>, W)>) -> PyResult<Call>
     where
         W: Future<Output = Result<Answer>> + Send + 'static,
@@ -528,8 +544,8 @@ impl Cache {
         })
     }
 
-    /// A call without progress that gives JSON.
-    fn quiet<W>(&self, py: Python<'_>, make: impl FnOnce(&Open) -> Result<W>) -> PyResult<Call>
+    /// Returns a call with a JSON answer and without progress.
+    fn json_call<W>(&self, py: Python<'_>, make: impl FnOnce(&Open) -> Result<W>) -> PyResult<Call>
     where
         W: Future<Output = Result<serde_json::Value>> + Send + 'static,
     {
@@ -542,59 +558,69 @@ impl Cache {
 
 impl Open {
     fn new(config: Config) -> Result<Self> {
-        Ok(Self { cache: modelcache::Cache::open(config)?, others: Mutex::default(), held: Arc::default() })
+        Ok(Self { cache: modelcache::Cache::open(config)?, by_token: Mutex::default(), leases: Arc::default() })
     }
 
-    /// The cache for a caller who brings a token, or none.
-    fn for_caller(&self, token: Option<&str>) -> Result<modelcache::Cache> {
+    /// Returns the cache that sends `token` to the Hub. `None` stands for the configured token, an empty string for
+    /// none. Callers with different tokens share directory and counters, but no download: otherwise a caller could get
+    /// files that its token gives no access to.
+    fn with_token(&self, token: Option<&str>) -> Result<modelcache::Cache> {
         let Some(token) = token else { return Ok(self.cache.clone()) };
+        // The key `None` stands for the empty token.
         let id = Some(token.to_owned()).filter(|token| !token.is_empty());
-        let mut others = lock(&self.others);
-        if let Some(cache) = others.get(&id) {
+        let mut by_token = lock(&self.by_token);
+        if let Some(cache) = by_token.get(&id) {
             return Ok(cache.clone());
         }
-        if others.len() >= TOKENS_MAX {
-            others.clear();
+        // Dropping all of them is enough: running calls keep their clones, and a later call opens its cache again.
+        if by_token.len() >= TOKENS_MAX {
+            by_token.clear();
         }
         let cache = self.cache.with_hub_token(id.clone().map(Secret::new))?;
-        others.insert(id, cache.clone());
+        by_token.insert(id, cache.clone());
         Ok(cache)
     }
 
-    /// What a forked child shall hold, too.
-    fn held_again(&self) -> Vec<(Vec<String>, Reference, Selection)> {
-        // Only whoever holds the interpreter's lock takes this one, so no fork came while it was taken.
-        let held = lock(&self.held);
-        held.iter()
+    /// Returns the artifacts that a forked child has to lease, too. Called in the child, on its parent's state.
+    fn leases_to_renew(&self) -> Vec<(Vec<String>, Reference, Selection)> {
+        // While the cache is open, this mutex is locked only with the interpreter's lock held. Therefore no fork copies
+        // it in the locked state.
+        let leases = lock(&self.leases);
+        leases
+            .iter()
             .map(|((_, patterns), (pinned, selection, _))| (patterns.clone(), pinned.clone(), selection.clone()))
             .collect()
     }
 
-    async fn hold_again(&self, wanted: Vec<(Vec<String>, Reference, Selection)>) {
+    /// Leases the artifacts that the parent of this process holds. Asks disk only.
+    async fn renew_leases(&self, wanted: Vec<(Vec<String>, Reference, Selection)>) {
         for (patterns, pinned, selection) in wanted {
-            let options = GetOptions { selection: selection.clone(), reach: Tier::Disk, ..GetOptions::default() };
+            let options = GetOptions { selection: selection.clone(), max_tier: Tier::Disk, ..GetOptions::default() };
             match self.cache.get(&pinned, &options, &Progress::new()).await {
                 Ok(artifact) => {
-                    lock(&self.held).insert((artifact.key.clone(), patterns), (pinned, selection, artifact));
+                    lock(&self.leases).insert((artifact.key.clone(), patterns), (pinned, selection, artifact));
                 }
-                Err(error) => tracing::warn!(%error, "a forked child cannot hold what its parent holds"),
+                Err(error) => tracing::warn!(%error, "a forked child could not lease an artifact of its parent"),
             }
         }
     }
 }
 
+/// Downloads `references` in three waves and leases them. The answer has one row for each reference, in their order.
 async fn prewarm(open: Arc<Open>, references: Vec<Reference>, jobs: usize, shown: Shown) -> Result<Answer> {
     let options = GetOptions { purpose: Purpose::Keep, durable: true, ..GetOptions::default() };
     let plan = open.cache.plan_prewarm(&references, &options).await?;
     let (mut rows, mut waves) = (vec![json!(null); references.len()], [Vec::new(), Vec::new(), Vec::new()]);
     for (at, planned) in plan.artifacts.into_iter().enumerate() {
         match planned {
-            // What is here first: from then on it is held. What shares files comes last, and finds those files here.
+            // Wave 0: artifacts on disk. Their leases keep the later waves from evicting them.
+            // Wave 1: downloads. Wave 2: artifacts that share files with earlier ones. They run one at a time, so that
+            // each finds the shared files on disk.
             Ok(planned) => waves[if planned.is_local { 0 } else { 1 + usize::from(planned.shares) }].push(at),
-            Err(error) => rows[at] = failed(&error),
+            Err(error) => rows[at] = failure_row(&error),
         }
     }
-    let mut lent = Vec::new();
+    let mut leased = Vec::new();
     for (wave, jobs) in waves.into_iter().zip([jobs, jobs, 1]) {
         let fills: Vec<_> = wave.into_iter().map(|at| fill(&open, &references[at], at, &options, &shown)).collect();
         let mut fills = stream::iter(fills).buffer_unordered(jobs);
@@ -602,23 +628,25 @@ async fn prewarm(open: Arc<Open>, references: Vec<Reference>, jobs: usize, shown
             rows[at] = match filled {
                 Ok(artifact) => {
                     let row = json!({"path": artifact.path, "report": answers::got(&artifact)});
-                    lent.push((references[at].pinned(&artifact.key), artifact));
+                    leased.push((references[at].pinned(&artifact.key), artifact));
                     row
                 }
-                Err(error) => failed(&error),
+                Err(error) => failure_row(&error),
             };
         }
     }
-    let held = open.held.clone();
+    let leases = open.leases.clone();
+    // Stored with the interpreter's lock held, see `leases_to_renew`. If the call is cancelled, the leases are dropped.
     let keep = move || {
-        let mut held = lock(&held);
-        for (pinned, artifact) in lent {
-            held.insert((artifact.key.clone(), vec![String::new()]), (pinned, Selection::all(), artifact));
+        let mut leases = lock(&leases);
+        for (pinned, artifact) in leased {
+            leases.insert((artifact.key.clone(), vec![String::new()]), (pinned, Selection::all(), artifact));
         }
     };
     Ok(Answer::Kept(Box::new(keep), Box::new(Answer::Json(rows.into()))))
 }
 
+/// Gets one artifact of a list. Returns its index with the result.
 async fn fill(
     open: &Open,
     reference: &Reference,
@@ -631,8 +659,8 @@ async fn fill(
     (at, open.cache.get(reference, options, &progress).await)
 }
 
-/// A failure that is told beside what succeeded, as the package makes exceptions of it.
-fn failed(error: &Error) -> serde_json::Value {
+/// Returns the row for a failed artifact of a list, from which the package makes an exception.
+fn failure_row(error: &Error) -> serde_json::Value {
     json!({
         "kind": error.kind().name(),
         "message": error.to_string(),
@@ -644,7 +672,8 @@ fn failed(error: &Error) -> serde_json::Value {
     })
 }
 
-fn gather(
+/// Merges the settings from arguments, environment and configuration files.
+fn load_settings(
     arguments: &HashMap<String, (String, String)>,
     environment: Vec<(Vec<u8>, Vec<u8>)>,
     config_file: Option<PathBuf>,
@@ -653,14 +682,15 @@ fn gather(
     let environment = settings::environment(variables)?;
     let files = settings::read_files(ConfigFiles::choose(config_file.as_deref(), &environment))?;
     if let Some(unknown) = arguments.keys().find(|key| !SETTINGS.iter().any(|setting| setting.key == **key)) {
-        return Err(Error::invalid(format!("there is no setting {unknown:?}")));
+        return Err(Error::invalid(format!("unknown setting {unknown:?}")));
     }
     let argument = |(text, source): &(String, String)| Argument { text: text.clone(), source: source.clone() };
     let arguments = arguments.iter().map(|(key, given)| (key.as_str(), argument(given))).collect();
     Settings::gather_arguments(&arguments, &environment, &files, settings::read_if_there)?.placed(&environment)
 }
 
-/// The reference that a caller means. A bare name takes its version, or in its place a revision, from an argument.
+/// Builds the reference from the arguments of a call. A bare name takes its version from `version` or `revision`; a URI
+/// takes its revision from either.
 fn reference(text: &str, version: Option<&str>, revision: Option<&str>) -> Result<Reference> {
     let is_uri = text.contains("://") || text.starts_with("models:");
     match (version, revision) {
@@ -670,32 +700,38 @@ fn reference(text: &str, version: Option<&str>, revision: Option<&str>) -> Resul
             let reference = Reference::parse(&format!("{text}@{version}"))?;
             match &reference.target {
                 Target::Bare(key) if key.name.as_str() == text => Ok(reference),
-                _ => Err(Error::invalid(format!("{:?} and a version, {version:?}", redact::reference(text)))
-                    .hint("name one version")),
+                // The text has a version already, or something else that must not follow a name.
+                _ => Err(Error::invalid(format!(
+                    "the reference {:?} cannot be combined with the version {version:?}",
+                    redact::reference(text)
+                ))
+                .hint("give the version once: in the reference or as an argument")),
             }
         }
         (Some(revision), None) | (None, Some(revision)) => Reference::parse(text)?.at_revision(revision),
     }
 }
 
-fn reach(local_files_only: bool) -> Tier {
+fn max_tier(local_files_only: bool) -> Tier {
     if local_files_only { Tier::Disk } else { Tier::Origin }
 }
 
+/// Runs `work` with a timeout in seconds, or without one.
 pub(crate) async fn in_time<T>(seconds: Option<f64>, work: impl Future<Output = Result<T>>) -> Result<T> {
     let Some(seconds) = seconds else { return work.await };
     tokio::time::timeout(duration(seconds)?, work).await.unwrap_or_else(|_| {
         Err(Error::unavailable(format!("not done within {seconds} s"))
-            .hint("give it a longer timeout; the same call goes on where this one ended"))
+            .hint("use a longer timeout; calling again continues the download"))
     })
 }
 
 fn duration(seconds: f64) -> Result<Duration> {
-    Duration::try_from_secs_f64(seconds).map_err(|_| Error::invalid(format!("{seconds} is no number of seconds")))
+    Duration::try_from_secs_f64(seconds)
+        .map_err(|_| Error::invalid(format!("{seconds} is not a valid number of seconds")))
 }
 
 fn no_such_tier(given: &str, known: &str) -> Error {
-    Error::invalid(format!("there is no tier {given:?} here")).hint(format!("one of {known}"))
+    Error::invalid(format!("there is no tier {given:?} for this operation")).hint(format!("use one of {known}"))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,9 +1,10 @@
-//! A call: work that was asked for and waits to be waited for, by a thread or by an event loop.
+//! [`Call`]: a future of the library that Python drives, either from a blocked thread or from an event loop.
 //!
-//! A thread that waits works itself: for the first tenth of a second the call is polled on it, without the interpreter's
-//! lock. What takes longer goes on as a task of the runtime, while the thread goes back to Python ten times a second, for
-//! signals, logs and progress: callbacks have no frame of Rust below them, and may make calls of their own. Whoever stops
-//! waiting ends the call and no one else's: a fill goes on as long as anybody in this process waits for it.
+//! A blocking caller calls [`Call::wait`] in a loop of Python code. Each round returns within a tenth of a second, so
+//! that the loop can handle signals, pass on log records and report progress. Callbacks run in that loop, with no Rust
+//! frame below them, and may use the cache. An event loop uses [`Call::start`] and is called back.
+//!
+//! Cancelling ends this call only: a fill continues while any caller in this process waits for it.
 
 use crate::file::File;
 use crate::lease::Lease;
@@ -25,32 +26,35 @@ use std::time::Duration;
 use tokio::runtime::{Runtime, RuntimeFlavor};
 use tokio::task::{AbortHandle, JoinHandle};
 
-/// Time after which a waiting thread goes back to Python.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// How long a cancelled call is waited for.
-const CANCELLED: Duration = Duration::from_secs(1);
+/// Longest time that [`Call::wait`] blocks before it returns to Python.
+const WAIT_INTERVAL: Duration = Duration::from_millis(100);
+/// How long [`Call::cancel`] waits for the task to end.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 
 type Work = Pin<Box<dyn Future<Output = Result<Answer>> + Send>>;
 
-/// What a call gives.
+/// The result of a call.
 pub(crate) enum Answer {
-    /// A path that needs no hold.
+    /// A path without a lease of its own.
     Path(PathBuf),
-    /// An answer that takes effect when it is given, with the interpreter's lock held: what was lent is kept.
+    /// An answer with a side effect, which runs when the answer is converted, with the interpreter's lock held: it
+    /// stores the leases in the cache. An answer that is never converted releases its leases.
     Kept(Box<dyn FnOnce() + Send>, Box<Answer>),
-    /// A path and its hold.
+    /// A leased artifact, to become a `Lease`.
     Lent(Box<Artifact>),
-    /// A file, and the seconds that a read of it may wait.
+    /// An open file, and the longest time in seconds that one read may wait.
     Opened(Box<OpenFile>, Option<f64>),
-    /// Anything else, as JSON.
+    /// Any other answer, as JSON.
     Json(Value),
 }
 
 impl Answer {
+    /// Converts the answer to a Python object.
     fn into_python(self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         match self {
             Self::Path(path) => path.into_os_string().into_py_any(py),
             Self::Kept(keep, answer) => {
+                // Under the interpreter's lock no fork can copy the table of leases while its mutex is held.
                 keep();
                 answer.into_python(py)
             }
@@ -63,7 +67,7 @@ impl Answer {
         }
     }
 
-    /// Calls `done(answer, exception)`, one of which is `None`.
+    /// Calls the Python function `done(answer, exception)`. One of the two arguments is `None`.
     pub(crate) fn tell(py: Python<'_>, done: &Bound<'_, PyAny>, outcome: Result<Self>) -> PyResult<()> {
         let answered = outcome.map_err(|error| failure::exception(py, &error));
         match answered.and_then(|answer| answer.into_python(py)) {
@@ -74,26 +78,28 @@ impl Answer {
     }
 }
 
-/// One or several progresses, shown as one.
+/// The progress handles of a call. [`snapshot`] adds them up.
 pub(crate) type Shown = Arc<Mutex<Vec<Progress>>>;
 
-/// Work that was asked for.
+/// A call of the library that Python waits for or cancels.
 #[pyclass(frozen, module = "modelcache._native")]
 pub(crate) struct Call {
+    /// Empty while a thread is in [`Call::wait`], and after the call has ended.
     stage: Mutex<Owned<Stage>>,
     shown: Shown,
 }
 
 enum Stage {
+    /// Not polled yet.
     New(Work),
-    /// A task, which a thread waits for.
+    /// A runtime task that a blocked thread waits for.
     Awaited(JoinHandle<Result<Answer>>),
-    /// A task that tells its end itself.
+    /// A runtime task that reports its outcome to an event loop.
     Started(AbortHandle),
 }
 
 impl Call {
-    /// A call that shows `progress`.
+    /// Creates a call with one progress handle. Nothing runs before [`wait`](Self::wait) or [`start`](Self::start).
     pub(crate) fn new(
         py: Python<'_>,
         progress: Progress,
@@ -102,12 +108,13 @@ impl Call {
         Self::showing(py, Arc::new(Mutex::new(vec![progress])), work)
     }
 
-    /// A call that shows several progresses as one.
+    /// Creates a call with several progress handles. `work` may add further ones to `shown`.
     pub(crate) fn showing(
         py: Python<'_>,
         shown: Shown,
         work: impl Future<Output = Result<Answer>> + Send + 'static,
     ) -> Self {
+        // Every call is an opportunity to notice that the program has changed the logger's level.
         logs::look_up_level(py);
         Self { stage: Mutex::new(Owned::new(Stage::New(Box::pin(work)))), shown }
     }
@@ -117,31 +124,35 @@ impl Call {
     }
 }
 
-/// Works on a call for [`LOOK_EVERY`] at most: what came of it, or the task that it goes on in.
+/// Runs a call for at most [`WAIT_INTERVAL`]. Returns its outcome, or as `Err` the task in which it continues.
 fn work_on(runtime: &Runtime, stage: Option<Stage>) -> std::result::Result<Result<Answer>, JoinHandle<Result<Answer>>> {
-    let waited_for_before = || Error::invalid("a call is waited for once, in the process that made it");
+    let already_awaited = || Error::invalid("a call can be awaited only once, and only in the process that created it");
     runtime.block_on(async {
         match stage {
+            // First round: poll the work on this thread. A call that ends within the interval, such as a hit on disk,
+            // costs no task and no switch to another thread.
             Some(Stage::New(work)) => {
-                let mut work = guarded(work);
+                let mut work = catching_panics(work);
                 tokio::select! {
                     biased;
                     outcome = &mut work => Ok(outcome),
-                    () = tokio::time::sleep(LOOK_EVERY) => Err(tokio::spawn(work)),
+                    () = tokio::time::sleep(WAIT_INTERVAL) => Err(tokio::spawn(work)),
                 }
             }
-            Some(Stage::Awaited(mut task)) => match tokio::time::timeout(LOOK_EVERY, &mut task).await {
+            // Later rounds: the task continues on the runtime's threads, and this thread only waits for it.
+            Some(Stage::Awaited(mut task)) => match tokio::time::timeout(WAIT_INTERVAL, &mut task).await {
                 Ok(Ok(outcome)) => Ok(outcome),
                 Ok(Err(cut_short)) => Ok(Err(Error::new(ErrorKind::Other, "the call was cut short").cause(cut_short))),
                 Err(_) => Err(task),
             },
-            Some(Stage::Started(_)) | None => Ok(Err(waited_for_before())),
+            // Started for an event loop, ended, in use by another thread, or created before a fork.
+            Some(Stage::Started(_)) | None => Ok(Err(already_awaited())),
         }
     })
 }
 
-/// `work`, whose panics are failures.
-fn guarded(work: Work) -> Pin<Box<dyn Future<Output = Result<Answer>> + Send>> {
+/// Wraps `work` so that a panic in it becomes an error.
+fn catching_panics(work: Work) -> Pin<Box<dyn Future<Output = Result<Answer>> + Send>> {
     AssertUnwindSafe(work)
         .catch_unwind()
         .map(|done| done.unwrap_or_else(|panic| Err(failure::of_panic(&*panic))))
@@ -150,12 +161,14 @@ fn guarded(work: Work) -> Pin<Box<dyn Future<Output = Result<Answer>> + Send>> {
 
 #[pymethods]
 impl Call {
-    /// Waits for the end, a tenth of a second at most. `None`: it has not come yet, and this is to be called again.
+    /// Runs the call for at most a tenth of a second. Returns its answer, or `None` if it has not ended yet; the caller
+    /// then calls this again.
     fn wait(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
         process::entry(py, |inside| {
             let runtime = inside.process().runtime(py).map_err(|error| failure::exception(py, &error))?;
             let stage = self.stage().take();
-            // The runtime is let go of before this thread may hang: whoever ends it waits for that.
+            // The closure owns the reference to the runtime, so that it is dropped before `detach` may hang this
+            // thread: `process::shut_down` waits until no other reference is left.
             match inside.detach(move || work_on(&runtime, stage)) {
                 Ok(Ok(answer)) => answer.into_python(py).map(Some),
                 Ok(Err(error)) => Err(failure::exception(py, &error)),
@@ -167,22 +180,23 @@ impl Call {
         })
     }
 
-    /// Starts the work; `done(answer, exception)` is called with its end, on a thread of ours, unless it is cancelled.
+    /// Starts the call in the background. `done(answer, exception)` is called at its end on a dispatcher thread, unless
+    /// the call is cancelled before.
     fn start(&self, py: Python<'_>, done: Py<PyAny>) -> PyResult<()> {
         process::entry(py, |inside| {
             let process = inside.process();
             let begin = || {
                 let runtime = process.runtime(py)?;
-                // Without a thread that runs tasks they run only while somebody waits.
+                // The limit on threads left no worker thread: tasks would run only while some thread is in `wait`.
                 if runtime.handle().runtime_flavor() == RuntimeFlavor::CurrentThread {
                     return Err(modelcache::runtime::no_thread(None));
                 }
                 process.start_to_deliver()?;
                 let Some(Stage::New(work)) = self.stage().take() else {
-                    return Err(Error::invalid("a call is started once, in the process that made it"));
+                    return Err(Error::invalid("a call can be started only once, in the process that created it"));
                 };
                 Ok(runtime.spawn(async move {
-                    let outcome = guarded(work).await;
+                    let outcome = catching_panics(work).await;
                     process.deliver(done, outcome);
                 }))
             };
@@ -192,33 +206,37 @@ impl Call {
         })
     }
 
-    /// Ends the call; a fill that others wait for goes on.
+    /// Cancels the call. A fill that other callers wait for continues.
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
         process::entry(py, |inside| {
             match self.stage().take() {
                 Some(Stage::Started(task)) => task.abort(),
                 Some(Stage::Awaited(task)) => {
                     task.abort();
+                    // Wait until the future is dropped: its leases and locks are released when this returns.
                     if let Ok(runtime) = inside.process().runtime(py) {
-                        let gone = async { drop(tokio::time::timeout(CANCELLED, task).await) };
-                        inside.detach(move || runtime.block_on(gone));
+                        let ended = async { drop(tokio::time::timeout(CANCEL_TIMEOUT, task).await) };
+                        inside.detach(move || runtime.block_on(ended));
                     }
                 }
+                // Work that never ran is dropped here. A call that has ended needs nothing.
                 Some(Stage::New(_)) | None => {}
             }
             Ok(())
         })
     }
 
-    /// Phase, bytes done, bytes in all (0: not known), bytes received from the remote, bytes received from origins.
+    /// Returns the phase, the bytes done, the total bytes (0 if unknown), the bytes received from the remote and the
+    /// bytes received from origins.
     fn snapshot(&self) -> (&'static str, u64, u64, u64, u64) {
         snapshot(&self.shown.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-/// Several progresses as one.
+/// Adds up the bytes of several progress handles. The fields are those of [`Call::snapshot`].
 pub(crate) fn snapshot(shown: &[Progress]) -> (&'static str, u64, u64, u64, u64) {
     let all: Vec<_> = shown.iter().map(Progress::snapshot).collect();
+    // The handle added last belongs to the fill that started last.
     let phase = all.last().map_or("resolve", |one| one.phase.name());
     let sum = |of: fn(&modelcache::progress::Snapshot) -> u64| all.iter().map(of).sum();
     (

@@ -1,4 +1,4 @@
-//! Failures: from the library's one error to the package's exceptions, in one place.
+//! Conversion of the library's [`Error`], and of panics, to the exceptions of the Python package.
 
 use modelcache::{Error, ErrorKind, printable};
 use pyo3::prelude::*;
@@ -7,7 +7,7 @@ use std::any::Any;
 use std::io::{self, Write};
 use std::panic::PanicHookInfo;
 
-/// The exception for `error`; which class it is, the package decides by the name of its kind.
+/// Returns the Python exception for `error`. The package chooses its class by the name of the error's kind.
 pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
     static MAKE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let made = MAKE.import(py, "modelcache._errors", "from_native").and_then(|make| {
@@ -16,18 +16,19 @@ pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
         let about = (error.hint_text(), error.artifact_name(), tier, wait_seconds, error.is_transient());
         make.call1((error.kind().name(), error.to_string(), about))
     });
+    // If the package cannot make the exception, raise the reason for that instead.
     made.map_or_else(|broken| broken, PyErr::from_value)
 }
 
-/// Tells of a panic in one line; what the caller gets is [`of_panic`].
+/// Panic hook: writes one line to standard error. The caller gets the exception from [`of_panic`].
 pub(crate) fn tell_panic(info: &PanicHookInfo<'_>) {
-    // Where standard error is closed there is nobody to tell.
+    // Standard error may be closed. There is no other place to report to.
     let _ = writeln!(io::stderr().lock(), "{}", printable::panic(info));
 }
 
-/// A panic as a failure: nothing else may leave this module.
+/// Returns the error for a panic. Panics must not unwind into the interpreter.
 pub(crate) fn of_panic(panic: &(dyn Any + Send)) -> Error {
     let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
     Error::new(ErrorKind::Other, format!("a defect in modelcache: {}", text.unwrap_or("a panic")))
-        .hint("please report it with what stood on standard error")
+        .hint("please report it, with the output on standard error")
 }

@@ -1,7 +1,9 @@
-//! An open file: Python waits here for its bytes, and reads them itself with the descriptor that it is given.
+//! `File`: the native object behind `modelcache.CachedFile`.
 //!
-//! The descriptor stays open as long as this object lives, also once it is closed: another thread may be about to read.
-//! In a forked child a file that was whole goes on working; whether one is takes no lock to tell.
+//! Python waits here until a range of bytes is available, and reads it with the descriptor that it gets. The descriptor
+//! stays open as long as this object lives, even after `close`, because another thread may be about to read from it.
+//!
+//! In a forked child, a file that was complete at the fork remains readable. A file that was not stays with its parent.
 
 use crate::cache::in_time;
 use crate::call::{Answer, Call, snapshot};
@@ -16,17 +18,19 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::watch;
 
-/// A file of an artifact, here or still coming.
+/// A file of an artifact, on disk or being downloaded.
 #[pyclass(frozen, module = "modelcache._native")]
 pub(crate) struct File {
     artifact: String,
     name: String,
     size: u64,
-    /// Seconds that a wait may take.
+    /// Longest time of one wait, in seconds.
     timeout: Option<f64>,
-    /// `None` once it is closed. Locked by whoever holds the interpreter's lock, so no fork comes in between.
+    /// `None` once the file is closed. Locked only with the interpreter's lock held, so that no fork copies it locked.
     open: Mutex<Option<Arc<Owned<OpenFile>>>>,
+    /// The descriptor, once Python got it.
     descriptor: OnceLock<Arc<std::fs::File>>,
+    /// Set to true on close, which ends the waits of other threads.
     closed: Owned<watch::Sender<bool>>,
 }
 
@@ -48,29 +52,31 @@ impl File {
         open.clone().ok_or_else(closed)
     }
 
-    /// The descriptor, which is kept from now on.
-    fn kept(&self, file: &Arc<std::fs::File>) -> RawFd {
+    /// Returns the descriptor and keeps it open for the life of this object.
+    fn retain(&self, file: &Arc<std::fs::File>) -> RawFd {
         self.descriptor.get_or_init(|| file.clone()).as_raw_fd()
     }
 
+    /// Returns the descriptor if the bytes `start..stop` can be read without waiting.
     fn ready_fd(&self, start: u64, stop: u64) -> Result<Option<RawFd>> {
         let open = self.open()?;
         let file = match (open.get(), open.of_any_process()) {
             (Some(open), _) => open.try_wait(start..stop)?,
+            // In a forked child. `is_whole` and `file` take no lock that a thread of the parent may have held.
             (None, Some(parents)) if parents.is_whole() => parents.file(),
-            (None, _) => return Err(left_behind()),
+            (None, _) => return Err(parent_downloads()),
         };
-        Ok(file.map(|file| self.kept(file)))
+        Ok(file.map(|file| self.retain(file)))
     }
 
-    /// A call that waits for something of the file, until it is closed.
+    /// Returns a call that runs `wait`. Closing the file ends it with an error.
     fn waiting<W>(&self, py: Python<'_>, wait: impl FnOnce(Arc<Owned<OpenFile>>) -> W) -> PyResult<Call>
     where
         W: Future<Output = Result<Answer>> + Send + 'static,
     {
         entry(py, || {
             let open = self.open()?;
-            let (Some(file), Some(end)) = (open.get(), self.closed.get()) else { return Err(left_behind()) };
+            let (Some(file), Some(end)) = (open.get(), self.closed.get()) else { return Err(parent_downloads()) };
             let (progress, mut ends) = (file.progress().clone(), end.subscribe());
             let (work, timeout) = (wait(open.clone()), self.timeout);
             Ok(Call::new(py, progress, async move {
@@ -86,31 +92,31 @@ impl File {
 
 #[pymethods]
 impl File {
-    /// The artifact, as `name@version`.
+    /// The artifact as `name@version`.
     #[getter]
     fn artifact(&self) -> &str {
         &self.artifact
     }
 
-    /// Its path in the artifact.
+    /// The path of the file within the artifact.
     #[getter]
     fn name(&self) -> &str {
         &self.name
     }
 
-    /// Bytes.
+    /// The size in bytes.
     #[getter]
     fn size(&self) -> u64 {
         self.size
     }
 
-    /// Whether all of it is here and proven.
+    /// True if the complete file is on disk and verified.
     #[getter]
     fn is_whole(&self, py: Python<'_>) -> PyResult<bool> {
         entry(py, || Ok(self.open()?.of_any_process().is_some_and(OpenFile::is_whole)))
     }
 
-    /// Where it lies, if all of it is here and proven.
+    /// The path on disk if the complete file is there and verified, otherwise `None`.
     #[getter]
     fn whole_path(&self, py: Python<'_>) -> PyResult<Option<OsString>> {
         entry(py, || {
@@ -118,29 +124,29 @@ impl File {
         })
     }
 
-    /// The descriptor to read these bytes from, if that takes no waiting.
+    /// Returns the descriptor for reading the bytes `start..stop`, or `None` if they have to be waited for.
     fn ready(&self, py: Python<'_>, start: u64, stop: u64) -> PyResult<Option<RawFd>> {
         entry(py, || self.ready_fd(start, stop))
     }
 
-    /// Waits until these bytes are ready.
+    /// Waits until the bytes `start..stop` can be read.
     fn wait(&self, py: Python<'_>, start: u64, stop: u64) -> PyResult<Call> {
         self.waiting(py, |open| async move {
-            let file = open.get().ok_or_else(left_behind)?;
+            let file = open.get().ok_or_else(parent_downloads)?;
             file.wait(start..stop).await?;
             Ok(Answer::Json(json!(null)))
         })
     }
 
-    /// Waits until all of it is here, proven and held; the answer is its path.
+    /// Waits until the complete file is on disk, verified and leased. The answer is its path.
     fn whole(&self, py: Python<'_>) -> PyResult<Call> {
         self.waiting(py, |open| async move {
-            let file = open.get().ok_or_else(left_behind)?;
+            let file = open.get().ok_or_else(parent_downloads)?;
             Ok(Answer::Path(file.whole().await?))
         })
     }
 
-    /// As a call's.
+    /// Returns the progress of the download. The fields are those of `Call.snapshot`.
     fn snapshot(&self, py: Python<'_>) -> PyResult<(&'static str, u64, u64, u64, u64)> {
         entry(py, || {
             let open = self.open()?;
@@ -149,10 +155,11 @@ impl File {
         })
     }
 
-    /// Lets go of it and ends what waits for it; again changes nothing.
+    /// Closes the file and ends waits for it in other threads. Closing it again has no effect.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         entry(py, || {
             drop(self.open.lock().unwrap_or_else(PoisonError::into_inner).take());
+            // In a forked child there is nothing to wake: waits are refused there.
             if let Some(closed) = self.closed.get() {
                 closed.send_replace(true);
             }
@@ -161,7 +168,7 @@ impl File {
     }
 }
 
-/// A call from Python that needs nothing but `work`.
+/// Runs `work` as the body of a call from Python and converts its error to an exception.
 fn entry<T>(py: Python<'_>, work: impl FnOnce() -> Result<T>) -> PyResult<T> {
     process::entry(py, |_| work().map_err(|error| failure::exception(py, &error)))
 }
@@ -170,10 +177,11 @@ fn closed() -> Error {
     Error::invalid("the file is closed").hint("open it again")
 }
 
-fn left_behind() -> Error {
+/// Returns the error for using, in a forked child, a file that its parent was still downloading at the fork.
+fn parent_downloads() -> Error {
     Error::new(
         ErrorKind::Other,
-        "this file was still being filled when the process was forked, and its parent fills it",
+        "this file was still being downloaded when the process was forked, and only the parent can read it",
     )
-    .hint("open it again in this process, or fork when it is whole")
+    .hint("open it again in this process, or fork after the download")
 }

@@ -1,4 +1,4 @@
-//! What a get lent: a path, and the hold on it.
+//! `Lease`: the native object behind `modelcache.Lease`.
 
 use crate::answers;
 use crate::process::{self, Owned};
@@ -8,13 +8,15 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-/// A lent artifact. The path stays valid until `release`, or until this object is gone.
+/// A leased artifact. It cannot be evicted, and `path` stays valid, until `release` or until this object is freed.
 #[pyclass(frozen, module = "modelcache._native")]
 pub(crate) struct Lease {
     path: PathBuf,
     name: String,
     version: String,
+    /// JSON.
     report: String,
+    /// Holds the lease. A forked child leaves it to its parent.
     artifact: Mutex<Owned<Artifact>>,
 }
 
@@ -32,7 +34,7 @@ impl Lease {
 
 #[pymethods]
 impl Lease {
-    /// The file, or the folder of a tree.
+    /// The path of the file, or of the folder of a tree.
     #[getter]
     fn path(&self) -> OsString {
         self.path.clone().into_os_string()
@@ -48,13 +50,13 @@ impl Lease {
         &self.version
     }
 
-    /// How it came here, as JSON.
+    /// The report of the get as JSON: source tier, bytes by tier, seconds by phase.
     #[getter]
     fn report(&self) -> &str {
         &self.report
     }
 
-    /// Lets go of it; again changes nothing.
+    /// Releases the lease. Releasing it again has no effect.
     fn release(&self, py: Python<'_>) -> PyResult<()> {
         process::entry(py, |_| {
             drop(self.artifact.lock().unwrap_or_else(PoisonError::into_inner).take());

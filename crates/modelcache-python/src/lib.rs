@@ -1,9 +1,9 @@
-//! The native half of the Python package `modelcache`: the library's cache, as Python can call it.
+//! `_native`, the extension module of the Python package `modelcache`.
 //!
-//! Private: the typed face is in `python/modelcache/`. Every verb of `cache::Cache` gives a `call::Call`, which a
-//! thread waits for or an event loop is told of; nothing waits with the interpreter's lock held. Failures become the
-//! package's exceptions in one place (`failure`); a panic becomes one, too. What belongs to a process stays behind in
-//! a fork (`process`).
+//! The module is private. The public, typed API is written in Python, in `python/modelcache/`. Each operation of
+//! `cache::Cache` returns a `call::Call`, which a thread waits for or which calls back into an event loop. No wait
+//! holds the interpreter's lock. `failure` converts errors and panics to the exceptions of the package. `process` keeps
+//! the state of a process apart from that of its forked children.
 
 mod answers;
 mod cache;
@@ -16,7 +16,7 @@ mod process;
 
 use pyo3::prelude::*;
 
-/// The native half of the package.
+/// The extension module.
 #[pymodule]
 mod _native {
     use crate::{failure, logs, process};
@@ -31,36 +31,36 @@ mod _native {
     #[pymodule_export]
     use crate::lease::Lease;
 
-    /// The release.
+    /// The version of the package.
     #[pymodule_export]
     const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-    /// Tells that this process is a forked child: what it had of its parent stays behind.
+    /// Marks this process as a forked child. It uses nothing of its parent's state from now on.
     #[pyfunction]
     fn forked() {
         process::forked();
     }
 
-    /// The interpreter is about to end: from now on only this thread may call. All others hang where they call, or come
-    /// back from a call, as daemon threads do when the interpreter ends.
+    /// Begins interpreter shutdown: from now on only the calling thread may use the module. Other threads hang when
+    /// they make a call or return from one, as daemon threads do when the interpreter ends.
     #[pyfunction]
     fn begin_end(py: Python<'_>) {
         process::begin_end(py);
     }
 
-    /// Ends the threads of this process, before the interpreter does. No call can be made afterwards.
+    /// Stops the threads of this module, before the interpreter ends. Calls fail afterwards.
     #[pyfunction]
     fn shut_down(py: Python<'_>) {
         process::shut_down(py);
     }
 
-    /// The log records that wait: level, logger and text.
+    /// Removes and returns the queued log records, each as level, name of the logger and text.
     #[pyfunction]
     fn take_records() -> Vec<(u8, String, String)> {
         process::existing().map(process::Process::take_records).unwrap_or_default().into()
     }
 
-    /// Panics inside a call, or before there is one: for the test that none crosses.
+    /// Panics within a call, or before the call exists if `at_once` is set. For the test that no panic reaches Python.
     #[pyfunction]
     fn panicking_call(py: Python<'_>, at_once: bool) -> PyResult<Call> {
         process::entry(py, |_| {

@@ -1,8 +1,8 @@
-//! Logs: what the library traces becomes records of Python's `logging`, below the logger `modelcache`.
+//! Forwards the library's `tracing` events to Python's `logging`, to loggers below `modelcache`.
 //!
-//! Nobody who logs waits for the interpreter: records stand in a queue until a call goes back to Python, which takes them
-//! there, or a courier has them taken. A logging handler may make calls. How much
-//! is recorded follows the level of that logger, looked up whenever a call is made.
+//! Logging never waits for the interpreter's lock. Records are queued until a call returns to Python, which takes them,
+//! or until a dispatcher thread passes them on. A logging handler may use the cache. Which levels are recorded follows
+//! the level of the logger `modelcache`, which is looked up whenever a call is made.
 
 use crate::process;
 use modelcache::printable;
@@ -15,40 +15,42 @@ use tracing::span;
 use tracing::subscriber::Interest;
 use tracing::{Event, Level, Metadata, Subscriber};
 
-/// Targets that are ours.
+/// Prefix of the targets that are recorded. Events of dependencies are dropped.
 const OURS: &str = "modelcache";
 
-/// Level, logger and text of a record, as Python counts levels.
+/// A log record: level in Python's numbers, name of the logger, text.
 pub(crate) type Record = (u8, String, String);
 
-/// The lowest level that Python's logger wants; warnings until it was asked.
+/// The lowest level that is recorded, in Python's numbers: WARNING until the logger's level is first looked up.
 static LEVEL: AtomicU8 = AtomicU8::new(30);
 
-/// Begins to record.
+/// Installs the subscriber that records events.
 pub(crate) fn start() {
-    // Somebody else's subscriber, in a build that has one, keeps its place.
+    // Fails if this build already has a global subscriber. That one stays in place.
     let _ = tracing::subscriber::set_global_default(Recorder);
 }
 
-/// Asks Python's logger how much it wants.
+/// Copies the effective level of Python's logger, so that disabled events cost no lock.
 pub(crate) fn look_up_level(py: Python<'_>) {
     static LEVEL_OF_LOGGER: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let level = LEVEL_OF_LOGGER.import(py, "modelcache._logging", "level").and_then(|level| level.call0());
+    // On failure, such as during interpreter shutdown, keep the last known level.
     if let Ok(level) = level.and_then(|level| level.extract::<u8>()) {
         LEVEL.store(level, Ordering::Relaxed);
     }
 }
 
-/// Has Python take the records that wait; for a courier, which no call waits for.
+/// Makes Python take the queued records. For dispatcher threads; a call takes them in its Python code.
 pub(crate) fn hand_over(py: Python<'_>) {
     static HAND_OVER: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     if let Err(error) = HAND_OVER.import(py, "modelcache._logging", "hand_over").and_then(|hand_over| hand_over.call0())
     {
+        // A dispatcher has no caller to raise to.
         error.write_unraisable(py, None);
     }
 }
 
-/// Level in Python's numbers; `logging` has none below debug.
+/// Returns the level in Python's numbers. `logging` defines none below DEBUG (10), so TRACE is 5.
 fn number(level: &Level) -> u8 {
     match *level {
         Level::ERROR => 40,
@@ -59,12 +61,13 @@ fn number(level: &Level) -> u8 {
     }
 }
 
-/// Records events, and knows no spans.
+/// A subscriber that queues events and ignores spans.
 struct Recorder;
 
 impl Subscriber for Recorder {
     fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
         let is_ours = metadata.is_event() && metadata.target().starts_with(OURS);
+        // `sometimes`: the level may change later, so `enabled` is asked for every event.
         if is_ours { Interest::sometimes() } else { Interest::never() }
     }
 
@@ -79,7 +82,7 @@ impl Subscriber for Recorder {
         let mut text = Text::default();
         event.record(&mut text);
         let metadata = event.metadata();
-        // Handlers write records to terminals and files as they are.
+        // Handlers write the text to terminals and files unescaped, so control characters are removed here.
         let text = printable::line(&(text.message + &text.fields)).into_owned();
         process.log((number(metadata.level()), metadata.target().replace("::", "."), text));
     }
@@ -97,7 +100,7 @@ impl Subscriber for Recorder {
     fn exit(&self, _: &span::Id) {}
 }
 
-/// `message field=value`, as the command line writes it.
+/// The text of an event as `message field=value`, the format of the command line.
 #[derive(Default)]
 struct Text {
     message: String,
@@ -106,7 +109,7 @@ struct Text {
 
 impl Visit for Text {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        // Writing to a text cannot fail.
+        // Writing to a `String` cannot fail.
         let _ = match field.name() {
             "message" => write!(self.message, "{value:?}"),
             name => write!(self.fields, " {name}={value:?}"),

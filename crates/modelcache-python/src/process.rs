@@ -1,13 +1,11 @@
-//! What belongs to one process: its runtime, its couriers, its log. A forked child starts anew and leaves its parent's be.
+//! Per-process state: the Tokio runtime, the dispatcher threads and the queue of log records.
 //!
-//! Every call from Python goes through [`entry`], which turns a panic into an exception and lets no thread be caught by the
-//! end of the interpreter: CPython before 3.14 ends a thread that asks for the interpreter's lock then by unwinding it, and
-//! a stack with frames of Rust cannot be unwound by others (PyO3's guide, `PyEval_RestoreThread` in CPython's manual). Once
-//! [`begin_end`] was called, such threads hang instead, as they do since CPython 3.14.
+//! Every call from Python passes through [`entry`]. It converts a panic into an exception and keeps threads away from
+//! an interpreter that is shutting down (see [`Gate`]).
 //!
-//! Threads do not survive a fork, and a lock that another thread held stays locked for ever. So nothing of a parent is
-//! used in its child, nor dropped there: dropping would let go of leases that the parent still holds. Processes stand in
-//! a chain, parent before child, and none is ever freed; a process that never forks has one link.
+//! Threads do not survive a fork, and a mutex that another thread held at that moment stays locked in the child for
+//! ever. A forked child therefore creates its own [`Process`]. It neither uses nor drops anything of its parent:
+//! dropping would release leases that the parent still holds.
 
 use crate::call::Answer;
 use crate::failure;
@@ -25,19 +23,21 @@ use std::thread::{self, JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 
-/// How long the end of the interpreter waits for calls to leave this module, and for a logging handler to return.
-const LEAVE: Duration = Duration::from_secs(5);
-/// Time between two looks at whether they have.
-const LOOK: Duration = Duration::from_millis(1);
-/// How long the end of the interpreter waits for threads to put their files away.
-const PUT_AWAY: Duration = Duration::from_secs(1);
-/// Log records that wait for the interpreter; more are dropped.
+/// How long interpreter shutdown waits for calls to leave this module, and for a logging handler to return.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Poll interval of the waits at shutdown.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
+/// How long interpreter shutdown waits for the runtime's threads to finish and close their files.
+const RUNTIME_TIMEOUT: Duration = Duration::from_secs(1);
+/// Capacity of the queue of log records. Further records are dropped.
 const RECORDS_MAX: usize = 10_000;
 
+/// The oldest process of a chain from parent to child. No link is ever freed; without forks there is one link.
 static FIRST: OnceLock<Process> = OnceLock::new();
+/// Number of forks between the oldest process and this one.
 static FORKS: AtomicU32 = AtomicU32::new(0);
 
-/// Which process this is. The number of forks tells a child that got the number of a forebear.
+/// Identifies a process. The fork count distinguishes a child from an ancestor that had the same PID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ProcessId {
     pid: u32,
@@ -45,43 +45,48 @@ pub(crate) struct ProcessId {
 }
 
 impl ProcessId {
-    /// This process.
+    /// Returns the identity of the calling process.
     pub(crate) fn here() -> Self {
         Self { pid: std::process::id(), forks: FORKS.load(Ordering::Relaxed) }
     }
 }
 
-/// What one process has.
+/// The state of one process.
 pub(crate) struct Process {
     id: ProcessId,
     runtime: Mutex<Threads>,
-    /// Tells event loops of what was done.
-    teller: OnceLock<Courier>,
-    /// Hands log records over; another than the teller, since a logging handler may wait for an event loop.
-    logger: OnceLock<Courier>,
+    /// Reports finished calls to event loops.
+    completions: OnceLock<Dispatcher>,
+    /// Passes log records to `logging`. Separate from `completions`, because a logging handler may block on an event
+    /// loop, which `completions` has to wake.
+    logger: OnceLock<Dispatcher>,
     gate: Gate,
     records: Mutex<VecDeque<Record>>,
-    /// The child that this process became.
+    /// The state of the forked child. Set only in the child's copy of the memory.
     child: OnceLock<Box<Process>>,
 }
 
+/// The runtime, from the first call until interpreter shutdown.
 enum Threads {
     None,
     Running(Arc<Runtime>),
     ShutDown,
 }
 
-/// This process. Taking the interpreter's lock makes sure that no fork comes in between.
+/// Returns the state of this process and creates it on first use.
+///
+/// The caller holds the interpreter's lock, so that no fork happens during the call.
 pub(crate) fn current(_: Python<'_>) -> &'static Process {
     let id = ProcessId::here();
     let mut process = FIRST.get_or_init(|| Process::new(id));
+    // The links before ours belong to ancestors. They were copied by the fork and are only read.
     while process.id != id {
         process = process.child.get_or_init(|| Box::new(Process::new(id)));
     }
     process
 }
 
-/// This process, if it has done anything yet; for threads that do not hold the interpreter's lock.
+/// Returns the state of this process if it exists. For threads that do not hold the interpreter's lock.
 pub(crate) fn existing() -> Option<&'static Process> {
     let id = ProcessId::here();
     let mut process = FIRST.get()?;
@@ -91,16 +96,17 @@ pub(crate) fn existing() -> Option<&'static Process> {
     Some(process)
 }
 
-/// This process is a child that was forked just now; the calling thread is its only one.
+/// Marks this process as a forked child. Called right after the fork, on the child's only thread.
 pub(crate) fn forked() {
     FORKS.fetch_add(1, Ordering::Relaxed);
-    // The state of this thread's random numbers was copied: names that must differ would not.
+    // The fork copied the generator's state. Without a new seed, parent and child would draw the same "unique" names.
     let _ = rand::rng().reseed();
 }
 
-/// Runs one call from Python: `work`, with a panic as the exception that stands for a defect.
+/// Runs `work`, the body of one call from Python. A panic in it becomes the exception for a defect.
 pub(crate) fn entry<T>(py: Python<'_>, work: impl FnOnce(&Inside<'_>) -> PyResult<T>) -> PyResult<T> {
     let process = current(py);
+    // The interpreter is shutting down. Release its lock before hanging: the thread that shuts it down needs the lock.
     if !process.gate.try_enter() {
         py.detach(hang);
     }
@@ -109,73 +115,80 @@ pub(crate) fn entry<T>(py: Python<'_>, work: impl FnOnce(&Inside<'_>) -> PyResul
         .unwrap_or_else(|panic| Err(failure::exception(py, &failure::of_panic(&*panic))))
 }
 
-/// From now on every thread but this one hangs when it calls, or comes back to, this module. Returns once none of the
-/// others is in it with the interpreter's lock.
+/// First step of interpreter shutdown: closes the gate. From now on only the calling thread may use this module. Every
+/// other thread hangs when it calls the module or returns to it. Returns once no other thread is inside the module with
+/// the interpreter's lock, after [`LEAVE_TIMEOUT`] at the latest.
 pub(crate) fn begin_end(py: Python<'_>) {
     let gate = &current(py).gate;
     gate.close();
+    // Without the lock, so that the threads inside can finish.
     py.detach(|| gate.wait_until_empty());
 }
 
-/// Ends the threads of this process.
+/// Last step of interpreter shutdown: stops the threads of this process. No runtime is started afterwards.
 pub(crate) fn shut_down(py: Python<'_>) {
     let Some(process) = existing() else { return };
+    // Replace the runtime first: a call that arrives now gets an error instead of a new runtime.
     let threads = std::mem::replace(&mut *process.threads(), Threads::ShutDown);
     py.detach(|| {
         if let Threads::Running(runtime) = threads
-            && let Some(runtime) = sole(runtime)
+            && let Some(runtime) = into_sole_owner(runtime)
         {
-            runtime.shutdown_timeout(PUT_AWAY);
+            runtime.shutdown_timeout(RUNTIME_TIMEOUT);
         }
-        for courier in [&process.teller, &process.logger] {
-            courier.get().map(Courier::stop);
+        // After the runtime: its last tasks still send to the dispatchers.
+        for dispatcher in [&process.completions, &process.logger] {
+            dispatcher.get().map(Dispatcher::stop);
         }
     });
 }
 
-/// The runtime, once no call waits in it any more: those that hang from now on leave it within a moment.
-fn sole(mut runtime: Arc<Runtime>) -> Option<Runtime> {
-    let end = Instant::now() + PUT_AWAY;
+/// Waits until no call uses the runtime and returns it. Returns `None` after [`RUNTIME_TIMEOUT`]; the runtime is then
+/// left running until the process exits. Waiting calls drop their reference before they hang, so this is brief.
+fn into_sole_owner(mut runtime: Arc<Runtime>) -> Option<Runtime> {
+    let end = Instant::now() + RUNTIME_TIMEOUT;
     loop {
         match Arc::try_unwrap(runtime) {
             Ok(runtime) => return Some(runtime),
             Err(_) if Instant::now() > end => return None,
             Err(shared) => runtime = shared,
         }
-        thread::sleep(LOOK);
+        thread::sleep(POLL_INTERVAL);
     }
 }
 
-/// The interpreter is ending: this thread must not take its lock any more.
+/// Parks the calling thread for ever: the interpreter is shutting down, and the thread must not take its lock again.
 fn hang() {
     loop {
         thread::park();
     }
 }
 
-/// A thread that is in a call from Python, and holds the interpreter's lock.
+/// Proof that the current thread is in a call from Python, counted by the gate, with the interpreter's lock held.
 pub(crate) struct Inside<'py> {
     py: Python<'py>,
     process: &'static Process,
 }
 
 impl Inside<'_> {
-    /// What belongs to this process.
+    /// Returns the state of this process.
     pub(crate) fn process(&self) -> &'static Process {
         self.process
     }
 
-    /// Runs `work` without the interpreter's lock.
+    /// Runs `work` without the interpreter's lock. Does not return if the interpreter begins to shut down meanwhile.
     pub(crate) fn detach<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let gate = &self.process.gate;
         let done = self.py.detach(|| {
             gate.leave();
             let done = AssertUnwindSafe(catch_unwind(AssertUnwindSafe(work)));
+            // Ask the gate before PyO3 takes the interpreter's lock again.
             if !gate.try_enter() {
                 hang();
             }
             done
         });
+        // Continue the panic only here, where `entry` catches it and the gate has counted the thread again.
         done.0.unwrap_or_else(|panic| resume_unwind(panic))
     }
 }
@@ -187,21 +200,28 @@ impl Drop for Inside<'_> {
 }
 
 thread_local! {
-    /// Whether this is a courier, which is waited for before the interpreter ends.
-    static IS_COURIER: Cell<bool> = const { Cell::new(false) };
+    /// True on dispatcher threads. The gate ignores them: shutdown stops and joins them by itself.
+    static IS_DISPATCHER: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Counts the threads that are in this module with the interpreter's lock, or about to take it.
+/// Counts the threads that are in this module with the interpreter's lock, or about to take it, and stops further ones
+/// at interpreter shutdown.
+///
+/// CPython before 3.14 unwinds a thread that asks for the interpreter's lock during shutdown. A stack with Rust frames
+/// cannot be unwound by foreign code (PyO3's guide; `PyEval_RestoreThread` in CPython's manual). Such threads hang here
+/// instead, as they do in CPython since 3.14.
 #[derive(Default)]
 struct Gate {
     state: Mutex<GateState>,
-    left: Condvar,
+    /// Notified when the last thread leaves a closed gate.
+    empty: Condvar,
 }
 
 #[derive(Default)]
 struct GateState {
+    /// Number of threads inside.
     inside: usize,
-    /// The thread that ends the interpreter.
+    /// The thread that shuts the interpreter down. Set once the gate is closed; only this thread may still enter.
     ending: Option<ThreadId>,
 }
 
@@ -210,23 +230,23 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts the calling thread, unless it may not enter any more.
+    /// Counts the calling thread and returns true, or returns false if the gate is closed to it.
     fn try_enter(&self) -> bool {
-        if IS_COURIER.get() {
+        if IS_DISPATCHER.get() {
             return true;
         }
         let mut state = self.lock();
-        let may = state.ending.is_none_or(|ending| ending == thread::current().id());
-        state.inside += usize::from(may);
-        may
+        let may_enter = state.ending.is_none_or(|ending| ending == thread::current().id());
+        state.inside += usize::from(may_enter);
+        may_enter
     }
 
     fn leave(&self) {
-        if !IS_COURIER.get() {
+        if !IS_DISPATCHER.get() {
             let mut state = self.lock();
             state.inside -= 1;
             if state.inside == 0 && state.ending.is_some() {
-                self.left.notify_all();
+                self.empty.notify_all();
             }
         }
     }
@@ -236,25 +256,27 @@ impl Gate {
     }
 
     fn wait_until_empty(&self) {
-        let _ = self.left.wait_timeout_while(self.lock(), LEAVE, |state| state.inside > 0);
+        // A timeout is not an error: the remaining threads are in a callback that does not return.
+        let _ = self.empty.wait_timeout_while(self.lock(), LEAVE_TIMEOUT, |state| state.inside > 0);
     }
 }
 
 impl Process {
     fn new(id: ProcessId) -> Self {
         let (runtime, records) = (Mutex::new(Threads::None), Mutex::default());
-        let (teller, logger, gate) = (OnceLock::new(), OnceLock::new(), Gate::default());
-        Self { id, runtime, teller, logger, gate, records, child: OnceLock::new() }
+        let (completions, logger, gate) = (OnceLock::new(), OnceLock::new(), Gate::default());
+        Self { id, runtime, completions, logger, gate, records, child: OnceLock::new() }
     }
 
-    /// Where tasks run; started by the first call.
+    /// Returns the Tokio runtime. The first call starts it; calls after [`shut_down`] fail.
     pub(crate) fn runtime(&self, _: Python<'_>) -> Result<Arc<Runtime>> {
         let mut threads = self.threads();
         if let Threads::None = *threads {
             let has_arenas = std::env::var_os("MALLOC_ARENA_MAX").is_none();
             *threads = Threads::Running(Arc::new(modelcache::runtime::start(has_arenas)?));
-            // Before the work takes what threads there are. Without it event loops are refused, and all else works.
-            let _ = courier(&self.teller);
+            // Start it before other work uses up the process's thread limit. If it does not start, calls from event
+            // loops fail with an error and everything else works.
+            let _ = dispatcher(&self.completions);
         }
         match &*threads {
             Threads::Running(runtime) => Ok(runtime.clone()),
@@ -262,33 +284,35 @@ impl Process {
         }
     }
 
-    /// Starts the thread that [`deliver`](Self::deliver) needs.
+    /// Starts the thread that [`deliver`](Self::deliver) needs. Fails if the system refuses another thread.
     pub(crate) fn start_to_deliver(&self) -> Result<()> {
-        courier(&self.teller).map(|_| ())
+        dispatcher(&self.completions).map(|_| ())
     }
 
-    /// Has `done` called with what came of a call, by a thread that may hold the interpreter's lock.
+    /// Queues the callback `done` with the outcome of a call. A dispatcher thread takes the interpreter's lock and
+    /// calls it, so that no runtime thread has to wait for that lock.
     pub(crate) fn deliver(&self, done: Py<PyAny>, outcome: Result<Answer>) {
-        if let Some(teller) = self.teller.get() {
-            teller.send(Errand::Tell(done, outcome));
+        if let Some(completions) = self.completions.get() {
+            completions.send(Message::CallFinished(done, outcome));
         }
     }
 
-    /// Keeps a record until the interpreter's lock is held by somebody who hands it over.
+    /// Queues a log record until a thread with the interpreter's lock passes it to `logging`.
     pub(crate) fn log(&self, record: Record) {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         if records.len() < RECORDS_MAX {
             records.push_back(record);
         }
+        // Further records find the dispatcher already woken: it empties the whole queue.
         let is_first = records.len() == 1;
         drop(records);
         if is_first {
-            // Without it the next call takes the records.
-            let _ = courier(&self.logger).map(|logger| logger.send(Errand::HandOverLogs));
+            // If the thread cannot be started, the next call from Python takes the records.
+            let _ = dispatcher(&self.logger).map(|logger| logger.send(Message::LogRecords));
         }
     }
 
-    /// The records that wait.
+    /// Removes and returns the queued log records.
     pub(crate) fn take_records(&self) -> VecDeque<Record> {
         std::mem::take(&mut *self.records.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -298,60 +322,64 @@ impl Process {
     }
 }
 
-/// A thread of ours that waits for the interpreter's lock, so that none that moves bytes ever does.
-struct Courier {
-    errands: Sender<Errand>,
+/// A thread that calls into Python. It waits for the interpreter's lock in place of the threads that move bytes.
+struct Dispatcher {
+    messages: Sender<Message>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-enum Errand {
-    Tell(Py<PyAny>, Result<Answer>),
-    HandOverLogs,
+enum Message {
+    /// A call from an event loop has finished: its callback and its outcome.
+    CallFinished(Py<PyAny>, Result<Answer>),
+    /// Log records are queued.
+    LogRecords,
     Stop,
 }
 
-/// The courier that is in `place`, or a new one, which is there from now on.
-fn courier(place: &OnceLock<Courier>) -> Result<&Courier> {
-    match place.get() {
-        Some(courier) => Ok(courier),
+/// Returns the dispatcher in `slot` and starts it on first use.
+fn dispatcher(slot: &OnceLock<Dispatcher>) -> Result<&Dispatcher> {
+    match slot.get() {
+        Some(dispatcher) => Ok(dispatcher),
         None => {
-            let started = Courier::start().map_err(|cause| modelcache::runtime::no_thread(Some(cause)))?;
-            Ok(place.get_or_init(|| started))
+            let started = Dispatcher::start().map_err(|cause| modelcache::runtime::no_thread(Some(cause)))?;
+            Ok(slot.get_or_init(|| started))
         }
     }
 }
 
-impl Courier {
+impl Dispatcher {
     fn start() -> io::Result<Self> {
-        let (errands, received) = mpsc::channel();
-        let thread = thread::Builder::new().name("modelcache-courier".into()).spawn(move || run(&received))?;
-        Ok(Self { errands, thread: Mutex::new(Some(thread)) })
+        let (messages, receiver) = mpsc::channel();
+        let thread = thread::Builder::new().name("modelcache-dispatcher".into()).spawn(move || run(&receiver))?;
+        Ok(Self { messages, thread: Mutex::new(Some(thread)) })
     }
 
-    fn send(&self, errand: Errand) {
-        // Nobody receives it at the end of the process.
-        let _ = self.errands.send(errand);
+    fn send(&self, message: Message) {
+        // Fails only after the thread has stopped, at interpreter shutdown.
+        let _ = self.messages.send(message);
     }
 
-    /// Has it end, and waits for that. One that a logging handler keeps for long is left alone.
+    /// Stops the thread and waits for it. Gives up after [`LEAVE_TIMEOUT`], because a logging handler may block it.
     fn stop(&self) {
-        self.send(Errand::Stop);
+        self.send(Message::Stop);
         let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
-        let end = Instant::now() + LEAVE;
+        let end = Instant::now() + LEAVE_TIMEOUT;
+        // `JoinHandle` has no join with a timeout.
         while !thread.is_finished() && Instant::now() < end {
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 }
 
-fn run(received: &Receiver<Errand>) {
-    IS_COURIER.set(true);
-    while let Ok(errand) = received.recv() {
-        // While the interpreter ends nobody gets its lock any more.
-        let attached = match errand {
-            Errand::Stop => None,
-            Errand::HandOverLogs => Python::try_attach(logs::hand_over),
-            Errand::Tell(done, outcome) => Python::try_attach(|py| {
+fn run(receiver: &Receiver<Message>) {
+    IS_DISPATCHER.set(true);
+    while let Ok(message) = receiver.recv() {
+        // `try_attach` returns `None` while the interpreter shuts down. The thread ends then, as it does on `Stop`.
+        let attached = match message {
+            Message::Stop => None,
+            Message::LogRecords => Python::try_attach(logs::hand_over),
+            Message::CallFinished(done, outcome) => Python::try_attach(|py| {
+                // Records first: they precede the outcome in the log.
                 logs::hand_over(py);
                 if let Err(error) = Answer::tell(py, done.bind(py), outcome) {
                     error.write_unraisable(py, Some(done.bind(py)));
@@ -364,7 +392,7 @@ fn run(received: &Receiver<Errand>) {
     }
 }
 
-/// A value that its process drops; in a child it is left alone.
+/// A value that only the process that created it uses and drops. Dropping it in a forked child leaks the value.
 pub(crate) struct Owned<T> {
     owner: ProcessId,
     value: Option<T>,
@@ -375,17 +403,18 @@ impl<T> Owned<T> {
         Self { owner: ProcessId::here(), value: Some(value) }
     }
 
-    /// The value, in the process that made it.
+    /// Returns the value in the process that created it, `None` in any other.
     pub(crate) fn get(&self) -> Option<&T> {
         self.value.as_ref().filter(|_| self.owner == ProcessId::here())
     }
 
-    /// The value, even in a child: only to be read from.
+    /// Returns the value in any process. A forked child may only read it, and may take none of its locks that another
+    /// thread of the parent could have held.
     pub(crate) fn of_any_process(&self) -> Option<&T> {
         self.value.as_ref()
     }
 
-    /// Takes the value, in the process that made it.
+    /// Takes the value in the process that created it. Returns `None` in any other.
     pub(crate) fn take(&mut self) -> Option<T> {
         if self.owner == ProcessId::here() { self.value.take() } else { None }
     }
@@ -394,6 +423,7 @@ impl<T> Owned<T> {
 impl<T> Drop for Owned<T> {
     fn drop(&mut self) {
         if self.owner != ProcessId::here() {
+            // Dropping would release locks and descriptors that the parent still uses.
             std::mem::forget(self.value.take());
         }
     }

@@ -34,7 +34,7 @@ def in_another_process(code: str, **env: str) -> str:
     return done.stdout.strip()
 
 
-def test_what_one_machine_puts_another_gets_from_s3(s3: str, model: Path, tmp_path: Path, open_cache: Any) -> None:
+def test_an_artifact_put_on_one_machine_is_downloaded_on_another(s3: str, model: Path, tmp_path: Path, open_cache: Any) -> None:
     put = open_cache().put("team/detector", "3", model)
     assert (put.files, put.uploaded_bytes, put.on_remote) == (3, put.size, True)
     other = open_cache(cache_dir=tmp_path / "other")
@@ -64,7 +64,7 @@ def test_settings_come_from_arguments_before_the_environment(
         ModelCache()
 
 
-def test_what_get_lent_is_held_until_the_cache_closes(s3: str, model: Path, tmp_path: Path, open_cache: Any) -> None:
+def test_artifacts_stay_leased_until_the_cache_closes(s3: str, model: Path, tmp_path: Path, open_cache: Any) -> None:
     cache, other = open_cache(), open_cache()
     cache.put("m", "1", model)
     path = cache.get("m", "1")
@@ -80,15 +80,15 @@ def test_what_get_lent_is_held_until_the_cache_closes(s3: str, model: Path, tmp_
         cache.get("m", "1")
 
 
-def test_a_path_is_held_although_nobody_kept_the_cache(model: Path, open_cache: Any) -> None:
-    path = _got_and_forgot(model)
+def test_a_path_stays_leased_without_a_reference_to_the_cache(model: Path, open_cache: Any) -> None:
+    path = _get_and_drop_cache(model)
     gc.collect()
     with pytest.raises(ConflictError):
         open_cache().evict("m", "1")
     assert path.exists()
 
 
-def _got_and_forgot(model: Path) -> Path:
+def _get_and_drop_cache(model: Path) -> Path:
     cache = ModelCache()
     cache.put("m", "1", model)
     return cache.get("m", "1")
@@ -106,7 +106,7 @@ def test_a_lease_ends_with_its_block(model: Path, open_cache: Any) -> None:
     assert other.evict("m", "1").disk_bytes is not None
 
 
-def test_evict_lets_go_of_what_this_cache_holds(s3: str, model: Path, open_cache: Any) -> None:
+def test_evict_releases_the_leases_of_its_own_cache(s3: str, model: Path, open_cache: Any) -> None:
     cache = open_cache()
     cache.put("m", "1", model, tag="prod")
     path = cache.get("m", "1")
@@ -121,17 +121,17 @@ def test_evict_lets_go_of_what_this_cache_holds(s3: str, model: Path, open_cache
         cache.get("m", "1")
 
 
-def test_get_takes_what_snapshot_download_takes() -> None:
+def test_get_has_the_arguments_of_snapshot_download() -> None:
     names = set(inspect.signature(ModelCache.get).parameters)
     assert {"revision", "allow_patterns", "ignore_patterns", "local_dir", "token", "local_files_only"} <= names
     for name in ("get", "lease", "put", "evict", "tag", "untag", "stats", "resolve", "pin", "unpin", "verify",
                  "prewarm", "list_artifacts", "close"):  # fmt: skip
-        blocking, twin = getattr(ModelCache, name), getattr(ModelCache, f"a{name}")
-        assert inspect.iscoroutinefunction(twin)
-        assert inspect.signature(blocking).parameters == inspect.signature(twin).parameters, name
+        blocking, async_version = getattr(ModelCache, name), getattr(ModelCache, f"a{name}")
+        assert inspect.iscoroutinefunction(async_version)
+        assert inspect.signature(blocking).parameters == inspect.signature(async_version).parameters, name
 
 
-def test_a_part_of_a_hub_repository_comes_and_is_widened_later(hub: Path, tmp_path: Path, open_cache: Any) -> None:
+def test_a_selection_of_a_hub_repository_is_extended_later(hub: Path, tmp_path: Path, open_cache: Any) -> None:
     cache = open_cache()
     path = cache.get("hf://org/model", revision="main", allow_patterns=["*.json", "*.txt"], ignore_patterns="conf*")
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
@@ -148,7 +148,7 @@ def test_a_part_of_a_hub_repository_comes_and_is_widened_later(hub: Path, tmp_pa
         cache.get("hf://org/other", local_files_only=True)
 
 
-def test_what_came_from_the_hub_reaches_s3_in_the_background(
+def test_downloads_from_the_hub_are_backfilled_to_s3_in_the_background(
     s3: str, hub: Path, tmp_path: Path, open_cache: Any
 ) -> None:
     first = open_cache()
@@ -189,7 +189,7 @@ def test_tags_move_and_references_resolve(s3: str, model: Path, open_cache: Any)
     assert sorted(listed) == ["1", "2"]
 
 
-def test_a_pin_keeps_and_says_by_whom(model: Path, open_cache: Any) -> None:
+def test_a_pin_prevents_eviction_and_gives_its_reason(model: Path, open_cache: Any) -> None:
     cache = open_cache()
     cache.put("m", "1", model)
     pin = cache.pin("m", "1", seconds=3600, reason="the demo")
@@ -205,7 +205,7 @@ def test_a_pin_keeps_and_says_by_whom(model: Path, open_cache: Any) -> None:
     cache.evict("m", "1")
 
 
-def test_verify_finds_and_repairs_rot(s3: str, model: Path, open_cache: Any) -> None:
+def test_verify_finds_and_repairs_bit_rot(s3: str, model: Path, open_cache: Any) -> None:
     cache = open_cache()
     cache.put("m", "1", model)
     assert [each.ok for each in cache.verify("m@1", tier="all")] == [True, True]
@@ -228,10 +228,10 @@ def test_a_list_is_prewarmed_as_a_whole(s3: str, model: Path, tmp_path: Path, op
         (model / "config.json").write_text(version)
         writer.put("m", version, model)
     cache = open_cache(cache_dir=tmp_path / "other")
-    told: list[Progress] = []
-    paths = cache.prewarm([("m", "1"), "m@2"], progress=told.append)
+    reports: list[Progress] = []
+    paths = cache.prewarm([("m", "1"), "m@2"], progress=reports.append)
     assert [(path / "config.json").read_text() for path in paths] == ["1", "2"]
-    assert told
+    assert reports
     with pytest.raises(ConflictError):
         open_cache(cache_dir=tmp_path / "other").evict("m", "2", tier="disk")
     with pytest.raises(NotFoundError) as failed:
@@ -243,20 +243,20 @@ def test_a_list_is_prewarmed_as_a_whole(s3: str, model: Path, tmp_path: Path, op
     assert small.list_artifacts() == []
 
 
-def test_progress_is_told_to_functions_and_bars(
+def test_progress_is_reported_to_functions_and_bars(
     s3: str, model: Path, tmp_path: Path, open_cache: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     open_cache().put("m", "1", model)
-    told: list[Progress] = []
-    open_cache(cache_dir=tmp_path / "b").get("m", "1", progress=told.append)
-    assert told[-1].remote_bytes >= MODEL_BYTES
+    reports: list[Progress] = []
+    open_cache(cache_dir=tmp_path / "b").get("m", "1", progress=reports.append)
+    assert reports[-1].remote_bytes >= MODEL_BYTES
     from tqdm import tqdm
 
     open_cache(cache_dir=tmp_path / "c").get("m", "1", progress=tqdm)
     assert "m@1" in capfd.readouterr().err
 
 
-def test_numbers_are_the_same_for_json_prometheus_and_its_client(s3: str, model: Path, open_cache: Any) -> None:
+def test_json_prometheus_and_its_client_report_equal_counters(s3: str, model: Path, open_cache: Any) -> None:
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -320,7 +320,7 @@ def test_a_cache_can_be_pickled_for_another_process(model: Path, open_cache: Any
         again.close()
 
 
-def test_a_directory_that_cannot_be_written_still_serves(model: Path, open_cache: Any, tmp_path: Path) -> None:
+def test_a_read_only_directory_still_serves(model: Path, open_cache: Any, tmp_path: Path) -> None:
     cache = open_cache()
     cache.put("m", "1", model)
     cache.close()
@@ -343,7 +343,7 @@ def test_a_directory_that_cannot_be_written_still_serves(model: Path, open_cache
     assert out.splitlines() == ['{"hidden_size": 384}', "True"]
 
 
-def test_without_a_home_it_says_where_it_puts_things() -> None:
+def test_without_a_home_a_warning_is_logged() -> None:
     code = (
         "import os, logging\n"
         "for name in ('HOME', 'MODEL_CACHE_DIR', 'XDG_CACHE_HOME'): os.environ.pop(name, None)\n"
@@ -356,7 +356,7 @@ def test_without_a_home_it_says_where_it_puts_things() -> None:
     assert "HOME is not set" in done.stderr
 
 
-def test_warm_gets_leave_nothing_behind(model: Path, open_cache: Any) -> None:
+def test_warm_gets_leak_neither_descriptors_nor_memory(model: Path, open_cache: Any) -> None:
     cache = open_cache()
     cache.put("m", "1", model)
 

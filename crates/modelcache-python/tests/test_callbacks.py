@@ -69,13 +69,13 @@ CALLS: dict[str, Callable[[ModelCache], object]] = {
 def test_a_progress_function_may_call(name: str, published: Slow, open_cache: Any) -> None:
     cache, calls = open_cache(), 0
 
-    def tell(_: Progress) -> None:
+    def on_progress(_: Progress) -> None:
         nonlocal calls
         if calls == 0:
             calls = 1
             CALLS[name](cache)
 
-    path = cache.get("m", "1", progress=tell)
+    path = cache.get("m", "1", progress=on_progress)
     assert calls == 1
     assert (path / "weights.bin").stat().st_size == SIZE
 
@@ -89,20 +89,20 @@ def test_a_progress_function_may_close_the_cache(published: Slow, open_cache: An
 
 
 def test_progress_functions_of_other_calls_may_call(published: Slow, open_cache: Any, tmp_path: Path) -> None:
-    cache, told = open_cache(), []
+    cache, reports = open_cache(), []
 
-    def tell(progress: Progress) -> None:
-        told.append(cache.stats())
+    def on_progress(progress: Progress) -> None:
+        reports.append(cache.stats())
 
     published.bytes_per_second = None
-    cache.put("q", "1", write_model(tmp_path / "q", 100_000), progress=tell)
-    cache.verify(progress=tell)
-    cache.prewarm(["n@1"], progress=tell)
-    asyncio.run(cache.aget("m", "1", progress=tell))
-    assert len(told) >= 4
+    cache.put("q", "1", write_model(tmp_path / "q", 100_000), progress=on_progress)
+    cache.verify(progress=on_progress)
+    cache.prewarm(["n@1"], progress=on_progress)
+    asyncio.run(cache.aget("m", "1", progress=on_progress))
+    assert len(reports) >= 4
 
 
-class _Calling(logging.Handler):
+class _CallingHandler(logging.Handler):
     """Uses a cache whenever something is logged; not for what that logs."""
 
     def __init__(self, call: Callable[[], object]) -> None:
@@ -125,11 +125,11 @@ class _Calling(logging.Handler):
 
 
 @pytest.fixture
-def handled() -> Iterator[Callable[[Callable[[], object]], _Calling]]:
+def handled() -> Iterator[Callable[[Callable[[], object]], _CallingHandler]]:
     logger, handlers = logging.getLogger("modelcache"), []
 
-    def add(call: Callable[[], object]) -> _Calling:
-        handlers.append(_Calling(call))
+    def add(call: Callable[[], object]) -> _CallingHandler:
+        handlers.append(_CallingHandler(call))
         logger.addHandler(handlers[-1])
         logger.setLevel(logging.DEBUG)
         return handlers[-1]

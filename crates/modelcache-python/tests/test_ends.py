@@ -134,7 +134,7 @@ def published(slow: Slow, tmp_path: Path) -> Slow:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_the_interpreter_ends_cleanly_beside(name: str, published: Slow) -> None:
+def test_the_interpreter_ends_cleanly_during(name: str, published: Slow) -> None:
     code = 3 if name == "an exit code" else 0
     for run in range(RUNS):
         program = [sys.executable, "-c", START + PROGRAMS[name]]
@@ -142,7 +142,7 @@ def test_the_interpreter_ends_cleanly_beside(name: str, published: Slow) -> None
         assert (done.returncode, done.stdout, done.stderr) == (code, "", ""), f"run {run}"
 
 
-def test_an_exit_handler_that_comes_after_ours_gets_an_error(published: Slow) -> None:
+def test_an_exit_handler_that_runs_after_that_of_the_package_gets_an_error(published: Slow) -> None:
     program = """
 import atexit
 def late():

@@ -13,7 +13,7 @@ from conftest import write_model
 from modelcache import ModelCacheError, NotFoundError
 
 
-def test_every_failure_has_one_base_and_the_builtin_that_programs_expect() -> None:
+def test_errors_derive_from_one_base_and_from_builtin_exceptions() -> None:
     for name in modelcache.__all__:
         kind = getattr(modelcache, name)
         if isinstance(kind, type) and issubclass(kind, BaseException):
@@ -23,7 +23,7 @@ def test_every_failure_has_one_base_and_the_builtin_that_programs_expect() -> No
     assert issubclass(modelcache.UnauthorizedError, PermissionError)
 
 
-def test_a_failure_says_what_of_what_where_and_what_to_do(open_cache: Any) -> None:
+def test_an_error_has_code_artifact_message_and_hint(open_cache: Any) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         open_cache().get("absent", "1")
     error = caught.value
@@ -44,7 +44,7 @@ def test_a_server_that_does_not_answer_is_unavailable(s3: str, open_cache: Any, 
     assert caught.value.tier == "remote"
 
 
-def test_wrong_credentials_are_told(s3: str, open_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_credentials_are_unauthorized(s3: str, open_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(PermissionError) as caught:
         open_cache(retry_deadline=0).get("m", "1")
@@ -69,14 +69,14 @@ def test_an_artifact_larger_than_the_budget_is_refused(tmp_path: Path, open_cach
         open_cache(max_bytes=10_000).put("m", "1", write_model(tmp_path / "model", 100_000))
 
 
-def test_what_is_typed_wrong_is_a_type_error(open_cache: Any) -> None:
+def test_arguments_of_the_wrong_type_raise_type_error(open_cache: Any) -> None:
     cache = open_cache()
     for arguments in ({"reference": 3}, {"reference": "m", "version": 3}, {"reference": "m@1", "timeout": "soon"}):
         with pytest.raises(TypeError):
             cache.get(**arguments)
 
 
-def test_the_log_is_pythons(tmp_path: Path, open_cache: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_records_go_to_logging(tmp_path: Path, open_cache: Any, caplog: pytest.LogCaptureFixture) -> None:
     cache = open_cache(max_bytes=150_000)
     for version in ("1", "2"):
         model = write_model(tmp_path / version, 100_000)

@@ -148,7 +148,7 @@ def published(slow: Slow, tmp_path: Path) -> Slow:
     return slow
 
 
-def test_it_answers_at_once_and_is_ready_when_the_model_is(published: Slow, serve: Callable[..., Served]) -> None:
+def test_it_answers_at_once_and_is_ready_once_the_model_is(published: Slow, serve: Callable[..., Served]) -> None:
     published.bytes_per_second = 1_000_000
     app = serve(APPLICATION)
     first = app.get("/readyz")
@@ -159,14 +159,14 @@ def test_it_answers_at_once_and_is_ready_when_the_model_is(published: Slow, serv
     assert "retry-after" in refused.headers
     assert app.get("/own").json() == "state"
 
-    def tells_progress() -> bool:
-        told = app.get("/readyz").json()
-        return bool(told["total_bytes"] and told["done_bytes"] and told["seconds_left"])
+    def reports_progress() -> bool:
+        body = app.get("/readyz").json()
+        return bool(body["total_bytes"] and body["done_bytes"] and body["seconds_left"])
 
-    app.until(tells_progress)
-    told = app.get("/readyz").json()
-    assert told["total_bytes"] > SIZE
-    assert 0 < told["done_bytes"] < told["total_bytes"]
+    app.until(reports_progress)
+    body = app.get("/readyz").json()
+    assert body["total_bytes"] > SIZE
+    assert 0 < body["done_bytes"] < body["total_bytes"]
     published.bytes_per_second = None
     app.until_ready()
     assert app.get("/size").json() == {"files": 3, "loaded": SIZE, "calls": ["m@1"]}
@@ -191,7 +191,7 @@ def test_it_answers_at_once_and_is_ready_when_the_model_is(published: Slow, serv
         assert other.evict("m", "1", tier="disk").disk_bytes
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_was(published: Slow, serve: Callable[..., Served]) -> None:
+def test_a_killed_download_resumes_after_a_restart(published: Slow, serve: Callable[..., Served]) -> None:
     published.bytes_per_second = 1_500_000
     app = serve(APPLICATION)
     app.until(lambda: app.get("/readyz").json()["done_bytes"] > SIZE // 3)
@@ -206,13 +206,13 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(published: Slow, serve: Ca
     assert warm.get("/cache/metrics").json()["hits"] == {"disk": 1, "remote": 0, "origin": 0}
 
 
-def test_ended_in_the_middle_it_ends(published: Slow, serve: Callable[..., Served]) -> None:
+def test_sigterm_during_a_download_ends_the_application(published: Slow, serve: Callable[..., Served]) -> None:
     published.bytes_per_second = 10_000
     app = serve(APPLICATION)
     app.end()
 
 
-def test_workers_share_one_fetch(published: Slow, serve: Callable[..., Served]) -> None:
+def test_workers_share_one_download(published: Slow, serve: Callable[..., Served]) -> None:
     published.bytes_per_second = 4_000_000
     app = serve(APPLICATION, "--workers", "2")
     app.until_ready()
@@ -221,17 +221,17 @@ def test_workers_share_one_fetch(published: Slow, serve: Callable[..., Served]) 
     assert published.bytes_down < SIZE * 1.5
 
 
-def test_what_is_missing_at_first_may_come_later(slow: Slow, serve: Callable[..., Served], tmp_path: Path) -> None:
+def test_a_missing_artifact_is_retried_until_it_is_published(slow: Slow, serve: Callable[..., Served], tmp_path: Path) -> None:
     app = serve(APPLICATION)
     app.until(lambda: app.get("/readyz").json()["artifacts"][0]["state"] == "failed")
-    told = app.get("/readyz").json()["artifacts"][0]
-    assert "m@1" in told["error"]
+    body = app.get("/readyz").json()["artifacts"][0]
+    assert "m@1" in body["error"]
     with ModelCache(cache_dir=tmp_path / "writer") as cache:
         cache.put("m", "1", write_model(tmp_path / "model", SIZE))
     app.until_ready()
 
 
-def test_a_hook_that_fails_keeps_it_from_being_ready(published: Slow, serve: Callable[..., Served]) -> None:
+def test_a_failing_hook_delays_readiness(published: Slow, serve: Callable[..., Served]) -> None:
     code = """
         from fastapi import FastAPI
         from modelcache.fastapi import ModelCacheLifespan, router
@@ -258,7 +258,7 @@ def test_plain_starlette(published: Slow, serve: Callable[..., Served]) -> None:
     assert "modelcache_gets_total" in app.get("/metrics").text
 
 
-def test_nothing_else_needs_the_frameworks() -> None:
+def test_the_package_imports_without_the_frameworks() -> None:
     code = (
         "import sys\n"
         "class Absent:\n"

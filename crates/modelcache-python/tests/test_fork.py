@@ -73,7 +73,7 @@ def test_a_child_uses_the_cache_of_its_parent(s3: str, model: Path, open_cache: 
     check(cache.get("m", "1"))
 
 
-def test_a_child_of_a_child_too(model: Path, open_cache: Any) -> None:
+def test_a_child_of_a_child_uses_the_cache(model: Path, open_cache: Any) -> None:
     cache = open_cache()
     cache.put("m", "1", model)
 
@@ -84,7 +84,7 @@ def test_a_child_of_a_child_too(model: Path, open_cache: Any) -> None:
     in_child(work)
 
 
-def test_a_child_that_ends_lets_go_of_nothing_that_its_parent_holds(model: Path, open_cache: Any) -> None:
+def test_a_child_that_ends_keeps_the_leases_of_its_parent(model: Path, open_cache: Any) -> None:
     cache, other = open_cache(), open_cache()
     cache.put("m", "1", model)
     lease = cache.lease("m", "1")
@@ -106,7 +106,7 @@ def test_a_child_that_ends_lets_go_of_nothing_that_its_parent_holds(model: Path,
     check(path)
 
 
-def test_a_child_goes_on_holding_what_its_parent_held(model: Path, open_cache: Any) -> None:
+def test_a_child_renews_the_leases_of_its_parent(model: Path, open_cache: Any) -> None:
     cache, other = open_cache(), open_cache()
     cache.put("m", "1", model)
     cache.get("m", "1")
@@ -129,7 +129,7 @@ def test_a_child_goes_on_holding_what_its_parent_held(model: Path, open_cache: A
     assert other.evict("m", "1").disk_bytes
 
 
-def test_a_fork_in_the_middle_of_a_fetch(slow: Slow, model: Path, open_cache: Any, tmp_path: Path) -> None:
+def test_a_fork_during_a_download(slow: Slow, model: Path, open_cache: Any, tmp_path: Path) -> None:
     cache = open_cache()
     cache.put("m", "1", model, tier="remote")
     slow.bytes_down, slow.bytes_per_second = 0, 2_000_000
@@ -207,7 +207,7 @@ def test_gunicorn_that_loads_the_application_before_it_forks(
     cache.evict("m", "1", tier="disk")  # Nobody holds it any more.
 
 
-def test_a_fork_without_our_knowledge(model: Path, open_cache: Any) -> None:
+def test_a_fork_by_native_code(model: Path, open_cache: Any) -> None:
     """Native code forks without telling Python."""
     cache = open_cache()
     cache.put("m", "1", model)
@@ -223,7 +223,7 @@ def test_a_fork_without_our_knowledge(model: Path, open_cache: Any) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_interpreter_ends_in_the_middle_of_things(slow: Slow, model: Path, open_cache: Any) -> None:
+def test_the_interpreter_ends_during_calls(slow: Slow, model: Path, open_cache: Any) -> None:
     open_cache().put("m", "1", model, tier="remote")
     slow.bytes_per_second = 10_000
     code = (

@@ -58,7 +58,7 @@ def published(slow: Slow, put: Callable[[str, bytes], None]) -> Slow:
     return slow
 
 
-def begun(slow: Slow, open_cache: Any, **arguments: Any) -> CachedFile:
+def partly_downloaded(slow: Slow, open_cache: Any, **arguments: Any) -> CachedFile:
     """The file, whose first part is here, and whose last bytes are still missing."""
     slow.let_through(SIZE - MIB)
     file: CachedFile = open_cache().open("m@1", **arguments)
@@ -68,7 +68,7 @@ def begun(slow: Slow, open_cache: Any, **arguments: Any) -> CachedFile:
     return file
 
 
-def test_one_tensor_is_read_before_half_of_the_file_has_come(
+def test_one_tensor_is_read_before_half_of_the_file_is_downloaded(
     slow: Slow, put: Callable[[str, bytes], None], tmp_path: Path, open_cache: Any
 ) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
@@ -97,7 +97,7 @@ def test_one_tensor_is_read_before_half_of_the_file_has_come(
         assert file.is_whole and file.progress.remote_bytes >= len(content)
 
 
-def test_numpy_takes_it(put: Callable[[str, bytes], None], open_cache: Any) -> None:
+def test_numpy_reads_and_maps_the_file(put: Callable[[str, bytes], None], open_cache: Any) -> None:
     array = np.arange(3_000_000, dtype=np.float64).reshape(1000, 3000)
     stream = io.BytesIO()
     np.save(stream, array)
@@ -160,8 +160,8 @@ def test_it_behaves_as_a_plain_file(published: Slow, tmp_path: Path, open_cache:
         coming.read()
 
 
-def test_a_descriptor_and_a_path_wait_for_the_whole(published: Slow, open_cache: Any) -> None:
-    file = begun(published, open_cache)
+def test_a_descriptor_and_a_path_wait_for_the_complete_file(published: Slow, open_cache: Any) -> None:
+    file = partly_downloaded(published, open_cache)
     with ThreadPoolExecutor(2) as threads:
         descriptor, path = threads.submit(file.fileno), threads.submit(lambda: file.path)
         time.sleep(0.3)
@@ -171,7 +171,7 @@ def test_a_descriptor_and_a_path_wait_for_the_whole(published: Slow, open_cache:
         assert path.result(60).read_bytes() == noise(SIZE)
 
 
-def test_what_is_open_is_held(published: Slow, open_cache: Any) -> None:
+def test_an_open_file_is_leased(published: Slow, open_cache: Any) -> None:
     file = open_cache().open("m@1")
     path = file.path
     with pytest.raises(modelcache.ConflictError):
@@ -182,7 +182,7 @@ def test_what_is_open_is_held(published: Slow, open_cache: Any) -> None:
     assert not path.exists()
 
 
-def test_threads_read_anywhere(published: Slow, open_cache: Any) -> None:
+def test_threads_share_a_file(published: Slow, open_cache: Any) -> None:
     content = noise(SIZE)
     published.bytes_per_second = 40_000_000
     file = open_cache().open("m@1")
@@ -223,7 +223,7 @@ def test_asyncio(published: Slow, open_cache: Any) -> None:
 
 
 def test_a_forked_child(published: Slow, open_cache: Any) -> None:
-    file = begun(published, open_cache)
+    file = partly_downloaded(published, open_cache)
 
     def refused() -> None:
         for read in (file.read, file.fileno, lambda: file.path, lambda: file.pread(10, SIZE - 10)):
@@ -261,9 +261,9 @@ def test_ctrl_c_ends_a_read(published: Slow) -> None:
     assert interrupted(code, "open", after_seconds=0.5) == ["interrupted"]
 
 
-def test_closing_the_cache_closes_its_files_and_ends_what_waits(published: Slow, open_cache: Any) -> None:
+def test_closing_the_cache_closes_its_files_and_ends_waiting_reads(published: Slow, open_cache: Any) -> None:
     cache = open_cache()
-    file = begun(published, lambda: cache)
+    file = partly_downloaded(published, lambda: cache)
     failures: list[BaseException] = []
 
     def read() -> None:
@@ -285,8 +285,8 @@ def test_closing_the_cache_closes_its_files_and_ends_what_waits(published: Slow,
         file.fileno()
 
 
-def test_a_read_gives_up_after_its_timeout(published: Slow, open_cache: Any) -> None:
-    file = begun(published, open_cache, timeout=0.5)
+def test_a_read_times_out(published: Slow, open_cache: Any) -> None:
+    file = partly_downloaded(published, open_cache, timeout=0.5)
     with pytest.raises(modelcache.UnavailableError, match="not done within"):
         file.read()
     published.let_through(None)
@@ -297,7 +297,7 @@ def test_a_read_gives_up_after_its_timeout(published: Slow, open_cache: Any) -> 
     assert file.read() == noise(SIZE)
 
 
-def test_bytes_that_nobody_vouches_for_are_given_only_to_who_wants_them(
+def test_bytes_without_checkpoints_are_returned_only_if_unchecked(
     published: Slow, tmp_path: Path, open_cache: Any
 ) -> None:
     bucket = boto3.client("s3")
@@ -315,7 +315,7 @@ def test_bytes_that_nobody_vouches_for_are_given_only_to_who_wants_them(
     assert careful.path.read_bytes() == careless.read() == careful.read() == noise(SIZE)
 
 
-def test_what_is_opened_is_named(hub: Path, open_cache: Any) -> None:
+def test_open_requires_one_file(hub: Path, open_cache: Any) -> None:
     cache = open_cache(remote="none")
     with pytest.raises(modelcache.InvalidError, match="3 files") as raised:
         cache.open("hf://org/model")

@@ -44,7 +44,7 @@ def test_ctrl_c_ends_a_get(published: Slow) -> None:
     assert published.bytes_down < SIZE
 
 
-def test_what_progress_raises_ends_the_get(published: Slow, open_cache: Any) -> None:
+def test_an_exception_in_progress_ends_the_get(published: Slow, open_cache: Any) -> None:
     published.bytes_per_second = 10_000
 
     def stop(progress: Progress) -> None:
@@ -68,16 +68,16 @@ def test_other_threads_run_while_one_waits(published: Slow, open_cache: Any) -> 
     class Enough(Exception):
         pass
 
-    def tell(_: Progress) -> None:
+    def on_progress(_: Progress) -> None:
         ticks.set()
         if went_on.is_set():
             raise Enough
 
     with pytest.raises(Enough):
-        open_cache().get("m", "1", progress=tell)
+        open_cache().get("m", "1", progress=on_progress)
 
 
-def test_a_timeout_is_unavailable_and_what_came_is_kept(published: Slow, open_cache: Any) -> None:
+def test_a_timeout_is_unavailable_and_keeps_the_bytes(published: Slow, open_cache: Any) -> None:
     published.bytes_per_second = 2_000_000
     cache = open_cache()
     with pytest.raises(modelcache.UnavailableError, match="not done within"):
@@ -86,7 +86,7 @@ def test_a_timeout_is_unavailable_and_what_came_is_kept(published: Slow, open_ca
     check(cache.get("m", "1"))
 
 
-def test_threads_and_caches_share_one_fetch(published: Slow, open_cache: Any) -> None:
+def test_threads_and_caches_share_one_download(published: Slow, open_cache: Any) -> None:
     published.bytes_per_second = 8_000_000
     caches = [open_cache(), open_cache()]
     with ThreadPoolExecutor(8) as threads:
@@ -97,7 +97,7 @@ def test_threads_and_caches_share_one_fetch(published: Slow, open_cache: Any) ->
     assert sum(cache.metrics.to_dict()["waits"]["count"] for cache in caches) == 7
 
 
-def test_processes_share_one_fetch(published: Slow) -> None:
+def test_processes_share_one_download(published: Slow) -> None:
     published.bytes_per_second = 8_000_000
     code = "from modelcache import ModelCache\nprint(ModelCache().get('m', '1'))"
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -106,12 +106,12 @@ def test_processes_share_one_fetch(published: Slow) -> None:
     assert published.bytes_down < SIZE * 1.5
 
 
-def test_an_event_loop_goes_on_while_a_get_waits(published: Slow, open_cache: Any) -> None:
+def test_an_event_loop_runs_while_a_get_waits(published: Slow, open_cache: Any) -> None:
     published.bytes_per_second = 8_000_000
-    told: list[Progress] = []
+    reports: list[Progress] = []
 
     async def main() -> int:
-        task = asyncio.create_task(open_cache().aget("m", "1", progress=told.append))
+        task = asyncio.create_task(open_cache().aget("m", "1", progress=reports.append))
         turns = 0
         while not task.done():
             turns += 1
@@ -120,10 +120,10 @@ def test_an_event_loop_goes_on_while_a_get_waits(published: Slow, open_cache: An
         return turns
 
     assert asyncio.run(main()) > 5
-    assert told[-1].remote_bytes >= SIZE
+    assert reports[-1].remote_bytes >= SIZE
 
 
-def test_a_cancelled_task_leaves_the_fetch_to_the_others(published: Slow, open_cache: Any) -> None:
+def test_a_cancelled_task_leaves_the_download_to_the_others(published: Slow, open_cache: Any) -> None:
     published.bytes_per_second = 4_000_000
     cache = open_cache()
 
@@ -143,7 +143,7 @@ def test_a_cancelled_task_leaves_the_fetch_to_the_others(published: Slow, open_c
     assert published.bytes_down < SIZE * 1.5
 
 
-def test_a_cancelled_task_that_waited_alone_ends_the_fetch(published: Slow, open_cache: Any) -> None:
+def test_cancelling_the_only_task_ends_the_download(published: Slow, open_cache: Any) -> None:
     published.bytes_per_second = 500_000
     cache = open_cache()
 
@@ -170,7 +170,7 @@ def test_failures_reach_the_event_loop(open_cache: Any) -> None:
     asyncio.run(main())
 
 
-def test_every_async_twin_works(s3: str, tmp_path: Path) -> None:
+def test_every_async_version_works(s3: str, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", 1000)
 
     async def main() -> None:

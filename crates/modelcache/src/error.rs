@@ -310,7 +310,7 @@ impl std::error::Error for Error {
     }
 }
 
-/// Names the artifact and tier on the way up: `disk.lend(key).context(key, Tier::Disk)?`.
+/// Names the artifact and tier on the way up: `disk.acquire(key).context(key, Tier::Disk)?`.
 pub(crate) trait Context<T> {
     /// Adds whichever of artifact and tier is not named yet.
     fn context(self, artifact: impl fmt::Display, tier: Tier) -> Result<T>;

@@ -36,7 +36,7 @@ pub fn part_size(size: u64) -> u64 {
 ///
 /// A file of `size` bytes has `ceil(size / part_size)` parts and one state less than parts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "Wire", into = "Wire")]
+#[serde(try_from = "StoredLadder", into = "StoredLadder")]
 pub struct Ladder {
     part_size: u64,
     states: Vec<State>,
@@ -44,7 +44,7 @@ pub struct Ladder {
 
 /// How a ladder is written: the states as big-endian words, concatenated, in base64.
 #[derive(Serialize, Deserialize)]
-struct Wire {
+struct StoredLadder {
     part_size: u64,
     states: String,
 }
@@ -125,17 +125,17 @@ impl Ladder {
     }
 }
 
-impl From<Ladder> for Wire {
+impl From<Ladder> for StoredLadder {
     fn from(ladder: Ladder) -> Self {
         let bytes: Vec<u8> = ladder.states.iter().flatten().flat_map(|word| word.to_be_bytes()).collect();
         Self { part_size: ladder.part_size, states: BASE64_STANDARD.encode(bytes) }
     }
 }
 
-impl TryFrom<Wire> for Ladder {
+impl TryFrom<StoredLadder> for Ladder {
     type Error = Error;
 
-    fn try_from(wire: Wire) -> Result<Self> {
+    fn try_from(wire: StoredLadder) -> Result<Self> {
         Self::from_base64(wire.part_size, &wire.states)
     }
 }

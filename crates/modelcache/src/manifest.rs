@@ -130,7 +130,7 @@ pub struct UnsyncedFile {
 struct Unsynced {
     /// The file's true time.
     mtime_ns: i64,
-    /// Who makes it durable; see `disk/duties.rs`.
+    /// Who makes it durable; see `disk/pending_sync.rs`.
     writer: String,
 }
 

@@ -17,13 +17,15 @@ pub enum Phase {
     /// A reference to a key.
     Resolve,
     /// Looking on disk.
-    Lend,
+    Acquire,
     /// Waiting for another fill of the same artifact.
     Join,
     /// Manifest, what is missing, room.
     Plan,
-    /// Bytes from a source into staging.
-    Pour,
+    /// Downloading ranges from a source into staging.
+    Download,
+    /// Reading and hashing the files given to `put`.
+    Read,
     /// Making staged files durable and visible.
     Publish,
     /// Writing to the remote what came from the origin or from the caller.
@@ -34,12 +36,13 @@ pub enum Phase {
     Verify,
 }
 
-const PHASES: [Phase; 9] = [
+const PHASES: [Phase; 10] = [
     Phase::Resolve,
-    Phase::Lend,
+    Phase::Acquire,
     Phase::Join,
     Phase::Plan,
-    Phase::Pour,
+    Phase::Download,
+    Phase::Read,
     Phase::Publish,
     Phase::Backfill,
     Phase::Materialize,
@@ -51,10 +54,11 @@ impl Phase {
     pub fn name(self) -> &'static str {
         match self {
             Self::Resolve => "resolve",
-            Self::Lend => "lend",
+            Self::Acquire => "acquire",
             Self::Join => "join",
             Self::Plan => "plan",
-            Self::Pour => "pour",
+            Self::Download => "download",
+            Self::Read => "read",
             Self::Publish => "publish",
             Self::Backfill => "backfill",
             Self::Materialize => "materialize",
@@ -136,10 +140,10 @@ impl Progress {
     }
 
     /// Bytes of the pour that are done, and all of them; for those who wait for it elsewhere.
-    pub(crate) fn pour_bytes(&self) -> (u64, u64) {
+    pub(crate) fn download_bytes(&self) -> (u64, u64) {
         let now = self.snapshot();
         match now.phase {
-            Phase::Pour => (now.done_bytes, now.total_bytes),
+            Phase::Download => (now.done_bytes, now.total_bytes),
             _ => (0, 0),
         }
     }

@@ -61,7 +61,7 @@ pub struct Setting {
     /// Its default, as a person reads it.
     pub default: &'static str,
     /// What it means.
-    pub meaning: &'static str,
+    pub description: &'static str,
     /// Which values it takes; the hint when it gets another.
     pub accepts: &'static str,
     /// Takes the value over.
@@ -82,7 +82,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("dir"),
         value_name: "FOLDER",
         default: "`$XDG_CACHE_HOME/modelcache`, else `~/.cache/modelcache`, else `modelcache` in the temporary folder",
-        meaning: "The local directory.",
+        description: "The local directory.",
         accepts: "a folder; it is made if it is not there",
         set: |given, draft| {
             draft.dir = Some(draft.expand_home(&given.text));
@@ -95,7 +95,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("max-bytes"),
         value_name: "SIZE",
         default: "`80%`",
-        meaning: "The budget: most bytes that the local directory may take.",
+        description: "The budget: most bytes that the local directory may take.",
         accepts: SIZE_ACCEPTS,
         set: |given, draft| {
             draft.max_bytes = parse_size(&given.text)?;
@@ -111,7 +111,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("min-free-bytes"),
         value_name: "SIZE",
         default: "`10%`",
-        meaning: "Never leave less than this free on the filesystem. It holds beside the budget.",
+        description: "Never leave less than this free on the filesystem. It holds beside the budget.",
         accepts: SIZE_ACCEPTS,
         set: |given, draft| {
             draft.min_free_bytes = parse_size(&given.text)?;
@@ -124,7 +124,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("durable"),
         value_name: SWITCH,
         default: "`0`",
-        meaning: "Wait until what was fetched survives a power cut. Else it is made durable after the command has ended, \
+        description: "Wait until what was fetched survives a power cut. Else it is made durable after the command has ended, \
                   and read in full before it is used if that does not happen. `put`, `prewarm` and `get --into` wait \
                   always, and so does `get` in a container, which may end with it.",
         accepts: SWITCH_ACCEPTS,
@@ -139,7 +139,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("shared"),
         value_name: "off|group|world",
         default: "`off`",
-        meaning: "Which users share the local directory. It decides the modes of what is made there, whatever the \
+        description: "Which users share the local directory. It decides the modes of what is made there, whatever the \
                   umask says; published files are always 0444. A directory that exists keeps its modes.",
         accepts: "off, group (the folder's group) or world (everybody)",
         set: |given, draft| {
@@ -158,7 +158,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("lower-dir"),
         value_name: "FOLDER",
         default: "none",
-        meaning: "A cache underneath that is only read, baked into an image for instance: what it holds is not fetched.",
+        description: "A cache underneath that is only read, baked into an image for instance: what it holds is not fetched.",
         accepts: "a local directory that another run filled, or none",
         set: |given, draft| {
             draft.lower_dir = (given.text != "none").then(|| draft.expand_home(&given.text));
@@ -171,7 +171,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("write-mode"),
         value_name: "auto|buffered|direct",
         default: "`auto`",
-        meaning: "How files are written to disk. Through the page cache (`buffered`) a reader finds them in memory; past \
+        description: "How files are written to disk. Through the page cache (`buffered`) a reader finds them in memory; past \
                   it (`direct`) they push nothing else out of memory and count against no limit of a pod. `auto`: \
                   `get` writes through it unless the fill takes more than half of the free memory, `prewarm` past it. \
                   Files below 64 MiB, and those that nobody has a ladder of yet, are always buffered.",
@@ -192,7 +192,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("remote"),
         value_name: "URL",
         default: "none",
-        meaning: "The object store behind the disk; without one there are only the disk and the origins.",
+        description: "The object store behind the disk; without one there are only the disk and the origins.",
         accepts: "s3://bucket/prefix, file:///folder, or none",
         set: |given, draft| {
             let url = match given.text.as_str() {
@@ -208,7 +208,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "BUCKET",
         default: "none",
-        meaning: "Short for the remote `s3://BUCKET`. Setting both to different places is refused.",
+        description: "Short for the remote `s3://BUCKET`. Setting both to different places is refused.",
         accepts: "the name of a bucket",
         set: |given, draft| {
             if given.text.contains("://") {
@@ -224,7 +224,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "TABLE",
         default: "none",
-        meaning: "Options of the object store by name, for instance `region`, `endpoint` or encryption.",
+        description: "Options of the object store by name, for instance `region`, `endpoint` or encryption.",
         accepts: "a table of texts, numbers, true and false",
         set: |_, _| Ok(()),
     },
@@ -234,7 +234,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("require-checksum"),
         value_name: SWITCH,
         default: "`0`",
-        meaning: "Refuse files of which nobody states a checksum: hand-made ones in a bucket without `.sha256`, \
+        description: "Refuse files of which nobody states a checksum: hand-made ones in a bucket without `.sha256`, \
                   `SHA256SUMS` or metadata, and what was taken as it came before.",
         accepts: "1 or 0",
         set: |given, draft| {
@@ -248,7 +248,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "origin|fail",
         default: "`origin`",
-        meaning: "When the remote stays unavailable: go on to the origin, or fail.",
+        description: "When the remote stays unavailable: go on to the origin, or fail.",
         accepts: "origin or fail",
         set: |given, draft| {
             draft.on_remote_down = match given.text.as_str() {
@@ -265,7 +265,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("remote-mode"),
         value_name: "rw|ro",
         default: "`rw`",
-        meaning: "Whether the remote may be written; with `ro` it is only read.",
+        description: "Whether the remote may be written; with `ro` it is only read.",
         accepts: "rw or ro",
         set: |given, draft| {
             draft.remote_mode = match given.text.as_str() {
@@ -282,7 +282,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("backfill"),
         value_name: "wait|background|later|never",
         default: "`wait`; `background` in Python",
-        meaning: "When the remote gets what came from an origin: before the call returns, while the process goes on, \
+        description: "When the remote gets what came from an origin: before the call returns, while the process goes on, \
                   with a later run (`modelcache backfill`), or not at all. `get` prints its path before a background \
                   upload and ends after it; `exec` leaves a background upload to a later run.",
         accepts: "wait, background, later or never",
@@ -303,7 +303,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("origin"),
         value_name: "TEMPLATE",
         default: "none",
-        meaning: "Where a bare `name@version` comes from: one template, or several split by commas, each asked only \
+        description: "Where a bare `name@version` comes from: one template, or several split by commas, each asked only \
                   where the one before does not have it.",
         accepts: "for instance hf://{name}@{version}, https://registry/{name}/{version}.tar.gz or \
                   file:///models/{name}/{version}; or none",
@@ -319,7 +319,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "TABLE",
         default: "none",
-        meaning: "Credentials for web servers, one table for each scheme, host and port. They are sent there and on no \
+        description: "Credentials for web servers, one table for each scheme, host and port. They are sent there and on no \
                   redirect elsewhere. Where a server has no table, the netrc counts, for https only.",
         accepts: credentials::ACCEPTS,
         set: |_, _| Ok(()),
@@ -330,7 +330,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "URL",
         default: "none",
-        meaning: "The MLflow server of `models:/` references. Looked at when such a reference is used.",
+        description: "The MLflow server of `models:/` references. Looked at when such a reference is used.",
         accepts: "scheme, host, port and path of the server, for instance https://mlflow.example",
         set: |given, draft| {
             draft.mlflow.tracking_uri = registries::server(given);
@@ -343,7 +343,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "URL",
         default: "none",
-        meaning: "The MLflow server of the model registry, where it is another than the tracking server.",
+        description: "The MLflow server of the model registry, where it is another than the tracking server.",
         accepts: "scheme, host, port and path of the server",
         set: |given, draft| {
             draft.mlflow.registry_uri = registries::server(given);
@@ -356,7 +356,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "FOLDER",
         default: "none",
-        meaning: "Models that the MLflow server keeps as plain files are read from this machine where they lie below \
+        description: "Models that the MLflow server keeps as plain files are read from this machine where they lie below \
                   this folder, and nowhere else.",
         accepts: "a folder, or none",
         set: |given, draft| {
@@ -370,7 +370,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "REGISTRIES",
         default: "none",
-        meaning: "OCI registries that are spoken to without TLS, split by commas, besides those on this machine \
+        description: "OCI registries that are spoken to without TLS, split by commas, besides those on this machine \
                   (`localhost` and loopback addresses).",
         accepts: "hosts with their ports, for instance registry.internal:5000; or none",
         set: |given, draft| {
@@ -384,7 +384,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "DURATION",
         default: "`60s`",
-        meaning: "How long a resolved revision or tag is taken to be current.",
+        description: "How long a resolved revision or tag is taken to be current.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
             draft.ref_ttl = parse_duration(&given.text)?;
@@ -397,7 +397,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "0|1",
         default: "`0`",
-        meaning: "Never ask an origin over the network: what disk and remote have is all there is, and revisions mean \
+        description: "Never ask an origin over the network: what disk and remote have is all there is, and revisions mean \
                   what they last meant. The flag `--offline` does it for one call.",
         accepts: SWITCH_ACCEPTS,
         set: |given, draft| {
@@ -411,7 +411,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "DURATION",
         default: "`0s`",
-        meaning: "Wait a random time up to this before a get first calls the remote or an origin, so that a fleet that \
+        description: "Wait a random time up to this before a get first calls the remote or an origin, so that a fleet that \
                   starts at once does not ask at once. What is on disk is never waited for.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
@@ -425,7 +425,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "DURATION",
         default: "`60s`",
-        meaning: "How long after its first failure a request may be tried again; `0s` never tries again.",
+        description: "How long after its first failure a request may be tried again; `0s` never tries again.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
             draft.retry.deadline = parse_duration(&given.text)?;
@@ -438,7 +438,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "DURATION",
         default: "`30s`",
-        meaning: "The longest silence of a server that is waited for: connecting, to the first byte, between bytes.",
+        description: "The longest silence of a server that is waited for: connecting, to the first byte, between bytes.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
             draft.retry.read_timeout = parse_duration(&given.text)?;
@@ -451,7 +451,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "FILE",
         default: "none",
-        meaning: "A file that is written anew at the end of each command, in the text form of Prometheus: what the \
+        description: "A file that is written anew at the end of each command, in the text form of Prometheus: what the \
                   command did, and the state of the directory. For the textfile collector of node-exporter.",
         accepts: "a file in a folder that is there and can be written to, or none",
         set: |given, draft| {
@@ -465,7 +465,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "FILTER",
         default: "`info`",
-        meaning: "What is logged: a level, or a filter in the form of `RUST_LOG`. A level is for modelcache's own parts; \
+        description: "What is logged: a level, or a filter in the form of `RUST_LOG`. A level is for modelcache's own parts; \
                   those of its libraries are logged where the filter names them.",
         accepts: "off, error, warn, info, debug, trace, or for instance info,modelcache=debug or debug,hyper_util=trace",
         set: |given, draft| {
@@ -483,7 +483,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "text|json",
         default: "`text`",
-        meaning: "How a log line is written.",
+        description: "How a log line is written.",
         accepts: "text or json",
         set: |given, draft| {
             draft.log.format = match given.text.as_str() {
@@ -934,14 +934,14 @@ pub fn markdown() -> String {
                 value => format!("--{flag} {value}"),
             })),
             setting.default,
-            setting.meaning,
+            setting.description,
             setting.accepts,
         ));
     }
     text.push_str("\n## Variables of other programs\n\n| variable | what it does here |\n|---|---|\n");
-    for (variables, meaning) in HONOURED {
+    for (variables, description) in HONOURED {
         let variables: Vec<_> = variables.split(", ").map(|variable| format!("`{variable}`")).collect();
-        text.push_str(&format!("| {} | {meaning} |\n", variables.join(", ")));
+        text.push_str(&format!("| {} | {description} |\n", variables.join(", ")));
     }
     text
 }

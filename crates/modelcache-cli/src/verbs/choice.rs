@@ -42,12 +42,12 @@ pub(crate) struct Reach {
 
 impl Reach {
     pub(crate) fn apply(&self, options: GetOptions) -> GetOptions {
-        let reach = match (self.local_files_only, self.offline) {
+        let max_tier = match (self.local_files_only, self.offline) {
             (true, _) => Tier::Disk,
             (false, true) => Tier::Remote,
-            (false, false) => options.reach,
+            (false, false) => options.max_tier,
         };
-        GetOptions { refresh: self.refresh, reach, ..options }
+        GetOptions { refresh: self.refresh, max_tier, ..options }
     }
 }
 

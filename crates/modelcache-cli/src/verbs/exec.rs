@@ -60,7 +60,7 @@ impl Exec {
         small_memory::remove_from(&mut command);
         artifacts.iter().try_for_each(Artifact::hold_through_exec)?;
         // Nothing of this process is left to do or write it later.
-        modelcache::transfer::tidied(crate::TAKEN_BACK).await;
+        modelcache::transfer::wait_for_cleanup(crate::TAKEN_BACK).await;
         session.write_metrics("exec", exit::DONE).await;
         // Comes back only if it failed.
         let (code, error) = not_run(program, command.exec());

@@ -205,7 +205,7 @@ mod tests {
             link: Some(Link::Copy),
             phases: BTreeMap::from([
                 (Phase::Resolve, Duration::from_millis(100)),
-                (Phase::Pour, Duration::from_secs(3)),
+                (Phase::Download, Duration::from_secs(3)),
                 (Phase::Publish, Duration::from_millis(200)),
             ]),
         }
@@ -216,7 +216,7 @@ mod tests {
         assert_eq!(
             summary(&key(), &report(Tier::Origin), Duration::from_millis(3400)),
             "team/model@3: 1.2 GB from origin in 3.4 s \
-             (resolve 0.1, pour 3.0, publish 0.2; disk 0 B, remote 0 B, origin 1.2 GB)"
+             (resolve 0.1, download 3.0, publish 0.2; disk 0 B, remote 0 B, origin 1.2 GB)"
         );
         let backfilled = GetReport { backfilled_bytes: 5_000_000, phases: BTreeMap::new(), ..report(Tier::Origin) };
         assert!(
@@ -235,7 +235,7 @@ mod tests {
         assert_eq!((&object["path"], &object["from"]), (&json!("/c/x"), &json!("origin")));
         assert_eq!(object["bytes"], json!({"disk": 0, "remote": 0, "origin": 1_200_000_000}));
         assert_eq!(object["link"], json!("copy"));
-        assert_eq!(object["seconds"], json!({"resolve": 0.1, "pour": 3.0, "publish": 0.2}));
+        assert_eq!(object["seconds"], json!({"resolve": 0.1, "download": 3.0, "publish": 0.2}));
     }
 
     #[test]

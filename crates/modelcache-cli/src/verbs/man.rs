@@ -73,7 +73,7 @@ fn exits_and_variables() -> Roff {
     roff.control("SH", ["ENVIRONMENT"]);
     for setting in SETTINGS {
         let Some(variable) = setting.variable else { continue };
-        let meaning = format!("{} Default: {}.", setting.meaning, setting.default).replace('`', "");
+        let meaning = format!("{} Default: {}.", setting.description, setting.default).replace('`', "");
         roff.control("TP", []).text([bold(variable)]).text([roman(meaning)]);
     }
     roff

@@ -172,7 +172,7 @@ fn seconds(phases: &BTreeMap<Phase, Duration>) -> Value {
     phases.iter().map(|(phase, spent)| (phase.name().to_owned(), json!(spent.as_secs_f64()))).collect()
 }
 
-/// Phases for people, those that took a tenth of a second or so: `resolve 0.1, pour 3.0`.
+/// Phases for people, those that took a tenth of a second or so: `resolve 0.1, download 3.0`.
 fn phase_list(phases: &BTreeMap<Phase, Duration>) -> Option<String> {
     let shown = phases.iter().filter(|(_, spent)| spent.as_secs_f64() >= 0.05);
     let shown: Vec<_> = shown.map(|(phase, spent)| format!("{} {:.1}", phase.name(), spent.as_secs_f64())).collect();
@@ -210,12 +210,12 @@ mod tests {
     #[test]
     fn phases_are_told_in_order_and_short_ones_left_out() {
         let phases = BTreeMap::from([
-            (Phase::Pour, Duration::from_secs(3)),
+            (Phase::Download, Duration::from_secs(3)),
             (Phase::Resolve, Duration::from_millis(120)),
-            (Phase::Lend, Duration::from_millis(1)),
+            (Phase::Acquire, Duration::from_millis(1)),
         ]);
-        assert_eq!(phase_list(&phases).as_deref(), Some("resolve 0.1, pour 3.0"));
+        assert_eq!(phase_list(&phases).as_deref(), Some("resolve 0.1, download 3.0"));
         assert_eq!(phase_list(&BTreeMap::new()), None);
-        assert_eq!(seconds(&phases)["pour"], json!(3.0));
+        assert_eq!(seconds(&phases)["download"], json!(3.0));
     }
 }

@@ -8,7 +8,7 @@
 
 use crate::exit;
 use clap::Args;
-use modelcache::cache::HandOver;
+use modelcache::cache::SyncHandoff;
 use modelcache::config::{Config, Durable};
 use modelcache::{Cache, Error, ErrorKind, Result};
 use std::fs::File;
@@ -62,7 +62,7 @@ pub(super) async fn leave(cache: &Cache, goes_on: bool) {
         return;
     }
     if bytes > AT_ONCE_BYTES && (goes_on || outlives_its_parent()) {
-        match hand_over(cache) {
+        match hand_off(cache) {
             Ok(true) => return,
             Ok(false) => {}
             Err(error) => tracing::debug!(%error, "no process to leave it to"),
@@ -83,15 +83,15 @@ fn outlives_its_parent() -> bool {
 }
 
 /// Whether another process has taken it over.
-fn hand_over(cache: &Cache) -> Result<bool> {
-    let Some(HandOver { dir, writer, lock }) = cache.hand_over()? else { return Ok(false) };
+fn hand_off(cache: &Cache) -> Result<bool> {
+    let Some(SyncHandoff { dir, writer, lock }) = cache.hand_off()? else { return Ok(false) };
     let arguments = [std::ffi::OsStr::new("--apart"), dir.as_os_str(), writer.as_ref()];
     let mut child = start(&arguments, Stdio::from(lock))?;
     // It starts the one that stays, and ends at once: whatever this process becomes has no child that it does not know,
     // unless it is process 1, which all orphans are given to.
     let is_done = child.wait().map_err(not_started)?.success();
     if is_done {
-        cache.handed_over();
+        cache.handed_off();
     }
     Ok(is_done)
 }

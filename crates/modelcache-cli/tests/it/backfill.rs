@@ -1,4 +1,5 @@
-//! What came from an origin reaches the remote: now, in the background, later; whoever dies or is refused on the way.
+//! Backfill: artifacts from an origin are uploaded to the remote at once, in the background, or later, also after
+//! failures.
 
 use crate::common::*;
 use modelcache_testkit::s3::S3Fault;
@@ -9,7 +10,7 @@ use std::time::Duration;
 const REF: &str = "hf://org/model";
 const OTHER: &str = "hf://org/other";
 
-/// With a second, small repository.
+/// An environment with a second, small repository.
 fn house() -> House {
     let (house, _) = House::with_model();
     house.hub.repo("org/other").commit().file("weights", "other").publish().unwrap();
@@ -20,23 +21,23 @@ fn manifests(house: &House) -> usize {
     house.s3.keys(BUCKET).iter().filter(|key| key.ends_with("manifest.json")).count()
 }
 
-/// Requests that would have changed the bucket.
+/// Returns the number of write requests to S3.
 fn writes(house: &House) -> usize {
     house.s3.requests().iter().filter(|seen| !matches!(seen.method.as_str(), "GET" | "HEAD")).count()
 }
 
-/// A machine that has nothing gets the model, and the Hub gives none of its bytes.
+/// Asserts that an empty cache directory gets the model without any byte from the Hub.
 #[track_caller]
 fn assert_on_remote(house: &House) {
     let before = house.hub.body_bytes();
     assert_model(&house.on("fresh").run(["get", REF]).path());
-    assert_eq!(house.hub.body_bytes(), before, "the remote has it");
+    assert_eq!(house.hub.body_bytes(), before, "the remote serves all bytes");
     assert_eq!(house.pending("fresh"), (0, 0));
     fs::remove_dir_all(house.path("fresh")).unwrap();
 }
 
 #[test]
-fn what_is_left_for_later_is_listed_and_completed() {
+fn an_upload_left_for_later_is_listed_and_completed() {
     let house = house();
     assert_model(&house.on("a").run(["get", REF, "--backfill", "later"]).path());
     assert_eq!((writes(&house), house.s3.keys(BUCKET)), (0, vec![]));
@@ -56,7 +57,7 @@ fn what_is_left_for_later_is_listed_and_completed() {
 }
 
 #[test]
-fn never_leaves_nothing_and_sends_nothing() {
+fn backfill_never_uploads_nothing_and_leaves_no_pending_upload() {
     let house = house();
     house.on("a").env("MODEL_CACHE_BACKFILL", "never").run(["get", REF]).path();
     assert_eq!((writes(&house), house.pending("a")), (0, (0, 0)));
@@ -64,12 +65,12 @@ fn never_leaves_nothing_and_sends_nothing() {
 }
 
 #[test]
-fn in_the_background_the_path_comes_first_and_the_upload_before_the_end() {
+fn background_backfill_prints_the_path_first_and_uploads_before_it_exits() {
     let house = house();
     let struck = house.s3.faults().add(S3Fault::delay(Duration::from_secs(2)).method("PUT").on("claim").once());
     let mut get = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "30s").start(["get", REF, "--backfill", "background"]);
     let path = get.first_line();
-    assert_eq!(manifests(&house), 0, "told before it is uploaded");
+    assert_eq!(manifests(&house), 0, "printed before the upload");
     assert_model(path.as_ref());
     assert_eq!(get.wait().code, Some(0));
     assert_eq!(struck.count(), 1);
@@ -78,12 +79,12 @@ fn in_the_background_the_path_comes_first_and_the_upload_before_the_end() {
 }
 
 #[test]
-fn a_command_does_not_wait_for_what_goes_on_in_the_background() {
+fn exec_does_not_wait_for_a_background_upload() {
     let house = house();
     house.on("a").run(["exec", REF, "--backfill", "background", "--", "true"]).ok();
     assert_eq!((writes(&house), house.pending("a").0), (0, 1));
     house.on("a").run(["exec", OTHER, "--", "true"]).ok();
-    assert_eq!((manifests(&house), house.pending("a").0), (1, 1), "its own, and no other's before the command starts");
+    assert_eq!((manifests(&house), house.pending("a").0), (1, 1), "only its own upload precedes the command");
 }
 
 #[test]
@@ -103,7 +104,7 @@ fn a_killed_upload_is_completed_by_the_next_run_that_fetches_something() {
 
         house.s3.clear_requests();
         assert_model(&house.on("a").run(["get", REF]).path());
-        assert_eq!(house.s3.requests().len(), 0, "a hit asks nobody");
+        assert_eq!(house.s3.requests().len(), 0, "a hit sends no request");
         assert_eq!(house.pending("a").0, 1, "{mode}");
 
         house.on("a").run(["get", OTHER]).path_saying(&["earlier runs had left this", "1 artifact complete"]);
@@ -115,27 +116,27 @@ fn a_killed_upload_is_completed_by_the_next_run_that_fetches_something() {
 }
 
 #[test]
-fn a_remote_that_was_down_gets_it_when_it_is_back() {
+fn a_remote_that_was_down_receives_the_upload_when_it_is_back() {
     let house = house();
     house.s3.down(true);
     let run = || house.on("a").env("MODEL_CACHE_RETRY_DEADLINE", "100ms");
     assert_model(&run().run(["get", REF]).path());
     assert_eq!(house.pending("a").0, 1);
     run().run(["backfill"]).failed(7, &["remote"]);
-    assert_eq!(house.pending("a").0, 1, "it stays");
+    assert_eq!(house.pending("a").0, 1, "still pending");
     house.s3.down(false);
     run().run(["backfill"]).ok();
     assert_on_remote(&house);
 }
 
 #[test]
-fn a_refusal_is_told_once_and_not_tried_again() {
+fn a_refused_upload_is_reported_once_and_not_retried() {
     let house = house();
     let refused = house.s3.faults().add(S3Fault::access_denied().method("PUT"));
     let got = house.on("a").run(["get", REF, OTHER]).ok().said(&["WARN", "s3:PutObject", BUCKET, "only read"]);
     assert_eq!(got.stderr.matches("WARN").count(), 1, "{got}");
-    assert_eq!(refused.count(), 1, "asked once");
-    assert_eq!(house.pending("a").0, 2, "for somebody who may");
+    assert_eq!(refused.count(), 1, "one request");
+    assert_eq!(house.pending("a").0, 2, "both stay pending");
     house.on("a").run(["put", "mine@1", house.write("mine", "m").to_str().unwrap()]).failed(4, &["s3:PutObject"]);
     assert_eq!(house.listed("a").iter().filter(|listed| listed.starts_with("mine")).count(), 0);
     house.on("a").run(["backfill"]).failed(4, &["s3:PutObject"]);
@@ -165,7 +166,7 @@ fn a_remote_that_is_only_read_is_never_written() {
 }
 
 #[test]
-fn of_two_processes_one_uploads() {
+fn only_one_of_two_processes_uploads() {
     let house = house();
     house.on("a").run(["get", REF, "--backfill", "later"]).path();
     house.s3.clear_requests();
@@ -180,7 +181,7 @@ fn of_two_processes_one_uploads() {
 }
 
 #[test]
-fn a_remote_that_is_set_wrong_for_once_costs_no_intent() {
+fn a_misconfigured_remote_loses_no_pending_upload() {
     let house = house();
     house.on("a").run(["get", REF, OTHER, "--backfill", "later"]).ok();
     house.s3.faults().add(S3Fault::wrong_region("eu-west-1"));
@@ -192,7 +193,7 @@ fn a_remote_that_is_set_wrong_for_once_costs_no_intent() {
 }
 
 #[test]
-fn an_artifact_that_leaves_the_disk_takes_its_intent_along() {
+fn evicting_an_artifact_removes_its_pending_upload() {
     let house = house();
     house.on("a").run(["get", REF, "--backfill", "later"]).path();
     let intent = house.path("a/backfill").join(&files_below(&house.path("a/backfill"))[0]);
@@ -207,7 +208,7 @@ fn an_artifact_that_leaves_the_disk_takes_its_intent_along() {
 }
 
 #[test]
-fn what_can_never_succeed_is_said_and_dropped() {
+fn an_upload_that_cannot_succeed_is_reported_and_dropped() {
     let house = house();
     house.write("origin/a/1/file", "of the origin");
     let other = house.write("other/file", "of somebody else");
@@ -222,7 +223,7 @@ fn what_can_never_succeed_is_said_and_dropped() {
 }
 
 #[test]
-fn an_intent_for_another_remote_waits_for_it() {
+fn a_pending_upload_for_another_remote_is_kept() {
     let house = house();
     house.on("a").run(["get", REF, "--backfill", "later"]).path();
     let elsewhere = format!("file://{}", house.path("elsewhere").display());

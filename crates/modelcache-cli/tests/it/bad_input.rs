@@ -1,5 +1,5 @@
-//! What cannot be had, or cannot be put: the code, the message that names what, where and the remedy, and a directory
-//! that works as before.
+//! Artifacts that cannot be fetched or put. Each failure has its exit code and a message with the artifact, the tier
+//! and a remedy, and the directory works as before.
 
 use crate::common::*;
 use modelcache_testkit::content;
@@ -8,7 +8,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Command;
 
 #[test]
-fn what_the_hub_does_not_have_ends_in_3_with_the_nearest_remedy() {
+fn anything_missing_at_the_hub_ends_in_3_with_a_remedy() {
     let (house, _) = House::with_model();
     let unknown = "hf://org/model@0123456789abcdef0123456789abcdef01234567";
     for (args, says) in [
@@ -30,7 +30,7 @@ fn what_the_hub_does_not_have_ends_in_3_with_the_nearest_remedy() {
 }
 
 #[test]
-fn a_bare_name_that_nobody_has_tells_who_was_asked() {
+fn the_error_for_an_unknown_bare_name_lists_the_tiers_that_were_asked() {
     let (house, _) = House::with_model();
     let here = ["nobody@1", "not found on this disk", "MODEL_CACHE_REMOTE", "MODEL_CACHE_ORIGIN", "hf://"];
     house.on_local("a").run(["get", "nobody@1"]).failed(3, &here);
@@ -62,7 +62,7 @@ fn a_gated_repository_names_the_page_where_its_conditions_are_accepted() {
 }
 
 #[test]
-fn a_private_repository_opens_to_its_token_from_wherever_that_comes() {
+fn a_private_repository_accepts_its_token_from_every_source() {
     let (house, _) = House::with_model();
     house.hub.repo("org/model").private(TOKEN);
     let get = |dir: &str| house.on_local(dir);
@@ -87,7 +87,7 @@ fn a_private_repository_opens_to_its_token_from_wherever_that_comes() {
 }
 
 #[test]
-fn a_broken_reference_says_what_to_write() {
+fn the_error_for_a_malformed_reference_shows_the_right_form() {
     let (house, _) = House::with_model();
     for (reference, says) in [
         ("s3://", &["s3://", "names no bucket", "write s3://bucket/prefix-or-object"][..]),
@@ -115,13 +115,13 @@ fn a_broken_reference_says_what_to_write() {
     house.on("a").run(["get", "m@1", "--revision", "2"]).failed(2, &["--revision", "hf://"]);
     let both = ["get", "hf://org/model@main/config.json", "--include", "*.bin"];
     house.on("a").run(both).failed(2, &["config.json", "--include"]);
-    assert_eq!(house.hub.requests().len() + house.s3.requests().len(), 0, "nobody was asked");
+    assert_eq!(house.hub.requests().len() + house.s3.requests().len(), 0, "no request is sent");
     house.assert_invisible("a");
     assert_model(&house.on("a").run(["get", "hf://org/model"]).path());
 }
 
 #[test]
-fn other_content_than_a_digest_demands_is_refused_before_a_byte_moves_where_it_is_known() {
+fn a_digest_mismatch_is_refused_before_any_download_if_the_digest_is_known() {
     let (house, _) = House::with_model();
     let other = content::sha256(b"other");
     let says = |what: &str| vec![what.to_owned(), other.clone(), "is demanded".into(), "pins other content".into()];
@@ -131,7 +131,8 @@ fn other_content_than_a_digest_demands_is_refused_before_a_byte_moves_where_it_i
         house.on("a").run(["get", &format!("{reference}#sha256={other}")]).failed(5, &says);
         house.assert_invisible("a");
     };
-    // The Hub tells the SHA-256 of a large file, of a small one only a SHA-1.
+    // The Hub states the SHA-256 of a large file. For a small one it states only a SHA-1, so that file is downloaded
+    // first.
     fails("hf://org/model@main/model.safetensors", &big().sha256().unwrap());
     assert_eq!(house.hub.body_bytes(), 0);
     house
@@ -152,7 +153,7 @@ fn other_content_than_a_digest_demands_is_refused_before_a_byte_moves_where_it_i
 }
 
 #[test]
-fn what_cannot_be_an_artifact_is_not_put() {
+fn paths_that_cannot_be_an_artifact_are_not_put() {
     let house = House::new();
     fs::create_dir_all(house.path("empty/deep/er")).unwrap();
     fs::create_dir_all(house.path("loop/x")).unwrap();
@@ -185,7 +186,7 @@ fn what_cannot_be_an_artifact_is_not_put() {
 }
 
 #[test]
-fn what_may_not_be_read_is_named() {
+fn an_unreadable_file_is_named() {
     let house = House::new();
     let open = |name: &str, mode| fs::set_permissions(house.path(name), fs::Permissions::from_mode(mode)).unwrap();
     house.write("mine/secret/key.bin", "weights");

@@ -1,10 +1,12 @@
-//! Chaos: many processes get, put, exec, evict, prune, stand still and die at random on one small directory, compared
-//! with a model of it.
+//! Chaos test: many processes run get, put, exec, evict and prune at random on one small directory. Some are stopped
+//! for a moment or killed. The result is compared with a model of the directory.
 //!
-//! The model: every artifact has one content; whatever is there is that content; what `exec` lends is there, whole, for
-//! as long as its command runs; the counted bytes never exceed the budget, by not one byte; each file is fetched from the origin once, and once more for each time that its artifact was
-//! evicted or a process that got it was killed. `CHAOS_SEED` repeats the choices (not the timing), `CHAOS_SECONDS` sets
-//! the length: an hour is `CHAOS_SECONDS=3600 cargo nextest run -p modelcache-cli --test it chaos:: --profile long`.
+//! The model: every artifact has one content, and every file that is present has this content. The artifact that `exec`
+//! leases stays complete while its command runs. The counted bytes never exceed the budget. Each file is fetched from
+//! the origin once, and once more for each eviction of its artifact and each kill of a process that got it.
+//!
+//! `CHAOS_SEED` repeats the choices (not the timing), `CHAOS_SECONDS` sets the length: an hour is `CHAOS_SECONDS=3600
+//! cargo nextest run -p modelcache-cli --test it chaos:: --profile long`.
 
 use crate::common::{House, Outcome, files_below};
 use modelcache_testkit::folder::Census;
@@ -23,7 +25,7 @@ const PROCESSES: u64 = 16;
 const BUDGET: u64 = 2_000_000;
 const DIR: &str = "cache";
 
-/// What can happen, out of a hundred. Another verb is another row here and an arm in [`Chaos::act`].
+/// Percentage of each action. A new verb needs a row here and an arm in [`Chaos::act`].
 const ACTS: [(Act, u64); 7] = [
     (Act::Get, 35),
     (Act::GetSome, 15),
@@ -33,11 +35,11 @@ const ACTS: [(Act, u64); 7] = [
     (Act::Prune, 4),
     (Act::PruneTo, 4),
 ];
-/// How many of a hundred processes are killed.
+/// Percentage of processes that are killed.
 const KILLED: u64 = 25;
-/// How many of a hundred are stopped for a moment, and then go on.
+/// Percentage of the other processes that are stopped for a moment and then continued.
 const STOPPED: u64 = 10;
-/// The command of `exec`: every file is read in full and compared, twice.
+/// The command of `exec`: verifies every file of the artifact, twice.
 const COMPARE: &str = r#"cd "$0"; sha256sum --quiet -c "$1"; sleep 0.05; exec sha256sum --quiet -c "$1""#;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,14 +53,14 @@ enum Act {
     PruneTo,
 }
 
-/// One artifact, and what the model knows of it.
+/// One artifact, with the state that the model keeps for it.
 struct Artifact {
     reference: String,
     /// Its folder below `artifacts/`.
     folder: String,
     from_hub: bool,
     files: BTreeMap<String, Content>,
-    /// Times that it was evicted, or that a process which got it was killed.
+    /// Number of evictions of the artifact plus killed processes that got it.
     losses: AtomicU64,
 }
 
@@ -139,7 +141,7 @@ impl Chaos {
         Self { house, artifacts, ended: AtomicBool::new(false), counts: Mutex::default() }
     }
 
-    /// One process: started, perhaps killed, and its outcome compared with the model.
+    /// Runs one process, kills it in some cases, and compares its outcome with the model.
     fn act(&self, dice: &mut Dice) {
         let act = choose(dice);
         let candidates: Vec<&Artifact> = self
@@ -180,7 +182,7 @@ impl Chaos {
         self.note_evictions(&outcome);
         match outcome.code {
             None => {
-                assert!(killed, "it died by itself: {outcome}");
+                assert!(killed, "the process died without a kill: {outcome}");
                 if !matches!(act, Act::Prune | Act::PruneTo) {
                     artifact.losses.fetch_add(1, Ordering::Relaxed);
                 }
@@ -193,15 +195,15 @@ impl Chaos {
         }
     }
 
-    /// What a process that ended by itself may say.
+    /// Asserts that a process that was not killed ended with an exit code that the model allows.
     fn assert_allowed(&self, act: Act, code: i32, artifact: &Artifact, outcome: Outcome) {
         match (act, code) {
-            // The command compared all that was lent; if it found anything, the code is its own.
+            // `exec` ends with the code of its command, which has verified all leased files.
             (Act::Exec | Act::Evict | Act::Put | Act::Prune | Act::PruneTo, 0) => {}
             (_, 0) => assert_present_is_right(Path::new(outcome.stdout.trim_end()), artifact),
-            // Everything that could go is in use or being filled.
+            // All artifacts that could be evicted are in use or being filled.
             (Act::Get | Act::GetSome | Act::Exec | Act::Put, 6) => drop(outcome.failed(6, &["no room"])),
-            // Somebody uses it, or it is not there.
+            // The artifact is in use (1) or not on disk (3).
             (Act::Evict, 1) => {
                 assert!(outcome.stderr.contains("in use") || outcome.stderr.contains("just used"), "{outcome}")
             }
@@ -211,18 +213,18 @@ impl Chaos {
         }
     }
 
-    /// The log says each eviction before it begins, so that a killed process cannot hide one.
+    /// Counts the evictions in the log. Each is logged before it begins, so a killed process cannot hide one.
     fn note_evictions(&self, outcome: &Outcome) {
         for line in outcome.stderr.lines().filter(|line| line.contains("evicting")) {
             let names = |artifact: &&Artifact| line.contains(&artifact.reference) || line.contains(&artifact.folder);
             let victim = self.artifacts.iter().find(names);
-            victim.unwrap_or_else(|| panic!("an unknown victim: {line}")).losses.fetch_add(1, Ordering::Relaxed);
+            victim.unwrap_or_else(|| panic!("an unknown artifact: {line}")).losses.fetch_add(1, Ordering::Relaxed);
             self.count("evictions".into());
         }
     }
 
-    /// Walks through the directory while it holds the budget lock, so that nothing is reserved or published meanwhile.
-    /// The most that was ever counted.
+    /// Counts the files in the directory again and again, under the budget lock, so that no space is reserved and
+    /// nothing is published meanwhile. Returns the highest count.
     fn watch_the_budget(&self) -> u64 {
         let root = self.house.path(DIR);
         let mut most = 0;
@@ -241,7 +243,7 @@ impl Chaos {
         most
     }
 
-    /// Afterwards: everything held is right, nothing is left over, and nothing was fetched without need.
+    /// Checks the final state: all files are right, nothing is left over, and no file was fetched without need.
     fn assert_settled(&self) {
         for (reference, files) in self.house.state(DIR) {
             let artifact = self.artifacts.iter().find(|artifact| artifact.reference == reference).unwrap();
@@ -250,7 +252,7 @@ impl Chaos {
             }
         }
         self.house.sweep(DIR);
-        self.house.assert_in_order(DIR);
+        self.house.assert_consistent(DIR);
         let gets = self.house.hub.body_gets();
         for artifact in self.artifacts.iter().filter(|artifact| artifact.from_hub) {
             let losses = artifact.losses.load(Ordering::Relaxed);
@@ -278,12 +280,12 @@ fn choose(dice: &mut Dice) -> Act {
     Act::Get
 }
 
-/// An eviction may have removed files since; those that are there are right.
+/// Asserts that the files that are still present are right. An eviction may have removed the others.
 #[track_caller]
 fn assert_present_is_right(folder: &Path, artifact: &Artifact) {
     for name in files_below(folder) {
         let content =
-            artifact.files.get(name.to_str().unwrap()).unwrap_or_else(|| panic!("strange: {}", name.display()));
+            artifact.files.get(name.to_str().unwrap()).unwrap_or_else(|| panic!("unknown: {}", name.display()));
         if let Ok(bytes) = std::fs::read(folder.join(&name)) {
             assert!(bytes == content.to_vec().unwrap(), "{} of {} is wrong", name.display(), artifact.reference);
         }

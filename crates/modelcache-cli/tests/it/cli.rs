@@ -1,6 +1,6 @@
-//! The binary from outside: what stands on its streams, and with which code it ends.
+//! The command line: standard output, standard error, and exit codes.
 //!
-//! Nothing here asks a network. Every test has its own home and cache directory.
+//! No test here uses the network. Every test has its own home and cache directory.
 
 use assert_cmd::Command;
 use serde_json::Value;
@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 use tempfile::TempDir;
 
-/// A home of its own, and nothing of the environment in which the tests run.
+/// A temporary home directory. Runs inherit nothing from the environment of the tests.
 struct Home(TempDir);
 
 impl Home {
@@ -107,7 +107,7 @@ fn an_argument_that_is_not_utf8_is_a_usage_error() {
 }
 
 #[test]
-fn machines_get_usage_errors_as_an_object() {
+fn usage_errors_are_a_json_object_with_json() {
     let home = Home::new();
     for args in [&["get", "--json"][..], &["--json", "stats", "--max-bytes", "much"], &["man", "fetch", "--json"]] {
         let outcome = home.run(args).refused(2, &["error: "]);
@@ -118,7 +118,7 @@ fn machines_get_usage_errors_as_an_object() {
 }
 
 #[test]
-fn a_bad_setting_names_where_it_came_from_and_what_is_accepted() {
+fn the_error_for_a_bad_setting_names_its_source_and_the_accepted_values() {
     let home = Home::new();
     let says = |source: &'static str| [source, "much", "hint: accepted: 14GB, 1.5TiB, 80%"];
     home.run(["stats", "--max-bytes", "much"]).refused(2, &says("--max-bytes"));
@@ -145,7 +145,7 @@ fn a_named_file_must_exist_and_the_usual_ones_need_not() {
 }
 
 #[test]
-fn two_remotes_are_one_too_many() {
+fn two_settings_of_a_remote_are_refused() {
     let home = Home::new();
     let both = [("MODEL_CACHE_REMOTE", "s3://a"), ("MODEL_CACHE_S3_BUCKET", "b")];
     home.run_with(&both, &["stats"]).refused(2, &["MODEL_CACHE_REMOTE", "MODEL_CACHE_S3_BUCKET", "only one"]);
@@ -163,7 +163,7 @@ fn a_bad_log_filter_is_refused_by_name() {
 }
 
 #[test]
-fn a_variable_that_means_nothing_is_logged_in_the_chosen_form() {
+fn an_unknown_variable_is_logged_in_the_chosen_format() {
     let home = Home::new();
     let odd = ("MODEL_CACHE_MAX_BYTE", "1");
     let text = home.run_with(&[odd], &["stats"]).stderr;
@@ -176,7 +176,7 @@ fn a_variable_that_means_nothing_is_logged_in_the_chosen_form() {
 }
 
 #[test]
-fn references_that_cannot_be_are_refused_with_a_remedy() {
+fn invalid_references_are_refused_with_a_remedy() {
     let home = Home::new();
     home.run(["evict", "fraud"]).refused(2, &["has no version", "hint: write NAME@VERSION"]);
     home.run(["put", "hf/org/model@1", "."]).refused(2, &["stands for a URI"]);
@@ -190,7 +190,7 @@ fn completions_know_verbs_and_flags_of_settings() {
         let script = home.run(["completions", shell]).answered().stdout;
         assert!(script.contains("inspect") && script.contains("min-free-bytes"), "{shell}: {script}");
         for hidden in ["modelcache,sync)", "what another process published"] {
-            assert!(!script.contains(hidden), "{shell} shows a verb that is nobody's");
+            assert!(!script.contains(hidden), "{shell} completes a hidden verb");
         }
     }
     home.run(["man", "sync"]).refused(2, &["no verb", "inspect"]);
@@ -217,7 +217,7 @@ fn manual_pages_are_roff() {
 }
 
 #[test]
-fn a_reader_that_went_away_is_no_failure() {
+fn a_closed_pipe_is_no_failure() {
     let home = Home::new();
     let (reader, writer) = std::io::pipe().expect("pipe");
     drop(reader);
@@ -228,7 +228,7 @@ fn a_reader_that_went_away_is_no_failure() {
 }
 
 #[test]
-fn an_answer_that_cannot_be_written_is_a_failure() {
+fn unwritable_standard_output_is_a_failure() {
     let home = Home::new();
     let full = File::options().write(true).open("/dev/full").expect("/dev/full");
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_modelcache"));

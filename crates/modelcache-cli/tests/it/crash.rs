@@ -1,10 +1,10 @@
-//! Killed at any moment: SIGKILL before the n-th call that changes the directory, for every operation.
+//! Crash tests: for every operation, SIGKILL before the n-th call that changes the directory.
 //!
-//! After each death a fresh process must find every artifact in its old or its new state, the next command must succeed
-//! with the right bytes, and nothing may leak. Each test is one row: an [`Operation`].
+//! After each kill, a fresh process must find every artifact in its old or its new state, the repeated command must
+//! succeed with the right bytes, and nothing may leak. Each test is one row: an [`Operation`].
 //!
-//! `CRASH_SEED` repeats a sample, `CRASH_POINTS` sets its size, `CRASH_EXHAUSTIVE=1` takes every call (with
-//! `cargo nextest run --profile long`). Calls are sampled by kind, so that a thousand writes do not hide one rename.
+//! `CRASH_SEED` repeats a sample, `CRASH_POINTS` sets its size, `CRASH_EXHAUSTIVE=1` takes every call (with `cargo
+//! nextest run --profile long`). Calls are sampled by kind, so that a thousand writes do not hide one rename.
 
 use crate::common;
 use crate::common::order::{State, spoil_record};
@@ -20,27 +20,28 @@ use std::time::Duration;
 
 const POINTS: usize = 8;
 
-/// One row: what is done beforehand, what dies, and what must be right afterwards.
+/// One operation under test: its preparation, the command that is killed, and the checks afterwards.
 #[derive(Clone, Copy)]
 struct Operation {
     name: &'static str,
-    /// With the S3 stand-in as remote.
+    /// Uses the S3 stand-in as remote.
     remote: bool,
     max_bytes: &'static str,
-    /// Runs before.
+    /// Commands that run before, undisturbed.
     before: &'static [&'static [&'static str]],
-    /// What else is done to the directory before.
+    /// Further preparation of the directory.
     prepare: fn(&Bench, &str),
     /// The command that is killed, then repeated.
     act: &'static [&'static str],
-    /// How the repeated command may end.
+    /// Exit codes allowed for the repeated command.
     codes: &'static [i32],
-    /// Whether artifacts may be gone in between.
+    /// Artifacts may be absent after the kill.
     evicts: bool,
-    /// What else must hold: after the death, and after the repeated command.
+    /// Further check after the kill.
     died: fn(&Bench, &str),
+    /// Further check after the repeated command.
     repeated: fn(&Bench, &str),
-    /// References that are then got, and must be these files.
+    /// References to get afterwards, with the expected files.
     right: &'static [Right],
 }
 
@@ -61,14 +62,14 @@ const ROW: Operation = Operation {
 const ROW_TO_REMOTE: Operation = Operation { remote: true, ..ROW };
 
 type Files = BTreeMap<&'static str, Content>;
-/// A reference and what it must be.
+/// A reference and its expected files.
 type Right = (&'static str, fn() -> Files);
 
 const V1: &str = "hf://org/model@v1";
 const V2: &str = "hf://org/model@v2";
 const OTHER: &str = "hf://org/other@v1";
 
-/// A file above one part, duplicates inside, an empty one.
+/// A file of more than one part, duplicate files, and an empty file.
 fn v1() -> Files {
     [
         ("a.json", "{\"a\": 1}".into()),
@@ -81,7 +82,7 @@ fn v1() -> Files {
     .into()
 }
 
-/// Shares all but one file with [`v1`].
+/// Shares all files but `a.json` with [`v1`], and has a new one.
 fn v2() -> Files {
     let mut files = v1();
     files.insert("a.json", "{\"a\": 2}".into());
@@ -216,7 +217,7 @@ fn a_sweep_survives_a_kill_at_any_call() {
 }
 
 #[test]
-fn a_folder_of_ones_own_is_the_old_or_the_new_one_after_a_kill_at_any_call() {
+fn a_folder_of_hard_links_is_the_old_or_the_new_one_after_a_kill_at_any_call() {
     into("hard");
 }
 
@@ -225,7 +226,7 @@ fn a_folder_of_copies_is_the_old_or_the_new_one_after_a_kill_at_any_call() {
     into("copy");
 }
 
-/// `get --into` a folder that is there, killed at any call that changes it or what lies beside it.
+/// Kills `get --into` an existing folder before calls that change the folder or its parent.
 #[allow(clippy::print_stderr)]
 fn into(link: &'static str) {
     let Some(shim) = shim() else { return };
@@ -259,9 +260,9 @@ fn into(link: &'static str) {
         get(&parent, V2, &clean("elsewhere")).ok();
         assert_folder(&out, &v2());
         let beside: Vec<_> = fs::read_dir(bench.house.path(&parent)).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(beside, ["out"], "left over");
+        assert_eq!(beside, ["out"], "leftovers");
     }
-    bench.house.assert_in_order("cache");
+    bench.house.assert_consistent("cache");
     let (total, seed) = (calls.len(), dice.seed());
     eprintln!(
         "crash: get --into --link {link}: killed before {killed} of {total} calls, {renewed} after the exchange, seed {seed}"
@@ -269,7 +270,7 @@ fn into(link: &'static str) {
     assert!(killed > 0, "no run was killed: this proved nothing");
 }
 
-/// A materialized folder holds exactly these files, and its marker.
+/// Asserts that a materialized folder holds exactly these files and its marker.
 #[track_caller]
 fn assert_folder(folder: &Path, files: &Files) {
     let mut names: Vec<_> = files.keys().map(std::path::PathBuf::from).chain([".modelcache.json".into()]).collect();
@@ -278,7 +279,7 @@ fn assert_folder(folder: &Path, files: &Files) {
     files.iter().for_each(|(name, content)| common::assert_same(&folder.join(name), content));
 }
 
-/// What all rows of one test share.
+/// The environment and the fault shim of one test.
 struct Bench {
     house: House,
     shim: Shim,
@@ -300,11 +301,11 @@ impl Bench {
 
     fn run(&self, row: &Operation, dir: &str) -> Run {
         let run = if row.remote { self.house.on(dir) } else { self.house.on_local(dir) };
-        // Machines that are busy must not turn a wait into a failure.
+        // A busy machine must not turn a wait into a failure.
         run.env("MODEL_CACHE_MAX_BYTES", row.max_bytes).env("MODEL_CACHE_READ_TIMEOUT", "30s")
     }
 
-    /// A directory in which everything that comes before has happened.
+    /// Prepares the directory `dir` for one run of `row`.
     fn prepared(&self, row: &Operation, dir: &str) {
         if row.remote {
             let _ = fs::remove_dir_all(self.house.s3.object_path(common::BUCKET, "cache"));
@@ -314,6 +315,7 @@ impl Bench {
         (row.prepare)(self, dir);
     }
 
+    /// Kills a run of `args` at half of the calls that an undisturbed run in a spare directory makes.
     fn kill_halfway(&self, dir: &str, args: &[&str]) {
         let spare = format!("{dir}-spare");
         let count = self.shim.count(&self.house.path(&spare));
@@ -323,7 +325,7 @@ impl Bench {
         assert_eq!(killed.code, None, "{killed}");
     }
 
-    /// A killed get of [`V1`] that had written one part of its large file, and said so in the journal.
+    /// Kills a get of [`V1`] that has written one part of its large file and recorded it in the journal.
     fn leave_a_part(&self, dir: &str) {
         let stall = HubFault::stall(65_536, Duration::from_secs(600)).on("model.safetensors").once();
         self.house.hub.faults().add(stall);
@@ -333,7 +335,7 @@ impl Bench {
         assert_eq!(running.wait().code, None);
     }
 
-    /// What was left for the remote is known, and one run brings it there: nothing is forgotten.
+    /// Asserts that one `backfill` completes the pending upload.
     fn assert_completed(&self, dir: &str) {
         self.house.end_claims();
         self.run(&ROW_TO_REMOTE, dir).run(["backfill"]).ok();
@@ -342,18 +344,18 @@ impl Bench {
         assert_eq!(self.house.s3.keys(common::BUCKET).iter().filter(|key| manifests(key)).count(), 1);
     }
 
-    /// The reason of the pin of [`V1`], as the program reads it. A pin that cannot be read has none.
+    /// Returns the reason of the pin of [`V1`], or `unreadable` if the pin has none. `None` if there is no pin.
     fn pin_reason(&self, dir: &str) -> Option<String> {
         let row = self.house.on_local(dir).run(["inspect", "--json", V1]).object();
         (!row["pin"].is_null()).then(|| row["pin"]["reason"].as_str().unwrap_or("unreadable").to_owned())
     }
 
-    /// The pin is there, whole, or not there.
+    /// Asserts that the pin is complete or absent.
     fn assert_pin_readable(&self, dir: &str) {
         assert!(matches!(self.pin_reason(dir).as_deref(), None | Some("why")), "{:?}", self.pin_reason(dir));
     }
 
-    /// Another content under the same length, as a careless program might leave it.
+    /// Overwrites a file with other bytes of the same length, as another program could.
     fn damage(&self, dir: &str, name: &str) {
         let root = self.house.path(dir);
         let views = common::files_below(&root.join("artifacts"));
@@ -363,7 +365,8 @@ impl Bench {
         fs::write(&view, vec![7; usize::try_from(len).unwrap()]).unwrap();
     }
 
-    /// Every kind of leftover: a dead fill, views without a manifest, blobs that nothing links, a spoilt record.
+    /// Leaves every kind of leftover: an interrupted fill, views without a manifest, unlinked blobs, a corrupt budget
+    /// record.
     fn litter(&self, dir: &str) {
         let root = self.house.path(dir);
         self.kill_halfway(dir, &["get", V2]);
@@ -374,7 +377,7 @@ impl Bench {
     }
 }
 
-/// Runs one row: counts its calls, then kills it before a sample of them.
+/// Runs one operation undisturbed to count its calls, then kills it before a sample of them.
 #[allow(clippy::print_stderr)]
 fn crash(row: Operation) {
     let Some(shim) = shim() else { return };
@@ -398,7 +401,8 @@ fn crash(row: Operation) {
 }
 
 impl Bench {
-    /// The calls to be struck. What only finds the folders of a directory that was prepared needs no death.
+    /// Returns the numbers of the calls to kill before. In a prepared directory, calls on the top folders are left out:
+    /// they only find that the folders exist.
     fn points(&self, root: &Path, is_prepared: bool, calls: &[Call], dice: &mut Dice) -> Vec<u64> {
         if std::env::var("CRASH_EXHAUSTIVE").is_ok_and(|on| on == "1") {
             return sample(calls, root, dice, usize::MAX);
@@ -410,7 +414,8 @@ impl Bench {
         sample(&calls, root, dice, want)
     }
 
-    /// One death and all that must hold afterwards; whether it died (a run may make fewer calls than the one counted).
+    /// Kills one run before call `n` and checks everything that must hold afterwards. Returns true if the run was
+    /// killed: it may make fewer calls than the one that was counted.
     #[allow(clippy::print_stderr)]
     fn dies_at(&self, row: &Operation, n: u64, old: &State, new: &State) -> bool {
         let dir = format!("killed-{n}");
@@ -419,7 +424,7 @@ impl Bench {
         let strike = self.shim.kill_at(&root, n);
         let outcome = self.run(row, &dir).envs(strike.envs()).run(row.act);
         let last = strike.calls().into_iter().find(|call| call.number == n);
-        // Shown only if something fails from here on.
+        // The test runner shows this only if the test fails.
         eprintln!("killed before call {n}: {last:?}");
         assert!(matches!(outcome.code, None | Some(0)), "{outcome}");
         self.assert_old_or_new(row, &dir, old, new);
@@ -438,20 +443,20 @@ impl Bench {
             }
         }
         if row.name == "sweep" {
-            // A fill that died is kept for whoever goes on with it; it is only counted.
+            // The interrupted fill is kept so that another process can resume it, and is only counted.
             self.house.sweep(&dir);
         } else {
-            assert_eq!(self.house.state(&dir), *new, "not as after an undisturbed run");
+            assert_eq!(self.house.state(&dir), *new, "the state of an undisturbed run");
         }
-        self.house.assert_in_order(&dir);
+        self.house.assert_consistent(&dir);
         fs::remove_dir_all(&root).unwrap();
         outcome.code.is_none()
     }
 
-    /// Every artifact is as before or as after; the count is right.
+    /// Asserts that every artifact is in its old or its new state, and that the count is right.
     fn assert_old_or_new(&self, row: &Operation, dir: &str, old: &State, new: &State) {
         if row.name == "get healing" {
-            return; // The damage is found when it is lent, not when it is listed.
+            return; // The damage is found when a lease is acquired, not by `ls`.
         }
         let state = self.house.state(dir);
         let references: BTreeSet<_> = [old, new, &state].into_iter().flat_map(BTreeMap::keys).collect();
@@ -464,7 +469,7 @@ impl Bench {
     }
 }
 
-/// The path that was printed holds exactly these files.
+/// Asserts that the printed path holds exactly these files.
 #[track_caller]
 fn assert_right(outcome: Outcome, files: &Files) {
     let path = outcome.path();

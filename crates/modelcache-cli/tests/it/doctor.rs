@@ -1,4 +1,5 @@
-//! `doctor`: what is wrong is named with its fix, the exit code tells what would fail, and nothing is left behind.
+//! `doctor`: problems are reported with a fix, the exit code is that of the failure to expect, and nothing is left
+//! behind.
 
 use crate::common::*;
 use modelcache_testkit::s3::S3Fault;
@@ -8,7 +9,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
-/// What a run that answered in JSON found.
+/// The report of a run with `--json`.
 struct Report {
     code: Option<i32>,
     checks: Vec<Value>,
@@ -24,7 +25,8 @@ impl Report {
         Self { code: outcome.code, checks: object["checks"].as_array().unwrap().clone(), shown }
     }
 
-    /// The check of this gravity that says this. Whatever is not fine has a fix.
+    /// Returns the check of this area and gravity whose text contains `part`. Asserts that every check that is not ok
+    /// has a fix.
     #[track_caller]
     fn says(&self, area: &str, gravity: &str, part: &str) -> &Value {
         for check in self.checks.iter().filter(|check| check["gravity"] != "ok") {
@@ -44,7 +46,7 @@ fn doctor(run: Run) -> Report {
 }
 
 #[test]
-fn all_is_well_and_nothing_is_left_behind() {
+fn a_working_setup_passes_and_nothing_is_left_behind() {
     let house = House::new();
     house.on("a").run(["stats"]).ok();
     let before = files_below(&house.path("a"));
@@ -53,7 +55,7 @@ fn all_is_well_and_nothing_is_left_behind() {
     report.says("directory", "ok", "locks exclude");
     report.says("directory", "ok", "hard links");
     report.says("credentials", "ok", "AWS_ACCESS_KEY_ID; the key's id begins with TEST");
-    assert!(!report.shown.contains("TESTK"), "four characters at most");
+    assert!(!report.shown.contains("TESTK"), "at most four characters are shown");
     for part in ["may be listed", "may be written", "conditional writes are kept", "may be read", "may be removed"] {
         report.says("remote", "ok", part);
     }
@@ -112,7 +114,7 @@ fn a_bad_configuration_is_named_and_the_rest_examined() {
 }
 
 #[test]
-fn a_dead_endpoint_and_a_missing_bucket_are_told_apart() {
+fn a_dead_endpoint_and_a_missing_bucket_are_distinguished() {
     let house = House::new();
     let report = doctor(house.on("a").env("AWS_ENDPOINT_URL", "http://127.0.0.1:9"));
     assert_eq!(report.code, Some(7), "{}", report.shown);
@@ -160,7 +162,7 @@ fn a_profile_is_named_as_the_source_of_its_keys() {
 }
 
 #[test]
-fn the_right_region_is_told() {
+fn the_right_region_is_named() {
     let house = House::new();
     house.s3.faults().add(S3Fault::wrong_region("eu-west-3"));
     let report = doctor(house.on("a"));
@@ -179,7 +181,7 @@ fn rights_that_are_lacking_are_named_one_by_one() {
         report
     };
     let report = with(S3Fault::access_denied().method("PUT"));
-    assert_eq!(report.code, Some(0), "a reader is no patient: {}", report.shown);
+    assert_eq!(report.code, Some(0), "read access is enough: {}", report.shown);
     report.says("remote", "warning", "may not be written");
     let report = with(S3Fault::no_list_permission());
     assert_eq!(report.code, Some(0), "{}", report.shown);
@@ -196,13 +198,13 @@ fn rights_that_are_lacking_are_named_one_by_one() {
     house.s3.remove(BUCKET, left).unwrap();
     let report = with(S3Fault::slow_down());
     assert_eq!(report.code, Some(7), "{}", report.shown);
-    // A write that arrived although its answer did not is removed, too.
+    // A write that succeeded although its response was lost is removed, too.
     with(S3Fault::lose_reply().method("PUT"));
     assert_eq!(house.s3.keys(BUCKET), [""; 0]);
 }
 
 #[test]
-fn a_clock_that_is_off_is_told_with_its_server() {
+fn clock_skew_is_reported_with_the_server() {
     let house = House::new();
     house.s3.clock_ahead(-100);
     let report = doctor(house.on("a"));
@@ -215,7 +217,7 @@ fn a_clock_that_is_off_is_told_with_its_server() {
 }
 
 #[test]
-fn a_hub_that_is_down_throttled_or_does_not_know_the_token() {
+fn a_hub_that_is_down_or_throttles_or_rejects_the_token_is_reported() {
     let house = House::new();
     house.hub.user("ada", TOKEN);
     let report = doctor(house.on_local("a").env("HF_TOKEN", TOKEN));
@@ -259,7 +261,7 @@ fn a_directory_that_cannot_be_used_ends_with_8() {
 }
 
 #[test]
-fn a_read_only_mount_and_a_full_one_are_told() {
+fn a_read_only_mount_and_a_full_one_are_reported() {
     if !can_mount() {
         return;
     }
@@ -281,7 +283,7 @@ fn a_read_only_mount_and_a_full_one_are_told() {
 }
 
 #[test]
-fn locks_that_lie_are_a_warning() {
+fn locks_that_do_not_exclude_are_a_warning() {
     let Some(shim) = shim() else { return };
     let house = House::new();
     house.on_local("a").run(["stats"]).ok();
@@ -311,20 +313,20 @@ fn granted(policy: &Value) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_iam_policies_grant_what_is_asked_for_and_nothing_more() {
+fn the_iam_policies_grant_exactly_the_actions_in_use() {
     let house = House::new();
     let policy = |role: &str| house.on("a").run(["doctor", "--iam-policy", role]).ok();
     let [reader, writer] =
         ["reader", "writer"].map(|role| serde_json::from_str::<Value>(&policy(role).stdout).unwrap());
     assert_eq!(reader["Statement"][1]["Resource"], serde_json::json!(["arn:aws:s3:::models/cache/*"]));
     policy("writer").said(&["kms:GenerateDataKey"]);
-    assert!(house.s3.requests().is_empty(), "a policy asks nobody");
+    assert!(house.s3.requests().is_empty(), "a policy needs no request");
     let needed =
         |house: &House| house.s3.requests().iter().map(|seen| action(seen).to_owned()).collect::<BTreeSet<_>>();
 
     house.write("m/small", "x");
     house.write("m/large", Content::generated(1, 17 * MIB));
-    // An upload in parts that fails at its end is aborted.
+    // A multipart upload that fails at its completion is aborted, which needs a permission of its own.
     house.s3.faults().add(S3Fault::error(400, "InvalidPart", "no").method("POST").on("uploadId").once());
     assert_ne!(house.on("a").run(["put", "m@1", "m"]).code, Some(0));
     house.on("a").run(["put", "m@1", "m", "--force"]).ok();
@@ -339,7 +341,7 @@ fn the_iam_policies_grant_what_is_asked_for_and_nothing_more() {
         .requests()
         .iter()
         .filter(clock)
-        .for_each(|seen| assert_eq!(seen.authorization, None, "the clock's question"));
+        .for_each(|seen| assert_eq!(seen.authorization, None, "the clock check is unsigned"));
     assert_eq!(needed(&house), granted(&writer));
 
     house.on("a").run(["put", "m@1", "m"]).ok();

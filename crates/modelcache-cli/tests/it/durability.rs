@@ -1,7 +1,8 @@
-//! Published before it is durable: who waits, who does not, and what is trusted while nobody knows.
+//! Durability: artifacts are published before they are on stable storage. The tests cover waiting, and trust in such
+//! files.
 //!
-//! A gate in the fault shim holds every sync back, so that what lies between publishing and durability can be looked at
-//! for as long as a test likes.
+//! A gate in the fault shim holds back every sync, so that a test can inspect the state between publishing and
+//! durability for as long as it needs.
 
 use crate::common::order::State;
 use crate::common::*;
@@ -14,14 +15,14 @@ use std::path::{Path, PathBuf};
 const MODEL: &str = "hf://org/model";
 const WEIGHTS: &str = "model.safetensors";
 
-/// A house, the shim, and the cache directory `a` in it.
+/// An environment with the cache directory `a`, and the fault shim.
 struct Bench {
     house: House,
     shim: Shim,
     commit: String,
 }
 
-/// The gate is opened when this is dropped, so that a test that fails leaves no process at it.
+/// The file that opens a gate. The gate also opens on drop, so that a failing test leaves no process waiting at it.
 struct Gate(PathBuf);
 
 impl Gate {
@@ -40,7 +41,7 @@ impl Bench {
     fn new() -> Option<Self> {
         let shim = shim()?;
         let (house, commit) = House::with_model();
-        // The directory is marked as ours durably, before the gate is closed.
+        // Creates the directory, with all syncs that belong to it, before a gate is closed.
         house.on_local("a").run(["stats"]).ok();
         Some(Self { house, shim, commit })
     }
@@ -53,11 +54,12 @@ impl Bench {
         Gate(self.house.path(name))
     }
 
-    /// A run that does not wait for the disk.
+    /// A run that does not wait for the disk, unlike those of the other tests.
     fn on(&self) -> Run {
         self.house.on_local("a").without("MODEL_CACHE_DURABLE")
     }
 
+    /// Settings for a run with every sync held back until `gate` opens.
     fn behind(&self, gate: &Gate) -> Strike {
         self.shim.count(&self.root()).gated(&gate.0)
     }
@@ -72,40 +74,40 @@ impl Bench {
         serde_json::from_slice(&text).unwrap()
     }
 
-    /// How many files of the model bear a mark.
+    /// Returns the number of files that the manifest marks as unsynced.
     fn marked(&self, commit: &str) -> usize {
         self.manifest(commit).to_string().matches("\"unsynced\"").count()
     }
 
     fn wait_until_durable(&self) {
-        wait_until("nobody owes anything", || self.owing().is_empty());
+        wait_until("no process is syncing", || self.syncing_pids().is_empty());
     }
 
-    /// Processes that make something durable in this directory.
-    fn owing(&self) -> Vec<u32> {
+    /// Returns the processes that are syncing files of this directory.
+    fn syncing_pids(&self) -> Vec<u32> {
         syncing(&self.root()).unwrap()
     }
 
-    /// Kills whoever owes something, and waits until it is gone.
-    fn kill_owing(&self) {
-        let pids = self.owing();
-        assert_eq!(pids.len(), 1, "one process has the duty");
+    /// Kills the process that is syncing, and waits until it has ended.
+    fn kill_syncing(&self) {
+        let pids = self.syncing_pids();
+        assert_eq!(pids.len(), 1, "exactly one process syncs");
         let status = std::process::Command::new("kill").args(["-KILL", &pids[0].to_string()]).status();
         assert!(status.unwrap().success());
         self.wait_until_durable();
     }
 
-    /// The files of the model are right, and known to be durable.
+    /// Asserts that the files of the model are right and recorded as durable.
     #[track_caller]
     fn assert_settled(&self) {
         assert_eq!(self.marked(&self.commit), 0, "{}", self.manifest(&self.commit));
         assert_model(&self.get());
-        self.house.assert_in_order("a");
-        assert_eq!(fs::read_dir(self.root().join("unsynced")).unwrap().count(), 0, "a list of duties is left");
+        self.house.assert_consistent("a");
+        assert_eq!(fs::read_dir(self.root().join("unsynced")).unwrap().count(), 0, "a list of unsynced files is left");
     }
 }
 
-/// Other bytes under the same inode, size and time, as a medium that lost a write would have them.
+/// Changes a byte and keeps inode, size and time, as after a write that the medium has lost.
 fn spoil(path: &Path) {
     let metadata = fs::metadata(path).unwrap();
     fs::set_permissions(path, Permissions::from_mode(0o644)).unwrap();
@@ -122,61 +124,61 @@ fn is_right(path: &Path) -> bool {
 }
 
 #[test]
-fn a_get_returns_before_its_files_are_durable_and_a_process_apart_makes_them_so() {
+fn a_get_returns_before_its_files_are_durable_and_a_child_process_syncs_them() {
     let Some(bench) = Bench::new() else { return };
     let gate = bench.gate("gate");
-    // That this ends says that no pipe of the caller's is held by whoever stays.
+    // The run ends only when its pipes are closed, so the child process that stays does not hold them.
     let path = bench.on().envs(bench.behind(&gate).envs()).run(["get", MODEL]).path();
     assert_model(&path);
-    assert_eq!(bench.marked(&bench.commit), 4, "every file bears the mark");
-    let owing = bench.owing();
-    assert_eq!(owing.len(), 1, "the parent is gone, and its child is at it");
+    assert_eq!(bench.marked(&bench.commit), 4, "every file is marked");
+    let syncing_pids = bench.syncing_pids();
+    assert_eq!(syncing_pids.len(), 1, "the parent has ended, and its child syncs");
     let session = |pid: u32| {
         let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         text.rsplit_once(") ").unwrap().1.split(' ').nth(3).unwrap().to_owned()
     };
-    assert_ne!(session(owing[0]), session(std::process::id()), "a hangup of the terminal does not reach it");
+    assert_ne!(session(syncing_pids[0]), session(std::process::id()), "a hangup of the terminal does not reach it");
     gate.open();
     bench.wait_until_durable();
     bench.assert_settled();
 }
 
 #[test]
-fn what_a_caller_has_open_is_not_kept_open_by_who_makes_files_durable() {
+fn the_syncing_process_keeps_no_file_of_the_caller_open() {
     let Some(bench) = Bench::new() else { return };
     let gate = bench.gate("gate");
     let lock = bench.house.write("lock", "");
     let script = format!("exec 9<'{}'; flock 9; {BIN} get {MODEL}", lock.display());
     bench.on().envs(bench.behind(&gate).envs()).shell(&script).path();
-    assert_eq!(bench.owing().len(), 1);
+    assert_eq!(bench.syncing_pids().len(), 1);
     let free = fs::File::open(&lock).unwrap().try_lock();
-    assert!(free.is_ok(), "the caller's lock has fallen with the caller: {free:?}");
+    assert!(free.is_ok(), "the caller's lock ended with the caller: {free:?}");
     gate.open();
     bench.wait_until_durable();
 }
 
 #[test]
-fn a_lender_trusts_what_a_living_writer_published_and_reads_what_a_dead_one_left() {
+fn a_hit_trusts_files_of_a_live_writer_and_hashes_files_of_a_dead_one() {
     let Some(bench) = Bench::new() else { return };
     let gate = bench.gate("gate");
     let path = bench.on().envs(bench.behind(&gate).envs()).run(["get", MODEL]).path();
     let weights = path.join(WEIGHTS);
     spoil(&weights);
     bench.on().run(["get", MODEL]).path_saying(&["on disk"]);
-    assert!(!is_right(&weights), "nothing was read while the writer lives");
-    bench.kill_owing();
+    assert!(!is_right(&weights), "files of a live writer are not hashed");
+    bench.kill_syncing();
     bench.on().run(["get", MODEL]).path_saying(&["is not what it was", "from origin"]);
-    assert!(is_right(&weights), "what a dead writer left is read in full");
+    assert!(is_right(&weights), "files of a dead writer are hashed");
     bench.wait_until_durable();
     bench.assert_settled();
 }
 
 #[test]
-fn what_a_dead_writer_left_and_is_right_is_read_once_and_durable_from_then_on() {
+fn intact_files_of_a_dead_writer_are_hashed_once_and_then_durable() {
     let Some(bench) = Bench::new() else { return };
     let gate = bench.gate("gate");
     bench.on().envs(bench.behind(&gate).envs()).run(["get", MODEL]).path();
-    bench.kill_owing();
+    bench.kill_syncing();
     bench.house.hub.clear_requests();
     let count = bench.shim.count(&bench.root());
     bench.on().envs(count.envs()).run(["get", MODEL]).path_saying(&["read in full", "on disk"]);
@@ -186,12 +188,12 @@ fn what_a_dead_writer_left_and_is_right_is_read_once_and_durable_from_then_on() 
     assert_eq!(bench.marked(&bench.commit), 0);
     let again = bench.on().run(["get", MODEL]).ok();
     assert!(!again.stderr.contains("read in full"), "{again}");
-    bench.house.assert_in_order("a");
+    bench.house.assert_consistent("a");
     assert_eq!(fs::read_dir(bench.root().join("unsynced")).unwrap().count(), 0, "the dead writer's list is swept");
 }
 
 #[test]
-fn after_a_reboot_a_mark_is_worth_nothing_though_its_lock_is_held() {
+fn after_a_reboot_unsynced_files_are_hashed_even_if_the_lock_is_held() {
     let Some(bench) = Bench::new() else { return };
     let gate = bench.gate("gate");
     let path = bench.on().envs(bench.behind(&gate).envs()).run(["get", MODEL]).path();
@@ -206,7 +208,7 @@ fn after_a_reboot_a_mark_is_worth_nothing_though_its_lock_is_held() {
 }
 
 #[test]
-fn whoever_shares_a_file_that_is_not_durable_yet_owes_it_too() {
+fn a_get_that_shares_an_unsynced_file_syncs_it_too() {
     let Some(bench) = Bench::new() else { return };
     let (first, second) = (bench.gate("first"), bench.gate("second"));
     bench.on().envs(bench.behind(&first).envs()).run(["get", MODEL]).path();
@@ -215,35 +217,35 @@ fn whoever_shares_a_file_that_is_not_durable_yet_owes_it_too() {
     let strike = bench.behind(&second);
     bench.house.hub.clear_requests();
     let path = bench.on().envs(strike.envs()).run(["get", &reference]).path();
-    assert_eq!(bench.house.hub.body_bytes(), 3, "a living writer's file is shared without being read or fetched");
-    assert_eq!(bench.marked(&next), 5, "all of them bear the sharer's mark");
-    assert_eq!(bench.owing().len(), 2);
+    assert_eq!(bench.house.hub.body_bytes(), 3, "a live writer's file is shared without hashing or fetching");
+    assert_eq!(bench.marked(&next), 5, "the second get marks all of its files");
+    assert_eq!(bench.syncing_pids().len(), 2);
     second.open();
-    wait_until("the sharer is done", || bench.owing().len() == 1);
+    wait_until("the second get is done", || bench.syncing_pids().len() == 1);
     let synced = |name: &str| strike.calls().iter().any(|call| call.name == "fdatasync" && call.path.ends_with(name));
-    assert!(synced(WEIGHTS) && synced("README.md"), "the shared one, too: {:?}", strike.calls());
+    assert!(synced(WEIGHTS) && synced("README.md"), "the shared file, too: {:?}", strike.calls());
     assert_eq!(bench.marked(&next), 0);
-    assert_eq!(bench.marked(&bench.commit), 4, "that is the sharer's word, not the writer's");
-    bench.kill_owing();
+    assert_eq!(bench.marked(&bench.commit), 4, "the marks of the first writer stay");
+    bench.kill_syncing();
 
-    // The power is cut: what nobody synced comes back as other bytes.
+    // Simulates a power cut after which a file has other bytes.
     spoil(&path.join(WEIGHTS));
     let old = bench.on().run(["get", &format!("{MODEL}@{}", bench.commit)]).path_saying(&["is not what it was"]);
     assert!(is_right(&old.join(WEIGHTS)));
     let new = bench.on().run(["get", &reference]).path();
-    assert!(is_right(&new.join(WEIGHTS)), "found in one artifact, it is withdrawn in both");
+    assert!(is_right(&new.join(WEIGHTS)), "found in one artifact, withdrawn from both");
     bench.wait_until_durable();
     bench.assert_settled();
 }
 
 #[test]
-fn durable_waits_and_so_does_a_hit_on_what_another_process_owes() {
+fn durable_waits_for_the_sync_also_on_a_hit_of_unsynced_files() {
     let Some(bench) = Bench::new() else { return };
     let gate = bench.gate("gate");
     let strike = bench.behind(&gate);
     let waiting = bench.on().envs(strike.envs()).start(["get", "--durable", MODEL]);
     wait_until("a file is synced", || strike.calls().iter().any(|call| call.name == "fdatasync"));
-    assert_eq!(bench.owing(), [0u32; 0], "nobody but the caller does it");
+    assert_eq!(bench.syncing_pids(), [0u32; 0], "only the caller syncs");
     assert_eq!(bench.marked(&bench.commit), 4);
     gate.open();
     waiting.wait().path();
@@ -253,27 +255,27 @@ fn durable_waits_and_so_does_a_hit_on_what_another_process_owes() {
     let other = bench.gate("other");
     bench.on().envs(bench.behind(&other).envs()).run(["get", MODEL]).path();
     bench.on().run(["get", "--durable", MODEL]).path_saying(&["on disk"]);
-    assert_eq!(bench.marked(&bench.commit), 0, "while the one that owes it has not begun");
+    assert_eq!(bench.marked(&bench.commit), 0, "although the other process has not begun");
     other.open();
     bench.wait_until_durable();
     bench.assert_settled();
 }
 
 #[test]
-fn put_prewarm_and_folders_of_ones_own_wait() {
+fn put_prewarm_and_get_into_wait_for_the_sync() {
     let Some(bench) = Bench::new() else { return };
     for (path, content) in model() {
         bench.house.write(&format!("mine/{path}"), content);
     }
     let put = bench.on().envs(bench.shim.count(&bench.root()).envs()).run(["put", "mine@1", "mine"]).ok();
-    assert_eq!(bench.owing(), [0u32; 0], "{put}");
+    assert_eq!(bench.syncing_pids(), [0u32; 0], "{put}");
     let manifest = fs::read_to_string(bench.root().join("artifacts/mine/1/manifest.json")).unwrap();
     assert!(!manifest.contains("unsynced"));
 
     bench.on().run(["prewarm", MODEL]).ok();
-    assert_eq!((bench.owing().len(), bench.marked(&bench.commit)), (0, 0));
+    assert_eq!((bench.syncing_pids().len(), bench.marked(&bench.commit)), (0, 0));
 
-    // What lies in the folder is synced before the folder is in its place.
+    // The files are synced before the folder is renamed into its place.
     let count = bench.shim.count(bench.root().parent().unwrap());
     let run = bench.house.on_local("b").without("MODEL_CACHE_DURABLE").envs(count.envs());
     run.run(["get", MODEL, "--into", "out"]).path();
@@ -284,41 +286,41 @@ fn put_prewarm_and_folders_of_ones_own_wait() {
 }
 
 #[test]
-fn a_little_is_made_durable_at_once() {
+fn a_small_download_is_synced_at_once() {
     let Some(bench) = Bench::new() else { return };
     bench.on().run(["get", MODEL, "--include", "*.json"]).path();
-    assert_eq!((bench.owing().len(), bench.marked(&bench.commit)), (0, 0));
+    assert_eq!((bench.syncing_pids().len(), bench.marked(&bench.commit)), (0, 0));
 }
 
 #[test]
-fn process_one_makes_it_durable_before_it_ends() {
+fn process_1_syncs_before_it_ends() {
     if !can_mount() {
         return;
     }
     let Some(bench) = Bench::new() else { return };
     let script = format!("exec unshare -pf --mount-proc {BIN} get {MODEL}");
     bench.on().shell(&script).path();
-    assert_eq!((bench.owing().len(), bench.marked(&bench.commit)), (0, 0));
+    assert_eq!((bench.syncing_pids().len(), bench.marked(&bench.commit)), (0, 0));
 }
 
 #[test]
-fn a_command_is_run_at_once_has_no_strange_child_and_alone_holds_the_lease() {
+fn exec_runs_its_command_at_once_without_a_child_and_as_the_only_lease_holder() {
     let Some(bench) = Bench::new() else { return };
     let gate = bench.gate("gate");
     let script = r#"read children < /proc/$$/task/$$/children; echo "children: $children""#;
     let run = bench.on().envs(bench.behind(&gate).envs());
     let outcome = run.run(["exec", MODEL, "--", "sh", "-c", script]).ok();
     assert_eq!(outcome.stdout, "children: \n");
-    assert_eq!((bench.owing().len(), bench.marked(&bench.commit)), (1, 4), "it ran before anything was durable");
+    assert_eq!((bench.syncing_pids().len(), bench.marked(&bench.commit)), (1, 4), "it ran before any file was durable");
     bench.house.on_local("a").run(["evict", MODEL, "--tier", "disk", "--yes"]).ok();
     gate.open();
     bench.wait_until_durable();
-    assert_eq!(bench.house.state("a"), State::new(), "what was evicted meanwhile does not come back");
-    bench.house.assert_in_order("a");
+    assert_eq!(bench.house.state("a"), State::new(), "an evicted artifact does not come back");
+    bench.house.assert_consistent("a");
 }
 
 #[test]
-fn a_file_that_the_disk_did_not_take_is_withdrawn_and_fetched_again() {
+fn a_file_that_fails_to_sync_is_withdrawn_and_fetched_again() {
     let Some(bench) = Bench::new() else { return };
     let strike = bench.shim.fail_at(&bench.root(), 1, Errno::EIO).of("fdatasync");
     bench.on().envs(strike.envs()).run(["get", MODEL]).path();
@@ -328,28 +330,28 @@ fn a_file_that_the_disk_did_not_take_is_withdrawn_and_fetched_again() {
     assert_eq!(bench.marked(&bench.commit), 0, "the others are durable");
     bench.house.hub.clear_requests();
     assert_model(&bench.get());
-    assert!(bench.house.hub.body_bytes() > 0, "it was fetched again, not taken from what the disk refused");
+    assert!(bench.house.hub.body_bytes() > 0, "it was fetched again, not taken from the failed blob");
     bench.wait_until_durable();
     bench.assert_settled();
 }
 
 #[test]
-fn a_directory_that_vanishes_ends_the_process_and_does_not_come_back() {
+fn a_removed_directory_ends_the_syncing_process_and_is_not_recreated() {
     let Some(bench) = Bench::new() else { return };
     let gate = bench.gate("gate");
     let behind = bench.behind(&gate);
     bench.on().envs(behind.envs()).run(["get", MODEL]).path();
-    assert_eq!(bench.owing().len(), 1);
-    // Before that it makes names of its own, which a removal under way may meet.
+    assert_eq!(bench.syncing_pids().len(), 1);
+    // Before the gate the process creates files, which could disturb the removal of the directory.
     let is_at_gate = || behind.calls().iter().any(|call| call.name.contains("sync"));
-    wait_until("whoever owes waits at the gate", is_at_gate);
+    wait_until("the process waits at the gate", is_at_gate);
     fs::remove_dir_all(bench.root()).unwrap();
     gate.open();
     bench.wait_until_durable();
     assert!(!bench.root().exists());
 }
 
-/// Far more files than are synced one by one.
+/// Number of files, far above the limit up to which files are synced one by one.
 const MANY: usize = 200;
 
 fn many(house: &House) -> String {
@@ -360,23 +362,23 @@ fn many(house: &House) -> String {
 }
 
 #[test]
-fn many_files_are_synced_at_once() {
+fn many_files_are_synced_with_one_syncfs() {
     let Some(bench) = Bench::new() else { return };
     let commit = many(&bench.house);
     let count = bench.shim.count(&bench.root());
     bench.on().envs(count.envs()).run(["get", MODEL, "--durable"]).path();
     let calls = count.calls();
     let named = |name: &str| calls.iter().filter(|call| call.name == name).count();
-    assert_eq!((named("syncfs"), named("fdatasync"), bench.marked(&commit)), (1, 0, 0), "one for all of them");
-    assert!(named("fsync") < 20, "{} more", named("fsync"));
+    assert_eq!((named("syncfs"), named("fdatasync"), bench.marked(&commit)), (1, 0, 0), "one syncfs for all files");
+    assert!(named("fsync") < 20, "{} calls of fsync", named("fsync"));
 }
 
 #[test]
-fn many_files_that_a_dead_writer_left_are_recorded_at_once() {
+fn many_files_of_a_dead_writer_are_recorded_in_one_write() {
     let Some(bench) = Bench::new() else { return };
     let (commit, gate) = (many(&bench.house), bench.gate("gate"));
     bench.on().envs(bench.behind(&gate).envs()).run(["get", MODEL]).path();
-    bench.kill_owing();
+    bench.kill_syncing();
     assert_eq!(bench.marked(&commit), MANY + 4);
     let count = bench.shim.count(&bench.root());
     bench.on().envs(count.envs()).run(["get", MODEL]).path_saying(&["on disk"]);
@@ -387,7 +389,7 @@ fn many_files_that_a_dead_writer_left_are_recorded_at_once() {
 }
 
 #[test]
-fn small_files_that_a_power_cut_tore_count_as_absent() {
+fn metadata_files_torn_by_a_power_cut_count_as_absent() {
     let Some(bench) = Bench::new() else { return };
     bench.on().run(["get", MODEL, "--durable"]).path();
     bench.house.on_local("a").run(["pin", MODEL]).ok();
@@ -405,7 +407,7 @@ fn small_files_that_a_power_cut_tore_count_as_absent() {
         fs::write(&manifest, vec![0; zeros]).unwrap();
         bench.house.hub.clear_requests();
         assert_model(&bench.house.on_local("a").run(["get", MODEL]).path());
-        // Of the small ones the Hub tells no SHA-256 to find them by.
+        // Only the small files are fetched again: the Hub states no SHA-256 for them, by which a blob is found.
         assert_eq!(bench.house.hub.body_bytes(), 16, "the blobs are found by their digests");
     }
 }

@@ -129,7 +129,7 @@ impl Bench {
         }
         let again = self.house.on_local(dir).run(args);
         self.assert_right(args, dir, again);
-        self.house.assert_in_order(dir);
+        self.house.assert_consistent(dir);
         std::fs::remove_dir_all(self.house.path(dir)).unwrap();
         failed
     }

@@ -217,7 +217,7 @@ fn a_file_of_any_size_moves_through_little_memory() {
     commit.claim_sha256(SHA256_OF_ZEROS).publish().unwrap();
     let weigh = |dir: &str| {
         let run = house.on(dir).env("MODEL_CACHE_MAX_BYTES", "4GB").env("MODEL_CACHE_READ_TIMEOUT", "30s");
-        let (outcome, peak) = run.start(["get", "hf://org/large", "--json"]).wait_and_weigh();
+        let (outcome, peak) = run.start(["get", "hf://org/large", "--json"]).wait_with_peak_memory();
         let object = outcome.object();
         let path = PathBuf::from(text(&object["path"])).join("model.safetensors");
         assert_eq!(path.metadata().unwrap().len(), SIZE);

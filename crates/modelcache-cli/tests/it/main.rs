@@ -1,4 +1,4 @@
-//! The program from outside, in one program: each module is about one thing that it has to do.
+//! End-to-end tests of the `modelcache` binary, in one test program. Each module covers one area of behaviour.
 #![allow(clippy::unwrap_used)]
 
 mod backfill;

@@ -59,7 +59,7 @@ fn json_tells_where_it_is_and_where_each_byte_came_from() {
     assert_eq!((&cold["files"], &cold["size"]), (&json!(4), &json!(model_bytes())));
     assert_eq!(cold["bytes"], json!({"disk": 0, "remote": 0, "origin": model_bytes()}));
     assert_eq!(cold["backfilled_bytes"], json!(model_bytes()));
-    assert!(cold["seconds"]["pour"].as_f64().unwrap() > 0.0 && cold["total_seconds"].as_f64().unwrap() > 0.0);
+    assert!(cold["seconds"]["download"].as_f64().unwrap() > 0.0 && cold["total_seconds"].as_f64().unwrap() > 0.0);
     assert_model(&PathBuf::from(text(&cold["path"])));
 
     let warm = house.on("a").run(["get", "hf://org/model", "--json"]).object();

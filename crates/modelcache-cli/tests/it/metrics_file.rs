@@ -33,7 +33,7 @@ fn a_get_leaves_where_bytes_came_from_and_the_state_of_the_directory() {
     assert_eq!(of(&first, "modelcache_command_uploaded_bytes"), Some(model_bytes() as f64));
     assert_eq!(of(&first, "modelcache_directory_artifacts"), Some(1.0));
     assert_eq!(of(&first, "modelcache_directory_budget_bytes"), Some(1e9));
-    assert!(of(&first, r#"modelcache_command_phase_seconds{phase="pour"}"#).unwrap() > 0.0, "{first:?}");
+    assert!(of(&first, r#"modelcache_command_phase_seconds{phase="download"}"#).unwrap() > 0.0, "{first:?}");
     get();
     let second = samples(&path);
     assert_eq!(of(&second, r#"modelcache_command_artifacts{from="disk"}"#), Some(1.0));

@@ -160,7 +160,7 @@ impl Bench {
         }
         if round.is_multiple_of(ORDER_EVERY) {
             match cut.lost {
-                0 => self.house.assert_in_order(dir),
+                0 => self.house.assert_consistent(dir),
                 // A view that lost its blob is as good as ever.
                 _ => self.house.assert_nothing_leaked(dir),
             }

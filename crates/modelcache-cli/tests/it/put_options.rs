@@ -266,7 +266,7 @@ fn many_large_files_are_sent_within_bounded_memory() {
     let house = House::new();
     (0..FILES).for_each(|n| drop(house.write(&format!("many/{n}.bin"), Content::generated(n, 25 * MIB))));
     let weigh = |run: Run, args: &[&str]| {
-        let (outcome, peak) = run.env("MODEL_CACHE_READ_TIMEOUT", "30s").start(args).wait_and_weigh();
+        let (outcome, peak) = run.env("MODEL_CACHE_READ_TIMEOUT", "30s").start(args).wait_with_peak_memory();
         outcome.ok();
         assert!(peak > MIB, "it was weighed");
         assert!(peak < 128 * MIB, "{} MiB at most with {args:?}", peak / MIB);

@@ -1,12 +1,12 @@
-"""A tiered, verifying cache for model artifacts: local disk, an object store, the origin.
+"""A tiered, verifying cache for model artifacts: local disk, object store, origin.
 
     from modelcache import ModelCache
 
     cache = ModelCache()                     # settings from the environment, as for the command line
-    path = cache.get("fraud-detector", "3")  # pathlib.Path, held until the cache closes
+    path = cache.get("fraud-detector", "3")  # a pathlib.Path, leased until the cache is closed
 
-Every failure is a :class:`ModelCacheError`. Logs go to the logger ``modelcache``. ``modelcache.fastapi`` has what a
-FastAPI or Starlette application needs.
+Every error is a subclass of :class:`ModelCacheError`. Log records go to the logger ``modelcache``. The module
+``modelcache.fastapi`` integrates the cache with FastAPI and Starlette.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``ModelCache``: the cache, as programs in Python use it."""
+"""``ModelCache``, the main class of the package."""
 
 from __future__ import annotations
 
@@ -27,37 +27,45 @@ Reference = str | tuple[str, str]
 """``"name@version"``, a URI, or a pair of name and version."""
 
 _CLOSE_SECONDS = 10.0
+"""Default of the time limit of :meth:`ModelCache.close`."""
 
 
 class Lease:
-    """A hold on an artifact: it cannot be evicted until this is released, or the ``with`` block ends."""
+    """A lease on an artifact, obtained from :meth:`ModelCache.lease`.
+
+    The artifact cannot be evicted until :meth:`release`, or until the end of the ``with`` block, which yields the path.
+    """
 
     def __init__(self, native: _native.Lease) -> None:
         self._native = native
 
     @property
     def path(self) -> Path:
-        """The file, or the folder of a tree."""
+        """The path of the file, or of the folder for an artifact with several files."""
         return Path(self._native.path)
 
     @property
     def name(self) -> str:
-        """The artifact's name."""
+        """The name of the artifact."""
         return self._native.name
 
     @property
     def version(self) -> str:
-        """Its version: of a revision or tag, the one that it meant."""
+        """The version of the artifact. A revision or tag appears as the version that it resolved to."""
         return self._native.version
 
     @property
     def report(self) -> dict[str, Any]:
-        """How it came here: ``from`` (``disk``, ``remote``, ``origin``), ``bytes`` by tier, ``seconds`` by phase."""
+        """The report of the get.
+
+        Its keys include ``from`` (farthest tier that bytes came from: ``disk``, ``remote``, ``origin``), ``bytes`` by
+        tier and ``seconds`` by phase.
+        """
         report: dict[str, Any] = json.loads(self._native.report)
         return report
 
     def release(self) -> None:
-        """Lets go of it; again changes nothing."""
+        """Release the lease. Releasing it again has no effect."""
         self._native.release()
 
     def __enter__(self) -> Path:
@@ -73,36 +81,39 @@ class Lease:
 
 
 class ModelCache:
-    """A cache over one local directory. Safe to share between threads, and open in a forked child.
+    """A cache over one local directory. Thread-safe, and usable in forked child processes.
 
-    Every argument that is ``None`` comes from the environment (``MODEL_CACHE_DIR``, ``MODEL_CACHE_S3_BUCKET``, …), else
-    from the configuration file, else its default: the same settings as the command line's. Opening asks no network.
+    An argument that is ``None`` takes its value from the environment (``MODEL_CACHE_DIR``, ``MODEL_CACHE_S3_BUCKET``,
+    …), else from the configuration file, else its default. The command line has the same settings. Opening a cache
+    sends no request.
 
-    What :meth:`get` lends stays on disk until :meth:`close`, the end of a ``with`` block, or the interpreter's end.
+    Artifacts returned by :meth:`get` are leased, so that they stay on disk, until :meth:`close`, the end of the
+    ``with`` block, or the end of the interpreter.
 
     :param cache_dir: the local directory.
     :param s3_bucket: short for ``remote="s3://BUCKET"``.
-    :param max_bytes: most bytes that the directory may take: a number, ``"14GB"``, ``"1.5TiB"``, ``"80%"``.
-    :param remote: ``"s3://bucket/prefix"``, ``"file:///folder"``, or ``"none"``.
-    :param origin: where a bare ``name@version`` comes from: a template like ``"hf://{name}@{version}"``, or several.
-    :param min_free_bytes: never leave less than this free on the filesystem.
-    :param lower_dir: a cache underneath that is only read.
-    :param shared: ``"off"``, ``"group"`` or ``"world"``: which users share the directory.
-    :param remote_mode: ``"rw"`` or ``"ro"``.
+    :param max_bytes: maximum size of the local directory: a number of bytes, ``"14GB"``, ``"1.5TiB"`` or ``"80%"``.
+    :param remote: URL of the shared object store: ``"s3://bucket/prefix"``, ``"file:///folder"``, or ``"none"``.
+    :param origin: where to find a bare ``name@version`` that the remote does not have: a template such as
+        ``"hf://{name}@{version}"``, or several to try in order.
+    :param min_free_bytes: free space to leave on the filesystem, in bytes or as a percentage.
+    :param lower_dir: a second cache directory that is only read.
+    :param shared: the users that share the directory: ``"off"``, ``"group"`` or ``"world"``.
+    :param remote_mode: ``"rw"``, or ``"ro"`` to only read the remote.
     :param remote_options: options of the object store by name, such as ``region`` or ``endpoint``.
-    :param on_remote_down: ``"origin"`` or ``"fail"``.
-    :param backfill: when the remote gets what came from an origin: ``"background"`` (the default here), ``"wait"``,
-        ``"later"``, ``"never"``.
-    :param require_checksum: refuse files of which nobody states a checksum.
-    :param offline: never ask an origin.
-    :param ref_ttl: seconds for which a resolved revision or tag is fresh.
-    :param start_jitter: seconds up to which the first remote call is put off at random.
-    :param retry_deadline: seconds for which a failing service is tried.
-    :param read_timeout: seconds for which a silent server is waited for.
-    :param token: the token for the Hugging Face Hub; ``False``: none.
-    :param config: the configuration file to read, instead of the usual ones.
-    :raises InvalidError: a setting that cannot be used (also a ``ValueError``).
-    :raises DirectoryError: the directory cannot be made or used.
+    :param on_remote_down: while the remote is unavailable, use the origin (``"origin"``) or fail (``"fail"``).
+    :param backfill: when to upload artifacts from an origin to the remote: ``"wait"`` (before the call returns),
+        ``"background"`` (the default in Python), ``"later"`` (in a later run) or ``"never"``.
+    :param require_checksum: refuse files for which no checksum is available.
+    :param offline: do not contact origins over the network.
+    :param ref_ttl: seconds for which a resolved revision or tag is considered current.
+    :param start_jitter: upper bound in seconds of a random delay before the first request to a remote or origin.
+    :param retry_deadline: seconds after the first failure during which a request is retried.
+    :param read_timeout: longest silence of a server, in seconds.
+    :param token: the token for the Hugging Face Hub; ``False`` to send none.
+    :param config: the configuration file to read instead of the default ones.
+    :raises InvalidError: a setting is invalid (also a ``ValueError``).
+    :raises DirectoryError: the directory cannot be created or used.
     """
 
     def __init__(
@@ -129,6 +140,7 @@ class ModelCache:
         token: str | bool | None = None,
         config: _StrPath | None = None,
     ) -> None:
+        # First statement: `locals()` holds the arguments only.
         given: dict[str, Any] = {
             name: value for name, value in locals().items() if name != "self" and not name.startswith("__")
         }
@@ -144,6 +156,7 @@ class ModelCache:
             None if options is None else {name: _text(value) for name, value in options.items()},
             token,
         )
+        # Opening may have logged warnings about settings.
         _logging.hand_over()
         self._metrics = Metrics(self._native)
         self._files: weakref.WeakSet[CachedFile] = weakref.WeakSet()
@@ -156,17 +169,17 @@ class ModelCache:
 
     @property
     def remote(self) -> str | None:
-        """The remote's address, if there is one."""
+        """The URL of the remote, or ``None`` if there is no remote."""
         return self._native.remote
 
     @property
     def metrics(self) -> Metrics:
-        """What this cache did since it was opened."""
+        """The counters of this cache since it was opened."""
         return self._metrics
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """True if the cache is closed."""
         return not self._native.is_open
 
     # -- get ---------------------------------------------------------------------------------------------------------
@@ -187,33 +200,35 @@ class ModelCache:
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
     ) -> Path:
-        """Makes an artifact local and gives its path: of the file, or of the folder of a tree.
+        """Download an artifact unless it is on disk, and return its path.
 
-        The nearest place that has it gives it, and the nearer ones keep it. Every byte is checked. Whoever asks for the
-        same at the same time, in this process or another, waits for one fetch. The path is held until the cache closes.
+        The artifact comes from the nearest tier that has it and is stored in the nearer ones. Every byte is verified.
+        Concurrent calls for the same artifact, in this process or in others, share one download. The artifact is leased
+        until the cache is closed.
 
         :param reference: a name (with ``version``), ``"name@version"``, ``"hf://org/model"``, ``"s3://bucket/prefix"``,
-            ``"https://host/file"``, ``"file:///folder"``, ``"models:/name/3"``, ``"oci://registry/repo:tag"``.
-        :param version: the version, or a tag.
-        :param revision: branch, tag or commit, of references that have one; of a bare name, its version.
-        :param allow_patterns: only files that match one of these (``fnmatch``; ``*`` crosses folders).
-        :param ignore_patterns: no files that match one of these.
-        :param local_dir: put the files into this folder, and give that path instead. It is replaced as a whole; one
-            that holds anything else is refused. It is the caller's: nothing is held.
-        :param token: the Hub's token for this call; ``False``: none.
-        :param local_files_only: ask neither remote nor origin.
-        :param force_refresh: ask what a revision or tag means, however fresh the last answer is.
-        :param verify: read what is here in full and compare it with its digests first.
-        :param timeout: seconds after which to give up; what has come by then is kept for the next call.
-        :param progress: called with a :class:`Progress` about ten times a second on the calling thread, or a class
-            like ``tqdm.tqdm``. It may use the cache; what it raises ends the call.
-        :raises NotFoundError: no tier has it (also a ``FileNotFoundError``).
+            ``"https://host/file"``, ``"file:///folder"``, ``"models:/name/3"`` or ``"oci://registry/repo:tag"``.
+        :param version: the version, or a tag that points to one.
+        :param revision: branch, tag or commit, for references that have revisions; for a bare name, its version.
+        :param allow_patterns: get only files that match one of these patterns (``fnmatch``; ``*`` also matches ``/``).
+        :param ignore_patterns: skip files that match one of these patterns.
+        :param local_dir: copy or link the files into this folder and return its path. The folder is replaced as a
+            whole. It is refused if it has content that did not come from the cache. No lease is kept for it.
+        :param token: the Hub token for this call; ``False`` to send none.
+        :param local_files_only: use only the local disk, and contact neither remote nor origin.
+        :param force_refresh: resolve the revision or tag again, even if the last resolution is still current.
+        :param verify: first read the files on disk in full and compare them with their digests.
+        :param timeout: seconds after which the call fails. The bytes received are kept for the next call.
+        :param progress: a function that is called with a :class:`Progress` about ten times a second on the calling
+            thread, or a class such as ``tqdm.tqdm``. The function may use the cache. An exception in it ends the call.
+        :returns: the path of the file, or of the folder for an artifact with several files.
+        :raises NotFoundError: no tier has the artifact (also a ``FileNotFoundError``).
         :raises UnauthorizedError: credentials are missing or refused, or the repository is gated.
-        :raises UnavailableError: a service failed, or it took longer than ``timeout``.
+        :raises UnavailableError: a service failed, or the call took longer than ``timeout``.
         :raises IntegrityError: bytes do not match their digest.
-        :raises FullError: there is no room for it.
+        :raises FullError: the disk has no room for the artifact.
         :raises DirectoryError: the directory cannot be written.
-        :raises InvalidError: the reference or an argument is wrong (also a ``ValueError``).
+        :raises InvalidError: the reference or an argument is invalid (also a ``ValueError``).
         """
         call = self._get(
             reference, version, revision, allow_patterns, ignore_patterns, local_dir, token, local_files_only,
@@ -237,7 +252,10 @@ class ModelCache:
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
     ) -> Path:
-        """As :meth:`get`, for asyncio. Cancelling ends this call, and never a fetch that others wait for."""
+        """Asynchronous version of :meth:`get`.
+
+        Cancelling ends this call. A download that other callers wait for continues.
+        """
         call = self._get(
             reference, version, revision, allow_patterns, ignore_patterns, local_dir, token, local_files_only,
             force_refresh, verify, timeout, True,
@@ -257,9 +275,11 @@ class ModelCache:
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
     ) -> Lease:
-        """Makes an artifact local and holds it as long as the :class:`Lease` says: ``with cache.lease(…) as path:``.
+        """Download an artifact unless it is on disk, and return a lease on it: ``with cache.lease(…) as path:``.
 
-        Arguments and errors as for :meth:`get`.
+        Arguments and errors are those of :meth:`get`.
+
+        :returns: a :class:`Lease`, which the caller releases.
         """
         call = self._get(
             reference, version, revision, allow_patterns, ignore_patterns, None, token, local_files_only,
@@ -280,7 +300,7 @@ class ModelCache:
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
     ) -> Lease:
-        """As :meth:`lease`, for asyncio."""
+        """Asynchronous version of :meth:`lease`."""
         call = self._get(
             reference, version, revision, allow_patterns, ignore_patterns, None, token, local_files_only,
             False, False, timeout, False,
@@ -335,29 +355,32 @@ class ModelCache:
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
     ) -> CachedFile:
-        """Opens one file of an artifact, here or not, for reading: a read waits only for the bytes that it needs.
+        """Open one file of an artifact for reading, without waiting for its download.
 
-        What a read waits for is asked for before the rest, which goes on coming meanwhile. Whoever gets or opens the
-        same at the same time shares one fetch. Once the file is whole it is held until it is closed; closed before
-        that, the fetch ends unless somebody else waits for it, and what came is kept for the next one.
+        A read waits only for the bytes that it needs. These are requested first; the rest of the file is downloaded in
+        the background. Concurrent calls to get or open the artifact share one download. A complete file is leased until
+        it is closed. Closing an incomplete file cancels the download unless other callers wait for it. The bytes
+        received are kept for the next download.
 
-        Bytes are given before the whole file is proven only where a ladder vouches for each part: one that was proven
-        on this disk, or one from the remote's manifest where that manifest is what the fetch goes by. Otherwise, as for
-        what comes from an origin for the first time, a read waits until all of it is proven. Where another process
-        fetches the artifact, this call waits until that is done.
+        Bytes of an incomplete file are returned only if its parts can be verified one by one. This takes a checkpoint
+        ladder (SHA-256 midstates at part boundaries) that was verified on this disk, or one from the remote's manifest
+        if the download follows that manifest. Otherwise, such as in the first download from an origin, a read waits
+        until the complete file is verified. While another process downloads the artifact, this call waits for it.
 
         :param reference: as for :meth:`get`.
-        :param path: which file of the artifact; may be left out where there is only one, or the reference names it.
-        :param version: the version, or a tag, of a bare name.
-        :param revision: branch, tag or commit, of references that have one; of a bare name, its version.
-        :param unchecked: give bytes as soon as they are written, right or wrong. A file that turns out wrong fails the
-            next read, as :class:`IntegrityError`.
-        :param token: the Hub's token for this call; ``False``: none.
-        :param local_files_only: ask neither remote nor origin.
-        :param force_refresh: ask what a revision or tag means, however fresh the last answer is.
-        :param timeout: seconds after which to give up, for this call and for each wait of a read.
-        :param progress: as for :meth:`get`, of this call; afterwards :attr:`CachedFile.progress` tells.
-        :raises InvalidError: several files might be meant, or an argument is wrong (also a ``ValueError``).
+        :param path: the file within the artifact. Optional if the artifact has one file or the reference names a file.
+        :param version: the version of a bare name, or a tag that points to one.
+        :param revision: branch, tag or commit, for references that have revisions; for a bare name, its version.
+        :param unchecked: return bytes as soon as they are written, before they are verified. If the file fails
+            verification, the next read raises :class:`IntegrityError`.
+        :param token: the Hub token for this call; ``False`` to send none.
+        :param local_files_only: use only the local disk, and contact neither remote nor origin.
+        :param force_refresh: resolve the revision or tag again, even if the last resolution is still current.
+        :param timeout: seconds after which this call, and each wait of a read, fails.
+        :param progress: as for :meth:`get`, during this call. :attr:`CachedFile.progress` reports the download.
+        :returns: a :class:`CachedFile`, which the caller closes.
+        :raises InvalidError: the artifact has several files and none was named, or an argument is invalid (also a
+            ``ValueError``).
         :raises ModelCacheError: as for :meth:`get`.
         """
         call = self._open_file(
@@ -379,7 +402,7 @@ class ModelCache:
         timeout: float | None = None,
         progress: ProgressArgument | None = None,
     ) -> CachedFile:
-        """As :meth:`open`, for asyncio. Its reads are ``await file.aread(…)`` and ``await file.apread(…)``."""
+        """Asynchronous version of :meth:`open`. Read with ``await file.aread(…)`` and ``await file.apread(…)``."""
         call = self._open_file(
             reference, path, version, revision, unchecked, token, local_files_only, force_refresh, timeout
         )
@@ -421,23 +444,24 @@ class ModelCache:
     def prewarm(
         self, references: Iterable[Reference], *, jobs: int = 4, progress: ProgressArgument | None = None
     ) -> list[Path]:
-        """Fills a list ahead of time and holds it. It is refused as a whole, before a byte moves, if it does not fit.
+        """Download a list of artifacts ahead of time and lease them until the cache is closed.
 
         :param references: ``"name@version"``, URIs, or pairs of name and version.
-        :param jobs: artifacts filled at once.
-        :returns: the paths, in the order given.
-        :raises FullError: the list cannot all be on disk at once.
-        :raises ModelCacheError: some failed; the others were filled. The error is the first one's, and its ``failures``
-            has all of them by reference.
+        :param jobs: maximum number of concurrent downloads.
+        :param progress: as for :meth:`get`, for the whole list.
+        :returns: the paths, in the order of ``references``.
+        :raises FullError: the list does not fit on the disk as a whole. Raised before the first download.
+        :raises ModelCacheError: some artifacts failed; the others were downloaded. This is the error of the first one.
+            Its attribute ``failures`` has all errors by reference.
         """
-        wanted = _wanted(references)
+        wanted = _pairs(references)
         return _prewarmed(wanted, _calls.wait(self._native.prewarm(wanted, jobs), progress, "prewarm"))
 
     async def aprewarm(
         self, references: Iterable[Reference], *, jobs: int = 4, progress: ProgressArgument | None = None
     ) -> list[Path]:
-        """As :meth:`prewarm`, for asyncio."""
-        wanted = _wanted(references)
+        """Asynchronous version of :meth:`prewarm`."""
+        wanted = _pairs(references)
         return _prewarmed(wanted, await _calls.awaited(self._native.prewarm(wanted, jobs), progress, "prewarm"))
 
     # -- put, evict, tag -----------------------------------------------------------------------------------------------
@@ -455,15 +479,20 @@ class ModelCache:
         force: bool = False,
         progress: ProgressArgument | None = None,
     ) -> PutReport:
-        """Publishes a file or folder on disk and, where there is one, on the remote. A version never changes.
+        """Publish a file or folder on disk and on the remote, if there is one. A published version is immutable.
 
-        :param tag: then make this tag mean the version.
-        :param tier: ``"remote"`` keeps no copy on this disk.
-        :param expect: refuse what is of another format: ``"safetensors"``, ``"gguf"``, ``"onnx"``, ``"tar.gz"``, …
+        :param name: the name of the artifact.
+        :param version: the version to publish.
+        :param path: the file or folder.
+        :param tag: a tag to point at the version afterwards.
+        :param tier: ``"all"``, or ``"remote"`` to keep no copy on this disk.
+        :param expect: refuse files of another format than ``"safetensors"``, ``"gguf"``, ``"onnx"``, ``"tar.gz"``, …
         :param sidecar: write ``FILE.sha256`` beside every object on the remote.
-        :param force: replace other content under the same key, or a damaged copy.
-        :raises ConflictError: the version has other content, or another writer is at work on it.
-        :raises IntegrityError: it is not of the format expected.
+        :param force: replace other content, or a damaged copy, of the version.
+        :param progress: as for :meth:`get`.
+        :returns: a report with the digest and the bytes uploaded.
+        :raises ConflictError: the version has other content, or another writer is publishing it.
+        :raises IntegrityError: a file does not have the expected format.
         """
         call = self._native.put(
             name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar, force=force
@@ -483,7 +512,7 @@ class ModelCache:
         force: bool = False,
         progress: ProgressArgument | None = None,
     ) -> PutReport:
-        """As :meth:`put`, for asyncio."""
+        """Asynchronous version of :meth:`put`."""
         call = self._native.put(
             name, version, os.fsdecode(path), tag=tag, tier=tier, expect=expect, sidecar=sidecar, force=force
         )
@@ -497,13 +526,16 @@ class ModelCache:
         tier: Literal["all", "disk", "remote"] = "all",
         dry_run: bool = False,
     ) -> EvictReport:
-        """Removes an artifact from disk and remote, and the tags that mean it. Nobody is asked.
+        """Remove an artifact from disk and remote, with the tags that point to it. Does not ask for confirmation.
 
-        What this cache itself holds of it is let go first.
+        The leases that :meth:`get` and :meth:`prewarm` left in this cache are released first.
 
-        :param tier: remove it from this one only.
-        :param dry_run: only tell what would go.
-        :raises ConflictError: somebody else uses it, or it is pinned.
+        :param name: the name of the artifact, or a reference.
+        :param version: the version.
+        :param tier: ``"all"``, or ``"disk"`` or ``"remote"`` to remove it from one tier only.
+        :param dry_run: remove nothing, and report the data that would be removed.
+        :returns: a report with the bytes and tags removed.
+        :raises ConflictError: the artifact is leased by another user, or pinned.
         """
         return EvictReport._parse(_calls.wait(self._native.evict(name, version, tier, dry_run)))
 
@@ -515,45 +547,49 @@ class ModelCache:
         tier: Literal["all", "disk", "remote"] = "all",
         dry_run: bool = False,
     ) -> EvictReport:
-        """As :meth:`evict`, for asyncio."""
+        """Asynchronous version of :meth:`evict`."""
         return EvictReport._parse(await _calls.awaited(self._native.evict(name, version, tier, dry_run)))
 
     def tag(self, name: str, version: str, tag: str) -> TagReport:
-        """Makes a tag on the remote mean a version: a rollout, or a rollback.
+        """Point a tag on the remote at a version, for a rollout or a rollback.
 
-        :raises InvalidError: there is no remote, or the tag is a version.
+        :returns: a report with the versions before and after.
+        :raises InvalidError: there is no remote, or the tag is the name of a version.
         :raises NotFoundError: the remote does not have the version.
         """
         return TagReport._parse(_calls.wait(self._native.tag(name, version, tag)))
 
     async def atag(self, name: str, version: str, tag: str) -> TagReport:
-        """As :meth:`tag`, for asyncio."""
+        """Asynchronous version of :meth:`tag`."""
         return TagReport._parse(await _calls.awaited(self._native.tag(name, version, tag)))
 
     def untag(self, name: str, tag: str) -> TagReport:
-        """Removes a tag; the version stays."""
+        """Remove a tag. The version that it points to stays."""
         return TagReport._parse(_calls.wait(self._native.untag(name, tag)))
 
     async def auntag(self, name: str, tag: str) -> TagReport:
-        """As :meth:`untag`, for asyncio."""
+        """Asynchronous version of :meth:`untag`."""
         return TagReport._parse(await _calls.awaited(self._native.untag(name, tag)))
 
-    # -- look ----------------------------------------------------------------------------------------------------------
+    # -- inspect -------------------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """The budget, what is used of it, and what is free."""
+        """Return the budget, the usage and the free space of the local directory."""
         return Stats._parse(_calls.wait(self._native.stats()))
 
     async def astats(self) -> Stats:
-        """As :meth:`stats`, for asyncio."""
+        """Asynchronous version of :meth:`stats`."""
         return Stats._parse(await _calls.awaited(self._native.stats()))
 
     def list_artifacts(self, *, remote: bool = False) -> list[CachedArtifact]:
-        """The artifacts on disk, or on the remote, by name."""
+        """List the artifacts on disk, sorted by name and version.
+
+        :param remote: list the artifacts on the remote instead.
+        """
         return [CachedArtifact._from(row) for row in json.loads(_calls.wait(self._native.artifacts(remote)))]
 
     async def alist_artifacts(self, *, remote: bool = False) -> list[CachedArtifact]:
-        """As :meth:`list_artifacts`, for asyncio."""
+        """Asynchronous version of :meth:`list_artifacts`."""
         return [CachedArtifact._from(row) for row in json.loads(await _calls.awaited(self._native.artifacts(remote)))]
 
     def resolve(
@@ -565,7 +601,12 @@ class ModelCache:
         force_refresh: bool = False,
         local_files_only: bool = False,
     ) -> Resolved:
-        """What a reference means now, pinned. Fetches no file."""
+        """Resolve a reference to the version that it stands for now, without downloading files.
+
+        Arguments and errors are those of :meth:`get`.
+
+        :returns: the version, and a pinned reference that always resolves to it.
+        """
         call = self._native.resolve(reference, version, revision, force_refresh, local_files_only)
         return Resolved._parse(_calls.wait(call))
 
@@ -578,11 +619,11 @@ class ModelCache:
         force_refresh: bool = False,
         local_files_only: bool = False,
     ) -> Resolved:
-        """As :meth:`resolve`, for asyncio."""
+        """Asynchronous version of :meth:`resolve`."""
         call = self._native.resolve(reference, version, revision, force_refresh, local_files_only)
         return Resolved._parse(await _calls.awaited(call))
 
-    # -- tend ----------------------------------------------------------------------------------------------------------
+    # -- maintain ------------------------------------------------------------------------------------------------------
 
     def pin(
         self,
@@ -592,11 +633,16 @@ class ModelCache:
         seconds: float | None = None,
         reason: str | None = None,
     ) -> PinRecord:
-        """Keeps an artifact that is on disk there, for ``seconds`` or until :meth:`unpin`; across processes.
+        """Protect an artifact on disk from eviction by any process.
 
-        :raises NotFoundError: it is not on disk.
+        :param reference: as for :meth:`get`.
+        :param version: the version.
+        :param seconds: lifetime of the pin; ``None`` to keep it until :meth:`unpin`.
+        :param reason: a text for other users, shown in error messages and listings.
+        :returns: the pin.
+        :raises NotFoundError: the artifact is not on disk.
         """
-        return _pinned(_calls.wait(self._native.pin(reference, version, seconds, _caller(), reason)))
+        return _pin_record(_calls.wait(self._native.pin(reference, version, seconds, _caller(), reason)))
 
     async def apin(
         self,
@@ -606,15 +652,15 @@ class ModelCache:
         seconds: float | None = None,
         reason: str | None = None,
     ) -> PinRecord:
-        """As :meth:`pin`, for asyncio."""
-        return _pinned(await _calls.awaited(self._native.pin(reference, version, seconds, _caller(), reason)))
+        """Asynchronous version of :meth:`pin`."""
+        return _pin_record(await _calls.awaited(self._native.pin(reference, version, seconds, _caller(), reason)))
 
     def unpin(self, reference: str, version: str | None = None) -> None:
-        """Takes a pin off; without one, does nothing."""
+        """Remove the pin of an artifact. Has no effect if the artifact is not pinned."""
         _calls.wait(self._native.unpin(reference, version))
 
     async def aunpin(self, reference: str, version: str | None = None) -> None:
-        """As :meth:`unpin`, for asyncio."""
+        """Asynchronous version of :meth:`unpin`."""
         await _calls.awaited(self._native.unpin(reference, version))
 
     def verify(
@@ -626,9 +672,16 @@ class ModelCache:
         bytes_per_second: int | None = None,
         progress: ProgressArgument | None = None,
     ) -> list[Verified]:
-        """Reads what is kept in full and compares it with its digests; all of it, where no reference is given.
+        """Read stored files in full and compare them with their digests.
 
-        A bad copy on disk is never served again; ``repair`` fetches it anew at once.
+        A bad copy on disk is taken out of service. The next get downloads it again.
+
+        :param references: the artifacts to verify; all artifacts of the tier by default.
+        :param tier: ``"disk"``, ``"remote"`` or ``"all"``.
+        :param repair: replace bad copies at once.
+        :param bytes_per_second: limit on the read rate.
+        :param progress: as for :meth:`get`.
+        :returns: one result for each artifact and tier.
         """
         call = self._native.verify(_references(references), tier, repair, bytes_per_second)
         return [Verified._from(row) for row in json.loads(_calls.wait(call, progress, "verify"))]
@@ -642,28 +695,30 @@ class ModelCache:
         bytes_per_second: int | None = None,
         progress: ProgressArgument | None = None,
     ) -> list[Verified]:
-        """As :meth:`verify`, for asyncio."""
+        """Asynchronous version of :meth:`verify`."""
         call = self._native.verify(_references(references), tier, repair, bytes_per_second)
         return [Verified._from(row) for row in json.loads(await _calls.awaited(call, progress, "verify"))]
 
-    # -- the end -------------------------------------------------------------------------------------------------------
+    # -- close ---------------------------------------------------------------------------------------------------------
 
     def close(self, timeout: float = _CLOSE_SECONDS) -> None:
-        """Lets go of everything that was lent, and closes the files that were opened.
+        """Close the cache: close its open files, wait for background uploads, and release all leases.
 
-        Uploads in the background are waited for ``timeout`` seconds.
+        Pending uploads to the remote are recorded on disk. A later run completes those that do not finish in time.
+        Closing again has no effect.
 
-        What has not reached the remote by then is written down, and a later run brings it there. Again changes nothing.
+        :param timeout: longest time to wait, in seconds.
         """
-        self._let_go()
+        self._close_files()
         _calls.wait(self._native.close(timeout))
 
     async def aclose(self, timeout: float = _CLOSE_SECONDS) -> None:
-        """As :meth:`close`, for asyncio."""
-        self._let_go()
+        """Asynchronous version of :meth:`close`."""
+        self._close_files()
         await _calls.awaited(self._native.close(timeout))
 
-    def _let_go(self) -> None:
+    def _close_files(self) -> None:
+        # From now on the exit handler does not close this cache again.
         _OPEN.pop(id(self), None)
         for file in list(self._files):
             file.close()
@@ -685,7 +740,7 @@ class ModelCache:
         await self.aclose()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the same anew, with the arguments given here and its own environment."""
+        """Pickle the arguments only. The other process opens the cache with them and with its own environment."""
         return _again, (self._given,)
 
     def __repr__(self) -> str:
@@ -694,15 +749,20 @@ class ModelCache:
 
 
 def _printable(text: str) -> str:
-    """``text`` without characters that a terminal obeys or does not show."""
+    """Return ``text`` with control characters and unprintable characters escaped."""
     return repr(text)[1:-1]
 
 
 _OPEN: dict[int, ModelCache] = {}
-"""Caches that were not closed: a path that was lent is held, even where nobody keeps the cache that lent it."""
+"""The open caches by ``id``.
+
+The reference keeps a cache alive although the program dropped it: the paths that it returned remain leased.
+"""
 
 
 def _close_all() -> None:
+    """Close all caches at the end of the interpreter, then stop the threads of the native module."""
+    # Other threads are kept out of the native module from here on.
     _native.begin_end()
     try:
         for cache in list(_OPEN.values()):
@@ -717,7 +777,7 @@ atexit.register(_close_all)
 
 
 def _forked() -> None:
-    """Runs in a child that was forked just now."""
+    """Detach the open caches of a forked child from its parent. Runs in the child right after the fork."""
     _native.forked()
     for cache in list(_OPEN.values()):
         cache._native.forked()
@@ -727,10 +787,12 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def _again(given: dict[str, Any]) -> ModelCache:
+    """Open the cache of a pickle."""
     return ModelCache(**given)
 
 
 def _text(value: object) -> str:
+    """Convert an argument to the text form of its setting."""
     if isinstance(value, bool):
         return "1" if value else "0"
     if isinstance(value, os.PathLike):
@@ -741,7 +803,7 @@ def _text(value: object) -> str:
 
 
 def _token(token: str | bool | None) -> str | None:
-    """A token as the native half takes it: empty for none at all, ``None`` for the configured one."""
+    """Convert a token for the native module: ``""`` to send none, ``None`` for the configured one."""
     if token is False:
         return ""
     return None if token is None or token is True else token
@@ -757,16 +819,19 @@ def _references(references: Iterable[str] | str) -> list[str]:
     return [references] if isinstance(references, str) else list(references)
 
 
-def _wanted(references: Iterable[Reference]) -> list[tuple[str, str | None]]:
+def _pairs(references: Iterable[Reference]) -> list[tuple[str, str | None]]:
+    """Convert references to pairs of text and version."""
     references = [references] if isinstance(references, str) else references
     return [(each, None) if isinstance(each, str) else each for each in references]
 
 
 def _label(reference: str, version: str | None) -> str:
+    """Return the description of a progress bar, or the key in ``failures``."""
     return reference if version is None else f"{reference}@{version}"
 
 
 def _prewarmed(wanted: list[tuple[str, str | None]], answer: str) -> list[Path]:
+    """Return the paths in the answer of a prewarm, or raise its first error with all errors attached."""
     rows = json.loads(answer)
     failures = dict(_failures(wanted, rows))
     if failures:
@@ -779,18 +844,20 @@ def _prewarmed(wanted: list[tuple[str, str | None]], answer: str) -> list[Path]:
 def _failures(
     wanted: list[tuple[str, str | None]], rows: list[dict[str, Any]]
 ) -> Iterator[tuple[str, ModelCacheError]]:
+    """Yield reference and exception of each artifact that failed."""
     for (reference, version), row in zip(wanted, rows, strict=True):
+        # Only the row of an error has a kind.
         if "kind" in row:
             about = (row["hint"], row["artifact"], row["tier"], row["retry_after"], row["transient"])
             yield _label(reference, version), from_native(row["kind"], row["message"], about)
 
 
-def _pinned(answer: str) -> PinRecord:
+def _pin_record(answer: str) -> PinRecord:
     return PinRecord._from(json.loads(answer)["pin"])
 
 
 def _caller() -> str | None:
-    """``user@host``, for those who find the pin in the way."""
+    """Return ``user@host``, which a pin records for other users, or ``None`` if it is unknown."""
     try:
         return f"{getpass.getuser()}@{socket.gethostname()}"
     except (OSError, KeyError):

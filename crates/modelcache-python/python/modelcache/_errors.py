@@ -1,4 +1,4 @@
-"""The exceptions of this package: one base, one class for each thing that a caller can do about a failure."""
+"""The exceptions of this package: a base class, and one subclass for each kind of error that a caller can act on."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from typing import Any
 
 
 class ModelCacheError(Exception):
-    """A failure: what failed, of which artifact, in which tier, and what to do about it.
+    """Base class of all errors that this package raises.
 
-    ``str()`` of it is what the command line prints: the failure in one line and, if anybody knows how to mend it, a
+    ``str()`` of an error is the text that the command line prints: the message in one line and, if there is a remedy, a
     second line ``hint: …``.
     """
 
     message: str
-    """What failed, in one line, with artifact, tier and cause."""
+    """The error in one line, with artifact, tier and cause."""
     hint: str | None = None
-    """What to do about it."""
+    """The suggested remedy."""
     artifact: str | None = None
-    """``name@version`` or the reference, where one is concerned."""
+    """The artifact, as ``name@version`` or by its reference, if the error concerns one."""
     tier: str | None = None
-    """``"disk"``, ``"remote"`` or ``"origin"``, where one failed."""
+    """The tier that failed: ``"disk"``, ``"remote"`` or ``"origin"``."""
     retry_after: float | None = None
-    """Seconds that a server asked to wait."""
+    """Seconds after which the server asked to retry."""
     transient: bool = False
-    """Whether the same call may succeed later."""
+    """True if the same call may succeed later."""
     code: str = "other"
-    """The stable word for the kind of failure, as in the command line's JSON."""
+    """Stable identifier of the kind of error, as in the JSON of the command line."""
     failures: dict[str, ModelCacheError] | None = None
-    """For calls about several references: what failed, by reference."""
+    """For calls with several references: the error of each reference that failed."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -42,43 +42,43 @@ class ModelCacheError(Exception):
 
 
 class NotFoundError(ModelCacheError, FileNotFoundError):
-    """The artifact, revision or file exists in none of the places asked."""
+    """The artifact, revision or file was not found in any tier that was searched."""
 
     code = "not_found"
 
 
 class UnauthorizedError(ModelCacheError, PermissionError):
-    """Credentials are missing, wrong or expired, or lack the right; or the repository is gated."""
+    """Credentials are missing, wrong, expired or lack permission, or the repository is gated."""
 
     code = "unauthorized"
 
 
 class IntegrityError(ModelCacheError):
-    """Bytes do not match their digest, or a record is damaged. Nothing of it was kept."""
+    """Bytes do not match their digest, or a metadata record is corrupt. The bad bytes were not kept."""
 
     code = "corrupt"
 
 
 class FullError(ModelCacheError):
-    """The budget or the filesystem has no room."""
+    """The disk budget or the filesystem is full."""
 
     code = "full"
 
 
 class UnavailableError(ModelCacheError):
-    """A service did not answer, answered with an error, or was too slow."""
+    """A service did not answer, answered with a server error, or exceeded a timeout."""
 
     code = "unavailable"
 
 
 class InvalidError(ModelCacheError, ValueError):
-    """A name, a reference, an argument or a setting is wrong."""
+    """A name, reference, argument or setting is invalid."""
 
     code = "invalid"
 
 
 class ConflictError(ModelCacheError):
-    """The key is taken by other content, by another writer, or by somebody who uses it."""
+    """The version already has other content, another writer is publishing it, or it is in use or pinned."""
 
     code = "conflict"
 
@@ -109,7 +109,7 @@ def from_native(
     message: str,
     about: tuple[str | None, str | None, str | None, float | None, bool],
 ) -> ModelCacheError:
-    """The exception for a failure of the native half."""
+    """Build the exception for an error of the native module. Called by the native module."""
     hint, artifact, tier, retry_after, transient = about
     error = _CLASSES.get(kind, ModelCacheError)(message, hint=hint)
     error.code = kind
@@ -119,6 +119,7 @@ def from_native(
 
 
 def _again(kind: type[ModelCacheError], message: str, fields: dict[str, Any]) -> ModelCacheError:
+    """Rebuild a pickled error."""
     error = kind(message)
     error.__dict__.update(fields)
     return error

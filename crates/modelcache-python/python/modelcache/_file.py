@@ -1,4 +1,4 @@
-"""``CachedFile``: one file of an artifact, read while it may still be coming."""
+"""``CachedFile``: one file of an artifact, readable while it is being downloaded."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from ._reports import Progress
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-_WAIT_BYTES = 32 << 20
-"""What is waited for at a time: reading goes on while the rest comes."""
-_READ_BYTES = 1 << 30
-"""What is read at a time; the system takes less than 2 GiB."""
+_WAIT_MAX_BYTES = 32 << 20
+"""Bytes that ``readinto`` waits for at a time. It copies them while the next ones are downloaded."""
+_READ_MAX_BYTES = 1 << 30
+"""Bytes of one system call. Linux transfers less than 2 GiB per call."""
 
 
 class CachedFile(io.RawIOBase):
-    """A file of an artifact, as :meth:`ModelCache.open` gives it: binary, read-only, seekable.
+    """A file of an artifact, opened with :meth:`ModelCache.open`: binary, read-only, seekable.
 
-    A read waits only for the bytes it needs, without the interpreter's lock, and gives all that were asked for unless
-    the file ends. It is not buffered: a read of bytes that are here costs a system call. For very many very small reads
-    wrap it in ``io.BufferedReader(file)``.
+    A read waits only for the bytes it needs, without the interpreter's lock. It returns all bytes requested, fewer only
+    at the end of the file. The file is unbuffered: each read costs a system call. For many small reads wrap it in
+    ``io.BufferedReader(file)``.
 
-    What works with a descriptor or a path (``mmap``, ``numpy.fromfile``, ``safetensors.safe_open``) gets a whole file:
-    :meth:`fileno` and :attr:`path` wait until all of it is here and proven.
+    Functions that use a descriptor or a path, such as ``mmap``, ``numpy.fromfile`` and ``safetensors.safe_open``, work
+    on the complete file: :meth:`fileno` and :attr:`path` wait until it is downloaded and verified.
 
-    Threads may share it: :meth:`pread` takes no account of the position, which :meth:`read` and :meth:`seek` move. It
-    cannot be pickled. In a forked child it goes on working if it was whole; else every read raises
-    :class:`ModelCacheError`.
+    Threads may share the file: :meth:`pread` neither uses nor changes the position, which :meth:`read` and :meth:`seek`
+    move. The file cannot be pickled. In a forked child it remains usable if it was complete at the fork. Otherwise
+    every read there raises :class:`ModelCacheError`.
 
-    Reads raise what the fetch failed with, and :class:`IntegrityError` if bytes that were read before have turned out
-    wrong, or may have.
+    Reads raise the error of the download if it failed. They raise :class:`IntegrityError` if bytes returned by earlier
+    reads have failed verification, or may have.
     """
 
     def __init__(self, native: _native.File) -> None:
@@ -45,11 +45,11 @@ class CachedFile(io.RawIOBase):
         self._position = 0
         self._name, self._artifact, self._size = native.name, native.artifact, native.size
 
-    # -- what it is --------------------------------------------------------------------------------------------------
+    # -- attributes --------------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        """Its path in the artifact."""
+        """The path of the file within the artifact."""
         return self._name
 
     @property
@@ -59,58 +59,66 @@ class CachedFile(io.RawIOBase):
 
     @property
     def size(self) -> int:
-        """Its bytes, those that are still to come included."""
+        """The size of the complete file in bytes."""
         return self._size
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of it is here, proven and held."""
-        return self._live().is_whole
+        """True if the complete file is on disk, verified and leased."""
+        return self._open_native().is_whole
 
     @property
     def progress(self) -> Progress:
-        """How far its fetch is, and how many bytes came from where so far; those of a fetch that others share, too."""
-        phase, done, total, remote, origin = self._live().snapshot()
+        """The progress of the download, with the bytes received so far by tier.
+
+        A download that other callers share counts in full.
+        """
+        phase, done, total, remote, origin = self._open_native().snapshot()
         return Progress(phase, done, total or None, remote, origin)
 
     @property
     def path(self) -> Path:
-        """Where it lies, once all of it is here and proven, which is waited for. Valid until it is closed."""
-        native = self._live()
+        """The path on disk. Waits until the file is downloaded and verified. Valid until the file is closed."""
+        native = self._open_native()
         return Path(native.whole_path or _calls.wait(native.whole()))
 
     async def apath(self) -> Path:
-        """As :attr:`path`, for asyncio."""
-        native = self._live()
+        """Asynchronous version of :attr:`path`."""
+        native = self._open_native()
         return Path(native.whole_path or await _calls.awaited(native.whole()))
 
     def fileno(self) -> int:
-        """A descriptor of it, once all of it is here and proven, which is waited for. Valid until it is closed."""
-        native = self._live()
+        """Return a descriptor. Waits until the file is downloaded and verified. Valid until the file is closed."""
+        native = self._open_native()
         if not native.is_whole:
             _calls.wait(native.whole())
         return _ready(native, 0, 0)
 
     def readable(self) -> bool:
-        """Yes."""
-        self._live()
+        """Return ``True``."""
+        self._open_native()
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
-        self._live()
+        """Return ``True``."""
+        self._open_native()
         return True
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def tell(self) -> int:
-        """Where the next read begins."""
-        self._live()
+        """Return the position, at which the next read begins."""
+        self._open_native()
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Moves to ``offset`` from the beginning, the position or the end, without waiting for anything."""
-        self._live()
+        """Move the position and return it. Does not wait for the download.
+
+        :param offset: bytes relative to ``whence``.
+        :param whence: ``io.SEEK_SET`` (start of the file), ``io.SEEK_CUR`` (position) or ``io.SEEK_END`` (end).
+        :raises ValueError: the new position is negative, or ``whence`` is invalid.
+        """
+        self._open_native()
         bases = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
         if whence not in bases:
             raise ValueError(f"invalid whence ({whence}, should be 0, 1 or 2)")
@@ -120,45 +128,59 @@ class CachedFile(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """``size`` bytes, or as many as there are up to the end; all of them without a size."""
-        data = self.pread(self._left() if size is None or size < 0 else size, self._position)
+        """Read from the position and move it behind the bytes read.
+
+        :param size: number of bytes; negative or ``None`` for all up to the end of the file.
+        :returns: ``size`` bytes, fewer only at the end of the file.
+        """
+        data = self.pread(self._remaining() if size is None or size < 0 else size, self._position)
         self._position += len(data)
         return data
 
     def readall(self) -> bytes:
-        """All bytes up to the end."""
+        """Read all bytes from the position to the end of the file."""
         return self.read()
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        """Fills ``buffer``, or as much of it as there are bytes up to the end; how many."""
-        native, position = self._live(), self._position
+        """Read into ``buffer`` from the position and move it behind the bytes read.
+
+        :returns: the number of bytes read, less than the size of ``buffer`` only at the end of the file.
+        """
+        native, position = self._open_native(), self._position
         view = memoryview(buffer)
         if view.nbytes == 0:
             return 0
         view = view.cast("B")
         end = min(position + len(view), self._size)
         at = position
+        # In steps, so that copying overlaps with the download.
         while at < end:
-            stop = min(at + _WAIT_BYTES, end)
+            stop = min(at + _WAIT_MAX_BYTES, end)
             descriptor = _ready(native, at, stop)
-            at += _some(os.preadv(descriptor, [view[at - position : stop - position]], at))
+            at += _nonzero(os.preadv(descriptor, [view[at - position : stop - position]], at))
         self._position = max(at, position)
         return max(at - position, 0)
 
     def pread(self, size: int, offset: int) -> bytes:
-        """``size`` bytes at ``offset``, or as many as there are up to the end. Leaves the position as it is."""
-        native, stop = self._live(), self._stop(size, offset)
+        """Read at ``offset`` without using or moving the position.
+
+        :param size: number of bytes.
+        :param offset: where to begin, in bytes from the start of the file.
+        :returns: ``size`` bytes, fewer only at the end of the file.
+        :raises ValueError: ``size`` or ``offset`` is negative.
+        """
+        native, stop = self._open_native(), self._end_offset(size, offset)
         return _read(native, _ready(native, offset, stop), offset, stop) if offset < stop else b""
 
     async def aread(self, size: int | None = -1) -> bytes:
-        """As :meth:`read`, for asyncio."""
-        data = await self.apread(self._left() if size is None or size < 0 else size, self._position)
+        """Asynchronous version of :meth:`read`."""
+        data = await self.apread(self._remaining() if size is None or size < 0 else size, self._position)
         self._position += len(data)
         return data
 
     async def apread(self, size: int, offset: int) -> bytes:
-        """As :meth:`pread`, for asyncio. Cancelling ends this wait, and no fetch."""
-        native, stop = self._live(), self._stop(size, offset)
+        """Asynchronous version of :meth:`pread`. Cancelling ends the wait; the download continues."""
+        native, stop = self._open_native(), self._end_offset(size, offset)
         if offset >= stop:
             return b""
         descriptor = native.ready(offset, stop)
@@ -168,13 +190,17 @@ class CachedFile(io.RawIOBase):
         return await asyncio.to_thread(_read, native, descriptor, offset, stop)
 
     def write(self, data: ReadableBuffer, /) -> NoReturn:
-        """Refused: what is published never changes."""
+        """Raise ``io.UnsupportedOperation``: published files are immutable."""
         raise io.UnsupportedOperation("not writable")
 
-    # -- the end -----------------------------------------------------------------------------------------------------
+    # -- close -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Lets go of it. Reads that wait in other threads fail; a fetch that nobody else waits for ends."""
+        """Close the file and release its lease.
+
+        Reads that wait in other threads fail. The download is cancelled unless other callers wait for it. Closing again
+        has no effect.
+        """
         native, self._native = self._native, None
         try:
             if native is not None:
@@ -189,23 +215,29 @@ class CachedFile(io.RawIOBase):
         state = "closed " if self.closed else ""
         return f"<{state}CachedFile {self._name!r} of {repr(self._artifact)[1:-1]}, {self._size} bytes>"
 
-    def _live(self) -> _native.File:
-        """The native half. Whoever uses a descriptor of it keeps this meanwhile: it closes with the last reference."""
+    def _open_native(self) -> _native.File:
+        """Return the native file.
+
+        The caller keeps this reference while it uses a descriptor of the file. The descriptor is closed when the last
+        reference is gone, so that :meth:`close` in another thread does not close it during a read.
+        """
         if self._native is None:
             raise ValueError("I/O operation on closed file")
         return self._native
 
-    def _left(self) -> int:
+    def _remaining(self) -> int:
         return max(self._size - self._position, 0)
 
-    def _stop(self, size: int, offset: int) -> int:
+    def _end_offset(self, size: int, offset: int) -> int:
         if size < 0 or offset < 0:
             raise ValueError("size and offset must not be negative")
         return min(offset + size, self._size)
 
 
 def _ready(native: _native.File, start: int, stop: int) -> int:
+    """Wait until the bytes ``start:stop`` can be read and return the descriptor to read them from."""
     descriptor = native.ready(start, stop)
+    # A wait returns no descriptor, so ask again after it.
     while descriptor is None:
         _calls.wait(native.wait(start, stop))
         descriptor = native.ready(start, stop)
@@ -213,17 +245,17 @@ def _ready(native: _native.File, start: int, stop: int) -> int:
 
 
 def _read(native: _native.File, descriptor: int, start: int, stop: int) -> bytes:
-    """The bytes, which are ready; ``native`` keeps the descriptor open meanwhile."""
+    """Read the bytes ``start:stop``, which are available. The argument ``native`` keeps the descriptor open."""
     pieces, at = [], start
     while at < stop:
-        pieces.append(os.pread(descriptor, min(stop - at, _READ_BYTES), at))
-        at += _some(len(pieces[-1]))
+        pieces.append(os.pread(descriptor, min(stop - at, _READ_MAX_BYTES), at))
+        at += _nonzero(len(pieces[-1]))
     del native
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _some(count: int) -> int:
-    """``count``, unless the file ends where it should not."""
+def _nonzero(count: int) -> int:
+    """Return ``count``, the number of bytes read, or raise ``OSError`` if it is 0: the file was truncated."""
     if count == 0:
-        raise OSError(errno.EIO, "the file is shorter than it was")
+        raise OSError(errno.EIO, "unexpected end of file: the cached file is shorter than its recorded size")
     return count

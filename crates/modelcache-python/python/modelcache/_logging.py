@@ -1,4 +1,4 @@
-"""Where the native half's log goes: loggers below ``modelcache``, so that ``logging`` decides what is seen."""
+"""Pass the log records of the native module to ``logging``, to loggers below ``modelcache``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ _LOGGER = logging.getLogger("modelcache")
 
 
 def level() -> int:
-    """The lowest level that is wanted; at most 255."""
+    """Return the lowest level to record: the effective level of the logger, at most 255 to fit into one byte."""
     return min(_LOGGER.getEffectiveLevel(), 255)
 
 
 def hand_over() -> None:
-    """Hands the records that wait to their loggers. A handler that raises fails no call."""
+    """Pass the queued records to their loggers.
+
+    An exception in a handler is printed. It does not make the call fail during which the records are passed on.
+    """
     for level, logger, text in _native.take_records():
         try:
             logging.getLogger(logger).log(level, "%s", text)

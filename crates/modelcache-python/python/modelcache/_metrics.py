@@ -1,4 +1,4 @@
-"""The counters of a cache, as a dictionary, for Prometheus, and for ``prometheus_client``."""
+"""The counters of a cache: as a dictionary, in the Prometheus text format, and as a ``prometheus_client`` collector."""
 
 from __future__ import annotations
 
@@ -14,50 +14,61 @@ if TYPE_CHECKING:
 
 
 class Metrics:
-    """What this cache did since it was opened, in this process.
+    """Counters of one cache in this process, since it was opened.
 
-    Registered with ``prometheus_client`` it is a collector: ``REGISTRY.register(cache.metrics)``. Without that package
-    :meth:`text` gives the same numbers in Prometheus's text form.
+    An object of this class is a collector for ``prometheus_client``: ``REGISTRY.register(cache.metrics)``. Without that
+    package, :meth:`text` returns the same numbers in the Prometheus text format.
     """
 
     def __init__(self, native: _Cache) -> None:
         self._native = native
 
     def to_dict(self) -> dict[str, Any]:
-        """The counters. Costs microseconds and asks nobody.
+        """Return the counters. Takes microseconds and sends no request.
 
-        ``hits`` by the farthest tier that gave bytes (``disk``, ``remote``, ``origin``), ``misses`` (gets that disk
-        could not answer by itself), ``hit_rate`` (share of gets that disk answered; ``None`` before the first),
-        ``bytes`` by tier, ``waits`` (``count`` and ``seconds`` of gets that waited while somebody else fetched),
-        ``puts``, ``uploaded_bytes``, ``copied_bytes``, ``evictions`` (``count`` and ``bytes``, to make room),
-        ``failures`` by kind, ``phase_seconds`` by phase, ``tiers`` (by tier that was ever asked: ``up``, whether it
-        answered the last time, ``asked_unix``, when that was, ``error``, how it failed or ``None``).
+        :returns: a dictionary with these keys:
+
+            - ``hits``: gets by the farthest tier that bytes came from (``disk``, ``remote``, ``origin``)
+            - ``misses``: gets that needed more than the local disk
+            - ``hit_rate``: share of gets that the local disk answered; ``None`` before the first get
+            - ``bytes``: by tier
+            - ``waits``: ``count`` and ``seconds`` of gets that waited for the download of another caller
+            - ``puts``, ``uploaded_bytes``, ``copied_bytes``
+            - ``evictions``: ``count`` and ``bytes`` of evictions that made room
+            - ``failures``: by kind of error
+            - ``phase_seconds``: by phase
+            - ``tiers``: for each tier that received a request: ``up`` (whether the last request was answered),
+              ``asked_unix`` (time of that request), ``error`` (its error or ``None``)
         """
         counters: dict[str, Any] = json.loads(self._native.metrics())
         return counters
 
     def text(self) -> str:
-        """Counters and the state of the directory in Prometheus's text form (``text/plain; version=0.0.4``)."""
+        """Return the counters and the state of the directory in the Prometheus text format.
+
+        :returns: a page of the content type ``text/plain; version=0.0.4``.
+        """
         page: str = json.loads(_calls.wait(self._native.families(True)))
         return page
 
     async def atext(self) -> str:
-        """As :meth:`text`, for asyncio."""
+        """Asynchronous version of :meth:`text`."""
         page: str = json.loads(await _calls.awaited(self._native.families(True)))
         return page
 
     def describe(self) -> list[Metric]:
-        """Nothing: so that registering does not collect."""
+        """Return an empty list, so that ``prometheus_client`` does not collect when the collector is registered."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The families, for ``prometheus_client``."""
+        """Yield the metric families. Called by ``prometheus_client``."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         for family in json.loads(_calls.wait(self._native.families(False))):
             kind = CounterMetricFamily if family["is_counter"] else GaugeMetricFamily
             samples = family["samples"]
             labels = [samples[0]["label"][0]] if samples and samples[0]["label"] else []
+            # The full stop makes the help text equal to that of `text`.
             metric = kind(family["name"], family["help"] + ".", labels=labels)
             for sample in samples:
                 metric.add_metric([sample["label"][1]] if labels else [], sample["value"])

@@ -1,4 +1,4 @@
-"""The native half. Private: its names change without notice."""
+"""Types of the native module. Private: names change without notice."""
 
 from collections.abc import Callable
 from typing import Any, final
@@ -24,6 +24,7 @@ def shut_down() -> None: ...
 def take_records() -> list[tuple[int, str, str]]: ...
 def panicking_call(at_once: bool) -> Call: ...
 
+# Phase, bytes done, total bytes (0 if unknown), bytes received from the remote, bytes received from origins.
 _Snapshot = tuple[str, int, int, int, int]
 
 @final

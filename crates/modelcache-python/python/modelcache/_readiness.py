@@ -1,4 +1,4 @@
-"""Filling a list of artifacts in the background, and how far it is. Knows no web framework."""
+"""Download of a list of artifacts in the background, with its progress. Independent of web frameworks."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from ._reports import Progress
 
 _LOGGER = logging.getLogger("modelcache.readiness")
 
-_RETRY_FIRST = 1.0
-_RETRY_MAX = 60.0
+_BACKOFF_FIRST_SECONDS = 1.0
+_BACKOFF_MAX_SECONDS = 60.0
 _RETRY_AFTER_MAX = 60
-"""Seconds that a client is told to wait at most."""
+"""Upper bound on the seconds in a ``Retry-After`` header."""
 
 
 @dataclass
 class Artifact:
-    """One artifact that the application needs."""
+    """One artifact that the application needs, with its state."""
 
     name: str
     version: str | None
     state: Literal["waiting", "filling", "loading", "ready", "failed"] = "waiting"
-    """``loading`` while the hook runs; ``failed`` until the next try."""
+    """``filling`` while it is downloaded, ``loading`` while ``on_ready`` runs, ``failed`` until the next attempt."""
     path: Path | None = None
-    """Where it lies, once it is local."""
+    """The path of the file or folder, once it is on disk."""
     value: Any = None
-    """What the hook returned, once it is ready."""
+    """The return value of ``on_ready``, once the artifact is ready."""
     error: str | None = None
-    """Why the last try failed."""
+    """The error of the last attempt, if it failed."""
     done_bytes: int = 0
     total_bytes: int | None = None
-    """``None`` while nobody knows."""
+    """``None`` while the size is unknown."""
 
     @property
     def reference(self) -> str:
-        """``name@version``, or the URI."""
+        """The reference: ``name@version`` or the URI."""
         return self.name if self.version is None else f"{self.name}@{self.version}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For an answer to whoever asks for readiness."""
+        """Return the fields that a readiness probe reports."""
         return {
             "reference": self.reference,
             "state": self.state,
@@ -57,11 +57,19 @@ class Artifact:
 
 
 OnReady = Callable[[Artifact], Any]
-"""Called once for each artifact when it is local, in a thread; what it returns is the artifact's ``value``."""
+"""A function that is called in a thread for each artifact on disk. Its return value becomes ``Artifact.value``."""
 
 
 class Readiness:
-    """Whether everything on a list is local and loaded. Used in one event loop."""
+    """Downloads and loads a list of artifacts, and reports whether all of them are ready.
+
+    An object of this class belongs to one event loop.
+
+    :param cache: the cache to download into.
+    :param references: ``"name@version"``, URIs, or pairs of name and version.
+    :param jobs: maximum number of concurrent downloads.
+    :param on_ready: function to load an artifact, see :data:`OnReady`.
+    """
 
     def __init__(
         self, cache: ModelCache, references: Iterable[Reference], *, jobs: int = 4, on_ready: OnReady | None = None
@@ -77,29 +85,30 @@ class Readiness:
 
     @property
     def is_ready(self) -> bool:
-        """Whether every artifact is ready."""
+        """True if every artifact is ready."""
         return all(artifact.state == "ready" for artifact in self.artifacts)
 
     def artifact(self, name: str, version: str | None = None) -> Artifact:
-        """The artifact on the list.
+        """Return an artifact of the list.
 
-        :raises KeyError: it is not on the list.
+        :raises KeyError: the artifact is not on the list.
         """
         reference = name if version is None else f"{name}@{version}"
         return self._by_reference[reference]
 
     def start(self) -> None:
-        """Starts filling, and comes back at once."""
+        """Start the downloads in the background and return at once."""
         self._tasks = [asyncio.create_task(self._make_ready(artifact)) for artifact in self.artifacts]
 
     async def stop(self) -> None:
-        """Ends the fills that are under way; what they fetched is kept for the next start."""
+        """Cancel the downloads in progress. The bytes received are kept for the next start."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Whether it is ready, and if not, bytes and seconds to go, in all and by artifact."""
+        """Return the readiness, the bytes done and in total, and the seconds left, with one row for each artifact."""
+        # The total is unknown as long as the size of any unfinished artifact is.
         totals = [artifact.total_bytes for artifact in self.artifacts if artifact.state != "ready"]
         done = sum(artifact.done_bytes for artifact in self.artifacts)
         known = all(total is not None for total in totals)
@@ -113,7 +122,7 @@ class Readiness:
         }
 
     def seconds_left(self) -> float | None:
-        """How long the known rest takes at the present rate; ``None`` while nobody can tell."""
+        """Return the estimated seconds until all downloads are done; ``None`` while a size or the rate is unknown."""
         if self.is_ready:
             return 0.0
         rate = self._rate.bytes_per_second
@@ -123,19 +132,22 @@ class Readiness:
         return sum((artifact.total_bytes or 0) - artifact.done_bytes for artifact in unfinished) / rate
 
     def retry_after(self) -> int:
-        """Whole seconds that a client should wait before it asks again: from 1 to 60."""
+        """Return the whole seconds that a client should wait before the next request: from 1 to 60."""
         left = self.seconds_left()
+        # 5 seconds without an estimate, for instance while `on_ready` runs.
         return 5 if left is None else max(1, min(_RETRY_AFTER_MAX, round(left)))
 
     async def _make_ready(self, artifact: Artifact) -> None:
-        pause = _RETRY_FIRST
+        """Download and load one artifact. Retries with exponential backoff until it succeeds."""
+        pause = _BACKOFF_FIRST_SECONDS
         while True:
             try:
                 async with self._jobs:
                     await self._fill_and_load(artifact)
                 return
             except Exception as error:
-                # What is missing may be put, and what is down may come back: nobody restarts us for it.
+                # Retry every kind of error: a missing artifact may be published, and a service may recover. The
+                # orchestrator does not restart the process in these cases.
                 artifact.state, artifact.error = "failed", str(error)
                 where = error.artifact if isinstance(error, ModelCacheError) else None
                 _LOGGER.error(
@@ -143,19 +155,21 @@ class Readiness:
                     exc_info=not isinstance(error, ModelCacheError),
                 )  # fmt: skip
                 await asyncio.sleep(pause)
-                pause = min(pause * 2, _RETRY_MAX)
+                pause = min(pause * 2, _BACKOFF_MAX_SECONDS)
 
     async def _fill_and_load(self, artifact: Artifact) -> None:
+        # After a failure of `on_ready` the artifact is on disk already.
         if artifact.path is None:
             artifact.state = "filling"
 
-            def tell(progress: Progress) -> None:
-                # Waiting for another process's fetch shows that one's bytes.
-                if progress.phase in ("pour", "join") and progress.total_bytes:
+            def record(progress: Progress) -> None:
+                # During `join` the bytes are those of the process that downloads.
+                if progress.phase in ("download", "join") and progress.total_bytes:
                     self._rate.add(progress.done_bytes - artifact.done_bytes)
                     artifact.done_bytes, artifact.total_bytes = progress.done_bytes, progress.total_bytes
 
-            artifact.path = await self.cache.aget(artifact.name, artifact.version, progress=tell)
+            artifact.path = await self.cache.aget(artifact.name, artifact.version, progress=record)
+            # Count the files on disk: reused bytes are part of the artifact, too.
             artifact.done_bytes = artifact.total_bytes = await asyncio.to_thread(_size, artifact.path)
         if self._on_ready is not None:
             artifact.state = "loading"
@@ -164,7 +178,7 @@ class Readiness:
 
 
 class _Rate:
-    """Bytes per second since the first byte."""
+    """Average download rate since the first progress report."""
 
     def __init__(self) -> None:
         self._started: float | None = None
@@ -172,7 +186,7 @@ class _Rate:
 
     def add(self, count: int) -> None:
         if self._started is None:
-            self._started = time.monotonic()  # What came before it began to look counts for nothing.
+            self._started = time.monotonic()  # The time taken by these bytes is unknown, so they do not count.
         else:
             self._bytes += max(count, 0)
 
@@ -184,7 +198,7 @@ class _Rate:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Return the size in bytes of a file, or of all files in a folder."""
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

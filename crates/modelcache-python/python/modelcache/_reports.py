@@ -1,4 +1,4 @@
-"""What calls report: plain values, sizes in bytes, times in seconds."""
+"""The results of calls: immutable data classes. Sizes are in bytes, times in seconds."""
 
 from __future__ import annotations
 
@@ -8,39 +8,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-_Report = TypeVar("_Report", bound="_Plain")
+_ReportT = TypeVar("_ReportT", bound="_Report")
 
 
-class _Plain:
-    """A report that can be made from JSON and become a dictionary."""
+class _Report:
+    """Base class of the reports: parses JSON and converts to a dictionary."""
 
     @classmethod
-    def _from(cls: type[_Report], values: dict[str, Any]) -> _Report:
+    def _from(cls: type[_ReportT], values: dict[str, Any]) -> _ReportT:
+        # Ignore unknown keys: the native module may report more than this class shows.
         known = {each.name for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
         return cls(**{name: value for name, value in values.items() if name in known})
 
     @classmethod
-    def _parse(cls: type[_Report], text: str) -> _Report:
+    def _parse(cls: type[_ReportT], text: str) -> _ReportT:
         return cls._from(json.loads(text))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as a dictionary that ``json`` can write."""
+        """Return the report as a dictionary of plain values that ``json`` can serialize."""
         values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        # A round trip through JSON converts paths and nested values.
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain
 
 
 @dataclass(frozen=True)
-class Progress(_Plain):
-    """How far a call is."""
+class Progress(_Report):
+    """Progress of a call."""
 
     phase: str
-    """``resolve``, ``lend``, ``join`` (waiting for another's fill), ``plan``, ``pour``, ``publish``, ``backfill``,
-    ``materialize`` or ``verify``."""
+    """The step that the call is in: ``resolve``, ``acquire`` (lookup on disk), ``join`` (waiting for the download of
+    another caller), ``plan``, ``download``, ``read`` (by ``put``), ``publish``, ``backfill``, ``materialize`` (copy to
+    ``local_dir``) or ``verify``."""
     done_bytes: int
     """Bytes of this phase that are done."""
     total_bytes: int | None
-    """Bytes of this phase in all; ``None`` while unknown."""
+    """Total bytes of this phase; ``None`` while unknown."""
     remote_bytes: int
     """Bytes received from the remote so far."""
     origin_bytes: int
@@ -48,18 +51,21 @@ class Progress(_Plain):
 
 
 @dataclass(frozen=True)
-class PinRecord(_Plain):
-    """An operator's lasting hold. Times are seconds since the Unix epoch."""
+class PinRecord(_Report):
+    """A pin, which protects an artifact from eviction across processes."""
 
     since: int | None
+    """When the pin was set, in seconds since the Unix epoch."""
     until: int | None
+    """When the pin expires, in seconds since the Unix epoch; ``None`` if it does not expire."""
     by: str | None
+    """``user@host`` of the process that set the pin."""
     reason: str | None
 
 
 @dataclass(frozen=True)
-class CachedArtifact(_Plain):
-    """One artifact as it is listed."""
+class CachedArtifact(_Report):
+    """One artifact in a listing of the local directory or of the remote."""
 
     name: str
     version: str
@@ -67,21 +73,23 @@ class CachedArtifact(_Plain):
     shape: str
     """``"file"`` or ``"tree"``."""
     files: int
+    """Number of files of the artifact."""
     held_files: int
-    """Of the files, those that are here."""
+    """Number of files that are present in the listed tier."""
     size: int
     """Bytes of all files."""
     held_bytes: int
-    """Of the bytes, those that are here."""
+    """Bytes of the files that are present in the listed tier."""
     last_used: float | None
-    """Seconds since the Unix epoch; on disk only."""
+    """Time of the last use, in seconds since the Unix epoch. Known on disk only."""
     leased: bool
-    """Whether somebody holds it; on disk only."""
+    """True if a process holds a lease on it. Known on disk only."""
     pin: PinRecord | None
-    """On disk only."""
+    """The pin, if there is one. Known on disk only."""
     formats: list[str] = field(default_factory=list)
+    """Formats of its files, as far as they were recognized."""
     tags: list[str] = field(default_factory=list)
-    """Tags that mean it; on the remote only."""
+    """Tags that point to it. Known on the remote only."""
 
     @classmethod
     def _from(cls, values: dict[str, Any]) -> CachedArtifact:
@@ -90,8 +98,8 @@ class CachedArtifact(_Plain):
 
 
 @dataclass(frozen=True)
-class Stats(_Plain):
-    """The state of the local directory. Sizes are in bytes."""
+class Stats(_Report):
+    """The state of the local directory."""
 
     dir: Path
     lower_dir: Path | None
@@ -99,19 +107,24 @@ class Stats(_Plain):
     artifacts: int
     files: int
     leases: int
-    """Artifacts that somebody holds."""
+    """Number of artifacts that are leased."""
     pins: int
+    """Number of artifacts that are pinned."""
     budget_bytes: int
     used_bytes: int
-    """What counts against the budget: blobs, fills in progress, quarantine, reservations."""
+    """Bytes that count against the budget: blobs, downloads in progress, quarantine, reservations."""
     staging_bytes: int
+    """Part of ``used_bytes``: downloads in progress or abandoned."""
     quarantine_bytes: int
+    """Part of ``used_bytes``: files that failed a check."""
     filesystem_free_bytes: int
     min_free_bytes: int
+    """Bytes of the filesystem that the cache always leaves free."""
     pending_backfills: int
-    """Artifacts that still have to reach the remote."""
+    """Number of artifacts whose upload to the remote is pending."""
     pending_backfill_bytes: int
     remote: str | None
+    """URL of the remote, if there is one."""
 
     @classmethod
     def _from(cls, values: dict[str, Any]) -> Stats:
@@ -121,21 +134,24 @@ class Stats(_Plain):
 
 
 @dataclass(frozen=True)
-class PutReport(_Plain):
-    """What ``put`` did. Sizes are in bytes."""
+class PutReport(_Report):
+    """Result of :meth:`ModelCache.put`."""
 
     name: str
     version: str
     path: Path | None
-    """The file or folder in the local directory; ``None`` if it went to the remote only."""
+    """The file or folder in the local directory; ``None`` if it was published on the remote only."""
     files: int
     size: int
+    """Bytes of all files."""
     uploaded_bytes: int
+    """Bytes sent to the remote; 0 if the remote had them or if there is none."""
     copied_bytes: int
-    """Bytes that the remote's server copied from other versions instead."""
+    """Bytes that the remote copied on the server side from other versions, instead of an upload."""
     on_remote: bool
+    """True if there is a remote and it has the artifact."""
     sha256: str
-    """Of the file, or of the file list of a tree."""
+    """Digest of the file, or of the file list of a tree."""
 
     @classmethod
     def _from(cls, values: dict[str, Any]) -> PutReport:
@@ -144,78 +160,91 @@ class PutReport(_Plain):
 
 
 @dataclass(frozen=True)
-class EvictReport(_Plain):
-    """What ``evict`` removed, or would remove."""
+class EvictReport(_Report):
+    """Result of :meth:`ModelCache.evict`: the data that was removed or, after a dry run, would be removed."""
 
     name: str
     version: str
     disk_bytes: int | None
-    """Bytes freed on disk; ``None`` if it was not there or not asked for."""
+    """Bytes freed on disk; ``None`` if the artifact was not there or the tier was not selected."""
     remote_bytes: int | None
+    """Bytes removed from the remote; ``None`` if the artifact was not there or the tier was not selected."""
     origin_can_give_back: bool
+    """True if the artifact can be downloaded again from an origin."""
     tags: list[str]
-    """Tags that went with it."""
+    """Tags that pointed to it and were removed."""
 
 
 @dataclass(frozen=True)
-class TagReport(_Plain):
-    """What ``tag`` or ``untag`` did."""
+class TagReport(_Report):
+    """Result of :meth:`ModelCache.tag` and :meth:`ModelCache.untag`."""
 
     name: str
     tag: str
     before: str | None
-    """The version that it meant."""
+    """The version that the tag pointed to before; ``None`` if the tag is new."""
     after: str | None
-    """The version that it means now; ``None``: the tag is gone."""
+    """The version that the tag points to now; ``None`` if the tag was removed."""
     sha256: str | None
+    """Digest of that version, if known: of the file, or of the file list of a tree."""
 
 
 @dataclass(frozen=True)
-class Resolved(_Plain):
-    """What a reference means now."""
+class Resolved(_Report):
+    """Result of :meth:`ModelCache.resolve`: the version that a reference stands for now."""
 
     name: str
     version: str
     pinned: str
-    """The reference that means this, and nothing else, from now on."""
+    """A reference that always resolves to this version."""
     pinned_with_digest: str | None
+    """``pinned`` with ``#sha256=…`` appended; ``None`` if the digest is unknown."""
     revision: str | None
-    """The revision or tag that was resolved, if it was one."""
+    """The revision or tag that was resolved; ``None`` if the reference names a version."""
     sha256: str | None
-    """Of the file, or of the file list of a tree, as far as disk or remote know it."""
+    """Digest of the file, or of the file list of a tree; ``None`` if neither disk nor remote knows it."""
     origin: str | None
-    """The tier that gave the answer: ``"disk"``, ``"remote"`` or ``"origin"``."""
+    """The tier that resolved the reference: ``"disk"``, ``"remote"`` or ``"origin"``; ``None`` if no lookup was
+    needed."""
     age_seconds: float | None
-    """How old the answer is."""
+    """Age of the resolution; ``None`` if it is unknown or cannot become outdated."""
 
 
 @dataclass(frozen=True)
-class Finding(_Plain):
-    """Something wrong that ``verify`` found."""
+class Finding(_Report):
+    """A problem that :meth:`ModelCache.verify` found."""
 
     path: str | None
-    """The file; ``None`` where the whole artifact is concerned."""
+    """The file; ``None`` if the problem concerns the whole artifact."""
     problem: str
+    """The kind of problem."""
     expected: str | None
+    """The expected digest."""
     found: str | None
+    """The digest of the bytes found, if they could be read."""
     withdrawn: bool
-    """Whether the bad copy was taken out of service."""
+    """True if the bad copy was taken out of service."""
     repaired_from: str | None
-    """The tier that the right bytes came from, once it is repaired."""
+    """The tier that the good bytes came from; ``None`` if the problem was not repaired."""
     remedy: str | None
+    """The suggested remedy, or the reason why the repair failed."""
 
 
 @dataclass(frozen=True)
-class Verified(_Plain):
-    """What a check of one artifact in one tier came to."""
+class Verified(_Report):
+    """Result of verifying one artifact in one tier."""
 
     reference: str
+    """The reference of the artifact, or the place of data that belongs to no known artifact."""
     tier: str
     ok: bool
-    """Whether nothing is wrong, or nothing any more."""
+    """True if no problem was found or all problems were repaired."""
     files: int
+    """Number of files checked."""
     bytes: int
+    """Bytes read and compared. Content that several artifacts share is read once."""
     findings: list[Finding]
+    """The problems; empty if there are none."""
 
     @classmethod
     def _from(cls, values: dict[str, Any]) -> Verified:

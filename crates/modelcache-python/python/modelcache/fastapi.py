@@ -1,4 +1,4 @@
-"""For applications with FastAPI or Starlette: models that are filled at start, probes, numbers, and dependencies.
+"""Integration with FastAPI and Starlette: download of models at startup, health probes, metrics, and dependencies.
 
     from fastapi import Depends, FastAPI
     from modelcache.fastapi import ModelCacheLifespan, ready, router
@@ -9,12 +9,13 @@
     @app.post("/score")
     def score(path: Path = Depends(ready("fraud-detector", "3"))) -> float: ...
 
-The application answers at once; ``/readyz`` says 503 with bytes and seconds to go until everything on the list is here.
-In plain Starlette: ``Starlette(routes=[*routes, …], lifespan=ModelCacheLifespan(…))``.
+The application accepts requests at once. ``/readyz`` answers 503 with the bytes and seconds left until all artifacts
+of the list are on disk and loaded. In plain Starlette use
+``Starlette(routes=[*routes, …], lifespan=ModelCacheLifespan(…))``.
 
-Importing this needs ``starlette``, which FastAPI brings; nothing else of this package does. ``/cache/stats`` shows names
-and paths: where others than operators reach the application, include ``probes`` instead of ``router``, or give
-``include_router`` a dependency that guards it.
+This module requires ``starlette``, which FastAPI installs; the rest of the package does not. ``/cache/stats`` exposes
+names and paths. If clients other than operators reach the application, include ``probes`` instead of ``router``, or
+protect the router with a dependency of ``include_router``.
 """
 
 from __future__ import annotations
@@ -46,15 +47,19 @@ _Lifespan = Callable[[Any], AbstractAsyncContextManager[Mapping[str, Any] | None
 
 
 class ModelCacheLifespan:
-    """A lifespan that fills a list of artifacts in the background and holds them until the application ends.
+    """A lifespan that downloads a list of artifacts in the background and leases them until the application ends.
 
     :param artifacts: ``"name@version"``, URIs, or pairs of name and version.
-    :param cache: the cache to use, which stays open at the end; without it, one is opened with ``settings`` and closed.
-    :param on_ready: called once for each artifact when it is local, in a thread; what it returns, :func:`value` gives to
-        requests. Ready is only what it has returned for. What it raises is logged, and it is called again later.
-    :param lifespan: the application's own lifespan, which runs inside this one: the cache is open, fills have begun.
-    :param jobs: artifacts filled at once.
+    :param cache: the cache to use. It stays open at the end. Without it, a cache is opened with ``settings`` and closed
+        at the end.
+    :param on_ready: function that loads an artifact. It is called in a thread for each artifact once it is on disk.
+        :func:`value` passes its return value to requests. The artifact is ready when the function has returned. If it
+        raises an exception, the exception is logged and the function is called again later.
+    :param lifespan: the application's own lifespan. It runs inside this one: the cache is open and the downloads have
+        been started.
+    :param jobs: maximum number of concurrent downloads.
     :param settings: arguments of :class:`~modelcache.ModelCache`.
+    :raises TypeError: both ``cache`` and ``settings`` were given.
     """
 
     def __init__(
@@ -68,14 +73,14 @@ class ModelCacheLifespan:
         **settings: Any,
     ) -> None:
         if cache is not None and settings:
-            raise TypeError("settings are for a cache that is opened here: give either a cache or settings")
+            raise TypeError("give either cache or settings, not both: settings are for a cache that is opened here")
         self._artifacts = [artifacts] if isinstance(artifacts, str) else list(artifacts)
         self._cache, self._settings = cache, settings
         self._on_ready, self._lifespan, self._jobs = on_ready, lifespan, jobs
 
     @asynccontextmanager
     async def __call__(self, app: Any) -> AsyncIterator[dict[str, Any]]:
-        """Runs the application."""
+        """Start the downloads, run the application, and stop and close at its end. Called by the framework."""
         cache = self._cache if self._cache is not None else ModelCache(**self._settings)
         try:
             state = Readiness(cache, self._artifacts, jobs=self._jobs, on_ready=self._on_ready)
@@ -85,8 +90,8 @@ class ModelCacheLifespan:
                 if self._lifespan is None:
                     yield {_STATE: state}
                 else:
-                    async with self._lifespan(app) as theirs:
-                        yield {**(theirs or {}), _STATE: state}
+                    async with self._lifespan(app) as own_state:
+                        yield {**(own_state or {}), _STATE: state}
             finally:
                 await state.stop()
         finally:
@@ -95,11 +100,11 @@ class ModelCacheLifespan:
 
 
 def readiness(connection: HTTPConnection) -> Readiness:
-    """What the application waits for; a dependency, or to be called with a request.
+    """Return the :class:`Readiness` of the application. Use it as a dependency, or call it with a request.
 
     :raises RuntimeError: the application does not run with a :class:`ModelCacheLifespan`.
     """
-    # The state of the lifespan reaches applications that are mounted in others; `app.state` is that of one.
+    # The lifespan state also reaches mounted applications. `app.state` belongs to a single one.
     state = connection.scope.get("state", {}).get(_STATE)
     state = state if state is not None else getattr(connection.app.state, _STATE, None)
     if not isinstance(state, Readiness):
@@ -108,26 +113,30 @@ def readiness(connection: HTTPConnection) -> Readiness:
 
 
 def cache(connection: HTTPConnection) -> ModelCache:
-    """The application's cache; a dependency, or to be called with a request."""
+    """Return the cache of the application. Use it as a dependency, or call it with a request."""
     return readiness(connection).cache
 
 
 def ready(name: str, version: str | None = None) -> Callable[[HTTPConnection], Path]:
-    """A dependency: the path of an artifact on the list, or 503 with ``Retry-After`` while it is not ready.
+    """Create a dependency that returns the path of an artifact of the list.
 
-    In plain Starlette it is called: ``path = ready("fraud-detector", "3")(request)``.
+    The dependency answers 503 with ``Retry-After`` while the artifact is not ready. In plain Starlette, call it with
+    the request: ``path = ready("fraud-detector", "3")(request)``.
     """
 
     def path_when_ready(connection: HTTPConnection) -> Path:
         path = _ready_artifact(connection, name, version).path
-        assert path is not None, "what is ready is local"
+        assert path is not None, "a ready artifact has a path"
         return path
 
     return path_when_ready
 
 
 def value(name: str, version: str | None = None) -> Callable[[HTTPConnection], Any]:
-    """A dependency: what ``on_ready`` returned for an artifact, or 503 with ``Retry-After`` while it is not ready."""
+    """Create a dependency that returns the result of ``on_ready`` for an artifact of the list.
+
+    The dependency answers 503 with ``Retry-After`` while the artifact is not ready.
+    """
 
     def value_when_ready(connection: HTTPConnection) -> Any:
         return _ready_artifact(connection, name, version).value
@@ -136,6 +145,7 @@ def value(name: str, version: str | None = None) -> Callable[[HTTPConnection], A
 
 
 def _ready_artifact(connection: HTTPConnection, name: str, version: str | None) -> Artifact:
+    """Return an artifact of the list, or raise 503 while it is not ready."""
     state = readiness(connection)
     try:
         artifact = state.artifact(name, version)
@@ -153,12 +163,12 @@ def _ready_artifact(connection: HTTPConnection, name: str, version: str | None) 
 
 
 async def livez(request: Request) -> Response:
-    """Whether the process answers."""
+    """Liveness probe: answer 200 as long as the process answers requests."""
     return PlainTextResponse("ok\n")
 
 
 async def readyz(request: Request) -> Response:
-    """Whether everything on the list is ready; 503 with bytes and seconds to go until then."""
+    """Readiness probe: answer 200 once all artifacts are ready, and 503 with the bytes and seconds left until then."""
     state = readiness(request)
     if state.is_ready:
         return JSONResponse(state.to_dict())
@@ -166,7 +176,7 @@ async def readyz(request: Request) -> Response:
 
 
 async def cache_stats(request: Request) -> Response:
-    """What is cached, how full the directory is, and how each tier did when it was last asked."""
+    """Report the cached artifacts, the usage of the directory, and the result of the last request to each tier."""
     used = cache(request)
     stats, artifacts = await used.astats(), await used.alist_artifacts()
     items = [artifact.to_dict() for artifact in artifacts]
@@ -174,20 +184,20 @@ async def cache_stats(request: Request) -> Response:
 
 
 async def cache_metrics(request: Request) -> Response:
-    """The counters of this process."""
+    """Report the counters of this process as JSON."""
     return JSONResponse(cache(request).metrics.to_dict())
 
 
 async def prometheus(request: Request) -> Response:
-    """The same for Prometheus, with the state of the directory."""
+    """Report the counters of this process and the state of the directory in the Prometheus text format."""
     return PlainTextResponse(await cache(request).metrics.atext(), media_type=_PROMETHEUS)
 
 
 _PROBES = [("/livez", livez), ("/readyz", readyz)]
-_NUMBERS = [("/cache/stats", cache_stats), ("/cache/metrics", cache_metrics), ("/metrics", prometheus)]
+_STATISTICS = [("/cache/stats", cache_stats), ("/cache/metrics", cache_metrics), ("/metrics", prometheus)]
 
-routes: list[Route] = [Route(path, endpoint) for path, endpoint in _PROBES + _NUMBERS]
-"""All routes, for plain Starlette."""
+routes: list[Route] = [Route(path, endpoint) for path, endpoint in _PROBES + _STATISTICS]
+"""All routes, for the argument ``routes`` of a plain Starlette application."""
 
 
 def _router(which: Sequence[tuple[str, Callable[[Request], Any]]]) -> Any:
@@ -199,8 +209,8 @@ def _router(which: Sequence[tuple[str, Callable[[Request], Any]]]) -> Any:
     return made
 
 
-router: Any = _router(_PROBES + _NUMBERS)
+router: Any = _router(_PROBES + _STATISTICS)
 """All routes, for ``FastAPI.include_router``."""
 
 probes: Any = _router(_PROBES)
-"""``/livez`` and ``/readyz`` alone, for ``FastAPI.include_router``."""
+"""Only ``/livez`` and ``/readyz``, for ``FastAPI.include_router``."""

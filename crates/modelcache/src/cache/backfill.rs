@@ -12,14 +12,16 @@ use super::plan::FillPlan;
 use super::tasks::Tasks;
 use super::{BackfillReport, Cache, PendingBackfill};
 use crate::config::Backfill;
-use crate::disk::{Disk, FileLock, Intent, Leadership, Lend, Lent, LocalFile, Missing, Watch};
+use crate::disk::{
+    AcquireOutcome, Disk, FileLock, Leadership, LeasedArtifact, LocalFile, Missing, PendingUpload, Watch,
+};
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
 use crate::progress::{Phase, Progress};
-use crate::remote::{Begun, Early, Proven, PublishOptions, Published, Remote};
+use crate::remote::{PendingPublish, Proven, PublishOptions, Published, Remote, StreamingUpload};
 use crate::selection::Selection;
-use crate::transfer::{PourFile, blocking};
+use crate::transfer::{DownloadFile, blocking};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +30,7 @@ use std::time::{Duration, Instant};
 /// How long another process that uploads the same is waited for; what it does not finish stays intended.
 const OTHER_MAX: Duration = Duration::from_secs(60);
 /// Time between two looks.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What this process has to do with backfills.
 #[derive(Debug, Default)]
@@ -50,7 +52,7 @@ pub(super) struct ToBackfill {
     /// Whether it stands in the directory.
     is_noted: bool,
     /// What was sent while it was poured, and the proof of it.
-    sent: Option<(Early, Proven)>,
+    sent: Option<(StreamingUpload, Proven)>,
 }
 
 impl ToBackfill {
@@ -58,7 +60,7 @@ impl ToBackfill {
         files: BTreeSet<FilePath>,
         rewrite: BTreeSet<FilePath>,
         later: bool,
-        sent: Option<(Early, Proven)>,
+        sent: Option<(StreamingUpload, Proven)>,
     ) -> Self {
         Self { missing: Missing { files, rewrite }, later, is_noted: false, sent }
     }
@@ -76,21 +78,25 @@ impl Cache {
     }
 
     /// Lets files go to the remote while they are poured, if all of them are meant for it and it has none of them.
-    pub(super) fn send_early(&self, plan: &FillPlan, to_pour: &mut BTreeMap<String, PourFile>) -> Option<Early> {
+    pub(super) fn start_streaming_upload(
+        &self,
+        plan: &FillPlan,
+        to_download: &mut BTreeMap<String, DownloadFile>,
+    ) -> Option<StreamingUpload> {
         let is_now = matches!(self.backfill_mode(), Backfill::Wait | Backfill::Background) && self.may_backfill();
-        let is_new = plan.remote.is_none() && !plan.remote_unusable && !plan.remote_foreign;
-        let remote = self.0.remote.as_ref().filter(|_| is_now && is_new && !to_pour.is_empty())?;
-        let files = to_pour.values().map(|file| (file.path.clone(), file.arrival.clone())).collect();
-        let (early, sink) = Early::start(remote, plan.listing.clone(), files);
-        to_pour.values_mut().for_each(|file| file.on_part = Some(sink.clone()));
-        Some(early)
+        let is_new = plan.remote.is_none() && !plan.remote_unusable && !plan.remote_unmanaged;
+        let remote = self.0.remote.as_ref().filter(|_| is_now && is_new && !to_download.is_empty())?;
+        let files = to_download.values().map(|file| (file.path.clone(), file.partial_file.clone())).collect();
+        let (streaming_upload, sink) = StreamingUpload::start(remote, plan.listing.clone(), files);
+        to_download.values_mut().for_each(|file| file.on_part = Some(sink.clone()));
+        Some(streaming_upload)
     }
 
     /// Notes durably what the remote lacks. Where that fails the upload is tried all the same.
-    pub(super) async fn intend(&self, key: &ArtifactKey, to: Option<ToBackfill>) -> Option<ToBackfill> {
+    pub(super) async fn record_pending_upload(&self, key: &ArtifactKey, to: Option<ToBackfill>) -> Option<ToBackfill> {
         let (Some(to), Some(remote)) = (to, &self.0.remote) else { return None };
         let (disk, of, url, missing) = (self.0.disk.clone(), key.clone(), remote.url().to_owned(), to.missing.clone());
-        let noted = blocking(move || disk.intend(&of, &url, &missing)).await;
+        let noted = blocking(move || disk.record_pending_upload(&of, &url, &missing)).await;
         if let Err(error) = &noted {
             tracing::warn!(%key, %error, "what the remote lacks cannot be noted; a later run will not complete it");
         }
@@ -98,27 +104,32 @@ impl Cache {
     }
 
     /// Notes it again where it was forgotten: an eviction of what had been here may have come before what was just lent.
-    pub(super) async fn intend_again(&self, key: &ArtifactKey, to: Option<ToBackfill>) -> Option<ToBackfill> {
+    pub(super) async fn restore_pending_upload(&self, key: &ArtifactKey, to: Option<ToBackfill>) -> Option<ToBackfill> {
         let (Some(to), Some(remote)) = (to, &self.0.remote) else { return None };
-        match self.intent(remote, key).await {
+        match self.pending_upload(remote, key).await {
             Ok(Some(_)) => Some(to),
-            _ => self.intend(key, Some(to)).await,
+            _ => self.record_pending_upload(key, Some(to)).await,
         }
     }
 
     /// Step 7 of the main path. That it fails costs the next machine time, not this caller its artifact.
-    pub(super) async fn backfill(&self, lent: &Arc<Lent>, to: Option<ToBackfill>, progress: &Progress) -> Published {
+    pub(super) async fn backfill(
+        &self,
+        leased: &Arc<LeasedArtifact>,
+        to: Option<ToBackfill>,
+        progress: &Progress,
+    ) -> Published {
         let Some(to) = to else { return Published::default() };
         if to.later {
-            tracing::info!(artifact = %lent.manifest.key, "the remote does not answer; it gets this with a later run");
+            tracing::info!(artifact = %leased.manifest.key, "the remote does not answer; it gets this with a later run");
             return Published::default();
         }
         match self.backfill_mode() {
-            Backfill::Wait => self.upload(lent, to, progress).await,
+            Backfill::Wait => self.upload(leased, to, progress).await,
             Backfill::Background => {
-                let (cache, lent) = (self.clone(), lent.clone());
+                let (cache, leased) = (self.clone(), leased.clone());
                 self.0.backfills.tasks.keep(tokio::spawn(async move {
-                    let published = cache.upload(&lent, to, &Progress::new()).await;
+                    let published = cache.upload(&leased, to, &Progress::new()).await;
                     cache.metrics().uploaded(published.uploaded_bytes, published.copied_bytes);
                     cache.complete(&Progress::new()).await;
                 }));
@@ -129,10 +140,10 @@ impl Cache {
     }
 
     /// Uploads what this process has just filled.
-    async fn upload(&self, lent: &Arc<Lent>, to: ToBackfill, progress: &Progress) -> Published {
+    async fn upload(&self, leased: &Arc<LeasedArtifact>, to: ToBackfill, progress: &Progress) -> Published {
         let Some(remote) = &self.0.remote else { return Published::default() };
-        let (key, files) = (&lent.manifest.key, to.missing.files.clone());
-        let uploaded = self.upload_noted(remote, lent, to, progress).await;
+        let (key, files) = (&leased.manifest.key, to.missing.files.clone());
+        let uploaded = self.upload_noted(remote, leased, to, progress).await;
         self.metrics().asked(Tier::Remote, &uploaded);
         match uploaded {
             Ok(published) => {
@@ -151,11 +162,11 @@ impl Cache {
     async fn upload_noted(
         &self,
         remote: &Remote,
-        lent: &Arc<Lent>,
+        leased: &Arc<LeasedArtifact>,
         mut to: ToBackfill,
         progress: &Progress,
     ) -> Result<Published> {
-        let key = &lent.manifest.key;
+        let key = &leased.manifest.key;
         if let Some(refusal) = remote.refusal() {
             tell(remote, &refusal, false);
             return Ok(Published::default());
@@ -171,37 +182,37 @@ impl Cache {
                 None => {
                     // Whoever is at it needs the claim that was taken to send early.
                     drop(to.sent.take());
-                    tokio::time::sleep(LOOK_AGAIN).await;
+                    tokio::time::sleep(POLL_INTERVAL).await;
                 }
             }
         };
-        if to.is_noted && self.intent(remote, key).await?.is_none() {
+        if to.is_noted && self.pending_upload(remote, key).await?.is_none() {
             return Ok(Published::default()); // Whoever had the turn before did it.
         }
         let begun = match to.sent {
-            Some((early, proven)) => early.finish(proven).await,
+            Some((streaming_upload, proven)) => streaming_upload.finish(proven).await,
             None => None,
         };
-        self.send(remote, lent, &to.missing, begun, progress).await
+        self.send(remote, leased, &to.missing, begun, progress).await
     }
 
     /// Sends files that are lent, and takes back that the remote lacks them. The caller has the turn.
     async fn send(
         &self,
         remote: &Remote,
-        lent: &Lent,
+        leased: &LeasedArtifact,
         missing: &Missing,
-        begun: Option<Begun>,
+        begun: Option<PendingPublish>,
         progress: &Progress,
     ) -> Result<Published> {
-        let key = &lent.manifest.key;
-        let entries = missing.files.iter().filter_map(|path| lent.manifest.files.get(path));
+        let key = &leased.manifest.key;
+        let entries = missing.files.iter().filter_map(|path| leased.manifest.files.get(path));
         let _phase = progress.enter(Phase::Backfill, entries.map(|entry| entry.size).sum());
-        let files = missing.files.iter().map(|path| (path.clone(), LocalFile::from(lent.dir.view(path)))).collect();
-        let listing = Manifest::clone(&lent.manifest).without_holdings();
+        let files = missing.files.iter().map(|path| (path.clone(), LocalFile::from(leased.dir.view(path)))).collect();
+        let listing = Manifest::clone(&leased.manifest).without_holdings();
         let options = PublishOptions { rewrite: missing.rewrite.clone(), ..PublishOptions::default() };
         let published =
-            remote.publish_begun(&listing, &files, options, begun, progress).await.context(key, Tier::Remote)?;
+            remote.publish_pending(&listing, &files, options, begun, progress).await.context(key, Tier::Remote)?;
         self.settle(remote, key, &missing.files).await?;
         Ok(published)
     }
@@ -277,8 +288,10 @@ impl Cache {
 
     async fn complete_all(&self, remote: &Remote, progress: &Progress) -> Result<BackfillReport> {
         let (disk, mut report) = (self.0.disk.clone(), BackfillReport::default());
-        let intents = blocking(move || disk.intents()).await?;
-        for Intent { key, missing, .. } in intents.into_iter().filter(|intent| intent.remote == remote.url()) {
+        let pending_uploads = blocking(move || disk.pending_uploads()).await?;
+        for PendingUpload { key, missing, .. } in
+            pending_uploads.into_iter().filter(|pending_upload| pending_upload.remote == remote.url())
+        {
             match self.complete_one(remote, &key, progress).await {
                 Ok(Completed::Done(published)) => {
                     report.uploaded_bytes += published.uploaded_bytes;
@@ -306,13 +319,13 @@ impl Cache {
     /// Brings one artifact there.
     async fn complete_one(&self, remote: &Remote, key: &ArtifactKey, progress: &Progress) -> Result<Completed> {
         let Some(_turn) = self.backfill_lock(key).await? else { return Ok(Completed::Busy) };
-        let Some(missing) = self.intent(remote, key).await? else { return Ok(Completed::Busy) };
-        let Some((lent, held)) = self.lend_held(key, &missing.files).await? else {
+        let Some(missing) = self.pending_upload(remote, key).await? else { return Ok(Completed::Busy) };
+        let Some((leased, held)) = self.acquire_held(key, &missing.files).await? else {
             let gone = self.drop_absent(remote, key, &missing.files).await?;
             return Ok(gone.map_or(Completed::Busy, Completed::Gone));
         };
         let rewrite = missing.rewrite.intersection(&held).cloned().collect();
-        let published = self.send(remote, &lent, &Missing { files: held.clone(), rewrite }, None, progress).await?;
+        let published = self.send(remote, &leased, &Missing { files: held.clone(), rewrite }, None, progress).await?;
         let absent: BTreeSet<_> = missing.files.difference(&held).cloned().collect();
         if !absent.is_empty()
             && let Some(why) = self.drop_absent(remote, key, &absent).await?
@@ -323,28 +336,28 @@ impl Cache {
     }
 
     /// Lends those of `files` that are here; `None` if none is.
-    async fn lend_held(
+    async fn acquire_held(
         &self,
         key: &ArtifactKey,
         files: &BTreeSet<FilePath>,
-    ) -> Result<Option<(Lent, BTreeSet<FilePath>)>> {
+    ) -> Result<Option<(LeasedArtifact, BTreeSet<FilePath>)>> {
         let started = Instant::now();
         loop {
             let (disk, of, files) = (self.0.disk.clone(), key.clone(), files.clone());
-            let lent = blocking(move || {
+            let leased = blocking(move || {
                 let Some(manifest) = disk.manifest(&of)? else { return Ok(None) };
                 let is_held = |path: &FilePath| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
                 let held: BTreeSet<_> = files.into_iter().filter(is_held).collect();
                 if held.is_empty() {
                     return Ok(None);
                 }
-                Ok(Some((disk.lend(&of, &Selection::files(held.iter().cloned()))?, held)))
+                Ok(Some((disk.acquire(&of, &Selection::files(held.iter().cloned()))?, held)))
             });
-            match lent.await? {
+            match leased.await? {
                 None => return Ok(None),
-                Some((Lend::Lent(lent), held)) => return Ok(Some((*lent, held))),
+                Some((AcquireOutcome::Leased(leased), held)) => return Ok(Some((*leased, held))),
                 // Damage was found, and what is damaged is held no more; or an eviction is at work.
-                Some(_) if started.elapsed() < OTHER_MAX => tokio::time::sleep(LOOK_AGAIN).await,
+                Some(_) if started.elapsed() < OTHER_MAX => tokio::time::sleep(POLL_INTERVAL).await,
                 Some(_) => return Err(Error::unavailable("it cannot be lent").artifact(key).tier(Tier::Disk)),
             }
         }
@@ -363,7 +376,7 @@ impl Cache {
         let (disk, of) = (self.0.disk.clone(), key.clone());
         let leadership = blocking(move || disk.try_lead(&of, &mut Watch::default())).await?;
         let Leadership::Ours(_lead) = leadership else { return Ok(None) };
-        if self.lend_held(key, files).await?.is_some() {
+        if self.acquire_held(key, files).await?.is_some() {
             return Ok(None); // The fill before us just published it; the next run uploads it.
         }
         self.settle(remote, key, files).await?;
@@ -376,9 +389,9 @@ impl Cache {
         blocking(move || disk.try_backfill(&key)).await
     }
 
-    async fn intent(&self, remote: &Remote, key: &ArtifactKey) -> Result<Option<Missing>> {
+    async fn pending_upload(&self, remote: &Remote, key: &ArtifactKey) -> Result<Option<Missing>> {
         let (disk, key, url) = (self.0.disk.clone(), key.clone(), remote.url().to_owned());
-        blocking(move || disk.intent(&key, &url)).await
+        blocking(move || disk.pending_upload(&key, &url)).await
     }
 
     async fn settle(&self, remote: &Remote, key: &ArtifactKey, files: &BTreeSet<FilePath>) -> Result<()> {
@@ -400,7 +413,7 @@ enum Completed {
 fn tell(remote: &Remote, error: &Error, dropped: bool) {
     let hint = error.hint_text();
     if remote.refuses_writes() {
-        if remote.tells_refusal() {
+        if remote.is_first_refusal() {
             tracing::warn!(%error, hint, "the remote refuses to be written; it is local all the same, and the remote is only read until this process ends");
         }
     } else if dropped {
@@ -417,12 +430,12 @@ fn is_for_good(error: &Error) -> bool {
 
 /// What still has to reach any remote. Blocks.
 pub(super) fn pending(disk: &Disk) -> Result<Vec<PendingBackfill>> {
-    let one = |Intent { key, remote, missing }: Intent| {
+    let one = |PendingUpload { key, remote, missing }: PendingUpload| {
         let manifest = disk.manifest(&key).ok().flatten();
         let entries = manifest.iter().flat_map(|manifest| &manifest.files);
         let held = entries.filter(|(path, entry)| missing.files.contains(*path) && entry.held.is_some());
         let bytes = held.map(|(_, entry)| entry.size).sum();
         PendingBackfill { key, remote, files: missing.files.len(), bytes }
     };
-    Ok(disk.intents()?.into_iter().map(one).collect())
+    Ok(disk.pending_uploads()?.into_iter().map(one).collect())
 }

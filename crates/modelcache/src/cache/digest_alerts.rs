@@ -9,22 +9,22 @@ use crate::error::{Error, ErrorKind, Tier};
 use crate::key::{ArtifactKey, Version};
 
 /// The content of a tag's version is not that which was tagged. It is what the remote has now, so it is used.
-pub(super) fn retagged(key: &ArtifactKey, tag: &Version, tagged: Digest, found: Digest) {
+pub(super) fn retagged(key: &ArtifactKey, tag: &Version, tag_record: Digest, found: Digest) {
     tracing::error!(
-        %key, %tag, %tagged, %found,
+        %key, %tag, %tag_record, %found,
         "the content of a version changed after it was tagged: somebody replaced it (put --force), or tampered with it; \
          `modelcache tag {key} {tag}` accepts what is there now, another version rolls back"
     );
 }
 
 /// Disk has other content under the key than `tagged`, which is what the remote has.
-pub(super) fn outdated_here(key: &ArtifactKey, tag: &Version, tagged: Digest, found: Digest) -> Error {
+pub(super) fn outdated_here(key: &ArtifactKey, tag: &Version, tag_record: Digest, found: Digest) -> Error {
     let hint = format!("`modelcache evict {key} --tier disk` removes this disk's copy; then get it again");
     tracing::error!(
-        %key, %tag, %tagged, %found, hint,
+        %key, %tag, %tag_record, %found, hint,
         "this disk has other content under a version than the tag means: the version was replaced, or tampered with"
     );
-    Error::corrupt(format!("this disk has sha256 {found}, but the tag {tag} means {tagged}"))
+    Error::corrupt(format!("this disk has sha256 {found}, but the tag {tag} means {tag_record}"))
         .tier(Tier::Disk)
         .hint(hint)
 }

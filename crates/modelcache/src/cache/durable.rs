@@ -3,10 +3,10 @@
 //! What a process has published it makes durable in the background, one artifact at a time, or leaves to another process
 //! that it hands its duties to. Whoever asks for durable files waits here, also for what another process published.
 
-use super::resolve::Wanted;
-use super::{Cache, HandOver};
+use super::resolve::FetchRequest;
+use super::{Cache, SyncHandoff};
 use crate::config::Durable;
-use crate::disk::{Disk, Lent, Purpose};
+use crate::disk::{Disk, LeasedArtifact, Purpose};
 use crate::error::{Context, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::selection::Selection;
@@ -31,23 +31,23 @@ impl Cache {
     pub async fn make_durable(&self) -> Result<()> {
         let _turn = self.0.durability.0.lock().await;
         let disk = self.0.disk.clone();
-        blocking(move || disk.sync_owed()).await
+        blocking(move || disk.sync_dirty()).await
     }
 
     /// Bytes that this process has published and that are not known to be durable.
     pub fn undurable_bytes(&self) -> u64 {
-        self.0.disk.owed_bytes()
+        self.0.disk.dirty_bytes()
     }
 
     /// What is to be made durable, for a process that is given the lock and calls [`make_durable_for`]; `None` if there
-    /// is nothing. Once that process runs, [`handed_over`](Self::handed_over) says so.
-    pub fn hand_over(&self) -> Result<Option<HandOver>> {
-        self.0.disk.hand_over()
+    /// is nothing. Once that process runs, [`handed_off`](Self::handed_over) says so.
+    pub fn hand_off(&self) -> Result<Option<SyncHandoff>> {
+        self.0.disk.hand_off()
     }
 
     /// Another process makes durable what this one published, and holds the lock.
-    pub fn handed_over(&self) {
-        self.0.disk.handed_over();
+    pub fn handed_off(&self) {
+        self.0.disk.handed_off();
     }
 
     /// To be called in a child that was forked, before anything else: what its parent owes is not the child's, and the
@@ -58,7 +58,7 @@ impl Cache {
 
     /// Something was published: it becomes durable in the background, unless the caller waits or leaves it for later.
     pub(super) fn was_published(&self) {
-        if self.0.config.durable == Durable::Background && self.0.disk.may_owe() {
+        if self.0.config.durable == Durable::Background && self.0.disk.may_defer_sync() {
             let cache = self.clone();
             tokio::spawn(async move {
                 // Told where it failed for good; the next get of it finds what is missing. Else somebody is in the way.
@@ -70,15 +70,15 @@ impl Cache {
     }
 
     /// Waits until what was lent is durable, where somebody wants that or nobody could tell later that it is not.
-    pub(super) async fn durably(&self, wanted: &Wanted, lent: &Lent) -> Result<()> {
-        if lent.is_lower || !(wanted.durable || self.waits_for_the_disk()) {
+    pub(super) async fn durably(&self, request: &FetchRequest, leased: &LeasedArtifact) -> Result<()> {
+        if leased.is_lower || !(request.durable || self.waits_for_the_disk()) {
             return Ok(());
         }
-        let is_marked = lent.manifest.selected(&wanted.selection).any(|(_, entry)| entry.unsynced().is_some());
-        if !is_marked && !self.0.disk.owes(&wanted.key) {
+        let is_marked = leased.manifest.selected(&request.selection).any(|(_, entry)| entry.unsynced().is_some());
+        if !is_marked && !self.0.disk.is_dirty(&request.key) {
             return Ok(());
         }
-        self.sync(&wanted.key, &wanted.selection).await
+        self.sync(&request.key, &request.selection).await
     }
 
     /// The same for what was put.
@@ -88,12 +88,12 @@ impl Cache {
     }
 
     /// What a fill is for: where every get waits for the disk, its files are written past the page cache at once.
-    pub(super) fn purpose_of(&self, wanted: &Wanted) -> Purpose {
-        if self.0.config.durable == Durable::Wait { Purpose::Keep } else { wanted.purpose }
+    pub(super) fn purpose_of(&self, request: &FetchRequest) -> Purpose {
+        if self.0.config.durable == Durable::Wait { Purpose::Keep } else { request.purpose }
     }
 
     fn waits_for_the_disk(&self) -> bool {
-        self.0.config.durable == Durable::Wait || !self.0.disk.may_owe()
+        self.0.config.durable == Durable::Wait || !self.0.disk.may_defer_sync()
     }
 }
 
@@ -102,5 +102,5 @@ impl Cache {
 /// # Errors
 /// `Directory` where the directory or the list of duties is not there any more; else as [`Cache::make_durable`].
 pub fn make_durable_for(dir: &Path, writer: &str, lock: File) -> Result<()> {
-    Disk::open_present(dir)?.pay_for(writer, lock)
+    Disk::open_present(dir)?.sync_for(writer, lock)
 }

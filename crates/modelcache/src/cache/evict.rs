@@ -2,7 +2,7 @@
 //!
 //! Disk comes first: an artifact in use is refused before the remote loses anything.
 
-use super::resolve::Asking;
+use super::resolve::LookupPolicy;
 use super::{Cache, EvictReport, EvictTier, GetOptions};
 use crate::error::{Context, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
@@ -20,7 +20,7 @@ impl Cache {
     pub async fn evict(&self, reference: &Reference, tier: EvictTier, dry_run: bool) -> Result<EvictReport> {
         // A tag is never evicted through: what it meant here may not be what it means by now.
         let (key, origin) = match &reference.target {
-            Target::Bare(key) => (key.clone(), self.template_origin(key, self.asking(&GetOptions::default()))),
+            Target::Bare(key) => (key.clone(), self.template_origin(key, self.policy(&GetOptions::default()))),
             _ => self.key_without_network(reference).await?,
         };
         if let Some(remote) = self.0.remote.as_ref().filter(|_| tier != EvictTier::Disk) {
@@ -40,7 +40,7 @@ impl Cache {
                 Err(error)
                     if disk_bytes.is_some()
                         && error.kind() == ErrorKind::Conflict
-                        && remote.has_foreign(&key).await? =>
+                        && remote.has_unmanaged(&key).await? =>
                 {
                     if !dry_run {
                         tracing::warn!(%error, "the remote keeps it");
@@ -85,20 +85,20 @@ impl Cache {
     ) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
         let reference = &self.0.origins.placed(reference);
         // Who only looks tells the fleet nothing.
-        let asking = Asking { tells: false, ..self.asking(&GetOptions::default()) };
+        let policy = LookupPolicy { tells: false, ..self.policy(&GetOptions::default()) };
         let pointer = reference.pointer().or_else(|| self.possible_tag(reference));
         if let Some(Pointer { name, revision }) = pointer
             && let Some(remembered) = self.remembered_ref(&name, &revision)?
         {
             let key = ArtifactKey::new(name, remembered.version);
-            let origin = self.0.origins.source(reference, &key).filter(|_| asking.reach == Tier::Origin);
+            let origin = self.0.origins.source(reference, &key).filter(|_| policy.max_tier == Tier::Origin);
             return Ok((key, origin));
         }
         if let Target::Bare(key) = &reference.target {
-            return Ok((key.clone(), self.template_origin(key, asking)));
+            return Ok((key.clone(), self.template_origin(key, policy)));
         }
-        let meaning = self.meaning(reference, asking).await;
-        meaning.map(|meaning| (meaning.key, meaning.origin)).map_err(|error| match error.kind() {
+        let resolution = self.resolution(reference, policy).await;
+        resolution.map(|resolution| (resolution.key, resolution.origin)).map_err(|error| match error.kind() {
             ErrorKind::Unavailable => error.hint("name the commit instead of the revision: then no origin is asked"),
             _ => error,
         })

@@ -1,8 +1,8 @@
 //! A hit in passing: the first two steps of the main path where nothing is out of the ordinary.
 
-use super::flight::Landed;
+use super::fill::FillOutcome;
 use super::get::artifact;
-use super::resolve::Wanted;
+use super::resolve::FetchRequest;
 use super::{Artifact, Cache, GetOptions};
 use crate::error::Result;
 use crate::progress::{Phase, Progress};
@@ -23,18 +23,18 @@ impl Cache {
             Some(file) => Selection::file(file.clone()),
             None => options.selection.clone(),
         };
-        let (placed, asking) = (self.0.origins.placed(reference), self.asking(options));
-        let key = placed.exact_key().or_else(|| self.key_in_passing(&placed, asking)).filter(|_| !options.verify)?;
-        let lent = {
-            let _phase = progress.enter(Phase::Lend, 0);
-            self.0.disk.lend_in_passing(&key, &selection)?
+        let (placed, policy) = (self.0.origins.placed(reference), self.policy(options));
+        let key = placed.exact_key().or_else(|| self.cached_key(&placed, policy)).filter(|_| !options.verify)?;
+        let leased = {
+            let _phase = progress.enter(Phase::Acquire, 0);
+            self.0.disk.try_acquire_fast(&key, &selection)?
         };
-        let (reach, purpose) = (asking.reach, options.purpose);
-        let (digest, origin, tagged, remote) = (reference.digest, None, None, None);
+        let (max_tier, purpose) = (policy.max_tier, options.purpose);
+        let (digest, origin, tag_record, remote) = (reference.digest, None, None, None);
         let durable = options.durable;
-        let wanted = Wanted { key, selection, digest, origin, reach, purpose, durable, tagged, remote };
-        let checked = self.require_checksums(&wanted, &lent.manifest);
-        let got = checked.and_then(|()| artifact(&wanted, Landed::here(lent), progress));
-        Some(got.map_err(|error| error.artifact(&wanted.key)))
+        let request = FetchRequest { key, selection, digest, origin, max_tier, purpose, durable, tag_record, remote };
+        let checked = self.require_checksums(&request, &leased.manifest);
+        let got = checked.and_then(|()| artifact(&request, FillOutcome::here(leased), progress));
+        Some(got.map_err(|error| error.artifact(&request.key)))
     }
 }

@@ -1,8 +1,8 @@
 //! The lower directory on the main path: asked after our own directory, before anybody is asked over the network.
 
 use super::Cache;
-use super::resolve::Wanted;
-use crate::disk::{Lent, RememberedRef};
+use super::resolve::FetchRequest;
+use crate::disk::{LeasedArtifact, RememberedRef};
 use crate::error::Result;
 use crate::key::{ArtifactKey, ArtifactName};
 use crate::manifest::Manifest;
@@ -10,10 +10,10 @@ use crate::transfer::blocking;
 
 impl Cache {
     /// Lends from the lower directory, if it holds all that is wanted.
-    pub(super) async fn lend_lower(&self, wanted: &Wanted) -> Result<Option<Lent>> {
+    pub(super) async fn acquire_lower(&self, request: &FetchRequest) -> Result<Option<LeasedArtifact>> {
         let Some(lower) = self.0.lower.clone() else { return Ok(None) };
-        let (key, selection) = (wanted.key.clone(), wanted.selection.clone());
-        blocking(move || lower.lend(&key, &selection)).await
+        let (key, selection) = (request.key.clone(), request.selection.clone());
+        blocking(move || lower.acquire(&key, &selection)).await
     }
 
     /// What the lower directory knows of `key`.

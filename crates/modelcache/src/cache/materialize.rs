@@ -37,11 +37,11 @@ impl Artifact {
         let _phase = progress.enter(Phase::Materialize, files.iter().map(|(_, entry)| entry.size).sum());
         let may_link = !self._lent.is_lower;
         let tree = Tree { key: self.key.clone(), from: self._lent.dir.clone(), may_link, files };
-        let (destination, progress, lent) = (destination.clone(), progress.clone(), self._lent.clone());
+        let (destination, progress, leased) = (destination.clone(), progress.clone(), self._lent.clone());
         let made = blocking(move || {
             // The lease lasts as long as this work, whoever stops waiting for it.
             let made = destination.materialize(&tree, mode, &progress);
-            drop(lent);
+            drop(leased);
             made
         });
         let mut made = made.await?;

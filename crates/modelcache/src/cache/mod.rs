@@ -4,16 +4,15 @@
 //! `plan.rs`, once. Nothing here is asked of the network before it is needed: opening a cache and a warm get touch the
 //! local directory only.
 
-mod alarm;
 mod backfill;
-mod count;
+mod counters;
+mod digest_alerts;
 mod durable;
 mod evict;
-mod flight;
+mod fast_path;
+mod fill;
 mod get;
-mod hit;
 mod lease;
-mod look;
 mod lower;
 mod materialize;
 mod open;
@@ -24,9 +23,10 @@ mod pointer;
 mod prewarm;
 mod prune;
 mod put;
+mod queries;
 mod report;
 mod resolve;
-mod start;
+mod start_jitter;
 mod tag;
 mod tasks;
 mod verify;
@@ -44,8 +44,8 @@ pub use open::{OpenFile, OpenOptions};
 pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
 pub use crate::disk::{
-    Destination, HandOver, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Misplaced, Pin,
-    PruneOptions, PruneReport, PrunedArtifact, Purpose,
+    Destination, Holder, InTheWay, KeptArtifact, Leftovers, Link, LinkMode, Materialized, Misplaced, Pin, PruneOptions,
+    PruneReport, PrunedArtifact, Purpose, SyncHandoff,
 };
 
 use crate::config::{Config, RemoteMode, Secret};
@@ -53,11 +53,11 @@ use crate::disk::{Disk, Lower};
 use crate::error::Result;
 use crate::origin::Origins;
 use crate::remote::Remote;
-use crate::transfer::{Pourer, Retry};
+use crate::transfer::{Downloader, Retry};
 use backfill::Backfills;
 use durable::Durability;
-use flight::Flights;
-use start::Start;
+use fill::InFlightFills;
+use start_jitter::StartJitter;
 use std::sync::Arc;
 
 /// A tiered cache over one local directory. Cheap to clone; clones share everything.
@@ -71,9 +71,9 @@ struct Inner {
     lower: Option<Lower>,
     remote: Option<Remote>,
     origins: Origins,
-    pourer: Pourer,
-    flights: Flights,
-    start: Start,
+    downloader: Downloader,
+    in_flight: InFlightFills,
+    start: StartJitter,
     backfills: Backfills,
     durability: Durability,
 }
@@ -95,7 +95,7 @@ impl Cache {
 
     fn over(disk: Disk, config: Config) -> Result<Self> {
         let retry = Retry::new(config.retry);
-        let pourer = Pourer::new(retry.clone(), config.write_mode);
+        let downloader = Downloader::new(retry.clone(), config.write_mode);
         let lower = config.lower_dir.as_ref().and_then(|root| Lower::open(root, &disk));
         let remote = config.remote.as_ref().map(|remote| Remote::open(remote, retry.clone())).transpose()?;
         let remote = match config.remote_mode {
@@ -112,9 +112,9 @@ impl Cache {
             lower,
             remote,
             origins,
-            pourer,
-            flights: Flights::default(),
-            start: Start::default(),
+            downloader,
+            in_flight: InFlightFills::default(),
+            start: StartJitter::default(),
             backfills: Backfills::default(),
             durability: Durability::default(),
         })))

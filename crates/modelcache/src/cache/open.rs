@@ -8,18 +8,18 @@
 //! Surprise: an open file is bound to the very file that it was first given bytes of. If that turns out wrong and is
 //! filled anew, every further wait fails; there is never a mixture of two.
 
-use super::flight::{Flight, Landed, Opening, Stage, vanished};
+use super::fill::{FillOutcome, FillState, FirstRead, InFlightFill, vanished};
 use super::get::artifact;
 use super::plan::only_file;
-use super::resolve::Wanted;
+use super::resolve::FetchRequest;
 use super::{Artifact, Cache, GetOptions};
-use crate::disk::{self, Lent};
+use crate::disk::{self, LeasedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::selection::Selection;
-use crate::transfer::{Arrival, Arrivals, Reading, blocking};
+use crate::transfer::{PartialFile, PartialFiles, PartialReader, blocking};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -35,13 +35,13 @@ pub struct OpenOptions {
     pub unchecked: bool,
     /// As for [`GetOptions::refresh`].
     pub refresh: bool,
-    /// As for [`GetOptions::reach`].
-    pub reach: Tier,
+    /// As for [`GetOptions::max_tier`].
+    pub max_tier: Tier,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { file: None, unchecked: false, refresh: false, reach: Tier::Origin }
+        Self { file: None, unchecked: false, refresh: false, max_tier: Tier::Origin }
     }
 }
 
@@ -65,29 +65,29 @@ pub struct OpenFile {
 /// A fill that an open file waits for.
 #[derive(Debug)]
 struct Filling {
-    reading: Reading,
+    reader: PartialReader,
     /// Keeps it going.
-    _flight: Arc<Flight>,
+    _flight: Arc<InFlightFill>,
 }
 
 /// What an open file has in common with the task that follows its flight.
 #[derive(Debug, Default)]
 struct Shared {
     /// The file that bytes are read from.
-    given: OnceLock<Given>,
-    end: watch::Sender<Option<Result<Arc<Lent>>>>,
+    given: OnceLock<BoundFile>,
+    end: watch::Sender<Option<Result<Arc<LeasedArtifact>>>>,
     /// Where the whole file lies, for who may take no lock.
     whole: OnceLock<PathBuf>,
 }
 
 #[derive(Debug)]
-struct Given {
+struct BoundFile {
     file: Arc<File>,
     /// Of the staged file; `None`: it was published.
     generation: Option<u64>,
 }
 
-impl Given {
+impl BoundFile {
     /// Whether it is that one, or whole.
     fn is_of(&self, generation: u64) -> bool {
         self.generation.is_none_or(|given| given == generation)
@@ -121,29 +121,30 @@ impl Cache {
         if let Some(hit) = self.hit(reference, &get, progress) {
             return self.open_here(hit?, progress).await.map_err(|error| error.artifact(reference));
         }
-        let wanted = self.resolve(reference, &get, progress).await.map_err(|error| error.artifact(reference))?;
-        self.open_wanted(wanted, options.unchecked, progress).await.map_err(|error| error.artifact(reference))
+        let request = self.resolve(reference, &get, progress).await.map_err(|error| error.artifact(reference))?;
+        self.open_wanted(request, options.unchecked, progress).await.map_err(|error| error.artifact(reference))
     }
 
-    async fn open_wanted(&self, mut wanted: Wanted, unchecked: bool, progress: &Progress) -> Result<OpenFile> {
-        if let Some(lent) = self.try_lend(&wanted).await? {
-            return self.open_landed(&wanted, Landed::here(lent), progress).await;
+    async fn open_wanted(&self, mut request: FetchRequest, unchecked: bool, progress: &Progress) -> Result<OpenFile> {
+        if let Some(leased) = self.try_acquire(&request).await? {
+            return self.open_landed(&request, FillOutcome::here(leased), progress).await;
         }
-        let file = match wanted.selection.one_file() {
+        let file = match request.selection.one_file() {
             Some(file) => file.clone(),
-            None => self.file_meant(&mut wanted, progress).await?,
+            None => self.file_meant(&mut request, progress).await?,
         };
-        let opening = Opening { file: file.clone(), unchecked };
-        let (flight, started) = self.flight(&wanted, Some(&opening), progress);
-        let (mut stages, mut arriving) = (flight.stage(), flight.arrivals());
-        let arrival = loop {
+        let first_read = FirstRead { file: file.clone(), unchecked };
+        let (flight, started) = self.flight(&request, Some(&first_read), progress);
+        let (mut stages, mut arriving) = (flight.state(), flight.partial_files());
+        let partial_file = loop {
             match &*stages.borrow_and_update() {
-                Stage::Flying => {}
-                Stage::Published(landed) | Stage::Ended(Ok(landed)) => break Err(landed.clone()),
-                Stage::Ended(Err(error)) => return Err(error.clone()),
+                FillState::Running => {}
+                FillState::Published(outcome) | FillState::Ended(Ok(outcome)) => break Err(outcome.clone()),
+                FillState::Ended(Err(error)) => return Err(error.clone()),
             }
-            if let Some(arrival) = arriving.borrow_and_update().as_ref().map(|files| arrival_of(files, &file)) {
-                break Ok(arrival?);
+            if let Some(partial_file) = arriving.borrow_and_update().as_ref().map(|files| partial_file_of(files, &file))
+            {
+                break Ok(partial_file?);
             }
             tokio::select! {
                 biased;
@@ -151,23 +152,23 @@ impl Cache {
                 _ = arriving.changed() => {}
             }
         };
-        let arrival = match arrival {
-            Ok(arrival) => arrival,
-            Err(landed) => return self.open_landed(&wanted, landed, progress).await,
+        let partial_file = match partial_file {
+            Ok(partial_file) => partial_file,
+            Err(outcome) => return self.open_landed(&request, outcome, progress).await,
         };
         let opened = OpenFile {
-            key: wanted.key.clone(),
+            key: request.key.clone(),
             path: file,
-            size: arrival.size(),
+            size: partial_file.size(),
             progress: flight.progress().clone(),
             shared: Arc::default(),
-            filling: Some(Filling { reading: arrival.read(unchecked), _flight: flight }),
+            filling: Some(Filling { reader: partial_file.read(unchecked), _flight: flight }),
         };
         let follower = Follower {
             cache: self.clone(),
-            wanted,
+            request,
             path: opened.path.clone(),
-            arrival,
+            partial_file,
             shared: opened.shared.clone(),
             progress: progress.clone(),
             started,
@@ -178,25 +179,25 @@ impl Cache {
 
     /// The only file of an artifact that is not here: found before a fill is begun, which asks for the same lists no
     /// second time.
-    async fn file_meant(&self, wanted: &mut Wanted, progress: &Progress) -> Result<FilePath> {
-        if let (None, Some(remote)) = (&wanted.remote, self.remote_within(wanted.reach)) {
-            wanted.remote = Some(Ok(Arc::new(remote.source(&wanted.key))));
+    async fn file_meant(&self, request: &mut FetchRequest, progress: &Progress) -> Result<FilePath> {
+        if let (None, Some(remote)) = (&request.remote, self.remote_within(request.max_tier)) {
+            request.remote = Some(Ok(Arc::new(remote.source(&request.key))));
         }
-        self.plan_fill(wanted, progress).await?.only_file()
+        self.plan_fill(request, progress).await?.only_file()
     }
 
-    async fn open_landed(&self, wanted: &Wanted, landed: Landed, progress: &Progress) -> Result<OpenFile> {
-        self.require_checksums(wanted, &landed.lent.manifest)?;
-        self.durably(wanted, &landed.lent).await?;
-        self.open_here(artifact(wanted, landed, progress)?, progress).await
+    async fn open_landed(&self, request: &FetchRequest, outcome: FillOutcome, progress: &Progress) -> Result<OpenFile> {
+        self.require_checksums(request, &outcome.leased.manifest)?;
+        self.durably(request, &outcome.leased).await?;
+        self.open_here(artifact(request, outcome, progress)?, progress).await
     }
 
     async fn open_here(&self, artifact: Artifact, progress: &Progress) -> Result<OpenFile> {
-        let (key, lent) = (artifact.key.clone(), artifact._lent.clone());
-        let path = only_file(lent.manifest.selected(&artifact.selection).map(|(path, _)| path))?;
+        let (key, leased) = (artifact.key.clone(), artifact._lent.clone());
+        let path = only_file(leased.manifest.selected(&artifact.selection).map(|(path, _)| path))?;
         let shared = Arc::new(Shared::default());
-        shared.give(&path, &lent).await?;
-        shared.land(&path, lent);
+        shared.give(&path, &leased).await?;
+        shared.finish(&path, leased);
         let size = shared.given.get().map_or(Ok(0), |given| given.file.metadata().map(|found| found.len()));
         let size = size.map_err(|cause| Error::new(ErrorKind::Directory, "cannot look at it").cause(cause))?;
         self.count_get(&Ok(artifact));
@@ -208,9 +209,9 @@ impl Cache {
 /// flight going.
 struct Follower {
     cache: Cache,
-    wanted: Wanted,
+    request: FetchRequest,
     path: FilePath,
-    arrival: Arc<Arrival>,
+    partial_file: Arc<PartialFile>,
     shared: Arc<Shared>,
     progress: Progress,
     /// The flight is its own.
@@ -218,41 +219,43 @@ struct Follower {
 }
 
 impl Follower {
-    async fn follow(self, mut stages: watch::Receiver<Stage>) {
+    async fn follow(self, mut stages: watch::Receiver<FillState>) {
         let phase = (!self.started).then(|| self.progress.enter(Phase::Join, 0));
-        let landed = match stages.wait_for(|stage| !matches!(stage, Stage::Flying)).await.as_deref() {
-            Ok(Stage::Published(landed)) => Ok(landed.clone()),
-            Ok(Stage::Ended(landed)) => landed.clone().inspect_err(|error| self.cache.metrics().failed(error.kind())),
-            Ok(Stage::Flying) | Err(_) => Err(vanished()),
+        let outcome = match stages.wait_for(|state| !matches!(state, FillState::Running)).await.as_deref() {
+            Ok(FillState::Published(outcome)) => Ok(outcome.clone()),
+            Ok(FillState::Ended(outcome)) => {
+                outcome.clone().inspect_err(|error| self.cache.metrics().failed(error.kind()))
+            }
+            Ok(FillState::Running) | Err(_) => Err(vanished()),
         };
         drop(phase);
-        let ended = match &landed {
-            Ok(landed) => self.land(landed).await,
+        let ended = match &outcome {
+            Ok(outcome) => self.finish(outcome).await,
             Err(error) => Err(error.clone()),
         };
         if let Err(error) = ended {
             self.shared.end.send_replace(Some(Err(error)));
         }
-        let Ok(landed) = landed else { return };
-        let (cache, lent) = (&self.cache, landed.lent.clone());
-        let landed = if self.started { landed } else { landed.waited() };
-        cache.count_get(&artifact(&self.wanted, landed, &self.progress));
+        let Ok(outcome) = outcome else { return };
+        let (cache, leased) = (&self.cache, outcome.leased.clone());
+        let outcome = if self.started { outcome } else { outcome.waited() };
+        cache.count_get(&artifact(&self.request, outcome, &self.progress));
         // Whoever reads need not wait for the disk.
-        if let Err(error) = cache.durably(&self.wanted, &lent).await {
-            tracing::warn!(artifact = %self.wanted.key, %error, "what was opened is not durable");
+        if let Err(error) = cache.durably(&self.request, &leased).await {
+            tracing::warn!(artifact = %self.request.key, %error, "what was opened is not durable");
         }
     }
 
     /// The file is whole, if what was given is of the file that was proven, and what is published is as long.
-    async fn land(&self, landed: &Landed) -> Result<()> {
-        self.shared.give(&self.path, &landed.lent).await?;
+    async fn finish(&self, outcome: &FillOutcome) -> Result<()> {
+        self.shared.give(&self.path, &outcome.leased).await?;
         let given = self.shared.given.get();
-        let fits = given.is_some_and(|given| given.generation.is_none_or(|given| self.arrival.is_proven(given)));
-        let size = landed.lent.manifest.files.get(&self.path).map(|entry| entry.size);
-        if !fits || size != Some(self.arrival.size()) {
-            return Err(filled_anew(&self.path));
+        let fits = given.is_some_and(|given| given.generation.is_none_or(|given| self.partial_file.is_proven(given)));
+        let size = outcome.leased.manifest.files.get(&self.path).map(|entry| entry.size);
+        if !fits || size != Some(self.partial_file.size()) {
+            return Err(replaced(&self.path));
         }
-        self.shared.land(&self.path, landed.lent.clone());
+        self.shared.finish(&self.path, outcome.leased.clone());
         Ok(())
     }
 }
@@ -266,7 +269,7 @@ impl OpenOptions {
             (Some(_), Some(_)) | (None, _) => Selection::all(),
             (Some(file), None) => Selection::file(file.clone()),
         };
-        Ok(GetOptions { selection, refresh: self.refresh, reach: self.reach, ..GetOptions::default() })
+        Ok(GetOptions { selection, refresh: self.refresh, max_tier: self.max_tier, ..GetOptions::default() })
     }
 }
 
@@ -304,9 +307,9 @@ impl OpenFile {
         self.check(&range)?;
         let Some(given) = self.shared.given.get() else { return Ok(None) };
         match &self.filling {
-            Some(filling) if !self.is_whole() => match filling.reading.may_read(&range) {
+            Some(filling) if !self.is_whole() => match filling.reader.may_read(&range) {
                 Some(generation) if given.is_of(generation) => Ok(Some(&given.file)),
-                Some(_) => Err(filled_anew(&self.path).artifact(&self.key)),
+                Some(_) => Err(replaced(&self.path).artifact(&self.key)),
                 None => Ok(None),
             },
             _ => Ok(Some(&given.file)),
@@ -324,7 +327,7 @@ impl OpenFile {
             return Ok(file);
         }
         let Some(filling) = &self.filling else { return Err(vanished()) };
-        filling.reading.wish(&range);
+        filling.reader.demand(&range);
         let waited = filling.wait(&self.shared, &self.path, &range).await;
         waited.map_err(|error| error.artifact(&self.key))
     }
@@ -336,12 +339,12 @@ impl OpenFile {
     /// As for [`wait`](Self::wait).
     pub async fn whole(&self) -> Result<PathBuf> {
         if let Some(filling) = self.filling.as_ref().filter(|_| !self.is_whole()) {
-            filling.reading.wish(&(0..self.size));
+            filling.reader.demand(&(0..self.size));
         }
         let mut ends = self.shared.end.subscribe();
         let ended = ends.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
-        let lent = ended.unwrap_or_else(|| Err(vanished())).map_err(|error| error.artifact(&self.key))?;
-        Ok(lent.dir.view(&self.path).full())
+        let leased = ended.unwrap_or_else(|| Err(vanished())).map_err(|error| error.artifact(&self.key))?;
+        Ok(leased.dir.view(&self.path).full())
     }
 
     fn check(&self, range: &Range<u64>) -> Result<()> {
@@ -355,24 +358,25 @@ impl OpenFile {
 
 impl Filling {
     async fn wait<'a>(&self, shared: &'a Shared, path: &FilePath, range: &Range<u64>) -> Result<&'a Arc<File>> {
-        let (mut ends, mut came) = (shared.end.subscribe(), self.reading.watch());
+        let (mut ends, mut received) = (shared.end.subscribe(), self.reader.watch());
         loop {
             let end = ends.borrow_and_update().clone();
-            came.look();
+            received.look();
             let given = shared.given.get();
             if let (Some(Ok(_)), Some(given)) = (&end, given) {
                 return Ok(&given.file);
             }
-            match (self.reading.may_read(range), given) {
+            match (self.reader.may_read(range), given) {
                 (Some(generation), Some(given)) if given.is_of(generation) => return Ok(&given.file),
                 (Some(generation), None) => {
-                    let arrival = self.reading.arrival();
-                    let staged = arrival.staged().clone();
+                    let partial_file = self.reader.partial_file();
+                    let staged = partial_file.staged().clone();
                     let file = blocking(move || disk::open_staged(&staged)).await?;
                     // Where it is not there any more, or another one, that is told in a moment.
-                    if let Some(file) = file.filter(|_| arrival.is_current(generation)) {
-                        let given =
-                            shared.given.get_or_init(|| Given { file: Arc::new(file), generation: Some(generation) });
+                    if let Some(file) = file.filter(|_| partial_file.is_current(generation)) {
+                        let given = shared
+                            .given
+                            .get_or_init(|| BoundFile { file: Arc::new(file), generation: Some(generation) });
                         match given.is_of(generation) {
                             true => return Ok(&given.file),
                             // Another wait was first, and another file.
@@ -380,8 +384,8 @@ impl Filling {
                         }
                     }
                 }
-                (_, Some(given)) if self.reading.generation().is_some_and(|now| !given.is_of(now)) => {
-                    return Err(filled_anew(path));
+                (_, Some(given)) if self.reader.generation().is_some_and(|now| !given.is_of(now)) => {
+                    return Err(replaced(path));
                 }
                 _ => {}
             }
@@ -390,7 +394,7 @@ impl Filling {
             }
             tokio::select! {
                 changed = ends.changed() => changed.map_err(|_| vanished())?,
-                () = came.changed() => {}
+                () = received.changed() => {}
             }
         }
     }
@@ -398,30 +402,30 @@ impl Filling {
 
 impl Shared {
     /// Gives what is published, unless something was given before.
-    async fn give(&self, path: &FilePath, lent: &Arc<Lent>) -> Result<()> {
+    async fn give(&self, path: &FilePath, leased: &Arc<LeasedArtifact>) -> Result<()> {
         if self.given.get().is_none() {
-            let (from, path) = (lent.clone(), path.clone());
+            let (from, path) = (leased.clone(), path.clone());
             let file = Arc::new(blocking(move || from.open(&path)).await?);
-            let _ = self.given.set(Given { file, generation: None });
+            let _ = self.given.set(BoundFile { file, generation: None });
         }
         Ok(())
     }
 
     /// The artifact can be lent, and what was given is of it: the file is whole.
-    fn land(&self, path: &FilePath, lent: Arc<Lent>) {
+    fn finish(&self, path: &FilePath, leased: Arc<LeasedArtifact>) {
         if let Some(given) = self.given.get() {
             disk::read_ahead_again(&given.file);
         }
-        let _ = self.whole.set(lent.dir.view(path).full());
-        self.end.send_replace(Some(Ok(lent)));
+        let _ = self.whole.set(leased.dir.view(path).full());
+        self.end.send_replace(Some(Ok(leased)));
     }
 }
 
-fn arrival_of(files: &Arrivals, file: &FilePath) -> Result<Arc<Arrival>> {
+fn partial_file_of(files: &PartialFiles, file: &FilePath) -> Result<Arc<PartialFile>> {
     files.get(file).cloned().ok_or_else(|| Error::not_found(format!("it has no file {file}")))
 }
 
-fn filled_anew(path: &FilePath) -> Error {
+fn replaced(path: &FilePath) -> Error {
     Error::corrupt(format!(
         "{path} turned out wrong while it was read, and is filled anew: what was read of it early is not to be used"
     ))

@@ -1,6 +1,6 @@
 //! Pinning down a reference: what it means now, in words that mean the same tomorrow. Fetches no file.
 
-use super::resolve::{Meaning, Wanted};
+use super::resolve::{FetchRequest, Resolution};
 use super::{Cache, GetOptions, Pinned};
 use crate::error::{Result, Tier};
 use crate::manifest::Manifest;
@@ -21,53 +21,55 @@ impl Cache {
 
     async fn pinned_unnamed(&self, reference: &Reference, options: &GetOptions) -> Result<Pinned> {
         let reference = &self.0.origins.placed(reference);
-        let asking = self.asking(options);
-        let meaning = self.meaning(reference, asking).await?;
-        if let Some(tagged) = &meaning.tagged {
-            self.check_tagged(&meaning.key, tagged).await?;
+        let policy = self.policy(options);
+        let resolution = self.resolution(reference, policy).await?;
+        if let Some(tag_record) = &resolution.tag_record {
+            self.check_tagged(&resolution.key, tag_record).await?;
         }
-        let revision = match (&reference.target, &meaning.answer) {
+        let revision = match (&reference.target, &resolution.answer) {
             (_, None) => None,
             (Target::Bare(key), _) => Some(key.version.to_string()),
             (_, Some(_)) => reference.pointer().map(|pointer| pointer.revision),
         };
-        let (from, age) = meaning.answer.as_ref().map_or((None, None), |answer| (Some(answer.from), Some(answer.age)));
-        let Meaning { key, origin, tagged, remote, .. } = meaning;
+        let (from, age) =
+            resolution.answer.as_ref().map_or((None, None), |answer| (Some(answer.from), Some(answer.age)));
+        let Resolution { key, origin, tag_record, remote, .. } = resolution;
         let selection = reference.file.clone().map_or_else(Selection::all, Selection::file);
-        let reach = asking.reach;
+        let max_tier = policy.max_tier;
         let (demanded, purpose, durable) = (reference.digest, options.purpose, false);
-        let wanted = Wanted { key, selection, digest: demanded, origin, reach, purpose, durable, tagged, remote };
-        let (known_by, manifest) = match (self.known_list(&wanted).await, &reference.target) {
+        let request =
+            FetchRequest { key, selection, digest: demanded, origin, max_tier, purpose, durable, tag_record, remote };
+        let (known_by, manifest) = match (self.known_list(&request).await, &reference.target) {
             (Some((tier, manifest)), _) => (Some(tier), Some(manifest)),
             // Nothing but a list somewhere says that there is such a version.
             (None, Target::Bare(_)) => {
-                let mut survey = self.survey(&wanted).await?;
-                (Some(Tier::Origin), Some(self.agree(&wanted, &mut survey)?))
+                let mut tier_manifests = self.tier_manifests(&request).await?;
+                (Some(Tier::Origin), Some(self.merge(&request, &mut tier_manifests)?))
             }
             (None, _) => (None, None),
         };
         let is_bare = matches!(reference.target, Target::Bare(_));
-        let sha256 = manifest.as_ref().and_then(|manifest| digest(&wanted, manifest));
-        let pinned = Reference { digest: None, ..reference.pinned(&wanted.key) };
+        let sha256 = manifest.as_ref().and_then(|manifest| digest(&request, manifest));
+        let pinned = Reference { digest: None, ..reference.pinned(&request.key) };
         let from = from.or(known_by.filter(|_| is_bare));
-        Ok(Pinned { reference: pinned, key: wanted.key, revision, sha256, from, age })
+        Ok(Pinned { reference: pinned, key: request.key, revision, sha256, from, age })
     }
 
     /// The list of files as disk has it, else the remote, and which of them.
-    async fn known_list(&self, wanted: &Wanted) -> Option<(Tier, Manifest)> {
-        let (disk, key) = (self.0.disk.clone(), wanted.key.clone());
+    async fn known_list(&self, request: &FetchRequest) -> Option<(Tier, Manifest)> {
+        let (disk, key) = (self.0.disk.clone(), request.key.clone());
         if let Ok(Some(manifest)) = blocking(move || disk.manifest(&key)).await {
             return Some((Tier::Disk, manifest));
         }
-        if let Ok(Some(manifest)) = self.lower_manifest(&wanted.key).await {
+        if let Ok(Some(manifest)) = self.lower_manifest(&request.key).await {
             return Some((Tier::Disk, manifest));
         }
-        let remote = self.remote_within(wanted.reach)?;
+        let remote = self.remote_within(request.max_tier)?;
         self.before_first_call().await;
-        let asked = match &wanted.remote {
+        let asked = match &request.remote {
             Some(Ok(source)) => source.manifest().await,
             Some(Err(_)) => return None,
-            None => remote.source(&wanted.key).manifest().await,
+            None => remote.source(&request.key).manifest().await,
         };
         match asked {
             Ok(manifest) => manifest.map(|manifest| (Tier::Remote, manifest)),
@@ -80,8 +82,8 @@ impl Cache {
 }
 
 /// What `#sha256=` of the reference is compared with.
-fn digest(wanted: &Wanted, manifest: &Manifest) -> Option<crate::digest::Digest> {
-    match wanted.single_file(manifest) {
+fn digest(request: &FetchRequest, manifest: &Manifest) -> Option<crate::digest::Digest> {
+    match request.single_file(manifest) {
         Some(path) => manifest.files.get(path).and_then(|entry| entry.sha256),
         None => manifest.list_digest(),
     }

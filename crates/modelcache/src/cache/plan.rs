@@ -7,9 +7,9 @@
 //!
 //! Also decided here, and nowhere else: whose ladder is trusted before the whole file is proven.
 
-use super::pointer::Tagged;
-use super::resolve::{Asking, Wanted};
-use super::{Cache, GetOptions, GetPlan, PlannedFile, alarm};
+use super::pointer::TagRecord;
+use super::resolve::{FetchRequest, LookupPolicy};
+use super::{Cache, GetOptions, GetPlan, PlannedFile, digest_alerts};
 use crate::config::OnRemoteDown;
 use crate::digest::Provenance;
 use crate::disk::DiskSource;
@@ -21,7 +21,7 @@ use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{self, RemoteSource};
 use crate::source::Source;
-use crate::transfer::{Release, blocking};
+use crate::transfer::{ReadGate, blocking};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -39,22 +39,22 @@ pub(super) struct FillPlan {
     pub(super) remote: Option<Manifest>,
     /// The remote failed or contradicts the origin: neither read nor written in this fill.
     pub(super) remote_unusable: bool,
-    asking: Asking,
+    policy: LookupPolicy,
     /// It does not answer now; what it lacks may be written later.
     pub(super) remote_down: bool,
     /// The remote's files are another tool's: read as they were listed, never written.
-    pub(super) remote_foreign: bool,
+    pub(super) remote_unmanaged: bool,
     sources: BTreeMap<FilePath, Vec<Arc<dyn Source>>>,
-    releases: BTreeMap<FilePath, Release>,
+    read_gates: BTreeMap<FilePath, ReadGate>,
 }
 
 /// What the tiers said.
 #[derive(Default)]
-pub(super) struct Survey {
+pub(super) struct TierManifests {
     disk: Option<Manifest>,
     lower: Option<Manifest>,
     remote: Option<(Arc<dyn Source>, Manifest)>,
-    remote_foreign: bool,
+    remote_unmanaged: bool,
     origin: Option<Manifest>,
     /// Whether the origin was asked, whatever it answered.
     origin_asked: bool,
@@ -68,19 +68,19 @@ impl FillPlan {
         let sources = self.sources.get(path).cloned().unwrap_or_default();
         if sources.is_empty() {
             let listed = format!("{path} is listed, but");
-            return Err(match self.asking.reach {
+            return Err(match self.policy.max_tier {
                 Tier::Origin => Error::not_found(format!("{listed} neither the remote nor an origin holds it"))
                     .hint("put the artifact again, or configure MODEL_CACHE_ORIGIN"),
-                _ => Error::not_found(format!("{listed} not held here; {}", self.asking.nobody_asked()))
-                    .hint(Asking::HOW_ONLINE),
+                _ => Error::not_found(format!("{listed} not held here; {}", self.policy.tiers_not_consulted()))
+                    .hint(LookupPolicy::HINT_ONLINE),
             });
         }
         Ok(sources)
     }
 
     /// When the bytes of one file may be read while it is filled.
-    pub(super) fn release(&self, path: &FilePath) -> Release {
-        self.releases.get(path).copied().unwrap_or(Release::Published)
+    pub(super) fn read_gate(&self, path: &FilePath) -> ReadGate {
+        self.read_gates.get(path).copied().unwrap_or(ReadGate::Published)
     }
 
     /// The one file that is wanted.
@@ -97,13 +97,13 @@ impl Cache {
     pub async fn plan(&self, reference: &Reference, options: &GetOptions) -> Result<GetPlan> {
         let progress = Progress::new();
         // Whoever only looks writes nothing for others to see.
-        let asking = Asking { tells: false, ..self.asking(options) };
-        let wanted = self
-            .resolve_asking(reference, options, asking, &progress)
+        let policy = LookupPolicy { tells: false, ..self.policy(options) };
+        let request = self
+            .resolve_with(reference, options, policy, &progress)
             .await
             .map_err(|error| error.artifact(reference))?;
-        let plan = self.plan_fill(&wanted, &progress).await.map_err(|error| error.artifact(&wanted.key))?;
-        let disk = self.0.disk.manifest(&wanted.key)?;
+        let plan = self.plan_fill(&request, &progress).await.map_err(|error| error.artifact(&request.key))?;
+        let disk = self.0.disk.manifest(&request.key)?;
         let on_disk =
             |path: &FilePath| disk.as_ref().and_then(|m| m.files.get(path)).is_some_and(|entry| entry.held.is_some());
         let from = |path: &FilePath| match plan.sources.get(path).and_then(|sources| sources.first()) {
@@ -116,86 +116,88 @@ impl Cache {
             size: entry.size,
             from: from(path),
         });
-        Ok(GetPlan { key: wanted.key, files: files.collect() })
+        Ok(GetPlan { key: request.key, files: files.collect() })
     }
 
     /// Step 4 of the main path.
-    pub(super) async fn plan_fill(&self, wanted: &Wanted, progress: &Progress) -> Result<FillPlan> {
+    pub(super) async fn plan_fill(&self, request: &FetchRequest, progress: &Progress) -> Result<FillPlan> {
         let _phase = progress.enter(Phase::Plan, 0);
-        let mut survey = self.survey(wanted).await?;
-        let mut listing = self.agree(wanted, &mut survey)?;
-        wanted.check_demanded_digest(&listing)?;
-        self.complete_digests(wanted, &mut listing).await?;
+        let mut tier_manifests = self.tier_manifests(request).await?;
+        let mut listing = self.merge(request, &mut tier_manifests)?;
+        request.check_demanded_digest(&listing)?;
+        self.complete_digests(request, &mut listing).await?;
         let selected: Vec<_> =
-            listing.selected(&wanted.selection).map(|(path, entry)| (path.clone(), entry.clone())).collect();
+            listing.selected(&request.selection).map(|(path, entry)| (path.clone(), entry.clone())).collect();
         if selected.is_empty() && !listing.files.is_empty() {
-            return Err(nothing_selected(wanted, &listing));
+            return Err(nothing_selected(request, &listing));
         }
-        self.require_checksums(wanted, &listing)?;
-        let local = self.local_sources(wanted, &selected).await?;
+        self.require_checksums(request, &listing)?;
+        let local = self.local_sources(request, &selected).await?;
         let sources = selected
             .iter()
-            .map(|(path, entry)| (path.clone(), sources(path, entry, &local, &survey, wanted)))
+            .map(|(path, entry)| (path.clone(), sources(path, entry, &local, &tier_manifests, request)))
             .collect();
-        let release =
-            |(path, entry): &(FilePath, FileEntry)| (path.clone(), release(path, entry, &survey, wanted, &listing));
-        let releases = selected.iter().map(release).collect();
-        keep_own_ladders(&mut listing, survey.disk.as_ref());
-        let remote_unusable = survey.remote_failure.is_some() || self.remote_within(wanted.reach).is_none();
+        let read_gate = |(path, entry): &(FilePath, FileEntry)| {
+            (path.clone(), read_gate(path, entry, &tier_manifests, request, &listing))
+        };
+        let read_gates = selected.iter().map(read_gate).collect();
+        keep_own_ladders(&mut listing, tier_manifests.disk.as_ref());
+        let remote_unusable = tier_manifests.remote_failure.is_some() || self.remote_within(request.max_tier).is_none();
         let is_down = |error: &Error| error.kind() == ErrorKind::Unavailable;
-        let remote_down = survey.remote_failure.as_ref().is_some_and(is_down);
+        let remote_down = tier_manifests.remote_failure.as_ref().is_some_and(is_down);
         Ok(FillPlan {
             listing,
             selected,
-            remote: survey.remote.map(|(_, manifest)| manifest),
+            remote: tier_manifests.remote.map(|(_, manifest)| manifest),
             remote_unusable,
-            asking: wanted.asking(),
+            policy: request.policy(),
             remote_down,
-            remote_foreign: survey.remote_foreign,
+            remote_unmanaged: tier_manifests.remote_unmanaged,
             sources,
-            releases,
+            read_gates,
         })
     }
 
     /// Asks disk, the remote, and the origin only if those two do not hold all that is wanted.
-    pub(super) async fn survey(&self, wanted: &Wanted) -> Result<Survey> {
-        let (disk, key) = (self.0.disk.clone(), wanted.key.clone());
-        let mut survey = Survey { disk: blocking(move || disk.manifest(&key)).await?, ..Survey::default() };
-        survey.lower = self.lower_manifest(&wanted.key).await?;
-        if let Some(remote) = self.remote_within(wanted.reach) {
+    pub(super) async fn tier_manifests(&self, request: &FetchRequest) -> Result<TierManifests> {
+        let (disk, key) = (self.0.disk.clone(), request.key.clone());
+        let mut tier_manifests =
+            TierManifests { disk: blocking(move || disk.manifest(&key)).await?, ..TierManifests::default() };
+        tier_manifests.lower = self.lower_manifest(&request.key).await?;
+        if let Some(remote) = self.remote_within(request.max_tier) {
             self.before_first_call().await;
-            let asked = wanted.remote.clone().unwrap_or_else(|| Ok(Arc::new(remote.source(&wanted.key))));
+            let asked = request.remote.clone().unwrap_or_else(|| Ok(Arc::new(remote.source(&request.key))));
             let asked = manifest_of(asked).await;
             self.metrics().asked(Tier::Remote, &asked);
             match asked {
                 Ok((source, manifest)) => {
-                    survey.remote_foreign = source.is_foreign();
-                    survey.remote = manifest.map(|manifest| (source as Arc<dyn Source>, manifest));
+                    tier_manifests.remote_unmanaged = source.is_unmanaged();
+                    tier_manifests.remote = manifest.map(|manifest| (source as Arc<dyn Source>, manifest));
                 }
-                Err(error) => survey.remote_failure = Some(self.remote_failed(error)?),
+                Err(error) => tier_manifests.remote_failure = Some(self.remote_failed(error)?),
             }
         }
-        if let Some(origin) = wanted.origin.as_ref().filter(|_| !survey.satisfies(wanted)) {
+        if let Some(origin) = request.origin.as_ref().filter(|_| !tier_manifests.satisfies(request)) {
             self.before_first_call().await;
-            survey.origin_asked = true;
+            tier_manifests.origin_asked = true;
             let asked = origin.manifest().await;
             self.metrics().asked(Tier::Origin, &asked);
             match asked {
-                Ok(manifest) => survey.origin = manifest,
-                Err(error) => survey.origin_failure = Some(error.tier(Tier::Origin)),
+                Ok(manifest) => tier_manifests.origin = manifest,
+                Err(error) => tier_manifests.origin_failure = Some(error.tier(Tier::Origin)),
             }
         }
-        Ok(survey)
+        Ok(tier_manifests)
     }
 
     /// Refuses files of which nobody states a checksum, where that is configured. A caller who demands a digest states
     /// one.
-    pub(super) fn require_checksums(&self, wanted: &Wanted, listing: &Manifest) -> Result<()> {
-        if !self.0.config.require_checksum || wanted.digest.is_some() {
+    pub(super) fn require_checksums(&self, request: &FetchRequest, listing: &Manifest) -> Result<()> {
+        if !self.0.config.require_checksum || request.digest.is_some() {
             return Ok(());
         }
         let unstated: Vec<_> =
-            remote::unstated(listing).into_iter().filter(|path| wanted.selection.matches(path)).collect();
+            remote::unstated(listing).into_iter().filter(|path| request.selection.matches(path)).collect();
         if unstated.is_empty() {
             return Ok(());
         }
@@ -214,15 +216,15 @@ impl Cache {
     }
 
     /// One list out of what the tiers said, or the reason why there is none.
-    pub(super) fn agree(&self, wanted: &Wanted, survey: &mut Survey) -> Result<Manifest> {
-        let local = match (survey.disk.clone(), survey.origin.as_ref()) {
+    pub(super) fn merge(&self, request: &FetchRequest, tier_manifests: &mut TierManifests) -> Result<Manifest> {
+        let local = match (tier_manifests.disk.clone(), tier_manifests.origin.as_ref()) {
             (Some(mut disk), Some(origin)) => {
-                disk.learn(origin).map_err(|error| alarm::disk_contradicts_origin(&wanted.key, &error))?;
+                disk.learn(origin).map_err(|error| digest_alerts::disk_contradicts_origin(&request.key, &error))?;
                 Some(disk)
             }
             (disk, origin) => disk.or_else(|| origin.cloned()),
         };
-        let local = match (local, &survey.lower) {
+        let local = match (local, &tier_manifests.lower) {
             (Some(mut listing), Some(lower)) => {
                 if let Err(error) = listing.learn(lower) {
                     tracing::warn!(%error, "the lower directory contradicts this disk or the origin; its list is not used");
@@ -231,55 +233,56 @@ impl Cache {
             }
             (local, lower) => local.or_else(|| lower.clone()),
         };
-        let remote = survey.remote.as_ref().map(|(_, manifest)| manifest.clone().without_holdings());
-        if let (Some(tagged), Some(there)) = (&wanted.tagged, remote.as_ref().and_then(Manifest::content_digest))
-            && let Some(sha256) = tagged.sha256.filter(|sha256| *sha256 != there)
+        let remote = tier_manifests.remote.as_ref().map(|(_, manifest)| manifest.clone().without_holdings());
+        if let (Some(tag_record), Some(there)) =
+            (&request.tag_record, remote.as_ref().and_then(Manifest::content_digest))
+            && let Some(sha256) = tag_record.sha256.filter(|sha256| *sha256 != there)
         {
-            alarm::retagged(&wanted.key, &tagged.tag, sha256, there);
+            digest_alerts::retagged(&request.key, &tag_record.tag, sha256, there);
         }
         match (local, remote) {
             (Some(mut listing), Some(remote)) => {
                 if let Err(error) = listing.learn(&remote) {
-                    if survey.remote_foreign && wanted.origin.is_none() {
-                        return Err(replaced(wanted, &error));
+                    if tier_manifests.remote_unmanaged && request.origin.is_none() {
+                        return Err(replaced(request, &error));
                     }
-                    alarm::remote_contradicts(&wanted.key, &error);
-                    survey.remote = None;
-                    survey.remote_failure = Some(error.tier(Tier::Remote));
+                    digest_alerts::remote_contradicts(&request.key, &error);
+                    tier_manifests.remote = None;
+                    tier_manifests.remote_failure = Some(error.tier(Tier::Remote));
                 }
                 Ok(listing.without_holdings())
             }
             (Some(listing), None) | (None, Some(listing)) => {
-                if let Some(error) = &survey.remote_failure {
+                if let Some(error) = &tier_manifests.remote_failure {
                     tracing::warn!(%error, hint = error.hint_text(), "the remote is left out");
                 }
                 Ok(listing.without_holdings())
             }
-            (None, None) => Err(self.nowhere(wanted, survey)),
+            (None, None) => Err(self.nowhere(request, tier_manifests)),
         }
     }
 
     /// Nobody has it: the failure that explains most, else plain absence.
-    fn nowhere(&self, wanted: &Wanted, survey: &mut Survey) -> Error {
-        let failures = [survey.origin_failure.take(), survey.remote_failure.take()];
+    fn nowhere(&self, request: &FetchRequest, tier_manifests: &mut TierManifests) -> Error {
+        let failures = [tier_manifests.origin_failure.take(), tier_manifests.remote_failure.take()];
         let (absent, failed): (Vec<_>, Vec<_>) =
             failures.into_iter().flatten().partition(|error| error.kind() == ErrorKind::NotFound);
         if let Some(error) = failed.into_iter().chain(absent).next() {
             return error;
         }
         let mut asked = vec!["this disk".to_owned()];
-        asked.extend(self.remote_within(wanted.reach).map(|remote| format!("the remote ({})", remote.url())));
-        let bare = wanted.key.name.scheme().is_none();
-        asked.extend(match &wanted.origin {
+        asked.extend(self.remote_within(request.max_tier).map(|remote| format!("the remote ({})", remote.url())));
+        let bare = request.key.name.scheme().is_none();
+        asked.extend(match &request.origin {
             Some(_) if bare => self.0.config.origins.iter().map(|origin| format!("the origin {origin}")).collect(),
             Some(_) => vec!["the origin".to_owned()],
             None => Vec::new(),
         });
-        let hint = match (&self.0.remote, &wanted.origin) {
+        let hint = match (&self.0.remote, &request.origin) {
             (None, None) => {
                 "no remote and no origin is configured: set MODEL_CACHE_REMOTE or MODEL_CACHE_ORIGIN, or write a URI (hf://org/model)"
             }
-            (_, Some(_)) if wanted.key.name.scheme() == Some("hf") => {
+            (_, Some(_)) if request.key.name.scheme() == Some("hf") => {
                 "check the commit; hf://org/model without @revision is main"
             }
             (_, Some(_)) if !bare => "check the reference",
@@ -292,24 +295,29 @@ impl Cache {
             }
         };
         let asked = asked.join(", nor on ");
-        let not_found = match &wanted.tagged {
-            Some(Tagged { tag, .. }) => format!("the tag {tag} points to {}, which is not on {asked}", wanted.key),
+        let not_found = match &request.tag_record {
+            Some(TagRecord { tag, .. }) => format!("the tag {tag} points to {}, which is not on {asked}", request.key),
             None => format!("not found on {asked}"),
         };
-        match (wanted.reach, &wanted.tagged) {
+        match (request.max_tier, &request.tag_record) {
             (Tier::Origin, None) => Error::not_found(not_found).hint(hint),
-            (Tier::Origin, Some(Tagged { tag, .. })) => Error::not_found(not_found).hint(format!(
+            (Tier::Origin, Some(TagRecord { tag, .. })) => Error::not_found(not_found).hint(format!(
                 "`modelcache tag {}@VERSION {tag}` moves the tag; `modelcache ls --remote` lists versions and tags",
-                wanted.key.name
+                request.key.name
             )),
-            _ => Error::not_found(format!("{not_found}; {}", wanted.asking().nobody_asked())).hint(Asking::HOW_ONLINE),
+            _ => Error::not_found(format!("{not_found}; {}", request.policy().tiers_not_consulted()))
+                .hint(LookupPolicy::HINT_ONLINE),
         }
     }
 
     /// What our own directory and the lower one have of the files, for what cannot be linked.
-    async fn local_sources(&self, wanted: &Wanted, selected: &[(FilePath, FileEntry)]) -> Result<Vec<Arc<DiskSource>>> {
+    async fn local_sources(
+        &self,
+        request: &FetchRequest,
+        selected: &[(FilePath, FileEntry)],
+    ) -> Result<Vec<Arc<DiskSource>>> {
         let (disk, lower, key, selected) =
-            (self.0.disk.clone(), self.0.lower.clone(), wanted.key.clone(), selected.to_vec());
+            (self.0.disk.clone(), self.0.lower.clone(), request.key.clone(), selected.to_vec());
         blocking(move || {
             let own = disk.source(&key, &selected)?;
             let below = lower.map(|lower| lower.source(&key, &selected)).transpose()?;
@@ -319,22 +327,22 @@ impl Cache {
     }
 
     /// Fills in digests that were learnt before: the caller's, and those that another version has for the same git blob.
-    async fn complete_digests(&self, wanted: &Wanted, listing: &mut Manifest) -> Result<()> {
-        if let (Some(demanded), Some(path)) = (wanted.digest, wanted.single_file(listing).cloned())
+    async fn complete_digests(&self, request: &FetchRequest, listing: &mut Manifest) -> Result<()> {
+        if let (Some(demanded), Some(path)) = (request.digest, request.single_file(listing).cloned())
             && let Some(entry) = listing.files.get_mut(&path)
             && entry.sha256.is_none()
         {
             (entry.sha256, entry.provenance) = (Some(demanded), Some(Provenance::Caller));
         }
         let unknown: Vec<_> = listing
-            .selected(&wanted.selection)
+            .selected(&request.selection)
             .filter(|(_, entry)| entry.sha256.is_none())
             .filter_map(|(path, entry)| Some((path.clone(), entry.git_oid?, entry.size)))
             .collect();
         if unknown.is_empty() {
             return Ok(());
         }
-        let (disk, name) = (self.0.disk.clone(), wanted.key.name.clone());
+        let (disk, name) = (self.0.disk.clone(), request.key.name.clone());
         let known = blocking(move || disk.digests_of_git_oids(&name)).await?;
         for (path, oid, size) in unknown {
             if let (Some(digest), Some(entry)) = (known.get(&(oid, size)), listing.files.get_mut(&path)) {
@@ -345,9 +353,9 @@ impl Cache {
     }
 }
 
-impl Survey {
+impl TierManifests {
     /// Whether disk, lower directory and remote together list and hold all that is wanted.
-    fn satisfies(&self, wanted: &Wanted) -> bool {
+    fn satisfies(&self, request: &FetchRequest) -> bool {
         let remote = self.remote.as_ref().map(|(_, manifest)| manifest);
         let lower = self.lower.as_ref();
         let Some(listing) = self.disk.as_ref().or(lower).or(remote) else { return false };
@@ -355,7 +363,7 @@ impl Survey {
             manifest.and_then(|manifest| manifest.files.get(path)).is_some_and(|entry| entry.held.is_some())
         };
         let places = [self.disk.as_ref(), lower, remote];
-        listing.selected(&wanted.selection).all(|(path, _)| places.iter().any(|manifest| held(*manifest, path)))
+        listing.selected(&request.selection).all(|(path, _)| places.iter().any(|manifest| held(*manifest, path)))
     }
 }
 
@@ -366,14 +374,15 @@ fn sources(
     path: &FilePath,
     entry: &FileEntry,
     local: &[Arc<DiskSource>],
-    survey: &Survey,
-    wanted: &Wanted,
+    tier_manifests: &TierManifests,
+    request: &FetchRequest,
 ) -> Vec<Arc<dyn Source>> {
     let local = local.iter().filter(|source| source.holds(path)).map(|source| source.clone() as Arc<dyn Source>);
     let held = |manifest: &Manifest| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
-    let remote = survey.remote.as_ref().filter(|(_, manifest)| held(manifest)).map(|(source, _)| source.clone());
+    let remote =
+        tier_manifests.remote.as_ref().filter(|(_, manifest)| held(manifest)).map(|(source, _)| source.clone());
     let most = if entry.sha256.is_none() && entry.git_oid.is_none() { 1 } else { usize::MAX };
-    local.chain(remote.map(|source| source as Arc<dyn Source>)).chain(wanted.origin.clone()).take(most).collect()
+    local.chain(remote.map(|source| source as Arc<dyn Source>)).chain(request.origin.clone()).take(most).collect()
 }
 
 /// When bytes of a file may be read before all of it is proven.
@@ -381,21 +390,27 @@ fn sources(
 /// A ladder vouches for a part where it was made or proven on this disk, or where it comes from the very manifest whose
 /// digests this fill goes by. Where the origin's list or a digest of the caller's is what counts, a remote's ladder
 /// proves nothing before it has led to that digest.
-fn release(path: &FilePath, entry: &FileEntry, survey: &Survey, wanted: &Wanted, listing: &Manifest) -> Release {
-    if wanted.digest.is_some() && wanted.single_file(listing).is_none() {
+fn read_gate(
+    path: &FilePath,
+    entry: &FileEntry,
+    tier_manifests: &TierManifests,
+    request: &FetchRequest,
+    listing: &Manifest,
+) -> ReadGate {
+    if request.digest.is_some() && request.single_file(listing).is_none() {
         // The demand is compared when all digests are known.
-        return Release::Published;
+        return ReadGate::Published;
     }
     // A digest that was known here before may be an origin's, whoever brought it.
     let stated = |manifest: &Option<Manifest>| {
         let entry = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
         entry.is_some_and(|entry| entry.sha256.is_some() || entry.git_oid.is_some())
     };
-    let is_known = stated(&survey.disk) || stated(&survey.lower);
-    let goes_by_its_manifest = !survey.origin_asked && wanted.digest.is_none() && !is_known;
+    let is_known = stated(&tier_manifests.disk) || stated(&tier_manifests.lower);
+    let goes_by_its_manifest = !tier_manifests.origin_asked && request.digest.is_none() && !is_known;
     match &entry.ladder {
-        Some(ladder) if is_own(ladder, path, survey.disk.as_ref()) || goes_by_its_manifest => Release::ByPart,
-        _ => Release::Proven,
+        Some(ladder) if is_own(ladder, path, tier_manifests.disk.as_ref()) || goes_by_its_manifest => ReadGate::ByPart,
+        _ => ReadGate::Proven,
     }
 }
 
@@ -431,19 +446,19 @@ pub(super) async fn manifest_of(asked: Result<Arc<RemoteSource>>) -> Result<(Arc
 }
 
 /// A foreign tree is not what it was when disk got a part of it: nobody says which of the two is meant.
-fn replaced(wanted: &Wanted, error: &Error) -> Error {
+fn replaced(request: &FetchRequest, error: &Error) -> Error {
     let what = format!("the files on the remote are no longer those that this disk knows: {}", error.message());
     let hint = format!(
         "put changed files under another version; `modelcache evict --tier disk {}` makes this disk forget the old ones",
-        wanted.key
+        request.key
     );
     Error::new(ErrorKind::Conflict, what).tier(Tier::Remote).hint(hint)
 }
 
-fn nothing_selected(wanted: &Wanted, listing: &Manifest) -> Error {
-    let message = match wanted.selection.one_file() {
+fn nothing_selected(request: &FetchRequest, listing: &Manifest) -> Error {
+    let message = match request.selection.one_file() {
         Some(file) => format!("it has no file {file}"),
-        None => format!("no file matches {}", wanted.selection.patterns().join(", ")),
+        None => format!("no file matches {}", request.selection.patterns().join(", ")),
     };
     Error::not_found(message).hint(format!("it has {} files: {}", listing.files.len(), some(listing.files.keys())))
 }

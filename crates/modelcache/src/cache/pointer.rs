@@ -11,8 +11,8 @@
 //!
 //! What an origin answers is remembered on disk and told to the fleet. That telling fails costs others a question.
 
-use super::resolve::Asking;
-use super::{Cache, alarm};
+use super::resolve::LookupPolicy;
+use super::{Cache, digest_alerts};
 use crate::config::{Backfill, OnRemoteDown};
 use crate::digest::Digest;
 use crate::disk::RememberedRef;
@@ -28,13 +28,13 @@ use std::time::{Duration, SystemTime};
 /// How long somebody farther away is waited for where an answer is known.
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 /// How long the fleet's answer is waited for where none is known: the origin has it, too.
-const FLEET_PATIENCE: Duration = Duration::from_secs(5);
+const SHARED_ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a caller is kept by telling the fleet.
-const TELLING: Duration = Duration::from_secs(2);
+const SHARE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a movable name means.
 #[derive(Debug, Clone)]
-pub(super) struct Answer {
+pub(super) struct ResolvedVersion {
     pub(super) version: Version,
     pub(super) from: Tier,
     pub(super) age: Duration,
@@ -42,16 +42,16 @@ pub(super) struct Answer {
 
 /// What a bare `name@word` means.
 #[derive(Debug)]
-pub(super) enum Word {
+pub(super) enum VersionOrTag {
     /// A version, as far as anybody knows. If the remote was asked for it, here is its source, or why there is none.
     Version(Option<Result<Arc<RemoteSource>>>),
     /// A tag.
-    Tag(Answer, Tagged),
+    Tag(ResolvedVersion, TagRecord),
 }
 
 /// The tag that led to a version.
 #[derive(Debug, Clone)]
-pub(super) struct Tagged {
+pub(super) struct TagRecord {
     pub(super) tag: Version,
     /// What its version consisted of when it was tagged, if the remote was asked and says so.
     pub(super) sha256: Option<Digest>,
@@ -73,23 +73,23 @@ impl Cache {
         &self,
         reference: &Reference,
         pointer: &Pointer,
-        asking: Asking,
-    ) -> Result<Answer> {
+        policy: LookupPolicy,
+    ) -> Result<ResolvedVersion> {
         let here = self.remembered(&pointer.name, &pointer.revision).await?;
-        if let Some(here) = here.as_ref().filter(|here| self.is_fresh(here.age, asking)) {
+        if let Some(here) = here.as_ref().filter(|here| self.is_fresh(here.age, policy)) {
             return Ok(here.clone());
         }
-        if asking.refresh && asking.reach < Tier::Origin {
+        if policy.refresh && policy.max_tier < Tier::Origin {
             return Err(Error::invalid("a refresh asks the origin, and origins are not to be asked")
                 .hint("leave out --refresh, or be online: --offline, --local-files-only, MODEL_CACHE_OFFLINE"));
         }
-        let fleet = self.ask_fleet(reference, pointer, here.is_some(), asking).await?;
+        let fleet = self.shared_answer(reference, pointer, here.is_some(), policy).await?;
         let known = match &fleet {
             Fleet::Knows(answer, age) => {
-                let theirs = Answer { version: answer.version.clone(), from: Tier::Remote, age: *age };
+                let theirs = ResolvedVersion { version: answer.version.clone(), from: Tier::Remote, age: *age };
                 if here.as_ref().is_none_or(|here| theirs.age < here.age) {
                     self.remember(pointer, &theirs).await;
-                    if self.is_fresh(theirs.age, asking) {
+                    if self.is_fresh(theirs.age, policy) {
                         return Ok(theirs);
                     }
                     Some(theirs)
@@ -99,10 +99,10 @@ impl Cache {
             }
             Fleet::Silent | Fleet::Unasked(_) => here,
         };
-        if asking.reach < Tier::Origin {
-            return known.ok_or_else(|| unknown_offline(pointer, fleet, asking));
+        if policy.max_tier < Tier::Origin {
+            return known.ok_or_else(|| unknown_offline(pointer, fleet, policy));
         }
-        self.ask_origin(reference, pointer, known.filter(|_| !asking.refresh), fleet, asking.tells).await
+        self.ask_origin(reference, pointer, known.filter(|_| !policy.refresh), fleet, policy.tells).await
     }
 
     /// Asks the origin; the last known answer serves where that does not come.
@@ -110,22 +110,22 @@ impl Cache {
         &self,
         reference: &Reference,
         pointer: &Pointer,
-        known: Option<Answer>,
+        known: Option<ResolvedVersion>,
         fleet: Fleet,
         tells: bool,
-    ) -> Result<Answer> {
+    ) -> Result<ResolvedVersion> {
         self.before_first_call().await;
         let asked = self.0.origins.resolve(reference);
         let answered = match &known {
             None => asked.await,
-            Some(_) => within(PATIENCE, asked).await.unwrap_or_else(|| Err(silent(Tier::Origin, PATIENCE))),
+            Some(_) => within(PATIENCE, asked).await.unwrap_or_else(|| Err(timeout_error(Tier::Origin, PATIENCE))),
         };
         match answered {
             Ok(Some(resolved)) => {
-                let answer = Answer { version: resolved.key.version, from: Tier::Origin, age: Duration::ZERO };
+                let answer = ResolvedVersion { version: resolved.key.version, from: Tier::Origin, age: Duration::ZERO };
                 self.remember(pointer, &answer).await;
                 if tells {
-                    self.tell_fleet(pointer, &answer, fleet).await;
+                    self.share_answer(pointer, &answer, fleet).await;
                 }
                 Ok(answer)
             }
@@ -137,18 +137,18 @@ impl Cache {
     }
 
     /// What the fleet last heard from the origin. A remote that fails is passed over: planning says what that means.
-    async fn ask_fleet(
+    async fn shared_answer(
         &self,
         reference: &Reference,
         pointer: &Pointer,
         is_known: bool,
-        asking: Asking,
+        policy: LookupPolicy,
     ) -> Result<Fleet> {
-        let Some(remote) = self.remote_within(asking.reach) else { return Ok(Fleet::Unasked(None)) };
+        let Some(remote) = self.remote_within(policy.max_tier) else { return Ok(Fleet::Unasked(None)) };
         self.before_first_call().await;
-        let patience = match (is_known, asking.reach) {
+        let patience = match (is_known, policy.max_tier) {
             (true, _) => Some(PATIENCE),
-            (false, Tier::Origin) => Some(FLEET_PATIENCE),
+            (false, Tier::Origin) => Some(SHARED_ANSWER_TIMEOUT),
             // There is nobody else to ask.
             (false, _) => None,
         };
@@ -169,7 +169,7 @@ impl Cache {
 
     /// Lets the fleet know, in a task of its own: whoever asked is kept only for a moment. Where nothing is to be written
     /// to the remote now, this is not either.
-    async fn tell_fleet(&self, pointer: &Pointer, answer: &Answer, fleet: Fleet) {
+    async fn share_answer(&self, pointer: &Pointer, answer: &ResolvedVersion, fleet: Fleet) {
         if matches!(self.backfill_mode(), Backfill::Later | Backfill::Never) {
             return;
         }
@@ -190,41 +190,41 @@ impl Cache {
                 tracing::debug!(%error, "the fleet is not told what the origin said");
             }
         });
-        let _ = tokio::time::timeout(TELLING, telling).await;
+        let _ = tokio::time::timeout(SHARE_TIMEOUT, telling).await;
     }
 
     /// What a bare `name@word` means: a version before a tag.
-    pub(super) async fn resolve_word(&self, key: &ArtifactKey, asking: Asking) -> Result<Word> {
+    pub(super) async fn resolve_version_or_tag(&self, key: &ArtifactKey, policy: LookupPolicy) -> Result<VersionOrTag> {
         if key.name.scheme().is_some() || self.is_here(key).await? {
-            return Ok(Word::Version(None));
+            return Ok(VersionOrTag::Version(None));
         }
-        let tagged = |answer| Word::Tag(answer, Tagged { tag: key.version.clone(), sha256: None });
+        let tag_record = |answer| VersionOrTag::Tag(answer, TagRecord { tag: key.version.clone(), sha256: None });
         let here = self.remembered(&key.name, key.version.as_str()).await?;
-        if let Some(here) = here.as_ref().filter(|here| self.is_fresh(here.age, asking)) {
-            return Ok(tagged(here.clone()));
+        if let Some(here) = here.as_ref().filter(|here| self.is_fresh(here.age, policy)) {
+            return Ok(tag_record(here.clone()));
         }
-        let Some(remote) = self.remote_within(asking.reach) else {
+        let Some(remote) = self.remote_within(policy.max_tier) else {
             return match here {
-                Some(_) if asking.refresh => {
+                Some(_) if policy.refresh => {
                     Err(Error::invalid("a refresh asks the remote, and it is not to be asked")
                         .hint("leave out --refresh, or be online and configure MODEL_CACHE_REMOTE"))
                 }
-                Some(here) => Ok(tagged(here)),
-                None => Ok(Word::Version(None)),
+                Some(here) => Ok(tag_record(here)),
+                None => Ok(VersionOrTag::Version(None)),
             };
         };
         self.before_first_call().await;
-        let known = here.filter(|_| !asking.refresh);
-        match self.ask_for_word(remote, key, known.is_some()).await {
+        let known = here.filter(|_| !policy.refresh);
+        match self.query_version_and_tag(remote, key, known.is_some()).await {
             Ok(word) => {
-                if let Word::Tag(answer, _) = &word {
+                if let VersionOrTag::Tag(answer, _) = &word {
                     self.remember(&pointer_of(key), answer).await;
                 }
                 Ok(word)
             }
-            Err(error) if known.is_some() => last_known(&key, known, self.remote_failed(error)?).map(tagged),
-            Err(error) if asking.refresh => Err(error),
-            Err(error) => Ok(Word::Version(Some(Err(error)))),
+            Err(error) if known.is_some() => last_known(&key, known, self.remote_failed(error)?).map(tag_record),
+            Err(error) if policy.refresh => Err(error),
+            Err(error) => Ok(VersionOrTag::Version(Some(Err(error)))),
         }
     }
 
@@ -232,22 +232,22 @@ impl Cache {
     ///
     /// # Errors
     /// When neither is known for certain.
-    async fn ask_for_word(&self, remote: &Remote, key: &ArtifactKey, is_known: bool) -> Result<Word> {
+    async fn query_version_and_tag(&self, remote: &Remote, key: &ArtifactKey, is_known: bool) -> Result<VersionOrTag> {
         let source = Arc::new(remote.source(key));
         let both = async { Ok(futures::join!(source.manifest(), remote.tag(&key.name, key.version.as_str()))) };
         match self.in_time(is_known.then_some(PATIENCE), both).await? {
-            (Ok(Some(_)), _) => Ok(Word::Version(Some(Ok(source)))),
+            (Ok(Some(_)), _) => Ok(VersionOrTag::Version(Some(Ok(source)))),
             (Ok(None), Ok(Some(tag))) => {
-                let answer = Answer { version: tag.version, from: Tier::Remote, age: Duration::ZERO };
-                Ok(Word::Tag(answer, Tagged { tag: key.version.clone(), sha256: tag.sha256 }))
+                let answer = ResolvedVersion { version: tag.version, from: Tier::Remote, age: Duration::ZERO };
+                Ok(VersionOrTag::Tag(answer, TagRecord { tag: key.version.clone(), sha256: tag.sha256 }))
             }
             (Ok(None), Ok(None)) => {
                 self.forget(key).await;
-                Ok(Word::Version(Some(Ok(source))))
+                Ok(VersionOrTag::Version(Some(Ok(source))))
             }
             // A manifest that cannot be used is a version's all the same.
             (Err(error), _) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid) => {
-                Ok(Word::Version(Some(Err(error))))
+                Ok(VersionOrTag::Version(Some(Err(error))))
             }
             (Err(error), _) | (Ok(None), Err(error)) => Err(error),
         }
@@ -257,8 +257,8 @@ impl Cache {
     ///
     /// # Errors
     /// `Corrupt` where disk has other content than the tag and the remote agree on.
-    pub(super) async fn check_tagged(&self, key: &ArtifactKey, tagged: &Tagged) -> Result<()> {
-        let (Some(sha256), Some(remote)) = (tagged.sha256, &self.0.remote) else { return Ok(()) };
+    pub(super) async fn check_tagged(&self, key: &ArtifactKey, tag_record: &TagRecord) -> Result<()> {
+        let (Some(sha256), Some(remote)) = (tag_record.sha256, &self.0.remote) else { return Ok(()) };
         let dir = self.0.disk.layout().artifact(key);
         let disk = self.0.disk.clone();
         let here = blocking(move || disk.shared_manifest(&dir)).await?;
@@ -267,10 +267,10 @@ impl Cache {
         };
         match remote.source(key).manifest().await {
             Ok(Some(there)) if there.content_digest().is_some_and(|there| there != here) => {
-                Err(alarm::outdated_here(key, &tagged.tag, sha256, here))
+                Err(digest_alerts::outdated_here(key, &tag_record.tag, sha256, here))
             }
             Ok(Some(_)) => {
-                alarm::retagged(key, &tagged.tag, sha256, here);
+                digest_alerts::retagged(key, &tag_record.tag, sha256, here);
                 Ok(())
             }
             // Nobody can say now whether it changed.
@@ -278,27 +278,29 @@ impl Cache {
         }
     }
 
-    fn is_fresh(&self, age: Duration, asking: Asking) -> bool {
-        !asking.refresh && age <= self.0.config.ref_ttl
+    fn is_fresh(&self, age: Duration, policy: LookupPolicy) -> bool {
+        !policy.refresh && age <= self.0.config.ref_ttl
     }
 
     /// What a revision means without asking anybody: it was asked a moment ago, or nobody is to be asked.
-    pub(super) fn key_in_passing(&self, reference: &Reference, asking: Asking) -> Option<ArtifactKey> {
-        let pointer = reference.pointer().filter(|_| self.0.disk.lends_in_passing())?;
+    pub(super) fn cached_key(&self, reference: &Reference, policy: LookupPolicy) -> Option<ArtifactKey> {
+        let pointer = reference.pointer().filter(|_| self.0.disk.allows_fast_path())?;
         let RememberedRef { version, age } = self.0.disk.remembered_ref(&pointer.name, &pointer.revision).ok()??;
-        let is_last_word = asking.reach < Tier::Origin && self.remote_within(asking.reach).is_none();
-        (self.is_fresh(age, asking) || is_last_word && !asking.refresh).then(|| ArtifactKey::new(pointer.name, version))
+        let is_last_word = policy.max_tier < Tier::Origin && self.remote_within(policy.max_tier).is_none();
+        (self.is_fresh(age, policy) || is_last_word && !policy.refresh).then(|| ArtifactKey::new(pointer.name, version))
     }
 
     /// The remote, where there is one and it may be asked.
-    pub(super) fn remote_within(&self, reach: Tier) -> Option<&Remote> {
-        self.0.remote.as_ref().filter(|_| reach >= Tier::Remote)
+    pub(super) fn remote_within(&self, max_tier: Tier) -> Option<&Remote> {
+        self.0.remote.as_ref().filter(|_| max_tier >= Tier::Remote)
     }
 
     /// The outcome of asking the remote, within `patience` unless a failing remote shall be waited for to the end.
     async fn in_time<T>(&self, patience: Option<Duration>, asked: impl Future<Output = Result<T>>) -> Result<T> {
         match patience.filter(|_| self.0.config.on_remote_down == OnRemoteDown::Origin) {
-            Some(patience) => within(patience, asked).await.unwrap_or_else(|| Err(silent(Tier::Remote, patience))),
+            Some(patience) => {
+                within(patience, asked).await.unwrap_or_else(|| Err(timeout_error(Tier::Remote, patience)))
+            }
             None => asked.await,
         }
     }
@@ -309,13 +311,13 @@ impl Cache {
         Ok(blocking(move || disk.shared_manifest(&dir)).await?.is_some() || self.lower_manifest(key).await?.is_some())
     }
 
-    async fn remembered(&self, name: &ArtifactName, revision: &str) -> Result<Option<Answer>> {
+    async fn remembered(&self, name: &ArtifactName, revision: &str) -> Result<Option<ResolvedVersion>> {
         let (cache, name, revision) = (self.clone(), name.clone(), revision.to_owned());
         let remembered = blocking(move || cache.remembered_ref(&name, &revision)).await?;
-        Ok(remembered.map(|RememberedRef { version, age }| Answer { version, from: Tier::Disk, age }))
+        Ok(remembered.map(|RememberedRef { version, age }| ResolvedVersion { version, from: Tier::Disk, age }))
     }
 
-    async fn remember(&self, pointer: &Pointer, answer: &Answer) {
+    async fn remember(&self, pointer: &Pointer, answer: &ResolvedVersion) {
         let (disk, pointer, answer) = (self.0.disk.clone(), pointer.clone(), answer.clone());
         let remember =
             blocking(move || disk.remember_ref(&pointer.name, &pointer.revision, &answer.version, answer.age));
@@ -341,12 +343,16 @@ fn pointer_of(key: &ArtifactKey) -> Pointer {
     Pointer { name: key.name.clone(), revision: key.version.to_string() }
 }
 
-fn silent(who: Tier, patience: Duration) -> Error {
+fn timeout_error(who: Tier, patience: Duration) -> Error {
     Error::unavailable(format!("no answer within {} s", patience.as_secs())).tier(who)
 }
 
 /// The last known answer in place of one that does not come; other failures are answers themselves.
-fn last_known(asked_for: &impl std::fmt::Display, known: Option<Answer>, error: Error) -> Result<Answer> {
+fn last_known(
+    asked_for: &impl std::fmt::Display,
+    known: Option<ResolvedVersion>,
+    error: Error,
+) -> Result<ResolvedVersion> {
     match known {
         Some(known) if error.kind() == ErrorKind::Unavailable => {
             let version = &known.version;
@@ -359,11 +365,11 @@ fn last_known(asked_for: &impl std::fmt::Display, known: Option<Answer>, error: 
 }
 
 /// Why a revision stays unknown when its origin is not to be asked.
-fn unknown_offline(pointer: &Pointer, fleet: Fleet, asking: Asking) -> Error {
+fn unknown_offline(pointer: &Pointer, fleet: Fleet, policy: LookupPolicy) -> Error {
     if let Fleet::Unasked(Some(error)) = fleet {
         return error;
     }
     let Pointer { name, revision } = pointer;
-    Error::not_found(format!("what {revision:?} of {name} means is not known here; {}", asking.nobody_asked()))
-        .hint(Asking::HOW_ONLINE)
+    Error::not_found(format!("what {revision:?} of {name} means is not known here; {}", policy.tiers_not_consulted()))
+        .hint(LookupPolicy::HINT_ONLINE)
 }

@@ -35,9 +35,9 @@ impl Cache {
         mark_shared(&mut planned);
         let found = || planned.iter().flatten();
         let keys: BTreeSet<_> = found().map(|planned| planned.artifact.key.clone()).collect();
-        let wanted: BTreeMap<_, _> = found().flat_map(|planned| planned.files.iter().cloned()).collect();
+        let request: BTreeMap<_, _> = found().flat_map(|planned| planned.files.iter().cloned()).collect();
         let disk = self.0.disk.clone();
-        let fit = blocking(move || disk.fit(&keys, &wanted)).await?;
+        let fit = blocking(move || disk.fit(&keys, &request)).await?;
         Ok(PrewarmPlan {
             artifacts: planned.into_iter().map(|planned| Ok(planned?.artifact)).collect(),
             list_bytes: fit.list_bytes,
@@ -48,18 +48,18 @@ impl Cache {
     async fn plan_one(&self, reference: &Reference, options: &GetOptions) -> Result<Planned> {
         let progress = Progress::new();
         let resolved = self.resolve(reference, options, &progress).await;
-        let wanted = resolved.map_err(|error| error.artifact(reference))?;
-        let (disk, key) = (self.0.disk.clone(), wanted.key.clone());
-        let on_disk = blocking(move || disk.manifest(&key)).await.context(&wanted.key, Tier::Disk)?;
-        let artifact = |is_local| PlannedPrewarm { key: wanted.key.clone(), is_local, shares: false };
-        if let Some(manifest) = on_disk.filter(|manifest| manifest.holds(&wanted.selection)) {
+        let request = resolved.map_err(|error| error.artifact(reference))?;
+        let (disk, key) = (self.0.disk.clone(), request.key.clone());
+        let on_disk = blocking(move || disk.manifest(&key)).await.context(&request.key, Tier::Disk)?;
+        let artifact = |is_local| PlannedPrewarm { key: request.key.clone(), is_local, shares: false };
+        if let Some(manifest) = on_disk.filter(|manifest| manifest.holds(&request.selection)) {
             return Ok(Planned {
                 artifact: artifact(true),
-                files: by_content(&wanted.key, manifest.selected(&wanted.selection)),
+                files: by_content(&request.key, manifest.selected(&request.selection)),
             });
         }
-        let plan = self.plan_fill(&wanted, &progress).await.map_err(|error| error.artifact(&wanted.key))?;
-        let files = by_content(&wanted.key, plan.selected.iter().map(|(path, entry)| (path, entry)));
+        let plan = self.plan_fill(&request, &progress).await.map_err(|error| error.artifact(&request.key))?;
+        let files = by_content(&request.key, plan.selected.iter().map(|(path, entry)| (path, entry)));
         Ok(Planned { artifact: artifact(false), files })
     }
 }

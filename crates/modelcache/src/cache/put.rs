@@ -10,7 +10,7 @@
 
 use super::{Cache, PutOptions, PutReport, PutTier};
 use crate::disk::{
-    Copying, Given, LocalFile, RootedPath, StagedFile, Staging, copy_given, format_of, hash_given, list_given,
+    Copying, InputFile, LocalFile, RootedPath, StagedFile, Staging, copy_input, format_of, hash_input, list_input,
     staged_name,
 };
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
@@ -18,7 +18,7 @@ use crate::format::{self, Format};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
 use crate::progress::{Phase, Progress};
-use crate::remote::{Begun, Multipart, PublishOptions, Published, Remote};
+use crate::remote::{Multipart, PendingPublish, PublishOptions, Published, Remote};
 use crate::transfer::blocking;
 use futures::{StreamExt, TryStreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
@@ -56,7 +56,7 @@ impl Cache {
         let remote = self.remote_to_put(options)?;
         let (source, expected) = (path.to_owned(), options.expect);
         let (shape, given) = blocking(move || {
-            let (shape, given) = list_given(&source)?;
+            let (shape, given) = list_input(&source)?;
             expected.map_or(Ok(()), |expected| expect(expected, shape, &given)).map(|()| (shape, given))
         })
         .await?;
@@ -98,13 +98,13 @@ impl Cache {
         &self,
         key: &ArtifactKey,
         shape: Shape,
-        given: &[Given],
+        given: &[InputFile],
         options: &PutOptions,
         progress: &Progress,
     ) -> Result<(Manifest, Published, Option<PathBuf>)> {
         let lead = self.lead_alone(key, progress).await?;
-        let mut begun = self.begin_to_put(key, shape, given, options).await;
-        let (staging, manifest, files) = self.stage(key, shape, given, &mut begun, progress).await?;
+        let mut begun = self.begin_put_upload(key, shape, given, options).await;
+        let (staging, manifest, files) = self.state(key, shape, given, &mut begun, progress).await?;
         let replaces = self.refuse_other_content(&manifest, options).await?;
         let staged =
             files.iter().map(|(path, file)| (path.clone(), LocalFile::from(staging.file(&file.name)))).collect();
@@ -112,15 +112,15 @@ impl Cache {
         if replaces {
             self.evict_replaced(key).await?;
         }
-        let lent = {
+        let leased = {
             let _phase = progress.enter(Phase::Publish, 0);
             let (disk, manifest) = (self.0.disk.clone(), manifest.clone());
-            let lent = blocking(move || disk.publish(staging, &manifest, &files)).await?;
+            let leased = blocking(move || disk.publish(staging, &manifest, &files)).await?;
             self.sync(key, &crate::Selection::all()).await?;
-            lent
+            leased
         };
         drop(lead);
-        Ok((manifest, published, Some(lent.path(&crate::Selection::all()))))
+        Ok((manifest, published, Some(leased.path(&crate::Selection::all()))))
     }
 
     /// Publishes on the remote from where the files lie.
@@ -128,26 +128,26 @@ impl Cache {
         &self,
         key: &ArtifactKey,
         shape: Shape,
-        given: Vec<Given>,
+        given: Vec<InputFile>,
         options: &PutOptions,
         progress: &Progress,
     ) -> Result<(Manifest, Published, Option<PathBuf>)> {
-        let mut begun = self.begin_to_put(key, shape, &given, options).await;
-        let hash = |given: Given| {
+        let mut begun = self.begin_put_upload(key, shape, &given, options).await;
+        let hash = |given: InputFile| {
             let (sending, progress) = (begun.as_mut().and_then(|begun| begun.take(&given.path)), progress.clone());
             async move {
                 match sending {
                     Some(sending) => read_and_send(given, None, sending, &progress).await,
                     None => {
-                        let hashed = blocking(move || Ok((hash_given(&given, &progress)?, given.path))).await;
-                        hashed.map(|(entry, path)| Read { path, entry, copy: None, sending: None })
+                        let hashed = blocking(move || Ok((hash_input(&given, &progress)?, given.path))).await;
+                        hashed.map(|(entry, path)| InputRead { path, entry, copy: None, sending: None })
                     }
                 }
             }
         };
         let mut manifest = Manifest::new(key.clone(), shape);
-        let read: Vec<Read> = {
-            let _phase = progress.enter(Phase::Pour, given.iter().map(|given| given.size).sum());
+        let read: Vec<InputRead> = {
+            let _phase = progress.enter(Phase::Read, given.iter().map(|given| given.size).sum());
             let hashes: Vec<_> = given.iter().cloned().map(hash).collect();
             stream::iter(hashes).buffer_unordered(COPIES_AT_ONCE).try_collect().await?
         };
@@ -169,16 +169,16 @@ impl Cache {
     }
 
     /// Begins to publish on the remote, so that large files can be sent while they are read for the first time.
-    async fn begin_to_put(
+    async fn begin_put_upload(
         &self,
         key: &ArtifactKey,
         shape: Shape,
-        given: &[Given],
+        given: &[InputFile],
         options: &PutOptions,
-    ) -> Option<Begun> {
+    ) -> Option<PendingPublish> {
         let remote = self.0.remote.as_ref()?;
         let mut listing = Manifest::new(key.clone(), shape);
-        let entry = |given: &Given| FileEntry::of(given.size);
+        let entry = |given: &InputFile| FileEntry::of(given.size);
         listing.files = given.iter().map(|given| (given.path.clone(), entry(given))).collect();
         let paths = listing.files.keys().cloned().collect();
         let files = given.iter().map(|given| (given.path.clone(), LocalFile::from(given.from.clone()))).collect();
@@ -186,19 +186,19 @@ impl Cache {
     }
 
     /// Copies the given files into staging, hashes them on the way, and sends those that can be sent.
-    async fn stage(
+    async fn state(
         &self,
         key: &ArtifactKey,
         shape: Shape,
-        given: &[Given],
-        begun: &mut Option<Begun>,
+        given: &[InputFile],
+        begun: &mut Option<PendingPublish>,
         progress: &Progress,
     ) -> Result<(Staging, Manifest, BTreeMap<FilePath, StagedFile>)> {
-        let entry = |given: &Given| FileEntry::of(given.size);
-        let wanted: Vec<_> = given.iter().map(|given| (given.path.clone(), entry(given))).collect();
+        let entry = |given: &InputFile| FileEntry::of(given.size);
+        let request: Vec<_> = given.iter().map(|given| (given.path.clone(), entry(given))).collect();
         let (disk, fill_key) = (self.0.disk.clone(), key.clone());
-        let staging = blocking(move || disk.begin_fill(&fill_key, &wanted)).await?;
-        let _phase = progress.enter(Phase::Pour, given.iter().map(|given| given.size).sum());
+        let staging = blocking(move || disk.begin_fill(&fill_key, &request)).await?;
+        let _phase = progress.enter(Phase::Read, given.iter().map(|given| given.size).sum());
         let copies = given.iter().cloned().map(|given| {
             let (name, progress) = (staged_name(&given.path, &entry(&given)), progress.clone());
             let (target, sending) = (staging.file(&name), begun.as_mut().and_then(|begun| begun.take(&given.path)));
@@ -207,18 +207,18 @@ impl Cache {
                     Some(sending) => read_and_send(given, Some(target), sending, &progress).await?,
                     None => {
                         let copied =
-                            blocking(move || Ok((copy_given(&given, &target, &progress)?, given.path))).await?;
+                            blocking(move || Ok((copy_input(&given, &target, &progress)?, given.path))).await?;
                         let (StagedFile { entry, identity, .. }, path) = copied;
-                        Read { path, entry, copy: Some(identity), sending: None }
+                        InputRead { path, entry, copy: Some(identity), sending: None }
                     }
                 };
                 Ok::<_, Error>((name, read))
             }
         });
-        let copies: Vec<(String, Read)> =
+        let copies: Vec<(String, InputRead)> =
             stream::iter(copies.collect::<Vec<_>>()).buffer_unordered(COPIES_AT_ONCE).try_collect().await?;
-        let staged = |(name, read): (String, Read)| {
-            let Read { path, entry, copy, .. } = read.sent(begun);
+        let staged = |(name, read): (String, InputRead)| {
+            let InputRead { path, entry, copy, .. } = read.sent(begun);
             copy.map(|identity| (path, StagedFile { name, entry, identity }))
         };
         let files: BTreeMap<_, _> = copies.into_iter().filter_map(staged).collect();
@@ -251,7 +251,7 @@ impl Cache {
         manifest: &Manifest,
         files: &BTreeMap<FilePath, LocalFile>,
         options: &PutOptions,
-        begun: Option<Begun>,
+        begun: Option<PendingPublish>,
         progress: &Progress,
     ) -> Result<Published> {
         let Some(remote) = &self.0.remote else { return Ok(Published::default()) };
@@ -259,8 +259,10 @@ impl Cache {
         // An object can be damaged and look sound; forcing sends equal content, too.
         let rewrite = if options.force { files.keys().cloned().collect() } else { BTreeSet::new() };
         let options = PublishOptions { force: options.force, rewrite, sidecars: options.sidecars };
-        let published =
-            remote.publish_begun(manifest, files, options, begun, progress).await.context(&manifest.key, Tier::Remote);
+        let published = remote
+            .publish_pending(manifest, files, options, begun, progress)
+            .await
+            .context(&manifest.key, Tier::Remote);
         self.metrics().asked(Tier::Remote, &published);
         let published = published?;
         self.note_remote(true);
@@ -269,7 +271,7 @@ impl Cache {
 }
 
 /// A given file that was read.
-struct Read {
+struct InputRead {
     path: FilePath,
     entry: FileEntry,
     copy: Option<FileIdentity>,
@@ -277,9 +279,9 @@ struct Read {
     sending: Option<Multipart>,
 }
 
-impl Read {
+impl InputRead {
     /// Hands what was sent to what has begun, with the proof.
-    fn sent(mut self, begun: &mut Option<Begun>) -> Self {
+    fn sent(mut self, begun: &mut Option<PendingPublish>) -> Self {
         if let (Some(sending), Some(begun), Some(sha256)) = (self.sending.take(), begun, self.entry.sha256) {
             begun.put_back(self.path.clone(), sending, sha256);
         }
@@ -289,11 +291,11 @@ impl Read {
 
 /// Reads a file once: hashed, copied to `target`, and sent part by part.
 async fn read_and_send(
-    given: Given,
+    given: InputFile,
     target: Option<RootedPath>,
     mut sending: Multipart,
     progress: &Progress,
-) -> Result<Read> {
+) -> Result<InputRead> {
     let path = given.path.clone();
     let mut copying = blocking(move || Copying::open(&given, target.as_ref())).await?;
     for index in 0..sending.parts() {
@@ -308,11 +310,11 @@ async fn read_and_send(
         progress.done(bytes.end - bytes.start);
     }
     let (entry, copy) = blocking(move || copying.finish()).await?;
-    Ok(Read { path, entry, copy, sending: Some(sending) })
+    Ok(InputRead { path, entry, copy, sending: Some(sending) })
 }
 
 /// Refuses files that are not of the format expected.
-fn expect(expected: Format, shape: Shape, given: &[Given]) -> Result<()> {
+fn expect(expected: Format, shape: Shape, given: &[InputFile]) -> Result<()> {
     let formats: Vec<_> = given.iter().map(|given| format_of(&given.from)).collect::<Result<_>>()?;
     format::expect(expected, shape == Shape::Tree, given.iter().map(|given| &given.path).zip(formats))
 }

@@ -54,8 +54,8 @@ impl Cache {
     pub async fn inspect(&self, reference: &Reference) -> Result<Inspection> {
         let (key, asked) = match &reference.target {
             Target::Bare(_) => {
-                let meaning = self.meaning(reference, self.asking(&GetOptions::default())).await;
-                meaning.map(|meaning| (meaning.key, meaning.remote))
+                let resolution = self.resolution(reference, self.policy(&GetOptions::default())).await;
+                resolution.map(|resolution| (resolution.key, resolution.remote))
             }
             _ => self.key_without_network(reference).await.map(|(key, _)| (key, None)),
         }

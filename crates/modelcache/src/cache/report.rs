@@ -1,6 +1,6 @@
 //! What callers ask for and what they are told: options and reports of every verb.
 
-use crate::disk::{Holder, Lent, Link, Pin, Purpose};
+use crate::disk::{Holder, LeasedArtifact, Link, Pin, Purpose};
 use crate::error::Tier;
 use crate::format::Format;
 use crate::key::{ArtifactKey, FilePath, Version};
@@ -22,7 +22,7 @@ pub struct GetOptions {
     pub refresh: bool,
     /// The farthest tier that may be asked: `Remote` asks no origin, `Disk` nobody at all. An origin that is a folder
     /// of this machine is read all the same.
-    pub reach: Tier,
+    pub max_tier: Tier,
     /// Whether what is here already is read in full and compared with its digests before it is lent.
     pub verify: bool,
     /// What for, if it has to be fetched: to be read here right after, or to be kept.
@@ -34,7 +34,14 @@ pub struct GetOptions {
 impl Default for GetOptions {
     fn default() -> Self {
         let (purpose, durable) = (Purpose::default(), false);
-        Self { selection: Selection::default(), refresh: false, reach: Tier::Origin, verify: false, purpose, durable }
+        Self {
+            selection: Selection::default(),
+            refresh: false,
+            max_tier: Tier::Origin,
+            verify: false,
+            purpose,
+            durable,
+        }
     }
 }
 
@@ -50,7 +57,7 @@ pub struct Artifact {
     /// Which of its files were got.
     pub(super) selection: Selection,
     /// Keeps the lease.
-    pub(super) _lent: Arc<Lent>,
+    pub(super) _lent: Arc<LeasedArtifact>,
 }
 
 /// How an artifact came here.

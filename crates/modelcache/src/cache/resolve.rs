@@ -2,7 +2,7 @@
 //!
 //! What the reference alone decides costs nothing. What a movable name means is found in `pointer.rs`.
 
-use super::pointer::{Answer, Tagged, Word};
+use super::pointer::{ResolvedVersion, TagRecord, VersionOrTag};
 use super::{Cache, GetOptions};
 use crate::config::OriginTemplate;
 use crate::digest::Digest;
@@ -23,32 +23,32 @@ use tokio::sync::OnceCell;
 
 /// How answers are sought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Asking {
+pub(super) struct LookupPolicy {
     /// Whatever is remembered, the authority is asked.
     pub(super) refresh: bool,
     /// The farthest tier that may be asked.
-    pub(super) reach: Tier,
+    pub(super) max_tier: Tier,
     /// Whether the fleet is told what an origin answers.
     pub(super) tells: bool,
 }
 
 /// What a reference means now.
 #[derive(Debug)]
-pub(super) struct Meaning {
+pub(super) struct Resolution {
     pub(super) key: ArtifactKey,
     /// Where it comes from if neither disk nor remote has it; not asked yet.
     pub(super) origin: Option<Arc<dyn Source>>,
     /// Who said so; `None` where the reference itself does.
-    pub(super) answer: Option<Answer>,
+    pub(super) answer: Option<ResolvedVersion>,
     /// The tag that led there.
-    pub(super) tagged: Option<Tagged>,
+    pub(super) tag_record: Option<TagRecord>,
     /// Its source on the remote, or why there is none, if the remote was asked on the way.
     pub(super) remote: Option<Result<Arc<RemoteSource>>>,
 }
 
 /// What a get is after, once the reference is understood.
 #[derive(Debug, Clone)]
-pub(super) struct Wanted {
+pub(super) struct FetchRequest {
     pub(super) key: ArtifactKey,
     pub(super) selection: Selection,
     /// The digest that the caller demands.
@@ -56,25 +56,25 @@ pub(super) struct Wanted {
     /// Where the artifact comes from if neither disk nor remote has it; not asked yet.
     pub(super) origin: Option<Arc<dyn Source>>,
     /// How far whoever fills it may reach.
-    pub(super) reach: Tier,
+    pub(super) max_tier: Tier,
     /// What for.
     pub(super) purpose: Purpose,
     /// The tag that led there.
-    pub(super) tagged: Option<Tagged>,
+    pub(super) tag_record: Option<TagRecord>,
     /// Its source on the remote, or why there is none, if the remote was asked on the way.
     pub(super) remote: Option<Result<Arc<RemoteSource>>>,
     /// Whether the caller waits until it survives a power cut.
     pub(super) durable: bool,
 }
 
-impl Asking {
+impl LookupPolicy {
     /// What somebody can do whose artifact was not found because nobody was asked.
-    pub(super) const HOW_ONLINE: &str = "run it once without --offline and --local-files-only, with MODEL_CACHE_OFFLINE \
+    pub(super) const HINT_ONLINE: &str = "run it once without --offline and --local-files-only, with MODEL_CACHE_OFFLINE \
          and HF_HUB_OFFLINE unset, where the network is; or put it on a remote that can be reached from here";
 
     /// Who was not asked.
-    pub(super) fn nobody_asked(self) -> &'static str {
-        match self.reach {
+    pub(super) fn tiers_not_consulted(self) -> &'static str {
+        match self.max_tier {
             Tier::Disk => "neither remote nor origin was asked (local files only)",
             Tier::Remote | Tier::Origin => "no origin was asked (offline)",
         }
@@ -88,18 +88,18 @@ impl Cache {
         reference: &Reference,
         options: &GetOptions,
         progress: &Progress,
-    ) -> Result<Wanted> {
-        self.resolve_asking(reference, options, self.asking(options), progress).await
+    ) -> Result<FetchRequest> {
+        self.resolve_with(reference, options, self.policy(options), progress).await
     }
 
     /// The same, asking otherwise than `options` say.
-    pub(super) async fn resolve_asking(
+    pub(super) async fn resolve_with(
         &self,
         reference: &Reference,
         options: &GetOptions,
-        asking: Asking,
+        policy: LookupPolicy,
         progress: &Progress,
-    ) -> Result<Wanted> {
+    ) -> Result<FetchRequest> {
         let _phase = progress.enter(Phase::Resolve, 0);
         let selection = match &reference.file {
             Some(file) if !options.selection.is_all() => {
@@ -111,59 +111,59 @@ impl Cache {
             Some(file) => Selection::file(file.clone()),
             None => options.selection.clone(),
         };
-        let Meaning { key, origin, tagged, remote, .. } = self.meaning(reference, asking).await?;
-        if let Some(tagged) = &tagged {
-            self.check_tagged(&key, tagged).await?;
+        let Resolution { key, origin, tag_record, remote, .. } = self.resolution(reference, policy).await?;
+        if let Some(tag_record) = &tag_record {
+            self.check_tagged(&key, tag_record).await?;
         }
-        let (digest, reach) = (reference.digest, asking.reach);
+        let (digest, max_tier) = (reference.digest, policy.max_tier);
         let GetOptions { purpose, durable, .. } = *options;
-        Ok(Wanted { key, selection, digest, origin, reach, purpose, durable, tagged, remote })
+        Ok(FetchRequest { key, selection, digest, origin, max_tier, purpose, durable, tag_record, remote })
     }
 
     /// How a call asks, within what the configuration allows.
-    pub(super) fn asking(&self, options: &GetOptions) -> Asking {
+    pub(super) fn policy(&self, options: &GetOptions) -> LookupPolicy {
         let allowed = if self.0.config.offline { Tier::Remote } else { Tier::Origin };
-        Asking { refresh: options.refresh, reach: options.reach.min(allowed), tells: true }
+        LookupPolicy { refresh: options.refresh, max_tier: options.max_tier.min(allowed), tells: true }
     }
 
     /// What a reference means now.
-    pub(super) async fn meaning(&self, reference: &Reference, asking: Asking) -> Result<Meaning> {
+    pub(super) async fn resolution(&self, reference: &Reference, policy: LookupPolicy) -> Result<Resolution> {
         let reference = &self.0.origins.placed(reference);
         if let Target::Bare(key) = &reference.target {
-            return self.meaning_of_bare(reference, key, asking).await;
+            return self.resolve_bare(reference, key, policy).await;
         }
         let (key, answer) = match (reference.exact_key(), reference.pointer()) {
             (Some(key), _) => (key, None),
             (None, Some(pointer)) => {
-                let answer = self.resolve_pointer(reference, &pointer, asking).await?;
+                let answer = self.resolve_pointer(reference, &pointer, policy).await?;
                 (ArtifactKey::new(pointer.name, answer.version.clone()), Some(answer))
             }
             // A folder: whether it still is what its version says, only a look can tell.
-            (None, None) => return self.meaning_of_a_look(reference, asking).await,
+            (None, None) => return self.resolve_for_query(reference, policy).await,
         };
-        let origin = self.0.origins.source(reference, &key).filter(|_| asking.reach == Tier::Origin);
-        Ok(Meaning { key, origin, answer, tagged: None, remote: None })
+        let origin = self.0.origins.source(reference, &key).filter(|_| policy.max_tier == Tier::Origin);
+        Ok(Resolution { key, origin, answer, tag_record: None, remote: None })
     }
 
-    async fn meaning_of_bare(&self, reference: &Reference, key: &ArtifactKey, asking: Asking) -> Result<Meaning> {
-        let (key, answer, tagged, remote) = match self.resolve_word(key, asking).await? {
-            Word::Version(remote) => (key.clone(), None, None, remote),
-            Word::Tag(answer, tagged) => {
-                (ArtifactKey::new(key.name.clone(), answer.version.clone()), Some(answer), Some(tagged), None)
+    async fn resolve_bare(&self, reference: &Reference, key: &ArtifactKey, policy: LookupPolicy) -> Result<Resolution> {
+        let (key, answer, tag_record, remote) = match self.resolve_version_or_tag(key, policy).await? {
+            VersionOrTag::Version(remote) => (key.clone(), None, None, remote),
+            VersionOrTag::Tag(answer, tag_record) => {
+                (ArtifactKey::new(key.name.clone(), answer.version.clone()), Some(answer), Some(tag_record), None)
             }
         };
         // A listed key of a registry is as good as its URI.
-        let listed = || self.0.origins.source(reference, &key).filter(|_| asking.reach == Tier::Origin);
-        let origin = self.template_origin(&key, asking).or_else(listed);
-        Ok(Meaning { key, origin, answer, tagged, remote })
+        let listed = || self.0.origins.source(reference, &key).filter(|_| policy.max_tier == Tier::Origin);
+        let origin = self.template_origin(&key, policy).or_else(listed);
+        Ok(Resolution { key, origin, answer, tag_record, remote })
     }
 
-    async fn meaning_of_a_look(&self, reference: &Reference, asking: Asking) -> Result<Meaning> {
+    async fn resolve_for_query(&self, reference: &Reference, policy: LookupPolicy) -> Result<Resolution> {
         if !reference.is_local() {
-            if asking.reach < Tier::Origin {
-                let nobody = asking.nobody_asked();
+            if policy.max_tier < Tier::Origin {
+                let nobody = policy.tiers_not_consulted();
                 return Err(Error::not_found(format!("what it is now, only its origin can tell; {nobody}"))
-                    .hint(Asking::HOW_ONLINE));
+                    .hint(LookupPolicy::HINT_ONLINE));
             }
             self.before_first_call().await;
         }
@@ -171,13 +171,19 @@ impl Cache {
         let resolved = self.0.origins.resolve(reference).await;
         self.metrics().asked(Tier::Origin, &resolved);
         let resolved = resolved?.ok_or_else(absent)?;
-        Ok(Meaning { key: resolved.key, origin: Some(resolved.source), answer: None, tagged: None, remote: None })
+        Ok(Resolution {
+            key: resolved.key,
+            origin: Some(resolved.source),
+            answer: None,
+            tag_record: None,
+            remote: None,
+        })
     }
 
     /// The source for a bare key by the configured templates, if there are any.
-    pub(super) fn template_origin(&self, key: &ArtifactKey, asking: Asking) -> Option<Arc<dyn Source>> {
+    pub(super) fn template_origin(&self, key: &ArtifactKey, policy: LookupPolicy) -> Option<Arc<dyn Source>> {
         let may_ask = |template: &&OriginTemplate| {
-            asking.reach == Tier::Origin || template.apply(key).is_ok_and(|reference| reference.is_local())
+            policy.max_tier == Tier::Origin || template.apply(key).is_ok_and(|reference| reference.is_local())
         };
         let templates: Vec<_> = self.0.config.origins.iter().filter(may_ask).cloned().collect();
         (!templates.is_empty() && key.name.scheme().is_none()).then(|| {
@@ -191,10 +197,10 @@ impl Cache {
     }
 }
 
-impl Wanted {
+impl FetchRequest {
     /// How whoever fills it asks: what a name means is settled.
-    pub(super) fn asking(&self) -> Asking {
-        Asking { refresh: false, reach: self.reach, tells: false }
+    pub(super) fn policy(&self) -> LookupPolicy {
+        LookupPolicy { refresh: false, max_tier: self.max_tier, tells: false }
     }
 
     /// Compares the demanded digest, if there is one, with what is known by now. Unknown digests pass: they are

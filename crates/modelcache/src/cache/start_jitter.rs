@@ -8,7 +8,7 @@ use tokio::sync::OnceCell;
 
 /// Whether the wait is over.
 #[derive(Debug, Default)]
-pub(super) struct Start(OnceCell<()>);
+pub(super) struct StartJitter(OnceCell<()>);
 
 impl Cache {
     /// To be called before the remote or an origin is asked anything for a get.

@@ -61,15 +61,15 @@ impl Cache {
     ///
     /// # Errors
     /// `NotFound` where there is none.
-    pub async fn untag(&self, tagged: &ArtifactKey) -> Result<TagReport> {
-        self.untag_unnamed(tagged).await.map_err(|error| error.artifact(tagged))
+    pub async fn untag(&self, tag_record: &ArtifactKey) -> Result<TagReport> {
+        self.untag_unnamed(tag_record).await.map_err(|error| error.artifact(tag_record))
     }
 
-    async fn untag_unnamed(&self, tagged: &ArtifactKey) -> Result<TagReport> {
-        let ArtifactKey { name, version: tag } = tagged;
+    async fn untag_unnamed(&self, tag_record: &ArtifactKey) -> Result<TagReport> {
+        let ArtifactKey { name, version: tag } = tag_record;
         let remote = self.remote_for_tags(name)?;
         let removed = remote.remove_tag(name, tag.as_str(), None).await?;
-        self.forget(tagged).await;
+        self.forget(tag_record).await;
         let Some(before) = removed else {
             return Err(Error::not_found(format!("{name} has no tag {tag}"))
                 .tier(Tier::Remote)

@@ -4,9 +4,9 @@
 //! then fetches it from the next source like any get. On the remote nothing is changed unless repair is asked for: then
 //! the bad objects are written anew, from disk where it has the right bytes, else from the origin.
 
-use super::resolve::{Asking, Meaning, Wanted};
+use super::resolve::{FetchRequest, LookupPolicy, Resolution};
 use super::{Cache, GetOptions};
-use crate::disk::{LocalFile, Purpose, Reading, RootedPath, Stored};
+use crate::disk::{LocalFile, Purpose, RootedPath, VerifyItem, VerifyRun};
 use crate::error::{Context, Error, Result, Tier};
 use crate::finding::{Finding, Problem, Verified};
 use crate::key::{ArtifactKey, FilePath};
@@ -65,17 +65,17 @@ enum What {
 pub struct Verification {
     cache: Cache,
     options: VerifyOptions,
-    reading: Arc<Reading>,
+    reader: Arc<VerifyRun>,
 }
 
 impl Drop for Verification {
     fn drop(&mut self) {
-        self.reading.stop();
+        self.reader.stop();
     }
 }
 
 /// Ends the reading of a call that is dropped.
-struct StopOnDrop(Arc<Reading>);
+struct StopOnDrop(Arc<VerifyRun>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
@@ -86,7 +86,7 @@ impl Drop for StopOnDrop {
 impl Cache {
     /// Begins a verification.
     pub fn verification(&self, options: VerifyOptions) -> Verification {
-        Verification { cache: self.clone(), options, reading: Arc::new(Reading::new(options.bytes_per_second, true)) }
+        Verification { cache: self.clone(), options, reader: Arc::new(VerifyRun::new(options.bytes_per_second, true)) }
     }
 
     /// Goes once through everything on disk at a low rate, telling what each artifact came to. Bad copies are withdrawn.
@@ -103,13 +103,13 @@ impl Cache {
     }
 
     /// Reads what a get is about to lend, so that whatever is wrong is withdrawn before.
-    pub(super) async fn verify_hit(&self, wanted: &Wanted, progress: &Progress) -> Result<()> {
-        let reading = Arc::new(Reading::new(None, false));
-        let _stop = StopOnDrop(reading.clone());
-        let found = self.verify_disk(&wanted.key, &wanted.selection, &reading, progress).await?;
+    pub(super) async fn verify_hit(&self, request: &FetchRequest, progress: &Progress) -> Result<()> {
+        let reader = Arc::new(VerifyRun::new(None, false));
+        let _stop = StopOnDrop(reader.clone());
+        let found = self.verify_disk(&request.key, &request.selection, &reader, progress).await?;
         if let Some(lower) = self.0.lower.clone() {
-            let (key, selection, reading) = (wanted.key.clone(), wanted.selection.clone(), reading.clone());
-            blocking(move || lower.verify(&key, &selection, &reading)).await?;
+            let (key, selection, reader) = (request.key.clone(), request.selection.clone(), reader.clone());
+            blocking(move || lower.verify(&key, &selection, &reader)).await?;
         }
         let bad = found.iter().flat_map(|verified| &verified.findings).find(|finding| !finding.withdrawn);
         match bad {
@@ -126,23 +126,23 @@ impl Cache {
         &self,
         key: &ArtifactKey,
         selection: &Selection,
-        reading: &Arc<Reading>,
+        reader: &Arc<VerifyRun>,
         progress: &Progress,
     ) -> Result<Option<Verified>> {
         let (disk, key, selection) = (self.0.disk.clone(), key.clone(), selection.clone());
         let (bytes, disk, key, selection) =
             blocking(move || Ok((disk.bytes_to_verify(&key, &selection)?, disk, key, selection))).await?;
         let _phase = progress.enter(Phase::Verify, bytes);
-        let (reading, progress) = (reading.clone(), progress.clone());
-        blocking(move || disk.verify(&key, &selection, &reading, &progress)).await
+        let (reader, progress) = (reader.clone(), progress.clone());
+        blocking(move || disk.verify(&key, &selection, &reader, &progress)).await
     }
 
     /// Where the exact `key` comes from, if an origin may have it.
     async fn origin_of(&self, key: &ArtifactKey, reference: Option<&Reference>) -> Option<Arc<dyn Source>> {
         let parsed = Reference::parse(&key.to_string()).ok();
         for reference in reference.into_iter().chain(&parsed) {
-            let asking = Asking { tells: false, ..self.asking(&GetOptions::default()) };
-            if let Ok(Meaning { key: found, origin: Some(origin), .. }) = self.meaning(reference, asking).await
+            let policy = LookupPolicy { tells: false, ..self.policy(&GetOptions::default()) };
+            if let Ok(Resolution { key: found, origin: Some(origin), .. }) = self.resolution(reference, policy).await
                 && found == *key
             {
                 return Some(origin);
@@ -191,8 +191,8 @@ impl Verification {
         let disk = self.cache.0.disk.clone();
         let stored = blocking(move || disk.stored()).await?;
         let target = |stored| match stored {
-            Stored::Artifact(key) => artifact(key, None, Tier::Disk),
-            Stored::Nameless(dir) => {
+            VerifyItem::Artifact(key) => artifact(key, None, Tier::Disk),
+            VerifyItem::Nameless(dir) => {
                 VerifyTarget { reference: dir.to_string(), tier: Tier::Disk, what: What::Nameless(dir) }
             }
         };
@@ -206,8 +206,8 @@ impl Verification {
         match &target.what {
             What::Nameless(dir) => Ok(Some(disk.verify_nameless(dir))),
             What::Blobs => {
-                let (reading, progress) = (self.reading.clone(), progress.clone());
-                let verified = blocking(move || disk.verify_blobs(&reading, &progress)).await?;
+                let (reader, progress) = (self.reader.clone(), progress.clone());
+                let verified = blocking(move || disk.verify_blobs(&reader, &progress)).await?;
                 let is_news = verified.files > 0 || !verified.findings.is_empty();
                 Ok(is_news.then_some(verified))
             }
@@ -230,7 +230,7 @@ impl Verification {
         reference: Option<&Reference>,
         progress: &Progress,
     ) -> Result<Option<Verified>> {
-        let verified = self.cache.verify_disk(key, &Selection::all(), &self.reading, progress).await?;
+        let verified = self.cache.verify_disk(key, &Selection::all(), &self.reader, progress).await?;
         let Some(mut verified) = verified else { return Ok(None) };
         if self.options.repair && !verified.is_right() {
             let outcome = self.fetch(key, reference, &verified.findings).await;
@@ -252,7 +252,7 @@ impl Verification {
         progress: &Progress,
     ) -> Result<Option<Verified>> {
         let remote = self.remote()?;
-        let found = remote.verify(key, &|_| true, self.reading.pace(), progress).await?;
+        let found = remote.verify(key, &|_| true, self.reader.rate_limiter(), progress).await?;
         let Some(mut verified) = found else { return Ok(None) };
         if verified.is_right() {
             return Ok(Some(verified));
@@ -267,9 +267,9 @@ impl Verification {
         }
         let whole = verified.findings.iter().any(|finding| finding.problem == Problem::DamagedManifest);
         let bad: BTreeSet<FilePath> = verified.findings.iter().filter_map(|finding| finding.path.clone()).collect();
-        let wanted = |path: &FilePath| whole || bad.contains(path);
+        let request = |path: &FilePath| whole || bad.contains(path);
         // From disk what disk has right, and from the origin first what it has not.
-        self.cache.verify_disk(key, &selection(&verified.findings), &self.reading, progress).await?;
+        self.cache.verify_disk(key, &selection(&verified.findings), &self.reader, progress).await?;
         let mut from = Tier::Disk;
         let mut failure = None;
         if !self.disk_has(key, &bad, whole).await? {
@@ -278,7 +278,7 @@ impl Verification {
                 Err(error) => failure = Some(error),
             }
         }
-        let published = self.publish_from_disk(remote, key, &wanted, progress).await;
+        let published = self.publish_from_disk(remote, key, &request, progress).await;
         let repaired = match (published, failure) {
             (Ok(repaired), None) => Ok(repaired),
             (Ok(repaired), Some(_)) if !repaired.is_empty() => Ok(repaired),
@@ -301,9 +301,9 @@ impl Verification {
         let (disk, key) = (self.cache.0.disk.clone(), key.clone());
         let manifest = blocking(move || disk.manifest(&key)).await?;
         let holds = |manifest: &Manifest| {
-            let mut wanted = manifest.files.iter().filter(|(path, _)| whole || bad.contains(*path));
+            let mut request = manifest.files.iter().filter(|(path, _)| whole || bad.contains(*path));
             let lists_all = bad.iter().all(|path| manifest.files.contains_key(path));
-            lists_all && wanted.all(|(_, entry)| entry.held.is_some())
+            lists_all && request.all(|(_, entry)| entry.held.is_some())
         };
         Ok(manifest.as_ref().is_some_and(holds))
     }
@@ -313,13 +313,14 @@ impl Verification {
         self.cache.0.disk.ensure_writable()?;
         let origin = self.cache.origin_of(key, reference).await;
         let selection = selection(findings);
-        let reach = self.cache.asking(&GetOptions::default()).reach;
+        let max_tier = self.cache.policy(&GetOptions::default()).max_tier;
         let (key, purpose, durable) = (key.clone(), Purpose::Keep, false);
-        let (tagged, remote) = (None, None);
-        let wanted = Wanted { key, selection, digest: None, origin, reach, purpose, durable, tagged, remote };
+        let (tag_record, remote) = (None, None);
+        let request =
+            FetchRequest { key, selection, digest: None, origin, max_tier, purpose, durable, tag_record, remote };
         // A progress of its own: the tiers that bytes came from are told by what it received.
         let fresh = Progress::new();
-        let artifact = self.cache.get_resolved(&wanted, &fresh).await?;
+        let artifact = self.cache.get_resolved(&request, &fresh).await?;
         Ok(artifact.report.from)
     }
 
@@ -328,13 +329,13 @@ impl Verification {
         &self,
         remote: &Remote,
         key: &ArtifactKey,
-        wanted: &(dyn Fn(&FilePath) -> bool + Sync),
+        request: &(dyn Fn(&FilePath) -> bool + Sync),
         progress: &Progress,
     ) -> Result<BTreeSet<FilePath>> {
         let (disk, of) = (self.cache.0.disk.clone(), key.clone());
         let held = blocking(move || disk.hold(&of)).await?;
         let Some((manifest, dir, _lease)) = held else { return Err(nowhere()) };
-        let entries = manifest.files.iter().filter(|(path, entry)| entry.held.is_some() && wanted(path));
+        let entries = manifest.files.iter().filter(|(path, entry)| entry.held.is_some() && request(path));
         let files: BTreeMap<_, _> = entries.map(|(path, _)| (path.clone(), LocalFile::from(dir.view(path)))).collect();
         if files.is_empty() {
             return Err(nowhere());

@@ -5,11 +5,11 @@
 //! recorded them. On a read-only directory hits are still served, without the lease or the touch if need be.
 
 use super::Disk;
-use super::clone::Link;
-use super::fault::{At, errno};
 use super::files;
 use super::hashing;
+use super::io_error::{IoContext, errno};
 use super::layout::ArtifactDir;
+use super::link::Link;
 use super::lock::FileLock;
 use super::modes;
 use super::rooted::{Folders, Metadata, NOW, RootedPath};
@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The last change of a file that was withdrawn, by which it differs from every record of it.
-fn spoilt() -> SystemTime {
+fn withdrawn_mtime() -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(1)
 }
 
@@ -35,7 +35,7 @@ const ROUNDS_MAX: usize = 1000;
 
 /// An artifact's files, held against eviction while this value lives.
 #[derive(Debug)]
-pub(crate) struct Lent {
+pub(crate) struct LeasedArtifact {
     pub(crate) manifest: Arc<Manifest>,
     pub(crate) dir: ArtifactDir,
     /// How the files share their bytes, if they were published just now.
@@ -52,13 +52,13 @@ pub(super) fn is_shortage(error: &io::Error) -> bool {
 
 /// What lending found.
 #[derive(Debug)]
-pub(crate) enum Lend {
+pub(crate) enum AcquireOutcome {
     /// Everything selected is here.
-    Lent(Box<Lent>),
+    Leased(Box<LeasedArtifact>),
     /// Something selected is not.
     Absent,
     /// An eviction is at work on it; try again in a moment.
-    Busy,
+    Evicting,
 }
 
 /// How one view differs from what its manifest says.
@@ -68,7 +68,7 @@ pub(super) enum Mismatch {
     Wrong(File),
 }
 
-impl Lent {
+impl LeasedArtifact {
     /// What a caller gets: the one file selected or the artifact's only file, else the folder.
     pub(crate) fn path(&self, selection: &Selection) -> PathBuf {
         match (selection.one_file(), self.manifest.shape, self.manifest.files.keys().next()) {
@@ -81,21 +81,21 @@ impl Lent {
 
 impl Disk {
     /// Lends what `selection` chooses of `key`, if all of it is here and right.
-    pub(crate) fn lend(&self, key: &ArtifactKey, selection: &Selection) -> Result<Lend> {
+    pub(crate) fn acquire(&self, key: &ArtifactKey, selection: &Selection) -> Result<AcquireOutcome> {
         let dir = self.layout().artifact(key);
         if files::stat(&dir.manifest())?.is_none() {
-            return Ok(Lend::Absent);
+            return Ok(AcquireOutcome::Absent);
         }
         let lease = match FileLock::try_shared(&self.layout().lease(&dir)) {
             Ok(Some(lease)) => Some(lease),
-            Ok(None) => return Ok(Lend::Busy),
+            Ok(None) => return Ok(AcquireOutcome::Evicting),
             Err(_) if self.is_read_only() => None,
             Err(error) => return Err(error),
         };
         for _ in 0..ROUNDS_MAX {
-            let Some(manifest) = self.shared_manifest(&dir)? else { return Ok(Lend::Absent) };
+            let Some(manifest) = self.shared_manifest(&dir)? else { return Ok(AcquireOutcome::Absent) };
             if !manifest.holds(selection) {
-                return Ok(Lend::Absent);
+                return Ok(AcquireOutcome::Absent);
             }
             if !self.is_read_only() && self.is_doubtful(&manifest, selection) {
                 self.recheck(key, &dir, selection)?;
@@ -104,7 +104,7 @@ impl Disk {
             match self.first_mismatch(&dir, &manifest, selection)? {
                 None => {
                     let _ = self.touch_last_used(&dir, false);
-                    return Ok(Lend::Lent(Box::new(Lent {
+                    return Ok(AcquireOutcome::Leased(Box::new(LeasedArtifact {
                         manifest,
                         dir,
                         link: None,
@@ -114,12 +114,12 @@ impl Disk {
                 }
                 Some((path, _, _)) if self.is_read_only() => {
                     tracing::warn!(artifact = %key, file = %path, "this copy is missing or was changed, and cannot be mended where nothing can be written");
-                    return Ok(Lend::Absent);
+                    return Ok(AcquireOutcome::Absent);
                 }
-                Some((path, entry, mismatch)) => drop(self.mend(&dir, &path, &entry, mismatch)?),
+                Some((path, entry, mismatch)) => drop(self.record_mismatch(&dir, &path, &entry, mismatch)?),
             }
         }
-        Ok(Lend::Absent)
+        Ok(AcquireOutcome::Absent)
     }
 
     fn first_mismatch(
@@ -128,14 +128,14 @@ impl Disk {
         manifest: &Manifest,
         selection: &Selection,
     ) -> Result<Option<(FilePath, FileEntry, Mismatch)>> {
-        let (mut trust, mut views) = (self.trust(), Folders::default());
+        let (mut writer_liveness, mut views) = (self.writer_liveness(), Folders::default());
         for (path, entry) in manifest.selected(selection) {
             let view = dir.view(path);
             let Some(metadata) = views.metadata(&view).at("look at", &view)? else {
                 return Ok(Some((path.clone(), entry.clone(), Mismatch::Missing)));
             };
-            if trust.identity(entry) != Some(metadata.identity()) {
-                match self.judge(&view, entry)? {
+            if writer_liveness.identity(entry) != Some(metadata.identity()) {
+                match self.check_file(&view, entry)? {
                     // It cannot be recorded there; it is right all the same.
                     Mismatch::Right(_) if self.is_read_only() => {}
                     mismatch => return Ok(Some((path.clone(), entry.clone(), mismatch))),
@@ -146,7 +146,7 @@ impl Disk {
     }
 
     /// Hashes a view that is not the file its manifest recorded.
-    pub(super) fn judge(&self, view: &RootedPath, entry: &FileEntry) -> Result<Mismatch> {
+    pub(super) fn check_file(&self, view: &RootedPath, entry: &FileEntry) -> Result<Mismatch> {
         let file = match view.open(false) {
             Ok(file) => file,
             Err(error) if is_shortage(&error) || error.kind() == io::ErrorKind::PermissionDenied => {
@@ -160,7 +160,7 @@ impl Disk {
         }
         let is_right = match entry.sha256 {
             // It was withdrawn once: the medium may not have what a read still finds in memory.
-            _ if before.modified() == spoilt() => false,
+            _ if before.modified() == withdrawn_mtime() => false,
             Some(digest) => hashing::has_digest(&file, digest, entry.ladder.as_ref()).at("read", view)?,
             None => false,
         };
@@ -169,7 +169,7 @@ impl Disk {
     }
 
     /// Records what was found of a view. Tells which files of which artifacts are held no more because of it.
-    pub(super) fn mend(
+    pub(super) fn record_mismatch(
         &self,
         dir: &ArtifactDir,
         path: &FilePath,
@@ -193,7 +193,7 @@ impl Disk {
             })?,
             // What is recorded is durable. That the medium refuses it is told, and found again as a missing file.
             Mismatch::Right(identity) => drop(self.make_durable(dir, &[(path.clone(), entry.clone(), identity)])?),
-            Mismatch::Wrong(file) => return self.heal(dir, path, entry, &file),
+            Mismatch::Wrong(file) => return self.withdraw(dir, path, entry, &file),
         }
         Ok(Vec::new())
     }
@@ -202,7 +202,7 @@ impl Disk {
     ///
     /// The inode's mtime is spoilt first, through the descriptor that was hashed: one call makes every link of it,
     /// recorded anywhere, differ from its record.
-    fn heal(
+    fn withdraw(
         &self,
         dir: &ArtifactDir,
         path: &FilePath,
@@ -210,7 +210,7 @@ impl Disk {
         file: &File,
     ) -> Result<Vec<(ArtifactKey, FilePath)>> {
         tracing::warn!(artifact = %dir.path(), file = %path, "a cached file is not what it was; it is withdrawn, and the next get fetches it again");
-        let _ = file.set_times(fs::FileTimes::new().set_modified(spoilt()));
+        let _ = file.set_times(fs::FileTimes::new().set_modified(withdrawn_mtime()));
         let inode = Metadata::of(file).at("look at", &dir.view(path))?.ino();
         if let Some(digest) = entry.sha256 {
             self.quarantine_inode(&digest, inode)?;

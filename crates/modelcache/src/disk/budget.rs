@@ -10,10 +10,10 @@
 //! sought from the least recently used on, and only as many are looked at as are needed. The directory is looked through
 //! as a whole the first time that a process is short of room, rarely after that, and always before room is refused.
 
-use super::changes::Position;
-use super::fault::At;
+use super::change_log::Position;
 use super::files;
-use super::index::{Index, Turn, below_artifacts};
+use super::index::{Index, LastUseOrder, below_artifacts};
+use super::io_error::IoContext;
 use super::layout::ArtifactDir;
 use super::lock::FileLock;
 use super::pin::InTheWay;
@@ -61,7 +61,7 @@ struct Record {
 
 /// What this process tidied up in the directory, and what it knows to be left.
 #[derive(Debug, Default)]
-pub(super) struct Upkeep {
+pub(super) struct Maintenance {
     /// When all of it was last looked through.
     swept: Option<Instant>,
     /// Blobs that may have lost their last link beside their own since.
@@ -113,7 +113,7 @@ impl Usage {
 }
 
 /// Bytes that a file of `size` bytes will take.
-pub(crate) fn room_for(size: u64) -> u64 {
+pub(crate) fn allocated_for(size: u64) -> u64 {
     size.next_multiple_of(BLOCK_BYTES)
 }
 
@@ -322,13 +322,13 @@ impl BudgetHold<'_> {
     ///
     /// # Errors
     /// [`ErrorKind::Full`]; transient where what is in the way may go by itself.
-    pub(crate) fn make_room(&mut self, extra: u64, key: &ArtifactKey) -> Result<()> {
+    pub(crate) fn make_space(&mut self, extra: u64, key: &ArtifactKey) -> Result<()> {
         if self.shortfall(extra)? == 0 {
             return Ok(());
         }
         self.drop_dead_stagings(|_| true)?;
         self.drop_dead_temporaries(&self.disk.layout().stagings())?;
-        let is_due = lock(&self.disk.0.upkeep).swept.is_none_or(|swept| swept.elapsed() > SWEEP_EVERY);
+        let is_due = lock(&self.disk.0.maintenance).swept.is_none_or(|swept| swept.elapsed() > SWEEP_EVERY);
         if is_due { self.sweep() } else { self.drop_orphans() }?;
         if self.shortfall(extra)? > 0 {
             self.drop_quarantine()?;
@@ -357,7 +357,7 @@ impl BudgetHold<'_> {
                 return Ok(None);
             }
             let Some(victims) = self.victims(short, &mut search)? else {
-                return Ok(Some(self.no_room(extra, short, &search.obstacles)));
+                return Ok(Some(self.no_space(extra, short, &search.obstacles)));
             };
             for victim in &victims {
                 if self.shortfall(extra)? == 0 {
@@ -432,7 +432,7 @@ impl BudgetHold<'_> {
         Ok(blob.is_some_and(|blob| blob.ino() == inode))
     }
 
-    fn no_room(&self, extra: u64, short: u64, obstacles: &Obstacles) -> Error {
+    fn no_space(&self, extra: u64, short: u64, obstacles: &Obstacles) -> Error {
         let counted = self.usage().map(|usage| usage.counted()).unwrap_or(self.total);
         let mut message = format!("no room for {} more: {} are missing", bytes(extra), bytes(short));
         if let Ok(space) = self.disk.space() {
@@ -519,7 +519,7 @@ impl BudgetHold<'_> {
         let manifest = self.disk.read_manifest(dir).unwrap_or(None);
         let mut freed = self.take_off_copies(dir, manifest.as_ref())?;
         files::remove_file(&dir.manifest())?;
-        self.disk.forget_intent(&dir.hash())?;
+        self.disk.remove_pending_upload(&dir.hash())?;
         files::remove(&dir.files())?;
         files::remove(dir.path())?;
         if let Some(name_dir) = dir.path().parent() {
@@ -607,7 +607,7 @@ impl BudgetHold<'_> {
         for blob in unlinked {
             self.drop_if_unlinked(&blob)?;
         }
-        *lock(&self.disk.0.upkeep) = Upkeep { swept: Some(Instant::now()), orphans: BTreeSet::new() };
+        *lock(&self.disk.0.maintenance) = Maintenance { swept: Some(Instant::now()), orphans: BTreeSet::new() };
         if self.distrusted {
             self.total = self.disk.published_bytes()?;
             self.distrusted = false;
@@ -658,10 +658,10 @@ impl BudgetHold<'_> {
             if files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() > 1) {
                 let name = path.name().split_once('.').map_or(path.name(), |(stem, _)| stem);
                 let digest = name.strip_prefix("sha256-").and_then(|digest| digest.parse().ok());
-                let mut upkeep = lock(&self.disk.0.upkeep);
+                let mut maintenance = lock(&self.disk.0.maintenance);
                 match digest {
-                    Some(digest) => drop(upkeep.orphans.insert(digest)),
-                    None => upkeep.swept = None,
+                    Some(digest) => drop(maintenance.orphans.insert(digest)),
+                    None => maintenance.swept = None,
                 }
             }
         }
@@ -670,7 +670,7 @@ impl BudgetHold<'_> {
 
     /// Removes the blobs that lost their last link with what ended fills had left.
     fn drop_orphans(&mut self) -> Result<()> {
-        let orphans = std::mem::take(&mut lock(&self.disk.0.upkeep).orphans);
+        let orphans = std::mem::take(&mut lock(&self.disk.0.maintenance).orphans);
         orphans.iter().try_for_each(|digest| self.drop_if_unlinked(&self.disk.layout().blob(digest)).map(drop))
     }
 
@@ -753,7 +753,7 @@ impl Obstacles {
 struct Search {
     /// The artifact that room is made for.
     own: ArtifactDir,
-    turn: Option<Turn>,
+    turn: Option<LastUseOrder>,
     obstacles: Obstacles,
 }
 

@@ -3,7 +3,7 @@
 //! Files that are equal count once. What the list already has here stays; everything else that nobody holds may go.
 
 use super::Disk;
-use super::budget::room_for;
+use super::budget::allocated_for;
 use super::files;
 use super::layout::staged_name;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// What a list takes, in bytes on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Fit {
+pub(crate) struct SpaceNeeded {
     /// All of it.
     pub(crate) list_bytes: u64,
     /// What is not here yet.
@@ -32,21 +32,25 @@ pub(crate) fn content_name(key: &ArtifactKey, path: &FilePath, entry: &FileEntry
 impl Disk {
     /// What the list of `keys` takes with its files, each by its [`content_name`]; `Full` if it cannot all be here at
     /// once.
-    pub(crate) fn fit(&self, keys: &BTreeSet<ArtifactKey>, wanted: &BTreeMap<String, FileEntry>) -> Result<Fit> {
-        let (mut fit, mut present) = (Fit { list_bytes: 0, missing_bytes: 0 }, Vec::new());
+    pub(crate) fn fit(
+        &self,
+        keys: &BTreeSet<ArtifactKey>,
+        wanted: &BTreeMap<String, FileEntry>,
+    ) -> Result<SpaceNeeded> {
+        let (mut fit, mut present) = (SpaceNeeded { list_bytes: 0, missing_bytes: 0 }, Vec::new());
         for entry in wanted.values() {
             let blob = entry.sha256.map(|digest| files::stat(&self.layout().blob(&digest))).transpose()?.flatten();
-            fit.list_bytes += room_for(entry.size);
+            fit.list_bytes += allocated_for(entry.size);
             match blob {
                 Some(metadata) => present.push(metadata.ino()),
-                None => fit.missing_bytes += room_for(entry.size),
+                None => fit.missing_bytes += allocated_for(entry.size),
             }
         }
-        let room = self.room_besides(keys, &present)?;
+        let room = self.space_besides(keys, &present)?;
         if fit.missing_bytes <= room {
             return Ok(fit);
         }
-        let Fit { list_bytes, missing_bytes } = fit;
+        let SpaceNeeded { list_bytes, missing_bytes } = fit;
         let budget = self.space()?.budget;
         Err(Error::new(
             ErrorKind::Full,
@@ -63,7 +67,7 @@ impl Disk {
     }
 
     /// Bytes that could be free if all but the list's own went that can go.
-    fn room_besides(&self, keys: &BTreeSet<ArtifactKey>, present: &[u64]) -> Result<u64> {
+    fn space_besides(&self, keys: &BTreeSet<ArtifactKey>, present: &[u64]) -> Result<u64> {
         let (usage, space, evictable) = (self.usage()?.0, self.space()?, self.evictable_bytes(keys, present)?);
         let of_budget = (space.budget + evictable).saturating_sub(usage.counted());
         let of_filesystem = (space.free + evictable).saturating_sub(space.min_free + usage.reserved);

@@ -4,11 +4,11 @@
 //! at. What is tried is tried in one folder with a temporary name below the directory, which is removed again; what a
 //! kill leaves of it a sweep removes.
 
-use super::fault::At;
 use super::files::{self, TEMPORARY, random_name};
+use super::io_error::IoContext;
 use super::layout::Layout;
 use super::rooted::RootedPath;
-use super::{Misplaced, check_format, clone, lock, modes, trust};
+use super::{Misplaced, check_format, link, lock, modes, ownership};
 use crate::config::{ByteBound, Config};
 use crate::doctor::{Area, Check};
 use crate::error::{Error, ErrorKind, Result};
@@ -38,7 +38,7 @@ pub(crate) fn examine(config: &Config) -> Vec<Check> {
 
 fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
     let layout = Layout::new(root);
-    let usable = trust::check(root, config.shared).and_then(|()| check_format(&layout));
+    let usable = ownership::check(root, config.shared).and_then(|()| check_format(&layout));
     if let Err(error) = usable {
         checks.push(Check::problem(Area::Directory, &error));
         return;
@@ -217,7 +217,7 @@ fn attempts(layout: &Layout) -> Vec<Check> {
         ),
         Err(error) => Check::problem(Area::Directory, &error),
     });
-    checks.push(match clone::hard_link(&file, &folder.0.join("link")).at("link", &file) {
+    checks.push(match link::hard_link(&file, &folder.0.join("link")).at("link", &file) {
         Ok(true) => Check::ok(Area::Directory, "hard links can be made"),
         Ok(false) => Check::warning(
             Area::Directory,
@@ -228,7 +228,7 @@ fn attempts(layout: &Layout) -> Vec<Check> {
     });
     let identity = files::stat(&file).ok().flatten().map(|metadata| metadata.identity());
     let cloned =
-        identity.is_some_and(|known| matches!(clone::reflink(&file, &folder.0.join("clone"), known), Ok(Some(_))));
+        identity.is_some_and(|known| matches!(link::reflink(&file, &folder.0.join("clone"), known), Ok(Some(_))));
     let says = if cloned { "files can be cloned (reflink)" } else { "no reflinks: --into links or copies" };
     checks.push(Check::ok(Area::Directory, says));
     checks.extend(one_filesystem(layout));

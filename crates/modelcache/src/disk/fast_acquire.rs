@@ -5,10 +5,10 @@
 //! differs) is left to `lend`, which may read, hash, mend and wait. It runs only where the directory is on a filesystem of
 //! this machine: one that is on a server may hang, and a thread of the runtime with it.
 
-use super::layout::{ArtifactDir, LAST_USED, MANIFEST};
+use super::layout::{ArtifactDir, FILES, LAST_USED, MANIFEST};
 use super::lock::FileLock;
 use super::rooted::{Folder, Folders};
-use super::{Disk, Lent};
+use super::{Disk, LeasedArtifact};
 use crate::key::ArtifactKey;
 use crate::manifest::Manifest;
 use crate::selection::Selection;
@@ -25,10 +25,10 @@ const LEASES_MIN: usize = 64;
 
 /// The leases that this process holds, so that a key that is held already is held once more without a system call.
 #[derive(Debug, Default)]
-pub(super) struct Leases(Mutex<Held>);
+pub(super) struct Leases(Mutex<HeldLease>);
 
 #[derive(Debug, Default)]
-struct Held {
+struct HeldLease {
     by_key: HashMap<String, Weak<FileLock>>,
     /// Whose they are: a forked child shares descriptors with its parent, and the parent would end the child's lease.
     pid: u32,
@@ -45,7 +45,7 @@ impl Leases {
     fn keep(&self, key: String, lease: &Arc<FileLock>) {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if held.pid != std::process::id() {
-            *held = Held { pid: std::process::id(), ..Held::default() };
+            *held = HeldLease { pid: std::process::id(), ..HeldLease::default() };
         }
         if held.by_key.len() >= held.most.max(LEASES_MIN) {
             held.by_key.retain(|_, lease| lease.strong_count() > 0);
@@ -57,23 +57,24 @@ impl Leases {
 
 impl Disk {
     /// Whether what lies here can be looked at without anything that might be waited for.
-    pub(crate) fn lends_in_passing(&self) -> bool {
+    pub(crate) fn allows_fast_path(&self) -> bool {
         self.0.is_local && !self.is_read_only()
     }
 
     /// Lends what `selection` chooses of `key`, if that takes microseconds; `None` says nothing about what is here.
-    pub(crate) fn lend_in_passing(&self, key: &ArtifactKey, selection: &Selection) -> Option<Lent> {
-        if !self.lends_in_passing() {
+    pub(crate) fn try_acquire_fast(&self, key: &ArtifactKey, selection: &Selection) -> Option<LeasedArtifact> {
+        if !self.allows_fast_path() {
             return None;
         }
         let (dir, hash) = (self.layout().artifact(key), key.hash());
-        let lease = self.lease_in_passing(&hash)?;
+        let lease = self.try_lease_fast(&hash)?;
         let folder = dir.path().open_folder().ok()?;
-        let manifest = self.manifest_in_passing(&folder, &dir, &hash)?;
+        let manifest = self.cached_manifest(&folder, &dir, &hash)?;
         if !manifest.holds(selection) || manifest.selected(selection).nth(FILES_MAX).is_some() {
             return None;
         }
-        let mut views = Folders::default();
+        // Opened from its parent's descriptor: the path to it is not walked again.
+        let mut views = Folders::starting_at(dir.files(), folder.open_folder(FILES).ok()?);
         for (path, entry) in manifest.selected(selection) {
             let view = views.metadata(&dir.view(path)).ok()??;
             if entry.on_disk() != Some(view.identity()) {
@@ -81,10 +82,10 @@ impl Disk {
             }
         }
         let _ = folder.touch(LAST_USED);
-        Some(Lent { manifest, dir, link: None, is_lower: false, _lease: Some(lease) })
+        Some(LeasedArtifact { manifest, dir, link: None, is_lower: false, _lease: Some(lease) })
     }
 
-    fn lease_in_passing(&self, hash: &str) -> Option<Arc<FileLock>> {
+    fn try_lease_fast(&self, hash: &str) -> Option<Arc<FileLock>> {
         if let Some(lease) = self.0.leases.share(hash) {
             return Some(lease);
         }
@@ -94,7 +95,7 @@ impl Disk {
         Some(lease)
     }
 
-    fn manifest_in_passing(&self, folder: &Folder, dir: &ArtifactDir, hash: &str) -> Option<Arc<Manifest>> {
+    fn cached_manifest(&self, folder: &Folder, dir: &ArtifactDir, hash: &str) -> Option<Arc<Manifest>> {
         let file = folder.metadata(MANIFEST).ok()?.identity();
         match self.0.memo.recall(hash, file) {
             None if file.bytes <= MANIFEST_BYTES_MAX => self.shared_manifest(dir).ok()?,
@@ -129,7 +130,7 @@ pub(super) fn is_local(_: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Lend;
+    use super::super::AcquireOutcome;
     use super::super::budget::tests::put;
     use super::*;
     use crate::config::{ByteBound, Sharing};
@@ -143,8 +144,8 @@ mod tests {
         let key = ArtifactKey::bare("team/model@1").expect("key");
         drop(put(&disk, &key, "content", &folder.path().join("source")).expect("fits"));
         // What is not durable yet is for `lend` to judge.
-        assert!(disk.lend_in_passing(&key, &Selection::all()).is_none());
-        disk.sync_owed().expect("syncs");
+        assert!(disk.try_acquire_fast(&key, &Selection::all()).is_none());
+        disk.sync_dirty().expect("syncs");
         (folder, disk, key)
     }
 
@@ -154,14 +155,14 @@ mod tests {
         let dir = disk.layout().artifact(&key);
         let last_used = fs::File::open(dir.last_used().full()).expect("opens");
         last_used.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1)).expect("sets");
-        let first = disk.lend_in_passing(&key, &Selection::all()).expect("a hit");
+        let first = disk.try_acquire_fast(&key, &Selection::all()).expect("a hit");
         assert!(disk.last_used(&dir).expect("looks") > Some(SystemTime::UNIX_EPOCH + Duration::from_secs(2)));
-        let second = disk.lend_in_passing(&key, &Selection::all()).expect("a hit");
+        let second = disk.try_acquire_fast(&key, &Selection::all()).expect("a hit");
         drop(first);
         assert!(disk.is_leased(&dir), "the second holds it, too");
         drop(second);
         assert!(!disk.is_leased(&dir));
-        let third = disk.lend_in_passing(&key, &Selection::all()).expect("a hit");
+        let third = disk.try_acquire_fast(&key, &Selection::all()).expect("a hit");
         assert!(disk.is_leased(&dir), "what has ended is not shared");
         drop(third);
     }
@@ -170,20 +171,20 @@ mod tests {
     fn what_is_not_as_usual_is_left_to_lend() {
         let (_folder, disk, key) = filled_disk();
         let (dir, all) = (disk.layout().artifact(&key), Selection::all());
-        assert!(disk.lend_in_passing(&ArtifactKey::bare("other@1").expect("key"), &all).is_none());
-        assert!(disk.lend_in_passing(&key, &Selection::globs(&["g"], &[]).expect("globs")).is_none());
+        assert!(disk.try_acquire_fast(&ArtifactKey::bare("other@1").expect("key"), &all).is_none());
+        assert!(disk.try_acquire_fast(&key, &Selection::globs(&["g"], &[]).expect("globs")).is_none());
         let eviction = FileLock::try_exclusive(&disk.layout().lease(&dir)).expect("tries").expect("free");
-        assert!(disk.lend_in_passing(&key, &all).is_none(), "an eviction is at work");
+        assert!(disk.try_acquire_fast(&key, &all).is_none(), "an eviction is at work");
         drop(eviction);
         let view = dir.files().join("f").full();
         let times = fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH);
         fs::File::open(&view).expect("opens").set_times(times).expect("touches");
-        assert!(disk.lend_in_passing(&key, &all).is_none(), "it may have been changed");
-        assert!(matches!(disk.lend(&key, &all), Ok(Lend::Lent(_))), "its bytes are right");
-        assert!(disk.lend_in_passing(&key, &all).is_some());
+        assert!(disk.try_acquire_fast(&key, &all).is_none(), "it may have been changed");
+        assert!(matches!(disk.acquire(&key, &all), Ok(AcquireOutcome::Leased(_))), "its bytes are right");
+        assert!(disk.try_acquire_fast(&key, &all).is_some());
         fs::remove_file(&view).expect("removes");
-        assert!(disk.lend_in_passing(&key, &all).is_none());
+        assert!(disk.try_acquire_fast(&key, &all).is_none());
         fs::remove_dir_all(disk.layout().locks().full()).expect("removes");
-        assert!(disk.lend_in_passing(&key, &all).is_none());
+        assert!(disk.try_acquire_fast(&key, &all).is_none());
     }
 }

@@ -1,6 +1,6 @@
 //! Small file work shared by the disk tier: identities, durable writes, walking, removing.
 
-use super::fault::{At, Shown};
+use super::io_error::{IoContext, Shown};
 use super::lock::FileLock;
 use super::modes;
 pub(crate) use super::rooted::absent;

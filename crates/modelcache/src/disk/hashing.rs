@@ -8,7 +8,7 @@
 //! serves from memory goes on doing so, and rot on the medium is found all the same.
 
 use super::ALIGNMENT;
-use super::fault::errno;
+use super::io_error::errno;
 use crate::digest::Digest;
 use crate::ladder::{Ladder, PartHasher};
 use rustix::fs::{Advice, OFlags};

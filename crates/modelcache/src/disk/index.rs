@@ -5,7 +5,7 @@
 //! is read from the directory when first needed, and kept up by the change log: manifests change within budget holds
 //! only. The last use is touched by anybody without a word, so that it is believed only after a look.
 
-use super::changes::Position;
+use super::change_log::Position;
 use super::layout::ArtifactDir;
 use super::{Disk, ScannedArtifact};
 use crate::digest::Digest;
@@ -19,15 +19,15 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 /// Where an artifact stands in the order of last use: when, and its folder below `artifacts/`.
-pub(super) type Turn = (Option<SystemTime>, Arc<Path>);
+pub(super) type LastUseOrder = (Option<SystemTime>, Arc<Path>);
 
 /// The artifacts as of one position in the change log.
 #[derive(Debug, Default)]
 pub(super) struct Index {
     /// `None` until the directory was read.
     at: Option<Position>,
-    artifacts: HashMap<Arc<Path>, Known>,
-    by_use: BTreeSet<Turn>,
+    artifacts: HashMap<Arc<Path>, IndexedArtifact>,
+    by_use: BTreeSet<LastUseOrder>,
     /// Views that manifests record of an inode.
     views: HashMap<u64, u32>,
     /// Manifests that vouch for a file as a digest.
@@ -37,7 +37,7 @@ pub(super) struct Index {
 }
 
 #[derive(Debug)]
-struct Known {
+struct IndexedArtifact {
     last_used: Option<SystemTime>,
     files: Box<[Recorded]>,
 }
@@ -107,7 +107,7 @@ impl Index {
             }
         }
         self.by_use.insert((artifact.last_used, folder.clone()));
-        self.artifacts.insert(folder, Known { last_used: artifact.last_used, files });
+        self.artifacts.insert(folder, IndexedArtifact { last_used: artifact.last_used, files });
     }
 
     fn remove(&mut self, folder: &Path) {
@@ -134,9 +134,9 @@ impl Index {
     }
 
     /// The least recently used artifact after `turn`, as far as is known.
-    pub(super) fn next(&self, turn: Option<&Turn>) -> Option<Turn> {
+    pub(super) fn next(&self, turn: Option<&LastUseOrder>) -> Option<LastUseOrder> {
         let after = turn.map_or(Bound::Unbounded, Bound::Excluded);
-        self.by_use.range::<Turn, _>((after, Bound::Unbounded)).next().cloned()
+        self.by_use.range::<LastUseOrder, _>((after, Bound::Unbounded)).next().cloned()
     }
 
     /// Learns when an artifact was last used.

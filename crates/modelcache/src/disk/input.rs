@@ -2,7 +2,7 @@
 //!
 //! The caller's files are only read, once. One that changes meanwhile is refused rather than published half-old.
 
-use super::{Draft, RootedPath, StagedFile, StagedWriter, files, identity};
+use super::{RootedPath, StagedFile, StagedFileSpec, StagedWriter, files, identity};
 use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Format, HEAD_BYTES};
@@ -20,7 +20,7 @@ const COPY_BYTES: usize = 1 << 20;
 
 /// A file to be put.
 #[derive(Debug, Clone)]
-pub(crate) struct Given {
+pub(crate) struct InputFile {
     /// Its path in the artifact.
     pub(crate) path: FilePath,
     /// Where it lies.
@@ -31,7 +31,7 @@ pub(crate) struct Given {
 
 /// A given file that is read once, from its beginning to its end: hashed, and copied if it is to be.
 pub(crate) struct Copying {
-    given: Given,
+    given: InputFile,
     source: File,
     before: FileIdentity,
     read: u64,
@@ -46,7 +46,7 @@ enum Target {
 
 impl Copying {
     /// Opens the file, to be copied to `target`.
-    pub(crate) fn open(given: &Given, target: Option<&RootedPath>) -> Result<Self> {
+    pub(crate) fn open(given: &InputFile, target: Option<&RootedPath>) -> Result<Self> {
         let fault = |cause: std::io::Error| unreadable(&given.from, cause);
         let source = File::open(&given.from).map_err(fault)?;
         let before = identity(&source).map_err(fault)?;
@@ -54,7 +54,8 @@ impl Copying {
         let into = match target {
             Some(target) => {
                 let path = target.clone();
-                let draft = Draft { path, size: given.size, part_size, in_order: true, git: false, direct: false };
+                let draft =
+                    StagedFileSpec { path, size: given.size, part_size, in_order: true, git: false, direct: false };
                 Target::Staging(Box::new(StagedWriter::create(draft, None)?), target.clone())
             }
             None => Target::Nowhere(LadderHasher::new(part_size)),
@@ -102,7 +103,7 @@ impl Copying {
 }
 
 /// Copies one file into staging, hashing it; refuses one that changes meanwhile.
-pub(crate) fn copy_given(given: &Given, target: &RootedPath, progress: &Progress) -> Result<StagedFile> {
+pub(crate) fn copy_input(given: &InputFile, target: &RootedPath, progress: &Progress) -> Result<StagedFile> {
     let mut copying = Copying::open(given, Some(target))?;
     let mut buffer = vec![0; COPY_BYTES.min(usize::try_from(given.size).unwrap_or(COPY_BYTES))];
     let mut left = given.size;
@@ -118,7 +119,7 @@ pub(crate) fn copy_given(given: &Given, target: &RootedPath, progress: &Progress
 }
 
 /// Hashes one file where it lies; refuses one that changes meanwhile.
-pub(crate) fn hash_given(given: &Given, progress: &Progress) -> Result<FileEntry> {
+pub(crate) fn hash_input(given: &InputFile, progress: &Progress) -> Result<FileEntry> {
     let fault = |cause: std::io::Error| unreadable(&given.from, cause);
     let mut source = File::open(&given.from).map_err(fault)?;
     let before = identity(&source).map_err(fault)?;
@@ -160,20 +161,20 @@ pub(crate) fn format_named(opened: std::io::Result<File>) -> Option<String> {
     }
 }
 
-fn changed(given: &Given) -> Error {
+fn changed(given: &InputFile) -> Error {
     Error::new(ErrorKind::Other, format!("{} changed while it was being read", given.from.display()))
         .hint("put it again when it is complete")
 }
 
 /// The files of a file or folder. Links are followed, loops refused; what is neither file nor folder is refused.
-pub(crate) fn list_given(path: &Path) -> Result<(Shape, Vec<Given>)> {
+pub(crate) fn list_input(path: &Path) -> Result<(Shape, Vec<InputFile>)> {
     let metadata = fs::metadata(path).map_err(|cause| unreadable(path, cause))?;
     if metadata.is_file() {
         let name = path.file_name().and_then(|name| name.to_str());
         let name = name.ok_or_else(|| not_utf8(path))?;
         return Ok((
             Shape::File,
-            vec![Given { path: FilePath::new(name).map_err(rename)?, from: path.to_owned(), size: metadata.len() }],
+            vec![InputFile { path: FilePath::new(name).map_err(rename)?, from: path.to_owned(), size: metadata.len() }],
         ));
     }
     if !metadata.is_dir() {
@@ -189,7 +190,7 @@ pub(crate) fn list_given(path: &Path) -> Result<(Shape, Vec<Given>)> {
     Ok((Shape::Tree, given))
 }
 
-fn list_folder(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, given: &mut Vec<Given>) -> Result<()> {
+fn list_folder(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, given: &mut Vec<InputFile>) -> Result<()> {
     let mut entries: Vec<_> = fs::read_dir(folder)
         .and_then(|entries| entries.collect::<std::io::Result<_>>())
         .map_err(|cause| unreadable(folder, cause))?;
@@ -215,7 +216,7 @@ fn list_folder(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, given: &mu
             list_folder(&from, &format!("{path}/"), above, given)?;
             above.pop();
         } else if metadata.is_file() {
-            given.push(Given { path: FilePath::new(&path).map_err(rename)?, from, size: metadata.len() });
+            given.push(InputFile { path: FilePath::new(&path).map_err(rename)?, from, size: metadata.len() });
             if given.len() > limits::FILES_MAX {
                 return Err(Error::invalid(format!("more than {} files", limits::FILES_MAX)));
             }

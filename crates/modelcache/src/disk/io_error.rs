@@ -73,18 +73,18 @@ impl<T: Shown + ?Sized> Shown for &T {
 }
 
 /// Adds operation and path to an [`io::Result`].
-pub(crate) trait At<T> {
+pub(crate) trait IoContext<T> {
     /// Translates the error of `operation` on `path`.
     fn at(self, operation: &str, path: &(impl Shown + ?Sized)) -> crate::Result<T>;
 }
 
-impl<T> At<T> for io::Result<T> {
+impl<T> IoContext<T> for io::Result<T> {
     fn at(self, operation: &str, path: &(impl Shown + ?Sized)) -> crate::Result<T> {
         self.map_err(|cause| fault(operation, path, cause))
     }
 }
 
-impl<T> At<T> for Result<T, Errno> {
+impl<T> IoContext<T> for Result<T, Errno> {
     fn at(self, operation: &str, path: &(impl Shown + ?Sized)) -> crate::Result<T> {
         self.map_err(|cause| fault(operation, path, cause.into()))
     }

@@ -77,12 +77,12 @@ impl Layout {
     }
 
     /// What still has to reach a remote.
-    pub(crate) fn intents(&self) -> RootedPath {
+    pub(crate) fn pending_uploads(&self) -> RootedPath {
         self.root.join("backfill")
     }
 
-    pub(crate) fn intent(&self, key_hash: &str) -> RootedPath {
-        self.intents().join(key_hash)
+    pub(crate) fn pending_upload(&self, key_hash: &str) -> RootedPath {
+        self.pending_uploads().join(key_hash)
     }
 
     /// Held by the one that uploads `key`.
@@ -130,6 +130,7 @@ impl Layout {
 }
 
 /// The names of an artifact's manifest, and of the file whose time is the last use.
+pub(super) const FILES: &str = "files";
 pub(super) const MANIFEST: &str = "manifest.json";
 pub(super) const LAST_USED: &str = "last-used";
 
@@ -167,7 +168,7 @@ impl ArtifactDir {
     }
 
     pub(crate) fn files(&self) -> RootedPath {
-        self.0.join("files")
+        self.0.join(FILES)
     }
 
     pub(crate) fn view(&self, path: &FilePath) -> RootedPath {

@@ -18,7 +18,7 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant, SystemTime};
 
 /// Time between two records of a leader.
-pub(crate) const BEAT_EVERY: Duration = Duration::from_millis(250);
+pub(crate) const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(250);
 /// Silence after which a leader counts as gone.
 const SILENT_AFTER: Duration = Duration::from_secs(30);
 /// A silent record is looked at twice, this far apart, before its leader is given up: a new leader holds the lock for
@@ -31,7 +31,7 @@ const RECORD_BYTES: usize = 128;
 
 /// What a leader tells those who wait.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Beat {
+pub(crate) struct Heartbeat {
     pub(crate) pid: u32,
     /// Bytes of its pour that are done.
     pub(crate) done_bytes: u64,
@@ -52,7 +52,7 @@ pub(crate) enum Leadership {
     /// This caller.
     Ours(Leader),
     /// Somebody else, who last told this.
-    Theirs(Beat),
+    Theirs(Heartbeat),
 }
 
 /// What one waiter has seen of silent leaders so far: the time of their record, and when it was first seen.
@@ -72,17 +72,17 @@ impl Disk {
             match FileLock::try_exclusive(&path)? {
                 Some(lock) => free = free.or(Some((lock, path))),
                 None => {
-                    let (beat, written_at) = read_beat(&path)?;
+                    let (heartbeat, written_at) = read_heartbeat(&path)?;
                     if !watch.finds_silent(generation, written_at) {
-                        return Ok(Leadership::Theirs(beat));
+                        return Ok(Leadership::Theirs(heartbeat));
                     }
-                    tracing::warn!(%key, pid = beat.pid, "whoever fills this has been silent; going on without it");
+                    tracing::warn!(%key, pid = heartbeat.pid, "whoever fills this has been silent; going on without it");
                 }
             }
         }
-        let Some((lock, path)) = free else { return Ok(Leadership::Theirs(Beat::default())) };
+        let Some((lock, path)) = free else { return Ok(Leadership::Theirs(Heartbeat::default())) };
         let leader = Leader { lock, path };
-        leader.beat(0, 0);
+        leader.heartbeat(0, 0);
         Ok(Leadership::Ours(leader))
     }
 }
@@ -101,9 +101,9 @@ impl Watch {
 impl Leader {
     /// Tells those who wait that this leader lives, and how far it is. That nothing can be written (the disk is full,
     /// and this fill is about to make room) costs at worst a second leader.
-    pub(crate) fn beat(&self, done_bytes: u64, total_bytes: u64) {
-        let beat = Beat { pid: std::process::id(), done_bytes, total_bytes };
-        let mut bytes = serde_json::to_vec(&beat).unwrap_or_default();
+    pub(crate) fn heartbeat(&self, done_bytes: u64, total_bytes: u64) {
+        let heartbeat = Heartbeat { pid: std::process::id(), done_bytes, total_bytes };
+        let mut bytes = serde_json::to_vec(&heartbeat).unwrap_or_default();
         bytes.resize(RECORD_BYTES, b' ');
         if let Err(cause) = self.lock.file().write_all_at(&bytes, 0) {
             tracing::debug!(%cause, path = %self.path, "the leader's record is not written");
@@ -112,7 +112,7 @@ impl Leader {
 }
 
 /// What the holder of the lock at `path` last told, and when. A record that cannot be read tells nothing.
-fn read_beat(path: &RootedPath) -> Result<(Beat, SystemTime)> {
+fn read_heartbeat(path: &RootedPath) -> Result<(Heartbeat, SystemTime)> {
     let written_at = files::stat(path)?.map(|metadata| metadata.modified()).unwrap_or_else(SystemTime::now);
     let bytes = files::read_small(path, RECORD_BYTES as u64)?.unwrap_or_default();
     Ok((serde_json::from_slice(&bytes).unwrap_or_default(), written_at))
@@ -153,11 +153,11 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let disk = disk(&folder);
         let leader = lead(&disk, &mut Watch::default()).expect("leads");
-        leader.beat(3, 7);
-        let Leadership::Theirs(beat) = disk.try_lead(&key(), &mut Watch::default()).expect("tries") else {
+        leader.heartbeat(3, 7);
+        let Leadership::Theirs(heartbeat) = disk.try_lead(&key(), &mut Watch::default()).expect("tries") else {
             panic!("two leaders")
         };
-        assert_eq!(beat, Beat { pid: std::process::id(), done_bytes: 3, total_bytes: 7 });
+        assert_eq!(heartbeat, Heartbeat { pid: std::process::id(), done_bytes: 3, total_bytes: 7 });
         drop(leader);
         assert!(lead(&disk, &mut Watch::default()).is_some(), "the next one leads");
     }

@@ -5,8 +5,8 @@
 //! by themselves. Nothing here decides whether bytes are right: a clone is as right as what it was made from, and
 //! [`copy`] tells what it copied.
 
-use super::fault::{At, errno};
 use super::files;
+use super::io_error::{IoContext, errno};
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
 use crate::error::Result;

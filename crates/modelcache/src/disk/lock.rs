@@ -8,8 +8,8 @@
 //! Some filesystems grant every lock or refuse all. [`are_honest`] finds out; where every lock is refused, a lock counts
 //! as gained, and whoever relies on exclusion asks the directory whether its locks are honest.
 
-use super::fault::{At, errno};
 use super::files;
+use super::io_error::{IoContext, errno};
 use super::modes;
 use super::rooted::{Metadata, RootedPath};
 use crate::error::Result;

@@ -8,7 +8,7 @@
 use super::budget::boot_id;
 use super::files;
 use super::rooted::{Metadata, RootedPath};
-use super::{ArtifactDir, Disk, DiskSource, Lent, Reading, check_format};
+use super::{ArtifactDir, Disk, DiskSource, LeasedArtifact, VerifyRun, check_format};
 use crate::config::{ByteBound, Sharing};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
@@ -31,7 +31,7 @@ pub(crate) struct Lower {
 
 /// What a file consists of, and whether this process hears of it for the first time.
 #[derive(Debug, Clone, Copy)]
-struct Found {
+struct LowerFile {
     digest: Digest,
     is_news: bool,
 }
@@ -81,7 +81,7 @@ impl Lower {
     }
 
     /// Lends what `selection` chooses of `key`, if all of it is here and right.
-    pub(crate) fn lend(&self, key: &ArtifactKey, selection: &Selection) -> Result<Option<Lent>> {
+    pub(crate) fn acquire(&self, key: &ArtifactKey, selection: &Selection) -> Result<Option<LeasedArtifact>> {
         let Some(manifest) = self.manifest(key).filter(|manifest| manifest.holds(selection)) else { return Ok(None) };
         let dir = self.disk.layout().artifact(key);
         for (path, entry) in manifest.selected(selection) {
@@ -99,17 +99,17 @@ impl Lower {
                 return Ok(None);
             }
         }
-        Ok(Some(Lent { manifest: Arc::new(manifest), dir, link: None, is_lower: true, _lease: None }))
+        Ok(Some(LeasedArtifact { manifest: Arc::new(manifest), dir, link: None, is_lower: true, _lease: None }))
     }
 
     /// Reads what is held of `key` in full. What is wrong is remembered by this process, and not lent by it.
-    pub(crate) fn verify(&self, key: &ArtifactKey, selection: &Selection, reading: &Reading) -> Result<()> {
+    pub(crate) fn verify(&self, key: &ArtifactKey, selection: &Selection, reading: &VerifyRun) -> Result<()> {
         let Some(manifest) = self.manifest(key) else { return Ok(()) };
         let dir = self.disk.layout().artifact(key);
         for (path, _) in manifest.selected(selection).filter(|(_, entry)| entry.held.is_some()) {
             let view = dir.view(path);
             let Some(metadata) = files::stat(&view)?.filter(Metadata::is_file) else { continue };
-            if let Some(digest) = self.disk.hash_paced(&view, reading)? {
+            if let Some(digest) = self.disk.hash_rate_limited(&view, reading)? {
                 self.seen().insert(self.record_name(&metadata), digest);
             }
         }
@@ -125,19 +125,19 @@ impl Lower {
     /// What the file at `view` consists of: remembered, or found by hashing it. `None` if it is being changed.
     ///
     /// What may not be durable there is another file with every boot: a power cut changes bytes and nothing else.
-    fn digest_of(&self, view: &RootedPath, metadata: &Metadata, entry: &FileEntry) -> Result<Option<Found>> {
+    fn digest_of(&self, view: &RootedPath, metadata: &Metadata, entry: &FileEntry) -> Result<Option<LowerFile>> {
         let name = match entry.unsynced() {
             None => self.record_name(metadata),
             Some(_) => Digest::of(format!("{}\0{}", self.record_name(metadata), boot_id()).as_bytes()).to_string(),
         };
         if let Some(seen) = self.seen().get(&name) {
-            return Ok(Some(Found { digest: *seen, is_news: false }));
+            return Ok(Some(LowerFile { digest: *seen, is_news: false }));
         }
         let path = self.upper.layout().lower_records().join(&name);
         let stored = files::read_small(&path, 128).unwrap_or(None);
         if let Some(digest) = stored.and_then(|text| String::from_utf8_lossy(&text).trim().parse().ok()) {
             self.seen().insert(name, digest);
-            return Ok(Some(Found { digest, is_news: true }));
+            return Ok(Some(LowerFile { digest, is_news: true }));
         }
         let Some((digest, _)) =
             self.disk.hash_unchanged(view)?.filter(|(_, hashed_under)| *hashed_under == metadata.identity())
@@ -150,7 +150,7 @@ impl Lower {
             tracing::debug!(%error, "the digest found is not remembered");
         }
         self.seen().insert(name, digest);
-        Ok(Some(Found { digest, is_news: true }))
+        Ok(Some(LowerFile { digest, is_news: true }))
     }
 
     fn record_name(&self, metadata: &Metadata) -> String {
@@ -168,7 +168,7 @@ impl Lower {
 impl Disk {
     /// A directory that exists, for reading only. Nothing is made in it.
     pub(super) fn reader(root: &Path, why: &str) -> Result<Self> {
-        super::trust::check(root, Sharing::Off)?;
+        super::ownership::check(root, Sharing::Off)?;
         let layout = super::Layout::new(root);
         if files::stat(&layout.format())?.is_none() {
             return Err(Error::new(ErrorKind::Directory, format!("{} is no cache directory", root.display()))
@@ -184,10 +184,10 @@ impl Disk {
             locks_are_honest: true,
             is_local: false,
             memo: Default::default(),
-            duties: Default::default(),
+            pending_syncs: Default::default(),
             leases: Default::default(),
             index: Default::default(),
-            upkeep: Default::default(),
+            maintenance: Default::default(),
             metrics: Default::default(),
         })))
     }

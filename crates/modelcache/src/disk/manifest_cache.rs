@@ -15,15 +15,15 @@ const PLACE_BYTES: usize = 200;
 
 /// What was read, by the artifact's hash.
 #[derive(Debug, Default)]
-pub(super) struct Memo {
-    known: Mutex<Known>,
+pub(super) struct ManifestCache {
+    known: Mutex<CachedManifest>,
     /// How many manifests were parsed because they were not known.
     #[cfg(test)]
     pub(super) parsed: std::sync::atomic::AtomicU64,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct CachedManifest {
     manifests: HashMap<Arc<str>, Kept>,
     /// The same by when they were last used: the number of that use.
     by_use: BTreeMap<u64, Arc<str>>,
@@ -40,7 +40,7 @@ struct Kept {
     last_use: u64,
 }
 
-impl Memo {
+impl ManifestCache {
     /// The manifest of the artifact with this hash, if the file there is the one that was read.
     pub(super) fn recall(&self, hash: &str, file: FileIdentity) -> Option<Arc<Manifest>> {
         let known = &mut *self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -60,7 +60,7 @@ impl Memo {
     }
 }
 
-impl Known {
+impl CachedManifest {
     fn remember(&mut self, hash: &str, file: FileIdentity, manifest: &Arc<Manifest>, bytes: usize, bytes_max: usize) {
         self.uses += 1;
         let (hash, last_use): (Arc<str>, _) = (hash.into(), self.uses);
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn what_was_read_is_given_back_as_long_as_it_is_that_file() {
-        let memo = Memo::default();
+        let memo = ManifestCache::default();
         for files in [0, 3, 100] {
             memo.remember("hash", file(7), &manifest(files));
             assert_eq!(memo.recall("hash", file(7)), Some(manifest(files)));
@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn the_least_recently_used_are_forgotten_first_and_the_last_one_never() {
-        let (memo, three) = (Memo::default(), 300);
+        let (memo, three) = (ManifestCache::default(), 300);
         let remember = |number: u64, bytes| {
             let known = &mut *memo.known.lock().expect("nobody panicked");
             known.remember(&number.to_string(), file(number), &manifest(2), bytes, three);

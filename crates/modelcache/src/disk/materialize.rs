@@ -4,10 +4,10 @@
 //! sees the old folder or the new one. What was not put there by an earlier call is never removed: a marker file in the
 //! folder lists what was. A folder whose builder died is removed by the next call; the live ones are locked.
 
-use super::clone::{self, Link};
-use super::fault::{Shown, errno};
 use super::files::{self, absent};
+use super::io_error::{Shown, errno};
 use super::layout::ArtifactDir;
+use super::link::{self, Link};
 use super::lock::FileLock;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
@@ -109,17 +109,17 @@ impl Destination {
 
     /// Refuses a folder with files that no earlier call put there.
     fn refuse_what_is_not_ours(&self) -> Result<()> {
-        let Some(foreign) = foreign_file(&self.dir)? else { return Ok(()) };
-        Err(self.not_ours(&foreign))
+        let Some(unmanaged) = unmanaged_file(&self.dir)? else { return Ok(()) };
+        Err(self.not_ours(&unmanaged))
     }
 
-    fn not_ours(&self, foreign: &Path) -> Error {
+    fn not_ours(&self, unmanaged: &Path) -> Error {
         Error::new(
             ErrorKind::Conflict,
             format!(
                 "{} holds {}, which modelcache did not put there or which was changed since",
                 self.asked.display(),
-                foreign.display()
+                unmanaged.display()
             ),
         )
         .hint("the folder is replaced as a whole: move that away first, or choose a new or empty folder")
@@ -144,9 +144,9 @@ impl Destination {
         // Somebody may have put something there meanwhile, or may be doing so while the two change places.
         self.refuse_what_is_not_ours()?;
         swap(&site.path, &self.dir).map_err(|cause| not_swapped(&self.asked, cause))?;
-        if let Some(foreign) = foreign_file(&site.path)? {
+        if let Some(unmanaged) = unmanaged_file(&site.path)? {
             swap(&site.path, &self.dir).map_err(|cause| not_swapped(&self.asked, cause))?;
-            return Err(self.not_ours(&foreign));
+            return Err(self.not_ours(&unmanaged));
         }
         sync(&parent)?;
         Ok(Materialized { dir: self.dir.full(), path: self.dir.full(), links })
@@ -167,20 +167,20 @@ fn make_folder(folder: &RootedPath, made: &mut BTreeSet<RootedPath>) -> Result<(
 }
 
 /// A file in `dir` that no earlier call put there as it is now.
-fn foreign_file(dir: &RootedPath) -> Result<Option<PathBuf>> {
+fn unmanaged_file(dir: &RootedPath) -> Result<Option<PathBuf>> {
     let marker = files::read_small(&dir.join(MARKER), MARKER_BYTES_MAX)?;
     let ours = marker.and_then(|bytes| serde_json::from_slice::<Marker>(&bytes).ok()).map(|marker| marker.files);
-    let mut foreign = None;
+    let mut unmanaged = None;
     files::walk(dir, &mut |path, metadata| {
         let inside = path.below(dir).unwrap_or(Path::new(""));
         let put_there = ours.as_ref().zip(inside.to_str().and_then(|path| FilePath::new(path).ok()));
         let known = put_there.and_then(|(ours, path)| ours.get(&path)).is_some_and(|put| is_still(put, metadata));
-        if !known && inside != Path::new(MARKER) && foreign.is_none() {
-            foreign = Some(inside.to_owned());
+        if !known && inside != Path::new(MARKER) && unmanaged.is_none() {
+            unmanaged = Some(inside.to_owned());
         }
         Ok(())
     })?;
-    Ok(foreign)
+    Ok(unmanaged)
 }
 
 /// Whether a file is the one that was put there. Of a hard link into the cache, whose mtime is the cache's, the inode
@@ -310,7 +310,7 @@ fn place(
 
 /// Whether the filesystem cannot link this way; another way may do.
 fn is_refusal(cause: &io::Error) -> bool {
-    clone::is_refusal(cause) || matches!(errno(cause), Some(Errno::INVAL | Errno::NOTTY))
+    link::is_refusal(cause) || matches!(errno(cause), Some(Errno::INVAL | Errno::NOTTY))
 }
 
 /// Makes a hard link. Refuses what is not a read-only file of the right size: in a shared directory another user may have

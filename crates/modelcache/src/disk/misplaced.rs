@@ -4,9 +4,9 @@
 //! refuses them, so they stand in the way of fills and evictions. `doctor` names them. `prune` moves them to
 //! `quarantine/`, where they stay until somebody removes them: they may be somebody's.
 
-use super::fault::At;
 use super::files::{self, TEMPORARY, random_name};
-use super::layout::{LAST_USED, Layout, MANIFEST};
+use super::io_error::IoContext;
+use super::layout::{FILES, LAST_USED, Layout, MANIFEST};
 use super::rooted::{Metadata, RootedPath, absent};
 use super::{Disk, modes};
 use crate::error::Result;
@@ -45,7 +45,7 @@ impl Level {
             Self::File => found.is_file() || found.is_dir() && path.name().starts_with(TEMPORARY),
             Self::Either => found.is_dir() || found.is_file(),
             Self::ArtifactParts => match path.name() {
-                "files" => found.is_dir(),
+                FILES => found.is_dir(),
                 MANIFEST | LAST_USED | "pin" => found.is_file(),
                 _ => Self::Either.accepts(path, found),
             },
@@ -65,7 +65,7 @@ pub(super) fn misplaced(layout: &Layout) -> Result<Vec<Misplaced>> {
         (layout.stagings(), &[Either, File]),
         (layout.locks(), &[File]),
         (layout.unsynced(), &[File]),
-        (layout.intents(), &[File]),
+        (layout.pending_uploads(), &[File]),
         (layout.lower_records(), &[File]),
         (layout.quarantine(), &[]),
     ];

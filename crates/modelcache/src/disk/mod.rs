@@ -10,33 +10,34 @@
 //! All functions here block on disk work; async callers use `spawn_blocking`. The layout and the order of steps are
 //! written down in `docs/disk-format.md`.
 
+mod acquire;
 mod budget;
-mod changes;
-mod clone;
+mod capacity;
+mod change_log;
 mod doctor;
-mod duties;
-mod fault;
+mod fast_acquire;
 mod files;
-mod fit;
-mod given;
 mod hashing;
-mod hit;
 mod holders;
 mod index;
-mod intent;
+mod input;
+mod io_error;
 mod layout;
 mod leader;
 mod lease;
-mod lend;
+mod link;
 mod lock;
 mod lower;
+mod manifest_cache;
 mod materialize;
-mod memo;
 mod memory;
 mod misplaced;
 mod modes;
-mod opened;
-mod parts;
+mod open_file;
+mod ownership;
+mod parts_journal;
+mod pending_sync;
+mod pending_upload;
 mod pin;
 mod prune;
 mod publish;
@@ -45,30 +46,29 @@ mod rooted;
 mod source;
 mod staging;
 mod sync;
-mod trust;
 mod verify;
 mod write_mode;
 mod writer;
 
+pub(crate) use acquire::{AcquireOutcome, LeasedArtifact};
 pub(crate) use budget::{Evicted, Usage};
-pub use clone::Link;
+pub(crate) use capacity::content_name;
 pub(crate) use doctor::examine;
-pub use duties::HandOver;
-pub(crate) use fault::fault;
 pub(crate) use files::identity;
-pub(crate) use fit::content_name;
-pub(crate) use given::{Copying, Given, copy_given, format_named, format_of, hash_given, list_given};
-pub(crate) use intent::{Intent, Missing};
+pub(crate) use input::{Copying, InputFile, copy_input, format_named, format_of, hash_input, list_input};
+pub(crate) use io_error::fault;
 pub(crate) use layout::{ArtifactDir, Layout, staged_name};
-pub(crate) use leader::{BEAT_EVERY, Leader, Leadership, Watch};
-pub(crate) use lend::{Lend, Lent};
+pub(crate) use leader::{HEARTBEAT_INTERVAL, Leader, Leadership, Watch};
+pub use link::Link;
 pub(crate) use lock::FileLock;
 pub(crate) use lower::Lower;
 pub(crate) use materialize::Tree;
 pub use materialize::{Destination, LinkMode, Materialized};
 pub use misplaced::Misplaced;
-pub use opened::LocalFile;
-pub(crate) use opened::{open_staged, read_ahead_again};
+pub use open_file::LocalFile;
+pub(crate) use open_file::{open_staged, read_ahead_again};
+pub use pending_sync::SyncHandoff;
+pub(crate) use pending_upload::{Missing, PendingUpload};
 pub use pin::{Holder, InTheWay, Pin};
 pub use prune::{KeptArtifact, Leftovers, PruneOptions, PruneReport, PrunedArtifact};
 pub(crate) use publish::StagedFile;
@@ -76,10 +76,10 @@ pub(crate) use refs::RememberedRef;
 pub(crate) use rooted::RootedPath;
 pub(crate) use source::DiskSource;
 pub(crate) use staging::Staging;
-pub(crate) use verify::{Reading, Stored};
+pub(crate) use verify::{VerifyItem, VerifyRun};
 pub use write_mode::Purpose;
 pub(crate) use write_mode::goes_direct;
-pub(crate) use writer::{ALIGNMENT, Cursor, Draft, Hashed, StagedWriter};
+pub(crate) use writer::{ALIGNMENT, Cursor, Hashed, StagedFileSpec, StagedWriter};
 
 use crate::config::{ByteBound, Sharing};
 use crate::digest::{Digest, GitOid};
@@ -88,13 +88,13 @@ use crate::key::{ArtifactKey, ArtifactName};
 use crate::limits;
 use crate::manifest::Manifest;
 use crate::metrics::Metrics;
-use budget::Upkeep;
-use duties::Duties;
-use fault::At;
-use hit::Leases;
+use budget::Maintenance;
+use fast_acquire::Leases;
 use index::Index;
-use memo::Memo;
+use io_error::IoContext;
+use manifest_cache::ManifestCache;
 use modes::Removal;
+use pending_sync::PendingSyncs;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -122,15 +122,15 @@ struct Inner {
     /// Whether its filesystem is one of this machine.
     is_local: bool,
     /// Manifests read before.
-    memo: Memo,
+    memo: ManifestCache,
     /// What this process has still to make durable.
-    duties: Duties,
+    pending_syncs: PendingSyncs,
     /// Leases held.
     leases: Leases,
     /// What the artifacts hold, once it was needed; looked at within budget holds only.
     index: Mutex<Index>,
     /// What was tidied up, and what is left to be.
-    upkeep: Mutex<Upkeep>,
+    maintenance: Mutex<Maintenance>,
     /// What was done in it since it was opened.
     metrics: Metrics,
 }
@@ -163,14 +163,14 @@ impl Disk {
     /// Opens the directory, making it if need be. A directory that cannot be written still serves what it holds.
     pub(crate) fn open(root: &Path, max_bytes: ByteBound, min_free_bytes: ByteBound, sharing: Sharing) -> Result<Self> {
         let root = std::path::absolute(root).at("resolve", root)?;
-        trust::check(&root, sharing)?;
+        ownership::check(&root, sharing)?;
         check_format(&Layout::new(&root))?;
         let made = make_root(&root, sharing);
         // Links that lead to the root are resolved here, so it must be there.
         let layout = Layout::new(&root);
         if made.is_ok() {
-            trust::check(&root, sharing)?;
-            trust::check_same(&root, layout.root())?;
+            ownership::check(&root, sharing)?;
+            ownership::check_same(&root, layout.root())?;
         }
         let unwritable = match made.and_then(|()| prepare(&layout, sharing)) {
             Ok(()) => None,
@@ -178,7 +178,7 @@ impl Disk {
             Err(error) => return Err(error),
         };
         // Again: another release, or a stranger, may have made it in between.
-        trust::check(&root, sharing)?;
+        ownership::check(&root, sharing)?;
         check_format(&layout)?;
         let probe = || lock::are_honest(&layout.probe_lock());
         let locks_are_honest = unwritable.is_some()
@@ -189,7 +189,7 @@ impl Disk {
         if !locks_are_honest {
             tracing::warn!(path = %layout.root(), "file locks do not exclude on this filesystem: bytes may be fetched twice, and only what has long been idle is evicted for space");
         }
-        let is_local = hit::is_local(&root);
+        let is_local = fast_acquire::is_local(&root);
         Ok(Self(Arc::new(Inner {
             layout,
             max_bytes,
@@ -197,11 +197,11 @@ impl Disk {
             unwritable,
             locks_are_honest,
             is_local,
-            memo: Memo::default(),
-            duties: Duties::default(),
+            memo: ManifestCache::default(),
+            pending_syncs: PendingSyncs::default(),
             leases: Leases::default(),
             index: Mutex::default(),
-            upkeep: Mutex::default(),
+            maintenance: Mutex::default(),
             metrics: Metrics::default(),
         })))
     }
@@ -427,7 +427,7 @@ fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
         modes::make_top_dir(&folder, sharing, Removal::ByOwner)?;
     }
     let emptied_by_any =
-        [layout.stagings(), layout.quarantine(), layout.lower_records(), layout.intents(), layout.unsynced()];
+        [layout.stagings(), layout.quarantine(), layout.lower_records(), layout.pending_uploads(), layout.unsynced()];
     for folder in emptied_by_any {
         modes::make_top_dir(&folder, sharing, Removal::ByAny)?;
     }

@@ -8,8 +8,8 @@
 //! A shared folder whose names only their owners need to remove is sticky, so that no other user can put something else
 //! in their place.
 
-use super::fault::{At, errno};
 use super::files::{TEMPORARY, random_name};
+use super::io_error::{IoContext, errno};
 use super::rooted::RootedPath;
 use crate::config::Sharing;
 use crate::error::Result;
@@ -30,14 +30,14 @@ const STICKY: u32 = 0o1000;
 
 /// What a file is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Use {
+enum FileUse {
     /// Others who share the folder must write it: locks, the last use, journals, the budget record.
     Written,
     /// Others read it and replace it by name: manifests, what revisions mean.
     Read,
 }
 
-impl Use {
+impl FileUse {
     fn mode(self, sharing: Sharing) -> Option<u32> {
         match (self, sharing) {
             (_, Sharing::Off) => None,
@@ -105,7 +105,7 @@ pub(crate) fn open_shared(path: &RootedPath) -> io::Result<File> {
             Err(error) if errno(&error) == Some(Errno::STALE) => {}
             opened => return opened,
         }
-        match create(path, Use::Written) {
+        match create(path, FileUse::Written) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             created => return created,
         }
@@ -114,12 +114,12 @@ pub(crate) fn open_shared(path: &RootedPath) -> io::Result<File> {
 
 /// Makes a new file that everybody writes who shares its folder.
 pub(crate) fn create_shared(path: &RootedPath) -> io::Result<File> {
-    create(path, Use::Written)
+    create(path, FileUse::Written)
 }
 
 /// Makes a new file that others read.
 pub(crate) fn create_readable(path: &RootedPath) -> io::Result<File> {
-    create(path, Use::Read)
+    create(path, FileUse::Read)
 }
 
 /// Who writes into a folder of this mode.
@@ -161,7 +161,7 @@ fn create_dir(path: &RootedPath, mode: Option<u32>) -> io::Result<()> {
 }
 
 /// Makes a file that must not be there yet; in a shared folder it has its mode from the moment its name is there.
-fn create(path: &RootedPath, purpose: Use) -> io::Result<File> {
+fn create(path: &RootedPath, purpose: FileUse) -> io::Result<File> {
     let Some(mode) = purpose.mode(shared_by(mode_of_parent(path)?)) else { return path.create_new(0o666) };
     let temporary = path.with_file_name(format!("{TEMPORARY}{}", random_name()));
     let file = temporary.create_new(0o666)?;

@@ -3,8 +3,8 @@
 //! A file that is still being filled is opened for reading only. As long as that lasts the kernel shall read nothing
 //! ahead: what it found there before it was written could stay in memory for what was written.
 
-use super::fault::At;
-use super::{Lent, RootedPath, files};
+use super::io_error::IoContext;
+use super::{LeasedArtifact, RootedPath, files};
 use crate::error::Result;
 use crate::key::FilePath;
 use rustix::fs::{Advice, fadvise};
@@ -68,7 +68,7 @@ pub(crate) fn read_ahead_again(file: &File) {
     let _ = fadvise(file, 0, None, Advice::Normal);
 }
 
-impl Lent {
+impl LeasedArtifact {
     /// One of its files, for reading.
     pub(crate) fn open(&self, file: &FilePath) -> Result<File> {
         let view = self.dir.view(file);

@@ -4,7 +4,7 @@
 //! manifests and bytes that agree with each other. Owners that are trusted: this user, root, the owner of the folder
 //! above; anybody once the directory is said to be shared, except for a link.
 
-use super::fault::At;
+use super::io_error::IoContext;
 use super::rooted::RootedPath;
 use crate::config::Sharing;
 use crate::error::{Error, ErrorKind, Result, Tier};

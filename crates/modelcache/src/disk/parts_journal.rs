@@ -4,8 +4,8 @@
 //! names is checked again before it counts. One for other sizes is no journal of the file at hand. Files of one part
 //! have none: they are complete or nothing.
 
-use super::fault;
 use super::files;
+use super::io_error::fault;
 use super::rooted::RootedPath;
 use crate::error::Result;
 use std::collections::BTreeSet;

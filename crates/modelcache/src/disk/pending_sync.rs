@@ -12,8 +12,8 @@
 
 use super::Disk;
 use super::budget::boot_id;
-use super::fault::At;
 use super::files;
+use super::io_error::IoContext;
 use super::modes;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
@@ -40,7 +40,7 @@ const LIST_BYTES_MAX: u64 = 64 << 20;
 
 /// What a process owes.
 #[derive(Debug, Default)]
-pub(super) struct Duties {
+pub(super) struct PendingSyncs {
     state: Mutex<State>,
     /// One at a time makes something durable: what waits finds it done.
     pub(super) turn: Mutex<()>,
@@ -51,13 +51,13 @@ pub(super) struct Duties {
 #[derive(Debug, Default)]
 struct State {
     writer: Option<Writer>,
-    owed: BTreeMap<ArtifactKey, Owed>,
+    dirty: BTreeMap<ArtifactKey, Dirty>,
     /// Counts what was published, so that what comes while an artifact is made durable is not forgotten.
     published: u64,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Owed {
+struct Dirty {
     number: u64,
     bytes: u64,
     /// Publications under way: nothing of them can be made durable yet.
@@ -74,7 +74,7 @@ struct Writer {
 
 /// A line of it: what is owed, for people and for whoever takes over.
 #[derive(Debug, Serialize, Deserialize)]
-struct Line {
+struct DirtyEntry {
     #[serde(flatten)]
     key: ArtifactKey,
     bytes: u64,
@@ -82,7 +82,7 @@ struct Line {
 
 /// A publication under way: until it is dropped, what it owes cannot be paid.
 #[derive(Debug)]
-pub(super) struct Duty<'disk> {
+pub(super) struct UnsyncedPublication<'disk> {
     disk: &'disk Disk,
     key: ArtifactKey,
     /// What the manifest says of its files.
@@ -91,7 +91,7 @@ pub(super) struct Duty<'disk> {
 
 /// What a process leaves to another one: its duties, and the lock that says that somebody has them.
 #[derive(Debug)]
-pub struct HandOver {
+pub struct SyncHandoff {
     /// The local directory.
     pub dir: PathBuf,
     /// The name of the locked file.
@@ -101,12 +101,12 @@ pub struct HandOver {
 }
 
 /// Which marks are worth something, looked up once each.
-pub(super) struct Trust<'disk> {
+pub(super) struct WriterLiveness<'disk> {
     disk: &'disk Disk,
     known: HashMap<String, bool>,
 }
 
-impl Trust<'_> {
+impl WriterLiveness<'_> {
     /// The identity under which the bytes of `entry` are right: durable, or in the hands of a writer that lives.
     pub(super) fn identity(&mut self, entry: &FileEntry) -> Option<FileIdentity> {
         entry.on_disk().or_else(|| {
@@ -117,111 +117,111 @@ impl Trust<'_> {
 
     /// Whether `writer` still answers for what bears its name.
     pub(super) fn has(&mut self, writer: &str) -> bool {
-        if let Some(lives) = self.known.get(writer) {
-            return *lives;
+        if let Some(is_alive) = self.known.get(writer) {
+            return *is_alive;
         }
-        let lives = self.disk.lives(writer);
-        self.known.insert(writer.to_owned(), lives);
-        lives
+        let is_alive = self.disk.is_alive(writer);
+        self.known.insert(writer.to_owned(), is_alive);
+        is_alive
     }
 }
 
 impl Disk {
-    pub(super) fn trust(&self) -> Trust<'_> {
-        Trust { disk: self, known: HashMap::new() }
+    pub(super) fn writer_liveness(&self) -> WriterLiveness<'_> {
+        WriterLiveness { disk: self, known: HashMap::new() }
     }
 
     /// Whether it can be told here who has duties; else nothing is published without waiting.
-    pub(crate) fn may_owe(&self) -> bool {
+    pub(crate) fn may_defer_sync(&self) -> bool {
         self.locks_are_honest() && place(self).is_some()
     }
 
     /// Whether `writer` is still about to make durable what bears its name.
-    fn lives(&self, writer: &str) -> bool {
+    fn is_alive(&self, writer: &str) -> bool {
         let is_name = writer.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
         if !is_name || writer.split('-').next() != place(self).as_deref() {
             return false;
         }
-        if self.duties().state().writer.as_ref().is_some_and(|ours| ours.name == writer) {
+        if self.pending_syncs().state().writer.as_ref().is_some_and(|ours| ours.name == writer) {
             return true;
         }
         is_locked(&self.layout().unsynced().join(writer))
     }
 
     /// Announces a publication of `key`, of so many bytes: from now on this process is known to live.
-    pub(super) fn owe(&self, key: &ArtifactKey, bytes: u64) -> Result<Duty<'_>> {
-        let mut state = self.duties().state();
+    pub(super) fn mark_dirty(&self, key: &ArtifactKey, bytes: u64) -> Result<UnsyncedPublication<'_>> {
+        let mut state = self.pending_syncs().state();
         let state = &mut *state;
         let writer = match &mut state.writer {
             Some(writer) => writer,
             none => none.insert(Writer::new(self)?),
         };
-        writer.note(&Line { key: key.clone(), bytes })?;
+        writer.note(&DirtyEntry { key: key.clone(), bytes })?;
         state.published += 1;
-        let owed = state.owed.entry(key.clone()).or_default();
-        (owed.number, owed.bytes, owed.running) = (state.published, owed.bytes + bytes, owed.running + 1);
-        Ok(Duty { disk: self, key: key.clone(), writer: writer.name.clone() })
+        let dirty = state.dirty.entry(key.clone()).or_default();
+        (dirty.number, dirty.bytes, dirty.running) = (state.published, dirty.bytes + bytes, dirty.running + 1);
+        Ok(UnsyncedPublication { disk: self, key: key.clone(), writer: writer.name.clone() })
     }
 
     /// The artifacts of which something is owed.
-    pub(super) fn owed(&self) -> Vec<ArtifactKey> {
-        self.duties().state().owed.keys().cloned().collect()
+    pub(super) fn dirty(&self) -> Vec<ArtifactKey> {
+        self.pending_syncs().state().dirty.keys().cloned().collect()
     }
 
     /// Bytes that were published here and are not known to be durable.
-    pub(crate) fn owed_bytes(&self) -> u64 {
-        self.duties().state().owed.values().map(|owed| owed.bytes).sum()
+    pub(crate) fn dirty_bytes(&self) -> u64 {
+        self.pending_syncs().state().dirty.values().map(|dirty| dirty.bytes).sum()
     }
 
     /// Whether anything of `key` is owed.
-    pub(crate) fn owes(&self, key: &ArtifactKey) -> bool {
-        self.duties().state().owed.contains_key(key)
+    pub(crate) fn is_dirty(&self, key: &ArtifactKey) -> bool {
+        self.pending_syncs().state().dirty.contains_key(key)
     }
 
     /// The last publication of `key` that is owed; `None` also while one is under way, which nobody can pay for yet.
-    pub(super) fn owed_number(&self, key: &ArtifactKey) -> Option<u64> {
-        self.duties().state().owed.get(key).filter(|owed| owed.running == 0).map(|owed| owed.number)
+    pub(super) fn dirty_number(&self, key: &ArtifactKey) -> Option<u64> {
+        self.pending_syncs().state().dirty.get(key).filter(|dirty| dirty.running == 0).map(|dirty| dirty.number)
     }
 
     /// Nothing of `key` is owed any more that was published up to `number`.
-    pub(super) fn paid(&self, key: &ArtifactKey, number: u64) {
-        self.duties().state().forget(|of, owed| of == key && owed.number <= number && owed.running == 0);
+    pub(super) fn mark_synced(&self, key: &ArtifactKey, number: u64) {
+        self.pending_syncs().state().forget(|of, dirty| of == key && dirty.number <= number && dirty.running == 0);
     }
 
     /// What is owed, for another process, which is to be given the lock. This one owes it until
-    /// [`handed_over`](Self::handed_over).
-    pub(crate) fn hand_over(&self) -> Result<Option<HandOver>> {
-        let state = self.duties().state();
+    /// [`handed_off`](Self::handed_over).
+    pub(crate) fn hand_off(&self) -> Result<Option<SyncHandoff>> {
+        let state = self.pending_syncs().state();
         let Some(writer) = &state.writer else { return Ok(None) };
         let lock = writer.file.try_clone().at("hand over", &writer.path)?;
-        Ok(Some(HandOver { dir: self.layout().root().full(), writer: writer.name.clone(), lock }))
+        Ok(Some(SyncHandoff { dir: self.layout().root().full(), writer: writer.name.clone(), lock }))
     }
 
     /// Another process has the duties, and the lock.
-    pub(crate) fn handed_over(&self) {
-        let mut state = self.duties().state();
-        state.owed.clear();
+    pub(crate) fn handed_off(&self) {
+        let mut state = self.pending_syncs().state();
+        state.dirty.clear();
         state.writer = None;
     }
 
     /// This process is a child that was forked: the duties, and the lock, are its parent's. The parent may have been at
     /// work on them in that moment; then the descriptor stays open.
     pub(crate) fn forked(&self) {
-        if let Ok(mut state) = self.duties().state.try_lock() {
-            state.owed.clear();
+        if let Ok(mut state) = self.pending_syncs().state.try_lock() {
+            state.dirty.clear();
             state.writer = None;
         }
     }
 
     /// Makes durable what another process handed over, with the lock that it held.
-    pub(crate) fn pay_for(&self, writer: &str, lock: File) -> Result<()> {
+    pub(crate) fn sync_for(&self, writer: &str, lock: File) -> Result<()> {
         self.take_over(writer, lock)?;
-        let mut outcome = self.sync_owed();
+        let mut outcome = self.sync_dirty();
         for _ in 1..TRIES_MAX {
-            if self.owed().is_empty() {
+            if self.dirty().is_empty() {
                 break;
             }
-            outcome = self.sync_owed();
+            outcome = self.sync_dirty();
         }
         outcome
     }
@@ -234,14 +234,14 @@ impl Disk {
             return Err(gone().tier(Tier::Disk));
         }
         let list = files::read_small(&path, LIST_BYTES_MAX)?.unwrap_or_default();
-        let mut state = self.duties().state();
+        let mut state = self.pending_syncs().state();
         state.writer = Some(Writer { name: writer.to_owned(), path, file: lock });
-        for Line { key, bytes } in
+        for DirtyEntry { key, bytes } in
             list.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok())
         {
             state.published += 1;
-            let owed = Owed { number: state.published, bytes, running: 0 };
-            state.owed.insert(key, owed);
+            let dirty = Dirty { number: state.published, bytes, running: 0 };
+            state.dirty.insert(key, dirty);
         }
         Ok(())
     }
@@ -261,12 +261,12 @@ impl Disk {
         Ok(())
     }
 
-    pub(super) fn duties(&self) -> &Duties {
-        &self.0.duties
+    pub(super) fn pending_syncs(&self) -> &PendingSyncs {
+        &self.0.pending_syncs
     }
 }
 
-impl Duties {
+impl PendingSyncs {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -274,9 +274,9 @@ impl Duties {
 
 impl State {
     /// Forgets what is done; with the last of it the file goes.
-    fn forget(&mut self, done: impl Fn(&ArtifactKey, &Owed) -> bool) {
-        self.owed.retain(|key, owed| !done(key, owed));
-        if self.owed.is_empty()
+    fn forget(&mut self, done: impl Fn(&ArtifactKey, &Dirty) -> bool) {
+        self.dirty.retain(|key, dirty| !done(key, dirty));
+        if self.dirty.is_empty()
             && let Some(writer) = self.writer.take()
             && let Err(error) = files::remove_file(&writer.path)
         {
@@ -285,10 +285,10 @@ impl State {
     }
 }
 
-impl Drop for Duty<'_> {
+impl Drop for UnsyncedPublication<'_> {
     fn drop(&mut self) {
-        if let Some(owed) = self.disk.duties().state().owed.get_mut(&self.key) {
-            owed.running = owed.running.saturating_sub(1);
+        if let Some(dirty) = self.disk.pending_syncs().state().dirty.get_mut(&self.key) {
+            dirty.running = dirty.running.saturating_sub(1);
         }
     }
 }
@@ -325,7 +325,7 @@ impl Writer {
         Ok(is_there.then_some(Self { name, path, file }))
     }
 
-    fn note(&mut self, line: &Line) -> Result<()> {
+    fn note(&mut self, line: &DirtyEntry) -> Result<()> {
         let mut bytes = serde_json::to_vec(line).unwrap_or_default();
         bytes.push(b'\n');
         let end = self.file.metadata().at("look at", &self.path)?.len();

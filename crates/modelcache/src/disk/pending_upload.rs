@@ -31,7 +31,7 @@ pub(crate) struct Missing {
 
 /// What still has to reach a remote.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Intent {
+pub(crate) struct PendingUpload {
     pub(crate) key: ArtifactKey,
     /// The remote's address.
     pub(crate) remote: String,
@@ -72,9 +72,9 @@ struct FormatOnly {
 
 impl Disk {
     /// Notes that `remote` lacks these files, beside what is noted already. Durable on return.
-    pub(crate) fn intend(&self, key: &ArtifactKey, remote: &str, missing: &Missing) -> Result<()> {
+    pub(crate) fn record_pending_upload(&self, key: &ArtifactKey, remote: &str, missing: &Missing) -> Result<()> {
         self.ensure_writable()?;
-        self.edit_intent(key, |stored| {
+        self.edit_pending_upload(key, |stored| {
             let noted = stored.remotes.entry(remote.to_owned()).or_default();
             noted.files.extend(missing.files.iter().cloned());
             noted.rewrite.extend(missing.rewrite.iter().cloned());
@@ -83,7 +83,7 @@ impl Disk {
 
     /// Takes back that `remote` lacks these files: it has them, or never will.
     pub(crate) fn settle(&self, key: &ArtifactKey, remote: &str, files: &BTreeSet<FilePath>) -> Result<()> {
-        self.edit_intent(key, |stored| {
+        self.edit_pending_upload(key, |stored| {
             if let Some(noted) = stored.remotes.get_mut(remote) {
                 noted.files.retain(|path| !files.contains(path));
                 noted.rewrite.retain(|path| !files.contains(path));
@@ -92,15 +92,15 @@ impl Disk {
     }
 
     /// What `remote` lacks of `key`.
-    pub(crate) fn intent(&self, key: &ArtifactKey, remote: &str) -> Result<Option<Missing>> {
-        let stored = read(&self.layout().intent(&key.hash()))?;
+    pub(crate) fn pending_upload(&self, key: &ArtifactKey, remote: &str) -> Result<Option<Missing>> {
+        let stored = read(&self.layout().pending_upload(&key.hash()))?;
         Ok(stored.filter(|stored| stored.key == *key).and_then(|mut stored| stored.remotes.remove(remote)))
     }
 
     /// Everything that still has to reach a remote, by key.
-    pub(crate) fn intents(&self) -> Result<Vec<Intent>> {
-        let mut intents = Vec::new();
-        for path in files::entries(&self.layout().intents())? {
+    pub(crate) fn pending_uploads(&self) -> Result<Vec<PendingUpload>> {
+        let mut pending_uploads = Vec::new();
+        for path in files::entries(&self.layout().pending_uploads())? {
             let stored = match read(&path) {
                 Ok(stored) => stored,
                 Err(error) => {
@@ -109,11 +109,11 @@ impl Disk {
                 }
             };
             let Some(Stored { key, remotes, .. }) = stored else { continue };
-            let of = |(remote, missing)| Intent { key: key.clone(), remote, missing };
-            intents.extend(remotes.into_iter().map(of));
+            let of = |(remote, missing)| PendingUpload { key: key.clone(), remote, missing };
+            pending_uploads.extend(remotes.into_iter().map(of));
         }
-        intents.sort_by(|a, b| (&a.key, &a.remote).cmp(&(&b.key, &b.remote)));
-        Ok(intents)
+        pending_uploads.sort_by(|a, b| (&a.key, &a.remote).cmp(&(&b.key, &b.remote)));
+        Ok(pending_uploads)
     }
 
     /// The right to upload `key`; `None` while another process is at it.
@@ -122,8 +122,8 @@ impl Disk {
         FileLock::try_exclusive(&self.layout().backfill_lock(key))
     }
 
-    fn edit_intent(&self, key: &ArtifactKey, edit: impl FnOnce(&mut Stored)) -> Result<()> {
-        let path = self.layout().intent(&key.hash());
+    fn edit_pending_upload(&self, key: &ArtifactKey, edit: impl FnOnce(&mut Stored)) -> Result<()> {
+        let path = self.layout().pending_upload(&key.hash());
         let hold = self.hold_budget()?;
         let there = read(&path)?.filter(|stored| stored.key == *key);
         let is_there = there.is_some();
@@ -135,14 +135,14 @@ impl Disk {
             files::replace(&path, &serde_json::to_vec(&stored).map_err(encode)?, &self.layout().stagings())?;
         } else if is_there {
             files::remove_file(&path)?;
-            files::sync_dir(&self.layout().intents())?;
+            files::sync_dir(&self.layout().pending_uploads())?;
         }
         hold.release()
     }
 
     /// An artifact that left this disk cannot be uploaded any more. The caller holds the budget.
-    pub(super) fn forget_intent(&self, hash: &str) -> Result<()> {
-        let path = self.layout().intent(hash);
+    pub(super) fn remove_pending_upload(&self, hash: &str) -> Result<()> {
+        let path = self.layout().pending_upload(hash);
         if files::stat(&path)?.is_none() {
             return Ok(());
         }
@@ -192,31 +192,31 @@ mod tests {
     fn an_intent_grows_shrinks_and_goes_by_remote() {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, key) = (disk(folder.path()), ArtifactKey::bare("team/a@1").expect("key"));
-        disk.intend(&key, "s3://one", &missing(&["a"], &["a"])).expect("notes");
-        disk.intend(&key, "s3://one", &missing(&["b/c"], &[])).expect("notes");
-        disk.intend(&key, "s3://two", &missing(&["a"], &[])).expect("notes");
-        assert_eq!(disk.intent(&key, "s3://one").expect("reads"), Some(missing(&["a", "b/c"], &["a"])));
-        assert_eq!(disk.intents().expect("lists").len(), 2);
+        disk.record_pending_upload(&key, "s3://one", &missing(&["a"], &["a"])).expect("notes");
+        disk.record_pending_upload(&key, "s3://one", &missing(&["b/c"], &[])).expect("notes");
+        disk.record_pending_upload(&key, "s3://two", &missing(&["a"], &[])).expect("notes");
+        assert_eq!(disk.pending_upload(&key, "s3://one").expect("reads"), Some(missing(&["a", "b/c"], &["a"])));
+        assert_eq!(disk.pending_uploads().expect("lists").len(), 2);
         disk.settle(&key, "s3://one", &missing(&["a"], &[]).files).expect("settles");
-        assert_eq!(disk.intent(&key, "s3://one").expect("reads"), Some(missing(&["b/c"], &[])));
+        assert_eq!(disk.pending_upload(&key, "s3://one").expect("reads"), Some(missing(&["b/c"], &[])));
         disk.settle(&key, "s3://one", &missing(&["b/c"], &[]).files).expect("settles");
-        assert_eq!(disk.intent(&key, "s3://one").expect("reads"), None);
+        assert_eq!(disk.pending_upload(&key, "s3://one").expect("reads"), None);
         disk.settle(&key, "s3://two", &missing(&["a"], &[]).files).expect("settles");
-        assert_eq!(files::entries(&disk.layout().intents()).expect("lists"), []);
+        assert_eq!(files::entries(&disk.layout().pending_uploads()).expect("lists"), []);
     }
 
     #[test]
     fn a_damaged_intent_is_none_and_a_newer_one_is_left_alone() {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, key) = (disk(folder.path()), ArtifactKey::bare("team/a@1").expect("key"));
-        let path = disk.layout().intent(&key.hash());
+        let path = disk.layout().pending_upload(&key.hash());
         std::fs::write(path.full(), "{").expect("writes");
-        assert_eq!(disk.intents().expect("lists"), []);
-        disk.intend(&key, "s3://one", &missing(&["a"], &[])).expect("written anew");
+        assert_eq!(disk.pending_uploads().expect("lists"), []);
+        disk.record_pending_upload(&key, "s3://one", &missing(&["a"], &[])).expect("written anew");
         let newer = std::fs::read_to_string(path.full()).expect("reads").replace("\"format\":1", "\"format\":2");
         std::fs::write(path.full(), &newer).expect("writes");
-        assert_eq!(disk.intents().expect("lists"), []);
-        disk.intend(&key, "s3://one", &missing(&["b"], &[])).expect_err("not ours to change");
+        assert_eq!(disk.pending_uploads().expect("lists"), []);
+        disk.record_pending_upload(&key, "s3://one", &missing(&["b"], &[])).expect_err("not ours to change");
         assert_eq!(std::fs::read_to_string(path.full()).expect("reads"), newer);
     }
 

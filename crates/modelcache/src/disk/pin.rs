@@ -36,12 +36,12 @@ pub struct Pin {
 impl Pin {
     /// When it ends; `None`: never.
     pub fn until(&self) -> Option<SystemTime> {
-        self.until_unix.and_then(tellable)
+        self.until_unix.and_then(clamped_to_calendar)
     }
 
     /// When it was set.
     pub fn since(&self) -> Option<SystemTime> {
-        self.since_unix.and_then(tellable)
+        self.since_unix.and_then(clamped_to_calendar)
     }
 
     fn holds_at(&self, now: SystemTime) -> bool {
@@ -67,7 +67,7 @@ impl fmt::Display for Pin {
 }
 
 /// A time that can be written down; one beyond the year 9999 is as good as never.
-fn tellable(seconds: u64) -> Option<SystemTime> {
+fn clamped_to_calendar(seconds: u64) -> Option<SystemTime> {
     const YEAR_10000: u64 = 253_402_300_800;
     (seconds < YEAR_10000).then(|| UNIX_EPOCH + Duration::from_secs(seconds))
 }

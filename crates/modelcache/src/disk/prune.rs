@@ -109,7 +109,7 @@ impl Serialize for KeptArtifact {
 }
 
 /// Removes, or rehearses it.
-trait Broom {
+trait PruneActions {
     /// What counts against the budget, every file looked at.
     fn count(&mut self) -> Result<u64>;
     /// What counts against the budget, as the record has it.
@@ -127,27 +127,27 @@ impl Disk {
         // First, as they may lie in the place of the budget lock.
         let misplaced = self.misplaced()?;
         let set_aside = if options.dry_run { misplaced } else { self.set_aside(misplaced) };
-        let mut broom: Box<dyn Broom> =
-            if options.dry_run { Box::new(Rehearsal::new(self)?) } else { Box::new(InEarnest(self)) };
+        let mut actions: Box<dyn PruneActions> =
+            if options.dry_run { Box::new(DryRun::new(self)?) } else { Box::new(Apply(self)) };
         let cutoff = options.older_than.map(|age| SystemTime::now().checked_sub(age).unwrap_or(UNIX_EPOCH));
         let to_bytes = options.to.map(|to| self.bound_bytes(to)).transpose()?;
-        let used_before_bytes = broom.count()?;
+        let used_before_bytes = actions.count()?;
         let mut report = PruneReport { to_bytes, used_before_bytes, set_aside, ..PruneReport::default() };
-        report.leftovers = broom.sweep()?;
+        report.leftovers = actions.sweep()?;
         for artifact in self.scan_by_last_use()? {
             let old = cutoff.is_some_and(|cutoff| artifact.last_used.is_none_or(|last| last <= cutoff));
-            if !old && !to_bytes.is_some_and(|to| broom.used().is_ok_and(|used| used > to)) {
+            if !old && !to_bytes.is_some_and(|to| actions.used().is_ok_and(|used| used > to)) {
                 break;
             }
             let reference = artifact.name();
-            match broom.evict(&artifact, !old)? {
+            match actions.evict(&artifact, !old)? {
                 Evicted::Freed(freed_bytes) => {
                     report.evicted.push(PrunedArtifact { reference, last_used: artifact.last_used, freed_bytes });
                 }
                 Evicted::Kept(why) => report.kept.push(KeptArtifact { reference, why }),
             }
         }
-        report.used_bytes = broom.count()?;
+        report.used_bytes = actions.count()?;
         report.freed_bytes = report.leftovers.bytes() + report.evicted.iter().map(|gone| gone.freed_bytes).sum::<u64>();
         Ok(report)
     }
@@ -162,7 +162,7 @@ impl Disk {
 
     /// How many bytes could be freed by evicting all but `kept`, and the blobs with these inodes, as things stand.
     pub(super) fn evictable_bytes(&self, kept: &BTreeSet<ArtifactKey>, inodes: &[u64]) -> Result<u64> {
-        let mut rehearsal = Rehearsal::new(self)?;
+        let mut rehearsal = DryRun::new(self)?;
         inodes.iter().for_each(|inode| rehearsal.keep(*inode));
         let mut bytes = rehearsal.sweep()?.bytes();
         let others = |artifact: &&ScannedArtifact| artifact.manifest.as_ref().is_none_or(|m| !kept.contains(&m.key));
@@ -175,9 +175,9 @@ impl Disk {
     }
 }
 
-struct InEarnest<'disk>(&'disk Disk);
+struct Apply<'disk>(&'disk Disk);
 
-impl Broom for InEarnest<'_> {
+impl PruneActions for Apply<'_> {
     fn count(&mut self) -> Result<u64> {
         let mut hold = self.0.hold_budget()?;
         hold.count()?;
@@ -233,7 +233,7 @@ fn dead_stagings(disk: &Disk) -> Result<Leftovers> {
 }
 
 /// Removes in mind only: every blob by its inode, with its bytes and the links that still hold it.
-struct Rehearsal<'disk> {
+struct DryRun<'disk> {
     disk: &'disk Disk,
     used: u64,
     blobs: HashMap<u64, Blob>,
@@ -245,7 +245,7 @@ struct Blob {
     links: u64,
 }
 
-impl<'disk> Rehearsal<'disk> {
+impl<'disk> DryRun<'disk> {
     fn new(disk: &'disk Disk) -> Result<Self> {
         let (mut used, mut blobs) = (0, HashMap::new());
         files::walk(&disk.layout().blobs(), &mut |_, metadata| {
@@ -303,7 +303,7 @@ impl<'disk> Rehearsal<'disk> {
     }
 }
 
-impl Broom for Rehearsal<'_> {
+impl PruneActions for DryRun<'_> {
     fn count(&mut self) -> Result<u64> {
         self.used()
     }

@@ -6,16 +6,16 @@
 //!
 //! Nothing of it waits for the disk: what is published bears this process's mark, which owes that it becomes durable.
 
-use super::budget::{BudgetHold, room_for};
-use super::clone::{self, Link};
-use super::fault::At;
+use super::budget::{BudgetHold, allocated_for};
 use super::files;
+use super::io_error::IoContext;
 use super::layout::ArtifactDir;
+use super::link::{self, Link};
 use super::lock::FileLock;
 use super::modes;
 use super::rooted::{Metadata, RootedPath};
 use super::staging::Staging;
-use super::{Disk, Lent};
+use super::{Disk, LeasedArtifact};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -64,10 +64,10 @@ impl Disk {
         staging: Staging,
         listing: &Manifest,
         staged: &BTreeMap<FilePath, StagedFile>,
-    ) -> Result<Lent> {
+    ) -> Result<LeasedArtifact> {
         let dir = self.layout().artifact(&listing.key);
         let lease = self.wait_for_lease(&dir)?;
-        let duty = self.owe(&listing.key, staged.values().map(|file| file.entry.size).sum())?;
+        let duty = self.mark_dirty(&listing.key, staged.values().map(|file| file.entry.size).sum())?;
         let blobs = self.publish_blobs(&staging, listing, staged)?;
         let commit = Commit { listing, staging: &staging, staged, blobs: &blobs, writer: &duty.writer };
         let (manifest, link) = self.publish_manifest(&dir, &commit)?;
@@ -81,7 +81,7 @@ impl Disk {
             blobs.keys().try_for_each(|digest| hold.drop_if_unlinked(&self.layout().blob(digest)).map(|_| ()))?;
             hold.release()?;
         }
-        Ok(Lent { manifest: Arc::new(manifest), dir, link, is_lower: false, _lease: Some(lease.into()) })
+        Ok(LeasedArtifact { manifest: Arc::new(manifest), dir, link, is_lower: false, _lease: Some(lease.into()) })
     }
 
     /// A shared lease, within a bounded time.
@@ -246,8 +246,8 @@ impl BudgetHold<'_> {
             index.promised(digest, identity)
         };
         let disk = self.disk();
-        let mut trust = disk.trust();
-        Ok(promised.iter().any(|writer| trust.has(writer)))
+        let mut writer_liveness = disk.writer_liveness();
+        Ok(promised.iter().any(|writer| writer_liveness.has(writer)))
     }
 
     /// The identity of the file at `path`, if a committed manifest vouches for it as `digest`.
@@ -277,7 +277,7 @@ impl BudgetHold<'_> {
         }
         loop {
             self.begin_change()?;
-            match clone::hard_link(staged, &blob) {
+            match link::hard_link(staged, &blob) {
                 Ok(true) => {
                     // A view that had no blob behind it has been counted.
                     if metadata.nlink() == 1 {
@@ -296,7 +296,7 @@ impl BudgetHold<'_> {
                 // Theirs needs a link of ours: else it may be evicted, or replaced, before our view of it stands. Where
                 // links are refused, the view becomes the staged file.
                 let ours = staged.with_file_name(format!("{}.reused", staged.name()));
-                return match clone::hard_link(&blob, &ours).at("link", &ours)? {
+                return match link::hard_link(&blob, &ours).at("link", &ours)? {
                     true => disk.linked(&ours, digest, theirs),
                     false => Ok(None),
                 };
@@ -339,12 +339,12 @@ impl BudgetHold<'_> {
             }
             return Ok((file.identity, own));
         }
-        self.make_room(room_for(file.entry.size), key)?;
+        self.make_space(allocated_for(file.entry.size), key)?;
         self.begin_change()?;
         let temporary = dir.path().join(format!("{}{}", files::TEMPORARY, files::random_name()));
-        let (copied, how) = match clone::reflink(&staged, &temporary, file.identity)? {
+        let (copied, how) = match link::reflink(&staged, &temporary, file.identity)? {
             Some(cloned) => (cloned, Link::Reflink),
-            None => match clone::copy(&staged, &temporary)? {
+            None => match link::copy(&staged, &temporary)? {
                 (copied, identity) if copied == digest => (identity, Link::Copy),
                 _ => return files::remove_file(&temporary).and(Err(changed().tier(Tier::Disk))),
             },
@@ -357,7 +357,7 @@ impl BudgetHold<'_> {
 
     /// Links `from` as `view`, replacing whatever is there; `false` where the link is refused.
     fn link_view(&mut self, from: &RootedPath, dir: &ArtifactDir, view: &RootedPath) -> Result<bool> {
-        match clone::hard_link(from, view) {
+        match link::hard_link(from, view) {
             // There before, or since a moment: where locks do not exclude, others place views, too.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             linked => return linked.at("link", view),
@@ -368,13 +368,13 @@ impl BudgetHold<'_> {
         }
         for folder in [&self.disk().layout().stagings(), dir.path()] {
             let temporary = folder.join(format!("{}{}", files::TEMPORARY, files::random_name()));
-            if !clone::hard_link(from, &temporary).at("link", &temporary)? {
+            if !link::hard_link(from, &temporary).at("link", &temporary)? {
                 continue;
             }
             self.clear_view(view)?;
             match temporary.rename(view) {
                 Ok(()) => return Ok(true),
-                Err(error) if clone::is_refusal(&error) => files::remove_file(&temporary)?,
+                Err(error) if link::is_refusal(&error) => files::remove_file(&temporary)?,
                 Err(error) => return Err(error).at("link", view),
             }
         }
@@ -396,7 +396,7 @@ impl BudgetHold<'_> {
         let grave = self.disk().layout().quarantine().join(format!("{digest}-{}", files::random_name()));
         tracing::warn!(%digest, "a cached file failed its check; it is in quarantine");
         match blob.rename(&grave) {
-            Err(error) if clone::is_refusal(&error) => {
+            Err(error) if link::is_refusal(&error) => {
                 self.distrust()?;
                 files::remove_file(blob)
             }
@@ -434,7 +434,7 @@ fn digest_of(path: &FilePath, entry: &FileEntry) -> Result<Digest> {
 mod tests {
     use super::*;
     use crate::config::{ByteBound, Sharing};
-    use crate::disk::{Given, copy_given};
+    use crate::disk::{InputFile, copy_input};
     use crate::key::ArtifactKey;
     use crate::manifest::Shape;
     use crate::progress::Progress;
@@ -444,10 +444,10 @@ mod tests {
     /// A fill of `key` that is ready to be published: one file, the same for every key.
     fn filled(disk: &Disk, key: &str, source: &std::path::Path) -> Filled {
         let (key, path) = (ArtifactKey::bare(key).expect("key"), FilePath::new("f").expect("path"));
-        let given = Given { path: path.clone(), from: source.to_owned(), size: 7 };
+        let given = InputFile { path: path.clone(), from: source.to_owned(), size: 7 };
         let wanted = [(path.clone(), FileEntry::of(7))];
         let staging = disk.begin_fill(&key, &wanted).expect("begins");
-        let copied = copy_given(&given, &staging.file("copy"), &Progress::new()).expect("copies");
+        let copied = copy_input(&given, &staging.file("copy"), &Progress::new()).expect("copies");
         let staged = StagedFile { name: "copy".into(), ..copied };
         let mut listing = Manifest::new(key, Shape::Tree);
         listing.files.insert(path.clone(), staged.entry.clone());

@@ -1,8 +1,8 @@
 //! What revisions and tags last resolved to on this machine. Losing one costs a question, nothing else.
 
 use super::Disk;
-use super::fault::At;
 use super::files;
+use super::io_error::IoContext;
 use super::modes;
 use crate::error::Result;
 use crate::key::{ArtifactName, Version};

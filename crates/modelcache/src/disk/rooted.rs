@@ -318,6 +318,12 @@ impl Folder {
         Ok(Metadata(rustix::fs::statat(&self.0, name.as_ref(), AtFlags::SYMLINK_NOFOLLOW)?))
     }
 
+    /// Opens the folder at `name` to act on names in it, and no link in its place.
+    pub(crate) fn open_folder(&self, name: impl AsRef<OsStr>) -> io::Result<Self> {
+        let flags = FOLDER | OFlags::NOFOLLOW;
+        Ok(Self(retry_on_intr(|| rustix::fs::openat(&self.0, name.as_ref(), flags, Mode::empty()))?))
+    }
+
     /// Sets the last change of what lies at `name` to now.
     pub(crate) fn touch(&self, name: impl AsRef<OsStr>) -> io::Result<()> {
         Ok(rustix::fs::utimensat(&self.0, name.as_ref(), &NOW, AtFlags::SYMLINK_NOFOLLOW)?)
@@ -349,6 +355,11 @@ impl Folder {
 pub(crate) struct Folders(Option<(RootedPath, Option<Folder>)>);
 
 impl Folders {
+    /// Starts with the folder at `path`, which is open already.
+    pub(crate) fn starting_at(path: RootedPath, folder: Folder) -> Self {
+        Self(Some((path, Some(folder))))
+    }
+
     /// What lies at `path`, or `None`.
     pub(crate) fn metadata(&mut self, path: &RootedPath) -> io::Result<Option<Metadata>> {
         let (Some(parent), Some(name)) = (path.parent(), path.relative.file_name()) else {

@@ -6,13 +6,13 @@
 //! cannot be evicted from under it.
 
 use super::Disk;
-use super::budget::{BudgetHold, room_for};
-use super::clone;
-use super::fault::At;
+use super::budget::{BudgetHold, allocated_for};
 use super::files;
+use super::io_error::IoContext;
 use super::layout::staged_name;
+use super::link;
 use super::lock::FileLock;
-use super::parts::{journal_bytes, journal_of};
+use super::parts_journal::{journal_bytes, journal_of};
 use super::rooted::{Metadata, RootedPath};
 use super::{hashing, modes};
 use crate::digest::Digest;
@@ -40,7 +40,7 @@ const WRITES_WAIT_MAX: Duration = Duration::from_secs(10);
 /// How often a staging folder is made anew.
 const MAKES_MAX: usize = 16;
 /// Time between two looks for room.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// The name of the journal in each folder.
 const JOURNAL: &str = "journal";
 
@@ -159,13 +159,13 @@ impl Disk {
         self.refuse_beyond_budget(key, wanted)?;
         let started = Instant::now();
         loop {
-            let found_right = self.judge_ahead(wanted)?;
+            let found_right = self.hash_unsynced(wanted)?;
             match self.try_begin_fill(key, wanted, found_right).map_err(|error| error.artifact(key)) {
                 Err(error) if error.kind() == ErrorKind::Full && error.is_transient() => {
                     if started.elapsed() > ROOM_WAIT_MAX {
                         return Err(error.transient(false));
                     }
-                    thread::sleep(LOOK_AGAIN);
+                    thread::sleep(POLL_INTERVAL);
                 }
                 begun => return begun,
             }
@@ -174,7 +174,7 @@ impl Disk {
 
     /// Hashes what is wanted, is here, and has nobody to vouch for it, such as what a writer left that died before it was
     /// durable: in a budget hold that would keep everybody waiting. Those that are right, as they were then.
-    fn judge_ahead(&self, wanted: &[(FilePath, FileEntry)]) -> Result<Vec<(Digest, FileIdentity)>> {
+    fn hash_unsynced(&self, wanted: &[(FilePath, FileEntry)]) -> Result<Vec<(Digest, FileIdentity)>> {
         let mut doubtful: BTreeMap<Digest, (&FileEntry, FileIdentity)> = BTreeMap::new();
         for (_, entry) in wanted.iter().filter(|(_, entry)| entry.size >= JUDGED_AHEAD_BYTES_MIN) {
             let Some(digest) = entry.sha256 else { continue };
@@ -221,11 +221,11 @@ impl Disk {
         for (path, entry) in wanted {
             staging.reuse(&mut hold, key, path, entry)?;
         }
-        let missing = wanted.iter().map(|(path, entry)| (staged_name(path, entry), room_to_stage(entry.size)));
+        let missing = wanted.iter().map(|(path, entry)| (staged_name(path, entry), space_to_stage(entry.size)));
         let missing: BTreeMap<String, u64> = missing.filter(|(name, _)| !staging.reused.contains_key(name)).collect();
         let reserved = missing.values().chain(staging.reflinked.values()).sum::<u64>();
         let extra = reserved.saturating_sub(staged_bytes(&staging.dir)?);
-        hold.make_room(extra, key)?;
+        hold.make_space(extra, key)?;
         staging.write_journal(key, reserved)?;
         hold.release()?;
         Ok(staging)
@@ -234,7 +234,7 @@ impl Disk {
     /// Refuses, before anything is evicted, what could never fit.
     fn refuse_beyond_budget(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<()> {
         let distinct: BTreeMap<String, u64> =
-            wanted.iter().map(|(path, entry)| (staged_name(path, entry), room_to_stage(entry.size))).collect();
+            wanted.iter().map(|(path, entry)| (staged_name(path, entry), space_to_stage(entry.size))).collect();
         let (needed, budget) = (distinct.values().sum::<u64>(), self.space()?.budget);
         if needed <= budget {
             return Ok(());
@@ -427,14 +427,14 @@ impl Staging {
         let target = self.file(&name);
         files::remove_file(&target)?;
         files::remove_file(&journal_of(&target))?;
-        match files::absent(clone::hard_link(&from, &target)).at("link", &target)? {
+        match files::absent(link::hard_link(&from, &target)).at("link", &target)? {
             Some(true) => match self.disk.linked(&target, &digest, known)? {
                 Some(linked) => drop(self.reused.insert(name, linked)),
                 None => files::remove_file(&target)?,
             },
             Some(false) => {
-                if let Some(cloned) = clone::reflink(&from, &target, known)? {
-                    self.reflinked.insert(name.clone(), room_for(entry.size));
+                if let Some(cloned) = link::reflink(&from, &target, known)? {
+                    self.reflinked.insert(name.clone(), allocated_for(entry.size));
                     self.reused.insert(name, cloned);
                 }
             }
@@ -491,8 +491,8 @@ fn is_temporary(path: &RootedPath) -> bool {
 }
 
 /// Bytes that a staged file of `size` bytes takes, its journal included.
-fn room_to_stage(size: u64) -> u64 {
-    room_for(size) + room_for(journal_bytes(size, part_size(size)))
+fn space_to_stage(size: u64) -> u64 {
+    allocated_for(size) + allocated_for(journal_bytes(size, part_size(size)))
 }
 
 /// Bytes that the folder takes. Files that are links to blobs count there; the journal does not count.

@@ -7,10 +7,10 @@
 //!
 //! What a dead writer left is hashed whole first, by the one who wants to lend it, and then made durable the same way.
 
-use super::fault::At;
+use super::acquire::{AcquireOutcome, Mismatch};
 use super::files;
+use super::io_error::IoContext;
 use super::layout::ArtifactDir;
-use super::lend::{Lend, Mismatch};
 use super::lock::FileLock;
 use super::rooted::{Metadata, RootedPath};
 use super::{Disk, fault};
@@ -30,7 +30,7 @@ const ALL_AT_ONCE: usize = 64;
 /// How long another process that checks the same is waited for; then both do.
 const CHECK_WAIT_MAX: Duration = Duration::from_secs(120);
 /// Time between two looks.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// How often lending for good starts again.
 const ROUNDS_MAX: usize = 1500;
 
@@ -38,13 +38,13 @@ const ROUNDS_MAX: usize = 1500;
 type Refused = (FilePath, FileEntry, File, std::io::Error);
 
 /// A file that is to be durable under an identity, and found right under it.
-pub(super) type Found = (FilePath, FileEntry, FileIdentity);
+pub(super) type SyncedFile = (FilePath, FileEntry, FileIdentity);
 
 impl Disk {
     /// Makes everything durable that this process published. What fails is told, and does not stop the others.
-    pub(crate) fn sync_owed(&self) -> Result<()> {
+    pub(crate) fn sync_dirty(&self) -> Result<()> {
         let mut outcome = Ok(());
-        for key in self.owed() {
+        for key in self.dirty() {
             let synced = self.sync_artifact(&key);
             if let Err(error) = &synced {
                 tracing::warn!(artifact = %key, %error, "what was published is not made durable");
@@ -59,14 +59,14 @@ impl Disk {
     /// # Errors
     /// `Directory` where the medium failed: the file is withdrawn then, and the next get fetches it again.
     pub(crate) fn sync_artifact(&self, key: &ArtifactKey) -> Result<()> {
-        let _turn = self.duties().turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let (dir, number) = (self.layout().artifact(key), self.owed_number(key));
+        let _turn = self.pending_syncs().turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let (dir, number) = (self.layout().artifact(key), self.dirty_number(key));
         let synced = self.sync_marked(&dir);
         // A budget that is held for too long is a reason to try again. That a sync failed is none.
         if let Some(number) = number
             && !synced.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unavailable)
         {
-            self.paid(key, number);
+            self.mark_synced(key, number);
         }
         synced
     }
@@ -74,9 +74,10 @@ impl Disk {
     fn sync_marked(&self, dir: &ArtifactDir) -> Result<()> {
         // It may have been evicted since.
         let Some(manifest) = self.read_manifest(dir)? else { return Ok(()) };
-        let mut trust = self.trust();
+        let mut writer_liveness = self.writer_liveness();
         let marked = manifest.files.iter().filter(|(_, entry)| entry.unsynced().is_some());
-        let found = marked.filter_map(|(path, entry)| Some((path.clone(), entry.clone(), trust.identity(entry)?)));
+        let found =
+            marked.filter_map(|(path, entry)| Some((path.clone(), entry.clone(), writer_liveness.identity(entry)?)));
         self.make_durable(dir, &found.collect::<Vec<_>>())?.map_or(Ok(()), Err)
     }
 
@@ -86,17 +87,17 @@ impl Disk {
         for _ in 0..ROUNDS_MAX {
             let Some(manifest) = self.shared_manifest(&dir)? else { return Ok(()) };
             let is_marked = manifest.selected(selection).any(|(_, entry)| entry.unsynced().is_some());
-            if self.is_read_only() || (!is_marked && !self.owes(key)) {
+            if self.is_read_only() || (!is_marked && !self.is_dirty(key)) {
                 return Ok(());
             }
             self.sync_artifact(key)?;
             // A writer that has just died leaves what must be hashed.
-            if is_marked && !matches!(self.lend(key, selection)?, Lend::Lent(_)) {
+            if is_marked && !matches!(self.acquire(key, selection)?, AcquireOutcome::Leased(_)) {
                 return Ok(());
             }
             // Somebody may be publishing more of it just now.
-            if self.owes(key) {
-                thread::sleep(LOOK_AGAIN);
+            if self.is_dirty(key) {
+                thread::sleep(POLL_INTERVAL);
             }
         }
         Err(Error::unavailable("it is published again and again while it is made durable"))
@@ -108,9 +109,9 @@ impl Disk {
         let Some(manifest) = self.read_manifest(dir)? else { return Ok(()) };
         let mut found = Vec::new();
         for (path, entry) in self.doubtful(&manifest, selection) {
-            match self.judge(&dir.view(&path), &entry)? {
+            match self.check_file(&dir.view(&path), &entry)? {
                 Mismatch::Right(identity) => found.push((path, entry, identity)),
-                mismatch => drop(self.mend(dir, &path, &entry, mismatch)?),
+                mismatch => drop(self.record_mismatch(dir, &path, &entry, mismatch)?),
             }
         }
         if !found.is_empty() {
@@ -122,14 +123,16 @@ impl Disk {
 
     /// Whether anything selected was left by a writer that died.
     pub(super) fn is_doubtful(&self, manifest: &Manifest, selection: &Selection) -> bool {
-        let mut trust = self.trust();
-        manifest.selected(selection).any(|(_, entry)| entry.unsynced().is_some() && trust.identity(entry).is_none())
+        let mut writer_liveness = self.writer_liveness();
+        manifest
+            .selected(selection)
+            .any(|(_, entry)| entry.unsynced().is_some() && writer_liveness.identity(entry).is_none())
     }
 
     fn doubtful(&self, manifest: &Manifest, selection: &Selection) -> Vec<(FilePath, FileEntry)> {
-        let mut trust = self.trust();
+        let mut writer_liveness = self.writer_liveness();
         let selected = manifest.selected(selection).filter(|(_, entry)| entry.unsynced().is_some());
-        let doubtful = selected.filter(|(_, entry)| trust.identity(entry).is_none());
+        let doubtful = selected.filter(|(_, entry)| writer_liveness.identity(entry).is_none());
         doubtful.map(|(path, entry)| (path.clone(), entry.clone())).collect()
     }
 
@@ -146,13 +149,13 @@ impl Disk {
             if is_done || started.elapsed() > CHECK_WAIT_MAX {
                 return Ok(None);
             }
-            thread::sleep(LOOK_AGAIN);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 
     /// Makes `found` durable, and says so in the manifest of `dir`. What the medium refuses is withdrawn; the first such
     /// refusal.
-    pub(super) fn make_durable(&self, dir: &ArtifactDir, found: &[Found]) -> Result<Option<Error>> {
+    pub(super) fn make_durable(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<Option<Error>> {
         if found.is_empty() {
             return Ok(None);
         }
@@ -163,7 +166,7 @@ impl Disk {
             for (path, entry, file, cause) in refused {
                 let error = fault("make durable", &dir.view(&path), cause);
                 tracing::warn!(artifact = %dir.path(), file = %path, %error, "the medium did not take it; it is withdrawn, and the next get fetches it again");
-                self.mend(dir, &path, &entry, Mismatch::Wrong(file))?;
+                self.record_mismatch(dir, &path, &entry, Mismatch::Wrong(file))?;
                 failed.insert(path);
                 refusal.get_or_insert(error);
             }
@@ -196,7 +199,7 @@ impl Disk {
             return Ok(false);
         }
         let mut done = BTreeSet::new();
-        let has_failed = &self.duties().filesystem_failed;
+        let has_failed = &self.pending_syncs().filesystem_failed;
         // A failure is told once, and may have been of any file there.
         if has_failed.load(Ordering::Relaxed) {
             return Ok(false);
@@ -214,7 +217,7 @@ impl Disk {
 
     /// Syncs each file once; those that the medium refused, and those that are not what was found any more: they keep
     /// their marks.
-    fn sync_files(&self, dir: &ArtifactDir, found: &[Found]) -> Result<(Vec<Refused>, Vec<FilePath>)> {
+    fn sync_files(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<(Vec<Refused>, Vec<FilePath>)> {
         let (mut refused, mut passed_over, mut done) = (Vec::new(), Vec::new(), BTreeSet::new());
         for (path, entry, known) in found {
             let view = dir.view(path);
@@ -234,7 +237,7 @@ impl Disk {
     }
 
     /// Syncs the folders that lead to the files, as blobs and as views; each once.
-    fn sync_folders(&self, dir: &ArtifactDir, found: &[Found]) -> Result<()> {
+    fn sync_folders(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<()> {
         let (mut folders, files_root) = (BTreeSet::new(), dir.files());
         for (path, entry, _) in found {
             let view = dir.view(path);

@@ -9,11 +9,11 @@
 //! what it is, and no eviction has to wait for us. The medium is asked and not the kernel's memory, which stays as it is.
 
 use super::Disk;
-use super::fault::At;
+use super::acquire::{Mismatch, is_shortage};
 use super::files;
 use super::hashing::{self, Stretch};
+use super::io_error::IoContext;
 use super::layout::ArtifactDir;
-use super::lend::{Mismatch, is_shortage};
 use super::lock::FileLock;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
@@ -24,7 +24,7 @@ use crate::ladder::{Ladder, PartHasher};
 use crate::manifest::{FileEntry, FileIdentity, Manifest};
 use crate::progress::Progress;
 use crate::selection::Selection;
-use crate::transfer::Pace;
+use crate::transfer::RateLimiter;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
@@ -38,8 +38,8 @@ const LEASE_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// What one verification shares over all its artifacts.
 #[derive(Debug)]
-pub(crate) struct Reading {
-    pace: Pace,
+pub(crate) struct VerifyRun {
+    rate_limiter: RateLimiter,
     threads: usize,
     /// Whether the medium is asked, and not the kernel's memory.
     from_medium: bool,
@@ -52,17 +52,17 @@ pub(crate) struct Reading {
     shared: Mutex<HashMap<ArtifactKey, Vec<Finding>>>,
 }
 
-impl Reading {
+impl VerifyRun {
     /// At most `bytes_per_s`, on one thread then; else on all cores.
     pub(crate) fn new(bytes_per_s: Option<u64>, from_medium: bool) -> Self {
-        let pace = Pace::new(bytes_per_s);
+        let rate_limiter = RateLimiter::new(bytes_per_s);
         Self {
             threads: match from_medium {
-                _ if pace.is_limited() => 1,
+                _ if rate_limiter.is_limited() => 1,
                 true => hashing::threads_from_medium(),
                 false => hashing::threads(),
             },
-            pace,
+            rate_limiter,
             from_medium,
             stopped: AtomicBool::new(false),
             seen: Mutex::default(),
@@ -72,8 +72,8 @@ impl Reading {
     }
 
     /// The pace of everything that is read.
-    pub(crate) fn pace(&self) -> &Pace {
-        &self.pace
+    pub(crate) fn rate_limiter(&self) -> &RateLimiter {
+        &self.rate_limiter
     }
 
     /// Nobody waits for the outcome any more.
@@ -87,7 +87,7 @@ impl Reading {
 
     /// Bytes were read: waits as the pace demands. Whether anybody still waits for the outcome.
     fn took(&self, bytes: u64, progress: &Progress) -> bool {
-        self.pace.sleep(bytes, || self.is_stopped());
+        self.rate_limiter.sleep(bytes, || self.is_stopped());
         progress.done(bytes);
         !self.is_stopped()
     }
@@ -111,7 +111,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Something in the directory that can be verified.
 #[derive(Debug, Clone)]
-pub(crate) enum Stored {
+pub(crate) enum VerifyItem {
     /// An artifact, its manifest readable or not.
     Artifact(ArtifactKey),
     /// A folder with a damaged manifest whose key its name does not tell.
@@ -120,17 +120,17 @@ pub(crate) enum Stored {
 
 impl Disk {
     /// Everything that has a manifest, by name.
-    pub(crate) fn stored(&self) -> Result<Vec<Stored>> {
+    pub(crate) fn stored(&self) -> Result<Vec<VerifyItem>> {
         let (mut keys, mut nameless) = (Vec::new(), Vec::new());
         for artifact in self.scan()? {
             match artifact.manifest.map(|manifest| manifest.key).or_else(|| self.key_of(&artifact.dir)) {
                 _ if files::stat(&artifact.dir.manifest())?.is_none() => {}
                 Some(key) => keys.push(key),
-                None => nameless.push(Stored::Nameless(artifact.dir.path().clone())),
+                None => nameless.push(VerifyItem::Nameless(artifact.dir.path().clone())),
             }
         }
         keys.sort();
-        Ok(keys.into_iter().map(Stored::Artifact).chain(nameless).collect())
+        Ok(keys.into_iter().map(VerifyItem::Artifact).chain(nameless).collect())
     }
 
     /// The key whose folder this is, as far as names that were not cut tell.
@@ -154,7 +154,7 @@ impl Disk {
         &self,
         key: &ArtifactKey,
         selection: &Selection,
-        reading: &Reading,
+        reading: &VerifyRun,
         progress: &Progress,
     ) -> Result<Option<Verified>> {
         let dir = self.layout().artifact(key);
@@ -168,7 +168,7 @@ impl Disk {
         };
         let held = manifest.selected(selection).filter(|(_, entry)| entry.held.is_some());
         let files: Vec<_> = held.map(|(path, entry)| (path.clone(), entry.clone())).collect();
-        let work = Work {
+        let work = ArtifactWork {
             disk: self,
             dir: &dir,
             reading,
@@ -233,7 +233,7 @@ impl Disk {
     }
 
     /// Reads the blobs that no artifact's file led to: leftovers, copies beside files with bytes of their own.
-    pub(crate) fn verify_blobs(&self, reading: &Reading, progress: &Progress) -> Result<Verified> {
+    pub(crate) fn verify_blobs(&self, reading: &VerifyRun, progress: &Progress) -> Result<Verified> {
         let folder = self.layout().blobs();
         let mut verified = Verified::new(None, folder.to_string(), Tier::Disk);
         let mut blobs = Vec::new();
@@ -253,7 +253,7 @@ impl Disk {
     fn verify_blob(
         &self,
         path: &RootedPath,
-        reading: &Reading,
+        reading: &VerifyRun,
         progress: &Progress,
         verified: &mut Verified,
     ) -> Result<()> {
@@ -299,7 +299,7 @@ impl Disk {
     }
 
     /// The digest of a file that is only read; `None` if it is gone, or nobody waits any more.
-    pub(crate) fn hash_paced(&self, path: &RootedPath, reading: &Reading) -> Result<Option<Digest>> {
+    pub(crate) fn hash_rate_limited(&self, path: &RootedPath, reading: &VerifyRun) -> Result<Option<Digest>> {
         let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(None) };
         let size = Metadata::of(&file).at("look at", path)?.len();
         let digest = reading.in_order(&file, size, &Progress::new()).at("read", path)?;
@@ -350,10 +350,10 @@ fn damaged_manifest(dir: &ArtifactDir) -> Finding {
 }
 
 /// One artifact's files on their way through the threads.
-struct Work<'a> {
+struct ArtifactWork<'a> {
     disk: &'a Disk,
     dir: &'a ArtifactDir,
-    reading: &'a Reading,
+    reading: &'a VerifyRun,
     progress: &'a Progress,
     queue: Mutex<Queue>,
     /// Notified when a thread has opened a file, or failed to.
@@ -365,15 +365,15 @@ struct Work<'a> {
 struct Queue {
     files: std::vec::IntoIter<(FilePath, FileEntry)>,
     /// Files with parts that no thread has taken yet, and the next part of each.
-    open: Vec<(Arc<OpenFile>, u64)>,
+    open: Vec<(Arc<HashingFile>, u64)>,
     /// Threads that are opening a file.
     opening: usize,
 }
 
 /// A thread that is opening a file; the others wait for the parts of that file.
-struct Opening<'work>(&'work Work<'work>);
+struct OpeningGuard<'work>(&'work ArtifactWork<'work>);
 
-impl Drop for Opening<'_> {
+impl Drop for OpeningGuard<'_> {
     fn drop(&mut self) {
         lock(&self.0.queue).opening -= 1;
         self.0.opened.notify_all();
@@ -381,7 +381,7 @@ impl Drop for Opening<'_> {
 }
 
 /// A file that is being read.
-struct OpenFile {
+struct HashingFile {
     path: FilePath,
     entry: FileEntry,
     file: File,
@@ -403,7 +403,7 @@ struct Seen {
     trouble: Option<io::Error>,
 }
 
-impl OpenFile {
+impl HashingFile {
     /// The ladder, where parts are checked alone.
     fn ladder(&self) -> Option<&Ladder> {
         self.entry.ladder.as_ref().filter(|_| self.parts > 1)
@@ -412,7 +412,7 @@ impl OpenFile {
 
 /// A part of a file, or the whole of it.
 struct Piece {
-    open: Arc<OpenFile>,
+    open: Arc<HashingFile>,
     part: u64,
 }
 
@@ -422,7 +422,7 @@ impl AsRef<File> for Piece {
     }
 }
 
-impl Work<'_> {
+impl ArtifactWork<'_> {
     /// Takes pieces until there are none.
     fn run(&self) -> Result<()> {
         hashing::in_pairs(
@@ -456,7 +456,7 @@ impl Work<'_> {
             queue.opening += 1;
             // Opening may parse the manifest again, which takes long where it is large.
             drop(queue);
-            let opening = Opening(self);
+            let opening = OpeningGuard(self);
             if let Some(open) = self.open(path, entry)? {
                 lock(&self.queue).open.push((Arc::new(open), 0));
             }
@@ -485,13 +485,13 @@ impl Work<'_> {
         }
         drop(seen);
         match open.left.fetch_sub(1, Ordering::AcqRel) {
-            1 if !self.reading.is_stopped() => self.judge(open),
+            1 if !self.reading.is_stopped() => self.conclude(open),
             _ => Ok(()),
         }
     }
 
     /// Opens a view under a lease; `None` where there is nothing more to find out.
-    fn open(&self, path: FilePath, entry: FileEntry) -> Result<Option<OpenFile>> {
+    fn open(&self, path: FilePath, entry: FileEntry) -> Result<Option<HashingFile>> {
         let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(None) };
         if !self.is_still_held(&path, &entry)? {
             return Ok(None);
@@ -533,7 +533,7 @@ impl Work<'_> {
         if self.reading.from_medium {
             hashing::from_medium(&file);
         }
-        Ok(Some(OpenFile { path, entry, file, device, identity, parts, left, seen: Mutex::default() }))
+        Ok(Some(HashingFile { path, entry, file, device, identity, parts, left, seen: Mutex::default() }))
     }
 
     /// Whether the manifest still says that this is held: an eviction may have been faster, or somebody who lent.
@@ -544,7 +544,7 @@ impl Work<'_> {
     }
 
     /// Every part of a file was read: what that means.
-    fn judge(&self, open: &OpenFile) -> Result<()> {
+    fn conclude(&self, open: &HashingFile) -> Result<()> {
         let (path, entry) = (&open.path, &open.entry);
         let view = self.dir.view(path);
         let now = Metadata::of(&open.file).at("look at", &view)?.identity();
@@ -586,14 +586,14 @@ impl Work<'_> {
     }
 
     /// The bytes are right; that they lie in another file than was recorded is put down.
-    fn confirm(&self, open: &OpenFile, now: FileIdentity) -> Result<()> {
+    fn confirm(&self, open: &HashingFile, now: FileIdentity) -> Result<()> {
         if open.entry.on_disk() == Some(now) || self.disk.is_read_only() {
             return Ok(());
         }
         let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(()) };
         let lies_there = files::stat(&self.dir.view(&open.path))?.map(|metadata| metadata.identity());
         if lies_there == Some(now) && self.is_still_held(&open.path, &open.entry)? {
-            self.disk.mend(self.dir, &open.path, &open.entry, Mismatch::Right(now))?;
+            self.disk.record_mismatch(self.dir, &open.path, &open.entry, Mismatch::Right(now))?;
         }
         Ok(())
     }
@@ -604,7 +604,7 @@ impl Work<'_> {
         if self.disk.is_read_only() {
             finding.remedy = Some("nothing can be written here: it can be neither withdrawn nor mended".into());
         } else {
-            let uncommitted = self.disk.mend(self.dir, path, entry, mismatch)?;
+            let uncommitted = self.disk.record_mismatch(self.dir, path, entry, mismatch)?;
             finding.withdrawn = true;
             let others = uncommitted.iter().filter(|(key, _)| self.disk.layout().artifact(key) != *self.dir);
             let others: BTreeSet<String> = others.map(|(key, _)| key.to_string()).collect();
@@ -631,7 +631,7 @@ fn stretch(piece: Piece) -> Stretch<Piece> {
     }
 }
 
-fn problem(open: &OpenFile, seen: &Seen) -> Problem {
+fn problem(open: &HashingFile, seen: &Seen) -> Problem {
     match &seen.trouble {
         Some(_) => Problem::Unreadable,
         None if open.identity.bytes != open.entry.size => Problem::WrongSize,
@@ -673,7 +673,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, key) = many_files(folder.path());
         let verify = || {
-            let reading = Reading::new(None, false);
+            let reading = VerifyRun::new(None, false);
             let all = Selection::all();
             assert_eq!(disk.bytes_to_verify(&key, &all).expect("counts"), 7 * FILES as u64);
             let verified = disk.verify(&key, &all, &reading, &Progress::new()).expect("verifies").expect("is here");

@@ -19,17 +19,23 @@ pub enum Purpose {
     Keep,
 }
 
-/// Whether a file of `file_bytes` goes past the page cache, when `pour_bytes` are written in all.
+/// Whether a file of `file_bytes` goes past the page cache, when `download_bytes` are written in all.
 ///
 /// One that is hashed in order does not, whatever was chosen: what comes early is read back from there.
-pub(crate) fn goes_direct(mode: WriteMode, purpose: Purpose, file_bytes: u64, pour_bytes: u64, in_order: bool) -> bool {
+pub(crate) fn goes_direct(
+    mode: WriteMode,
+    purpose: Purpose,
+    file_bytes: u64,
+    download_bytes: u64,
+    in_order: bool,
+) -> bool {
     if in_order || file_bytes < DIRECT_BYTES_MIN {
         return false;
     }
     match (mode, purpose) {
         (WriteMode::Buffered, _) => false,
         (WriteMode::Direct, _) | (WriteMode::Auto, Purpose::Keep) => true,
-        (WriteMode::Auto, Purpose::Read) => memory::free_bytes().is_some_and(|free| pour_bytes > free / 2),
+        (WriteMode::Auto, Purpose::Read) => memory::free_bytes().is_some_and(|free| download_bytes > free / 2),
     }
 }
 
@@ -40,7 +46,7 @@ mod tests {
     #[test]
     fn what_is_read_next_stays_in_memory_unless_it_does_not_fit() {
         let large = DIRECT_BYTES_MIN;
-        let direct = |mode, purpose, pour_bytes| goes_direct(mode, purpose, large, pour_bytes, false);
+        let direct = |mode, purpose, download_bytes| goes_direct(mode, purpose, large, download_bytes, false);
         assert!(!direct(WriteMode::Auto, Purpose::Read, large));
         assert!(direct(WriteMode::Auto, Purpose::Read, u64::MAX), "more than any memory");
         assert!(direct(WriteMode::Auto, Purpose::Keep, large));

@@ -8,9 +8,9 @@
 //! Surprise: nothing here hashes by itself. Whoever writes takes the [`Cursor`] where the slice is next, and reads back
 //! what [came early](StagedWriter::next_to_catch_up), so that two files can be hashed side by side.
 
-use super::fault;
+use super::io_error::fault;
 use super::lock::FileLock;
-use super::parts::PartsJournal;
+use super::parts_journal::PartsJournal;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::{Digest, GitOid};
 use crate::error::{Error, Result};
@@ -30,7 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 pub(crate) const ALIGNMENT: usize = 4096;
 /// What is to be written, and how it will be checked.
 #[derive(Debug, Clone)]
-pub(crate) struct Draft {
+pub(crate) struct StagedFileSpec {
     /// Where it is staged.
     pub(crate) path: RootedPath,
     /// Bytes.
@@ -64,7 +64,7 @@ pub(crate) struct StagedWriter {
     /// Held while bytes are hashed.
     order: Mutex<InOrder>,
     /// Never held for long: whoever completes a part does not wait for a hash.
-    early: Mutex<Early>,
+    early: Mutex<OutOfOrderBlocks>,
 }
 
 struct InOrder {
@@ -74,15 +74,15 @@ struct InOrder {
 
 /// What came before its turn.
 #[derive(Debug, Default)]
-struct Early {
+struct OutOfOrderBlocks {
     /// Parts that are written whole and not yet hashed.
     parts: BTreeSet<u64>,
-    catching_up: CatchingUp,
+    catching_up: CatchUp,
 }
 
 /// Whether what came early is read back and hashed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum CatchingUp {
+enum CatchUp {
     /// By nobody: the part at the cursor is not there yet.
     #[default]
     Nobody,
@@ -113,7 +113,7 @@ pub(crate) struct Hashed {
     pub(crate) ladder: Ladder,
 }
 
-impl Draft {
+impl StagedFileSpec {
     fn parts(&self) -> u64 {
         self.size.div_ceil(self.part_size)
     }
@@ -121,7 +121,7 @@ impl Draft {
 
 impl StagedWriter {
     /// Makes the file with its full length allocated, so that a full disk is met now.
-    pub(crate) fn create(draft: Draft, owner: Option<Arc<FileLock>>) -> Result<Self> {
+    pub(crate) fn create(draft: StagedFileSpec, owner: Option<Arc<FileLock>>) -> Result<Self> {
         let path = &draft.path;
         let at = |operation, cause: io::Error| fault(operation, path, cause);
         // Always a new inode: a write of an abandoned attempt that is still under way must not land in this one.
@@ -134,7 +134,10 @@ impl StagedWriter {
 
     /// Goes on with what an ended fill left at the same place, and the parts that are said to be there; `None` if it
     /// left nothing of use. Each of them must be [checked](Self::recheck) before it counts.
-    pub(crate) fn resume(draft: &Draft, owner: Option<Arc<FileLock>>) -> Result<Option<(Self, BTreeSet<u64>)>> {
+    pub(crate) fn resume(
+        draft: &StagedFileSpec,
+        owner: Option<Arc<FileLock>>,
+    ) -> Result<Option<(Self, BTreeSet<u64>)>> {
         let Some(metadata) = super::files::stat(&draft.path)? else { return Ok(None) };
         if !metadata.is_file() || metadata.len() != draft.size || metadata.nlink() != 1 {
             return Ok(None);
@@ -167,8 +170,8 @@ impl StagedWriter {
         Ok(Some((Self::over(draft.clone(), buffered, journal, owner), parts)))
     }
 
-    fn over(draft: Draft, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Self {
-        let Draft { path, size, part_size, in_order, git, direct } = draft;
+    fn over(draft: StagedFileSpec, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Self {
+        let StagedFileSpec { path, size, part_size, in_order, git, direct } = draft;
         // Opened by its name: it counts only if that is still the same file.
         let inode = |file: &File| Metadata::of(file).map(|found| found.device_and_inode()).ok();
         let direct = direct.then(|| path.open_direct().ok()).flatten();
@@ -192,7 +195,7 @@ impl StagedWriter {
     /// Removes the file staged at `path`, whose bytes are wrong, so that nobody goes on with it.
     pub(crate) fn forget(path: &RootedPath) -> Result<()> {
         super::files::remove_file(path)?;
-        super::files::remove_file(&super::parts::journal_of(path))
+        super::files::remove_file(&super::parts_journal::journal_of(path))
     }
 
     /// Reads back what was written at `offset`.
@@ -284,10 +287,10 @@ impl StagedWriter {
         }
         let mut early = self.early();
         early.parts.insert(part);
-        if early.catching_up != CatchingUp::Nobody || self.next_early(&mut early).is_none() {
+        if early.catching_up != CatchUp::Nobody || self.next_early(&mut early).is_none() {
             return Ok(false);
         }
-        early.catching_up = CatchingUp::Told;
+        early.catching_up = CatchUp::Told;
         Ok(true)
     }
 
@@ -296,7 +299,7 @@ impl StagedWriter {
     pub(crate) fn next_to_catch_up(&self) -> Option<Range<u64>> {
         let mut early = self.early();
         let next = self.next_early(&mut early);
-        early.catching_up = if next.is_some() { CatchingUp::AtWork } else { CatchingUp::Nobody };
+        early.catching_up = if next.is_some() { CatchUp::AtWork } else { CatchUp::Nobody };
         let position = next?;
         Some(position..((position / self.part_size + 1) * self.part_size).min(self.size))
     }
@@ -306,11 +309,11 @@ impl StagedWriter {
     pub(crate) fn parts_behind(&self) -> usize {
         let mut early = self.early();
         self.next_early(&mut early);
-        if early.catching_up == CatchingUp::AtWork { early.parts.len() } else { 0 }
+        if early.catching_up == CatchUp::AtWork { early.parts.len() } else { 0 }
     }
 
     /// Where to go on, if the part at the cursor is written whole. Parts passed meanwhile are forgotten.
-    fn next_early(&self, early: &mut Early) -> Option<u64> {
+    fn next_early(&self, early: &mut OutOfOrderBlocks) -> Option<u64> {
         let position = self.hashed_bytes();
         if position >= self.size {
             early.parts.clear();
@@ -326,7 +329,7 @@ impl StagedWriter {
         if self.hashed_bytes() != u64::MAX {
             let mut order = self.order();
             *order = InOrder::new(self.size, self.part_size, order.git.is_some());
-            *self.early() = Early::default();
+            *self.early() = OutOfOrderBlocks::default();
             self.cursor.store(0, Ordering::Release);
         }
     }
@@ -351,7 +354,7 @@ impl StagedWriter {
         let written = Metadata::of(&self.buffered).map_err(|cause| fault("look at", &path, cause))?;
         drop((self.buffered, self.direct, self.parts));
         // Read-only says as much as the journal did.
-        super::files::remove_file(&super::parts::journal_of(&path))?;
+        super::files::remove_file(&super::parts_journal::journal_of(&path))?;
         let metadata = path.metadata().map_err(|cause| fault("look at", &path, cause))?;
         match metadata.identity() == written.identity() {
             true => Ok(metadata.identity()),
@@ -363,7 +366,7 @@ impl StagedWriter {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn early(&self) -> MutexGuard<'_, Early> {
+    fn early(&self) -> MutexGuard<'_, OutOfOrderBlocks> {
         self.early.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -423,7 +426,7 @@ mod tests {
             let content: Vec<u8> = (0..len).map(|at| (at as u64 ^ seed).wrapping_mul(0x9e37_79b9) as u8).collect();
             let folder = tempfile::tempdir().expect("folder");
             let path = RootedPath::root(folder.path()).join("f");
-            let draft = Draft { path, size: len as u64, part_size: 1024, in_order: true, git: true, direct: false };
+            let draft = StagedFileSpec { path, size: len as u64, part_size: 1024, in_order: true, git: true, direct: false };
             let writer = StagedWriter::create(draft, None).expect("creates");
             let mut parts: Vec<usize> = (0..len.div_ceil(1024)).collect();
             parts.sort_by_key(|part| (*part as u64 ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -459,7 +462,8 @@ mod tests {
         let path = RootedPath::root(folder.path()).join("f");
         let content: Vec<u8> = (0..3 * ALIGNMENT + 77).map(|at| (at % 251) as u8).collect();
         let size = content.len() as u64;
-        let draft = Draft { path: path.clone(), size, part_size: 1 << 20, in_order: false, git: false, direct: true };
+        let draft =
+            StagedFileSpec { path: path.clone(), size, part_size: 1 << 20, in_order: false, git: false, direct: true };
         let writer = StagedWriter::create(draft, None).expect("creates");
         assert_eq!(writer.direct.is_some(), path.open_direct().is_ok(), "where the filesystem takes it");
         // An address that no direct write takes: it falls back.

@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
 use crate::manifest::Manifest;
 use crate::reference::BucketPlace;
-use crate::remote::{Address, Foreign, Found, Remote};
+use crate::remote::{Address, AddressContents, Remote, UnmanagedObjects};
 use crate::source::{Body, Source};
 use crate::transfer::Retry;
 use async_trait::async_trait;
@@ -68,10 +68,10 @@ impl Buckets {
     }
 
     /// What lies there now, and the client to read it with.
-    async fn find(&self, place: &BucketPlace) -> Result<Option<(Remote, Found)>> {
+    async fn find(&self, place: &BucketPlace) -> Result<Option<(Remote, AddressContents)>> {
         let address = Address { base: place.key.clone(), folder: place.folder };
         let remote = self.bucket(&place.bucket, None)?;
-        let (remote, found) = match (remote.find(&address).await, remote.region_told()) {
+        let (remote, found) = match (remote.find(&address).await, remote.reported_region()) {
             (Err(error), Some(region)) => {
                 tracing::debug!(%error, bucket = place.bucket, region, "asking again in the region that the server told");
                 let remote = self.bucket(&place.bucket, Some(region))?;
@@ -107,7 +107,7 @@ pub(super) fn source(buckets: &Arc<Buckets>, place: &BucketPlace, key: &Artifact
     }
 }
 
-fn version(found: &Found) -> Result<Version> {
+fn version(found: &AddressContents) -> Result<Version> {
     Version::new(&found.digest().to_string())
 }
 
@@ -121,8 +121,8 @@ struct BucketSource {
     buckets: Arc<Buckets>,
     place: BucketPlace,
     key: ArtifactKey,
-    found: OnceCell<Option<(Remote, Found)>>,
-    foreign: OnceCell<Foreign>,
+    found: OnceCell<Option<(Remote, AddressContents)>>,
+    unmanaged: OnceCell<UnmanagedObjects>,
 }
 
 impl fmt::Debug for BucketSource {
@@ -134,10 +134,10 @@ impl fmt::Debug for BucketSource {
 impl BucketSource {
     fn new(buckets: &Arc<Buckets>, place: &BucketPlace, key: &ArtifactKey) -> Self {
         let (buckets, place, key) = (buckets.clone(), place.clone(), key.clone());
-        Self { buckets, place, key, found: OnceCell::new(), foreign: OnceCell::new() }
+        Self { buckets, place, key, found: OnceCell::new(), unmanaged: OnceCell::new() }
     }
 
-    async fn found(&self) -> Result<Option<&(Remote, Found)>> {
+    async fn found(&self) -> Result<Option<&(Remote, AddressContents)>> {
         let find = || async {
             match self.buckets.find(&self.place).await? {
                 Some((_, found)) if version(&found)? != self.key.version => Err(replaced("what lies there")),
@@ -150,10 +150,10 @@ impl BucketSource {
     async fn known(&self) -> Result<Option<Manifest>> {
         let Some((remote, found)) = self.found().await? else { return Ok(None) };
         let listed = match found {
-            Found::Published(_, manifest) => manifest.clone(),
-            Found::Foreign(listing) => {
+            AddressContents::Published(_, manifest) => manifest.clone(),
+            AddressContents::UnmanagedObjects(listing) => {
                 let describe = || remote.describe(&self.key, listing);
-                self.foreign.get_or_try_init(describe).await?.manifest.clone()
+                self.unmanaged.get_or_try_init(describe).await?.manifest.clone()
             }
         };
         Ok(Some(Manifest { key: self.key.clone(), ..listed }.without_holdings()))
@@ -192,6 +192,6 @@ impl Source for BucketSource {
     }
 
     fn stated_by(&self, path: &FilePath) -> Option<String> {
-        self.foreign.get()?.stated_by(path).map(str::to_owned)
+        self.unmanaged.get()?.stated_by(path).map(str::to_owned)
     }
 }

@@ -103,7 +103,7 @@ impl FolderSource {
         }
         let start = range.start;
         let full = self.base.join(path.as_str());
-        let reading = blocking(move || Reading::open(full, identity, range)).await?;
+        let reading = blocking(move || OpenFolderFile::open(full, identity, range)).await?;
         let chunks = futures::stream::unfold(Some(reading), |reading| async {
             let mut reading = reading?;
             if reading.range.is_empty() {
@@ -123,14 +123,14 @@ impl FolderSource {
 }
 
 /// A file being read, known by its identity.
-struct Reading {
+struct OpenFolderFile {
     file: File,
     path: PathBuf,
     identity: FileIdentity,
     range: Range<u64>,
 }
 
-impl Reading {
+impl OpenFolderFile {
     fn open(path: PathBuf, identity: FileIdentity, range: Range<u64>) -> Result<Self> {
         // Whatever took the file's place since (a pipe) must not make the open wait.
         let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();

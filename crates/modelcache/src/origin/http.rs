@@ -53,12 +53,12 @@ impl Http {
     }
 
     /// GETs `url` and follows redirects by hand, so that the credential is sent home and nowhere else.
-    pub(super) async fn follow(&self, mut url: Url, ask: Ask<'_>) -> Result<Answer> {
+    pub(super) async fn follow(&self, mut url: Url, ask: Request<'_>) -> Result<Answer> {
         let mut said = HeaderMap::new();
         for _ in 0..=limits::REDIRECTS_MAX {
             let at_home = same_origin(&url, ask.home);
             if ask.stay && !at_home {
-                return Err(foreign("redirects a request for metadata", ask.home, &url));
+                return Err(unmanaged("redirects a request for metadata", ask.home, &url));
             }
             let mut headers = ask.headers.clone();
             if let Some(authorization) = ask.authorization.filter(|_| at_home) {
@@ -105,7 +105,7 @@ impl Http {
 
 /// A GET that may be redirected.
 #[derive(Debug)]
-pub(super) struct Ask<'a> {
+pub(super) struct Request<'a> {
     /// Sent to everybody on the way.
     pub(super) headers: HeaderMap,
     /// Scheme, host and port that the credential is for.
@@ -129,7 +129,7 @@ pub(super) struct Answer {
 }
 
 /// The refusal to go where the credential may not.
-pub(super) fn foreign(what: &str, home: &Url, url: &Url) -> Error {
+pub(super) fn unmanaged(what: &str, home: &Url, url: &Url) -> Error {
     let (from, to) = (Server(home), Server(url));
     Error::corrupt(format!("{from} {what} to {to}; not followed"))
 }

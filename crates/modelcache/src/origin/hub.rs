@@ -7,7 +7,7 @@
 //! Surprise: without the right to see it, a private repository is said not to exist. The message says so.
 
 use super::authorization::bearer;
-use super::http::{self, Answer, Ask, Http, Refusal, Server};
+use super::http::{self, Answer, Http, Refusal, Request, Server};
 use super::{Resolved, no_files};
 use crate::config::HubConfig;
 use crate::digest::{GitOid, Provenance};
@@ -113,7 +113,7 @@ impl Hub {
     async fn follow(&self, url: Url, headers: HeaderMap, stay: bool) -> Result<Answer> {
         let endpoint = self.endpoint()?;
         let authorization = self.config.token.as_ref().map(|token| bearer(token.expose(), HUB_TOKEN)).transpose()?;
-        let ask = Ask { headers, home: &endpoint, authorization: authorization.as_ref(), stay };
+        let ask = Request { headers, home: &endpoint, authorization: authorization.as_ref(), stay };
         self.http.follow(url, ask).await
     }
 
@@ -191,12 +191,12 @@ struct HubSource {
     repo: HubRepo,
     key: ArtifactKey,
     manifest: OnceCell<Option<Manifest>>,
-    places: Mutex<HashMap<FilePath, Place>>,
+    places: Mutex<HashMap<FilePath, ReadLocation>>,
 }
 
 /// Where a file was read last.
 #[derive(Clone)]
-struct Place {
+struct ReadLocation {
     url: Url,
     /// Its strong entity tag there.
     etag: Option<HeaderValue>,
@@ -323,7 +323,7 @@ impl HubSource {
         let start = http::body_start(status, response.headers(), range, size)
             .map_err(|error| Error::new(error.kind(), format!("{path}: {}", error.message())))?;
         let etag = response.headers().get(ETAG).filter(|etag| etag.as_bytes().starts_with(b"\"")).cloned();
-        self.places().insert(path.clone(), Place { url: url.clone(), etag });
+        self.places().insert(path.clone(), ReadLocation { url: url.clone(), etag });
         Ok(Body { start, stream: http::body_stream(response, &url) })
     }
 
@@ -338,11 +338,11 @@ impl HubSource {
         }
     }
 
-    fn place(&self, path: &FilePath) -> Option<Place> {
+    fn place(&self, path: &FilePath) -> Option<ReadLocation> {
         self.places().get(path).cloned()
     }
 
-    fn places(&self) -> MutexGuard<'_, HashMap<FilePath, Place>> {
+    fn places(&self) -> MutexGuard<'_, HashMap<FilePath, ReadLocation>> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -353,7 +353,7 @@ fn next_page(endpoint: &Url, page: &Url, link: &str) -> Result<Url> {
         page.join(link).map_err(|cause| Error::corrupt("the link to the next page is no address").cause(cause))?;
     match http::same_origin(&next, endpoint) {
         true => Ok(next),
-        false => Err(http::foreign("links the next page of a tree", endpoint, &next)),
+        false => Err(http::unmanaged("links the next page of a tree", endpoint, &next)),
     }
 }
 

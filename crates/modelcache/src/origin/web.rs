@@ -15,7 +15,7 @@
 
 use super::Resolved;
 use super::authorization;
-use super::http::{self, Answer, Ask, Http, Refusal, Server};
+use super::http::{self, Answer, Http, Refusal, Request, Server};
 use crate::credentials::{Choice, Credential, Credentials};
 use crate::digest::{Digest, Provenance};
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
@@ -68,7 +68,7 @@ pub(super) struct Web {
 
 /// What a server says of a file.
 #[derive(Debug, Clone)]
-struct Found {
+struct FileInfo {
     size: u64,
     etag: Option<HeaderValue>,
     modified: Option<HeaderValue>,
@@ -126,7 +126,7 @@ impl Web {
     /// GETs `url` for the file at `home`, by way of any redirects.
     async fn get(&self, url: Url, home: &Url, headers: HeaderMap) -> Result<Answer> {
         let authorization = self.authorization(home)?;
-        self.http.follow(url, Ask { headers, home, authorization: authorization.as_ref(), stay: false }).await
+        self.http.follow(url, Request { headers, home, authorization: authorization.as_ref(), stay: false }).await
     }
 
     fn authorization(&self, home: &Url) -> Result<Option<HeaderValue>> {
@@ -152,10 +152,10 @@ impl Web {
     /// What the server says of the file at `url` now. `derive` where that must do for a version; `demanded` where the
     /// caller brings a digest. Without any of these and without a validator only a digest of all bytes tells this
     /// content from what may lie there while it is fetched.
-    async fn look(&self, url: &Url, derive: bool, demanded: bool) -> Result<Found> {
+    async fn look(&self, url: &Url, derive: bool, demanded: bool) -> Result<FileInfo> {
         let headers = HeaderMap::from_iter([(RANGE, http::range_header(&(0..1))?)]);
         let mut answer = self.get(url.clone(), url, headers).await?;
-        if answer.response.status() == StatusCode::RANGE_NOT_SATISFIABLE && told_size(&answer) != Some(0) {
+        if answer.response.status() == StatusCode::RANGE_NOT_SATISFIABLE && stated_size(&answer) != Some(0) {
             http::drain(answer.response).await;
             answer = self.get(url.clone(), url, HeaderMap::new()).await?;
         }
@@ -167,8 +167,8 @@ impl Web {
         check_kind(status, headers, url)?;
         let (etag, modified) = (headers.get("etag").cloned(), headers.get("last-modified").cloned());
         let stated = stated_digest(headers, status)?;
-        let mut found = Found { size: 0, etag, modified, stated, counted: None };
-        match told_size(&answer) {
+        let mut found = FileInfo { size: 0, etag, modified, stated, counted: None };
+        match stated_size(&answer) {
             Some(size) if found.validator(size).is_some() || !derive && (demanded || stated.is_some()) => {
                 found.size = size;
             }
@@ -178,7 +178,7 @@ impl Web {
     }
 
     /// Reads the whole file to learn size and digest; `answer` is used if it is the whole already.
-    async fn read_through(&self, found: &mut Found, mut answer: Answer, url: &Url) -> Result<()> {
+    async fn read_through(&self, found: &mut FileInfo, mut answer: Answer, url: &Url) -> Result<()> {
         tracing::info!(server = %Server(url), "the server states no size or nothing to tell versions by: reading the file through once");
         if answer.response.status() != StatusCode::OK {
             http::drain(answer.response).await;
@@ -292,7 +292,7 @@ impl Web {
 }
 
 /// The size of the whole file that an answer's headers tell.
-fn told_size(answer: &Answer) -> Option<u64> {
+fn stated_size(answer: &Answer) -> Option<u64> {
     let headers = answer.response.headers();
     let range = http::header(headers, "content-range");
     match answer.response.status() {
@@ -342,7 +342,7 @@ fn stated_digest(headers: &HeaderMap, status: StatusCode) -> Result<Option<Diges
     }
 }
 
-impl Found {
+impl FileInfo {
     /// What tells this content from another, as text.
     fn validator(&self, size: u64) -> Option<String> {
         if let Some(etag) = self.strong_etag() {
@@ -372,7 +372,7 @@ impl Found {
         };
         let same_etag = self.strong_etag().is_some() && headers.get("etag") == self.etag.as_ref();
         let other = differs(&self.etag, "etag") || (!same_etag && differs(&self.modified, "last-modified"));
-        !other && told_size(answer).is_none_or(|told| told == self.size)
+        !other && stated_size(answer).is_none_or(|told| told == self.size)
     }
 }
 
@@ -406,7 +406,7 @@ struct WebSource {
     key: ArtifactKey,
     /// The caller demands a digest: that nobody states one is no matter.
     demanded: bool,
-    found: OnceCell<Found>,
+    found: OnceCell<FileInfo>,
     manifest: OnceCell<Manifest>,
     /// Where a redirect led.
     place: Mutex<Option<Url>>,
@@ -461,7 +461,7 @@ impl WebSource {
     }
 
     /// What the server said of the file when it was first asked, which must fit the version.
-    async fn found(&self) -> Result<&Found> {
+    async fn found(&self) -> Result<&FileInfo> {
         let derived = is_derived(&self.key.version);
         let found = self
             .found
@@ -534,7 +534,7 @@ impl WebSource {
         self.body(found, &range, answer).await
     }
 
-    async fn ask(&self, url: Url, found: &Found, range: &Range<u64>) -> Result<Answer> {
+    async fn ask(&self, url: Url, found: &FileInfo, range: &Range<u64>) -> Result<Answer> {
         let mut headers = HeaderMap::new();
         headers.extend(found.strong_etag().map(|etag| (IF_MATCH, etag.clone())));
         let mut ranged = headers.clone();
@@ -542,7 +542,7 @@ impl WebSource {
         if !self.refuses_ranges.load(Ordering::Relaxed) {
             let answer = self.web.get(url.clone(), &self.file.url, ranged).await?;
             let refused = answer.response.status() == StatusCode::RANGE_NOT_SATISFIABLE;
-            if !refused || told_size(&answer).is_some_and(|told| told != found.size) {
+            if !refused || stated_size(&answer).is_some_and(|told| told != found.size) {
                 return Ok(answer);
             }
             http::drain(answer.response).await;
@@ -552,7 +552,7 @@ impl WebSource {
     }
 
     /// Checks an answer against what is known of the file, remembers where it came from, and hands on its bytes.
-    async fn body(&self, found: &Found, range: &Range<u64>, answer: Answer) -> Result<Body> {
+    async fn body(&self, found: &FileInfo, range: &Range<u64>, answer: Answer) -> Result<Body> {
         let status = answer.response.status();
         if status == StatusCode::PRECONDITION_FAILED {
             return Err(self.superseded());
@@ -595,10 +595,10 @@ mod tests {
         rows.iter().map(row).collect()
     }
 
-    fn found(rows: &[(&'static str, &str)]) -> Found {
+    fn found(rows: &[(&'static str, &str)]) -> FileInfo {
         let headers = headers(rows);
         let (etag, modified) = (headers.get("etag").cloned(), headers.get("last-modified").cloned());
-        Found { size: 7, etag, modified, stated: None, counted: Some(Digest::of(b"x")) }
+        FileInfo { size: 7, etag, modified, stated: None, counted: Some(Digest::of(b"x")) }
     }
 
     #[test]

@@ -10,12 +10,12 @@
 
 use super::process::Process;
 use super::store::{Condition, Store, Written};
-use super::{Conditions, Folder, Remote, hanging};
+use super::{Conditions, Folder, Remote, orphaned_uploads};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
 use crate::limits;
-use crate::transfer::tidy;
+use crate::transfer::spawn_cleanup;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -42,7 +42,7 @@ pub(super) type Uploads = BTreeMap<String, FilePath>;
 
 /// What the object says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Record {
+pub(super) struct ClaimRecord {
     /// Host, process and a random number.
     pub(super) owner: String,
     /// Seconds since the Unix epoch, by the owner's clock.
@@ -58,7 +58,7 @@ pub(super) struct Record {
     process: Option<Process>,
 }
 
-impl Record {
+impl ClaimRecord {
     fn new(files: Listed) -> Self {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let host = if host.trim().is_empty() { "unknown" } else { host.trim() };
@@ -105,19 +105,22 @@ fn now_s() -> u64 {
 }
 
 /// The claim there, if any, and its ETag.
-pub(super) async fn look(store: &Store, folder: &Folder) -> Result<Option<(Record, Option<String>)>> {
+pub(super) async fn look(store: &Store, folder: &Folder) -> Result<Option<(ClaimRecord, Option<String>)>> {
     read(store, &folder.own(store, "claim")?).await
 }
 
 /// The same for a claim at `key`.
-pub(super) async fn read(store: &Store, key: &object_store::path::Path) -> Result<Option<(Record, Option<String>)>> {
+pub(super) async fn read(
+    store: &Store,
+    key: &object_store::path::Path,
+) -> Result<Option<(ClaimRecord, Option<String>)>> {
     let read = store.get(key, limits::ANSWER_BYTES_MAX).await?;
-    Ok(read.map(|(bytes, identity)| (Record::from_bytes(&bytes), identity.etag)))
+    Ok(read.map(|(bytes, identity)| (ClaimRecord::from_bytes(&bytes), identity.etag)))
 }
 
 /// The right to write a version folder, renewed until it is closed or dropped.
 pub(super) struct Claim {
-    held: Arc<Held>,
+    held: Arc<HeldClaim>,
     /// What an earlier writer may have left.
     pub(super) inherited: Listed,
     /// Uploads that it may have left unfinished; `None` where nobody left anything.
@@ -128,17 +131,17 @@ pub(super) struct Claim {
     closed: bool,
 }
 
-struct Held {
+struct HeldClaim {
     store: Arc<Store>,
     folder: Folder,
-    record: Mutex<Record>,
+    record: Mutex<ClaimRecord>,
     conditions: Conditions,
     etag: tokio::sync::Mutex<Option<String>>,
     lost: AtomicBool,
 }
 
-impl Held {
-    fn new(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: Record, etag: Option<String>) -> Self {
+impl HeldClaim {
+    fn new(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: ClaimRecord, etag: Option<String>) -> Self {
         Self {
             store: store.clone(),
             folder: folder.clone(),
@@ -149,24 +152,24 @@ impl Held {
         }
     }
 
-    fn record(&self) -> Record {
+    fn record(&self) -> ClaimRecord {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn is_owner(&self, there: &Record) -> bool {
+    fn is_owner(&self, there: &ClaimRecord) -> bool {
         there.owner == self.record.lock().unwrap_or_else(PoisonError::into_inner).owner
     }
 }
 
 /// Where a claim's holder notes what it begins.
 #[derive(Clone)]
-pub(super) struct Notes(Arc<Held>);
+pub(super) struct ClaimNotes(Arc<HeldClaim>);
 
-impl Notes {
+impl ClaimNotes {
     /// Notes uploads on the remote, so that the next writer finds them. Where that fails they are found by their age.
     pub(super) async fn uploads(&self, begun: impl IntoIterator<Item = (String, FilePath)>) {
         self.0.record.lock().unwrap_or_else(PoisonError::into_inner).uploads.extend(begun);
-        match rewrite(&self.0, Record::living).await {
+        match rewrite(&self.0, ClaimRecord::living).await {
             Ok(true) => {}
             Ok(false) => self.0.lost.store(true, Ordering::Relaxed),
             Err(error) => {
@@ -197,7 +200,7 @@ impl Claim {
         let (remote, folder) = (remote.clone(), folder.clone());
         let taken = tokio::spawn(async move {
             let store = remote.store().await?.clone();
-            let mut record = Record::new(files);
+            let mut record = ClaimRecord::new(files);
             let taken = Self::take_now(&remote, &store, &folder, &mut record, patience).await;
             if taken.is_err() {
                 abandon(&remote, &store, &folder, record).await;
@@ -211,7 +214,7 @@ impl Claim {
         remote: &Remote,
         store: &Arc<Store>,
         folder: &Folder,
-        record: &mut Record,
+        record: &mut ClaimRecord,
         patience: Duration,
     ) -> Result<Self> {
         let deadline = Instant::now() + patience;
@@ -247,23 +250,23 @@ impl Claim {
         remote: &Remote,
         store: &Arc<Store>,
         folder: &Folder,
-        record: Record,
+        record: ClaimRecord,
         etag: Option<String>,
-        before: Option<Record>,
+        before: Option<ClaimRecord>,
     ) -> Self {
         let (inherited, abandoned) = match before {
-            Some(Record { files, uploads, .. }) => (files, Some(uploads)),
+            Some(ClaimRecord { files, uploads, .. }) => (files, Some(uploads)),
             None => (Listed::new(), None),
         };
-        let held = Arc::new(Held::new(remote, store, folder, record, etag));
+        let held = Arc::new(HeldClaim::new(remote, store, folder, record, etag));
         let renewal = tokio::spawn(renew(held.clone()));
         let touched = !inherited.is_empty();
         Self { held, inherited, abandoned, renewal, touched: touched.into(), closed: false }
     }
 
     /// Where to note what is begun under it.
-    pub(super) fn notes(&self) -> Notes {
-        Notes(self.held.clone())
+    pub(super) fn notes(&self) -> ClaimNotes {
+        ClaimNotes(self.held.clone())
     }
 
     /// From now on there may be objects that only the claim names.
@@ -297,7 +300,7 @@ impl Claim {
         tokio::spawn(async move { give_back_unfinished(&held, touched).await }).await.map_err(cut_short)?
     }
 
-    fn let_go(&mut self) -> (Arc<Held>, bool) {
+    fn let_go(&mut self) -> (Arc<HeldClaim>, bool) {
         self.closed = true;
         self.renewal.abort();
         (self.held.clone(), self.touched.load(Ordering::Relaxed))
@@ -311,7 +314,7 @@ impl Drop for Claim {
             return;
         }
         let (held, touched) = self.let_go();
-        tidy(async move {
+        spawn_cleanup(async move {
             if let Err(error) = give_back_unfinished(&held, touched).await {
                 tracing::debug!(%error, "a claim is left to end by itself");
             }
@@ -323,7 +326,7 @@ fn cut_short(cause: tokio::task::JoinError) -> Error {
     Error::new(ErrorKind::Other, "the work on a claim was cut short").cause(cause)
 }
 
-fn held_by(theirs: &Record) -> Error {
+fn held_by(theirs: &ClaimRecord) -> Error {
     let left = theirs.expires_at.saturating_sub(now_s());
     Error::unavailable(format!("another writer is at work there: {}", theirs.owner))
         .transient(false)
@@ -334,11 +337,11 @@ enum Created {
     /// The claim is ours, with this ETag.
     Ours(Option<String>),
     /// There is one already, or was.
-    Taken(Option<(Record, Option<String>)>),
+    Taken(Option<(ClaimRecord, Option<String>)>),
 }
 
 /// Writes the claim unless there is one, and learns on the way whether the store keeps the condition.
-async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &Record) -> Result<Created> {
+async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<Created> {
     // A store that ignores the condition would overwrite a living claim.
     if remote.conditions() != Conditions::Kept
         && let Some(there) = look(store, folder).await?
@@ -372,14 +375,14 @@ async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &Record
 }
 
 /// As near as one gets without conditions: write, let a rival's write arrive, look whose it is.
-async fn create_unconditionally(store: &Store, folder: &Folder, record: &Record, bytes: Bytes) -> Result<Created> {
+async fn create_unconditionally(store: &Store, folder: &Folder, record: &ClaimRecord, bytes: Bytes) -> Result<Created> {
     store.put(&folder.own(store, "claim")?, bytes, Condition::Always).await?;
     tokio::time::sleep(PAUSES.0).await;
     confirm(store, folder, record).await
 }
 
 /// Looks whose the claim is.
-async fn confirm(store: &Store, folder: &Folder, record: &Record) -> Result<Created> {
+async fn confirm(store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<Created> {
     Ok(match look(store, folder).await? {
         Some((there, etag)) if there.owner == record.owner => Created::Ours(etag),
         there => Created::Taken(there),
@@ -391,7 +394,7 @@ async fn take_over(
     remote: &Remote,
     store: &Store,
     folder: &Folder,
-    record: &Record,
+    record: &ClaimRecord,
     etag: Option<String>,
 ) -> Result<Option<Option<String>>> {
     let key = folder.own(store, "claim")?;
@@ -411,10 +414,10 @@ async fn take_over(
 }
 
 /// Renews until aborted or lost.
-async fn renew(held: Arc<Held>) {
+async fn renew(held: Arc<HeldClaim>) {
     loop {
         tokio::time::sleep(RENEWAL).await;
-        match rewrite(&held, Record::living).await {
+        match rewrite(&held, ClaimRecord::living).await {
             Ok(true) => {}
             Ok(false) => {
                 tracing::warn!(artifact = %held.folder.key, "the claim on the remote was taken over by another writer");
@@ -427,7 +430,7 @@ async fn renew(held: Arc<Held>) {
 }
 
 /// Replaces our claim, as `state` makes it. Whether it was still ours.
-async fn rewrite(held: &Held, state: fn(&Record) -> Record) -> Result<bool> {
+async fn rewrite(held: &HeldClaim, state: fn(&ClaimRecord) -> ClaimRecord) -> Result<bool> {
     let key = held.folder.own(&held.store, "claim")?;
     let mut etag = held.etag.lock().await;
     let record = state(&held.record());
@@ -452,21 +455,21 @@ async fn rewrite(held: &Held, state: fn(&Record) -> Record) -> Result<bool> {
 }
 
 /// A failed attempt may have left our claim: what it inherited must not be lost with it, so it is ended.
-async fn abandon(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: Record) {
-    let held = Held::new(remote, store, folder, record, None);
+async fn abandon(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: ClaimRecord) {
+    let held = HeldClaim::new(remote, store, folder, record, None);
     if let Err(error) = try_to_give_back(&held, true).await {
         tracing::debug!(%error, "a claim, if it arrived, is left to end by itself");
     }
 }
 
 /// Aborts the uploads that were begun under the claim, then gives it back; ended, where not all of them are gone.
-async fn give_back_unfinished(held: &Held, touched: bool) -> Result<()> {
-    let touched = touched || !hanging::abort_noted(&held.store, &held.folder, &held.record().uploads).await;
+async fn give_back_unfinished(held: &HeldClaim, touched: bool) -> Result<()> {
+    let touched = touched || !orphaned_uploads::abort_noted(&held.store, &held.folder, &held.record().uploads).await;
     give_back(held, touched).await
 }
 
 /// Tries twice, since what failed may have been a single answer.
-async fn give_back(held: &Held, touched: bool) -> Result<()> {
+async fn give_back(held: &HeldClaim, touched: bool) -> Result<()> {
     match try_to_give_back(held, touched).await {
         Ok(()) => Ok(()),
         Err(error) => {
@@ -477,12 +480,12 @@ async fn give_back(held: &Held, touched: bool) -> Result<()> {
     }
 }
 
-async fn try_to_give_back(held: &Held, touched: bool) -> Result<()> {
+async fn try_to_give_back(held: &HeldClaim, touched: bool) -> Result<()> {
     if held.lost.load(Ordering::Relaxed) {
         return Ok(());
     }
     if touched {
-        return rewrite(held, Record::ended).await.map(|_| ());
+        return rewrite(held, ClaimRecord::ended).await.map(|_| ());
     }
     match look(&held.store, &held.folder).await? {
         Some((there, _)) if held.is_owner(&there) => held.store.delete(&held.folder.own(&held.store, "claim")?).await,
@@ -493,7 +496,7 @@ async fn try_to_give_back(held: &Held, touched: bool) -> Result<()> {
 /// Whatever lies where a claim should; see `fuzzing`.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(bytes: &[u8]) {
-    let _ = Record::from_bytes(bytes).has_ended();
+    let _ = ClaimRecord::from_bytes(bytes).has_ended();
 }
 
 #[cfg(test)]
@@ -503,12 +506,12 @@ mod tests {
     #[test]
     fn a_claim_says_who_until_when_and_what() {
         let files = Listed::from([(FilePath::new("a/b").expect("path"), Some(Digest::of(b"x")))]);
-        let record = Record::new(files);
+        let record = ClaimRecord::new(files);
         assert!(record.has_ended() && !record.living().has_ended() && record.living().ended().has_ended());
         let bytes = record.living().to_bytes().expect("writes");
-        let read = Record::from_bytes(&bytes);
+        let read = ClaimRecord::from_bytes(&bytes);
         assert_eq!((read.owner, read.files), (record.owner.clone(), record.files.clone()));
-        assert_ne!(Record::new(Listed::new()).owner, record.owner);
+        assert_ne!(ClaimRecord::new(Listed::new()).owner, record.owner);
         let json: serde_json::Value = serde_json::from_slice(&bytes).expect("json");
         assert_eq!(json["files"]["a/b"], Digest::of(b"x").to_string());
         assert!(json["expires_at"].is_u64() && json["owner"].is_string());
@@ -517,7 +520,7 @@ mod tests {
     #[test]
     fn an_unreadable_claim_has_ended_and_names_nothing() {
         for text in ["", "{}", "[1]", "{\"owner\":1}", "{\"owner\":\"a\",\"expires_at\":9,\"files\":{\"../x\":null}}"] {
-            let record = Record::from_bytes(text.as_bytes());
+            let record = ClaimRecord::from_bytes(text.as_bytes());
             assert!(record.has_ended() && record.files.is_empty(), "{text}");
         }
     }

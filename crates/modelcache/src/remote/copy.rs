@@ -8,11 +8,11 @@
 //! Surprise: an S3 copy that answers 200 may still have failed; the answer's body tells.
 
 use super::failure;
+use super::http_client::{Connector, LongerTimeout, element};
 use super::multipart::AbortGuard;
 use super::settings::{Options, S3Settings};
 use super::store::Store;
 use super::upload::{UNFINISHED, place};
-use super::wire::{Connector, Patience, element};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::manifest::ObjectIdentity;
@@ -168,7 +168,7 @@ impl Copier {
             set("x-amz-copy-source-if-match", etag);
         }
         self.sign(&mut request, None).await.map_err(failed)?;
-        request.extensions_mut().insert(Patience(Duration::from_secs(bytes / BYTES_PER_S_MIN)));
+        request.extensions_mut().insert(LongerTimeout(Duration::from_secs(bytes / BYTES_PER_S_MIN)));
         let wire = |source| object_store::Error::Generic { store: "S3", source: Box::new(source) };
         let answer = self.client.execute(request).await.map_err(|error| failed(wire(error)))?;
         let body = answer.into_body().bytes().await.map_err(|error| failed(wire(error)))?;
@@ -289,7 +289,7 @@ fn etag_in(body: &str) -> Result<String> {
 mod tests {
     use super::*;
     use crate::config::{Environment, RemoteConfig, RetryConfig};
-    use crate::remote::settings::Place;
+    use crate::remote::settings::RemoteLocation;
     use crate::transfer::Retry;
     use modelcache_testkit::{Content, S3};
 
@@ -303,7 +303,8 @@ mod tests {
             options: options.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
             environment: Environment(s3.env().into_iter().collect()),
         };
-        let (place, options) = (Place::parse(&config.url).expect("place"), Options::parse(&config).expect("options"));
+        let (place, options) =
+            (RemoteLocation::parse(&config.url).expect("place"), Options::parse(&config).expect("options"));
         let store = tokio::task::spawn_blocking(move || {
             Store::open(&config, &place, &options, Retry::new(RetryConfig::default())).expect("opens")
         });

@@ -7,9 +7,9 @@
 //! Surprise: a chain that found nothing is not walked again for some seconds; the instance metadata service of a
 //! machine that has none takes a second to not answer, and every request would wait for it.
 
+use super::http_client::element;
 use super::profile::{Profiles, home};
 use super::settings::Options;
-use super::wire::element;
 use crate::config::{Environment, Secret};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::transfer::{BodyLimits, Cut, read_body};
@@ -49,7 +49,7 @@ const SOURCE_PROFILES_MAX: usize = 5;
 const KEY_CHARS_SHOWN: usize = 4;
 
 /// Where credentials come from.
-pub(super) struct Whence {
+pub(super) struct CredentialSource {
     /// The link of the chain that answered.
     pub(super) place: String,
     /// How the key's id begins.
@@ -71,13 +71,13 @@ pub(super) struct Credentials {
 
 #[derive(Default)]
 struct State {
-    found: Option<Found>,
+    found: Option<FoundCredentials>,
     /// When a search found nothing, and what it says.
     fruitless: Option<(Instant, String)>,
 }
 
 #[derive(Clone)]
-struct Found {
+struct FoundCredentials {
     credential: Arc<AwsCredential>,
     ends: Option<SystemTime>,
     renew_at: Option<SystemTime>,
@@ -178,10 +178,10 @@ impl Credentials {
     }
 
     /// Where credentials are found now, for a person to read.
-    pub(super) async fn whence(&self) -> Result<Whence> {
+    pub(super) async fn credential_source(&self) -> Result<CredentialSource> {
         let (place, found) = self.search().await.map_err(|looked_at| self.nothing_found(&looked_at))?;
         let key_begins = found.credential.key_id.chars().take(KEY_CHARS_SHOWN).collect();
-        Ok(Whence { place, key_begins, ends: found.ends })
+        Ok(CredentialSource { place, key_begins, ends: found.ends })
     }
 
     fn nothing_found(&self, looked_at: &str) -> Error {
@@ -192,14 +192,14 @@ impl Credentials {
     }
 
     /// Walks the chain. The error lists what was looked at.
-    async fn search(&self) -> std::result::Result<(String, Found), String> {
+    async fn search(&self) -> std::result::Result<(String, FoundCredentials), String> {
         let mut looked_at = Vec::new();
         for link in Link::ALL {
             let place = self.describe(link);
             match self.ask(link).await {
                 Ok(Some(credential)) => {
                     tracing::debug!(place = place.as_str(), "AWS credentials found");
-                    return Ok((place, Found::new(credential)));
+                    return Ok((place, FoundCredentials::new(credential)));
                 }
                 Ok(None) => looked_at.push(place),
                 Err(reason) => {
@@ -421,7 +421,7 @@ impl Link {
     ];
 }
 
-impl Found {
+impl FoundCredentials {
     fn new(credential: Credential) -> Self {
         let ends = credential.expires_in.map(|ends| ends.as_system_time());
         let renew_at = ends.map(|ends| {

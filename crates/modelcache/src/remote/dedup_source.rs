@@ -26,33 +26,37 @@ const MANIFESTS_MAX: usize = 8;
 
 /// An object of another version with the bytes wanted.
 #[derive(Debug, Clone)]
-pub(super) struct Twin {
+pub(super) struct DedupSource {
     object: Path,
     recorded: ObjectIdentity,
 }
 
 /// The twins of files with these digests and sizes, as far as there are any.
-pub(super) async fn find(store: &Arc<Store>, folder: &Folder, wanted: &[(Digest, u64)]) -> BTreeMap<Digest, Twin> {
-    let mut twins = BTreeMap::new();
+pub(super) async fn find(
+    store: &Arc<Store>,
+    folder: &Folder,
+    wanted: &[(Digest, u64)],
+) -> BTreeMap<Digest, DedupSource> {
+    let mut dedup_sources = BTreeMap::new();
     let versions = match newest(store, folder).await {
         Ok(versions) => versions,
         Err(error) => {
             tracing::debug!(%error, "other versions on the remote are not looked at");
-            return twins;
+            return dedup_sources;
         }
     };
     for version in versions.into_iter().take(MANIFESTS_MAX) {
         let other = Folder::new(&ArtifactKey::new(folder.key.name.clone(), version));
         match other.read_manifest(store).await {
-            Ok(Some((manifest, _))) => learn(store, &other, &manifest, wanted, &mut twins),
+            Ok(Some((manifest, _))) => learn(store, &other, &manifest, wanted, &mut dedup_sources),
             Ok(None) => {}
             Err(error) => tracing::debug!(artifact = %other.key, %error, "not looked at for equal files"),
         }
-        if twins.len() == wanted.len() {
+        if dedup_sources.len() == wanted.len() {
             break;
         }
     }
-    twins
+    dedup_sources
 }
 
 /// Files that other versions have and that could be twins, as far as their manifests tell.
@@ -73,7 +77,7 @@ fn learn(
     other: &Folder,
     manifest: &Manifest,
     wanted: &[(Digest, u64)],
-    twins: &mut BTreeMap<Digest, Twin>,
+    dedup_sources: &mut BTreeMap<Digest, DedupSource>,
 ) {
     for (path, entry) in &manifest.files {
         if let (Some(digest), Some(recorded)) = (entry.sha256, entry.on_remote())
@@ -81,7 +85,7 @@ fn learn(
             && recorded.object_bytes == entry.size
             && let Ok(object) = other.object(store, path)
         {
-            twins.entry(digest).or_insert_with(|| Twin { object, recorded: recorded.clone() });
+            dedup_sources.entry(digest).or_insert_with(|| DedupSource { object, recorded: recorded.clone() });
         }
     }
 }
@@ -123,22 +127,22 @@ fn natural(text: &str) -> Vec<(u64, String)> {
 /// Lets the server copy `twin` to `target`; `None` where it has to be sent.
 pub(super) async fn copied(
     store: &Arc<Store>,
-    twin: &Twin,
+    dedup_source: &DedupSource,
     path: &FilePath,
     target: &Path,
     staging: Option<PathBuf>,
 ) -> Option<ObjectIdentity> {
     let copy = async {
-        match store.head(&twin.object).await? {
-            Some(now) if same_object(&twin.recorded, &now) => {}
+        match store.head(&dedup_source.object).await? {
+            Some(now) if same_object(&dedup_source.recorded, &now) => {}
             _ => return Ok(None),
         }
-        copy::copy(store, &twin.object, &twin.recorded, target, staging).await
+        copy::copy(store, &dedup_source.object, &dedup_source.recorded, target, staging).await
     };
     match copy.await {
         Ok(copied) => copied,
         Err(error) => {
-            tracing::debug!(%path, from = %twin.object, %error, "not copied on the remote; it is sent");
+            tracing::debug!(%path, from = %dedup_source.object, %error, "not copied on the remote; it is sent");
             None
         }
     }

@@ -4,11 +4,11 @@
 //! have; it is removed whatever happens in between, also when the examination is cut short.
 
 use super::Remote;
-use super::credentials::Whence;
+use super::credentials::CredentialSource;
+use super::http_client::Connector;
 use super::profile::Profiles;
-use super::settings::{Place, S3Settings};
+use super::settings::{RemoteLocation, S3Settings};
 use super::store::{Condition, Store, Written};
-use super::wire::Connector;
 use crate::config::{Config, RemoteConfig, RetryConfig};
 use crate::doctor::{Area, Check, Clock, DoctorOptions, in_time};
 use crate::error::{Error, ErrorKind, Result};
@@ -44,7 +44,7 @@ async fn look(config: &RemoteConfig, options: DoctorOptions, clock: &Clock, chec
     let remote = Remote::open(config, Retry::new(RETRY))?;
     let store = remote.store().await?;
     match &remote.0.place {
-        Place::Folder(folder) => {
+        RemoteLocation::Folder(folder) => {
             checks.push(Check::ok(Area::Remote, format!("the folder {}", folder.display())));
             if !folder.is_dir() {
                 let says = format!("{} is not there; the first put makes it", folder.display());
@@ -53,10 +53,10 @@ async fn look(config: &RemoteConfig, options: DoctorOptions, clock: &Clock, chec
                 return Ok(());
             }
         }
-        Place::Bucket { .. } => {
+        RemoteLocation::Bucket { .. } => {
             let (settings, connector) = settings(&remote).await?;
             checks.push(Check::ok(Area::Remote, place(&remote, &settings)));
-            ask_clock(&settings, &connector, clock).await;
+            query_clock(&settings, &connector, clock).await;
             match credentials(&remote, store).await {
                 Ok(check) => checks.push(check),
                 Err(error) => {
@@ -114,7 +114,7 @@ fn endpoint(settings: &S3Settings) -> String {
 }
 
 /// Any answer of the endpoint tells its time, a refusal as well as another. That it does not answer is told elsewhere.
-async fn ask_clock(settings: &S3Settings, connector: &Connector, clock: &Clock) {
+async fn query_clock(settings: &S3Settings, connector: &Connector, clock: &Clock) {
     let endpoint = endpoint(settings);
     let request = connector.client().get(&endpoint).timeout(RETRY.read_timeout);
     if let Ok(answer) = request.send().await {
@@ -132,7 +132,7 @@ async fn credentials(remote: &Remote, store: &Store) -> Result<Check> {
     let Some(chain) = chain else {
         return Ok(Check::ok(Area::Credentials, "requests are not signed (skip_signature)"));
     };
-    let Whence { place, key_begins, ends } = in_time(chain.whence()).await?;
+    let CredentialSource { place, key_begins, ends } = in_time(chain.credential_source()).await?;
     let mut says = format!("from {place}; the key's id begins with {key_begins}");
     let left = ends.map(|ends| ends.duration_since(SystemTime::now()).unwrap_or_default());
     if let Some(left) = left {

@@ -6,7 +6,7 @@
 use super::claim::{self, Claim, Listed};
 use super::publish::{LOOKS_IN_FLIGHT, sidecar_of};
 use super::store::Store;
-use super::{Folder, Remote, hanging, upload};
+use super::{Folder, Remote, orphaned_uploads, upload};
 use crate::error::{ErrorKind, Result};
 use crate::key::ArtifactKey;
 use crate::manifest::Manifest;
@@ -44,7 +44,7 @@ pub(super) async fn evict(remote: &Remote, key: &ArtifactKey, dry_run: bool) -> 
     let folder = Folder::new(key);
     let there = look(store, &folder).await?;
     if there.is_none() {
-        remote.refuse_foreign(key).await?;
+        remote.refuse_unmanaged(key).await?;
     }
     if dry_run {
         return Ok(there.as_ref().map(held_bytes));
@@ -61,7 +61,7 @@ pub(super) async fn evict(remote: &Remote, key: &ArtifactKey, dry_run: bool) -> 
 
 async fn under_claim(remote: &Remote, store: &Arc<Store>, folder: &Folder, listed: Listed) -> Result<Option<u64>> {
     let mut claim = Claim::take(remote, folder, listed).await?;
-    hanging::abort_abandoned(store, folder, &claim).await;
+    orphaned_uploads::abort_abandoned(store, folder, &claim).await;
     let done = remove_all(store, folder, &mut claim).await;
     let closed = claim.close().await;
     let done = done?;

@@ -4,7 +4,7 @@
 //! `NotFound`. A 403 without a telling code is ambiguous (without `s3:ListBucket` a missing key looks like that), and
 //! [`is_ambiguous`] lets the caller decide.
 
-use super::wire::Refusal;
+use super::http_client::Refusal;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
 use crate::printable;
 use object_store::client::{HttpError, HttpErrorKind};
@@ -12,7 +12,7 @@ use std::error::Error as StdError;
 
 /// What messages name: where the request went.
 #[derive(Debug, Clone)]
-pub(super) struct Whereabouts {
+pub(super) struct EndpointContext {
     /// The bucket or folder.
     pub(super) container: String,
     /// The endpoint or host.
@@ -83,7 +83,7 @@ fn is_telling(code: &str) -> bool {
 }
 
 /// The library's error for `error`, met while `doing` (`"cannot read x/manifest.json"`).
-pub(super) fn translate(error: object_store::Error, doing: &str, at: &Whereabouts) -> Error {
+pub(super) fn translate(error: object_store::Error, doing: &str, at: &EndpointContext) -> Error {
     let error = match error {
         // The credential chain speaks for itself.
         object_store::Error::Generic { store, source } => match source.downcast::<Error>() {
@@ -109,7 +109,7 @@ pub(super) fn translate(error: object_store::Error, doing: &str, at: &Whereabout
     translated.tier(Tier::Remote)
 }
 
-fn from_refusal(refusal: &Refusal, doing: &str, at: &Whereabouts) -> Error {
+fn from_refusal(refusal: &Refusal, doing: &str, at: &EndpointContext) -> Error {
     let what = || format!("{doing}: {} answered {refusal}", at.endpoint);
     let error = |kind| Error::new(kind, what());
     let code = refusal.code.as_deref().unwrap_or_default();
@@ -157,7 +157,7 @@ fn waiting(error: Error, refusal: &Refusal) -> Error {
     }
 }
 
-fn wrong_region(refusal: &Refusal, at: &Whereabouts) -> Error {
+fn wrong_region(refusal: &Refusal, at: &EndpointContext) -> Error {
     match &refusal.region {
         Some(region) => {
             let region = printable::quote(region);
@@ -172,7 +172,7 @@ fn wrong_region(refusal: &Refusal, at: &Whereabouts) -> Error {
     }
 }
 
-fn from_transport(http: &HttpError, doing: &str, at: &Whereabouts) -> Error {
+fn from_transport(http: &HttpError, doing: &str, at: &EndpointContext) -> Error {
     let reason = innermost(http);
     if reason.contains("certificate") {
         return Error::new(
@@ -188,7 +188,7 @@ fn from_transport(http: &HttpError, doing: &str, at: &Whereabouts) -> Error {
     }
 }
 
-fn from_local(error: &object_store::Error, doing: &str, at: &Whereabouts) -> Error {
+fn from_local(error: &object_store::Error, doing: &str, at: &EndpointContext) -> Error {
     match error {
         object_store::Error::NotFound { .. } => return Error::not_found(format!("{doing}: not there")),
         object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => {
@@ -209,7 +209,7 @@ fn from_local(error: &object_store::Error, doing: &str, at: &Whereabouts) -> Err
 }
 
 /// What a failure in a folder means.
-pub(super) fn from_io(io: &std::io::Error, doing: &str, at: &Whereabouts) -> Error {
+pub(super) fn from_io(io: &std::io::Error, doing: &str, at: &EndpointContext) -> Error {
     use std::io::ErrorKind as Io;
     let error = |kind| Error::new(kind, format!("{doing}: {io}")).tier(Tier::Remote);
     match io.kind() {
@@ -237,8 +237,8 @@ fn innermost(error: &(dyn StdError + 'static)) -> String {
 mod tests {
     use super::*;
 
-    fn at() -> Whereabouts {
-        Whereabouts { container: "bucket".into(), endpoint: "http://s3.test".into(), region: "us-east-1".into() }
+    fn at() -> EndpointContext {
+        EndpointContext { container: "bucket".into(), endpoint: "http://s3.test".into(), region: "us-east-1".into() }
     }
 
     fn refused(status: u16, code: &str) -> object_store::Error {

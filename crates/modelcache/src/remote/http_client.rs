@@ -58,14 +58,14 @@ impl std::error::Error for Refusal {}
 
 /// Rides on a request that a server needs longer to answer: so much longer.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Patience(pub(super) Duration);
+pub(super) struct LongerTimeout(pub(super) Duration);
 
 /// Makes the store use one prepared client.
 #[derive(Debug, Clone)]
-pub(super) struct Connector(Wire);
+pub(super) struct Connector(ObjectStoreHttp);
 
 #[derive(Debug, Clone)]
-struct Wire {
+struct ObjectStoreHttp {
     client: reqwest::Client,
     read_timeout: Duration,
 }
@@ -103,7 +103,7 @@ impl Connector {
             let excludes = options.proxy_excludes.as_deref().and_then(reqwest::NoProxy::from_string);
             builder = builder.proxy(reqwest::Proxy::all(address.expose()).map_err(failed)?.no_proxy(excludes));
         }
-        Ok(Self(Wire { client: builder.build().map_err(failed)?, read_timeout }))
+        Ok(Self(ObjectStoreHttp { client: builder.build().map_err(failed)?, read_timeout }))
     }
 
     /// The client itself, for requests beside the store's.
@@ -133,12 +133,12 @@ fn timed_out(_: tokio::time::error::Elapsed) -> HttpError {
 }
 
 #[async_trait]
-impl HttpService for Wire {
+impl HttpService for ObjectStoreHttp {
     async fn call(&self, request: HttpRequest) -> std::result::Result<HttpResponse, HttpError> {
         let listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
         // Only the bytes of objects are asked for without a query; every other body is kept in memory.
         let streams = request.method() == reqwest::Method::GET && request.uri().query().is_none();
-        let extra = request.extensions().get::<Patience>().map_or(Duration::ZERO, |patience| patience.0);
+        let extra = request.extensions().get::<LongerTimeout>().map_or(Duration::ZERO, |patience| patience.0);
         let upload = Duration::from_secs(request.body().content_length() as u64 / UPLOAD_BYTES_PER_S_MIN);
         let patience = self.read_timeout + upload + extra;
         let response = tokio::time::timeout(patience, self.client.call(request)).await.map_err(timed_out)??;

@@ -6,8 +6,8 @@
 //! Surprise: a prefix matches at `/` only, so `models/m` never finds `models/m2`. Where there is an object of exactly
 //! that key, it is meant, and what lies below is not looked at, unless it is empty: tools leave such marks for folders.
 
+use super::http_client::LeftOut;
 use super::store::{self, Store};
-use super::wire::LeftOut;
 use super::{MANIFEST, failure};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -53,7 +53,7 @@ pub(super) enum Look {
     /// Versions that we published lie below it, the folder of one of them for instance.
     Above(String),
     /// Objects of somebody else.
-    Foreign(Listing),
+    UnmanagedObjects(Listing),
 }
 
 /// Objects of somebody else, as they were when they were listed.
@@ -178,7 +178,7 @@ pub(super) async fn look(store: &Store, address: &Address) -> Result<Look> {
             let name = address.base.rsplit('/').next().unwrap_or_default();
             let mut listing = Listing { single: true, ..Listing::new(address) };
             listing.take(store, name, identity)?;
-            Ok(Look::Foreign(listing))
+            Ok(Look::UnmanagedObjects(listing))
         }
         _ => Ok(below),
     }
@@ -236,7 +236,7 @@ async fn below_prefix(store: &Store, address: &Address) -> Result<Look> {
         return Ok(record);
     }
     let listing = listing.settle();
-    Ok(if listing.objects.is_empty() { Look::Nothing } else { Look::Foreign(listing) })
+    Ok(if listing.objects.is_empty() { Look::Nothing } else { Look::UnmanagedObjects(listing) })
 }
 
 /// Whether the place in a folder is a link to somewhere else: whoever may write to a shared folder could have files
@@ -284,7 +284,7 @@ async fn below_folder(store: &Store, address: &Address) -> Result<Look> {
         listing.take(store, &path, identity)?;
     }
     let listing = listing.settle();
-    Ok(if listing.objects.is_empty() { Look::Nothing } else { Look::Foreign(listing) })
+    Ok(if listing.objects.is_empty() { Look::Nothing } else { Look::UnmanagedObjects(listing) })
 }
 
 /// Paths of every file below `top`, and of what is none: names that are no text, pipes, links that lead out of `root`.

@@ -21,51 +21,51 @@
 //! ```
 //!
 //! A version folder without any `.modelcache` is a foreign tree, put there by another tool: it is read as it is found
-//! (`foreign.rs`), and never written to.
+//! (`unmanaged.rs`), and never written to.
 
-mod ask;
-mod begun;
 mod claim;
 mod copy;
 mod credentials;
+mod dedup_source;
 mod doctor;
-mod early;
 mod evict;
 mod failure;
-mod foreign;
-mod hanging;
+mod http_client;
 mod list;
 mod listing;
 mod multipart;
+mod orphaned_uploads;
+mod pending_publish;
 mod policy;
 mod prefix;
 mod process;
 mod profile;
 mod publish;
+mod raw_client;
 mod refs;
 mod settings;
 mod source;
 mod store;
-mod twin;
+mod streaming_upload;
+mod unmanaged;
 mod upload;
 mod verify;
-mod wire;
 
 pub use crate::disk::LocalFile;
-pub(crate) use begun::Begun;
 pub(crate) use doctor::examine;
-pub(crate) use early::{Early, Proven};
-pub(crate) use foreign::{Foreign, Found, REMEDY, some, unstated};
 pub(crate) use listing::Address;
 pub(crate) use multipart::Multipart;
+pub(crate) use pending_publish::PendingPublish;
 pub use policy::{Policy, Role};
 pub(crate) use prefix::PrefixSource;
 pub use refs::{RefKind, RemoteRef};
 pub use source::RemoteSource;
+pub(crate) use streaming_upload::{Proven, StreamingUpload};
+pub(crate) use unmanaged::{AddressContents, REMEDY, UnmanagedObjects, some, unstated};
 
 #[cfg(fuzzing)]
 pub(crate) use {
-    claim::fuzz as fuzz_claim, profile::fuzz as fuzz_profile, refs::fuzz as fuzz_ref, wire::fuzz as fuzz_listing,
+    claim::fuzz as fuzz_claim, http_client::fuzz as fuzz_listing, profile::fuzz as fuzz_profile, refs::fuzz as fuzz_ref,
 };
 
 use crate::config::RemoteConfig;
@@ -75,9 +75,9 @@ use crate::key::{ArtifactKey, ArtifactName, FilePath, OWN_FOLDER, Version};
 use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity};
 use crate::progress::Progress;
-use crate::transfer::{Pace, Retry};
+use crate::transfer::{RateLimiter, Retry};
 use object_store::path::Path;
-use settings::{Options, Place};
+use settings::{Options, RemoteLocation};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
@@ -91,7 +91,7 @@ pub struct Remote(Arc<Inner>);
 
 struct Inner {
     config: RemoteConfig,
-    place: Place,
+    place: RemoteLocation,
     options: Options,
     retry: Retry,
     store: OnceCell<Arc<Store>>,
@@ -100,7 +100,7 @@ struct Inner {
     /// Whether somebody was told that it refuses writes.
     refusal_told: AtomicBool,
     /// Of all uploads together.
-    upload_memory: multipart::Memory,
+    upload_memory: multipart::UploadMemory,
     /// Something was published since unfinished uploads were last looked for.
     has_published: AtomicBool,
 }
@@ -147,7 +147,7 @@ impl Remote {
     /// # Errors
     /// [`ErrorKind::Invalid`] for an address or an option that cannot be used.
     pub fn open(config: &RemoteConfig, retry: Retry) -> Result<Self> {
-        let place = Place::parse(&config.url)?;
+        let place = RemoteLocation::parse(&config.url)?;
         let options = Options::parse(config)?;
         Ok(Self(Arc::new(Inner {
             config: config.clone(),
@@ -158,7 +158,7 @@ impl Remote {
             conditions: AtomicU8::new(Conditions::Untried as u8),
             read_only: AtomicBool::new(false),
             refusal_told: AtomicBool::new(false),
-            upload_memory: multipart::Memory::default(),
+            upload_memory: multipart::UploadMemory::default(),
             has_published: AtomicBool::new(false),
         })))
     }
@@ -191,7 +191,7 @@ impl Remote {
     }
 
     /// Whether this is the first time that its refusal is told.
-    pub(crate) fn tells_refusal(&self) -> bool {
+    pub(crate) fn is_first_refusal(&self) -> bool {
         !self.0.refusal_told.swap(true, Ordering::Relaxed)
     }
 
@@ -239,12 +239,12 @@ impl Remote {
     }
 
     /// The same, going on with what had [begun](Self::begin).
-    pub(crate) async fn publish_begun(
+    pub(crate) async fn publish_pending(
         &self,
         manifest: &Manifest,
         files: &BTreeMap<FilePath, LocalFile>,
         options: PublishOptions,
-        begun: Option<Begun>,
+        begun: Option<PendingPublish>,
         progress: &Progress,
     ) -> Result<Published> {
         let named = |error: Error| error.artifact(&manifest.key).tier(Tier::Remote);
@@ -258,7 +258,7 @@ impl Remote {
         if !self.0.has_published.swap(false, Ordering::Relaxed) {
             return;
         }
-        match hanging::sweep(self).await {
+        match orphaned_uploads::sweep(self).await {
             Ok(0) => {}
             Ok(uploads) => tracing::info!(uploads, "aborted uploads that were left unfinished on the remote long ago"),
             Err(error) => tracing::debug!(%error, "unfinished uploads on the remote are left"),
@@ -332,15 +332,17 @@ impl Remote {
         &self,
         key: &ArtifactKey,
         chosen: &(dyn Fn(&FilePath) -> bool + Sync),
-        pace: &Pace,
+        rate_limiter: &RateLimiter,
         progress: &Progress,
     ) -> Result<Option<Verified>> {
-        verify::verify(self, key, chosen, pace, progress).await.map_err(|error| error.artifact(key).tier(Tier::Remote))
+        verify::verify(self, key, chosen, rate_limiter, progress)
+            .await
+            .map_err(|error| error.artifact(key).tier(Tier::Remote))
     }
 
     /// The region that the server says the bucket is in, where it refused ours.
-    pub(crate) fn region_told(&self) -> Option<String> {
-        self.0.store.get()?.region_told()
+    pub(crate) fn reported_region(&self) -> Option<String> {
+        self.0.store.get()?.reported_region()
     }
 
     /// The store, opened at the first use.

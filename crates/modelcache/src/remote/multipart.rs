@@ -13,7 +13,7 @@ use crate::ladder::PartHasher;
 use crate::manifest::ObjectIdentity;
 use crate::progress::Progress;
 use crate::runtime::address_space_left;
-use crate::transfer::tidy;
+use crate::transfer::spawn_cleanup;
 use bytes::{Bytes, BytesMut};
 use object_store::aws::AmazonS3;
 use object_store::multipart::{MultipartStore, PartId};
@@ -33,13 +33,13 @@ const BUFFER_KIB: u32 = 48 * 1024;
 
 /// Memory for bytes on their way; clones share it.
 #[derive(Clone)]
-pub(super) struct Memory {
+pub(super) struct UploadMemory {
     free: Arc<Semaphore>,
     kib: u32,
     spares: Arc<Spares>,
 }
 
-impl Default for Memory {
+impl Default for UploadMemory {
     /// [`BUFFER_KIB`], or a quarter of the address space that is left, where that is limited and less: one part at least.
     fn default() -> Self {
         let fitting = |left: u64| u32::try_from(left / 4 / 1024).unwrap_or(BUFFER_KIB);
@@ -49,7 +49,7 @@ impl Default for Memory {
     }
 }
 
-impl Memory {
+impl UploadMemory {
     /// Waits until so much may be held.
     pub(super) async fn reserve(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
         let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).clamp(1, self.kib);
@@ -80,7 +80,7 @@ impl Spares {
 }
 
 /// Room for one part, and then its bytes.
-pub(crate) struct Room {
+pub(crate) struct PartMemory {
     index: usize,
     start: u64,
     buffer: BytesMut,
@@ -89,7 +89,7 @@ pub(crate) struct Room {
     permit: OwnedSemaphorePermit,
 }
 
-impl Room {
+impl PartMemory {
     /// Where the part is in the file.
     pub(crate) fn range(&self) -> Range<u64> {
         self.start..self.start + self.buffer.len() as u64
@@ -106,7 +106,7 @@ impl Room {
 
 /// How far a part has come.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Sent {
+enum PartState {
     Not,
     UnderWay,
     Arrived(String),
@@ -120,15 +120,15 @@ pub(crate) struct Multipart {
     id: String,
     size: u64,
     part_bytes: u64,
-    memory: Memory,
+    memory: UploadMemory,
     sending: JoinSet<Result<(usize, PartId)>>,
-    sent: Vec<Sent>,
+    sent: Vec<PartState>,
     guard: AbortGuard,
 }
 
 impl Multipart {
     /// Begins the upload of `size` bytes to `key` of a bucket.
-    pub(super) async fn begin(store: &Arc<Store>, memory: &Memory, key: &Path, size: u64) -> Result<Self> {
+    pub(super) async fn begin(store: &Arc<Store>, memory: &UploadMemory, key: &Path, size: u64) -> Result<Self> {
         let doing = format!("cannot begin to write {key}");
         let s3 = store.bucket().ok_or_else(|| Error::new(ErrorKind::Other, "the remote is no bucket"))?;
         let begin = || async {
@@ -149,7 +149,7 @@ impl Multipart {
             part_bytes,
             memory: memory.clone(),
             sending: JoinSet::new(),
-            sent: vec![Sent::Not; usize::try_from(size.div_ceil(part_bytes)).unwrap_or(usize::MAX)],
+            sent: vec![PartState::Not; usize::try_from(size.div_ceil(part_bytes)).unwrap_or(usize::MAX)],
         })
     }
 
@@ -165,7 +165,7 @@ impl Multipart {
 
     /// Whether a part was put on its way.
     pub(super) fn was_sent(&self, index: usize) -> bool {
-        self.sent.get(index).is_some_and(|sent| *sent != Sent::Not)
+        self.sent.get(index).is_some_and(|sent| *sent != PartState::Not)
     }
 
     /// Bytes of every part but the last.
@@ -174,26 +174,26 @@ impl Multipart {
     }
 
     /// Waits for room for a part.
-    pub(crate) async fn room(&self, index: usize) -> Result<Room> {
+    pub(crate) async fn room(&self, index: usize) -> Result<PartMemory> {
         let start = index as u64 * self.part_bytes;
         let bytes = self.part_bytes.min(self.size - start);
         let permit = self.memory.reserve(bytes).await?;
         let mut buffer = self.memory.spares.take();
         buffer.resize(usize::try_from(bytes).unwrap_or_default(), 0);
-        Ok(Room { index, start, buffer, wants_digest: self.store.signs_digests(), sha256: None, permit })
+        Ok(PartMemory { index, start, buffer, wants_digest: self.store.signs_digests(), sha256: None, permit })
     }
 
     /// Puts a part on its way, and looks whether those before it arrived; `progress` is told when this one has.
     ///
     /// # Errors
     /// What went wrong with any of them; nothing can come of the upload then.
-    pub(crate) fn send(&mut self, part: Room, progress: Option<&Progress>) -> Result<()> {
+    pub(crate) fn send(&mut self, part: PartMemory, progress: Option<&Progress>) -> Result<()> {
         while let Some(ended) = self.sending.try_join_next() {
             self.landed(ended)?;
         }
-        let Room { index, buffer, sha256, permit, .. } = part;
+        let PartMemory { index, buffer, sha256, permit, .. } = part;
         let (store, s3, key, id) = (self.store.clone(), self.s3.clone(), self.key.clone(), self.id.clone());
-        self.sent[index] = Sent::UnderWay;
+        self.sent[index] = PartState::UnderWay;
         let (bytes, spares, progress) = (buffer.freeze(), self.memory.spares.clone(), progress.cloned());
         self.sending.spawn(async move {
             let part = send_part(&store, &s3, &key, &id, index, bytes.clone(), sha256).await?;
@@ -208,7 +208,7 @@ impl Multipart {
     fn landed(&mut self, ended: std::result::Result<Result<(usize, PartId)>, tokio::task::JoinError>) -> Result<()> {
         let (index, part) =
             ended.map_err(|cause| Error::new(ErrorKind::Other, "sending was cut short").cause(cause))??;
-        self.sent[index] = Sent::Arrived(part.content_id);
+        self.sent[index] = PartState::Arrived(part.content_id);
         Ok(())
     }
 
@@ -245,9 +245,9 @@ impl Multipart {
     async fn put_together(&mut self) -> Result<ObjectIdentity> {
         let (key, id) = (&self.key, &self.id);
         let doing = format!("cannot finish writing {key}");
-        let part = |sent: Sent| match sent {
-            Sent::Arrived(content_id) => Some(PartId { content_id }),
-            Sent::Not | Sent::UnderWay => None,
+        let part = |sent: PartState| match sent {
+            PartState::Arrived(content_id) => Some(PartId { content_id }),
+            PartState::Not | PartState::UnderWay => None,
         };
         let parts: Option<Vec<_>> = std::mem::take(&mut self.sent).into_iter().map(part).collect();
         let parts = parts.ok_or_else(|| Error::new(ErrorKind::Other, "a part was not sent"))?;
@@ -340,7 +340,7 @@ impl Drop for AbortGuard {
     fn drop(&mut self) {
         let Some(id) = self.id.take() else { return };
         let (store, key) = (self.store.clone(), self.key.clone());
-        tidy(async move {
+        spawn_cleanup(async move {
             abort(&store, &key, &id).await;
         });
     }

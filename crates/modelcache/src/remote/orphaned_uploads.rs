@@ -8,10 +8,10 @@
 //! uploads, only what claims name is aborted.
 
 use super::claim::{self, Claim, Uploads};
+use super::http_client::element;
 use super::multipart::abort;
 use super::publish::LOOKS_IN_FLIGHT;
 use super::store::Store;
-use super::wire::element;
 use super::{Folder, MANIFEST, Remote};
 use crate::error::Result;
 use crate::key::OWN_FOLDER;
@@ -31,7 +31,7 @@ const FOLDERS_MAX: usize = 64;
 
 /// An upload that was begun and not completed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Hanging {
+struct OrphanedUpload {
     key: String,
     id: String,
     begun_at: Option<SystemTime>,
@@ -81,7 +81,7 @@ async fn abort_all(store: &Arc<Store>, uploads: BTreeMap<String, Path>) -> usize
 pub(super) async fn sweep(remote: &Remote) -> Result<usize> {
     let store = remote.store().await?;
     let root = store.root().map(|root| format!("{root}/")).unwrap_or_default();
-    let is_old = |upload: &Hanging| {
+    let is_old = |upload: &OrphanedUpload| {
         let age = upload.begun_at.and_then(|begun_at| SystemTime::now().duration_since(begun_at).ok());
         age.is_some_and(|age| age > AGE_MIN)
     };
@@ -124,12 +124,12 @@ async fn is_idle_version(store: &Store, key: &Path, known: &mut BTreeMap<String,
 }
 
 /// The unfinished uploads whose keys begin with `prefix`; none where they cannot be listed.
-async fn list(store: &Store, prefix: &str) -> Vec<Hanging> {
-    let Some(asker) = store.asker() else { return Vec::new() };
+async fn list(store: &Store, prefix: &str) -> Vec<OrphanedUpload> {
+    let Some(raw_client) = store.raw_client() else { return Vec::new() };
     let (mut uploads, mut after) = (Vec::new(), String::new());
     for _ in 0..PAGES_MAX {
         let query = format!("uploads=&prefix={}{after}", encoded(prefix));
-        let page = match asker.get(&query).await {
+        let page = match raw_client.get(&query).await {
             Ok(page) => page,
             Err(error) => {
                 let error = store.failed(error, "cannot list unfinished uploads").await;
@@ -157,11 +157,11 @@ fn encoded(text: &str) -> String {
     utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
 }
 
-fn uploads_in(page: &str) -> Vec<Hanging> {
+fn uploads_in(page: &str) -> Vec<OrphanedUpload> {
     let rows = page.split("<Upload>").skip(1).filter_map(|rest| rest.split_once("</Upload>").map(|(row, _)| row));
     let upload = |row: &str| {
         let begun_at = element(row, "Initiated").and_then(|time| humantime::parse_rfc3339(&time).ok());
-        Some(Hanging { key: element(row, "Key")?, id: element(row, "UploadId")?, begun_at })
+        Some(OrphanedUpload { key: element(row, "Key")?, id: element(row, "UploadId")?, begun_at })
     };
     rows.filter_map(upload).collect()
 }
@@ -177,7 +177,7 @@ mod tests {
                     </Upload><Upload><UploadId>2</UploadId></Upload><Upload><Key>c</Key><UploadId>3</UploadId>\
                     <Initiated>soon</Initiated></Upload></ListMultipartUploadsResult>";
         let day = SystemTime::UNIX_EPOCH + Duration::from_secs(24 * 3600);
-        let row = |key: &str, id: &str, begun_at| Hanging { key: key.into(), id: id.into(), begun_at };
+        let row = |key: &str, id: &str, begun_at| OrphanedUpload { key: key.into(), id: id.into(), begun_at };
         assert_eq!(uploads_in(page), [row("a/&b", "1", Some(day)), row("c", "3", None)]);
         assert_eq!(uploads_in("<Upload>"), []);
     }

@@ -11,8 +11,8 @@
 
 use super::claim::Claim;
 use super::multipart::{Multipart, SINGLE_BYTES_MAX};
-use super::publish::{Job, LOOKS_IN_FLIGHT, There};
-use super::{Folder, Remote, hanging, twin};
+use super::publish::{LOOKS_IN_FLIGHT, PublishJob, RemoteManifest};
+use super::{Folder, Remote, dedup_source, orphaned_uploads};
 use crate::digest::Digest;
 use crate::disk::LocalFile;
 use crate::error::{Error, Result};
@@ -20,7 +20,7 @@ use crate::key::FilePath;
 use crate::ladder::PartHasher;
 use crate::manifest::{FileEntry, Manifest};
 use crate::progress::Progress;
-use crate::transfer::{tidy, within};
+use crate::transfer::{spawn_cleanup, within};
 use futures::StreamExt;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read as _;
@@ -33,9 +33,9 @@ const BEGIN_MAX: Duration = Duration::from_secs(5);
 const SLICE_BYTES: usize = 1 << 20;
 
 /// A publish that has begun.
-pub(crate) struct Begun(Option<Inner>);
+pub(crate) struct PendingPublish(Option<Inner>);
 
-impl std::fmt::Debug for Begun {
+impl std::fmt::Debug for PendingPublish {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("Begun").field(&self.paths()).finish()
     }
@@ -69,7 +69,7 @@ impl Remote {
         paths: &BTreeSet<FilePath>,
         files: &BTreeMap<FilePath, LocalFile>,
         sidecars: bool,
-    ) -> Option<Begun> {
+    ) -> Option<PendingPublish> {
         if self.is_read_only() || self.refuses_writes() {
             return None;
         }
@@ -89,7 +89,7 @@ async fn begin(
     paths: &BTreeSet<FilePath>,
     files: &BTreeMap<FilePath, LocalFile>,
     sidecars: bool,
-) -> Result<Option<Begun>> {
+) -> Result<Option<PendingPublish>> {
     let large = |(path, entry): &(&FilePath, &FileEntry)| paths.contains(*path) && entry.size > SINGLE_BYTES_MAX;
     let large: BTreeMap<_, _> = manifest.files.iter().filter(large).collect();
     let store = remote.store().await?;
@@ -98,7 +98,7 @@ async fn begin(
     }
     let (folder, rewrite, progress) = (Folder::new(&manifest.key), BTreeSet::new(), Progress::new());
     let places: BTreeMap<_, _> = paths.iter().map(|path| (path.clone(), LocalFile::from(PathBuf::new()))).collect();
-    let job = Job {
+    let job = PublishJob {
         remote,
         store,
         folder,
@@ -110,22 +110,22 @@ async fn begin(
         progress: &progress,
     };
     job.refuse_sidecar_clash()?;
-    if !matches!(job.look().await?, There::Nothing) {
+    if !matches!(job.look().await?, RemoteManifest::Nothing) {
         return Ok(None);
     }
     let checked = job.refuse_place().await?;
-    let (twins, mut lone) = (twin::possible(store, &job.folder).await, Vec::new());
+    let (dedup_sources, mut lone) = (dedup_source::possible(store, &job.folder).await, Vec::new());
     for (path, entry) in large {
-        if !may_be_one_of(&twins, entry, files.get(path)).await {
+        if !may_be_one_of(&dedup_sources, entry, files.get(path)).await {
             lone.push((path.clone(), entry.size));
         }
     }
     if lone.is_empty() {
         return Ok(None);
     }
-    let claim = Claim::take_within(remote, &job.folder, job.claimed(&There::Nothing), Duration::ZERO).await?;
-    hanging::abort_abandoned(store, &job.folder, &claim).await;
-    let mut begun = Begun(Some(Inner { claim, checked, uploads: BTreeMap::new(), sent: BTreeMap::new() }));
+    let claim = Claim::take_within(remote, &job.folder, job.claimed(&RemoteManifest::Nothing), Duration::ZERO).await?;
+    orphaned_uploads::abort_abandoned(store, &job.folder, &claim).await;
+    let mut begun = PendingPublish(Some(Inner { claim, checked, uploads: BTreeMap::new(), sent: BTreeMap::new() }));
     match begun.begin_uploads(&job, lone).await {
         Ok(()) => Ok(Some(begun)),
         Err(error) => {
@@ -136,13 +136,13 @@ async fn begin(
 }
 
 /// Whether another version may have this file already: then the server copies it, once its digest is known.
-async fn may_be_one_of(twins: &[FileEntry], entry: &FileEntry, file: Option<&LocalFile>) -> bool {
-    for twin in twins.iter().filter(|twin| twin.size == entry.size) {
-        let differs = match (entry.sha256, twin.sha256, file) {
+async fn may_be_one_of(dedup_sources: &[FileEntry], entry: &FileEntry, file: Option<&LocalFile>) -> bool {
+    for dedup_source in dedup_sources.iter().filter(|dedup_source| dedup_source.size == entry.size) {
+        let differs = match (entry.sha256, dedup_source.sha256, file) {
             (Some(ours), Some(theirs), _) => ours != theirs,
             (None, Some(_), Some(file)) => {
-                let (file, twin) = (file.clone(), twin.clone());
-                tokio::task::spawn_blocking(move || differs_at_first(&file, &twin)).await.unwrap_or(false)
+                let (file, dedup_source) = (file.clone(), dedup_source.clone());
+                tokio::task::spawn_blocking(move || differs_at_first(&file, &dedup_source)).await.unwrap_or(false)
             }
             _ => false,
         };
@@ -154,8 +154,8 @@ async fn may_be_one_of(twins: &[FileEntry], entry: &FileEntry, file: Option<&Loc
 }
 
 /// Whether the first part of a file is another than that of `twin`, as its ladder tells.
-fn differs_at_first(file: &LocalFile, twin: &FileEntry) -> bool {
-    let Some((ladder, rung)) = twin.ladder.as_ref().and_then(|ladder| Some((ladder, ladder.after(0)?))) else {
+fn differs_at_first(file: &LocalFile, dedup_source: &FileEntry) -> bool {
+    let Some((ladder, rung)) = dedup_source.ladder.as_ref().and_then(|ladder| Some((ladder, ladder.after(0)?))) else {
         return false;
     };
     let read = || {
@@ -171,8 +171,8 @@ fn differs_at_first(file: &LocalFile, twin: &FileEntry) -> bool {
     read().is_ok_and(|state| state != Some(rung))
 }
 
-impl Begun {
-    async fn begin_uploads(&mut self, job: &Job<'_>, files: Vec<(FilePath, u64)>) -> Result<()> {
+impl PendingPublish {
+    async fn begin_uploads(&mut self, job: &PublishJob<'_>, files: Vec<(FilePath, u64)>) -> Result<()> {
         let Some(Inner { claim, uploads, .. }) = &mut self.0 else { return Ok(()) };
         let begin = |(path, size): (FilePath, u64)| async move {
             let key = job.folder.object(job.store, &path)?;
@@ -234,10 +234,10 @@ impl Begun {
     }
 }
 
-impl Drop for Begun {
+impl Drop for PendingPublish {
     fn drop(&mut self) {
         if let Some(inner) = self.0.take() {
-            tidy(inner.abandon());
+            spawn_cleanup(inner.abandon());
         }
     }
 }

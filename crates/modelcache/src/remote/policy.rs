@@ -4,7 +4,7 @@
 //! those that nobody completed. What is missing can only be told from what is forbidden with `ListBucket`. Tests compare this with what a stand-in was asked.
 
 use super::profile::Profiles;
-use super::settings::{Options, Place, S3Settings};
+use super::settings::{Options, RemoteLocation, S3Settings};
 use crate::config::RemoteConfig;
 use crate::error::{Error, Result, Tier};
 use serde_json::{Value, json};
@@ -42,7 +42,7 @@ impl Policy {
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) where the remote is no bucket.
     pub fn least(config: &RemoteConfig, role: Role) -> Result<Self> {
-        let Place::Bucket { bucket, prefix } = Place::parse(&config.url)? else {
+        let RemoteLocation::Bucket { bucket, prefix } = RemoteLocation::parse(&config.url)? else {
             return Err(Error::invalid("the remote is a folder, which has no IAM policy")
                 .tier(Tier::Remote)
                 .hint("set MODEL_CACHE_REMOTE=s3://BUCKET/PREFIX"));

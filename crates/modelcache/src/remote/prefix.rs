@@ -3,7 +3,7 @@
 //! The list is the manifest; a single object is an artifact of one file. Objects are read under the ETag that was listed,
 //! so that what is replaced meanwhile is noticed.
 
-use super::settings::{Options, Place};
+use super::settings::{Options, RemoteLocation};
 use super::store::{ReadBody, Store};
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
@@ -26,10 +26,10 @@ pub(crate) struct PrefixSource {
     prefix: String,
     key: ArtifactKey,
     retry: Retry,
-    found: OnceCell<Option<Found>>,
+    found: OnceCell<Option<FoundObjects>>,
 }
 
-struct Found {
+struct FoundObjects {
     store: Store,
     manifest: Manifest,
     objects: HashMap<FilePath, (Path, ObjectIdentity)>,
@@ -49,12 +49,12 @@ impl PrefixSource {
         Self { config, bucket, prefix, key, retry, found: OnceCell::new() }
     }
 
-    async fn found(&self) -> Result<Option<&Found>> {
+    async fn found(&self) -> Result<Option<&FoundObjects>> {
         Ok(self.found.get_or_try_init(|| self.find()).await?.as_ref())
     }
 
-    async fn find(&self) -> Result<Option<Found>> {
-        let place = Place::Bucket { bucket: self.bucket.clone(), prefix: self.prefix.clone() };
+    async fn find(&self) -> Result<Option<FoundObjects>> {
+        let place = RemoteLocation::Bucket { bucket: self.bucket.clone(), prefix: self.prefix.clone() };
         let options = Options::parse(&self.config)?;
         let (config, retry) = (self.config.clone(), self.retry.clone());
         let opened = tokio::task::spawn_blocking(move || Store::open(&config, &place, &options, retry)).await;
@@ -92,7 +92,7 @@ impl PrefixSource {
             objects.insert(path, (location, identity));
         }
         manifest.check()?;
-        Ok(Some(Found { store, manifest, objects }))
+        Ok(Some(FoundObjects { store, manifest, objects }))
     }
 
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {

@@ -13,14 +13,14 @@
 //!
 //! Surprise: a damaged manifest does not stop a publish, it is what the publish repairs. One in a newer format does.
 
-use super::begun::{Begun, Opened, abort_all};
 use super::claim::{self, Claim, Listed};
+use super::dedup_source::{self, DedupSource};
 use super::evict;
-use super::hanging;
 use super::multipart::Multipart;
+use super::orphaned_uploads;
+use super::pending_publish::{Opened, PendingPublish, abort_all};
 use super::refs;
 use super::store::{Condition, Store, Written};
-use super::twin::{self, Twin};
 use super::upload::{self, FILES_IN_FLIGHT, Upload, Uploader};
 use super::{Conditions, Folder, MANIFEST, PublishOptions, Published, Remote};
 use crate::digest::Digest;
@@ -42,7 +42,7 @@ pub(super) const LOOKS_IN_FLIGHT: usize = 16;
 const MERGES_MAX: usize = 5;
 
 /// One call's job: the artifact, its files here, and where they go.
-pub(super) struct Job<'a> {
+pub(super) struct PublishJob<'a> {
     pub(super) remote: &'a Remote,
     pub(super) store: &'a Arc<Store>,
     pub(super) folder: Folder,
@@ -55,7 +55,7 @@ pub(super) struct Job<'a> {
 }
 
 /// The manifest on the remote, as far as it can be used.
-pub(super) enum There {
+pub(super) enum RemoteManifest {
     Nothing,
     Damaged,
     Same(Manifest),
@@ -67,13 +67,13 @@ pub(super) async fn publish(
     manifest: &Manifest,
     files: &BTreeMap<FilePath, LocalFile>,
     options: PublishOptions,
-    begun: Option<Begun>,
+    begun: Option<PendingPublish>,
     progress: &Progress,
 ) -> Result<Published> {
     let store = remote.store().await?;
     let folder = Folder::new(&manifest.key);
     let PublishOptions { force, rewrite, sidecars } = options;
-    let job = Job { remote, store, folder, manifest, files, force, rewrite: &rewrite, sidecars, progress };
+    let job = PublishJob { remote, store, folder, manifest, files, force, rewrite: &rewrite, sidecars, progress };
     let uploads = job.uploads()?;
     job.refuse_sidecar_clash()?;
 
@@ -96,30 +96,32 @@ pub(super) async fn publish(
     }
 }
 
-impl Job<'_> {
+impl PublishJob<'_> {
     /// Takes the claim, unless everything is there already.
     async fn open(&self, uploads: &BTreeMap<FilePath, Upload>) -> Result<Option<Opened>> {
         let there = self.look().await?;
-        if let There::Same(there) = &there
+        if let RemoteManifest::Same(there) = &there
             && self.sidecars_lacking(Some(there)).is_empty()
             && self.lacking(there, uploads).await?.is_empty()
         {
             return Ok(None);
         }
-        let checked = matches!(there, There::Nothing) && self.refuse_place().await?;
+        let checked = matches!(there, RemoteManifest::Nothing) && self.refuse_place().await?;
         let claim = Claim::take(self.remote, &self.folder, self.claimed(&there)).await?;
-        hanging::abort_abandoned(self.store, &self.folder, &claim).await;
+        orphaned_uploads::abort_abandoned(self.store, &self.folder, &claim).await;
         Ok(Some(Opened { claim, checked, sent: BTreeMap::new() }))
     }
 
     /// Refuses a place that cannot be a version's. Whether it was seen to hold nobody else's objects.
     pub(super) async fn refuse_place(&self) -> Result<bool> {
         self.refuse_nested().await?;
-        self.refuse_below_foreign().await?;
+        self.refuse_below_unmanaged().await?;
         self.refuse_object().await?;
-        match self.refuse_foreign_unclaimed().await {
+        match self.refuse_unmanaged_unclaimed().await {
             // Somebody published the same since we looked: no stranger's objects.
-            Err(error) if error.kind() == ErrorKind::Conflict && matches!(self.look().await?, There::Same(_)) => {
+            Err(error)
+                if error.kind() == ErrorKind::Conflict && matches!(self.look().await?, RemoteManifest::Same(_)) =>
+            {
                 Ok(false)
             }
             checked => checked,
@@ -139,24 +141,24 @@ impl Job<'_> {
         self.files.iter().map(one).collect()
     }
 
-    pub(super) async fn look(&self) -> Result<There> {
+    pub(super) async fn look(&self) -> Result<RemoteManifest> {
         match self.folder.read_manifest(self.store).await {
-            Ok(None) => Ok(There::Nothing),
+            Ok(None) => Ok(RemoteManifest::Nothing),
             Ok(Some((there, _))) => Ok(match there.agrees_with(self.manifest) {
-                Ok(()) => There::Same(there),
-                Err(error) if self.force => There::Other(there, error),
+                Ok(()) => RemoteManifest::Same(there),
+                Err(error) if self.force => RemoteManifest::Other(there, error),
                 Err(error) => return Err(error),
             }),
             Err(error) if error.kind() == ErrorKind::Corrupt => {
                 tracing::warn!(artifact = %self.folder.key, %error, "replacing a damaged manifest on the remote");
-                Ok(There::Damaged)
+                Ok(RemoteManifest::Damaged)
             }
             Err(error) => Err(error),
         }
     }
 
     /// What the claim has to name: everything we may write, and with `force` what we may leave of the old.
-    pub(super) fn claimed(&self, there: &There) -> Listed {
+    pub(super) fn claimed(&self, there: &RemoteManifest) -> Listed {
         let mut listed: Listed = self
             .files
             .keys()
@@ -165,7 +167,7 @@ impl Job<'_> {
         if self.sidecars {
             listed.extend(self.files.keys().filter_map(|path| Some((sidecar_of(path).ok()?, None))));
         }
-        if let There::Other(old, _) = there {
+        if let RemoteManifest::Other(old, _) = there {
             listed.extend(evict::held(old));
         }
         listed
@@ -233,7 +235,7 @@ impl Job<'_> {
 
     /// Nor does it lie in what another tool put there and is read as a version: with versions of ours below it, it would be
     /// one no more.
-    async fn refuse_below_foreign(&self) -> Result<()> {
+    async fn refuse_below_unmanaged(&self) -> Result<()> {
         let name = self.folder.key.name.as_str();
         let ends = name.match_indices('/').map(|(at, _)| at).chain([name.len()]);
         // What could be a name and a version.
@@ -268,23 +270,23 @@ impl Job<'_> {
 
     /// Refuses a place with foreign objects, before anything is written there. `false` while another writer is at work,
     /// whose objects would look foreign.
-    async fn refuse_foreign_unclaimed(&self) -> Result<bool> {
+    async fn refuse_unmanaged_unclaimed(&self) -> Result<bool> {
         match claim::look(self.store, &self.folder).await? {
             Some((record, _)) if !record.has_ended() => Ok(false),
-            Some((record, _)) => self.refuse_foreign(&record.files).await.map(|()| true),
-            None => self.refuse_foreign(&Listed::new()).await.map(|()| true),
+            Some((record, _)) => self.refuse_unmanaged(&record.files).await.map(|()| true),
+            None => self.refuse_unmanaged(&Listed::new()).await.map(|()| true),
         }
     }
 
     /// Refuses objects that are not ours to replace: neither `known` nor our own records.
-    async fn refuse_foreign(&self, known: &Listed) -> Result<()> {
-        let foreign = match self.objects().await? {
+    async fn refuse_unmanaged(&self, known: &Listed) -> Result<()> {
+        let unmanaged = match self.objects().await? {
             Some(objects) => {
                 objects.into_iter().find(|path| FilePath::new(path).map_or(true, |path| !known.contains_key(&path)))
             }
             None => self.any_there(known).await?,
         };
-        match foreign {
+        match unmanaged {
             None => Ok(()),
             Some(path) if path.ends_with(&format!("{OWN_FOLDER}/manifest.json")) => Err(Error::new(
                 ErrorKind::Conflict,
@@ -340,17 +342,17 @@ impl Job<'_> {
         }
         // The writer that we waited for may just have published.
         let base = match self.look().await? {
-            There::Same(there) => Some(there),
-            There::Other(old, why) => {
+            RemoteManifest::Same(there) => Some(there),
+            RemoteManifest::Other(old, why) => {
                 tracing::info!(artifact = %self.folder.key, reason = why.message(), "replacing other content on the remote");
                 claim.touch();
                 evict::remove(self.store, &self.folder, evict::held(&old)).await?;
                 None
             }
-            There::Damaged => None,
-            There::Nothing => {
+            RemoteManifest::Damaged => None,
+            RemoteManifest::Nothing => {
                 if !checked {
-                    self.refuse_foreign(&claim.inherited).await?;
+                    self.refuse_unmanaged(&claim.inherited).await?;
                 }
                 None
             }
@@ -385,7 +387,7 @@ impl Job<'_> {
         uploads: BTreeMap<FilePath, Upload>,
         lacking: &BTreeSet<FilePath>,
         mut begun: BTreeMap<FilePath, (Multipart, Digest)>,
-    ) -> Result<BTreeMap<FilePath, Sent>> {
+    ) -> Result<BTreeMap<FilePath, SentObject>> {
         // Of what was sent already only that counts which is lacking, and is what the manifest says.
         let counts = |path: &FilePath, sha256: &Digest| {
             lacking.contains(path) && uploads.get(path).is_some_and(|upload| upload.sha256 == *sha256)
@@ -396,10 +398,10 @@ impl Job<'_> {
             return Ok(BTreeMap::new());
         }
         let to_send: BTreeSet<_> = lacking.iter().filter(|path| !begun.contains_key(*path)).cloned().collect();
-        let twins = self.twins(&uploads, &to_send).await;
+        let dedup_sources = self.dedup_sources(&uploads, &to_send).await;
         let (memory, notes) = (self.remote.0.upload_memory.clone(), claim.notes());
         let uploader = Uploader::new(self.store.clone(), staging.clone(), memory, notes, self.progress.clone());
-        let (uploader, claim, twins, staging) = (&uploader, &*claim, &twins, &staging);
+        let (uploader, claim, dedup_sources, staging) = (&uploader, &*claim, &dedup_sources, &staging);
         let sends = uploads.into_iter().filter(|(path, _)| lacking.contains(path));
         let sends = sends.map(|(path, upload)| (begun.remove(&path), path, upload));
         let sends = sends.map(|(begun, path, upload)| async move {
@@ -407,35 +409,36 @@ impl Job<'_> {
             if let Some((multipart, _)) = begun {
                 let identity = multipart.complete(|| claim.touch()).await?;
                 self.progress.done(upload.size);
-                return Ok((path, Sent { identity, is_copy: false }));
+                return Ok((path, SentObject { identity, is_copy: false }));
             }
             claim.touch();
-            let twin = twins.get(&upload.sha256).filter(|_| !self.rewrite.contains(&path));
-            if let Some(twin) = twin
-                && let Some(identity) = twin::copied(self.store, twin, &path, &upload.object, staging.clone()).await
+            let dedup_source = dedup_sources.get(&upload.sha256).filter(|_| !self.rewrite.contains(&path));
+            if let Some(dedup_source) = dedup_source
+                && let Some(identity) =
+                    dedup_source::copied(self.store, dedup_source, &path, &upload.object, staging.clone()).await
             {
                 self.progress.done(upload.size);
-                return Ok((path, Sent { identity, is_copy: true }));
+                return Ok((path, SentObject { identity, is_copy: true }));
             }
             let identity = uploader.send(upload).await?;
-            Ok((path, Sent { identity, is_copy: false }))
+            Ok((path, SentObject { identity, is_copy: false }))
         });
         futures::stream::iter(sends.collect::<Vec<_>>()).buffer_unordered(FILES_IN_FLIGHT).try_collect().await
     }
 
     /// Equal files that other versions have there.
-    async fn twins(
+    async fn dedup_sources(
         &self,
         uploads: &BTreeMap<FilePath, Upload>,
         lacking: &BTreeSet<FilePath>,
-    ) -> BTreeMap<Digest, Twin> {
+    ) -> BTreeMap<Digest, DedupSource> {
         let wanted = uploads.iter().filter(|(path, upload)| {
-            upload.size >= twin::BYTES_MIN && lacking.contains(*path) && !self.rewrite.contains(*path)
+            upload.size >= dedup_source::BYTES_MIN && lacking.contains(*path) && !self.rewrite.contains(*path)
         });
         let wanted: BTreeSet<_> = wanted.map(|(_, upload)| (upload.sha256, upload.size)).collect();
         match wanted.is_empty() {
             true => BTreeMap::new(),
-            false => twin::find(self.store, &self.folder, &wanted.into_iter().collect::<Vec<_>>()).await,
+            false => dedup_source::find(self.store, &self.folder, &wanted.into_iter().collect::<Vec<_>>()).await,
         }
     }
 
@@ -456,7 +459,11 @@ impl Job<'_> {
     }
 
     /// Merges with the manifest there and replaces it. The answer is what was written.
-    async fn write_manifest(&self, sent: BTreeMap<FilePath, Sent>, sidecars: &BTreeSet<FilePath>) -> Result<Manifest> {
+    async fn write_manifest(
+        &self,
+        sent: BTreeMap<FilePath, SentObject>,
+        sidecars: &BTreeSet<FilePath>,
+    ) -> Result<Manifest> {
         let key = self.folder.manifest(self.store)?;
         for _ in 0..MERGES_MAX {
             let (mut merged, etag) = match self.folder.read_manifest(self.store).await {
@@ -535,7 +542,7 @@ impl Job<'_> {
 }
 
 /// An object that was written.
-struct Sent {
+struct SentObject {
     identity: ObjectIdentity,
     /// Whether the server had the bytes.
     is_copy: bool,

@@ -4,9 +4,9 @@
 //! needs (`skip_signature`, a customer's key and the like), nothing is asked, and objects count as having no checksum.
 
 use super::credentials::Credentials;
+use super::http_client::Connector;
 use super::settings::{Options, S3Settings};
 use super::store::Store;
-use super::wire::Connector;
 use crate::digest::Digest;
 use crate::error::Result;
 use base64::Engine as _;
@@ -29,7 +29,7 @@ const CHECKSUM: &str = "x-amz-checksum-sha256";
 const CHECKSUM_TYPE: &str = "x-amz-checksum-type";
 
 /// Sends signed requests.
-pub(super) struct Asker {
+pub(super) struct RawClient {
     client: HttpClient,
     credentials: Arc<Credentials>,
     /// Scheme, host and, where it is part of the path, the bucket.
@@ -39,7 +39,7 @@ pub(super) struct Asker {
 
 /// What the store says of an object's bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Stated {
+pub(super) struct StoredChecksums {
     /// The ETag that it belongs to.
     pub(super) etag: Option<String>,
     /// The digest and the header that states it.
@@ -48,7 +48,7 @@ pub(super) struct Stated {
     pub(super) garbage: Option<&'static str>,
 }
 
-impl Asker {
+impl RawClient {
     /// `None` where the options change how a request is signed.
     pub(super) fn new(
         bucket: &str,
@@ -100,16 +100,17 @@ impl Asker {
 
 impl Store {
     /// What the store states of the object; `None` if it is not there, or nothing can be asked.
-    pub(super) async fn stated(&self, key: &Path) -> Result<Option<Stated>> {
-        let Some(asker) = self.asker() else { return Ok(None) };
+    pub(super) async fn stated(&self, key: &Path) -> Result<Option<StoredChecksums>> {
+        let Some(raw_client) = self.raw_client() else { return Ok(None) };
         let doing = format!("cannot look at {key}");
-        let ask = || async { Ok(self.present(asker.head(key).await, &doing).await?.map(|headers| stated(&headers))) };
+        let ask =
+            || async { Ok(self.present(raw_client.head(key).await, &doing).await?.map(|headers| stated(&headers))) };
         self.retry().run(ask).await
     }
 }
 
 /// Metadata before checksum: whoever set it meant the file.
-fn stated(headers: &HeaderMap) -> Stated {
+fn stated(headers: &HeaderMap) -> StoredChecksums {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
     let etag = text("etag").map(str::to_owned);
     let metadata = text(METADATA).map(|hex| hex.parse::<Digest>());
@@ -119,7 +120,7 @@ fn stated(headers: &HeaderMap) -> Stated {
         _ if in_parts(etag.as_deref()) || text(CHECKSUM_TYPE) == Some("COMPOSITE") => None,
         _ => text(CHECKSUM).and_then(whole).map(|digest| (digest, CHECKSUM)),
     };
-    Stated { etag, sha256, garbage }
+    StoredChecksums { etag, sha256, garbage }
 }
 
 /// Whether the object was sent in parts (`"<hex>-<parts>"`): its SHA-256 at S3 then is one of checksums, and not every
@@ -158,8 +159,8 @@ mod tests {
         assert_eq!(said(&[(CHECKSUM, STANDARD.encode(b"short"))]), None);
         let typed = |kind: &str| said(&[(CHECKSUM, base64.clone()), (CHECKSUM_TYPE, kind.into())]);
         assert_eq!((typed("FULL_OBJECT"), typed("COMPOSITE")), (Some((b, CHECKSUM)), None));
-        let tagged = |etag: &str| said(&[(CHECKSUM, base64.clone()), ("etag", etag.into())]);
-        assert_eq!((tagged("\"9b2c-d\""), tagged("\"9b2cd-2\"")), (Some((b, CHECKSUM)), None));
+        let tag_record = |etag: &str| said(&[(CHECKSUM, base64.clone()), ("etag", etag.into())]);
+        assert_eq!((tag_record("\"9b2c-d\""), tag_record("\"9b2cd-2\"")), (Some((b, CHECKSUM)), None));
         assert_eq!(said(&[]), None);
     }
 }

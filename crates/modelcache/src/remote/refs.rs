@@ -62,7 +62,7 @@ pub enum RefKind {
 
 /// The stored form.
 #[derive(Serialize, Deserialize)]
-struct Stored {
+struct StoredRef {
     format: u32,
     #[serde(flatten)]
     reference: RemoteRef,
@@ -88,21 +88,21 @@ impl RemoteRef {
     }
 
     fn to_bytes(&self) -> Result<Bytes> {
-        let text = serde_json::to_vec(&Stored { format: FORMAT, reference: self.clone() });
+        let text = serde_json::to_vec(&StoredRef { format: FORMAT, reference: self.clone() });
         text.map(Bytes::from).map_err(|cause| Error::new(ErrorKind::Other, "cannot write a ref").cause(cause))
     }
 }
 
 /// What lies in a ref's place.
 #[derive(Debug, PartialEq, Eq)]
-enum There {
+enum RefObject {
     Usable(RemoteRef),
     Damaged,
     /// In this format, which is newer than ours.
     Newer(u32),
 }
 
-impl There {
+impl RefObject {
     fn from_bytes(bytes: &[u8]) -> Self {
         #[derive(Deserialize)]
         struct FormatOnly {
@@ -110,15 +110,17 @@ impl There {
         }
         match serde_json::from_slice::<FormatOnly>(bytes) {
             Ok(FormatOnly { format }) if format > FORMAT => Self::Newer(format),
-            Ok(_) => serde_json::from_slice::<Stored>(bytes).map_or(Self::Damaged, |read| Self::Usable(read.reference)),
+            Ok(_) => {
+                serde_json::from_slice::<StoredRef>(bytes).map_or(Self::Damaged, |read| Self::Usable(read.reference))
+            }
             Err(_) => Self::Damaged,
         }
     }
 }
 
 /// One ref as it was found.
-struct Found {
-    there: There,
+struct FoundRef {
+    there: RefObject,
     etag: Option<String>,
 }
 
@@ -135,23 +137,27 @@ fn object(store: &Store, name: &ArtifactName, revision: &str) -> Result<Path> {
     store.key(&format!("{name}/{OWN_FOLDER}/{REFS}/{}", escape(revision)))
 }
 
-async fn read(store: &Store, key: &Path) -> Result<Option<Found>> {
+async fn read(store: &Store, key: &Path) -> Result<Option<FoundRef>> {
     match store.get(key, REF_BYTES_MAX).await {
-        Ok(read) => Ok(read.map(|(bytes, identity)| Found { there: There::from_bytes(&bytes), etag: identity.etag })),
+        Ok(read) => {
+            Ok(read.map(|(bytes, identity)| FoundRef { there: RefObject::from_bytes(&bytes), etag: identity.etag }))
+        }
         // Too large to be one.
-        Err(error) if error.kind() == ErrorKind::Corrupt => Ok(Some(Found { there: There::Damaged, etag: None })),
+        Err(error) if error.kind() == ErrorKind::Corrupt => {
+            Ok(Some(FoundRef { there: RefObject::Damaged, etag: None }))
+        }
         Err(error) => Err(error),
     }
 }
 
 /// The ref of `revision`, for which its place may stand: one that was copied there from elsewhere is damage.
-async fn read_ref(store: &Store, name: &ArtifactName, revision: &str) -> Result<Option<Found>> {
+async fn read_ref(store: &Store, name: &ArtifactName, revision: &str) -> Result<Option<FoundRef>> {
     // What cannot be a key of this remote cannot be there either.
     let Ok(key) = object(store, name, revision) else { return Ok(None) };
     let found = read(store, &key).await?;
     Ok(found.map(|found| match found.there {
-        There::Usable(there) if there.revision != revision => Found { there: There::Damaged, ..found },
-        there => Found { there, ..found },
+        RefObject::Usable(there) if there.revision != revision => FoundRef { there: RefObject::Damaged, ..found },
+        there => FoundRef { there, ..found },
     }))
 }
 
@@ -165,12 +171,12 @@ fn warn_damaged(name: &ArtifactName, revision: &str) {
 }
 
 /// Replaces what was found by `bytes`. `false`: somebody else was faster.
-async fn replace(remote: &Remote, store: &Store, key: &Path, bytes: Bytes, found: Option<&Found>) -> Result<bool> {
+async fn replace(remote: &Remote, store: &Store, key: &Path, bytes: Bytes, found: Option<&FoundRef>) -> Result<bool> {
     let condition = match found {
         _ if remote.conditions() == Conditions::Ignored => Condition::Always,
         None => Condition::Absent,
-        Some(Found { etag: Some(etag), .. }) => Condition::Matches(etag),
-        Some(Found { etag: None, .. }) => Condition::Always,
+        Some(FoundRef { etag: Some(etag), .. }) => Condition::Matches(etag),
+        Some(FoundRef { etag: None, .. }) => Condition::Always,
     };
     match store.put(key, bytes.clone(), condition).await? {
         Written::Done(_) => Ok(true),
@@ -183,12 +189,12 @@ async fn replace(remote: &Remote, store: &Store, key: &Path, bytes: Bytes, found
 pub(super) async fn answer(remote: &Remote, name: &ArtifactName, revision: &str) -> Result<Option<RemoteRef>> {
     let Some(found) = read_ref(remote.store().await?, name, revision).await? else { return Ok(None) };
     Ok(match found.there {
-        There::Usable(there) => Some(there),
-        There::Damaged => {
+        RefObject::Usable(there) => Some(there),
+        RefObject::Damaged => {
             warn_damaged(name, revision);
             None
         }
-        There::Newer(format) => {
+        RefObject::Newer(format) => {
             tracing::warn!(%name, revision, format, "a ref on the remote is in a newer format and passed over; update modelcache");
             None
         }
@@ -201,8 +207,8 @@ pub(super) async fn write_answer(remote: &Remote, name: &ArtifactName, ours: &Re
     let found = read_ref(store, name, &ours.revision).await?;
     let now = SystemTime::now();
     match found.as_ref().map(|found| &found.there) {
-        Some(There::Newer(_)) => return Ok(()),
-        Some(There::Usable(theirs)) if theirs.age(now) < ours.age(now) || theirs == ours => return Ok(()),
+        Some(RefObject::Newer(_)) => return Ok(()),
+        Some(RefObject::Usable(theirs)) if theirs.age(now) < ours.age(now) || theirs == ours => return Ok(()),
         _ => {}
     }
     let key = object(store, name, &ours.revision)?;
@@ -217,9 +223,9 @@ pub(super) async fn write_answer(remote: &Remote, name: &ArtifactName, ours: &Re
 pub(super) async fn tag(remote: &Remote, name: &ArtifactName, tag: &str) -> Result<Option<RemoteRef>> {
     let Some(found) = read_ref(remote.store().await?, name, tag).await? else { return Ok(None) };
     match found.there {
-        There::Usable(there) => Ok(Some(there)),
-        There::Newer(format) => Err(newer(format)),
-        There::Damaged => {
+        RefObject::Usable(there) => Ok(Some(there)),
+        RefObject::Newer(format) => Err(newer(format)),
+        RefObject::Damaged => {
             warn_damaged(name, tag);
             Ok(None)
         }
@@ -234,9 +240,9 @@ pub(super) async fn set_tag(remote: &Remote, name: &ArtifactName, ours: &RemoteR
     for attempt in 0..MOVES_MAX {
         let found = read_ref(store, name, &ours.revision).await?;
         let there = match found.as_ref().map(|found| &found.there) {
-            Some(There::Newer(format)) => return Err(newer(*format)),
-            Some(There::Usable(there)) => Some(there.clone()),
-            Some(There::Damaged) | None => None,
+            Some(RefObject::Newer(format)) => return Err(newer(*format)),
+            Some(RefObject::Usable(there)) => Some(there.clone()),
+            Some(RefObject::Damaged) | None => None,
         };
         // Our own first try may have arrived although its answer did not.
         if attempt > 0 && there.as_ref() == Some(ours) {
@@ -262,9 +268,9 @@ pub(super) async fn remove_tag(
     let store = remote.store().await?;
     let Some(found) = read_ref(store, name, tag).await? else { return Ok(None) };
     let there = match found.there {
-        There::Newer(format) => return Err(newer(format)),
-        There::Usable(there) => Some(there),
-        There::Damaged => None,
+        RefObject::Newer(format) => return Err(newer(format)),
+        RefObject::Usable(there) => Some(there),
+        RefObject::Damaged => None,
     };
     if only_to.is_some_and(|only_to| there.as_ref().is_none_or(|there| there.version != *only_to)) {
         return Ok(None);
@@ -317,7 +323,7 @@ async fn refs_among(
 async fn read_listed(store: &Store, name: ArtifactName, key: &Path) -> Result<Option<(ArtifactName, RemoteRef)>> {
     match read(store, key).await?.map(|found| found.there) {
         // What a person could not have typed is not shown, either.
-        Some(There::Usable(there))
+        Some(RefObject::Usable(there))
             if *key == object(store, &name, &there.revision)? && !there.revision.contains(char::is_control) =>
         {
             Ok(Some((name, there)))
@@ -339,10 +345,10 @@ fn name_of(path: &str) -> Option<ArtifactName> {
 /// Whatever lies where a ref should; see `fuzzing`.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(bytes: &[u8]) {
-    if let There::Usable(read) = There::from_bytes(bytes) {
+    if let RefObject::Usable(read) = RefObject::from_bytes(bytes) {
         let _ = read.age(SystemTime::now());
         let written = read.to_bytes().expect("what was read can be written");
-        assert_eq!(There::from_bytes(&written), There::Usable(read));
+        assert_eq!(RefObject::from_bytes(&written), RefObject::Usable(read));
     }
 }
 
@@ -361,18 +367,18 @@ mod tests {
         let json: serde_json::Value = serde_json::from_slice(&bytes).expect("json");
         assert_eq!((&json["format"], &json["kind"], &json["version"]), (&1.into(), &"tag".into(), &"3".into()));
         assert_eq!(json["sha256"], Digest::of(b"x").to_string());
-        assert_eq!(There::from_bytes(&bytes), There::Usable(tag));
+        assert_eq!(RefObject::from_bytes(&bytes), RefObject::Usable(tag));
         let mut later = json.as_object().expect("object").clone();
         later.insert("note".into(), "of a later release".into());
-        assert!(matches!(There::from_bytes(&serde_json::to_vec(&later).expect("json")), There::Usable(_)));
+        assert!(matches!(RefObject::from_bytes(&serde_json::to_vec(&later).expect("json")), RefObject::Usable(_)));
     }
 
     #[test]
     fn damage_is_told_from_what_is_newer() {
         for text in ["", "{}", "[1]", r#"{"format":1,"version":"../x"}"#, r#"{"format":"1"}"#] {
-            assert_eq!(There::from_bytes(text.as_bytes()), There::Damaged, "{text}");
+            assert_eq!(RefObject::from_bytes(text.as_bytes()), RefObject::Damaged, "{text}");
         }
-        assert_eq!(There::from_bytes(br#"{"format":2,"anything":[]}"#), There::Newer(2));
+        assert_eq!(RefObject::from_bytes(br#"{"format":2,"anything":[]}"#), RefObject::Newer(2));
     }
 
     #[test]

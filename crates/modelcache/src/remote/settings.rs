@@ -24,7 +24,7 @@ const DEFAULT_REGION: &str = "us-east-1";
 
 /// Where the remote keeps its objects.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum RemoteLocation {
     /// A bucket, and the prefix of all keys in it (empty, or without slashes at its ends).
     Bucket {
         /// Its name.
@@ -95,7 +95,7 @@ fn invalid(message: String) -> Error {
     Error::invalid(message).tier(Tier::Remote)
 }
 
-impl Place {
+impl RemoteLocation {
     /// Parses `s3://bucket/prefix` and `file:///folder`.
     pub(super) fn parse(address: &str) -> Result<Self> {
         let hint = "write s3://BUCKET/PREFIX or file:///FOLDER";
@@ -316,15 +316,16 @@ mod tests {
 
     #[test]
     fn addresses_name_a_bucket_or_a_folder() {
-        let bucket = |bucket: &str, prefix: &str| Place::Bucket { bucket: bucket.into(), prefix: prefix.into() };
-        assert_eq!(Place::parse("s3://b").expect("parses"), bucket("b", ""));
-        assert_eq!(Place::parse("s3://b/x/y/").expect("parses"), bucket("b", "x/y"));
-        assert_eq!(Place::parse("s3://my_b.ucket/a b").expect("parses"), bucket("my_b.ucket", "a b"));
-        assert_eq!(Place::parse("file:///srv/m").expect("parses"), Place::Folder("/srv/m".into()));
+        let bucket =
+            |bucket: &str, prefix: &str| RemoteLocation::Bucket { bucket: bucket.into(), prefix: prefix.into() };
+        assert_eq!(RemoteLocation::parse("s3://b").expect("parses"), bucket("b", ""));
+        assert_eq!(RemoteLocation::parse("s3://b/x/y/").expect("parses"), bucket("b", "x/y"));
+        assert_eq!(RemoteLocation::parse("s3://my_b.ucket/a b").expect("parses"), bucket("my_b.ucket", "a b"));
+        assert_eq!(RemoteLocation::parse("file:///srv/m").expect("parses"), RemoteLocation::Folder("/srv/m".into()));
         for bad in ["", "gs://b", "s3:///x", "/srv/models", "file:///", "s3://b/a//b", "s3://b/x?y"] {
-            assert_eq!(Place::parse(bad).expect_err(bad).kind(), ErrorKind::Invalid, "{bad}");
+            assert_eq!(RemoteLocation::parse(bad).expect_err(bad).kind(), ErrorKind::Invalid, "{bad}");
         }
-        let error = Place::parse("s3://AKIA:canary@bucket/x").expect_err("credentials");
+        let error = RemoteLocation::parse("s3://AKIA:canary@bucket/x").expect_err("credentials");
         assert!(!format!("{error:?} {error}").contains("canary"));
     }
 

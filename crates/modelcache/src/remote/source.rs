@@ -6,8 +6,8 @@
 //! Where there is no manifest, another tool may have put the files there: then the source is a [foreign](super::foreign)
 //! tree, and its objects are read only as they were listed.
 
-use super::foreign::{self, Foreign};
 use super::store::ReadBody;
+use super::unmanaged::{self, UnmanagedObjects};
 use super::{Folder, Remote};
 use crate::error::{Context, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -24,22 +24,22 @@ use tokio::sync::OnceCell;
 pub struct RemoteSource {
     remote: Remote,
     folder: Folder,
-    known: OnceCell<Option<Known>>,
+    known: OnceCell<Option<RemoteContents>>,
     /// ETags that took the place of recorded ones.
     etags: Mutex<HashMap<FilePath, Option<String>>>,
 }
 
 /// What lies there.
-enum Known {
+enum RemoteContents {
     Published(Arc<Manifest>),
-    Foreign(Foreign),
+    UnmanagedObjects(UnmanagedObjects),
 }
 
-impl Known {
+impl RemoteContents {
     fn manifest(&self) -> &Manifest {
         match self {
             Self::Published(manifest) => manifest,
-            Self::Foreign(foreign) => &foreign.manifest,
+            Self::UnmanagedObjects(unmanaged) => &unmanaged.manifest,
         }
     }
 }
@@ -55,7 +55,7 @@ impl RemoteSource {
         Self { remote, folder: Folder::new(&key), known: OnceCell::new(), etags: Mutex::default() }
     }
 
-    async fn known(&self) -> Result<Option<&Known>> {
+    async fn known(&self) -> Result<Option<&RemoteContents>> {
         let ask = || async {
             let store = self.remote.store().await?;
             if let Some((manifest, _)) = self.folder.read_manifest(store).await? {
@@ -64,12 +64,12 @@ impl RemoteSource {
                     tracing::warn!(artifact = %self.folder.key, "the manifest on the remote lists no files; taken as absent");
                     return Ok(None);
                 }
-                return Ok(Some(Known::Published(Arc::new(manifest))));
+                return Ok(Some(RemoteContents::Published(Arc::new(manifest))));
             }
-            match foreign::at_key(store, &self.folder.key).await? {
+            match unmanaged::at_key(store, &self.folder.key).await? {
                 Some(listing) => {
-                    let foreign = Foreign::describe(store, &self.folder.key, Arc::new(listing)).await?;
-                    Ok(Some(Known::Foreign(foreign)))
+                    let unmanaged = UnmanagedObjects::describe(store, &self.folder.key, Arc::new(listing)).await?;
+                    Ok(Some(RemoteContents::UnmanagedObjects(unmanaged)))
                 }
                 None => Ok(None),
             }
@@ -78,8 +78,8 @@ impl RemoteSource {
     }
 
     /// Whether what lies there, as far as it was asked for, is another tool's.
-    pub(crate) fn is_foreign(&self) -> bool {
-        matches!(self.known.get(), Some(Some(Known::Foreign(_))))
+    pub(crate) fn is_unmanaged(&self) -> bool {
+        matches!(self.known.get(), Some(Some(RemoteContents::UnmanagedObjects(_))))
     }
 
     /// The object of `path` as it was written.
@@ -113,8 +113,8 @@ impl RemoteSource {
     }
 
     async fn body(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
-        if let Some(Known::Foreign(foreign)) = self.known().await? {
-            return foreign.read(self.remote.store().await?, path, range).await;
+        if let Some(RemoteContents::UnmanagedObjects(unmanaged)) = self.known().await? {
+            return unmanaged.read(self.remote.store().await?, path, range).await;
         }
         let recorded = self.recorded(path).await?;
         let store = self.remote.store().await?;
@@ -158,7 +158,7 @@ impl Source for RemoteSource {
 
     fn stated_by(&self, path: &FilePath) -> Option<String> {
         match self.known.get() {
-            Some(Some(Known::Foreign(foreign))) => foreign.stated_by(path).map(str::to_owned),
+            Some(Some(RemoteContents::UnmanagedObjects(unmanaged))) => unmanaged.stated_by(path).map(str::to_owned),
             _ => None,
         }
     }

@@ -7,13 +7,13 @@
 //! Surprise: a create-only write that was retried may be refused because its own first try arrived. Who writes so must
 //! be able to recognise what it wrote.
 
-use super::ask::Asker;
 use super::copy::Copier;
 use super::credentials::Credentials;
-use super::failure::{self, Whereabouts};
+use super::failure::{self, EndpointContext};
+use super::http_client::{Connector, LeftOut};
 use super::profile::Profiles;
-use super::settings::{Options, Place, S3Settings};
-use super::wire::{Connector, LeftOut};
+use super::raw_client::RawClient;
+use super::settings::{Options, RemoteLocation, S3Settings};
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::limits;
@@ -49,16 +49,16 @@ pub(super) struct Store {
     kind: Kind,
     /// In front of every key; empty, or without slashes at its ends.
     prefix: String,
-    at: Whereabouts,
+    at: EndpointContext,
     /// The region that the server says the bucket is in, where it is another than we sign for.
-    region_told: Mutex<Option<String>>,
+    reported_region: Mutex<Option<String>>,
     retry: Retry,
     /// A write was refused for want of a right: the next one would be, too.
     refusal: OnceLock<Error>,
 }
 
 enum Kind {
-    Bucket { s3: AmazonS3, credentials: Arc<Credentials>, asker: Option<Asker>, copier: Option<Box<Copier>> },
+    Bucket { s3: AmazonS3, credentials: Arc<Credentials>, raw_client: Option<RawClient>, copier: Option<Box<Copier>> },
     Folder { root: PathBuf },
 }
 
@@ -105,10 +105,10 @@ pub(super) enum ReadBody {
 
 impl Store {
     /// Sets up clients. Reads AWS's files and root certificates: not on an async thread. No network.
-    pub(super) fn open(config: &RemoteConfig, place: &Place, options: &Options, retry: Retry) -> Result<Self> {
+    pub(super) fn open(config: &RemoteConfig, place: &RemoteLocation, options: &Options, retry: Retry) -> Result<Self> {
         match place {
-            Place::Folder(folder) => Self::open_folder(folder, retry),
-            Place::Bucket { bucket, prefix } => Self::open_bucket(config, bucket, prefix, options, retry),
+            RemoteLocation::Folder(folder) => Self::open_folder(folder, retry),
+            RemoteLocation::Bucket { bucket, prefix } => Self::open_bucket(config, bucket, prefix, options, retry),
         }
     }
 
@@ -121,8 +121,8 @@ impl Store {
             objects: Arc::new(LocalFileSystem::new().with_fsync(true)),
             kind: Kind::Folder { root },
             prefix,
-            at: Whereabouts { container: shown.clone(), endpoint: shown, region: String::new() },
-            region_told: Mutex::default(),
+            at: EndpointContext { container: shown.clone(), endpoint: shown, region: String::new() },
+            reported_region: Mutex::default(),
             retry,
             refusal: OnceLock::new(),
         })
@@ -139,7 +139,7 @@ impl Store {
             &settings.region,
             connector.client().clone(),
         ));
-        let asker = Asker::new(bucket, &settings, options, &connector, &credentials);
+        let raw_client = RawClient::new(bucket, &settings, options, &connector, &credentials);
         let copier = Copier::new(bucket, &settings, options, &connector, credentials.clone()).map(Box::new);
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(bucket)
@@ -170,10 +170,10 @@ impl Store {
             settings.endpoint.clone().unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", settings.region));
         Ok(Self {
             objects: Arc::new(s3.clone()),
-            kind: Kind::Bucket { s3, credentials, asker, copier },
+            kind: Kind::Bucket { s3, credentials, raw_client, copier },
             prefix: prefix.to_owned(),
-            at: Whereabouts { container: bucket.to_owned(), endpoint, region: settings.region },
-            region_told: Mutex::default(),
+            at: EndpointContext { container: bucket.to_owned(), endpoint, region: settings.region },
+            reported_region: Mutex::default(),
             retry,
             refusal: OnceLock::new(),
         })
@@ -231,9 +231,9 @@ impl Store {
     }
 
     /// Asks what the store's own client does not, where the store is a bucket and its options allow it.
-    pub(super) fn asker(&self) -> Option<&Asker> {
+    pub(super) fn raw_client(&self) -> Option<&RawClient> {
         match &self.kind {
-            Kind::Bucket { asker, .. } => asker.as_ref(),
+            Kind::Bucket { raw_client, .. } => raw_client.as_ref(),
             Kind::Folder { .. } => None,
         }
     }
@@ -257,8 +257,8 @@ impl Store {
     }
 
     /// The region that the server says the bucket is in, where it refused the one that we sign for.
-    pub(super) fn region_told(&self) -> Option<String> {
-        self.region_told.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(super) fn reported_region(&self) -> Option<String> {
+        self.reported_region.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The file that is the object `key`, where the store is a folder.
@@ -283,7 +283,7 @@ impl Store {
     }
 
     /// Where it is, for messages.
-    pub(super) fn at(&self) -> &Whereabouts {
+    pub(super) fn at(&self) -> &EndpointContext {
         &self.at
     }
 
@@ -292,7 +292,7 @@ impl Store {
         let expired = failure::is_expired(&error);
         let region = failure::refusal(&error).and_then(|refusal| refusal.region.clone());
         if let Some(region) = region.filter(|region| *region != self.at.region) {
-            *self.region_told.lock().unwrap_or_else(PoisonError::into_inner) = Some(region);
+            *self.reported_region.lock().unwrap_or_else(PoisonError::into_inner) = Some(region);
         }
         let error = failure::translate(error, doing, &self.at);
         match &self.kind {
@@ -596,7 +596,7 @@ pub(super) fn identity(meta: &ObjectMeta) -> ObjectIdentity {
 }
 
 /// Once per process: a bucket that answers 403 for what is missing does so for every artifact.
-pub(super) fn warn_ambiguous(at: &Whereabouts) {
+pub(super) fn warn_ambiguous(at: &EndpointContext) {
     static WARNED: AtomicBool = AtomicBool::new(false);
     if !WARNED.swap(true, Ordering::Relaxed) {
         tracing::warn!(
@@ -640,7 +640,7 @@ fn file_stream(
     file: std::fs::File,
     range: Range<u64>,
     doing: String,
-    at: Whereabouts,
+    at: EndpointContext,
 ) -> BoxStream<'static, Result<Bytes>> {
     use std::os::unix::fs::FileExt as _;
     let file = Arc::new(file);

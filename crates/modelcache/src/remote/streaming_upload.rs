@@ -8,14 +8,14 @@
 //! counts only if it was read from the very file that was proven.
 
 use super::Remote;
-use super::begun::Begun;
-use super::multipart::{Multipart, Room, SINGLE_BYTES_MAX};
+use super::multipart::{Multipart, PartMemory, SINGLE_BYTES_MAX};
+use super::pending_publish::PendingPublish;
 use crate::digest::Digest;
 use crate::disk::identity;
 use crate::error::{Error, ErrorKind, Result};
 use crate::key::FilePath;
 use crate::manifest::{FileIdentity, Manifest};
-use crate::transfer::{Arrival, Arrivals, FilledPart, PartSink, blocking, tidy};
+use crate::transfer::{CompletedPart, PartSink, PartialFile, PartialFiles, blocking, spawn_cleanup};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
@@ -32,31 +32,31 @@ pub(crate) type Proven = BTreeMap<FilePath, (FileIdentity, Digest)>;
 
 /// Sending that goes on beside a fill. Dropped, everything is taken back.
 #[derive(Debug)]
-pub(crate) struct Early {
+pub(crate) struct StreamingUpload {
     proven: Option<oneshot::Sender<Proven>>,
-    task: Option<JoinHandle<Option<Begun>>>,
+    task: Option<JoinHandle<Option<PendingPublish>>>,
 }
 
-impl Early {
+impl StreamingUpload {
     /// Starts to send `files` of `listing` as they arrive, as far as that makes sense. Whoever fills them tells the sink.
-    pub(crate) fn start(remote: &Remote, listing: Manifest, files: Arrivals) -> (Self, PartSink) {
+    pub(crate) fn start(remote: &Remote, listing: Manifest, files: PartialFiles) -> (Self, PartSink) {
         let ((sink, told), (sender, proven)) = (PartSink::new(), oneshot::channel());
         let task = tokio::spawn(send(remote.clone(), listing, files, told, proven));
         (Self { proven: Some(sender), task: Some(task) }, sink)
     }
 
     /// The fill is done: sends what is left, and gives back what is to be published.
-    pub(crate) async fn finish(mut self, proven: Proven) -> Option<Begun> {
+    pub(crate) async fn finish(mut self, proven: Proven) -> Option<PendingPublish> {
         self.proven.take()?.send(proven).ok()?;
         self.task.take()?.await.ok().flatten()
     }
 }
 
-impl Drop for Early {
+impl Drop for StreamingUpload {
     fn drop(&mut self) {
         drop(self.proven.take());
         let Some(task) = self.task.take() else { return };
-        tidy(async move {
+        spawn_cleanup(async move {
             if let Ok(Some(begun)) = task.await {
                 begun.abandon().await;
             }
@@ -67,16 +67,16 @@ impl Drop for Early {
 async fn send(
     remote: Remote,
     listing: Manifest,
-    files: Arrivals,
-    mut told: mpsc::UnboundedReceiver<FilledPart>,
+    files: PartialFiles,
+    mut told: mpsc::UnboundedReceiver<CompletedPart>,
     mut proven: oneshot::Receiver<Proven>,
-) -> Option<Begun> {
+) -> Option<PendingPublish> {
     let paths = files.keys().cloned().collect();
     let mut begun = remote.begin(&listing, &paths, &BTreeMap::new(), false).await?;
     let begun_paths = begun.paths();
     let follow = |path: FilePath| {
-        let (arrival, multipart) = (files.get(&path)?.clone(), begun.take(&path)?);
-        Some((path, Following::new(arrival, multipart)))
+        let (partial_file, multipart) = (files.get(&path)?.clone(), begun.take(&path)?);
+        Some((path, FollowedFile::new(partial_file, multipart)))
     };
     let mut following: BTreeMap<_, _> = begun_paths.into_iter().filter_map(follow).collect();
     let proven = tokio::select! {
@@ -107,9 +107,9 @@ async fn send(
 
 /// Sends parts until nobody tells of any more. A file that cannot be sent is given up.
 async fn follow_all(
-    begun: &mut Begun,
-    files: &mut BTreeMap<FilePath, Following>,
-    told: &mut mpsc::UnboundedReceiver<FilledPart>,
+    begun: &mut PendingPublish,
+    files: &mut BTreeMap<FilePath, FollowedFile>,
+    told: &mut mpsc::UnboundedReceiver<CompletedPart>,
 ) {
     while let Some(part) = told.recv().await {
         let Some(file) = files.get_mut(&part.path) else { continue };
@@ -123,9 +123,9 @@ async fn follow_all(
 }
 
 /// A file that is being filled and sent.
-struct Following {
+struct FollowedFile {
     multipart: Multipart,
-    arrival: Arc<Arrival>,
+    partial_file: Arc<PartialFile>,
     /// Of the file that parts are read from, once there is one.
     generation: Option<u64>,
     /// That file, as long as there are parts to be read.
@@ -135,18 +135,18 @@ struct Following {
     unsent_parts: usize,
 }
 
-impl Following {
-    fn new(arrival: Arc<Arrival>, multipart: Multipart) -> Self {
-        let (filled, unsent_parts) = (vec![false; units(arrival.size())], multipart.parts());
-        Self { multipart, arrival, generation: None, file: None, filled, unsent_parts }
+impl FollowedFile {
+    fn new(partial_file: Arc<PartialFile>, multipart: Multipart) -> Self {
+        let (filled, unsent_parts) = (vec![false; units(partial_file.size())], multipart.parts());
+        Self { multipart, partial_file, generation: None, file: None, filled, unsent_parts }
     }
 
     /// These bytes are there, in the staged file of that generation: sends what became whole.
     async fn note(&mut self, generation: u64, bytes: Range<u64>) -> Result<()> {
         if *self.generation.get_or_insert(generation) != generation {
-            return Err(filled_anew());
+            return Err(replaced());
         }
-        let last = if bytes.end == self.arrival.size() { units(bytes.end) } else { index(bytes.end / UNIT_BYTES) };
+        let last = if bytes.end == self.partial_file.size() { units(bytes.end) } else { index(bytes.end / UNIT_BYTES) };
         let first = index(bytes.start.div_ceil(UNIT_BYTES));
         for unit in first..last.min(self.filled.len()) {
             self.filled[unit] = true;
@@ -163,12 +163,12 @@ impl Following {
 
     /// Sends what was not sent yet of the file, which is whole and was proven as `identity`.
     async fn finish(&mut self, identity_proven: FileIdentity) -> Result<()> {
-        if self.generation.is_some_and(|sent| !self.arrival.is_proven(sent)) {
-            return Err(filled_anew());
+        if self.generation.is_some_and(|sent| !self.partial_file.is_proven(sent)) {
+            return Err(replaced());
         }
         // By now it may have been published, and lie elsewhere.
         if self.unsent_parts > 0 && identity(&*self.file().await?).map_err(unreadable)? != identity_proven {
-            return Err(filled_anew());
+            return Err(replaced());
         }
         for part in 0..self.multipart.parts() {
             if !self.multipart.was_sent(part) {
@@ -190,7 +190,7 @@ impl Following {
                 }
                 Ok(())
             })?;
-            Ok::<Room, Error>(room)
+            Ok::<PartMemory, Error>(room)
         };
         self.multipart.send(blocking(read).await?, None)?;
         self.unsent_parts -= 1;
@@ -205,11 +205,11 @@ impl Following {
         if let Some(file) = &self.file {
             return Ok(file.clone());
         }
-        let staged = self.arrival.staged().clone();
+        let staged = self.partial_file.staged().clone();
         let file = Arc::new(blocking(move || staged.open(false).map_err(unreadable)).await?);
         // Another one may lie there by now, most of which is not there yet.
-        if self.generation.is_some_and(|generation| !self.arrival.is_current(generation)) {
-            return Err(filled_anew());
+        if self.generation.is_some_and(|generation| !self.partial_file.is_current(generation)) {
+            return Err(replaced());
         }
         Ok(self.file.insert(file).clone())
     }
@@ -223,7 +223,7 @@ fn index(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
 }
 
-fn filled_anew() -> Error {
+fn replaced() -> Error {
     Error::new(ErrorKind::Other, "it was filled anew")
 }
 

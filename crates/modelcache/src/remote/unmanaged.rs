@@ -36,7 +36,7 @@ const SIDECAR: &str = ".sha256";
 
 /// A foreign tree with all that is stated of its files.
 #[derive(Debug)]
-pub(crate) struct Foreign {
+pub(crate) struct UnmanagedObjects {
     listing: Arc<Listing>,
     pub(crate) manifest: Manifest,
     /// What states the digest of a file.
@@ -48,14 +48,14 @@ type Statements = BTreeMap<FilePath, (Digest, String)>;
 
 /// What one checksum file states.
 #[derive(Debug, Default)]
-struct Stated {
+struct StoredChecksums {
     /// Digests of files that are there.
     found: Vec<(FilePath, Digest)>,
     /// Files that it names and that are not there.
     absent: Vec<String>,
 }
 
-impl Foreign {
+impl UnmanagedObjects {
     /// Reads what lies beside the files of `listing`, and warns of what is odd, once each.
     pub(super) async fn describe(store: &Store, key: &ArtifactKey, listing: Arc<Listing>) -> Result<Self> {
         let (files, sidecars) = split(&listing);
@@ -91,9 +91,9 @@ impl Foreign {
             manifest.files.insert(path.clone(), entry);
         }
         manifest.check()?;
-        let foreign = Self { listing, manifest, stated_by };
-        foreign.warn(&useless, &absent);
-        Ok(foreign)
+        let unmanaged = Self { listing, manifest, stated_by };
+        unmanaged.warn(&useless, &absent);
+        Ok(unmanaged)
     }
 
     fn warn(&self, useless: &[String], absent: &BTreeSet<String>) {
@@ -127,18 +127,18 @@ impl Foreign {
 
 /// What lies at an address that somebody gave.
 #[derive(Debug)]
-pub(crate) enum Found {
+pub(crate) enum AddressContents {
     /// A version that we published, with what is held of it.
     Published(Address, Manifest),
     /// Somebody else's files.
-    Foreign(Arc<Listing>),
+    UnmanagedObjects(Arc<Listing>),
 }
 
-impl Found {
+impl AddressContents {
     /// A text that changes when the content does.
     pub(crate) fn digest(&self) -> Digest {
         match self {
-            Self::Foreign(listing) => listing.digest(),
+            Self::UnmanagedObjects(listing) => listing.digest(),
             Self::Published(_, manifest) => {
                 let line = |(path, entry): (&FilePath, &FileEntry)| {
                     let sha256 = entry.sha256.map_or_else(String::new, |sha256| sha256.to_string());
@@ -155,11 +155,11 @@ impl Remote {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] for a place above versions that we published.
-    pub(crate) async fn find(&self, address: &Address) -> Result<Option<Found>> {
+    pub(crate) async fn find(&self, address: &Address) -> Result<Option<AddressContents>> {
         let store = self.store().await?;
         match listing::look(store, address).await? {
             Look::Nothing => Ok(None),
-            Look::Foreign(listing) => Ok(Some(Found::Foreign(Arc::new(listing)))),
+            Look::UnmanagedObjects(listing) => Ok(Some(AddressContents::UnmanagedObjects(Arc::new(listing)))),
             Look::Above(version) => {
                 Err(Error::invalid(format!("versions are published below it, {version:?} for one"))
                     .hint("name one of them"))
@@ -171,22 +171,22 @@ impl Remote {
                 if manifest.files.len() < files {
                     tracing::warn!(%address, "only {} of {files} files are held there", manifest.files.len());
                 }
-                Ok((!manifest.files.is_empty()).then(|| Found::Published(address.clone(), manifest)))
+                Ok((!manifest.files.is_empty()).then(|| AddressContents::Published(address.clone(), manifest)))
             }
         }
     }
 
     /// Everything known of what was listed.
-    pub(crate) async fn describe(&self, key: &ArtifactKey, listing: &Arc<Listing>) -> Result<Foreign> {
-        Foreign::describe(self.store().await?, key, listing.clone()).await
+    pub(crate) async fn describe(&self, key: &ArtifactKey, listing: &Arc<Listing>) -> Result<UnmanagedObjects> {
+        UnmanagedObjects::describe(self.store().await?, key, listing.clone()).await
     }
 
     /// Bytes of what was found.
-    pub(crate) async fn read_found(&self, found: &Found, path: &FilePath, range: Range<u64>) -> Result<Body> {
+    pub(crate) async fn read_found(&self, found: &AddressContents, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let store = self.store().await?;
         match found {
-            Found::Foreign(listing) => listing.read(store, path, range).await,
-            Found::Published(address, manifest) => {
+            AddressContents::UnmanagedObjects(listing) => listing.read(store, path, range).await,
+            AddressContents::Published(address, manifest) => {
                 let entry = manifest.files.get(path).ok_or_else(|| no_file(path))?;
                 // Its digest is known: an object that was copied has another ETag, and the same bytes.
                 let held = ObjectIdentity { etag: None, object_bytes: entry.size };
@@ -196,12 +196,12 @@ impl Remote {
     }
 
     /// Whether another tool put something where the artifact `key` would lie.
-    pub(crate) async fn has_foreign(&self, key: &ArtifactKey) -> Result<bool> {
+    pub(crate) async fn has_unmanaged(&self, key: &ArtifactKey) -> Result<bool> {
         Ok(at_key(self.store().await?, key).await?.is_some())
     }
 
     /// Refuses what another tool put where the artifact `key` would lie: it is not ours to remove.
-    pub(super) async fn refuse_foreign(&self, key: &ArtifactKey) -> Result<()> {
+    pub(super) async fn refuse_unmanaged(&self, key: &ArtifactKey) -> Result<()> {
         let Some(listing) = at_key(self.store().await?, key).await? else { return Ok(()) };
         let what =
             format!("{:?} was put there by another tool, and is not modelcache's to remove", listing.address.base);
@@ -219,7 +219,7 @@ pub(super) async fn at_key(store: &Store, key: &ArtifactKey) -> Result<Option<Li
     }
     let address = Address { base: format!("{}/{}", key.name, key.version), folder: false };
     match listing::look(store, &address).await? {
-        Look::Foreign(listing) => Ok(Some(listing)),
+        Look::UnmanagedObjects(listing) => Ok(Some(listing)),
         Look::Nothing | Look::Ours | Look::Above(_) => Ok(None),
     }
 }
@@ -295,7 +295,7 @@ async fn read_all(
     listing: &Listing,
     sidecars: &[FilePath],
     files: &BTreeSet<FilePath>,
-) -> Result<Vec<(String, Stated)>> {
+) -> Result<Vec<(String, StoredChecksums)>> {
     let mut wanted: Vec<(String, bool)> = match (listing.single, listing.objects.keys().next()) {
         (true, Some(file)) => vec![(SUMS.to_owned(), false), (format!("{file}{SIDECAR}"), false)],
         _ => sidecars.iter().map(|path| (path.to_string(), true)).collect(),
@@ -320,19 +320,19 @@ async fn read_all(
 
 /// What a checksum file states of `files`: those it names, from its own folder on; of the file that it is named after
 /// also where it names it in another way, or not at all.
-fn stated(sidecar: &str, text: &str, files: &BTreeSet<FilePath>) -> Stated {
+fn stated(sidecar: &str, text: &str, files: &BTreeSet<FilePath>) -> StoredChecksums {
     let folder = sidecar.rsplit_once('/').map_or_else(String::new, |(folder, _)| format!("{folder}/"));
     let own = sidecar.strip_suffix(SIDECAR).and_then(|own| files.get(&FilePath::new(own).ok()?));
     if let Some(own) = own {
         let found = sidecar::digest_of(text, own.file_name()).map(|digest| (own.clone(), digest));
-        return Stated { found: found.into_iter().collect(), absent: Vec::new() };
+        return StoredChecksums { found: found.into_iter().collect(), absent: Vec::new() };
     }
     let named = sidecar::lines(text)
         .filter_map(|line| Some((FilePath::new(&format!("{folder}{}", line.name?)).ok()?, line.digest)));
     let (found, absent): (Vec<_>, Vec<_>) = named.partition(|(path, _)| files.contains(path));
     // A checksum file may have been made where it already lay, or others did.
     let absent = absent.into_iter().map(|(path, _)| path.to_string());
-    Stated { found, absent: absent.filter(|path| !path.ends_with(SIDECAR) && !path.ends_with(SUMS)).collect() }
+    StoredChecksums { found, absent: absent.filter(|path| !path.ends_with(SIDECAR) && !path.ends_with(SUMS)).collect() }
 }
 
 /// Asks the store about the files of which no checksum file states a digest. The answer names what is of no use.
@@ -342,7 +342,7 @@ async fn ask(
     files: &BTreeSet<FilePath>,
     statements: &mut Statements,
 ) -> Result<Vec<String>> {
-    if store.asker().is_none() {
+    if store.raw_client().is_none() {
         return Ok(Vec::new());
     }
     let unknown = files.iter().filter(|path| !statements.contains_key(*path));

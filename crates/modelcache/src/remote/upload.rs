@@ -6,9 +6,9 @@
 //! Surprise: a file is compared with its digest before anything of it becomes visible: a small one before it is sent,
 //! a large one before its parts are put together.
 
-use super::claim::Notes;
+use super::claim::ClaimNotes;
 use super::failure;
-use super::multipart::{Memory, Multipart, Room, SINGLE_BYTES_MAX};
+use super::multipart::{Multipart, PartMemory, SINGLE_BYTES_MAX, UploadMemory};
 use super::store::{Condition, Store, Written};
 use crate::digest::Digest;
 use crate::disk::LocalFile;
@@ -51,9 +51,9 @@ pub(super) struct Uploader {
     store: Arc<Store>,
     /// Where unfinished copies lie, where the store is a folder.
     staging: Option<PathBuf>,
-    memory: Memory,
+    memory: UploadMemory,
     /// Where uploads are noted that begin.
-    notes: Notes,
+    notes: ClaimNotes,
     progress: Progress,
 }
 
@@ -62,8 +62,8 @@ impl Uploader {
     pub(super) fn new(
         store: Arc<Store>,
         staging: Option<PathBuf>,
-        memory: Memory,
-        notes: Notes,
+        memory: UploadMemory,
+        notes: ClaimNotes,
         progress: Progress,
     ) -> Self {
         Self { store, staging, memory, notes, progress }
@@ -151,7 +151,7 @@ impl Reader {
     }
 
     /// The next part.
-    async fn part(mut self, mut part: Room) -> Result<(Self, Room)> {
+    async fn part(mut self, mut part: PartMemory) -> Result<(Self, PartMemory)> {
         blocking(move || {
             part.fill(|buffer, beside| self.read(buffer, beside))?;
             Ok((self, part))

@@ -12,7 +12,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::{LadderHasher, part_size};
 use crate::manifest::{FileEntry, ObjectIdentity};
 use crate::progress::{Phase, Progress};
-use crate::transfer::Pace;
+use crate::transfer::RateLimiter;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 
@@ -20,10 +20,10 @@ use object_store::path::Path;
 const READS_IN_FLIGHT: usize = 8;
 
 /// One call's job.
-struct Job<'a> {
+struct VerifyJob<'a> {
     store: &'a Store,
     folder: &'a Folder,
-    pace: &'a Pace,
+    rate_limiter: &'a RateLimiter,
     progress: &'a Progress,
 }
 
@@ -31,7 +31,7 @@ pub(super) async fn verify(
     remote: &Remote,
     key: &ArtifactKey,
     chosen: &(dyn Fn(&FilePath) -> bool + Sync),
-    pace: &Pace,
+    rate_limiter: &RateLimiter,
     progress: &Progress,
 ) -> Result<Option<Verified>> {
     let store = remote.store().await?;
@@ -59,14 +59,14 @@ pub(super) async fn verify(
     let _phase = progress.enter(Phase::Verify, held.iter().map(|(_, entry, _)| entry.size).sum());
     verified.files = held.len();
     verified.bytes = held.iter().map(|(_, entry, _)| entry.size).sum();
-    let job = Job { store, folder: &folder, pace, progress };
+    let job = VerifyJob { store, folder: &folder, rate_limiter, progress };
     let checks: Vec<_> = held.into_iter().map(|(path, entry, recorded)| job.object(path, entry, recorded)).collect();
     let found: Vec<Option<Finding>> = futures::stream::iter(checks).buffered(READS_IN_FLIGHT).try_collect().await?;
     verified.findings = found.into_iter().flatten().collect();
     Ok(Some(verified))
 }
 
-impl Job<'_> {
+impl VerifyJob<'_> {
     /// What is wrong with the object of `path`, if anything is.
     async fn object(&self, path: &FilePath, entry: &FileEntry, recorded: &ObjectIdentity) -> Result<Option<Finding>> {
         let object = self.folder.object(self.store, path)?;
@@ -136,7 +136,7 @@ impl Job<'_> {
             hasher.update(fresh);
             self.progress.received(Tier::Remote, fresh.len() as u64);
             self.progress.done(fresh.len() as u64);
-            self.pace.wait(fresh.len() as u64).await;
+            self.rate_limiter.wait(fresh.len() as u64).await;
         }
         match hasher.position() {
             position if position == size => Ok(true),

@@ -28,7 +28,7 @@ impl Drop for Counted {
 }
 
 /// Runs `work` after whoever asks for it is gone; not at all where there is no runtime any more.
-pub(crate) fn tidy(work: impl Future<Output = ()> + Send + 'static) {
+pub(crate) fn spawn_cleanup(work: impl Future<Output = ()> + Send + 'static) {
     let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
     let counted = Counted::new();
     runtime.spawn(async move {
@@ -38,7 +38,7 @@ pub(crate) fn tidy(work: impl Future<Output = ()> + Send + 'static) {
 }
 
 /// Waits until everything is put away that dropped calls of this process had begun, for at most `limit`.
-pub async fn tidied(limit: Duration) {
+pub async fn wait_for_cleanup(limit: Duration) {
     let mut left = LEFT.subscribe();
     let _ = tokio::time::timeout(limit, left.wait_for(|left| *left == 0)).await;
 }
@@ -50,13 +50,13 @@ mod tests {
     #[tokio::test]
     async fn the_end_waits_for_what_was_left() {
         let (send, receive) = tokio::sync::oneshot::channel();
-        tidy(async move {
+        spawn_cleanup(async move {
             tokio::time::sleep(Duration::from_millis(20)).await;
             let _ = send.send(7);
         });
-        tidied(Duration::from_secs(60)).await;
+        wait_for_cleanup(Duration::from_secs(60)).await;
         assert_eq!(receive.await, Ok(7));
-        tidy(std::future::pending());
-        tidied(Duration::from_millis(10)).await;
+        spawn_cleanup(std::future::pending());
+        wait_for_cleanup(Duration::from_millis(10)).await;
     }
 }

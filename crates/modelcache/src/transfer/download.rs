@@ -6,15 +6,15 @@
 //! is bounded by the buffers that all fills share, whatever the size of files. Nothing here decides where bytes should
 //! come from or what becomes of them.
 
-use super::arrival::{Arrival, NEXT_WISH, Next};
 use super::engine::Engine;
-use super::order::{Left, Order};
+use super::order::{Order, PartQueue};
 use super::part::PartTask;
+use super::part_sink::PartSink;
+use super::partial_file::{NEXT_DEMAND_WAIT, Next, PartialFile};
 use super::retry::Retry;
-use super::sink::PartSink;
 use crate::config::WriteMode;
 use crate::digest::Provenance;
-use crate::disk::{Draft, FileLock, Hashed, Purpose, RootedPath, StagedWriter, goes_direct};
+use crate::disk::{FileLock, Hashed, Purpose, RootedPath, StagedFileSpec, StagedWriter, goes_direct};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::ladder::{Ladder, part_size};
@@ -40,7 +40,7 @@ const LOOK_BEHIND: Duration = Duration::from_millis(5);
 
 /// One file to be poured.
 #[derive(Debug, Clone)]
-pub(crate) struct PourFile {
+pub(crate) struct DownloadFile {
     pub(crate) path: FilePath,
     /// What is known of it: its size always, digests and ladder if anybody knows them.
     pub(crate) entry: FileEntry,
@@ -53,12 +53,12 @@ pub(crate) struct PourFile {
     /// Who is told of every part that is written and checked.
     pub(crate) on_part: Option<PartSink>,
     /// What has come of it, for those who read it meanwhile.
-    pub(crate) arrival: Arc<Arrival>,
+    pub(crate) partial_file: Arc<PartialFile>,
 }
 
 /// A file that is staged and proven.
 #[derive(Debug, Clone)]
-pub(crate) struct Poured {
+pub(crate) struct DownloadedFile {
     pub(crate) target: RootedPath,
     /// The entry with what the pour learnt: digest, ladder, provenance.
     pub(crate) entry: FileEntry,
@@ -71,7 +71,7 @@ pub(crate) struct Poured {
 
 /// Pours files; one per cache. All of a process share connections, buffers and workers.
 #[derive(Debug, Clone)]
-pub(crate) struct Pourer {
+pub(crate) struct Downloader {
     retry: Retry,
     write_mode: WriteMode,
     engine: Arc<Engine>,
@@ -79,7 +79,7 @@ pub(crate) struct Pourer {
 
 /// What all files of one pour have in common.
 #[derive(Debug, Clone, Copy)]
-struct Pouring {
+struct DownloadRun {
     purpose: Purpose,
     /// Bytes of all its files.
     bytes: u64,
@@ -103,7 +103,7 @@ impl Local {
 }
 
 /// Why a part or file could not be had in the present way.
-pub(super) enum Trouble {
+pub(super) enum PartFailure {
     /// No source gave it.
     Failed(Error),
     /// It cannot be written, or read back: another source would not help.
@@ -114,29 +114,29 @@ pub(super) enum Trouble {
     IgnoresRanges,
 }
 
-impl From<Error> for Trouble {
+impl From<Error> for PartFailure {
     fn from(error: Error) -> Self {
         Self::Failed(error)
     }
 }
 
-impl Pourer {
+impl Downloader {
     pub(crate) fn new(retry: Retry, write_mode: WriteMode) -> Self {
         Self { retry, write_mode, engine: Engine::shared() }
     }
 
     /// Pours all `files`; ends at the first that no source gives.
-    pub(crate) async fn pour(
+    pub(crate) async fn download(
         &self,
-        mut files: Vec<PourFile>,
+        mut files: Vec<DownloadFile>,
         purpose: Purpose,
         progress: &Progress,
-    ) -> Result<Vec<Poured>> {
+    ) -> Result<Vec<DownloadedFile>> {
         let bytes = files.iter().map(|file| file.entry.size).sum();
-        let pouring = Pouring { purpose, bytes, is_alone: files.len() == 1 };
+        let pouring = DownloadRun { purpose, bytes, is_alone: files.len() == 1 };
         // Not every node of a fleet begins with the same file.
         files.shuffle(&mut rand::rng());
-        let pours: Vec<_> = files.into_iter().map(|file| self.pour_file(file, pouring, progress)).collect();
+        let pours: Vec<_> = files.into_iter().map(|file| self.download_file(file, pouring, progress)).collect();
         stream::iter(pours).buffer_unordered(self.engine.limiter.files_at_once()).try_collect().await
     }
 
@@ -144,21 +144,31 @@ impl Pourer {
     ///
     /// A whole-file mismatch says nothing about which source was bad, so the order of attempts is: all sources, all
     /// sources once more, then without the first, and so on.
-    async fn pour_file(&self, file: PourFile, pouring: Pouring, progress: &Progress) -> Result<Poured> {
+    async fn download_file(
+        &self,
+        file: DownloadFile,
+        pouring: DownloadRun,
+        progress: &Progress,
+    ) -> Result<DownloadedFile> {
         let file = Arc::new(file);
         let outcome = self.try_sources(&file, pouring, progress).await;
         if outcome.is_err() {
             // Before the file goes: nobody shall be given what is not there.
-            file.arrival.failed();
+            file.partial_file.failed();
         }
         if matches!(&outcome, Err(error) if error.kind() == ErrorKind::Corrupt) {
             let target = file.target.clone();
             blocking(move || StagedWriter::forget(&target)).await?;
         }
-        outcome.inspect(|_| file.arrival.proven())
+        outcome.inspect(|_| file.partial_file.proven())
     }
 
-    async fn try_sources(&self, file: &Arc<PourFile>, pouring: Pouring, progress: &Progress) -> Result<Poured> {
+    async fn try_sources(
+        &self,
+        file: &Arc<DownloadFile>,
+        pouring: DownloadRun,
+        progress: &Progress,
+    ) -> Result<DownloadedFile> {
         let failures = Arc::new(Failures::default());
         // An empty file has no part that a ladder could check: it is hashed as a whole.
         let by_parts = file.entry.sha256.is_some() && file.entry.size > 0;
@@ -179,16 +189,22 @@ impl Pourer {
                 Ok((entry, identity)) => {
                     let bad_tiers = failures.bad();
                     let fetched_bytes = entry.size - local.bytes();
-                    return Ok(Poured { target: file.target.clone(), entry, identity, fetched_bytes, bad_tiers });
+                    return Ok(DownloadedFile {
+                        target: file.target.clone(),
+                        entry,
+                        identity,
+                        fetched_bytes,
+                        bad_tiers,
+                    });
                 }
-                Err(Trouble::IgnoresRanges) if !one_stream => {
+                Err(PartFailure::IgnoresRanges) if !one_stream => {
                     one_stream = true;
                     continue;
                 }
-                Err(Trouble::IgnoresRanges) => {
+                Err(PartFailure::IgnoresRanges) => {
                     Error::unavailable("the server ignores ranges and starts elsewhere").transient(false)
                 }
-                Err(Trouble::Failed(error) | Trouble::Broken(error) | Trouble::Spoiled(error)) => error,
+                Err(PartFailure::Failed(error) | PartFailure::Broken(error) | PartFailure::Spoiled(error)) => error,
             };
             if error.kind() != ErrorKind::Corrupt {
                 return Err(error);
@@ -219,25 +235,25 @@ impl Pourer {
     /// One attempt at a whole file: all its parts, then the proof.
     async fn attempt(
         &self,
-        file: &Arc<PourFile>,
+        file: &Arc<DownloadFile>,
         attempt: Attempt,
         local: Arc<Local>,
         progress: &Progress,
-    ) -> Result<(FileEntry, FileIdentity), Trouble> {
+    ) -> Result<(FileEntry, FileIdentity), PartFailure> {
         let (size, in_order) = (file.entry.size, attempt.ladder.is_none());
         let (part_size, owner) = (attempt.part_size(size), file.owner.clone());
         let (pouring, write_mode, may_resume) =
             (attempt.pouring, self.write_mode, attempt.resume && !attempt.one_stream);
         let (path, git) = (file.target.clone(), file.entry.sha256.is_none() && file.entry.git_oid.is_some());
-        let arrival = file.arrival.clone();
+        let partial_file = file.partial_file.clone();
         let (writer, left_over, generation) = blocking(move || {
             let direct = goes_direct(write_mode, pouring.purpose, size, pouring.bytes, in_order);
-            let draft = Draft { path, size, part_size, in_order, git, direct };
+            let draft = StagedFileSpec { path, size, part_size, in_order, git, direct };
             let left = if may_resume { StagedWriter::resume(&draft, Some(owner.clone()))? } else { None };
             match left {
-                Some((writer, parts)) => Ok((writer, parts, arrival.go_on(!in_order))),
+                Some((writer, parts)) => Ok((writer, parts, partial_file.go_on(!in_order))),
                 None => {
-                    let generation = arrival.begin(!in_order);
+                    let generation = partial_file.begin(!in_order);
                     Ok((StagedWriter::create(draft, Some(owner))?, BTreeSet::new(), generation))
                 }
             }
@@ -294,7 +310,7 @@ impl Failures {
 struct Attempt {
     sources: Vec<Arc<dyn Source>>,
     ladder: Option<Arc<Ladder>>,
-    pouring: Pouring,
+    pouring: DownloadRun,
     one_stream: bool,
     /// Go on with what an ended fill left.
     resume: bool,
@@ -316,7 +332,7 @@ impl Attempt {
 }
 
 /// Compares what was hashed with what is known; the entry with what was learnt.
-fn proven(file: &PourFile, hashed: Hashed) -> Result<FileEntry> {
+fn proven(file: &DownloadFile, hashed: Hashed) -> Result<FileEntry> {
     let mut entry = file.entry.clone();
     let demanded = entry.provenance == Some(Provenance::Caller);
     let mismatch = |what: &str, expected: String, got: String| {
@@ -358,7 +374,7 @@ fn proven(file: &PourFile, hashed: Hashed) -> Result<FileEntry> {
 }
 
 /// Fetches every part, proves the whole.
-async fn prove(task: PartTask, order: Order) -> Result<(FileEntry, FileIdentity), Trouble> {
+async fn prove(task: PartTask, order: Order) -> Result<(FileEntry, FileIdentity), PartFailure> {
     all_parts(&task, order).await?;
     let PartTask { writer, ladder, file, .. } = task;
     let writer =
@@ -372,10 +388,10 @@ async fn prove(task: PartTask, order: Order) -> Result<(FileEntry, FileIdentity)
 }
 
 /// Fetches every part, as many at once as the limiter allows; what a reader waits for before the rest.
-async fn all_parts(task: &PartTask, order: Order) -> Result<(), Trouble> {
+async fn all_parts(task: &PartTask, order: Order) -> Result<(), PartFailure> {
     let size = task.file.entry.size;
     let step = if task.one_stream { size.max(1) } else { task.part_size };
-    let mut left = Left::new(size.div_ceil(step), order);
+    let mut left = PartQueue::new(size.div_ceil(step), order);
     let mut running = JoinSet::new();
     while !left.is_empty() {
         let permit = loop {
@@ -395,7 +411,7 @@ async fn all_parts(task: &PartTask, order: Order) -> Result<(), Trouble> {
         drop(permit);
         tokio::select! {
             Some(ended) = running.join_next() => ended_part(ended)?,
-            () = task.file.arrival.wished() => {}
+            () = task.file.partial_file.demand_changed() => {}
             () = tokio::time::sleep(pause) => {}
         }
     }
@@ -406,23 +422,23 @@ async fn all_parts(task: &PartTask, order: Order) -> Result<(), Trouble> {
 }
 
 /// The part to be asked for now, or for how long to ask for none.
-fn next_part(task: &PartTask, left: &mut Left, step: u64, is_idle: bool) -> (Option<u64>, Duration) {
-    let wished = task.file.arrival.next(left, step);
+fn next_part(task: &PartTask, left: &mut PartQueue, step: u64, is_idle: bool) -> (Option<u64>, Duration) {
+    let demand_changed = task.file.partial_file.next(left, step);
     let in_order = left.peek();
     let lags = |part: u64| {
         let ahead = task.writer.hashed_bytes().saturating_add(LAG_PARTS * step);
         part * step > ahead || task.left_over.is_empty() && task.writer.parts_behind() > BEHIND_PARTS
     };
-    match wished {
-        Next::Wished(part) => (Some(part), Duration::ZERO),
+    match demand_changed {
+        Next::Demanded(part) => (Some(part), Duration::ZERO),
         _ if is_idle => (in_order, Duration::ZERO),
-        Next::Wait => (None, NEXT_WISH),
+        Next::Wait => (None, NEXT_DEMAND_WAIT),
         Next::Any if in_order.is_some_and(lags) => (None, LOOK_BEHIND),
         Next::Any => (in_order, Duration::MAX),
     }
 }
 
-fn ended_part(ended: Result<Result<(), Trouble>, tokio::task::JoinError>) -> Result<(), Trouble> {
+fn ended_part(ended: Result<Result<(), PartFailure>, tokio::task::JoinError>) -> Result<(), PartFailure> {
     ended.map_err(|cause| Error::new(ErrorKind::Other, "a part's task ended unexpectedly").cause(cause))?
 }
 
@@ -469,17 +485,17 @@ mod tests {
     }
 
     /// A file that is poured from one source, without any digest.
-    fn undigested(folder: &RootedPath, size: u64, answers: Vec<Vec<u8>>) -> PourFile {
+    fn undigested(folder: &RootedPath, size: u64, answers: Vec<Vec<u8>>) -> DownloadFile {
         let owner = FileLock::try_exclusive(&folder.join("owner")).expect("locks").expect("nobody else");
         let target = folder.join("file");
-        PourFile {
+        DownloadFile {
             path: FilePath::new("file").expect("a path"),
             entry: FileEntry::with(size, FileDetails::default()),
             target: target.clone(),
             owner: Arc::new(owner),
             sources: vec![Arc::new(Endless(Mutex::new(answers.into())))],
             on_part: None,
-            arrival: Arrival::new(target, size, super::super::Release::Proven),
+            partial_file: PartialFile::new(target, size, super::super::ReadGate::Proven),
         }
     }
 
@@ -491,14 +507,15 @@ mod tests {
             let right: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8).collect();
             let too_long = [b"OTHER BYTES ".as_slice(), &right].concat();
             let file = undigested(&RootedPath::root(folder.path()), right.len() as u64, vec![too_long, right.clone()]);
-            let (target, pourer) =
-                (file.target.clone(), Pourer::new(Retry::new(RetryConfig::default()), WriteMode::Buffered));
-            let poured = pourer.pour(vec![file], Purpose::Read, &Progress::new()).await.expect("the second is right");
+            let (target, downloader) =
+                (file.target.clone(), Downloader::new(Retry::new(RetryConfig::default()), WriteMode::Buffered));
+            let downloaded =
+                downloader.download(vec![file], Purpose::Read, &Progress::new()).await.expect("the second is right");
             assert!(
                 std::fs::read(target.full()).expect("is there") == right,
                 "{bytes}: wrong bytes were taken for right"
             );
-            let digest = poured.first().and_then(|poured| poured.entry.sha256);
+            let digest = downloaded.first().and_then(|downloaded| downloaded.entry.sha256);
             assert_eq!(digest, Some(crate::digest::Digest::of(&right)), "{bytes}: the digest is that of other bytes");
         }
     }
@@ -520,17 +537,17 @@ mod tests {
             .expect("locks")
             .expect("nobody else");
         let target = RootedPath::root(folder.path()).join("file");
-        let file = PourFile {
+        let file = DownloadFile {
             path: FilePath::new("file").expect("a path"),
             entry,
             target: target.clone(),
             owner: Arc::new(owner),
             sources: vec![Arc::new(Endless(Mutex::new([damaged, right.clone()].into())))],
             on_part: None,
-            arrival: Arrival::new(target.clone(), size, super::super::Release::ByPart),
+            partial_file: PartialFile::new(target.clone(), size, super::super::ReadGate::ByPart),
         };
-        let pourer = Pourer::new(Retry::new(RetryConfig::default()), WriteMode::Buffered);
-        pourer.pour(vec![file], Purpose::Read, &Progress::new()).await.expect("the second answer is right");
+        let downloader = Downloader::new(Retry::new(RetryConfig::default()), WriteMode::Buffered);
+        downloader.download(vec![file], Purpose::Read, &Progress::new()).await.expect("the second answer is right");
         assert!(std::fs::read(target.full()).expect("is there") == right, "wrong bytes were taken for right");
     }
 }

@@ -13,7 +13,7 @@ use std::future::poll_fn;
 use std::task::{Context, Poll};
 
 /// A connection that brings bytes of the range.
-struct Lane<'a> {
+struct Connection<'a> {
     stream: BoxStream<'a, Result<Bytes>>,
     /// Where its next byte belongs.
     at: u64,
@@ -22,22 +22,22 @@ struct Lane<'a> {
 }
 
 /// The connections that bring one range.
-pub(super) struct Race<'a> {
-    lanes: Vec<Lane<'a>>,
+pub(super) struct HedgedRead<'a> {
+    lanes: Vec<Connection<'a>>,
     is_hedged: bool,
     /// Received, and thrown away because the other lane was first.
     wasted_bytes: u64,
 }
 
-impl<'a> Race<'a> {
+impl<'a> HedgedRead<'a> {
     /// One connection, whose stream begins at `at`.
     pub(super) fn new(stream: BoxStream<'a, Result<Bytes>>, at: u64) -> Self {
-        Self { lanes: vec![Lane { stream, at, _permit: None }], is_hedged: false, wasted_bytes: 0 }
+        Self { lanes: vec![Connection { stream, at, _permit: None }], is_hedged: false, wasted_bytes: 0 }
     }
 
     /// Another one.
     pub(super) fn join(&mut self, stream: BoxStream<'a, Result<Bytes>>, at: u64, permit: Permit) {
-        self.lanes.push(Lane { stream, at, _permit: Some(permit) });
+        self.lanes.push(Connection { stream, at, _permit: Some(permit) });
         self.is_hedged = true;
     }
 
@@ -101,7 +101,7 @@ mod tests {
         .boxed()
     }
 
-    async fn text(mut race: Race<'_>) -> (String, Option<Error>, u64) {
+    async fn text(mut race: HedgedRead<'_>) -> (String, Option<Error>, u64) {
         let mut got = String::new();
         loop {
             match race.next(got.len() as u64).await {
@@ -114,7 +114,7 @@ mod tests {
     #[tokio::test]
     async fn each_byte_is_taken_once_from_whoever_is_first() {
         let permit = Limiter::new(None).acquire().await;
-        let mut race = Race::new(chunks(&["0", "1", "2"]).chain(stream::pending()).boxed(), 0);
+        let mut race = HedgedRead::new(chunks(&["0", "1", "2"]).chain(stream::pending()).boxed(), 0);
         race.join(
             stream::once(tokio::task::yield_now()).map(|()| Ok(Bytes::from("01"))).chain(chunks(&["23", "45"])).boxed(),
             0,
@@ -132,11 +132,11 @@ mod tests {
     #[tokio::test]
     async fn one_that_fails_leaves_the_range_to_the_other() {
         let permit = Limiter::new(None).acquire().await;
-        let mut race = Race::new(chunks(&["ab", "!"]), 0);
+        let mut race = HedgedRead::new(chunks(&["ab", "!"]), 0);
         race.join(chunks(&["ab", "cd"]), 0, permit);
         assert!(matches!(text(race).await, (text, None, 2) if text == "abcd"));
         let permit = Limiter::new(None).acquire().await;
-        let mut race = Race::new(chunks(&["ab", "!"]), 0);
+        let mut race = HedgedRead::new(chunks(&["ab", "!"]), 0);
         race.join(chunks(&["!"]), 0, permit);
         assert!(matches!(text(race).await, (text, Some(_), 0) if text == "ab"), "the last failure counts");
     }

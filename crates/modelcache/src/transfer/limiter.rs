@@ -1,6 +1,6 @@
 //! The limiter: how many requests for bytes may be under way at once, found by trying.
 //!
-//! It starts with [`START`], adds as long as goodput rises by a twentieth for it, and otherwise goes back and rests
+//! It starts with [`CONCURRENCY_INITIAL`], adds as long as goodput rises by a twentieth for it, and otherwise goes back and rests
 //! before it tries again. While slices wait for the workers the network is not what is slow: more requests would only
 //! take memory, and it goes back to where it began. A server that says it is asked too much (503, 429) halves it. One
 //! limiter serves all fills of the process: they share the machine's network, and a fleet's fills meet at one server.
@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Requests at once to begin with.
-const START: usize = 16;
+const CONCURRENCY_INITIAL: usize = 16;
 /// Requests at once, however slow it goes.
-const LEAST: usize = 4;
+const CONCURRENCY_MIN: usize = 4;
 /// Requests at once at most. What a connection holds that its reader has not taken yet is up to a MiB.
 const MOST: usize = 64;
 /// How long goodput is measured at a time. Requests of a part take about as long where it matters.
@@ -25,8 +25,8 @@ const WINDOW: Duration = Duration::from_millis(200);
 /// Goodput has to rise by this for more requests to be kept.
 const GAIN: f64 = 1.05;
 /// Windows of rest after more requests were no use, the first time and at most: it doubles as long as they are none.
-const REST_WINDOWS: u32 = 2;
-const REST_WINDOWS_MAX: u32 = 32;
+const BACKOFF_WINDOWS: u32 = 2;
+const BACKOFF_WINDOWS_MAX: u32 = 32;
 /// Windows of rest after there were too many for a server.
 const HALVED_WINDOWS: u32 = 10;
 /// What a request counts, besides its bytes.
@@ -59,7 +59,7 @@ struct Inner {
 
 #[derive(Debug)]
 struct State {
-    climb: Climb,
+    climb: ConcurrencyController,
     window_start: Instant,
     /// Permits to be taken out of use as they come back.
     debt: usize,
@@ -82,8 +82,9 @@ impl Limiter {
     pub(super) fn new(files_max: Option<u64>) -> Self {
         // A request needs a connection; two files for each are open, with up to three descriptors; and what comes may be
         // sent meanwhile.
-        let most = files_max.map_or(MOST, |files| usize::try_from(files / 16).unwrap_or(MOST)).clamp(LEAST, MOST);
-        let climb = Climb::new(START.min(most), most);
+        let most =
+            files_max.map_or(MOST, |files| usize::try_from(files / 16).unwrap_or(MOST)).clamp(CONCURRENCY_MIN, MOST);
+        let climb = ConcurrencyController::new(CONCURRENCY_INITIAL.min(most), most);
         Self(Arc::new(Inner {
             permits: Arc::new(Semaphore::new(climb.limit)),
             window_bytes: AtomicU64::new(0),
@@ -137,8 +138,8 @@ impl Limiter {
         let is_behind = 4 * waiting > slices;
         // What was not for want of requests says nothing about how many are right.
         let is_full = !self.is_slack() && !is_behind;
-        if is_behind && state.climb.limit > START {
-            let limit = state.climb.back_to(START);
+        if is_behind && state.climb.limit > CONCURRENCY_INITIAL {
+            let limit = state.climb.back_to(CONCURRENCY_INITIAL);
             self.adjust(&mut state, limit);
         }
         if is_full && state.was_full && took < 5 * WINDOW {
@@ -193,12 +194,12 @@ impl Limiter {
     fn adjust(&self, state: &mut State, limit: usize) {
         let now = state.climb.in_force;
         if limit > now {
-            let paid = state.debt.min(limit - now);
-            state.debt -= paid;
-            self.0.permits.add_permits(limit - now - paid);
+            let mark_synced = state.debt.min(limit - now);
+            state.debt -= mark_synced;
+            self.0.permits.add_permits(limit - now - mark_synced);
         } else {
-            let owed = now - limit;
-            state.debt += owed - self.0.permits.forget_permits(owed);
+            let dirty = now - limit;
+            state.debt += dirty - self.0.permits.forget_permits(dirty);
         }
         state.climb.in_force = limit;
     }
@@ -227,7 +228,7 @@ impl Drop for Permit {
 
 /// The search for the best number: no clock, no requests, only what each window brought.
 #[derive(Debug)]
-struct Climb {
+struct ConcurrencyController {
     limit: usize,
     /// The number that permits were made for.
     in_force: usize,
@@ -253,9 +254,9 @@ enum Step {
     Rest(u32),
 }
 
-impl Climb {
+impl ConcurrencyController {
     fn new(limit: usize, most: usize) -> Self {
-        Self { limit, in_force: limit, most, step: Step::Measure, before: 0.0, is_young: true, rest: REST_WINDOWS }
+        Self { limit, in_force: limit, most, step: Step::Measure, before: 0.0, is_young: true, rest: BACKOFF_WINDOWS }
     }
 
     /// A window ended with this goodput; the number from now on.
@@ -265,12 +266,12 @@ impl Climb {
             Step::Rest(0) | Step::Measure => self.up(goodput),
             Step::Settle(from) => Step::Judge(from),
             Step::Judge(_) if goodput >= self.before * GAIN => {
-                self.rest = REST_WINDOWS;
+                self.rest = BACKOFF_WINDOWS;
                 self.up(goodput)
             }
             Step::Judge(from) => {
                 let rest = self.rest;
-                (self.limit, self.is_young, self.rest) = (from, false, (2 * rest).min(REST_WINDOWS_MAX));
+                (self.limit, self.is_young, self.rest) = (from, false, (2 * rest).min(BACKOFF_WINDOWS_MAX));
                 Step::Rest(rest)
             }
         };
@@ -280,7 +281,7 @@ impl Climb {
     fn up(&mut self, goodput: f64) -> Step {
         let (from, stride) = (self.limit, if self.is_young { self.limit / 2 } else { self.limit / 4 });
         if from == self.most {
-            return Step::Rest(REST_WINDOWS_MAX);
+            return Step::Rest(BACKOFF_WINDOWS_MAX);
         }
         self.before = goodput;
         self.limit = (from + stride.max(1)).min(self.most);
@@ -288,7 +289,7 @@ impl Climb {
     }
 
     fn halve(&mut self) -> usize {
-        self.back_to((self.limit / 2).max(LEAST))
+        self.back_to((self.limit / 2).max(CONCURRENCY_MIN))
     }
 
     fn back_to(&mut self, limit: usize) -> usize {
@@ -302,8 +303,8 @@ mod tests {
     use super::*;
 
     /// Where a climb is after so many windows on a network that brings `goodput(limit)`.
-    fn climbed(windows: usize, goodput: impl Fn(usize) -> f64) -> Climb {
-        let mut climb = Climb::new(START, MOST);
+    fn climbed(windows: usize, goodput: impl Fn(usize) -> f64) -> ConcurrencyController {
+        let mut climb = ConcurrencyController::new(CONCURRENCY_INITIAL, MOST);
         for _ in 0..windows {
             climb.window(goodput(climb.limit));
         }
@@ -321,8 +322,8 @@ mod tests {
     #[test]
     fn more_requests_are_given_up_where_they_bring_nothing() {
         let mut climb = climbed(3, |_| 1e9);
-        assert_eq!(climb.limit, START, "after one try");
-        let tries = (0..100).filter(|_| climb.window(1e9) > START).count();
+        assert_eq!(climb.limit, CONCURRENCY_INITIAL, "after one try");
+        let tries = (0..100).filter(|_| climb.window(1e9) > CONCURRENCY_INITIAL).count();
         assert!((1..30).contains(&tries), "seldom tried again, and never for long: {tries}");
     }
 
@@ -334,24 +335,24 @@ mod tests {
         for _ in 0..60 {
             climb.window(climb.limit as f64 * 50e6);
         }
-        assert!(climb.limit >= START, "{}", climb.limit);
+        assert!(climb.limit >= CONCURRENCY_INITIAL, "{}", climb.limit);
     }
 
     #[tokio::test]
     async fn fewer_permits_hold_as_soon_as_those_in_use_come_back() {
         let limiter = Limiter::new(None);
         let mut held = Vec::new();
-        for _ in 0..START {
+        for _ in 0..CONCURRENCY_INITIAL {
             held.push(limiter.acquire().await);
         }
         limiter.throttled();
         limiter.throttled();
-        assert_eq!(limiter.limit(), START / 2, "one storm halves once");
-        held.truncate(START / 2);
+        assert_eq!(limiter.limit(), CONCURRENCY_INITIAL / 2, "one storm halves once");
+        held.truncate(CONCURRENCY_INITIAL / 2);
         assert!(limiter.try_acquire().is_none(), "what came back is out of use");
         held.clear();
         let mut free: Vec<_> = std::iter::from_fn(|| limiter.try_acquire()).take(MOST).collect();
-        assert_eq!(free.len(), START / 2);
+        assert_eq!(free.len(), CONCURRENCY_INITIAL / 2);
         free.clear();
         let mut state = limiter.state();
         let limit = state.climb.most;
@@ -363,8 +364,8 @@ mod tests {
     #[test]
     fn few_descriptors_mean_few_requests() {
         assert_eq!(Limiter::new(Some(128)).limit(), 8);
-        assert_eq!(Limiter::new(Some(1)).limit(), LEAST);
-        assert_eq!(Limiter::new(Some(1 << 20)).limit(), START);
+        assert_eq!(Limiter::new(Some(1)).limit(), CONCURRENCY_MIN);
+        assert_eq!(Limiter::new(Some(1 << 20)).limit(), CONCURRENCY_INITIAL);
     }
 
     #[test]

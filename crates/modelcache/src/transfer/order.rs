@@ -2,7 +2,7 @@
 //!
 //! A fleet that starts at once and asks in one order makes every part hot in turn; at random it spreads over all of
 //! them. Parts that a ladder checks may come in any order. A file that is hashed in order is asked for nearly so. What
-//! a reader waits for comes before its turn (`arrival.rs`).
+//! a reader waits for comes before its turn (`partial_file.rs`).
 
 use rand::seq::SliceRandom;
 use std::collections::BTreeSet;
@@ -24,12 +24,12 @@ pub(super) enum Order {
 
 /// The parts of a file that were not asked for yet.
 #[derive(Debug)]
-pub(super) struct Left {
+pub(super) struct PartQueue {
     in_order: std::vec::IntoIter<u64>,
     parts: BTreeSet<u64>,
 }
 
-impl Left {
+impl PartQueue {
     /// All parts from 0 to `count`.
     pub(super) fn new(count: u64, order: Order) -> Self {
         Self { in_order: parts(count, order).into_iter(), parts: (0..count).collect() }
@@ -78,7 +78,7 @@ mod tests {
 
     #[test]
     fn what_was_asked_for_before_its_turn_is_not_asked_for_again() {
-        let mut left = Left::new(5, Order::Strict);
+        let mut left = PartQueue::new(5, Order::Strict);
         assert_eq!(left.first_in(1..9), Some(1));
         [1, 0].into_iter().for_each(|part| left.begin(part));
         assert_eq!((left.first_in(0..2), left.first_in(0..3)), (None, Some(2)));

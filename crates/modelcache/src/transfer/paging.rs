@@ -27,8 +27,8 @@ impl Paging {
             Error::corrupt(format!("the server's listing does not end: {why} (page {page})"))
                 .hint("check the server, and any proxy on the way, for answers from a cache")
         };
-        let tagged = [("entry", last), ("token", next)];
-        for (what, text) in tagged.into_iter().filter_map(|(what, text)| Some((what, text?))) {
+        let tag_record = [("entry", last), ("token", next)];
+        for (what, text) in tag_record.into_iter().filter_map(|(what, text)| Some((what, text?))) {
             if !self.seen.insert(Digest::of(format!("{what} {text}").as_bytes())) {
                 return Err(no_end(match what {
                     "entry" => "a page ends with the same entry as an earlier one",

@@ -7,19 +7,19 @@
 //!
 //! The last slice of a range is held back until the answer has ended. An answer that goes on has other bytes than it
 //! says: nothing of it is marked as complete, and the range starts over. Where the file is hashed in order and bytes of
-//! the range are in the hash already, the whole file starts over ([`Trouble::Spoiled`]).
+//! the range are in the hash already, the whole file starts over ([`PartFailure::Spoiled`]).
 //!
 //! Surprise: requests are counted by permits, and a range gives its permit back while it only waits.
 
 use super::answer::StallDetector;
 use super::blocking;
 use super::buffer::{Buffer, SLICE_BYTES};
+use super::download::{DownloadFile, Failures, Local, PartFailure};
 use super::engine::Engine;
-use super::hedge::Race;
+use super::hedge::HedgedRead;
 use super::limiter::Permit;
-use super::pour::{Failures, Local, PourFile, Trouble};
 use super::retry::{Attempts, Retry};
-use super::workers::{Done, Hash, Pending, Rung, Slice, Work, slice_of};
+use super::workers::{CheckpointPair, Hash, Pending, Slice, SliceOutcome, Work, slice_of};
 use crate::disk::StagedWriter;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
@@ -43,7 +43,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 pub(super) struct PartTask {
     pub(super) engine: Arc<Engine>,
     pub(super) retry: Retry,
-    pub(super) file: Arc<PourFile>,
+    pub(super) file: Arc<DownloadFile>,
     pub(super) writer: Arc<StagedWriter>,
     /// Of what is written, as the arrival has it.
     pub(super) generation: u64,
@@ -64,16 +64,16 @@ pub(super) struct PartTask {
 
 impl PartTask {
     /// Sees that the bytes in `range` are written and right.
-    pub(super) async fn run(self, range: Range<u64>, permit: Permit) -> Result<(), Trouble> {
+    pub(super) async fn run(self, range: Range<u64>, permit: Permit) -> Result<(), PartFailure> {
         let mut part = PartProgress::new(&self, &range);
         if self.left_over(&range, &mut part).await? {
             drop(permit);
         } else {
             self.part(&range, permit, &mut part).await?;
         }
-        self.file.arrival.part_came(self.generation, &range);
+        self.file.partial_file.part_received(self.generation, &range);
         if let Some(sink) = &self.file.on_part {
-            sink.tell(&self.file.path, self.generation, range);
+            sink.notify(&self.file.path, self.generation, range);
         }
         if part.is_to_catch_up { Ok(self.catch_up().await?) } else { Ok(()) }
     }
@@ -89,7 +89,7 @@ impl PartTask {
     }
 
     /// Takes the part in `range` as an ended fill left it, if it did and, where a ladder can tell, it is right.
-    async fn left_over(&self, range: &Range<u64>, part: &mut PartProgress) -> Result<bool, Trouble> {
+    async fn left_over(&self, range: &Range<u64>, part: &mut PartProgress) -> Result<bool, PartFailure> {
         let index = range.start / self.part_size;
         if !self.left_over.contains(&index) {
             return Ok(false);
@@ -120,7 +120,7 @@ impl PartTask {
     }
 
     /// Gets one range right, from the first source that gives it.
-    async fn part(&self, range: &Range<u64>, permit: Permit, part: &mut PartProgress) -> Result<(), Trouble> {
+    async fn part(&self, range: &Range<u64>, permit: Permit, part: &mut PartProgress) -> Result<(), PartFailure> {
         let (mut failure, mut permit): (Option<Error>, _) = (None, Some(permit));
         for (at, source) in self.sources.iter().enumerate() {
             let is_last = at + 1 == self.sources.len();
@@ -137,7 +137,7 @@ impl PartTask {
                         }
                         return Ok(());
                     }
-                    Err(Trouble::Failed(error)) => error,
+                    Err(PartFailure::Failed(error)) => error,
                     Err(trouble) => return Err(trouble),
                 };
                 if error.is_throttled() {
@@ -162,7 +162,7 @@ impl PartTask {
             }
         }
         let nowhere = || Error::not_found(format!("no source holds {}", self.file.path));
-        Err(Trouble::Failed(failure.unwrap_or_else(nowhere)))
+        Err(PartFailure::Failed(failure.unwrap_or_else(nowhere)))
     }
 
     /// Corrupt bytes are not waited for; the network is.
@@ -184,17 +184,22 @@ impl PartTask {
     }
 
     /// Streams what is missing of the range from one source, once.
-    async fn stream(&self, source: &dyn Source, range: &Range<u64>, part: &mut PartProgress) -> Result<(), Trouble> {
+    async fn stream(
+        &self,
+        source: &dyn Source,
+        range: &Range<u64>,
+        part: &mut PartProgress,
+    ) -> Result<(), PartFailure> {
         let want = part.next..range.end;
         let cuts = || source.ignores_ranges() && range.end - range.start < self.file.entry.size;
         if cuts() {
-            return Err(Trouble::IgnoresRanges);
+            return Err(PartFailure::IgnoresRanges);
         }
-        let reading = Reading::start(self, source, want.clone());
+        let reading = ResponseReader::start(self, source, want.clone());
         let body = reading.first(source.read(&self.file.path, want.clone())).await?;
         // The answer itself may have told.
         if cuts() {
-            return Err(Trouble::IgnoresRanges);
+            return Err(PartFailure::IgnoresRanges);
         }
         if body.start != want.start {
             // From the beginning of the file: only of use to whoever asked for all of it.
@@ -202,12 +207,12 @@ impl PartTask {
                 part.restart(self, range);
             }
             if range.start != 0 || range.end != self.file.entry.size {
-                return Err(Trouble::IgnoresRanges);
+                return Err(PartFailure::IgnoresRanges);
             }
             // What comes need not be what came before: all of it is hashed anew.
             self.writer.rewind();
         }
-        let received = self.receive(reading, Race::new(body.stream, part.next), range, part).await;
+        let received = self.receive(reading, HedgedRead::new(body.stream, part.next), range, part).await;
         // What is in the workers' hands is written and hashed, whatever became of the stream.
         let holds = part.settle(self).await?;
         part.spare = None;
@@ -215,7 +220,7 @@ impl PartTask {
             // It is complete, and wrong, however the stream ended.
             part.restart(self, range);
             let expected = self.file.entry.sha256.map(|digest| digest.short()).unwrap_or_default();
-            return Err(Trouble::Failed(
+            return Err(PartFailure::Failed(
                 Error::corrupt(format!(
                     "sha256 mismatch for {} in bytes {}-{}: not part of {expected}…; discarded",
                     self.file.path, range.start, range.end
@@ -225,10 +230,10 @@ impl PartTask {
             ));
         }
         match received {
-            Err(Trouble::Failed(error)) if error.kind() == ErrorKind::Corrupt => {
+            Err(PartFailure::Failed(error)) if error.kind() == ErrorKind::Corrupt => {
                 let is_hashed = self.ladder.is_none() && part.next > range.start;
                 part.restart(self, range);
-                return Err(if is_hashed { Trouble::Spoiled(error.tier(source.tier())) } else { error.into() });
+                return Err(if is_hashed { PartFailure::Spoiled(error.tier(source.tier())) } else { error.into() });
             }
             received => received?,
         }
@@ -241,11 +246,11 @@ impl PartTask {
     /// Hands what comes to the workers, until the answer ends. The last slice only then: nothing may follow it.
     async fn receive<'a>(
         &'a self,
-        mut reading: Reading<'a>,
-        mut race: Race<'a>,
+        mut reading: ResponseReader<'a>,
+        mut race: HedgedRead<'a>,
         range: &Range<u64>,
         part: &mut PartProgress,
-    ) -> Result<(), Trouble> {
+    ) -> Result<(), PartFailure> {
         let tier = reading.source.tier();
         let mut filling: Option<Buffer> = None;
         loop {
@@ -274,7 +279,7 @@ impl PartTask {
             }
             if !rest.is_empty() && range.start == 0 && range.end < self.file.entry.size {
                 // Perhaps it is the whole file. Asked for as one, the server shows what it sends.
-                return Err(Trouble::IgnoresRanges);
+                return Err(PartFailure::IgnoresRanges);
             }
             if !rest.is_empty() {
                 let error = Error::corrupt("the server sent more than was asked for").tier(tier).transient(true);
@@ -292,7 +297,7 @@ impl PartTask {
 }
 
 /// One request's answer being read: how long that takes, and what is done about it.
-struct Reading<'a> {
+struct ResponseReader<'a> {
     task: &'a PartTask,
     source: &'a dyn Source,
     want: Range<u64>,
@@ -301,7 +306,7 @@ struct Reading<'a> {
     stall: StallDetector,
 }
 
-impl<'a> Reading<'a> {
+impl<'a> ResponseReader<'a> {
     fn start(task: &'a PartTask, source: &'a dyn Source, want: Range<u64>) -> Self {
         let began = Instant::now();
         Self { task, source, want, began, looked: began, stall: StallDetector::new(task.retry.read_timeout()) }
@@ -318,7 +323,7 @@ impl<'a> Reading<'a> {
     }
 
     /// The next bytes, which belong at `position`; `None` at the end.
-    async fn next(&mut self, race: &mut Race<'a>, position: u64) -> Result<Option<Bytes>> {
+    async fn next(&mut self, race: &mut HedgedRead<'a>, position: u64) -> Result<Option<Bytes>> {
         let (timeout, waiting) = (self.task.retry.read_timeout(), Instant::now());
         let chunk = loop {
             if self.looked.elapsed() >= LOOK_EVERY {
@@ -346,7 +351,7 @@ impl<'a> Reading<'a> {
 
     /// Asks for the rest over a second connection, once, if this one is far slower than others were and no request
     /// waits for its turn.
-    fn hedge(&self, race: &mut Race<'a>, position: u64) {
+    fn hedge(&self, race: &mut HedgedRead<'a>, position: u64) {
         let (engine, bytes) = (&self.task.engine, self.want.end - self.want.start);
         if race.is_hedged()
             || self.task.one_stream
@@ -411,9 +416,9 @@ impl PartProgress {
         }
     }
 
-    fn rung(task: &PartTask, range: &Range<u64>) -> Option<Rung> {
+    fn rung(task: &PartTask, range: &Range<u64>) -> Option<CheckpointPair> {
         let (ladder, index) = (task.ladder.clone()?, range.start / task.part_size);
-        Some(Rung { ladder, index, sha256: task.file.entry.sha256 })
+        Some(CheckpointPair { ladder, index, sha256: task.file.entry.sha256 })
     }
 
     /// A stream that ended in good order, too soon.
@@ -440,7 +445,7 @@ impl PartProgress {
     }
 
     /// An empty buffer: the one that came back, one that nobody uses, or the next that comes back.
-    async fn buffer(&mut self, task: &PartTask) -> Result<Buffer, Trouble> {
+    async fn buffer(&mut self, task: &PartTask) -> Result<Buffer, PartFailure> {
         if let Some(buffer) = self.spare.take().or_else(|| self.second(task)) {
             return Ok(buffer);
         }
@@ -452,7 +457,13 @@ impl PartProgress {
     }
 
     /// Hands the next slice to the workers, after the one before came back.
-    async fn submit(&mut self, task: &PartTask, range: &Range<u64>, work: Work, buffer: Buffer) -> Result<(), Trouble> {
+    async fn submit(
+        &mut self,
+        task: &PartTask,
+        range: &Range<u64>,
+        work: Work,
+        buffer: Buffer,
+    ) -> Result<(), PartFailure> {
         self.settle(task).await?;
         let len = work.reads_back().unwrap_or(buffer.len()) as u64;
         let (writer, offset) = (task.writer.clone(), self.next);
@@ -469,9 +480,9 @@ impl PartProgress {
     }
 
     /// Waits for what the workers have. Whether the ladder, where it was asked, has not contradicted, now or before.
-    async fn settle(&mut self, task: &PartTask) -> Result<bool, Trouble> {
+    async fn settle(&mut self, task: &PartTask) -> Result<bool, PartFailure> {
         let Some((len, pending)) = self.in_flight.take() else { return Ok(self.holds) };
-        let Done { buffer, hash, holds, is_to_catch_up } = pending.done().await.map_err(Trouble::Broken)?;
+        let SliceOutcome { buffer, hash, holds, is_to_catch_up } = pending.done().await.map_err(PartFailure::Broken)?;
         if let Hash::Part(hasher) = hash {
             self.hasher = Some(hasher);
         }

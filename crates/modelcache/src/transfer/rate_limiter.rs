@@ -8,13 +8,13 @@ const NAP: Duration = Duration::from_millis(50);
 
 /// A limit on bytes per second, or none.
 #[derive(Debug)]
-pub(crate) struct Pace {
+pub(crate) struct RateLimiter {
     bytes_per_s: Option<u64>,
     /// When the next bytes may be read.
     next: Mutex<Instant>,
 }
 
-impl Pace {
+impl RateLimiter {
     /// At most this many bytes a second; `None` for as fast as it goes.
     pub(crate) fn new(bytes_per_s: Option<u64>) -> Self {
         Self { bytes_per_s: bytes_per_s.map(|rate| rate.max(1)), next: Mutex::new(Instant::now()) }
@@ -60,12 +60,12 @@ mod tests {
 
     #[test]
     fn what_was_booked_before_is_waited_for() {
-        let pace = Pace::new(Some(1000));
-        assert_eq!(pace.book(500), Duration::ZERO);
-        let second = pace.book(2000);
+        let rate_limiter = RateLimiter::new(Some(1000));
+        assert_eq!(rate_limiter.book(500), Duration::ZERO);
+        let second = rate_limiter.book(2000);
         assert!(second > Duration::from_millis(300) && second <= Duration::from_millis(500), "{second:?}");
-        let third = pace.book(1);
+        let third = rate_limiter.book(1);
         assert!(third > Duration::from_secs(2) && third <= Duration::from_millis(2500), "{third:?}");
-        assert_eq!(Pace::new(None).book(u64::MAX), Duration::ZERO);
+        assert_eq!(RateLimiter::new(None).book(u64::MAX), Duration::ZERO);
     }
 }

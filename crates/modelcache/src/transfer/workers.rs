@@ -42,7 +42,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    queue: VecDeque<Job>,
+    queue: VecDeque<SliceJob>,
     workers: usize,
     hashing: usize,
     /// Pairs hashed so far.
@@ -59,7 +59,7 @@ pub(super) struct Slice {
     pub(super) work: Work,
     pub(super) hash: Hash,
     /// Set on the last slice of a range: what the hash must come to, and the parts that are then complete.
-    pub(super) end: Option<(Option<Rung>, Range<u64>)>,
+    pub(super) end: Option<(Option<CheckpointPair>, Range<u64>)>,
 }
 
 /// Where a slice comes from.
@@ -89,7 +89,7 @@ impl std::fmt::Debug for Hash {
 
 /// Two rungs of a ladder: what stands before a part, and what after.
 #[derive(Debug, Clone)]
-pub(super) struct Rung {
+pub(super) struct CheckpointPair {
     pub(super) ladder: Arc<Ladder>,
     /// The part between them.
     pub(super) index: u64,
@@ -99,7 +99,7 @@ pub(super) struct Rung {
 
 /// What became of a slice.
 #[derive(Debug)]
-pub(super) struct Done {
+pub(super) struct SliceOutcome {
     /// Empty.
     pub(super) buffer: Buffer,
     pub(super) hash: Hash,
@@ -110,9 +110,9 @@ pub(super) struct Done {
 }
 
 #[derive(Debug)]
-struct Job {
+struct SliceJob {
     slice: Slice,
-    reply: oneshot::Sender<Result<Done>>,
+    reply: oneshot::Sender<Result<SliceOutcome>>,
 }
 
 impl Work {
@@ -125,7 +125,7 @@ impl Work {
     }
 }
 
-impl Rung {
+impl CheckpointPair {
     /// A hasher that stands before the part.
     pub(super) fn hasher(&self) -> Option<PartHasher> {
         Some(PartHasher::resume(self.ladder.before(self.index)?, self.index * self.ladder.part_size()))
@@ -158,7 +158,7 @@ impl Workers {
     pub(super) fn submit(&self, slice: Slice) -> Pending {
         let (reply, pending) = oneshot::channel();
         let mut state = self.0.lock();
-        state.queue.push_back(Job { slice, reply });
+        state.queue.push_back(SliceJob { slice, reply });
         self.0.see_to(state);
         Pending(pending)
     }
@@ -171,11 +171,11 @@ impl Workers {
 
 /// A slice that was handed over.
 #[derive(Debug)]
-pub(super) struct Pending(oneshot::Receiver<Result<Done>>);
+pub(super) struct Pending(oneshot::Receiver<Result<SliceOutcome>>);
 
 impl Pending {
     /// What became of it.
-    pub(super) async fn done(self) -> Result<Done> {
+    pub(super) async fn done(self) -> Result<SliceOutcome> {
         self.0.await.map_err(|cause| Error::new(ErrorKind::Other, "background work ended unexpectedly").cause(cause))?
     }
 }
@@ -209,7 +209,7 @@ struct Slot<'a>(&'a Shared);
 
 /// What a worker takes at a time.
 struct Batch<'a> {
-    jobs: Vec<Job>,
+    jobs: Vec<SliceJob>,
     /// `None` where nothing is to be hashed.
     slot: Option<Slot<'a>>,
 }
@@ -219,13 +219,13 @@ impl Worker {
         let shared = self.shared.clone();
         while let Some(batch) = self.next(&shared) {
             let Batch { jobs, slot } = batch;
-            let mut jobs: Vec<Job> = jobs.into_iter().filter_map(Job::loaded).collect();
+            let mut jobs: Vec<SliceJob> = jobs.into_iter().filter_map(SliceJob::loaded).collect();
             if let Some(slot) = slot {
                 hash(&mut jobs);
                 drop(slot);
             }
-            let (chains, others): (Vec<Job>, Vec<Job>) = jobs.into_iter().partition(Job::catches_up);
-            let chains: Vec<Job> = chains.into_iter().filter_map(Job::go_on).collect();
+            let (chains, others): (Vec<SliceJob>, Vec<SliceJob>) = jobs.into_iter().partition(SliceJob::catches_up);
+            let chains: Vec<SliceJob> = chains.into_iter().filter_map(SliceJob::go_on).collect();
             if !chains.is_empty() {
                 let mut state = shared.lock();
                 chains.into_iter().for_each(|chain| state.go_on(chain));
@@ -234,7 +234,7 @@ impl Worker {
                     shared.see_to(state);
                 }
             }
-            others.into_iter().for_each(Job::complete);
+            others.into_iter().for_each(SliceJob::complete);
         }
     }
 
@@ -254,11 +254,11 @@ impl Worker {
                 state = shared.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
-            let mut jobs: Vec<Job> = state.queue.remove(at).into_iter().collect();
-            if !is_free || !jobs.iter().all(Job::hashes) {
+            let mut jobs: Vec<SliceJob> = state.queue.remove(at).into_iter().collect();
+            if !is_free || !jobs.iter().all(SliceJob::hashes) {
                 return Some(Batch { jobs, slot: None });
             }
-            if let Some(at) = state.queue.iter().position(Job::hashes) {
+            if let Some(at) = state.queue.iter().position(SliceJob::hashes) {
                 jobs.extend(state.queue.remove(at));
                 state.pairs += 1;
             }
@@ -270,7 +270,7 @@ impl Worker {
 
 impl State {
     /// Takes a chain back into the queue: in front, for it is the longest of what is to be done, but behind another.
-    fn go_on(&mut self, chain: Job) {
+    fn go_on(&mut self, chain: SliceJob) {
         match self.queue.front() {
             Some(first) if first.catches_up() => self.queue.push_back(chain),
             _ => self.queue.push_front(chain),
@@ -293,7 +293,7 @@ impl Drop for Slot<'_> {
     }
 }
 
-impl Job {
+impl SliceJob {
     /// Whether there is something to hash now.
     fn hashes(&self) -> bool {
         match self.slice.hash {
@@ -356,7 +356,7 @@ impl Slice {
         (range.start, Work::CatchUp(slice_of(range)))
     }
 
-    fn complete(self) -> Result<Done> {
+    fn complete(self) -> Result<SliceOutcome> {
         let Self { writer, offset, mut buffer, work, hash, end } = self;
         let holds = match (&end, &hash) {
             (Some((Some(rung), _)), Hash::Part(hasher)) => rung.holds(hasher.clone()),
@@ -374,7 +374,7 @@ impl Slice {
             }
         }
         buffer.clear();
-        Ok(Done { buffer, hash, holds, is_to_catch_up })
+        Ok(SliceOutcome { buffer, hash, holds, is_to_catch_up })
     }
 }
 
@@ -384,12 +384,12 @@ pub(super) fn slice_of(range: &Range<u64>) -> usize {
 }
 
 /// What a slice is hashed into.
-enum Into<'a> {
+enum HashTarget<'a> {
     Part(&'a mut PartHasher),
     Order(Cursor<'a>),
 }
 
-impl Into<'_> {
+impl HashTarget<'_> {
     /// The hasher for the next `len` bytes, if they all belong to one part.
     fn hasher(&mut self, len: usize) -> Option<&mut PartHasher> {
         match self {
@@ -413,16 +413,16 @@ impl Into<'_> {
 }
 
 /// Where `job` is to be hashed into, if that is possible now, and its bytes.
-fn target(job: &mut Job) -> Option<(Into<'_>, &[u8])> {
+fn target(job: &mut SliceJob) -> Option<(HashTarget<'_>, &[u8])> {
     let Slice { writer, offset, buffer, hash, .. } = &mut job.slice;
     let into = match hash {
-        Hash::Part(hasher) => Into::Part(hasher),
-        Hash::InOrder => Into::Order(writer.at_cursor(*offset)?),
+        Hash::Part(hasher) => HashTarget::Part(hasher),
+        Hash::InOrder => HashTarget::Order(writer.at_cursor(*offset)?),
     };
     Some((into, buffer))
 }
 
-fn hash(jobs: &mut [Job]) {
+fn hash(jobs: &mut [SliceJob]) {
     let mut targets = jobs.iter_mut().filter_map(target);
     match (targets.next(), targets.next()) {
         (Some((mut one, x)), Some((mut other, y))) => {
@@ -447,7 +447,7 @@ fn hash(jobs: &mut [Job]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::{Draft, RootedPath};
+    use crate::disk::{RootedPath, StagedFileSpec};
     use crate::ladder::LadderHasher;
     use crate::transfer::buffer::BufferPool;
     use std::fs;
@@ -461,7 +461,7 @@ mod tests {
 
     fn writer(folder: &TempDir, name: &str, size: usize, in_order: bool) -> Arc<StagedWriter> {
         let (path, size) = (RootedPath::root(folder.path()).join(name), size as u64);
-        let draft = Draft { path, size, part_size: PART, in_order, git: false, direct: false };
+        let draft = StagedFileSpec { path, size, part_size: PART, in_order, git: false, direct: false };
         Arc::new(StagedWriter::create(draft, None).expect("creates"))
     }
 
@@ -486,7 +486,7 @@ mod tests {
             let (pool, workers, ladder) = (pool.clone(), workers.clone(), ladders.next().expect("one each"));
             let (writer, digest) = (writer(&folder, &at.to_string(), content.len(), at < 2), digests[at]);
             async move {
-                let rung = Rung { ladder, index: 0, sha256: Some(digest) };
+                let rung = CheckpointPair { ladder, index: 0, sha256: Some(digest) };
                 let mut hash = if at < 2 { Hash::InOrder } else { Hash::Part(rung.hasher().expect("the first")) };
                 let last = if at < 2 { content.len() } else { PART as usize };
                 for offset in (0..last).step_by(SLICE_BYTES) {
@@ -565,13 +565,13 @@ mod tests {
             let (reply, answer) = oneshot::channel();
             pending.push(answer);
             if name == "other" {
-                state.queue.push_back(Job { slice, reply });
+                state.queue.push_back(SliceJob { slice, reply });
             } else {
                 slice.work = Work::CatchUp(1);
-                state.go_on(Job { slice, reply });
+                state.go_on(SliceJob { slice, reply });
             }
         }
-        let order: Vec<bool> = state.queue.iter().map(Job::catches_up).collect();
+        let order: Vec<bool> = state.queue.iter().map(SliceJob::catches_up).collect();
         assert_eq!(order, [true, false, true]);
     }
 
@@ -582,7 +582,7 @@ mod tests {
         let mut hasher = LadderHasher::new(PART);
         hasher.update(&content);
         let (sha256, ladder) = hasher.finish();
-        let rung = Rung { ladder: Arc::new(ladder), index: 1, sha256: Some(sha256) };
+        let rung = CheckpointPair { ladder: Arc::new(ladder), index: 1, sha256: Some(sha256) };
         let part = writer(&folder, "part", content.len(), false);
         let hash = Hash::Part(rung.hasher().expect("the second"));
         let mut wrong = slice(&pool, &part, PART as usize, &content[..SLICE_BYTES], hash).await;

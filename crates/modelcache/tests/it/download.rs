@@ -1,4 +1,4 @@
-//! The pour against a real S3 server behind a bad network: slow connections, dropped fills, every write mode.
+//! Downloads from an S3 stand-in over a faulty network: slow connections, dropped fills, every write mode.
 
 use crate::common::weather::Weather;
 use crate::common::{assert_same, get};
@@ -15,11 +15,11 @@ const MIB: u64 = 1 << 20;
 const PART: u64 = 8 * MIB;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_rest_of_a_slow_range_is_asked_for_again_and_the_slow_connection_is_left() {
+async fn the_rest_of_a_slow_range_is_requested_again_and_the_slow_connection_is_dropped() {
     let weather = Weather::new().await;
     let content = Content::generated(1, 8 * PART);
     weather.put("model.bin", &content).await;
-    // One connection needs minutes for a part; all others are as they were.
+    // One connection needs minutes for a part. The others are fast.
     weather.proxy.faults().add(ProxyFault::slow(100_000).once());
     let before = weather.proxy.bytes_down();
     let got = get(&weather.cache("a"), "model.bin@1").await.unwrap();
@@ -29,15 +29,15 @@ async fn the_rest_of_a_slow_range_is_asked_for_again_and_the_slow_connection_is_
     assert_eq!(again.len(), 1, "{ranges:?}");
     assert!(
         ranges.iter().any(|(start, end)| end == &again[0].1 && start < &again[0].0),
-        "its range was begun: {ranges:?}"
+        "the slow request began this range: {ranges:?}"
     );
     let passed = weather.proxy.bytes_down() - before;
-    assert!(passed < content.len() + PART / 2, "the slow connection was read on: {passed} bytes passed");
+    assert!(passed < content.len() + PART / 2, "the slow connection was not dropped: {passed} bytes passed");
 }
 
-/// What a dropped fill held would be missed by the next ones: there are fewer permits and buffers than these fills take.
+/// Together these fills need more permits and buffers than exist. They succeed only if a dropped fill releases its own.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dropped_fill_gives_everything_back() {
+async fn a_dropped_fill_releases_its_permits_and_buffers() {
     let weather = Weather::new().await;
     let content = Content::generated(2, 20 * PART);
     weather.put("model.bin", &content).await;
@@ -64,9 +64,9 @@ async fn a_dropped_fill_gives_everything_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_write_mode_brings_the_same_bytes() {
+async fn every_write_mode_stores_the_same_bytes() {
     let weather = Weather::new().await;
-    // Large enough to be written past the page cache, with an end that no block ends at.
+    // Large enough for direct I/O, with a size that is not a multiple of the block size.
     let content = Content::generated(3, 64 * MIB + 4321);
     weather.put("model.bin", &content).await;
     let modes = [WriteMode::Auto, WriteMode::Buffered, WriteMode::Direct];

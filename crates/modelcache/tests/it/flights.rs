@@ -1,4 +1,4 @@
-//! Flights in one process: one fill for all who want the same, whoever of them is cancelled.
+//! Single-flight within a process: concurrent gets of one artifact share one fill, also if some of them are cancelled.
 
 use crate::common::{House, assert_same, get, get_some};
 use modelcache::cache::GetOptions;
@@ -17,7 +17,7 @@ fn big() -> Content {
     Content::generated(1, 20 * MIB + 4321)
 }
 
-/// One of the model's parts stands still for `pause`.
+/// An environment in which the Hub stalls one part of the model for `pause`.
 async fn house(pause: Duration) -> House {
     let house = House::new().await;
     house.hub.repo("org/model").commit().file("config.json", "{}").lfs("model.bin", big()).publish().unwrap();
@@ -37,7 +37,7 @@ async fn until(mut condition: impl FnMut() -> bool) {
         }
         sleep(Duration::from_millis(5)).await;
     }
-    panic!("waited in vain");
+    panic!("timed out");
 }
 
 fn bytes_of_all() -> u64 {
@@ -59,33 +59,33 @@ async fn a_cancelled_leader_or_waiter_leaves_the_fill_to_the_others() {
     leader.abort();
     waiter.abort();
     assert_same(&other.await.unwrap().unwrap().join("model.bin"), &big());
-    assert_eq!(house.hub.body_bytes(), bytes_of_all(), "each byte came once");
+    assert_eq!(house.hub.body_bytes(), bytes_of_all(), "each byte was fetched once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fill_that_nobody_waits_for_ends_and_the_next_one_goes_on_with_it() {
+async fn a_fill_without_waiters_ends_and_the_next_fill_resumes_it() {
     let house = house(Duration::from_secs(600)).await;
     let cache = patient(&house);
     let only = tokio::spawn({
         let cache = cache.clone();
         async move { get(&cache, MODEL).await.map(|_| ()) }
     });
-    // Three parts: one stands still after its first MiB.
+    // The file has three parts. One of them stalls after its first MiB.
     until(|| house.hub.body_bytes() >= big().len() - 8 * MIB).await;
     sleep(Duration::from_millis(300)).await;
     only.abort();
     assert!(only.await.unwrap_err().is_cancelled());
-    // Writes that were under way keep the folder theirs for a moment.
+    // Writes in flight keep the staging folder locked for a moment.
     sleep(Duration::from_millis(300)).await;
     house.hub.clear_requests();
     let got = get(&cache, MODEL).await.unwrap();
     assert_same(&got.path.join("model.bin"), &big());
-    assert!(house.hub.body_bytes() <= 8 * MIB + 2, "{} bytes came again", house.hub.body_bytes());
+    assert!(house.hub.body_bytes() <= 8 * MIB + 2, "{} bytes were fetched again", house.hub.body_bytes());
     assert_eq!(got.report.bytes.origin, house.hub.body_bytes());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn those_who_wait_see_progress_and_are_told_what_was_fetched_for_them() {
+async fn waiters_see_progress_and_get_a_report() {
     let house = house(Duration::from_millis(1500)).await;
     let cache = patient(&house);
     let first = tokio::spawn({
@@ -110,7 +110,7 @@ async fn those_who_wait_see_progress_and_are_told_what_was_fetched_for_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn those_who_wait_for_a_failure_share_it() {
+async fn waiters_share_a_failure() {
     let house = House::new().await;
     house.hub.repo("org/model").commit().lfs("model.bin", big()).publish().unwrap();
     house.hub.faults().add(HubFault::flip(7).on("model.bin"));
@@ -124,7 +124,7 @@ async fn those_who_wait_for_a_failure_share_it() {
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     }
     let asked = house.hub.body_gets().len();
-    assert!(asked <= 8, "{asked} requests for one file, tried twice, by one fill");
+    assert!(asked <= 8, "{asked} requests; one fill makes at most 8 in two attempts");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -143,7 +143,7 @@ async fn another_selection_waits_and_then_fetches_only_its_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn room_that_a_reader_holds_is_waited_for_a_little_and_then_refused_by_name() {
+async fn a_get_waits_briefly_for_leased_space_and_then_names_the_lease_holder() {
     let house = House::new().await;
     for (seed, name) in ["one", "two"].into_iter().enumerate() {
         house.hub.repo(name).commit().generated("model.bin", seed as u64, 6 * MIB).publish().unwrap();
@@ -159,5 +159,5 @@ async fn room_that_a_reader_holds_is_waited_for_a_little_and_then_refused_by_nam
     });
     sleep(Duration::from_millis(500)).await;
     drop(one);
-    assert_eq!(two.await.unwrap().unwrap(), 6 * MIB, "it came as soon as there was room");
+    assert_eq!(two.await.unwrap().unwrap(), 6 * MIB, "it was fetched as soon as there was room");
 }

@@ -1,4 +1,4 @@
-//! The main path against a real directory and the Hub stand-in.
+//! `Cache::get` with a real directory and the Hub stand-in.
 
 use crate::common::{House, assert_same, get, get_some};
 use modelcache::config::{ByteBound, Config};
@@ -28,7 +28,7 @@ async fn house_with_model() -> House {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cold_get_fills_disk_and_a_warm_one_asks_nobody() {
+async fn a_cold_get_fills_disk_and_a_warm_one_sends_no_request() {
     let house = house_with_model().await;
     let cache = house.cache("a");
     let cold = get(&cache, "hf://org/model@main").await.unwrap();
@@ -44,7 +44,7 @@ async fn a_cold_get_fills_disk_and_a_warm_one_asks_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_gets_come_to_is_counted_by_every_clone_together() {
+async fn clones_of_a_cache_share_their_counters() {
     let house = house_with_model().await;
     let cache = house.cache("a");
     get(&cache, "hf://org/model").await.unwrap();
@@ -54,7 +54,7 @@ async fn what_gets_come_to_is_counted_by_every_clone_together() {
     assert_eq!((counts.hits.disk, counts.hits.origin, counts.misses), (1, 1, 1));
     assert_eq!(counts.bytes.origin, house.hub.body_bytes());
     assert_eq!(counts.failures["not_found"], 1);
-    assert!(counts.phase_seconds["pour"] > 0.0);
+    assert!(counts.phase_seconds["download"] > 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -73,7 +73,7 @@ async fn many_callers_at_once_cost_one_fetch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_part_is_widened_by_fetching_only_what_is_missing() {
+async fn a_partial_artifact_is_completed_by_fetching_only_the_missing_files() {
     let house = house_with_model().await;
     let cache = house.cache("a");
     let part = get_some(&cache, "hf://org/model", &["*.json"], &[]).await.unwrap();
@@ -83,7 +83,7 @@ async fn a_part_is_widened_by_fetching_only_what_is_missing() {
     assert_same(&whole.path.join("model.safetensors"), &big(1));
     assert!(
         house.hub.body_gets().iter().all(|seen| seen.file.as_deref() != Some("config.json")),
-        "config.json was here"
+        "config.json was fetched again"
     );
 }
 
@@ -95,14 +95,14 @@ async fn versions_share_blobs_and_fetch_only_the_difference() {
     let commit = house.hub.repo("org/model").commit().file("README.md", "new").publish().unwrap();
     house.hub.clear_requests();
     let new = get(&cache, &format!("hf://org/model@{commit}")).await.unwrap();
-    assert_eq!(house.hub.body_bytes(), 3, "only README.md came, also for small files known by git's digest alone");
+    assert_eq!(house.hub.body_bytes(), 3, "only README.md was fetched: small files are shared by their git digest");
     let inode =
         |artifact: &modelcache::cache::Artifact| artifact.path.join("model.safetensors").metadata().unwrap().ino();
     assert_eq!(inode(&old), inode(&new), "one blob, two views");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_file_of_a_repository_is_lent_as_that_file() {
+async fn one_file_of_a_repository_is_returned_as_a_file() {
     let house = house_with_model().await;
     let file = get(&house.cache("a"), "hf://org/model@main/config.json").await.unwrap();
     assert_same(&file.path, &"{}".into());
@@ -143,7 +143,7 @@ async fn a_small_file_is_checked_by_its_git_digest() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cuts_stalls_and_refusals_are_outlived() {
+async fn cuts_stalls_and_refusals_are_retried() {
     for fault in [
         HubFault::short(3 * MIB),
         HubFault::cut(MIB),
@@ -156,7 +156,7 @@ async fn cuts_stalls_and_refusals_are_outlived() {
         let hits = house.hub.faults().add(fault.on("model.safetensors").times(2));
         let got = get(&house.cache("a"), "hf://org/model").await.unwrap_or_else(|error| panic!("{what}: {error}"));
         assert_same(&got.path.join("model.safetensors"), &big(1));
-        assert!(hits.count() > 0, "{what} never struck");
+        assert!(hits.count() > 0, "{what} was not triggered");
     }
 }
 
@@ -170,7 +170,7 @@ async fn a_server_that_ignores_ranges_is_read_as_one_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lie_about_the_length_is_refused() {
+async fn a_wrong_length_is_refused() {
     let house = house_with_model().await;
     house.hub.faults().add(HubFault::lie_size(-5).on("model.safetensors"));
     let error = get(&house.cache("a"), "hf://org/model").await.unwrap_err();
@@ -178,7 +178,7 @@ async fn a_lie_about_the_length_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_empty_file_never_passes_for_another_whatever_its_manifest_says() {
+async fn an_empty_file_is_never_accepted_for_a_digest_of_other_content() {
     let house = House::new().await;
     let given = house.path("empty");
     std::fs::write(&given, "").unwrap();
@@ -196,7 +196,7 @@ async fn an_empty_file_never_passes_for_another_whatever_its_manifest_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_changed_file_is_found_at_lend_and_fetched_again() {
+async fn a_changed_file_is_found_by_a_hit_and_fetched_again() {
     let house = house_with_model().await;
     let cache = house.cache("a");
     let path = get(&cache, "hf://org/model").await.unwrap().path.join("model.safetensors");
@@ -209,7 +209,7 @@ async fn a_changed_file_is_found_at_lend_and_fetched_again() {
     assert_eq!(again.report.from, Tier::Origin);
     assert_same(&again.path.join("model.safetensors"), &big(1));
     let stats = cache.stats().await.unwrap();
-    assert!(stats.quarantine_bytes > 0, "the spoilt file is kept aside, and counted");
+    assert!(stats.quarantine_bytes > 0, "the damaged file is in quarantine and counted");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -227,7 +227,7 @@ async fn a_removed_file_and_a_damaged_manifest_are_filled_again() {
     assert_same(&again.path.join("model.safetensors"), &big(1));
     assert!(
         house.hub.body_gets().iter().all(|seen| seen.file.as_deref() != Some("model.safetensors")),
-        "its blob was still here"
+        "model.safetensors was fetched although its blob is on disk"
     );
 }
 
@@ -247,7 +247,7 @@ async fn least_recently_used_goes_before_the_download_and_the_budget_holds() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     get(&cache, "hf://one").await.unwrap(); // now "two" is the least recently used
-    get(&bounded(&house, 9 * MIB), "hf://three").await.unwrap(); // a new process: last use survives
+    get(&bounded(&house, 9 * MIB), "hf://three").await.unwrap(); // as a new process: the last use is on disk
     let names: Vec<String> = cache.list().await.unwrap().into_iter().map(|row| row.key.name.to_string()).collect();
     assert_eq!(names, ["hf/one", "hf/three"]);
     let stats = cache.stats().await.unwrap();
@@ -255,7 +255,7 @@ async fn least_recently_used_goes_before_the_download_and_the_budget_holds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_larger_than_the_budget_is_refused_before_a_byte_moves() {
+async fn an_artifact_larger_than_the_budget_is_refused_before_any_download() {
     let house = House::new().await;
     house.hub.repo("small").commit().generated("model.bin", 1, MIB).publish().unwrap();
     house.hub.repo("large").commit().generated("model.bin", 2, 8 * MIB).publish().unwrap();
@@ -270,18 +270,18 @@ async fn what_is_larger_than_the_budget_is_refused_before_a_byte_moves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_in_use_is_not_evicted_and_is_named() {
+async fn an_artifact_in_use_is_not_evicted_and_is_named() {
     let house = House::new().await;
     for (name, seed) in [("one", 1), ("two", 2)] {
         house.hub.repo(name).commit().generated("model.bin", seed, 4 * MIB).publish().unwrap();
     }
     let cache = bounded(&house, 5 * MIB);
-    let lent = get(&cache, "hf://one").await.unwrap();
+    let leased = get(&cache, "hf://one").await.unwrap();
     let error = get(&cache, "hf://two").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Full);
     assert!(error.message().contains("hf://one") && error.message().contains("in use"), "{error}");
-    assert!(lent.path.join("model.bin").exists());
-    drop(lent);
+    assert!(leased.path.join("model.bin").exists());
+    drop(leased);
     get(&cache, "hf://two").await.unwrap();
 }
 
@@ -298,7 +298,7 @@ async fn a_demanded_digest_is_compared_before_anything_is_published() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_revision_outlives_the_origin_with_its_last_meaning() {
+async fn a_revision_keeps_its_last_known_commit_while_the_origin_is_down() {
     let house = house_with_model().await;
     let config = || Config { ref_ttl: Duration::ZERO, ..house.config("a") };
     let cold = get(&Cache::open(config()).unwrap(), "hf://org/model@main").await.unwrap();
@@ -334,7 +334,7 @@ async fn a_bare_key_has_no_origin_unless_one_is_configured() {
     let house = house_with_model().await;
     let error = get(&house.cache("a"), "org/model@main").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
-    assert!(house.hub.requests().is_empty(), "a typo never reaches a public place");
+    assert!(house.hub.requests().is_empty(), "a bare name is not looked up at the Hub");
 
     let origins = ["hf://nowhere/{name}@{version}", "file:///no/such/{name}/{version}", "hf://{name}@{version}"]
         .map(|text| modelcache::config::OriginTemplate::new(text).unwrap());

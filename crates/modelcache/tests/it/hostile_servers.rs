@@ -1,8 +1,8 @@
-//! Servers that lie about the bytes of a file, that trickle, and that never end: over every source that has a server.
+//! Servers that send wrong bytes, trickle, or never end, for every source that has a server.
 //!
-//! A lie that can be found out leads to a clean retry or to an error, and the next honest get gives the right bytes.
-//! Other bytes of the right length cannot be found out where nobody states a digest: then what comes first counts
-//! (`first-seen`), and the suite says so.
+//! A wrong answer that can be detected leads to a retry or to an error, and the next honest get has the right bytes.
+//! Other bytes of the right length cannot be detected without a digest. Then the first download is trusted
+//! (`first-seen`), and the suite accepts it.
 
 use crate::common::House;
 use modelcache::cache::{GetOptions, PutOptions};
@@ -15,24 +15,24 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A file behind a server that a gate stands in front of.
+/// A file on a server behind a gate that can falsify answers.
 struct Subject {
     name: &'static str,
     house: House,
     gate: Gate,
     config: Box<dyn Fn(&str) -> Config>,
     reference: String,
-    /// Somebody states a digest.
+    /// A digest of the file is known.
     has_digest: bool,
-    /// A part of the path by which the file is asked for.
+    /// Part of the path in requests for the file.
     aim: &'static str,
-    /// Parts of the paths of metadata, each of which is asked for.
+    /// Parts of the paths in metadata requests, each of which occurs.
     metadata: Vec<&'static str>,
-    /// The size is known from somewhere else than the answer with the bytes.
+    /// The size is known from an answer other than the one with the bytes.
     knows_size: bool,
     /// Ranges are served, so that answers have a `Content-Range`.
     has_ranges: bool,
-    /// Answers without a `Content-Length` are read.
+    /// Answers without a `Content-Length` are accepted.
     takes_chunks: bool,
     _servers: Vec<Arc<dyn std::any::Any + Send + Sync>>,
 }
@@ -42,7 +42,7 @@ impl Subject {
         self.get_within(Duration::from_secs(1), dir).await
     }
 
-    /// Where no time limit is tried: a busy machine is slow.
+    /// Gets the file with a long read timeout, so that a slow machine causes no failure.
     async fn get_patiently(&self, dir: &str) -> Result<Vec<u8>> {
         self.get_within(Duration::from_secs(30), dir).await
     }
@@ -57,7 +57,7 @@ impl Subject {
     }
 }
 
-/// The file, or the only file in the folder.
+/// Returns the file, or the only file in the folder.
 fn file_at(path: PathBuf) -> PathBuf {
     match path.is_dir() {
         true => std::fs::read_dir(path).unwrap().next().unwrap().unwrap().path(),
@@ -73,11 +73,11 @@ fn at(gate: &Gate, s3: &S3) -> Environment {
     Environment(s3.env().into_iter().map(with_gate).collect())
 }
 
-/// Every bucket that a test asks.
+/// The uses of a bucket that are tested.
 enum Bucket {
     Published,
-    Foreign,
-    ForeignWithSidecar,
+    Unmanaged,
+    UnmanagedWithSidecar,
     Origin,
 }
 
@@ -98,7 +98,7 @@ async fn in_a_bucket(kind: Bucket, content: &[u8]) -> Subject {
         }
         _ => s3.put("models", "m/1/model.bin", content.to_vec()).unwrap(),
     }
-    if let Bucket::ForeignWithSidecar = kind {
+    if let Bucket::UnmanagedWithSidecar = kind {
         s3.put("models", "m/1/model.bin.sha256", content::sha256(content)).unwrap();
     }
     let environment = at(&gate, &s3);
@@ -111,8 +111,8 @@ async fn in_a_bucket(kind: Bucket, content: &[u8]) -> Subject {
     });
     let (name, has_digest, metadata) = match kind {
         Bucket::Published => ("published on S3", true, vec!["manifest.json"]),
-        Bucket::Foreign => ("foreign on S3", false, vec!["manifest.json", "list-type=2"]),
-        Bucket::ForeignWithSidecar => ("foreign on S3, .sha256", true, vec!["list-type=2", ".sha256"]),
+        Bucket::Unmanaged => ("unmanaged on S3", false, vec!["manifest.json", "list-type=2"]),
+        Bucket::UnmanagedWithSidecar => ("unmanaged on S3, .sha256", true, vec!["list-type=2", ".sha256"]),
         Bucket::Origin => ("s3 origin", false, vec!["list-type=2"]),
     };
     let reference = if is_origin { "s3://models/m/1/model.bin".to_owned() } else { "m@1".to_owned() };
@@ -236,8 +236,8 @@ async fn every_subject(content: &[u8]) -> Vec<Subject> {
     let page = || Page::of(content.to_vec());
     vec![
         in_a_bucket(Bucket::Published, content).await,
-        in_a_bucket(Bucket::Foreign, content).await,
-        in_a_bucket(Bucket::ForeignWithSidecar, content).await,
+        in_a_bucket(Bucket::Unmanaged, content).await,
+        in_a_bucket(Bucket::UnmanagedWithSidecar, content).await,
         in_a_bucket(Bucket::Origin, content).await,
         on_the_web(page(), false, true).await,
         on_the_web(page().header("x-checksum-sha256", digest), true, true).await,
@@ -248,44 +248,44 @@ async fn every_subject(content: &[u8]) -> Vec<Subject> {
     ]
 }
 
-/// One lie, and for which subjects it can be told.
-struct Told {
+/// A false answer, and the properties that a subject needs so that its server can give it.
+struct LieCase {
     name: &'static str,
     lie: fn() -> Lie,
     needs_range: bool,
     needs_chunks: bool,
-    /// Only a digest can tell.
+    /// Only a digest can detect it.
     is_plausible: bool,
 }
 
-const LIES: [Told; 8] = [
-    Told { name: "too long in front", lie: || Lie::prepend(120, true), ..HONEST },
-    Told { name: "too long in front, chunked", lie: || Lie::prepend(120, false), needs_chunks: true, ..HONEST },
-    Told { name: "trailing bytes, chunked", lie: || Lie::append(120, false), needs_chunks: true, ..HONEST },
-    Told { name: "too short", lie: || Lie::short(120), ..HONEST },
-    Told { name: "other bytes", lie: Lie::flip, is_plausible: true, ..HONEST },
-    Told { name: "other range", lie: || Lie::other_range(7), needs_range: true, ..HONEST },
-    Told { name: "other size", lie: || Lie::other_size(7), needs_range: true, ..HONEST },
-    Told { name: "encoded", lie: || Lie::encoded("gzip"), ..HONEST },
+const LIES: [LieCase; 8] = [
+    LieCase { name: "too long in front", lie: || Lie::prepend(120, true), ..HONEST },
+    LieCase { name: "too long in front, chunked", lie: || Lie::prepend(120, false), needs_chunks: true, ..HONEST },
+    LieCase { name: "trailing bytes, chunked", lie: || Lie::append(120, false), needs_chunks: true, ..HONEST },
+    LieCase { name: "too short", lie: || Lie::short(120), ..HONEST },
+    LieCase { name: "other bytes", lie: Lie::flip, is_plausible: true, ..HONEST },
+    LieCase { name: "other range", lie: || Lie::other_range(7), needs_range: true, ..HONEST },
+    LieCase { name: "other size", lie: || Lie::other_size(7), needs_range: true, ..HONEST },
+    LieCase { name: "encoded", lie: || Lie::encoded("gzip"), ..HONEST },
 ];
-const HONEST: Told =
-    Told { name: "", lie: || Lie::short(0), needs_range: false, needs_chunks: false, is_plausible: false };
+const HONEST: LieCase =
+    LieCase { name: "", lie: || Lie::short(0), needs_range: false, needs_chunks: false, is_plausible: false };
 
 async fn no_lie_gives_wrong_bytes(content: Vec<u8>) {
     for subject in every_subject(&content).await {
         assert!(subject.get_patiently("honest").await.unwrap() == content, "{}", subject.name);
-        for told in LIES {
-            if told.needs_range && !subject.has_ranges || told.needs_chunks && !subject.takes_chunks {
+        for case in LIES {
+            if case.needs_range && !subject.has_ranges || case.needs_chunks && !subject.takes_chunks {
                 continue;
             }
             for once in [true, false] {
-                let what = format!("{}: {}, {}", subject.name, told.name, if once { "once" } else { "always" });
-                let lie = (told.lie)().method("GET").on(subject.aim);
+                let what = format!("{}: {}, {}", subject.name, case.name, if once { "once" } else { "always" });
+                let lie = (case.lie)().method("GET").on(subject.aim);
                 let hits = subject.gate.lies().add(if once { lie.once() } else { lie });
                 let got = subject.get_patiently("lied").await;
-                assert!(hits.count() > 0, "{what}: was not told: {:?}", got.as_ref().err());
-                // A server that says all of it consistently has other bytes, or another file: the first seen counts.
-                let is_plausible = !subject.has_digest && (told.is_plausible || !subject.knows_size);
+                assert!(hits.count() > 0, "{what}: the false answer was not sent: {:?}", got.as_ref().err());
+                // Consistently false answers cannot be distinguished from another file: the first download is trusted.
+                let is_plausible = !subject.has_digest && (case.is_plausible || !subject.knows_size);
                 match &got {
                     Ok(bytes) => assert!(is_plausible || *bytes == content, "{what}: wrong bytes, and no error"),
                     Err(error) => assert!(!once || !subject.knows_size, "{what}: {error}"),
@@ -311,11 +311,11 @@ async fn wrong_answers_lead_to_a_retry_or_an_error_for_a_file_of_two_parts() {
     no_lie_gives_wrong_bytes(content::bytes(2, (8 << 20) + 70_000)).await;
 }
 
-/// Ends with an error in time, whatever is asked of the server first.
+/// Asserts that a get fails within `seconds`, and returns its error.
 async fn ends(subject: &Subject, what: &str, seconds: u64) -> Error {
     let began = Instant::now();
     let got = tokio::time::timeout(Duration::from_secs(60), subject.get("hostile")).await;
-    let got = got.unwrap_or_else(|_| panic!("{}: {what}: waits without end", subject.name));
+    let got = got.unwrap_or_else(|_| panic!("{}: {what}: does not end", subject.name));
     let error = got.map(|_| ()).expect_err(&format!("{}: {what}", subject.name));
     let took = began.elapsed().as_secs();
     assert!(took <= seconds, "{}: {what}: {took} s: {error}", subject.name);
@@ -324,7 +324,7 @@ async fn ends(subject: &Subject, what: &str, seconds: u64) -> Error {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn metadata_that_trickles_is_given_up() {
+async fn trickling_metadata_times_out() {
     let content = content::bytes(3, 1000);
     let subjects = every_subject(&content).await;
     let all = subjects.iter().map(|subject| async move {
@@ -333,7 +333,7 @@ async fn metadata_that_trickles_is_given_up() {
                 let lie = Lie::endless(status, &b"  "[..], Duration::from_millis(300)).method("GET").on(*aim);
                 let hits = subject.gate.lies().add(lie);
                 let error = ends(subject, &format!("{aim} {status} at 7 bytes/s"), 20).await;
-                assert!(hits.count() > 0, "{}: {aim} was not asked for", subject.name);
+                assert!(hits.count() > 0, "{}: {aim} was not requested", subject.name);
                 assert_eq!(error.kind(), ErrorKind::Unavailable, "{}: {aim} {status}: {error}", subject.name);
                 subject.gate.lies().clear();
             }
@@ -343,7 +343,7 @@ async fn metadata_that_trickles_is_given_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bodies_without_end_cost_no_memory() {
+async fn endless_bodies_use_bounded_memory() {
     let content = content::bytes(4, 1000);
     for subject in every_subject(&content).await {
         for aim in &subject.metadata {
@@ -351,12 +351,12 @@ async fn bodies_without_end_cost_no_memory() {
                 let before = subject.gate.endless_bytes();
                 let lie = Lie::endless(status, vec![b' '; 1 << 20], Duration::ZERO).method("GET").on(*aim);
                 subject.gate.lies().add(lie.once());
-                // A checksum file without end counts as none; a refusal may be taken for absence.
+                // The get may succeed: an endless checksum file is ignored, and a refusal may count as absence.
                 let _ = tokio::time::timeout(Duration::from_secs(60), subject.get("hostile")).await.expect("ends");
                 let mib = (subject.gate.endless_bytes() - before) >> 20;
-                // What the sockets hold comes on top.
+                // The bounds include the buffers of the sockets.
                 let most = match (status, *aim) {
-                    // All that was announced: a manifest may be that large.
+                    // All of the announced length: a manifest may be that large.
                     (200, "manifest.json") => 101,
                     (200, _) => 40,
                     _ => 24,
@@ -369,7 +369,7 @@ async fn bodies_without_end_cost_no_memory() {
     }
 }
 
-/// A page of a bucket's listing, which says that more follow.
+/// A truncated page of a bucket listing, with `token` for the next page.
 fn page(keys: &str, token: &str) -> String {
     let one = |key: &str| {
         format!(
@@ -385,8 +385,8 @@ fn page(keys: &str, token: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn listings_of_a_bucket_that_go_in_a_circle_end() {
-    for kind in [Bucket::Foreign, Bucket::Origin] {
+async fn a_circular_bucket_listing_ends() {
+    for kind in [Bucket::Unmanaged, Bucket::Origin] {
         let subject = in_a_bucket(kind, b"content").await;
         for (what, page) in [
             ("the same token", page("m/1/model.bin/{n}", "again")),
@@ -411,7 +411,7 @@ async fn listings_of_a_bucket_that_go_in_a_circle_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tree_of_the_hub_that_links_to_itself_ends() {
+async fn a_circular_listing_of_the_hub_ends() {
     let subject = on_the_hub(b"content").await;
     let folder = r#"[{"type":"directory","path":"d{n}","oid":"x","size":0}]"#;
     let same = r#"[{"type":"directory","path":"d","oid":"x","size":0}]"#;
@@ -429,7 +429,7 @@ async fn a_tree_of_the_hub_that_links_to_itself_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_folder_of_mlflow_that_lists_itself_ends() {
+async fn an_mlflow_folder_that_lists_itself_ends() {
     let subject = at_mlflow(b"content").await;
     subject.gate.lies().add(Lie::replace(r#"{"files":[{"path":"x","is_dir":true}]}"#).on("/artifacts?"));
     let error = ends(&subject, "itself", 10).await;

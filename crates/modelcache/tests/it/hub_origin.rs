@@ -1,7 +1,7 @@
-//! The Hub as an origin: what it says, what it hides, and how it fails.
+//! The Hub as an origin: listings, revisions, tokens, redirects and failures.
 //!
-//! Runs against the Hub stand-in, and against canned answers where a server must say what no Hub would. Every source
-//! here carries a token, and every failure goes through [`failure`], which looks for it in all that would be printed.
+//! The tests run against the Hub stand-in, and against canned answers for responses that no Hub gives. Every source
+//! here carries a token. Every failure goes through [`failure`], which searches the printed error for the token.
 
 use futures::StreamExt as _;
 use modelcache::config::{HubConfig, RetryConfig, Secret};
@@ -30,10 +30,10 @@ fn origins(endpoint: &str, token: Option<&str>) -> Origins {
 
 async fn resolve(hub: &Hub, reference: &str) -> Result<Resolved> {
     let resolved = origins(&hub.url(), Some(TOKEN)).resolve(&Reference::parse(reference).unwrap()).await?;
-    Ok(resolved.expect("the Hub says what is missing"))
+    Ok(resolved.expect("a missing repository is an error"))
 }
 
-/// A Hub with `org/model`: one large file and one small one. The answer's source is bound to `main`.
+/// A Hub with `org/model`: one large and one small file. The returned source is bound to `main`.
 async fn hub_with_model() -> (Hub, Arc<dyn Source>) {
     let hub = Hub::start().await.unwrap();
     hub.repo("org/model").commit().generated("model.bin", 1, BIG).plain("config.json", "{}").publish().unwrap();
@@ -45,7 +45,7 @@ fn path(text: &str) -> FilePath {
     FilePath::new(text).unwrap()
 }
 
-/// The error of what must fail, once it is sure that nothing secret would be printed with it.
+/// Returns the error of a result that must be one. Asserts that its text contains no secret.
 fn failure<T>(result: Result<T>) -> Error {
     let Err(error) = result else { panic!("this must fail") };
     let printed = format!("{error} {error:?} {:?}", error.hint_text());
@@ -81,7 +81,7 @@ fn resolves(hub: &Hub) -> usize {
 }
 
 #[tokio::test]
-async fn a_tree_of_many_pages_is_listed_whole() {
+async fn a_listing_of_several_pages_is_complete() {
     let hub = Hub::start().await.unwrap();
     let repo = hub.repo("datasets/org/many");
     let commit = (0..2501).fold(repo.commit(), |commit, at| commit.plain(&format!("d{}/{at}.txt", at % 7), "x"));
@@ -91,7 +91,7 @@ async fn a_tree_of_many_pages_is_listed_whole() {
     assert_eq!(manifest.files.len(), 2501);
     let pages = hub.requests().iter().filter(|seen| seen.path.contains("/tree/")).count();
     assert_eq!(pages, 3, "2,501 files and 7 folders");
-    assert!(hub.requests().iter().all(|seen| seen.authorized()), "every page is asked for with the token");
+    assert!(hub.requests().iter().all(|seen| seen.authorized()), "every page is requested with the token");
 }
 
 #[tokio::test]
@@ -102,7 +102,7 @@ async fn entries_carry_the_digests_of_the_hub() {
     assert_eq!(large.sha256.unwrap().to_string(), content::sha256(&content::bytes(1, BIG as usize)));
     assert_eq!(small.git_oid.unwrap().to_string(), content::git_sha1(b"{}"));
     assert_eq!((large.provenance, small.provenance), (Some(Provenance::Origin), Some(Provenance::Origin)));
-    assert_eq!((large.git_oid, small.sha256), (None, None), "a pointer's hash says nothing of the content");
+    assert_eq!((large.git_oid, small.sha256), (None, None), "the git digest of a pointer is left out");
 }
 
 #[tokio::test]
@@ -131,7 +131,7 @@ async fn branch_tag_and_pull_request_resolve_to_their_commits() {
     hub.clear_requests();
     let resolved = resolve(&hub, &format!("hf://org/model@{first}")).await.unwrap();
     assert_eq!(resolved.key.version.as_str(), first);
-    assert!(hub.requests().is_empty(), "a commit needs no asking");
+    assert!(hub.requests().is_empty(), "a commit needs no request");
 }
 
 #[tokio::test]
@@ -164,17 +164,17 @@ async fn later_ranges_skip_the_redirect_until_the_address_expires() {
 }
 
 #[tokio::test]
-async fn a_cdn_that_refuses_every_address_is_unavailable_not_a_matter_of_rights() {
+async fn a_cdn_that_refuses_every_url_is_unavailable_and_not_unauthorized() {
     let (hub, source) = hub_with_model().await;
     hub.signed_url_ttl(Duration::ZERO);
     let error = failure(source.read(&path("model.bin"), 0..1).await);
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.is_transient() && error.hint_text().unwrap().contains("clock"), "{error}");
-    assert_eq!(resolves(&hub), 1, "one attempt; the pour decides about another");
+    assert_eq!(resolves(&hub), 1, "one attempt; the download decides about a retry");
 }
 
 #[tokio::test]
-async fn what_is_missing_is_named_with_what_to_check() {
+async fn a_missing_repository_or_revision_is_named_with_a_hint() {
     let (hub, _) = hub_with_model().await;
     let error = failure(resolve(&hub, "hf://org/model@v9").await);
     assert_eq!(error.kind(), ErrorKind::NotFound);
@@ -191,7 +191,7 @@ async fn what_is_missing_is_named_with_what_to_check() {
     assert!(error.hint_text().unwrap().contains("HF_TOKEN"), "{error}");
 
     let elsewhere = resolve(&hub, &format!("hf://org/mdoel@{}", "0".repeat(40))).await.unwrap().source;
-    assert_eq!(failure(elsewhere.manifest().await).kind(), ErrorKind::NotFound, "maybe private: not simply absent");
+    assert_eq!(failure(elsewhere.manifest().await).kind(), ErrorKind::NotFound, "it may be private: an error");
 }
 
 #[tokio::test]
@@ -205,13 +205,13 @@ async fn a_private_repository_needs_the_right_token() {
     for token in [None, Some("hf_other_canary")] {
         let reference = Reference::parse("hf://org/secret").unwrap();
         let error = failure(origins(&hub.url(), token).resolve(&reference).await);
-        assert_eq!(error.kind(), ErrorKind::NotFound, "the Hub does not tell");
+        assert_eq!(error.kind(), ErrorKind::NotFound, "the Hub does not distinguish private from absent");
         assert!(error.hint_text().unwrap().contains("HF_TOKEN"), "{error}");
     }
 }
 
 #[tokio::test]
-async fn a_gated_repository_says_where_to_accept_its_conditions() {
+async fn the_error_for_a_gated_repository_names_the_page_of_its_conditions() {
     let hub = Hub::start().await.unwrap();
     let repo = hub.repo("datasets/org/gated");
     repo.commit().plain("a", "1").publish().unwrap();
@@ -253,12 +253,12 @@ async fn a_wait_beyond_the_deadline_fails_at_once_and_is_named() {
         assert!(error.hint_text().unwrap().contains(hint), "{:?}", error.hint_text());
     }
     let error = failure(source.read(&path("model.bin"), 0..1).await);
-    assert_eq!(error.wait(), Some(Duration::from_secs(3600)), "the pour is told, too");
+    assert_eq!(error.wait(), Some(Duration::from_secs(3600)), "a read reports the wait, too");
     assert!(start.elapsed() < Duration::from_secs(2));
 }
 
 #[tokio::test]
-async fn a_passing_failure_is_tried_again_and_a_lasting_one_is_not() {
+async fn a_transient_failure_is_retried_and_a_lasting_one_is_not() {
     let (hub, _) = hub_with_model().await;
     for fault in [HubFault::status(503), HubFault::status(500), HubFault::hang_up()] {
         let hits = hub.faults().add(fault.times(2));
@@ -273,7 +273,7 @@ async fn a_passing_failure_is_tried_again_and_a_lasting_one_is_not() {
 }
 
 #[tokio::test]
-async fn a_read_is_one_attempt_whose_error_says_whether_another_makes_sense() {
+async fn a_read_is_one_attempt_and_its_error_is_marked_as_transient() {
     let (hub, source) = hub_with_model().await;
     let hits = hub.faults().add(HubFault::status(503).once());
     assert!(failure(source.read(&path("model.bin"), 0..1).await).is_transient());
@@ -294,7 +294,7 @@ async fn a_hub_that_is_down_is_unavailable() {
 }
 
 #[tokio::test]
-async fn an_ignored_range_is_told_by_where_the_body_starts() {
+async fn an_ignored_range_shows_in_the_start_of_the_body() {
     let (hub, source) = hub_with_model().await;
     hub.faults().add(HubFault::ignore_range());
     let body = source.read(&path("model.bin"), 1000..1010).await.unwrap();
@@ -318,7 +318,7 @@ async fn a_truncated_body_ends_early_without_a_panic() {
 }
 
 #[tokio::test]
-async fn a_silent_server_is_given_up() {
+async fn a_silent_server_times_out() {
     let (hub, source) = hub_with_model().await;
     hub.faults().add(HubFault::stall(1000, Duration::from_secs(60)).once());
     let start = Instant::now();
@@ -360,7 +360,7 @@ async fn a_redirect_loop_ends() {
 }
 
 #[tokio::test]
-async fn a_hostile_path_in_the_tree_refuses_the_whole() {
+async fn a_hostile_path_in_the_tree_fails_the_whole_listing() {
     for name in ["../../etc/passwd", "/etc/passwd", "a/../../x", "a\\..\\b", ".modelcache/manifest.json", "a//b"] {
         let hub = Hub::start().await.unwrap();
         hub.repo("org/evil").commit().plain("fine.txt", "1").plain(name, "2").publish().unwrap();
@@ -379,7 +379,7 @@ async fn a_revision_that_the_hub_redirects_is_followed() {
     assert_eq!(read(&source, "config.json", 0..2).await, b"{}");
 }
 
-/// A server that answers every request with what `answer` makes of its head.
+/// Starts a server that answers every request with `answer(head)`, and returns its address.
 async fn canned(answer: impl Fn(&str) -> String + Send + Sync + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
@@ -408,12 +408,12 @@ fn reply(status: &str, headers: &str, body: &str) -> String {
     format!("HTTP/1.1 {status}\r\nConnection: close\r\n{headers}Content-Length: {}\r\n\r\n{body}", body.len())
 }
 
-/// A source at a canned server, bound to a commit, its tree not asked for.
+/// A source at a canned server, bound to a commit. Its tree has not been listed.
 async fn canned_source(answer: impl Fn(&str) -> String + Send + Sync + 'static) -> Arc<dyn Source> {
     let endpoint = canned(answer).await;
     let reference = Reference::parse(&format!("hf://org/model@{}", "ab".repeat(20))).unwrap();
     let resolved = origins(&endpoint, Some(TOKEN)).resolve(&reference).await.unwrap();
-    resolved.expect("a commit needs no asking").source
+    resolved.expect("a commit needs no request").source
 }
 
 #[tokio::test]
@@ -444,9 +444,9 @@ async fn the_token_and_the_listing_stay_at_the_endpoint() {
     let moved = move |_: &str| reply("302 Found", &format!("Location: {target}/x?canary\r\n"), "");
     let source = canned_source(moved).await;
     assert_eq!(failure(source.manifest().await).kind(), ErrorKind::Corrupt);
-    assert!(seen.lock().unwrap().is_empty(), "metadata was asked for elsewhere");
+    assert!(seen.lock().unwrap().is_empty(), "metadata was requested from another host");
 
-    assert_eq!(source.read(&path("a"), 0..2).await.unwrap().start, 0, "bytes may come from elsewhere");
+    assert_eq!(source.read(&path("a"), 0..2).await.unwrap().start, 0, "bytes may come from another host");
     let seen = seen.lock().unwrap();
     assert_eq!(seen.len(), 1);
     assert!(!seen[0].to_lowercase().contains("authorization") && !seen[0].contains(TOKEN), "{}", seen[0]);
@@ -460,7 +460,7 @@ async fn a_listing_without_end_is_refused() {
 }
 
 #[tokio::test]
-async fn what_is_no_hub_is_said_to_be_none() {
+async fn a_server_that_is_not_a_hub_is_reported_with_hf_endpoint() {
     let page = |_: &str| reply("200 OK", "", "<html>Welcome to our proxy</html>");
     let error = failure(canned_source(page).await.manifest().await);
     assert!(error.hint_text().unwrap().contains("HF_ENDPOINT"), "{error}");
@@ -477,14 +477,14 @@ async fn a_refused_token_is_unauthorized_and_not_repeated() {
     };
     let error = failure(canned_source(echo).await.manifest().await);
     assert_eq!(error.kind(), ErrorKind::Unauthorized);
-    assert!(error.message().contains("Invalid token"), "the Hub's words are kept: {error}");
+    assert!(error.message().contains("Invalid token"), "the message of the Hub is kept: {error}");
     assert!(error.hint_text().unwrap().contains("HF_TOKEN"));
     let echo = |_: &str| reply("403 Forbidden", "", &format!("{{\"error\":\"no\\n{TOKEN}\"}}"));
     assert_eq!(failure(canned_source(echo).await.manifest().await).kind(), ErrorKind::Unauthorized);
 }
 
 #[tokio::test]
-async fn an_object_that_changes_mid_download_is_asked_for_anew() {
+async fn an_object_that_changes_during_the_download_is_requested_again() {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let source = canned_source({
         let seen = seen.clone();

@@ -1,13 +1,13 @@
-//! The library from outside, in one program.
+//! Integration tests of the library through its public API, in one test program.
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod download;
 mod flights;
 mod get;
 mod hostile_servers;
 mod hub_origin;
 mod open;
-mod pour;
 mod remote_bucket;
 mod remote_conformance;
 mod remote_support;

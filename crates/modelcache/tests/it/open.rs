@@ -1,4 +1,5 @@
-//! One file, opened and read while it is filled: what is given early, in which order it comes, and what is never given.
+//! `Cache::open_file`: reading a file while it is downloaded. The tests cover which bytes are readable before the file
+//! is verified, and the order of the requests.
 
 use crate::common::weather::{BUCKET, Weather};
 use crate::common::{House, assert_same, get};
@@ -19,10 +20,10 @@ use tokio::time::{sleep, timeout};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
-/// Parts in these tests: as many as a file of half a GiB has in life.
+/// Part size in these tests. It gives the file 64 parts, as many as a file of half a GiB has with its usual part size.
 const PART: u64 = 256 * KIB;
 const SIZE: u64 = 64 * PART - 321;
-/// A line without a bound.
+/// Byte allowance of the proxy that is never used up.
 const WIDE: u64 = 1 << 40;
 const HUB: &str = "hf://org/model@main/model.bin";
 
@@ -45,9 +46,9 @@ async fn open_unchecked(cache: &Cache, reference: &str) -> OpenFile {
     open_with(cache, reference, OpenOptions { unchecked: true, ..OpenOptions::default() }).await.unwrap()
 }
 
-/// Nothing here takes long, unless it never ends.
+/// Fails the test if `work` takes longer than a minute.
 async fn soon<T>(work: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(60), work).await.expect("waited in vain")
+    timeout(Duration::from_secs(60), work).await.expect("timed out")
 }
 
 async fn until(mut condition: impl FnMut() -> bool) {
@@ -59,7 +60,7 @@ async fn until(mut condition: impl FnMut() -> bool) {
     .await;
 }
 
-/// Lets bytes through, a few at a time, until `work` is done.
+/// Lets bytes through the proxy, a few at a time, until `work` is done.
 async fn trickle<T>(weather: &Weather, work: impl Future<Output = T>) -> T {
     let line = async {
         loop {
@@ -73,7 +74,7 @@ async fn trickle<T>(weather: &Weather, work: impl Future<Output = T>) -> T {
     }
 }
 
-/// Reads `range` as soon as that can be, and compares.
+/// Reads `range` as soon as it is readable, and asserts that the bytes are right.
 async fn read(file: &OpenFile, content: &Content, range: Range<u64>) {
     let from = soon(file.wait(range.clone())).await.unwrap();
     let mut bytes = vec![0; (range.end - range.start) as usize];
@@ -87,7 +88,7 @@ fn ladder(content: &Content) -> Ladder {
     hasher.finish().1
 }
 
-/// Weather with `m@1` on the remote, whose small parts a ladder checks.
+/// A bucket behind a proxy that holds `m@1`. The manifest has a ladder with small parts.
 async fn weather() -> Weather {
     let weather = Weather::new().await;
     weather.put("m", &CONTENT).await;
@@ -95,7 +96,7 @@ async fn weather() -> Weather {
     weather
 }
 
-/// Alters what the remote's manifest says of the one file.
+/// Changes the entry of the only file in the manifest on the remote.
 fn edit(weather: &Weather, change: impl FnOnce(&mut FileEntry)) {
     let path = weather.s3.object_path(BUCKET, "cache/m/1/.modelcache/manifest.json");
     let mut manifest = Manifest::from_bytes(&fs::read(&path).unwrap()).unwrap();
@@ -103,7 +104,7 @@ fn edit(weather: &Weather, change: impl FnOnce(&mut FileEntry)) {
     fs::write(path, manifest.to_bytes().unwrap()).unwrap();
 }
 
-/// Whose server may be silent for long.
+/// A cache with a long read timeout, for tests that stall the server.
 fn patient(weather: &Weather, dir: &str) -> Cache {
     let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
     Cache::open(Config { retry, ..weather.config(dir, &weather.proxy.url()) }).unwrap()
@@ -119,99 +120,99 @@ async fn the_first_bytes_and_then_the_last_are_read_before_half_of_the_file_has_
     assert_eq!(file.size(), SIZE);
     read(&file, &CONTENT, 0..100).await;
     read(&file, &CONTENT, last()).await;
-    assert!(weather.proxy.bytes_down() - before < SIZE / 2, "{} came", weather.proxy.bytes_down() - before);
+    assert!(weather.proxy.bytes_down() - before < SIZE / 2, "{} bytes", weather.proxy.bytes_down() - before);
     let asked = weather.ranges("m");
     assert!(asked.iter().any(|(_, end)| *end == SIZE), "{asked:?}");
-    assert!(asked.len() < 32, "the end before the middle: {asked:?}");
+    assert!(asked.len() < 32, "the end was requested before the middle: {asked:?}");
     assert!(!file.is_whole() && file.progress().snapshot().remote_bytes < SIZE / 2);
 
     weather.proxy.let_through(WIDE);
     let path = soon(file.whole()).await.unwrap();
     assert_same(&path, &CONTENT);
     read(&file, &CONTENT, 0..SIZE).await;
-    assert!(file.is_whole() && weather.ranges("m").len() == 64, "each part was asked for once");
+    assert!(file.is_whole() && weather.ranges("m").len() == 64, "each part was requested once");
     assert_eq!(cache.metrics().counts().hits.remote, 1, "it counts as a get");
 }
 
-/// Opens `reference` for two readers, one of whom takes unchecked bytes, and sees that the other is given none before
-/// the rest is there. In the weather the rest comes when it is let through; else it comes late by itself.
-async fn only_the_careless_reads_early(weather: Option<&Weather>, cache: &Cache, reference: &str, content: &Content) {
+/// Opens `reference` for two readers, of which one accepts unverified bytes. Asserts that the other one can read
+/// nothing before the download is complete. With `weather`, the rest of the file arrives when the proxy lets it
+/// through; otherwise it arrives late by itself.
+async fn assert_unchecked_reads_early(weather: Option<&Weather>, cache: &Cache, reference: &str, content: &Content) {
     let first = async {
-        let (careless, careful) = (open_unchecked(cache, reference).await, open(cache, reference).await);
-        read(&careless, content, 0..100).await;
-        (careless, careful)
+        let (unchecked, checked) = (open_unchecked(cache, reference).await, open(cache, reference).await);
+        read(&unchecked, content, 0..100).await;
+        (unchecked, checked)
     };
-    let (careless, careful) = match weather {
+    let (unchecked, checked) = match weather {
         Some(weather) => trickle(weather, first).await,
         None => first.await,
     };
-    let mut waits = Box::pin(careful.wait(0..100));
-    assert!(timeout(Duration::from_millis(300), &mut waits).await.is_err(), "it was given what nobody vouches for");
+    let mut waits = Box::pin(checked.wait(0..100));
+    assert!(timeout(Duration::from_millis(300), &mut waits).await.is_err(), "unverified bytes were readable");
     if let Some(weather) = weather {
         weather.proxy.let_through(WIDE);
     }
     soon(waits).await.unwrap();
-    read(&careful, content, 0..content.len()).await;
-    read(&careless, content, 0..content.len()).await;
+    read(&checked, content, 0..content.len()).await;
+    read(&unchecked, content, 0..content.len()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_ladder_nothing_is_given_before_all_is_proven_but_to_who_wants_it_unchecked() {
+async fn without_a_ladder_only_unchecked_readers_get_bytes_before_the_file_is_verified() {
     let (weather, content) = (Weather::new().await, Content::generated(6, 48 * MIB + 1));
     weather.put("m", &content).await;
     edit(&weather, |entry| entry.ladder = None);
-    only_the_careless_reads_early(Some(&weather), &patient(&weather, "a"), "m@1", &content).await;
+    assert_unchecked_reads_early(Some(&weather), &patient(&weather, "a"), "m@1", &content).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn under_a_demanded_digest_the_remotes_ladder_gives_nothing_early() {
+async fn with_a_demanded_digest_the_ladder_of_the_remote_releases_nothing_early() {
     let weather = weather().await;
     let reference = format!("m@1#sha256={}", CONTENT.sha256().unwrap());
-    only_the_careless_reads_early(Some(&weather), &patient(&weather, "a"), &reference, &CONTENT).await;
+    assert_unchecked_reads_early(Some(&weather), &patient(&weather, "a"), &reference, &CONTENT).await;
 }
 
-/// A house whose Hub has the model, and whose bucket has it by a first machine; one part of the next fetch stands
-/// still.
-async fn house_with_copy() -> (House, Content) {
+/// An environment with the model at the Hub. Also returns the content of its file.
+async fn house_with_model() -> (House, Content) {
     let (house, content) = (House::new().await, Content::generated(7, 20 * MIB + 4321));
     house.hub.repo("org/model").commit().lfs("model.bin", content.clone()).publish().unwrap();
     (house, content)
 }
 
-/// The last part of the model stands still.
+/// A fault that stalls the last part of the model.
 fn stall() -> HubFault {
     HubFault::stall_at(17 * MIB, Duration::from_secs(600)).on("model.bin")
 }
 
-/// Who asks again for what stands still, after some time.
+/// A cache with a short read timeout, which retries a stalled request after two seconds.
 fn impatient(config: Config) -> Cache {
     let retry = RetryConfig { deadline: Duration::from_secs(30), read_timeout: Duration::from_secs(2) };
     Cache::open(Config { retry, ..config }).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_the_origin_was_asked_the_remotes_ladder_gives_nothing_early() {
-    let (house, content) = house_with_copy().await;
+async fn with_a_list_from_the_origin_the_ladder_of_the_remote_releases_nothing_early() {
+    let (house, content) = house_with_model().await;
     let config = |dir: &str| Config { remote: house.folder_remote(), ..house.config(dir) };
     drop(get(&Cache::open(config("first")).unwrap(), HUB).await.unwrap());
-    // The remote lists it, with a ladder, and has lost the object.
+    // The manifest on the remote has a ladder, but the remote has lost the object.
     let folder = fs::read_dir(house.path("remote/hf/org/model")).unwrap().map(|entry| entry.unwrap().path());
     let manifest = folder.map(|version| version.join(".modelcache/manifest.json")).find(|path| path.exists()).unwrap();
-    let mut told = Manifest::from_bytes(&fs::read(&manifest).unwrap()).unwrap();
-    assert!(told.files.values().all(|entry| entry.ladder.is_some()));
-    told.files.values_mut().for_each(|entry| entry.held = None);
-    fs::write(&manifest, told.to_bytes().unwrap()).unwrap();
+    let mut edited = Manifest::from_bytes(&fs::read(&manifest).unwrap()).unwrap();
+    assert!(edited.files.values().all(|entry| entry.ladder.is_some()));
+    edited.files.values_mut().for_each(|entry| entry.held = None);
+    fs::write(&manifest, edited.to_bytes().unwrap()).unwrap();
     house.hub.faults().add(stall().once());
-    only_the_careless_reads_early(None, &impatient(config("a")), HUB, &content).await;
+    assert_unchecked_reads_early(None, &impatient(config("a")), HUB, &content).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_ladder_that_was_proven_here_gives_bytes_early_whoever_was_asked() {
-    let (house, content) = house_with_copy().await;
+async fn a_ladder_verified_on_this_disk_releases_bytes_early_from_any_source() {
+    let (house, content) = house_with_model().await;
     let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
     let cache = Cache::open(Config { retry, ..house.config("a") }).unwrap();
     let path = get(&cache, HUB).await.unwrap().path;
-    // The copy here goes bad: it is fetched again.
+    // Damages the local copy, so that the file is downloaded again.
     let bad = house.path("bad");
     fs::write(&bad, "bad").unwrap();
     fs::rename(bad, &path).unwrap();
@@ -220,18 +221,19 @@ async fn a_ladder_that_was_proven_here_gives_bytes_early_whoever_was_asked() {
     house.hub.faults().add(stall());
     let file = open(&cache, HUB).await;
     read(&file, &content, 0..100).await;
-    assert!(!file.is_whole(), "a part of it stands still");
+    assert!(!file.is_whole(), "one part is stalled");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_ladder_that_lies_is_found_out_and_never_mixes_two_files() {
+async fn a_wrong_ladder_is_detected_and_never_mixes_two_files() {
     let weather = weather().await;
-    // It is right for all that is let through at first, in whatever order that comes, and then of another file.
+    // The ladder is right for the parts that the proxy lets through first, in any order. After them it belongs to
+    // another file.
     let other = Content::generated(8, SIZE);
     let (truth, lie) = (ladder(&CONTENT), ladder(&other));
     let rungs = |ladder: &Ladder, parts: Range<u64>| parts.map(|part| ladder.after(part).unwrap()).collect::<Vec<_>>();
-    let told = [rungs(&truth, 0..40), rungs(&lie, 40..63)].concat();
-    edit(&weather, |entry| entry.ladder = Some(Ladder::new(PART, told).unwrap()));
+    let mixed = [rungs(&truth, 0..40), rungs(&lie, 40..63)].concat();
+    edit(&weather, |entry| entry.ladder = Some(Ladder::new(PART, mixed).unwrap()));
     weather.proxy.let_through(SIZE / 4);
     let cache = patient(&weather, "a");
     let (early, late) = (open(&cache, "m@1").await, open(&cache, "m@1").await);
@@ -242,13 +244,13 @@ async fn a_ladder_that_lies_is_found_out_and_never_mixes_two_files() {
     assert!(error.to_string().contains("filled anew"), "{error}");
     read(&late, &CONTENT, 0..SIZE).await;
     let error = soon(early.wait(0..1)).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Corrupt, "also when the file is there: {error}");
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "also after the file is published: {error}");
     assert_eq!(soon(early.whole()).await.unwrap_err().kind(), ErrorKind::Corrupt);
     read(&open(&cache, "m@1").await, &CONTENT, 0..SIZE).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_bytes_that_were_read_unchecked_are_told_of() {
+async fn wrong_bytes_that_were_read_unchecked_are_reported() {
     let weather = weather().await;
     edit(&weather, |entry| entry.ladder = None);
     let object = weather.s3.object_path(BUCKET, "cache/m/1/m");
@@ -266,7 +268,7 @@ async fn wrong_bytes_that_were_read_unchecked_are_told_of() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fill_that_fails_half_way_fails_who_waits() {
+async fn a_fill_that_fails_half_way_fails_its_readers() {
     let weather = weather().await;
     weather.proxy.let_through(SIZE / 4);
     let cache = Cache::open(weather.config("a", &weather.proxy.url())).unwrap();
@@ -302,12 +304,12 @@ async fn readers_and_a_get_share_one_fill() {
     let mut asked = weather.ranges("m");
     asked.sort_unstable();
     asked.dedup();
-    assert_eq!((asked.len(), weather.ranges("m").len()), (64, 64), "each part came once");
+    assert_eq!((asked.len(), weather.ranges("m").len()), (64, 64), "each part was fetched once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_is_read_early_from_a_fill_that_brings_more() {
-    let (house, content) = house_with_copy().await;
+async fn a_file_is_readable_before_the_other_files_of_its_fill_are_complete() {
+    let (house, content) = house_with_model().await;
     house.hub.repo("org/model").commit().lfs("other.bin", Content::generated(1, 9 * MIB)).publish().unwrap();
     house.hub.faults().add(HubFault::stall(MIB, Duration::from_secs(2)).on("other.bin").once());
     let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
@@ -319,13 +321,13 @@ async fn a_file_is_read_early_from_a_fill_that_brings_more() {
     until(|| house.hub.body_bytes() > 0).await;
     let file = open(&cache, HUB).await;
     read(&file, &content, 0..content.len()).await;
-    assert!(!file.is_whole(), "proven, and not published before the other file is there");
+    assert!(!file.is_whole(), "verified, but not published before the other file is complete");
     assert_same(&soon(getting).await.unwrap().join("model.bin"), &content);
-    assert_eq!(house.hub.body_bytes(), content.len() + 9 * MIB, "each byte came once");
+    assert_eq!(house.hub.body_bytes(), content.len() + 9 * MIB, "each byte was fetched once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_that_is_dropped_ends_its_fill_and_the_next_one_goes_on_with_it() {
+async fn dropping_the_only_reader_ends_its_fill_and_the_next_fill_resumes_it() {
     let weather = weather().await;
     weather.proxy.let_through(SIZE / 4);
     let cache = patient(&weather, "a");
@@ -336,26 +338,26 @@ async fn a_reader_that_is_dropped_ends_its_fill_and_the_next_one_goes_on_with_it
     let before = weather.proxy.bytes_down();
     weather.proxy.let_through(WIDE);
     let got = get(&cache, "m@1").await.unwrap();
-    assert!(got.report.bytes.remote > 0, "it is a fill of its own: {:?}", got.report);
+    assert!(got.report.bytes.remote > 0, "the get started a fill of its own: {:?}", got.report);
     assert_same(&got.path, &CONTENT);
-    assert!(weather.proxy.bytes_down() - before < SIZE, "what had come was kept");
+    assert!(weather.proxy.bytes_down() - before < SIZE, "the downloaded parts were kept");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_read_to_its_end_is_published_however_soon_it_is_closed() {
+async fn a_file_read_to_its_end_is_published_even_if_it_is_closed_at_once() {
     let weather = weather().await;
     let cache = patient(&weather, "a");
     let file = open(&cache, "m@1").await;
     soon(file.wait(0..SIZE)).await.unwrap();
     drop(file);
-    let here = OpenOptions { reach: Tier::Disk, ..OpenOptions::default() };
+    let here = OpenOptions { max_tier: Tier::Disk, ..OpenOptions::default() };
     soon(cache.land()).await;
     open_with(&cache, "m@1", here).await.unwrap();
     assert_eq!(weather.ranges("m").len(), 64);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_open_is_not_evicted() {
+async fn an_open_file_is_not_evicted() {
     let weather = weather().await;
     let cache = patient(&weather, "a");
     for round in ["filled", "here"] {
@@ -374,7 +376,7 @@ async fn what_is_open_is_not_evicted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_opens_what_another_process_fills_waits_for_its_end() {
+async fn opening_a_file_that_another_process_fills_waits_for_the_fill() {
     let weather = weather().await;
     weather.proxy.let_through(SIZE / 4);
     let (one, other) = (patient(&weather, "a"), patient(&weather, "a"));
@@ -388,11 +390,11 @@ async fn who_opens_what_another_process_fills_waits_for_its_end() {
     assert!(second.is_whole());
     read(&second, &CONTENT, 0..SIZE).await;
     read(&first, &CONTENT, 0..SIZE).await;
-    assert_eq!(weather.ranges("m").len(), 64, "each part came once");
+    assert_eq!(weather.ranges("m").len(), 64, "each part was fetched once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_file_is_opened_by_its_name_and_only_what_is_meant_is_fetched() {
+async fn a_file_is_opened_by_its_name_and_only_that_file_is_fetched() {
     let house = House::new().await;
     let commit = house.hub.repo("org/model").commit();
     commit.file("config.json", "{}").file("empty", "").lfs("model.bin", CONTENT.clone()).publish().unwrap();
@@ -416,20 +418,20 @@ async fn one_file_is_opened_by_its_name_and_only_what_is_meant_is_fetched() {
     get(&cache, "hf://org/model").await.unwrap();
     read(&open(&cache, HUB).await, &CONTENT, 0..SIZE).await;
     let error = open_with(&cache, "hf://org/model", OpenOptions::default()).await.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Invalid, "also where all of it is here: {error}");
+    assert_eq!(error.kind(), ErrorKind::Invalid, "also if the whole artifact is on disk: {error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_disk_has_under_another_name_is_given_at_once() {
+async fn a_file_that_is_on_disk_under_another_name_is_readable_at_once() {
     let weather = weather().await;
     let cache = patient(&weather, "a");
     get(&cache, "m@1").await.unwrap();
-    weather.put("twin", &CONTENT).await;
-    let asked = weather.ranges("twin").len();
-    let file = open(&cache, "twin@1").await;
+    weather.put("copy", &CONTENT).await;
+    let asked = weather.ranges("copy").len();
+    let file = open(&cache, "copy@1").await;
     read(&file, &CONTENT, last()).await;
     soon(file.whole()).await.unwrap();
-    assert_eq!(weather.ranges("twin").len(), asked, "nothing was fetched");
-    let options = GetOptions { reach: Tier::Disk, ..GetOptions::default() };
-    cache.get(&Reference::parse("twin@1").unwrap(), &options, &Progress::new()).await.unwrap();
+    assert_eq!(weather.ranges("copy").len(), asked, "nothing was fetched");
+    let options = GetOptions { max_tier: Tier::Disk, ..GetOptions::default() };
+    cache.get(&Reference::parse("copy@1").unwrap(), &options, &Progress::new()).await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! What only a bucket can do: refuse, redirect, slow down, forget answers; and where its credentials come from.
+//! S3 remotes: refusals, regions, throttling, lost responses, and the sources of credentials.
 
 use crate::remote_support::*;
 use modelcache::config::{Environment, RemoteConfig};
@@ -22,24 +22,27 @@ fn open(config: &RemoteConfig) -> Remote {
     Remote::open(config, retry()).expect("opens")
 }
 
-async fn look(remote: &Remote) -> Result<bool, Error> {
+/// Returns true if the remote has a manifest of `m@1`.
+async fn exists(remote: &Remote) -> Result<bool, Error> {
     Ok(remote.source(&key("m@1")).manifest().await?.is_some())
 }
 
+/// Returns the error of a read of the manifest under `fault`.
 async fn refused(s3: &S3, fault: S3Fault) -> Error {
     s3.faults().clear();
     s3.faults().add(fault);
-    let error = look(&open(&s3_config(s3, &[]))).await.expect_err("refused");
+    let error = exists(&open(&s3_config(s3, &[]))).await.expect_err("refused");
     assert_eq!(error.failed_tier(), Some(Tier::Remote));
     error
 }
 
-fn told(error: &Error) -> String {
+/// Returns the error and its hint as text.
+fn text(error: &Error) -> String {
     format!("{error} / {}", error.hint_text().unwrap_or_default())
 }
 
 #[tokio::test]
-async fn opening_asks_no_network_and_reads_nothing() {
+async fn opening_a_remote_uses_no_network_and_reads_no_file() {
     let config = RemoteConfig {
         url: "s3://b/p".into(),
         options: BTreeMap::from([("endpoint".into(), "http://127.0.0.1:1".into())]),
@@ -49,8 +52,8 @@ async fn opening_asks_no_network_and_reads_nothing() {
     let remote = open(&config);
     assert!(started.elapsed() < Duration::from_millis(50), "{:?}", started.elapsed());
     assert_eq!(remote.url(), "s3://b/p");
-    let error = look(&remote).await.expect_err("no certificates");
-    assert!(told(&error).contains("AWS_CA_BUNDLE"), "{}", told(&error));
+    let error = exists(&remote).await.expect_err("no certificates");
+    assert!(text(&error).contains("AWS_CA_BUNDLE"), "{}", text(&error));
 }
 
 #[tokio::test]
@@ -60,7 +63,7 @@ async fn a_missing_bucket_is_never_a_missing_artifact() {
     let tree = Tree::new("m@1", &[("a", 5)]);
     let progress = modelcache::progress::Progress::new();
     for error in [
-        look(&remote).await.expect_err("no bucket"),
+        exists(&remote).await.expect_err("no bucket"),
         remote.list().await.expect_err("no bucket"),
         remote
             .publish(&tree.manifest, &tree.local_files(), Default::default(), &progress)
@@ -68,12 +71,12 @@ async fn a_missing_bucket_is_never_a_missing_artifact() {
             .expect_err("no bucket"),
     ] {
         assert_eq!((error.kind(), error.is_transient()), (ErrorKind::Invalid, false), "{error}");
-        assert!(told(&error).contains("\"models\"") && told(&error).contains("s3://BUCKET"), "{}", told(&error));
+        assert!(text(&error).contains("\"models\"") && text(&error).contains("s3://BUCKET"), "{}", text(&error));
     }
 }
 
 #[tokio::test]
-async fn refusals_say_what_to_do() {
+async fn refusals_have_a_remedy() {
     let s3 = started().await;
     let rows = [
         (S3Fault::invalid_access_key(), ErrorKind::Unauthorized, "AWS_ACCESS_KEY_ID"),
@@ -86,7 +89,7 @@ async fn refusals_say_what_to_do() {
     for (fault, kind, word) in rows {
         let error = refused(&s3, fault).await;
         assert_eq!((error.kind(), error.is_transient()), (kind, false), "{error}");
-        assert!(told(&error).contains(word), "{}", told(&error));
+        assert!(text(&error).contains(word), "{}", text(&error));
         assert_eq!(error.artifact_name(), Some("m@1"));
     }
 }
@@ -95,39 +98,39 @@ async fn refusals_say_what_to_do() {
 async fn wrong_keys_are_refused_by_the_server_itself() {
     let s3 = started().await;
     let unknown = s3_config(&s3, &[("access_key_id", "NOBODY"), ("secret_access_key", "canary-secret")]);
-    let error = look(&open(&unknown)).await.expect_err("unknown key");
+    let error = exists(&open(&unknown)).await.expect_err("unknown key");
     assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
     let wrong = s3_config(&s3, &[("access_key_id", s3.access_key()), ("secret_access_key", "canary-secret")]);
     let remote = open(&wrong);
-    let error = look(&remote).await.expect_err("wrong secret");
+    let error = exists(&remote).await.expect_err("wrong secret");
     assert_eq!(error.kind(), ErrorKind::Unauthorized, "{error}");
-    let printed = format!("{error:?} {} {remote:?} {wrong:?} {:?}", told(&error), remote.source(&key("m@1")));
+    let printed = format!("{error:?} {} {remote:?} {wrong:?} {:?}", text(&error), remote.source(&key("m@1")));
     assert!(!printed.replace(&format!("{wrong:?}"), "").contains("canary-secret"), "{printed}");
 }
 
 #[tokio::test]
-async fn an_ambiguous_403_is_a_miss_and_publishing_still_protects_what_is_there() {
+async fn an_ambiguous_403_is_a_miss_and_publishing_still_protects_existing_objects() {
     let s3 = started().await;
     s3.faults().add(S3Fault::no_list_permission());
     let remote = open(&s3_config(&s3, &[]));
-    assert!(!look(&remote).await.expect("a miss"));
+    assert!(!exists(&remote).await.expect("a miss"));
     let tree = Tree::new("m@1", &[("a", 5)]);
     let progress = modelcache::progress::Progress::new();
     remote
         .publish(&tree.manifest, &tree.local_files(), Default::default(), &progress)
         .await
         .expect("publishes without listing");
-    assert!(look(&remote).await.expect("there"));
+    assert!(exists(&remote).await.expect("there"));
     s3.put(BUCKET, "some/prefix/n/1/a", modelcache_testkit::Content::generated(1, 9)).expect("puts");
     let tree = Tree::new("n@1", &[("a", 5)]);
     let error =
-        remote.publish(&tree.manifest, &tree.local_files(), Default::default(), &progress).await.expect_err("foreign");
+        remote.publish(&tree.manifest, &tree.local_files(), Default::default(), &progress).await.expect_err("unmanaged");
     assert_eq!(error.kind(), ErrorKind::Conflict);
     assert_eq!(remote.list().await.expect_err("no right").kind(), ErrorKind::Unauthorized);
 }
 
 #[tokio::test]
-async fn slow_down_and_broken_connections_are_tried_again() {
+async fn slow_down_and_broken_connections_are_retried() {
     for fault in [S3Fault::slow_down, S3Fault::internal_error, S3Fault::hang_up] {
         let place = Place::bucket().await;
         let hits = place.s3().faults().add(fault().times(3));
@@ -153,7 +156,7 @@ async fn reading_a_body_is_one_attempt() {
 }
 
 #[tokio::test]
-async fn answers_that_get_lost_do_no_harm() {
+async fn lost_responses_do_no_harm() {
     for (method, part) in [
         ("PUT", "claim"),
         ("PUT", "manifest.json"),
@@ -189,8 +192,8 @@ async fn a_failing_part_aborts_the_upload_and_the_next_publish_succeeds() {
 #[tokio::test]
 async fn a_failure_at_any_request_leaves_old_or_new() {
     let tree = Tree::new("m@1", &[("a", 500), ("big", 9 << 20)]);
-    let telling: fn() -> S3Fault = S3Fault::invalid_access_key;
-    for (fault, ambiguous) in [(telling, false), (S3Fault::access_denied, true)] {
+    let definite: fn() -> S3Fault = S3Fault::invalid_access_key;
+    for (fault, ambiguous) in [(definite, false), (S3Fault::access_denied, true)] {
         for nth in 0.. {
             let place = Place::bucket().await;
             let hits = place.s3().faults().add(fault().after_skipping(nth).once());
@@ -206,7 +209,7 @@ async fn a_failure_at_any_request_leaves_old_or_new() {
             assert!(published.is_err() || there.is_some(), "request {nth}: success means published");
             place.publish(&tree).await.unwrap_or_else(|error| panic!("after request {nth} failed: {error}"));
             assert_same_files(&place.another().source(&tree.key()), &tree).await;
-            // A claim that seemed to be gone, by an ambiguous 403, ends by itself.
+            // After an ambiguous 403 the writer takes its claim for removed. Such a claim expires by itself.
             let keys: Vec<String> =
                 place.keys().into_iter().filter(|key| !(ambiguous && key.ends_with("claim"))).collect();
             assert_eq!(keys, ["m/1/.modelcache/manifest.json", "m/1/a", "m/1/big"], "request {nth}");
@@ -243,24 +246,24 @@ async fn a_store_that_is_down_is_unavailable() {
         read_timeout: Duration::from_millis(500),
     });
     let remote = Remote::open(&config, quick.clone()).expect("opens");
-    let error = look(&remote).await.expect_err("down");
+    let error = exists(&remote).await.expect_err("down");
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     place.s3().down(false);
     place.s3().faults().add(S3Fault::delay(Duration::from_secs(30)));
     let started = Instant::now();
-    let error = look(&remote).await.expect_err("hangs");
+    let error = exists(&remote).await.expect_err("hangs");
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 
     let refused =
         RemoteConfig { options: BTreeMap::from([("endpoint".into(), "http://127.0.0.1:1".into())]), ..config };
-    let error = look(&Remote::open(&refused, quick).expect("opens")).await.expect_err("refused");
+    let error = exists(&Remote::open(&refused, quick).expect("opens")).await.expect_err("refused");
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
 }
 
 #[tokio::test]
-async fn listings_go_on_beyond_a_page() {
+async fn listings_continue_beyond_one_page() {
     let place = Place::bucket().await;
     for at in 0..2_501 {
         place.put(&format!("aaa/{at:04}"), b"x");
@@ -294,7 +297,7 @@ async fn the_files_of_aws_configure_are_enough() {
     let keys = format!("aws_access_key_id = {}\naws_secret_access_key = {}\n", s3.access_key(), s3.secret_key());
     aws_files(home.path(), &format!("[default]\n{keys}"), "[default]\nregion = us-east-1\noutput = json\n");
     let at_home = [("HOME", home.path().to_str().expect("text"))];
-    assert!(!look(&open(&environment(&s3, &at_home))).await.expect("let in"));
+    assert!(!exists(&open(&environment(&s3, &at_home))).await.expect("let in"));
 
     aws_files(
         home.path(),
@@ -302,11 +305,11 @@ async fn the_files_of_aws_configure_are_enough() {
         "[profile team]\nregion = us-east-1\n",
     );
     assert_eq!(
-        look(&open(&environment(&s3, &at_home))).await.expect_err("the default is wrong").kind(),
+        exists(&open(&environment(&s3, &at_home))).await.expect_err("the default is wrong").kind(),
         ErrorKind::Unauthorized
     );
     let team = [at_home[0], ("AWS_PROFILE", "team")];
-    assert!(!look(&open(&environment(&s3, &team))).await.expect("let in"));
+    assert!(!exists(&open(&environment(&s3, &team))).await.expect("let in"));
 
     aws_files(home.path(), "", &format!("[profile tool]\ncredential_process = {}/tool --now\n", home.path().display()));
     let script = format!(
@@ -318,43 +321,43 @@ async fn the_files_of_aws_configure_are_enough() {
     std::fs::write(&program, script).expect("writes");
     std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("mode");
     let tool = [at_home[0], ("AWS_PROFILE", "tool"), ("PATH", "/usr/bin:/bin")];
-    assert!(!look(&open(&environment(&s3, &tool))).await.expect("let in"));
+    assert!(!exists(&open(&environment(&s3, &tool))).await.expect("let in"));
 }
 
 #[tokio::test]
-async fn no_credentials_says_where_they_were_looked_for() {
+async fn missing_credentials_are_reported_with_the_places_that_were_searched() {
     let s3 = started().await;
     let home = tempfile::tempdir().expect("home");
     let config = environment(&s3, &[("HOME", home.path().to_str().expect("text")), ("AWS_PROFILE", "nobody")]);
-    let error = look(&open(&config)).await.expect_err("none");
+    let error = exists(&open(&config)).await.expect_err("none");
     assert_eq!((error.kind(), error.is_transient()), (ErrorKind::Unauthorized, false));
     for word in ["AWS_ACCESS_KEY_ID", "\"nobody\"", ".aws/credentials", "instance metadata (disabled)", "aws configure"]
     {
-        assert!(told(&error).contains(word), "{word}: {}", told(&error));
+        assert!(text(&error).contains(word), "{word}: {}", text(&error));
     }
     assert!(s3.requests().is_empty(), "nothing unsigned is sent");
     let open_bucket = RemoteConfig {
         options: BTreeMap::from([("endpoint".into(), s3.endpoint()), ("skip_signature".into(), "true".into())]),
         ..config
     };
-    let _ = look(&open(&open_bucket)).await;
+    let _ = exists(&open(&open_bucket)).await;
     assert!(s3.requests().iter().all(|seen| !seen.authorized()) && !s3.requests().is_empty());
 }
 
 #[tokio::test]
-async fn a_metadata_service_that_refuses_is_given_up_quickly() {
+async fn an_unreachable_metadata_service_fails_fast() {
     let s3 = started().await;
     let mut config = environment(&s3, &[("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:1")]);
     config.environment.0.remove("AWS_EC2_METADATA_DISABLED");
     let remote = open(&config);
     let started = Instant::now();
     for _ in 0..20 {
-        assert_eq!(look(&remote).await.expect_err("none").kind(), ErrorKind::Unauthorized);
+        assert_eq!(exists(&remote).await.expect_err("none").kind(), ErrorKind::Unauthorized);
     }
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
 }
 
-/// Answers every request on loopback with what `answer` makes of its head.
+/// Starts a server on loopback that answers every request with the body `answer(head)`, or with 404 if it is empty.
 async fn answering(answer: impl Fn(&str) -> String + Send + 'static) -> String {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("binds");
     let address = format!("http://{}", listener.local_addr().expect("address"));
@@ -402,7 +405,7 @@ async fn containers_and_instances_have_credentials() {
             ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", token.to_str().expect("text")),
         ],
     );
-    assert!(!look(&open(&config)).await.expect("let in"));
+    assert!(!exists(&open(&config)).await.expect("let in"));
 
     let metadata = answering(move |head| match head.split(' ').take(2).collect::<Vec<_>>().as_slice() {
         ["PUT", "/latest/api/token"] => "imds-token".into(),
@@ -413,7 +416,7 @@ async fn containers_and_instances_have_credentials() {
     .await;
     let mut config = environment(&s3, &[("AWS_EC2_METADATA_SERVICE_ENDPOINT", &metadata)]);
     config.environment.0.remove("AWS_EC2_METADATA_DISABLED");
-    assert!(!look(&open(&config)).await.expect("let in"));
+    assert!(!exists(&open(&config)).await.expect("let in"));
 }
 
 #[tokio::test]
@@ -440,10 +443,10 @@ async fn a_profile_may_name_a_role() {
     );
     let home = home.path().to_str().expect("text");
     let config = environment(&s3, &[("HOME", home), ("AWS_PROFILE", "reader"), ("AWS_ENDPOINT_URL_STS", &sts)]);
-    assert!(!look(&open(&config)).await.expect("let in"));
+    assert!(!exists(&open(&config)).await.expect("let in"));
     let config = environment(&s3, &[("HOME", home), ("AWS_PROFILE", "alone"), ("AWS_ENDPOINT_URL_STS", &sts)]);
-    let error = look(&open(&config)).await.expect_err("no source");
-    assert!(told(&error).contains("source_profile"), "{}", told(&error));
+    let error = exists(&open(&config)).await.expect_err("no source");
+    assert!(text(&error).contains("source_profile"), "{}", text(&error));
 }
 
 #[tokio::test]
@@ -454,15 +457,16 @@ async fn an_expired_token_is_renewed() {
     aws_files(home.path(), &format!("[default]\n{keys}"), "");
     let remote = open(&environment(&s3, &[("HOME", home.path().to_str().expect("text"))]));
     s3.faults().add(S3Fault::expired_token().once());
-    let error = look(&remote).await.expect_err("fresh credentials that are called expired");
+    let error = exists(&remote).await.expect_err("fresh credentials that are called expired");
     assert_eq!((error.kind(), error.is_transient()), (ErrorKind::Unauthorized, false));
     tokio::time::sleep(Duration::from_millis(10_100)).await;
     let hits = s3.faults().add(S3Fault::expired_token().once());
-    assert!(!look(&remote).await.expect("renewed and tried again"));
+    assert!(!exists(&remote).await.expect("renewed and tried again"));
     assert_eq!(hits.count(), 1);
 }
 
-/// Only where TESTKIT_MOTO_VENV names an environment with the real moto server: the stand-in cannot hold such keys.
+/// Runs only if TESTKIT_MOTO_VENV names a Python environment with the real moto server. The stand-in cannot store such
+/// keys.
 #[tokio::test]
 async fn odd_keys_do_not_break_listings() {
     let Some(place) = Place::moto() else { return };

@@ -1,5 +1,5 @@
-//! One suite over every remote that can be written: a folder, the S3 stand-in, and the same where conditional writes
-//! are ignored. What holds for one must hold for all.
+//! Conformance suite for remotes that can be written. It runs over a folder, the S3 stand-in, the S3 stand-in without
+//! conditional writes, and moto.
 
 use crate::remote_support::*;
 use modelcache::ErrorKind;
@@ -15,7 +15,7 @@ macro_rules! over_every_remote {
         mod bucket_without_conditions {
             $(#[tokio::test] async fn $name() { super::$name(super::Place::bucket_without_conditions().await).await; })*
         }
-        /// Only where TESTKIT_MOTO_VENV names an environment with the real moto server.
+        /// Runs only if TESTKIT_MOTO_VENV names a Python environment with the real moto server.
         mod moto {
             $(#[tokio::test] async fn $name() { if let Some(place) = super::Place::moto() { super::$name(place).await; } })*
         }
@@ -23,40 +23,40 @@ macro_rules! over_every_remote {
 }
 
 over_every_remote!(
-    what_was_published_is_read_back,
+    published_files_are_read_back,
     an_absent_artifact_is_none,
     ranges_are_exact,
-    equal_content_again_sends_nothing,
+    publishing_equal_content_again_uploads_nothing,
     a_lost_object_is_repaired,
     an_altered_object_is_repaired,
-    what_a_reader_found_wrong_is_sent_again,
+    a_file_reported_wrong_by_a_reader_is_uploaded_again,
     other_content_is_refused,
     force_replaces_and_leaves_no_old_object,
-    a_part_widened_later_keeps_both,
+    a_partial_artifact_can_be_completed_later,
     evict_removes_only_what_the_manifest_names,
     a_dry_evict_removes_nothing,
-    an_ended_claim_is_taken_over_and_its_leftovers_swept,
-    a_living_claim_is_waited_for,
-    foreign_objects_are_refused_and_stay,
+    an_expired_claim_is_taken_over_and_its_leftovers_swept,
+    a_live_claim_is_waited_for,
+    unmanaged_objects_are_refused_and_stay,
     a_version_inside_a_version_is_refused,
-    odd_names_come_back_as_they_went,
+    special_characters_in_names_are_preserved,
     a_damaged_manifest_is_corrupt_and_can_be_repaired,
-    anothers_manifest_is_corrupt,
+    a_manifest_of_another_artifact_is_corrupt,
     a_changed_local_file_is_not_published,
     a_missing_local_file_leaves_nothing_visible,
     many_small_files,
-    a_large_file_goes_in_parts,
+    a_large_file_is_uploaded_in_parts,
     an_object_copied_with_another_etag_is_still_read,
     an_object_of_another_size_is_corrupt,
     an_object_that_is_gone_is_not_found,
-    what_is_not_held_cannot_be_read,
-    list_finds_every_artifact_among_strangers,
+    a_file_that_is_not_held_cannot_be_read,
+    list_finds_every_artifact_among_unmanaged_objects,
     two_writers_of_the_same_content_both_succeed,
     two_writers_of_other_content_do_not_mix,
-    a_cancelled_publish_leaves_the_way_free,
+    a_cancelled_publish_does_not_block_the_next_one,
 );
 
-async fn what_was_published_is_read_back(place: Place) {
+async fn published_files_are_read_back(place: Place) {
     let tree = Tree::new("team/model@1", &[("a.bin", 100_000), ("sub/b.json", 17), ("empty", 0)]);
     let published = place.publish(&tree).await.expect("publishes");
     assert_eq!(published.uploaded_bytes, 100_017);
@@ -82,7 +82,7 @@ async fn an_absent_artifact_is_none(place: Place) {
     assert_eq!(source.read(&path("a"), 0..1).await.expect_err("absent").kind(), ErrorKind::NotFound);
     assert_eq!(place.remote().evict(&key("nobody/nothing@1"), false).await.expect("no failure"), None);
     assert!(place.remote().list().await.expect("lists").is_empty());
-    assert!(place.keys().is_empty(), "looking writes nothing");
+    assert!(place.keys().is_empty(), "reads and evictions write nothing");
 }
 
 async fn ranges_are_exact(place: Place) {
@@ -97,7 +97,7 @@ async fn ranges_are_exact(place: Place) {
     }
 }
 
-async fn equal_content_again_sends_nothing(place: Place) {
+async fn publishing_equal_content_again_uploads_nothing(place: Place) {
     let tree = Tree::new("m@1", &[("a", 5_000), ("b", 10)]);
     place.publish(&tree).await.expect("publishes");
     let keys = place.keys();
@@ -124,7 +124,7 @@ async fn an_altered_object_is_repaired(place: Place) {
     assert_same_files(&place.remote().source(&tree.key()), &tree).await;
 }
 
-async fn what_a_reader_found_wrong_is_sent_again(place: Place) {
+async fn a_file_reported_wrong_by_a_reader_is_uploaded_again(place: Place) {
     let tree = Tree::new("m@1", &[("a", 5_000), ("b", 10)]);
     place.publish(&tree).await.expect("publishes");
     let rewrite = PublishOptions { rewrite: [path("a")].into(), ..PublishOptions::default() };
@@ -158,12 +158,12 @@ async fn force_replaces_and_leaves_no_old_object(place: Place) {
     assert_eq!(place.keys(), ["m/1/.modelcache/manifest.json", "m/1/a", "m/1/new/y"]);
 }
 
-async fn a_part_widened_later_keeps_both(place: Place) {
+async fn a_partial_artifact_can_be_completed_later(place: Place) {
     let tree = Tree::new("m@1", &[("a", 500), ("b", 600)]);
     assert_eq!(place.publish_only(&tree, &["a"]).await.expect("a part").uploaded_bytes, 500);
     let held = |manifest: &modelcache::manifest::Manifest, name: &str| manifest.files[&path(name)].held.is_some();
     let first = place.manifest("m@1").await;
-    assert!(held(&first, "a") && !held(&first, "b"), "a part is not the whole");
+    assert!(held(&first, "a") && !held(&first, "b"), "only the published file is held");
     assert_eq!(place.publish_only(&tree, &["b"]).await.expect("the rest").uploaded_bytes, 600);
     let both = place.manifest("m@1").await;
     assert!(held(&both, "a") && held(&both, "b"));
@@ -178,8 +178,8 @@ async fn evict_removes_only_what_the_manifest_names(place: Place) {
     place.put("team/m/1/theirs.txt", b"not ours");
     assert_eq!(place.remote().evict(&tree.key(), false).await.expect("evicts"), Some(1_100));
     assert_eq!(place.keys(), ["team/m/1/theirs.txt", "team/m/2/.modelcache/manifest.json", "team/m/2/a"]);
-    // What is left is somebody else's: it is read as that, and not ours to remove.
-    let error = place.remote().evict(&tree.key(), false).await.expect_err("theirs");
+    // The remaining object is unmanaged: it is served as such, and evict refuses to remove it.
+    let error = place.remote().evict(&tree.key(), false).await.expect_err("unmanaged");
     assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
     assert!(place.manifest("team/m@1").await.files.keys().eq([&path("theirs.txt")]));
     place.remove("team/m/1/theirs.txt");
@@ -190,11 +190,11 @@ async fn evict_removes_only_what_the_manifest_names(place: Place) {
 async fn a_dry_evict_removes_nothing(place: Place) {
     let tree = Tree::new("m@1", &[("a", 500)]);
     place.publish(&tree).await.expect("publishes");
-    assert_eq!(place.remote().evict(&tree.key(), true).await.expect("tells"), Some(500));
+    assert_eq!(place.remote().evict(&tree.key(), true).await.expect("dry run"), Some(500));
     assert_same_files(&place.remote().source(&tree.key()), &tree).await;
 }
 
-async fn an_ended_claim_is_taken_over_and_its_leftovers_swept(place: Place) {
+async fn an_expired_claim_is_taken_over_and_its_leftovers_swept(place: Place) {
     let claim = format!(r#"{{"owner":"gone/1/00","expires_at":1,"files":{{"half":"{}","a":null}}}}"#, "0".repeat(64));
     place.put("m/1/.modelcache/claim", claim.as_bytes());
     place.put("m/1/half", b"left by a writer that died");
@@ -211,7 +211,7 @@ async fn an_ended_claim_is_taken_over_and_its_leftovers_swept(place: Place) {
     assert!(!place.keys().iter().any(|key| key.starts_with("n/")));
 }
 
-async fn a_living_claim_is_waited_for(place: Place) {
+async fn a_live_claim_is_waited_for(place: Place) {
     let claim = r#"{"owner":"busy-host/7/aa","expires_at":99999999999,"files":{"theirs":null}}"#;
     place.put("m/1/.modelcache/claim", claim.as_bytes());
     place.put("m/1/theirs", b"on its way");
@@ -227,13 +227,13 @@ async fn a_living_claim_is_waited_for(place: Place) {
     assert_eq!(published.expect("publishes in the end").uploaded_bytes, 500);
 }
 
-async fn foreign_objects_are_refused_and_stay(place: Place) {
+async fn unmanaged_objects_are_refused_and_stay(place: Place) {
     place.put("m/1/a", b"somebody's own");
     place.put("m/1/deep/b", b"somebody's own");
-    let error = place.publish(&Tree::new("m@1", &[("a", 500)])).await.expect_err("foreign");
+    let error = place.publish(&Tree::new("m@1", &[("a", 500)])).await.expect_err("unmanaged");
     assert_eq!(error.kind(), ErrorKind::Conflict);
     assert!(error.hint_text().is_some_and(|hint| hint.contains("m/1")));
-    assert_eq!(place.keys(), ["m/1/a", "m/1/deep/b"], "no trace of us");
+    assert_eq!(place.keys(), ["m/1/a", "m/1/deep/b"], "nothing was written");
     assert_eq!(place.object("m/1/a").as_deref(), Some(&b"somebody's own"[..]));
 }
 
@@ -247,7 +247,7 @@ async fn a_version_inside_a_version_is_refused(place: Place) {
     place.publish(&Tree::new("org/model@2", &[("a", 5)])).await.expect("beside");
 }
 
-async fn odd_names_come_back_as_they_went(place: Place) {
+async fn special_characters_in_names_are_preserved(place: Place) {
     let long = "x".repeat(place.name_bytes_max());
     let names = [
         "ünï/日本語.bin",
@@ -303,10 +303,10 @@ async fn a_damaged_manifest_is_corrupt_and_can_be_repaired(place: Place) {
     assert_eq!(error.hint_text(), Some("update modelcache"));
 }
 
-async fn anothers_manifest_is_corrupt(place: Place) {
+async fn a_manifest_of_another_artifact_is_corrupt(place: Place) {
     place.publish(&Tree::new("m@1", &[("a", 5)])).await.expect("publishes");
     place.put("m/2/.modelcache/manifest.json", &place.object("m/1/.modelcache/manifest.json").expect("manifest"));
-    let error = place.remote().source(&key("m@2")).manifest().await.expect_err("another's");
+    let error = place.remote().source(&key("m@2")).manifest().await.expect_err("of another artifact");
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert!(error.to_string().contains("m@1"), "{error}");
 }
@@ -325,9 +325,9 @@ async fn a_changed_local_file_is_not_published(place: Place) {
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
         assert!(error.to_string().contains("changed"), "{error}");
         assert!(place.remote().source(&tree.key()).manifest().await.expect("no failure").is_none());
-        assert!(place.object("m/1/a").is_none(), "nothing of it is visible");
+        assert!(place.object("m/1/a").is_none(), "no object is visible");
     }
-    place.publish(&Tree::new("m@1", &[("a", 500)])).await.expect("the way is free");
+    place.publish(&Tree::new("m@1", &[("a", 500)])).await.expect("the key is not blocked");
 }
 
 async fn a_missing_local_file_leaves_nothing_visible(place: Place) {
@@ -349,7 +349,7 @@ async fn many_small_files(place: Place) {
     assert_same_files(&place.remote().source(&tree.key()), &tree).await;
 }
 
-async fn a_large_file_goes_in_parts(place: Place) {
+async fn a_large_file_is_uploaded_in_parts(place: Place) {
     let tree = Tree::of(key("m@1"), 5, &[("weights.safetensors", (40 << 20) + 1)], Shape::File);
     let published = place.publish(&tree).await.expect("publishes");
     assert_eq!(published.uploaded_bytes, (40 << 20) + 1);
@@ -377,7 +377,7 @@ async fn an_object_of_another_size_is_corrupt(place: Place) {
             assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
             assert!(!error.is_transient());
         }
-        // Where the store ignores If-Match, what comes is too short, and whoever reads counts.
+        // If the store ignores If-Match, the body is too short. The caller detects this by counting bytes.
         Ok(body) => assert!(collect(body).await.map_or(true, |bytes| bytes.len() < 500)),
     }
 }
@@ -392,14 +392,14 @@ async fn an_object_that_is_gone_is_not_found(place: Place) {
     assert_eq!((error.kind(), error.is_transient()), (ErrorKind::NotFound, false));
 }
 
-async fn what_is_not_held_cannot_be_read(place: Place) {
+async fn a_file_that_is_not_held_cannot_be_read(place: Place) {
     let tree = Tree::new("m@1", &[("a", 500), ("b", 1)]);
     place.publish_only(&tree, &["a"]).await.expect("publishes");
     let error = place.remote().source(&tree.key()).read(&path("b"), 0..1).await.expect_err("not held");
     assert_eq!(error.kind(), ErrorKind::NotFound);
 }
 
-async fn list_finds_every_artifact_among_strangers(place: Place) {
+async fn list_finds_every_artifact_among_unmanaged_objects(place: Place) {
     for name in ["a@1", "a@2", "org/b@x", "org/sub/c@1"] {
         place.publish(&Tree::new(name, &[("f", 3)])).await.expect("publishes");
     }
@@ -440,25 +440,26 @@ async fn two_writers_of_other_content_do_not_mix(place: Place) {
     assert_same_files(&place.remote().source(&one.key()), winner.0).await;
 }
 
-async fn a_cancelled_publish_leaves_the_way_free(place: Place) {
+async fn a_cancelled_publish_does_not_block_the_next_one(place: Place) {
     let tree = Tree::new("m@1", &[("a", 30 << 20), ("b", 3)]);
     for after_ms in [1, 5, 20, 60] {
         let publish = place.publish(&tree);
         let _ = tokio::time::timeout(std::time::Duration::from_millis(after_ms), publish).await;
         if let Some(manifest) = place.remote().source(&tree.key()).manifest().await.expect("no failure") {
-            assert!(manifest.files.values().all(|entry| entry.held.is_some()), "old or new, nothing between");
+            assert!(manifest.files.values().all(|entry| entry.held.is_some()), "the manifest is complete");
         }
     }
     let started = std::time::Instant::now();
     place.publish(&tree).await.expect("publishes");
-    assert!(started.elapsed().as_secs() < 20, "a cancelled writer gives its claim back");
+    assert!(started.elapsed().as_secs() < 20, "a cancelled writer releases its claim");
     assert_same_files(&place.remote().source(&tree.key()), &tree).await;
-    // In a folder, what a cancelled write had begun goes on by itself: as long as that lasts, its file has a number.
+    // In a folder, a cancelled write continues in the background. Until it ends, its temporary file has a `#` in its
+    // name.
     while place.keys().iter().any(|key| key.contains('#')) {
         assert!(started.elapsed().as_secs() < 20, "{:?}", place.keys());
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
-    // Cancelled while its manifest was on its way, a writer leaves a claim that has ended: it cannot know.
+    // A writer that is cancelled during the upload of its manifest cannot know the result, and leaves an expired claim.
     let keys: Vec<String> = place.keys().into_iter().filter(|key| !key.ends_with("claim")).collect();
     assert_eq!(keys, ["m/1/.modelcache/manifest.json", "m/1/a", "m/1/b"]);
 }

@@ -1,4 +1,4 @@
-//! The scrub: what a daemon runs at a low rate finds what no lend looks for.
+//! `Cache::scrub`: reads all files at a low rate and finds damage that a hit does not look for.
 
 use crate::common::{House, get};
 use modelcache::finding::Problem;
@@ -7,7 +7,7 @@ use std::fs::{self, File, FileTimes, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_scrub_reads_each_file_once_and_withdraws_what_rotted() {
+async fn a_scrub_reads_each_file_once_and_withdraws_damaged_files() {
     let house = House::new().await;
     let content = Content::generated(3, 1 << 20);
     for name in ["org/one", "org/two"] {
@@ -25,7 +25,7 @@ async fn a_scrub_reads_each_file_once_and_withdraws_what_rotted() {
     let mut found = Vec::new();
     cache.scrub(2 << 20, |verified| found.push(verified)).await.unwrap();
     assert_eq!(found.len(), 2, "{found:?}");
-    assert_eq!(found.iter().map(|verified| verified.bytes).sum::<u64>(), (1 << 20) + 14, "the shared file once");
+    assert_eq!(found.iter().map(|verified| verified.bytes).sum::<u64>(), (1 << 20) + 14, "shared file read once");
     let [bad] = &found.iter().flat_map(|verified| &verified.findings).collect::<Vec<_>>()[..] else {
         panic!("{found:?}")
     };

@@ -1,7 +1,7 @@
-//! What every source obeys, as one suite over every implementation of [`Source`].
+//! Conformance suite for [`Source`], run over every implementation.
 //!
 //! A [`Subject`] is a source with content that the suite knows. To add an implementation, build a subject in a test of
-//! its own and hand it to [`obeys_the_contract`].
+//! its own and pass it to [`obeys_the_contract`].
 
 use futures::StreamExt as _;
 use modelcache::config::{BucketConfig, Environment, HubConfig, MlflowConfig, RemoteConfig, RetryConfig, Secret};
@@ -20,27 +20,27 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// A source and what it must serve.
+/// A source and its expected content.
 struct Subject {
     source: Arc<dyn Source>,
-    /// A source of the same kind, bound to something that is not there; `None` where there is no such thing.
+    /// A source of the same kind, bound to an absent artifact. `None` if this kind cannot have such a source.
     absent: Option<Arc<dyn Source>>,
     tier: Tier,
     shape: Shape,
     files: BTreeMap<FilePath, Vec<u8>>,
-    /// Requests sent so far, where they can be counted.
+    /// Returns the number of requests sent so far, or always 0 if they cannot be counted.
     requests: Box<dyn Fn() -> usize>,
 }
 
-/// The suite.
+/// Runs all checks of the suite.
 async fn obeys_the_contract(subject: &Subject) {
     a_range_is_read_without_asking_for_the_manifest_first(subject).await;
     the_manifest_lists_every_file_and_is_remembered(subject).await;
     an_absent_artifact_has_no_manifest(subject).await;
     any_range_gives_exactly_those_bytes(subject).await;
     an_absent_path_is_not_found(subject).await;
-    senseless_ranges_are_refused_without_a_panic(subject).await;
-    reads_at_once_do_not_mix(subject).await;
+    ranges_beyond_the_end_are_refused_without_a_panic(subject).await;
+    concurrent_reads_do_not_mix(subject).await;
     an_abandoned_read_harms_no_other(subject).await;
 }
 
@@ -103,7 +103,7 @@ async fn an_absent_path_is_not_found(subject: &Subject) {
     }
 }
 
-async fn senseless_ranges_are_refused_without_a_panic(subject: &Subject) {
+async fn ranges_beyond_the_end_are_refused_without_a_panic(subject: &Subject) {
     let (path, content) = largest(subject);
     let size = content.len() as u64;
     for range in [size..size + 1, 0..size + 1, u64::MAX - 1..u64::MAX] {
@@ -112,7 +112,7 @@ async fn senseless_ranges_are_refused_without_a_panic(subject: &Subject) {
     }
 }
 
-async fn reads_at_once_do_not_mix(subject: &Subject) {
+async fn concurrent_reads_do_not_mix(subject: &Subject) {
     let mut random = Random(7);
     let files: Vec<_> = subject.files.iter().filter(|(_, content)| !content.is_empty()).collect();
     let asked: Vec<_> = (0..24).map(|at| files[at % files.len()]).collect();
@@ -136,7 +136,7 @@ fn largest(subject: &Subject) -> (&FilePath, &Vec<u8>) {
     subject.files.iter().max_by_key(|(_, content)| content.len()).unwrap()
 }
 
-/// The bytes of a range, as a reader takes them: without what comes before and after if the server ignored the range.
+/// Reads a range. If the server ignored the range, cuts it out of the whole file.
 async fn read(subject: &Subject, path: &FilePath, range: Range<u64>) -> Vec<u8> {
     let opened = subject.source.read(path, range.clone()).await;
     let mut body = opened.unwrap_or_else(|error| panic!("{path} {range:?}: {error}"));
@@ -163,7 +163,7 @@ impl Random {
         word ^ (word >> 31)
     }
 
-    /// A range that is not empty, in a file of `size` bytes.
+    /// Returns a range that is not empty, in a file of `size` bytes.
     fn range(&mut self, size: u64) -> Range<u64> {
         let start = self.next() % size;
         start..start + 1 + self.next() % (size - start)
@@ -225,7 +225,7 @@ async fn the_hub_is_a_source() {
         let again = origins(hub.url()).source(&exact, &key).expect("an exact key");
         obeys_the_contract(&Subject { source: again, ..subject }).await;
     }
-    assert!(hub.requests().iter().all(|seen| !seen.authorized()), "a token that nobody configured");
+    assert!(hub.requests().iter().all(|seen| !seen.authorized()), "a token was sent although none is configured");
 }
 
 #[tokio::test]
@@ -325,8 +325,8 @@ async fn at(s3: &Arc<S3>, reference: &str, shape: Shape, files: BTreeMap<FilePat
     let origins = || Origins::new(HubConfig::default(), buckets.clone(), Retry::new(RetryConfig::default()));
     let reference = Reference::parse(reference).unwrap();
     let key = origins().resolve(&reference).await.unwrap().expect("it is there").key;
-    // Another process knows the key only, and has not listed anything.
-    let source = origins().source(&reference, &key).expect("a place in a bucket has sources");
+    // Another process knows only the key, and has not listed anything.
+    let source = origins().source(&reference, &key).expect("a bucket reference has a source");
     let nothing = Reference::parse("s3://elsewhere/some models/nothing").unwrap();
     let absent = origins().source(&nothing, &key);
     Subject { source, absent, tier: Tier::Origin, shape, files, requests: requests(s3) }
@@ -340,8 +340,8 @@ async fn a_prefix_in_a_bucket_is_a_source() {
     }
 }
 
-/// A path that the environment names; says so where it names none.
-fn named(variable: &str) -> Option<PathBuf> {
+/// Returns the path in an environment variable, or prints `SKIPPED` if it is unset or empty.
+fn path_from_env(variable: &str) -> Option<PathBuf> {
     let path = std::env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from);
     if path.is_none() {
         #[allow(clippy::print_stderr)]
@@ -352,14 +352,14 @@ fn named(variable: &str) -> Option<PathBuf> {
     path
 }
 
-/// `reference` on `origins`, whose server is behind `gate`.
+/// Builds a subject for `reference` on `origins`. `gate` is in front of the server and counts the requests.
 async fn behind(gate: &Arc<Gate>, origins: &Origins, reference: &str, files: BTreeMap<FilePath, Vec<u8>>) -> Subject {
     let reference = Reference::parse(reference).unwrap();
     let resolved = origins.resolve(&reference).await.unwrap().expect("it is there");
     let gate = gate.clone();
     Subject {
         source: resolved.source,
-        // What is missing is an error there: it is said what is, and what to check.
+        // These origins report a missing artifact as an error with a hint.
         absent: None,
         tier: Tier::Origin,
         shape: Shape::Tree,
@@ -368,7 +368,7 @@ async fn behind(gate: &Arc<Gate>, origins: &Origins, reference: &str, files: BTr
     }
 }
 
-/// A source of the same artifact by its exact key.
+/// Returns a subject for the same artifact, addressed by its exact key.
 async fn again(origins: &Origins, subject: Subject) -> Subject {
     let key = subject.source.manifest().await.unwrap().unwrap().key;
     let exact = Reference::parse(&key.to_string()).unwrap();
@@ -377,7 +377,7 @@ async fn again(origins: &Origins, subject: Subject) -> Subject {
 
 #[tokio::test]
 async fn a_registry_is_a_source_and_so_is_its_cdn() {
-    let Some(program) = named("MODELCACHE_TEST_REGISTRY") else { return };
+    let Some(program) = path_from_env("MODELCACHE_TEST_REGISTRY") else { return };
     let folder = tempfile::tempdir().unwrap();
     let registry = Registry::start(&program, folder.path(), false).unwrap();
     let layers: Vec<_> = files()
@@ -420,13 +420,13 @@ fn on_the_remote(url: String, environment: Environment, requests: Box<dyn Fn() -
 }
 
 #[tokio::test]
-async fn a_foreign_tree_on_the_remote_is_a_source() {
+async fn unmanaged_objects_on_the_remote_are_a_source() {
     let s3 = bucket(&files()).await;
     obeys_the_contract(&on_the_remote("s3://elsewhere".into(), environment(&s3), requests(&s3))).await;
 }
 
 #[tokio::test]
-async fn a_foreign_tree_in_a_shared_folder_is_a_source() {
+async fn unmanaged_files_in_a_shared_folder_are_a_source() {
     let folder = tempfile::tempdir().unwrap();
     write(&folder.path().join("some models/m"), &files());
     let url = format!("file://{}", folder.path().display());
@@ -435,7 +435,7 @@ async fn a_foreign_tree_in_a_shared_folder_is_a_source() {
 
 #[tokio::test]
 async fn mlflow_is_a_source() {
-    let Some(venv) = named("MODELCACHE_TEST_VENV") else { return };
+    let Some(venv) = path_from_env("MODELCACHE_TEST_VENV") else { return };
     let folder = tempfile::tempdir().unwrap();
     let server = folder.path().join("server");
     let server = Mlflow::start(&venv, &server, &["--artifacts-destination", "artifacts"]).unwrap();

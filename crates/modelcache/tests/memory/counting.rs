@@ -1,10 +1,10 @@
-//! A global allocator that counts the bytes allocated on the thread that asks.
+//! A global allocator that counts the allocated bytes of each thread.
 #![allow(unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-/// The system's allocator, counted. An allocation that grows counts as the old and the new one at once.
+/// The system allocator with counters. A reallocation counts the old and the new block at the same time.
 pub(crate) struct Counting;
 
 thread_local! {
@@ -19,7 +19,7 @@ fn count(bytes: isize) {
     });
 }
 
-// SAFETY: every call is passed on to the system's allocator as it is.
+// SAFETY: every call is passed unchanged to the system allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
@@ -32,7 +32,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// What `work` returns, and the most bytes that it had allocated at any time.
+/// Runs `work`. Returns its result and its peak of allocated bytes on this thread.
 pub(crate) fn peak_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = ALLOCATED.get();
     PEAK.set(before);

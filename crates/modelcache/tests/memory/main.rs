@@ -1,4 +1,4 @@
-//! What reading a manifest takes in memory: less than four times the document, itself included, whatever it says.
+//! Memory use of reading a manifest: less than four times the document, the document included, for any content.
 #![allow(clippy::unwrap_used)]
 
 mod counting;
@@ -15,7 +15,7 @@ use std::collections::BTreeSet;
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// What reading may take in any case.
+/// Bytes that reading may allocate regardless of the size of the document.
 const BYTES_MIN: usize = 64 << 10;
 /// About the length of each hostile document.
 const BYTES: usize = 2 << 20;
@@ -43,7 +43,7 @@ fn many(make: impl Fn(usize) -> String) -> String {
     text
 }
 
-/// Reads it within bounds; whether it was accepted.
+/// Reads a manifest and asserts the memory bound. Returns the manifest or the text of the error.
 fn read(name: &str, document: &str) -> Result<Manifest, String> {
     let (read, peak) = peak_of(|| Manifest::from_bytes(document.as_bytes()));
     let (all, most) = (document.len() + peak, 4 * document.len() + BYTES_MIN);
@@ -121,14 +121,14 @@ fn no_document_takes_four_times_its_bytes_to_read() {
     }
     let accepted: Vec<_> = documents.iter().filter(|(name, document)| read(name, document).is_ok()).collect();
     let accepted: BTreeSet<_> = accepted.into_iter().map(|(name, _)| *name).collect();
-    // Each of these is what some release may write.
+    // These are valid: another release may write them.
     let right =
         ["a writer", "an other field in each file", "files in another order", "files without anything", "held in each"];
     assert_eq!(accepted, BTreeSet::from(right));
 }
 
 #[test]
-fn a_refusal_tells_what_is_too_large() {
+fn a_refusal_names_the_part_that_is_too_large() {
     let refused = |document: &str, says: &str| {
         let error = read(says, document).unwrap_err();
         assert!(error.contains(says), "{error}");

@@ -1,7 +1,8 @@
-//! The binary in a house of its own: a Hub stand-in, an S3 stand-in, and a folder for homes and cache directories.
+//! The test environment: the binary with a Hub stand-in, an S3 stand-in, and a temporary folder for home and cache
+//! directories.
 //!
-//! Each run has a cleared environment. Whatever it prints is searched for the secrets it was given: no test can pass
-//! while one leaks.
+//! Each run starts with a cleared environment. [`Outcome::new`] searches the output of every run for the secrets that
+//! the tests use, so a test fails if one leaks.
 #![allow(unreachable_pub)]
 
 pub mod order;
@@ -20,20 +21,20 @@ use tokio::signal::unix::SignalKind;
 pub const MIB: u64 = 1 << 20;
 pub const BIN: &str = env!("CARGO_BIN_EXE_modelcache");
 pub const BUCKET: &str = "models";
-/// The token that private and gated repositories want.
+/// The token that private and gated repositories require.
 pub const TOKEN: &str = "hf_canaryCanaryCanary";
-/// A run that takes longer hangs.
+/// Time limit of one run. A run that exceeds it fails the test.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What no run may print, whatever it was given.
+/// Secrets of the tests. No run may print one of them.
 const SECRETS: [&str; 11] = [
     TOKEN,
     "testkit/secret+key",
     "testkit%2Fsecret",
     "canary-secret",
     "canary-session",
-    // ann:canary-secret, as `Authorization: Basic` carries it.
+    // `ann:canary-secret` in base64, as in `Authorization: Basic`.
     "YW5uOmNhbmFyeS1zZWNyZXQ",
-    // What a signature in an address would be.
+    // The signature in a presigned URL.
     "canary-signature",
     "canary-token",
     "canary-password",
@@ -41,15 +42,17 @@ const SECRETS: [&str; 11] = [
     "bWU6bWxmbG93LWNhbmFyeS1wYXNzd29yZA",
 ];
 
+/// A test environment: both stand-ins and a temporary folder. Runs of the binary are built with [`House::on`].
 pub struct House {
     pub hub: Hub,
     pub s3: S3,
     folder: TempDir,
 }
 
-/// Makes what the tests start independent of how they were started themselves. New files can be read by other users. The
-/// signals that a shell's background job and `nohup` ignore are handled here, and so at their default there.
-fn reset_what_is_inherited() {
+/// Makes child processes independent of the umask and the ignored signals that the test process has inherited. New
+/// files are readable by other users. A background job of a shell and `nohup` ignore some signals: these get a handler
+/// here, so that child processes start with the default action.
+fn reset_inherited_state() {
     static RESET: Once = Once::new();
     RESET.call_once(|| {
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
@@ -60,7 +63,7 @@ fn reset_what_is_inherited() {
         let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
         for kind in [SignalKind::hangup(), SignalKind::interrupt(), SignalKind::terminate(), SignalKind::quit()] {
             if ignored >> (kind.as_raw_value() - 1) & 1 == 1 {
-                // The handler stays when its listener is gone.
+                // The handler stays installed after its listener is dropped.
                 drop(tokio::signal::unix::signal(kind).unwrap());
             }
         }
@@ -68,16 +71,17 @@ fn reset_what_is_inherited() {
 }
 
 impl House {
-    /// Both stand-ins, an empty bucket, and no repository.
+    /// An environment with an empty bucket and without repositories.
     pub fn new() -> Self {
-        reset_what_is_inherited();
+        reset_inherited_state();
         let folder = TempDir::new().unwrap();
         let s3 = S3::start_in(folder.path().join("s3"), 0).unwrap();
         s3.bucket(BUCKET).unwrap();
         Self { hub: Hub::start_on(0).unwrap(), s3, folder }
     }
 
-    /// With `org/model`: a file above one part, small ones, an odd name. The answer is its commit, too.
+    /// An environment with the repository `org/model`: a file of more than one part, small files, and a path with
+    /// special characters. Returns its commit, too.
     pub fn with_model() -> (Self, String) {
         let house = Self::new();
         let commit = house.hub.repo("org/model").commit();
@@ -90,19 +94,19 @@ impl House {
         self.folder.path().join(name)
     }
 
-    /// A file of the test's own.
+    /// Writes a file below the temporary folder and returns its path.
     pub fn write(&self, name: &str, content: impl Into<Content>) -> PathBuf {
         let path = self.path(name);
         content.into().write_to(&path).unwrap();
         path
     }
 
-    /// A run over the cache directory `dir` with the Hub and S3.
+    /// Builds a run with the cache directory `dir`, the Hub, and S3 as remote.
     pub fn on(&self, dir: &str) -> Run {
         self.on_local(dir).envs(self.s3.env()).env("MODEL_CACHE_REMOTE", format!("s3://{BUCKET}/cache"))
     }
 
-    /// A run over the cache directory `dir` with the Hub and no remote.
+    /// Builds a run with the cache directory `dir`, the Hub, and no remote.
     pub fn on_local(&self, dir: &str) -> Run {
         let mut command = Command::new(BIN);
         command.env_clear().current_dir(self.folder.path()).stdin(Stdio::null());
@@ -112,20 +116,21 @@ impl House {
             .env("MODEL_CACHE_DIR", self.path(dir))
             .env("MODEL_CACHE_MAX_BYTES", "1GB")
             .env("MODEL_CACHE_MIN_FREE_BYTES", "0")
-            // So that nothing is at work in the directory when a command has ended; see tests/durability.rs.
+            // No process works in the directory after the command has ended. durability.rs tests the other setting.
             .env("MODEL_CACHE_DURABLE", "1")
             .env("MODEL_CACHE_RETRY_DEADLINE", "3s")
             .env("MODEL_CACHE_READ_TIMEOUT", "1s")
             .env("HF_ENDPOINT", self.hub.url())
     }
 
-    /// What is being filled, or was left half-filled, in `dir`.
+    /// Returns the staging folders of `dir`: fills in progress and interrupted fills.
     pub fn staging(&self, dir: &str) -> Vec<PathBuf> {
         entries(&self.path(dir).join("staging"))
     }
 
-    /// Parts that the journals in the staging of `dir` name.
+    /// Returns the number of parts that the journals below the staging folder of `dir` record as written.
     pub fn marked_parts(&self, dir: &str) -> u64 {
+        // A journal has a header of 16 bytes and then one byte per part.
         let below = |folder: PathBuf| files_below(&folder).into_iter().map(move |path| folder.join(path));
         let journals =
             self.staging(dir).into_iter().flat_map(below).filter(|path| path.to_string_lossy().ends_with("parts"));
@@ -133,33 +138,33 @@ impl House {
             as u64
     }
 
-    /// The artifacts that a person sees in `dir`.
+    /// Returns the references that `ls` lists for `dir`.
     #[track_caller]
     pub fn listed(&self, dir: &str) -> Vec<String> {
         self.on_local(dir).run(["ls", "--json"]).objects().iter().map(|row| text(&row["reference"])).collect()
     }
 
-    /// Asserts that nothing is visible in `dir`, complete or half-made, and nothing is left over.
+    /// Asserts that `dir` has no artifact, complete or partial, and no staging folder.
     #[track_caller]
     pub fn assert_nothing(&self, dir: &str) {
         self.assert_invisible(dir);
-        assert_eq!(self.staging(dir), Vec::<PathBuf>::new(), "left over");
+        assert_eq!(self.staging(dir), Vec::<PathBuf>::new(), "staging folders are left");
     }
 
-    /// Asserts that nothing is visible in `dir`, complete or half-made; a fill may have left something to resume.
+    /// Asserts that `dir` has no artifact, complete or partial. The staging folder of an interrupted fill may remain.
     #[track_caller]
     pub fn assert_invisible(&self, dir: &str) {
         assert_eq!(self.listed(dir), [""; 0]);
-        assert_eq!(files_below(&self.path(dir).join("artifacts")), Vec::<PathBuf>::new(), "half-made");
+        assert_eq!(files_below(&self.path(dir).join("artifacts")), Vec::<PathBuf>::new(), "partial");
     }
 
-    /// The keys in the bucket that belong to artifacts: without what revisions mean, which a get writes before it
-    /// knows whether it will succeed.
+    /// Returns the keys of artifacts in the bucket. Refs are left out: a get writes them before it knows whether it
+    /// will succeed.
     pub fn published_keys(&self) -> Vec<String> {
         self.s3.keys(BUCKET).into_iter().filter(|key| !key.contains("/.modelcache/refs/")).collect()
     }
 
-    /// A claim of a writer that was killed ends after a minute; here the minute is over at once.
+    /// Expires all claims in the bucket now. The claim of a killed writer otherwise expires after a minute.
     pub fn end_claims(&self) {
         let bucket = self.s3.object_path(BUCKET, "cache");
         for path in files_below(&bucket).into_iter().filter(|path| path.ends_with(".modelcache/claim")) {
@@ -170,14 +175,14 @@ impl House {
         }
     }
 
-    /// Artifacts in `dir` that still have to reach a remote, and their bytes.
+    /// Returns the number and the bytes of the pending uploads of `dir`.
     #[track_caller]
     pub fn pending(&self, dir: &str) -> (u64, u64) {
         let stats = self.on_local(dir).run(["stats", "--json"]).object();
         (stats["pending_backfills"].as_u64().unwrap(), stats["pending_backfill_bytes"].as_u64().unwrap())
     }
 
-    /// The S3 key of a file of `artifact` (`name/version`).
+    /// Returns the S3 key of a file of `artifact` (`name/version`).
     pub fn s3_key(&self, artifact: &str, path: &str) -> String {
         format!("cache/{artifact}/{path}")
     }
@@ -193,7 +198,7 @@ pub fn model() -> Vec<(&'static str, Content)> {
     ]
 }
 
-/// More than one part.
+/// Content of more than one part.
 pub fn big() -> Content {
     Content::generated(1, 9 * MIB + 4321)
 }
@@ -202,7 +207,7 @@ pub fn model_bytes() -> u64 {
     model().iter().map(|(_, content)| content.len()).sum()
 }
 
-/// Asserts that `folder` is `org/model`, every byte and no file more.
+/// Asserts that `folder` holds exactly the files of `org/model`, byte for byte.
 #[track_caller]
 pub fn assert_model(folder: &Path) {
     let expected: Vec<PathBuf> = model().iter().map(|(path, _)| PathBuf::from(path)).collect();
@@ -218,11 +223,11 @@ pub fn assert_same(path: &Path, content: &Content) {
     assert!(found == content.to_vec().unwrap(), "{} has {} other bytes", path.display(), found.len());
 }
 
-/// Paths of files below `folder`, relative to it, sorted; none if it is not there.
+/// Returns the paths of all files below `folder`, relative to it and sorted. Empty if `folder` does not exist.
 pub fn files_below(folder: &Path) -> Vec<PathBuf> {
     let (mut folders, mut files) = (vec![folder.to_owned()], Vec::new());
     while let Some(next) = folders.pop() {
-        // What an entry is, is asked of the entry: a look at its path would find nothing where it was just removed.
+        // The type comes from the directory entry: a lookup of its path fails if the entry has just been removed.
         for entry in fs::read_dir(&next).into_iter().flatten().map(Result::unwrap) {
             if entry.file_type().unwrap().is_dir() {
                 folders.push(entry.path());
@@ -243,7 +248,7 @@ pub fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("{value} is no text")).to_owned()
 }
 
-/// A run of the binary that is being put together.
+/// Builder of one run of the binary.
 pub struct Run(Command);
 
 impl Run {
@@ -262,7 +267,7 @@ impl Run {
         self
     }
 
-    /// As a user that owns nothing and may do little; where the tests do not run as root, as themselves.
+    /// Runs as the unprivileged user 65534 if the tests run as root, otherwise as the user of the tests.
     pub fn unprivileged(self) -> Self {
         if !is_root() {
             return self;
@@ -270,7 +275,7 @@ impl Run {
         self.through(&["/usr/bin/setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"])
     }
 
-    /// Through another program, which becomes this one.
+    /// Starts the binary through another program that executes it, such as `setpriv` or `prlimit`.
     pub fn through(self, words: &[&str]) -> Self {
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).arg(self.0.get_program()).args(self.0.get_args()).stdin(Stdio::null()).env_clear();
@@ -289,13 +294,13 @@ impl Run {
         Outcome::new(line, output)
     }
 
-    /// The same inside a mount namespace: `sh` runs `before`, then becomes the binary. Root only.
+    /// Runs the shell commands `before` in a new mount namespace, then the binary. Root only.
     #[track_caller]
     pub fn run_after(self, before: &str, args: &[&str]) -> Outcome {
         self.script(&format!("{before}\nexec {BIN} \"$@\""), args)
     }
 
-    /// A shell script in a mount namespace of its own, in this run's environment. Root only.
+    /// Runs a shell script in a new mount namespace, with the environment of this run. Root only.
     #[track_caller]
     pub fn script(self, script: &str, args: &[&str]) -> Outcome {
         let mut command = Command::new("/usr/bin/unshare");
@@ -305,7 +310,7 @@ impl Run {
         Outcome::new(script.to_owned(), assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap())
     }
 
-    /// A shell script in this run's environment.
+    /// Runs a shell script with the environment of this run.
     #[track_caller]
     pub fn shell(self, script: &str) -> Outcome {
         let mut command = Command::new("/bin/sh");
@@ -315,14 +320,14 @@ impl Run {
         Outcome::new(script.to_owned(), assert_cmd::Command::from_std(command).timeout(PATIENCE).output().unwrap())
     }
 
-    /// Starts it and comes back at once.
+    /// Starts the binary and returns without waiting for its end.
     pub fn start<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Running {
         self.0.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
         Running { line: format!("{:?}", self.0.get_args().collect::<Vec<_>>()), child: self.0.spawn().unwrap() }
     }
 }
 
-/// A run that has not ended.
+/// A run in progress.
 pub struct Running {
     line: String,
     child: std::process::Child,
@@ -333,7 +338,7 @@ impl Running {
         self.child.id()
     }
 
-    /// Waits until the process has become `program`.
+    /// Waits until the process has executed `program`.
     #[track_caller]
     pub fn wait_until_it_is(&self, program: &str) {
         let name = || fs::read_to_string(format!("/proc/{}/comm", self.child.id())).unwrap_or_default();
@@ -345,7 +350,7 @@ impl Running {
         assert!(sent.success());
     }
 
-    /// The first line of its standard output, as soon as it is there.
+    /// Waits for the first line on standard output and returns it.
     pub fn first_line(&mut self) -> String {
         let (stdout, mut line, mut byte) = (self.child.stdout.as_mut().unwrap(), Vec::new(), [0]);
         while std::io::Read::read(stdout, &mut byte).unwrap() == 1 && byte[0] != b'\n' {
@@ -354,13 +359,13 @@ impl Running {
         String::from_utf8(line).unwrap()
     }
 
-    /// Like [`Running::wait`], with the most memory it held at any time, in bytes. The kernel keeps the maximum, so
-    /// only what it grows in the last few milliseconds of its life is missed.
+    /// Waits like [`Running::wait`], and also returns the peak resident memory in bytes. The kernel keeps the peak, so
+    /// polling misses only growth in the last few milliseconds of the process.
     #[track_caller]
-    pub fn wait_and_weigh(self) -> (Outcome, u64) {
+    pub fn wait_with_peak_memory(self) -> (Outcome, u64) {
         let status = PathBuf::from(format!("/proc/{}/status", self.child.id()));
         let (mut kib_max, end) = (0, Instant::now() + PATIENCE);
-        // A process that has ended, and is not yet waited for, has a status without memory.
+        // The status file of an ended process has no memory fields until the process is waited for.
         while let Some(kib) = peak_kib(&fs::read_to_string(&status).unwrap()).filter(|_| Instant::now() < end) {
             kib_max = kib;
             std::thread::sleep(Duration::from_millis(1));
@@ -368,7 +373,7 @@ impl Running {
         (self.wait(), kib_max * 1024)
     }
 
-    /// Small outputs only: they wait in the pipe.
+    /// Waits for the end of the process. Its output must fit into the pipe buffers.
     #[track_caller]
     pub fn wait(mut self) -> Outcome {
         let end = Instant::now() + PATIENCE;
@@ -393,12 +398,12 @@ fn peak_kib(status: &str) -> Option<u64> {
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
     while !condition() {
-        assert!(Instant::now() < end, "waited in vain until {what}");
+        assert!(Instant::now() < end, "timed out waiting until {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// How a run ended.
+/// Exit code and output of an ended run.
 pub struct Outcome {
     line: String,
     pub code: Option<i32>,
@@ -419,57 +424,58 @@ impl Outcome {
         outcome
     }
 
-    /// It worked. Gives itself back.
+    /// Asserts success.
     #[track_caller]
     pub fn ok(self) -> Self {
         assert_eq!(self.code, Some(0), "{self}");
-        // At the beginning of a line: a warning may repeat a cause that has the word in it.
+        // Only at the start of a line: a warning may quote a cause that contains `error:`.
         assert!(!self.stderr.lines().any(|line| line.starts_with("error:")), "{self}");
         self
     }
 
-    /// It worked, and standard output is one path, which is there, and nothing else.
+    /// Asserts success with exactly one existing path on standard output, and returns the path.
     #[track_caller]
     pub fn path(self) -> PathBuf {
         let outcome = self.ok();
         let path = outcome.stdout.strip_suffix('\n').unwrap_or_else(|| panic!("no path: {outcome}"));
         assert!(!path.contains('\n') && Path::new(path).is_absolute(), "not one path: {outcome}");
-        assert!(Path::new(path).exists(), "the path is not there: {outcome}");
+        assert!(Path::new(path).exists(), "the path does not exist: {outcome}");
         path.into()
     }
 
-    /// It worked, and the talk says all of this. Gives the path.
+    /// Asserts success and that standard error contains every part of `says`. Returns the path on standard output.
     #[track_caller]
     pub fn path_saying(self, says: &[&str]) -> PathBuf {
         self.said(says).path()
     }
 
-    /// It ended with `code`, an empty answer, and an error that says all of this and a remedy.
+    /// Asserts exit code `code`, empty standard output, and on standard error an error, a hint and every part of
+    /// `says`.
     #[track_caller]
     pub fn failed(self, code: i32, says: &[&str]) -> Self {
         assert_eq!(self.code, Some(code), "{self}");
         assert_eq!(self.stdout, "", "{self}");
-        assert!(self.stderr.contains("error: ") && self.stderr.contains("hint: "), "no error, or no remedy: {self}");
+        assert!(self.stderr.contains("error: ") && self.stderr.contains("hint: "), "no error, or no hint: {self}");
         self.said(says)
     }
 
-    /// Standard error says all of this.
+    /// Asserts that standard error contains every part of `says`.
     #[track_caller]
     pub fn said(self, says: &[&str]) -> Self {
         for part in says {
-            assert!(self.stderr.contains(part), "{part:?} is not said: {self}");
+            assert!(self.stderr.contains(part), "{part:?} is not on standard error: {self}");
         }
         self
     }
 
-    /// It worked, and standard output is one JSON object a line.
+    /// Asserts success with one JSON object per line on standard output, and returns the objects.
     #[track_caller]
     pub fn objects(self) -> Vec<Value> {
         let outcome = self.ok();
         outcome.stdout.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{outcome}"))).collect()
     }
 
-    /// It worked, and standard output is one JSON object.
+    /// Asserts success with exactly one JSON object on standard output, and returns the object.
     #[track_caller]
     pub fn object(self) -> Value {
         let shown = self.to_string();
@@ -490,7 +496,7 @@ fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0)
 }
 
-/// Whether mounts can be made in a namespace of their own; says so where they cannot.
+/// Returns true if the tests may mount in a new namespace. Otherwise prints that the test is skipped.
 #[allow(clippy::print_stderr)]
 pub fn can_mount() -> bool {
     let mounts = Command::new("/usr/bin/unshare").args(["-m", "mount", "-t", "tmpfs", "none", "/mnt"]).output();
@@ -501,19 +507,19 @@ pub fn can_mount() -> bool {
     can
 }
 
-/// The Python environment with moto, safetensors and huggingface_hub; says so where there is none.
+/// Returns the Python environment with moto, safetensors and huggingface_hub, or prints `SKIPPED` if there is none.
 pub fn venv() -> Option<PathBuf> {
-    named_by("MODELCACHE_TEST_VENV", "Python environment (`cargo xtask test` makes one)")
+    path_from_env("MODELCACHE_TEST_VENV", "Python environment (`cargo xtask test` makes one)")
 }
 
-/// Debian's `docker-registry`; says so where there is none.
+/// Returns Debian's `docker-registry`, or prints `SKIPPED` if it is not there.
 pub fn registry_program() -> Option<PathBuf> {
-    named_by("MODELCACHE_TEST_REGISTRY", "docker-registry (`cargo xtask test` gets one)")
+    path_from_env("MODELCACHE_TEST_REGISTRY", "docker-registry (`cargo xtask test` gets one)")
 }
 
-/// What a variable names; says that it is missing where it names none.
+/// Returns the path in an environment variable, or prints `SKIPPED` if it is unset or empty.
 #[allow(clippy::print_stderr)]
-fn named_by(variable: &str, missing: &str) -> Option<PathBuf> {
+fn path_from_env(variable: &str, missing: &str) -> Option<PathBuf> {
     let named = std::env::var_os(variable).filter(|name| !name.is_empty()).map(PathBuf::from);
     if named.is_none() {
         eprintln!("SKIPPED: {variable} names no {missing}");
@@ -521,7 +527,7 @@ fn named_by(variable: &str, missing: &str) -> Option<PathBuf> {
     named
 }
 
-/// The fault shim; says so where there is no C compiler, which in CI is a failure.
+/// Builds the fault shim. Without a C compiler it prints `SKIPPED`; in CI that is a failure.
 #[allow(clippy::print_stderr)]
 pub fn shim() -> Option<Shim> {
     Shim::build()

@@ -1,6 +1,6 @@
-//! The house is in order: what must hold in a cache directory when nobody is at work in it.
+//! Consistency checks of a cache directory while no process works in it.
 //!
-//! The program's own word (`ls`, `inspect`, `stats`) is compared with the files themselves.
+//! The output of `ls`, `inspect` and `stats` is compared with the files themselves.
 
 use super::{House, entries, files_below, text};
 use modelcache_testkit::content::sha256;
@@ -11,11 +11,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-/// What is held: digests of the bytes that are there, by reference and path.
+/// SHA-256 of every file on disk, by reference and path.
 pub type State = BTreeMap<String, BTreeMap<String, String>>;
 
 impl House {
-    /// What `dir` says it holds. Every file of it is read and must be what the directory says it is.
+    /// Returns the files that `ls` and `inspect` report as on disk. Reads each file and asserts that its digest is the
+    /// recorded one.
     #[track_caller]
     pub fn state(&self, dir: &str) -> State {
         self.listed(dir).into_iter().map(|reference| (reference.clone(), self.held_files(dir, &reference))).collect()
@@ -29,7 +30,7 @@ impl House {
         let view = |file| self.views(dir, &inspection).join(text(file));
         held.map(|file| {
             let path = view(&file["path"]);
-            let bytes = fs::read(&path).unwrap_or_else(|error| panic!("held, but {error}: {}", path.display()));
+            let bytes = fs::read(&path).unwrap_or_else(|error| panic!("on disk, but {error}: {}", path.display()));
             let digest = sha256(&bytes);
             assert_eq!(text(&file["sha256"]), digest, "wrong bytes in {}", path.display());
             (text(&file["path"]), digest)
@@ -37,49 +38,50 @@ impl House {
         .collect()
     }
 
-    /// The folder of an artifact's views.
+    /// Returns the folder of the views of an artifact.
     fn views(&self, dir: &str, inspection: &serde_json::Value) -> PathBuf {
         let (name, version) = (text(&inspection["name"]), text(&inspection["version"]));
         self.path(dir).join("artifacts").join(name.replace('/', "%2F")).join(version).join("files")
     }
 
-    /// The count is right: `stats` says what the files take.
+    /// Asserts that `stats` counts exactly the bytes that the files take.
     #[track_caller]
     pub fn assert_counted(&self, dir: &str) {
         let stats = self.on_local(dir).run(["stats", "--json"]).object();
         let census = Census::of(&self.path(dir)).unwrap();
-        assert_eq!(stats["used_bytes"], census.counted_bytes, "counted wrong: {census:?}");
+        assert_eq!(stats["used_bytes"], census.counted_bytes, "wrong count: {census:?}");
     }
 
-    /// Nothing has leaked, and every view is a name of a blob.
+    /// Asserts that nothing has leaked and that every view is a hard link to a blob.
     #[track_caller]
-    pub fn assert_in_order(&self, dir: &str) {
+    pub fn assert_consistent(&self, dir: &str) {
         self.assert_nothing_leaked(dir);
         assert_views_are_blobs(&self.path(dir));
     }
 
-    /// Nothing has leaked: the count is right, no fill is left over, every blob and every view belongs to an artifact.
-    /// What takes no room may stay until it is old and a sweep comes: names of blobs in the staging of a writer that was
-    /// killed after its commit, and what it was about to rename.
+    /// Asserts that the count is right, that no fill is left over, and that every blob and view belongs to an artifact.
+    ///
+    /// Leftovers without bytes of their own may stay until a sweep finds them old: links to blobs in the staging folder
+    /// of a writer that was killed after its commit, and temporary files that a killed writer was about to rename.
     #[track_caller]
     pub fn assert_nothing_leaked(&self, dir: &str) {
         self.assert_counted(dir);
         let root = self.path(dir);
         let census = Census::of(&root).unwrap();
-        assert!(census.stagings_with_bytes.is_empty(), "fills left over: {census:?}");
-        assert!(census.orphans.is_empty(), "blobs that nothing links: {census:?}");
+        assert!(census.stagings_with_bytes.is_empty(), "fills are left over: {census:?}");
+        assert!(census.orphans.is_empty(), "unlinked blobs: {census:?}");
         assert!(census.loose_views.is_empty(), "views without a manifest: {census:?}");
         self.sweep(dir);
         let census = Census::of(&root).unwrap();
-        assert!(census.stagings.is_empty(), "a sweep leaves these: {census:?}");
-        assert!(census.temporaries.is_empty(), "a sweep leaves these: {census:?}");
+        assert!(census.stagings.is_empty(), "not swept: {census:?}");
+        assert!(census.temporaries.is_empty(), "not swept: {census:?}");
         assert_eq!(fs::read_to_string(root.join("FORMAT")).unwrap(), "modelcache 1\n");
         assert!(fs::read_to_string(root.join("CACHEDIR.TAG")).unwrap().starts_with("Signature: "));
         assert_intents_have_artifacts(&root, &census);
         self.assert_counted(dir);
     }
 
-    /// Makes the next command count and sweep, with all that lies about grown old.
+    /// Makes all leftovers old enough to be swept, and runs a command that sweeps and recounts.
     #[track_caller]
     pub fn sweep(&self, dir: &str) {
         let old = FileTimes::new().set_modified(SystemTime::now() - Duration::from_secs(2 * 24 * 3600));
@@ -92,7 +94,7 @@ impl House {
     }
 }
 
-/// Makes the budget's record worthless, as a crash in the middle of a change would.
+/// Corrupts the budget record, as a crash during a change does. The next command then sweeps and recounts.
 pub fn spoil_record(root: &Path) {
     let record = root.join("locks/budget");
     if record.exists() {
@@ -100,18 +102,18 @@ pub fn spoil_record(root: &Path) {
     }
 }
 
-/// What a remote still lacks is here, or it would never get there.
+/// Asserts that the artifact of every pending upload is on disk. Otherwise the upload could never complete.
 #[track_caller]
 fn assert_intents_have_artifacts(root: &Path, census: &Census) {
     for path in &census.intents {
         let intent: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
         let (name, version) = (text(&intent["name"]).replace('/', "%2F"), text(&intent["version"]));
         let manifest = root.join("artifacts").join(name).join(version).join("manifest.json");
-        assert!(manifest.exists(), "nobody has what {} is about: {intent}", path.display());
+        assert!(manifest.exists(), "no artifact for the pending upload {}: {intent}", path.display());
     }
 }
 
-/// Every view is a name of a blob, and no view lies outside what its manifest holds.
+/// Asserts that every view is a hard link to a blob.
 #[track_caller]
 fn assert_views_are_blobs(root: &Path) {
     let inode = |path: &PathBuf| fs::symlink_metadata(path).unwrap().ino();
@@ -122,6 +124,6 @@ fn assert_views_are_blobs(root: &Path) {
     let blobs: BTreeSet<u64> = below("blobs").iter().map(inode).collect();
     for view in below("artifacts").into_iter().filter(|path| path.components().any(|part| part.as_os_str() == "files"))
     {
-        assert!(blobs.contains(&inode(&view)), "{} is no link to a blob", view.display());
+        assert!(blobs.contains(&inode(&view)), "{} is not a link to a blob", view.display());
     }
 }

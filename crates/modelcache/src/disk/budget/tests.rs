@@ -4,12 +4,12 @@
 //! `INDEX_SEED` repeats a run, `INDEX_ROUNDS` sets the number of runs, `INDEX_ARTIFACTS` the size of the directory whose
 //! evictions must not look at the rest of it.
 
-use super::super::{Given, copy_given};
+use super::super::{InputFile, copy_input};
 use super::*;
 use crate::config::{ByteBound, Sharing};
 use crate::disk::index::below_artifacts;
 use crate::disk::prune::{Leftovers, PruneOptions};
-use crate::disk::{Lend, Lent, Pin};
+use crate::disk::{AcquireOutcome, LeasedArtifact, Pin};
 use crate::manifest::{FileDetails, Shape};
 use crate::progress::Progress;
 use crate::selection::Selection;
@@ -32,15 +32,15 @@ fn key(number: u64) -> ArtifactKey {
 }
 
 /// A fill of `key` with one file, from begin to end. Refused where there is no room or other content.
-pub(in crate::disk) fn put(disk: &Disk, key: &ArtifactKey, content: &str, source: &Path) -> Result<Lent> {
+pub(in crate::disk) fn put(disk: &Disk, key: &ArtifactKey, content: &str, source: &Path) -> Result<LeasedArtifact> {
     fs::write(source, content).expect("writes");
     let (path, size) = (FilePath::new("f").expect("path"), content.len() as u64);
     let mut listing = Manifest::new(key.clone(), Shape::Tree);
     let entry =
         FileEntry::with(size, FileDetails { sha256: Some(Digest::of(content.as_bytes())), ..FileDetails::default() });
     let staging = disk.try_begin_fill(key, &[(path.clone(), entry)], Vec::new())?;
-    let given = Given { path: path.clone(), from: source.to_owned(), size };
-    let staged = copy_given(&given, &staging.file("copy"), &Progress::new())?;
+    let given = InputFile { path: path.clone(), from: source.to_owned(), size };
+    let staged = copy_input(&given, &staging.file("copy"), &Progress::new())?;
     let staged = crate::disk::StagedFile { name: "copy".into(), ..staged };
     listing.files.insert(path.clone(), staged.entry.clone());
     disk.publish(staging, &listing, &BTreeMap::from([(path, staged)]))
@@ -56,7 +56,7 @@ struct House {
     folder: tempfile::TempDir,
     ours: [Disk; 2],
     older: Disk,
-    lent: Vec<Lent>,
+    leased: Vec<LeasedArtifact>,
 }
 
 impl House {
@@ -69,7 +69,7 @@ impl House {
         let (ours, older) = ([open(), open()], open());
         // The first to hold the budget writes its record.
         older.hold_budget().and_then(BudgetHold::release).expect("holds");
-        Self { folder, ours, older, lent: Vec::new() }
+        Self { folder, ours, older, leased: Vec::new() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -123,18 +123,18 @@ impl House {
                 "put by the older release, the manifest late"
             }
             9 | 10 => {
-                let _ = ours.lend(&key, &Selection::all());
+                let _ = ours.acquire(&key, &Selection::all());
                 "lend"
             }
-            11 => match ours.lend_in_passing(&key, &Selection::all()) {
-                Some(lent) => {
-                    self.lent.push(lent);
+            11 => match ours.try_acquire_fast(&key, &Selection::all()) {
+                Some(leased) => {
+                    self.leased.push(leased);
                     "lent for long"
                 }
                 None => "not lent in passing",
             },
             12 => {
-                self.lent.clear();
+                self.leased.clear();
                 "all given back"
             }
             13 => {
@@ -163,7 +163,7 @@ impl House {
                 if !is_alone(&view) && view.unlink().is_ok() && dice.percent(50) {
                     fs::write(view.full(), "CONTENT 1").expect("writes");
                 }
-                let _ = ours.lend(&key, &Selection::all());
+                let _ = ours.acquire(&key, &Selection::all());
                 "found a view that is not right"
             }
             18 => {
@@ -293,14 +293,14 @@ fn an_eviction_looks_at_what_goes_and_not_at_the_rest() {
         fs::write(disk.layout().artifact(&key(number)).manifest().full(), "{").expect("spoils");
     }
     // Used since: it is looked at, and stays.
-    disk.lend(&key(1), &Selection::all()).expect("lends");
+    disk.acquire(&key(1), &Selection::all()).expect("lends");
     fill(artifacts + 1);
     fill(artifacts + 2);
     assert_eq!([1, 2, 3, 4].map(is_here), [true, false, false, true]);
     assert!((5..artifacts).all(is_here), "nobody looked at the others");
     // Where it does not do, everything is looked at before room is refused.
     let mut hold = disk.hold_budget().expect("holds");
-    hold.make_room((artifacts - 1) * BLOCK_BYTES, &key(artifacts + 3)).expect("room enough");
+    hold.make_space((artifacts - 1) * BLOCK_BYTES, &key(artifacts + 3)).expect("room enough");
     assert!(!(5..artifacts).any(is_here));
 }
 
@@ -311,14 +311,14 @@ fn where_all_victims_would_not_do_none_goes() {
     for number in 0..4 {
         drop(put(disk, &key(number), &format!("content {number}"), &house.path("source")).expect("fits"));
     }
-    let Ok(Lend::Lent(held)) = disk.lend(&key(3), &Selection::all()) else { panic!("it is here") };
+    let Ok(AcquireOutcome::Leased(held)) = disk.acquire(&key(3), &Selection::all()) else { panic!("it is here") };
     let mut hold = disk.hold_budget().expect("holds");
-    let refusal = hold.make_room(6 * BLOCK_BYTES, &key(9)).expect_err("one is in use");
+    let refusal = hold.make_space(6 * BLOCK_BYTES, &key(9)).expect_err("one is in use");
     assert_eq!((refusal.kind(), refusal.is_transient()), (ErrorKind::Full, true));
     assert!(refusal.message().contains("team/model-0@3 is in use"), "{refusal}");
     assert_eq!(disk.scan().expect("scans").len(), 4);
     drop(held);
-    hold.make_room(6 * BLOCK_BYTES, &key(9)).expect("room enough");
+    hold.make_space(6 * BLOCK_BYTES, &key(9)).expect("room enough");
     assert_eq!(disk.scan().expect("scans").len(), 0);
     hold.release().expect("releases");
 }

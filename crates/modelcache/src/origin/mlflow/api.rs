@@ -6,7 +6,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::origin::authorization;
-use crate::origin::http::{self, Answer, Ask, Http, Refusal, Server};
+use crate::origin::http::{self, Answer, Http, Refusal, Request, Server};
 use crate::printable;
 use crate::reference::{MlflowModel, MlflowVersion};
 use crate::transfer::Retry;
@@ -38,7 +38,7 @@ pub(in crate::origin) struct Mlflow {
 
 /// One of the two servers.
 #[derive(Clone)]
-pub(super) struct Place {
+pub(super) struct MlflowServer {
     /// Without user and password, without a slash at its end.
     pub(super) url: Url,
     pub(super) authorization: Option<HeaderValue>,
@@ -66,14 +66,14 @@ impl Mlflow {
         Some(authority(&self.registry().ok()?.url))
     }
 
-    pub(super) fn registry(&self) -> Result<Place> {
+    pub(super) fn registry(&self) -> Result<MlflowServer> {
         match &self.config.registry_uri {
             Some(uri) => self.place(uri, "MLFLOW_REGISTRY_URI"),
             None => self.tracking(),
         }
     }
 
-    pub(super) fn tracking(&self) -> Result<Place> {
+    pub(super) fn tracking(&self) -> Result<MlflowServer> {
         match &self.config.tracking_uri {
             Some(uri) => self.place(uri, "MLFLOW_TRACKING_URI"),
             None => Err(Error::invalid("no MLflow server is configured")
@@ -82,7 +82,7 @@ impl Mlflow {
     }
 
     /// The server at an address, which is not repeated: it may carry a password, and then it is what is shown.
-    fn place(&self, uri: &Secret, variable: &str) -> Result<Place> {
+    fn place(&self, uri: &Secret, variable: &str) -> Result<MlflowServer> {
         let url =
             Url::parse(uri.expose()).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
         let mut url = url.ok_or_else(|| {
@@ -104,19 +104,19 @@ impl Mlflow {
         url.set_fragment(None);
         let path = url.path().trim_end_matches('/').to_owned();
         url.set_path(&path);
-        Ok(Place { url, authorization })
+        Ok(MlflowServer { url, authorization })
     }
 
     /// One answer of the API.
-    async fn api<T: DeserializeOwned>(&self, place: &Place, path: &str, query: &[(&str, &str)]) -> Result<T> {
+    async fn api<T: DeserializeOwned>(&self, place: &MlflowServer, path: &str, query: &[(&str, &str)]) -> Result<T> {
         let mut url = place.below(&format!("api/2.0/{path}"));
         url.query_pairs_mut().extend_pairs(query);
         self.retry.run(|| self.ask(place, url.clone())).await
     }
 
-    async fn ask<T: DeserializeOwned>(&self, place: &Place, url: Url) -> Result<T> {
+    async fn ask<T: DeserializeOwned>(&self, place: &MlflowServer, url: Url) -> Result<T> {
         let authorization = place.authorization.as_ref();
-        let ask = Ask { headers: HeaderMap::new(), home: &place.url, authorization, stay: true };
+        let ask = Request { headers: HeaderMap::new(), home: &place.url, authorization, stay: true };
         let answer = self.http.follow(url, ask).await?;
         if !answer.response.status().is_success() {
             return Err(self.refused(answer).await);
@@ -174,7 +174,7 @@ impl Mlflow {
     }
 
     /// The number that an alias, a stage or `latest` means now.
-    pub(super) async fn version(&self, registry: &Place, model: &MlflowModel) -> Result<u64> {
+    pub(super) async fn version(&self, registry: &MlflowServer, model: &MlflowModel) -> Result<u64> {
         let (name, asked) = (&model.name, [("name", model.name.as_str())]);
         const CHECK: &str = "check the model's name and its versions in MLflow";
         match &model.version {
@@ -204,7 +204,7 @@ impl Mlflow {
     }
 
     /// The highest number among the newest versions of each stage; `None` where there is none.
-    async fn newest(&self, registry: &Place, name: &str, query: &[(&str, &str)]) -> Result<Option<u64>> {
+    async fn newest(&self, registry: &MlflowServer, name: &str, query: &[(&str, &str)]) -> Result<Option<u64>> {
         #[derive(Deserialize)]
         struct Several {
             #[serde(default)]
@@ -305,7 +305,7 @@ impl Mlflow {
     }
 
     /// The files below `root`, as the server lists them, folder by folder.
-    pub(super) async fn list(&self, tracking: &Place, key: &ArtifactKey, root: &str) -> Result<Manifest> {
+    pub(super) async fn list(&self, tracking: &MlflowServer, key: &ArtifactKey, root: &str) -> Result<Manifest> {
         #[derive(Deserialize)]
         struct Listing {
             #[serde(default)]
@@ -354,7 +354,7 @@ impl Mlflow {
     }
 }
 
-impl Place {
+impl MlflowServer {
     /// An address below the server; `path` is encoded already.
     pub(super) fn below(&self, path: &str) -> Url {
         let mut url = self.url.clone();

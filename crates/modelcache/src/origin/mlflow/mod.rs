@@ -13,7 +13,7 @@ mod api;
 
 pub(super) use api::Mlflow;
 
-use super::http::{self, Ask};
+use super::http::{self, Request};
 use super::{Resolved, folder, no_files};
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
@@ -23,7 +23,7 @@ use crate::printable;
 use crate::reference::{MlflowModel, MlflowVersion};
 use crate::remote::PrefixSource;
 use crate::source::{Body, Source};
-use api::{ARTIFACTS, Place, authority};
+use api::{ARTIFACTS, MlflowServer, authority};
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -70,18 +70,18 @@ struct MlflowSource {
     mlflow: Arc<Mlflow>,
     name: String,
     key: ArtifactKey,
-    found: OnceCell<Found>,
+    found: OnceCell<ModelFiles>,
 }
 
 /// Where its files are, and which.
-struct Found {
+struct ModelFiles {
     manifest: Manifest,
-    bytes: Whence,
+    bytes: FileLocation,
 }
 
-enum Whence {
+enum FileLocation {
     /// Below this path at the tracking server.
-    Server(Box<Place>, String),
+    Server(Box<MlflowServer>, String),
     /// Somewhere else.
     Elsewhere(Arc<dyn Source>),
 }
@@ -109,16 +109,16 @@ impl Source for MlflowSource {
     }
 
     fn ignores_ranges(&self) -> bool {
-        self.found.get().is_some_and(|found| matches!(found.bytes, Whence::Server(..)))
+        self.found.get().is_some_and(|found| matches!(found.bytes, FileLocation::Server(..)))
     }
 }
 
 impl MlflowSource {
-    async fn found(&self) -> Result<&Found> {
+    async fn found(&self) -> Result<&ModelFiles> {
         self.found.get_or_try_init(|| self.find()).await
     }
 
-    async fn find(&self) -> Result<Found> {
+    async fn find(&self) -> Result<ModelFiles> {
         let uri = self.mlflow.files_of(&self.name, self.key.version.as_str()).await?;
         let found = self.look(&uri).await?;
         if found.manifest.files.is_empty() {
@@ -134,7 +134,7 @@ impl MlflowSource {
     }
 
     /// Which files there are at `uri`, and how they are read.
-    async fn look(&self, uri: &str) -> Result<Found> {
+    async fn look(&self, uri: &str) -> Result<ModelFiles> {
         if uri.starts_with('/') {
             return self.folder(uri, uri).await;
         }
@@ -144,7 +144,7 @@ impl MlflowSource {
                 let tracking = self.mlflow.tracking()?;
                 let root = root_at(&tracking.url, rest)?;
                 let manifest = self.mlflow.list(&tracking, &self.key, &root).await?;
-                Ok(Found { manifest, bytes: Whence::Server(Box::new(tracking), root) })
+                Ok(ModelFiles { manifest, bytes: FileLocation::Server(Box::new(tracking), root) })
             }
             "s3" => self.elsewhere(Arc::new(self.bucket(uri, rest)?), uri).await,
             "file" => {
@@ -160,11 +160,11 @@ impl MlflowSource {
         }
     }
 
-    async fn elsewhere(&self, source: Arc<dyn Source>, uri: &str) -> Result<Found> {
+    async fn elsewhere(&self, source: Arc<dyn Source>, uri: &str) -> Result<ModelFiles> {
         let manifest = source.manifest().await?.ok_or_else(|| self.no_files(uri))?;
         // What a folder's source knows of digests is about that folder, not a word of MLflow's.
         let manifest = Manifest { key: self.key.clone(), ..manifest };
-        Ok(Found { manifest, bytes: Whence::Elsewhere(source) })
+        Ok(ModelFiles { manifest, bytes: FileLocation::Elsewhere(source) })
     }
 
     fn bucket(&self, uri: &str, rest: &str) -> Result<PrefixSource> {
@@ -180,7 +180,7 @@ impl MlflowSource {
         Ok(PrefixSource::new(config, bucket, prefix, self.key.clone(), self.mlflow.retry.clone()))
     }
 
-    async fn folder(&self, uri: &str, path: &str) -> Result<Found> {
+    async fn folder(&self, uri: &str, path: &str) -> Result<ModelFiles> {
         let path = self.local_folder(path)?;
         let resolved = folder::resolve(&path).await?.ok_or_else(|| self.no_files(uri))?;
         self.elsewhere(resolved.source, uri).await
@@ -215,8 +215,8 @@ impl MlflowSource {
             return Ok(body);
         }
         let (place, root) = match &found.bytes {
-            Whence::Elsewhere(source) => return source.read(path, range).await,
-            Whence::Server(place, root) => (place, root),
+            FileLocation::Elsewhere(source) => return source.read(path, range).await,
+            FileLocation::Server(place, root) => (place, root),
         };
         let url = place.below(&format!("api/2.0/{ARTIFACTS}/{}", http::segments(&format!("{root}/{path}"))));
         let asked =
@@ -234,7 +234,7 @@ impl MlflowSource {
 /// A file at the server that is about to be asked for.
 struct Asked {
     mlflow: Arc<Mlflow>,
-    place: Box<Place>,
+    place: Box<MlflowServer>,
     url: Url,
     path: FilePath,
     size: u64,
@@ -248,7 +248,7 @@ impl Asked {
         }
         let (place, http) = (&self.place, &self.mlflow.http);
         let authorization = place.authorization.as_ref();
-        let answer = http.follow(self.url, Ask { headers, home: &place.url, authorization, stay: false }).await?;
+        let answer = http.follow(self.url, Request { headers, home: &place.url, authorization, stay: false }).await?;
         let status = answer.response.status();
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
             let error = self.mlflow.refused(answer).await;

@@ -11,7 +11,7 @@ mod registry;
 pub(super) use registry::Registries;
 
 use super::Resolved;
-use super::http::{self, Answer, Ask};
+use super::http::{self, Answer, Request};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
@@ -149,7 +149,7 @@ impl OciSource {
         let headers = HeaderMap::from_iter([(RANGE, http::range_header(&range)?)]);
         if let Some(place) = self.place(blob) {
             let home = self.registries.home(&self.repo)?;
-            let ask = Ask { headers: headers.clone(), home: &home, authorization: None, stay: false };
+            let ask = Request { headers: headers.clone(), home: &home, authorization: None, stay: false };
             let answer = self.registries.http.follow(place, ask).await?;
             if !matches!(answer.response.status().as_u16(), 400 | 401 | 403 | 404 | 410) {
                 return self.body(path, &range, entry.size, answer).await;

@@ -8,7 +8,7 @@ use crate::config::{OciConfig, OciLogin};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::origin::authorization;
-use crate::origin::http::{self, Answer, Ask, Http, Refusal, Server};
+use crate::origin::http::{self, Answer, Http, Refusal, Request, Server};
 use crate::printable;
 use crate::reference::{OciAt, OciRepo};
 use crate::transfer::Retry;
@@ -102,7 +102,7 @@ impl Registries {
         let home = self.home(repo)?;
         let whose = (repo.registry.clone(), repo.repository.clone());
         let shown = self.shown.lock().await.get(&whose).cloned();
-        let ask = |authorization| Ask { headers: headers.clone(), home: &home, authorization, stay };
+        let ask = |authorization| Request { headers: headers.clone(), home: &home, authorization, stay };
         let answer = self.http.follow(url.clone(), ask(shown.as_ref())).await?;
         if answer.response.status() != StatusCode::UNAUTHORIZED || !answer.at_home {
             return Ok(answer);

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tempfile::TempDir;
 
+/// A test environment: a Hub stand-in, and a temporary folder for cache directories and files.
 pub struct House {
     pub hub: Hub,
     pub folder: TempDir,
@@ -25,7 +26,7 @@ impl House {
         Self { hub: Hub::start().await.unwrap(), folder: tempfile::tempdir().unwrap() }
     }
 
-    /// A configuration with directory `name`, without a remote.
+    /// A configuration with the cache directory `name` and without a remote.
     pub fn config(&self, name: &str) -> Config {
         Config {
             dir: self.folder.path().join(name),
@@ -53,7 +54,7 @@ impl House {
         }
     }
 
-    /// The remote in a shared folder.
+    /// A remote in a folder of the environment.
     pub fn folder_remote(&self) -> Option<RemoteConfig> {
         Some(RemoteConfig {
             url: format!("file://{}", self.folder.path().join("remote").display()),

@@ -1,4 +1,4 @@
-//! A real S3 server behind a bad network.
+//! An S3 stand-in behind a proxy that injects network faults.
 
 use super::House;
 use modelcache::cache::PutOptions;
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 pub const BUCKET: &str = "models";
 
-/// A bucket that a proxy stands in front of.
+/// A test environment with a bucket that is reached through a fault proxy.
 pub struct Weather {
     pub house: House,
     pub s3: S3,
@@ -44,12 +44,12 @@ impl Weather {
         Cache::open(self.config(dir, &self.proxy.url())).unwrap()
     }
 
-    /// Puts `name@1` there, one file of this content, without the proxy.
+    /// Publishes `name@1`, one file with this content, to the bucket without the proxy.
     pub async fn put(&self, name: &str, content: &Content) {
         let file = self.house.path(name);
         content.write_to(&file).unwrap();
         let mut config = self.config("publisher", &self.s3.endpoint());
-        // Putting the parts together takes a server on a busy disk as long as it takes.
+        // On a busy disk, the server needs long to assemble the parts of an upload.
         config.retry.read_timeout = Duration::from_secs(60);
         let cache = Cache::open(config).unwrap();
         let key = ArtifactKey::bare(&format!("{name}@1")).unwrap();
@@ -58,7 +58,7 @@ impl Weather {
         self.s3.clear_requests();
     }
 
-    /// The ranges that were asked of `name`.
+    /// The byte ranges of `name` that were requested.
     pub fn ranges(&self, name: &str) -> Vec<(u64, u64)> {
         let parse = |range: &str| {
             let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;

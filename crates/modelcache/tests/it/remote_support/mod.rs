@@ -55,7 +55,7 @@ pub enum Change {
 }
 
 impl Tree {
-    /// Its files as the remote takes them.
+    /// Returns the files in the form that `Remote::publish` takes.
     pub fn local_files(&self) -> BTreeMap<FilePath, LocalFile> {
         self.files.iter().map(|(path, file)| (path.clone(), file.clone().into())).collect()
     }
@@ -136,7 +136,7 @@ pub async fn assert_same_files(source: &RemoteSource, tree: &Tree) {
     }
 }
 
-/// A remote, and what stands behind it.
+/// A remote and its backing store.
 pub struct Place {
     remote: Remote,
     config: RemoteConfig,
@@ -149,19 +149,19 @@ enum Behind {
     Moto(Moto),
 }
 
-/// A client of its own for a server whose objects are no files.
+/// A separate S3 client for moto, which does not store objects as files.
 fn client(moto: &Moto) -> AmazonS3 {
     let builder = AmazonS3Builder::new().with_endpoint(moto.endpoint()).with_allow_http(true).with_bucket_name(BUCKET);
     builder.with_region("us-east-1").with_access_key_id("a").with_secret_access_key("b").build().expect("client")
 }
 
-/// Runs `work` on a runtime of its own, for callers that do not wait.
+/// Runs `work` to completion on a runtime of its own, for synchronous callers.
 fn block_on<T: Send>(work: impl Future<Output = T> + Send) -> T {
     let run = || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime").block_on(work);
     std::thread::scope(|scope| scope.spawn(run).join().expect("runs"))
 }
 
-/// A configuration for the stand-in, with more variables and options.
+/// A configuration for the stand-in with additional options.
 pub fn s3_config(s3: &S3, options: &[(&str, &str)]) -> RemoteConfig {
     RemoteConfig {
         url: format!("s3://{BUCKET}/some/prefix"),
@@ -190,7 +190,7 @@ impl Place {
         place
     }
 
-    /// The real moto server, where the environment says that there is one.
+    /// A remote on the real moto server. `None` if TESTKIT_MOTO_VENV is not set.
     pub fn moto() -> Option<Self> {
         let moto = Moto::start(std::env::var_os("TESTKIT_MOTO_VENV")?).expect("starts");
         moto.bucket(BUCKET).expect("bucket");
@@ -215,7 +215,7 @@ impl Place {
         &self.remote
     }
 
-    /// The address of what stands behind it.
+    /// Address of the backing store: a path or a URL.
     pub fn endpoint(&self) -> String {
         match &self.behind {
             Behind::Folder(folder) => folder.path().display().to_string(),
@@ -224,7 +224,7 @@ impl Place {
         }
     }
 
-    /// Another process's view of the same place.
+    /// A second, independent client of the same remote, as another process has it.
     pub fn another(&self) -> Remote {
         Remote::open(&self.config, retry()).expect("opens")
     }
@@ -260,7 +260,7 @@ impl Place {
         self.remote.source(&key(name)).manifest().await.expect("reads").expect("is there")
     }
 
-    /// Longest file name that what stands behind it can hold: the stand-in makes one file name of a whole key.
+    /// Longest file name in bytes that the backing store takes. The stand-in makes one file name of a whole key.
     pub fn name_bytes_max(&self) -> usize {
         match &self.behind {
             Behind::Folder(_) | Behind::Moto(_) => 255,
@@ -313,7 +313,7 @@ impl Place {
         std::fs::read(self.root().join(key)).ok()
     }
 
-    /// Puts an object behind the remote's back.
+    /// Writes an object directly into the backing store.
     pub fn put(&self, key: &str, bytes: &[u8]) {
         match &self.behind {
             Behind::Bucket(s3) => {
@@ -335,7 +335,7 @@ impl Place {
         }
     }
 
-    /// Removes an object behind the remote's back.
+    /// Removes an object directly from the backing store.
     pub fn remove(&self, key: &str) {
         match &self.behind {
             Behind::Bucket(s3) => s3.remove(BUCKET, &format!("some/prefix/{key}")).expect("removes"),
