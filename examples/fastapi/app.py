@@ -1,6 +1,6 @@
-"""An application that loads a real model from S3 at start, and embeds texts with it.
+"""An application that downloads a model from S3 at startup and computes text embeddings with it.
 
-It answers at once: `/readyz` says 503 with bytes and seconds to go until the model is on disk and loaded.
+It accepts requests at once. `/readyz` answers 503 with the bytes and seconds left until the model is loaded.
 """
 
 from typing import Annotated
@@ -13,7 +13,7 @@ NAME, VERSION = "sentence-transformers/minilm-l6", "1"
 
 
 def load(artifact: Artifact) -> MiniLM:
-    """Runs once, in a thread, when the files are here."""
+    """Load the model. Called once, in a thread, when the files are on disk."""
     assert artifact.path is not None
     return MiniLM(artifact.path)
 
@@ -24,6 +24,6 @@ app.include_router(router)
 
 @app.post("/embed")
 def embed(texts: list[str], model: Annotated[MiniLM, Depends(value(NAME, VERSION))]) -> list[list[float]]:
-    """One vector of 384 numbers for each text; 503 with Retry-After while the model is not ready."""
+    """Return a vector of 384 numbers for each text, or 503 with Retry-After while the model is not ready."""
     vectors: list[list[float]] = model.embed(texts).tolist()
     return vectors

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 in plain numpy: tokenizer and tensors as they lie in the model's folder, and no framework."""
+"""The model all-MiniLM-L6-v2 in plain numpy, without a framework. It reads the files of the model's folder directly."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ LAYERS, HEADS = 6, 12
 
 
 class MiniLM:
-    """The model, loaded from its folder."""
+    """The model, loaded from a folder with `tokenizer.json` and `model.safetensors`."""
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -21,12 +21,12 @@ class MiniLM:
         self._tensors = {name: each.astype(np.float32) for name, each in load_file(folder / "model.safetensors").items()}
 
     def embed(self, texts: list[str]) -> Array:
-        """One vector of length 1 for each text: shape (texts, 384)."""
+        """Return one vector of length 1 for each text, as an array of shape (texts, 384)."""
         return np.stack([self._embed(text) for text in texts]) if texts else np.empty((0, 384), np.float32)
 
     def _embed(self, text: str) -> Array:
         ids = self._tokenizer.encode(text).ids
-        ids = [each for each in ids if each != 0]  # 0 is padding.
+        ids = [each for each in ids if each != 0]  # 0 is the padding token.
         x = self._weights("embeddings.word_embeddings")[ids]
         x = x + self._weights("embeddings.position_embeddings")[: len(ids)]
         x = self._norm(x + self._weights("embeddings.token_type_embeddings")[0], "embeddings.LayerNorm")
@@ -35,6 +35,7 @@ class MiniLM:
             x = self._norm(x + self._attention(x, at), f"{at}.attention.output.LayerNorm")
             inner = _gelu(self._linear(x, f"{at}.intermediate.dense"))
             x = self._norm(x + self._linear(inner, f"{at}.output.dense"), f"{at}.output.LayerNorm")
+        # The embedding is the normalized mean over all tokens.
         mean = x.mean(axis=0)
         vector: Array = mean / np.linalg.norm(mean)
         return vector
@@ -63,7 +64,7 @@ class MiniLM:
 
 
 def _gelu(x: Array) -> Array:
-    """By the approximation of the error function in Abramowitz and Stegun, 7.1.26: right to seven digits."""
+    """Gaussian error linear unit, with formula 7.1.26 of Abramowitz and Stegun for erf (correct to seven digits)."""
     z = np.abs(x) / np.sqrt(2)
     t = 1 / (1 + 0.3275911 * z)
     series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))

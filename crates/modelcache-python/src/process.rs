@@ -256,7 +256,7 @@ impl Gate {
     }
 
     fn wait_until_empty(&self) {
-        // A timeout is not an error: the remaining threads are in a callback that does not return.
+        // A timeout is not an error: shutdown continues without the remaining threads.
         let _ = self.empty.wait_timeout_while(self.lock(), LEAVE_TIMEOUT, |state| state.inside > 0);
     }
 }

@@ -1,4 +1,4 @@
-"""What tests share: clean settings, a real S3 server, a stand-in of the Hub, a slow way to the former."""
+"""Shared fixtures: clean settings, an S3 server, a slow proxy in front of it, and a stand-in for the Hub."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _PREFIXES = itertools.count()
 _FOREIGN = ("MODEL_CACHE_", "AWS_", "HF_", "XDG_", "MLFLOW_")
 
 
-# What the tests make is to be seen by other users, whatever the mask that they are started with.
+# Some tests read their files as another user. Do not depend on the umask of the caller.
 os.umask(0o022)
-# A shell's background job, and with it what it starts, ignores SIGINT. What is handled here is at its default in what
-# the tests start.
+# A background job of a shell ignores SIGINT, and its child processes inherit that. A signal with a handler is reset to
+# its default in the processes that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No settings but a test's own; a cache directory and a home of its own."""
+    """Remove settings of the environment. Give each test its own cache directory and home."""
     for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
         monkeypatch.delenv(name)
     (tmp_path / "home").mkdir()
@@ -43,6 +43,7 @@ def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
+    """An S3 server that all tests share."""
     server = StandIn("s3", "--folder", str(tmp_path_factory.mktemp("s3")), "--bucket", "models")
     yield server
     server.stop()
@@ -50,7 +51,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
 
 @pytest.fixture
 def s3(s3_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A remote of the test's own on a real S3 server, set in the environment; its address."""
+    """A remote for one test on the S3 server, set in the environment. Returns its URL."""
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
     remote = f"s3://models/test-{os.getpid()}-{next(_PREFIXES)}"
@@ -60,7 +61,7 @@ def s3(s3_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def slow(s3: str, s3_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
-    """A proxy on the way to that server, fast at first."""
+    """A proxy in front of the S3 server, without limits at first."""
     endpoint = next(name for name in s3_server.env if name.startswith("AWS_ENDPOINT_URL"))
     proxy = Slow(int(s3_server.env[endpoint].rsplit(":", 1)[1].rstrip("/")))
     monkeypatch.setenv(endpoint, f"http://127.0.0.1:{proxy.port}")
@@ -70,7 +71,7 @@ def slow(s3: str, s3_server: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A stand-in of the Hub with the repository `org/model`; its folder."""
+    """A stand-in for the Hub with the repository `org/model`. Returns the folder of the repository."""
     folder = tmp_path / "hub" / "org" / "model"
     write_model(folder)
     server = StandIn("hub", "--folder", str(tmp_path / "hub"))
@@ -81,7 +82,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def open_cache() -> Iterator[Any]:
-    """Makes caches that are closed at the end of the test."""
+    """A function that opens caches. They are closed at the end of the test."""
     made: list[ModelCache] = []
 
     def make(**arguments: Any) -> ModelCache:
@@ -94,7 +95,10 @@ def open_cache() -> Iterator[Any]:
 
 
 def interrupted(code: str, first: str, *, after_seconds: float = 0) -> list[str]:
-    """What a program prints that gets a Ctrl-C once it has printed `first`; it ends well."""
+    """Run a program, send it SIGINT after it has printed `first`, and return the further lines of its output.
+
+    The program must exit with code 0.
+    """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == f"{first}\n"
@@ -106,11 +110,12 @@ def interrupted(code: str, first: str, *, after_seconds: float = 0) -> list[str]
 
 
 def noise(size: int, seed: int = 0) -> bytes:
+    """Return reproducible random bytes."""
     return random.Random(seed).randbytes(size)
 
 
 def write_model(folder: Path, size: int = 3 * MIB) -> Path:
-    """A folder with a configuration, a tokenizer in a folder of its own and weights."""
+    """Create a model folder with a configuration, a tokenizer in a subfolder, and weights of `size` bytes."""
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "config.json").write_text('{"hidden_size": 384}')
     (folder / "tokenizer" / "vocab.txt").write_text("a\nb\n")

@@ -1,4 +1,4 @@
-"""Servers for tests: the repository's S3 and Hub stand-ins as processes, and a proxy that counts and slows bytes."""
+"""Servers for tests: the S3 and Hub stand-ins of this repository, and a proxy that counts and limits bytes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ CHUNK = 16 << 10
 
 
 class StandIn:
-    """`testkit s3` or `testkit hub`, with the variables that it prints."""
+    """A process that runs `testkit s3` or `testkit hub`. `env` has the variables that it prints."""
 
     def __init__(self, *arguments: str) -> None:
         binary = os.environ.get("TESTKIT", str(ROOT / "target/debug/testkit"))
         self.process = subprocess.Popen([binary, *arguments], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.env: dict[str, str] = {}
+        # The server prints this variable last.
         last = {"s3": "AWS_EC2_METADATA_DISABLED", "hub": "HF_ENDPOINT"}[arguments[0]]
         while last not in self.env:
             line = self.process.stdout.readline()
@@ -37,8 +38,10 @@ class StandIn:
 
 
 class Slow:
-    """A proxy in front of a server on this machine: counts what comes back, and lets it through no faster, and no
-    further, than told."""
+    """A proxy in front of a local server that counts and limits the bytes sent to clients.
+
+    `bytes_per_second` limits the rate over all connections, :meth:`let_through` the amount.
+    """
 
     def __init__(self, port: int) -> None:
         self.target = port
@@ -53,7 +56,7 @@ class Slow:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def let_through(self, count: int | None) -> None:
-        """Lets so many bytes more come back, over all connections, and then nothing; ``None``: whatever comes."""
+        """Let `count` more bytes through, over all connections, and then block; ``None`` removes the limit."""
         with self._limit_moved:
             self._limit = None if count is None else self.bytes_down + count
             self._limit_moved.notify_all()
@@ -91,11 +94,13 @@ class Slow:
                     pass
 
     def _wait_for_turn(self, count: int) -> None:
+        """Wait until `count` bytes may be sent, and count them."""
         with self._limit_moved:
             self._limit_moved.wait_for(lambda: self._limit is None or self.bytes_down + count <= self._limit)
             self.bytes_down += count
             rate = self.bytes_per_second
             now = time.monotonic()
+            # Connections share the rate: each chunk reserves the next free time slot.
             self._free_at = max(self._free_at, now)
             pause = 0.0 if rate is None else self._free_at - now
             if rate is not None:

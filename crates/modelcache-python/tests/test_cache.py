@@ -1,4 +1,4 @@
-"""The cache as a program uses it: one process, real files, a real S3 server."""
+"""The cache in one process, with real files and a real S3 server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def in_another_process(code: str, **env: str) -> str:
-    """What a fresh interpreter prints."""
+    """Run code in a new interpreter and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, timeout=60
     )
@@ -34,7 +34,7 @@ def in_another_process(code: str, **env: str) -> str:
     return done.stdout.strip()
 
 
-def test_an_artifact_put_on_one_machine_is_downloaded_on_another(s3: str, model: Path, tmp_path: Path, open_cache: Any) -> None:
+def test_one_machine_downloads_an_artifact_of_another(s3: str, model: Path, tmp_path: Path, open_cache: Any) -> None:
     put = open_cache().put("team/detector", "3", model)
     assert (put.files, put.uploaded_bytes, put.on_remote) == (3, put.size, True)
     other = open_cache(cache_dir=tmp_path / "other")
@@ -71,6 +71,10 @@ def test_artifacts_stay_leased_until_the_cache_closes(s3: str, model: Path, tmp_
     with pytest.raises(ConflictError, match="in use"):
         other.evict("m", "1", tier="disk")
     assert path.exists()
+    with pytest.raises(InvalidError, match="not a valid number of seconds"):
+        cache.close(timeout=-1)
+    with pytest.raises(ConflictError, match="in use"):
+        other.evict("m", "1", tier="disk")
     cache.close()
     cache.close()
     assert cache.closed
@@ -89,6 +93,7 @@ def test_a_path_stays_leased_without_a_reference_to_the_cache(model: Path, open_
 
 
 def _get_and_drop_cache(model: Path) -> Path:
+    """Get a path from a cache that is not referenced after the return."""
     cache = ModelCache()
     cache.put("m", "1", model)
     return cache.get("m", "1")
@@ -211,6 +216,7 @@ def test_verify_finds_and_repairs_bit_rot(s3: str, model: Path, open_cache: Any)
     assert [each.ok for each in cache.verify("m@1", tier="all")] == [True, True]
     path = cache.get("m", "1") / "weights.bin"
     before = path.stat()
+    # Corrupt the file, but keep its size and times, so that only reading it reveals the damage.
     path.chmod(0o644)
     with path.open("r+b") as file:
         file.write(b"\xff" * 8)
@@ -280,6 +286,7 @@ def test_json_prometheus_and_its_client_report_equal_counters(s3: str, model: Pa
     assert own["modelcache_failures_total", '{"code": "not_found"}'] == 1
     assert own["modelcache_directory_artifacts", "{}"] == 1
     theirs = samples(generate_latest(registry).decode())
+    # The free space changes between the two reads.
     moving = "modelcache_directory_filesystem_free_bytes"
     assert {key: value for key, value in theirs.items() if key[0] != moving} == {
         key: value for key, value in own.items() if key[0] != moving
@@ -334,6 +341,7 @@ def test_a_read_only_directory_still_serves(model: Path, open_cache: Any, tmp_pa
         "try:\n    cache.put('n', '1', path)\n"
         "except DirectoryError as error:\n    print(bool(error.hint))\n"
     )
+    # The process above becomes another user, which must be able to reach the folder.
     for folder in [tmp_path, *tmp_path.parents]:
         if folder.stat().st_uid == os.getuid() and folder != Path("/tmp"):
             folder.chmod(folder.stat().st_mode | 0o055)
@@ -370,6 +378,7 @@ def test_warm_gets_leak_neither_descriptors_nor_memory(model: Path, open_cache: 
             cache.get("m", "1")
         return len(os.listdir("/proc/self/fd")), memory_kib()
 
+    # Allocators and caches fill up in the first rounds.
     files, before = rounds(2_000)
     files_after, after = rounds(10_000)
     assert files_after == files

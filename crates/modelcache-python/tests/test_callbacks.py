@@ -1,4 +1,4 @@
-"""Callbacks that use the cache: progress functions, logging handlers, signal handlers."""
+"""Callbacks that use the cache: progress functions, logging handlers and signal handlers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE = 2 << 20
 
 @pytest.fixture
 def published(slow: Slow, tmp_path: Path) -> Slow:
-    """`m@1`, which comes slowly enough for a few callbacks, and `n@1`, both on the remote alone."""
+    """`m@1` and `n@1`, both on the remote only. The download of `m@1` takes long enough for a few callbacks."""
     with ModelCache() as cache:
         cache.put("m", "1", write_model(tmp_path / "model", SIZE), tier="remote")
         cache.put("n", "1", write_model(tmp_path / "other", 1000), tier="remote")
@@ -103,7 +103,7 @@ def test_progress_functions_of_other_calls_may_call(published: Slow, open_cache:
 
 
 class _CallingHandler(logging.Handler):
-    """Uses a cache whenever something is logged; not for what that logs."""
+    """A handler that uses a cache for every record, except for the records of that use."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         super().__init__()
@@ -162,6 +162,7 @@ def test_a_signal_handler_may_call(published: Slow, open_cache: Any) -> None:
         timer.start()
         assert cache.get("m", "1").exists()
         timer.join()
+        # Return to the interpreter once more, so that it runs a pending signal handler.
         time.sleep(0.01)
     finally:
         signal.signal(signal.SIGUSR1, before)

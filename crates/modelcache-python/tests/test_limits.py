@@ -1,4 +1,4 @@
-"""Limits of the process: threads and address space."""
+"""Resource limits of the process: threads and address space."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ print(waited, outcome(lambda: asyncio.run(cache.aget("m", "1"))))
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that any user may use, with `m@1` in a folder that serves as the origin."""
+    """A folder with access for all users. It has an origin folder with `m@1`."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         write_model(Path(folder) / "origin" / "m" / "1")
@@ -38,7 +38,7 @@ def open_folder() -> Iterator[Path]:
 
 
 def outcomes(folder: Path, before: str) -> str:
-    """What becomes of a call that is waited for and of one in an event loop, where `before` has set limits."""
+    """Run `before`, which sets limits, and return the outcomes of a blocking call and of one in an event loop."""
     env = {
         "HOME": str(folder),
         "MODEL_CACHE_DIR": str(folder / "cache"),
@@ -57,6 +57,7 @@ def outcomes(folder: Path, before: str) -> str:
     [(1, "limits limits"), (2, "ok limits"), (3, "ok limits"), (4, "ok limits"), (5, "ok ok"), (8, "ok ok")],
 )
 def test_few_threads_are_enough_and_none_is_an_error(threads: int, expected: str, open_folder: Path) -> None:
+    # RLIMIT_NPROC counts the threads of a user, so the process becomes a user without other processes.
     user = 1_100_000 + os.getpid() % 100_000
     limit = f"os.setuid({user})\nresource.setrlimit(resource.RLIMIT_NPROC, ({threads}, {threads}))\n"
     assert outcomes(open_folder, limit) == expected
@@ -69,6 +70,7 @@ def test_little_address_space_is_enough(mib: int, open_folder: Path) -> None:
 
 
 def test_too_little_address_space_is_an_error(open_folder: Path) -> None:
+    # 50 MiB more than the process uses now.
     limit = """
 size = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (size + (50 << 20),) * 2)

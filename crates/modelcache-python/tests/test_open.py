@@ -1,4 +1,4 @@
-"""Files that are read while they are fetched: as programs use them, whatever else they do meanwhile."""
+"""Files that are read while they are downloaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from test_fork import in_child
 
 PART = 8 * MIB
 SIZE = 3 * PART + 12345
-"""Four parts: the last is short."""
+"""Four parts; the last one is short."""
 TENSORS = {
     "first": np.arange(1000, dtype=np.float32),
     "second": np.arange(31 * MIB, dtype=np.uint32).view(np.float32),
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 @pytest.fixture
 def put(slow: Slow, tmp_path: Path) -> Callable[[str, bytes], None]:
-    """Puts a file on the remote alone."""
+    """A function that publishes a file on the remote only."""
 
     def put(name: str, content: bytes) -> None:
         file = tmp_path / "published" / name
@@ -53,16 +53,16 @@ def put(slow: Slow, tmp_path: Path) -> Callable[[str, bytes], None]:
 
 @pytest.fixture
 def published(slow: Slow, put: Callable[[str, bytes], None]) -> Slow:
-    """`m@1`, one file of four parts, on the remote alone."""
+    """`m@1`, one file of four parts, on the remote only."""
     put("weights.bin", noise(SIZE))
     return slow
 
 
 def partly_downloaded(slow: Slow, open_cache: Any, **arguments: Any) -> CachedFile:
-    """The file, whose first part is here, and whose last bytes are still missing."""
+    """Open the file of `m@1` and return it before its download is complete."""
     slow.let_through(SIZE - MIB)
     file: CachedFile = open_cache().open("m@1", **arguments)
-    # All four are under way, and the last is the first that comes.
+    # All four parts are requested at once. The short last one is complete first.
     assert file.pread(10, SIZE - 10) == noise(SIZE)[-10:]
     assert not file.is_whole
     return file
@@ -75,7 +75,7 @@ def test_one_tensor_is_read_before_half_of_the_file_is_downloaded(
     content = (tmp_path / "model.safetensors").read_bytes()
     put("model.safetensors", content)
     before = slow.bytes_down
-    # Enough for the first parts, also where some of them are asked for twice.
+    # Enough for the first parts, even if some of them are requested twice.
     slow.let_through(len(content) // 2 - MIB)
     with open_cache().open("m@1") as file:
         header_size = int.from_bytes(file.read(8), "little")
@@ -223,6 +223,7 @@ def test_asyncio(published: Slow, open_cache: Any) -> None:
 
 
 def test_a_forked_child(published: Slow, open_cache: Any) -> None:
+    # Incomplete at the fork: reads are refused in the child.
     file = partly_downloaded(published, open_cache)
 
     def refused() -> None:
@@ -239,6 +240,7 @@ def test_a_forked_child(published: Slow, open_cache: Any) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
+    # Complete at the fork: reads work in the child.
     def read() -> None:
         assert file.read() == noise(SIZE)
         assert os.pread(file.fileno(), 100, 0) == noise(SIZE)[:100]
@@ -300,6 +302,7 @@ def test_a_read_times_out(published: Slow, open_cache: Any) -> None:
 def test_bytes_without_checkpoints_are_returned_only_if_unchecked(
     published: Slow, tmp_path: Path, open_cache: Any
 ) -> None:
+    # A file that another tool uploaded has no checkpoints.
     bucket = boto3.client("s3")
     bucket.upload_file(str(tmp_path / "published/weights.bin"), "models", f"by-hand-{os.getpid()}/weights.bin")
     bucket.close()

@@ -1,4 +1,4 @@
-"""Waiting: Ctrl-C, threads, asyncio, cancellation, one fetch for all."""
+"""Waiting for calls: Ctrl-C, threads, asyncio, cancellation, and downloads shared by several callers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE = 4 << 20
 
 @pytest.fixture
 def published(slow: Slow, tmp_path: Path) -> Slow:
-    """`m@1` on the remote alone."""
+    """`m@1`, on the remote only."""
     with ModelCache() as cache:
         cache.put("m", "1", write_model(tmp_path / "model", SIZE), tier="remote")
     slow.bytes_down = 0
@@ -34,7 +34,7 @@ def check(path: Path) -> None:
 
 
 def test_ctrl_c_ends_a_get(published: Slow) -> None:
-    published.bytes_per_second = 10_000  # Minutes.
+    published.bytes_per_second = 10_000  # The download would take minutes.
     code = (
         "import sys\nfrom modelcache import ModelCache\n"
         "try:\n    ModelCache().get('m', '1', progress=lambda _: print('waiting', flush=True))\n"
@@ -152,7 +152,7 @@ def test_cancelling_the_only_task_ends_the_download(published: Slow, open_cache:
             await asyncio.wait_for(cache.aget("m", "1"), 0.5)
         before = published.bytes_down
         await asyncio.sleep(1.5)
-        # What was on its way still arrives; the rest is not asked for.
+        # Bytes in transit still arrive. No further ones are requested.
         assert published.bytes_down - before < 500_000
 
     asyncio.run(main())
@@ -195,7 +195,7 @@ def test_every_async_version_works(s3: str, tmp_path: Path) -> None:
 
 
 def test_threads_event_loops_and_processes_together(published: Slow, tmp_path: Path) -> None:
-    """Many at once, evicting under each other: whoever gets a path gets the right bytes."""
+    """Many callers get and evict one artifact at once. Each path that they get has the right bytes."""
     rounds = int(os.environ.get("MODELCACHE_STRESS_ROUNDS", "15"))
     code = f"""
 import asyncio, threading

@@ -1,9 +1,9 @@
-"""Packs a wheel from a native module that cargo has built: what maturin does, without building everything once more.
+"""Pack a wheel for tests from a native module that cargo has built.
 
     python wheel.py NATIVE_MODULE FOLDER
 
-For tests. Cargo builds the module with the whole workspace, so that every dependency is built once; maturin, which builds
-what is shipped, has it built alone, with other features of the same dependencies.
+Maturin builds the shipped wheel. It compiles the package alone, with other features of the dependencies, and so builds
+most of them a second time. Cargo builds the module with the whole workspace, each dependency once.
 """
 
 from __future__ import annotations

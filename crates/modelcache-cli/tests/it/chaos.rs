@@ -5,8 +5,8 @@
 //! leases stays complete while its command runs. The counted bytes never exceed the budget. Each file is fetched from
 //! the origin once, and once more for each eviction of its artifact and each kill of a process that got it.
 //!
-//! `CHAOS_SEED` repeats the choices (not the timing), `CHAOS_SECONDS` sets the length: an hour is `CHAOS_SECONDS=3600
-//! cargo nextest run -p modelcache-cli --test it chaos:: --profile long`.
+//! `CHAOS_SEED` repeats the choices (not the timing), `CHAOS_SECONDS` sets the length. One hour:
+//! `CHAOS_SECONDS=3600 cargo nextest run -p modelcache-cli --test it chaos:: --profile long`.
 
 use crate::common::{House, Outcome, files_below};
 use modelcache_testkit::folder::Census;
@@ -167,6 +167,7 @@ impl Chaos {
         let run = self.house.on_local(DIR).env("MODEL_CACHE_MAX_BYTES", BUDGET.to_string());
         let run = run.env("MODEL_CACHE_READ_TIMEOUT", "30s").env("MODEL_CACHE_LOG", "info,modelcache::disk=debug");
         let running = run.start(&args);
+        // Kill or stop the process at a random moment.
         let killed = dice.percent(KILLED);
         if killed {
             thread::sleep(Duration::from_millis(dice.below(400)));
@@ -245,14 +246,17 @@ impl Chaos {
 
     /// Checks the final state: all files are right, nothing is left over, and no file was fetched without need.
     fn assert_settled(&self) {
+        // Every file has the content of the model.
         for (reference, files) in self.house.state(DIR) {
             let artifact = self.artifacts.iter().find(|artifact| artifact.reference == reference).unwrap();
             for (path, digest) in files {
                 assert_eq!(digest, artifact.files[&path].sha256().unwrap(), "{reference}: {path}");
             }
         }
+        // After a sweep nothing is left over.
         self.house.sweep(DIR);
         self.house.assert_consistent(DIR);
+        // Each file was fetched once, and at most once more for each loss.
         let gets = self.house.hub.body_gets();
         for artifact in self.artifacts.iter().filter(|artifact| artifact.from_hub) {
             let losses = artifact.losses.load(Ordering::Relaxed);

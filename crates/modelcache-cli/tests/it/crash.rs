@@ -3,8 +3,8 @@
 //! After each kill, a fresh process must find every artifact in its old or its new state, the repeated command must
 //! succeed with the right bytes, and nothing may leak. Each test is one row: an [`Operation`].
 //!
-//! `CRASH_SEED` repeats a sample, `CRASH_POINTS` sets its size, `CRASH_EXHAUSTIVE=1` takes every call (with `cargo
-//! nextest run --profile long`). Calls are sampled by kind, so that a thousand writes do not hide one rename.
+//! `CRASH_SEED` repeats a sample, `CRASH_POINTS` sets its size, `CRASH_EXHAUSTIVE=1` takes every call (with
+//! `cargo nextest run --profile long`). Calls are sampled by kind, so that a thousand writes do not hide one rename.
 
 use crate::common;
 use crate::common::order::{State, spoil_record};
@@ -384,12 +384,15 @@ fn crash(row: Operation) {
     let bench = Bench::new(shim);
     let mut dice = Dice::from_env("CRASH_SEED");
 
+    // One undisturbed run shows the state before, the state after, and the calls between them.
     bench.prepared(&row, "whole");
+    // `state` would fail on the damaged file.
     let old = if row.name == "get healing" { State::new() } else { bench.house.state("whole") };
     let count = bench.shim.count(&bench.house.path("whole"));
     bench.run(&row, "whole").envs(count.envs()).run(row.act).ok();
     let (calls, new) = (count.calls(), bench.house.state("whole"));
 
+    // Each kill happens in a fresh directory.
     let points = bench.points(&bench.house.path("whole"), !row.before.is_empty(), &calls, &mut dice);
     let mut killed = 0;
     for n in &points {
@@ -401,8 +404,8 @@ fn crash(row: Operation) {
 }
 
 impl Bench {
-    /// Returns the numbers of the calls to kill before. In a prepared directory, calls on the top folders are left out:
-    /// they only find that the folders exist.
+    /// Returns the numbers of the calls before which to kill. In a prepared directory, calls on the top folders are
+    /// left out: they only find that the folders exist.
     fn points(&self, root: &Path, is_prepared: bool, calls: &[Call], dice: &mut Dice) -> Vec<u64> {
         if std::env::var("CRASH_EXHAUSTIVE").is_ok_and(|on| on == "1") {
             return sample(calls, root, dice, usize::MAX);
@@ -421,19 +424,23 @@ impl Bench {
         let dir = format!("killed-{n}");
         let root = self.house.path(&dir);
         self.prepared(row, &dir);
+        // Kill the command before its n-th call.
         let strike = self.shim.kill_at(&root, n);
         let outcome = self.run(row, &dir).envs(strike.envs()).run(row.act);
         let last = strike.calls().into_iter().find(|call| call.number == n);
         // The test runner shows this only if the test fails.
         eprintln!("killed before call {n}: {last:?}");
         assert!(matches!(outcome.code, None | Some(0)), "{outcome}");
+        // A fresh process finds the old or the new state.
         self.assert_old_or_new(row, &dir, old, new);
         (row.died)(self, &dir);
 
         self.house.end_claims();
+        // The repeated command succeeds.
         let again = self.run(row, &dir).run(row.act);
         assert!(again.code.is_some_and(|code| row.codes.contains(&code)), "{again}");
         (row.repeated)(self, &dir);
+        // Every reference has the right bytes, with a remote also on a fresh machine.
         for (reference, files) in row.right {
             assert_right(self.run(row, &dir).run(["get", reference]), &files());
             if row.remote {

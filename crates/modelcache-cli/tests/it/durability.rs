@@ -167,7 +167,7 @@ fn a_hit_trusts_files_of_a_live_writer_and_hashes_files_of_a_dead_one() {
     bench.on().run(["get", MODEL]).path_saying(&["on disk"]);
     assert!(!is_right(&weights), "files of a live writer are not hashed");
     bench.kill_syncing();
-    bench.on().run(["get", MODEL]).path_saying(&["is not what it was", "from origin"]);
+    bench.on().run(["get", MODEL]).path_saying(&["was changed or damaged", "from origin"]);
     assert!(is_right(&weights), "files of a dead writer are hashed");
     bench.wait_until_durable();
     bench.assert_settled();
@@ -200,7 +200,7 @@ fn after_a_reboot_unsynced_files_are_hashed_even_if_the_lock_is_held() {
     spoil(&path.join(WEIGHTS));
     let boot = bench.house.write("boot", "another boot\n");
     let strike = bench.shim.count(&bench.root()).in_boot(&boot);
-    bench.on().envs(strike.envs()).run(["get", MODEL]).path_saying(&["is not what it was"]);
+    bench.on().envs(strike.envs()).run(["get", MODEL]).path_saying(&["was changed or damaged"]);
     assert!(is_right(&path.join(WEIGHTS)));
     gate.open();
     bench.wait_until_durable();
@@ -230,7 +230,7 @@ fn a_get_that_shares_an_unsynced_file_syncs_it_too() {
 
     // Simulates a power cut after which a file has other bytes.
     spoil(&path.join(WEIGHTS));
-    let old = bench.on().run(["get", &format!("{MODEL}@{}", bench.commit)]).path_saying(&["is not what it was"]);
+    let old = bench.on().run(["get", &format!("{MODEL}@{}", bench.commit)]).path_saying(&["was changed or damaged"]);
     assert!(is_right(&old.join(WEIGHTS)));
     let new = bench.on().run(["get", &reference]).path();
     assert!(is_right(&new.join(WEIGHTS)), "found in one artifact, withdrawn from both");

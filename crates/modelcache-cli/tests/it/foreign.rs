@@ -1,5 +1,5 @@
-//! Files that other tools put into the bucket, and places in other buckets: found as they are, checked by what lies
-//! beside them, never written to.
+//! Unmanaged objects: files that other tools put into the bucket, and places in other buckets. They are served as they
+//! are, checked against the checksums beside them, and never written.
 
 use crate::common::*;
 use modelcache_testkit::s3::S3Fault;
@@ -18,7 +18,7 @@ fn sha256(content: &Content) -> String {
     content.sha256().unwrap()
 }
 
-/// A bucket that somebody filled by hand.
+/// An environment with these objects in the bucket, as another tool put them there.
 fn by_hand(objects: &[(&str, Content)]) -> House {
     let house = House::new();
     for (key, content) in objects {
@@ -35,11 +35,11 @@ fn provenances(inspection: &Value) -> Vec<String> {
     inspection["files"].as_array().unwrap().iter().map(|file| text(&file["provenance"])).collect()
 }
 
-/// Nobody stated a checksum, and a warning says so.
+/// Part of the warning that no checksum is available.
 const UNSTATED: &str = "nobody states a checksum";
 
 #[test]
-fn one_file_put_there_by_hand_is_that_file_checked_by_its_sidecar() {
+fn a_single_unmanaged_object_is_a_file_checked_by_its_sidecar() {
     let model = model_file();
     let digest = sha256(&model);
     for (form, sidecar) in [
@@ -65,7 +65,7 @@ fn one_file_put_there_by_hand_is_that_file_checked_by_its_sidecar() {
 }
 
 #[test]
-fn a_sidecar_that_lies_is_named_and_nothing_is_kept() {
+fn a_wrong_sidecar_is_named_and_nothing_is_kept() {
     let other: Content = format!("{}  model.tar.gz\n", sha256(&"other".into())).as_str().into();
     let house = by_hand(&[("fraud/3/model.tar.gz", model_file()), ("fraud/3/model.tar.gz.sha256", other)]);
     let digest = sha256(&model_file());
@@ -74,7 +74,7 @@ fn a_sidecar_that_lies_is_named_and_nothing_is_kept() {
 }
 
 #[test]
-fn sums_speak_for_their_folder_and_are_not_part_of_the_view() {
+fn sha256sums_files_cover_their_folder_and_are_not_part_of_the_view() {
     let (a, b, c): (Content, Content, Content) = (model_file(), "b".into(), "c".into());
     let root = format!("{}  a.bin\n{}  sub/b\n{}  gone\n", sha256(&a), sha256(&"wrong".into()), sha256(&"x".into()));
     let sub = format!("{} *b\n", sha256(&b));
@@ -93,13 +93,13 @@ fn sums_speak_for_their_folder_and_are_not_part_of_the_view() {
     assert_same(&path.join("a.bin"), &a);
     assert_same(&path.join("sub/b"), &b);
     assert_eq!(provenances(&inspected(&house, "a", "team/m@1")), ["sidecar", "sidecar", "first-seen"]);
-    // What is stated for some files does not do where a checksum is required, unless those alone are wanted.
+    // `--require-checksum` needs a checksum for every selected file.
     house.on("b").run(["get", "--require-checksum", "team/m@1"]).failed(5, &["sub/c"]);
     house.on("b").run(["get", "--require-checksum", "team/m@1", "--include", "*/b"]).path();
 }
 
 #[test]
-fn without_checksums_one_warning_and_a_requirement_refuses() {
+fn without_checksums_a_get_warns_once_and_a_requirement_refuses() {
     let house = by_hand(&[("fraud/3/model.tar.gz", model_file())]);
     let before = house.s3.keys(BUCKET);
     let got = house.on("a").run(["get", "fraud@3"]).ok();
@@ -107,7 +107,7 @@ fn without_checksums_one_warning_and_a_requirement_refuses() {
     let got = got.said(&[UNSTATED, "model.tar.gz", "sha256sum FILE > FILE.sha256"]);
     assert_same(&got.path(), &model_file());
     assert_eq!(provenances(&inspected(&house, "a", "fraud@3")), ["first-seen"]);
-    assert_eq!(house.s3.keys(BUCKET), before, "a first digest is no truth, and the place is not ours");
+    assert_eq!(house.s3.keys(BUCKET), before, "a first-seen digest is not published");
 
     let warm = house.on("a").run(["get", "fraud@3"]).ok();
     assert!(!warm.stderr.contains("WARN"), "{warm}");
@@ -123,7 +123,7 @@ fn without_checksums_one_warning_and_a_requirement_refuses() {
 }
 
 #[test]
-fn a_tree_of_more_keys_than_a_page_comes_whole() {
+fn a_listing_of_several_pages_is_complete() {
     const FILES: usize = 2_501;
     let house = House::new();
     let mut sums = String::new();
@@ -133,7 +133,7 @@ fn a_tree_of_more_keys_than_a_page_comes_whole() {
         content.write_to(house.s3.object_path(BUCKET, &format!("cache/shards/1/part-{at:04}.txt"))).unwrap();
     }
     house.s3.put(BUCKET, "cache/shards/1/SHA256SUMS", sums.as_str()).unwrap();
-    // The neighbour is not part of it.
+    // A key that shares only the prefix is not part of the artifact.
     house.s3.put(BUCKET, "cache/shards/10/x", "x").unwrap();
     let got = house.on("a").run(["get", "shards@1"]);
     assert!(!got.stderr.contains("WARN"), "{got}");
@@ -145,10 +145,10 @@ fn a_tree_of_more_keys_than_a_page_comes_whole() {
 }
 
 #[test]
-fn what_is_half_written_or_not_there_is_a_miss_for_four_requests() {
+fn an_absent_or_half_written_artifact_is_a_miss_after_four_requests() {
     let house = by_hand(&[("fraud/3/model.tar.gz", model_file()), ("fraud/3/.modelcache/claim", "{}".into())]);
     house.on("a").run(["get", "fraud@3"]).failed(3, &["not found"]);
-    // Versions below a name are no files of an artifact.
+    // Versions below a name are not files of an artifact.
     house.on("a").run(["put", "team/x@1", house.write("x", "x").to_str().unwrap()]).ok();
     house.on("a").run(["get", "team@x"]).failed(3, &["not found"]);
     house.s3.clear_requests();
@@ -170,7 +170,7 @@ fn one_object_may_be_the_version_itself() {
     house.on("b").run(["put", "fraud@3", file.to_str().unwrap()]).failed(1, &["modelcache did not write"]);
 }
 
-/// Runs a get of `big@1`, whose file is replaced while its first read is held back, `times` times.
+/// Runs a get of `big@1` and replaces its object `times` times, each time while a read is held back.
 fn replaced_while_read(times: u64) -> (House, Outcome) {
     let house = by_hand(&[("big/1/model.bin", Content::generated(0, 50_000))]);
     let held = house
@@ -187,7 +187,7 @@ fn replaced_while_read(times: u64) -> (House, Outcome) {
 }
 
 #[test]
-fn nothing_is_put_below_what_another_tool_put_there() {
+fn nothing_is_put_below_unmanaged_objects() {
     let house = by_hand(&[("fraud/3/model.tar.gz", model_file())]);
     let mine = house.write("mine", "m").display().to_string();
     for key in ["fraud/3@x", "fraud/3/model.tar.gz@1", "fraud/3/deep/er@1"] {
@@ -198,36 +198,36 @@ fn nothing_is_put_below_what_another_tool_put_there() {
 }
 
 #[test]
-fn a_file_that_no_digest_names_has_one_source() {
+fn a_file_without_a_digest_is_read_from_one_source() {
     let house = by_hand(&[("big/1/model.bin", big())]);
     let other = Content::generated(7, big().len());
     other.write_to(house.path("registry/big/1")).unwrap();
     let origin = format!("file://{}/{{name}}/{{version}}", house.path("registry").display());
-    // The first part comes; then the bucket has nothing more to give.
+    // The first part arrives, then every read from the bucket fails.
     house.s3.faults().add(S3Fault::hang_up().on("model.bin").method("GET").after_skipping(1));
     let got = house.on("a").env("MODEL_CACHE_ORIGIN", &origin).run(["get", "big@1"]);
-    assert_ne!(got.code, Some(0), "what is half this and half that is nothing: {got}");
+    assert_ne!(got.code, Some(0), "a mix of two sources is refused: {got}");
     house.assert_invisible("a");
     house.s3.faults().clear();
     assert_same(&house.on("a").env("MODEL_CACHE_ORIGIN", &origin).run(["get", "big@1"]).path(), &big());
 }
 
 #[test]
-fn an_object_replaced_between_list_and_read_is_listed_anew() {
+fn an_object_replaced_between_list_and_read_is_listed_again() {
     let (_house, outcome) = replaced_while_read(1);
     let path = outcome.said(&["starting over with a new list"]).path();
     assert_same(&path, &Content::generated(1, 50_000));
 }
 
 #[test]
-fn an_object_that_is_replaced_again_and_again_is_a_clear_failure() {
+fn an_object_that_is_replaced_twice_is_an_error() {
     let (house, outcome) = replaced_while_read(2);
     outcome.failed(1, &["model.bin was replaced or removed after it was listed"]);
     house.assert_invisible("a");
 }
 
 #[test]
-fn files_that_changed_under_a_version_are_an_alarm() {
+fn objects_that_changed_under_a_version_are_an_error() {
     let house = by_hand(&[("m/1/a", "a".into()), ("m/1/b", "b".into())]);
     house.on("a").run(["get", "m@1", "--include", "a"]).path();
     house.s3.put(BUCKET, "cache/m/1/a", "aa").unwrap();
@@ -238,7 +238,7 @@ fn files_that_changed_under_a_version_are_an_alarm() {
 }
 
 #[test]
-fn without_the_right_to_list_it_is_a_miss_that_says_which_right() {
+fn without_list_permission_a_get_is_a_miss_that_names_the_permission() {
     let house = by_hand(&[("fraud/3/model.tar.gz", model_file())]);
     house.s3.faults().add(S3Fault::no_list_permission());
     let got = house.on("a").run(["get", "fraud@3"]).failed(3, &["s3:ListBucket"]);
@@ -256,7 +256,7 @@ fn a_slow_or_throttling_store_is_waited_for() {
 }
 
 #[test]
-fn what_another_tool_put_there_is_neither_overwritten_nor_removed() {
+fn unmanaged_objects_are_neither_overwritten_nor_removed() {
     let house = by_hand(&[("fraud/3/model.tar.gz", model_file())]);
     let file = house.write("mine", "mine");
     house.on("a").run(["put", "fraud@3", file.to_str().unwrap()]).failed(1, &["modelcache did not write"]);
@@ -265,14 +265,14 @@ fn what_another_tool_put_there_is_neither_overwritten_nor_removed() {
         house.on("a").run(args).failed(1, &["put there by another tool"]);
     }
     house.on("a").run(["get", "fraud@3"]).path();
-    // No `--yes`: the remote can give it back.
+    // `--yes` is not needed, because the remote still has the artifact.
     house.on("a").run(["evict", "fraud@3"]).ok().said(&["the remote keeps it", "on disk"]);
     assert_eq!(house.listed("a"), [""; 0]);
     assert_eq!(house.s3.keys(BUCKET), ["cache/fraud/3/model.tar.gz"]);
 }
 
 #[test]
-fn a_shared_folder_is_filled_by_hand_too() {
+fn unmanaged_files_in_a_shared_folder_are_served_and_links_out_of_it_are_not() {
     let house = House::new();
     let run =
         |dir: &str| house.on_local(dir).env("MODEL_CACHE_REMOTE", format!("file://{}", house.path("far").display()));
@@ -281,11 +281,11 @@ fn a_shared_folder_is_filled_by_hand_too() {
     house.write("far/odd/1/sub dir/fé+%.txt", "odd");
     house.write("far/odd/1/with\nnewline", "x");
     std::os::unix::fs::symlink("..", house.path("far/odd/1/circle")).unwrap();
-    // Whoever may write there must not have us read for them.
+    // A user with write access to the folder must not make modelcache read other files through links.
     house.write("private", "private");
     std::os::unix::fs::symlink(house.path("private"), house.path("far/odd/1/planted")).unwrap();
     std::os::unix::fs::symlink(house.path("private"), house.path("far/odd/2")).unwrap();
-    // A link within the folder is a name like any other.
+    // A link within the folder is followed.
     std::os::unix::fs::symlink("3", house.path("far/fraud/latest")).unwrap();
     assert_same(&run("a").run(["get", "--require-checksum", "fraud@3"]).path(), &model_file());
     let path = run("a").run(["get", "odd@1"]).path_saying(&["left out", r"with\nnewline", "planted", UNSTATED]);
@@ -296,8 +296,8 @@ fn a_shared_folder_is_filled_by_hand_too() {
     run("a").run(["evict", "--tier", "remote", "--yes", "odd@1"]).failed(1, &["put there by another tool"]);
 }
 
-/// Puts objects with boto3, as people do: `keys` with their own names as content, then those with metadata, with a
-/// checksum of the store, and with one of parts.
+/// Uploads objects with boto3: `keys` with their own names as content, then objects with a digest in the metadata, with
+/// a checksum of the store, and with the checksum of a multipart upload.
 const UPLOAD: &str = r#"
 import boto3, hashlib, sys
 from botocore.config import Config
@@ -351,7 +351,7 @@ fn odd_keys_metadata_and_checksums_of_a_real_tool_are_read() {
     run("a").run(["get", "lying@1"]).failed(5, &["as x-amz-meta-sha256 says"]);
 }
 
-/// A second bucket with a tree, and what an `s3://` reference to it gives.
+/// An environment with a second bucket that holds a tree.
 fn elsewhere() -> House {
     let house = House::new();
     house.s3.bucket("other").unwrap();
@@ -374,7 +374,7 @@ fn a_place_in_another_bucket_is_an_origin() {
     house.on("a").run(["get", "s3://other/models/m"]).failed(3, &["there is no such object, and nothing below it"]);
     house.on("a").run(["get", "s3://no-such-bucket/x"]).failed(2, &["no-such-bucket", "does not exist"]);
 
-    // It went to the remote, digests with their provenance, and comes from there.
+    // The artifact and the provenance of its digests were backfilled, and another machine gets them from the remote.
     let listed = house.on("a").run(["ls", "--remote", "--json"]).objects();
     let reference =
         listed.iter().map(|row| text(&row["reference"])).find(|name| name.starts_with("s3/other/models/m%401@"));
@@ -387,7 +387,7 @@ fn a_place_in_another_bucket_is_an_origin() {
 }
 
 #[test]
-fn another_bucket_is_asked_again_only_once_its_answer_is_old() {
+fn another_bucket_is_listed_again_only_after_its_answer_has_expired() {
     let house = elsewhere();
     let get = |ttl: &str| {
         let run = house.on_local("a").envs(house.s3.env()).env("MODEL_CACHE_REF_TTL", ttl);
@@ -397,7 +397,7 @@ fn another_bucket_is_asked_again_only_once_its_answer_is_old() {
     house.s3.put("other", "models/m@1/config.json", "{\"new\": 1}").unwrap();
     house.s3.clear_requests();
     assert_eq!(text(&get("1h")["version"]), first);
-    assert_eq!(house.s3.requests().len(), 0, "a fresh answer asks nobody");
+    assert_eq!(house.s3.requests().len(), 0, "a fresh answer costs no request");
     let second = get("0s");
     assert_ne!(text(&second["version"]), first);
     assert_same(&Path::new(&text(&second["path"])).join("config.json"), &"{\"new\": 1}".into());
@@ -411,9 +411,9 @@ fn another_bucket_is_asked_again_only_once_its_answer_is_old() {
 #[test]
 fn a_bucket_in_another_region_is_found_there() {
     let house = elsewhere();
-    let told = house.s3.faults().add(S3Fault::wrong_region("eu-west-1").on("prefix=models/m@1").times(1));
+    let hits = house.s3.faults().add(S3Fault::wrong_region("eu-west-1").on("prefix=models/m@1").times(1));
     house.on("a").run(["get", "s3://other/models/m@1/"]).path();
-    assert_eq!(told.count(), 1);
+    assert_eq!(hits.count(), 1);
     let signed = |seen: &modelcache_testkit::Seen| seen.authorization.clone().unwrap_or_default();
     let reads = house.s3.object_gets("models/m@1");
     assert!(!reads.is_empty() && reads.iter().all(|seen| signed(seen).contains("/eu-west-1/s3/")), "{reads:?}");
@@ -430,7 +430,7 @@ fn a_template_leads_bare_names_to_another_bucket() {
 }
 
 #[test]
-fn what_we_published_elsewhere_is_read_by_its_manifest() {
+fn an_artifact_published_in_another_bucket_is_read_by_its_manifest() {
     let house = elsewhere();
     let file = house.write("given", model_file());
     let there = house.on("a").env("MODEL_CACHE_REMOTE", "s3://other/pool");
@@ -440,14 +440,14 @@ fn what_we_published_elsewhere_is_read_by_its_manifest() {
     assert_same(&path, &model_file());
     assert!(path.is_file() && path.ends_with("given"), "{path:?}");
     house.on("b").run(["get", "s3://other/pool/fraud"]).failed(2, &["versions are published below it", "pool/fraud/3"]);
-    // Bytes that the manifest does not vouch for are not taken.
+    // Bytes that differ from the manifest are refused.
     house.s3.flip_byte("other", "pool/fraud/3/given", 5).unwrap();
     house.on("c").without("MODEL_CACHE_REMOTE").run(["get", reference]).failed(5, &["mismatch"]);
 }
 
-/// Every command of the page, one after the other, in a folder of their own.
+/// Runs every command of docs/existing-bucket.md, in order, in an empty folder.
 #[test]
-fn the_page_for_people_with_a_bucket_can_be_followed() {
+fn the_commands_of_the_page_on_existing_buckets_work() {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/existing-bucket.md");
     let page = fs::read_to_string(page).unwrap();
     let blocks = page.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap());

@@ -1,4 +1,4 @@
-//! A file that was changed on disk: found when it is lent, put aside, and no longer claimed by anybody.
+//! A file that was changed on disk is found when a lease is acquired, quarantined, and withdrawn from every artifact.
 
 use crate::common::*;
 use modelcache_testkit::{Content, content};
@@ -10,7 +10,7 @@ fn shared() -> Content {
     Content::generated(1, 2 * MIB + 3)
 }
 
-/// One byte is written in place and the mode set back, as a careless program might. The bytes it now has.
+/// Changes one byte in place and restores the mode, as another program could. Returns the new bytes.
 fn spoil(file: &Path) -> Vec<u8> {
     fs::set_permissions(file, Permissions::from_mode(0o644)).unwrap();
     let open = fs::File::options().write(true).open(file).unwrap();
@@ -20,7 +20,7 @@ fn spoil(file: &Path) -> Vec<u8> {
     fs::read(file).unwrap()
 }
 
-/// Quarantine holds these bytes and nothing else.
+/// Asserts that the quarantine holds one file with these bytes and nothing else.
 #[track_caller]
 fn assert_quarantined(house: &House, bytes: &[u8]) {
     let folder = house.path("a/quarantine");
@@ -28,7 +28,8 @@ fn assert_quarantined(house: &House, bytes: &[u8]) {
     assert_eq!(content::sha256(&fs::read(folder.join(file)).unwrap()), content::sha256(bytes));
 }
 
-/// What `ls` and `inspect` say of the shared file of `reference`: how many files are held, and whether that one is.
+/// Returns the number of files of `reference` that `ls` reports as held, and true if `inspect` reports the shared file
+/// as on disk.
 fn claimed(house: &House, reference: &str) -> (u64, bool) {
     let rows = house.on_local("a").run(["ls", "--json"]).objects();
     let row = rows.iter().find(|row| text(&row["reference"]).starts_with(reference)).unwrap();
@@ -38,7 +39,7 @@ fn claimed(house: &House, reference: &str) -> (u64, bool) {
 }
 
 #[test]
-fn a_changed_file_is_uncommitted_in_every_artifact_that_shares_it_and_both_are_refilled() {
+fn a_changed_file_is_withdrawn_from_every_artifact_that_shares_it_and_both_are_refilled() {
     for (first, second) in [("org/one", "org/two"), ("org/two", "org/one")] {
         let house = House::new();
         let references = [first, second].map(|repo| {
@@ -51,11 +52,11 @@ fn a_changed_file_is_uncommitted_in_every_artifact_that_shares_it_and_both_are_r
         let wrong = spoil(&one);
         house.hub.clear_requests();
 
-        // The origin is away, so that the state between finding it and refilling it can be seen.
+        // The origin is down, so that the state between detection and refill can be inspected.
         house.hub.down(true);
         let refused = house.on_local("a").env("MODEL_CACHE_RETRY_DEADLINE", "100ms").run(["get", &references[0]]);
         assert_ne!(refused.code, Some(0), "{refused}");
-        refused.said(&["shared.bin", "is not what it was", "hint: "]);
+        refused.said(&["shared.bin", "was changed or damaged", "hint: "]);
         assert_quarantined(&house, &wrong);
         for reference in &references {
             assert_eq!(claimed(&house, reference), (1, false), "{reference}");
@@ -68,7 +69,7 @@ fn a_changed_file_is_uncommitted_in_every_artifact_that_shares_it_and_both_are_r
             assert_same(&get(at).path().join("shared.bin"), &shared());
             assert_eq!(claimed(&house, &references[at]), (2, true));
         }
-        assert_eq!(house.hub.body_bytes(), shared().len(), "it came once");
+        assert_eq!(house.hub.body_bytes(), shared().len(), "it was fetched once");
         assert_eq!(fs::metadata(&one).unwrap().ino(), fs::metadata(&two).unwrap().ino(), "they share one again");
         assert_quarantined(&house, &wrong);
         house.on_local("a").run(["prune"]).ok();
@@ -78,7 +79,7 @@ fn a_changed_file_is_uncommitted_in_every_artifact_that_shares_it_and_both_are_r
 }
 
 #[test]
-fn where_nothing_can_give_it_back_the_failure_says_so_and_putting_it_again_mends_both() {
+fn a_changed_file_without_another_source_is_an_error_until_the_artifact_is_put_again() {
     let house = House::new();
     for name in ["one", "two"] {
         house.write(&format!("{name}/shared.bin"), shared());

@@ -1,6 +1,6 @@
 //! A disk that fails: ENOSPC, EDQUOT, EIO, EROFS and EMFILE at every call of a get and of a put, reads included.
 //!
-//! Success means right bytes; failure has its exit code, says what the system said, and names a remedy; the next clean
+//! Success means right bytes. A failure has its exit code, the error text of the system, and a remedy. The next clean
 //! run works. `IO_SEED` repeats a sample, `IO_POINTS` sets its size, `IO_EXHAUSTIVE=1` takes every call (with
 //! `cargo nextest run --profile long`).
 
@@ -13,11 +13,11 @@ use std::path::Path;
 const POINTS: usize = 6;
 const GET: &[&str] = &["get", "hf://org/model"];
 const PUT: &[&str] = &["put", "m@1", "model"];
-/// What makes a published file durable.
+/// The call that makes a published file durable.
 const SYNC: &str = "fdatasync";
 
-/// What the system calls it, and the exit code it ends in.
-fn told(errno: Errno) -> (&'static str, i32) {
+/// Returns the error text of the system for `errno`, and the expected exit code.
+fn expected(errno: Errno) -> (&'static str, i32) {
     match errno {
         Errno::ENOSPC => ("No space left on device", 6),
         Errno::EDQUOT => ("quota exceeded", 6),
@@ -55,7 +55,7 @@ fn a_lack_of_descriptors_is_no_false_success() {
 
 #[test]
 #[allow(clippy::print_stderr)]
-fn an_fsync_that_fails_is_not_tried_again_and_its_file_is_not_lent() {
+fn a_failed_fsync_is_not_retried_and_its_file_is_not_published() {
     let Some(shim) = shim() else { return };
     let bench = Bench::new(shim);
     let mut struck = 0;
@@ -77,7 +77,7 @@ struct Bench {
     shim: Shim,
 }
 
-/// Both commands under one error.
+/// Runs get and put with `errno` injected at a sample of their calls.
 #[allow(clippy::print_stderr)]
 fn fail_everywhere(name: &str, errno: Errno) {
     let Some(shim) = shim() else { return };
@@ -113,13 +113,13 @@ impl Bench {
         Self { house, shim }
     }
 
-    /// One run under a fault, and all that must hold during and after it; whether the run failed.
+    /// Runs one command under a fault, and checks the result and the next clean run. Returns true if the run failed.
     #[allow(clippy::print_stderr)]
     fn survives(&self, args: &[&str], dir: &str, fault: &Strike, errno: Errno, n: u64) -> bool {
         let outcome = self.house.on_local(dir).envs(fault.envs()).run(args);
-        // Shown only if something fails from here on.
+        // The test runner shows this only if the test fails.
         eprintln!("{args:?} under {errno:?} from call {n}: {:?}", fault.calls().iter().find(|call| call.number == n));
-        let (text, code) = told(errno);
+        let (text, code) = expected(errno);
         let failed = outcome.code != Some(0);
         if failed {
             outcome.failed(code, &[text, "disk"]);
@@ -134,7 +134,7 @@ impl Bench {
         failed
     }
 
-    /// A successful run has made the model local.
+    /// Asserts that a successful run has made the model local.
     #[track_caller]
     fn assert_right(&self, args: &[&str], dir: &str, outcome: Outcome) {
         if args == PUT {
@@ -145,7 +145,7 @@ impl Bench {
         }
     }
 
-    /// The `n`-th sync of a staged file fails; then all that must hold is checked.
+    /// Makes the `n`-th sync of a staged file fail, and checks the result.
     fn fails_to_sync(&self, args: &[&str], n: u64) {
         let dir = format!("sync-{}-{n}", args[0]);
         let fault = self.shim.fail_at(&self.house.path(&dir), n, Errno::EIO).of(SYNC);
@@ -154,11 +154,11 @@ impl Bench {
         let calls = fault.calls();
         let synced: Vec<&Path> = calls.iter().filter(|call| is_sync(call)).map(|call| &*call.path).collect();
         let once: BTreeSet<_> = synced.iter().collect();
-        assert_eq!(once.len(), synced.len(), "a failed fsync says nothing about the next: {synced:?}");
+        assert_eq!(once.len(), synced.len(), "after a failed fsync another one proves nothing: {synced:?}");
         let struck = calls.iter().filter(|call| is_sync(call)).nth(usize::try_from(n).unwrap() - 1).unwrap();
         let held = self.house.state(&dir).into_values().flat_map(|files| files.into_keys()).collect::<BTreeSet<_>>();
         assert!(held.iter().all(|path| !struck.path.ends_with(path)), "{} is held: {held:?}", struck.path.display());
-        assert!(held.len() + 1 == model().len(), "the others are: {held:?}");
+        assert!(held.len() + 1 == model().len(), "the other files are held: {held:?}");
         let again = self.house.on_local(&dir).run(args);
         self.assert_right(args, &dir, again);
     }

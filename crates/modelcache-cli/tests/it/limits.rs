@@ -1,4 +1,4 @@
-//! Limits of the process, as batch systems and containers set them: address space, threads, the size of files.
+//! Process limits as set by batch systems and containers: address space, number of threads, size of files.
 
 use crate::common::*;
 use modelcache_testkit::Content;
@@ -34,7 +34,7 @@ fn little_address_space_is_enough_to_get_and_to_put() {
 }
 
 #[test]
-fn too_little_address_space_is_told_by_name() {
+fn too_little_address_space_is_an_error_that_names_the_limit() {
     let (house, _) = House::with_model();
     let limit = format!("--as={}", 100 << 20);
     house.on("a").through(&["prlimit", &limit]).run(["get", "hf://org/model"]).failed(8, &["ulimit -v"]);
@@ -48,13 +48,13 @@ fn the_command_of_exec_gets_the_environment_of_exec_also_where_address_space_is_
     let environment = run().run(exec).ok().stdout;
     assert!(!environment.contains("ARENA"), "{environment}");
     let environment = run().env("MALLOC_ARENA_MAX", "1").run(exec).ok().stdout;
-    assert!(environment.contains("MALLOC_ARENA_MAX=1\n"), "the user's own stays: {environment}");
+    assert!(environment.contains("MALLOC_ARENA_MAX=1\n"), "the user's setting stays: {environment}");
 }
 
 #[test]
-fn few_threads_are_enough_and_none_is_told_by_name() {
+fn few_threads_are_enough_and_a_lack_of_them_is_an_error_that_names_the_limit() {
     if !can_mount() {
-        return; // Only root can become a user of whom there is no other process.
+        return; // Only root can switch to a user without other processes.
     }
     let house = house();
     fs::set_permissions(house.path("."), fs::Permissions::from_mode(0o755)).unwrap();
@@ -78,7 +78,7 @@ fn few_threads_are_enough_and_none_is_told_by_name() {
 }
 
 #[test]
-fn a_file_that_gets_too_large_is_no_room_and_the_limit_is_named() {
+fn a_file_above_the_size_limit_ends_in_6_and_names_the_limit() {
     let house = house();
     let run = || house.on("a").through(&["prlimit", "--fsize=300000"]);
     for args in [&["get", "m@1"][..], &["get", &folder_origin(&house)], &["put", "n@1", "tree"]] {

@@ -1,4 +1,4 @@
-//! A lower directory: baked into an image, only read.
+//! A lower directory: a cache directory that is part of an image and only read.
 
 use crate::common::*;
 use serde_json::json;
@@ -9,7 +9,7 @@ use std::process::Command;
 
 const REF: &str = "hf://org/model@main";
 
-/// A house whose folder `image` is a copy, with other inodes, of a directory that was filled by `get REF args…`.
+/// An environment in which the folder `image` is a copy, with other inodes, of a directory filled by `get REF args…`.
 fn baked(args: &[&str]) -> House {
     let (house, _) = House::with_model();
     house.on_local("built").run([&["get", REF], args].concat()).ok();
@@ -23,7 +23,7 @@ fn over(house: &House, dir: &str) -> Run {
     house.on_local(dir).env("MODEL_CACHE_LOWER_DIR", house.path("image"))
 }
 
-/// Every file below `folder` with inode, links, and times of change.
+/// Returns every file below `folder` with its inode, number of links, and time of change.
 fn listing(folder: &Path) -> Vec<(PathBuf, u64, u64, i64, i64)> {
     let row = |file: PathBuf| {
         let metadata = fs::symlink_metadata(folder.join(&file)).unwrap();
@@ -33,7 +33,7 @@ fn listing(folder: &Path) -> Vec<(PathBuf, u64, u64, i64, i64)> {
 }
 
 #[test]
-fn a_whole_artifact_is_lent_from_the_image_and_hashed_once() {
+fn a_complete_artifact_is_served_from_the_image_and_hashed_once() {
     let house = baked(&[]);
     let before = listing(&house.path("image"));
     house.hub.down(true);
@@ -42,21 +42,21 @@ fn a_whole_artifact_is_lent_from_the_image_and_hashed_once() {
     assert_model(&path);
     assert_eq!(files_below(&house.path("a/artifacts")), Vec::<PathBuf>::new(), "nothing is copied");
     let records: Vec<PathBuf> = files_below(&house.path("a/lower"));
-    assert_eq!(records.len(), 4, "what was found is remembered");
+    assert_eq!(records.len(), 4, "the digests are recorded");
     over(&house, "a").run(["get", REF]).path_saying(&["on disk"]);
     assert_eq!(listing(&house.path("image")), before, "the image is only read");
 
-    // What is remembered is what decides: had it been hashed again, this would not be noticed.
+    // The recorded digest decides. If the file were hashed again, this change of the record would have no effect.
     fs::write(house.path("a/lower").join(&records[0]), "0".repeat(64)).unwrap();
     let got = over(&house, "a").run(["get", REF]);
-    assert_eq!(got.stderr.matches("the lower directory's copy is damaged").count(), 1, "said once: {got}");
+    assert_eq!(got.stderr.matches("the lower directory's copy is damaged").count(), 1, "reported once: {got}");
     let copied = got.path();
     assert!(copied.starts_with(house.path("a")), "{copied:?}");
     assert_model(&copied);
 }
 
 #[test]
-fn what_the_image_holds_in_part_is_copied_and_only_the_rest_is_fetched() {
+fn a_partial_artifact_of_the_image_is_copied_and_only_the_rest_is_fetched() {
     let house = baked(&["--include", "*.safetensors"]);
     let before = listing(&house.path("image"));
     let got = over(&house, "a").run(["get", REF, "--json"]).object();
@@ -72,7 +72,7 @@ fn what_the_image_holds_in_part_is_copied_and_only_the_rest_is_fetched() {
 }
 
 #[test]
-fn a_damaged_file_of_the_image_is_never_lent_nor_copied() {
+fn a_damaged_file_of_the_image_is_neither_served_nor_copied() {
     for args in [&[][..], &["--include", "*.safetensors"]] {
         let house = baked(args);
         let image = house.path("image/artifacts");
@@ -86,28 +86,28 @@ fn a_damaged_file_of_the_image_is_never_lent_nor_copied() {
 }
 
 #[test]
-fn the_looks_show_the_lower_directory() {
+fn stats_and_inspect_show_the_lower_directory() {
     let house = baked(&[]);
     let stats = over(&house, "a").run(["stats", "--json"]).object();
     assert_eq!((&stats["lower_dir"], &stats["lower_artifacts"]), (&json!(house.path("image")), &json!(1)));
-    assert_eq!((&stats["artifacts"], &stats["used_bytes"]), (&json!(0), &json!(0)), "it counts nowhere");
+    assert_eq!((&stats["artifacts"], &stats["used_bytes"]), (&json!(0), &json!(0)), "it is not counted");
     house.hub.down(true);
     let inspection = over(&house, "a").run(["inspect", REF, "--json"]).object();
     assert_eq!((&inspection["known_on_disk"], &inspection["known_in_lower"]), (&json!(false), &json!(true)));
     assert!(inspection["files"].as_array().unwrap().iter().all(|file| file["in_lower"] == json!(true)));
     assert!(Path::new(&text(&inspection["path"])).starts_with(house.path("image")));
-    assert_eq!(over(&house, "a").run(["evict", REF, "--tier", "disk"]).code, Some(3), "it is not ours to evict");
+    assert_eq!(over(&house, "a").run(["evict", REF, "--tier", "disk"]).code, Some(3), "it cannot be evicted");
 }
 
 #[test]
-fn a_lower_directory_that_is_none_is_left_out() {
+fn an_invalid_lower_directory_is_left_out() {
     let (house, _) = House::with_model();
     let run = house.on_local("a").env("MODEL_CACHE_LOWER_DIR", house.path("nothing"));
     assert_model(&run.run(["get", REF]).path_saying(&["no cache directory", "left out"]));
 }
 
 #[test]
-fn an_image_serves_where_nothing_can_be_written() {
+fn an_image_serves_with_a_read_only_cache_directory() {
     if !can_mount() {
         return;
     }

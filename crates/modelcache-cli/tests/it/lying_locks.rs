@@ -1,8 +1,8 @@
-//! Locks that lie: `flock` always succeeds and locks nothing (some NFS and Lustre mounts), or always fails.
+//! Broken file locks: `flock` always succeeds without locking (some NFS and Lustre mounts), or always fails.
 //!
-//! Several processes at once on one directory. Bytes may be fetched twice; they are never wrong, no command says that it
-//! worked when it did not, and with true locks again one sweep puts the house in order. `LOCKS_SEED` repeats a run,
-//! `LOCKS_ROUNDS` sets its length.
+//! Several processes run at once on one directory. Bytes may be fetched twice, but they are never wrong. No command
+//! reports a success that it did not have. With working locks, one sweep makes the directory consistent again.
+//! `LOCKS_SEED` repeats a run, `LOCKS_ROUNDS` sets its length.
 
 use crate::common::{House, Outcome, assert_model, assert_same, files_below, model, shim};
 use modelcache_testkit::{Dice, Flock, Shim};
@@ -15,22 +15,22 @@ const PUT: &[&str] = &["put", "m@1", "model"];
 const EVICT: &[&str] = &["evict", "hf://org/model", "--tier", "disk"];
 
 #[test]
-fn nothing_is_wrong_where_every_lock_is_given() {
+fn no_bytes_are_wrong_if_every_lock_succeeds() {
     together(Flock::Lies, &[GET, GET, PUT, EVICT]);
 }
 
 #[test]
-fn nothing_is_wrong_where_no_lock_is_given() {
+fn no_bytes_are_wrong_if_every_lock_fails() {
     together(Flock::Refuses, &[GET, GET, PUT, EVICT]);
 }
 
 #[test]
-fn every_get_and_put_succeeds_where_every_lock_is_given() {
+fn every_get_and_put_succeeds_if_every_lock_succeeds() {
     all_succeed(Flock::Lies);
 }
 
 #[test]
-fn every_get_and_put_succeeds_where_no_lock_is_given() {
+fn every_get_and_put_succeeds_if_every_lock_fails() {
     all_succeed(Flock::Refuses);
 }
 
@@ -47,7 +47,7 @@ impl Bench {
         Self { house, shim, dice: Dice::from_env("LOCKS_SEED") }
     }
 
-    /// A few of `commands` at once on `dir`, none of which can trust a lock.
+    /// Runs [`AT_ONCE`] commands, picked from `commands`, at the same time on `dir` with broken locks.
     fn at_once(&mut self, dir: &str, how: Flock, commands: &[&'static [&'static str]]) -> Vec<(&'static str, Outcome)> {
         let root = self.house.path(dir);
         let running: Vec<_> = (0..AT_ONCE)
@@ -60,7 +60,7 @@ impl Bench {
         running.into_iter().map(|(verb, running)| (verb, running.wait())).collect()
     }
 
-    /// What lies about is right, and with true locks everything works again.
+    /// Asserts that all files are right and that everything works again with working locks.
     fn assert_recovers(&self, dir: &str) {
         self.house.state(dir);
         assert_model(&self.house.on_local(dir).run(GET).path());
@@ -71,7 +71,8 @@ impl Bench {
     }
 }
 
-/// Whatever happens at once, no bytes are wrong, no failure is without its reason, and the directory recovers.
+/// Asserts that commands at the same time give no wrong bytes and no failure without a reason, and that the directory
+/// recovers.
 #[allow(clippy::print_stderr)]
 fn together(how: Flock, commands: &[&'static [&'static str]]) {
     let Some(shim) = shim() else { return };
@@ -88,10 +89,10 @@ fn together(how: Flock, commands: &[&'static [&'static str]]) {
                         assert_present_is_right(verb, &outcome.ok());
                     }
                     Some(code) => {
-                        assert_ne!(code, 5, "no bytes were wrong: {outcome}");
+                        assert_ne!(code, 5, "wrong bytes: {outcome}");
                         outcome.failed(code, &[]);
                     }
-                    None => panic!("it died: {outcome}"),
+                    None => panic!("killed by a signal: {outcome}"),
                 }
             }
         }
@@ -100,7 +101,7 @@ fn together(how: Flock, commands: &[&'static [&'static str]]) {
     eprintln!("lying locks: {how:?}: {runs} runs, {done} succeeded, nothing wrong, seed {}", bench.dice.seed());
 }
 
-/// Without evictions nothing stands in the way of a get or a put: all of them work.
+/// Asserts that all gets and puts succeed, because nothing evicts.
 #[allow(clippy::print_stderr)]
 fn all_succeed(how: Flock) {
     let Some(shim) = shim() else { return };
@@ -125,7 +126,7 @@ fn rounds() -> u64 {
     std::env::var("LOCKS_ROUNDS").map_or(ROUNDS, |rounds| rounds.parse().unwrap())
 }
 
-/// Files may have been evicted since; those that are there are right.
+/// Asserts that the files of a get that are still present are right. An eviction may have removed the others.
 #[track_caller]
 fn assert_present_is_right(verb: &str, outcome: &Outcome) {
     if verb != "get" {
@@ -135,7 +136,7 @@ fn assert_present_is_right(verb: &str, outcome: &Outcome) {
     let truth = model();
     for name in files_below(path) {
         let known = truth.iter().find(|(path, _)| Path::new(path) == name);
-        let (_, content) = known.unwrap_or_else(|| panic!("a strange file: {}", name.display()));
+        let (_, content) = known.unwrap_or_else(|| panic!("an unknown file: {}", name.display()));
         if path.join(&name).exists() {
             assert_same(&path.join(&name), content);
         }

@@ -1,6 +1,7 @@
-//! The machine itself: directories that cannot be written, disks without room, other formats, and little memory.
+//! The machine: read-only directories, disks without room, other formats, and little memory.
 //!
-//! What needs a mount of its own is a shell script in a mount namespace, and is skipped, aloud, where that cannot be.
+//! Tests that need a mount run a shell script in a mount namespace. Where this is not possible they are skipped, with a
+//! message.
 
 use crate::common::*;
 use modelcache_testkit::Content;
@@ -9,7 +10,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// A directory `a` that holds all of `org/model`, and its commit.
+/// An environment in which the directory `a` holds all of `org/model`. Returns the commit, too.
 fn filled() -> (House, String) {
     let (house, commit) = House::with_model();
     house.hub.repo("org/other").commit().file("x", "x").publish().unwrap();
@@ -18,7 +19,7 @@ fn filled() -> (House, String) {
 }
 
 #[test]
-fn a_directory_mounted_read_only_serves_what_it_holds_and_says_how_to_get_more() {
+fn a_read_only_mount_serves_hits_and_a_miss_names_the_remedy() {
     if !can_mount() {
         return;
     }
@@ -51,7 +52,7 @@ fn a_directory_mounted_read_only_serves_what_it_holds_and_says_how_to_get_more()
 }
 
 #[test]
-fn a_directory_that_may_not_be_written_serves_what_it_holds_and_says_how_to_get_more() {
+fn a_directory_without_write_permission_serves_hits_and_a_miss_names_the_remedy() {
     let (house, commit) = filled();
     fs::set_permissions(house.path(""), fs::Permissions::from_mode(0o755)).unwrap();
     let reference = format!("hf://org/model@{commit}");
@@ -75,7 +76,7 @@ fn a_directory_that_may_not_be_written_serves_what_it_holds_and_says_how_to_get_
 }
 
 #[test]
-fn what_is_no_folder_cannot_be_a_cache_directory() {
+fn a_file_cannot_be_a_cache_directory() {
     let (house, _) = House::with_model();
     house.write("file", "mine");
     for dir in ["file", "file/below"] {
@@ -94,7 +95,7 @@ fn set_mode_of_folders(folder: &Path, mode: u32) {
     fs::set_permissions(folder, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// A get in a tmpfs that is too small, a look at what is left, and the same get after the tmpfs was made larger.
+/// Runs a get in a tmpfs that is too small, checks that nothing is left, and repeats the get after enlarging the tmpfs.
 fn get_without_room(house: &House, too_small: &str, large: &str) -> Outcome {
     for (path, content) in model() {
         house.write(&format!("mine/{path}"), content);
@@ -117,7 +118,7 @@ fn get_without_room(house: &House, too_small: &str, large: &str) -> Outcome {
 }
 
 #[test]
-fn a_full_disk_ends_in_6_frees_what_was_staged_and_with_room_it_works() {
+fn a_full_disk_ends_in_6_frees_the_staged_files_and_works_with_more_room() {
     if !can_mount() {
         return;
     }
@@ -125,11 +126,11 @@ fn a_full_disk_ends_in_6_frees_what_was_staged_and_with_room_it_works() {
     house.hub.repo("org/small").commit().file("x", "x").publish().unwrap();
     let says = ["hf://org/model@", "disk", "no room for 9.5 MB", "free", "larger one"];
     get_without_room(&house, "size=8m", "size=64m").failed(6, &says);
-    assert!(house.hub.body_bytes() < model_bytes() + 100, "no byte moved that had no room");
+    assert!(house.hub.body_bytes() < model_bytes() + 100, "nothing is downloaded that does not fit");
 }
 
 #[test]
-fn a_disk_without_inodes_ends_in_6_frees_what_was_staged_and_with_inodes_it_works() {
+fn a_disk_without_inodes_ends_in_6_frees_the_staged_files_and_works_with_more_inodes() {
     if !can_mount() {
         return;
     }
@@ -140,7 +141,7 @@ fn a_disk_without_inodes_ends_in_6_frees_what_was_staged_and_with_inodes_it_work
 }
 
 #[test]
-fn a_put_without_room_ends_in_6_and_frees_what_was_staged() {
+fn a_put_without_room_ends_in_6_and_frees_the_staged_files() {
     if !can_mount() {
         return;
     }
@@ -159,7 +160,7 @@ fn a_put_without_room_ends_in_6_and_frees_what_was_staged() {
 }
 
 #[test]
-fn a_directory_of_a_newer_release_or_of_somebody_else_is_refused_and_left_alone() {
+fn a_directory_with_a_newer_or_unknown_format_is_refused_and_left_alone() {
     let (house, _) = House::with_model();
     for (text, says) in [
         ("modelcache 2\n", &["has format 2", "this release knows 1", "update modelcache", "nothing was touched"][..]),
@@ -171,7 +172,7 @@ fn a_directory_of_a_newer_release_or_of_somebody_else_is_refused_and_left_alone(
         {
             house.on("theirs").run(args).failed(8, &[says, &["theirs"]].concat());
         }
-        assert_eq!(entries_of(&house.path("theirs")), ["FORMAT"], "nothing was made there");
+        assert_eq!(entries_of(&house.path("theirs")), ["FORMAT"], "nothing was created there");
         assert_same(&house.path("theirs/FORMAT"), &text.into());
     }
     fs::remove_file(house.path("theirs/FORMAT")).unwrap();
@@ -187,7 +188,7 @@ fn entries_of(folder: &Path) -> Vec<String> {
 }
 
 #[test]
-fn what_is_larger_than_the_budget_is_refused_at_once_and_costs_nothing() {
+fn an_artifact_larger_than_the_budget_is_refused_before_any_download() {
     let (house, _) = House::with_model();
     house.hub.repo("org/small").commit().file("x", "x").publish().unwrap();
     for (path, content) in model() {
@@ -199,7 +200,7 @@ fn what_is_larger_than_the_budget_is_refused_at_once_and_costs_nothing() {
     let says = ["disk", "needs 9.5 MB", "5.0 MB", "MODEL_CACHE_MAX_BYTES"];
     tight().run(["get", "hf://org/model"]).failed(6, &[&says[..], &["hf://org/model@"]].concat());
     tight().run(["put", "m@1", "mine"]).failed(6, &[&says[..], &["m@1"]].concat());
-    assert_eq!(house.hub.body_bytes(), 0, "no byte moved");
+    assert_eq!(house.hub.body_bytes(), 0, "nothing was downloaded");
     assert_eq!(house.listed("a").len(), 1, "nothing was evicted");
 
     let held = || house.on_local("a").env("MODEL_CACHE_MIN_FREE_BYTES", "100%");
@@ -209,25 +210,25 @@ fn what_is_larger_than_the_budget_is_refused_at_once_and_costs_nothing() {
 }
 
 #[test]
-fn a_file_of_any_size_moves_through_little_memory() {
+fn a_large_file_is_downloaded_with_little_memory() {
     const SIZE: u64 = 512 * MIB;
     const SHA256_OF_ZEROS: &str = "9acca8e8c22201155389f65abbf6bc9723edc7384ead80503839f49dcc56d767";
     let house = House::new();
     let commit = house.hub.repo("org/large").commit().lfs("model.safetensors", Content::zeros(SIZE));
     commit.claim_sha256(SHA256_OF_ZEROS).publish().unwrap();
-    let weigh = |dir: &str| {
+    let measure = |dir: &str| {
         let run = house.on(dir).env("MODEL_CACHE_MAX_BYTES", "4GB").env("MODEL_CACHE_READ_TIMEOUT", "30s");
         let (outcome, peak) = run.start(["get", "hf://org/large", "--json"]).wait_with_peak_memory();
         let object = outcome.object();
         let path = PathBuf::from(text(&object["path"])).join("model.safetensors");
         assert_eq!(path.metadata().unwrap().len(), SIZE);
         fs::remove_dir_all(house.path(dir)).unwrap();
-        assert!(peak > MIB, "it was weighed");
+        assert!(peak > MIB, "it was measured");
         assert!(peak < 128 * MIB, "{} MiB at most, with {object}", peak / MIB);
         object
     };
-    assert_eq!(weigh("a")["bytes"]["origin"], json!(SIZE));
-    assert_eq!(weigh("b")["bytes"]["remote"], json!(SIZE));
+    assert_eq!(measure("a")["bytes"]["origin"], json!(SIZE));
+    assert_eq!(measure("b")["bytes"]["remote"], json!(SIZE));
 }
 
 #[test]

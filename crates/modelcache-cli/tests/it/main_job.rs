@@ -1,4 +1,4 @@
-//! The main job with the real binary: get, put, evict, and the looks, through disk, S3 and the Hub.
+//! The main commands with the real binary: get, put, evict, ls, inspect and stats, with disk, S3 and the Hub.
 
 use crate::common::*;
 use modelcache_testkit::hub::HubFault;
@@ -9,11 +9,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 #[test]
-fn a_cold_get_fills_disk_and_s3_a_second_machine_reads_s3_and_a_warm_get_asks_nobody() {
+fn a_cold_get_fills_disk_and_s3_a_second_machine_reads_s3_and_a_warm_get_sends_no_request() {
     let (house, commit) = House::with_model();
     let cold = house.on("a").run(["get", "hf://org/model@main"]).path_saying(&["from origin", "to remote"]);
     assert_model(&cold);
-    assert_eq!(house.hub.body_bytes(), model_bytes(), "each byte came once");
+    assert_eq!(house.hub.body_bytes(), model_bytes(), "each byte was fetched once");
 
     let folder = format!("hf/org/model/{commit}");
     for (path, content) in model() {
@@ -23,12 +23,12 @@ fn a_cold_get_fills_disk_and_s3_a_second_machine_reads_s3_and_a_warm_get_asks_no
     let manifest = house.s3.object(BUCKET, &house.s3_key(&folder, ".modelcache/manifest.json")).unwrap();
     let manifest: Value = serde_json::from_slice(&manifest).unwrap();
     assert!(manifest.to_string().contains(&content::sha256(b"odd name")), "{manifest}");
-    assert!(house.s3.object(BUCKET, &house.s3_key(&folder, ".modelcache/claim")).is_none(), "the claim is dropped");
+    assert!(house.s3.object(BUCKET, &house.s3_key(&folder, ".modelcache/claim")).is_none(), "the claim is removed");
 
     house.hub.clear_requests();
     let second = house.on("b").run(["get", &format!("hf://org/model@{commit}")]).path_saying(&["from remote"]);
     assert_model(&second);
-    assert_eq!(house.hub.requests().len(), 0, "a commit that S3 has is not asked of the Hub");
+    assert_eq!(house.hub.requests().len(), 0, "the Hub is not asked for a commit on S3");
 
     house.hub.down(true);
     house.s3.down(true);
@@ -37,7 +37,7 @@ fn a_cold_get_fills_disk_and_s3_a_second_machine_reads_s3_and_a_warm_get_asks_no
         assert_model(&warm.path_saying(&["on disk"]));
     }
     let main = house.on("a").run(["get", "hf://org/model"]).path_saying(&["on disk"]);
-    assert_eq!(main, cold, "main is fresh here");
+    assert_eq!(main, cold, "the cached ref is fresh");
 }
 
 #[test]
@@ -47,11 +47,11 @@ fn main_on_a_second_machine_is_known_from_the_first_and_read_from_s3() {
     house.hub.clear_requests();
     assert_model(&house.on("b").run(["get", "hf://org/model@main"]).path_saying(&["from remote"]));
     assert_eq!(house.hub.body_gets().len(), 0);
-    assert_eq!(house.hub.requests().len(), 0, "the fleet knows what main is");
+    assert_eq!(house.hub.requests().len(), 0, "the remote has the ref");
 }
 
 #[test]
-fn json_tells_where_it_is_and_where_each_byte_came_from() {
+fn json_output_has_the_path_and_the_source_of_each_byte() {
     let (house, commit) = House::with_model();
     let cold = house.on("a").run(["get", "hf://org/model", "--json"]).object();
     assert_eq!((&cold["reference"], &cold["from"]), (&json!("hf://org/model"), &json!("origin")));
@@ -71,7 +71,7 @@ fn json_tells_where_it_is_and_where_each_byte_came_from() {
 }
 
 #[test]
-fn of_several_references_one_that_fails_does_not_keep_the_others() {
+fn one_failing_reference_does_not_stop_the_others() {
     let (house, _) = House::with_model();
     house.hub.repo("org/other").commit().file("x", "x").publish().unwrap();
     let args = ["get", "hf://org/other", "hf://org/none", "hf://org/model"];
@@ -89,7 +89,7 @@ fn of_several_references_one_that_fails_does_not_keep_the_others() {
 }
 
 #[test]
-fn a_part_can_be_fetched_and_widened_and_is_never_taken_for_the_whole() {
+fn a_partial_artifact_can_be_completed_and_is_never_taken_for_the_whole() {
     let (house, commit) = House::with_model();
     let part = house.on("a").run(["get", "hf://org/model", "--include", "*.json"]).path();
     assert_eq!(files_below(&part), [PathBuf::from("config.json")]);
@@ -103,7 +103,7 @@ fn a_part_can_be_fetched_and_widened_and_is_never_taken_for_the_whole() {
     assert_eq!(whole["bytes"], json!({"disk": 0, "remote": 8, "origin": model_bytes() - 8}));
     assert!(house.hub.body_gets().iter().all(|seen| seen.file.as_deref() != Some("config.json")));
 
-    // The first one widens with what the second one left on S3.
+    // The first machine completes its copy with the files that the second one has put on S3.
     house.hub.down(true);
     let wide = house.on("a").run(["get", &format!("hf://org/model@{commit}"), "--json"]).object();
     assert_eq!(wide["bytes"], json!({"disk": 8, "remote": model_bytes() - 8, "origin": 0}));
@@ -114,7 +114,7 @@ fn a_part_can_be_fetched_and_widened_and_is_never_taken_for_the_whole() {
 }
 
 #[test]
-fn one_file_of_a_repository_is_that_file() {
+fn one_file_of_a_repository_is_returned_as_a_file() {
     let (house, commit) = House::with_model();
     let file = house.on("a").run(["get", "hf://org/model@main/sub dir/fé+%25.txt"]).path();
     assert_same(&file, &"odd name".into());
@@ -126,7 +126,7 @@ fn one_file_of_a_repository_is_that_file() {
 }
 
 #[test]
-fn a_dry_run_tells_sizes_and_tiers_and_moves_no_byte() {
+fn a_dry_run_prints_sizes_and_tiers_and_downloads_nothing() {
     let (house, _) = House::with_model();
     let outcome = house.on("a").run(["get", "hf://org/model", "--dry-run"]).ok();
     assert!(outcome.stdout.contains("model.safetensors") && outcome.stdout.contains("origin 9.4 MB"), "{outcome}");
@@ -159,7 +159,7 @@ fn a_folder_that_was_put_comes_back_the_same_on_another_machine() {
     assert_model(&house.on("a").run(["get", "team/model@1"]).path_saying(&["on disk"]));
     assert_model(&house.on("b").run(["get", "team/model@1"]).path_saying(&["from remote"]));
     assert_model(&mine);
-    assert!(house.hub.requests().is_empty(), "a bare name asks no public place");
+    assert!(house.hub.requests().is_empty(), "a bare name is not looked up at the Hub");
 
     let again = house.on("c").run(["put", "team/model@1", mine.to_str().unwrap(), "--json"]).object();
     assert_eq!(again["uploaded_bytes"], json!(0), "equal content is there already");
@@ -199,7 +199,7 @@ fn other_content_under_a_key_is_refused_until_it_is_forced() {
 }
 
 #[test]
-fn evict_removes_where_it_is_told_and_asks_before_the_last_copy_goes() {
+fn evict_removes_from_the_given_tier_and_needs_yes_for_the_last_copy() {
     let house = House::new();
     let mine = put_folder(&house);
     let mine = mine.to_str().unwrap();
@@ -228,7 +228,7 @@ fn evict_removes_where_it_is_told_and_asks_before_the_last_copy_goes() {
 }
 
 #[test]
-fn what_an_origin_can_give_back_is_evicted_without_asking() {
+fn an_artifact_that_an_origin_has_is_evicted_without_yes() {
     let (house, commit) = House::with_model();
     house.on("a").run(["get", "hf://org/model"]).path();
     house.on("a").run(["evict", "hf://org/model"]).ok();
@@ -239,7 +239,7 @@ fn what_an_origin_can_give_back_is_evicted_without_asking() {
 }
 
 #[test]
-fn the_looks_agree_with_what_was_done() {
+fn ls_inspect_and_stats_show_the_state() {
     let (house, commit) = House::with_model();
     house.write("w.bin", "weights");
     house.on("a").run(["get", "hf://org/model", "--include", "*.json"]).path();
@@ -324,7 +324,7 @@ fn a_timeout_ends_in_7_and_the_next_one_works() {
 }
 
 #[test]
-fn a_flipped_byte_on_s3_is_healed_from_the_origin_and_repaired_there() {
+fn a_flipped_byte_on_s3_is_replaced_from_the_origin_and_repaired_on_s3() {
     let (house, commit) = House::with_model();
     house.on("a").run(["get", "hf://org/model"]).path();
     let key = house.s3_key(&format!("hf/org/model/{commit}"), "model.safetensors");
@@ -344,7 +344,7 @@ fn a_flipped_byte_on_s3_is_healed_from_the_origin_and_repaired_there() {
 }
 
 #[test]
-fn a_flipped_byte_that_no_origin_can_heal_ends_in_5_and_is_mended_by_putting_again() {
+fn a_flipped_byte_without_another_source_ends_in_5_and_is_repaired_by_putting_again() {
     let house = House::new();
     let mine = put_folder(&house);
     house.on("a").run(["put", "m@1", mine.to_str().unwrap()]).ok();
@@ -353,14 +353,14 @@ fn a_flipped_byte_that_no_origin_can_heal_ends_in_5_and_is_mended_by_putting_aga
     house.on("b").run(["get", "m@1"]).failed(5, &says);
     house.assert_invisible("b");
     assert_model(&house.on("a").run(["get", "m@1"]).path_saying(&["on disk"]));
-    // What is sound can still be had.
+    // The intact files can still be fetched.
     house.on("b").run(["get", "m@1", "--include", "*.json"]).path();
     house.on("a").run(["put", "m@1", mine.to_str().unwrap(), "--force"]).ok();
     assert_model(&house.on("b").run(["get", "m@1"]).path_saying(&["from remote"]));
 }
 
 #[test]
-fn an_object_that_a_lifecycle_rule_took_is_refilled_and_repaired() {
+fn an_object_removed_by_a_lifecycle_rule_is_fetched_from_the_origin_and_restored() {
     let (house, commit) = House::with_model();
     house.on("a").run(["get", "hf://org/model"]).path();
     let key = house.s3_key(&format!("hf/org/model/{commit}"), "model.safetensors");
@@ -374,7 +374,7 @@ fn an_object_that_a_lifecycle_rule_took_is_refilled_and_repaired() {
 }
 
 #[test]
-fn an_object_that_is_gone_for_good_is_named() {
+fn a_lost_object_without_another_source_is_named() {
     let house = House::new();
     let mine = put_folder(&house);
     house.on("a").run(["put", "m@1", mine.to_str().unwrap()]).ok();
@@ -402,7 +402,7 @@ fn a_folder_is_an_origin_and_a_remote_too() {
 }
 
 #[test]
-fn a_folder_as_it_once_was_is_named_as_it_is_listed() {
+fn an_old_version_of_a_folder_is_addressed_by_its_listed_key() {
     let house = House::new();
     let mine = house.path("mine");
     let reference = format!("file://{}", mine.display());
@@ -436,7 +436,7 @@ fn a_cached_file_that_was_changed_is_found_and_fetched_again() {
 }
 
 #[test]
-fn settings_may_stand_in_a_file_and_a_profile_in_the_home() {
+fn settings_may_come_from_a_file_and_credentials_from_a_profile() {
     let (house, _) = House::with_model();
     house.write(
         "c.toml",

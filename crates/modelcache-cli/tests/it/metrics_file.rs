@@ -1,4 +1,4 @@
-//! The metrics file: what each command leaves for Prometheus, whatever its end.
+//! The metrics file: each command writes its metrics for Prometheus, on success and on failure.
 
 use crate::common::{House, model_bytes};
 use std::collections::BTreeMap;
@@ -7,7 +7,7 @@ use std::path::Path;
 
 const FILE: &str = "modelcache.prom";
 
-/// Every sample by its name and labels. What is neither a sample nor a comment fails the test.
+/// Returns the samples by name with labels. A line that is neither a sample nor a comment fails the test.
 #[track_caller]
 fn samples(path: &Path) -> BTreeMap<String, f64> {
     let text = fs::read_to_string(path).unwrap();
@@ -19,7 +19,7 @@ fn samples(path: &Path) -> BTreeMap<String, f64> {
 }
 
 #[test]
-fn a_get_leaves_where_bytes_came_from_and_the_state_of_the_directory() {
+fn a_get_records_the_source_of_its_bytes_and_the_state_of_the_directory() {
     let (house, _) = House::with_model();
     let path = house.path(FILE);
     let get = || house.on("a").env("MODEL_CACHE_METRICS_FILE", &path).run(["get", "hf://org/model"]).ok();
@@ -37,11 +37,11 @@ fn a_get_leaves_where_bytes_came_from_and_the_state_of_the_directory() {
     get();
     let second = samples(&path);
     assert_eq!(of(&second, r#"modelcache_command_artifacts{from="disk"}"#), Some(1.0));
-    assert_eq!(of(&second, r#"modelcache_command_artifacts{from="origin"}"#), Some(0.0), "of the last command only");
+    assert_eq!(of(&second, r#"modelcache_command_artifacts{from="origin"}"#), Some(0.0), "of the last run only");
 }
 
 #[test]
-fn a_failure_is_told_with_its_kind() {
+fn a_failure_is_recorded_with_its_code() {
     let house = House::new();
     let path = house.path(FILE);
     house.on("a").env("MODEL_CACHE_METRICS_FILE", &path).run(["get", "nobody@1"]).failed(3, &["not found"]);
@@ -51,7 +51,7 @@ fn a_failure_is_told_with_its_kind() {
 }
 
 #[test]
-fn exec_leaves_it_before_it_becomes_the_command() {
+fn exec_writes_the_file_before_it_executes_the_command() {
     let (house, _) = House::with_model();
     let path = house.path(FILE);
     let run = house.on("a").env("MODEL_CACHE_METRICS_FILE", &path);

@@ -1,7 +1,7 @@
-//! MLflow: a real `mlflow server`, with models that its own client logged.
+//! MLflow: a real `mlflow server`, with models logged by its own client.
 //!
-//! A server takes seconds to start, so each test is a whole story on one server. Credentials and a CDN are the business of
-//! a gate in front of it.
+//! A server takes seconds to start, so each test runs many checks on one server. A gate in front of the server demands
+//! credentials and redirects to a CDN.
 
 use crate::common::*;
 use modelcache_testkit::{Demand, Gate, Mlflow, Place};
@@ -11,12 +11,12 @@ use std::path::Path;
 const LOG_MODELS: &str = include_str!("../python/log_models.py");
 const PASSWORD: &str = "mlflow-canary-password";
 
-/// Changes the server's database behind its back: what no request can bring about.
+/// Changes the database of the server directly, to reach states that no request can create.
 const SQL: &str = "import sqlite3, sys
 with sqlite3.connect('mlflow.db') as db:
     db.execute(sys.argv[1])";
 
-/// The files of `org/model` in a folder, as somebody would log them.
+/// Writes the files of `org/model` into a folder to be logged, and returns its path.
 fn write_model(house: &House) -> String {
     for (path, content) in model() {
         house.write(&format!("logged/{path}"), content);
@@ -24,7 +24,7 @@ fn write_model(house: &House) -> String {
     house.path("logged").display().to_string()
 }
 
-/// Everything about one server that hands on files.
+/// All checks on a server that proxies its artifacts.
 #[test]
 fn models_are_fetched_by_version_alias_and_latest_through_the_server() {
     let Some(venv) = venv() else { return };
@@ -37,11 +37,11 @@ fn models_are_fetched_by_version_alias_and_latest_through_the_server() {
     let run = |dir: &str| house.on_local(dir).env("MLFLOW_TRACKING_URI", server.url());
 
     every_form_leads_to_the_files(&run, &server);
-    pointers_move_and_their_last_meaning_serves(&house, &server);
+    aliases_move_and_the_last_known_version_serves(&house, &server);
     a_template_leads_to_mlflow(&house, &server);
-    what_is_missing_is_said_with_a_remedy(&run, &server);
+    missing_models_are_reported_with_a_remedy(&run, &server);
     credentials_go_to_the_server_and_nowhere_else(&house, &server);
-    no_server_is_a_word_about_its_variable(&house);
+    a_missing_server_is_reported_with_its_variable(&house);
 }
 
 fn every_form_leads_to_the_files(run: &dyn Fn(&str) -> Run, server: &Mlflow) {
@@ -53,24 +53,24 @@ fn every_form_leads_to_the_files(run: &dyn Fn(&str) -> Run, server: &Mlflow) {
         ("e", "models:/fraud détection 100%@next"),
     ] {
         let got = run(dir).run(["get", reference]);
-        assert_eq!(got.stderr.matches("keeps no checksums").count(), 1, "said once: {got}");
+        assert_eq!(got.stderr.matches("keeps no checksums").count(), 1, "reported once: {got}");
         assert_model(&got.path());
     }
     let again = run("a").run(["get", "models:/fraud@prod"]);
-    assert!(!again.stderr.contains("checksums"), "nothing new was seen: {again}");
+    assert!(!again.stderr.contains("checksums"), "a hit repeats no warning: {again}");
     again.path_saying(&["on disk"]);
     let only = run("f").run(["get", "models:/fraud/3", "--include", "sub dir/*"]).path();
     assert_eq!(files_below(&only), [Path::new("sub dir/fé+%.txt")]);
     let listed = run("e").run(["ls", "--json"]);
     let key = format!("mlflow/{}/fraud détection 100%25@2", server.addr());
     assert_eq!(listed.objects()[0]["reference"], key.as_str());
-    // The key as it is listed is a reference, too, as long as the server is the same.
+    // The listed key is a valid reference as long as the same server is configured.
     assert_model(&run("g").run(["get", &key]).path());
     let inspected = run("a").run(["inspect", "models:/fraud/1", "--json"]);
     assert!(inspected.stdout.contains("first-seen"), "{inspected}");
 }
 
-fn pointers_move_and_their_last_meaning_serves(house: &House, server: &Mlflow) {
+fn aliases_move_and_the_last_known_version_serves(house: &House, server: &Mlflow) {
     let gate = Gate::start(server.addr()).unwrap();
     let get = |ttl: &str| {
         let run = house.on_local("moves").env("MLFLOW_TRACKING_URI", gate.url()).env("MODEL_CACHE_REF_TTL", ttl);
@@ -103,7 +103,7 @@ fn a_template_leads_to_mlflow(house: &House, server: &Mlflow) {
     assert_model(&house.on("u").run(["get", "fraud@1"]).path());
 }
 
-fn what_is_missing_is_said_with_a_remedy(run: &dyn Fn(&str) -> Run, server: &Mlflow) {
+fn missing_models_are_reported_with_a_remedy(run: &dyn Fn(&str) -> Run, server: &Mlflow) {
     let sql = |statement: &str| server.python(SQL, &[statement], &[]).unwrap();
     let source = |source: &str, version: u32| {
         sql(&format!(
@@ -133,7 +133,7 @@ fn what_is_missing_is_said_with_a_remedy(run: &dyn Fn(&str) -> Run, server: &Mlf
         source(bad, 3);
         get("models:/fraud/3").failed(code, &[says]);
     }
-    // Folders of the server's machine are read where they lie below the folder that is named for them.
+    // Paths on the machine of the server are read only below the folder in MODEL_CACHE_MLFLOW_LOCAL_ROOT.
     let root = server.folder().parent().unwrap().to_owned();
     let logged = root.join("logged").display().to_string();
     for (dir, uri) in [("folder", format!("file://{}", logged.replace("logged", "l%6Fgged"))), ("path", logged)] {
@@ -163,31 +163,31 @@ fn credentials_go_to_the_server_and_nowhere_else(house: &House, server: &Mlflow)
     let at_cdn: Vec<_> = gate.requests().into_iter().filter(|seen| seen.place == Place::Cdn).collect();
     assert!(!at_cdn.is_empty() && at_cdn.iter().all(|seen| !seen.authorized()), "a credential at the CDN: {at_cdn:?}");
 
-    // User and password, as two variables and in the address.
+    // User and password come from two variables, then from the URL.
     gate.demand(Demand::Exactly("Basic bWU6bWxmbG93LWNhbmFyeS1wYXNzd29yZA==".into()));
     let login = run("y").env("MLFLOW_TRACKING_USERNAME", "me").env("MLFLOW_TRACKING_PASSWORD", PASSWORD);
     assert_model(&login.run(["get", "models:/fraud/1"]).path());
     let address = run("z").env("MLFLOW_TRACKING_URI", format!("http://me:{PASSWORD}@{}", gate.addr()));
     assert_model(&address.run(["get", "models:/fraud/1"]).path());
     let key = format!("mlflow/{}/fraud@1", gate.addr());
-    assert_eq!(house.listed("z"), [key], "a password is no part of a key");
+    assert_eq!(house.listed("z"), [key], "a key contains no password");
 }
 
-fn no_server_is_a_word_about_its_variable(house: &House) {
+fn a_missing_server_is_reported_with_its_variable(house: &House) {
     let get = |run: Run| run.run(["get", "models:/fraud/1"]);
     get(house.on_local("none")).failed(2, &["no MLflow server", "MLFLOW_TRACKING_URI"]);
     for bad in ["databricks", "sqlite:///canary-secret.db"] {
         get(house.on_local("none").env("MLFLOW_TRACKING_URI", bad)).failed(2, &["MLFLOW_TRACKING_URI", "web address"]);
         let run = house.on_local("none").env("MLFLOW_TRACKING_URI", bad);
-        assert!(!run.run(["ls"]).ok().stderr.contains("MLFLOW"), "no concern of a command that asks no MLflow");
+        assert!(!run.run(["ls"]).ok().stderr.contains("MLFLOW"), "a command without MLflow ignores the variable");
     }
-    let nobody = house.on_local("none").env("MLFLOW_TRACKING_URI", "http://127.0.0.1:9");
-    get(nobody).failed(7, &["cannot reach", "127.0.0.1:9"]);
+    let unreachable = house.on_local("none").env("MLFLOW_TRACKING_URI", "http://127.0.0.1:9");
+    get(unreachable).failed(7, &["cannot reach", "127.0.0.1:9"]);
     let hub = house.on_local("none").env("MLFLOW_TRACKING_URI", house.hub.url());
     get(hub).failed(7, &["404", "does `mlflow server` answer there?"]);
 }
 
-/// The server of models that are kept in a bucket and never pass through it.
+/// A server that keeps its models in a bucket and does not proxy them.
 #[test]
 fn models_in_a_bucket_are_read_from_the_bucket() {
     let Some(venv) = venv() else { return };
@@ -201,7 +201,7 @@ fn models_in_a_bucket_are_read_from_the_bucket() {
     let files = printed.lines().last().unwrap();
     assert!(files.starts_with("s3://mlflow/root dir/"), "{files}");
 
-    // The endpoint as AWS's tools are told it, and as MLflow is.
+    // The S3 endpoint comes from the AWS variables, then from the variable of MLflow.
     let run = |dir: &str| house.on_local(dir).env("MLFLOW_TRACKING_URI", server.url());
     let got = run("a").envs(house.s3.env()).run(["get", "models:/fraud@next"]);
     assert_eq!(got.stderr.matches("keeps no checksums").count(), 1, "{got}");

@@ -1,6 +1,6 @@
-//! A hostile user of a shared directory puts links in the place of its folders, at rest and while commands run.
+//! A hostile user of a shared directory replaces its folders by links, before and while commands run.
 //!
-//! Whatever a link leads to stays as it is. `NEIGHBOURS_SECONDS` sets how long each folder is swapped back and forth.
+//! The target of a link must stay as it is. `NEIGHBOURS_SECONDS` sets how long each folder is swapped back and forth.
 
 use crate::common::*;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long one folder is swapped in CI.
+/// Seconds for which each folder is swapped in CI.
 const SWAP_SECONDS: f64 = 2.0;
 
-/// A directory with an artifact, and a folder of the user's own that has files under every name that occurs below it.
+/// A cache directory with an artifact, and a private folder of the user with a file for every name that the cache uses.
 struct Shared {
     house: House,
     mine: PathBuf,
@@ -70,11 +70,12 @@ impl Shared {
         self.house.on_local("a").run(args)
     }
 
+    /// Puts the artifact into the cache directory.
     fn put_back(&self) {
         self.run(&["put", "m@1", self.house.path("source").to_str().unwrap(), "--force"]).ok();
     }
 
-    /// What lies in the user's own folder.
+    /// Returns the files of the private folder with their content.
     fn possessions(&self) -> BTreeMap<PathBuf, String> {
         let read = |file: PathBuf| {
             let content = fs::read_to_string(self.mine.join(&file)).unwrap_or_default();
@@ -83,7 +84,7 @@ impl Shared {
         files_below(&self.mine).into_iter().map(read).collect()
     }
 
-    /// What any user does, over and over. No command may crash; whether it succeeds is not the question.
+    /// Runs the commands that any user runs. No command may crash, but each may fail.
     fn use_it(&self, round: usize) {
         let source = self.house.path("source");
         let other = format!("other{round}@1");
@@ -121,7 +122,7 @@ const FOLDERS: [&str; 14] = [
     "lower",
 ];
 
-/// The folder that is meant; `xx` is that of a blob.
+/// Returns the path of an entry of [`FOLDERS`]. `blobs/xx` stands for the folder of the first blob.
 fn real_name(shared: &Shared, folder: &str) -> PathBuf {
     match folder {
         "blobs/xx" => fs::read_dir(shared.cache("blobs")).unwrap().next().unwrap().unwrap().path(),
@@ -168,7 +169,7 @@ fn a_folder_that_becomes_a_link_at_any_moment_leads_no_command_outside() {
     }
 }
 
-/// Exchanges the folder at `place` and a link to `target`, again and again. How often that worked.
+/// Exchanges the folder at `place` with a link to `target` until `ended` is set. Returns the number of exchanges.
 fn swap(place: &Path, target: &Path, ended: &AtomicBool) -> u64 {
     let (link, mut swaps) = (place.with_extension("link"), 0);
     while !ended.load(Ordering::Relaxed) {
@@ -184,11 +185,11 @@ fn swap(place: &Path, target: &Path, ended: &AtomicBool) -> u64 {
     swaps
 }
 
-/// Puts something at a path.
+/// Creates an entry of the wrong type at a path.
 type Plant = fn(&Path);
 
 #[test]
-fn what_does_not_belong_in_the_directory_is_named_by_doctor_and_moved_by_prune() {
+fn entries_of_the_wrong_type_are_named_by_doctor_and_moved_by_prune() {
     let fifo: Plant = |path| {
         rustix::fs::mknodat(CWD, path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
     };
@@ -221,7 +222,7 @@ fn what_does_not_belong_in_the_directory_is_named_by_doctor_and_moved_by_prune()
         }
         let pruned = shared.run(&["prune"]).ok();
         assert!(pruned.stderr.contains(name), "{name}: {pruned}");
-        assert!(!fs::symlink_metadata(&place).is_ok_and(|found| !found.is_file()), "{name} is gone");
+        assert!(!fs::symlink_metadata(&place).is_ok_and(|found| !found.is_file()), "{name} is still there");
         shared.put_back();
         shared.run(&["get", "m@1"]).ok();
         shared.run(&["evict", "m@1", "--tier", "disk"]).ok();

@@ -1,6 +1,6 @@
-//! OCI registries: a real one (Debian's `docker-registry`), with artifacts as ORAS, ModelPack and KitOps push them.
+//! OCI registries: a real one (Debian's `docker-registry`), with artifacts in the forms of ORAS, ModelPack and KitOps.
 //!
-//! What the real one cannot do here (tokens, a CDN) is done by a gate in front of it.
+//! A gate in front of the registry adds tokens and a CDN, which the registry does not have here.
 
 use crate::common::*;
 use modelcache_testkit::registry::{IMAGE_INDEX, IMAGE_MANIFEST, Layer, PASSWORD, USER};
@@ -12,18 +12,18 @@ use std::path::{Path, PathBuf};
 
 const TITLE: &str = "org.opencontainers.image.title";
 const FILE_PATH: &str = "org.cncf.model.filepath";
-/// What ORAS says that every file is.
+/// The media type that ORAS gives to every file.
 const ORAS: &str = "application/vnd.oci.image.layer.v1.tar";
 
-/// A house and a registry, open or with a password.
-fn town(with_password: bool) -> Option<(House, Registry)> {
+/// An environment and a registry, with or without a password. `None` if the registry program is not installed.
+fn with_registry(with_password: bool) -> Option<(House, Registry)> {
     let program = registry_program()?;
     let house = House::new();
     let registry = Registry::start(&program, &house.path("registry"), with_password).unwrap();
     Some((house, registry))
 }
 
-/// Pushes `org/model` as ORAS does.
+/// Pushes `org/model` in the form that ORAS uses. Returns the digest of its manifest.
 fn push_model(registry: &Registry, tag: &str) -> String {
     let layers: Vec<_> =
         model().into_iter().map(|(path, content)| Layer::new(ORAS, TITLE, path, content.to_vec().unwrap())).collect();
@@ -38,7 +38,7 @@ fn reference(addr: SocketAddr, rest: &str) -> String {
     format!("oci://{addr}/{rest}")
 }
 
-/// docker's configuration with `text` in it.
+/// Writes `text` as the configuration of docker and returns its folder.
 fn docker_config(house: &House, text: &str) -> PathBuf {
     let folder = house.path("docker");
     fs::create_dir_all(&folder).unwrap();
@@ -50,7 +50,7 @@ fn login(house: &House, addr: SocketAddr) -> PathBuf {
     docker_config(house, &json!({"auths": {addr.to_string(): {"username": USER, "password": PASSWORD}}}).to_string())
 }
 
-/// The blob with `digest` in the registry's own folder.
+/// Returns the path of a blob in the storage folder of the registry.
 fn blob_file(house: &House, digest: &str) -> PathBuf {
     let hex = digest.strip_prefix("sha256:").unwrap();
     house.path("registry/data/docker/registry/v2/blobs/sha256").join(&hex[..2]).join(hex).join("data")
@@ -58,7 +58,7 @@ fn blob_file(house: &House, digest: &str) -> PathBuf {
 
 #[test]
 fn an_artifact_is_fetched_by_tag_and_by_digest_and_kept_under_its_digest() {
-    let Some((house, registry)) = town(false) else { return };
+    let Some((house, registry)) = with_registry(false) else { return };
     let digest = push_model(&registry, "v1");
     let by_tag = house.on_local("a").run(["get", &reference(registry.addr(), "org/model:v1")]).path();
     assert_model(&by_tag);
@@ -73,7 +73,7 @@ fn an_artifact_is_fetched_by_tag_and_by_digest_and_kept_under_its_digest() {
 
 #[test]
 fn layers_of_every_tool_become_files_with_the_manifests_digests() {
-    let Some((house, registry)) = town(false) else { return };
+    let Some((house, registry)) = with_registry(false) else { return };
     let raw = "application/vnd.cncf.model.weight.v1.raw";
     let pack = [
         Layer::new(raw, FILE_PATH, "weights/model.safetensors", content::bytes(1, 100_000)),
@@ -99,12 +99,12 @@ fn layers_of_every_tool_become_files_with_the_manifests_digests() {
         house.on_local("b").run(["get", &reference(registry.addr(), "team/pack:1"), "--include", "empty"]).path();
     assert_eq!(files_below(&only), [PathBuf::from("empty")]);
     let inspected = house.on_local("a").run(["inspect", &reference(registry.addr(), "team/pack:1"), "--json"]);
-    assert!(inspected.stdout.contains("\"origin\""), "digests are the registry's: {inspected}");
+    assert!(inspected.stdout.contains("\"origin\""), "the digests come from the registry: {inspected}");
 }
 
 #[test]
 fn a_tag_that_moved_is_another_version_and_the_last_one_serves_while_the_registry_is_down() {
-    let Some((house, registry)) = town(false) else { return };
+    let Some((house, registry)) = with_registry(false) else { return };
     let gate = Gate::start(registry.addr()).unwrap();
     let tag = reference(gate.addr(), "org/text:prod");
     let get = |ttl: &str| house.on_local("a").env("MODEL_CACHE_REF_TTL", ttl).run(["get", &tag]);
@@ -121,8 +121,8 @@ fn a_tag_that_moved_is_another_version_and_the_last_one_serves_while_the_registr
 }
 
 #[test]
-fn a_bare_key_comes_from_a_registry_by_template_and_stays_what_it_was() {
-    let Some((house, registry)) = town(false) else { return };
+fn a_bare_key_is_fetched_from_a_registry_by_template_and_then_served_by_the_remote() {
+    let Some((house, registry)) = with_registry(false) else { return };
     let origin = reference(registry.addr(), "{name}:{version}");
     let run = |dir: &str| house.on(dir).env("MODEL_CACHE_ORIGIN", &origin);
     push_model(&registry, "3");
@@ -135,8 +135,8 @@ fn a_bare_key_comes_from_a_registry_by_template_and_stays_what_it_was() {
 }
 
 #[test]
-fn a_password_is_taken_from_dockers_file_and_what_is_missing_is_named() {
-    let Some((house, registry)) = town(true) else { return };
+fn a_password_is_taken_from_the_docker_configuration_and_a_missing_one_is_reported() {
+    let Some((house, registry)) = with_registry(true) else { return };
     push_model(&registry, "v1");
     let (addr, tag) = (registry.addr(), reference(registry.addr(), "org/model:v1"));
     let run = |config: PathBuf| house.on_local("a").env("DOCKER_CONFIG", config).env("MODEL_CACHE_LOG", "trace");
@@ -149,7 +149,7 @@ fn a_password_is_taken_from_dockers_file_and_what_is_missing_is_named() {
     run(config(helper.to_string())).run(["get", &tag]).failed(4, &["docker-credential-ecr-login"]);
     house.assert_nothing("a");
     assert_model(&run(login(&house, addr)).run(["get", &tag]).path());
-    // The same file in its usual place.
+    // The file is also found in its default place, `~/.docker`.
     fs::create_dir_all(house.path("home")).unwrap();
     fs::rename(house.path("docker"), house.path("home/.docker")).unwrap();
     assert_model(&house.on_local("b").run(["get", &tag]).path());
@@ -157,7 +157,7 @@ fn a_password_is_taken_from_dockers_file_and_what_is_missing_is_named() {
 
 #[test]
 fn tokens_are_fetched_with_the_password_renewed_and_never_sent_to_the_cdn() {
-    let Some((house, registry)) = town(false) else { return };
+    let Some((house, registry)) = with_registry(false) else { return };
     push_model(&registry, "v1");
     let gate = Gate::start(registry.addr()).unwrap();
     gate.demand(Demand::Token(Some((USER.into(), PASSWORD.into()))));
@@ -189,7 +189,7 @@ fn tokens_are_fetched_with_the_password_renewed_and_never_sent_to_the_cdn() {
 
 #[test]
 fn anonymous_tokens_need_no_login() {
-    let Some((house, registry)) = town(false) else { return };
+    let Some((house, registry)) = with_registry(false) else { return };
     push_model(&registry, "v1");
     let gate = Gate::start(registry.addr()).unwrap();
     gate.demand(Demand::Token(None));
@@ -199,7 +199,7 @@ fn anonymous_tokens_need_no_login() {
 
 #[test]
 fn a_token_server_without_tls_on_another_host_gets_no_password() {
-    let Some((house, registry)) = town(false) else { return };
+    let Some((house, registry)) = with_registry(false) else { return };
     push_model(&registry, "v1");
     let (gate, thief) = (Gate::start(registry.addr()).unwrap(), Gate::start(registry.addr()).unwrap());
     gate.demand(Demand::Token(None));
@@ -210,8 +210,8 @@ fn a_token_server_without_tls_on_another_host_gets_no_password() {
 }
 
 #[test]
-fn what_is_not_there_and_what_cannot_be_decided_is_said_with_a_remedy() {
-    let Some((house, registry)) = town(false) else { return };
+fn missing_and_ambiguous_manifests_are_reported_with_a_remedy() {
+    let Some((house, registry)) = with_registry(false) else { return };
     let digest = push_text(&registry, "1", "one");
     let other = push_text(&registry, "2", "two");
     let at = |rest: &str| reference(registry.addr(), rest);
@@ -243,8 +243,8 @@ fn what_is_not_there_and_what_cannot_be_decided_is_said_with_a_remedy() {
 }
 
 #[test]
-fn a_layer_whose_name_climbs_is_refused_before_a_byte_is_written() {
-    let Some((house, registry)) = town(false) else { return };
+fn a_layer_with_a_path_outside_its_folder_is_refused_before_a_byte_is_written() {
+    let Some((house, registry)) = with_registry(false) else { return };
     for (at, bad) in ["../evil", "/etc/evil", "a/../../evil", ".modelcache/evil"].iter().enumerate() {
         let layers = [Layer::new(ORAS, TITLE, "good", b"x".as_slice()), Layer::new(ORAS, TITLE, bad, b"y".as_slice())];
         registry.push("org/bad", &at.to_string(), "x/y", &layers).unwrap();
@@ -263,8 +263,8 @@ fn flip(file: &Path) {
 }
 
 #[test]
-fn a_registry_that_gives_other_bytes_is_caught_by_the_digests() {
-    let Some((house, registry)) = town(false) else { return };
+fn wrong_bytes_of_a_registry_are_detected_by_the_digests() {
+    let Some((house, registry)) = with_registry(false) else { return };
     let digest = push_model(&registry, "v1");
     let tag = reference(registry.addr(), "org/model:v1");
     let big = format!("sha256:{}", content::sha256(&big().to_vec().unwrap()));

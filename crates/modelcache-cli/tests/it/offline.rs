@@ -1,9 +1,9 @@
-//! Offline: nobody is asked who shall not be, and what is known serves, however old.
+//! Offline mode: no origin is asked, and cached artifacts and refs are served at any age.
 
 use crate::common::*;
 use std::fs;
 
-/// A run that takes no answer to be fresh.
+/// A run for which no cached ref is fresh.
 fn on(house: &House, dir: &str) -> Run {
     house.on(dir).env("MODEL_CACHE_REF_TTL", "0s")
 }
@@ -12,7 +12,7 @@ fn same(run: Run) -> Run {
     run
 }
 
-/// Every way to say that no origin is to be asked: a change of the environment, and flags.
+/// A way to switch offline mode on: a change of the environment, and flags.
 type Way = (fn(Run) -> Run, &'static [&'static str]);
 const OFFLINE: [Way; 4] = [
     (|run| run.env("MODEL_CACHE_OFFLINE", "1"), &[]),
@@ -35,7 +35,7 @@ fn clear(house: &House) {
 }
 
 #[test]
-fn what_is_here_serves_offline_and_nobody_is_asked() {
+fn artifacts_on_disk_are_served_offline_without_a_request() {
     let (house, commit) = House::with_model();
     on(&house, "a").run(["get", "hf://org/model"]).path();
     house.hub.repo("org/model").commit().file("config.json", "{}").publish().unwrap();
@@ -44,7 +44,7 @@ fn what_is_here_serves_offline_and_nobody_is_asked() {
         let run = || change(on(&house, "a"));
         let args = |verb: &'static str| [&[verb], flags, &["hf://org/model"]].concat().into_iter().map(str::to_owned);
         let got = run().run(args("get"));
-        assert!(!got.stderr.contains("WARN"), "asked for, it is no trouble: {got}");
+        assert!(!got.stderr.contains("WARN"), "offline mode is not a warning: {got}");
         assert_model(&got.path_saying(&["on disk"]));
         run().run(args("prewarm")).ok().said(&["on disk"]);
         let cat = [&["exec"], flags, &["hf://org/model", "--", "cat", "{}/config.json"]].concat();
@@ -55,21 +55,21 @@ fn what_is_here_serves_offline_and_nobody_is_asked() {
 }
 
 #[test]
-fn what_is_not_here_is_not_found_and_the_error_says_why_nobody_was_asked() {
+fn an_artifact_that_is_not_on_disk_is_not_found_and_the_error_names_offline_mode() {
     let (house, commit) = House::with_model();
     let exact = format!("hf://org/model@{commit}");
     for (change, flags) in OFFLINE {
         let run = || change(on(&house, "a").env("MODEL_CACHE_ORIGIN", "hf://{name}@{version}"));
         let local = flags == ["--local-files-only"];
-        let nobody = if local { "neither remote nor origin was asked" } else { "no origin was asked" };
+        let reason = if local { "neither remote nor origin was asked" } else { "no origin was asked" };
         for reference in ["hf://org/model", &exact, "org/model@main"] {
-            let says = [nobody, "--offline", "MODEL_CACHE_OFFLINE", "HF_HUB_OFFLINE"];
+            let says = [reason, "--offline", "MODEL_CACHE_OFFLINE", "HF_HUB_OFFLINE"];
             run().run([&["get", reference], flags].concat()).failed(3, &says);
         }
         assert_unasked(&house, local);
         clear(&house);
     }
-    // A part of it is not the whole.
+    // A partial artifact does not satisfy a get of the whole.
     house.on_local("a").run(["get", &exact, "--include", "config.json"]).path();
     clear(&house);
     house
@@ -81,7 +81,7 @@ fn what_is_not_here_is_not_found_and_the_error_says_why_nobody_was_asked() {
 }
 
 #[test]
-fn offline_the_remote_is_still_asked_and_its_oldest_answer_counts() {
+fn offline_mode_still_asks_the_remote_and_accepts_an_old_ref() {
     let (house, _) = House::with_model();
     on(&house, "a").run(["get", "hf://org/model"]).path();
     house.hub.repo("org/model").commit().file("config.json", "{}").publish().unwrap();
@@ -115,7 +115,7 @@ fn local_files_only_asks_no_remote_either() {
 }
 
 #[test]
-fn a_folder_of_this_machine_can_be_read_by_whoever_is_offline() {
+fn a_local_folder_is_a_usable_origin_in_offline_mode() {
     let house = House::new();
     house.write("models/m/1/a.txt", "a");
     let folder = format!("file://{}", house.path("models/m/1").display());
@@ -144,7 +144,7 @@ fn a_refresh_and_offline_exclude_each_other() {
 }
 
 #[test]
-fn the_start_is_put_off_at_random_and_what_is_here_never_waits() {
+fn start_jitter_delays_a_fetch_and_never_a_hit() {
     let (house, commit) = House::with_model();
     let jitter = |dir: &str| on(&house, dir).env("MODEL_CACHE_START_JITTER", "40000d");
     let exact = format!("hf://org/model@{commit}");

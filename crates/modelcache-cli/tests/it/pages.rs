@@ -1,8 +1,8 @@
 //! The pages under `docs/`: every command that they show is run.
 //!
-//! The `sh` blocks of a page are run one after the other by one shell that stops at the first failure, in an empty
-//! folder, with a cache directory, a remote and a Hub stand-in of its own. What needs other servers stands in `text`
-//! blocks. `console` blocks show commands with what they print, and are not run.
+//! One shell runs the `sh` blocks of a page in order and stops at the first failure. It has an empty folder, a cache
+//! directory, a remote and a Hub stand-in of its own. Commands that need other servers are in `text` blocks. `console`
+//! blocks show commands with their output, and are not run.
 
 use crate::common::{BIN, BUCKET, House};
 use std::fs;
@@ -13,13 +13,13 @@ fn docs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs")
 }
 
-/// The `sh` blocks of a page, in order.
+/// Returns the `sh` blocks of a page, in order.
 fn commands(page: &str) -> Vec<String> {
     let blocks = page.split("\n```sh\n").skip(1);
     blocks.map(|block| block.split("\n```").next().unwrap().to_owned()).collect()
 }
 
-/// Runs the commands of `page`, shown as they are run.
+/// Runs the commands of `page`. Returns false if it has none.
 #[track_caller]
 fn run(page: &Path) -> bool {
     let commands = commands(&fs::read_to_string(page).unwrap());
@@ -45,8 +45,8 @@ fn run(page: &Path) -> bool {
         .env("BUCKET", BUCKET)
         .output()
         .unwrap();
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{}: {}\n{told}", page.display(), output.status);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {}\n{stderr}", page.display(), output.status);
     true
 }
 

@@ -1,10 +1,10 @@
-//! The power is cut at any moment, again and again: what nobody made durable is torn, and the machine starts anew.
+//! Power cuts at random moments: files that were not synced are torn, and the machine boots again.
 //!
-//! A command is killed before one of its calls, or not at all. Then every file that was written since its last sync loses
-//! bytes under the stat that it had, names that were never synced may go, and another boot begins. Whatever is left of
-//! it: every get gives exactly the right bytes, the count is right, and nothing leaks.
+//! A command is killed before one of its calls, or not at all. Then every file that was written since its last sync
+//! loses bytes under the stat that it had, names that were never synced may disappear, and another boot begins.
+//! Afterwards every get gives exactly the right bytes, the count is right, and nothing leaks.
 //!
-//! `POWER_SEED` repeats a run, `POWER_CUTS` sets how many rounds each test has (with `cargo nextest run --profile long`).
+//! `POWER_SEED` repeats a run, `POWER_CUTS` sets the number of rounds (with `cargo nextest run --profile long`).
 
 use crate::common::{House, Outcome, Run, assert_same, files_below, shim};
 use modelcache_testkit::folder::Census;
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 /// Rounds of each test in an ordinary run.
 const CUTS: u64 = 24;
-/// Rounds after which everything is looked at that must be in order.
+/// Number of rounds from one check of the whole directory to the next.
 const ORDER_EVERY: u64 = 4;
 
 const V1: &str = "hf://org/model@v1";
@@ -24,7 +24,7 @@ const V2: &str = "hf://org/model@v2";
 
 type Files = BTreeMap<&'static str, Content>;
 
-/// Small ones, one of several parts, duplicates, an empty one.
+/// Small files, a file of several parts, duplicate files, and an empty file.
 fn v1() -> Files {
     [
         ("a.json", "{\"a\": 1}".into()),
@@ -44,13 +44,14 @@ fn v2() -> Files {
     files
 }
 
-/// A reference, and the files that it must give.
+/// A reference and its expected files.
 type Right = (&'static str, fn() -> Files);
 
-/// Lines of arguments.
+/// Command lines, as lists of arguments.
 type Commands = &'static [&'static [&'static str]];
 
-/// What is done before, undisturbed and durable; what is struck; what must be right afterwards.
+/// One test: the commands before, which are undisturbed and durable, the commands of which one is killed, and the
+/// expected files.
 struct Row {
     name: &'static str,
     before: Commands,
@@ -78,7 +79,7 @@ fn a_put_outlives_a_power_cut() {
 struct Bench {
     house: House,
     shim: Shim,
-    /// The names of the boots before and after the cut.
+    /// Files with the boot id before and after the cut.
     boots: [PathBuf; 2],
 }
 
@@ -88,6 +89,7 @@ fn power(row: Row) {
     let bench = Bench::new(shim);
     let mut dice = Dice::from_env("POWER_SEED");
     let rounds = std::env::var("POWER_CUTS").map_or(CUTS, |cuts| cuts.parse().unwrap());
+    // Count the calls of each command in an undisturbed run.
     let counts: Vec<u64> = {
         row.before.iter().for_each(|args| drop(bench.on("whole", 0).run(*args).ok()));
         let count = |args: &&[&str]| {
@@ -102,10 +104,11 @@ fn power(row: Row) {
         let (dir, ledger) = (format!("round-{round}"), bench.house.path(&format!("ledger-{round}")));
         let root = bench.house.path(&dir);
         row.before.iter().for_each(|args| drop(bench.on(&dir, 0).run(*args).ok()));
-        // One of the commands is struck; those before it are not, and what they did is not safe for that.
+        // One of the commands is killed. The ones before it are not, but their unsynced writes may be lost, too.
         let struck = usize::try_from(dice.below(row.act.len() as u64)).unwrap();
         for (args, (count, at)) in row.act.iter().zip(counts.iter().zip(0..)).take(struck + 1) {
-            // The end of a run is where things are published, and a run that is not struck leaves things undone, too.
+            // Prefers the end of a run, where it publishes. A number beyond the last call leaves the run undisturbed:
+            // it may have unsynced writes, too.
             let from = if dice.percent(60) { count / 2 } else { 1 };
             let n = if at == struck { from + dice.below(count + 20 - from) } else { u64::MAX };
             let strike = bench.shim.kill_at(&root, n).with_ledger(&ledger).in_boot(&bench.boots[0]);
@@ -113,11 +116,13 @@ fn power(row: Row) {
             assert!(matches!(outcome.code, None | Some(0)), "{outcome}");
             killed += u32::from(outcome.code.is_none());
         }
+        // In half of the rounds, names that were not synced disappear, too.
         let cut = cut(&root, &ledger, dice.percent(50), &mut dice).unwrap();
         (torn, lost) = (torn + cut.torn, lost + cut.lost);
         hurt += u32::from(cut != Default::default());
-        // Shown only if something fails from here on.
+        // The test runner shows this only if the test fails.
         eprintln!("round {round}: {} struck, {cut:?}", row.act[struck][0]);
+        // All further commands run in the next boot.
         bench.assert_recovers(&row, &dir, round, cut);
         fs::remove_dir_all(&root).unwrap();
         let _ = fs::remove_file(&ledger);
@@ -142,7 +147,7 @@ impl Bench {
         Self { house, shim, boots }
     }
 
-    /// A run in the `boot`-th boot.
+    /// A run before the cut (`boot` 0) or after it (1).
     fn on(&self, dir: &str, boot: usize) -> Run {
         let strike = self.shim.count(&self.house.path("nowhere")).in_boot(&self.boots[boot]);
         self.house.on_local(dir).envs(strike.envs()).env("MODEL_CACHE_READ_TIMEOUT", "30s")
@@ -152,7 +157,7 @@ impl Bench {
         for (reference, files) in row.right {
             let mut outcome = self.on(dir, 1).run(["get", reference]);
             if row.name == "put" && outcome.code == Some(3) {
-                // It was not published; then it can be.
+                // The put was not published, so it can be repeated.
                 self.on(dir, 1).run(row.act[0]).ok();
                 outcome = self.on(dir, 1).run(["get", reference]);
             }
@@ -161,19 +166,19 @@ impl Bench {
         if round.is_multiple_of(ORDER_EVERY) {
             match cut.lost {
                 0 => self.house.assert_consistent(dir),
-                // A view that lost its blob is as good as ever.
+                // If names were lost, a view without its blob is still valid.
                 _ => self.house.assert_nothing_leaked(dir),
             }
             return;
         }
-        // In the same boot: the record as those gets left it, not counted anew.
+        // Within the same boot the record is not recounted: it must be right as the gets left it.
         let stats = self.on(dir, 1).run(["stats", "--json"]).object();
         let census = Census::of(&self.house.path(dir)).unwrap();
-        assert_eq!(stats["used_bytes"], census.counted_bytes, "counted wrong: {census:?}");
+        assert_eq!(stats["used_bytes"], census.counted_bytes, "wrong count: {census:?}");
     }
 }
 
-/// The path that was printed holds exactly these files.
+/// Asserts that the printed path holds exactly these files.
 #[track_caller]
 fn assert_right(outcome: Outcome, files: &Files) {
     let path = outcome.path();

@@ -1,4 +1,4 @@
-//! Behind a proxy, with a certificate authority of one's own.
+//! HTTP proxies and private certificate authorities.
 
 use crate::common::*;
 use modelcache_testkit::{Authority, ConnectProxy, Page, TlsFront, Web};
@@ -9,7 +9,8 @@ use std::path::PathBuf;
 /// `ann:canary-secret`.
 const PROXY_AUTHORIZATION: &str = "Basic YW5uOmNhbmFyeS1zZWNyZXQ=";
 
-/// A registry, the Hub and S3 under names that only the proxy knows, behind certificates that only `roots` vouches for.
+/// A registry, the Hub and S3 under host names that only the proxy resolves, with certificates of the authority in
+/// `roots`.
 struct Inside {
     house: House,
     web: Web,
@@ -46,7 +47,7 @@ impl Inside {
 }
 
 #[test]
-fn behind_a_proxy_with_an_authority_of_its_own_registry_hub_and_s3_work() {
+fn registry_hub_and_s3_work_behind_a_proxy_with_a_private_authority() {
     let inside = Inside::new();
     let proxy = inside.proxy(Some(PROXY_AUTHORIZATION));
     let run = || {
@@ -59,7 +60,7 @@ fn behind_a_proxy_with_an_authority_of_its_own_registry_hub_and_s3_work() {
     for name in ["registry.test:443", "hub.test:443", "s3.test:443"] {
         assert!(proxy.asked().iter().any(|asked| asked == name), "{name}: {:?}", proxy.asked());
     }
-    // From the remote, trusted by AWS_CA_BUNDLE alone, on another machine.
+    // Another machine gets the artifact from the remote, with the authority in AWS_CA_BUNDLE alone.
     let asked = inside.web.requests().len();
     let other = run().without("SSL_CERT_FILE").env("AWS_CA_BUNDLE", &inside.roots);
     let other = other.env("MODEL_CACHE_DIR", inside.house.path("d"));
@@ -68,7 +69,7 @@ fn behind_a_proxy_with_an_authority_of_its_own_registry_hub_and_s3_work() {
 }
 
 #[test]
-fn an_authority_that_is_not_trusted_is_named_with_the_remedy() {
+fn an_untrusted_authority_is_reported_with_the_remedy() {
     let inside = Inside::new();
     let proxy = inside.proxy(None);
     for reference in ["https://registry.test/m.bin", "hf://org/model"] {
@@ -78,7 +79,7 @@ fn an_authority_that_is_not_trusted_is_named_with_the_remedy() {
 }
 
 #[test]
-fn a_proxy_that_refuses_or_is_not_there_is_named_without_its_password() {
+fn a_proxy_that_refuses_or_is_unreachable_is_named_without_its_password() {
     let inside = Inside::new();
     let proxy = inside.proxy(Some("Basic other"));
     let run = |addr| inside.run(addr, "ann:canary-secret@").env("SSL_CERT_FILE", &inside.roots);
@@ -88,7 +89,7 @@ fn a_proxy_that_refuses_or_is_not_there_is_named_without_its_password() {
     run(proxy.addr()).run(["get", "hf://org/model"]).failed(7, &[&named]);
     let gone = inside.proxy(None).addr();
     run(gone).run(get).failed(7, &[&format!("through the proxy http://{gone}"), "NO_PROXY"]);
-    // Of a host that is reached without it, no proxy is spoken.
+    // The error for a host in NO_PROXY does not mention the proxy.
     let direct = run(gone).env("NO_PROXY", "registry.test").run(get);
     assert!(!direct.stderr.contains("through the proxy"), "{direct}");
     direct.failed(7, &["cannot reach https://registry.test"]);

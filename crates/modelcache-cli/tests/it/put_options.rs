@@ -1,4 +1,4 @@
-//! What `put` can be asked for: an expected format, sidecars, the remote only; and what it spares by itself.
+//! Options of `put`: expected format, sidecars, remote only. Also server-side copies and memory use.
 
 use crate::common::*;
 use modelcache_testkit::s3::S3Fault;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// Two versions of a folder that share a file above one part, one below, and a small one.
+/// Two versions of a folder. They share a file of more than one part, a smaller file, and a tiny one.
 fn versions(house: &House) -> [PathBuf; 2] {
     for (version, config) in [("v1", "{\"v\": 1}"), ("v2", "{\"v\": 2, \"more\": true}")] {
         house.write(&format!("{version}/config.json"), config);
@@ -37,7 +37,7 @@ fn assert_version(folder: &Path, version: &Path) {
     }
 }
 
-/// Puts two versions from different machines; the second sends what differs and no more.
+/// Puts two versions from different machines and asserts that the second upload contains only the differences.
 #[track_caller]
 fn assert_copies(house: &House, run: impl Fn(&str) -> Run) {
     let [v1, v2] = versions(house);
@@ -46,7 +46,7 @@ fn assert_copies(house: &House, run: impl Fn(&str) -> Run) {
     let second = put(run("b"), "team/m@2", &v2, &[]);
     assert_eq!((&second["copied_bytes"], &second["uploaded_bytes"]), (&json!(SHARED), &json!(26)), "{second}");
     assert_version(&run("c").run(["get", "team/m@2"]).path(), &v2);
-    // A copy needs its source no longer.
+    // A copy does not depend on its source.
     run("a").run(["evict", "team/m@1", "--yes"]).ok();
     fs::remove_dir_all(house.path("c")).unwrap();
     assert_version(&run("c").run(["get", "team/m@2"]).path(), &v2);
@@ -57,11 +57,11 @@ fn equal_files_of_another_version_are_copied_by_the_server() {
     let house = House::new();
     assert_copies(&house, |dir| house.on(dir));
     let sent = |seen: &&modelcache_testkit::Seen| seen.method == "POST" && seen.query.starts_with("uploads");
-    assert_eq!(house.s3.requests().iter().filter(sent).count(), 1, "the big file was sent once");
+    assert_eq!(house.s3.requests().iter().filter(sent).count(), 1, "the big file was uploaded once");
 }
 
 #[test]
-fn moto_copies_them_too() {
+fn equal_files_of_another_version_are_copied_by_moto() {
     let Some(venv) = venv() else { return };
     let (house, moto) = (House::new(), Moto::start(venv).unwrap());
     moto.bucket(BUCKET).unwrap();
@@ -69,14 +69,14 @@ fn moto_copies_them_too() {
 }
 
 #[test]
-fn in_a_folder_they_are_linked() {
+fn equal_files_of_another_version_are_linked_in_a_folder() {
     let house = House::new();
     let remote = house.path("remote");
     assert_copies(&house, |dir| house.on(dir).env("MODEL_CACHE_REMOTE", format!("file://{}", remote.display())));
 }
 
 #[test]
-fn a_backfill_copies_what_another_revision_has() {
+fn a_backfill_copies_equal_files_of_another_revision() {
     let house = House::new();
     let repo = house.hub.repo("org/model");
     let first = repo.commit().lfs("big.bin", big()).file("config.json", "1").publish().unwrap();
@@ -87,24 +87,24 @@ fn a_backfill_copies_what_another_revision_has() {
 }
 
 #[test]
-fn what_is_not_as_its_manifest_says_is_not_copied() {
+fn an_object_that_differs_from_its_manifest_is_not_copied() {
     let house = House::new();
     let [v1, v2] = versions(&house);
     put(house.on("a"), "team/m@1", &v1, &[]);
     house.s3.put(BUCKET, "cache/team/m/1/big.bin", Content::generated(99, big().len())).unwrap();
     let second = put(house.on("b"), "team/m@2", &v2, &[]);
-    assert_eq!(second["copied_bytes"], 100_000, "the other one is");
+    assert_eq!(second["copied_bytes"], 100_000, "the other file is copied");
     house.s3.faults().add(S3Fault::error(501, "NotImplemented", "no").method("PUT").on("/sub dir/").once());
     let v3 = house.path("v3");
     fs::rename(&v2, &v3).unwrap();
     house.write("v3/config.json", "3");
     let third = put(house.on("b"), "team/m@3", &v3, &[]);
-    assert_eq!(third["copied_bytes"], big().len(), "a refused copy is sent: {third}");
+    assert_eq!(third["copied_bytes"], big().len(), "a refused copy is uploaded: {third}");
     assert_version(&house.on("c").run(["get", "team/m@3"]).path(), &v3);
 }
 
 #[test]
-fn to_the_remote_only_needs_no_room_here() {
+fn a_put_to_the_remote_only_needs_no_local_space() {
     let house = House::new();
     let [v1, _] = versions(&house);
     let run = || house.on("a").env("MODEL_CACHE_MAX_BYTES", "1MB");
@@ -115,16 +115,16 @@ fn to_the_remote_only_needs_no_room_here() {
     assert_eq!(files_below(&house.path("a/blobs")), Vec::<PathBuf>::new());
     assert_version(&house.on("b").run(["get", "team/m@1"]).path(), &v1);
     let everywhere = put(house.on("c"), "team/m@1", &v1, &[]);
-    assert_eq!((&everywhere["sha256"], &everywhere["uploaded_bytes"]), (&report["sha256"], &json!(0)), "the same");
+    assert_eq!((&everywhere["sha256"], &everywhere["uploaded_bytes"]), (&report["sha256"], &json!(0)), "equal");
     house.write("v1/tiny", "more");
     run().run(["put", "team/m@1", "v1", "--tier", "remote"]).failed(1, &["other content"]);
     house.on_local("a").run(["put", "team/m@2", "v1", "--tier", "remote"]).failed(2, &["no remote is configured"]);
 }
 
 #[test]
-fn a_small_file_that_changes_between_hashing_and_sending_is_refused() {
+fn a_small_file_that_changes_between_hashing_and_upload_is_refused() {
     let house = House::new();
-    // Larger ones are sent while they are hashed.
+    // Larger files are uploaded while they are hashed.
     let content = Content::generated(5, MIB);
     let file = house.write("small.bin", content.clone());
     let struck = house.s3.faults().add(S3Fault::delay(Duration::from_secs(2)).method("PUT").on("claim").once());
@@ -139,7 +139,7 @@ fn a_small_file_that_changes_between_hashing_and_sending_is_refused() {
 }
 
 #[test]
-fn sidecars_are_what_sha256sum_reads_and_belong_to_the_artifact() {
+fn sidecars_are_readable_by_sha256sum_and_belong_to_the_artifact() {
     let house = House::new();
     let [v1, _] = versions(&house);
     put(house.on("a"), "team/m@1", &v1, &[]);
@@ -157,20 +157,20 @@ fn sidecars_are_what_sha256sum_reads_and_belong_to_the_artifact() {
     assert_version(&house.on("b").run(["get", "team/m@1"]).path(), &v1);
     put(house.on("c"), "team/m@1", &v1, &[]);
     house.on("c").run(["evict", "team/m@1", "--yes"]).ok();
-    assert_eq!(house.s3.keys(BUCKET), [""; 0], "nothing stays");
+    assert_eq!(house.s3.keys(BUCKET), [""; 0], "no object stays");
 
     put(house.on("d"), "team/m@1", &v1, &["--sidecar", "--tier", "remote"]);
     house.write("v1/tiny", "changed");
     put(house.on("d"), "team/m@1", &v1, &["--force"]);
     let sidecars = house.s3.keys(BUCKET).iter().filter(|key| key.ends_with(".sha256")).count();
-    assert_eq!(sidecars, 0, "those of other content are gone");
+    assert_eq!(sidecars, 0, "old sidecars are removed");
     house.write("v1/tiny.sha256", "of my own");
     house.on("d").run(["put", "team/m@2", "v1", "--sidecar"]).failed(2, &["tiny.sha256", "of its own"]);
     house.on_local("d").run(["put", "team/m@2", "v1", "--sidecar"]).failed(2, &["no remote is configured"]);
 }
 
 #[test]
-fn a_put_with_sidecars_that_is_killed_leaves_nothing_for_ever() {
+fn leftovers_of_a_killed_put_with_sidecars_are_swept() {
     let house = House::new();
     let [v1, _] = versions(&house);
     let struck = house.s3.faults().add(S3Fault::delay(Duration::from_secs(600)).method("PUT").on("manifest.json"));
@@ -200,7 +200,7 @@ fn gzipped(bytes: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_not_of_the_format_expected_is_refused_with_what_it_is() {
+fn a_file_of_another_format_than_expected_is_refused_and_its_format_named() {
     let house = House::new();
     let [v1, _] = versions(&house);
     let tensors = content::safetensors(3, &["w"], 64);
@@ -240,7 +240,7 @@ fn what_is_not_of_the_format_expected_is_refused_with_what_it_is() {
 }
 
 #[test]
-fn the_format_stands_in_the_manifest_and_in_every_list() {
+fn the_format_is_in_the_manifest_and_in_every_listing() {
     let house = House::new();
     let tensors = content::safetensors(3, &["w"], 64);
     house.hub.repo("org/model").commit().file("model.safetensors", tensors).file("a.json", "{}").publish().unwrap();
@@ -259,27 +259,27 @@ fn the_format_stands_in_the_manifest_and_in_every_list() {
     assert!(house.on("a").run(["ls"]).ok().stdout.contains("safetensors"));
 }
 
-/// Sixteen may be on their way at once, each of several parts: together they take no more than one alone.
+/// Up to sixteen files are uploaded at once, each in several parts. The memory bound is for all of them together.
 #[test]
-fn many_large_files_are_sent_within_bounded_memory() {
+fn many_large_files_are_uploaded_within_bounded_memory() {
     const FILES: u64 = 8;
     let house = House::new();
     (0..FILES).for_each(|n| drop(house.write(&format!("many/{n}.bin"), Content::generated(n, 25 * MIB))));
-    let weigh = |run: Run, args: &[&str]| {
+    let measure = |run: Run, args: &[&str]| {
         let (outcome, peak) = run.env("MODEL_CACHE_READ_TIMEOUT", "30s").start(args).wait_with_peak_memory();
         outcome.ok();
-        assert!(peak > MIB, "it was weighed");
+        assert!(peak > MIB, "it was measured");
         assert!(peak < 128 * MIB, "{} MiB at most with {args:?}", peak / MIB);
     };
-    weigh(house.on("a"), &["put", "m@1", "many", "--tier", "remote"]);
+    measure(house.on("a"), &["put", "m@1", "many", "--tier", "remote"]);
     let run = || house.on("b").env("MODEL_CACHE_BACKFILL", "later");
     run().run(["get", &format!("file://{}", house.path("many").display())]).path();
-    weigh(run(), &["backfill"]);
+    measure(run(), &["backfill"]);
     assert_eq!(house.pending("b"), (0, 0));
 }
 
 #[test]
-fn a_forced_put_that_the_remote_refuses_costs_nobody_the_old_content() {
+fn a_forced_put_that_the_remote_refuses_keeps_the_old_content() {
     let house = House::new();
     let (old, new) = (house.write("old", "old"), house.write("new", "new"));
     house.on_local("a").run(["put", "m@1", old.to_str().unwrap()]).ok();

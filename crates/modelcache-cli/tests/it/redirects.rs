@@ -1,6 +1,6 @@
-//! Credentials across redirects: every status to every kind of place, for web servers and the Hub.
+//! Credentials across redirects: every redirect status with every kind of target, for web servers and the Hub.
 //!
-//! A credential is sent home, and nowhere else; it stands in nothing that a run prints or leaves.
+//! A credential is sent to its own server and to no other. No output and no file contains it.
 
 use crate::common::*;
 use modelcache_testkit::{Authority, Content, Page, TlsFront, Web, content};
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 const SECRET: &str = "canary-secret";
 const STATUSES: [u16; 5] = [301, 302, 303, 307, 308];
 
-/// Where a redirect leads, seen from home.
+/// The target of a redirect, relative to the server that the credential is for ("home").
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum To {
     SameOrigin,
@@ -17,11 +17,11 @@ enum To {
     OtherPort,
     /// From https to http: not followed.
     Down,
-    /// From http to https: another scheme, another place.
+    /// From http to https: another scheme is another origin.
     Up,
 }
 
-/// Three web servers, each in the clear and behind TLS.
+/// Three web servers, each with plain HTTP and with TLS.
 struct Places {
     home: Web,
     other_host: Web,
@@ -45,12 +45,12 @@ impl Places {
         Self { home, other_host, other_port, home_tls, other_host_tls, other_port_tls, roots }
     }
 
-    /// Home's address, with TLS or without.
+    /// Returns the URL of home, with TLS or without.
     fn home(&self, tls: bool) -> String {
         if tls { format!("https://{}", self.home_tls.addr()) } else { self.home.url() }
     }
 
-    /// The address and the server that a redirect from home leads to; `None` where that cannot be.
+    /// Returns URL and server of the target of a redirect from home. `None` if the combination does not exist.
     fn target(&self, to: To, tls: bool) -> Option<(String, &Web)> {
         let (web, front) = match to {
             To::SameOrigin => (&self.home, &self.home_tls),
@@ -71,7 +71,7 @@ impl Places {
         [&self.home, &self.other_host, &self.other_port].into_iter().for_each(Web::clear_log);
     }
 
-    /// Every cell: `row` lays a page that redirects and gives what to get.
+    /// Calls `cell` for every combination of status, TLS and target.
     fn matrix(&self, mut cell: impl FnMut(usize, u16, To, bool, &str, &Web)) {
         let mut number = 0;
         for status in STATUSES {
@@ -92,24 +92,24 @@ fn file(number: usize) -> Content {
     Content::generated(number as u64, 100_000)
 }
 
-/// What must hold of a run that went from home to a target.
+/// Asserts the result of a run that was redirected from home to a target.
 #[track_caller]
 fn assert_cell(outcome: Outcome, what: &str, to: To, target: &Web, path: &str, content: &Content) {
     let at_target: Vec<_> = target.requests().into_iter().filter(|seen| seen.path == path).collect();
     if to == To::Down {
-        assert!(at_target.is_empty(), "{what}: asked in the clear");
+        assert!(at_target.is_empty(), "{what}: requested over plain http");
         outcome.failed(7, &["from https to http", "not followed"]);
         return;
     }
     assert_same(&outcome.path(), content);
-    assert!(!at_target.is_empty(), "{what}: not redirected at all");
+    assert!(!at_target.is_empty(), "{what}: not redirected");
     let sent = at_target.iter().all(|seen| seen.authorized());
     let kept = at_target.iter().all(|seen| !seen.authorized());
     assert!(if to == To::SameOrigin { sent } else { kept }, "{what}: {at_target:?}");
 }
 
 #[test]
-fn a_web_servers_credential_is_sent_home_and_nowhere_else() {
+fn the_credential_for_a_web_server_is_sent_to_no_other_server() {
     let house = House::new();
     let places = Places::new(&house);
     let tables = [false, true].map(|tls| {
@@ -132,7 +132,7 @@ fn a_web_servers_credential_is_sent_home_and_nowhere_else() {
 }
 
 #[test]
-fn the_hubs_token_is_sent_home_and_nowhere_else() {
+fn the_token_for_the_hub_is_sent_to_no_other_server() {
     let house = House::new();
     let places = Places::new(&house);
     places.matrix(|number, status, to, tls, target, web| {
@@ -156,7 +156,7 @@ fn the_hubs_token_is_sent_home_and_nowhere_else() {
 }
 
 #[test]
-fn a_netrc_serves_https_only_and_is_warned_of_when_others_may_read_it() {
+fn netrc_is_used_for_https_only_with_a_warning_if_others_may_read_it() {
     let house = House::new();
     let places = Places::new(&house);
     let netrc = house.write("home/.netrc", format!("machine 127.0.0.1\n  login ann\n  password \"{SECRET}\"\n"));
@@ -179,7 +179,7 @@ fn a_netrc_serves_https_only_and_is_warned_of_when_others_may_read_it() {
 }
 
 #[test]
-fn a_redirect_that_never_ends_is_left_after_ten() {
+fn a_redirect_loop_ends_after_ten() {
     let (house, web) = (House::new(), Web::start().unwrap());
     web.put("/a.bin", Page::redirect(302, "/b.bin"));
     web.put("/b.bin", Page::redirect(302, "/a.bin"));
@@ -188,12 +188,12 @@ fn a_redirect_that_never_ends_is_left_after_ten() {
 }
 
 #[test]
-fn a_signed_address_is_asked_again_from_home_when_it_is_spent_and_never_told() {
+fn an_expired_signed_url_is_renewed_and_never_printed() {
     let (house, home, store) = (House::new(), Web::start().unwrap(), Web::start_at("127.0.0.2").unwrap());
     let spent = format!("{}/one.bin?sig=canary-signature", store.url());
     let fresh = format!("{}/two.bin?sig=canary-signature", store.url());
     home.put("/m.bin", Page::redirect(302, spent).then(2, Page::redirect(302, fresh)));
-    // Looked at, one part given; then it is spent.
+    // The signed URL expires after the first request and one part.
     store.put("/one.bin", Page::of(big()).etag("\"x\"").then(2, Page::status(403)));
     store.put("/two.bin", Page::of(big()).etag("\"x\""));
     let run = house.on_local("c").env("MODEL_CACHE_LOG", "trace");
@@ -205,7 +205,7 @@ fn a_signed_address_is_asked_again_from_home_when_it_is_spent_and_never_told() {
     refused.failed(4, &["403", "redirects there"]);
 }
 
-/// Nothing in the cache directory holds the secret.
+/// Asserts that no file of the cache directory contains a secret.
 #[track_caller]
 fn assert_no_secret(house: &House) {
     let folder = house.path("c");

@@ -1,4 +1,5 @@
-//! Revisions and tags: what a movable name means, who says so, and what happens when it moves or nobody answers.
+//! Revisions and tags: the version that a movable name resolves to, and the tier that resolves it, also when tiers do
+//! not answer.
 
 use crate::common::*;
 use modelcache_testkit::hub::HubFault;
@@ -7,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-/// Longer than any patience.
+/// Longer than any timeout of these tests.
 const FOR_EVER: Duration = Duration::from_secs(600);
 
 /// The two kinds of remote.
@@ -20,7 +21,7 @@ enum Kind {
 impl Kind {
     const BOTH: [Self; 2] = [Self::Bucket, Self::Folder];
 
-    /// A run over the cache directory `dir` that takes no answer to be fresh.
+    /// Builds a run with the cache directory `dir` for which no cached ref is fresh.
     fn on(self, house: &House, dir: &str) -> Run {
         let run = match self {
             Self::Bucket => house.on(dir),
@@ -31,7 +32,7 @@ impl Kind {
         run.env("MODEL_CACHE_REF_TTL", "0s")
     }
 
-    /// Where an object of the remote lies.
+    /// Returns the path of an object of the remote on disk.
     fn object(self, house: &House, key: &str) -> std::path::PathBuf {
         match self {
             Self::Bucket => house.s3.object_path(BUCKET, &format!("cache/{key}")),
@@ -44,7 +45,7 @@ fn on(house: &House, dir: &str) -> Run {
     Kind::Bucket.on(house, dir)
 }
 
-/// `m@1`, `m@2` and `m@3` on the remote: one file each, with its version in it.
+/// An environment with `m@1`, `m@2` and `m@3` on the remote: one file each, which contains its version.
 fn house_of(kind: Kind) -> House {
     let house = House::new();
     for version in ["1", "2", "3"] {
@@ -67,7 +68,7 @@ fn write_ref(kind: Kind, house: &House, key: &str, text: &str) {
 }
 
 #[test]
-fn a_tag_is_a_rollout_and_moved_back_a_rollback() {
+fn a_tag_can_be_moved_and_moved_back() {
     for kind in Kind::BOTH {
         let house = house_of(kind);
         let get = || content(&kind.on(&house, "a").run(["get", "m@prod"]).path());
@@ -111,7 +112,7 @@ fn a_fresh_answer_and_a_version_on_disk_cost_no_request() {
     on(&house, "a").run(["get", "m@1"]).path_saying(&["on disk"]);
     assert_eq!(house.s3.requests().len(), 0, "{:?}", house.s3.requests());
     let refreshed = fresh().run(["get", "m@prod", "--refresh"]);
-    assert_eq!(content(&refreshed.path()), "2", "a refresh asks, however fresh the answer");
+    assert_eq!(content(&refreshed.path()), "2", "a refresh ignores the fresh ref");
 }
 
 #[test]
@@ -131,7 +132,7 @@ fn a_version_wins_over_a_tag_and_neither_takes_the_others_name() {
         run().run(["put", "m@prod", "3"]).failed(2, &["prod is a tag of m, and means 1", "tag --remove m@prod"]);
         run().run(["evict", "m@prod", "--yes"]).failed(2, &["prod is a tag of m, and means 1"]);
         run().run(["put", "m@5", "3", "--tag", "5"]).failed(2, &["5 is a version"]);
-        assert!(!kind.object(&house, "m/5/.modelcache/manifest.json").exists(), "told before anything is published");
+        assert!(!kind.object(&house, "m/5/.modelcache/manifest.json").exists(), "refused before anything is published");
         house.on_local("b").run(["put", "m@1", "1"]).ok();
         house.on_local("b").run(["tag", "m@1", "prod"]).failed(2, &["kept on the remote", "MODEL_CACHE_REMOTE"]);
         kind.on(&house, "b").run(["put", "n@1", "1"]).ok();
@@ -152,11 +153,11 @@ fn evicting_a_tagged_version_names_the_tags_and_leaves_none_behind() {
         let run = || kind.on(&house, "a");
         assert_eq!(content(&run().run(["get", "m@prod"]).path()), "1");
         run().run(["evict", "m@1"]).failed(2, &["the tags prod, stable", "would go with it", "--yes"]);
-        let told = run().run(["evict", "m@1", "--dry-run", "--json"]).object();
-        assert_eq!(told["tags"].to_string(), r#"["prod","stable"]"#);
+        let report = run().run(["evict", "m@1", "--dry-run", "--json"]).object();
+        assert_eq!(report["tags"].to_string(), r#"["prod","stable"]"#);
         run().run(["evict", "m@1", "--tier", "disk"]).ok();
-        assert_eq!(content(&run().run(["get", "m@stable"]).path()), "1", "disk alone concerns no tag");
-        // An origin that could give it back changes nothing about the tags.
+        assert_eq!(content(&run().run(["get", "m@stable"]).path()), "1", "eviction from disk keeps the tags");
+        // An origin that has the artifact does not have its tags, so `--yes` is still needed.
         house.write("origin/m/1", "1");
         let origin = format!("file://{}/{{name}}/{{version}}", house.path("origin").display());
         let with_origin = || run().env("MODEL_CACHE_ORIGIN", &origin);
@@ -174,7 +175,7 @@ fn evicting_a_tagged_version_names_the_tags_and_leaves_none_behind() {
 }
 
 #[test]
-fn a_tag_that_dangles_says_so_with_the_remedy() {
+fn a_dangling_tag_is_reported_with_the_remedy() {
     for kind in Kind::BOTH {
         let house = house_of(kind);
         kind.on(&house, "ops").run(["tag", "m@3", "prod"]).ok();
@@ -186,7 +187,7 @@ fn a_tag_that_dangles_says_so_with_the_remedy() {
 }
 
 #[test]
-fn a_remote_that_does_not_answer_leaves_the_tag_at_what_it_last_meant() {
+fn a_tag_keeps_its_last_known_version_while_the_remote_does_not_answer() {
     let house = house_of(Kind::Bucket);
     on(&house, "ops").run(["tag", "m@1", "prod"]).ok();
     on(&house, "a").run(["get", "m@prod"]).path();
@@ -204,7 +205,7 @@ fn a_remote_that_does_not_answer_leaves_the_tag_at_what_it_last_meant() {
         on(&house, "a").run(["get", "m@1"]).path_saying(&["on disk"]);
         house.s3.faults().clear();
     }
-    // Being refused is an answer.
+    // A refusal is an answer: the cached ref is not used.
     house.s3.faults().add(S3Fault::expired_token());
     on(&house, "a").run(["get", "m@prod"]).failed(4, &["ExpiredToken"]);
     house.s3.faults().clear();
@@ -212,7 +213,7 @@ fn a_remote_that_does_not_answer_leaves_the_tag_at_what_it_last_meant() {
 }
 
 #[test]
-fn damaged_refs_are_passed_over_and_newer_ones_are_not_guessed_at() {
+fn damaged_refs_are_ignored_and_refs_of_a_newer_format_are_refused() {
     for kind in Kind::BOTH {
         let house = house_of(kind);
         let run = || kind.on(&house, "a");
@@ -221,7 +222,7 @@ fn damaged_refs_are_passed_over_and_newer_ones_are_not_guessed_at() {
             write_ref(kind, &house, "m/.modelcache/refs/prod", damaged);
             run().run(["get", "m@prod"]).failed(3, &["WARN", "damaged", "prod", "not found"]);
         }
-        // A ref that was copied under another name is none.
+        // A ref that was copied to another name counts as damaged.
         run().run(["tag", "m@1", "live"]).ok();
         let live = kind.object(&house, "m/.modelcache/refs/live");
         fs::copy(&live, kind.object(&house, "m/.modelcache/refs/prod")).unwrap();
@@ -234,12 +235,12 @@ fn damaged_refs_are_passed_over_and_newer_ones_are_not_guessed_at() {
         run().run(["get", "m@prod"]).failed(2, &["format 2", "update modelcache"]);
         run().run(["tag", "m@1", "prod"]).failed(2, &["format 2", "update modelcache"]);
         run().run(["tag", "--remove", "m@prod"]).failed(2, &["format 2", "update modelcache"]);
-        assert_eq!(content(&run().run(["get", "m@1"]).path()), "1", "versions do not mind");
+        assert_eq!(content(&run().run(["get", "m@1"]).path()), "1", "exact versions are not affected");
     }
 }
 
 #[test]
-fn refs_stand_in_nobodys_way() {
+fn refs_do_not_block_other_artifacts() {
     for kind in Kind::BOTH {
         let house = house_of(kind);
         let run = || kind.on(&house, "ops");
@@ -253,7 +254,7 @@ fn refs_stand_in_nobodys_way() {
         let listed = run().run(["ls", "--remote", "--json"]).objects();
         let listed: Vec<_> = listed.iter().map(|row| text(&row["reference"])).collect();
         assert_eq!(listed, ["m@1", "m@2", "m@3", "team@sub"]);
-        // Odd tags have odd object names.
+        // Tags may contain special characters and reserved names.
         for tag in ["manifest.json", "claim", "100%", ".hidden", "fé"] {
             run().run(["tag", "m@1", tag]).ok();
             assert_eq!(content(&kind.on(&house, "a").run(["get", &format!("m@{tag}")]).path()), "1", "{tag}");
@@ -263,7 +264,7 @@ fn refs_stand_in_nobodys_way() {
 }
 
 #[test]
-fn of_many_who_move_a_tag_at_once_one_is_last() {
+fn concurrent_moves_of_a_tag_leave_one_of_their_versions() {
     let house = house_of(Kind::Bucket);
     let moves: Vec<_> = (0..6).map(|n| on(&house, "ops").start(["tag", &format!("m@{}", n % 3 + 1), "prod"])).collect();
     for moved in moves {
@@ -279,7 +280,7 @@ fn of_many_who_move_a_tag_at_once_one_is_last() {
 }
 
 #[test]
-fn one_machine_asks_the_hub_and_the_fleet_hears_of_it() {
+fn one_machine_asks_the_hub_and_the_others_use_its_answer() {
     for kind in Kind::BOTH {
         let (house, first) = House::with_model();
         let fresh = |dir: &str| kind.on(&house, dir).env("MODEL_CACHE_REF_TTL", "1h");
@@ -292,7 +293,7 @@ fn one_machine_asks_the_hub_and_the_fleet_hears_of_it() {
         assert_model(&fresh("b").run(["get", "hf://org/model"]).path_saying(&["from remote"]));
         assert_eq!(house.hub.requests().len(), 0, "{kind:?}: the Hub was asked");
 
-        // Old answers are asked for again, and the fleet hears of the news.
+        // An expired ref is resolved again at the Hub, and the other machines use the new answer.
         let second = house.hub.repo("org/model").commit().file("config.json", "{}").publish().unwrap();
         assert_eq!(
             fresh("b").run(["resolve", "hf://org/model"]).ok().stdout.trim_end(),
@@ -300,21 +301,21 @@ fn one_machine_asks_the_hub_and_the_fleet_hears_of_it() {
         );
         let asked = kind.on(&house, "b").run(["resolve", "hf://org/model", "--json"]).object();
         assert_eq!((text(&asked["version"]), text(&asked["from"])), (second.clone(), "origin".into()));
-        let heard = fresh("c").run(["resolve", "hf://org/model", "--json"]).object();
-        assert_eq!((text(&heard["version"]), text(&heard["from"])), (second.clone(), "remote".into()));
+        let shared = fresh("c").run(["resolve", "hf://org/model", "--json"]).object();
+        assert_eq!((text(&shared["version"]), text(&shared["from"])), (second.clone(), "remote".into()));
 
-        // What the remote says is no more than a hint of what a revision can be.
+        // A ref on the remote with a version that is not a commit is ignored, although its time is the latest.
         let forged = r#"{"format":1,"revision":"main","version":"main","kind":"origin","resolved_at_unix":9999999999}"#;
         write_ref(kind, &house, "hf/org/model/.modelcache/refs/main", forged);
         let asked = fresh("d").run(["resolve", "hf://org/model", "--json"]).object();
         assert_eq!((text(&asked["version"]), text(&asked["from"])), (second.clone(), "origin".into()));
         let stored = fs::read_to_string(kind.object(&house, "hf/org/model/.modelcache/refs/main")).unwrap();
-        assert!(stored.contains(&second), "a time ahead of all clocks does not protect a ref: {stored}");
+        assert!(stored.contains(&second), "a time in the future does not protect a ref: {stored}");
     }
 }
 
 #[test]
-fn a_remote_that_takes_no_answers_costs_nothing_but_a_question() {
+fn a_remote_that_refuses_or_delays_refs_does_not_affect_a_resolve() {
     let (house, commit) = House::with_model();
     house.on("publisher").run(["get", "hf://org/model"]).path();
     house.s3.faults().add(S3Fault::access_denied().method("PUT"));
@@ -331,7 +332,7 @@ fn a_remote_that_takes_no_answers_costs_nothing_but_a_question() {
 }
 
 #[test]
-fn a_hub_that_does_not_answer_leaves_the_revision_at_what_it_last_meant() {
+fn a_revision_keeps_its_last_known_commit_while_the_hub_does_not_answer() {
     let (house, commit) = House::with_model();
     let run = || house.on_local("a").env("MODEL_CACHE_REF_TTL", "0s").env("MODEL_CACHE_READ_TIMEOUT", "30s");
     assert_model(&run().run(["get", "hf://org/model"]).path());
@@ -356,13 +357,13 @@ fn a_hub_that_does_not_answer_leaves_the_revision_at_what_it_last_meant() {
         cold.run(["get", "hf://org/model"]).failed(7, &["origin"]);
         house.hub.faults().clear();
     }
-    // That there is no such revision any more, or no right to it, is an answer.
+    // "Not found" and "not permitted" are answers: the cached ref is not used.
     house.hub.repo("org/model").private(TOKEN);
     run().run(["get", "hf://org/model"]).failed(3, &["private", "HF_TOKEN"]);
 }
 
 #[test]
-fn the_last_answer_of_the_fleet_serves_a_new_machine_when_the_hub_is_down() {
+fn a_ref_on_the_remote_serves_a_new_machine_while_the_hub_is_down() {
     let (house, commit) = House::with_model();
     on(&house, "a").run(["get", "hf://org/model"]).path();
     house.hub.faults().add(HubFault::status(503));
@@ -372,7 +373,7 @@ fn the_last_answer_of_the_fleet_serves_a_new_machine_when_the_hub_is_down() {
 }
 
 #[test]
-fn a_pinned_reference_means_the_same_for_ever() {
+fn a_resolved_reference_keeps_its_meaning() {
     let (house, commit) = House::with_model();
     let run = || on(&house, "a");
     let resolved = run().run(["resolve", "hf://org/model"]).ok().said(&["sha256 not known yet", "origin says so"]);
@@ -417,13 +418,13 @@ fn pin_and_inspect_follow_a_tag() {
     on(&house, "a").run(["unpin", "m@prod"]).ok().said(&["m@2"]);
 }
 
-/// The digests of the contents that two words make.
+/// Returns the digests of two texts.
 fn digests(a: &str, b: &str) -> [String; 2] {
     [a, b].map(|text| modelcache_testkit::Content::from(text).sha256().unwrap())
 }
 
 #[test]
-fn a_version_that_changed_after_it_was_tagged_is_an_alarm() {
+fn a_version_that_changed_after_it_was_tagged_is_reported_as_an_error() {
     let house = house_of(Kind::Bucket);
     let [old, new] = digests("1", "other");
     on(&house, "ops").run(["tag", "m@1", "prod"]).ok();
@@ -435,25 +436,25 @@ fn a_version_that_changed_after_it_was_tagged_is_an_alarm() {
     for _ in 0..2 {
         let got = on(&house, "a").run(["get", "m@prod"]);
         assert_eq!(got.stderr.matches("ERROR").count(), 1, "{got}");
-        assert_eq!(content(&got.path_saying(&alarm)), "other", "the remote has it so, cold and warm");
+        assert_eq!(content(&got.path_saying(&alarm)), "other", "the remote's content, cold and warm");
     }
-    // Whoever has the old content has what was tagged.
+    // A machine with the old content has the tagged content.
     let quiet = on(&house, "old").run(["get", "m@prod"]);
     assert!(!quiet.stderr.contains("ERROR"), "{quiet}");
 
-    // Tagged anew, all is well, but for those who have the old content: that is not what the tag means now.
+    // After the tag is set again, the new content is the tagged one. A machine with the old content gets an error.
     on(&house, "ops").run(["tag", "m@1", "prod"]).ok();
     let quiet = on(&house, "a").run(["get", "m@prod"]);
     assert!(!quiet.stderr.contains("ERROR"), "{quiet}");
     let says = ["ERROR", &old, &new, "this disk has", "evict m@1 --tier disk"];
     on(&house, "old").run(["get", "m@prod"]).failed(5, &says);
-    assert_eq!(content(&on(&house, "old").run(["get", "m@1"]).path()), "1", "a hit asks nobody");
+    assert_eq!(content(&on(&house, "old").run(["get", "m@1"]).path()), "1", "a hit sends no request");
     on(&house, "old").run(["evict", "m@1", "--tier", "disk"]).ok();
     assert_eq!(content(&on(&house, "old").run(["get", "m@prod"]).path()), "other");
 }
 
 #[test]
-fn a_commit_that_changed_at_the_hub_is_an_alarm_and_disk_is_not_served_as_the_new_one() {
+fn a_commit_that_changed_at_the_hub_is_an_error_and_old_files_are_not_mixed_with_new_ones() {
     let (house, commit) = House::with_model();
     let reference = format!("hf://org/model@{commit}");
     let run = || house.on_local("a");
@@ -468,7 +469,7 @@ fn a_commit_that_changed_at_the_hub_is_an_alarm_and_disk_is_not_served_as_the_ne
 }
 
 #[test]
-fn a_remote_that_contradicts_the_hub_is_an_alarm_and_the_hub_wins() {
+fn a_remote_that_contradicts_the_hub_is_reported_as_an_error_and_the_hub_wins() {
     let (house, commit) = House::with_model();
     let reference = format!("hf://org/model@{commit}");
     house.on("a").run(["get", &reference, "--include", "config.json"]).path();
@@ -480,7 +481,7 @@ fn a_remote_that_contradicts_the_hub_is_an_alarm_and_the_hub_wins() {
     assert_same(&got.path_saying(&says).join("model.safetensors"), &content_of(2));
 }
 
-/// Other content of the same size as [`big`].
+/// Content of the size of [`big`] with other bytes.
 fn content_of(seed: u64) -> modelcache_testkit::Content {
     modelcache_testkit::Content::generated(seed, big().len())
 }

@@ -1,8 +1,8 @@
-//! Hostile surroundings: a bucket that somebody else wrote to, and secrets that nothing may repeat.
+//! Hostile input and secrets: a bucket that an attacker can write to, and output that must not contain a secret.
 //!
-//! What a remote says of an artifact is believed for as long as nobody better was asked. Whenever the Hub is, it wins.
-//! Names that climb are refused wherever they come from; secrets are looked for in all output of every verb, at the
-//! most talkative level, and in every byte of the local directory.
+//! The remote is trusted only as long as the Hub is not asked; if it is, the Hub wins. Paths that leave their folder
+//! are refused from every source. Secrets are searched for in all output of every verb at the most verbose log level,
+//! and in every byte of the cache directory.
 
 use crate::common::{BUCKET, House, Run, TOKEN, assert_model, files_below};
 use modelcache::digest::Digest;
@@ -14,7 +14,7 @@ use std::fs;
 
 const POISON: &str = "{\"a\": 2}";
 
-/// A house whose bucket holds `org/model` whole; the answer is its commit, too.
+/// An environment with all of `org/model` in the bucket. Returns its commit, too.
 fn published() -> (House, String) {
     let (house, commit) = House::with_model();
     house.on("publisher").run(["get", "hf://org/model"]).path();
@@ -25,7 +25,7 @@ fn key(commit: &str, path: &str) -> String {
     format!("cache/hf/org/model/{commit}/{path}")
 }
 
-/// Changes the manifest on the remote as somebody could who may write there: its checksum is right again.
+/// Changes the manifest on the remote and its checksum, as an attacker with write access can.
 fn rewrite_manifest(house: &House, commit: &str, change: impl FnOnce(&mut Manifest)) {
     let key = key(commit, ".modelcache/manifest.json");
     let mut manifest = Manifest::from_bytes(&house.s3.object(BUCKET, &key).unwrap()).unwrap();
@@ -34,17 +34,17 @@ fn rewrite_manifest(house: &House, commit: &str, change: impl FnOnce(&mut Manife
 }
 
 #[test]
-fn a_poisoned_object_is_told_and_the_hub_serves() {
+fn a_poisoned_object_is_reported_and_the_hub_serves() {
     let (house, commit) = published();
     house.s3.put(BUCKET, &key(&commit, "config.json"), POISON).unwrap();
     let got = house.on("a").run(["get", &format!("hf://org/model@{commit}")]);
     assert_model(&got.said(&["WARN", "config.json", "remote"]).path());
     let healed = house.s3.object(BUCKET, &key(&commit, "config.json")).unwrap();
-    assert_ne!(healed, POISON.as_bytes(), "the good bytes go back to the bucket");
+    assert_ne!(healed, POISON.as_bytes(), "the object is repaired");
 }
 
 #[test]
-fn object_and_manifest_poisoned_together_do_not_survive_a_look_at_the_hub() {
+fn a_poisoned_object_with_a_matching_manifest_is_detected_when_the_hub_is_asked() {
     let (house, commit) = published();
     let poison = Content::from(POISON);
     house.s3.put(BUCKET, &key(&commit, "model.safetensors"), poison.clone()).unwrap();
@@ -52,7 +52,7 @@ fn object_and_manifest_poisoned_together_do_not_survive_a_look_at_the_hub() {
         let entry = manifest.files.get_mut(&FilePath::new("model.safetensors").unwrap()).unwrap();
         (entry.size, entry.sha256, entry.ladder) = (poison.len(), Some(Digest::of(POISON.as_bytes())), None);
         entry.held = Some(Held::Remote(ObjectIdentity { etag: None, object_bytes: poison.len() }));
-        // One file is not held there, so that the Hub is asked for the tree.
+        // One file is not on the remote, so that the Hub is asked for its list of files.
         manifest.files.get_mut(&FilePath::new("config.json").unwrap()).unwrap().held = None;
     });
     let got = house.on("a").run(["get", &format!("hf://org/model@{commit}")]);
@@ -60,7 +60,7 @@ fn object_and_manifest_poisoned_together_do_not_survive_a_look_at_the_hub() {
 }
 
 #[test]
-fn a_manifest_with_a_name_that_climbs_is_no_manifest() {
+fn a_manifest_with_a_path_outside_its_folder_is_refused() {
     let (house, commit) = published();
     let at = key(&commit, ".modelcache/manifest.json");
     let text = String::from_utf8(house.s3.object(BUCKET, &at).unwrap()).unwrap();
@@ -81,13 +81,13 @@ fn a_manifest_with_a_name_that_climbs_is_no_manifest() {
 }
 
 #[test]
-fn no_verb_repeats_a_secret_and_none_lies_in_the_directory() {
+fn no_verb_prints_a_secret_and_the_directory_contains_none() {
     let (house, commit) = House::with_model();
     house.hub.repo("org/model").private(TOKEN);
     house.write("p", "mine");
     let reference = format!("hf://org/model@{commit}");
     let run = |args: &[&str]| {
-        // What any of them prints is searched where it is taken in.
+        // `Outcome::new` searches the output for secrets.
         house
             .on("a")
             .env("HF_TOKEN", TOKEN)
@@ -115,7 +115,7 @@ fn no_verb_repeats_a_secret_and_none_lies_in_the_directory() {
     ] {
         run(args);
     }
-    // With credentials that are refused, errors are long.
+    // Refused credentials lead to long errors.
     for variable in ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"] {
         let refused = house.on("b").env(variable, "canary-secret").env("MODEL_CACHE_LOG", "trace");
         refused.run(["ls", "--remote"]).failed(4, &[]);
@@ -126,15 +126,15 @@ fn no_verb_repeats_a_secret_and_none_lies_in_the_directory() {
         let bytes = fs::read(&path).unwrap();
         for secret in secrets {
             let found = bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
-            assert!(!found, "{secret} lies in {}", path.display());
+            assert!(!found, "{secret} is in {}", path.display());
         }
     }
 }
 
-/// How output is asked for: as text, and for machines with everything that is traced.
+/// Forms of output: text at the log level `info`, and JSON at the log level `trace`.
 const FORMS: [(&[&str], &str); 2] = [(&[], "info"), (&["--json"], "trace")];
 
-/// Runs `args` in every form. Each run searches its own output for `canary-password` and its like.
+/// Runs `args` in every form. `Outcome::new` searches the output for `canary-password` and the other secrets.
 fn in_every_form(run: impl Fn() -> Run, args: &[&str]) {
     for (flags, level) in FORMS {
         run().env("MODEL_CACHE_LOG", level).run(flags.iter().chain(args));
@@ -142,7 +142,7 @@ fn in_every_form(run: impl Fn() -> Run, args: &[&str]) {
 }
 
 #[test]
-fn no_verb_repeats_a_secret_of_a_reference() {
+fn no_verb_prints_a_secret_in_a_reference() {
     let house = House::new();
     house.write("p", "mine");
     let references = [
@@ -196,7 +196,7 @@ fn no_verb_repeats_a_secret_of_a_reference() {
 }
 
 #[test]
-fn no_verb_repeats_a_secret_of_the_environment() {
+fn no_verb_prints_a_secret_in_the_environment() {
     let house = House::new();
     let address = "http://u:canary-password@127.0.0.1:1";
     let rows = [
@@ -247,18 +247,18 @@ fn no_verb_repeats_a_secret_of_the_environment() {
             in_every_form(run, args);
         }
     }
-    // The log itself takes a filter.
+    // The log filter is a setting, too.
     for args in [&["ls"][..], &["doctor", "--read-only"]] {
         house.on("a").env("MODEL_CACHE_LOG", address).run(args);
     }
-    // Who names the HTTP client's own parts gets their traces, without passwords in them.
+    // A filter that names modules of the HTTP client shows their traces, without passwords in them.
     let traced = house.on("a").env("HTTP_PROXY", address).env("MODEL_CACHE_LOG", "off,hyper_util=trace,reqwest=trace");
     let traced = traced.env("MODEL_CACHE_RETRY_DEADLINE", "0s").run(["get", "http://host.test/x"]);
     assert!(traced.stderr.contains("TRACE") || traced.stderr.contains("DEBUG"), "{traced}");
 }
 
 #[test]
-fn at_the_most_talkative_level_only_our_own_parts_are_traced() {
+fn at_the_trace_level_only_modules_of_modelcache_are_logged() {
     let (house, commit) = House::with_model();
     let run = house.on("a").env("MODEL_CACHE_LOG", "trace").env("MODEL_CACHE_LOG_FORMAT", "json");
     let got = run.run(["get", &format!("hf://org/model@{commit}")]);
@@ -269,7 +269,7 @@ fn at_the_most_talkative_level_only_our_own_parts_are_traced() {
 }
 
 #[test]
-fn no_verb_repeats_a_secret_of_the_configuration() {
+fn no_verb_prints_a_secret_in_the_configuration() {
     let house = House::new();
     let address = "http://u:canary-password@127.0.0.1:1";
     for text in [
@@ -319,7 +319,7 @@ fn no_verb_repeats_a_secret_of_the_configuration() {
 }
 
 #[test]
-fn what_a_server_quotes_of_a_secret_is_not_repeated() {
+fn a_secret_quoted_by_a_server_is_not_printed() {
     let (house, commit) = House::with_model();
     let secret = house.s3.secret_key();
     let all = format!(
@@ -347,10 +347,10 @@ fn what_a_server_quotes_of_a_secret_is_not_repeated() {
     }
 }
 
-/// Escapes, a bell, line ends, direction marks, zero-width characters.
+/// Terminal escapes, a bell, line ends, direction marks, zero-width characters.
 const HOSTILE: &str = "\u{1b}]0;owned\u{7}\u{1b}[2J\u{9b}31m\nerror: a false line\r\u{85}\u{202e}exe\u{2066}\u{200b}\u{200d}\u{2028}\u{61c}";
 
-/// Runs `args` in every form and asserts that nothing hostile comes out.
+/// Runs `args` in every form and asserts that the output contains no control or format character of [`HOSTILE`].
 #[track_caller]
 fn assert_printable(run: impl Fn() -> Run, args: &[&str]) {
     for (flags, level) in FORMS {
@@ -366,7 +366,7 @@ fn assert_printable(run: impl Fn() -> Run, args: &[&str]) {
 }
 
 #[test]
-fn what_a_server_says_of_a_failure_is_printable() {
+fn the_error_text_of_a_server_is_printed_without_control_characters() {
     let house = House::new();
     let (long, spelled) = ("C".repeat(60_000), HOSTILE.chars().map(|c| format!("&#{};", c as u32)).collect::<String>());
     for status in [400, 403, 503] {
@@ -378,7 +378,7 @@ fn what_a_server_says_of_a_failure_is_printable() {
                 assert_printable(run, args);
             }
             let said = run().run(["get", "m@1"]).stderr.len();
-            assert!(said < 3000, "{said} bytes are said");
+            assert!(said < 3000, "{said} bytes were printed");
         }
     }
     house.s3.faults().clear();
@@ -387,7 +387,7 @@ fn what_a_server_says_of_a_failure_is_printable() {
 }
 
 #[test]
-fn what_lies_in_a_shared_directory_or_a_bucket_is_printable() {
+fn names_in_a_shared_directory_or_a_bucket_are_printed_without_control_characters() {
     let house = House::new();
     let mut names = ["a\u{202e}b", "a\u{200b}b", "a\u{2066}b"].into_iter();
     names.all(|name| house.s3.put(BUCKET, &format!("cache/x/1/{name}"), "1").is_ok());
@@ -413,7 +413,7 @@ fn what_lies_in_a_shared_directory_or_a_bucket_is_printable() {
 }
 
 #[test]
-fn what_the_command_line_and_the_configuration_repeat_is_printable() {
+fn arguments_and_settings_are_printed_without_control_characters() {
     let house = House::new();
     let url = format!("http://h/{HOSTILE}");
     for args in [

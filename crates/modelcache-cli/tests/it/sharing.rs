@@ -1,4 +1,4 @@
-//! One directory for several users, over several mounts, on filesystems that refuse links, writes or locks.
+//! A cache directory shared by several users and mounts, and filesystems that refuse links, writes or locks.
 
 use crate::common::*;
 use modelcache_testkit::Content;
@@ -12,7 +12,8 @@ use std::time::{Duration, SystemTime};
 const REF: &str = "hf://org/model@main";
 const OTHER: &str = "hf://org/other@main";
 
-/// A house in which other users may work, with a second repository that has the big file and one of its own.
+/// An environment that other users can enter, with a second repository: the big file of `org/model` and a file of its
+/// own.
 fn open_house() -> House {
     let (house, _) = House::with_model();
     house.hub.repo("org/other").commit().file("weights", big()).file("own", "own").publish().unwrap();
@@ -23,7 +24,7 @@ fn open_house() -> House {
     house
 }
 
-/// A run by another user, whose umask closes everything.
+/// Runs the binary as another user with umask 077.
 #[track_caller]
 fn by(user: (u32, u32), run: Run, args: &[&str]) -> Outcome {
     let (uid, gid) = user;
@@ -43,8 +44,8 @@ fn used_bytes(house: &House, dir: &str) -> u64 {
     house.on_local(dir).run(["stats", "--json"]).object()["used_bytes"].as_u64().unwrap()
 }
 
-/// Bytes that lie in blobs and views of `dir`, each inode once.
-fn lying_bytes(house: &House, dir: &str) -> u64 {
+/// Returns the bytes of the blobs, quarantined files and views of `dir`. Each inode counts once.
+fn stored_bytes(house: &House, dir: &str) -> u64 {
     let mut inodes = std::collections::BTreeMap::new();
     for part in ["blobs", "quarantine", "artifacts"] {
         let folder = house.path(dir).join(part);
@@ -61,7 +62,7 @@ fn lying_bytes(house: &House, dir: &str) -> u64 {
 #[track_caller]
 fn assert_counted(house: &House, dir: &str) {
     let used = used_bytes(house, dir);
-    assert_eq!(used, lying_bytes(house, dir), "the record is exact");
+    assert_eq!(used, stored_bytes(house, dir), "the record is exact");
     fs::remove_file(house.path(dir).join("locks/budget")).unwrap();
     assert_eq!(used_bytes(house, dir), used, "counting again finds the same");
 }
@@ -105,7 +106,7 @@ fn two_users_share(sharing: &str, a: (u32, u32), b: (u32, u32), modes: (u32, u32
     // The kernel refuses a link to another user's read-only blob.
     let other = by(b, on(), &["get", OTHER, "--json"]).said(&["copy"]).object();
     assert_eq!((&other["link"], &other["from"]), (&json!("copy"), &json!("origin")));
-    assert_eq!(house.hub.body_bytes(), "own".len() as u64, "what can be copied is not fetched");
+    assert_eq!(house.hub.body_bytes(), "own".len() as u64, "a file that can be copied is not fetched");
     assert_same(Path::new(&text(&other["path"])).join("weights").as_path(), &big());
     assert_counted(&house, dir);
 
@@ -118,7 +119,7 @@ fn two_users_share(sharing: &str, a: (u32, u32), b: (u32, u32), modes: (u32, u32
     assert_counted(&house, dir);
     assert_same(&by(a, on(), &["get", OTHER]).path_saying(&["on disk"]).join("weights"), &big());
     by(a, on(), &["evict", OTHER, "--tier", "disk"]).ok();
-    assert_eq!((used_bytes(&house, dir), lying_bytes(&house, dir)), (0, 0), "both are gone, and so are the copies");
+    assert_eq!((used_bytes(&house, dir), stored_bytes(&house, dir)), (0, 0), "both are gone, and so are the copies");
 }
 
 #[test]
@@ -137,7 +138,7 @@ fn a_file_that_one_user_may_not_read_stays_in_service_for_the_others() {
     let on = || house.on_local("open/cache").env("MODEL_CACHE_SHARED", "world");
     let view = by(a, on(), &["get", REF]).path().join("config.json");
     chmod(&view, 0o000);
-    // A change of the time makes it a file that has to be read.
+    // A changed modification time means that the file has to be hashed.
     fs::File::open(&view).unwrap().set_modified(SystemTime::now()).unwrap();
     by(b, on(), &["get", REF]).failed(8, &["cannot open", "config.json", "Permission denied"]);
     let verified = by(b, on(), &["verify"]);
@@ -189,11 +190,11 @@ fn two_processes_each_through_its_own_bind_mount_share() {
         house.write("want", "{\"a\": 1}");
         house.on_local(mount).script(&check, &["get", REF]).ok().said(&[says]);
     }
-    assert_eq!(house.hub.body_bytes(), model_bytes(), "each byte came once");
+    assert_eq!(house.hub.body_bytes(), model_bytes(), "each byte was fetched once");
     assert_counted(&house, "cache");
 }
 
-/// Fills, widens and evicts with `part` of the directory on a mount of its own.
+/// Fills, completes and evicts an artifact, with the folder `part` of the directory on a mount of its own.
 fn with_a_part_on_its_own_mount(part: &str) {
     if !can_mount() {
         return;
@@ -207,16 +208,16 @@ fn with_a_part_on_its_own_mount(part: &str) {
     assert_counted(&house, "a");
     let whole = house.on_local("a").run_after(&mount, &["get", REF]).path();
     assert_model(&whole);
-    assert_eq!(house.hub.body_bytes(), model_bytes(), "what was here was not fetched again");
+    assert_eq!(house.hub.body_bytes(), model_bytes(), "files on disk were not fetched again");
     assert_counted(&house, "a");
     assert_model(&house.on_local("a").run(["get", REF]).path_saying(&["on disk"]));
     house.on_local("a").run_after(&mount, &["evict", REF, "--tier", "disk"]).ok();
-    assert_eq!((used_bytes(&house, "a"), lying_bytes(&house, "a")), (0, 0));
+    assert_eq!((used_bytes(&house, "a"), stored_bytes(&house, "a")), (0, 0));
     assert_eq!(house.staging("a"), Vec::<PathBuf>::new());
 }
 
 #[test]
-fn blobs_on_another_mount_leave_the_views_to_hold_the_bytes() {
+fn with_blobs_on_another_mount_the_views_hold_the_bytes() {
     with_a_part_on_its_own_mount("blobs");
 }
 
@@ -226,7 +227,7 @@ fn artifacts_on_another_mount_are_copies() {
 }
 
 #[test]
-fn a_changed_copy_is_healed_and_counted_once() {
+fn a_changed_copy_is_repaired_and_counted_once() {
     if !can_mount() {
         return;
     }
@@ -238,7 +239,7 @@ fn a_changed_copy_is_healed_and_counted_once() {
     chmod(&config, 0o644);
     fs::write(&config, "{\"a\": 2}").unwrap();
     house.hub.clear_requests();
-    assert_model(&house.on_local("a").run_after(&mount, &["get", REF]).path_saying(&["is not what it was"]));
+    assert_model(&house.on_local("a").run_after(&mount, &["get", REF]).path_saying(&["was changed or damaged"]));
     assert_eq!(house.hub.body_bytes(), "{\"a\": 1}".len() as u64);
     assert_counted(&house, "a");
 }
@@ -250,7 +251,7 @@ fn a_blob_with_as_many_links_as_the_filesystem_takes_is_copied() {
     fs::create_dir(house.path("links")).unwrap();
     let full = (0..70_000).any(|at| fs::hard_link(&view, house.path("links").join(at.to_string())).is_err());
     if !full {
-        return; // this filesystem has no such bound
+        return; // this filesystem has no such limit
     }
     house.hub.clear_requests();
     let other = house.on_local("a").run(["get", OTHER, "--json"]).object();
@@ -278,7 +279,7 @@ fn a_small_filesystem_refuses_clearly_and_keeps_nothing_half_made() {
 }
 
 #[test]
-fn what_cannot_be_written_is_read_and_a_miss_names_the_remedy() {
+fn a_read_only_directory_serves_hits_and_a_miss_names_the_remedy() {
     if !can_mount() {
         return;
     }
@@ -305,7 +306,7 @@ fn what_cannot_be_written_is_read_and_a_miss_names_the_remedy() {
     assert_eq!(listing(&house.path("a")), before, "nothing was touched");
 }
 
-/// Every path below `folder` with inode, links and times.
+/// Returns every file below `folder` with its inode, number of links, and modification time.
 fn listing(folder: &Path) -> Vec<(PathBuf, u64, u64, i64, i64)> {
     let files = files_below(folder).into_iter();
     let row = |file: PathBuf| {
@@ -326,7 +327,7 @@ fn a_cache_in_the_lower_layer_of_an_overlay_serves_and_grows() {
         fs::create_dir(house.path(folder)).unwrap();
     }
     let [a, m, upper, work] = ["a", "m", "upper", "work"].map(|name| house.path(name).display().to_string());
-    // Its upper layer must lie on another filesystem than an overlay; here both are plain folders.
+    // An overlay refuses an overlay as upper layer. Here both layers are plain folders.
     let mount = format!("mount -t overlay -o lowerdir={a},upperdir={upper},workdir={work} none {m}");
     house.hub.clear_requests();
     let script = format!(
@@ -339,7 +340,7 @@ fn a_cache_in_the_lower_layer_of_an_overlay_serves_and_grows() {
 }
 
 #[test]
-fn an_artifact_linked_outside_the_cache_is_no_victim() {
+fn an_artifact_linked_outside_the_cache_is_not_evicted() {
     let house = House::new();
     let put = |name: &str, seed| {
         let file = house.write("file", Content::generated(seed, 3 * MIB));
@@ -356,7 +357,7 @@ fn an_artifact_linked_outside_the_cache_is_no_victim() {
 }
 
 #[test]
-fn links_planted_in_the_directory_lead_to_nothing_that_is_changed() {
+fn targets_of_links_planted_in_the_directory_are_not_changed() {
     let (house, commit) = House::with_model();
     let mine = house.path("mine");
     for path in ["1/manifest.json", "1/files/config.json", "1/thesis.txt"] {
@@ -368,7 +369,7 @@ fn links_planted_in_the_directory_lead_to_nothing_that_is_changed() {
     fs::create_dir(artifacts.join("worse")).unwrap();
     std::os::unix::fs::symlink(mine.join("1"), artifacts.join("worse/1")).unwrap();
     std::os::unix::fs::symlink(&mine, artifacts.join("m/1/files/1")).unwrap();
-    // What a crash leaves, so that everything is swept and counted.
+    // An empty budget record, as a crash leaves it, makes the next command sweep and recount.
     fs::write(house.path("a/locks/budget"), "").unwrap();
     house.on_local("a").run(["stats"]).ok();
     house.on_local("a").run(["evict", "worse@1", "--yes"]);
@@ -387,7 +388,7 @@ fn links_planted_in_the_directory_lead_to_nothing_that_is_changed() {
     }
 }
 
-/// A library that makes `flock` do this.
+/// Builds a library in which `flock` has the body `does`.
 fn flock_that(house: &House, does: &str) -> PathBuf {
     let source = house.path("flock.c");
     fs::write(&source, format!("#include <errno.h>\nint flock(int fd, int op) {{ {does} }}\n")).unwrap();
@@ -402,7 +403,7 @@ const LYING: &str = "return 0;";
 const REFUSING: &str = "errno = ENOLCK; return -1;";
 
 #[test]
-fn where_locks_lie_or_are_refused_gets_work_and_say_so() {
+fn with_broken_locks_gets_work_and_warn() {
     for does in [LYING, REFUSING] {
         let (house, _) = House::with_model();
         let library = flock_that(&house, does);
@@ -412,9 +413,9 @@ fn where_locks_lie_or_are_refused_gets_work_and_say_so() {
             assert_model(&running.wait().path_saying(&["file locks do not exclude"]));
         }
         assert_model(&run().run(["get", REF]).path_saying(&["on disk"]));
-        assert_eq!(used_bytes(&house, "a"), lying_bytes(&house, "a"), "the count did not drift");
+        assert_eq!(used_bytes(&house, "a"), stored_bytes(&house, "a"), "the count did not drift");
         run().run(["evict", REF, "--tier", "disk"]).ok();
-        assert_eq!(lying_bytes(&house, "a"), 0);
+        assert_eq!(stored_bytes(&house, "a"), 0);
     }
     let (house, _) = House::with_model();
     let outcome = house.on_local("a").run(["get", REF]);
@@ -422,7 +423,7 @@ fn where_locks_lie_or_are_refused_gets_work_and_say_so() {
 }
 
 #[test]
-fn where_locks_lie_only_what_has_long_been_idle_is_evicted_for_space() {
+fn with_broken_locks_only_long_idle_artifacts_are_evicted_for_space() {
     let house = House::new();
     let library = flock_that(&house, LYING);
     let put = |name: &str, seed| {
@@ -443,7 +444,7 @@ fn where_locks_lie_only_what_has_long_been_idle_is_evicted_for_space() {
 }
 
 #[test]
-fn where_locks_lie_two_contents_put_at_once_under_one_key_cannot_both_win() {
+fn with_broken_locks_two_concurrent_puts_of_one_key_have_one_winner() {
     let house = House::new();
     let library = flock_that(&house, LYING);
     for round in 0..15 {
@@ -457,7 +458,7 @@ fn where_locks_lie_two_contents_put_at_once_under_one_key_cannot_both_win() {
         let winners: Vec<u64> =
             outcomes.iter().zip([1, 2]).filter(|(outcome, _)| outcome.code == Some(0)).map(|(_, seed)| seed).collect();
         assert_eq!(winners.len(), 1, "{} {}", outcomes[0], outcomes[1]);
-        let lent = house.on_local("a").env("LD_PRELOAD", &library).run(["get", &key]);
-        assert_same(&lent.path().join("weights"), &Content::generated(winners[0], MIB));
+        let got = house.on_local("a").env("LD_PRELOAD", &library).run(["get", &key]);
+        assert_same(&got.path().join("weights"), &Content::generated(winners[0], MIB));
     }
 }

@@ -1,10 +1,10 @@
-//! Signals that are ignored when the program starts, and what the command of `exec` gets of it all.
+//! Signals that are ignored when the program starts, and the signal state that `exec` leaves to its command.
 
 use crate::common::*;
 use modelcache_testkit::s3::S3Fault;
 use std::time::Duration;
 
-/// A `get` that was started with `signal` ignored, is sent it in the midst of the download, and must not care.
+/// Starts a `get` with `signal` ignored, sends it the signal during the download, and asserts that the get succeeds.
 fn survives(signal: &str) {
     let house = House::new();
     house.write("file", "content");
@@ -24,12 +24,12 @@ fn nohup_keeps_a_get_alive() {
 }
 
 #[test]
-fn a_shells_background_job_goes_on_after_ctrl_c() {
+fn a_background_job_of_a_shell_continues_after_ctrl_c() {
     survives("INT");
 }
 
-/// The standard signals that are blocked, and ignored, by what `run` ends in: `grep` of its own status. Those above are
-/// the C library's own.
+/// Returns the masks of blocked and of ignored signals that the started command reads from its own status. Only the
+/// standard signals are included: the C library uses the ones above them.
 fn blocked_and_ignored(run: Run, start: &str) -> Vec<u64> {
     let seen = run.shell(&format!("{start} grep -E '^Sig(Blk|Ign):' /proc/self/status")).ok();
     let masks = seen.stdout.lines().map(|line| u64::from_str_radix(line[7..].trim(), 16).unwrap());

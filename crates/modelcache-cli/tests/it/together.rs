@@ -1,4 +1,4 @@
-//! Many processes on one directory: one fetch for all, and a fill that outlives whoever began it.
+//! Several processes on one directory: they share one fill, and another process resumes the fill of a dead one.
 
 use crate::common::*;
 use modelcache_testkit::hub::HubFault;
@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
-/// Five parts, so that one can be missing.
+/// Number of parts of the large file. One can be missing while the others are staged.
 const PARTS: u64 = 5;
 const PART: u64 = 8 * MIB;
 
@@ -29,7 +29,7 @@ fn run(house: &House, dir: &str) -> Run {
     house.on_local(dir).env("MODEL_CACHE_READ_TIMEOUT", "10m")
 }
 
-/// A get of which one part stands still after its first MiB and all others are in staging.
+/// Starts a get and waits until all parts but one are in staging. That part stalls after its first MiB.
 fn stalled(house: &House) -> Running {
     house.hub.faults().add(HubFault::stall(MIB, Duration::from_secs(600)).on("large.bin").once());
     let running = run(house, "a").start(["get", "hf://org/large"]);
@@ -48,7 +48,7 @@ fn ten_processes_at_once_cost_one_fetch() {
     for get in gets {
         assert_large(&get.wait().path());
     }
-    assert_eq!(house.hub.body_bytes(), large().len() + 2, "each byte came once");
+    assert_eq!(house.hub.body_bytes(), large().len() + 2, "each byte was fetched once");
     assert_eq!(house.staging("a"), Vec::<PathBuf>::new());
 }
 
@@ -64,12 +64,12 @@ fn after_a_kill_or_an_interrupt_only_the_part_in_flight_is_fetched_again() {
         assert_eq!((outcome.code, outcome.stdout.as_str()), (code, ""), "{outcome}");
         house.assert_invisible("a");
         let stats = run(&house, "a").run(["stats", "--json"]).object();
-        assert!(stats["staging_bytes"].as_u64().unwrap() >= large().len(), "what is left is counted: {stats}");
+        assert!(stats["staging_bytes"].as_u64().unwrap() >= large().len(), "the staged bytes are counted: {stats}");
 
         house.hub.clear_requests();
         let got = run(&house, "a").run(["get", "hf://org/large", "--json"]).object();
         assert_large(&PathBuf::from(text(&got["path"])));
-        assert!(house.hub.body_bytes() <= PART + 2, "{} bytes came again after {signal}", house.hub.body_bytes());
+        assert!(house.hub.body_bytes() <= PART + 2, "{} bytes again after {signal}", house.hub.body_bytes());
         assert_eq!(got["bytes"]["origin"], json!(house.hub.body_bytes()), "{got}");
         assert!(got["bytes"]["disk"].as_u64().unwrap() >= large().len() - PART, "{got}");
         assert_eq!(house.staging("a"), Vec::<PathBuf>::new(), "nothing is left over");
@@ -77,7 +77,7 @@ fn after_a_kill_or_an_interrupt_only_the_part_in_flight_is_fetched_again() {
 }
 
 #[test]
-fn a_smaller_get_leaves_what_a_larger_one_left() {
+fn a_get_of_fewer_files_keeps_the_staged_parts_of_a_larger_one() {
     let house = house_with_large();
     let running = stalled(&house);
     running.signal("KILL");
@@ -85,11 +85,11 @@ fn a_smaller_get_leaves_what_a_larger_one_left() {
     run(&house, "a").run(["get", "hf://org/large", "--include", "*.json"]).path();
     house.hub.clear_requests();
     assert_large(&run(&house, "a").run(["get", "hf://org/large"]).path());
-    assert!(house.hub.body_bytes() <= PART, "{} bytes came again", house.hub.body_bytes());
+    assert!(house.hub.body_bytes() <= PART, "{} bytes were fetched again", house.hub.body_bytes());
 }
 
 #[test]
-fn what_was_left_is_checked_before_it_counts() {
+fn staged_parts_of_a_killed_fill_are_verified_before_use() {
     let house = house_with_large();
     let running = stalled(&house);
     running.signal("KILL");
@@ -98,7 +98,7 @@ fn what_was_left_is_checked_before_it_counts() {
     let staged =
         files_below(&folder).into_iter().find(|path| path.to_string_lossy().len() > 70 && path.extension().is_none());
     let staged = folder.join(staged.unwrap());
-    // Torn, as a power cut leaves it: zeroes where bytes were. No ladder can tell which part it is.
+    // Writes zeroes into every part, as a power cut can. Without a ladder the part cannot be identified.
     use std::os::unix::fs::FileExt;
     let file = File::options().write(true).open(staged).unwrap();
     for part in 0..PARTS {
@@ -117,7 +117,7 @@ fn with_a_ladder_only_the_torn_part_is_fetched_again() {
     let commit = house.hub.repo("org/large").resolve("main").unwrap();
     let reference = format!("hf://org/large@{commit}");
 
-    // Killed at some moment of a slow fill from S3; what is in staging then has journal and bytes of its own.
+    // Kills a slow fill from S3 that has staged some parts, with journal.
     let slow = FaultProxy::start_on(house.s3.endpoint(), 0).unwrap();
     slow.faults().add(ProxyFault::slow(100 << 10).after_skipping(4));
     let running = on("a").env("AWS_ENDPOINT_URL", slow.url()).start(["get", &reference]);
@@ -137,12 +137,12 @@ fn with_a_ladder_only_the_torn_part_is_fetched_again() {
     let got = on("a").run(["get", &reference, "--json"]).object();
     assert_large(&PathBuf::from(text(&got["path"])));
     let fetched = got["bytes"]["remote"].as_u64().unwrap();
-    assert!(fetched <= (PARTS - before + 1) * PART + 2, "{fetched} bytes came, {before} parts were there, one torn");
-    assert!(fetched >= PART - 1000, "the torn one came again: {got}");
+    assert!(fetched <= (PARTS - before + 1) * PART + 2, "{fetched} bytes fetched, {before} parts staged, one torn");
+    assert!(fetched >= PART - 1000, "the torn part was fetched again: {got}");
 }
 
 #[test]
-fn a_waiter_goes_on_when_the_leader_is_killed() {
+fn a_waiter_resumes_the_fill_when_the_leader_is_killed() {
     let house = house_with_large();
     let leader = stalled(&house);
     let waiter = run(&house, "a").start(["get", "hf://org/large", "--json"]);
@@ -151,13 +151,13 @@ fn a_waiter_goes_on_when_the_leader_is_killed() {
     leader.signal("KILL");
     let got = waiter.wait().object();
     assert_large(&PathBuf::from(text(&got["path"])));
-    assert!(house.hub.body_bytes() - before <= PART + 2, "it went on with what was there");
+    assert!(house.hub.body_bytes() - before <= PART + 2, "it reused the staged parts");
     assert!(got["seconds"]["join"].as_f64().unwrap() > 0.1, "it waited: {got}");
     leader.wait();
 }
 
 #[test]
-fn a_waiter_sees_how_far_the_leader_is() {
+fn a_waiter_reports_the_progress_of_the_leader() {
     let house = house_with_large();
     let leader = stalled(&house);
     let waiter = run(&house, "a").start(["get", "hf://org/large"]);
@@ -170,13 +170,13 @@ fn a_waiter_sees_how_far_the_leader_is() {
 }
 
 #[test]
-fn a_stopped_leader_is_followed_and_does_no_harm_when_it_wakes() {
+fn a_stopped_leader_is_replaced_and_does_no_harm_when_it_continues() {
     let house = house_with_large();
     let leader = stalled(&house);
     leader.signal("STOP");
     let lock = fs::read_dir(house.path("a/locks")).unwrap().map(|entry| entry.unwrap().path());
     let lock = lock.into_iter().find(|path| path.extension().is_some_and(|end| end == "fill")).unwrap();
-    // As if it had been stopped a minute ago.
+    // Sets the last heartbeat of the leader to a minute ago.
     let long_ago = SystemTime::now() - Duration::from_secs(60);
     File::options().write(true).open(lock).unwrap().set_times(fs::FileTimes::new().set_modified(long_ago)).unwrap();
 
@@ -190,7 +190,7 @@ fn a_stopped_leader_is_followed_and_does_no_harm_when_it_wakes() {
 }
 
 #[test]
-fn room_that_is_needed_is_taken_from_what_was_left_before_anything_published_goes() {
+fn leftovers_of_a_killed_fill_are_removed_before_a_published_artifact_is_evicted() {
     let house = house_with_large();
     house.hub.repo("org/small").commit().generated("s.bin", 3, 6 * MIB).publish().unwrap();
     house.hub.repo("org/other").commit().generated("o.bin", 4, 20 * MIB).publish().unwrap();
@@ -205,7 +205,7 @@ fn room_that_is_needed_is_taken_from_what_was_left_before_anything_published_goe
     assert_eq!(house.staging("a"), Vec::<PathBuf>::new());
 }
 
-/// Maps the file it is given, says so, and tells the digest of what it mapped when it is told to go on.
+/// Maps a file, prints `mapped`, waits for a line on standard input, and prints the SHA-256 of the mapped bytes.
 const MAPPER: &str = r#"
 import hashlib, mmap, sys
 with open(sys.argv[1], "rb") as file:
@@ -216,7 +216,7 @@ print(hashlib.sha256(mapped).hexdigest())
 "#;
 
 #[test]
-fn a_file_that_is_mapped_or_open_without_a_lease_keeps_its_bytes_whatever_happens() {
+fn a_mapped_or_open_file_keeps_its_bytes_without_a_lease() {
     let house = House::new();
     let (old, new) = (Content::generated(1, 3 * MIB), Content::generated(2, 3 * MIB));
     house.write("old/w.bin", old.clone());
@@ -238,7 +238,7 @@ fn a_file_that_is_mapped_or_open_without_a_lease_keeps_its_bytes_whatever_happen
         let mut said = BufReader::new(mapper.stdout.take().unwrap()).lines();
         assert_eq!(said.next().unwrap().unwrap(), "mapped");
         fates.iter().for_each(|args| drop(run(args).ok()));
-        assert!(!file.exists(), "nothing of it is in the cache any more");
+        assert!(!file.exists(), "the file is no longer in the cache");
 
         mapper.stdin.take().unwrap().write_all(b"go\n").unwrap();
         assert_eq!(said.next().unwrap().unwrap(), old.sha256().unwrap(), "{fates:?}");

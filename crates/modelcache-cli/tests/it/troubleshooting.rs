@@ -1,4 +1,4 @@
-//! The page "Troubleshooting by message" is true: each message is one that the code has, each command runs.
+//! docs/troubleshooting.md: each message occurs in the source code, and each command runs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ fn page() -> String {
     fs::read_to_string(repository().join("docs/troubleshooting.md")).unwrap()
 }
 
-/// The text of all sources, with string literals in one piece.
+/// Returns the text of all source files, with continued string literals joined.
 fn sources() -> String {
     let (mut folders, mut text) = (vec![repository().join("crates")], String::new());
     while let Some(folder) = folders.pop() {
@@ -28,7 +28,7 @@ fn sources() -> String {
             }
         }
     }
-    // A literal that goes on in the next line.
+    // Joins string literals that continue on the next line.
     let mut whole = String::with_capacity(text.len());
     for piece in text.split("\\\n") {
         whole.push_str(if whole.is_empty() { piece } else { piece.trim_start() });
@@ -36,34 +36,34 @@ fn sources() -> String {
     whole.replace("\\\"", "\"")
 }
 
-/// What stands between backticks in headings of the third level.
+/// Returns the texts between backticks in headings of the third level.
 fn messages(page: &str) -> Vec<String> {
     let headings = page.lines().filter_map(|line| line.strip_prefix("### "));
     headings.flat_map(|heading| heading.split('`').skip(1).step_by(2).map(str::to_owned)).collect()
 }
 
 #[test]
-fn every_message_on_the_page_is_one_that_the_code_has() {
+fn every_message_on_the_page_occurs_in_the_code() {
     let (sources, page) = (sources(), page());
     let messages = messages(&page);
     assert!(messages.len() > 40, "{messages:?}");
-    // What the system or S3 says.
+    // Messages of the operating system.
     let foreign = ["No space left on device"];
     for message in messages.iter().filter(|message| !foreign.contains(&message.as_str())) {
         let pieces: Vec<&str> = message.split('…').map(str::trim).filter(|piece| piece.len() > 2).collect();
-        assert!(!pieces.is_empty(), "{message:?} says nothing");
+        assert!(!pieces.is_empty(), "{message:?} has no text");
         for piece in pieces {
-            assert!(sources.contains(piece), "no source says {piece:?} (of {message:?})");
+            assert!(sources.contains(piece), "no source contains {piece:?} (of {message:?})");
         }
     }
 }
 
 #[test]
-fn every_heading_is_of_a_message_and_has_something_to_do() {
+fn every_heading_is_a_message_and_has_a_remedy() {
     for section in page().split("\n### ").skip(1) {
         let (heading, body) = section.split_once('\n').unwrap();
-        assert!(heading.starts_with('`'), "{heading:?} is no message");
-        assert!(body.trim().len() > 40, "{heading:?} says nothing");
+        assert!(heading.starts_with('`'), "{heading:?} is not a message");
+        assert!(body.trim().len() > 40, "{heading:?} has no text");
     }
 }
 

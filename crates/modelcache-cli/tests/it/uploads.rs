@@ -1,4 +1,4 @@
-//! Sending large files: while they are read or filled for the first time, and what becomes of it when something fails.
+//! Uploads of large files while they are read or downloaded for the first time, and the clean-up after failures.
 
 use crate::common::*;
 use modelcache_testkit::Content;
@@ -9,15 +9,15 @@ use std::fs;
 use std::time::Duration;
 
 const REF: &str = "hf://org/model";
-/// Longer than any test.
+/// Longer than any timeout of these tests.
 const FOR_EVER: Duration = Duration::from_secs(600);
 
-/// Three parts.
+/// Content of three parts.
 fn large() -> Content {
     Content::generated(7, 20 * MIB + 5)
 }
 
-/// With a large file to be put, and a repository of one.
+/// An environment with a large file to put, and a repository with the same file.
 fn house() -> House {
     let house = House::new();
     house.write("large.bin", large());
@@ -33,32 +33,32 @@ fn claims(house: &House) -> usize {
     house.s3.keys(BUCKET).iter().filter(|key| key.ends_with("claim")).count()
 }
 
-/// Parts that the store took.
+/// Returns the number of parts that the store accepted.
 fn parts(house: &House) -> usize {
     let is_part = |seen: &&modelcache_testkit::Seen| seen.method == "PUT" && seen.query.contains("partNumber");
     house.s3.requests().iter().filter(is_part).filter(|seen| seen.status == 200).count()
 }
 
-/// Nothing of an artifact is on the remote, neither to be seen nor hidden.
+/// Asserts that the bucket has no object of an artifact and no unfinished multipart upload.
 #[track_caller]
 fn assert_clean(house: &House) {
     assert_eq!(house.s3.uploads(BUCKET), [""; 0], "unfinished uploads");
     assert_eq!((house.published_keys(), manifests(house)), (vec![], 0));
 }
 
-/// A machine that has nothing gets the large file from the remote.
+/// Asserts that an empty cache directory gets the large file from the remote, and that no upload or claim is left.
 #[track_caller]
 fn assert_on_remote(house: &House, reference: &str) {
     assert_eq!((house.s3.uploads(BUCKET), claims(house)), (vec![], 0));
     let before = house.hub.body_bytes();
     let path = house.on("fresh").run(["get", reference]).path();
     assert_same(&if path.is_dir() { path.join("large.bin") } else { path }, &large());
-    assert_eq!(house.hub.body_bytes(), before, "the remote has it");
+    assert_eq!(house.hub.body_bytes(), before, "the remote serves it");
     fs::remove_dir_all(house.path("fresh")).unwrap();
 }
 
 #[test]
-fn a_put_sends_each_part_once_to_disk_and_remote_or_to_the_remote_alone() {
+fn a_put_uploads_each_part_once_with_and_without_a_local_copy() {
     let house = house();
     for (n, options) in [&[][..], &["--tier", "remote"], &["--sidecar"]].into_iter().enumerate() {
         house.s3.clear_requests();
@@ -68,7 +68,7 @@ fn a_put_sends_each_part_once_to_disk_and_remote_or_to_the_remote_alone() {
         assert_eq!((&put["uploaded_bytes"], put["sha256"].as_str().unwrap().len()), (&large().len().into(), 64));
         assert_eq!(parts(&house), 3, "{options:?}");
         assert_on_remote(&house, &key);
-        // What is there already is not sent again.
+        // An object that is on the remote is not uploaded again.
         house.s3.clear_requests();
         house.on(&dir).run(["put", &key, "large.bin"]).ok();
         assert_eq!((parts(&house), house.s3.uploads(BUCKET).len()), (0, 0));
@@ -76,7 +76,7 @@ fn a_put_sends_each_part_once_to_disk_and_remote_or_to_the_remote_alone() {
 }
 
 #[test]
-fn new_content_of_a_size_that_another_version_has_is_sent_in_one_pass_and_equal_content_is_copied() {
+fn equal_content_is_copied_and_other_content_of_equal_size_is_uploaded_in_one_pass() {
     let house = house();
     house.on("a").run(["put", "m@1", "large.bin"]).ok();
     house.s3.clear_requests();
@@ -87,12 +87,12 @@ fn new_content_of_a_size_that_another_version_has_is_sent_in_one_pass_and_equal_
     let put = house.on("c").env("MODEL_CACHE_READ_TIMEOUT", "10m").start(["put", "m@3", "large.bin"]);
     wait_until("a part is on its way", || held.count() > 0);
     let staged: u64 = house.staging("c").iter().map(|dir| files_below(dir).len() as u64).sum();
-    assert!(staged > 0 && manifests(&house) == 2, "it is sent while it is staged");
+    assert!(staged > 0 && manifests(&house) == 2, "uploaded while it is staged");
     put.signal("KILL");
 }
 
 #[test]
-fn the_next_put_on_the_machine_sweeps_what_a_killed_one_left_and_does_not_wait_for_its_claim() {
+fn the_next_put_on_the_machine_sweeps_a_killed_upload_without_waiting_for_its_claim() {
     let house = house();
     for options in [&[][..], &["--tier", "remote"]] {
         let held = house.s3.faults().add(S3Fault::delay(FOR_EVER).method("PUT").on("partNumber=2"));
@@ -106,7 +106,7 @@ fn the_next_put_on_the_machine_sweeps_what_a_killed_one_left_and_does_not_wait_f
             (house.s3.uploads(BUCKET), claims(&house), manifests(&house)),
             (vec!["cache/m/1/large.bin".into()], 1, 0)
         );
-        // A minute's wait would be taken for a hang.
+        // Waiting a minute for the end of the claim would exceed the time limit of a run.
         house.on("a").run(put()).ok();
         assert_on_remote(&house, "m@1");
         house.on("a").run(["evict", "m@1", "--yes"]).ok();
@@ -114,9 +114,9 @@ fn the_next_put_on_the_machine_sweeps_what_a_killed_one_left_and_does_not_wait_f
 }
 
 #[test]
-fn another_machine_sweeps_what_a_killed_put_left_by_the_claims_word_or_by_looking() {
+fn another_machine_finds_a_killed_upload_by_its_claim_or_by_listing_and_sweeps_it() {
     let house = house();
-    for by_looking in [false, true] {
+    for by_listing in [false, true] {
         let held = house.s3.faults().add(S3Fault::delay(FOR_EVER).method("PUT").on("partNumber=2"));
         let killed = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "10m").start(["put", "m@1", "large.bin"]);
         wait_until("a part is on its way", || held.count() > 0);
@@ -124,8 +124,8 @@ fn another_machine_sweeps_what_a_killed_put_left_by_the_claims_word_or_by_lookin
         killed.wait();
         house.s3.faults().clear();
         house.end_claims();
-        if by_looking {
-            // As if it had been killed before it noted what it began.
+        if by_listing {
+            // As if the writer had been killed before it recorded the upload in its claim.
             let path = house.s3.object_path(BUCKET, "cache/m/1/.modelcache/claim");
             let mut claim: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
             claim.as_object_mut().unwrap().remove("uploads").unwrap();
@@ -141,7 +141,7 @@ fn another_machine_sweeps_what_a_killed_put_left_by_the_claims_word_or_by_lookin
 }
 
 #[test]
-fn an_interrupted_put_takes_back_what_it_began() {
+fn an_interrupted_put_aborts_its_uploads() {
     let house = house();
     let held = house.s3.faults().add(S3Fault::delay(FOR_EVER).method("PUT").on("partNumber=2"));
     for (signal, code) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
@@ -156,7 +156,7 @@ fn an_interrupted_put_takes_back_what_it_began() {
 }
 
 #[test]
-fn a_put_that_is_interrupted_when_all_is_read_takes_back_what_it_began() {
+fn a_put_that_is_interrupted_after_reading_its_file_aborts_its_uploads() {
     let house = house();
     let held = house.s3.faults().add(S3Fault::delay(FOR_EVER).method("PUT").on("partNumber=2"));
     for options in [&[][..], &["--tier", "remote"]] {
@@ -164,7 +164,7 @@ fn a_put_that_is_interrupted_when_all_is_read_takes_back_what_it_began() {
         let put = [&["put", "m@1", "large.bin"], options].concat();
         let put = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "10m").start(put);
         wait_until("a part is on its way", || held.count() > before);
-        // The file is read within this time, and the publish waits for the part.
+        // Within this time the file is read. The publish then waits for the part.
         std::thread::sleep(Duration::from_secs(1));
         put.signal("INT");
         assert_eq!(put.wait().code, Some(130));
@@ -176,7 +176,7 @@ fn a_put_that_is_interrupted_when_all_is_read_takes_back_what_it_began() {
 #[test]
 fn a_file_that_changes_while_a_put_reads_it_is_refused_and_nothing_is_left() {
     let house = house();
-    // More than may be on its way: the end of it is not read before the first parts have arrived.
+    // The file exceeds the limit on bytes in flight: its end is read only after the first parts are uploaded.
     for options in [&[][..], &["--tier", "remote"]] {
         let file = house.write("growing.bin", Content::generated(3, 80 * MIB));
         let slow =
@@ -194,11 +194,11 @@ fn a_file_that_changes_while_a_put_reads_it_is_refused_and_nothing_is_left() {
 }
 
 #[test]
-fn a_put_that_the_remote_fails_in_its_midst_leaves_nothing_anywhere() {
+fn a_put_that_fails_during_the_upload_leaves_nothing_behind() {
     let house = house();
     house.s3.faults().add(S3Fault::error(400, "InvalidPart", "no").method("PUT").on("partNumber=2"));
     assert_ne!(house.on("a").run(["put", "m@1", "large.bin"]).code, Some(0));
-    // But for a claim that has ended.
+    // An expired claim may remain.
     let there = house.published_keys().into_iter().filter(|key| !key.ends_with("claim"));
     assert_eq!((there.count(), house.s3.uploads(BUCKET)), (0, vec![]));
     house.assert_nothing("a");
@@ -222,7 +222,7 @@ fn a_put_for_which_the_disk_has_no_room_leaves_nothing_on_the_remote() {
 }
 
 #[test]
-fn of_two_puts_at_once_both_succeed_with_one_content_and_one_with_two() {
+fn two_concurrent_puts_both_succeed_with_equal_content_and_one_fails_otherwise() {
     let house = house();
     let both = ["a", "b"].map(|dir| house.on(dir).start(["put", "m@1", "large.bin"]));
     both.into_iter().for_each(|put| drop(put.wait().ok()));
@@ -237,9 +237,9 @@ fn of_two_puts_at_once_both_succeed_with_one_content_and_one_with_two() {
 }
 
 #[test]
-fn what_is_filled_is_sent_meanwhile_and_what_a_kill_leaves_is_swept() {
+fn a_file_is_uploaded_while_it_is_filled_and_a_killed_upload_is_swept() {
     let house = house();
-    // One range of the file stalls; the others come, and go on.
+    // One range of the file stalls. The others are downloaded and uploaded.
     house.hub.faults().add(HubFault::stall(65_536, FOR_EVER).on("large.bin").once());
     let get = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "10m").start(["get", REF]);
     wait_until("a part has arrived", || parts(&house) > 0);
@@ -253,7 +253,7 @@ fn what_is_filled_is_sent_meanwhile_and_what_a_kill_leaves_is_swept() {
 }
 
 #[test]
-fn a_fill_that_is_sent_meanwhile_is_fetched_and_sent_once() {
+fn a_fill_with_upload_transfers_each_byte_once() {
     let house = house();
     for mode in ["wait", "background"] {
         house.s3.clear_requests();
@@ -267,7 +267,7 @@ fn a_fill_that_is_sent_meanwhile_is_fetched_and_sent_once() {
 }
 
 #[test]
-fn a_remote_that_fails_while_it_is_sent_costs_the_get_nothing_and_gets_it_later() {
+fn a_failing_upload_does_not_fail_the_get_and_is_completed_later() {
     let house = house();
     house.s3.faults().add(S3Fault::internal_error().method("PUT").on("partNumber=2"));
     let run = || house.on("a").env("MODEL_CACHE_RETRY_DEADLINE", "300ms");
@@ -295,7 +295,7 @@ fn a_slow_remote_does_not_hold_up_a_get_that_does_not_wait_for_it() {
 }
 
 #[test]
-fn a_get_that_fails_takes_back_what_was_sent_meanwhile() {
+fn a_failing_get_aborts_its_uploads() {
     let house = house();
     house.hub.faults().add(HubFault::flip(12 * MIB).on("large.bin"));
     assert_eq!(house.on("a").run(["get", REF]).code, Some(5));
@@ -304,10 +304,10 @@ fn a_get_that_fails_takes_back_what_was_sent_meanwhile() {
 }
 
 #[test]
-fn a_file_that_is_filled_anew_is_sent_as_it_is_then() {
+fn a_file_that_is_downloaded_again_is_uploaded_again() {
     let house = house();
     house.hub.faults().add(HubFault::flip(12 * MIB).on("large.bin").once());
-    // What was sent of the first is still being taken back when the second is proven.
+    // The abort of the first upload is still running when the second download is verified.
     house.s3.faults().add(S3Fault::delay(Duration::from_millis(500)).method("DELETE").on("uploadId"));
     house.on("a").run(["get", REF]).path();
     assert_eq!(house.pending("a"), (0, 0));
@@ -315,7 +315,7 @@ fn a_file_that_is_filled_anew_is_sent_as_it_is_then() {
 }
 
 #[test]
-fn few_open_files_are_enough_to_send_many_meanwhile() {
+fn few_open_files_are_enough_to_upload_many_files_during_a_fill() {
     if !can_mount() {
         return;
     }
@@ -325,20 +325,20 @@ fn few_open_files_are_enough_to_send_many_meanwhile() {
     let commit = house.hub.repo("org/model").commit();
     let commit = names.iter().enumerate().fold(commit, |commit, (n, name)| commit.lfs(name, content(n)));
     commit.publish().unwrap();
-    // None of them is known to be right before all are there.
+    // No file is verified before all of them are downloaded.
     let patient = house.on("a").env("MODEL_CACHE_READ_TIMEOUT", "60s");
     let folder = patient.run_after("ulimit -n 96", &["get", REF]).path();
     names.iter().enumerate().for_each(|(n, name)| assert_same(&folder.join(name), &content(n)));
-    assert_eq!((house.pending("a"), parts(&house)), ((0, 0), 2 * names.len()), "each part was sent once");
+    assert_eq!((house.pending("a"), parts(&house)), ((0, 0), 2 * names.len()), "each part was uploaded once");
     assert_eq!((house.s3.uploads(BUCKET), claims(&house)), (vec![], 0));
 }
 
 #[test]
-fn old_unfinished_uploads_of_ours_are_swept_and_no_others() {
+fn old_orphaned_uploads_of_modelcache_are_swept_and_no_others() {
     let house = house();
     let key = |name: &str| format!("cache/{name}/1/large.bin");
     let held = house.s3.faults().add(S3Fault::delay(FOR_EVER).method("PUT").on("partNumber=1"));
-    let hang = |name: &str| {
+    let stalled_put = |name: &str| {
         let before = held.count();
         let run = house.on(name).env("MODEL_CACHE_READ_TIMEOUT", "10m");
         let put = run.start(["put", &format!("{name}@1"), "large.bin"]);
@@ -346,18 +346,18 @@ fn old_unfinished_uploads_of_ours_are_swept_and_no_others() {
         put
     };
     for name in ["old", "young", "theirs"] {
-        let put = hang(name);
+        let put = stalled_put(name);
         put.signal("KILL");
         put.wait();
     }
-    let live = hang("live");
-    // Nothing says that this one is ours.
+    let live = stalled_put("live");
+    // Without the claim, nothing shows that this upload is one of modelcache.
     house.s3.remove(BUCKET, "cache/theirs/1/.modelcache/claim").unwrap();
     for name in ["old", "theirs", "live"] {
         house.s3.age_uploads(&format!("/{name}/"), Duration::from_secs(25 * 3600));
     }
     let put = house.on("a").run(["put", "small@1", house.write("small", "x").to_str().unwrap()]).ok();
-    put.said(&["left unfinished on the remote long ago"]);
+    put.said(&["aborted orphaned multipart uploads on the remote"]);
     assert_eq!(house.s3.uploads(BUCKET), [key("live"), key("theirs"), key("young")]);
     live.signal("KILL");
     live.wait();

@@ -1,9 +1,9 @@
-//! `exec` with the real binary: what the command sees, and what it holds while it runs.
+//! `exec`: arguments, environment and exit code of the command, and the lease that it holds.
 
 use crate::common::*;
 use std::path::Path;
 
-/// A budget that `org/model` fits in, and nothing of its size beside it.
+/// A budget with room for `org/model`, and for no other artifact of that size beside it.
 const TIGHT: &str = "12MB";
 
 #[test]
@@ -19,7 +19,7 @@ fn the_command_gets_the_paths_and_nothing_else_is_on_its_output() {
 }
 
 #[test]
-fn it_is_the_same_process_and_the_code_is_the_commands() {
+fn the_command_runs_in_the_same_process_and_its_exit_code_is_kept() {
     let (house, _) = House::with_model();
     let running = house.on_local("a").start(["exec", "hf://org/model", "--", "sh", "-c", "echo $$; exit 42"]);
     let pid = running.pid();
@@ -38,14 +38,14 @@ fn a_command_that_cannot_be_run_ends_as_in_a_shell() {
 }
 
 #[test]
-fn one_reference_that_fails_and_the_command_is_not_run() {
+fn the_command_is_not_run_if_a_reference_fails() {
     let (house, _) = House::with_model();
     let args = ["exec", "hf://org/model", "hf://org/none", "--", "echo", "ran"];
     house.on_local("a").run(args).failed(3, &["hf://org/none"]);
 }
 
 #[test]
-fn what_a_running_command_uses_is_not_evicted_and_the_refusal_names_it() {
+fn an_artifact_in_use_by_a_command_is_not_evicted_and_the_refusal_names_the_process() {
     let (house, _) = House::with_model();
     house
         .hub
@@ -69,13 +69,13 @@ fn what_a_running_command_uses_is_not_evicted_and_the_refusal_names_it() {
 
     running.signal("KILL");
     assert_eq!(running.wait().code, None, "killed");
-    assert_eq!(on().run(["stats", "--json"]).object()["leases"], 0, "the kernel dropped the lease");
+    assert_eq!(on().run(["stats", "--json"]).object()["leases"], 0, "the kernel released the lease");
     on().run(["get", "hf://org/other"]).path();
-    assert!(!Path::new(&path).exists(), "what is no longer held makes room");
+    assert!(!Path::new(&path).exists(), "an artifact without a lease makes room");
 }
 
 #[test]
-fn the_hold_ends_when_the_command_ends() {
+fn the_lease_ends_when_the_command_ends() {
     let (house, _) = House::with_model();
     let ended = house.on_local("a").run(["exec", "hf://org/model", "--", "true"]).ok();
     assert_eq!(ended.stdout, "");

@@ -1,4 +1,4 @@
-//! `get --into` with the real binary: the folder is replaced as a whole, or not at all.
+//! `get --into`: the folder is replaced as a whole, or not at all.
 
 use crate::common::*;
 use modelcache_testkit::Content;
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 const MARKER: &str = ".modelcache.json";
 
-/// `org/model` in `folder`, and the marker.
+/// Asserts that `folder` holds exactly the files of `org/model` and the marker.
 #[track_caller]
 fn assert_materialized(folder: &Path) {
     let mut expected: Vec<PathBuf> = model().iter().map(|(path, _)| PathBuf::from(path)).collect();
@@ -19,7 +19,7 @@ fn assert_materialized(folder: &Path) {
     model().iter().for_each(|(path, content)| assert_same(&folder.join(path), content));
 }
 
-/// Nothing is left beside `folder`.
+/// Asserts that no temporary folder is left beside the target.
 #[track_caller]
 fn assert_no_leftover(house: &House) {
     let names = fs::read_dir(house.path(".")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -39,14 +39,14 @@ fn the_folder_is_printed_and_holds_the_files_and_another_version_replaces_all_of
     assert_eq!((view.ino(), file.permissions().mode() & 0o777), (file.ino(), 0o444));
 
     get("hf://org/other").path();
-    assert_eq!(files_below(&out), [PathBuf::from(MARKER), "only".into()], "nothing of the old one stays");
+    assert_eq!(files_below(&out), [PathBuf::from(MARKER), "only".into()], "no file of the old version stays");
     assert_no_leftover(&house);
     house.on_local("a").run(["get", "hf://org/model", "--local-dir", "out/"]).path();
     assert_materialized(&out);
 }
 
 #[test]
-fn each_way_is_taken_when_asked_for_and_told() {
+fn each_link_mode_is_used_on_request_and_reported() {
     let (house, _) = House::with_model();
     for (how, files, symlink) in [("hard", 4, false), ("copy", 4, false), ("symlink", 4, true)] {
         let args = ["get", "hf://org/model", "--into", how, "--link", how, "--json"];
@@ -64,7 +64,7 @@ fn each_way_is_taken_when_asked_for_and_told() {
 }
 
 #[test]
-fn one_file_stands_in_the_folder_under_its_path() {
+fn a_single_file_is_in_the_folder_under_its_path() {
     let (house, _) = House::with_model();
     let file = house.on_local("a").run(["get", "hf://org/model@main/sub dir/fé+%.txt", "--into", "x/out"]).path();
     assert_eq!(file, house.path("x/out/sub dir/fé+%.txt"));
@@ -74,12 +74,12 @@ fn one_file_stands_in_the_folder_under_its_path() {
 }
 
 #[test]
-fn what_others_put_there_is_never_removed() {
+fn files_of_other_programs_are_never_removed() {
     let (house, _) = House::with_model();
     let get = |dir: &str| house.on_local("a").run(["get", "hf://org/model", "--into", dir]);
     house.write("foreign/notes.txt", "mine");
     get("foreign").failed(1, &["notes.txt", "did not put there"]);
-    assert_eq!(house.hub.body_bytes(), 0, "refused before a byte moved");
+    assert_eq!(house.hub.body_bytes(), 0, "refused before any download");
     fs::create_dir(house.path("empty")).unwrap();
     get("empty").path();
     house.write("empty/checkpoints/1", "mine");
@@ -95,7 +95,7 @@ fn what_others_put_there_is_never_removed() {
 }
 
 #[test]
-fn what_the_user_changed_there_is_never_removed() {
+fn files_changed_by_the_user_are_never_removed() {
     let (house, _) = House::with_model();
     let get = || house.on_local("a").run(["get", "hf://org/model", "--into", "out", "--link", "copy"]);
     get().path();
@@ -110,7 +110,7 @@ fn what_the_user_changed_there_is_never_removed() {
 }
 
 #[test]
-fn a_copy_of_rotten_bytes_is_refused_and_the_old_folder_stays() {
+fn a_copy_of_damaged_bytes_is_refused_and_the_old_folder_stays() {
     let (house, _) = House::with_model();
     let copy = || house.on_local("a").run(["get", "hf://org/model", "--into", "out", "--link", "copy"]);
     copy().path();
@@ -126,7 +126,7 @@ fn a_copy_of_rotten_bytes_is_refused_and_the_old_folder_stays() {
 }
 
 #[test]
-fn a_folder_whose_builder_was_killed_is_removed_by_the_next_call() {
+fn the_temporary_folder_of_a_killed_call_is_removed_by_the_next_one() {
     let (house, _) = House::with_model();
     house.write(".out.modelcache-0123456789abcdef/model.safetensors", Content::generated(9, MIB));
     house.on_local("a").run(["get", "hf://org/model", "--into", "out"]).path();

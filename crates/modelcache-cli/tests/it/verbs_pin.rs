@@ -1,4 +1,4 @@
-//! `pin` and `unpin` with the real binary.
+//! `pin` and `unpin`.
 
 use crate::common::*;
 use modelcache_testkit::Content;
@@ -6,10 +6,11 @@ use serde_json::json;
 use std::fs;
 use std::path::PathBuf;
 
-/// A budget that `org/model` fits in, and nothing of its size beside it.
+/// A budget with room for `org/model`, and for no other artifact of that size beside it.
 const TIGHT: &str = "12MB";
 
-/// `org/model` is on disk; `org/other` would have to take its place.
+/// An environment with `org/model` on disk. `org/other` fits only if `org/model` is evicted. Returns the path of
+/// `org/model`, too.
 fn house() -> (House, PathBuf) {
     let (house, _) = House::with_model();
     house.hub.repo("org/other").commit().file("x", Content::generated(2, 9 * MIB)).publish().unwrap();
@@ -22,7 +23,7 @@ fn tight(house: &House) -> Run {
 }
 
 #[test]
-fn what_is_pinned_stays_and_the_refusal_tells_until_when_by_whom_and_why() {
+fn a_pinned_artifact_stays_and_the_refusal_names_end_user_and_reason() {
     let (house, path) = house();
     let pin = ["pin", "hf://org/model", "--for", "7d", "--reason", "release 4"];
     tight(&house).run(pin).ok().said(&["pinned until ", " by ops@", ": release 4"]);
@@ -52,7 +53,7 @@ fn a_pin_without_end_holds_and_one_that_has_ended_does_not() {
 
     let far = ["pin", "hf://org/model", "--for", "3000000d"];
     tight(&house).run(far).ok();
-    assert!(tight(&house).run(["inspect", "hf://org/model"]).ok().stdout.contains("pinned"), "an end beyond all dates");
+    assert!(tight(&house).run(["inspect", "hf://org/model"]).ok().stdout.contains("pinned"), "end beyond all dates");
     tight(&house).run(["pin", "hf://org/model", "--for", "0s"]).ok();
     assert_eq!(tight(&house).run(["ls", "--json"]).object()["pin"], json!(null));
     tight(&house).run(["get", "hf://org/other"]).path();
@@ -69,7 +70,7 @@ fn a_pin_that_cannot_be_read_protects() {
 }
 
 #[test]
-fn only_what_is_on_disk_can_be_pinned() {
+fn only_an_artifact_on_disk_can_be_pinned() {
     let (house, _) = house();
     for verb in ["pin", "unpin"] {
         tight(&house).run([verb, "team/model@1"]).failed(3, &["not on this disk", "modelcache get 'team/model@1'"]);

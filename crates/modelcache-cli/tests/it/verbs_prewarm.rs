@@ -1,11 +1,11 @@
-//! `prewarm` with the real binary.
+//! `prewarm`: filling a list of artifacts.
 
 use crate::common::*;
 use modelcache_testkit::Content;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
-/// `org/a` and `org/b` of 4 MiB each that share 3 of them, `org/c` of 4 MiB of its own.
+/// An environment with `org/a` and `org/b` of 4 MiB each, which share 3 MiB, and `org/c` with 4 MiB of its own.
 fn house() -> House {
     let house = House::new();
     for (name, own) in [("a", 1), ("b", 2)] {
@@ -17,7 +17,7 @@ fn house() -> House {
 }
 
 #[test]
-fn a_list_is_filled_shared_files_once_and_again_costs_nothing() {
+fn a_list_is_filled_with_shared_files_fetched_once_and_a_second_run_fetches_nothing() {
     let house = house();
     house.write("list", "# models\nhf://org/a\nhf://org/b   # shares with a\n\n");
     let args = ["prewarm", "hf://org/c", "--file", "list"];
@@ -31,18 +31,18 @@ fn a_list_is_filled_shared_files_once_and_again_costs_nothing() {
 }
 
 #[test]
-fn a_list_that_does_not_fit_is_refused_before_a_byte_moves() {
+fn a_list_that_does_not_fit_is_refused_before_any_download() {
     let house = house();
     let small = || house.on_local("d").env("MODEL_CACHE_MAX_BYTES", "9MB");
     let list = ["prewarm", "hf://org/a", "hf://org/b", "hf://org/c"];
     small().run(list).failed(6, &["needs 9.4 MB more", "at most 9.0 MB can be made free"]);
     assert_eq!(house.hub.body_bytes(), 0);
-    // Each fits alone; what is here counts as well.
+    // Each artifact fits alone. Artifacts on disk are part of the sum.
     small().run(["get", "hf://org/a"]).path();
     let here = house.hub.body_bytes();
     small().run(list).failed(6, &["needs 5.2 MB more"]);
     assert_eq!(house.hub.body_bytes(), here);
-    // What is pinned and not on the list is in the way.
+    // A pinned artifact that is not on the list takes room from it.
     small().run(["pin", "hf://org/a"]).ok();
     small().run(["prewarm", "hf://org/c"]).ok();
     small().run(["pin", "hf://org/c"]).ok();
@@ -53,12 +53,12 @@ fn a_list_that_does_not_fit_is_refused_before_a_byte_moves() {
 }
 
 #[test]
-fn what_the_list_has_here_is_not_evicted_for_the_rest_of_it() {
+fn listed_artifacts_on_disk_are_not_evicted_for_the_rest_of_the_list() {
     let house = house();
     let tight = || house.on_local("d").env("MODEL_CACHE_MAX_BYTES", "9MB");
     tight().run(["get", "hf://org/a"]).path();
     tight().run(["get", "hf://org/c"]).path();
-    // Room for two: c, used last, has to go, and not a.
+    // There is room for two artifacts. `org/c` is evicted although it was used last, because `org/a` is on the list.
     house.hub.repo("org/f").commit().file("own", Content::generated(6, 4 * MIB)).publish().unwrap();
     let got = tight().run(["prewarm", "hf://org/a", "hf://org/f"]).ok();
     got.said(&["1 artifact fetched (4.2 MB), 1 here before"]);
@@ -68,7 +68,7 @@ fn what_the_list_has_here_is_not_evicted_for_the_rest_of_it() {
 }
 
 #[test]
-fn one_that_fails_does_not_stop_the_others_and_machines_get_one_object_each() {
+fn one_failing_artifact_does_not_stop_the_others_and_json_has_one_object_each() {
     let house = house();
     let args = ["prewarm", "hf://org/a", "hf://org/none", "hf://org/b", "--jobs", "2", "--json"];
     let outcome = house.on_local("d").run(args).said(&["error: hf://org/none", "2 artifacts fetched", "1 failed"]);

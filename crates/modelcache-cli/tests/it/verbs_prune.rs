@@ -1,4 +1,4 @@
-//! `prune` with the real binary: what goes, what stays, and that what is told is what happened.
+//! `prune`: the artifacts and leftovers that it removes and keeps, and the agreement of the dry run with the result.
 
 use crate::common::*;
 use modelcache_testkit::{Content, content};
@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-/// `a`, `b` and `c`, of 1, 2 and 3 MiB, last used 3, 2 and 1 days ago; `b` shares nothing, `c` has a file of `a`, too.
+/// An environment with `a`, `b` and `c`, of 1, 2 and 3 MiB, last used 3, 2 and 1 days ago. `c` shares a file with `a`.
 fn house() -> House {
     let house = House::new();
     let shared = Content::generated(1, MIB);
@@ -28,7 +28,7 @@ fn house() -> House {
     house
 }
 
-/// Bytes on the filesystem of what counts, each inode once.
+/// Returns the bytes on the filesystem that count against the budget. Each inode counts once.
 fn counted(dir: &Path) -> u64 {
     let mut inodes = BTreeMap::new();
     for part in ["blobs", "staging", "quarantine"] {
@@ -44,17 +44,17 @@ fn references(rows: &Value) -> Vec<String> {
     rows.as_array().unwrap().iter().map(|row| text(&row["reference"])).collect()
 }
 
-/// What a rehearsal tells happens, to the byte.
+/// Runs `prune` as a dry run and then for real, asserts that both agree to the byte, and returns the report.
 #[track_caller]
 fn prune(house: &House, args: &[&str]) -> Value {
     let dir = house.path("d");
     let run = |more: &[&str]| house.on_local("d").run([&["prune", "--json"], args, more].concat()).object();
     let before = counted(&dir);
-    let told = run(&["--dry-run"]);
-    assert_eq!(counted(&dir), before, "a rehearsal changes nothing");
+    let planned = run(&["--dry-run"]);
+    assert_eq!(counted(&dir), before, "a dry run changes nothing");
     let did = run(&[]);
     for field in ["used_before_bytes", "used_bytes", "freed_bytes", "leftovers", "evicted", "kept", "reached"] {
-        assert_eq!(told[field], did[field], "{field}");
+        assert_eq!(planned[field], did[field], "{field}");
     }
     let after = counted(&dir);
     assert_eq!((&did["used_before_bytes"], &did["used_bytes"]), (&json!(before), &json!(after)), "as counted");
@@ -64,7 +64,7 @@ fn prune(house: &House, args: &[&str]) -> Value {
 }
 
 #[test]
-fn what_was_not_used_for_long_goes() {
+fn artifacts_not_used_for_long_are_removed() {
     let house = house();
     let did = prune(&house, &["--older-than", "36h"]);
     assert_eq!(references(&did["evicted"]), ["a@1", "b@1"], "least recently used first");
@@ -74,7 +74,7 @@ fn what_was_not_used_for_long_goes() {
 }
 
 #[test]
-fn the_least_recently_used_go_until_the_size_is_reached() {
+fn the_least_recently_used_are_removed_until_the_size_is_reached() {
     let house = house();
     let did = prune(&house, &["--to", "4MB"]);
     assert_eq!(
@@ -86,7 +86,7 @@ fn the_least_recently_used_go_until_the_size_is_reached() {
 }
 
 #[test]
-fn without_a_bound_only_leftovers_go() {
+fn without_a_bound_only_leftovers_are_removed() {
     let house = house();
     let junk = vec![7; 100_000];
     let digest = content::sha256(&junk);
@@ -108,20 +108,20 @@ fn without_a_bound_only_leftovers_go() {
     }
     assert_eq!(house.listed("d"), ["a@1", "b@1", "c@1"]);
     assert_eq!(house.staging("d"), Vec::<std::path::PathBuf>::new());
-    assert!(house.path("d/quarantine/misplaced-x/inside").exists(), "what was set aside stays");
+    assert!(house.path("d/quarantine/misplaced-x/inside").exists(), "a misplaced entry stays in quarantine");
 }
 
 #[test]
-fn what_is_in_use_or_pinned_stays_and_the_shortfall_is_a_failure() {
+fn artifacts_in_use_or_pinned_stay_and_a_shortfall_is_a_failure() {
     let house = house();
     house.on_local("d").env("USER", "ops").run(["pin", "a@1", "--reason", "canary"]).ok();
     let running = house.on_local("d").start(["exec", "b@1", "--", "sleep", "600"]);
     running.wait_until_it_is("sleep");
-    let told = house.on_local("d").run(["prune", "--to", "0", "--dry-run"]).ok();
+    let planned = house.on_local("d").run(["prune", "--to", "0", "--dry-run"]).ok();
     let pid = running.pid();
     let in_use = format!("kept b@1: it is in use by process {pid} (sleep)");
     let pinned = ["kept a@1: it is pinned by ops@", ": canary"];
-    assert!(told.stdout.contains(&in_use) && told.stdout.contains(pinned[0]), "{told}");
+    assert!(planned.stdout.contains(&in_use) && planned.stdout.contains(pinned[0]), "{planned}");
 
     let says = [&in_use, pinned[0], pinned[1], "are still used, more than the 0 B asked for"];
     house.on_local("d").run(["prune", "--to", "0"]).failed(6, &says);
@@ -134,7 +134,7 @@ fn what_is_in_use_or_pinned_stays_and_the_shortfall_is_a_failure() {
 }
 
 #[test]
-fn a_link_outside_the_cache_keeps_the_bytes_and_no_more_is_promised() {
+fn bytes_linked_outside_the_cache_are_not_reported_as_freed() {
     let house = house();
     fs::hard_link(house.path("d/artifacts/b/1/files/x"), house.path("kept")).unwrap();
     let did = prune(&house, &["--older-than", "36h"]);

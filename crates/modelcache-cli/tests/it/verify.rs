@@ -1,4 +1,4 @@
-//! `verify`: what no stat tells is found, withdrawn, and mended, on disk and on the remote.
+//! `verify`: damage that does not show in the metadata is found, withdrawn and repaired, on disk and on the remote.
 
 use crate::common::*;
 use modelcache_testkit::Content;
@@ -8,7 +8,7 @@ use std::fs::{self, File, FileTimes, Permissions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// One bit of a file rots: size, mode and time of change stay.
+/// Flips one bit of a file. Size, mode and modification time stay.
 fn rot(file: &Path, offset: u64) {
     let before = fs::metadata(file).unwrap();
     fs::set_permissions(file, Permissions::from_mode(0o644)).unwrap();
@@ -18,10 +18,10 @@ fn rot(file: &Path, offset: u64) {
     open.write_all_at(&[byte[0] ^ 1], offset).unwrap();
     open.set_times(FileTimes::new().set_modified(before.modified().unwrap())).unwrap();
     fs::set_permissions(file, Permissions::from_mode(0o444)).unwrap();
-    assert_eq!(fs::metadata(file).unwrap().mtime_nsec(), before.mtime_nsec(), "the rot is silent");
+    assert_eq!(fs::metadata(file).unwrap().mtime_nsec(), before.mtime_nsec(), "the metadata are as before");
 }
 
-/// `m@1`: a file of several parts and a small one, put into `dir` with the remote.
+/// Puts `m@1`, a file of several parts and a small one, into `dir` and onto the remote. Returns its path.
 fn put(house: &House, dir: &str) -> PathBuf {
     house.write("m/weights.bin", weights());
     house.write("m/config.json", "{}");
@@ -29,7 +29,7 @@ fn put(house: &House, dir: &str) -> PathBuf {
     house.on(dir).run(["get", "m@1"]).path()
 }
 
-/// Three parts of 8 MiB.
+/// Content of three parts of up to 8 MiB.
 fn weights() -> Content {
     Content::generated(5, 17 * MIB)
 }
@@ -38,7 +38,7 @@ fn objects(outcome: &Outcome) -> Vec<Value> {
     outcome.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// The only finding of a run that was asked for JSON.
+/// Returns the only finding of a run with `--json`.
 #[track_caller]
 fn finding(outcome: &Outcome) -> Value {
     let objects = objects(outcome);
@@ -49,7 +49,7 @@ fn finding(outcome: &Outcome) -> Value {
 }
 
 #[test]
-fn what_is_right_is_read_in_full_and_nothing_is_touched() {
+fn intact_artifacts_are_read_in_full_and_not_changed() {
     let house = House::new();
     put(&house, "a");
     let last_used = |house: &House| fs::metadata(house.path("a/artifacts/m/1/last-used")).unwrap().modified().unwrap();
@@ -58,7 +58,7 @@ fn what_is_right_is_read_in_full_and_nothing_is_touched() {
     assert_eq!((read.len(), &read[0]["ok"], &read[0]["files"]), (1, &true.into(), &2.into()));
     assert_eq!(read[0]["bytes"], 17 * MIB + 2);
     house.on("a").run(["verify", "m@1"]).ok().said(&["verified 1 artifact", "0 wrong"]);
-    assert_eq!(last_used(&house), before, "verifying is no use");
+    assert_eq!(last_used(&house), before, "verify does not count as a use");
     let remote = house.on("a").run(["verify", "--tier", "all", "--json"]).objects();
     assert_eq!(remote.iter().map(|row| text(&row["tier"])).collect::<Vec<_>>(), ["disk", "remote"]);
     assert!(remote.iter().all(|row| row["ok"] == true && row["bytes"] == 17 * MIB + 2), "{remote:?}");
@@ -70,7 +70,7 @@ fn silent_rot_is_found_with_its_part_and_not_served_any_more() {
     let house = House::new();
     let weights_bin = put(&house, "a").join("weights.bin");
     rot(&weights_bin, 9 * MIB);
-    assert_eq!(house.on("a").run(["get", "m@1"]).path(), house.path("a/artifacts/m/1/files"), "a lend cannot see it");
+    assert_eq!(house.on("a").run(["get", "m@1"]).path(), house.path("a/artifacts/m/1/files"), "a hit cannot see it");
     let found = house.on("a").run(["verify", "--json"]);
     assert_eq!(found.code, Some(5), "{found}");
     let finding = finding(&found);
@@ -82,9 +82,9 @@ fn silent_rot_is_found_with_its_part_and_not_served_any_more() {
     assert_eq!(files_below(&house.path("a/quarantine")).len(), 1);
 
     let again = house.on("a").run(["verify", "m@1"]);
-    assert_eq!(again.code, Some(5), "what was withdrawn is not well until it is back: {again}");
+    assert_eq!(again.code, Some(5), "a withdrawn file is reported until it is restored: {again}");
 
-    // Withdrawn: nobody is served from it, and with all sources away nobody is served.
+    // The withdrawn file is not served. With all sources down the get fails.
     house.s3.down(true);
     let refused = house.on("a").env("MODEL_CACHE_RETRY_DEADLINE", "100ms").run(["get", "m@1"]);
     assert_ne!(refused.code, Some(0), "{refused}");
@@ -95,7 +95,7 @@ fn silent_rot_is_found_with_its_part_and_not_served_any_more() {
 }
 
 #[test]
-fn people_are_told_file_part_digests_and_what_to_do() {
+fn the_text_output_names_file_part_digests_and_remedy() {
     let house = House::new();
     rot(&put(&house, "a").join("weights.bin"), 17 * MIB - 1);
     let found = house.on("a").run(["verify", "m@1"]);
@@ -109,7 +109,7 @@ fn people_are_told_file_part_digests_and_what_to_do() {
 }
 
 #[test]
-fn a_rotten_blob_is_reported_for_every_artifact_that_shares_it_and_repaired_in_each() {
+fn a_damaged_blob_is_reported_for_every_artifact_that_shares_it_and_repaired_in_each() {
     let house = House::new();
     for name in ["one", "two"] {
         house.write(&format!("{name}/shared.bin"), weights());
@@ -134,7 +134,7 @@ fn a_rotten_blob_is_reported_for_every_artifact_that_shares_it_and_repaired_in_e
     assert!(repaired.iter().all(|row| row["ok"] == true), "{repaired:?}");
     let from = |row: &Value| row["findings"].as_array().unwrap().iter().map(|f| text(&f["repaired_from"])).collect();
     let sources: Vec<Vec<String>> = repaired.iter().map(from).collect();
-    // The second finds the bytes that the first brought.
+    // The second artifact reuses the bytes that the first one fetched.
     assert_eq!(sources[0], ["remote", "remote"], "{repaired:?}");
     assert_eq!(sources[1].len(), 1, "{repaired:?}");
     for name in ["one", "two"] {
@@ -174,7 +174,7 @@ fn a_missing_view_a_cut_file_and_a_link_in_its_place_are_found_and_repaired() {
 }
 
 #[test]
-fn a_damaged_manifest_is_told_and_repaired_from_what_lies_there() {
+fn a_damaged_manifest_is_reported_and_repaired_from_the_files_on_disk() {
     let house = House::new();
     put(&house, "a");
     let manifest = house.path("a/artifacts/m/1/manifest.json");
@@ -194,13 +194,14 @@ fn a_damaged_manifest_is_told_and_repaired_from_what_lies_there() {
 }
 
 #[test]
-fn a_rotten_blob_that_no_artifact_leads_to_is_put_aside() {
+fn a_damaged_blob_without_an_artifact_is_quarantined() {
     let house = House::new();
     put(&house, "a");
     let digest = weights().sha256().unwrap();
     let blob = house.path(&format!("a/blobs/{}/{digest}", &digest[..2]));
     let bytes = fs::read(&blob).unwrap();
-    // The view gets bytes of its own, as where links are refused; then the blob, which somebody linked, rots alone.
+    // The view becomes a copy, as where links are refused. Then the blob, which has another link outside, is damaged
+    // alone.
     fs::hard_link(&blob, house.path("outside")).unwrap();
     let view = house.path("a/artifacts/m/1/files/weights.bin");
     fs::remove_file(&view).unwrap();
@@ -215,7 +216,7 @@ fn a_rotten_blob_that_no_artifact_leads_to_is_put_aside() {
 }
 
 #[test]
-fn where_nothing_can_give_it_back_the_reason_is_told_and_putting_it_again_mends_it() {
+fn an_artifact_without_another_source_is_repaired_by_putting_it_again() {
     let house = House::new();
     house.write("m/weights.bin", weights());
     house.on_local("a").run(["put", "m@1", "m"]).ok();
@@ -232,7 +233,7 @@ fn where_nothing_can_give_it_back_the_reason_is_told_and_putting_it_again_mends_
 }
 
 #[test]
-fn a_revision_is_what_it_last_meant_and_rot_is_repaired_from_the_hub() {
+fn verify_uses_the_last_known_commit_and_repairs_from_the_hub() {
     let (house, commit) = House::with_model();
     let folder = house.on_local("a").run(["get", "hf://org/model"]).path();
     rot(&folder.join("model.safetensors"), MIB);
@@ -249,7 +250,7 @@ fn a_revision_is_what_it_last_meant_and_rot_is_repaired_from_the_hub() {
 }
 
 #[test]
-fn get_verify_reads_a_hit_before_it_lends_it() {
+fn get_verify_hashes_a_hit_before_it_returns() {
     let house = House::new();
     let file = put(&house, "a").join("weights.bin");
     rot(&file, 12 * MIB);
@@ -257,7 +258,7 @@ fn get_verify_reads_a_hit_before_it_lends_it() {
     assert_same(&path.join("weights.bin"), &weights());
     house.s3.clear_requests();
     house.on("a").run(["get", "--verify", "m@1"]).path();
-    assert!(house.s3.requests().is_empty(), "a hit that is right asks nobody");
+    assert!(house.s3.requests().is_empty(), "an intact hit sends no request");
     house.assert_consistent("a");
 }
 
@@ -270,7 +271,7 @@ fn an_artifact_in_use_is_verified_and_an_eviction_does_not_wait_for_it() {
     house.on("a").run(["verify", "m@1"]).ok();
     reader.signal("KILL");
     reader.wait();
-    // 17 MiB at 4 MB a second: at work for seconds, and evicted from under it.
+    // 17 MiB at 4 MB/s take seconds, so that the eviction comes during the verification.
     let slow = house.on("a").start(["verify", "--limit-rate", "4MB", "m@1"]);
     wait_until("it reads", || {
         let fds = fs::read_dir(format!("/proc/{}/fd", slow.pid())).into_iter().flatten().flatten();
@@ -278,7 +279,7 @@ fn an_artifact_in_use_is_verified_and_an_eviction_does_not_wait_for_it() {
     });
     house.on("a").run(["evict", "--tier", "disk", "m@1"]).ok();
     let ended = slow.wait();
-    assert!(matches!(ended.code, Some(0 | 3)), "what is gone is not wrong: {ended}");
+    assert!(matches!(ended.code, Some(0 | 3)), "an evicted file is not wrong: {ended}");
     assert!(!ended.stdout.contains("bad"), "{ended}");
     house.assert_nothing("a");
 }
@@ -319,7 +320,7 @@ fn a_read_only_directory_is_verified_and_left_as_it_is() {
 }
 
 #[test]
-fn a_flipped_bit_on_the_remote_is_found_by_reading_and_written_anew_from_disk() {
+fn a_flipped_bit_on_the_remote_is_found_by_reading_and_repaired_from_disk() {
     let house = House::new();
     put(&house, "a");
     let key = house.s3_key("m/1", "weights.bin");
@@ -336,11 +337,11 @@ fn a_flipped_bit_on_the_remote_is_found_by_reading_and_written_anew_from_disk() 
     house.on("a").run(["verify", "--tier", "remote", "--repair"]).ok();
     assert!(house.s3.object(BUCKET, &key).unwrap() == weights().to_vec().unwrap());
     house.on("b").run(["verify", "--tier", "remote"]).ok();
-    assert!(house.listed("b").is_empty(), "nothing was fetched to look");
+    assert!(house.listed("b").is_empty(), "verify leaves nothing on disk");
 }
 
 #[test]
-fn missing_cut_and_replaced_objects_are_told_apart() {
+fn missing_cut_and_replaced_objects_are_distinguished() {
     let house = House::new();
     put(&house, "a");
     let key = house.s3_key("m/1", "config.json");
@@ -372,7 +373,7 @@ fn the_remote_is_repaired_from_the_origin_where_disk_has_nothing() {
 }
 
 #[test]
-fn a_copy_on_disk_that_rotted_too_is_not_what_the_remote_is_repaired_from() {
+fn the_remote_is_not_repaired_from_a_damaged_copy_on_disk() {
     let (house, commit) = House::with_model();
     let folder = house.on("a").run(["get", "hf://org/model"]).path();
     let key = house.s3_key(&format!("hf/org/model/{commit}"), "model.safetensors");
@@ -395,18 +396,18 @@ fn with_both_tiers_one_of_them_is_enough_and_neither_is_not_found() {
 }
 
 #[test]
-fn get_verify_does_not_lend_rot_of_a_lower_directory() {
+fn get_verify_does_not_serve_damage_of_a_lower_directory() {
     let house = House::new();
     rot(&put(&house, "baked").join("weights.bin"), 7);
     let run = || house.on("a").env("MODEL_CACHE_LOWER_DIR", house.path("baked"));
-    assert!(run().run(["get", "m@1"]).path().starts_with(house.path("baked")), "a lend cannot see it");
+    assert!(run().run(["get", "m@1"]).path().starts_with(house.path("baked")), "a hit cannot see it");
     let path = run().run(["get", "--verify", "m@1"]).path();
     assert!(path.starts_with(house.path("a")), "{}", path.display());
     assert_same(&path.join("weights.bin"), &weights());
 }
 
 #[test]
-fn what_nobody_has_cannot_be_repaired_on_the_remote_and_a_damaged_manifest_can_from_disk() {
+fn the_remote_is_repaired_from_disk_and_not_without_a_source() {
     let house = House::new();
     put(&house, "a");
     house.s3.flip_byte(BUCKET, &house.s3_key("m/1", "weights.bin"), 0).unwrap();
@@ -428,7 +429,7 @@ fn what_nobody_has_cannot_be_repaired_on_the_remote_and_a_damaged_manifest_can_f
 }
 
 #[test]
-fn a_stream_that_breaks_goes_on_and_a_remote_that_is_down_is_unavailable() {
+fn a_broken_stream_is_retried_and_a_remote_that_is_down_is_unavailable() {
     let house = House::new();
     put(&house, "a");
     house.s3.faults().add(S3Fault::slow_down().on("weights.bin").method("GET").times(2));

@@ -1,7 +1,7 @@
-//! Bad weather: S3, the Hub and the network between fail in every way that they are known to fail.
+//! Failures of S3, the Hub and the network, in every way that they are known to fail.
 //!
-//! What passes is waited for and never shows. What lasts ends in the right code with what failed, where and the
-//! remedy; nothing half-made is visible, and when the weather clears the same directory works.
+//! A passing failure is retried and does not show. A lasting failure ends with its exit code and a message with the
+//! artifact, the tier and a remedy. Nothing partial is visible, and the same directory works after the failure.
 
 use crate::common::*;
 use modelcache_testkit::FaultProxy;
@@ -12,17 +12,17 @@ use std::fs;
 use std::sync::Mutex;
 use std::time::Duration;
 
-/// Longer than any patience.
+/// Longer than any timeout of these tests.
 const FOR_EVER: Duration = Duration::from_secs(600);
 /// A port on which nothing listens.
-const NOBODY: &str = "http://127.0.0.1:9";
+const CLOSED_PORT: &str = "http://127.0.0.1:9";
 
-/// For what lasts: the sooner it ends, the better.
+/// Sets short timeouts, for failures that last.
 fn impatient(run: Run) -> Run {
     run.env("MODEL_CACHE_RETRY_DEADLINE", "300ms").env("MODEL_CACHE_READ_TIMEOUT", "500ms")
 }
 
-/// `org/model` at the Hub, and `m@1` on S3 only.
+/// An environment with `org/model` at the Hub and `m@1` on S3 only.
 fn house() -> House {
     let (house, _) = House::with_model();
     for (path, content) in model() {
@@ -33,8 +33,9 @@ fn house() -> House {
     house
 }
 
-/// Checks every row, a few at a time, for most of it is waiting; `check` builds a house of its own.
-fn each_in_its_own_house<T: Send>(rows: Vec<T>, check: impl Fn(T) + Sync) {
+/// Runs `check` for every row, four at a time because most of the time is waiting. Each check builds its own
+/// environment.
+fn each_in_its_own_environment<T: Send>(rows: Vec<T>, check: impl Fn(T) + Sync) {
     let rows = Mutex::new(rows.into_iter());
     let next = || rows.lock().unwrap().next();
     std::thread::scope(|scope| {
@@ -44,7 +45,7 @@ fn each_in_its_own_house<T: Send>(rows: Vec<T>, check: impl Fn(T) + Sync) {
     });
 }
 
-/// One way in which S3 can fail for good.
+/// One lasting failure of S3, with the exit code and the message to expect.
 struct S3Trouble {
     name: &'static str,
     fault: Option<S3Fault>,
@@ -78,15 +79,15 @@ fn s3_troubles() -> Vec<S3Trouble> {
         S3Trouble { fault: Some(S3Fault::hang_up()), ..row("hangs up", 7, &["127.0.0.1"]) },
         S3Trouble { fault: Some(S3Fault::delay(FOR_EVER)), ..row("silent", 7, &["127.0.0.1"]) },
         S3Trouble {
-            change: |run| run.env("AWS_ENDPOINT_URL", NOBODY),
+            change: |run| run.env("AWS_ENDPOINT_URL", CLOSED_PORT),
             ..row("down", 7, &["cannot connect to http://127.0.0.1:9", "check the endpoint"])
         },
     ]
 }
 
 #[test]
-fn s3_that_fails_for_good_is_named_and_the_origin_serves_meanwhile() {
-    each_in_its_own_house(s3_troubles(), |S3Trouble { name, fault, change, code, says }| {
+fn a_lasting_failure_of_s3_is_reported_and_the_origin_serves() {
+    each_in_its_own_environment(s3_troubles(), |S3Trouble { name, fault, change, code, says }| {
         let house = house();
         let keys = house.s3.keys(BUCKET);
         fault.map(|fault| house.s3.faults().add(fault));
@@ -97,7 +98,7 @@ fn s3_that_fails_for_good_is_named_and_the_origin_serves_meanwhile() {
         house.assert_invisible("a");
         run().run(["ls", "--remote"]).failed(code, &says);
 
-        // The Hub has it: a warning with the remedy, and the bytes.
+        // The Hub serves the artifact, with a warning that contains the remedy.
         let served = run().run(["get", "hf://org/model"]);
         assert_model(&served.path_saying(&[&says[..], &["WARN", "the remote is left out", "from origin"]].concat()));
         let refuses = run().env("MODEL_CACHE_ON_REMOTE_DOWN", "fail");
@@ -110,9 +111,9 @@ fn s3_that_fails_for_good_is_named_and_the_origin_serves_meanwhile() {
     });
 }
 
-/// Without `s3:ListBucket` a missing object looks like this, so a get takes it for one, aloud.
+/// Without `s3:ListBucket`, S3 answers 403 for a missing object. A get therefore takes 403 for a miss, with a warning.
 #[test]
-fn s3_that_denies_access_is_taken_for_empty_with_a_warning_and_written_to_by_nobody() {
+fn access_denied_is_a_miss_with_a_warning_for_a_get_and_an_error_for_a_put() {
     let house = house();
     house.s3.faults().add(S3Fault::access_denied());
     let warns = ["WARN", "403", "may just be missing", "s3:ListBucket", "models"];
@@ -129,7 +130,7 @@ fn s3_that_denies_access_is_taken_for_empty_with_a_warning_and_written_to_by_nob
 }
 
 #[test]
-fn a_remote_that_is_set_wrong_ends_in_2_and_is_never_passed_over() {
+fn a_misconfigured_remote_ends_in_2_and_is_never_skipped() {
     let house = house();
     let elsewhere = |run: Run| run.env("MODEL_CACHE_REMOTE", "s3://nobody-has-this/cache");
     let same = |run: Run| run;
@@ -155,7 +156,7 @@ fn a_remote_that_is_set_wrong_ends_in_2_and_is_never_passed_over() {
 }
 
 #[test]
-fn s3_that_fails_a_few_times_is_waited_for() {
+fn passing_failures_of_s3_are_retried() {
     let house = house();
     for fault in [
         S3Fault::slow_down().times(2),
@@ -169,11 +170,11 @@ fn s3_that_fails_a_few_times_is_waited_for() {
         let got = house.on("a").run(["get", "m@1"]);
         assert!(!got.stderr.contains("WARN"), "{shown}: {got}");
         assert_model(&got.path_saying(&["from remote"]));
-        assert!(hits.count() > 0, "{shown} struck");
+        assert!(hits.count() > 0, "{shown} was not triggered");
         house.s3.faults().clear();
         let hits = house.s3.faults().add(fault.method("PUT"));
         house.on("a").run(["put", "p@1", "mine"]).ok().said(&["to remote"]);
-        assert!(hits.count() > 0, "{shown} struck");
+        assert!(hits.count() > 0, "{shown} was not triggered");
         house.s3.faults().clear();
         assert_model(&house.on("b").run(["get", "p@1"]).path_saying(&["from remote"]));
         house.on("a").run(["evict", "p@1", "--yes"]).ok();
@@ -183,7 +184,7 @@ fn s3_that_fails_a_few_times_is_waited_for() {
 }
 
 #[test]
-fn s3_that_fails_only_for_the_bytes_gives_way_to_the_hub() {
+fn a_failure_of_s3_during_the_download_falls_back_to_the_hub() {
     let (house, commit) = House::with_model();
     house.on("publisher").run(["get", "hf://org/model"]).path();
     let reference = format!("hf://org/model@{commit}");
@@ -203,7 +204,7 @@ fn s3_that_fails_only_for_the_bytes_gives_way_to_the_hub() {
 }
 
 #[test]
-fn a_hub_that_fails_a_few_times_is_waited_for() {
+fn passing_failures_of_the_hub_are_retried() {
     let house = house();
     let body = "model.safetensors";
     for fault in [
@@ -222,14 +223,14 @@ fn a_hub_that_fails_a_few_times_is_waited_for() {
         let shown = format!("{fault:?}");
         let hits = house.hub.faults().add(fault);
         assert_model(&house.on_local("a").run(["get", "hf://org/model"]).path_saying(&["from origin"]));
-        assert!(hits.count() > 0, "{shown} struck");
+        assert!(hits.count() > 0, "{shown} was not triggered");
         house.hub.faults().clear();
         fs::remove_dir_all(house.path("a")).unwrap();
     }
 }
 
 #[test]
-fn what_is_waited_for_is_told() {
+fn a_long_wait_is_reported() {
     let house = house();
     house.hub.faults().add(HubFault::rate_limit(3).once());
     let got = house.on_local("a").env("MODEL_CACHE_RETRY_DEADLINE", "30s").run(["get", "hf://org/model"]);
@@ -237,7 +238,7 @@ fn what_is_waited_for_is_told() {
 }
 
 #[test]
-fn a_hub_that_fails_for_good_is_named() {
+fn a_lasting_failure_of_the_hub_is_reported() {
     let house = house();
     let body = "model.safetensors";
     let hub = house.hub.url();
@@ -266,7 +267,7 @@ fn a_hub_that_fails_for_good_is_named() {
         impatient(house.on("a"))
             .run(["get", "hf://org/model"])
             .failed(code, &[says, &["hf://org/model@", "origin"]].concat());
-        assert!(hits.count() > 0, "{shown} struck");
+        assert!(hits.count() > 0, "{shown} was not triggered");
         house.assert_invisible("a");
         house.hub.faults().clear();
         let keys = house.published_keys();
@@ -277,10 +278,10 @@ fn a_hub_that_fails_for_good_is_named() {
 }
 
 #[test]
-fn a_hub_that_is_not_there_is_named_with_what_to_check() {
+fn an_unreachable_hub_is_reported_with_a_remedy() {
     let house = house();
     for (endpoint, code, says) in [
-        (NOBODY, 7, &["cannot reach http://127.0.0.1:9", "check the network"][..]),
+        (CLOSED_PORT, 7, &["cannot reach http://127.0.0.1:9", "check the network"][..]),
         ("http://no-such-host.invalid", 7, &["cannot reach http://no-such-host.invalid", "check the network"]),
         ("ftp://host", 2, &["HF_ENDPOINT"]),
         ("huggingface.co", 2, &["HF_ENDPOINT"]),
@@ -294,7 +295,7 @@ fn a_hub_that_is_not_there_is_named_with_what_to_check() {
 }
 
 #[test]
-fn a_network_that_breaks_connections_is_outlasted() {
+fn passing_failures_of_the_network_are_retried() {
     let faults = vec![
         ProxyFault::refuse().times(2),
         ProxyFault::reset(0).times(2),
@@ -304,7 +305,7 @@ fn a_network_that_breaks_connections_is_outlasted() {
         ProxyFault::slow(1).once(),
         ProxyFault::unavailable(Some(1)).once(),
     ];
-    each_in_its_own_house(faults, |fault| {
+    each_in_its_own_environment(faults, |fault| {
         let house = house();
         let hub = FaultProxy::start_on(house.hub.url(), 0).unwrap();
         let s3 = FaultProxy::start_on(house.s3.endpoint(), 0).unwrap();
@@ -317,12 +318,12 @@ fn a_network_that_breaks_connections_is_outlasted() {
         let run = on(house.on_local("a").env("MODEL_CACHE_RETRY_DEADLINE", "10s"));
         let got = run.run(["get", "hf://org/plain"]).path_saying(&["from origin"]);
         assert_same(&got.join("weights.bin"), &big());
-        assert!(hits.iter().all(|hits| hits.count() > 0), "{shown} struck");
+        assert!(hits.iter().all(|hits| hits.count() > 0), "{shown} was not triggered");
     });
 }
 
 #[test]
-fn a_network_that_stays_bad_ends_in_7() {
+fn a_lasting_failure_of_the_network_ends_in_7() {
     let faults = vec![
         ProxyFault::refuse(),
         ProxyFault::reset(10),
@@ -331,7 +332,7 @@ fn a_network_that_stays_bad_ends_in_7() {
         ProxyFault::slow(1),
         ProxyFault::answer(502),
     ];
-    each_in_its_own_house(faults, |fault| {
+    each_in_its_own_environment(faults, |fault| {
         let house = house();
         let hub = FaultProxy::start_on(house.hub.url(), 0).unwrap();
         let s3 = FaultProxy::start_on(house.s3.endpoint(), 0).unwrap();

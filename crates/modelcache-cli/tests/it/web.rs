@@ -1,4 +1,4 @@
-//! Files on web servers, with the binary: servers of every kind, digests, credentials, registries as origins.
+//! Files on web servers: validators, ranges, digests, credentials, and registries as origins.
 
 use crate::common::*;
 use modelcache_testkit::{Content, Page, Ranges, Web, content};
@@ -6,7 +6,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::TcpListener;
 use std::process::{Command, Stdio};
 
-/// Gives a page a validator, by tag or by date.
+/// Adds a validator to a page: an entity tag or a date.
 type Validate = fn(Page, &str, &str) -> Page;
 
 const DATE: &str = "Wed, 25 Nov 2026 02:00:00 GMT";
@@ -20,13 +20,13 @@ fn sha256(content: &Content) -> String {
     content::sha256(&content.to_vec().unwrap())
 }
 
-/// Requests for content, without those that looked for a checksum file.
+/// Returns the number of requests for content, without those for a checksum file.
 fn for_content(web: &Web) -> usize {
     web.requests().iter().filter(|seen| !seen.path.ends_with(".sha256")).count()
 }
 
 #[test]
-fn a_file_is_asked_for_again_only_when_its_answer_is_old_and_kept_as_another_version_when_it_changed() {
+fn a_file_is_revalidated_only_after_its_answer_has_expired_and_a_changed_file_is_another_version() {
     let (house, web) = (House::new(), Web::start().unwrap());
     web.put("/m/model.bin", Page::of(big()).etag("\"one\""));
     let address = format!("{}/m/model.bin", web.url());
@@ -44,7 +44,7 @@ fn a_file_is_asked_for_again_only_when_its_answer_is_old_and_kept_as_another_ver
     assert_eq!(house.listed("c"), [format!("{name}@etag-one"), format!("{name}@etag-two")]);
     web.clear_log();
     old().run(["get", &address]).path();
-    assert_eq!(web.requests().len(), 1, "one question, and nothing changed");
+    assert_eq!(web.requests().len(), 1, "one request, and no change");
 
     web.set_down(true);
     let path = old().run(["get", &address]).path_saying(&["using the version that it last meant"]);
@@ -85,7 +85,7 @@ fn servers_of_every_kind_give_the_right_bytes() {
 }
 
 #[test]
-fn a_file_replaced_in_mid_download_is_fetched_anew_and_never_mixed() {
+fn a_file_replaced_during_the_download_is_fetched_again_and_never_mixed() {
     let pages: [(&str, Validate); 3] = [
         ("tagged", |page, tag, _| page.etag(tag)),
         ("tagged, without conditions", |page, tag, _| page.etag(tag).ignoring_conditions()),
@@ -95,7 +95,7 @@ fn a_file_replaced_in_mid_download_is_fetched_anew_and_never_mixed() {
         for version in ["", "@3"] {
             let (house, web) = (House::new(), Web::start().unwrap());
             let new = page(Page::of(other()), "\"new\"", OTHER_DATE);
-            // The first byte, one of the two parts; then the other file.
+            // Two requests (the first byte, one of the two parts) get the old file, later ones the new file.
             web.put("/model.bin", page(Page::of(big()), "\"old\"", DATE).then(2, new));
             let outcome = house.on_local("c").run(["get", &format!("{}/model.bin{version}", web.url())]);
             assert_same(&outcome.said(&["changed", "starting over"]).path(), &other());
@@ -105,12 +105,12 @@ fn a_file_replaced_in_mid_download_is_fetched_anew_and_never_mixed() {
 }
 
 #[test]
-fn a_broken_fetch_leaves_nothing_to_go_on_with_unless_a_digest_names_the_file() {
+fn a_broken_download_is_resumed_only_if_a_digest_is_known() {
     let (house, web) = (House::new(), Web::start().unwrap());
     let get = || house.on_local("c").run(["get", &format!("{}/model.bin@3", web.url())]);
     web.put("/model.bin", Page::of(big()).etag("\"old\"").broken_from(8 * MIB));
     get().failed(7, &["503"]);
-    assert_eq!(house.marked_parts("c"), 0, "whatever lies there next time may be another file");
+    assert_eq!(house.marked_parts("c"), 0, "the next answer may be another file");
     let stated = || Page::of(other()).etag("\"new\"").header("x-checksum-sha256", sha256(&other()));
     web.put("/model.bin", stated().broken_from(8 * MIB));
     get().failed(7, &["503"]);
@@ -118,7 +118,7 @@ fn a_broken_fetch_leaves_nothing_to_go_on_with_unless_a_digest_names_the_file() 
     web.put("/model.bin", stated());
     let before = web.body_bytes();
     assert_same(&get().path(), &other());
-    assert!(web.body_bytes() - before < other().len(), "everything came again");
+    assert!(web.body_bytes() - before < other().len(), "the whole file was fetched again");
 }
 
 #[test]
@@ -177,7 +177,7 @@ fn digests_in_headers_and_beside_the_file_are_checked() {
 }
 
 #[test]
-fn what_is_not_the_file_itself_is_refused() {
+fn answers_other_than_the_file_are_refused() {
     let (house, web) = (House::new(), Web::start().unwrap());
     web.put("/a.tar.gz", Page::of(big()).etag("\"x\"").header("content-encoding", "x-gzip"));
     web.put("/b.bin", Page::redirect(302, "/login"));
@@ -199,7 +199,7 @@ fn what_is_not_the_file_itself_is_refused() {
 }
 
 #[test]
-fn credentials_are_sent_where_they_are_for_and_a_refusal_says_which_were_tried() {
+fn credentials_are_sent_to_their_server_and_a_refusal_names_the_ones_that_were_sent() {
     let (house, web) = (House::new(), Web::start().unwrap());
     web.put("/bearer.bin", Page::of(big()).etag("\"b\"").wanting("Bearer canary-secret"));
     web.put("/basic.bin", Page::of(big()).etag("\"b\"").wanting("Basic YW5uOmNhbmFyeS1zZWNyZXQ="));
@@ -222,7 +222,7 @@ fn credentials_are_sent_where_they_are_for_and_a_refusal_says_which_were_tried()
     web.clear_log();
     let kept = house.on_local("c").run(["get", &format!("{}/no.bin", web.url())]);
     refused(kept, &["403", "not sent over plain http", "use https"]);
-    assert!(web.requests().iter().all(|seen| !seen.authorized()), "in the clear");
+    assert!(web.requests().iter().all(|seen| !seen.authorized()), "sent over plain http");
     house.write("home/.netrc", "machine 127.0.0.1 login ann password canary-secret extra\n");
     let warned = house.on_local("c").run(["get", &format!("{}/no.bin", web.url())]);
     refused(warned, &["the netrc", "is not used: line 1"]);
@@ -233,7 +233,7 @@ fn credentials_are_sent_where_they_are_for_and_a_refusal_says_which_were_tried()
 }
 
 #[test]
-fn a_server_that_asks_to_wait_is_waited_for_within_the_deadline() {
+fn retry_after_is_respected_within_the_deadline() {
     let (house, web) = (House::new(), Web::start().unwrap());
     let busy = |wait: &str| Page::status(429).header("retry-after", wait);
     web.put("/m.bin", busy("1").then(1, Page::of(big()).etag("\"x\"")));
@@ -256,7 +256,7 @@ fn a_registry_behind_a_template_fills_the_bare_key_and_the_next_is_asked_only_on
     assert_same(&path, &big());
     assert_eq!(house.listed("c"), ["team/a b@1%2"]);
     assert_eq!(for_content(&first), 1, "asked first");
-    // From the remote, on another machine, under the bare key.
+    // Another machine gets the file from the remote, under the bare key.
     let (before, origins) = (for_content(&second), "none");
     assert_same(&house.on("d").env("MODEL_CACHE_ORIGIN", origins).run(["get", "team/a b@1%2"]).path(), &big());
     assert_eq!(for_content(&second), before);
@@ -266,7 +266,7 @@ fn a_registry_behind_a_template_fills_the_bare_key_and_the_next_is_asked_only_on
         second.put("/m/1.tar.gz", Page::of(big()).etag("\"x\""));
         second.clear_log();
         get("m@1").failed(code, &[&status.to_string()]);
-        assert_eq!(second.requests().len(), 0, "{status} is no absence");
+        assert_eq!(second.requests().len(), 0, "{status} is not a miss");
     }
     get("nowhere@1").failed(3, &["the origin http://"]);
 }
@@ -297,9 +297,9 @@ fn pythons_own_web_server_works() {
     folder.failed(5, &["text/html"]);
 }
 
-/// A server with one file, which sends of each answer so many bytes and hangs up; it knows no ranges. The last answer is
-/// repeated.
-fn hanging_up(answers: Vec<(Vec<u8>, usize)>) -> String {
+/// Starts a server with one file and without ranges, and returns the URL. An answer is a body and the number of its
+/// bytes that are sent before the connection is closed. The last answer is repeated.
+fn server_that_hangs_up(answers: Vec<(Vec<u8>, usize)>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
@@ -323,15 +323,16 @@ fn hanging_up(answers: Vec<(Vec<u8>, usize)>) -> String {
 }
 
 #[test]
-fn a_beginning_that_comes_twice_is_hashed_as_it_was_kept() {
-    // One part, several slices: those that came before the cut were hashed already. The first answer is to a question.
+fn a_beginning_that_is_sent_twice_is_hashed_as_it_is_stored() {
+    // One part of several slices. The slices before the cut are hashed when the beginning of the file is sent again.
+    // The first answer is to the request that looks up size and validator.
     let right = content::bytes(1, 2 << 20);
     let mut damaged = right.clone();
     damaged[100] ^= 1;
     let whole = right.len();
     let digest = content::sha256(&right);
     let answers = vec![(right.clone(), whole), (right.clone(), 1_500_000), (damaged, whole), (right.clone(), whole)];
-    let address = format!("{}@3#sha256={digest}", hanging_up(answers));
+    let address = format!("{}@3#sha256={digest}", server_that_hangs_up(answers));
     let house = House::new();
     let got = house.on_local("c").run(["get", &address]);
     assert_eq!(content::sha256(&std::fs::read(got.path()).unwrap()), digest);

@@ -1,7 +1,8 @@
-"""Logs one model's files and registers them, through MLflow's own client.
+"""Logs the files of one model and registers them, with MLflow's own client.
 
-log_models.py FOLDER: prints the run's artifact address. Registers `fraud` and `fraud détection 100%`:
-1 where the files are, 2 by way of the run, 3 by way of version 1. The alias `prod` is version 1, `next` version 2.
+Usage: log_models.py FOLDER. Prints the artifact URI of the run. Registers the models `fraud` and
+`fraud détection 100%`: version 1 refers to the files, version 2 to the run, version 3 to version 1. The alias `prod` is
+version 1, `next` is version 2.
 """
 
 import sys

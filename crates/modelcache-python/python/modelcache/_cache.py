@@ -41,7 +41,7 @@ class Lease:
 
     @property
     def path(self) -> Path:
-        """The path of the file, or of the folder for an artifact with several files."""
+        """The path of the file, or of the folder if the artifact is a folder."""
         return Path(self._native.path)
 
     @property
@@ -221,7 +221,7 @@ class ModelCache:
         :param timeout: seconds after which the call fails. The bytes received are kept for the next call.
         :param progress: a function that is called with a :class:`Progress` about ten times a second on the calling
             thread, or a class such as ``tqdm.tqdm``. The function may use the cache. An exception in it ends the call.
-        :returns: the path of the file, or of the folder for an artifact with several files.
+        :returns: the path of the file, or of the folder if the artifact is a folder.
         :raises NotFoundError: no tier has the artifact (also a ``FileNotFoundError``).
         :raises UnauthorizedError: credentials are missing or refused, or the repository is gated.
         :raises UnavailableError: a service failed, or the call took longer than ``timeout``.

@@ -45,7 +45,7 @@ fn path(text: &str) -> FilePath {
     FilePath::new(text).unwrap()
 }
 
-/// Returns the error of a result that must be one. Asserts that its text contains no secret.
+/// Returns the error of `result`, which must not be a success. Asserts that its text contains no secret.
 fn failure<T>(result: Result<T>) -> Error {
     let Err(error) = result else { panic!("this must fail") };
     let printed = format!("{error} {error:?} {:?}", error.hint_text());

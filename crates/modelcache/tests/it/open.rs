@@ -351,7 +351,7 @@ async fn a_file_read_to_its_end_is_published_even_if_it_is_closed_at_once() {
     soon(file.wait(0..SIZE)).await.unwrap();
     drop(file);
     let here = OpenOptions { max_tier: Tier::Disk, ..OpenOptions::default() };
-    soon(cache.land()).await;
+    soon(cache.wait_for_fills()).await;
     open_with(&cache, "m@1", here).await.unwrap();
     assert_eq!(weather.ranges("m").len(), 64);
 }

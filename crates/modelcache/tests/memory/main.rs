@@ -121,7 +121,7 @@ fn no_document_takes_four_times_its_bytes_to_read() {
     }
     let accepted: Vec<_> = documents.iter().filter(|(name, document)| read(name, document).is_ok()).collect();
     let accepted: BTreeSet<_> = accepted.into_iter().map(|(name, _)| *name).collect();
-    // These are valid: another release may write them.
+    // These documents are accepted, because another release may write them.
     let right =
         ["a writer", "an other field in each file", "files in another order", "files without anything", "held in each"];
     assert_eq!(accepted, BTreeSet::from(right));

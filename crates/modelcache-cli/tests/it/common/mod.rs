@@ -443,26 +443,25 @@ impl Outcome {
         path.into()
     }
 
-    /// Asserts success and that standard error contains every part of `says`. Returns the path on standard output.
+    /// Asserts success and that standard error contains every one of `parts`. Returns the path on standard output.
     #[track_caller]
-    pub fn path_saying(self, says: &[&str]) -> PathBuf {
-        self.said(says).path()
+    pub fn path_saying(self, parts: &[&str]) -> PathBuf {
+        self.said(parts).path()
     }
 
-    /// Asserts exit code `code`, empty standard output, and on standard error an error, a hint and every part of
-    /// `says`.
+    /// Asserts exit code `code`, empty standard output, and on standard error an error, a hint and all of `parts`.
     #[track_caller]
-    pub fn failed(self, code: i32, says: &[&str]) -> Self {
+    pub fn failed(self, code: i32, parts: &[&str]) -> Self {
         assert_eq!(self.code, Some(code), "{self}");
         assert_eq!(self.stdout, "", "{self}");
         assert!(self.stderr.contains("error: ") && self.stderr.contains("hint: "), "no error, or no hint: {self}");
-        self.said(says)
+        self.said(parts)
     }
 
-    /// Asserts that standard error contains every part of `says`.
+    /// Asserts that standard error contains every one of `parts`.
     #[track_caller]
-    pub fn said(self, says: &[&str]) -> Self {
-        for part in says {
+    pub fn said(self, parts: &[&str]) -> Self {
+        for part in parts {
             assert!(self.stderr.contains(part), "{part:?} is not on standard error: {self}");
         }
         self
