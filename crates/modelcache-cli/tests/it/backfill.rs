@@ -53,7 +53,7 @@ fn an_upload_left_for_later_is_listed_and_completed() {
     assert_eq!(house.pending("a"), (0, 0));
     assert_eq!(files_below(&house.path("a/backfill")), Vec::<std::path::PathBuf>::new());
     assert_on_remote(&house);
-    house.on("a").run(["backfill"]).ok().said(&["0 artifacts complete"]);
+    house.on("a").run(["backfill"]).ok().said(&["nothing to upload"]);
 }
 
 #[test]
@@ -107,7 +107,7 @@ fn a_killed_upload_is_completed_by_the_next_run_that_fetches_something() {
         assert_eq!(house.s3.requests().len(), 0, "a hit sends no request");
         assert_eq!(house.pending("a").0, 1, "{mode}");
 
-        house.on("a").run(["get", OTHER]).path_saying(&["earlier runs had left this", "1 artifact complete"]);
+        house.on("a").run(["get", OTHER]).path_saying(&["pending uploads of earlier runs", "1 artifact complete"]);
         assert_eq!(house.pending("a"), (0, 0));
         assert_on_remote(&house);
         house.on("a").run(["evict", REF, "--yes"]).ok();

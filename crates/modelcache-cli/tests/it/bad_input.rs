@@ -73,7 +73,7 @@ fn a_private_repository_accepts_its_token_from_every_source() {
     get("a")
         .env("HF_TOKEN", "hf_canary-secret\nx")
         .run(["get", "hf://org/model"])
-        .failed(2, &["HF_TOKEN", "line ends"]);
+        .failed(2, &["HF_TOKEN", "line breaks"]);
     house.assert_invisible("a");
 
     let file = house.write("token", format!("{TOKEN}\n").as_str());
@@ -96,7 +96,7 @@ fn the_error_for_a_malformed_reference_shows_the_right_form() {
         ("models:/name/3", &["models:/name/3", "MLFLOW_TRACKING_URI"]),
         ("models:/name", &["models:/name", "names no version", "models:/name@alias"]),
         ("oci://registry", &["oci://registry", "names no repository"]),
-        ("https://host/", &["https://host/", "names no file"]),
+        ("https://host/", &["https://host/", "has no file name"]),
         ("https://ann:canary-secret@host/f", &["user or password", "netrc"]),
         ("https://host/f?X-Amz-Signature=canary-signature", &["a query", "put NAME@VERSION FILE"]),
         ("ftp://host/file.bin", &["ftp://host/file.bin", "write name@version"]),
@@ -138,7 +138,7 @@ fn a_digest_mismatch_is_refused_before_any_download_if_the_digest_is_known() {
     house
         .on("a")
         .run(["get", &format!("hf://org/model@main/config.json#sha256={other}")])
-        .failed(5, &["config.json", &other, "the reference demands"]);
+        .failed(5, &["config.json", &other, "does not match the digest in the reference"]);
     house.assert_invisible("a");
     fails("hf://org/model", "the artifact has");
 
@@ -197,8 +197,8 @@ fn an_unreadable_file_is_named() {
     let get = || house.on("a").unprivileged().run(["get", &format!("file://{}", house.path("mine").display())]);
     for (name, mode, back) in [("mine/secret/key.bin", 0, 0o644), ("mine/secret", 0, 0o755)] {
         open(name, mode);
-        put().failed(4, &["m@1", name, "ermission denied", "right to read it"]);
-        get().failed(4, &["origin", name, "ermission denied", "right to read it"]);
+        put().failed(4, &["m@1", name, "ermission denied", "read access to it"]);
+        get().failed(4, &["origin", name, "ermission denied", "read access to it"]);
         house.assert_invisible("a");
         open(name, back);
     }

@@ -141,7 +141,7 @@ fn an_unknown_key_names_the_nearest_known_one() {
 fn a_named_file_must_exist_and_the_usual_ones_need_not() {
     let home = Home::new();
     home.run(["stats", "--config", "none.toml"]).refused(2, &["none.toml", "--config"]);
-    home.run(["ls", "--remote"]).refused(2, &["there is no remote", "MODEL_CACHE_REMOTE"]);
+    home.run(["ls", "--remote"]).refused(2, &["no remote is configured", "MODEL_CACHE_REMOTE"]);
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn a_bad_log_filter_is_refused_by_name() {
     let home = Home::new();
     home.run_with(&[("MODEL_CACHE_LOG", "a=b=c")], &["stats"]).refused(2, &["MODEL_CACHE_LOG", "a=b=c", "debug"]);
     home.run_with(&[("MODEL_CACHE_LOG", "warning")], &["stats"])
-        .refused(2, &["MODEL_CACHE_LOG", "\"warning\" is no level"]);
+        .refused(2, &["MODEL_CACHE_LOG", "\"warning\" is not a log level"]);
     for slip in ["https://r/{name}/{verson}", "hf://{name}", "https://r/x-{version}", "https://r/{name}/{version"] {
         home.run_with(&[("MODEL_CACHE_ORIGIN", slip)], &["stats"]).refused(2, &["MODEL_CACHE_ORIGIN", "{name}"]);
     }
@@ -180,7 +180,7 @@ fn invalid_references_are_refused_with_a_remedy() {
     let home = Home::new();
     home.run(["evict", "fraud"]).refused(2, &["has no version", "hint: write NAME@VERSION"]);
     home.run(["put", "hf/org/model@1", "."]).refused(2, &["stands for a URI"]);
-    home.run(["inspect", "ftp://host/x"]).refused(2, &["no origin is called"]);
+    home.run(["inspect", "ftp://host/x"]).refused(2, &["unknown scheme"]);
 }
 
 #[test]
@@ -193,7 +193,7 @@ fn completions_know_verbs_and_flags_of_settings() {
             assert!(!script.contains(hidden), "{shell} completes a hidden verb");
         }
     }
-    home.run(["man", "sync"]).refused(2, &["no verb", "inspect"]);
+    home.run(["man", "sync"]).refused(2, &["unknown command", "inspect"]);
 }
 
 #[test]
@@ -213,7 +213,7 @@ fn manual_pages_are_roff() {
     }
     let page = home.run(["man", "get"]).answered().stdout;
     assert!(page.contains("modelcache\\-get") && page.contains("\\-\\-include"), "{page}");
-    home.run(["man", "fetch"]).refused(2, &["\"fetch\" is no verb", "verbs: get, exec, prewarm, put"]);
+    home.run(["man", "fetch"]).refused(2, &["unknown command \"fetch\"", "commands: get, exec, prewarm, put"]);
 }
 
 #[test]

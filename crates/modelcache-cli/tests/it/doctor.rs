@@ -75,7 +75,7 @@ fn no_remote_and_no_directory_yet_are_fine_and_none_is_made() {
     let house = House::new();
     let report = doctor(house.on_local("not/yet"));
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("directory", "ok", "is not there yet");
+    report.says("directory", "ok", "does not exist yet");
     report.says("remote", "ok", "none is configured");
     assert!(!house.path("not").exists());
 }
@@ -138,7 +138,7 @@ fn credentials_that_are_missing_wrong_or_expired_end_with_4() {
         (S3Fault::expired_token(), "expired"),
         (S3Fault::invalid_access_key(), "InvalidAccessKeyId"),
         (S3Fault::clock_skew(), "clock of this machine"),
-        (S3Fault::access_denied(), "no right that was tried"),
+        (S3Fault::access_denied(), "lack every permission"),
     ] {
         house.s3.faults().clear();
         house.s3.faults().add(fault);
@@ -246,7 +246,7 @@ fn a_directory_that_cannot_be_used_ends_with_8() {
     assert_eq!(report.code, Some(8), "{}", report.shown);
     let report = doctor(house.on_local("file/below"));
     assert_eq!(report.code, Some(8), "{}", report.shown);
-    report.says("directory", "problem", "no folder");
+    report.says("directory", "problem", "not a folder");
 
     house.on_local("newer").run(["stats"]).ok();
     fs::write(house.path("newer/FORMAT"), "modelcache 9\n").unwrap();
@@ -272,7 +272,7 @@ fn a_read_only_mount_and_a_full_one_are_reported() {
     let mount = format!("mount --bind {dir} {dir} && mount -o remount,ro,bind {dir}");
     let report = Report::of(house.on_local("a").run_after(&mount, &["doctor", "--json"]));
     assert_eq!(report.code, Some(8), "{}", report.shown);
-    report.says("directory", "problem", "what it holds is served");
+    report.says("directory", "problem", "its artifacts are still served");
 
     let full =
         format!("mount -t tmpfs -o size=64k none {dir} && (dd if=/dev/zero of={dir}/fill bs=4k 2>/dev/null || true)");

@@ -36,7 +36,7 @@ fn provenances(inspection: &Value) -> Vec<String> {
 }
 
 /// Part of the warning that no checksum is available.
-const UNSTATED: &str = "nobody states a checksum";
+const UNSTATED: &str = "no checksum available for";
 
 #[test]
 fn a_single_unmanaged_object_is_a_file_checked_by_its_sidecar() {

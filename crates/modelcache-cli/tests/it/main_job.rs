@@ -209,7 +209,7 @@ fn evict_removes_from_the_given_tier_and_needs_yes_for_the_last_copy() {
     assert_model(&house.on("a").run(["get", "m@1"]).path_saying(&["from remote"]));
 
     for tier in ["all", "remote"] {
-        house.on("a").run(["evict", "m@1", "--tier", tier]).failed(2, &["m@1", "nothing can give", "--yes"]);
+        house.on("a").run(["evict", "m@1", "--tier", tier]).failed(2, &["m@1", "the only copies", "--yes"]);
     }
     let would = house.on("a").run(["evict", "m@1", "--dry-run", "--json"]).object();
     assert_eq!((&would["disk_bytes"], &would["remote_bytes"]), (&json!(model_bytes()), &json!(model_bytes())));

@@ -215,7 +215,7 @@ fn models_in_a_bucket_are_read_from_the_bucket() {
     let sql = "UPDATE model_versions SET source='mlflow-artifacts:/1/x', storage_location='mlflow-artifacts:/1/x' \
                WHERE name='fraud' AND version=1";
     server.python(SQL, &[sql], &[]).unwrap();
-    run("d").run(["get", "models:/fraud/1"]).failed(7, &["does not hand on files", "--serve-artifacts"]);
+    run("d").run(["get", "models:/fraud/1"]).failed(7, &["does not serve artifacts", "--serve-artifacts"]);
     let gone = sql.replace("mlflow-artifacts:/1/x", "s3://mlflow/gone");
     server.python(SQL, &[&gone], &[]).unwrap();
     run("d").envs(house.s3.env()).run(["get", "models:/fraud/1"]).failed(3, &["no files"]);

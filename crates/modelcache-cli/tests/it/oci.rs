@@ -205,7 +205,7 @@ fn a_token_server_without_tls_on_another_host_gets_no_password() {
     gate.demand(Demand::Token(None));
     gate.realm(&format!("http://localhost:{}/token", thief.addr().port()));
     let run = house.on_local("a").env("DOCKER_CONFIG", login(&house, gate.addr()));
-    run.run(["get", &reference(gate.addr(), "org/model:v1")]).failed(4, &["without TLS", "not asked for"]);
+    run.run(["get", &reference(gate.addr(), "org/model:v1")]).failed(4, &["without TLS", "not requested"]);
     assert!(thief.requests().is_empty(), "{:?}", thief.requests());
 }
 

@@ -92,7 +92,7 @@ fn offline_mode_still_asks_the_remote_and_accepts_an_old_ref() {
     house.write("mine", "mine");
     on(&house, "b").run(["put", "org/model@main", "mine"]).ok();
     clear(&house);
-    evicts.run(["evict", "org/model@main"]).failed(2, &["nothing can give", "--yes"]);
+    evicts.run(["evict", "org/model@main"]).failed(2, &["the only copies", "--yes"]);
     assert_unasked(&house, false);
 }
 

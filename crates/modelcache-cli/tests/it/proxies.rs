@@ -85,7 +85,7 @@ fn a_proxy_that_refuses_or_is_unreachable_is_named_without_its_password() {
     let run = |addr| inside.run(addr, "ann:canary-secret@").env("SSL_CERT_FILE", &inside.roots);
     let get = ["get", "https://registry.test/m.bin"];
     let named = format!("through the proxy http://{}", proxy.addr());
-    run(proxy.addr()).run(get).failed(7, &[&named, "wants a user and password"]);
+    run(proxy.addr()).run(get).failed(7, &[&named, "requires a user and password"]);
     run(proxy.addr()).run(["get", "hf://org/model"]).failed(7, &[&named]);
     let gone = inside.proxy(None).addr();
     run(gone).run(get).failed(7, &[&format!("through the proxy http://{gone}"), "NO_PROXY"]);

@@ -72,18 +72,18 @@ fn a_tag_can_be_moved_and_moved_back() {
     for kind in Kind::BOTH {
         let house = house_of(kind);
         let get = || content(&kind.on(&house, "a").run(["get", "m@prod"]).path());
-        kind.on(&house, "ops").run(["tag", "m@1", "prod"]).ok().said(&["m@prod: new, means 1"]);
+        kind.on(&house, "ops").run(["tag", "m@1", "prod"]).ok().said(&["m@prod now points to version 1 (new tag)"]);
         assert_eq!(get(), "1");
-        kind.on(&house, "ops").run(["tag", "m@2", "prod"]).ok().said(&["m@prod: moved from 1 to 2"]);
+        kind.on(&house, "ops").run(["tag", "m@2", "prod"]).ok().said(&["m@prod now points to version 2 (was 1)"]);
         assert_eq!(get(), "2");
         let moved = kind.on(&house, "ops").run(["tag", "m@1", "prod", "--json"]).object();
         assert_eq!((&moved["from"], &moved["to"], &moved["tag"]), (&"2".into(), &"1".into(), &"prod".into()));
         assert_eq!(get(), "1");
-        kind.on(&house, "ops").run(["tag", "m@1", "prod"]).ok().said(&["still means 1"]);
+        kind.on(&house, "ops").run(["tag", "m@1", "prod"]).ok().said(&["already points to version 1"]);
 
         house.write("4", "4");
         let put = kind.on(&house, "ops").run(["put", "m@4", "4", "--tag", "prod"]);
-        put.ok().said(&["m@prod: moved from 1 to 4"]);
+        put.ok().said(&["m@prod now points to version 4 (was 1)"]);
         assert_eq!(get(), "4");
         kind.on(&house, "ops").run(["tag", "m@4", "stable"]).ok();
         let listed = kind.on(&house, "a").run(["ls", "--remote", "--json"]).objects();
@@ -93,7 +93,7 @@ fn a_tag_can_be_moved_and_moved_back() {
         let table = kind.on(&house, "a").run(["ls", "--remote"]).ok().stdout;
         assert!(table.contains("TAGS") && table.contains("prod, stable"), "{table}");
 
-        kind.on(&house, "ops").run(["tag", "--remove", "m@prod"]).ok().said(&["m@prod: removed; it meant 4"]);
+        kind.on(&house, "ops").run(["tag", "--remove", "m@prod"]).ok().said(&["m@prod: tag removed (was 4)"]);
         kind.on(&house, "a").run(["get", "m@prod"]).failed(3, &["m@prod", "not found", "ls --remote"]);
         kind.on(&house, "a").run(["get", "m@prod", "--local-files-only"]).failed(3, &["m@prod"]);
         kind.on(&house, "ops").run(["tag", "--remove", "m@prod"]).failed(3, &["m has no tag prod"]);
@@ -152,7 +152,7 @@ fn evicting_a_tagged_version_names_the_tags_and_leaves_none_behind() {
         kind.on(&house, "ops").run(["tag", "m@2", "next"]).ok();
         let run = || kind.on(&house, "a");
         assert_eq!(content(&run().run(["get", "m@prod"]).path()), "1");
-        run().run(["evict", "m@1"]).failed(2, &["the tags prod, stable", "would go with it", "--yes"]);
+        run().run(["evict", "m@1"]).failed(2, &["would delete", "the tags prod, stable", "--yes"]);
         let report = run().run(["evict", "m@1", "--dry-run", "--json"]).object();
         assert_eq!(report["tags"].to_string(), r#"["prod","stable"]"#);
         run().run(["evict", "m@1", "--tier", "disk"]).ok();
@@ -228,7 +228,7 @@ fn damaged_refs_are_ignored_and_refs_of_a_newer_format_are_refused() {
         fs::copy(&live, kind.object(&house, "m/.modelcache/refs/prod")).unwrap();
         run().run(["get", "m@prod"]).failed(3, &["WARN", "damaged"]);
         run().run(["ls", "--remote"]).ok().said(&["WARN", "left out"]);
-        run().run(["tag", "m@2", "prod"]).ok().said(&["new, means 2"]);
+        run().run(["tag", "m@2", "prod"]).ok().said(&["now points to version 2 (new tag)"]);
         assert_eq!(content(&run().run(["get", "m@prod"]).path()), "2");
 
         write_ref(kind, &house, "m/.modelcache/refs/prod", r#"{"format":2,"of":"tomorrow"}"#);
@@ -376,7 +376,7 @@ fn a_ref_on_the_remote_serves_a_new_machine_while_the_hub_is_down() {
 fn a_resolved_reference_keeps_its_meaning() {
     let (house, commit) = House::with_model();
     let run = || on(&house, "a");
-    let resolved = run().run(["resolve", "hf://org/model"]).ok().said(&["sha256 not known yet", "origin says so"]);
+    let resolved = run().run(["resolve", "hf://org/model"]).ok().said(&["sha256 not known yet", "answered by origin"]);
     assert_eq!(resolved.stdout, format!("hf://org/model@{commit}\n"));
     run().run(["resolve", "--digest", "hf://org/model"]).failed(3, &["digest", "modelcache get"]);
     assert_model(&run().run(["get", resolved.stdout.trim_end()]).path());

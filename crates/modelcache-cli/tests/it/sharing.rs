@@ -375,7 +375,7 @@ fn targets_of_links_planted_in_the_directory_are_not_changed() {
     house.on_local("a").run(["evict", "worse@1", "--yes"]);
     house.on_local("a").run(["evict", "evil@1", "--yes"]);
     let put = || house.on_local("a").run(["put", "worse@1", mine.join("1/thesis.txt").to_str().unwrap()]);
-    put().failed(8, &["worse/1", "no folder"]);
+    put().failed(8, &["worse/1", "not a folder"]);
     house.on_local("a").run(["prune"]).said(&["artifacts/evil", "artifacts/worse/1", "quarantine"]);
     put().ok();
     house

@@ -104,7 +104,7 @@ fn staged_parts_of_a_killed_fill_are_verified_before_use() {
     for part in 0..PARTS {
         file.write_all_at(&[0; 512], part * PART + PART / 2).unwrap();
     }
-    let got = run(&house, "a").run(["get", "hf://org/large"]).said(&["was wrong"]).path();
+    let got = run(&house, "a").run(["get", "hf://org/large"]).said(&["earlier run is corrupt"]).path();
     assert_large(&got);
 }
 
@@ -164,7 +164,7 @@ fn a_waiter_reports_the_progress_of_the_leader() {
     std::thread::sleep(Duration::from_millis(2500));
     waiter.signal("INT");
     let said = waiter.wait();
-    assert!(said.stderr.contains("waiting for another fill") && said.stderr.contains("of 41.9 MB"), "{said}");
+    assert!(said.stderr.contains("waiting for another download") && said.stderr.contains("of 41.9 MB"), "{said}");
     leader.signal("KILL");
     leader.wait();
 }

@@ -33,7 +33,7 @@ fn a_command_that_cannot_be_run_ends_as_in_a_shell() {
     let exec = |program: &str| house.on_local("a").run(["exec", "hf://org/model", "--", program]);
     exec("no-such-program").failed(127, &["no-such-program", "PATH"]);
     exec("{}/config.json").failed(126, &["config.json"]);
-    exec("{2}").failed(2, &["{2} stands for no reference"]);
+    exec("{2}").failed(2, &["{2} matches no reference"]);
     house.on_local("a").run(["exec", "hf://org/model"]).said(&["<CMD>"]);
 }
 

@@ -86,7 +86,7 @@ fn files_of_other_programs_are_never_removed() {
     get("empty").failed(1, &["checkpoints/1"]);
     assert_same(&house.path("empty/checkpoints/1"), &"mine".into());
     house.write("file", "mine");
-    get("file").failed(2, &["is no folder"]);
+    get("file").failed(2, &["is not a folder"]);
     get(".").failed(2, &["runs in"]);
     get("a/out").failed(2, &["outside the cache directory"]);
     let two = ["get", "hf://org/model", "hf://org/model", "--into", "two"];

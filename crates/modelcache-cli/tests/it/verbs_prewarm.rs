@@ -22,12 +22,12 @@ fn a_list_is_filled_with_shared_files_fetched_once_and_a_second_run_fetches_noth
     house.write("list", "# models\nhf://org/a\nhf://org/b   # shares with a\n\n");
     let args = ["prewarm", "hf://org/c", "--file", "list"];
     let outcome = house.on_local("d").env("MODEL_CACHE_MAX_BYTES", "10MB").run(args).ok();
-    let sizes = "3 artifacts: 9.4 MB on disk in all, 9.4 MB of it not here yet";
-    let outcome = outcome.said(&[sizes, "3 artifacts fetched", "0 here before"]);
+    let sizes = "3 artifacts: 9.4 MB in total, 9.4 MB not on disk yet";
+    let outcome = outcome.said(&[sizes, "3 artifacts downloaded", "0 already on disk"]);
     assert_eq!(outcome.stdout, "");
     assert_eq!(house.listed("d").len(), 3);
     let again = house.on_local("d").env("MODEL_CACHE_MAX_BYTES", "10MB").run(args).ok();
-    again.said(&["0 B of it not here yet", "0 artifacts fetched (0 B), 3 here before"]);
+    again.said(&["0 B not on disk yet", "0 artifacts downloaded (0 B), 3 already on disk"]);
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn listed_artifacts_on_disk_are_not_evicted_for_the_rest_of_the_list() {
     // There is room for two artifacts. `org/c` is evicted although it was used last, because `org/a` is on the list.
     house.hub.repo("org/f").commit().file("own", Content::generated(6, 4 * MIB)).publish().unwrap();
     let got = tight().run(["prewarm", "hf://org/a", "hf://org/f"]).ok();
-    got.said(&["1 artifact fetched (4.2 MB), 1 here before"]);
+    got.said(&["1 artifact downloaded (4.2 MB), 1 already on disk"]);
     let listed = house.listed("d");
     assert!(listed.iter().all(|reference| !reference.contains("org/c")), "{listed:?}");
     assert_eq!(listed.len(), 2, "{listed:?}");

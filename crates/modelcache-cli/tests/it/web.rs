@@ -161,7 +161,7 @@ fn digests_in_headers_and_beside_the_file_are_checked() {
         ("of-another", Page::of(format!("{wrong}  another.bin\n"))),
     ] {
         lay(name, None, Some(beside));
-        get(name).path_saying(&["nobody states a checksum"]);
+        get(name).path_saying(&["no checksum available"]);
         assert_eq!(provenance(name), "first-seen", "{name}");
     }
 

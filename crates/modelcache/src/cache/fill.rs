@@ -164,7 +164,7 @@ impl Cache {
 
     /// Waits for the fills that go on though nobody waits for them any more, because every byte of them has come: what
     /// they bring is published then.
-    pub async fn land(&self) {
+    pub async fn wait_for_fills(&self) {
         self.0.in_flight.finishing.finish().await;
     }
 

@@ -144,7 +144,7 @@ mod tests {
         spawnable(cache.put(key, Path::new(""), &PutOptions::default(), progress));
         spawnable(cache.backfill_pending(progress));
         spawnable(cache.finish_backfills(progress));
-        spawnable(cache.land());
+        spawnable(cache.wait_for_fills());
         spawnable(cache.make_durable());
         spawnable(cache.evict(reference, EvictTier::All, true));
         spawnable(cache.list());

@@ -1,8 +1,11 @@
-//! Lending: a shared lease, the manifest, one `stat` per file, and the last use touched.
+//! Acquiring a lease on a local artifact: shared lock, manifest, one `stat` per selected file, last use.
 //!
-//! Nothing is hashed while every file has the identity recorded for it. A file that differs is hashed then and there:
-//! right bytes get their new identity recorded, wrong ones are quarantined and uncommitted in every artifact that
-//! recorded them. On a read-only directory hits are still served, without the lease or the touch if need be.
+//! A file is hashed only if its identity is not the one that the manifest records. If its bytes are right, the new
+//! identity is recorded. If they are wrong, the file is quarantined, and `held` is cleared in every manifest that
+//! records it.
+//!
+//! A read-only directory is still served: without updating the last use, and without a lease if it has no lock file.
+//! The numbered steps are those of `docs/disk-format.md`.
 
 use super::Disk;
 use super::files;
@@ -25,51 +28,55 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The last change of a file that was withdrawn, by which it differs from every record of it.
+/// The mtime set on a file with wrong bytes. No manifest records it, so the file differs from every recorded identity.
 fn withdrawn_mtime() -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(1)
 }
 
-/// How often lending starts again after it found and mended something.
+/// Maximum number of corrections in one [`Disk::acquire`].
 const ROUNDS_MAX: usize = 1000;
 
-/// An artifact's files, held against eviction while this value lives.
+/// An artifact on this disk, protected from eviction while this value exists.
 #[derive(Debug)]
 pub(crate) struct LeasedArtifact {
     pub(crate) manifest: Arc<Manifest>,
     pub(crate) dir: ArtifactDir,
-    /// How the files share their bytes, if they were published just now.
+    /// How the views were linked, if this process has just published them.
     pub(crate) link: Option<Link>,
-    /// Whether it lies in the lower directory, which is only read.
+    /// True if the artifact is in the lower directory, which is only read.
     pub(crate) is_lower: bool,
+    /// `None` in the lower directory, and in a read-only directory without a lock file.
     pub(crate) _lease: Option<Arc<FileLock>>,
 }
 
-/// Whether a file could not be opened for want of descriptors or memory, which says nothing about the file.
+/// Returns true if a file could not be opened because descriptors or memory ran out. The file itself may be intact.
 pub(super) fn is_shortage(error: &io::Error) -> bool {
     matches!(errno(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
 }
 
-/// What lending found.
+/// Result of [`Disk::acquire`].
 #[derive(Debug)]
 pub(crate) enum AcquireOutcome {
-    /// Everything selected is here.
+    /// All selected files are on this disk, and leased.
     Leased(Box<LeasedArtifact>),
-    /// Something selected is not.
+    /// A selected file is missing or has wrong bytes.
     Absent,
-    /// An eviction is at work on it; try again in a moment.
+    /// An eviction holds the lease exclusively. Try again after a moment.
     Evicting,
 }
 
-/// How one view differs from what its manifest says.
+/// Result of hashing a view that has another identity than the recorded one.
 pub(super) enum Mismatch {
+    /// There is no regular file at its path.
     Missing,
+    /// The bytes are right; the present identity.
     Right(FileIdentity),
+    /// The bytes are wrong; the descriptor that was hashed.
     Wrong(File),
 }
 
 impl LeasedArtifact {
-    /// What a caller gets: the one file selected or the artifact's only file, else the folder.
+    /// Returns the path of the file if the selection or the artifact is a single file, otherwise of `files/`.
     pub(crate) fn path(&self, selection: &Selection) -> PathBuf {
         match (selection.one_file(), self.manifest.shape, self.manifest.files.keys().next()) {
             (Some(file), _, _) | (None, Shape::File, Some(file)) => self.dir.view(file),
@@ -80,29 +87,37 @@ impl LeasedArtifact {
 }
 
 impl Disk {
-    /// Lends what `selection` chooses of `key`, if all of it is here and right.
+    /// Acquires a lease on the selected files of `key`, if all of them are on this disk with the right bytes.
     pub(crate) fn acquire(&self, key: &ArtifactKey, selection: &Selection) -> Result<AcquireOutcome> {
         let dir = self.layout().artifact(key);
+        // Checked first, so that a miss creates no lock file.
         if files::stat(&dir.manifest())?.is_none() {
             return Ok(AcquireOutcome::Absent);
         }
+        // Step 1: take the shared lease.
         let lease = match FileLock::try_shared(&self.layout().lease(&dir)) {
             Ok(Some(lease)) => Some(lease),
             Ok(None) => return Ok(AcquireOutcome::Evicting),
+            // There is no lock file that can be opened. Serve the files without a lease.
             Err(_) if self.is_read_only() => None,
             Err(error) => return Err(error),
         };
+        // Each correction below changes a manifest, so start again at step 2 after it.
         for _ in 0..ROUNDS_MAX {
+            // Step 2: read the manifest.
             let Some(manifest) = self.shared_manifest(&dir)? else { return Ok(AcquireOutcome::Absent) };
             if !manifest.holds(selection) {
                 return Ok(AcquireOutcome::Absent);
             }
+            // The writer of an unsynced file died: hash the file, and sync it if its bytes are right.
             if !self.is_read_only() && self.is_doubtful(&manifest, selection) {
                 self.recheck(key, &dir, selection)?;
                 continue;
             }
+            // Step 3: compare the identities.
             match self.first_mismatch(&dir, &manifest, selection)? {
                 None => {
+                    // Step 4: touch `last-used`. If that fails, only the order of evictions suffers.
                     let _ = self.touch_last_used(&dir, false);
                     return Ok(AcquireOutcome::Leased(Box::new(LeasedArtifact {
                         manifest,
@@ -113,15 +128,17 @@ impl Disk {
                     })));
                 }
                 Some((path, _, _)) if self.is_read_only() => {
-                    tracing::warn!(artifact = %key, file = %path, "this copy is missing or was changed, and cannot be mended where nothing can be written");
+                    tracing::warn!(artifact = %key, file = %path, "a cached file is missing or was changed, and cannot be repaired in a read-only directory");
                     return Ok(AcquireOutcome::Absent);
                 }
                 Some((path, entry, mismatch)) => drop(self.record_mismatch(&dir, &path, &entry, mismatch)?),
             }
         }
+        // Another program keeps changing the files. Let a fill replace them.
         Ok(AcquireOutcome::Absent)
     }
 
+    /// Returns the first selected file, with its entry, that is missing or has another identity than the recorded one.
     fn first_mismatch(
         &self,
         dir: &ArtifactDir,
@@ -134,9 +151,10 @@ impl Disk {
             let Some(metadata) = views.metadata(&view).at("look at", &view)? else {
                 return Ok(Some((path.clone(), entry.clone(), Mismatch::Missing)));
             };
+            // `identity` returns `None` for an unsynced file of a dead writer.
             if writer_liveness.identity(entry) != Some(metadata.identity()) {
                 match self.check_file(&view, entry)? {
-                    // It cannot be recorded there; it is right all the same.
+                    // The new identity cannot be recorded here. Serve the file: its bytes are right.
                     Mismatch::Right(_) if self.is_read_only() => {}
                     mismatch => return Ok(Some((path.clone(), entry.clone(), mismatch))),
                 }
@@ -145,10 +163,11 @@ impl Disk {
         Ok(None)
     }
 
-    /// Hashes a view that is not the file its manifest recorded.
+    /// Hashes a view that has another identity than the recorded one.
     pub(super) fn check_file(&self, view: &RootedPath, entry: &FileEntry) -> Result<Mismatch> {
         let file = match view.open(false) {
             Ok(file) => file,
+            // The file may be intact, so report the error instead of a missing file.
             Err(error) if is_shortage(&error) || error.kind() == io::ErrorKind::PermissionDenied => {
                 return Err(error).at("open", view);
             }
@@ -159,16 +178,17 @@ impl Disk {
             return Ok(Mismatch::Missing);
         }
         let is_right = match entry.sha256 {
-            // It was withdrawn once: the medium may not have what a read still finds in memory.
+            // Withdrawn before, perhaps after a failed sync: the page cache may have bytes that the disk does not have.
             _ if before.modified() == withdrawn_mtime() => false,
             Some(digest) => hashing::has_digest(&file, digest, entry.ladder.as_ref()).at("read", view)?,
             None => false,
         };
+        // A hash is of no use if the file changed meanwhile.
         let after = Metadata::of(&file).at("look at", view)?.identity();
         if is_right && after == before.identity() { Ok(Mismatch::Right(after)) } else { Ok(Mismatch::Wrong(file)) }
     }
 
-    /// Records what was found of a view. Tells which files of which artifacts are held no more because of it.
+    /// Corrects the manifests after a mismatch. Returns the files, of any artifact, that are no longer held.
     pub(super) fn record_mismatch(
         &self,
         dir: &ArtifactDir,
@@ -176,32 +196,33 @@ impl Disk {
         entry: &FileEntry,
         mismatch: Mismatch,
     ) -> Result<Vec<(ArtifactKey, FilePath)>> {
-        let lies_there = files::stat(&dir.view(path))?;
-        let was_resized = lies_there.as_ref().is_some_and(|metadata| metadata.len() != entry.size);
-        let inode = lies_there.map(|metadata| metadata.ino()).or(entry.recorded_on_disk().map(|held| held.inode));
+        let present = files::stat(&dir.view(path))?;
+        let was_resized = present.as_ref().is_some_and(|metadata| metadata.len() != entry.size);
+        let inode = present.map(|metadata| metadata.ino()).or(entry.recorded_on_disk().map(|held| held.inode));
         let blob = entry.sha256.map(|digest| files::stat(&self.layout().blob(&digest))).transpose()?.flatten();
         if was_resized || inode != blob.map(|metadata| metadata.ino()) {
-            // Bytes of its own, which counted by themselves, came or went; or what was counted takes other room by now.
+            // The view was not a link to its blob, and counted by itself; or its size changed. Either way the recorded
+            // total may be wrong. Leave the record dirty, so that the next holder counts again.
             let mut hold = self.hold_budget()?;
             hold.distrust()?;
             hold.release()?;
         }
         match mismatch {
             Mismatch::Missing => self.edit_manifest(dir, |manifest| {
+                // Look again under the budget lock: a fill may have published the view meanwhile.
                 let missing = files::stat(&dir.view(path)).is_ok_and(|metadata| !metadata.is_some_and(|m| m.is_file()));
                 manifest.files.get_mut(path).filter(|_| missing).map(|entry| entry.held = None).is_some()
             })?,
-            // What is recorded is durable. That the medium refuses it is told, and found again as a missing file.
+            // An identity is recorded after the file is synced. If the sync fails, `make_durable` logs the error and
+            // withdraws the file; the caller then finds it not held.
             Mismatch::Right(identity) => drop(self.make_durable(dir, &[(path.clone(), entry.clone(), identity)])?),
             Mismatch::Wrong(file) => return self.withdraw(dir, path, entry, &file),
         }
         Ok(Vec::new())
     }
 
-    /// A file's bytes are wrong: no artifact may go on claiming to hold them.
-    ///
-    /// The inode's mtime is spoilt first, through the descriptor that was hashed: one call makes every link of it,
-    /// recorded anywhere, differ from its record.
+    /// Quarantines a file with wrong bytes, and clears `held` in every manifest that records its inode. Returns the
+    /// files that are no longer held.
     fn withdraw(
         &self,
         dir: &ArtifactDir,
@@ -209,35 +230,40 @@ impl Disk {
         entry: &FileEntry,
         file: &File,
     ) -> Result<Vec<(ArtifactKey, FilePath)>> {
-        tracing::warn!(artifact = %dir.path(), file = %path, "a cached file is not what it was; it is withdrawn, and the next get fetches it again");
+        tracing::warn!(artifact = %dir.path(), file = %path, "a cached file was changed or damaged; it is withdrawn, and the next get downloads it again");
+        // Quarantine, step 1: change the mtime through the descriptor that was hashed. By this one call, all hard links
+        // of the inode differ from every recorded identity.
         let _ = file.set_times(fs::FileTimes::new().set_modified(withdrawn_mtime()));
         let inode = Metadata::of(file).at("look at", &dir.view(path))?.ino();
+        // Step 2: move the blob to quarantine.
         if let Some(digest) = entry.sha256 {
             self.quarantine_inode(&digest, inode)?;
         }
-        let mut uncommitted = Vec::new();
+        // Step 3: clear `held` in every manifest that records the inode.
+        let mut withdrawn = Vec::new();
         for artifact in self.scan()? {
             let records = |entry: &FileEntry| entry.recorded_on_disk().is_some_and(|held| held.inode == inode);
             let Some(manifest) = artifact.manifest else { continue };
             let recording = manifest.files.iter().filter(|(_, entry)| records(entry));
             let recording: Vec<_> = recording.map(|(path, _)| (manifest.key.clone(), path.clone())).collect();
             if !recording.is_empty() {
-                uncommitted.extend(recording);
+                withdrawn.extend(recording);
                 self.edit_manifest(&artifact.dir, |manifest| {
                     manifest.files.values_mut().filter(|entry| records(entry)).map(|entry| entry.held = None).count()
                         > 0
                 })?;
             }
         }
-        // The record may name another inode than the one that lies there now.
+        // If the manifest of `dir` recorded another inode than the one that was hashed, its entry is wrong, too.
         self.edit_manifest(dir, |manifest| {
-            let lies_there = files::stat(&dir.view(path)).ok().flatten().map(|metadata| metadata.identity());
-            let entry = manifest.files.get_mut(path).filter(|e| e.held.is_some() && e.recorded_on_disk() != lies_there);
+            let present = files::stat(&dir.view(path)).ok().flatten().map(|metadata| metadata.identity());
+            let entry = manifest.files.get_mut(path).filter(|e| e.held.is_some() && e.recorded_on_disk() != present);
             entry.map(|entry| entry.held = None).is_some()
         })?;
-        Ok(uncommitted)
+        Ok(withdrawn)
     }
 
+    /// Moves the blob of `digest` to quarantine if it is `inode`.
     pub(super) fn quarantine_inode(&self, digest: &Digest, inode: u64) -> Result<()> {
         let blob = self.layout().blob(digest);
         let mut hold = self.hold_budget()?;
@@ -248,30 +274,33 @@ impl Disk {
         hold.release()
     }
 
-    /// Changes a manifest in one budget hold; `edit` tells whether it changed anything.
+    /// Changes the manifest of `dir` in one critical section. `edit` returns true if it changed anything.
     pub(super) fn edit_manifest(&self, dir: &ArtifactDir, edit: impl FnOnce(&mut Manifest) -> bool) -> Result<()> {
         let mut hold = self.hold_budget()?;
         if let Some(mut manifest) = self.read_manifest(dir)?
             && edit(&mut manifest)
         {
+            // The change log first, so that other processes read this manifest again.
             hold.begin_change_of(dir)?;
             files::replace(&dir.manifest(), &manifest.to_bytes()?, &self.layout().stagings())?;
         }
         hold.release()
     }
 
-    /// Sets the last use to now; with `create`, makes the file if it is missing. Whoever may write the file may do this:
-    /// "now" needs no ownership, as any other time would.
+    /// Sets the mtime of `last-used` to now. With `create`, creates the file if it is missing.
+    ///
+    /// Setting the time to "now" needs write access only. Any other time would need ownership of the file.
     pub(crate) fn touch_last_used(&self, dir: &ArtifactDir, create: bool) -> Result<()> {
         let path = dir.last_used();
-        // The usual case, in one call. A link is touched itself, not what it points to.
+        // The usual case takes one system call. A symbolic link is touched itself, not its target.
         let touched = path.touch();
         if touched.is_ok() || !create {
             return touched.at("touch", &path);
         }
         let open = || modes::open_shared(&path);
         let file = match open() {
-            // Made by another user before the directory was shared; its folder lets us replace it.
+            // Another user created the file before the directory was shared. Write access to the folder is enough to
+            // replace it.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 files::remove_file(&path)?;
                 open()

@@ -1,14 +1,12 @@
-//! The byte budget: one short lock, one record, room made before anything is written.
+//! The byte budget: a short lock, a record of the counted bytes, and making room before anything is written.
 //!
-//! Counted are the allocated bytes of blobs, quarantine and staging, and what live fills have reserved beyond that. The
-//! record keeps the total of blobs, quarantine and views that no blob stands behind; it is marked dirty before a change
-//! and written after it, so that whoever finds it dirty (or from another boot) counts again instead of trusting it.
-//! Whoever holds the budget waits for nothing: other locks are tried once.
-//!
-//! Manifests change within budget holds, and each change is announced in the change log first, so that a process that has
-//! read the directory once keeps up with what others do. Making room then costs what goes, not what is there: victims are
-//! sought from the least recently used on, and only as many are looked at as are needed. The directory is looked through
-//! as a whole the first time that a process is short of room, rarely after that, and always before room is refused.
+//! - Counted are the allocated bytes of blobs, quarantine, staging, temporary files and views without a blob, plus the
+//!   bytes that running fills have reserved beyond those they have written.
+//! - The record is marked dirty before a change and written after it. A record that is dirty or of another boot is not
+//!   used: the holder of the lock counts again.
+//! - The holder of the budget lock waits for nothing. It tries other locks once.
+//! - A manifest changes only under the budget lock, after a line in the change log. A process that read the directory
+//!   once learns of later changes from the log, so making room reads the evicted artifacts and not the whole directory.
 
 use super::change_log::Position;
 use super::files;
@@ -32,93 +30,104 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// How long to wait for the budget lock, which is held for moments.
+/// How long to wait for the budget lock. It is normally held for milliseconds.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
-/// Bytes of the record; it is padded, so that a shorter one leaves nothing of a longer one.
+/// Bytes of the record. It is padded to this size, so that a shorter one overwrites a longer one completely.
 const RECORD_BYTES: usize = 256;
-/// How long something must have been left alone before it is evicted or swept where locks do not tell who uses it.
+/// Minimum time without a change before an artifact or a leftover may be removed where locks do not exclude.
 const IDLE_MIN: Duration = Duration::from_secs(3600);
-/// How long after a release was last seen that announces no change one of its changes may still be under way.
+/// How long the change log is ignored after an older release, which writes no lines to it, was last seen. That release
+/// may still be changing a manifest.
 const MIXED_MAX: Duration = Duration::from_secs(600);
-/// How often a process that is short of room looks through the whole directory for what nobody can use any more.
-const SWEEP_EVERY: Duration = Duration::from_secs(6 * 3600);
-/// What a file's last block may waste.
+/// Interval at which a process that is short of room sweeps the whole directory for leftovers.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(6 * 3600);
+/// Assumed size of a filesystem block; the allocated bytes of a file are a multiple of it.
 const BLOCK_BYTES: u64 = 4096;
 
+/// The budget record. It is stored in the lock file as JSON.
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
+    /// Allocated bytes of blobs, quarantine, and views without a blob.
     total: u64,
+    /// True while a change is under way, and until a holder counts again if the total is not known.
     dirty: bool,
     boot_id: String,
+    /// The last holder of the lock, for messages.
     pid: u32,
-    /// How far the change log goes; older releases leave it out.
+    /// End of the change log. Older releases leave it out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     changes: Option<Position>,
-    /// When such a release was last seen to write this, in seconds since the Unix epoch.
+    /// When an older release was last seen to write the record, in seconds since the Unix epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     mixed_unix: Option<u64>,
 }
 
-/// What this process tidied up in the directory, and what it knows to be left.
+/// State of the sweeps by this process.
 #[derive(Debug, Default)]
 pub(super) struct Maintenance {
-    /// When all of it was last looked through.
+    /// Time of the last sweep of the whole directory; `None` if the next one is due at once.
     swept: Option<Instant>,
-    /// Blobs that may have lost their last link beside their own since.
+    /// Blobs that may have lost their last link from outside `blobs/` since then.
     orphans: BTreeSet<Digest>,
 }
 
-/// The budget lock, held. Changes must end with [`release`](Self::release); otherwise the next holder counts again.
+/// The budget lock, held. After a change, call [`release`](Self::release); otherwise the next holder counts again.
 #[derive(Debug)]
 pub(crate) struct BudgetHold<'disk> {
     disk: &'disk Disk,
     lock: FileLock,
     /// Allocated bytes of blobs, quarantine, and views without a blob.
     total: u64,
+    /// True if the record on disk is marked dirty.
     dirty: bool,
-    /// The total is no longer known: count again at the next sweep, or let the next holder do it.
+    /// True if the total is not known. The next sweep of this hold counts again; else the next holder does.
     distrusted: bool,
-    /// How far the change log went when the hold began, and goes now.
+    /// End of the change log when the hold began.
     began_at: Position,
+    /// End of the change log now.
     at: Position,
-    /// When a release that announces no change was last seen, unless that is long ago.
+    /// When an older release was last seen, in seconds since the Unix epoch; `None` if not in the last [`MIXED_MAX`].
     mixed_unix: Option<u64>,
-    /// Whether the index has been brought up to the beginning of this hold.
-    is_synced: bool,
-    /// Artifacts whose manifests this hold is changing.
+    /// True if the index includes all changes up to `began_at`.
+    index_is_current: bool,
+    /// Artifacts that this hold is changing. The index reads their manifests again at each use.
     announced: Vec<ArtifactDir>,
-    /// Links from staging and quarantine to each inode, counted when first asked for.
+    /// Number of links from staging and quarantine by inode; counted at the first use.
     private_links: Option<HashMap<u64, u64>>,
-    /// Files whose bytes were found right before this hold began.
+    /// Files that were hashed before this hold began, and have the bytes of the digest under this identity.
     pub(super) found_right: Vec<(Digest, FileIdentity)>,
 }
 
-/// What counts, by kind.
+/// Bytes that count against the budget, by kind.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Usage {
     /// Blobs, quarantine, and views without a blob.
     pub(crate) published: u64,
-    /// What fills have written.
+    /// Staging folders.
     pub(crate) staging: u64,
-    /// What live fills have reserved beyond what they have written.
+    /// Bytes that running fills have reserved and not yet written.
     pub(crate) reserved: u64,
-    /// Temporary files in the staging folder, of living and dead writers.
+    /// Temporary files directly in `staging/`, of running and dead writers.
     pub(crate) temporary: u64,
 }
 
 impl Usage {
+    /// Returns the sum, which is compared with the budget.
     pub(crate) fn counted(&self) -> u64 {
         self.published + self.staging + self.reserved + self.temporary
     }
 }
 
-/// Bytes that a file of `size` bytes will take.
+/// Returns the bytes that a file of `size` bytes is expected to take on disk.
 pub(crate) fn allocated_for(size: u64) -> u64 {
     size.next_multiple_of(BLOCK_BYTES)
 }
 
 impl Disk {
-    /// Takes the budget lock, within a bounded time.
+    /// Takes the budget lock.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unavailable`] if another process holds it for longer than [`LOCK_WAIT_MAX`].
     pub(crate) fn hold_budget(&self) -> Result<BudgetHold<'_>> {
         let path = self.layout().budget_lock();
         let started = Instant::now();
@@ -130,7 +139,7 @@ impl Disk {
             }
         };
         let record = read_record(lock.file());
-        let (at, mixed_unix) = standing_of(record.as_ref());
+        let (at, mixed_unix) = log_state(record.as_ref());
         let mut hold = BudgetHold {
             disk: self,
             lock,
@@ -140,15 +149,16 @@ impl Disk {
             began_at: at,
             at,
             mixed_unix,
-            is_synced: false,
+            index_is_current: false,
             announced: Vec::new(),
             private_links: None,
             found_right: Vec::new(),
         };
         match record {
-            // Two may hold it at once, and each overwrites what the other counted.
+            // Two processes may hold the lock at once and overwrite each other's total, so count.
             Some(_) if !self.locks_are_honest() => hold.total = self.published_bytes()?,
             Some(record) if !record.dirty && record.boot_id == boot_id() => hold.total = record.total,
+            // The record is new, damaged, dirty, or from before a reboot that may have lost changes.
             _ => hold.recount()?,
         }
         Ok(hold)
@@ -156,7 +166,7 @@ impl Disk {
 }
 
 impl Disk {
-    /// Counts blobs, quarantine, and views that no blob stands behind.
+    /// Counts the allocated bytes of blobs, quarantine, views without a blob, and temporary files beside manifests.
     pub(crate) fn published_bytes(&self) -> Result<u64> {
         let (mut total, mut counted) = (0, HashSet::new());
         let layout = self.layout();
@@ -170,6 +180,7 @@ impl Disk {
         for name_dir in files::entries(&layout.artifacts())? {
             for version_dir in files::entries(&name_dir)? {
                 total += self.temporaries(&version_dir)?.iter().map(|file| file.allocated()).sum::<u64>();
+                // A view that is a link to a blob was counted with the blob.
                 files::walk(&ArtifactDir(version_dir).files(), &mut |_, metadata| {
                     if counted.insert(metadata.ino()) {
                         total += metadata.allocated();
@@ -181,8 +192,9 @@ impl Disk {
         Ok(total)
     }
 
-    /// Whether nobody has been at work on the artifact or staging in `dir` for long: of two signs that it is not in use
-    /// the one that needs no locks. Always, where locks tell.
+    /// Returns true if the artifact or staging folder `dir` was not changed for [`IDLE_MIN`].
+    ///
+    /// Always returns true where locks exclude: there, a lock shows whether `dir` is in use.
     pub(crate) fn is_idle(&self, dir: &RootedPath) -> Result<bool> {
         if self.locks_are_honest() {
             return Ok(true);
@@ -196,12 +208,12 @@ impl Disk {
 }
 
 impl BudgetHold<'_> {
-    /// The directory whose budget is held.
+    /// Returns the directory that this budget lock belongs to.
     pub(crate) fn disk(&self) -> Disk {
         self.disk.clone()
     }
 
-    /// Marks the record dirty, before the first change.
+    /// Marks the record dirty. Call this before each change of counted files.
     pub(crate) fn begin_change(&mut self) -> Result<()> {
         if !self.dirty {
             self.dirty = true;
@@ -210,56 +222,60 @@ impl BudgetHold<'_> {
         Ok(())
     }
 
-    /// Announces that the manifest of the artifact in `dir` is about to change, or to go.
+    /// Adds the artifact in `dir` to the change log, and marks the record dirty. Call this before its manifest is
+    /// changed or removed.
     pub(crate) fn begin_change_of(&mut self, dir: &ArtifactDir) -> Result<()> {
+        // First the line, then the record with the new length. A line that the record does not cover is overwritten.
         let folder = below_artifacts(self.disk, dir);
-        self.at = folder.map_or_else(Position::fresh, |folder| self.at.note(&self.disk.layout().changes(), &folder));
+        self.at = folder.map_or_else(Position::fresh, |folder| self.at.append(&self.disk.layout().changes(), &folder));
         self.announced.push(dir.clone());
         self.dirty = true;
         self.write_record()
     }
 
-    /// The change of the artifact in `dir` is made.
+    /// Updates the index after a change of the artifact in `dir`.
     fn end_change_of(&mut self, dir: &ArtifactDir) -> Result<()> {
         self.announced.retain(|announced| announced != dir);
-        if self.is_synced { lock(&self.disk.0.index).refresh(self.disk, dir) } else { Ok(()) }
+        if self.index_is_current { lock(&self.disk.0.index).refresh(self.disk, dir) } else { Ok(()) }
     }
 
-    /// What the artifacts hold, as of now. Keep it for no longer than a question takes.
+    /// Returns the index as of now. Drop the guard before the next call of this hold, which may lock the index again.
     pub(super) fn index(&mut self) -> Result<MutexGuard<'_, Index>> {
         let mut index = lock(&self.disk.0.index);
-        // What was changed without a word, or by two at once, is seen by reading everything only.
-        let is_told = self.disk.locks_are_honest() && self.mixed_unix.is_none();
-        let is_current = self.is_synced || is_told && index.catch_up(self.disk, self.began_at)?;
+        // The log is incomplete if an older release, or two holders at once, may have changed manifests.
+        let is_logged = self.disk.locks_are_honest() && self.mixed_unix.is_none();
+        let is_current = self.index_is_current || is_logged && index.catch_up(self.disk, self.began_at)?;
         if !is_current {
             *index = Index::read(self.disk, self.began_at)?;
         }
-        self.is_synced = true;
+        self.index_is_current = true;
+        // The lines of this hold come before its changes, so the index may not have their outcome yet.
         for dir in &self.announced {
             index.refresh(self.disk, dir)?;
         }
         Ok(index)
     }
 
-    /// Counts bytes that became a blob or went into quarantine.
+    /// Adds the bytes of a new blob, or of a new view without a blob.
     pub(crate) fn add(&mut self, bytes: u64) {
         debug_assert!(self.dirty, "a change is announced before it is made");
         self.total += bytes;
     }
 
-    /// Takes off bytes that were removed.
+    /// Subtracts the bytes of a file that is removed.
     pub(crate) fn subtract(&mut self, bytes: u64) {
         debug_assert!(self.dirty, "a change is announced before it is made");
         self.total = self.total.saturating_sub(bytes);
     }
 
-    /// The total can no longer be told from what was added and taken off.
+    /// Marks the total as not known. The next sweep of this hold counts again. Without one, the record stays dirty, and
+    /// the next holder counts.
     pub(crate) fn distrust(&mut self) -> Result<()> {
         self.distrusted = true;
         self.begin_change()
     }
 
-    /// Writes the total and lets go of the lock.
+    /// Writes the record and releases the lock.
     pub(crate) fn release(mut self) -> Result<()> {
         if self.dirty && !self.distrusted {
             self.dirty = false;
@@ -268,8 +284,9 @@ impl BudgetHold<'_> {
         Ok(())
     }
 
+    /// Writes the record, padded to [`RECORD_BYTES`]. It is not synced: after a reboot the next holder counts again.
     fn write_record(&self) -> Result<()> {
-        // Where two may hold it at once no total is worth trusting: whoever comes next counts.
+        // Where two processes may hold the lock at once, the total is not reliable: the next holder counts.
         let dirty = self.dirty || !self.disk.locks_are_honest();
         let (changes, mixed_unix) = (Some(self.at), self.mixed_unix);
         let record =
@@ -279,7 +296,7 @@ impl BudgetHold<'_> {
         self.lock.file().write_all_at(&bytes, 0).at("write", &self.disk.layout().budget_lock())
     }
 
-    /// Sweeps what crashes left and counts what is published anew.
+    /// Sweeps the directory, counts the published bytes again, and writes a clean record.
     fn recount(&mut self) -> Result<()> {
         self.distrust()?;
         self.sweep()?;
@@ -287,7 +304,7 @@ impl BudgetHold<'_> {
         self.write_record()
     }
 
-    /// Counts what is published anew.
+    /// Counts the published bytes again.
     pub(super) fn count(&mut self) -> Result<()> {
         self.begin_change()?;
         self.total = self.disk.published_bytes()?;
@@ -295,7 +312,7 @@ impl BudgetHold<'_> {
         Ok(())
     }
 
-    /// What counts now.
+    /// Returns the counted bytes as of now.
     pub(crate) fn usage(&self) -> Result<Usage> {
         let mut usage = Usage { published: self.total, ..Usage::default() };
         for staging in self.disk.stagings()? {
@@ -307,35 +324,43 @@ impl BudgetHold<'_> {
         Ok(usage)
     }
 
-    /// Bytes by which `extra` more would break a bound; 0 if there is room.
+    /// Returns the bytes that must be freed before `extra` more bytes fit into the budget and leave the minimum free
+    /// space of the filesystem; 0 if they fit.
     fn shortfall(&self, extra: u64) -> Result<u64> {
         let (usage, space) = (self.usage()?, self.disk.space()?);
         let over_budget = (usage.counted() + extra).saturating_sub(space.budget);
+        // Reserved bytes are not written yet, so the filesystem still reports them as free.
         let below_min_free = (space.min_free + usage.reserved + extra).saturating_sub(space.free);
         Ok(over_budget.max(below_min_free))
     }
 
-    /// Makes room for `extra` bytes that a fill of `key` will write, or refuses and says what is in the way.
+    /// Makes room for `extra` bytes that a fill of `key` will write.
     ///
-    /// Order: what dead fills and writers left, views that no manifest holds and blobs that nothing links, quarantine,
-    /// least recently used artifacts. `key`'s own artifact is no victim; where all victims together would not do, none goes.
+    /// The artifact of `key` is not a candidate for eviction. If evicting all candidates would not make enough room,
+    /// none is evicted.
     ///
     /// # Errors
-    /// [`ErrorKind::Full`]; transient where what is in the way may go by itself.
+    /// [`ErrorKind::Full`], which names the obstacles. Transient if an obstacle may go away by itself.
     pub(crate) fn make_space(&mut self, extra: u64, key: &ArtifactKey) -> Result<()> {
         if self.shortfall(extra)? == 0 {
             return Ok(());
         }
+        // Step 1: leftovers of dead fills and dead writers.
         self.drop_dead_stagings(|_| true)?;
         self.drop_dead_temporaries(&self.disk.layout().stagings())?;
-        let is_due = lock(&self.disk.0.maintenance).swept.is_none_or(|swept| swept.elapsed() > SWEEP_EVERY);
+        // Step 2: views that no manifest lists as held, and blobs without a further link. Finding all of them reads the
+        // whole directory, so between two sweeps only known orphans are removed.
+        let is_due = lock(&self.disk.0.maintenance).swept.is_none_or(|swept| swept.elapsed() > SWEEP_INTERVAL);
         if is_due { self.sweep() } else { self.drop_orphans() }?;
+        // Step 3: quarantined files.
         if self.shortfall(extra)? > 0 {
             self.drop_quarantine()?;
         }
+        // Step 4: artifacts, least recently used first.
         match self.evict_for(extra, key)? {
             Some(_) if !is_due => {
-                // Not before all was looked through: others may have left something, or changed it without a word.
+                // Sweep before refusing: another process may have left something, or changed a manifest without a line
+                // in the change log.
                 self.sweep()?;
                 self.drop_quarantine()?;
                 self.evict_for(extra, key)?.map_or(Ok(()), Err)
@@ -344,10 +369,12 @@ impl BudgetHold<'_> {
         }
     }
 
-    /// Evicts until there is room for `extra` bytes that a fill of `key` will write; the refusal where that cannot be.
+    /// Evicts artifacts until there is room for `extra` bytes that a fill of `key` will write. Returns the error if
+    /// there cannot be enough room.
     fn evict_for(&mut self, extra: u64, key: &ArtifactKey) -> Result<Option<Error>> {
         let own = self.disk.layout().artifact(key);
-        let mut search = Search { own, turn: None, obstacles: Obstacles::default() };
+        let mut search = Search { own, cursor: None, obstacles: Obstacles::default() };
+        // The bytes of another running fill cannot be freed before it ends. It is an obstacle, but not a lasting one.
         let fills = self.disk.stagings()?;
         let others = fills.iter().filter(|staging| staging.live && !staging.is_of(key));
         others.for_each(|staging| search.obstacles.add(staging.described(), true));
@@ -360,9 +387,11 @@ impl BudgetHold<'_> {
                 return Ok(Some(self.no_space(extra, short, &search.obstacles)));
             };
             for victim in &victims {
+                // An eviction may free more than was expected of it.
                 if self.shortfall(extra)? == 0 {
                     return Ok(None);
                 }
+                // Acquired or pinned since it was chosen. The outer loop then chooses further victims.
                 if let Evicted::Kept(why) = self.evict(victim)? {
                     search.obstacles.add(format!("{} is {why}", victim.name()), why.is_for_now());
                 }
@@ -370,8 +399,8 @@ impl BudgetHold<'_> {
         }
     }
 
-    /// The next artifacts that may go, least recently used first, as many as free `bytes`; `None` where not even all that
-    /// are left would.
+    /// Returns the next candidates for eviction, least recently used first, as many as are needed to free `bytes`.
+    /// Returns `None` if all remaining candidates would free less.
     fn victims(&mut self, bytes: u64, search: &mut Search) -> Result<Option<Vec<ScannedArtifact>>> {
         let (mut victims, mut gone, mut freed) = (Vec::new(), HashMap::new(), 0);
         while freed < bytes {
@@ -394,29 +423,33 @@ impl BudgetHold<'_> {
         Ok(Some(victims))
     }
 
-    /// The next artifact in the order of last use. One that was used since that order was made up comes later.
+    /// Returns the next artifact in the order of last use. An artifact that was used since it was indexed comes later.
     fn next_by_use(&mut self, search: &mut Search) -> Result<Option<ScannedArtifact>> {
         loop {
-            let Some(turn) = self.index()?.next(search.turn.as_ref()) else { return Ok(None) };
-            let dir = ArtifactDir(self.disk.layout().artifacts().join(&turn.1));
+            let Some(cursor) = self.index()?.next(search.cursor.as_ref()) else { return Ok(None) };
+            let dir = ArtifactDir(self.disk.layout().artifacts().join(&cursor.1));
+            // `last-used` is touched without a line in the change log, so look at the file.
             let last_used = self.disk.last_used(&dir)?;
-            if last_used != turn.0 {
-                self.index()?.set_last_used(&turn.1, last_used);
+            if last_used != cursor.0 {
+                self.index()?.set_last_used(&cursor.1, last_used);
             }
-            let was_used = last_used > turn.0;
-            search.turn = Some(turn);
+            let was_used = last_used > cursor.0;
+            search.cursor = Some(cursor);
+            // Not `was_used`: otherwise the search meets the artifact again at its new place in the order.
             if !was_used && let Some(artifact) = self.disk.scan_one(&dir)? {
                 return Ok(Some(artifact));
             }
         }
     }
 
-    /// Bytes that go with an artifact's views, where the links in `gone` have gone before.
+    /// Returns the bytes that removing an artifact frees after the links in `gone` (number by inode) were removed. Adds
+    /// the artifact's own links to `gone`.
     fn freed_with(&self, artifact: &ScannedArtifact, gone: &mut HashMap<u64, u64>) -> Result<u64> {
         let mut freed = 0;
         files::walk(&artifact.dir.files(), &mut |view, metadata| {
             let links = gone.entry(metadata.ino()).or_default();
             *links += 1;
+            // The blob is removed with its last view, so its link does not keep the bytes.
             let blob = self.is_blob(metadata.ino(), artifact.entry_of(view).and_then(|entry| entry.sha256))?;
             if *links + u64::from(blob) == metadata.nlink() {
                 freed += metadata.allocated();
@@ -426,18 +459,19 @@ impl BudgetHold<'_> {
         Ok(freed)
     }
 
-    /// Whether `inode` is the blob of `digest`.
+    /// Returns true if `inode` is the blob of `digest`.
     fn is_blob(&self, inode: u64, digest: Option<Digest>) -> Result<bool> {
         let blob = digest.map(|digest| files::stat(&self.disk.layout().blob(&digest))).transpose()?.flatten();
         Ok(blob.is_some_and(|blob| blob.ino() == inode))
     }
 
+    /// Returns the error for a fill that does not fit: bytes needed, bounds and obstacles.
     fn no_space(&self, extra: u64, short: u64, obstacles: &Obstacles) -> Error {
         let counted = self.usage().map(|usage| usage.counted()).unwrap_or(self.total);
-        let mut message = format!("no room for {} more: {} are missing", bytes(extra), bytes(short));
+        let mut message = format!("no room for {} more: {} must be freed", bytes(extra), bytes(short));
         if let Ok(space) = self.disk.space() {
             message.push_str(&format!(
-                " (budget {} with {} in use; filesystem {} free, {} of them to stay free)",
+                " (budget {} with {} in use; filesystem {} free, of which {} must stay free)",
                 bytes(space.budget),
                 bytes(counted),
                 bytes(space.free),
@@ -449,7 +483,7 @@ impl BudgetHold<'_> {
         }
         let over_budget = self.disk.space().is_ok_and(|space| counted + extra > space.budget);
         let hint = match over_budget {
-            true => "raise MODEL_CACHE_MAX_BYTES, or let go of what is in the way",
+            true => "raise MODEL_CACHE_MAX_BYTES, or release or unpin the artifacts in the way",
             false => {
                 "free space on this filesystem, lower MODEL_CACHE_MIN_FREE_BYTES, or point MODEL_CACHE_DIR to a larger one"
             }
@@ -457,11 +491,13 @@ impl BudgetHold<'_> {
         Error::new(ErrorKind::Full, message).tier(Tier::Disk).transient(obstacles.for_now).hint(hint)
     }
 
-    /// Evicts one artifact unless somebody holds it, it is pinned, or it was used since it was scanned.
+    /// Evicts one artifact, unless it is leased or pinned, or was used since it was scanned.
     pub(crate) fn evict(&mut self, artifact: &ScannedArtifact) -> Result<Evicted> {
+        // One try: the holder of the budget lock waits for nothing.
         let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease(&artifact.dir))? else {
             return Ok(Evicted::Kept(InTheWay::Leased(self.disk.lease_holders(&artifact.dir))));
         };
+        // Look again under the lease: pins and last use change under the shared lease.
         if let Some(pin) = self.disk.pin_in(&artifact.dir)? {
             return Ok(Evicted::Kept(InTheWay::Pinned(pin)));
         }
@@ -475,8 +511,10 @@ impl BudgetHold<'_> {
         Ok(Evicted::Freed(freed))
     }
 
-    /// Why evicting this artifact would not help, if it would not: it may be in use where locks do not tell, or every
-    /// one of its files has a link outside the cache, so that no byte would become free.
+    /// Returns the reason not to evict this artifact to make room, if there is one.
+    ///
+    /// Either it was changed lately and locks do not exclude, so it may be in use. Or each of its files has a link
+    /// outside the cache, so evicting it would free no byte.
     pub(super) fn pointless_victim(&mut self, artifact: &ScannedArtifact) -> Result<Option<InTheWay>> {
         let Some(manifest) = &artifact.manifest else { return Ok(None) };
         if !self.disk.is_idle(artifact.dir.path())? {
@@ -485,6 +523,7 @@ impl BudgetHold<'_> {
         let mut held = false;
         for (path, entry) in manifest.files.iter().filter(|(_, entry)| entry.held.is_some()) {
             let Some(view) = files::stat(&artifact.dir.view(path))? else { return Ok(None) };
+            // All links of this file belong to the cache, so its bytes can be freed.
             if view.nlink() <= self.own_links(view.ino(), entry.sha256)? {
                 return Ok(None);
             }
@@ -493,8 +532,8 @@ impl BudgetHold<'_> {
         Ok(held.then_some(InTheWay::LinkedOutside))
     }
 
-    /// Links to `inode` that are the cache's own: its blob, by the `digest` that a manifest has for it, staged files, views
-    /// that manifests hold.
+    /// Returns the number of links to `inode` inside the cache: the blob of `digest`, staged and quarantined files, and
+    /// the views that manifests record.
     fn own_links(&mut self, inode: u64, digest: Option<Digest>) -> Result<u64> {
         if self.private_links.is_none() {
             let mut links: HashMap<u64, u64> = HashMap::new();
@@ -510,37 +549,44 @@ impl BudgetHold<'_> {
         Ok(private + u64::from(self.is_blob(inode, digest)?) + self.index()?.views(inode))
     }
 
-    /// Removes manifest, views, then blobs that nothing links any more; bytes freed. The caller holds the exclusive lease.
+    /// Removes the artifact in `dir`, and the blobs that lose their last view. Returns the bytes freed.
+    ///
+    /// The caller holds the exclusive lease.
     pub(crate) fn remove_artifact(&mut self, dir: &ArtifactDir) -> Result<u64> {
         self.begin_change_of(dir)?;
+        // Something else is in the place of the folder, for instance a symbolic link. Remove nothing through it.
         if !dir.is_ours()? {
             return Ok(0);
         }
         let manifest = self.disk.read_manifest(dir).unwrap_or(None);
-        let mut freed = self.take_off_copies(dir, manifest.as_ref())?;
+        let mut freed = self.subtract_copies(dir, manifest.as_ref())?;
+        // The manifest first: after a crash, the rest is a leftover that a sweep removes.
         files::remove_file(&dir.manifest())?;
         self.disk.remove_pending_upload(&dir.hash())?;
         files::remove(&dir.files())?;
         files::remove(dir.path())?;
+        // Fails while the folder holds another version.
         if let Some(name_dir) = dir.path().parent() {
             let _ = name_dir.remove_dir();
         }
         self.end_change_of(dir)?;
+        // The blobs last, when the views no longer link to them.
         for digest in manifest.iter().flat_map(|manifest| manifest.files.values()).filter_map(|entry| entry.sha256) {
             freed += self.drop_if_unlinked(&self.disk.layout().blob(&digest))?;
         }
         Ok(freed)
     }
 
-    /// Takes off the views of `dir` that no blob stands behind, which are about to go; the bytes that this frees. Where
-    /// they are not as recorded nobody knows whether they were counted.
-    fn take_off_copies(&mut self, dir: &ArtifactDir, manifest: Option<&Manifest>) -> Result<u64> {
+    /// Subtracts from the total the views of `dir` without a blob, which the caller removes next. Returns the bytes
+    /// that this frees.
+    fn subtract_copies(&mut self, dir: &ArtifactDir, manifest: Option<&Manifest>) -> Result<u64> {
         let entries = || manifest.iter().flat_map(|manifest| manifest.files.values());
         let recorded: HashSet<FileIdentity> = entries().filter_map(FileEntry::recorded_on_disk).collect();
         let mut blobs = HashSet::new();
         for digest in entries().filter_map(|entry| entry.sha256) {
             blobs.extend(files::stat(&self.disk.layout().blob(&digest))?.map(|metadata| metadata.ino()));
         }
+        // By inode: the number of views, and the metadata.
         let mut copies: HashMap<u64, (u64, Metadata)> = HashMap::new();
         files::walk(&dir.files(), &mut |_, metadata| {
             if !blobs.contains(&metadata.ino()) {
@@ -553,6 +599,7 @@ impl BudgetHold<'_> {
             if recorded.contains(&metadata.identity()) {
                 self.subtract(metadata.allocated());
             } else {
+                // The file was changed, or appeared after the last count: it may or may not be in the total.
                 self.distrust()?;
             }
             if metadata.nlink() == links {
@@ -562,7 +609,7 @@ impl BudgetHold<'_> {
         Ok(freed)
     }
 
-    /// Removes the blob or quarantined file at `path` if this is its last link; bytes freed.
+    /// Removes the blob or quarantined file at `path` if this is its last link. Returns the bytes freed.
     pub(super) fn drop_if_unlinked(&mut self, path: &RootedPath) -> Result<u64> {
         match files::stat(path)? {
             Some(metadata) if metadata.is_file() && metadata.nlink() == 1 => {
@@ -575,8 +622,10 @@ impl BudgetHold<'_> {
         }
     }
 
-    /// Removes what crashes left: stagings that nobody will resume, views that no manifest holds, blobs that nothing
-    /// links.
+    /// Removes the leftovers of dead processes in the whole directory, and rebuilds the index.
+    ///
+    /// Leftovers are staging folders that cannot be resumed, temporary files, files in `unsynced/`, views that no
+    /// manifest lists as held, and blobs without a further link.
     pub(crate) fn sweep(&mut self) -> Result<()> {
         self.drop_dead_stagings(|staging| !staging.may_be_resumed())?;
         for folder in [self.disk.layout().stagings(), self.disk.layout().locks(), self.disk.layout().blobs()] {
@@ -586,7 +635,7 @@ impl BudgetHold<'_> {
         let (disk, mut index) = (self.disk, Index::as_of(self.began_at));
         disk.scan_each(&mut |artifact| {
             if self.drop_dead_temporaries(artifact.dir.path())? > 0 {
-                // A count may have found them here.
+                // The last count may have included them.
                 self.distrust()?;
             }
             self.sweep_views(&artifact)?;
@@ -596,7 +645,8 @@ impl BudgetHold<'_> {
             Ok(())
         })?;
         *lock(&disk.0.index) = index;
-        self.is_synced = true;
+        self.index_is_current = true;
+        // Blobs come last: with a view, a blob may have lost its last further link.
         let mut unlinked = Vec::new();
         files::walk(&self.disk.layout().blobs(), &mut |path, metadata| {
             if metadata.nlink() == 1 {
@@ -615,44 +665,46 @@ impl BudgetHold<'_> {
         Ok(())
     }
 
-    /// Removes what ended fills left, as far as `unwanted` says.
+    /// Removes the staging folders of dead fills for which `unwanted` returns true.
     pub(crate) fn drop_dead_stagings(&mut self, unwanted: impl Fn(&StagingUse) -> bool) -> Result<()> {
         for staging in self.disk.stagings()?.into_iter().filter(|staging| !staging.live && unwanted(staging)) {
+            // Hold the owner lock during the removal, so that no fill adopts the folder.
             let owner = FileLock::try_existing(&staging.journal())?;
             if matches!(owner, Some(None)) {
                 continue;
             }
-            tracing::debug!(staging = %staging.dir, bytes = staging.allocated, "removing what an ended fill left");
+            tracing::debug!(staging = %staging.dir, bytes = staging.allocated, "removing the staging folder of a dead fill");
             self.note_orphans(&staging.dir)?;
             if let Err(error) = staging.remove() {
-                tracing::warn!(%error, "what an ended fill left cannot be removed; it is left alone");
+                tracing::warn!(%error, "the staging folder of a dead fill cannot be removed");
             }
         }
         Ok(())
     }
 
-    /// Removes the temporary files in `folder` whose writers died; bytes freed.
+    /// Removes the temporary files of dead writers in `folder`. Returns the bytes freed.
     ///
-    /// A writer holds the lock of its temporary file from before the first byte until the file has its name, or writes it
-    /// within a budget hold. Empty ones, and all where locks do not tell, go when they are old: their writers may be about
-    /// to lock them.
+    /// A writer holds the lock of its temporary file from before the first byte until the rename, or writes the file
+    /// under the budget lock.
     fn drop_dead_temporaries(&mut self, folder: &RootedPath) -> Result<u64> {
         let mut freed = 0;
         for file in self.disk.temporaries(folder)? {
             if !self.disk.is_dead_temporary(&file) {
+                // The writer of an empty file may be about to lock it. Where locks do not exclude, no lock shows that a
+                // writer is alive. Both kinds are removed by age.
                 file.remove_if_old();
                 continue;
             }
             match files::remove_file(&file.path) {
                 Ok(()) => freed += file.allocated(),
-                Err(error) => tracing::warn!(%error, "a temporary file of a writer that died cannot be removed"),
+                Err(error) => tracing::warn!(%error, "a temporary file of a dead writer cannot be removed"),
             }
         }
         Ok(freed)
     }
 
-    /// Remembers the blobs that lose a link with this staging folder. Of one that its name does not tell, only a sweep can
-    /// tell whether it has another.
+    /// Records the blobs that lose a link when the folder `staging` is removed. If the name of a staged file does not
+    /// contain its digest, only a sweep can find the blob, so a sweep becomes due.
     fn note_orphans(&self, staging: &RootedPath) -> Result<()> {
         for path in files::entries(staging)? {
             if files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() > 1) {
@@ -668,12 +720,14 @@ impl BudgetHold<'_> {
         Ok(())
     }
 
-    /// Removes the blobs that lost their last link with what ended fills had left.
+    /// Removes the recorded blobs that have no further link.
     fn drop_orphans(&mut self) -> Result<()> {
         let orphans = std::mem::take(&mut lock(&self.disk.0.maintenance).orphans);
         orphans.iter().try_for_each(|digest| self.drop_if_unlinked(&self.disk.layout().blob(digest)).map(drop))
     }
 
+    /// Removes the views that the manifest of `artifact` does not list as held, or the whole artifact if it has no
+    /// readable manifest. Does nothing if the artifact is in use.
     fn sweep_views(&mut self, artifact: &ScannedArtifact) -> Result<()> {
         let (dir, loose) = (&artifact.dir, artifact.loose_views()?);
         if loose.is_empty() && artifact.manifest.is_some() {
@@ -684,7 +738,7 @@ impl BudgetHold<'_> {
         }
         let Some(_lease) = FileLock::try_exclusive(&self.disk.layout().lease(dir))? else { return Ok(()) };
         self.begin_change()?;
-        // One that no blob stands behind may or may not have been counted.
+        // A view without a blob may or may not have been counted.
         if loose.iter().any(|path| files::stat(path).is_ok_and(|found| found.is_some_and(|m| m.nlink() == 1))) {
             self.distrust()?;
         }
@@ -694,7 +748,7 @@ impl BudgetHold<'_> {
         loose.iter().try_for_each(files::remove_file)
     }
 
-    /// Removes what failed a check.
+    /// Removes the quarantined files that have no other link.
     pub(super) fn drop_quarantine(&mut self) -> Result<()> {
         for path in files::entries(&self.disk.layout().quarantine())? {
             self.drop_if_unlinked(&path)?;
@@ -704,13 +758,13 @@ impl BudgetHold<'_> {
 }
 
 impl ScannedArtifact {
-    /// What its manifest says of the file at `view`.
+    /// Returns the manifest entry of the file at `view`.
     fn entry_of(&self, view: &RootedPath) -> Option<&FileEntry> {
         let path = FilePath::new(view.below(&self.dir.files())?.to_str()?).ok()?;
         self.manifest.as_ref()?.files.get(&path)
     }
 
-    /// Views that its manifest does not hold.
+    /// Returns the views that the manifest does not list as held.
     pub(super) fn loose_views(&self) -> Result<Vec<RootedPath>> {
         let held = |path: &RootedPath| self.entry_of(path).is_some_and(|entry| entry.held.is_some());
         let mut loose = Vec::new();
@@ -724,20 +778,20 @@ impl ScannedArtifact {
     }
 }
 
-/// What became of a victim.
+/// Outcome of an eviction.
 #[derive(Debug)]
 pub(crate) enum Evicted {
-    /// It is gone; so many bytes became free.
+    /// The artifact was removed. The bytes freed.
     Freed(u64),
-    /// It stays, for this reason.
+    /// The artifact was kept, for this reason.
     Kept(InTheWay),
 }
 
-/// What keeps room from being made.
+/// Artifacts and fills that keep room from being made, for the error.
 #[derive(Debug, Default)]
 struct Obstacles {
     names: Vec<String>,
-    /// Whether any of it may go by itself.
+    /// True if at least one of them may go away by itself.
     for_now: bool,
 }
 
@@ -748,26 +802,28 @@ impl Obstacles {
     }
 }
 
-/// How far a search for victims has come.
+/// State of a search for candidates for eviction.
 #[derive(Debug)]
 struct Search {
     /// The artifact that room is made for.
     own: ArtifactDir,
-    turn: Option<LastUseOrder>,
+    /// The last artifact that was examined.
+    cursor: Option<LastUseOrder>,
     obstacles: Obstacles,
 }
 
-/// How far the change log goes by the record, and when a release was last seen that writes none.
-fn standing_of(record: Option<&Record>) -> (Position, Option<u64>) {
+/// Returns the end of the change log according to the record, and when an older release was last seen.
+fn log_state(record: Option<&Record>) -> (Position, Option<u64>) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     match record {
-        // A new directory, or nobody knows what happened.
+        // The directory is new, or the record is damaged and changes may have been missed. Start a new log.
         None => (Position::fresh(), None),
+        // An older release wrote the record last.
         Some(Record { changes: None, .. }) => (Position::fresh(), Some(now)),
         Some(Record { changes: Some(at), mixed_unix, .. }) => match mixed_unix {
             None => (*at, None),
             Some(seen) if now.abs_diff(*seen) <= MIXED_MAX.as_secs() => (*at, Some(*seen)),
-            // What anybody read meanwhile may be incomplete.
+            // An index read meanwhile may lack changes of the older release. A new log makes all processes read again.
             Some(_) => (Position::fresh(), None),
         },
     }
@@ -777,43 +833,45 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The record in `file`; `None` if it cannot be read or its checksum differs. Older releases write none.
+/// Returns the record in `file`, or `None` if it cannot be read or its checksum is wrong.
 fn read_record(file: &std::fs::File) -> Option<Record> {
     let mut bytes = [0; RECORD_BYTES];
     let read = file.read_at(&mut bytes, 0).ok()?;
     let text = std::str::from_utf8(&bytes[..read]).ok()?.trim_end_matches(' ');
+    // Older releases write no checksum.
     let is_right = text.rsplit_once(CHECKSUM).is_none_or(|(record, _)| with_checksum(&format!("{record}}}")) == text);
     if is_right { serde_json::from_str(text).ok() } else { None }
 }
 
-/// What stands before the checksum, which is the last field of the record.
+/// Text before the checksum, which is the last field of the record.
 const CHECKSUM: &str = r#","check":""#;
 
-/// The record with the first eight hex digits of the SHA-256 of what stands before the checksum.
+/// Returns the record with its checksum: the first eight hex digits of the SHA-256 of the text before it.
 fn with_checksum(record: &str) -> String {
     let fields = record.strip_suffix('}').unwrap_or(record);
     let digest = Digest::of(fields.as_bytes()).to_string();
     format!("{fields}{CHECKSUM}{}\"}}", &digest[..8])
 }
 
-/// The recorded total of a directory that is not open, if it is to be trusted.
+/// Returns the recorded total of a directory that is not open, if the record is clean and from this boot.
 pub(super) fn recorded_total(layout: &super::Layout) -> Option<u64> {
     let file = layout.budget_lock().open(false).ok()?;
     read_record(&file).filter(|record| !record.dirty && record.boot_id == boot_id()).map(|record| record.total)
 }
 
+/// Returns the error for a budget lock that another process holds for too long.
 fn held_too_long(path: &RootedPath) -> Error {
     let holder = path.open(false).ok().and_then(|file| read_record(&file)).map(|record| record.pid);
-    let who = holder.map_or_else(|| "another process".into(), |pid| format!("process {pid}"));
+    let holder = holder.map_or_else(|| "another process".into(), |pid| format!("process {pid}"));
     Error::new(
         ErrorKind::Unavailable,
-        format!("the budget lock has been held for {} s by {who}", LOCK_WAIT_MAX.as_secs()),
+        format!("the budget lock has been held for {} s by {holder}", LOCK_WAIT_MAX.as_secs()),
     )
     .tier(Tier::Disk)
-    .hint("see whether that process is stopped; the lock falls when it ends")
+    .hint("check whether that process is stopped; the lock is released when it ends")
 }
 
-/// The kernel's name for this boot; the record of another boot is not trusted. Empty where it does not tell.
+/// Returns the kernel's identifier of this boot, or an empty text if the kernel reports none.
 pub(super) fn boot_id() -> String {
     static BOOT_ID: OnceLock<String> = OnceLock::new();
     let read = || std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()); // outside the root

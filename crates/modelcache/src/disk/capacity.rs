@@ -1,6 +1,7 @@
-//! Whether a whole list of artifacts would fit, before the first byte of it moves.
+//! Capacity check: does a whole list of artifacts fit on disk? It runs before the first download.
 //!
-//! Files that are equal count once. What the list already has here stays; everything else that nobody holds may go.
+//! Files with equal content count once. Files of the list that are already on disk are kept. All other artifacts count
+//! as free space unless they are leased or pinned.
 
 use super::Disk;
 use super::budget::allocated_for;
@@ -12,16 +13,17 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::FileEntry;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What a list takes, in bytes on disk.
+/// Space that a list of artifacts needs, in bytes on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SpaceNeeded {
-    /// All of it.
+    /// All files of the list.
     pub(crate) list_bytes: u64,
-    /// What is not here yet.
+    /// The files that are not on disk yet.
     pub(crate) missing_bytes: u64,
 }
 
-/// One name for equal files of any artifacts; where nothing is known of a file's content, it equals no other.
+/// Returns a name that files with equal content share across artifacts. Without a digest or Git object id, the name is
+/// unique to the file.
 pub(crate) fn content_name(key: &ArtifactKey, path: &FilePath, entry: &FileEntry) -> String {
     match (entry.sha256, entry.git_oid) {
         (None, None) => format!("{key} {path}"),
@@ -30,27 +32,29 @@ pub(crate) fn content_name(key: &ArtifactKey, path: &FilePath, entry: &FileEntry
 }
 
 impl Disk {
-    /// What the list of `keys` takes with its files, each by its [`content_name`]; `Full` if it cannot all be here at
-    /// once.
+    /// Returns the space that the artifacts `keys` need. `wanted` has their files by [`content_name`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Full`] if they do not fit on disk all at once.
     pub(crate) fn fit(
         &self,
         keys: &BTreeSet<ArtifactKey>,
         wanted: &BTreeMap<String, FileEntry>,
     ) -> Result<SpaceNeeded> {
-        let (mut fit, mut present) = (SpaceNeeded { list_bytes: 0, missing_bytes: 0 }, Vec::new());
+        let (mut needed, mut present) = (SpaceNeeded { list_bytes: 0, missing_bytes: 0 }, Vec::new());
         for entry in wanted.values() {
             let blob = entry.sha256.map(|digest| files::stat(&self.layout().blob(&digest))).transpose()?.flatten();
-            fit.list_bytes += allocated_for(entry.size);
+            needed.list_bytes += allocated_for(entry.size);
             match blob {
                 Some(metadata) => present.push(metadata.ino()),
-                None => fit.missing_bytes += allocated_for(entry.size),
+                None => needed.missing_bytes += allocated_for(entry.size),
             }
         }
         let room = self.space_besides(keys, &present)?;
-        if fit.missing_bytes <= room {
-            return Ok(fit);
+        if needed.missing_bytes <= room {
+            return Ok(needed);
         }
-        let SpaceNeeded { list_bytes, missing_bytes } = fit;
+        let SpaceNeeded { list_bytes, missing_bytes } = needed;
         let budget = self.space()?.budget;
         Err(Error::new(
             ErrorKind::Full,
@@ -63,12 +67,14 @@ impl Disk {
             ),
         )
         .tier(Tier::Disk)
-        .hint("shorten the list, raise MODEL_CACHE_MAX_BYTES, or let go of what is in use or pinned (`modelcache ls`)"))
+        .hint("shorten the list, raise MODEL_CACHE_MAX_BYTES, or release or unpin other artifacts (`modelcache ls`)"))
     }
 
-    /// Bytes that could be free if all but the list's own went that can go.
+    /// Returns the bytes that would be free if all evictable artifacts were evicted, except `keys` and the blobs with
+    /// the inodes `present`.
     fn space_besides(&self, keys: &BTreeSet<ArtifactKey>, present: &[u64]) -> Result<u64> {
         let (usage, space, evictable) = (self.usage()?.0, self.space()?, self.evictable_bytes(keys, present)?);
+        // Both bounds apply: the budget of the cache, and the minimum free space of the filesystem.
         let of_budget = (space.budget + evictable).saturating_sub(usage.counted());
         let of_filesystem = (space.free + evictable).saturating_sub(space.min_free + usage.reserved);
         Ok(of_budget.min(of_filesystem))

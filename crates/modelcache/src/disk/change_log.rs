@@ -1,9 +1,11 @@
-//! The change log: which artifacts' manifests were changed, in the order in which it happened, by any process.
+//! The change log: an ordered list of the artifacts with changed manifests, written by all processes.
 //!
-//! It lies beside the budget record, and the record says which log it is and how long. A name is written, and the record
-//! with the new length, before the manifest is changed: whoever holds the budget and reads on from where it last read
-//! learns of every change since, and of some that did not happen. Losing the log loses nothing: what is torn, cut off or
-//! another log is answered with `None`, and the directory is read anew.
+//! The budget record names the current log and its length. Before a manifest is changed, a line is written, and then
+//! the record with the new length. A process that holds the budget lock and reads on from its last position therefore
+//! learns of every change since, and possibly of changes that did not happen.
+//!
+//! The log may be lost: reading one that is torn, truncated or replaced returns `None`, and the caller reads the whole
+//! directory again.
 
 use super::modes;
 use super::rooted::RootedPath;
@@ -13,45 +15,48 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Bytes after which a new log is begun; everybody else then reads the directory anew, once in tens of thousands of
-/// changes.
+/// Bytes after which a new log is started. Every other process then reads the directory again, which happens once in
+/// tens of thousands of changes.
 const LOG_BYTES_MAX: u64 = 4 << 20;
-/// Digits of the checksum that each line begins with.
+/// Digits of the checksum at the start of each line.
 const CHECK_DIGITS: usize = 8;
 
-/// A place in a log.
+/// A position in a change log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Position {
-    /// Which log.
+    /// Random number that identifies the log.
     log: u64,
-    /// Its bytes up to here.
+    /// Offset in bytes.
     bytes: u64,
 }
 
 impl Position {
-    /// The start of a log that nobody has read.
+    /// Returns the start of a new log, which no process has read yet.
     pub(super) fn fresh() -> Self {
         Self { log: rand::random(), bytes: 0 }
     }
 
-    /// Writes that the manifest of `artifact`, its folder below `artifacts/`, is about to be changed; the position after.
+    /// Appends a line: the manifest of `artifact` (its folder below `artifacts/`) is about to be changed. Returns the
+    /// position after it.
     ///
-    /// Where it cannot be written, as on a full disk that is being emptied, the log ends, and nothing else.
-    pub(super) fn note(self, path: &RootedPath, artifact: &Path) -> Self {
+    /// If the line cannot be written, for instance on a full disk, returns the start of a new log instead of an error.
+    pub(super) fn append(self, path: &RootedPath, artifact: &Path) -> Self {
+        // A name that does not fit into a line ends the log, too.
         let Some(name) = artifact.to_str().filter(|name| !name.contains('\n')) else { return Self::fresh() };
         let at = if self.bytes < LOG_BYTES_MAX { self } else { Self::fresh() };
         let line = at.line(name);
         match modes::open_shared(path).and_then(|file| file.write_all_at(line.as_bytes(), at.bytes)) {
             Ok(()) => Self { bytes: at.bytes + line.len() as u64, ..at },
             Err(error) => {
-                tracing::debug!(%error, "the change log cannot be written; a new one is begun");
+                tracing::debug!(%error, "the change log cannot be written; starting a new one");
                 Self::fresh()
             }
         }
     }
 
-    /// The artifacts noted from here to `end`; `None` if the log does not tell.
-    pub(super) fn until(self, path: &RootedPath, end: Self) -> Option<Vec<PathBuf>> {
+    /// Returns the artifacts logged between this position and `end`, or `None` if the log is damaged or another one.
+    pub(super) fn read_until(self, path: &RootedPath, end: Self) -> Option<Vec<PathBuf>> {
+        // The bound limits memory if the record has a wrong length.
         let bytes =
             end.bytes.checked_sub(self.bytes).filter(|bytes| self.log == end.log && *bytes <= 2 * LOG_BYTES_MAX);
         let mut text = vec![0; usize::try_from(bytes?).ok()?];
@@ -59,10 +64,11 @@ impl Position {
             read_at(path, &mut text, self.bytes).ok()?;
         }
         let text = String::from_utf8(text).ok()?;
+        // Each line must be complete and have its checksum, otherwise the log is torn.
         let whole = text.is_empty() || text.ends_with('\n');
         let is_ours = |line: &str, name: &str| self.line(name).strip_suffix('\n') == Some(line);
         let named = |line: &str| line.get(CHECK_DIGITS + 1..).filter(|name| is_ours(line, name)).map(PathBuf::from);
-        // A folder below `artifacts/` is two names: another user of a shared directory may have written something else.
+        // Accept only two plain path components: another user of a shared directory may have written `..` into the log.
         let is_artifact = |path: &PathBuf| {
             let mut names = path.components().map(|component| matches!(component, std::path::Component::Normal(_)));
             (names.next(), names.next(), names.next()) == (Some(true), Some(true), None)
@@ -71,7 +77,7 @@ impl Position {
         text.lines().map(named).collect::<Option<Vec<_>>>().filter(|_| whole)
     }
 
-    /// A line of this log; one of an older log has another checksum.
+    /// Returns a line of this log. Its checksum covers the log's number, so lines of an older log are not accepted.
     fn line(self, name: &str) -> String {
         let check = Digest::of(format!("{}/{name}", self.log).as_bytes()).to_string();
         format!("{} {name}\n", &check[..CHECK_DIGITS])
@@ -92,56 +98,56 @@ mod tests {
     }
 
     #[test]
-    fn whoever_reads_on_learns_what_was_noted_since() {
+    fn reading_on_returns_the_artifacts_logged_since() {
         let folder = tempfile::tempdir().expect("folder");
         let path = RootedPath::root(folder.path()).join("changes");
         let start = Position::fresh();
-        let one = start.note(&path, Path::new("a/1"));
-        let two = one.note(&path, Path::new("b b/2"));
-        assert_eq!(start.until(&path, start), names(&[]));
-        assert_eq!(start.until(&path, two), names(&["a/1", "b b/2"]));
-        assert_eq!(one.until(&path, two), names(&["b b/2"]));
-        assert_eq!(two.until(&path, one), None, "nobody reads backwards");
-        assert_eq!(Position::fresh().until(&path, two), None, "another log");
-        // Whoever died before it wrote the record is written over.
-        let other = one.note(&path, Path::new("c/3"));
-        assert_eq!(start.until(&path, other), names(&["a/1", "c/3"]));
+        let one = start.append(&path, Path::new("a/1"));
+        let two = one.append(&path, Path::new("b b/2"));
+        assert_eq!(start.read_until(&path, start), names(&[]));
+        assert_eq!(start.read_until(&path, two), names(&["a/1", "b b/2"]));
+        assert_eq!(one.read_until(&path, two), names(&["b b/2"]));
+        assert_eq!(two.read_until(&path, one), None, "the end is before the start");
+        assert_eq!(Position::fresh().read_until(&path, two), None, "another log");
+        // The line of a process that died before it wrote the record is overwritten.
+        let other = one.append(&path, Path::new("c/3"));
+        assert_eq!(start.read_until(&path, other), names(&["a/1", "c/3"]));
     }
 
     #[test]
-    fn a_log_that_was_cut_or_overwritten_says_so() {
+    fn a_truncated_or_overwritten_log_is_not_read() {
         let folder = tempfile::tempdir().expect("folder");
         let path = RootedPath::root(folder.path()).join("changes");
         let start = Position::fresh();
-        let end = start.note(&path, Path::new("a/1")).note(&path, Path::new("b/2"));
+        let end = start.append(&path, Path::new("a/1")).append(&path, Path::new("b/2"));
         let whole = fs::read(path.full()).expect("reads");
         for cut in 0..whole.len() {
             fs::write(path.full(), &whole[..cut]).expect("cuts");
-            assert_eq!(start.until(&path, end), None, "cut to {cut} bytes");
+            assert_eq!(start.read_until(&path, end), None, "cut to {cut} bytes");
             let mut garbled = whole.clone();
             garbled[cut] ^= 1;
             fs::write(path.full(), &garbled).expect("garbles");
-            assert_eq!(start.until(&path, end), None, "byte {cut} flipped");
+            assert_eq!(start.read_until(&path, end), None, "byte {cut} flipped");
         }
         path.unlink().expect("removes");
-        assert_eq!(start.until(&path, end), None);
-        // The lines of an older log are none of a newer one's, wherever they lie.
+        assert_eq!(start.read_until(&path, end), None);
+        // Lines of an older log are not accepted as lines of a newer one.
         fs::write(path.full(), &whole).expect("writes");
-        assert_eq!(Position { log: 7, ..start }.until(&path, Position { log: 7, ..end }), None);
+        assert_eq!(Position { log: 7, ..start }.read_until(&path, Position { log: 7, ..end }), None);
     }
 
     #[test]
-    fn a_log_that_is_long_or_cannot_be_written_ends() {
+    fn a_log_that_is_too_long_or_cannot_be_written_is_replaced() {
         let folder = tempfile::tempdir().expect("folder");
         let path = RootedPath::root(folder.path()).join("changes");
         let long = Position { bytes: LOG_BYTES_MAX, ..Position::fresh() };
-        let next = long.note(&path, Path::new("a/1"));
+        let next = long.append(&path, Path::new("a/1"));
         assert!(next.log != long.log && next.bytes < 100, "{next:?}");
         let start = Position::fresh();
         assert_ne!(
-            start.note(&RootedPath::root(folder.path()).join("no folder/changes"), Path::new("a/1")).log,
+            start.append(&RootedPath::root(folder.path()).join("no folder/changes"), Path::new("a/1")).log,
             start.log
         );
-        assert_ne!(start.note(&path, Path::new("a\n/1")).log, start.log);
+        assert_ne!(start.append(&path, Path::new("a\n/1")).log, start.log);
     }
 }

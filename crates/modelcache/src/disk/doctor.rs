@@ -1,8 +1,8 @@
-//! Examining the local directory: what a fill will need of it, tried out where it can be tried.
+//! Doctor checks of the local directory: permissions, filesystem, free space, locks and links.
 //!
-//! Works on a directory that cannot be opened, and makes none that is not there: then the nearest folder above is looked
-//! at. What is tried is tried in one folder with a temporary name below the directory, which is removed again; what a
-//! kill leaves of it a sweep removes.
+//! The checks also run if the directory cannot be opened. If it does not exist, it is not created, and the nearest
+//! existing parent folder is checked instead. Locks and links are tried in a temporary folder below the directory,
+//! which is removed afterwards. If the process is killed, a sweep removes it.
 
 use super::files::{self, TEMPORARY, random_name};
 use super::io_error::IoContext;
@@ -17,12 +17,12 @@ use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Less room than this is worth a word.
-const LITTLE_ROOM_BYTES: u64 = 1 << 30;
-/// Fewer free inodes than this are worth a word.
-const FEW_INODES: u64 = 1000;
+/// The doctor warns if fewer bytes than this are available.
+const SPACE_WARNING_BYTES: u64 = 1 << 30;
+/// The doctor warns if fewer inodes than this are free.
+const INODES_WARNING: u64 = 1000;
 
-/// Looks at everything that concerns the directory of `config`. Blocks.
+/// Runs all checks of the directory and the lower directory of `config`. Blocks.
 pub(crate) fn examine(config: &Config) -> Vec<Check> {
     let mut checks = Vec::new();
     match std::path::absolute(&config.dir) {
@@ -37,6 +37,7 @@ pub(crate) fn examine(config: &Config) -> Vec<Check> {
 }
 
 fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
+    // Without the right owner and format, the other checks do not apply.
     let layout = Layout::new(root);
     let usable = ownership::check(root, config.shared).and_then(|()| check_format(&layout));
     if let Err(error) = usable {
@@ -52,34 +53,35 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
     // outside the root
     match fs::metadata(&there) {
         Ok(metadata) if !metadata.is_dir() => {
-            let error = Error::new(ErrorKind::Directory, format!("{} is no folder", there.display()));
-            let hint = "move what lies there away, or point MODEL_CACHE_DIR elsewhere";
+            let error = Error::new(ErrorKind::Directory, format!("{} is not a folder", there.display()));
+            let hint = "move it away, or point MODEL_CACHE_DIR elsewhere";
             checks.push(Check::problem(Area::Directory, &error.hint(hint)));
             return;
         }
-        Ok(metadata) => checks.push(found(root, is_there, &metadata)),
+        Ok(metadata) => checks.push(root_check(root, is_there, &metadata)),
         Err(cause) => {
             checks.push(Check::problem(Area::Directory, &super::fault("look at", &there, cause)));
             return;
         }
     }
-    checks.push(writable(&there, is_there));
-    checks.extend(filesystem(&there, config, &layout, is_there));
+    checks.push(access_check(&there, is_there));
+    checks.extend(filesystem_checks(&there, config, &layout, is_there));
     if is_there && checks.iter().all(|check| check.error_kind() != Some(ErrorKind::Directory)) {
-        checks.extend(attempts(&layout));
+        checks.extend(trial_checks(&layout));
     }
     if is_there {
-        checks.extend(misplaced(&layout));
+        checks.extend(misplaced_checks(&layout));
     }
 }
 
-/// `root`, or what is nearest above it. Something that is no folder is found, too.
+/// Returns the first path that exists among `root` and its parents. It may be something else than a folder.
 fn nearest_folder(root: &Path) -> Option<PathBuf> {
     root.ancestors().find(|path| fs::symlink_metadata(path).is_ok()).map(Path::to_owned) // outside the root
 }
 
-fn found(root: &Path, is_there: bool, metadata: &fs::Metadata) -> Check {
-    let says = match is_there {
+/// Reports owner, group and mode of the root.
+fn root_check(root: &Path, is_there: bool, metadata: &fs::Metadata) -> Check {
+    let summary = match is_there {
         true => format!(
             "{} (owner {}, group {}, mode {:04o})",
             root.display(),
@@ -87,30 +89,32 @@ fn found(root: &Path, is_there: bool, metadata: &fs::Metadata) -> Check {
             metadata.gid(),
             metadata.mode() & 0o7777
         ),
-        false => format!("{} is not there yet; the first command makes it", root.display()),
+        false => format!("{} does not exist yet; the first command creates it", root.display()),
     };
-    Check::ok(Area::Directory, says)
+    Check::ok(Area::Directory, summary)
 }
 
-fn writable(there: &Path, is_there: bool) -> Check {
+/// Reports whether the folder can be written. A read-only directory that holds artifacts is still served.
+fn access_check(there: &Path, is_there: bool) -> Check {
     let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
     // outside the root
     match rustix::fs::access(there, access).at("write to", there) {
         Ok(()) => Check::ok(Area::Directory, format!("{} can be written", there.display())),
-        Err(error) if is_there && holds_something(there) => {
-            let served = "what it holds is served; nothing can be fetched into it";
-            Check::problem(Area::Directory, &error).with_detail(served)
+        Err(error) if is_there && holds_artifacts(there) => {
+            let detail = "its artifacts are still served; nothing can be downloaded into it";
+            Check::problem(Area::Directory, &error).with_detail(detail)
         }
         Err(error) => Check::problem(Area::Directory, &error),
     }
 }
 
-fn holds_something(root: &Path) -> bool {
+/// Returns true if the directory has entries in `artifacts/`.
+fn holds_artifacts(root: &Path) -> bool {
     files::entries(&Layout::new(root).artifacts()).is_ok_and(|entries| !entries.is_empty())
 }
 
-/// Kind, room and inodes of the filesystem.
-fn filesystem(there: &Path, config: &Config, layout: &Layout, is_there: bool) -> Vec<Check> {
+/// Reports type, free space and free inodes of the filesystem.
+fn filesystem_checks(there: &Path, config: &Config, layout: &Layout, is_there: bool) -> Vec<Check> {
     // outside the root
     let stat = match rustix::fs::statvfs(there).at("look at the filesystem of", there) {
         Ok(stat) => stat,
@@ -122,29 +126,29 @@ fn filesystem(there: &Path, config: &Config, layout: &Layout, is_there: bool) ->
     let free = stat.f_bavail * stat.f_frsize;
     let used = if is_there { super::budget::recorded_total(layout) } else { Some(0) };
     let room = free.saturating_sub(min_free).min(budget.saturating_sub(used.unwrap_or(0)));
-    let says = format!(
-        "room for {} more: budget {} ({}), {} used; {} free on the filesystem, {} of them stay free",
+    let summary = format!(
+        "room for {} more: budget {} ({}), {} used; {} free on the filesystem, of which {} must stay free",
         gigabytes(room),
         gigabytes(budget),
         bound(config.max_bytes),
-        used.map_or_else(|| "an unknown part".into(), gigabytes),
+        used.map_or_else(|| "an unknown amount".into(), gigabytes),
         gigabytes(free),
         gigabytes(min_free)
     );
     let fix = "free space on this filesystem, lower MODEL_CACHE_MIN_FREE_BYTES, raise MODEL_CACHE_MAX_BYTES, or point \
                MODEL_CACHE_DIR to a larger one";
     checks.push(match room {
-        0 if used == Some(0) => Check::problem(Area::Directory, &Error::new(ErrorKind::Full, says).hint(fix)),
-        0..LITTLE_ROOM_BYTES => Check::warning(Area::Directory, says, fix),
-        _ => Check::ok(Area::Directory, says),
+        0 if used == Some(0) => Check::problem(Area::Directory, &Error::new(ErrorKind::Full, summary).hint(fix)),
+        0..SPACE_WARNING_BYTES => Check::warning(Area::Directory, summary, fix),
+        _ => Check::ok(Area::Directory, summary),
     });
-    if stat.f_files > 0 && stat.f_favail < FEW_INODES {
-        let says = format!("{} of {} inodes are free", stat.f_favail, stat.f_files);
+    if stat.f_files > 0 && stat.f_favail < INODES_WARNING {
+        let summary = format!("{} of {} inodes are free", stat.f_favail, stat.f_files);
         let fix =
             "remove small files on this filesystem, or point MODEL_CACHE_DIR elsewhere; every cached file takes one";
         checks.push(match stat.f_favail {
-            0 => Check::problem(Area::Directory, &Error::new(ErrorKind::Full, says).hint(fix)),
-            _ => Check::warning(Area::Directory, says, fix),
+            0 => Check::problem(Area::Directory, &Error::new(ErrorKind::Full, summary).hint(fix)),
+            _ => Check::warning(Area::Directory, summary, fix),
         });
     }
     checks
@@ -165,10 +169,11 @@ fn gigabytes(bytes: u64) -> String {
     }
 }
 
+/// Reports the type of the filesystem, with a warning if the type is a bad choice for a cache.
 fn kind_check(there: &Path) -> Check {
     // outside the root
     let Ok(stat) = rustix::fs::statfs(there) else {
-        return Check::ok(Area::Directory, "the kind of the filesystem is not known");
+        return Check::ok(Area::Directory, "the type of the filesystem is unknown");
     };
     // The magic numbers of linux/magic.h and of the filesystems' own headers.
     let (name, caution) = match stat.f_type as u32 {
@@ -176,17 +181,15 @@ fn kind_check(there: &Path) -> Check {
         0x5846_5342 => ("xfs", None),
         0x9123_683e => ("btrfs", None),
         0x2fc1_2fc1 => ("zfs", None),
-        0x794c_7630 => {
-            ("overlay", Some("a container's own layer: it goes with the container; mount a volume to keep it"))
-        }
-        0x0102_1994 => ("tmpfs", Some("it lies in memory: it is gone after a restart, and counts as memory used")),
-        0x6969 => ("nfs", Some("a network filesystem: a local disk serves hits faster, and its locks are surer")),
+        0x794c_7630 => ("overlay", Some("the container's own layer, removed with the container: mount a volume")),
+        0x0102_1994 => ("tmpfs", Some("in memory: its content is lost at a restart, and counts as used memory")),
+        0x6969 => ("nfs", Some("a network filesystem: a local disk serves hits faster and has more reliable locks")),
         0x0bd0_0bd0 => ("lustre", Some("a network filesystem: mount it with -o flock, or use a local disk")),
         0x6573_5546 => ("fuse", Some("a filesystem in user space: it may lack hard links or locks")),
         0xff53_4d42 | 0xfe53_4d42 => ("smb", Some("a network filesystem: use a local disk")),
         0x0102_1997 => ("9p", Some("a shared folder of a virtual machine: use a disk of its own")),
         0x00c3_6400 => ("ceph", Some("a network filesystem: a local disk serves hits faster")),
-        _ => ("another kind", None),
+        _ => ("another type", None),
     };
     match caution {
         None => Check::ok(Area::Directory, format!("filesystem: {name}")),
@@ -194,11 +197,12 @@ fn kind_check(there: &Path) -> Check {
     }
 }
 
-/// What is tried: writing, locks, links, clones, one filesystem.
-fn attempts(layout: &Layout) -> Vec<Check> {
+/// Tries in a temporary folder: writing and syncing, locks, hard links, reflinks; then compares the mounts.
+fn trial_checks(layout: &Layout) -> Vec<Check> {
     let (root, stagings) = (layout.root(), layout.stagings());
+    // A sweep removes temporary folders in `staging/`. If that folder does not exist, use the root.
     let parent = if files::is_folder(&stagings).unwrap_or(false) { &stagings } else { root };
-    let folder = match TryFolder::make(parent) {
+    let folder = match TrialFolder::make(parent) {
         Ok(folder) => folder,
         Err(error) => return vec![Check::problem(Area::Directory, &error)],
     };
@@ -212,7 +216,7 @@ fn attempts(layout: &Layout) -> Vec<Check> {
         Ok(true) => Check::ok(Area::Directory, "file locks exclude"),
         Ok(false) => Check::warning(
             Area::Directory,
-            "file locks do not exclude on this filesystem: bytes may be fetched twice, and only what has long been idle is evicted",
+            "file locks do not exclude on this filesystem: files may be downloaded twice, and only artifacts that have long been idle are evicted",
             "mount it with working locks (NFS: version 4; Lustre: -o flock), or point MODEL_CACHE_DIR to a local disk",
         ),
         Err(error) => Check::problem(Area::Directory, &error),
@@ -221,7 +225,7 @@ fn attempts(layout: &Layout) -> Vec<Check> {
         Ok(true) => Check::ok(Area::Directory, "hard links can be made"),
         Ok(false) => Check::warning(
             Area::Directory,
-            "hard links are refused: files are cloned or copied, and equal files take their bytes twice",
+            "hard links are refused: files are cloned or copied, and equal files take up space twice",
             "point MODEL_CACHE_DIR to a filesystem with hard links",
         ),
         Err(error) => Check::problem(Area::Directory, &error),
@@ -229,14 +233,18 @@ fn attempts(layout: &Layout) -> Vec<Check> {
     let identity = files::stat(&file).ok().flatten().map(|metadata| metadata.identity());
     let cloned =
         identity.is_some_and(|known| matches!(link::reflink(&file, &folder.0.join("clone"), known), Ok(Some(_))));
-    let says = if cloned { "files can be cloned (reflink)" } else { "no reflinks: --into links or copies" };
-    checks.push(Check::ok(Area::Directory, says));
+    let summary = if cloned {
+        "files can be cloned (reflink)"
+    } else {
+        "reflinks are not supported: --into makes hard links or copies"
+    };
+    checks.push(Check::ok(Area::Directory, summary));
     checks.extend(one_filesystem(layout));
     checks
 }
 
-/// Entries of the wrong type.
-fn misplaced(layout: &Layout) -> Vec<Check> {
+/// Reports each entry of the wrong type.
+fn misplaced_checks(layout: &Layout) -> Vec<Check> {
     let entries = match super::misplaced::misplaced(layout) {
         Ok(entries) => entries,
         Err(error) => return vec![Check::problem(Area::Directory, &error)],
@@ -255,7 +263,7 @@ fn misplaced(layout: &Layout) -> Vec<Check> {
     entries.into_iter().map(problem).collect()
 }
 
-/// Folders of one cache on several mounts: then nothing can be linked between them.
+/// Warns if folders of the cache are on another mount than the root: no file can be linked between mounts.
 fn one_filesystem(layout: &Layout) -> Option<Check> {
     let device = |path: &RootedPath| path.metadata().ok().map(|metadata| metadata.dev());
     let root = device(layout.root());
@@ -263,15 +271,15 @@ fn one_filesystem(layout: &Layout) -> Option<Check> {
     let apart = parts.iter().find(|path| device(path).is_some_and(|device| Some(device) != root))?;
     Some(Check::warning(
         Area::Directory,
-        format!("{} lies on another filesystem than the rest: files are copied, not linked", apart),
+        format!("{} is on another filesystem than the rest of the cache: files are copied, not linked", apart),
         "put the whole cache directory on one filesystem",
     ))
 }
 
-/// A folder that goes when it is dropped.
-struct TryFolder(RootedPath);
+/// A temporary folder, removed on drop.
+struct TrialFolder(RootedPath);
 
-impl TryFolder {
+impl TrialFolder {
     fn make(parent: &RootedPath) -> Result<Self> {
         let path = parent.join(format!("{TEMPORARY}{}", random_name()));
         modes::make_new_dir(&path).at("make a folder in", parent)?;
@@ -279,25 +287,27 @@ impl TryFolder {
     }
 }
 
-impl Drop for TryFolder {
+impl Drop for TrialFolder {
     fn drop(&mut self) {
         let _ = self.0.remove_all();
     }
 }
 
+/// Writes and syncs a file of 64 KiB.
 fn write(path: &RootedPath) -> Result<()> {
     let written = modes::create_readable(path)
         .and_then(|mut file| file.write_all(&[7; 64 * 1024]).and_then(|()| file.sync_all()));
     written.at("write", path)
 }
 
+/// Reports whether the lower directory can be used.
 fn examine_lower(root: &Path) -> Check {
     match super::Disk::reader(root, "it is only read") {
         Ok(disk) => {
             let artifacts = disk.scan().map_or(0, |found| found.iter().filter(|one| one.manifest.is_some()).count());
             Check::ok(Area::Lower, format!("{} holds {artifacts} artifacts, and is only read", root.display()))
         }
-        // It is left out then, and everything works.
+        // A warning only: without a lower directory, everything else works.
         Err(error) => Check::warning_of(Area::Lower, &error),
     }
 }

@@ -1,9 +1,11 @@
-//! A hit in passing: the steps of lending where nothing is out of the ordinary, short enough for the caller's own thread.
+//! The fast path of a cache hit: a lease acquired in microseconds, on the caller's own thread.
 //!
-//! The order is that of [`lend`](super::Disk::lend): shared lease, manifest, one `stat` a file, last use touched. Whatever
-//! is not as it usually is (no lock file yet, an eviction at work, a manifest that is large or not read before, a file that
-//! differs) is left to `lend`, which may read, hash, mend and wait. It runs only where the directory is on a filesystem of
-//! this machine: one that is on a server may hang, and a thread of the runtime with it.
+//! The steps are those of [`acquire`](super::Disk::acquire): shared lease, manifest, one `stat` per file, last use. Any
+//! unusual case (no lock file yet, a running eviction, a large manifest, a changed file) is left to `acquire`, which
+//! may read, hash, repair and wait.
+//!
+//! The fast path is used only on local filesystems. A network filesystem may hang, and block a thread of the async
+//! runtime.
 
 use super::layout::{ArtifactDir, FILES, LAST_USED, MANIFEST};
 use super::lock::FileLock;
@@ -16,75 +18,86 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-/// Most files that are looked at in passing: some 100 us.
+/// Maximum number of selected files on the fast path; their `stat` calls take about 100 µs.
 const FILES_MAX: usize = 64;
-/// Largest manifest that is read in passing.
+/// Maximum size of a manifest that the fast path reads. Cached manifests may be larger.
 const MANIFEST_BYTES_MAX: u64 = 32 << 10;
-/// Leases that are remembered before those are forgotten that have ended.
+/// Number of entries in [`Leases`] below which ended leases are not removed.
 const LEASES_MIN: usize = 64;
 
-/// The leases that this process holds, so that a key that is held already is held once more without a system call.
+/// The leases that this process holds. A further lease of the same key shares the lock, without a system call.
 #[derive(Debug, Default)]
-pub(super) struct Leases(Mutex<HeldLease>);
+pub(super) struct Leases(Mutex<HeldLeases>);
 
 #[derive(Debug, Default)]
-struct HeldLease {
+struct HeldLeases {
     by_key: HashMap<String, Weak<FileLock>>,
-    /// Whose they are: a forked child shares descriptors with its parent, and the parent would end the child's lease.
+    /// The process that took the locks. A forked child does not use them: the lock is shared with the parent, which
+    /// would release it.
     pid: u32,
-    /// How many there may be before those are dropped that have ended.
-    most: usize,
+    /// Number of entries at which ended leases are removed next, if more than [`LEASES_MIN`].
+    prune_at: usize,
 }
 
 impl Leases {
+    /// Returns the lease of `key`, if this process holds it.
     fn share(&self, key: &str) -> Option<Arc<FileLock>> {
         let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         held.by_key.get(key).filter(|_| held.pid == std::process::id()).and_then(Weak::upgrade)
     }
 
+    /// Remembers a new lease of `key`.
     fn keep(&self, key: String, lease: &Arc<FileLock>) {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if held.pid != std::process::id() {
-            *held = HeldLease { pid: std::process::id(), ..HeldLease::default() };
+            *held = HeldLeases { pid: std::process::id(), ..HeldLeases::default() };
         }
-        if held.by_key.len() >= held.most.max(LEASES_MIN) {
+        // Doubling the threshold makes the cost of `retain` constant per insertion.
+        if held.by_key.len() >= held.prune_at.max(LEASES_MIN) {
             held.by_key.retain(|_, lease| lease.strong_count() > 0);
-            held.most = 2 * held.by_key.len();
+            held.prune_at = 2 * held.by_key.len();
         }
         held.by_key.insert(key, Arc::downgrade(lease));
     }
 }
 
 impl Disk {
-    /// Whether what lies here can be looked at without anything that might be waited for.
+    /// Returns true if the fast path may be used: the directory is local and can be written.
     pub(crate) fn allows_fast_path(&self) -> bool {
         self.0.is_local && !self.is_read_only()
     }
 
-    /// Lends what `selection` chooses of `key`, if that takes microseconds; `None` says nothing about what is here.
+    /// Acquires a lease on the selected files of `key` if that takes microseconds. `None` does not mean that the files
+    /// are missing.
     pub(crate) fn try_acquire_fast(&self, key: &ArtifactKey, selection: &Selection) -> Option<LeasedArtifact> {
         if !self.allows_fast_path() {
             return None;
         }
         let (dir, hash) = (self.layout().artifact(key), key.hash());
+        // Step 1: take the shared lease.
         let lease = self.try_lease_fast(&hash)?;
         let folder = dir.path().open_folder().ok()?;
+        // Step 2: read the manifest.
         let manifest = self.cached_manifest(&folder, &dir, &hash)?;
         if !manifest.holds(selection) || manifest.selected(selection).nth(FILES_MAX).is_some() {
             return None;
         }
-        // Opened from its parent's descriptor: the path to it is not walked again.
+        // Step 3: compare the identities. `files/` is opened relative to its parent, which saves resolving the path
+        // again.
         let mut views = Folders::starting_at(dir.files(), folder.open_folder(FILES).ok()?);
         for (path, entry) in manifest.selected(selection) {
             let view = views.metadata(&dir.view(path)).ok()??;
+            // `on_disk` is `None` for unsynced files: `acquire` checks whether their writer is alive.
             if entry.on_disk() != Some(view.identity()) {
                 return None;
             }
         }
+        // Step 4: touch `last-used`.
         let _ = folder.touch(LAST_USED);
         Some(LeasedArtifact { manifest, dir, link: None, is_lower: false, _lease: Some(lease) })
     }
 
+    /// Takes the shared lease. `None` if there is no lock file yet, or an eviction holds the lock.
     fn try_lease_fast(&self, hash: &str) -> Option<Arc<FileLock>> {
         if let Some(lease) = self.0.leases.share(hash) {
             return Some(lease);
@@ -95,6 +108,7 @@ impl Disk {
         Some(lease)
     }
 
+    /// Returns the manifest from the cache in memory, or reads it if it is small.
     fn cached_manifest(&self, folder: &Folder, dir: &ArtifactDir, hash: &str) -> Option<Arc<Manifest>> {
         let file = folder.metadata(MANIFEST).ok()?.identity();
         match self.0.memo.recall(hash, file) {
@@ -104,10 +118,11 @@ impl Disk {
     }
 }
 
-/// Whether the directory is on a filesystem of this machine, whose calls do not wait for a server.
+/// Returns true if the directory is on a local filesystem. Its calls do not wait for a server.
 #[cfg(target_os = "linux")]
 pub(super) fn is_local(root: &Path) -> bool {
-    /// `f_type` of ext2 to ext4, xfs, btrfs, f2fs, zfs, bcachefs, tmpfs, ramfs, overlayfs (linux/magic.h and the modules').
+    /// `f_type` of ext2 to ext4, xfs, btrfs, f2fs, zfs, bcachefs, tmpfs, ramfs, overlayfs. From linux/magic.h and the
+    /// headers of the modules.
     const LOCAL: [u32; 9] = [
         0xef53,
         0x5846_5342,
@@ -143,14 +158,14 @@ mod tests {
         let disk = Disk::open(&folder.path().join("cache"), most, least, Sharing::Off).expect("opens");
         let key = ArtifactKey::bare("team/model@1").expect("key");
         drop(put(&disk, &key, "content", &folder.path().join("source")).expect("fits"));
-        // What is not durable yet is for `lend` to judge.
+        // Files that are not durable yet are left to `acquire`.
         assert!(disk.try_acquire_fast(&key, &Selection::all()).is_none());
         disk.sync_dirty().expect("syncs");
         (folder, disk, key)
     }
 
     #[test]
-    fn a_hit_in_passing_holds_the_lease_and_touches_the_last_use() {
+    fn a_fast_hit_holds_the_lease_and_touches_the_last_use() {
         let (_folder, disk, key) = filled_disk();
         let dir = disk.layout().artifact(&key);
         let last_used = fs::File::open(dir.last_used().full()).expect("opens");
@@ -159,22 +174,22 @@ mod tests {
         assert!(disk.last_used(&dir).expect("looks") > Some(SystemTime::UNIX_EPOCH + Duration::from_secs(2)));
         let second = disk.try_acquire_fast(&key, &Selection::all()).expect("a hit");
         drop(first);
-        assert!(disk.is_leased(&dir), "the second holds it, too");
+        assert!(disk.is_leased(&dir), "the second lease is still held");
         drop(second);
         assert!(!disk.is_leased(&dir));
         let third = disk.try_acquire_fast(&key, &Selection::all()).expect("a hit");
-        assert!(disk.is_leased(&dir), "what has ended is not shared");
+        assert!(disk.is_leased(&dir), "an ended lease is not shared");
         drop(third);
     }
 
     #[test]
-    fn what_is_not_as_usual_is_left_to_lend() {
+    fn unusual_cases_are_left_to_acquire() {
         let (_folder, disk, key) = filled_disk();
         let (dir, all) = (disk.layout().artifact(&key), Selection::all());
         assert!(disk.try_acquire_fast(&ArtifactKey::bare("other@1").expect("key"), &all).is_none());
         assert!(disk.try_acquire_fast(&key, &Selection::globs(&["g"], &[]).expect("globs")).is_none());
         let eviction = FileLock::try_exclusive(&disk.layout().lease(&dir)).expect("tries").expect("free");
-        assert!(disk.try_acquire_fast(&key, &all).is_none(), "an eviction is at work");
+        assert!(disk.try_acquire_fast(&key, &all).is_none(), "an eviction is running");
         drop(eviction);
         let view = dir.files().join("f").full();
         let times = fs::FileTimes::new().set_modified(SystemTime::UNIX_EPOCH);

@@ -1,4 +1,4 @@
-//! Small file work shared by the disk tier: identities, durable writes, walking, removing.
+//! File helpers of the disk tier: identities, atomic writes, walking and removing.
 
 use super::io_error::{IoContext, Shown};
 use super::lock::FileLock;
@@ -14,64 +14,66 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, Read, Write};
 
-/// Bytes read at a time when hashing.
+/// Buffer size for hashing, in bytes.
 const READ_BYTES: usize = 1 << 20;
 
-/// How the names of files and folders begin that are not finished. What their writers leave behind is counted and swept.
+/// Prefix of the names of temporary files and folders. Leftovers with this prefix are counted and swept.
 pub(crate) const TEMPORARY: &str = "new-";
 
-/// What tells an open file from another, as manifests record it.
+/// Returns the identity of an open file, as manifests record it: inode, size and mtime.
 pub(crate) fn identity(file: &File) -> io::Result<FileIdentity> {
     Ok(Metadata::of(file)?.identity())
 }
 
-/// The metadata of `path` itself (links are not followed), or `None` if there is nothing.
+/// Returns the metadata of `path` itself (symbolic links are not followed), or `None` if nothing exists there.
 pub(crate) fn stat(path: &RootedPath) -> Result<Option<Metadata>> {
     absent(path.metadata()).at("look at", path)
 }
 
-/// Removes a file; that it is already gone is fine.
-///
-/// It looks first: to remove even what is not there, the kernel locks the folder against all who make names in it.
+/// Removes a file, if it exists.
 pub(crate) fn remove_file(path: &RootedPath) -> Result<()> {
+    // Look first: even to remove a name that does not exist, the kernel locks the folder against new entries.
     match stat(path)? {
         Some(_) => absent(path.unlink()).at("remove", path).map(|_| ()),
         None => Ok(()),
     }
 }
 
-/// Removes whatever lies at `path`, a folder with all it holds; that it is already gone is fine.
+/// Removes the file or folder at `path`, if it exists. A folder is removed with its content.
 pub(crate) fn remove(path: &RootedPath) -> Result<()> {
     absent(path.remove_all()).at("remove", path).map(|_| ())
 }
 
-/// Makes names in `dir` survive a power cut.
+/// Syncs `dir`, so that the names in it survive a power cut.
 pub(crate) fn sync_dir(dir: &RootedPath) -> Result<()> {
     dir.open_dir().and_then(|dir| dir.sync_all()).at("make durable", dir)
 }
 
-/// Writes `bytes` to `target` so that a reader sees the old content or the new, never a mixture; durable on return.
-/// The temporary file lies in `temporary_dir`, or beside the target if that is on another mount.
+/// Replaces the content of `target` atomically: a reader sees the old bytes or the new ones. Durable on return.
+///
+/// The temporary file is in `temporary_dir`, or beside the target if that folder is on another mount.
 pub(crate) fn replace(target: &RootedPath, bytes: &[u8], temporary_dir: &RootedPath) -> Result<()> {
     let place = |temporary: &RootedPath| temporary.rename(target);
     write_then(target, bytes, temporary_dir, Sync::All, place).at("write", target)
 }
 
-/// The same, durable at some later time: whoever reads `target` after a power cut may find it torn, and must notice.
-/// What is there already is not lost meanwhile: it is replaced by what is durable, whatever name a power cut leaves.
+/// Replaces the content of `target` atomically, without syncing its folder. After a power cut the old or the new
+/// content is there. A new file is not synced at all: it may be torn after a power cut, which a reader must detect.
 pub(crate) fn replace_unsynced(target: &RootedPath, bytes: &[u8], temporary_dir: &RootedPath) -> Result<()> {
+    // If the target exists, sync the new bytes first. Otherwise the rename could reach the disk before them, and a
+    // power cut would lose the old and the new content.
     let sync = if stat(target)?.is_some() { Sync::Content } else { Sync::Nothing };
     let place = |temporary: &RootedPath| temporary.rename(target);
     write_then(target, bytes, temporary_dir, sync, place).at("write", target)
 }
 
-/// The same for a hint, which nobody misses: neither the old nor the new need survive a power cut.
+/// Replaces the content of a hint atomically, without syncing. Neither old nor new content need survive a power cut.
 pub(crate) fn replace_hint(target: &RootedPath, bytes: &[u8], temporary_dir: &RootedPath) -> Result<()> {
     let place = |temporary: &RootedPath| temporary.rename(target);
     write_then(target, bytes, temporary_dir, Sync::Nothing, place).at("write", target)
 }
 
-/// The same for a file that is not there yet; `false` if it is by now, and stays as it is.
+/// Creates `target` with `bytes`, durable on return. Returns false, and changes nothing, if it exists.
 pub(crate) fn create(target: &RootedPath, bytes: &[u8], temporary_dir: &RootedPath) -> Result<bool> {
     match write_then(target, bytes, temporary_dir, Sync::All, |temporary| modes::appear(temporary, target)) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
@@ -79,19 +81,17 @@ pub(crate) fn create(target: &RootedPath, bytes: &[u8], temporary_dir: &RootedPa
     }
 }
 
-/// What of a new file is made durable at once.
+/// How much of a new file is synced before the write returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sync {
-    /// Its bytes, then its name.
+    /// The bytes, then the folder with the name.
     All,
-    /// Its bytes.
+    /// The bytes only.
     Content,
     Nothing,
 }
 
-/// Writes `bytes` to a temporary file and gives it its name with `place`.
-///
-/// The file is locked before the first byte is written, until it has its name: a sweep removes those that nobody locks.
+/// Writes `bytes` to a temporary file, which `place` then renames or links to its final name.
 fn write_then(
     target: &RootedPath,
     bytes: &[u8],
@@ -102,6 +102,8 @@ fn write_then(
     let temporary = dir.join(format!("{TEMPORARY}{}", random_name()));
     let synced = |file: &File| if sync == Sync::Nothing { Ok(()) } else { file.sync_all() };
     let written = modes::create_readable(&temporary).and_then(|file| {
+        // Keep the lock from before the first byte until the rename: a sweep removes temporary files that are not
+        // locked.
         let lock = FileLock::of_temporary(file)?;
         lock.file().write_all(bytes)?;
         synced(lock.file())?;
@@ -112,6 +114,7 @@ fn write_then(
     }
     let folder = target.parent().unwrap_or_else(|| dir.clone());
     match written {
+        // `dir` is on another mount than the target: write the temporary file beside it.
         Err(error) if error.raw_os_error() == Some(Errno::XDEV.raw_os_error()) && folder != *dir => {
             write_then(target, bytes, &folder, sync, place)
         }
@@ -120,7 +123,8 @@ fn write_then(
     }
 }
 
-/// The whole of a small file, or `None` if there is none.
+/// Returns the first `bytes_max` + 1 bytes of a file, or `None` if it does not exist. A longer result than `bytes_max`
+/// shows the caller that the file is too large.
 pub(crate) fn read_small(path: &RootedPath, bytes_max: u64) -> Result<Option<Vec<u8>>> {
     let read = || {
         let file = path.open(false)?;
@@ -132,17 +136,17 @@ pub(crate) fn read_small(path: &RootedPath, bytes_max: u64) -> Result<Option<Vec
     absent(read()).at("read", path)
 }
 
-/// Whether `path` itself is a folder; a link to one is none.
+/// Returns true if `path` itself is a folder. A symbolic link to a folder is not one.
 pub(crate) fn is_folder(path: &RootedPath) -> Result<bool> {
     Ok(stat(path)?.is_some_and(|metadata| metadata.is_dir()))
 }
 
-/// The paths directly in `dir`, none if it does not exist. A link to a folder has none: what it leads to is not ours.
+/// Returns the paths directly in `dir`, or none if it does not exist or is a symbolic link.
 pub(crate) fn entries(dir: &RootedPath) -> Result<Vec<RootedPath>> {
     Ok(absent(dir.entries()).at("list", dir)?.unwrap_or_default())
 }
 
-/// Calls `visit` for every path below `dir` that is no folder; links are not followed.
+/// Calls `visit` for every path below `dir` that is not a folder. Symbolic links are not followed.
 pub(crate) fn walk(dir: &RootedPath, visit: &mut dyn FnMut(&RootedPath, &Metadata) -> Result<()>) -> Result<()> {
     walk_down(dir, DEPTH_MAX, visit)
 }
@@ -153,7 +157,7 @@ fn walk_down(
     visit: &mut dyn FnMut(&RootedPath, &Metadata) -> Result<()>,
 ) -> Result<()> {
     let Some(depth) = depth.checked_sub(1) else {
-        return Err(io::Error::other("folders lie too deep in each other")).at("walk through", dir);
+        return Err(io::Error::other("folders are nested too deeply")).at("walk through", dir);
     };
     let mut folder = Folders::default();
     for path in entries(dir)? {
@@ -166,7 +170,7 @@ fn walk_down(
     Ok(())
 }
 
-/// Digest and ladder of an open file, from its start.
+/// Returns digest and ladder of an open file, which is read from its present position to the end.
 pub(crate) fn hash(file: &mut File, path: &(impl Shown + ?Sized), part_size: u64) -> Result<(Digest, Ladder)> {
     let mut hasher = LadderHasher::new(part_size);
     let mut buffer = vec![0; READ_BYTES];
@@ -178,10 +182,10 @@ pub(crate) fn hash(file: &mut File, path: &(impl Shown + ?Sized), part_size: u64
     }
 }
 
-/// Characters of a [`random_name`], which are letters and digits.
+/// Length of a [`random_name`] in characters.
 pub(crate) const RANDOM_NAME_CHARS: usize = 16;
 
-/// A name that no other process chooses.
+/// Returns a random name of letters and digits, unique for all practical purposes.
 pub(crate) fn random_name() -> String {
     Alphanumeric.sample_string(&mut rand::rng(), RANDOM_NAME_CHARS)
 }

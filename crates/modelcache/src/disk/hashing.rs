@@ -1,11 +1,11 @@
-//! Hashing what lies on disk: two stretches at once on a core, and past the page cache where the medium is to answer.
+//! Hashing files on disk: two ranges at once per thread, and past the page cache if the medium itself is to be checked.
 //!
-//! A stretch is a part that a ladder checks alone, or a whole file. A thread reads two of them in turn, a slice of each,
-//! and hashes both slices together: nearly twice as fast as one after the other. When one ends, the next takes its place.
-//! Memory is two slices a thread, whatever the size of files.
+//! A [`Stretch`] is a range of bytes that is hashed in order: a part with a checkpoint, or a whole file. A thread reads
+//! a slice of each of two stretches and hashes both together, which is nearly twice as fast as one after the other.
+//! Memory is two slices per thread, whatever the size of the files.
 //!
-//! Surprise: a file that is read past the page cache stays in it if it was there, and does not come in if it was not: who
-//! serves from memory goes on doing so, and rot on the medium is found all the same.
+//! Direct reads leave the page cache as it is: cached files stay cached, and others are not loaded. So checking the
+//! medium does not slow down readers, and finds corruption even of files that are in memory.
 
 use super::ALIGNMENT;
 use super::io_error::errno;
@@ -23,23 +23,23 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-/// Bytes of a stretch that are read and hashed at a time.
+/// Bytes of a stretch that are read and hashed at a time; a multiple of [`ALIGNMENT`].
 const SLICE_BYTES: usize = 1 << 20;
-/// More threads than this feed no disk, and two slices each are what they hold.
+/// Maximum number of threads: a disk does not deliver more, and each thread holds two slices.
 const THREADS_MAX: usize = 16;
 
-/// Threads that hash what is in memory.
+/// Returns the number of threads for hashing files that are in the page cache.
 pub(crate) fn threads() -> usize {
     thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX)
 }
 
-/// Threads that hash what comes from the medium: while some wait for it, others hash.
+/// Returns the number of threads for hashing files from the medium: while some wait for the disk, others hash.
 pub(crate) fn threads_from_medium() -> usize {
     (2 * threads()).min(THREADS_MAX)
 }
 
-/// Lets reads of `file` come from the medium, not from the kernel's memory. Where the filesystem has no direct reads, the
-/// kernel's copy is dropped instead.
+/// Makes reads of `file` come from the medium instead of the page cache, by `O_DIRECT`. If the filesystem does not
+/// support it, drops the file's pages from the cache.
 pub(crate) fn from_medium(file: &File) {
     let direct = rustix::fs::fcntl_getfl(file).and_then(|flags| rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT));
     if direct.is_err() {
@@ -51,41 +51,45 @@ fn is_direct(file: &File) -> bool {
     rustix::fs::fcntl_getfl(file).is_ok_and(|flags| flags.contains(OFlags::DIRECT))
 }
 
-/// Ends direct reads of `file`; `false` if there were none.
-fn through_memory(file: &File) -> bool {
+/// Clears `O_DIRECT` of `file`. Returns true if it was set.
+fn clear_direct(file: &File) -> bool {
     let Ok(flags) = rustix::fs::fcntl_getfl(file) else { return false };
     flags.contains(OFlags::DIRECT) && rustix::fs::fcntl_setfl(file, flags - OFlags::DIRECT).is_ok()
 }
 
-/// Bytes of an open file that are hashed in order; `of` says which, to whoever asked.
+/// A range of an open file that is hashed in order.
 pub(crate) struct Stretch<T> {
+    /// The open file, and the caller's name for the range.
     of: T,
     direct: bool,
+    /// The bytes that are not read yet.
     range: Range<u64>,
     hasher: PartHasher,
-    trouble: Option<io::Error>,
+    /// The read error that ended the stretch, if one did.
+    error: Option<io::Error>,
 }
 
 impl<T: AsRef<File>> Stretch<T> {
-    /// The bytes in `range`, before which `hasher` stands.
+    /// Returns the stretch of the bytes in `range`. `hasher` has the state at its start.
     pub(crate) fn new(of: T, range: Range<u64>, hasher: PartHasher) -> Self {
-        Self { direct: is_direct(of.as_ref()), of, range, hasher, trouble: None }
+        Self { direct: is_direct(of.as_ref()), of, range, hasher, error: None }
     }
 
-    /// The whole of a file of `size` bytes.
+    /// Returns the stretch of a whole file of `size` bytes.
     pub(crate) fn whole(of: T, size: u64) -> Self {
         Self::new(of, 0..size, PartHasher::new())
     }
 
-    /// Reads on into `slice`; how many bytes. None at the end, which may come early, and after trouble.
+    /// Reads the next bytes into `slice`, and returns their number. It is 0 at the end of the range or of the file, and
+    /// after an error.
     fn read(&mut self, slice: &mut [u8]) -> usize {
         let left = usize::try_from(self.range.end - self.range.start).unwrap_or(usize::MAX);
-        // Direct reads are of whole blocks; what is beyond the stretch is left out.
+        // Direct reads need whole blocks. Bytes beyond the end of the stretch are not hashed.
         let want = left.min(slice.len()).next_multiple_of(ALIGNMENT).min(slice.len());
         let read = match self.read_at(&mut slice[..want]) {
             Ok(read) => read.min(left),
             Err(error) => {
-                self.trouble = Some(error);
+                self.error = Some(error);
                 0
             }
         };
@@ -99,14 +103,15 @@ impl<T: AsRef<File>> Stretch<T> {
             return Ok(0);
         }
         match file.read_at(slice, at) {
-            // Other blocks than ours, a part that begins within one, or a file that ended early.
+            // Direct reads do not work at this offset: the device has larger blocks than `ALIGNMENT`, the part starts
+            // within a block, or the file ended early. Read through the page cache instead.
             Err(error) if self.direct && errno(&error) == Some(Errno::INVAL) => {
-                through_memory(file);
+                clear_direct(file);
                 self.direct = false;
                 file.read_at(slice, at)
             }
             Ok(read) if !self.direct => {
-                // The kernel reads ahead for one reader of a file, not for several: what comes next is asked for here.
+                // The kernel reads ahead for one reader of a file, not for several, so request the next bytes here.
                 let ahead = NonZeroU64::new(slice.len() as u64);
                 let _ = rustix::fs::fadvise(file, at + read as u64, ahead, Advice::WillNeed);
                 Ok(read)
@@ -115,58 +120,65 @@ impl<T: AsRef<File>> Stretch<T> {
         }
     }
 
-    fn is_read(&self) -> bool {
+    fn is_finished(&self) -> bool {
         self.range.is_empty()
     }
 
-    fn end(self) -> (T, io::Result<PartHasher>) {
-        (self.of, self.trouble.map_or(Ok(self.hasher), Err))
+    /// Returns the caller's name, and the hasher or the read error.
+    fn finish(self) -> (T, io::Result<PartHasher>) {
+        (self.of, self.error.map_or(Ok(self.hasher), Err))
     }
 }
 
-/// A place for one stretch at a time, and its slice.
+/// One of the two stretches of a thread, with its buffer.
 struct Slot<T> {
     stretch: Option<Stretch<T>>,
     storage: Vec<u8>,
+    /// Offset of the aligned slice in `storage`.
     start: usize,
+    /// Bytes of the slice that were read last.
     len: usize,
 }
 
 impl<T: AsRef<File>> Slot<T> {
     fn new() -> Self {
+        // Direct reads need an aligned buffer.
         let storage = vec![0; SLICE_BYTES + ALIGNMENT];
         Self { start: storage.as_ptr().align_offset(ALIGNMENT), storage, stretch: None, len: 0 }
     }
 
+    /// Reads the next slice of the stretch. Returns its number of bytes.
     fn read(&mut self) -> u64 {
         let slice = &mut self.storage[self.start..self.start + SLICE_BYTES];
         self.len = self.stretch.as_mut().map_or(0, |stretch| stretch.read(slice));
         self.len as u64
     }
 
-    /// The hasher and what it has to take, if there is a stretch.
+    /// Returns the hasher and the bytes to be hashed, if there is a stretch.
     fn work(&mut self) -> Option<(&mut PartHasher, &[u8])> {
         let slice = &self.storage[self.start..self.start + self.len];
         self.stretch.as_mut().map(|stretch| (&mut stretch.hasher, slice))
     }
 }
 
-/// Reads and hashes stretches on this thread until there is no `next`, and tells of each that `ended`.
+/// Reads and hashes stretches on this thread, two at a time, until `next` returns `None`.
 ///
-/// `took` hears of bytes as they are read, and ends it all with `false`.
+/// `on_read` gets the number of bytes after each read, and ends the work by returning false. `on_finished` gets the
+/// name of each finished stretch, with its hasher or read error.
 pub(crate) fn in_pairs<T: AsRef<File>, E>(
     mut next: impl FnMut() -> Result<Option<Stretch<T>>, E>,
-    mut took: impl FnMut(u64) -> bool,
-    mut ended: impl FnMut(T, io::Result<PartHasher>) -> Result<(), E>,
+    mut on_read: impl FnMut(u64) -> bool,
+    mut on_finished: impl FnMut(T, io::Result<PartHasher>) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut slots = [Slot::new(), Slot::new()];
     loop {
+        // A finished stretch makes room for the next one.
         for slot in &mut slots {
             if slot.stretch.is_none() {
                 slot.stretch = next()?;
             }
         }
-        if slots.iter().all(|slot| slot.stretch.is_none()) || !took(slots.iter_mut().map(Slot::read).sum()) {
+        if slots.iter().all(|slot| slot.stretch.is_none()) || !on_read(slots.iter_mut().map(Slot::read).sum()) {
             return Ok(());
         }
         let [a, b] = &mut slots;
@@ -176,29 +188,31 @@ pub(crate) fn in_pairs<T: AsRef<File>, E>(
             (None, None) => {}
         }
         for slot in &mut slots {
-            if let Some(stretch) = slot.stretch.take_if(|stretch| stretch.is_read()) {
-                let (of, hashed) = stretch.end();
-                ended(of, hashed)?;
+            if let Some(stretch) = slot.stretch.take_if(|stretch| stretch.is_finished()) {
+                let (of, hashed) = stretch.finish();
+                on_finished(of, hashed)?;
             }
         }
     }
 }
 
-/// The digest of a file of `size` bytes, read in order. Of its beginning only, if `took` ends it.
-pub(crate) fn in_order(file: &File, size: u64, took: impl FnMut(u64) -> bool) -> io::Result<Digest> {
+/// Returns the digest of a file of `size` bytes, read in order. If `on_read` returns false, the result is not the
+/// digest of the file.
+pub(crate) fn in_order(file: &File, size: u64, on_read: impl FnMut(u64) -> bool) -> io::Result<Digest> {
     let mut whole = Some(Stretch::whole(Part { file, index: 0 }, size));
     let mut outcome = Ok(PartHasher::new());
     let keep = |_: Part<'_>, hashed| {
         outcome = hashed;
         Ok(())
     };
-    let Ok(()) = in_pairs::<_, Infallible>(|| Ok(whole.take()), took, keep);
+    let Ok(()) = in_pairs::<_, Infallible>(|| Ok(whole.take()), on_read, keep);
     outcome.map(PartHasher::finish)
 }
 
-/// Which of the `parts` of a file of `size` bytes hold under `ladder`, whose end is `digest`. On all cores.
+/// Returns those of `parts` of a file of `size` bytes that match `ladder`, which ends at `digest`. Uses all cores.
 ///
-/// That all parts do proves the file. That some do not proves nothing yet: the ladder may be wrong, or the disk ill.
+/// If all parts of the file match, the file has this digest. If some do not, it may still have it: the ladder may be
+/// wrong, or a read may have failed.
 pub(crate) fn right_parts(
     file: &File,
     size: u64,
@@ -212,26 +226,27 @@ pub(crate) fn right_parts(
         let index = *left.lock().unwrap_or_else(PoisonError::into_inner).next()?;
         Some(Stretch::new(Part { file, index }, ladder.range(index, size), ladder.hasher(index)?))
     };
-    let ended = |part: Part<'_>, hashed: io::Result<PartHasher>| {
+    let on_finished = |part: Part<'_>, hashed: io::Result<PartHasher>| {
         if hashed.is_ok_and(|hasher| ladder.holds(part.index, Some(digest), hasher)) {
             right.lock().unwrap_or_else(PoisonError::into_inner).insert(part.index);
         }
         Ok(())
     };
     let work = || {
-        let Ok(()) = in_pairs::<_, Infallible>(|| Ok(next()), |_| true, ended);
+        let Ok(()) = in_pairs::<_, Infallible>(|| Ok(next()), |_| true, on_finished);
     };
     thread::scope(|scope| {
+        // This thread works, too, and each thread takes two parts at a time.
         let others = threads().min(parts.len().div_ceil(2)).saturating_sub(1);
-        // Where a thread cannot be started, those that run do its share.
+        // If a thread cannot be started, the others do its share.
         (0..others).for_each(|_| drop(thread::Builder::new().spawn_scoped(scope, work)));
         work();
     });
     right.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether the bytes of a file are those of `digest`: by parts on all cores where there is a ladder for it, else, and where
-/// the ladder finds fault, in order.
+/// Returns true if the file has `digest`. With a ladder, the parts are hashed on all cores. Without one, or if a part
+/// does not match, the whole file is hashed in order.
 pub(crate) fn has_digest(file: &File, digest: Digest, ladder: Option<&Ladder>) -> io::Result<bool> {
     let size = file.metadata()?.len();
     if let Some(ladder) = ladder.filter(|ladder| size > 0 && ladder.fits(size)) {
@@ -243,7 +258,7 @@ pub(crate) fn has_digest(file: &File, digest: Digest, ladder: Option<&Ladder>) -
     Ok(in_order(file, size, |_| true)? == digest)
 }
 
-/// A part of a file, or the whole.
+/// A part of a file, or the whole file as part 0.
 struct Part<'a> {
     file: &'a File,
     index: u64,
@@ -281,9 +296,10 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        // Parts of whole pages can be read past the page cache, others not: both ways, from memory and from the medium.
+        // Parts of whole pages can be read directly, others cannot. Both kinds are read from the cache and from the
+        // medium.
         #[test]
-        fn exactly_the_parts_with_flipped_bits_are_not_right(
+        fn exactly_the_parts_with_flipped_bits_do_not_match(
             len in 1usize..40_000, part in prop_oneof![Just(64u64), Just(4096), Just(6400), Just(8192)],
             flips in proptest::collection::vec(any::<proptest::sample::Index>(), 0..4), medium in any::<bool>(),
         ) {
@@ -308,17 +324,17 @@ mod tests {
     }
 
     #[test]
-    fn a_ladder_that_lies_makes_no_right_file_wrong_and_no_wrong_one_right() {
+    fn a_wrong_ladder_does_not_change_the_result() {
         let (content, other) = (filled(20_000, 1), filled(20_000, 2));
         let file = file(&content);
-        let lying = ladder(&other, 4096);
-        assert!(has_digest(&file, Digest::of(&content), Some(&lying)).expect("reads"));
-        assert!(!has_digest(&file, Digest::of(&other), Some(&lying)).expect("reads"));
+        let wrong = ladder(&other, 4096);
+        assert!(has_digest(&file, Digest::of(&content), Some(&wrong)).expect("reads"));
+        assert!(!has_digest(&file, Digest::of(&other), Some(&wrong)).expect("reads"));
         assert!(!has_digest(&file, Digest::of(&other), Some(&ladder(&content, 4096))).expect("reads"));
     }
 
     #[test]
-    fn long_stretches_go_on_slice_by_slice_and_a_file_that_ended_early_is_not_right() {
+    fn stretches_longer_than_a_slice_are_hashed_and_a_truncated_file_does_not_match() {
         let content = filled(3 * SLICE_BYTES + 70_001, 3);
         let (digest, part) = (Digest::of(&content), SLICE_BYTES as u64 + 64 * 1024);
         let (ladder, whole) = (ladder(&content, part), file(&content));

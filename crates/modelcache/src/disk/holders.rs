@@ -1,14 +1,14 @@
-//! Who holds a lock: what the kernel shows of it in `/proc/locks`. For people; nothing is decided by it.
+//! The processes that hold a file lock, according to `/proc/locks`. For messages only; no decision depends on it.
 //!
-//! Not every holder is seen: a process of another PID namespace is not, and a child that inherited the descriptor goes
-//! by the process that took the lock.
+//! The list may be incomplete. A process in another PID namespace is not visible. A child that inherited the descriptor
+//! is reported as the process that took the lock.
 
 use super::pin::Holder;
 use super::rooted::RootedPath;
 use std::fs;
 use std::path::Path;
 
-/// The processes that hold a `flock` on `path`.
+/// Returns the visible processes that hold a `flock` on `path`.
 pub(super) fn of_flock(path: &RootedPath) -> Vec<Holder> {
     let (Ok(metadata), Ok(table)) = (path.metadata(), fs::read_to_string("/proc/locks")) else {
         return Vec::new();
@@ -16,7 +16,7 @@ pub(super) fn of_flock(path: &RootedPath) -> Vec<Holder> {
     let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
     let mut pids = pids(&table, metadata.ino(), Some(device));
     if pids.is_empty() {
-        // Layered filesystems show another device to `stat` than to the kernel's table.
+        // On layered filesystems, `stat` reports another device than the lock table. Compare the inode alone.
         pids = self::pids(&table, metadata.ino(), None);
     }
     pids.sort_unstable();
@@ -24,7 +24,9 @@ pub(super) fn of_flock(path: &RootedPath) -> Vec<Holder> {
     pids.into_iter().filter_map(holder).collect()
 }
 
-/// A line is `1: FLOCK  ADVISORY  READ 1234 fd:01:5678 0 EOF`; those after `->` only wait.
+/// Returns the process ids in the lock `table` for an inode.
+///
+/// A line is `1: FLOCK  ADVISORY  READ 1234 fd:01:5678 0 EOF`. Lines with `->` are waiting processes and are left out.
 fn pids(table: &str, inode: u64, device: Option<(u32, u32)>) -> Vec<u32> {
     let holder = |line: &str| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
@@ -38,7 +40,7 @@ fn pids(table: &str, inode: u64, device: Option<(u32, u32)>) -> Vec<u32> {
     table.lines().filter_map(holder).collect()
 }
 
-/// The process, if it is one that can be seen from here.
+/// Returns process id and command name, or `None` if the process is not visible in this PID namespace.
 fn holder(pid: u32) -> Option<Holder> {
     let folder = Path::new("/proc").join(pid.to_string());
     if pid == 0 || !folder.exists() {
@@ -53,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_holders_of_this_very_file_are_read_from_the_table() {
+    fn only_holders_of_the_file_are_read_from_the_table() {
         let table = "\
 1: FLOCK  ADVISORY  READ 11 fd:01:5678 0 EOF
 2: FLOCK  ADVISORY  READ 12 fd:02:5678 0 EOF
@@ -66,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_is_seen_holding_its_own_lock() {
+    fn this_process_is_reported_as_the_holder_of_its_lock() {
         let folder = tempfile::tempdir().expect("folder");
         let path = RootedPath::root(folder.path()).join("lock");
         let lock = super::super::FileLock::try_shared(&path).expect("opens").expect("free");

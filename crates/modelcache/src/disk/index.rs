@@ -1,9 +1,12 @@
-//! What the artifacts hold, in memory, so that one eviction or one shared blob need not read every manifest.
+//! In-memory index of all artifacts: their last use, and the files that their manifests record. With it, an eviction or
+//! a shared blob does not need to read every manifest.
 //!
-//! Per artifact: its last use and the files it records. It says where to look first, never what is so: a victim is looked
-//! at again under its lease before it goes, and what an identity is compared with is the file. It belongs to one process,
-//! is read from the directory when first needed, and kept up by the change log: manifests change within budget holds
-//! only. The last use is touched by anybody without a word, so that it is believed only after a look.
+//! The index belongs to one process. It is read from the directory when it is first needed, and kept current by the
+//! change log, because manifests change only under the budget lock. `last-used` is touched without an entry in that
+//! log, so the recorded time must be compared with the file.
+//!
+//! The index is only a guide: a candidate for eviction is examined again under its lease, and an identity is always
+//! compared with the file itself.
 
 use super::change_log::Position;
 use super::layout::ArtifactDir;
@@ -18,21 +21,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-/// Where an artifact stands in the order of last use: when, and its folder below `artifacts/`.
+/// Sort key of the order of last use: time of last use, and the artifact's folder below `artifacts/`.
 pub(super) type LastUseOrder = (Option<SystemTime>, Arc<Path>);
 
 /// The artifacts as of one position in the change log.
 #[derive(Debug, Default)]
 pub(super) struct Index {
-    /// `None` until the directory was read.
+    /// Position in the change log up to which the index is current; `None` until the directory was read.
     at: Option<Position>,
     artifacts: HashMap<Arc<Path>, IndexedArtifact>,
     by_use: BTreeSet<LastUseOrder>,
-    /// Views that manifests record of an inode.
+    /// Number of views that manifests record, by inode.
     views: HashMap<u64, u32>,
-    /// Manifests that vouch for a file as a digest.
+    /// Number of manifests that record a durable file under a digest.
     vouchers: HashMap<(Digest, FileIdentity), u32>,
-    /// Writers that do, as long as they live: what they published may not be durable yet.
+    /// Writers of unsynced files. They vouch for a file only while they are alive.
     promises: HashMap<(Digest, FileIdentity), Vec<Arc<str>>>,
 }
 
@@ -47,12 +50,13 @@ struct IndexedArtifact {
 struct Recorded {
     digest: Option<Digest>,
     identity: FileIdentity,
-    /// Who makes it durable, if that is still to be done.
+    /// The writer that has still to sync the file, if it is unsynced.
     writer: Option<Arc<str>>,
 }
 
 impl Index {
-    /// Reads the whole directory. The caller holds the budget, whose changes stood at `at` when it was taken.
+    /// Reads the whole directory. The caller holds the budget lock; `at` is the end of the change log when it was
+    /// taken.
     pub(super) fn read(disk: &Disk, at: Position) -> Result<Self> {
         let mut index = Self::as_of(at);
         disk.scan_each(&mut |artifact| {
@@ -62,17 +66,18 @@ impl Index {
         Ok(index)
     }
 
-    /// An index to be filled, of the directory as it stands at `at`.
+    /// Returns an empty index, which the caller fills with the artifacts as of `at`.
     pub(super) fn as_of(at: Position) -> Self {
         Self { at: Some(at), ..Self::default() }
     }
 
-    /// Learns of the changes up to `at`; `false` if the log does not tell them.
+    /// Reads the artifacts again that were changed up to `at`. Returns false if the change log does not list them.
     pub(super) fn catch_up(&mut self, disk: &Disk, at: Position) -> Result<bool> {
-        let changed = self.at.and_then(|known| known.until(&disk.layout().changes(), at));
+        let changed = self.at.and_then(|known| known.read_until(&disk.layout().changes(), at));
         let Some(mut changed) = changed else { return Ok(false) };
         changed.sort_unstable();
         changed.dedup();
+        // A logged change may not have happened; reading the manifest again is right in both cases.
         for artifact in &changed {
             self.refresh(disk, &ArtifactDir(disk.layout().artifacts().join(artifact)))?;
         }
@@ -80,7 +85,7 @@ impl Index {
         Ok(true)
     }
 
-    /// Reads one artifact anew.
+    /// Reads one artifact again.
     pub(super) fn refresh(&mut self, disk: &Disk, dir: &ArtifactDir) -> Result<()> {
         if let Some(folder) = below_artifacts(disk, dir) {
             self.remove(&folder);
@@ -91,13 +96,15 @@ impl Index {
         Ok(())
     }
 
-    /// Takes in what was found of an artifact that it does not know.
+    /// Adds an artifact that is not in the index.
     pub(super) fn insert(&mut self, disk: &Disk, artifact: &ScannedArtifact) {
         let Some(folder) = below_artifacts(disk, &artifact.dir) else { return };
         let folder: Arc<Path> = folder.into();
         let files: Box<[Recorded]> = artifact.manifest.iter().flat_map(recorded).collect();
         for file in &files {
             *self.views.entry(file.identity.inode).or_default() += 1;
+            // A durable file has the bytes of its digest. Of an unsynced one this is known only while its writer
+            // is alive.
             match (file.digest, &file.writer) {
                 (Some(digest), None) => *self.vouchers.entry((digest, file.identity)).or_default() += 1,
                 (Some(digest), Some(writer)) => {
@@ -110,12 +117,13 @@ impl Index {
         self.artifacts.insert(folder, IndexedArtifact { last_used: artifact.last_used, files });
     }
 
+    /// Removes an artifact and its files.
     fn remove(&mut self, folder: &Path) {
         let Some((folder, known)) = self.artifacts.remove_entry(folder) else { return };
         for file in &known.files {
-            take_off(&mut self.views, &file.identity.inode);
+            decrement(&mut self.views, &file.identity.inode);
             match (file.digest, &file.writer) {
-                (Some(digest), None) => take_off(&mut self.vouchers, &(digest, file.identity)),
+                (Some(digest), None) => decrement(&mut self.vouchers, &(digest, file.identity)),
                 (Some(digest), Some(writer)) => self.forget_promise((digest, file.identity), writer),
                 (None, _) => {}
             }
@@ -123,6 +131,7 @@ impl Index {
         self.by_use.remove(&(known.last_used, folder));
     }
 
+    /// Removes one entry of `writer` for an unsynced file.
     fn forget_promise(&mut self, file: (Digest, FileIdentity), writer: &str) {
         let Some(writers) = self.promises.get_mut(&file) else { return };
         if let Some(at) = writers.iter().position(|known| **known == *writer) {
@@ -133,26 +142,27 @@ impl Index {
         }
     }
 
-    /// The least recently used artifact after `turn`, as far as is known.
-    pub(super) fn next(&self, turn: Option<&LastUseOrder>) -> Option<LastUseOrder> {
-        let after = turn.map_or(Bound::Unbounded, Bound::Excluded);
+    /// Returns the artifact that follows `cursor` in the indexed order of last use, or the first one.
+    pub(super) fn next(&self, cursor: Option<&LastUseOrder>) -> Option<LastUseOrder> {
+        let after = cursor.map_or(Bound::Unbounded, Bound::Excluded);
         self.by_use.range::<LastUseOrder, _>((after, Bound::Unbounded)).next().cloned()
     }
 
-    /// Learns when an artifact was last used.
+    /// Records the time of last use of an artifact.
     pub(super) fn set_last_used(&mut self, folder: &Arc<Path>, last_used: Option<SystemTime>) {
         let Some(known) = self.artifacts.get_mut(folder) else { return };
+        // The set is sorted by time, so the entry is removed and inserted again.
         self.by_use.remove(&(known.last_used, folder.clone()));
         known.last_used = last_used;
         self.by_use.insert((last_used, folder.clone()));
     }
 
-    /// Views that manifests record of `inode`.
+    /// Returns the number of views of `inode` that manifests record.
     pub(super) fn views(&self, inode: u64) -> u64 {
         self.views.get(&inode).copied().unwrap_or_default().into()
     }
 
-    /// Whether both know the same; the last use apart, which is believed only after a look.
+    /// Asserts that both have the same content, except the times of last use.
     #[cfg(test)]
     pub(super) fn assert_same(&self, other: &Self) {
         let keys = |index: &Self| index.artifacts.keys().cloned().collect::<BTreeSet<_>>();
@@ -167,18 +177,18 @@ impl Index {
         assert_eq!(self.artifacts.len(), self.by_use.len());
     }
 
-    /// Whether a committed manifest records `identity` for `digest`, durably.
+    /// Returns true if a manifest records `identity` for `digest`, and the file is durable.
     pub(super) fn vouches(&self, digest: &Digest, identity: FileIdentity) -> bool {
         self.vouchers.contains_key(&(*digest, identity))
     }
 
-    /// The writers that published `identity` as `digest` and were to make it durable.
+    /// Returns the writers that published the file `identity` as `digest` and had not synced it when last seen.
     pub(super) fn promised(&self, digest: &Digest, identity: FileIdentity) -> Vec<Arc<str>> {
         self.promises.get(&(*digest, identity)).cloned().unwrap_or_default()
     }
 }
 
-/// What a manifest records of files on this disk.
+/// Returns the files that `manifest` records on this disk.
 fn recorded(manifest: &Manifest) -> impl Iterator<Item = Recorded> {
     manifest.files.values().filter_map(|entry| {
         let writer = entry.unsynced().map(|file| file.writer().into());
@@ -186,12 +196,13 @@ fn recorded(manifest: &Manifest) -> impl Iterator<Item = Recorded> {
     })
 }
 
-/// The artifact's folder below `artifacts/`.
+/// Returns the artifact's folder as a path below `artifacts/`.
 pub(super) fn below_artifacts(disk: &Disk, dir: &ArtifactDir) -> Option<PathBuf> {
     dir.path().below(&disk.layout().artifacts()).map(Path::to_owned)
 }
 
-fn take_off<K: Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) {
+/// Decrements the count of `key`, and removes it at 0.
+fn decrement<K: Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) {
     match counts.get_mut(key) {
         Some(count) if *count > 1 => *count -= 1,
         _ => drop(counts.remove(key)),

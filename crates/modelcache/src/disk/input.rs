@@ -1,6 +1,7 @@
-//! What a caller gives to be put: listed, then copied into staging and hashed in the same pass.
+//! The files that a caller puts: they are listed, then copied into staging and hashed in one pass.
 //!
-//! The caller's files are only read, once. One that changes meanwhile is refused rather than published half-old.
+//! The caller's files are read once and never changed. A file that changes while it is read is refused, so that no
+//! mixture of old and new bytes is published.
 
 use super::{RootedPath, StagedFile, StagedFileSpec, StagedWriter, files, identity};
 use crate::digest::{Digest, Provenance};
@@ -15,60 +16,67 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// Bytes copied at a time.
+/// Buffer size for copying, in bytes.
 const COPY_BYTES: usize = 1 << 20;
 
-/// A file to be put.
+/// A file that the caller puts.
 #[derive(Debug, Clone)]
 pub(crate) struct InputFile {
     /// Its path in the artifact.
     pub(crate) path: FilePath,
-    /// Where it lies.
+    /// Its location on the caller's filesystem.
     pub(crate) from: PathBuf,
-    /// Bytes, when it was listed.
+    /// Its size in bytes when it was listed.
     pub(crate) size: u64,
 }
 
-/// A given file that is read once, from its beginning to its end: hashed, and copied if it is to be.
+/// An input file that is read in order, hashed and, if there is a target, copied.
 pub(crate) struct Copying {
-    given: InputFile,
+    input: InputFile,
     source: File,
+    /// Identity of the source when it was opened.
     before: FileIdentity,
+    /// Bytes read so far.
     read: u64,
     into: Target,
 }
 
-/// What becomes of the bytes.
+/// Destination of the bytes.
 enum Target {
+    /// A staged file.
     Staging(Box<StagedWriter>, RootedPath),
+    /// None: the bytes are only hashed.
     Nowhere(LadderHasher),
 }
 
 impl Copying {
-    /// Opens the file, to be copied to `target`.
-    pub(crate) fn open(given: &InputFile, target: Option<&RootedPath>) -> Result<Self> {
-        let fault = |cause: std::io::Error| unreadable(&given.from, cause);
-        let source = File::open(&given.from).map_err(fault)?;
+    /// Opens the file. Its bytes are copied to `target`, if there is one.
+    pub(crate) fn open(input: &InputFile, target: Option<&RootedPath>) -> Result<Self> {
+        let fault = |cause: std::io::Error| unreadable(&input.from, cause);
+        let source = File::open(&input.from).map_err(fault)?;
         let before = identity(&source).map_err(fault)?;
-        let part_size = part_size(given.size);
+        let part_size = part_size(input.size);
         let into = match target {
             Some(target) => {
                 let path = target.clone();
                 let draft =
-                    StagedFileSpec { path, size: given.size, part_size, in_order: true, git: false, direct: false };
+                    StagedFileSpec { path, size: input.size, part_size, in_order: true, git: false, direct: false };
                 Target::Staging(Box::new(StagedWriter::create(draft, None)?), target.clone())
             }
             None => Target::Nowhere(LadderHasher::new(part_size)),
         };
-        Ok(Self { given: given.clone(), source, before, read: 0, into })
+        Ok(Self { input: input.clone(), source, before, read: 0, into })
     }
 
-    /// Reads the next bytes into all of `buffer`; `beside` hashes them, too.
+    /// Reads the next bytes until `buffer` is full. A second hasher, `beside`, gets them in the same pass.
+    ///
+    /// # Errors
+    /// If the file ends before `buffer` is full: it was truncated since it was listed.
     pub(crate) fn fill(&mut self, buffer: &mut [u8], mut beside: Option<&mut PartHasher>) -> Result<()> {
         for slice in buffer.chunks_mut(COPY_BYTES) {
             self.source.read_exact(slice).map_err(|cause| match cause.kind() {
-                std::io::ErrorKind::UnexpectedEof => changed(&self.given),
-                _ => unreadable(&self.given.from, cause),
+                std::io::ErrorKind::UnexpectedEof => changed(&self.input),
+                _ => unreadable(&self.input.from, cause),
             })?;
             match (&mut self.into, beside.as_deref_mut()) {
                 (Target::Staging(writer, _), Some(beside)) => writer.append(self.read, slice, beside)?,
@@ -81,12 +89,16 @@ impl Copying {
         Ok(())
     }
 
-    /// What the file is, if that was all of it and nobody changed it meanwhile; and its copy's identity.
+    /// Returns the manifest entry of the file, and the identity of the copy, if there is one.
+    ///
+    /// # Errors
+    /// If the file has more or fewer bytes than were read, or was changed meanwhile.
     pub(crate) fn finish(mut self) -> Result<(FileEntry, Option<FileIdentity>)> {
-        let fault = |cause: std::io::Error| unreadable(&self.given.from, cause);
-        let ended = self.read == self.given.size && self.source.read(&mut [0]).map_err(fault)? == 0;
+        let fault = |cause: std::io::Error| unreadable(&self.input.from, cause);
+        // Try to read one more byte: the file may have grown.
+        let ended = self.read == self.input.size && self.source.read(&mut [0]).map_err(fault)? == 0;
         if !ended || self.before != identity(&self.source).map_err(fault)? {
-            return Err(changed(&self.given));
+            return Err(changed(&self.input));
         }
         let (sha256, ladder, format, copy) = match self.into {
             Target::Staging(writer, target) => {
@@ -95,18 +107,18 @@ impl Copying {
             }
             Target::Nowhere(hasher) => {
                 let (sha256, ladder) = hasher.finish();
-                (sha256, ladder, format_named(File::open(&self.given.from)), None)
+                (sha256, ladder, format_named(File::open(&self.input.from)), None)
             }
         };
-        Ok((entry(self.given.size, sha256, ladder, format), copy))
+        Ok((entry(self.input.size, sha256, ladder, format), copy))
     }
 }
 
-/// Copies one file into staging, hashing it; refuses one that changes meanwhile.
-pub(crate) fn copy_input(given: &InputFile, target: &RootedPath, progress: &Progress) -> Result<StagedFile> {
-    let mut copying = Copying::open(given, Some(target))?;
-    let mut buffer = vec![0; COPY_BYTES.min(usize::try_from(given.size).unwrap_or(COPY_BYTES))];
-    let mut left = given.size;
+/// Copies one file into staging and hashes it. Fails if it changes meanwhile.
+pub(crate) fn copy_input(input: &InputFile, target: &RootedPath, progress: &Progress) -> Result<StagedFile> {
+    let mut copying = Copying::open(input, Some(target))?;
+    let mut buffer = vec![0; COPY_BYTES.min(usize::try_from(input.size).unwrap_or(COPY_BYTES))];
+    let mut left = input.size;
     while left > 0 {
         let slice = buffer.len().min(usize::try_from(left).unwrap_or(buffer.len()));
         copying.fill(&mut buffer[..slice], None)?;
@@ -118,27 +130,27 @@ pub(crate) fn copy_input(given: &InputFile, target: &RootedPath, progress: &Prog
     Ok(StagedFile { name: String::new(), entry, identity })
 }
 
-/// Hashes one file where it lies; refuses one that changes meanwhile.
-pub(crate) fn hash_input(given: &InputFile, progress: &Progress) -> Result<FileEntry> {
-    let fault = |cause: std::io::Error| unreadable(&given.from, cause);
-    let mut source = File::open(&given.from).map_err(fault)?;
+/// Hashes one file without copying it. Fails if it changes meanwhile.
+pub(crate) fn hash_input(input: &InputFile, progress: &Progress) -> Result<FileEntry> {
+    let fault = |cause: std::io::Error| unreadable(&input.from, cause);
+    let mut source = File::open(&input.from).map_err(fault)?;
     let before = identity(&source).map_err(fault)?;
-    let format = format_named(File::open(&given.from));
-    let (sha256, ladder) = files::hash(&mut source, &given.from, part_size(given.size))?;
-    if before.bytes != given.size || before != identity(&source).map_err(fault)? {
-        return Err(changed(given));
+    let format = format_named(File::open(&input.from));
+    let (sha256, ladder) = files::hash(&mut source, &input.from, part_size(input.size))?;
+    if before.bytes != input.size || before != identity(&source).map_err(fault)? {
+        return Err(changed(input));
     }
-    progress.done(given.size);
-    Ok(entry(given.size, sha256, ladder, format))
+    progress.done(input.size);
+    Ok(entry(input.size, sha256, ladder, format))
 }
 
-/// The entry of a file that is put.
+/// Returns the manifest entry of a file that is put.
 fn entry(size: u64, sha256: Digest, ladder: Ladder, format: Option<String>) -> FileEntry {
     let (sha256, provenance, ladder) = (Some(sha256), Some(Provenance::Put), Some(ladder));
     FileEntry::with(size, FileDetails { sha256, provenance, ladder, format, ..FileDetails::default() })
 }
 
-/// The format of a file of the caller's, by its first bytes.
+/// Returns the format of a caller's file, detected from its first bytes.
 pub(crate) fn format_of(path: &Path) -> Result<Format> {
     File::open(path).and_then(read_format).map_err(|cause| unreadable(path, cause))
 }
@@ -150,23 +162,26 @@ fn read_format(file: File) -> std::io::Result<Format> {
     Ok(Format::of(&head, size))
 }
 
-/// The name of a file's format, for its manifest. That it cannot be told is no failure: nothing depends on it.
+/// Returns the name of a file's format for its manifest, or `None` if it is unknown or the file cannot be read.
 pub(crate) fn format_named(opened: std::io::Result<File>) -> Option<String> {
     match opened.and_then(read_format) {
         Ok(format) => format.name().map(str::to_owned),
         Err(error) => {
-            tracing::debug!(%error, "the format is not told");
+            tracing::debug!(%error, "the format of a file cannot be detected");
             None
         }
     }
 }
 
-fn changed(given: &InputFile) -> Error {
-    Error::new(ErrorKind::Other, format!("{} changed while it was being read", given.from.display()))
+fn changed(input: &InputFile) -> Error {
+    Error::new(ErrorKind::Other, format!("{} changed while it was being read", input.from.display()))
         .hint("put it again when it is complete")
 }
 
-/// The files of a file or folder. Links are followed, loops refused; what is neither file nor folder is refused.
+/// Returns the files at `path`, which is a file or a folder. Symbolic links are followed.
+///
+/// # Errors
+/// If a link leads back to a folder above it or to nothing, or an entry is neither a file nor a folder.
 pub(crate) fn list_input(path: &Path) -> Result<(Shape, Vec<InputFile>)> {
     let metadata = fs::metadata(path).map_err(|cause| unreadable(path, cause))?;
     if metadata.is_file() {
@@ -180,17 +195,18 @@ pub(crate) fn list_input(path: &Path) -> Result<(Shape, Vec<InputFile>)> {
     if !metadata.is_dir() {
         return Err(neither_file_nor_folder(path).hint("put a file or a folder"));
     }
-    let mut given = Vec::new();
-    list_folder(path, "", &mut vec![canonical(path)?], &mut given)?;
-    if given.is_empty() {
+    let mut inputs = Vec::new();
+    list_folder(path, "", &mut vec![canonical(path)?], &mut inputs)?;
+    if inputs.is_empty() {
         return Err(
             Error::invalid(format!("{} holds no files", path.display())).hint("an artifact has at least one file")
         );
     }
-    Ok((Shape::Tree, given))
+    Ok((Shape::Tree, inputs))
 }
 
-fn list_folder(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, given: &mut Vec<InputFile>) -> Result<()> {
+/// Adds the files below `folder` to `inputs`, sorted by name. `above` has the real paths of the folders above.
+fn list_folder(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, inputs: &mut Vec<InputFile>) -> Result<()> {
     let mut entries: Vec<_> = fs::read_dir(folder)
         .and_then(|entries| entries.collect::<std::io::Result<_>>())
         .map_err(|cause| unreadable(folder, cause))?;
@@ -207,17 +223,18 @@ fn list_folder(folder: &Path, prefix: &str, above: &mut Vec<PathBuf>, given: &mu
         })?;
         let path = format!("{prefix}{name}");
         if metadata.is_dir() {
+            // A link to a folder that is being listed would never end.
             let real = canonical(&from)?;
             if above.contains(&real) {
                 return Err(Error::invalid(format!("{} links back to a folder above it", from.display()))
                     .hint("remove that link"));
             }
             above.push(real);
-            list_folder(&from, &format!("{path}/"), above, given)?;
+            list_folder(&from, &format!("{path}/"), above, inputs)?;
             above.pop();
         } else if metadata.is_file() {
-            given.push(InputFile { path: FilePath::new(&path).map_err(rename)?, from, size: metadata.len() });
-            if given.len() > limits::FILES_MAX {
+            inputs.push(InputFile { path: FilePath::new(&path).map_err(rename)?, from, size: metadata.len() });
+            if inputs.len() > limits::FILES_MAX {
                 return Err(Error::invalid(format!("more than {} files", limits::FILES_MAX)));
             }
         } else {
@@ -249,9 +266,9 @@ fn unreadable(path: &Path, cause: std::io::Error) -> Error {
             Error::not_found(format!("there is no {}", path.display())).hint("check the path")
         }
         std::io::ErrorKind::PermissionDenied => {
-            Error::new(ErrorKind::Unauthorized, format!("may not read {}", path.display()))
+            Error::new(ErrorKind::Unauthorized, format!("no permission to read {}", path.display()))
                 .cause(cause)
-                .hint("give the user that runs this the right to read it")
+                .hint("give the user that runs this command read access to it")
         }
         _ => Error::new(ErrorKind::Other, format!("cannot read {}", path.display())).cause(cause),
     }

@@ -1,4 +1,4 @@
-//! What an input/output error in the local directory means to a caller.
+//! Translation of I/O errors in the local directory to error kinds with a remedy.
 
 use super::rooted::RootedPath;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
@@ -6,16 +6,17 @@ use rustix::io::Errno;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The system's number of an error, where it has one.
+/// Returns the error number of the operating system, if `cause` has one.
 pub(super) fn errno(cause: &io::Error) -> Option<Errno> {
     cause.raw_os_error().map(Errno::from_raw_os_error)
 }
 
-/// The remedy where something else lies in the place of a file of the cache.
+/// Hint shown if an entry of another type is in the place of a file of the cache.
 const MISPLACED: &str =
-    "`modelcache doctor` names what does not belong in the directory, and `modelcache prune` moves it to quarantine/";
+    "`modelcache doctor` lists entries that do not belong there, and `modelcache prune` moves them to quarantine/";
 
-/// Translates an error of `operation` on `path` (once, here): no room, directory not usable, or the machine's trouble.
+/// Returns the error for `cause`, an I/O error of `operation` on `path`. Its kind is [`ErrorKind::Full`] if space,
+/// quota or file size is exhausted, `Other` if the process has too many open files, and `Directory` otherwise.
 pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Error) -> Error {
     let (kind, hint) = match errno(&cause) {
         Some(Errno::NOSPC) => {
@@ -30,21 +31,23 @@ pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Er
         Some(Errno::ACCESS | Errno::PERM) => {
             (ErrorKind::Directory, "give this user write access to the directory, or point MODEL_CACHE_DIR elsewhere")
         }
-        Some(Errno::EXIST | Errno::NOTDIR) => {
-            (ErrorKind::Directory, "what lies there is no folder: move it away, or point MODEL_CACHE_DIR elsewhere")
-        }
+        Some(Errno::EXIST | Errno::NOTDIR) => (
+            ErrorKind::Directory,
+            "the path exists and is not a folder: move it away, or point MODEL_CACHE_DIR elsewhere",
+        ),
         Some(Errno::MFILE | Errno::NFILE) => (ErrorKind::Other, "too many open files: raise the limit (ulimit -n)"),
         Some(Errno::LOOP | Errno::ISDIR) => (ErrorKind::Directory, MISPLACED),
+        // `rooted` refuses an entry that is not a regular file, or has a second name. Such an error has no number.
         None if cause.kind() == io::ErrorKind::InvalidInput => (ErrorKind::Directory, MISPLACED),
-        Some(Errno::IO) => (ErrorKind::Directory, "the disk reports an error: see the kernel's log"),
-        _ => (ErrorKind::Directory, "see whether the directory and its filesystem are in order"),
+        Some(Errno::IO) => (ErrorKind::Directory, "the disk reported an error: see the kernel log"),
+        _ => (ErrorKind::Directory, "check the directory and its filesystem"),
     };
     Error::new(kind, format!("cannot {operation} {}", path.shown())).tier(Tier::Disk).hint(hint).cause(cause)
 }
 
-/// A path that can be shown in a message.
+/// A path that can be printed in a message.
 pub(crate) trait Shown {
-    /// The whole path, as the caller named its beginning.
+    /// Returns the whole path, which starts as the caller wrote it.
     fn shown(&self) -> String;
 }
 
@@ -72,9 +75,9 @@ impl<T: Shown + ?Sized> Shown for &T {
     }
 }
 
-/// Adds operation and path to an [`io::Result`].
+/// Adds operation and path to the error of an I/O result.
 pub(crate) trait IoContext<T> {
-    /// Translates the error of `operation` on `path`.
+    /// Converts the error with [`fault`].
     fn at(self, operation: &str, path: &(impl Shown + ?Sized)) -> crate::Result<T>;
 }
 

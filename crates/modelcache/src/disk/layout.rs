@@ -1,4 +1,4 @@
-//! Where everything lies in the local directory. Names, and whether a folder is where its name says; nothing is changed.
+//! Paths in the local directory. Nothing here changes a file.
 
 use super::rooted::RootedPath;
 use crate::digest::Digest;
@@ -12,7 +12,7 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// Of the directory at `root`, which may lie behind symbolic links.
+    /// Returns the layout of the directory at `root`. Symbolic links that lead to it are resolved.
     pub(crate) fn new(root: &std::path::Path) -> Self {
         Self { root: RootedPath::root(root) }
     }
@@ -54,7 +54,7 @@ impl Layout {
         self.root.join("refs")
     }
 
-    /// What was found out about files of lower directories.
+    /// Digests of files in lower directories.
     pub(crate) fn lower_records(&self) -> RootedPath {
         self.root.join("lower")
     }
@@ -71,12 +71,12 @@ impl Layout {
         self.root.join("quarantine")
     }
 
-    /// Who has still to make something durable: one locked file a process.
+    /// One locked file per process that has still to sync files.
     pub(crate) fn unsynced(&self) -> RootedPath {
         self.root.join("unsynced")
     }
 
-    /// What still has to reach a remote.
+    /// Pending uploads.
     pub(crate) fn pending_uploads(&self) -> RootedPath {
         self.root.join("backfill")
     }
@@ -85,7 +85,7 @@ impl Layout {
         self.pending_uploads().join(key_hash)
     }
 
-    /// Held by the one that uploads `key`.
+    /// Held by the process that uploads `key` to the remote.
     pub(crate) fn backfill_lock(&self, key: &ArtifactKey) -> RootedPath {
         self.locks().join(format!("{}.backfill", key.hash()))
     }
@@ -98,7 +98,7 @@ impl Layout {
         self.locks().join("budget")
     }
 
-    /// Which manifests were changed; what the budget record says of it counts.
+    /// The change log. The budget record names the current log and its length.
     pub(crate) fn changes(&self) -> RootedPath {
         self.locks().join("changes")
     }
@@ -108,33 +108,37 @@ impl Layout {
         self.locks().join("probe")
     }
 
-    /// The lock of the one that fills `key`; beyond generation 0, of the one that follows a leader who fell silent.
+    /// Held by the leader of the fill of `key`. Generations above 0 are for successors, elected after a heartbeat
+    /// stopped.
     pub(crate) fn fill_lock(&self, key: &ArtifactKey, generation: usize) -> RootedPath {
         let hash = key.hash();
         self.locks().join(if generation == 0 { format!("{hash}.fill") } else { format!("{hash}.fill-{generation}") })
     }
 
-    /// Held by the one that checks what a writer of `artifact` left that died before it was durable.
+    /// Held by the process that verifies the unsynced files of `artifact` after their writer died.
     pub(crate) fn check_lock(&self, artifact: &ArtifactDir) -> RootedPath {
         self.locks().join(format!("{}.check", artifact.hash()))
     }
 
+    /// Held shared by readers, exclusively by an eviction.
     pub(crate) fn lease(&self, artifact: &ArtifactDir) -> RootedPath {
         self.lease_of(&artifact.hash())
     }
 
-    /// The same, by the artifact's hash.
+    /// Lease of the artifact with this key hash.
     pub(crate) fn lease_of(&self, hash: &str) -> RootedPath {
         self.locks().join(format!("{hash}.lease"))
     }
 }
 
-/// The names of an artifact's manifest, and of the file whose time is the last use.
+/// Name of the folder of an artifact's views.
 pub(super) const FILES: &str = "files";
+/// Name of an artifact's manifest.
 pub(super) const MANIFEST: &str = "manifest.json";
+/// Name of an empty file. Its mtime is the time of last use.
 pub(super) const LAST_USED: &str = "last-used";
 
-/// One artifact's folder.
+/// The folder of one artifact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ArtifactDir(pub(crate) RootedPath);
 
@@ -143,13 +147,14 @@ impl ArtifactDir {
         &self.0
     }
 
-    /// Whether it and the folder above it are folders. Links that somebody planted lead to what is not ours to change.
+    /// Returns true if this folder and the one above it are real folders. Behind a symbolic link, which another user
+    /// may have put there, nothing may be changed.
     pub(crate) fn is_ours(&self) -> crate::error::Result<bool> {
         let above = self.0.parent().map_or(Ok(false), |above| super::files::is_folder(&above))?;
         Ok(above && super::files::is_folder(&self.0)?)
     }
 
-    /// The same text as [`ArtifactKey::hash`].
+    /// Returns the hash of the artifact's key, equal to [`ArtifactKey::hash`].
     pub(super) fn hash(&self) -> String {
         let above = self.0.parent();
         ArtifactKey::hash_of_folders(above.as_ref().map_or("", RootedPath::name), self.0.name())
@@ -176,8 +181,8 @@ impl ArtifactDir {
     }
 }
 
-/// The name of a file in staging: its digest where one is known, so that equal files are staged once; else git's
-/// identity; else a hash of the path.
+/// Returns the name of a file in staging: its expected digest, so that files with equal content are staged once.
+/// Without one, the Git object id; without that, a hash of the path.
 pub(crate) fn staged_name(path: &FilePath, entry: &FileEntry) -> String {
     match (entry.sha256, entry.git_oid) {
         (Some(digest), _) => format!("sha256-{digest}"),

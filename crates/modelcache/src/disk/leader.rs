@@ -1,10 +1,12 @@
-//! Leadership: of all who want a key filled, one fills it, and the others watch.
+//! Leader election: of all processes that need the same key, one fills it and the others wait.
 //!
-//! The leader holds `<key>.fill` and writes into it four times a second how far it is. Nobody waits in `flock`: whoever finds
-//! the lock held reads that record instead. A leader whose record has been silent for [`SILENT_AFTER`] counts as gone,
-//! though the lock is held: it was stopped, or it is dead and a child of it keeps the descriptor. Then the next lock in
-//! line (`<key>.fill-1`, …) decides who follows it, with a staging of its own. If the silent one wakes up, both publish
-//! the same bytes.
+//! The leader holds the lock `<key>.fill` and writes a heartbeat with its progress into it four times a second. Other
+//! processes do not block in `flock`: they find the lock held, and read the heartbeat.
+//!
+//! A leader is given up, although its lock is held, if its heartbeat is older than [`HEARTBEAT_TIMEOUT`]: the process
+//! was stopped, or it died and a forked child keeps the descriptor. The next lock in line (`<key>.fill-1`, …) decides
+//! which waiter succeeds it, with a staging folder of its own. If the old leader continues, both publish the same
+//! bytes.
 
 use super::Disk;
 use super::files;
@@ -17,101 +19,112 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant, SystemTime};
 
-/// Time between two records of a leader.
+/// Interval between two heartbeats of a leader.
 pub(crate) const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(250);
-/// Silence after which a leader counts as gone.
-const SILENT_AFTER: Duration = Duration::from_secs(30);
-/// A silent record is looked at twice, this far apart, before its leader is given up: a new leader holds the lock for
-/// a moment before it writes, and clocks of machines that share a directory may differ.
-const LOOKS_APART: Duration = Duration::from_secs(3);
-/// How many leaders in line may fall silent before the others only wait.
-const GENERATIONS: usize = 8;
-/// Bytes of the record; it is padded, so that a shorter one leaves nothing of a longer one.
+/// Age of a heartbeat at which its leader may be given up.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time between the two checks that must both find the heartbeat too old. A new leader holds the lock for a moment
+/// before it writes, and the clocks of machines that share a directory may differ.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(3);
+/// Number of fill locks per key. After this many leaders were given up, the others only wait.
+const GENERATIONS_MAX: usize = 8;
+/// Bytes of a heartbeat. It is padded to this size, so that a shorter one overwrites a longer one completely.
 const RECORD_BYTES: usize = 128;
 
-/// What a leader tells those who wait.
+/// Progress of a fill, written by its leader for waiting processes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Heartbeat {
     pub(crate) pid: u32,
-    /// Bytes of its pour that are done.
+    /// Bytes downloaded so far.
     pub(crate) done_bytes: u64,
-    /// Bytes of its pour; 0 while unknown.
+    /// Bytes to download in total; 0 while unknown.
     pub(crate) total_bytes: u64,
 }
 
-/// Leads the fill of one key, until it is dropped.
+/// The leadership of the fill of one key. Ends when this value is dropped.
 #[derive(Debug)]
 pub(crate) struct Leader {
     lock: FileLock,
     path: RootedPath,
 }
 
-/// Who leads.
+/// Result of [`Disk::try_lead`].
 #[derive(Debug)]
 pub(crate) enum Leadership {
-    /// This caller.
+    /// The caller is the leader.
     Ours(Leader),
-    /// Somebody else, who last told this.
+    /// Another process is the leader. Its last heartbeat.
     Theirs(Heartbeat),
 }
 
-/// What one waiter has seen of silent leaders so far: the time of their record, and when it was first seen.
+/// The last heartbeats that one waiter has read, by generation: when each was written, and when it was first read.
 #[derive(Debug, Default)]
 pub(crate) struct Watch(BTreeMap<usize, (SystemTime, Instant)>);
 
 impl Disk {
-    /// Tries to become the one that fills `key`. Does not wait; a waiter calls again with the same `watch`.
+    /// Tries to become the leader of the fill of `key`. Does not wait. A waiter calls again with the same `watch`.
     pub(crate) fn try_lead(&self, key: &ArtifactKey, watch: &mut Watch) -> Result<Leadership> {
         self.ensure_writable()?;
         let mut free = None;
-        for generation in 0..GENERATIONS {
+        for generation in 0..GENERATIONS_MAX {
             let path = self.layout().fill_lock(key, generation);
+            // A later generation exists only if a successor was elected. If its lock is held, the successor still
+            // fills.
             if free.is_some() && files::stat(&path)?.is_none() {
                 break;
             }
             match FileLock::try_exclusive(&path)? {
+                // Keep the first free lock, and go on: a successor of its former holder may still be at work.
                 Some(lock) => free = free.or(Some((lock, path))),
                 None => {
                     let (heartbeat, written_at) = read_heartbeat(&path)?;
-                    if !watch.finds_silent(generation, written_at) {
+                    // The leader is alive, or has not been given up yet.
+                    if !watch.has_timed_out(generation, written_at) {
                         return Ok(Leadership::Theirs(heartbeat));
                     }
-                    tracing::warn!(%key, pid = heartbeat.pid, "whoever fills this has been silent; going on without it");
+                    tracing::warn!(%key, pid = heartbeat.pid, "the process that fills this artifact has stopped writing its heartbeat; no longer waiting for it");
                 }
             }
         }
+        // All leaders in line were given up. Wait for any of them.
         let Some((lock, path)) = free else { return Ok(Leadership::Theirs(Heartbeat::default())) };
         let leader = Leader { lock, path };
+        // At once: the file still has the heartbeat of the previous leader.
         leader.heartbeat(0, 0);
         Ok(Leadership::Ours(leader))
     }
 }
 
 impl Watch {
-    fn finds_silent(&mut self, generation: usize, written_at: SystemTime) -> bool {
+    /// Returns true if the heartbeat is too old, and the waiter has seen no newer one for [`RECHECK_INTERVAL`].
+    fn has_timed_out(&mut self, generation: usize, written_at: SystemTime) -> bool {
         let seen = self.0.entry(generation).or_insert((written_at, Instant::now()));
+        // A new heartbeat: start over.
         if seen.0 != written_at {
             *seen = (written_at, Instant::now());
         }
         let age = SystemTime::now().duration_since(written_at).unwrap_or_default();
-        age > SILENT_AFTER && seen.1.elapsed() > LOOKS_APART
+        age > HEARTBEAT_TIMEOUT && seen.1.elapsed() > RECHECK_INTERVAL
     }
 }
 
 impl Leader {
-    /// Tells those who wait that this leader lives, and how far it is. That nothing can be written (the disk is full,
-    /// and this fill is about to make room) costs at worst a second leader.
+    /// Writes a heartbeat with the progress of the fill, for waiting processes.
+    ///
+    /// A write error, for instance on a full disk before this fill makes room, is ignored. At worst a second leader is
+    /// elected.
     pub(crate) fn heartbeat(&self, done_bytes: u64, total_bytes: u64) {
         let heartbeat = Heartbeat { pid: std::process::id(), done_bytes, total_bytes };
         let mut bytes = serde_json::to_vec(&heartbeat).unwrap_or_default();
         bytes.resize(RECORD_BYTES, b' ');
         if let Err(cause) = self.lock.file().write_all_at(&bytes, 0) {
-            tracing::debug!(%cause, path = %self.path, "the leader's record is not written");
+            tracing::debug!(%cause, path = %self.path, "the heartbeat cannot be written");
         }
     }
 }
 
-/// What the holder of the lock at `path` last told, and when. A record that cannot be read tells nothing.
+/// Returns the last heartbeat in the lock file at `path`, and when it was written. If it cannot be parsed, its fields
+/// are 0.
 fn read_heartbeat(path: &RootedPath) -> Result<(Heartbeat, SystemTime)> {
     let written_at = files::stat(path)?.map(|metadata| metadata.modified()).unwrap_or_else(SystemTime::now);
     let bytes = files::read_small(path, RECORD_BYTES as u64)?.unwrap_or_default();
@@ -139,17 +152,17 @@ mod tests {
         }
     }
 
-    /// As if the first leader's record had been written, and looked at, long ago.
-    fn silence(disk: &Disk) -> Watch {
+    /// Sets the heartbeat of the first leader to a time long ago, and returns the watch of a waiter that has read it.
+    fn expire(disk: &Disk) -> Watch {
         let file = File::options().write(true).open(disk.layout().fill_lock(&key(), 0).full()).expect("opens");
-        let long_ago = SystemTime::UNIX_EPOCH + SILENT_AFTER;
+        let long_ago = SystemTime::UNIX_EPOCH + HEARTBEAT_TIMEOUT;
         file.set_times(std::fs::FileTimes::new().set_modified(long_ago)).expect("sets");
-        let looked = Instant::now().checked_sub(2 * LOOKS_APART).expect("an earlier time");
+        let looked = Instant::now().checked_sub(2 * RECHECK_INTERVAL).expect("an earlier time");
         Watch([(0, (long_ago, looked))].into())
     }
 
     #[test]
-    fn one_leads_and_the_others_see_how_far_it_is() {
+    fn one_process_leads_and_the_others_read_its_progress() {
         let folder = tempfile::tempdir().expect("folder");
         let disk = disk(&folder);
         let leader = lead(&disk, &mut Watch::default()).expect("leads");
@@ -163,26 +176,26 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_leader_is_followed_by_one_and_the_line_ends_when_it_is_done() {
+    fn a_leader_without_heartbeat_has_one_successor_until_that_is_done() {
         let folder = tempfile::tempdir().expect("folder");
         let disk = disk(&folder);
         let stopped = lead(&disk, &mut Watch::default()).expect("leads");
-        assert!(lead(&disk, &mut Watch::default()).is_none(), "its record is fresh");
-        let (mut one, mut other) = (silence(&disk), silence(&disk));
-        let follower = lead(&disk, &mut one).expect("follows");
-        assert!(lead(&disk, &mut other).is_none(), "the follower lives");
+        assert!(lead(&disk, &mut Watch::default()).is_none(), "its heartbeat is recent");
+        let (mut one, mut other) = (expire(&disk), expire(&disk));
+        let successor = lead(&disk, &mut one).expect("succeeds");
+        assert!(lead(&disk, &mut other).is_none(), "the successor is alive");
         drop(stopped);
-        assert!(lead(&disk, &mut other).is_none(), "the follower still fills, though the first lock is free");
-        drop(follower);
+        assert!(lead(&disk, &mut other).is_none(), "the successor still fills, although the first lock is free");
+        drop(successor);
         assert!(lead(&disk, &mut other).is_some());
     }
 
     #[test]
-    fn a_record_that_is_old_at_the_first_look_is_looked_at_again() {
+    fn a_heartbeat_that_is_too_old_at_the_first_check_is_checked_again() {
         let folder = tempfile::tempdir().expect("folder");
         let disk = disk(&folder);
         let _leader = lead(&disk, &mut Watch::default()).expect("leads");
-        silence(&disk);
-        assert!(lead(&disk, &mut Watch::default()).is_none(), "somebody who has just come waits");
+        expire(&disk);
+        assert!(lead(&disk, &mut Watch::default()).is_none(), "a new waiter checks twice");
     }
 }

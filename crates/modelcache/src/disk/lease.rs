@@ -1,4 +1,5 @@
-//! A lease that survives `exec`: its descriptor is no longer closed there. The kernel drops the lock with the last copy.
+//! A lease that survives the `exec` system call: its descriptor stays open, and the kernel releases the lock when the
+//! last copy is closed.
 
 use super::LeasedArtifact;
 use super::io_error::IoContext;
@@ -6,7 +7,8 @@ use crate::error::Result;
 use rustix::io::FdFlags;
 
 impl LeasedArtifact {
-    /// Lets the lease's descriptor survive `exec`. There is none where the directory is read-only and has no lock file.
+    /// Clears the close-on-exec flag of the lease's descriptor. Does nothing if there is no lease (a read-only
+    /// directory without a lock file, or a lower directory).
     pub(crate) fn hold_through_exec(&self) -> Result<()> {
         match &self._lease {
             Some(lease) => {

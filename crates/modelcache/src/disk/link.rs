@@ -1,9 +1,11 @@
-//! The same bytes under another name: a hard link where that may be, else a reflink, else a copy.
+//! Giving a file a second name: by hard link, otherwise by reflink, otherwise by copy.
 //!
-//! Hard links are refused across mounts (also bind mounts of one filesystem), for another user's read-only file
-//! (`protected_hardlinks`), and beyond the filesystem's number of links. Then a file has bytes of its own, which count
-//! by themselves. Nothing here decides whether bytes are right: a clone is as right as what it was made from, and
-//! [`copy`] tells what it copied.
+//! The kernel refuses hard links across mounts (also between bind mounts of one filesystem), to another user's
+//! read-only file (`protected_hardlinks`), and beyond the filesystem's limit on links. A reflink or copy has an inode
+//! of its own, which counts by itself.
+//!
+//! Nothing here checks bytes. A reflink has the bytes of its source, and [`copy`] returns the digest of the copied
+//! bytes.
 
 use super::files;
 use super::io_error::{IoContext, errno};
@@ -18,20 +20,20 @@ use std::fs::{File, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 
-/// Bytes copied at a time.
+/// Buffer size for copying, in bytes.
 const COPY_BYTES: usize = 1 << 20;
 
-/// How a file came to its place: how it shares its bytes with the one it came from.
+/// How a file was made from another one, and how it shares the bytes with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Link {
-    /// The same file under another name: no bytes, read-only, same filesystem.
+    /// Another name of the same inode: takes no space, is read-only, needs the same filesystem.
     Hard,
-    /// A file of its own that shares blocks until one is changed, where the filesystem can.
+    /// A separate inode that shares blocks until one of the files is changed. Needs a filesystem with reflinks.
     Reflink,
-    /// A pointer into the cache, which an eviction breaks. Only in folders outside the cache, on request.
+    /// A symbolic link into the cache, which an eviction breaks. Used only outside the cache, on request.
     Symlink,
-    /// A file of its own, checked while it is copied.
+    /// A separate file, verified while it is copied.
     Copy,
 }
 
@@ -46,7 +48,7 @@ impl std::fmt::Display for Link {
     }
 }
 
-/// Links `from` as `to`, which must not be there; `false` where the filesystem or the kernel refuses that link.
+/// Creates the hard link `to`, which must not exist. Returns false if the filesystem or the kernel refuses it.
 pub(crate) fn hard_link(from: &RootedPath, to: &RootedPath) -> io::Result<bool> {
     match from.hard_link(to) {
         Ok(()) => Ok(true),
@@ -55,22 +57,24 @@ pub(crate) fn hard_link(from: &RootedPath, to: &RootedPath) -> io::Result<bool> 
     }
 }
 
-/// Whether a link or rename failed because these two places do not go together, not because something is wrong.
+/// Returns true if a link or rename failed because it is not possible between these two places: another mount, another
+/// owner, too many links, or not supported. Other errors are real failures.
 pub(crate) fn is_refusal(error: &io::Error) -> bool {
     matches!(errno(error), Some(Errno::PERM | Errno::XDEV | Errno::MLINK | Errno::OPNOTSUPP | Errno::NOSYS))
 }
 
-/// Makes `to` a reflink of `from` while `from` is the file `known`; the new file's identity, or `None` where that cannot
-/// be done.
+/// Creates `to` as a reflink of `from`, and returns its identity. Returns `None` if the filesystem cannot, or if `from`
+/// is no longer the file `known`.
 pub(crate) fn reflink(from: &RootedPath, to: &RootedPath, known: FileIdentity) -> Result<Option<FileIdentity>> {
     let Ok(source) = from.open(false) else { return Ok(None) };
     let target = to.create_new(0o600).at("make", to)?;
+    // Compare after cloning: a change during the call would be in the clone.
     let cloned = rustix::fs::ioctl_ficlone(&target, &source).is_ok()
         && Metadata::of(&source).at("look at", from)?.identity() == known;
     if cloned { seal(target, to).map(Some) } else { files::remove_file(to).map(|()| None) }
 }
 
-/// Copies `from` to `to`, which must not be there; what was copied, and the new file's identity.
+/// Copies `from` to `to`, which must not exist. Returns the digest of the copied bytes, and the identity of `to`.
 pub(crate) fn copy(from: &RootedPath, to: &RootedPath) -> Result<(Digest, FileIdentity)> {
     let mut source = from.open(false).at("open", from)?;
     let mut target = to.create_new(0o600).at("make", to)?;
@@ -86,6 +90,7 @@ pub(crate) fn copy(from: &RootedPath, to: &RootedPath) -> Result<(Digest, FileId
     }
 }
 
+/// Makes a new file read-only and durable, and returns its identity.
 fn seal(file: File, path: &RootedPath) -> Result<FileIdentity> {
     file.set_permissions(Permissions::from_mode(0o444)).at("make read-only", path)?;
     file.sync_all().at("make durable", path)?;

@@ -1,12 +1,10 @@
-//! Locks between processes: `flock` on files that are never unlinked.
+//! Locks between processes, by `flock`. The files below `locks/` are never unlinked.
 //!
-//! Nobody blocks in `flock`: a lock is tried, and whoever must wait sleeps and tries again. A guard unlocks explicitly
-//! before it closes, so that a forked child that still has the descriptor does not keep the lock. The order in which
-//! locks may be taken: fill, owner, shared lease, check, budget, then (one try) exclusive lease or owner. Whoever brings
-//! an artifact to the remote holds its backfill lock before any of them.
-//!
-//! Some filesystems grant every lock or refuse all. [`are_honest`] finds out; where every lock is refused, a lock counts
-//! as gained, and whoever relies on exclusion asks the directory whether its locks are honest.
+//! - No process blocks in `flock`. It tries, sleeps and tries again.
+//! - Locks are taken in this order: backfill, fill, owner, shared lease, check, budget, then (one try) exclusive lease
+//!   or owner.
+//! - Some filesystems grant every lock, or refuse all; [`are_honest`] detects both. Where every lock is refused, a try
+//!   counts as successful. Code that depends on exclusion asks `Disk::locks_are_honest`.
 
 use super::files;
 use super::io_error::{IoContext, errno};
@@ -17,21 +15,23 @@ use rustix::io::Errno;
 use std::fs::{File, TryLockError};
 use std::io;
 
-/// A held lock; falls with the value.
+/// A held lock, released on drop.
 #[derive(Debug)]
 pub(crate) struct FileLock {
     file: File,
 }
 
 impl FileLock {
-    /// Tries to hold `path` alone; `None` while somebody else holds it.
+    /// Tries to lock `path` exclusively. `None` if the lock is held by another process.
     pub(crate) fn try_exclusive(path: &RootedPath) -> Result<Option<Self>> {
         let file = modes::open_shared(path).at("open the lock", path)?;
         Self::locked(file.try_lock(), file).at("lock", path)
     }
 
-    /// Tries to share `path`; `None` while somebody holds it alone. On a read-only directory an existing lock file is
-    /// enough, and where there is none the error says so.
+    /// Tries to lock `path` shared. `None` if the lock is held exclusively.
+    ///
+    /// In a read-only directory, an existing lock file is opened for reading. Without one, returns the error of
+    /// creating it.
     pub(crate) fn try_shared(path: &RootedPath) -> Result<Option<Self>> {
         let file = match modes::open_shared(path) {
             Ok(file) => file,
@@ -40,45 +40,49 @@ impl FileLock {
         Self::try_shared_of(file, path)
     }
 
-    /// The same for a lock file that is open already.
+    /// Tries to lock the open lock file at `path` shared. `None` if the lock is held exclusively.
     pub(crate) fn try_shared_of(file: File, path: &RootedPath) -> Result<Option<Self>> {
         Self::locked(file.try_lock_shared(), file).at("lock", path)
     }
 
-    /// Tries to hold the existing file `path` alone; the outer `None` if there is none, or no longer once it is held:
-    /// whoever removes a locked file does so under its lock. It is never made: a journal that its owner is just removing
-    /// must not come back.
+    /// Tries to lock the existing file at `path` exclusively. The outer `None`: the file does not exist, or was removed
+    /// before the lock was taken. The inner `None`: the lock is held by another process.
+    ///
+    /// Never creates the file: a journal that its owner is removing must not appear again.
     pub(crate) fn try_existing(path: &RootedPath) -> Result<Option<Option<Self>>> {
-        // The kernel locks what can only be read, too, on local filesystems: another user's temporary file.
+        // On local filesystems a read-only descriptor can be locked, too. Needed for temporary files of other users.
         let open = || path.open(true).or_else(|_| path.open(false));
         let opened = files::absent(open()).at("open the lock", path)?;
         let Some(file) = opened else { return Ok(None) };
         let Some(held) = Self::locked(file.try_lock(), file).at("lock", path)? else { return Ok(Some(None)) };
+        // The last holder may have removed the file under its lock: check that the path still names the locked file.
         let locked = Metadata::of(&held.file).at("look at", path)?.ino();
         let is_there = files::stat(path)?.is_some_and(|there| there.ino() == locked);
         Ok(is_there.then_some(Some(held)))
     }
 
-    /// Takes the lock of a file that this process has just made.
+    /// Tries to lock a file that this process has just created. `None` if another process locked it first.
     pub(crate) fn of_new(file: File, path: &RootedPath) -> Result<Option<Self>> {
         Self::locked(file.try_lock(), file).at("lock", path)
     }
 
-    /// Takes the lock of a temporary file that this process has just made; nobody else locks an empty one.
+    /// Locks a temporary file that this process has just created. Other processes do not lock empty temporary files.
     pub(crate) fn of_temporary(file: File) -> io::Result<Self> {
         Self::locked(file.try_lock(), file)?.ok_or_else(|| Errno::WOULDBLOCK.into())
     }
 
+    /// Turns the outcome of a try into a held lock, `None`, or an error.
     fn locked(outcome: Result<(), TryLockError>, file: File) -> io::Result<Option<Self>> {
         match outcome {
             Ok(()) => Ok(Some(Self { file })),
             Err(TryLockError::WouldBlock) => Ok(None),
+            // The filesystem has no locks: go on as if this one were held.
             Err(TryLockError::Error(cause)) if has_no_locks(&cause) => Ok(Some(Self { file })),
             Err(TryLockError::Error(cause)) => Err(cause),
         }
     }
 
-    /// The locked file itself, whose content belongs to the holder.
+    /// Returns the locked file. Only the holder writes to it.
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
@@ -86,17 +90,19 @@ impl FileLock {
 
 impl Drop for FileLock {
     fn drop(&mut self) {
+        // Closing is not enough: a forked child may still have the descriptor, and would keep the lock.
         let _ = self.file.unlock();
     }
 }
 
-/// Whether locks exclude on the filesystem of `path`, a file of its own: while one open holds it, a second must not get
-/// it. Somebody else who holds it at this moment is proof enough.
+/// Returns true if locks exclude on the filesystem of `path`, a lock file used for this test only: while one open file
+/// description holds the lock, a second one must be refused.
 pub(crate) fn are_honest(path: &RootedPath) -> Result<bool> {
     let [first, second] = [modes::open_shared(path), modes::open_shared(path)];
     let (first, second) = (first.at("open the lock", path)?, second.at("open the lock", path)?);
     match first.try_lock() {
         Ok(()) => {}
+        // Another process runs this test, and its lock excludes us.
         Err(TryLockError::WouldBlock) => return Ok(true),
         Err(TryLockError::Error(cause)) if has_no_locks(&cause) => return Ok(false),
         Err(TryLockError::Error(cause)) => return Err(cause).at("lock", path),
@@ -104,7 +110,7 @@ pub(crate) fn are_honest(path: &RootedPath) -> Result<bool> {
     Ok(matches!(second.try_lock(), Err(TryLockError::WouldBlock)))
 }
 
-/// Whether the filesystem has no locks at all.
+/// Returns true if the error means that the filesystem does not support locks.
 fn has_no_locks(cause: &io::Error) -> bool {
     matches!(errno(cause), Some(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS))
 }

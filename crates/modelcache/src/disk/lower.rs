@@ -1,9 +1,9 @@
-//! The lower directory: a cache underneath, baked into an image for instance, that is only read.
+//! The lower directory: a second cache, for instance part of a container image, that is only read.
 //!
-//! It is lent from without a lease, a lock, a touch or a link in it. Files of an image layer have other inodes and
-//! coarser times than those that were recorded when the image was built: such a file is hashed once, and what was found
-//! is remembered in the directory above under (lower root, device, inode, size, mtime). A file whose bytes are wrong
-//! makes that copy of the artifact count as absent.
+//! Its artifacts are served without locks, leases, links or updates of the last use. In an image layer, files have
+//! other inodes and coarser times than recorded when the image was built. Such a file is hashed once. Its digest is
+//! recorded in the upper directory, under lower root, device, inode, size and mtime. If a selected file has wrong
+//! bytes, the artifact counts as absent from the lower directory.
 
 use super::budget::boot_id;
 use super::files;
@@ -19,26 +19,27 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A cache underneath.
+/// A lower directory.
 #[derive(Debug, Clone)]
 pub(crate) struct Lower {
     disk: Disk,
-    /// Where what was found out is remembered.
+    /// The directory that records the digests of lower files.
     upper: Disk,
-    /// The same, for this process: digests by record name.
+    /// Digests that this process has read or computed, by record name.
     seen: Arc<Mutex<HashMap<String, Digest>>>,
 }
 
-/// What a file consists of, and whether this process hears of it for the first time.
+/// The digest of a file in the lower directory.
 #[derive(Debug, Clone, Copy)]
 struct LowerFile {
     digest: Digest,
-    is_news: bool,
+    /// True if this process did not know the digest before.
+    is_new: bool,
 }
 
 impl Lower {
-    /// Opens the directory at `root` for reading. One that cannot be used is left out with a warning: it only saves
-    /// bytes.
+    /// Opens the directory at `root` for reading. If it cannot be used, logs a warning and returns `None`: a lower
+    /// directory only saves downloads.
     pub(crate) fn open(root: &Path, upper: &Disk) -> Option<Self> {
         let opened = std::path::absolute(root)
             .map_err(|cause| super::fault("resolve", root, cause))
@@ -46,7 +47,7 @@ impl Lower {
         match opened {
             Ok(disk) => Some(Self { disk, upper: upper.clone(), seen: Arc::default() }),
             Err(error) => {
-                tracing::warn!(%error, hint = error.hint_text(), "the lower directory is left out");
+                tracing::warn!(%error, hint = error.hint_text(), "the lower directory cannot be used and is ignored");
                 None
             }
         }
@@ -56,17 +57,18 @@ impl Lower {
         self.disk.layout().root()
     }
 
-    /// The artifact's folder in it, whether or not it is there.
+    /// Returns the path of the artifact's folder, which may not exist.
     pub(crate) fn dir(&self, key: &ArtifactKey) -> ArtifactDir {
         self.disk.layout().artifact(key)
     }
 
-    /// What it knows of `key`. A manifest that cannot be used counts as absent.
+    /// Returns the manifest of `key`. A manifest that cannot be read counts as absent.
     pub(crate) fn manifest(&self, key: &ArtifactKey) -> Option<Manifest> {
         let ignore = |error: &Error| tracing::warn!(%error, "a manifest of the lower directory is ignored");
         self.disk.manifest(key).inspect_err(ignore).unwrap_or(None)
     }
 
+    /// Returns the number of artifacts.
     pub(crate) fn artifacts(&self) -> Result<usize> {
         Ok(self.disk.scan()?.iter().filter(|artifact| artifact.manifest.is_some()).count())
     }
@@ -75,12 +77,12 @@ impl Lower {
         self.disk.remembered_ref(name, revision)
     }
 
-    /// Those of `wanted` that it has, to be copied and checked.
+    /// Returns a source of those files of `wanted` that the lower directory has. The fill copies and verifies them.
     pub(crate) fn source(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<DiskSource> {
         self.disk.source(key, wanted)
     }
 
-    /// Lends what `selection` chooses of `key`, if all of it is here and right.
+    /// Returns the selected files of `key`, if all of them exist with the right bytes. There is no lease to take.
     pub(crate) fn acquire(&self, key: &ArtifactKey, selection: &Selection) -> Result<Option<LeasedArtifact>> {
         let Some(manifest) = self.manifest(key).filter(|manifest| manifest.holds(selection)) else { return Ok(None) };
         let dir = self.disk.layout().artifact(key);
@@ -90,10 +92,11 @@ impl Lower {
             if entry.on_disk() == Some(metadata.identity()) && !self.was_found_wrong(&metadata, entry) {
                 continue;
             }
+            // Another identity than the recorded one: compare the digest, hashing the file if necessary.
             let found = self.digest_of(&view, &metadata, entry)?;
             if found.is_none() || found.map(|found| found.digest) != entry.sha256 {
-                // Whoever waits for a fill asks again and again.
-                if found.is_none_or(|found| found.is_news) {
+                // Warn once: a caller that waits for a fill comes here repeatedly.
+                if found.is_none_or(|found| found.is_new) {
                     tracing::warn!(artifact = %key, file = %path, "the lower directory's copy is damaged; it is ignored");
                 }
                 return Ok(None);
@@ -102,7 +105,8 @@ impl Lower {
         Ok(Some(LeasedArtifact { manifest: Arc::new(manifest), dir, link: None, is_lower: true, _lease: None }))
     }
 
-    /// Reads what is held of `key` in full. What is wrong is remembered by this process, and not lent by it.
+    /// Hashes the held files among the selected ones of `key`. This process then no longer serves files with wrong
+    /// bytes.
     pub(crate) fn verify(&self, key: &ArtifactKey, selection: &Selection, reading: &VerifyRun) -> Result<()> {
         let Some(manifest) = self.manifest(key) else { return Ok(()) };
         let dir = self.disk.layout().artifact(key);
@@ -116,29 +120,31 @@ impl Lower {
         Ok(())
     }
 
-    /// Whether this process read the file in full, and found other bytes than `entry` has.
+    /// Returns true if this process has hashed the file and found another digest than that of `entry`.
     fn was_found_wrong(&self, metadata: &Metadata, entry: &FileEntry) -> bool {
         let seen = self.seen();
         !seen.is_empty() && seen.get(&self.record_name(metadata)).is_some_and(|found| entry.sha256 != Some(*found))
     }
 
-    /// What the file at `view` consists of: remembered, or found by hashing it. `None` if it is being changed.
-    ///
-    /// What may not be durable there is another file with every boot: a power cut changes bytes and nothing else.
+    /// Returns the digest of the file at `view`, from a record or by hashing it. `None` if the file is being changed.
     fn digest_of(&self, view: &RootedPath, metadata: &Metadata, entry: &FileEntry) -> Result<Option<LowerFile>> {
         let name = match entry.unsynced() {
             None => self.record_name(metadata),
+            // A power cut may change the bytes of an unsynced file, but not its identity. Record its digest for this
+            // boot.
             Some(_) => Digest::of(format!("{}\0{}", self.record_name(metadata), boot_id()).as_bytes()).to_string(),
         };
         if let Some(seen) = self.seen().get(&name) {
-            return Ok(Some(LowerFile { digest: *seen, is_news: false }));
+            return Ok(Some(LowerFile { digest: *seen, is_new: false }));
         }
+        // Recorded by another process, or by an earlier one.
         let path = self.upper.layout().lower_records().join(&name);
         let stored = files::read_small(&path, 128).unwrap_or(None);
         if let Some(digest) = stored.and_then(|text| String::from_utf8_lossy(&text).trim().parse().ok()) {
             self.seen().insert(name, digest);
-            return Ok(Some(LowerFile { digest, is_news: true }));
+            return Ok(Some(LowerFile { digest, is_new: true }));
         }
+        // The file must still be the one that the caller examined.
         let Some((digest, _)) =
             self.disk.hash_unchanged(view)?.filter(|(_, hashed_under)| *hashed_under == metadata.identity())
         else {
@@ -147,12 +153,13 @@ impl Lower {
         if !self.upper.is_read_only()
             && let Err(error) = files::replace(&path, format!("{digest}\n").as_bytes(), &self.upper.layout().stagings())
         {
-            tracing::debug!(%error, "the digest found is not remembered");
+            tracing::debug!(%error, "the digest of a lower file cannot be recorded");
         }
         self.seen().insert(name, digest);
-        Ok(Some(LowerFile { digest, is_news: true }))
+        Ok(Some(LowerFile { digest, is_new: true }))
     }
 
+    /// Returns the name of the record of a file with this metadata.
     fn record_name(&self, metadata: &Metadata) -> String {
         let identity = metadata.identity();
         let root = self.root();
@@ -166,12 +173,13 @@ impl Lower {
 }
 
 impl Disk {
-    /// A directory that exists, for reading only. Nothing is made in it.
+    /// Opens an existing cache directory for reading only. Nothing is created in it. `why` is the reason in error
+    /// messages.
     pub(super) fn reader(root: &Path, why: &str) -> Result<Self> {
         super::ownership::check(root, Sharing::Off)?;
         let layout = super::Layout::new(root);
         if files::stat(&layout.format())?.is_none() {
-            return Err(Error::new(ErrorKind::Directory, format!("{} is no cache directory", root.display()))
+            return Err(Error::new(ErrorKind::Directory, format!("{} is not a cache directory", root.display()))
                 .hint("fill it with modelcache when the image is built, or unset MODEL_CACHE_LOWER_DIR"));
         }
         check_format(&layout)?;

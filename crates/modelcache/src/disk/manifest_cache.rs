@@ -1,39 +1,41 @@
-//! Manifests that were read before, so that neither a hit nor a check of many files parses one again.
+//! In-memory cache of parsed manifests.
 //!
-//! Held in memory only, and believed only as long as the file in the directory is the one that was read: a manifest is
-//! replaced by rename, never written in place, so its identity tells. Losing the memo costs a read.
+//! An entry is used only while the file on disk has the identity under which it was read. A manifest is replaced by
+//! rename, never written in place, so every change gives the file another identity.
 
 use crate::manifest::{FileIdentity, Manifest};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Most bytes of memory that remembered manifests take: some 100,000 manifests of a few files. Beyond that the least
-/// recently used are forgotten, all but the last one, which somebody is using whatever its size.
+/// Maximum memory of the cache in bytes: about 100,000 manifests of a few files. Beyond it, the least recently used
+/// entries are removed. The last one is kept whatever its size, because it is in use.
 const BYTES_MAX: usize = 128 << 20;
-/// What a manifest takes in the memo besides itself, about.
-const PLACE_BYTES: usize = 200;
+/// Approximate memory of an entry in bytes, without the manifest.
+const ENTRY_BYTES: usize = 200;
 
-/// What was read, by the artifact's hash.
+/// Parsed manifests by the hash of their artifact.
 #[derive(Debug, Default)]
 pub(super) struct ManifestCache {
-    known: Mutex<CachedManifest>,
-    /// How many manifests were parsed because they were not known.
+    known: Mutex<Entries>,
+    /// Number of manifests that were parsed because they were not in the cache.
     #[cfg(test)]
     pub(super) parsed: std::sync::atomic::AtomicU64,
 }
 
 #[derive(Debug, Default)]
-struct CachedManifest {
-    manifests: HashMap<Arc<str>, Kept>,
-    /// The same by when they were last used: the number of that use.
+struct Entries {
+    manifests: HashMap<Arc<str>, Entry>,
+    /// Hashes in the order of last use, by the number of that use.
     by_use: BTreeMap<u64, Arc<str>>,
+    /// Number of uses so far.
     uses: u64,
+    /// Memory of all entries in bytes.
     bytes: usize,
 }
 
 #[derive(Debug)]
-struct Kept {
-    /// The file that was read.
+struct Entry {
+    /// Identity of the file that was read.
     file: FileIdentity,
     manifest: Arc<Manifest>,
     bytes: usize,
@@ -41,10 +43,11 @@ struct Kept {
 }
 
 impl ManifestCache {
-    /// The manifest of the artifact with this hash, if the file there is the one that was read.
+    /// Returns the manifest of the artifact with this hash, if `file` is the identity under which it was read.
     pub(super) fn recall(&self, hash: &str, file: FileIdentity) -> Option<Arc<Manifest>> {
         let known = &mut *self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = known.manifests.get_mut(hash).filter(|kept| kept.file == file)?;
+        // Move the entry to the end of the order of use.
         if let Some(hash) = known.by_use.remove(&kept.last_use) {
             known.uses += 1;
             kept.last_use = known.uses;
@@ -53,25 +56,26 @@ impl ManifestCache {
         Some(kept.manifest.clone())
     }
 
-    /// Remembers what was read from `file`.
+    /// Adds the manifest that was read from a file with the identity `file`.
     pub(super) fn remember(&self, hash: &str, file: FileIdentity, manifest: &Arc<Manifest>) {
-        let bytes = PLACE_BYTES + manifest.memory_bytes();
+        let bytes = ENTRY_BYTES + manifest.memory_bytes();
         self.known.lock().unwrap_or_else(PoisonError::into_inner).remember(hash, file, manifest, bytes, BYTES_MAX);
     }
 }
 
-impl CachedManifest {
+impl Entries {
     fn remember(&mut self, hash: &str, file: FileIdentity, manifest: &Arc<Manifest>, bytes: usize, bytes_max: usize) {
         self.uses += 1;
         let (hash, last_use): (Arc<str>, _) = (hash.into(), self.uses);
         if let Some(before) =
-            self.manifests.insert(hash.clone(), Kept { file, manifest: manifest.clone(), bytes, last_use })
+            self.manifests.insert(hash.clone(), Entry { file, manifest: manifest.clone(), bytes, last_use })
         {
             self.by_use.remove(&before.last_use);
             self.bytes -= before.bytes;
         }
         self.by_use.insert(last_use, hash);
         self.bytes += bytes;
+        // Never remove the last entry, which is the one just added.
         while self.bytes > bytes_max && self.manifests.len() > 1 {
             let Some((_, oldest)) = self.by_use.pop_first() else { return };
             self.bytes -= self.manifests.remove(&oldest).map_or(0, |kept| kept.bytes);
@@ -99,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_is_given_back_as_long_as_it_is_that_file() {
+    fn a_manifest_is_returned_while_the_file_has_the_identity_that_was_read() {
         let memo = ManifestCache::default();
         for files in [0, 3, 100] {
             memo.remember("hash", file(7), &manifest(files));
@@ -110,10 +114,10 @@ mod tests {
     }
 
     #[test]
-    fn the_least_recently_used_are_forgotten_first_and_the_last_one_never() {
+    fn the_least_recently_used_are_removed_first_and_the_last_one_never() {
         let (memo, three) = (ManifestCache::default(), 300);
         let remember = |number: u64, bytes| {
-            let known = &mut *memo.known.lock().expect("nobody panicked");
+            let known = &mut *memo.known.lock().expect("not poisoned");
             known.remember(&number.to_string(), file(number), &manifest(2), bytes, three);
             assert_eq!(known.bytes, known.manifests.values().map(|kept| kept.bytes).sum::<usize>());
             assert_eq!(known.by_use.len(), known.manifests.len());
@@ -127,7 +131,7 @@ mod tests {
         remember(4, 50);
         assert_eq!(known().collect::<Vec<_>>(), [0, 2, 3, 4], "a smaller one in its place leaves room");
         remember(5, 1000);
-        assert_eq!(known().collect::<Vec<_>>(), [5], "somebody uses it");
+        assert_eq!(known().collect::<Vec<_>>(), [5], "the last one is kept whatever its size");
         remember(6, 100);
         assert_eq!(known().collect::<Vec<_>>(), [6]);
     }

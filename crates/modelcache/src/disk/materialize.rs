@@ -1,8 +1,10 @@
-//! Materializing: an artifact's files in a folder of the caller's own, which is replaced as a whole.
+//! Materializing: building a folder outside the cache with an artifact's files (`get --into DIR`).
 //!
-//! The folder is built beside its place, under a name of its own, and changes places with what was there. Whoever looks
-//! sees the old folder or the new one. What was not put there by an earlier call is never removed: a marker file in the
-//! folder lists what was. A folder whose builder died is removed by the next call; the live ones are locked.
+//! The new folder is built beside the destination under a temporary name, and then exchanged with it. A reader sees the
+//! old folder or the new one.
+//!
+//! Only files that an earlier call created are ever removed: a marker file in the folder lists them. A temporary folder
+//! is locked while it is being built, so the next call can recognise and remove the leftovers of a killed one.
 
 use super::files::{self, absent};
 use super::io_error::{Shown, errno};
@@ -24,22 +26,22 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-/// Says in a materialized folder what was put there. No artifact has a file of this name.
+/// Name of the marker file, which lists the files of a materialized folder. No artifact has a file of this name.
 const MARKER: &str = ".modelcache.json";
-/// Closes the name of an old folder while it is out of its place.
+/// Suffix of the temporary name of the old folder, where the filesystem cannot exchange two folders.
 const OLD: &str = "-old";
-/// Bytes of a marker that are read.
+/// Maximum size of a marker file in bytes.
 const MARKER_BYTES_MAX: u64 = 64 << 20;
-/// Bytes copied at a time.
+/// Buffer size for copying, in bytes.
 const COPY_BYTES: usize = 1 << 20;
 
-/// How files come into the folder.
+/// How the files of the folder are created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LinkMode {
-    /// A hard link where that is possible, else a reflink, else a copy.
+    /// A hard link if possible, otherwise a reflink, otherwise a copy.
     #[default]
     Auto,
-    /// This way or not at all.
+    /// Only this way; an error if it is not possible.
     Only(Link),
 }
 
@@ -47,43 +49,46 @@ pub enum LinkMode {
 #[derive(Debug, Clone)]
 pub struct Destination {
     dir: RootedPath,
-    asked: PathBuf,
+    /// The path as the caller wrote it, for messages.
+    requested: PathBuf,
 }
 
-/// A folder that was materialized.
+/// Result of a materialization.
 #[derive(Debug, Clone, Serialize)]
 pub struct Materialized {
     /// The folder.
     pub dir: PathBuf,
-    /// The one file, if the artifact or the selection is one; else the folder.
+    /// The file, if the artifact or the selection is a single file; otherwise the folder.
     pub path: PathBuf,
-    /// How many files came which way.
+    /// Number of files by the way they were created.
     pub links: BTreeMap<Link, usize>,
 }
 
-/// What shall stand in the folder.
+/// The files that the folder shall contain.
 #[derive(Debug, Clone)]
 pub(crate) struct Tree {
     pub(crate) key: ArtifactKey,
-    /// Where the files are lent from.
+    /// The leased artifact.
     pub(crate) from: ArtifactDir,
-    /// Whether that may be linked to: the lower directory's may not.
+    /// True if hard links are allowed. Files of a lower directory must not be linked.
     pub(crate) may_link: bool,
     pub(crate) files: Vec<(FilePath, FileEntry)>,
 }
 
+/// Content of the marker file.
 #[derive(Debug, Serialize, Deserialize)]
 struct Marker {
-    /// For people.
+    /// A note for users.
     about: String,
     #[serde(flatten)]
     key: ArtifactKey,
-    /// What was put there; a file that is another now is the user's.
+    /// The files as they were created. A file with another identity now belongs to the user.
     files: BTreeMap<FilePath, FileIdentity>,
 }
 
 impl Destination {
-    /// Looks whether `dir` may be replaced. `cache_root` and the present folder may not be in it.
+    /// Checks that `dir` may be replaced as a whole. It must not contain the cache directory or the current folder, nor
+    /// be in the cache directory.
     pub(crate) fn check(dir: &Path, cache_root: &Path) -> Result<Self> {
         let refuse = |why: &str, hint: &str| Err(Error::invalid(format!("{} {why}", dir.display())).hint(hint));
         let real = real_path(dir)?;
@@ -95,43 +100,48 @@ impl Destination {
             );
         }
         if real.starts_with(&cache_root) || cache_root.starts_with(&real) {
-            return refuse("and the cache directory lie in each other", "choose a folder outside the cache directory");
+            return refuse(
+                "contains the cache directory or is inside it",
+                "choose a folder outside the cache directory",
+            );
         }
         // outside the root
         if real.file_name().is_none() || absent(fs::metadata(&real)).is_ok_and(|m| m.is_some_and(|m| !m.is_dir())) {
-            return refuse("is no folder", "name a folder: it need not exist");
+            return refuse("is not a folder", "name a folder; it need not exist");
         }
         let (above, name) = (real.parent().unwrap_or(Path::new("/")), real.file_name().unwrap_or_default());
-        let destination = Self { dir: RootedPath::root(above).join(name), asked: dir.to_owned() };
-        destination.refuse_what_is_not_ours()?;
+        let destination = Self { dir: RootedPath::root(above).join(name), requested: dir.to_owned() };
+        destination.refuse_unmanaged_files()?;
         Ok(destination)
     }
 
-    /// Refuses a folder with files that no earlier call put there.
-    fn refuse_what_is_not_ours(&self) -> Result<()> {
+    /// Fails if the folder has a file that no earlier call created.
+    fn refuse_unmanaged_files(&self) -> Result<()> {
         let Some(unmanaged) = unmanaged_file(&self.dir)? else { return Ok(()) };
-        Err(self.not_ours(&unmanaged))
+        Err(self.unmanaged_error(&unmanaged))
     }
 
-    fn not_ours(&self, unmanaged: &Path) -> Error {
+    fn unmanaged_error(&self, unmanaged: &Path) -> Error {
         Error::new(
             ErrorKind::Conflict,
             format!(
                 "{} holds {}, which modelcache did not put there or which was changed since",
-                self.asked.display(),
+                self.requested.display(),
                 unmanaged.display()
             ),
         )
-        .hint("the folder is replaced as a whole: move that away first, or choose a new or empty folder")
+        .hint("the folder is replaced as a whole: move that file away first, or choose a new or empty folder")
     }
 
-    /// Builds the folder beside its place and puts it there; durable on return.
+    /// Builds the new folder and exchanges it with the destination. Durable on return.
     pub(crate) fn materialize(&self, tree: &Tree, mode: LinkMode, progress: &Progress) -> Result<Materialized> {
         let parent = self.dir.parent().unwrap_or_else(|| self.dir.clone());
-        fs::create_dir_all(parent.full()).map_err(|cause| trouble("make", &parent, cause))?; // outside the root
+        fs::create_dir_all(parent.full()).map_err(|cause| destination_error("make", &parent, cause))?; // outside the root
+        // Step 1: remove the leftovers of killed calls.
         let prefix = format!(".{}.modelcache-", self.dir.name());
         sweep(&parent, &prefix, &self.dir)?;
-        let site = Site::open(&parent, &prefix)?;
+        // Step 2: build the new folder under a temporary name.
+        let site = BuildFolder::create(&parent, &prefix)?;
         let (mut links, mut folders) = (BTreeMap::new(), BTreeSet::from([site.path.clone()]));
         for (path, entry) in &tree.files {
             let target = site.path.join(path.as_str());
@@ -139,21 +149,24 @@ impl Destination {
             let link = place(&tree.from.view(path), &target, entry, ways(mode, tree.may_link), progress)?;
             *links.entry(link).or_default() += 1;
         }
+        // Step 3: write the marker, and sync all folders. Reflinks and copies were synced before.
         write_marker(&site.path, tree)?;
         folders.iter().try_for_each(sync)?;
-        // Somebody may have put something there meanwhile, or may be doing so while the two change places.
-        self.refuse_what_is_not_ours()?;
-        swap(&site.path, &self.dir).map_err(|cause| not_swapped(&self.asked, cause))?;
+        // Step 4: exchange the folders. The user may have added a file to the old one meanwhile, so check again.
+        self.refuse_unmanaged_files()?;
+        swap(&site.path, &self.dir).map_err(|cause| swap_error(&self.requested, cause))?;
+        // Step 5: check the old folder once more under its temporary name. If a file was added, exchange back.
         if let Some(unmanaged) = unmanaged_file(&site.path)? {
-            swap(&site.path, &self.dir).map_err(|cause| not_swapped(&self.asked, cause))?;
-            return Err(self.not_ours(&unmanaged));
+            swap(&site.path, &self.dir).map_err(|cause| swap_error(&self.requested, cause))?;
+            return Err(self.unmanaged_error(&unmanaged));
         }
+        // Step 6: sync the parent. Dropping `site` then removes the old folder.
         sync(&parent)?;
         Ok(Materialized { dir: self.dir.full(), path: self.dir.full(), links })
     }
 }
 
-/// Makes a folder below one of `made`, and those in between; `made` gains them.
+/// Creates `folder` and its missing parents below one of `made`. Adds the new folders to `made`.
 fn make_folder(folder: &RootedPath, made: &mut BTreeSet<RootedPath>) -> Result<()> {
     if made.contains(folder) {
         return Ok(());
@@ -161,12 +174,12 @@ fn make_folder(folder: &RootedPath, made: &mut BTreeSet<RootedPath>) -> Result<(
     if let Some(above) = folder.parent() {
         make_folder(&above, made)?;
     }
-    folder.create_dir(None).map_err(|cause| trouble("make", folder, cause))?;
+    folder.create_dir(None).map_err(|cause| destination_error("make", folder, cause))?;
     made.insert(folder.clone());
     Ok(())
 }
 
-/// A file in `dir` that no earlier call put there as it is now.
+/// Returns a file in `dir` that no earlier call created, or that was changed since.
 fn unmanaged_file(dir: &RootedPath) -> Result<Option<PathBuf>> {
     let marker = files::read_small(&dir.join(MARKER), MARKER_BYTES_MAX)?;
     let ours = marker.and_then(|bytes| serde_json::from_slice::<Marker>(&bytes).ok()).map(|marker| marker.files);
@@ -174,7 +187,7 @@ fn unmanaged_file(dir: &RootedPath) -> Result<Option<PathBuf>> {
     files::walk(dir, &mut |path, metadata| {
         let inside = path.below(dir).unwrap_or(Path::new(""));
         let put_there = ours.as_ref().zip(inside.to_str().and_then(|path| FilePath::new(path).ok()));
-        let known = put_there.and_then(|(ours, path)| ours.get(&path)).is_some_and(|put| is_still(put, metadata));
+        let known = put_there.and_then(|(ours, path)| ours.get(&path)).is_some_and(|put| is_unchanged(put, metadata));
         if !known && inside != Path::new(MARKER) && unmanaged.is_none() {
             unmanaged = Some(inside.to_owned());
         }
@@ -183,16 +196,16 @@ fn unmanaged_file(dir: &RootedPath) -> Result<Option<PathBuf>> {
     Ok(unmanaged)
 }
 
-/// Whether a file is the one that was put there. Of a hard link into the cache, whose mtime is the cache's, the inode
-/// tells.
-fn is_still(put: &FileIdentity, metadata: &Metadata) -> bool {
+/// Returns true if a file is unchanged since it was created. The mtime of a hard link into the cache is not compared,
+/// because the cache may change it.
+fn is_unchanged(put: &FileIdentity, metadata: &Metadata) -> bool {
     let now = metadata.identity();
     now == *put || (metadata.nlink() > 1 && now.inode == put.inode && now.bytes == put.bytes)
 }
 
-/// Where `dir` really is, links followed as far as it exists.
+/// Returns the absolute path of `dir`, with symbolic links resolved in the part that exists.
 fn real_path(dir: &Path) -> Result<PathBuf> {
-    let absolute = std::path::absolute(dir).map_err(|cause| trouble("find", dir, cause))?;
+    let absolute = std::path::absolute(dir).map_err(|cause| destination_error("find", dir, cause))?;
     let mut missing = Vec::new();
     let mut there = absolute.as_path();
     loop {
@@ -204,24 +217,25 @@ fn real_path(dir: &Path) -> Result<PathBuf> {
                     missing.push(name.to_owned());
                     there = parent;
                 }
-                _ => return Err(trouble("find", dir, cause)),
+                _ => return Err(destination_error("find", dir, cause)),
             },
         }
     }
 }
 
-/// The folder while it is being built. Dropped, it removes what then lies under its name: itself, or the old folder.
-struct Site {
+/// The temporary folder, locked while it exists. On drop, removes the folder that then has the temporary name: this one
+/// if the call failed, the old folder if it succeeded.
+struct BuildFolder {
     path: RootedPath,
     _alive: FileLock,
 }
 
-impl Site {
-    fn open(parent: &RootedPath, prefix: &str) -> Result<Self> {
+impl BuildFolder {
+    fn create(parent: &RootedPath, prefix: &str) -> Result<Self> {
         loop {
             let path = parent.join(format!("{prefix}{}", files::random_name()));
-            path.create_dir(None).map_err(|cause| trouble("make", &path, cause))?;
-            // Between the two somebody's sweep may have taken it for a dead one.
+            path.create_dir(None).map_err(|cause| destination_error("make", &path, cause))?;
+            // Another call may sweep the folder as a leftover before it is locked. Then create another one.
             if let Ok(dir) = path.open_dir()
                 && let Some(alive) = FileLock::of_new(dir, &path)?
                 && files::is_folder(&path)?
@@ -232,16 +246,16 @@ impl Site {
     }
 }
 
-impl Drop for Site {
+impl Drop for BuildFolder {
     fn drop(&mut self) {
         if let Err(error) = files::remove(&self.path) {
-            tracing::warn!(%error, "a temporary folder stays; the next call removes it");
+            tracing::warn!(%error, "a temporary folder cannot be removed; the next call tries again");
         }
     }
 }
 
-/// Removes what died while it was being built. An old folder that died between leaving its place and the new one's
-/// coming there goes back.
+/// Removes the temporary folders of killed calls. If a call was killed between the two renames that replace an
+/// exchange, moves the old folder back to `place`.
 fn sweep(parent: &RootedPath, prefix: &str, place: &RootedPath) -> Result<()> {
     let random = |name: &str| name.len() == files::RANDOM_NAME_CHARS && name.chars().all(|c| c.is_ascii_alphanumeric());
     for path in files::entries(parent)? {
@@ -250,10 +264,11 @@ fn sweep(parent: &RootedPath, prefix: &str, place: &RootedPath) -> Result<()> {
         if !is_old && !random(rest) {
             continue;
         }
+        // The folder of a running call is locked.
         let Ok(dir) = path.open_dir() else { continue };
         let Ok(Some(_dead)) = FileLock::of_new(dir, &path) else { continue };
         if is_old && files::stat(place)?.is_none() {
-            path.rename(place).map_err(|cause| trouble("put back", place, cause))?;
+            path.rename(place).map_err(|cause| destination_error("put back", place, cause))?;
         } else {
             files::remove(&path)?;
         }
@@ -261,7 +276,7 @@ fn sweep(parent: &RootedPath, prefix: &str, place: &RootedPath) -> Result<()> {
     Ok(())
 }
 
-/// The ways to be tried, best first.
+/// Returns the ways to try, best first.
 fn ways(mode: LinkMode, may_link: bool) -> &'static [Link] {
     match mode {
         LinkMode::Auto if !may_link => &[Link::Reflink, Link::Copy],
@@ -274,7 +289,7 @@ fn ways(mode: LinkMode, may_link: bool) -> &'static [Link] {
     }
 }
 
-/// Brings one file to `target`; tells which way.
+/// Creates the file `target` in the first of `ways` that is possible. Returns that way.
 fn place(
     view: &RootedPath,
     target: &RootedPath,
@@ -284,10 +299,12 @@ fn place(
 ) -> Result<Link> {
     let mut refused = io::Error::from(io::ErrorKind::Unsupported);
     for way in ways {
+        // A refusal leads to the next way. Any other error ends the call.
         let outcome = match way {
             Link::Hard => hard_link(view, target, entry),
             Link::Reflink => reflink(view, target),
             Link::Symlink => target.symlink_to(&view.full()),
+            // A copy reports its progress and its errors itself.
             Link::Copy => {
                 copy(view, target, entry, progress)?;
                 return Ok(*way);
@@ -299,7 +316,7 @@ fn place(
                 return Ok(*way);
             }
             Err(cause) if is_refusal(&cause) => refused = cause,
-            Err(cause) => return Err(trouble("link", target, cause)),
+            Err(cause) => return Err(destination_error("link", target, cause)),
         }
     }
     let way = if ways == [Link::Reflink] { "a reflink" } else { "a hard link" };
@@ -308,24 +325,25 @@ fn place(
         .cause(refused))
 }
 
-/// Whether the filesystem cannot link this way; another way may do.
+/// Returns true if the filesystem cannot create such a link, so that another way should be tried.
 fn is_refusal(cause: &io::Error) -> bool {
     link::is_refusal(cause) || matches!(errno(cause), Some(Errno::INVAL | Errno::NOTTY))
 }
 
-/// Makes a hard link. Refuses what is not a read-only file of the right size: in a shared directory another user may have
-/// put something else in the place of the view.
+/// Creates a hard link to `view`, which must be a read-only file of the right size.
 fn hard_link(view: &RootedPath, target: &RootedPath, entry: &FileEntry) -> io::Result<()> {
+    // Check the link, not the view: another user of a shared directory may replace the view at any time.
     view.hard_link(target)?;
     let linked = target.metadata()?;
     if linked.is_file() && linked.len() == entry.size && linked.mode() & 0o222 == 0 {
         return Ok(());
     }
-    // A copy is checked.
+    // Report a refusal, so that a copy is made, which is verified.
     target.unlink()?;
     Err(Errno::PERM.into())
 }
 
+/// Creates a reflink of `view`, and syncs it.
 fn reflink(view: &RootedPath, target: &RootedPath) -> io::Result<()> {
     let (from, to) = (view.open(false)?, target.create_new(0o666)?);
     let cloned = ioctl_ficlone(&to, &from).map_err(io::Error::from).and_then(|()| to.sync_all());
@@ -335,21 +353,21 @@ fn reflink(view: &RootedPath, target: &RootedPath) -> io::Result<()> {
     cloned
 }
 
-/// Copies and checks in the same pass.
+/// Copies `view`, and compares the copied bytes with the digest in the same pass.
 fn copy(view: &RootedPath, target: &RootedPath, entry: &FileEntry, progress: &Progress) -> Result<()> {
-    let mut from = view.open(false).map_err(|cause| trouble("read", view, cause))?;
-    let mut to = target.create_new(0o666).map_err(|cause| trouble("write", target, cause))?;
+    let mut from = view.open(false).map_err(|cause| destination_error("read", view, cause))?;
+    let mut to = target.create_new(0o666).map_err(|cause| destination_error("write", target, cause))?;
     let (mut hasher, mut buffer) = (sha2::Sha256::new(), vec![0; COPY_BYTES]);
     loop {
-        let read = from.read(&mut buffer).map_err(|cause| trouble("read", view, cause))?;
+        let read = from.read(&mut buffer).map_err(|cause| destination_error("read", view, cause))?;
         if read == 0 {
             break;
         }
         hasher.update(&buffer[..read]);
-        to.write_all(&buffer[..read]).map_err(|cause| trouble("write", target, cause))?;
+        to.write_all(&buffer[..read]).map_err(|cause| destination_error("write", target, cause))?;
         progress.done(read as u64);
     }
-    to.sync_all().map_err(|cause| trouble("make durable", target, cause))?;
+    to.sync_all().map_err(|cause| destination_error("make durable", target, cause))?;
     let found = Digest::from_bytes(hasher.finalize().into());
     if entry.sha256.is_some_and(|expected| expected != found) {
         return Err(Error::corrupt(format!("the cached bytes of {view} are wrong; nothing was replaced"))
@@ -359,11 +377,12 @@ fn copy(view: &RootedPath, target: &RootedPath, entry: &FileEntry, progress: &Pr
     Ok(())
 }
 
+/// Writes the marker file with the present identities of all files.
 fn write_marker(dir: &RootedPath, tree: &Tree) -> Result<()> {
     let mut put = BTreeMap::new();
     for (path, _) in &tree.files {
         let target = dir.join(path.as_str());
-        let metadata = target.metadata().map_err(|cause| trouble("look at", &target, cause))?;
+        let metadata = target.metadata().map_err(|cause| destination_error("look at", &target, cause))?;
         put.insert(path.clone(), metadata.identity());
     }
     let marker = Marker {
@@ -374,20 +393,22 @@ fn write_marker(dir: &RootedPath, tree: &Tree) -> Result<()> {
     let (path, bytes) = (dir.join(MARKER), serde_json::to_vec_pretty(&marker).unwrap_or_default());
     path.create_new(0o666)
         .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
-        .map_err(|cause| trouble("write", &path, cause))
+        .map_err(|cause| destination_error("write", &path, cause))
 }
 
-/// Puts `new` in the place of `dir`; what was there then lies under the name of `new`.
+/// Moves `new` to `dir`. If `dir` had content, it is at the path of `new` afterwards.
 fn swap(new: &RootedPath, dir: &RootedPath) -> io::Result<()> {
+    // A plain rename succeeds if `dir` does not exist or is empty.
     match new.rename(dir) {
         Err(cause) if matches!(errno(&cause), Some(Errno::NOTEMPTY | Errno::EXIST)) => {}
         renamed => return renamed,
     }
+    // Otherwise exchange the two in one step.
     match new.rename_with(dir, RenameFlags::EXCHANGE) {
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
         exchanged => return exchanged.map_err(io::Error::from),
     }
-    // This filesystem cannot exchange: for a moment there is no folder.
+    // The filesystem cannot exchange. Make two renames; in between, `dir` does not exist.
     let aside = new.with_file_name(format!("{}{OLD}", new.name()));
     dir.rename(&aside)?;
     match new.rename(dir) {
@@ -399,28 +420,30 @@ fn swap(new: &RootedPath, dir: &RootedPath) -> io::Result<()> {
     }
 }
 
-fn not_swapped(dir: &Path, cause: io::Error) -> Error {
+/// Returns the error for a destination that cannot be replaced.
+fn swap_error(dir: &Path, cause: io::Error) -> Error {
     match errno(&cause) {
         Some(Errno::BUSY | Errno::XDEV) => {
             Error::invalid(format!("{} is a mount, and cannot be replaced as a whole", dir.display()))
                 .hint("name a folder in it")
                 .cause(cause)
         }
-        _ => trouble("replace", dir, cause),
+        _ => destination_error("replace", dir, cause),
     }
 }
 
 fn sync(dir: &RootedPath) -> Result<()> {
-    dir.open_dir().and_then(|dir| dir.sync_all()).map_err(|cause| trouble("make durable", dir, cause))
+    dir.open_dir().and_then(|dir| dir.sync_all()).map_err(|cause| destination_error("make durable", dir, cause))
 }
 
-/// Trouble in the caller's own folder, which is none of the cache directory's.
-fn trouble(operation: &str, path: &(impl Shown + ?Sized), cause: io::Error) -> Error {
+/// Returns the error for an I/O error in the caller's folder. Unlike [`fault`](super::fault), its hints do not mention
+/// the cache directory.
+fn destination_error(operation: &str, path: &(impl Shown + ?Sized), cause: io::Error) -> Error {
     let (kind, hint) = match errno(&cause) {
         Some(Errno::NOSPC | Errno::DQUOT) => (ErrorKind::Full, "free space there, or choose another folder"),
         Some(Errno::FBIG) => (ErrorKind::Full, FILE_SIZE_HINT),
         Some(Errno::ACCESS | Errno::PERM | Errno::ROFS) => (ErrorKind::Other, "choose a folder this user may write to"),
-        _ => (ErrorKind::Other, "see whether the folder and its filesystem are in order"),
+        _ => (ErrorKind::Other, "check the folder and its filesystem"),
     };
     let error = Error::new(kind, format!("cannot {operation} {}", path.shown())).cause(cause);
     error.hint(hint)

@@ -1,14 +1,16 @@
-//! How much memory is left for the page cache: of the machine, or of the control group that the process is in.
+//! Memory that is available for the page cache: of the machine, or of the control group of this process.
 //!
-//! Pages that a group's files take count against its limit and are given up when others are needed: those that were not
-//! used lately count as free here. What cannot be read counts as no limit.
+//! The page cache of a group counts against its limit, and is reclaimed when memory is needed. Inactive file pages
+//! therefore count as free here. A limit that cannot be read counts as no limit.
+//!
 //! Sources: Linux `Documentation/filesystems/proc.rst` (MemAvailable), `Documentation/admin-guide/cgroup-v2.rst` and
 //! `cgroup-v1/memory.rst`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Bytes that may still be taken before something else has to give way; `None` where nobody tells.
+/// Returns the bytes that can be used before other memory is reclaimed, or `None` if neither the machine nor a group
+/// reports a value.
 pub(super) fn free_bytes() -> Option<u64> {
     let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available(&text));
     let group =
@@ -16,48 +18,53 @@ pub(super) fn free_bytes() -> Option<u64> {
     [machine, group].into_iter().flatten().min()
 }
 
-/// `MemAvailable` of `/proc/meminfo`, in bytes.
+/// Returns `MemAvailable` of `/proc/meminfo`, in bytes.
 fn available(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
 
-/// What the process's group and those above it leave, the least of them.
+/// Returns the smallest number of free bytes among the process's control group and the groups above it.
 fn group_free(cgroup: &str, mount: &Path) -> Option<u64> {
     cgroup.lines().filter_map(|line| hierarchy_free(line, mount)).min()
 }
 
-/// The same for one line of `/proc/self/cgroup`: `number:controllers:path`.
+/// Returns the smallest number of free bytes in the hierarchy of one line of `/proc/self/cgroup`, which has the form
+/// `number:controllers:path`.
 fn hierarchy_free(line: &str, mount: &Path) -> Option<u64> {
     let mut fields = line.splitn(3, ':').skip(1);
     let (controllers, path) = (fields.next()?, fields.next()?);
     let (root, limit, usage) = match controllers {
+        // Version 2.
         "" => (mount.to_owned(), "memory.max", "memory.current"),
+        // Version 1, with the memory controller.
         _ if controllers.split(',').any(|name| name == "memory") => {
             (mount.join("memory"), "memory.limit_in_bytes", "memory.usage_in_bytes")
         }
         _ => return None,
     };
-    // Inside a container the path may be the one outside; its own group is then the root that it sees.
+    // In a container, the path may be the one on the host, which is not visible. Its own group is then the visible
+    // root.
     let group = root.join(path.trim_start_matches('/'));
     let groups = group.ancestors().take_while(|folder| folder.starts_with(&root)).map(Path::to_owned);
     let left = |folder: PathBuf| {
         let limit = number(&folder.join(limit))?;
-        let used = number(&folder.join(usage))?.saturating_sub(idle_cache(&folder));
+        let used = number(&folder.join(usage))?.saturating_sub(inactive_file_bytes(&folder));
         Some(limit.saturating_sub(used))
     };
     groups.filter_map(left).min()
 }
 
-/// A file that holds one number; `max` is none.
+/// Returns the number in a file, or `None` if it has `max` or cannot be read.
 fn number(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
-/// Bytes of files that the group holds in memory and has not used lately.
-fn idle_cache(folder: &Path) -> u64 {
+/// Returns the bytes of inactive file pages of the group.
+fn inactive_file_bytes(folder: &Path) -> u64 {
     let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
     let value = |name: &str| stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
+    // Version 1 counts the groups below under `total_inactive_file`; in version 2 `inactive_file` includes them.
     value("total_inactive_file ").or_else(|| value("inactive_file ")).unwrap_or(0)
 }
 
@@ -71,14 +78,14 @@ mod tests {
     }
 
     #[test]
-    fn the_machine_tells_what_is_available() {
+    fn available_memory_is_read_from_meminfo() {
         assert_eq!(available("MemTotal:  9 kB\nMemAvailable:   2048 kB\n"), Some(2 << 20));
         assert_eq!(available("MemTotal: 9 kB\n"), None);
         assert!(free_bytes().is_none_or(|bytes| bytes > 0));
     }
 
     #[test]
-    fn the_tightest_group_above_counts_and_idle_cache_is_free() {
+    fn the_smallest_limit_above_counts_and_inactive_pages_are_free() {
         let folder = tempfile::tempdir().expect("folder");
         let mount = folder.path();
         let pod = mount.join("kubepods/pod1");
@@ -94,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn old_groups_tell_it_in_other_files() {
+    fn version_1_groups_are_read_from_other_files() {
         let folder = tempfile::tempdir().expect("folder");
         let group = folder.path().join("memory/docker/x");
         write(&group, "memory.limit_in_bytes", "1000");

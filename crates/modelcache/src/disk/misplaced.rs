@@ -1,8 +1,8 @@
 //! Entries of the wrong type below the root: a pipe, a device, a symbolic link, a folder in the place of a file.
 //!
-//! Another user of a shared directory, or a careless copy, can leave them. Whatever expects a file or a folder there
-//! refuses them, so they stand in the way of fills and evictions. `doctor` names them. `prune` moves them to
-//! `quarantine/`, where they stay until somebody removes them: they may be somebody's.
+//! Another user of a shared directory, or a careless copy, can leave such entries. All code that expects a file or a
+//! folder there refuses them, so they block fills and evictions. `doctor` lists them. `prune` moves them to
+//! `quarantine/`, where they stay until they are removed by hand, because they may be a user's own data.
 
 use super::files::{self, TEMPORARY, random_name};
 use super::io_error::IoContext;
@@ -12,25 +12,25 @@ use super::{Disk, modes};
 use crate::error::Result;
 use serde::Serialize;
 
-/// What is expected at one level below a top folder.
+/// The type of entry expected at one level below a top folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Level {
     Folder,
     File,
-    /// Staging folders, and beside them manifests that are being written.
+    /// A folder or a file: staging folders, and beside them the temporary files of manifests.
     Either,
-    /// The parts of an artifact, each by its name.
+    /// The entries of an artifact's folder: the name determines the type.
     ArtifactParts,
 }
 
-/// An entry that does not belong where it lies.
+/// An entry of the wrong type for its place.
 #[derive(Debug, Clone, Serialize)]
 pub struct Misplaced {
     /// Its path.
     pub path: String,
-    /// What it is: `pipe`, `symbolic link`, `folder`, …
+    /// Its type: `pipe`, `symbolic link`, `folder`, …
     pub is: &'static str,
-    /// Who owns it: the numeric user id.
+    /// The numeric user id of its owner.
     pub owner: u32,
     #[serde(skip)]
     at: RootedPath,
@@ -53,8 +53,10 @@ impl Level {
     }
 }
 
-/// Every entry of the wrong type. Below an artifact's `files/` nothing is looked at: a view that is no file is missing,
-/// and the next fill replaces it.
+/// Returns every entry of the wrong type.
+///
+/// Entries below an artifact's `files/` are not examined: a view that is not a regular file counts as missing, and the
+/// next fill replaces it.
 pub(super) fn misplaced(layout: &Layout) -> Result<Vec<Misplaced>> {
     use Level::{ArtifactParts, Either, File, Folder};
     let mut found = Vec::new();
@@ -80,6 +82,7 @@ pub(super) fn misplaced(layout: &Layout) -> Result<Vec<Misplaced>> {
 
 fn check(path: &RootedPath, level: Level, below: &[Level], found: &mut Vec<Misplaced>) -> Result<()> {
     let Some(metadata) = files::stat(path)? else { return Ok(()) };
+    // A misplaced folder is reported as a whole; its entries are not examined.
     if !level.accepts(path, &metadata) {
         found.push(Misplaced {
             path: path.to_string(),
@@ -97,15 +100,17 @@ fn check(path: &RootedPath, level: Level, below: &[Level], found: &mut Vec<Mispl
 }
 
 impl Disk {
-    /// Entries of the wrong type below the top folders: those that [`set_aside`](Self::set_aside) can move.
+    /// Returns the entries of the wrong type below the top folders: those that [`set_aside`](Self::set_aside) can move.
     pub(super) fn misplaced(&self) -> Result<Vec<Misplaced>> {
         let (mut all, root) = (misplaced(self.layout())?, self.layout().root());
+        // A top folder, `FORMAT` or `CACHEDIR.TAG` of the wrong type is only reported.
         all.retain(|entry| entry.at.parent().is_some_and(|folder| folder != *root));
         Ok(all)
     }
 
-    /// Moves entries of the wrong type to `quarantine/`; those that were moved. Needs no lock: no process works with
-    /// what is neither the file nor the folder that belongs there.
+    /// Moves entries of the wrong type to `quarantine/`, and returns those that were moved.
+    ///
+    /// Takes no lock, because no process uses an entry of the wrong type.
     pub(super) fn set_aside(&self, entries: Vec<Misplaced>) -> Vec<Misplaced> {
         let was_moved = |entry: &Misplaced| match set_aside(self.layout(), &entry.at, entry.expected) {
             Ok(moved) => moved,
@@ -118,14 +123,14 @@ impl Disk {
     }
 }
 
-/// Moves what lies at `path` to `quarantine/`, unless it is a file.
-pub(super) fn set_aside_no_file(layout: &Layout, path: &RootedPath) -> Result<bool> {
+/// Moves the entry at `path` to `quarantine/`, unless it is a file. Returns true if it was moved.
+pub(super) fn set_aside_unless_file(layout: &Layout, path: &RootedPath) -> Result<bool> {
     set_aside(layout, path, Level::File)
 }
 
-/// Moves what lies at `path` to `quarantine/`, unless it is what is expected there by now.
+/// Moves the entry at `path` to `quarantine/`, unless it has the expected type by now. Returns true if it was moved.
 fn set_aside(layout: &Layout, path: &RootedPath, expected: Level) -> Result<bool> {
-    // A name has at most 255 bytes.
+    // File names are limited to 255 bytes; 40 characters leave room for the prefix and the random suffix.
     let name: String = path.name().chars().take(40).collect();
     let aside = layout.quarantine().join(format!("misplaced-{name}-{}", random_name()));
     let belongs =
@@ -134,10 +139,10 @@ fn set_aside(layout: &Layout, path: &RootedPath, expected: Level) -> Result<bool
         return Ok(false);
     }
     if belongs(&aside)? {
-        // What belongs there came in between the look and the move.
+        // A process replaced the entry with a right one between the check and the rename: put it back.
         modes::appear(&aside, path).at("put back", path)?;
         return Ok(false);
     }
-    tracing::warn!(%path, to = %aside, "what does not belong there was moved to quarantine/");
+    tracing::warn!(%path, to = %aside, "an entry that does not belong there was moved to quarantine/");
     Ok(true)
 }

@@ -1,14 +1,13 @@
-//! The near tier: a local directory, shared by any number of processes without a daemon.
+//! The disk tier: a local directory, shared by any number of processes without a daemon.
 //!
-//! # Contract
-//! - The directory is the index: everything known is read from it, and losing this process loses nothing.
-//! - A reader sees an artifact's old manifest or its new one; what a manifest calls held exists and is right, or lending
-//!   finds out. Blobs are immutable; nothing is truncated or overwritten in place.
+//! - All state is in the directory. A process that dies loses nothing.
+//! - A reader sees the old manifest or the new one. A held file exists and has the right bytes, or acquiring a lease
+//!   detects that it has not. Blobs are immutable; nothing is truncated or overwritten in place.
 //! - Counted bytes stay within the budget: room is made before anything is written.
-//! - Locks save bandwidth and protect leases; wrong bytes never come from a lock that failed.
+//! - Locks save bandwidth and protect leases. A lock that fails to exclude never leads to wrong bytes.
 //!
-//! All functions here block on disk work; async callers use `spawn_blocking`. The layout and the order of steps are
-//! written down in `docs/disk-format.md`.
+//! All functions block on disk work; async callers use `spawn_blocking`. `docs/disk-format.md` describes the layout and
+//! the numbered steps of each operation.
 
 mod acquire;
 mod budget;
@@ -100,13 +99,13 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-/// What the `FORMAT` file says; a higher number is refused.
+/// Content of the `FORMAT` file. A directory with a higher number is refused.
 const FORMAT: &str = "modelcache 1\n";
-/// Content of `CACHEDIR.TAG`, which tells backup tools to leave the directory out (bford.info/cachedir).
+/// Content of `CACHEDIR.TAG`. Backup tools skip a directory that has this file (bford.info/cachedir).
 const CACHE_TAG: &str =
     "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of model artifacts; it can be filled again.\n";
 
-/// The local directory.
+/// Handle on the local directory. Clones share its state.
 #[derive(Debug, Clone)]
 pub(crate) struct Disk(Arc<Inner>);
 
@@ -115,43 +114,43 @@ struct Inner {
     layout: Layout,
     max_bytes: ByteBound,
     min_free_bytes: ByteBound,
-    /// Why nothing can be written here, if nothing can.
+    /// The error that makes the directory read-only for this process, if any.
     unwritable: Option<Error>,
     /// Whether locks exclude on this filesystem.
     locks_are_honest: bool,
-    /// Whether its filesystem is one of this machine.
+    /// Whether the filesystem is local to this machine, not a network filesystem.
     is_local: bool,
-    /// Manifests read before.
+    /// Parsed manifests, by the identity of their files.
     memo: ManifestCache,
-    /// What this process has still to make durable.
+    /// Artifacts that this process published and has not synced yet.
     pending_syncs: PendingSyncs,
-    /// Leases held.
+    /// Leases held by this process.
     leases: Leases,
-    /// What the artifacts hold, once it was needed; looked at within budget holds only.
+    /// Held files of all artifacts. Built on first use, and used only while the budget lock is held.
     index: Mutex<Index>,
-    /// What was tidied up, and what is left to be.
+    /// Progress and remaining work of clean-ups by this process.
     maintenance: Mutex<Maintenance>,
-    /// What was done in it since it was opened.
+    /// Counters of this process since it opened the directory.
     metrics: Metrics,
 }
 
-/// One artifact's folder, as a scan found it.
+/// One artifact's folder, as found by a scan.
 #[derive(Debug)]
 pub(crate) struct ScannedArtifact {
     pub(crate) dir: ArtifactDir,
-    /// `None` if there is none or it is damaged.
+    /// `None` if it is missing or damaged.
     pub(crate) manifest: Option<Manifest>,
     pub(crate) last_used: Option<SystemTime>,
 }
 
 impl ScannedArtifact {
-    /// How people know it: its key, or its folder while no manifest tells.
+    /// Returns the display name: the key, or the path of the folder if there is no readable manifest.
     pub(crate) fn name(&self) -> String {
         self.manifest.as_ref().map_or_else(|| self.dir.path().to_string(), |m| m.key.to_string())
     }
 }
 
-/// The bounds and the free space, in bytes.
+/// The configured bounds and the free space, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Space {
     pub(crate) budget: u64,
@@ -160,34 +159,39 @@ pub(crate) struct Space {
 }
 
 impl Disk {
-    /// Opens the directory, making it if need be. A directory that cannot be written still serves what it holds.
+    /// Opens the directory, and creates it if it is missing. A directory that cannot be written is served read-only.
     pub(crate) fn open(root: &Path, max_bytes: ByteBound, min_free_bytes: ByteBound, sharing: Sharing) -> Result<Self> {
+        // A relative path must not change its meaning with the working directory.
         let root = std::path::absolute(root).at("resolve", root)?;
         ownership::check(&root, sharing)?;
+        // Check the format before anything is created, so that the directory of a newer release is not touched.
         check_format(&Layout::new(&root))?;
         let made = make_root(&root, sharing);
-        // Links that lead to the root are resolved here, so it must be there.
+        // `Layout::new` resolves the symbolic links that lead to the root once, so the root must exist by now.
         let layout = Layout::new(&root);
         if made.is_ok() {
+            // Another user may have created or replaced the root since the first check.
             ownership::check(&root, sharing)?;
             ownership::check_same(&root, layout.root())?;
         }
         let unwritable = match made.and_then(|()| prepare(&layout, sharing)) {
             Ok(()) => None,
+            // An existing cache directory that cannot be written is served read-only.
             Err(error) if files::stat(&layout.format()).is_ok_and(|metadata| metadata.is_some()) => Some(error),
             Err(error) => return Err(error),
         };
-        // Again: another release, or a stranger, may have made it in between.
+        // Check again: a newer release, or another user, may have created the directory in the meantime.
         ownership::check(&root, sharing)?;
         check_format(&layout)?;
         let probe = || lock::are_honest(&layout.probe_lock());
         let locks_are_honest = unwritable.is_some()
             || match probe() {
-                Err(_) if misplaced::set_aside_no_file(&layout, &layout.probe_lock())? => probe()?,
+                // An entry of the wrong type in the place of the lock file makes the probe fail.
+                Err(_) if misplaced::set_aside_unless_file(&layout, &layout.probe_lock())? => probe()?,
                 found => found?,
             };
         if !locks_are_honest {
-            tracing::warn!(path = %layout.root(), "file locks do not exclude on this filesystem: bytes may be fetched twice, and only what has long been idle is evicted for space");
+            tracing::warn!(path = %layout.root(), "file locks do not exclude on this filesystem: bytes may be downloaded twice, and only artifacts that have long been idle are evicted for space");
         }
         let is_local = fast_acquire::is_local(&root);
         Ok(Self(Arc::new(Inner {
@@ -206,12 +210,12 @@ impl Disk {
         })))
     }
 
-    /// Opens a directory that is there already, to change what it holds and to fetch nothing.
+    /// Opens an existing directory for work that adds nothing to it, so without a budget. Refuses a missing one.
     pub(crate) fn open_present(root: &Path) -> Result<Self> {
         if files::stat(&Layout::new(root).format())?.is_none() {
-            return Err(Error::new(ErrorKind::Directory, format!("{} is no cache directory", root.display()))
+            return Err(Error::new(ErrorKind::Directory, format!("{} is not a cache directory", root.display()))
                 .tier(Tier::Disk)
-                .hint("point MODEL_CACHE_DIR to one"));
+                .hint("point MODEL_CACHE_DIR to a cache directory"));
         }
         Self::open(root, ByteBound::Percent(100), ByteBound::Bytes(0), Sharing::Off)
     }
@@ -220,7 +224,7 @@ impl Disk {
         &self.0.layout
     }
 
-    /// What was done in it since it was opened.
+    /// Returns the counters of this process since it opened the directory.
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.0.metrics
     }
@@ -229,18 +233,18 @@ impl Disk {
         self.0.unwritable.is_some()
     }
 
-    /// Whether locks exclude here. Where they do not, what another process is at work on cannot be told from what it
-    /// left: it is neither taken over nor removed before it has long been idle.
+    /// Returns true if locks exclude on this filesystem. If they do not, work in progress cannot be distinguished from
+    /// leftovers of a dead process: neither is adopted, and both are removed only after an hour without a change.
     pub(crate) fn locks_are_honest(&self) -> bool {
         self.0.locks_are_honest
     }
 
-    /// Refuses what would write into a directory that cannot be written.
+    /// Returns an error if the directory cannot be written.
     pub(crate) fn ensure_writable(&self) -> Result<()> {
         match &self.0.unwritable {
             None => Ok(()),
             Some(why) => {
-                let read_only = "what it holds is still served; to fetch more, mount it writable or point MODEL_CACHE_DIR elsewhere";
+                let read_only = "its artifacts are still served; to download more, mount it writable or point MODEL_CACHE_DIR elsewhere";
                 let hint = why.hint_text().filter(|_| why.kind() != ErrorKind::Directory).unwrap_or(read_only);
                 Err(Error::new(why.kind(), format!("the cache directory cannot be written: {why}"))
                     .tier(Tier::Disk)
@@ -249,7 +253,7 @@ impl Disk {
         }
     }
 
-    /// The bounds in bytes and what is free.
+    /// Returns the bounds and the free space, in bytes.
     pub(crate) fn space(&self) -> Result<Space> {
         let stat = self.filesystem()?;
         let filesystem = stat.f_blocks * stat.f_frsize;
@@ -260,7 +264,7 @@ impl Disk {
         })
     }
 
-    /// A bound in bytes, on this filesystem.
+    /// Returns `bound` in bytes. A percentage refers to the size of this filesystem.
     pub(crate) fn bound_bytes(&self, bound: ByteBound) -> Result<u64> {
         let stat = self.filesystem()?;
         Ok(bound.bytes(stat.f_blocks * stat.f_frsize))
@@ -271,12 +275,15 @@ impl Disk {
         root.filesystem().at("look at the filesystem of", root)
     }
 
-    /// What disk knows of `key`, held or not.
+    /// Returns the manifest of `key`, whether its files are held or not.
     pub(crate) fn manifest(&self, key: &ArtifactKey) -> Result<Option<Manifest>> {
         self.read_manifest(&self.layout().artifact(key))
     }
 
-    /// The manifest in `dir`. A damaged one is moved aside and counts as absent: its blobs are found again by digest.
+    /// Returns the manifest in `dir`. A damaged one counts as absent: its blobs are found again by digest.
+    ///
+    /// # Errors
+    /// `Invalid` if a newer release wrote the manifest.
     pub(crate) fn read_manifest(&self, dir: &ArtifactDir) -> Result<Option<Manifest>> {
         let path = dir.manifest();
         let Some(bytes) = files::read_small(&path, limits::MANIFEST_BYTES_MAX)? else { return Ok(None) };
@@ -288,14 +295,14 @@ impl Disk {
             Err(error) if error.kind() == ErrorKind::Invalid => Err(error),
             damaged => {
                 let error = damaged.err().map(|error| error.to_string());
-                let error = error.as_deref().unwrap_or("it is another artifact's");
-                tracing::warn!(path = %path, error, "a manifest is damaged; it is ignored and will be written anew");
+                let error = error.as_deref().unwrap_or("it belongs to another artifact");
+                tracing::warn!(path = %path, error, "a manifest is damaged; it is ignored and will be rewritten");
                 Ok(None)
             }
         }
     }
 
-    /// The same, for those who only look: not read again while it is the file that was read before.
+    /// Returns the manifest in `dir` from the in-memory cache, and reads it only if the file has changed since.
     pub(crate) fn shared_manifest(&self, dir: &ArtifactDir) -> Result<Option<Arc<Manifest>>> {
         let Some(before) = files::stat(&dir.manifest())?.map(|metadata| metadata.identity()) else { return Ok(None) };
         let hash = dir.hash();
@@ -303,13 +310,14 @@ impl Disk {
             return Ok(Some(manifest));
         }
         let Some(manifest) = self.read_manifest(dir)?.map(Arc::new) else { return Ok(None) };
+        // Cache it only if the file was not replaced while it was read.
         if files::stat(&dir.manifest())?.map(|metadata| metadata.identity()) == Some(before) {
             self.0.memo.remember(&hash, before, &manifest);
         }
         Ok(Some(manifest))
     }
 
-    /// Every artifact's folder with its manifest.
+    /// Returns the folder of every artifact with its manifest.
     pub(crate) fn scan(&self) -> Result<Vec<ScannedArtifact>> {
         let mut found = Vec::new();
         self.scan_each(&mut |artifact| {
@@ -319,7 +327,7 @@ impl Disk {
         Ok(found)
     }
 
-    /// The same, one after the other.
+    /// Calls `visit` with the folder of every artifact.
     fn scan_each(&self, visit: &mut dyn FnMut(ScannedArtifact) -> Result<()>) -> Result<()> {
         for name_dir in files::entries(&self.layout().artifacts())? {
             for version_dir in files::entries(&name_dir)? {
@@ -329,20 +337,21 @@ impl Disk {
         Ok(())
     }
 
-    /// What a scan would find of one artifact.
+    /// Scans the folder of one artifact; `None` if it is missing.
     fn scan_one(&self, dir: &ArtifactDir) -> Result<Option<ScannedArtifact>> {
+        // A symbolic link in the place of the folder above counts as an empty folder.
         let above = dir.path().parent().map_or(Ok(false), |above| files::is_folder(&above))?;
         if above && files::stat(dir.path())?.is_some() { self.scan_folder(dir.clone()) } else { Ok(None) }
     }
 
     fn scan_folder(&self, dir: ArtifactDir) -> Result<Option<ScannedArtifact>> {
-        // A manifest of a newer release is left alone: neither evicted nor swept.
+        // An artifact with a manifest of a newer release is neither evicted nor swept.
         let Ok(manifest) = self.read_manifest(&dir) else { return Ok(None) };
         let last_used = self.last_used(&dir)?;
         Ok(Some(ScannedArtifact { dir, manifest, last_used }))
     }
 
-    /// The same as [`scan`](Self::scan), least recently used first.
+    /// Returns the artifacts of a [`scan`](Self::scan), least recently used first.
     pub(crate) fn scan_by_last_use(&self) -> Result<Vec<ScannedArtifact>> {
         let mut artifacts = self.scan()?;
         artifacts.sort_by(|a, b| (a.last_used, a.dir.path()).cmp(&(b.last_used, b.dir.path())));
@@ -353,17 +362,19 @@ impl Disk {
         Ok(files::stat(&dir.last_used())?.map(|metadata| metadata.modified()))
     }
 
-    /// Whether anybody holds a lease on the artifact now.
+    /// Returns true if a process holds a lease on the artifact at this moment.
     pub(crate) fn is_leased(&self, dir: &ArtifactDir) -> bool {
+        // The exclusive lock is refused while a shared one is held. It is released at once.
         matches!(FileLock::try_exclusive(&self.layout().lease(dir)), Ok(None))
     }
 
-    /// Refuses where [`evict`](Self::evict) would now, and changes nothing.
+    /// Returns the error with which [`evict`](Self::evict) would refuse `key` at this moment. Changes nothing.
     pub(crate) fn refuse_kept(&self, key: &ArtifactKey) -> Result<()> {
         self.keeps(&self.layout().artifact(key))?.map_or(Ok(()), |why| Err(kept(key, &why)))
     }
 
-    /// Evicts one artifact on request; `None` if it is not here. Held or pinned artifacts are refused.
+    /// Evicts one artifact on request and returns the bytes freed; `None` if it is not here. Refuses leased or pinned
+    /// artifacts.
     pub(crate) fn evict(&self, key: &ArtifactKey) -> Result<Option<u64>> {
         let dir = self.layout().artifact(key);
         if files::stat(dir.path())?.is_none() {
@@ -371,7 +382,8 @@ impl Disk {
         }
         self.ensure_writable()?;
         let mut hold = self.hold_budget()?;
-        // Whoever died between publishing and tidying up left links that would keep the bytes.
+        // A process that died after it published and before it removed its staging folder left links to the blobs. They
+        // would keep the bytes allocated.
         hold.drop_dead_stagings(|staging| staging.is_of(key))?;
         let (manifest, last_used) = (self.read_manifest(&dir)?, self.last_used(&dir)?);
         let evicted = hold.evict(&ScannedArtifact { dir, manifest, last_used })?;
@@ -382,7 +394,7 @@ impl Disk {
         }
     }
 
-    /// The SHA-256 that any version of `name` learnt for a file, by its git identity and size.
+    /// Returns the SHA-256 digests that manifests of all versions of `name` record, keyed by git object id and size.
     pub(crate) fn digests_of_git_oids(&self, name: &ArtifactName) -> Result<BTreeMap<(GitOid, u64), Digest>> {
         let mut known = BTreeMap::new();
         for version_dir in files::entries(&self.layout().artifact_versions(name))? {
@@ -393,13 +405,14 @@ impl Disk {
         Ok(known)
     }
 
-    /// What counts against the budget, and the bytes in quarantine among it.
+    /// Returns the usage that counts against the budget, and the bytes in quarantine, which are part of it.
     pub(crate) fn usage(&self) -> Result<(Usage, u64)> {
         let mut quarantined = 0;
         files::walk(&self.layout().quarantine(), &mut |_, metadata| {
             quarantined += metadata.allocated();
             Ok(())
         })?;
+        // Without write access the budget lock cannot be taken: count the files instead of reading the record.
         if self.is_read_only() {
             let published = self.published_bytes()?;
             return Ok((Usage { published, ..Usage::default() }, quarantined));
@@ -411,7 +424,7 @@ impl Disk {
     }
 }
 
-/// Makes the directory itself, and the folders above it that are missing.
+/// Creates the directory, and the missing folders above it.
 fn make_root(root: &Path, sharing: Sharing) -> Result<()> {
     let (Some(above), Some(name)) = (root.parent(), root.file_name()) else { return Ok(()) };
     if root.is_dir() {
@@ -421,7 +434,7 @@ fn make_root(root: &Path, sharing: Sharing) -> Result<()> {
     modes::make_top_dir(&RootedPath::root(above).join(name), sharing, Removal::ByOwner)
 }
 
-/// Makes the folders and marks the directory as ours.
+/// Creates the top folders, `CACHEDIR.TAG` and `FORMAT`, and checks that the directory can be written.
 fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
     for folder in [layout.blobs(), layout.artifacts(), layout.locks(), layout.refs()] {
         modes::make_top_dir(&folder, sharing, Removal::ByOwner)?;
@@ -433,21 +446,24 @@ fn prepare(layout: &Layout, sharing: Sharing) -> Result<()> {
     }
     write_new(layout, &layout.cache_tag(), CACHE_TAG)?;
     write_new(layout, &layout.format(), FORMAT)?;
-    // A mount that turned read-only still lets existing folders be "made": ask whether it can be written.
+    // Creating folders that exist succeeds on a read-only mount, too, so write access is checked explicitly.
     layout.stagings().check_writable().at("write to", layout.root())
 }
 
-/// Writes a file unless there is one. It is durable before it has its name: torn by a power cut it would be somebody
-/// else's directory. An empty one is what a process of an older release left that was killed before it wrote.
+/// Writes a file if it is missing or empty.
+///
+/// The content is durable before the file gets its name: a `FORMAT` file torn by a power cut would make the directory
+/// look like that of another program.
 fn write_new(layout: &Layout, path: &RootedPath, content: &str) -> Result<()> {
     match files::stat(path)? {
         Some(metadata) if metadata.len() > 0 => Ok(()),
+        // Empty: a process of an older release was killed between creating the file and writing it.
         Some(_) => files::replace(path, content.as_bytes(), &layout.stagings()),
         None => files::create(path, content.as_bytes(), &layout.stagings()).map(drop),
     }
 }
 
-/// Refuses a directory that a newer release made.
+/// Refuses a directory of a newer format, and a folder with other content in its `FORMAT` file.
 fn check_format(layout: &Layout) -> Result<()> {
     let path = layout.format();
     let text = files::read_small(&path, 64)?.unwrap_or_default();
@@ -461,7 +477,7 @@ fn check_format(layout: &Layout) -> Result<()> {
             format!("{} has format {newer}; this release knows 1", layout.root()),
             "update modelcache, or point MODEL_CACHE_DIR to another directory; nothing was touched",
         ),
-        // There is none yet, or another process has made it and not yet written it.
+        // The file does not exist yet, or another process has created it and not yet written it.
         None if text.is_empty() => Ok(()),
         None => refuse(
             format!("{} is not a cache directory: its FORMAT file says something else", layout.root()),
@@ -469,10 +485,11 @@ fn check_format(layout: &Layout) -> Result<()> {
         ),
     }
 }
-/// The refusal to evict what somebody holds.
+
+/// Returns the error for an artifact that is leased or pinned and so was not evicted.
 fn kept(key: &ArtifactKey, why: &InTheWay) -> Error {
     let remedy = match why {
-        InTheWay::Pinned(_) => format!("take the pin off first: modelcache unpin '{key}'"),
+        InTheWay::Pinned(_) => format!("remove the pin first: modelcache unpin '{key}'"),
         _ => "try again when its readers have ended".to_owned(),
     };
     let refusal = Error::new(ErrorKind::Conflict, format!("not evicted: it is {why}"));

@@ -1,12 +1,11 @@
-//! Making files and folders: who else may write them follows from the folder that they are made in.
+//! Creates files and folders with the permissions that the mode of the parent folder implies.
 //!
-//! The setting decides the modes of the top folders when they are made; whatever is made below follows its folder, so
-//! that a process which was not told that the directory is shared does not close it to the others. In a folder that
-//! only its owner writes the umask decides. In a shared one the mode is set before the name appears: a crash in between
-//! cannot leave a folder that others find and may not use. Nothing that exists is changed, and no link is followed.
+//! `MODEL_CACHE_SHARED` decides the modes of the top folders when they are created. Every entry below takes its mode
+//! from its parent, so that a process without that setting does not lock the other users out. If only the owner can
+//! write the parent, the umask decides. Modes of existing entries are never changed, and no symbolic link is followed.
 //!
-//! A shared folder whose names only their owners need to remove is sticky, so that no other user can put something else
-//! in their place.
+//! A shared folder is sticky if entries in it need to be removed by their owners only, so that no user can replace an
+//! entry of another user.
 
 use super::files::{TEMPORARY, random_name};
 use super::io_error::{IoContext, errno};
@@ -19,21 +18,21 @@ use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 
-/// Every user may write it.
+/// Mode bit: every user may write.
 const WORLD_WRITE: u32 = 0o002;
-/// The group may write it.
+/// Mode bit: the group may write.
 const GROUP_WRITE: u32 = 0o020;
-/// What is made in the folder gets the folder's group.
+/// Mode bit of folders: new entries get the folder's group.
 const SET_GROUP: u32 = 0o2000;
-/// A name in the folder can be removed or replaced by its owner, the folder's owner and root only.
+/// Mode bit of folders: only the owner of an entry, the owner of the folder and root can remove or replace the entry.
 const STICKY: u32 = 0o1000;
 
-/// What a file is for.
+/// How other users of the directory use a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FileUse {
-    /// Others who share the folder must write it: locks, the last use, journals, the budget record.
+    /// They write it: locks, `last-used`, journals, the budget record.
     Written,
-    /// Others read it and replace it by name: manifests, what revisions mean.
+    /// They read it, and replace it by rename: manifests and refs.
     Read,
 }
 
@@ -48,16 +47,16 @@ impl FileUse {
     }
 }
 
-/// Who removes the names in a top folder.
+/// The users that need to remove entries from a top folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Removal {
-    /// Nobody, or their owners.
+    /// At most the owner of each entry. The folder can be sticky.
     ByOwner,
-    /// Any user of the directory: to evict, to publish anew, to clean up.
+    /// Any user of the directory: to evict, to publish again, to clean up. The folder cannot be sticky.
     ByAny,
 }
 
-/// Makes one of the top folders, or the directory itself, with the modes that `sharing` wants.
+/// Creates one of the top folders, or the root, with the mode for `sharing`. An existing folder is left unchanged.
 pub(crate) fn make_top_dir(path: &RootedPath, sharing: Sharing, removal: Removal) -> Result<()> {
     let sticky = if removal == Removal::ByOwner { STICKY } else { 0 };
     let mode = match sharing {
@@ -65,15 +64,15 @@ pub(crate) fn make_top_dir(path: &RootedPath, sharing: Sharing, removal: Removal
         Sharing::Group => Some(SET_GROUP | sticky | 0o775),
         Sharing::World => Some(sticky | 0o777),
     };
-    unless_there(path, || create_dir(path, mode)).at("make the cache directory", path)
+    unless_dir_exists(path, || create_dir(path, mode)).at("make the cache directory", path)
 }
 
-/// Makes a folder in its parent; that it is already there is fine.
+/// Creates a folder in its parent. Succeeds if the folder already exists.
 pub(crate) fn make_dir(path: &RootedPath) -> io::Result<()> {
-    unless_there(path, || make_new_dir(path))
+    unless_dir_exists(path, || make_new_dir(path))
 }
 
-/// Makes a folder that must not be there yet.
+/// Creates a folder. Fails with `AlreadyExists` if the name is taken.
 pub(crate) fn make_new_dir(path: &RootedPath) -> io::Result<()> {
     let parent = mode_of_parent(path)?;
     let mode = match shared_by(parent) {
@@ -84,7 +83,7 @@ pub(crate) fn make_new_dir(path: &RootedPath) -> io::Result<()> {
     create_dir(path, mode)
 }
 
-/// Makes a folder and the folders above it that are missing.
+/// Creates a folder, and the missing folders above it.
 pub(crate) fn make_dirs(path: &RootedPath) -> io::Result<()> {
     match make_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -95,34 +94,35 @@ pub(crate) fn make_dirs(path: &RootedPath) -> io::Result<()> {
     }
 }
 
-/// Opens a file that everybody writes who shares its folder; makes it, empty, if it is missing. Refuses what is no
-/// regular file.
+/// Opens a file that all users of its folder write, and creates it, empty, if it is missing. Refuses an entry that is
+/// not a regular file.
 pub(crate) fn open_shared(path: &RootedPath) -> io::Result<File> {
     loop {
         match path.open(true) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // Replaced since it was opened.
+            // The file was replaced while it was being opened.
             Err(error) if errno(&error) == Some(Errno::STALE) => {}
             opened => return opened,
         }
         match create(path, FileUse::Written) {
+            // Another process created it first: open that file.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             created => return created,
         }
     }
 }
 
-/// Makes a new file that everybody writes who shares its folder.
+/// Creates a new file that all users of its folder write.
 pub(crate) fn create_shared(path: &RootedPath) -> io::Result<File> {
     create(path, FileUse::Written)
 }
 
-/// Makes a new file that others read.
+/// Creates a new file that other users of its folder read.
 pub(crate) fn create_readable(path: &RootedPath) -> io::Result<File> {
     create(path, FileUse::Read)
 }
 
-/// Who writes into a folder of this mode.
+/// Returns the sharing that the mode of a folder expresses.
 fn shared_by(mode: u32) -> Sharing {
     match mode {
         mode if mode & WORLD_WRITE != 0 => Sharing::World,
@@ -135,23 +135,26 @@ fn mode_of_parent(path: &RootedPath) -> io::Result<u32> {
     Ok(path.parent().as_ref().unwrap_or(path).metadata()?.mode())
 }
 
-fn unless_there(path: &RootedPath, make: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-    // A link to a folder is none: what it leads to is not ours.
-    let there = || path.metadata().is_ok_and(|metadata| metadata.is_dir());
-    if there() {
+/// Calls `make` unless `path` is a folder, and succeeds if another process creates the folder at the same moment.
+fn unless_dir_exists(path: &RootedPath, make: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    // A symbolic link to a folder does not count: its target may be outside the cache directory.
+    let exists = || path.metadata().is_ok_and(|metadata| metadata.is_dir());
+    if exists() {
         return Ok(());
     }
     match make() {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && there() => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && exists() => Ok(()),
         made => made,
     }
 }
 
-/// Makes a folder; with a mode, it has that mode from the moment its name is there.
+/// Creates a folder. If `mode` is given, the folder has that mode from the moment its name appears.
 fn create_dir(path: &RootedPath, mode: Option<u32>) -> io::Result<()> {
     if mode.is_none() {
         return path.create_dir(mode);
     }
+    // The mode is set under a temporary name. A crash before the rename cannot leave a folder under its final name that
+    // the other users are not allowed to use.
     let temporary = path.with_file_name(format!("{TEMPORARY}{}", random_name()));
     let made = temporary.create_dir(mode).and_then(|()| appear(&temporary, path));
     if made.is_err() {
@@ -160,7 +163,7 @@ fn create_dir(path: &RootedPath, mode: Option<u32>) -> io::Result<()> {
     made
 }
 
-/// Makes a file that must not be there yet; in a shared folder it has its mode from the moment its name is there.
+/// Creates a file that must not exist yet. In a shared folder it has its mode from the moment its name appears.
 fn create(path: &RootedPath, purpose: FileUse) -> io::Result<File> {
     let Some(mode) = purpose.mode(shared_by(mode_of_parent(path)?)) else { return path.create_new(0o666) };
     let temporary = path.with_file_name(format!("{TEMPORARY}{}", random_name()));
@@ -172,11 +175,14 @@ fn create(path: &RootedPath, purpose: FileUse) -> io::Result<File> {
     made.map(|()| file)
 }
 
-/// Renames to a name that is free. Filesystems that cannot make sure of that are asked first.
+/// Renames `temporary` to `path`. Fails with `AlreadyExists` if the name is taken.
 pub(crate) fn appear(temporary: &RootedPath, path: &RootedPath) -> io::Result<()> {
     match temporary.rename_with(path, RenameFlags::NOREPLACE) {
+        // The filesystem has no RENAME_NOREPLACE: check first, then use calls that fail if the name is taken.
         Err(Errno::INVAL | Errno::NOSYS) if path.metadata().is_ok() => Err(Errno::EXIST.into()),
+        // A folder cannot be hard-linked; rename replaces at most an empty folder.
         Err(Errno::INVAL | Errno::NOSYS) if temporary.metadata()?.is_dir() => temporary.rename(path),
+        // `link` fails if the name is taken.
         Err(Errno::INVAL | Errno::NOSYS) => temporary.hard_link(path).and_then(|()| temporary.unlink()),
         renamed => Ok(renamed?),
     }
@@ -191,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_made_below_follows_its_folder() {
+    fn modes_of_new_entries_follow_their_folder() {
         let folder = tempfile::tempdir().expect("folder");
         for (sharing, dirs, written, read) in
             [(Sharing::Group, 0o2775, 0o664, 0o644), (Sharing::World, 0o777, 0o666, 0o644)]

@@ -1,7 +1,4 @@
-//! Opening what is read: a staged file, a lent one.
-//!
-//! A file that is still being filled is opened for reading only. As long as that lasts the kernel shall read nothing
-//! ahead: what it found there before it was written could stay in memory for what was written.
+//! Opens files for reading: files in staging that are still being written, and files of a leased artifact.
 
 use super::io_error::IoContext;
 use super::{LeasedArtifact, RootedPath, files};
@@ -13,63 +10,64 @@ use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 
-/// A file on this machine that is to be read.
+/// A file on this machine, to be opened for reading.
 #[derive(Debug, Clone)]
-pub struct LocalFile(Place);
+pub struct LocalFile(Location);
 
 #[derive(Debug, Clone)]
-enum Place {
-    /// The caller's own, wherever it lies.
-    Given(PathBuf),
-    /// One of the cache directory.
+enum Location {
+    /// A file of the caller, outside the cache directory.
+    External(PathBuf),
+    /// A file in the cache directory.
     Cached(RootedPath),
 }
 
 impl LocalFile {
     pub(crate) fn open(&self) -> io::Result<File> {
         match &self.0 {
-            Place::Given(path) => File::open(path), // outside the root
-            Place::Cached(path) => path.open(false),
+            Location::External(path) => File::open(path), // outside the root
+            Location::Cached(path) => path.open(false),
         }
     }
 }
 
 impl From<PathBuf> for LocalFile {
     fn from(path: PathBuf) -> Self {
-        Self(Place::Given(path))
+        Self(Location::External(path))
     }
 }
 
 impl From<RootedPath> for LocalFile {
     fn from(path: RootedPath) -> Self {
-        Self(Place::Cached(path))
+        Self(Location::Cached(path))
     }
 }
 
 impl fmt::Display for LocalFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            Place::Given(path) => path.display().fmt(f),
-            Place::Cached(path) => path.fmt(f),
+            Location::External(path) => path.display().fmt(f),
+            Location::Cached(path) => path.fmt(f),
         }
     }
 }
 
-/// The file staged at `path`, if there is one: whoever opens it sees whether it is the one that was meant.
+/// Opens the file staged at `path`; `None` if it is missing. The caller checks that it is the expected file.
 pub(crate) fn open_staged(path: &RootedPath) -> Result<Option<File>> {
     let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(None) };
-    // Advice: where it is not taken, nothing is lost.
+    // Disable readahead while the file may still be written with O_DIRECT: pages that were read before such a write
+    // would stay cached and shadow the new data. This is advice; a filesystem may ignore it.
     let _ = fadvise(&file, 0, None, Advice::Random);
     Ok(Some(file))
 }
 
-/// Has the kernel read ahead again in a file that is whole by now.
+/// Enables readahead again, once the file is complete.
 pub(crate) fn read_ahead_again(file: &File) {
     let _ = fadvise(file, 0, None, Advice::Normal);
 }
 
 impl LeasedArtifact {
-    /// One of its files, for reading.
+    /// Opens one of the leased files for reading.
     pub(crate) fn open(&self, file: &FilePath) -> Result<File> {
         let view = self.dir.view(file);
         view.open(false).at("open", &view)

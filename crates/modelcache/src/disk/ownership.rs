@@ -1,8 +1,8 @@
-//! Whose directory it is: one that a stranger planted in a folder open to all is not used.
+//! Refuses a cache directory that another user planted in a folder such as `/tmp`.
 //!
-//! In a sticky folder that everybody writes (`/tmp`) any user can make, or link, the directory first and fill it with
-//! manifests and bytes that agree with each other. Owners that are trusted: this user, root, the owner of the folder
-//! above; anybody once the directory is said to be shared, except for a link.
+//! In a sticky folder that all users can write, any user can create or link the directory first, and fill it with
+//! manifests and bytes that match each other. Trusted owners are this user, root, and the owner of the folder above. If
+//! the directory is configured as shared, every owner is trusted, but only of a folder, not of a symbolic link.
 
 use super::io_error::IoContext;
 use super::rooted::RootedPath;
@@ -12,11 +12,12 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// The sticky bit, and writable for all.
+/// Mode bits of a folder such as `/tmp`: sticky, and writable by every user.
 const OPEN_TO_ALL: u32 = 0o1002;
 
-/// Refuses a root that was replaced while links to it were resolved: `real` is where they led, and a folder called `root` is
-/// another one.
+/// Refuses a root that was replaced while the symbolic links in its path were resolved.
+///
+/// `real` is the folder that they led to. If `root` itself is not a link, it must be that folder.
 pub(super) fn check_same(root: &Path, real: &RootedPath) -> Result<()> {
     let named = fs::symlink_metadata(root).at("look at", root)?;
     let real = real.metadata().at("look at", root)?;
@@ -24,19 +25,21 @@ pub(super) fn check_same(root: &Path, real: &RootedPath) -> Result<()> {
         return Ok(());
     }
     let message = format!("{} was replaced while it was opened", root.display());
-    Err(Error::new(ErrorKind::Directory, message).tier(Tier::Disk).hint("see who can rename that folder"))
+    Err(Error::new(ErrorKind::Directory, message).tier(Tier::Disk).hint("check which users can rename that folder"))
 }
 
-/// Refuses a root that somebody else put into a folder open to all.
+/// Refuses a root that an untrusted user created in a sticky folder that all users can write.
 pub(super) fn check(root: &Path, sharing: Sharing) -> Result<()> {
     let Some(found) = super::rooted::absent(std::fs::symlink_metadata(root)).at("look at", root)? else {
         return Ok(());
     };
+    // `/` has no folder above it in which another user could have planted it.
     let Some(above) = root.parent() else { return Ok(()) };
     let above = fs::metadata(above).at("look at", above)?;
     if above.mode() & OPEN_TO_ALL != OPEN_TO_ALL {
         return Ok(());
     }
+    // Trust the owner, or any owner of a shared folder. Of a symbolic link, the owner of the link itself counts.
     let us = rustix::process::geteuid().as_raw();
     if [us, 0, above.uid()].contains(&found.uid()) || (found.is_dir() && sharing != Sharing::Off) {
         return Ok(());

@@ -1,8 +1,8 @@
-//! Which parts of a staged file were written: a hint that outlives the process, for whoever resumes the fill.
+//! The journal of written parts of a staged file. It lets a later fill resume the download.
 //!
-//! One byte a part beside the staged file, set after the part's bytes were written. Nobody believes it: a part that it
-//! names is checked again before it counts. One for other sizes is no journal of the file at hand. Files of one part
-//! have none: they are complete or nothing.
+//! The journal is a file beside the staged file: a header with the two sizes, then one byte per part, set after the
+//! bytes of the part were written. It is a hint and is never synced: a part that it lists is verified before it counts.
+//! A journal for other sizes is ignored. A file of one part has no journal: it is either complete or discarded.
 
 use super::files;
 use super::io_error::fault;
@@ -12,23 +12,24 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-/// Bytes before the first part's: size of the file and of a part, little-endian.
+/// Length of the header in bytes: file size and part size, each a little-endian `u64`.
 const HEADER_BYTES: u64 = 16;
+/// Value of a part's byte once the part is written.
 const WRITTEN: u8 = b'1';
 
-/// The journal of one staged file.
+/// The open journal of one staged file.
 #[derive(Debug)]
 pub(super) struct PartsJournal {
     file: File,
     path: RootedPath,
 }
 
-/// The name of the journal beside the staged file at `path`.
+/// Returns the path of the journal of the staged file at `path`.
 pub(super) fn journal_of(path: &RootedPath) -> RootedPath {
     path.with_file_name(format!("{}.parts", path.name()))
 }
 
-/// Bytes that the journal of a file takes.
+/// Returns the length in bytes of the journal of a file of `size` bytes; 0 for a file of one part.
 pub(super) fn journal_bytes(size: u64, part_size: u64) -> u64 {
     if size > part_size { HEADER_BYTES + size.div_ceil(part_size) } else { 0 }
 }
@@ -41,7 +42,7 @@ fn header(size: u64, part_size: u64) -> [u8; HEADER_BYTES as usize] {
 }
 
 impl PartsJournal {
-    /// A new journal without parts, in place of any that is there; `None` for a file of one part.
+    /// Creates an empty journal, replacing an existing one; `None` for a file of one part.
     pub(super) fn create(staged: &RootedPath, size: u64, part_size: u64) -> Result<Option<Self>> {
         let path = journal_of(staged);
         files::remove_file(&path)?;
@@ -54,7 +55,8 @@ impl PartsJournal {
         Ok(Some(Self { file, path }))
     }
 
-    /// A journal that names every part of a file that was complete; `None` for a file of one part.
+    /// Creates a journal that lists every part, for a complete file, and returns those parts; `None` for a file of one
+    /// part.
     pub(super) fn of_sealed(staged: &RootedPath, size: u64, part_size: u64) -> Result<Option<(Self, BTreeSet<u64>)>> {
         let Some(journal) = Self::create(staged, size, part_size)? else { return Ok(None) };
         let parts: BTreeSet<u64> = (0..size.div_ceil(part_size)).collect();
@@ -62,12 +64,14 @@ impl PartsJournal {
         Ok(Some((journal, parts)))
     }
 
-    /// The journal that an ended fill left, and the parts it names; `None` if there is none for these sizes.
+    /// Opens the journal that an ended fill left, and returns it with the parts that it lists; `None` if there is no
+    /// journal for these sizes.
     pub(super) fn resume(staged: &RootedPath, size: u64, part_size: u64) -> Option<(Self, BTreeSet<u64>)> {
         let path = journal_of(staged);
         let file = path.open(true).ok()?;
         let mut bytes = vec![0; usize::try_from(journal_bytes(size, part_size)).ok()?];
         let mut read = 0;
+        // A journal cut short lists fewer parts; a read error ends it likewise.
         while let Ok(more @ 1..) = file.read_at(&mut bytes[read..], read as u64) {
             read += more;
         }
@@ -76,7 +80,7 @@ impl PartsJournal {
         Some((Self { file, path }, parts))
     }
 
-    /// The bytes of `part` are written.
+    /// Records that the bytes of `part` are written.
     pub(super) fn mark(&self, part: u64) -> Result<()> {
         self.file.write_all_at(&[WRITTEN], HEADER_BYTES + part).map_err(|cause| fault("write", &self.path, cause))
     }
@@ -87,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_marked_is_found_again_and_other_sizes_find_nothing() {
+    fn a_journal_lists_the_marked_parts_and_is_ignored_for_other_sizes() {
         let folder = tempfile::tempdir().expect("folder");
         let staged = RootedPath::root(folder.path()).join("sha256-x");
         let journal = PartsJournal::create(&staged, 4500, 1024).expect("makes").expect("more than one part");

@@ -1,14 +1,13 @@
-//! Duties: what this process has published and has still to make durable, and whose such word is worth something.
+//! The artifacts that this process published and has not synced yet, and the liveness test for such writers.
 //!
-//! A process that publishes without waiting for the disk holds one file in `unsynced/` locked, alone, for as long as it
-//! owes anything; every file that it publishes meanwhile bears the name of that file in its manifest. The lock is the
-//! proof that it lives: it falls with the last descriptor, is not there after a reboot or on another machine, and cannot
-//! be seen through another mount of what was unmounted. Whoever finds a mark asks for the lock, shared, so that those
-//! who ask do not take each other for the writer: refused, the bytes are in the kernel's hands and can be lent at once;
-//! granted, the writer is gone and nobody knows.
+//! A process that publishes without waiting for the disk (a *writer*) holds one file in `unsynced/` locked exclusively
+//! until everything is synced. Each file that it publishes names that file as its `writer` in the manifest. The lock
+//! proves that the writer lives: it ends with the last descriptor and at a reboot, and after an unmount a new mount
+//! does not show it. While the writer lives, the kernel has the bytes, and the file can be leased at once. Otherwise it
+//! is unknown whether the bytes reached the disk.
 //!
-//! Surprise: the lock is never let go but by closing. A process that is handed the descriptor takes over the duties
-//! without a moment in which nobody has them.
+//! The lock is released only by closing its last descriptor. A process that inherits the descriptor therefore takes
+//! over the pending syncs without a gap.
 
 use super::Disk;
 use super::budget::boot_id;
@@ -29,42 +28,45 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Digits of the name of a place: this boot, these filesystems.
-const PLACE_DIGITS: usize = 16;
-/// How often it is tried to pay what another process handed over, where somebody keeps the budget for long.
+/// Hexadecimal digits of a [`mount_id`].
+const MOUNT_DIGITS: usize = 16;
+/// Attempts to sync the artifacts that another process handed over. One fails if the budget lock stays taken for long.
 const TRIES_MAX: usize = 10;
-/// How often a file is made anew.
+/// Attempts to create and lock a file in `unsynced/`.
 const MAKES_MAX: usize = 16;
-/// Bytes of a list of duties that are read.
+/// Maximum length in bytes of the list in a file of `unsynced/`.
 const LIST_BYTES_MAX: u64 = 64 << 20;
 
-/// What a process owes.
+/// The artifacts that this process has still to sync.
 #[derive(Debug, Default)]
 pub(super) struct PendingSyncs {
     state: Mutex<State>,
-    /// One at a time makes something durable: what waits finds it done.
+    /// Held during a sync. Other threads that want to sync wait, and then find it done.
     pub(super) turn: Mutex<()>,
-    /// A `syncfs` of this process failed.
+    /// True once a `syncfs` of this process has failed.
     pub(super) filesystem_failed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    /// The locked file in `unsynced/`; `None` while nothing is dirty.
     writer: Option<Writer>,
     dirty: BTreeMap<ArtifactKey, Dirty>,
-    /// Counts what was published, so that what comes while an artifact is made durable is not forgotten.
+    /// Number of the last publication. A sync clears only publications up to the number that it started with.
     published: u64,
 }
 
+/// The publications of one artifact that are not synced yet.
 #[derive(Debug, Clone, Copy, Default)]
 struct Dirty {
+    /// Number of the last of them.
     number: u64,
     bytes: u64,
-    /// Publications under way: nothing of them can be made durable yet.
+    /// Publications in progress. The artifact cannot be synced before they end.
     running: usize,
 }
 
-/// The locked file.
+/// The locked file in `unsynced/` that stands for this process.
 #[derive(Debug)]
 struct Writer {
     name: String,
@@ -72,7 +74,7 @@ struct Writer {
     file: File,
 }
 
-/// A line of it: what is owed, for people and for whoever takes over.
+/// One line of the writer's file: an artifact to sync, for people and for the process that takes over.
 #[derive(Debug, Serialize, Deserialize)]
 struct DirtyEntry {
     #[serde(flatten)]
@@ -80,16 +82,16 @@ struct DirtyEntry {
     bytes: u64,
 }
 
-/// A publication under way: until it is dropped, what it owes cannot be paid.
+/// A publication in progress. Its artifact cannot be synced until it is dropped.
 #[derive(Debug)]
 pub(super) struct UnsyncedPublication<'disk> {
     disk: &'disk Disk,
     key: ArtifactKey,
-    /// What the manifest says of its files.
+    /// The `writer` that the manifest records for its files.
     pub(super) writer: String,
 }
 
-/// What a process leaves to another one: its duties, and the lock that says that somebody has them.
+/// The pending syncs that a process hands over to another one, with the lock that proves that a writer lives.
 #[derive(Debug)]
 pub struct SyncHandoff {
     /// The local directory.
@@ -100,14 +102,15 @@ pub struct SyncHandoff {
     pub lock: File,
 }
 
-/// Which marks are worth something, looked up once each.
+/// Liveness of writers; the lock of each writer is tested once.
 pub(super) struct WriterLiveness<'disk> {
     disk: &'disk Disk,
     known: HashMap<String, bool>,
 }
 
 impl WriterLiveness<'_> {
-    /// The identity under which the bytes of `entry` are right: durable, or in the hands of a writer that lives.
+    /// Returns the identity under which the bytes of `entry` are known to be right: the file is durable, or unsynced by
+    /// a writer that lives.
     pub(super) fn identity(&mut self, entry: &FileEntry) -> Option<FileIdentity> {
         entry.on_disk().or_else(|| {
             let file = entry.unsynced()?;
@@ -115,7 +118,7 @@ impl WriterLiveness<'_> {
         })
     }
 
-    /// Whether `writer` still answers for what bears its name.
+    /// Returns true if `writer` lives.
     pub(super) fn has(&mut self, writer: &str) -> bool {
         if let Some(is_alive) = self.known.get(writer) {
             return *is_alive;
@@ -131,24 +134,28 @@ impl Disk {
         WriterLiveness { disk: self, known: HashMap::new() }
     }
 
-    /// Whether it can be told here who has duties; else nothing is published without waiting.
+    /// Returns true if other processes can test whether this writer lives. If not, every get waits until its files are
+    /// durable.
     pub(crate) fn may_defer_sync(&self) -> bool {
-        self.locks_are_honest() && place(self).is_some()
+        self.locks_are_honest() && mount_id(self).is_some()
     }
 
-    /// Whether `writer` is still about to make durable what bears its name.
+    /// Returns true if `writer` lives, and so is still going to sync its files.
     fn is_alive(&self, writer: &str) -> bool {
         let is_name = writer.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-        if !is_name || writer.split('-').next() != place(self).as_deref() {
+        // On a local filesystem the lock alone proves that the writer lives. If a server keeps the locks, the mount id
+        // excludes writers of another boot or machine.
+        if !is_name || writer.split('-').next() != mount_id(self).as_deref() {
             return false;
         }
+        // This process is the writer.
         if self.pending_syncs().state().writer.as_ref().is_some_and(|ours| ours.name == writer) {
             return true;
         }
         is_locked(&self.layout().unsynced().join(writer))
     }
 
-    /// Announces a publication of `key`, of so many bytes: from now on this process is known to live.
+    /// Registers a publication of `bytes` bytes of `key`. On return this process holds the lock of a writer.
     pub(super) fn mark_dirty(&self, key: &ArtifactKey, bytes: u64) -> Result<UnsyncedPublication<'_>> {
         let mut state = self.pending_syncs().state();
         let state = &mut *state;
@@ -156,40 +163,41 @@ impl Disk {
             Some(writer) => writer,
             none => none.insert(Writer::new(self)?),
         };
-        writer.note(&DirtyEntry { key: key.clone(), bytes })?;
+        // The list in the file is complete before anything is published, so that a hand-over misses no artifact.
+        writer.append(&DirtyEntry { key: key.clone(), bytes })?;
         state.published += 1;
         let dirty = state.dirty.entry(key.clone()).or_default();
         (dirty.number, dirty.bytes, dirty.running) = (state.published, dirty.bytes + bytes, dirty.running + 1);
         Ok(UnsyncedPublication { disk: self, key: key.clone(), writer: writer.name.clone() })
     }
 
-    /// The artifacts of which something is owed.
+    /// Returns the artifacts that this process has still to sync.
     pub(super) fn dirty(&self) -> Vec<ArtifactKey> {
         self.pending_syncs().state().dirty.keys().cloned().collect()
     }
 
-    /// Bytes that were published here and are not known to be durable.
+    /// Returns the bytes that this process published and has not synced yet.
     pub(crate) fn dirty_bytes(&self) -> u64 {
         self.pending_syncs().state().dirty.values().map(|dirty| dirty.bytes).sum()
     }
 
-    /// Whether anything of `key` is owed.
+    /// Returns true if this process has still to sync files of `key`.
     pub(crate) fn is_dirty(&self, key: &ArtifactKey) -> bool {
         self.pending_syncs().state().dirty.contains_key(key)
     }
 
-    /// The last publication of `key` that is owed; `None` also while one is under way, which nobody can pay for yet.
+    /// Returns the number of the last unsynced publication of `key`; `None` if there is none or one is in progress.
     pub(super) fn dirty_number(&self, key: &ArtifactKey) -> Option<u64> {
         self.pending_syncs().state().dirty.get(key).filter(|dirty| dirty.running == 0).map(|dirty| dirty.number)
     }
 
-    /// Nothing of `key` is owed any more that was published up to `number`.
+    /// Records that the publications of `key` up to `number` are synced. Later ones stay dirty.
     pub(super) fn mark_synced(&self, key: &ArtifactKey, number: u64) {
         self.pending_syncs().state().forget(|of, dirty| of == key && dirty.number <= number && dirty.running == 0);
     }
 
-    /// What is owed, for another process, which is to be given the lock. This one owes it until
-    /// [`handed_off`](Self::handed_over).
+    /// Returns the pending syncs for another process, with a duplicate of the descriptor that holds the lock. This
+    /// process keeps them until [`handed_off`](Self::handed_off).
     pub(crate) fn hand_off(&self) -> Result<Option<SyncHandoff>> {
         let state = self.pending_syncs().state();
         let Some(writer) = &state.writer else { return Ok(None) };
@@ -197,23 +205,26 @@ impl Disk {
         Ok(Some(SyncHandoff { dir: self.layout().root().full(), writer: writer.name.clone(), lock }))
     }
 
-    /// Another process has the duties, and the lock.
+    /// Drops the pending syncs after another process has taken over them and the lock.
     pub(crate) fn handed_off(&self) {
         let mut state = self.pending_syncs().state();
         state.dirty.clear();
+        // Closes this descriptor. The lock stays, because the other process holds a duplicate of it.
         state.writer = None;
     }
 
-    /// This process is a child that was forked: the duties, and the lock, are its parent's. The parent may have been at
-    /// work on them in that moment; then the descriptor stays open.
+    /// Drops the pending syncs in a forked child: they, and the lock, belong to the parent.
     pub(crate) fn forked(&self) {
+        // A thread of the parent may have held the mutex at the fork; it is never released in the child. The descriptor
+        // then stays open.
         if let Ok(mut state) = self.pending_syncs().state.try_lock() {
             state.dirty.clear();
             state.writer = None;
         }
     }
 
-    /// Makes durable what another process handed over, with the lock that it held.
+    /// Syncs the artifacts that another process handed over: `writer` is its file in `unsynced/`, `lock` the locked
+    /// descriptor of that file.
     pub(crate) fn sync_for(&self, writer: &str, lock: File) -> Result<()> {
         self.take_over(writer, lock)?;
         let mut outcome = self.sync_dirty();
@@ -226,9 +237,11 @@ impl Disk {
         outcome
     }
 
+    /// Reads the list in the file of `writer`, and becomes that writer.
     fn take_over(&self, writer: &str, lock: File) -> Result<()> {
         let path = self.layout().unsynced().join(writer);
-        let gone = || Error::new(ErrorKind::Directory, format!("{} is not what was handed over", path));
+        let gone = || Error::new(ErrorKind::Directory, format!("{} is not the file that was handed over", path));
+        // The descriptor must be that of the file under this name, because other processes test the lock of that file.
         let ours = Metadata::of(&lock).at("look at", &path)?.device_and_inode();
         if files::stat(&path)?.map(|there| there.device_and_inode()) != Some(ours) {
             return Err(gone().tier(Tier::Disk));
@@ -246,7 +259,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Removes the files of writers that are gone. Those who ask whether one lives share its lock, as this does.
+    /// Removes the files of dead writers from `unsynced/`.
     pub(super) fn drop_dead_writers(&self) -> Result<()> {
         if !self.locks_are_honest() {
             return Ok(());
@@ -255,7 +268,7 @@ impl Disk {
             if !is_locked(&path)
                 && let Err(error) = files::remove(&path)
             {
-                tracing::warn!(%error, "what a process left in unsynced/ cannot be removed; it is left alone");
+                tracing::warn!(%error, "the file of a dead process in unsynced/ cannot be removed; it stays");
             }
         }
         Ok(())
@@ -273,14 +286,14 @@ impl PendingSyncs {
 }
 
 impl State {
-    /// Forgets what is done; with the last of it the file goes.
+    /// Forgets the artifacts for which `done` is true. With the last of them, removes the file in `unsynced/`.
     fn forget(&mut self, done: impl Fn(&ArtifactKey, &Dirty) -> bool) {
         self.dirty.retain(|key, dirty| !done(key, dirty));
         if self.dirty.is_empty()
             && let Some(writer) = self.writer.take()
             && let Err(error) = files::remove_file(&writer.path)
         {
-            tracing::debug!(%error, "the list of what was to be made durable stays until the next sweep");
+            tracing::debug!(%error, "the file of this process in unsynced/ stays until the next sweep");
         }
     }
 }
@@ -294,38 +307,42 @@ impl Drop for UnsyncedPublication<'_> {
 }
 
 impl Writer {
-    /// A new file, locked. Somebody who asks whether its writer lives, or sweeps, may come between making and locking it.
+    /// Creates and locks a new file in `unsynced/`.
     fn new(disk: &Disk) -> Result<Self> {
         for _ in 0..MAKES_MAX {
             if let Some(writer) = Self::try_new(disk)? {
                 return Ok(writer);
             }
         }
-        Err(Error::new(ErrorKind::Other, "each new file in unsynced/ is locked by somebody else").tier(Tier::Disk))
+        Err(Error::new(ErrorKind::Other, "every new file in unsynced/ was locked by another process").tier(Tier::Disk))
     }
 
+    /// Returns `None` if another process locked or removed the file between its creation and its locking.
     fn try_new(disk: &Disk) -> Result<Option<Self>> {
         let folder = disk.layout().unsynced();
         modes::make_dir(&folder).at("make", &folder)?;
-        let place = place(disk).unwrap_or_else(|| "0".repeat(PLACE_DIGITS));
-        let name = format!("{place}-{}", files::random_name());
+        let mount = mount_id(disk).unwrap_or_else(|| "0".repeat(MOUNT_DIGITS));
+        let name = format!("{mount}-{}", files::random_name());
         let path = folder.join(&name);
         let file = modes::create_shared(&path).at("make", &path)?;
         match file.try_lock() {
             Ok(()) => {}
+            // A process is testing whether the writer of the new file lives.
             Err(TryLockError::WouldBlock) => {
                 files::remove_file(&path)?;
                 return Ok(None);
             }
-            // Where there are no locks nobody will take the mark for anything.
+            // Without locks, other processes count the writer as dead, and this process syncs before it returns.
             Err(TryLockError::Error(cause)) => tracing::debug!(%cause, "the file cannot be locked"),
         }
+        // A sweep may have removed the file before it was locked.
         let is_there =
             files::stat(&path)?.map(|found| found.ino()) == Some(Metadata::of(&file).at("look at", &path)?.ino());
         Ok(is_there.then_some(Self { name, path, file }))
     }
 
-    fn note(&mut self, line: &DirtyEntry) -> Result<()> {
+    /// Appends a line to the file.
+    fn append(&mut self, line: &DirtyEntry) -> Result<()> {
         let mut bytes = serde_json::to_vec(line).unwrap_or_default();
         bytes.push(b'\n');
         let end = self.file.metadata().at("look at", &self.path)?.len();
@@ -333,9 +350,10 @@ impl Writer {
     }
 }
 
-/// Whether somebody holds the file at `path` alone.
+/// Returns true if a process holds the exclusive lock of the file at `path`.
 fn is_locked(path: &RootedPath) -> bool {
     let Ok(file) = path.open(false) else { return false };
+    // The test takes the lock shared, so that two processes that test at once do not mistake each other for the writer.
     match file.try_lock_shared() {
         Ok(()) => {
             let _ = file.unlock();
@@ -346,8 +364,9 @@ fn is_locked(path: &RootedPath) -> bool {
     }
 }
 
-/// This boot and the filesystems that hold what is lent; `None` where the kernel does not tell which boot it is.
-fn place(disk: &Disk) -> Option<String> {
+/// Returns 16 digits of a SHA-256 over the boot id and the filesystems of the cache; `None` if the kernel reports no
+/// boot id.
+fn mount_id(disk: &Disk) -> Option<String> {
     let boot = Some(boot_id()).filter(|boot| !boot.is_empty())?;
     let layout = disk.layout();
     let device = |path: &RootedPath| path.metadata().map(|metadata| metadata.dev()).ok();
@@ -355,5 +374,5 @@ fn place(disk: &Disk) -> Option<String> {
     let filesystem = layout.root().filesystem().ok()?.f_fsid;
     let mut text = Vec::new();
     write!(text, "{boot}\0{devices:?}\0{filesystem}").ok()?;
-    Some(Digest::of(&text).to_string()[..PLACE_DIGITS].to_owned())
+    Some(Digest::of(&text).to_string()[..MOUNT_DIGITS].to_owned())
 }

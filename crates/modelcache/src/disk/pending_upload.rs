@@ -1,10 +1,9 @@
-//! Intents: what still has to reach a remote, in `backfill/<key hash>` until it has.
+//! Pending uploads: the files of an artifact that a remote still lacks, recorded in `backfill/<key hash>`.
 //!
-//! An intent is written before the artifact it is about is published, so that a crash in between forgets nothing, and
-//! it goes when the remote has the files, or when the artifact leaves this disk. Reading and writing one is a short
-//! budget hold; whoever uploads holds `<key hash>.backfill` alone meanwhile, tried once and never while leading a fill.
-//!
-//! Surprise: an intent may be about an artifact that is not here yet, whose fill is about to publish it.
+//! A fill records the pending upload before it publishes, so that a crash in between loses none. The record may
+//! therefore refer to an artifact that is not on disk yet. It is removed when the remote has the files, or when the
+//! artifact is evicted. It is changed by rename, while the budget lock is held. The uploading process holds the lock
+//! `<key hash>.backfill`. It tries this lock once, and never while it leads a fill.
 
 use super::Disk;
 use super::files;
@@ -16,20 +15,20 @@ use crate::limits;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The number of this format. One that is higher is left alone.
+/// Format number of the record. A record with a higher number is not changed.
 const FORMAT: u32 = 1;
 
-/// What one remote still lacks of one artifact.
+/// The files of one artifact that one remote still lacks.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Missing {
-    /// The files.
+    /// The missing files.
     pub(crate) files: BTreeSet<FilePath>,
-    /// Those among them whose objects look sound and are not.
+    /// The subset that must be overwritten: the objects on the remote look sound, but a reader found them wrong.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub(crate) rewrite: BTreeSet<FilePath>,
 }
 
-/// What still has to reach a remote.
+/// The pending upload of one artifact to one remote.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PendingUpload {
     pub(crate) key: ArtifactKey,
@@ -38,18 +37,18 @@ pub(crate) struct PendingUpload {
     pub(crate) missing: Missing,
 }
 
-/// The file.
+/// The record of one artifact, as stored.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(from = "Fields")]
 struct Stored {
     format: u32,
     #[serde(flatten)]
     key: ArtifactKey,
-    /// By the remote's address.
+    /// The missing files, keyed by the address of the remote.
     remotes: BTreeMap<String, Missing>,
 }
 
-/// Its fields as they are read: a flattened key would have serde keep every other field in memory, too.
+/// The fields of [`Stored`] for reading. With a flattened key, serde would buffer all other fields in memory as well.
 #[derive(Deserialize)]
 struct Fields {
     format: u32,
@@ -71,7 +70,7 @@ struct FormatOnly {
 }
 
 impl Disk {
-    /// Notes that `remote` lacks these files, beside what is noted already. Durable on return.
+    /// Adds files that `remote` lacks to the pending upload of `key`. Durable on return.
     pub(crate) fn record_pending_upload(&self, key: &ArtifactKey, remote: &str, missing: &Missing) -> Result<()> {
         self.ensure_writable()?;
         self.edit_pending_upload(key, |stored| {
@@ -81,7 +80,7 @@ impl Disk {
         })
     }
 
-    /// Takes back that `remote` lacks these files: it has them, or never will.
+    /// Removes files from the pending upload of `key`: `remote` has them by now, or can never get them from here.
     pub(crate) fn settle(&self, key: &ArtifactKey, remote: &str, files: &BTreeSet<FilePath>) -> Result<()> {
         self.edit_pending_upload(key, |stored| {
             if let Some(noted) = stored.remotes.get_mut(remote) {
@@ -91,20 +90,22 @@ impl Disk {
         })
     }
 
-    /// What `remote` lacks of `key`.
+    /// Returns the files of `key` that `remote` lacks; `None` if no upload is pending.
     pub(crate) fn pending_upload(&self, key: &ArtifactKey, remote: &str) -> Result<Option<Missing>> {
         let stored = read(&self.layout().pending_upload(&key.hash()))?;
+        // The file name is a hash of the key, so the key itself is compared.
         Ok(stored.filter(|stored| stored.key == *key).and_then(|mut stored| stored.remotes.remove(remote)))
     }
 
-    /// Everything that still has to reach a remote, by key.
+    /// Returns all pending uploads, sorted by key and remote.
     pub(crate) fn pending_uploads(&self) -> Result<Vec<PendingUpload>> {
         let mut pending_uploads = Vec::new();
         for path in files::entries(&self.layout().pending_uploads())? {
+            // One record that cannot be read does not hide the others.
             let stored = match read(&path) {
                 Ok(stored) => stored,
                 Err(error) => {
-                    tracing::debug!(%error, "an intent is left alone");
+                    tracing::debug!(%error, "a pending upload cannot be read; it is skipped");
                     continue;
                 }
             };
@@ -116,14 +117,16 @@ impl Disk {
         Ok(pending_uploads)
     }
 
-    /// The right to upload `key`; `None` while another process is at it.
+    /// Takes the backfill lock, the right to upload `key`; `None` while another process holds it.
     pub(crate) fn try_backfill(&self, key: &ArtifactKey) -> Result<Option<FileLock>> {
         self.ensure_writable()?;
         FileLock::try_exclusive(&self.layout().backfill_lock(key))
     }
 
+    /// Changes the record of `key` with `edit`, under the budget lock. Removes the record if no file is left in it.
     fn edit_pending_upload(&self, key: &ArtifactKey, edit: impl FnOnce(&mut Stored)) -> Result<()> {
         let path = self.layout().pending_upload(&key.hash());
+        // The budget lock serializes changes of the record.
         let hold = self.hold_budget()?;
         let there = read(&path)?.filter(|stored| stored.key == *key);
         let is_there = there.is_some();
@@ -131,16 +134,19 @@ impl Disk {
         edit(&mut stored);
         stored.remotes.retain(|_, missing| !missing.files.is_empty());
         if !stored.remotes.is_empty() {
-            let encode = |cause| Error::new(ErrorKind::Other, "cannot write an intent").cause(cause);
+            let encode = |cause| Error::new(ErrorKind::Other, "cannot encode a pending upload").cause(cause);
+            // Durable before the caller publishes: a crash after that must not lose the upload.
             files::replace(&path, &serde_json::to_vec(&stored).map_err(encode)?, &self.layout().stagings())?;
         } else if is_there {
+            // The removal is synced as well. Otherwise the upload would be pending again after a power cut.
             files::remove_file(&path)?;
             files::sync_dir(&self.layout().pending_uploads())?;
         }
         hold.release()
     }
 
-    /// An artifact that left this disk cannot be uploaded any more. The caller holds the budget.
+    /// Removes the pending upload of an evicted artifact, which cannot be uploaded from here any more. The caller holds
+    /// the budget lock.
     pub(super) fn remove_pending_upload(&self, hash: &str) -> Result<()> {
         let path = self.layout().pending_upload(hash);
         if files::stat(&path)?.is_none() {
@@ -149,15 +155,19 @@ impl Disk {
         let key = read(&path).ok().flatten().map(|stored| stored.key.to_string());
         tracing::warn!(
             artifact = key.as_deref().unwrap_or(hash),
-            "evicted before the remote had it; the remote will not get it from here"
+            "evicted before the remote had it; the pending upload is dropped"
         );
         files::remove_file(&path)
     }
 }
 
-/// The intent there. A damaged one says nothing.
+/// Reads a record; `None` if it is missing or damaged.
+///
+/// # Errors
+/// `Directory` if a newer release wrote it.
 fn read(path: &RootedPath) -> Result<Option<Stored>> {
     let Some(bytes) = files::read_small(path, limits::MANIFEST_BYTES_MAX)? else { return Ok(None) };
+    // Parse the format number first: the other fields of a newer format may have other types.
     if let Ok(FormatOnly { format }) = serde_json::from_slice(&bytes)
         && format > FORMAT
     {
@@ -168,7 +178,7 @@ fn read(path: &RootedPath) -> Result<Option<Stored>> {
     match serde_json::from_slice(&bytes) {
         Ok(stored) => Ok(Some(stored)),
         Err(error) => {
-            tracing::warn!(path = %path, %error, "an intent to upload is damaged and ignored");
+            tracing::warn!(path = %path, %error, "a pending upload is damaged and ignored");
             Ok(None)
         }
     }
@@ -189,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn an_intent_grows_shrinks_and_goes_by_remote() {
+    fn a_pending_upload_grows_and_shrinks_by_remote_and_is_removed_when_empty() {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, key) = (disk(folder.path()), ArtifactKey::bare("team/a@1").expect("key"));
         disk.record_pending_upload(&key, "s3://one", &missing(&["a"], &["a"])).expect("notes");
@@ -206,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_intent_is_none_and_a_newer_one_is_left_alone() {
+    fn a_damaged_pending_upload_is_replaced_and_one_of_a_newer_release_is_not_changed() {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, key) = (disk(folder.path()), ArtifactKey::bare("team/a@1").expect("key"));
         let path = disk.layout().pending_upload(&key.hash());
@@ -221,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn one_uploads_at_a_time() {
+    fn only_one_process_holds_the_backfill_lock() {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, key) = (disk(folder.path()), ArtifactKey::bare("team/a@1").expect("key"));
         let held = disk.try_backfill(&key).expect("tries").expect("free");

@@ -1,7 +1,7 @@
-//! Pins: an operator's lasting hold on an artifact, in a file beside its manifest.
+//! Pins: an operator's lasting protection of an artifact against eviction, in a file beside its manifest.
 //!
-//! A pin is written under the shared lease, after the manifest was read, so that no eviction is under way meanwhile. One
-//! whose end has passed protects nothing any more; one that cannot be read protects, because somebody wanted it.
+//! A pin is written under the shared lease, after the manifest was read, so that no eviction runs at the same time. An
+//! expired pin has no effect. A pin that cannot be read protects the artifact.
 
 use super::files;
 use super::layout::ArtifactDir;
@@ -13,33 +13,33 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Bytes of a pin file that are read; a reason is a line, not a book.
+/// Maximum length of a pin file in bytes.
 const PIN_BYTES_MAX: u64 = 64 << 10;
 
-/// A lasting hold: since when, until when, by whom, why.
+/// Protects an artifact against eviction until it expires or is removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pin {
     /// When it was set, in seconds since the Unix epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since_unix: Option<u64>,
-    /// When it ends, in seconds since the Unix epoch; `None`: never.
+    /// When it expires, in seconds since the Unix epoch; `None`: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until_unix: Option<u64>,
-    /// Who set it.
+    /// The user or system that set it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub by: Option<String>,
-    /// Why.
+    /// The reason, in free text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
 impl Pin {
-    /// When it ends; `None`: never.
+    /// Returns the time of expiry; `None`: never.
     pub fn until(&self) -> Option<SystemTime> {
         self.until_unix.and_then(clamped_to_calendar)
     }
 
-    /// When it was set.
+    /// Returns the time at which it was set, if recorded.
     pub fn since(&self) -> Option<SystemTime> {
         self.since_unix.and_then(clamped_to_calendar)
     }
@@ -66,28 +66,29 @@ impl fmt::Display for Pin {
     }
 }
 
-/// A time that can be written down; one beyond the year 9999 is as good as never.
+/// Converts seconds since the Unix epoch to a time; `None` beyond the year 9999, which RFC 3339 cannot express.
 fn clamped_to_calendar(seconds: u64) -> Option<SystemTime> {
     const YEAR_10000: u64 = 253_402_300_800;
     (seconds < YEAR_10000).then(|| UNIX_EPOCH + Duration::from_secs(seconds))
 }
 
 impl Disk {
-    /// The pin on the artifact in `dir`, unless it has ended.
+    /// Returns the pin of the artifact in `dir`; `None` if there is none or it has expired.
     pub(crate) fn pin_in(&self, dir: &ArtifactDir) -> Result<Option<Pin>> {
         let bytes = match files::read_small(&dir.pin(), PIN_BYTES_MAX) {
             Ok(None) => return Ok(None),
             Ok(Some(bytes)) => bytes,
             Err(error) => {
-                tracing::warn!(%error, "a pin cannot be read; it protects");
+                tracing::warn!(%error, "a pin cannot be read; its artifact stays protected");
                 return Ok(Some(Pin::default()));
             }
         };
+        // A damaged file counts as a pin without expiry.
         let pin: Pin = serde_json::from_slice(&bytes).unwrap_or_default();
         Ok(Some(pin).filter(|pin| pin.holds_at(SystemTime::now())))
     }
 
-    /// Sets the pin of `key`, in place of the one that may be there.
+    /// Sets the pin of `key`, replacing an existing one.
     pub(crate) fn pin(&self, key: &ArtifactKey, pin: &Pin) -> Result<()> {
         self.ensure_writable()?;
         let dir = self.layout().artifact(key);
@@ -97,7 +98,7 @@ impl Disk {
         files::replace(&dir.pin(), &bytes, &self.layout().stagings())
     }
 
-    /// Takes the pin off `key`, and gives it back unless it had ended.
+    /// Removes the pin of `key`, and returns it unless it had expired.
     pub(crate) fn unpin(&self, key: &ArtifactKey) -> Result<Option<Pin>> {
         self.ensure_writable()?;
         let dir = self.layout().artifact(key);
@@ -108,7 +109,7 @@ impl Disk {
         Ok(pin)
     }
 
-    /// A shared lease on an artifact of which something is here.
+    /// Takes a shared lease on an artifact that has at least one held file, or no files at all.
     fn lease_of_present(&self, key: &ArtifactKey, dir: &ArtifactDir) -> Result<FileLock> {
         let absent = || {
             Err(Error::not_found("it is not on this disk")
@@ -120,6 +121,7 @@ impl Disk {
             return absent();
         }
         let lease = self.wait_for_lease(dir)?;
+        // Read the manifest under the lease: an eviction may have removed it before the lease was taken.
         match self.read_manifest(dir)? {
             Some(manifest) if manifest.files.is_empty() || manifest.files.values().any(|e| e.held.is_some()) => {
                 Ok(lease)
@@ -128,7 +130,7 @@ impl Disk {
         }
     }
 
-    /// Who holds the artifact now, where the kernel tells.
+    /// Returns the processes that hold a lease on the artifact; empty if the kernel does not report them.
     pub(crate) fn lease_holders(&self, dir: &ArtifactDir) -> Vec<Holder> {
         holders::of_flock(&self.layout().lease(dir))
     }
@@ -137,9 +139,9 @@ impl Disk {
 /// A process that holds a lease.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Holder {
-    /// Its process id, as this process sees it.
+    /// Its process id, in the PID namespace of this process.
     pub pid: u32,
-    /// The name of its program, where it can be read.
+    /// The name of its program, if it can be read.
     pub command: Option<String>,
 }
 
@@ -154,28 +156,28 @@ impl fmt::Display for Holder {
     }
 }
 
-/// Why an artifact was not evicted.
+/// The reason why an artifact was not evicted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InTheWay {
-    /// These processes hold it, as far as can be seen.
+    /// Processes hold a lease on it. Empty if the kernel does not report them.
     Leased(Vec<Holder>),
     /// It is pinned.
     Pinned(Pin),
-    /// It was used after it had been chosen.
+    /// It was used after it had been chosen as a victim.
     JustUsed,
-    /// Its files have links outside the cache: no byte would become free.
+    /// Every file has a link outside the cache, so no byte would become free.
     LinkedOutside,
-    /// Locks do not work here, and it was used within the last hour.
+    /// Locks do not exclude on this filesystem, and it was used within the last hour.
     UsedLately,
 }
 
 impl InTheWay {
-    /// Whether it may go by itself, soon.
+    /// Returns true if the obstacle may disappear soon without an operator.
     pub(crate) fn is_for_now(&self) -> bool {
         matches!(self, Self::Leased(_) | Self::JustUsed)
     }
 
-    /// A word for machines.
+    /// Returns the stable name that `--json` output uses.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Leased(_) => "leased",

@@ -1,8 +1,8 @@
-//! Pruning on request: what crashes left, what was not used for long, and the least recently used down to a size.
+//! `prune`: removes leftovers, artifacts unused for a given time, and the least recently used ones down to a size.
 //!
-//! Each step is a short budget hold of its own, so that fills go on in between; every victim is looked at again under
-//! its lease. A rehearsal follows the same rules over a count of links, and changes nothing: what has a link outside the
-//! cache frees nothing there either.
+//! Each step takes the budget lock separately, so that fills can continue in between. Each victim is checked again
+//! under its exclusive lease. A dry run applies the rules to a count of links in memory and changes nothing. In both, a
+//! file with a link outside the cache frees no bytes.
 
 use super::budget::Evicted;
 use super::files;
@@ -16,84 +16,84 @@ use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// What `prune` shall remove. Without a bound: only what nobody can use any more.
+/// Options of `prune`. Without a bound, it removes only leftovers.
 #[derive(Debug, Clone, Default)]
 pub struct PruneOptions {
-    /// Artifacts that were not used for so long.
+    /// Removes artifacts that were not used for this long.
     pub older_than: Option<Duration>,
-    /// The least recently used artifacts, until so many bytes are used (a share is one of the filesystem).
+    /// Removes the least recently used artifacts until at most this much is used. A percentage is of the filesystem.
     pub to: Option<ByteBound>,
-    /// Only tell.
+    /// Changes nothing, and only reports.
     pub dry_run: bool,
 }
 
-/// What `prune` removed, or would remove.
+/// The result of `prune`: the removals made, or those that a dry run would make.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct PruneReport {
-    /// What counted against the budget before, counted anew.
+    /// Bytes that counted against the budget before, from a fresh count.
     pub used_before_bytes: u64,
-    /// What counts now.
+    /// Bytes that count against the budget afterwards.
     pub used_bytes: u64,
-    /// What was removed, leftovers and artifacts; what others did meanwhile is not in it.
+    /// Bytes of the leftovers and artifacts removed. Changes by other processes at the same time are not included.
     pub freed_bytes: u64,
-    /// The size that was asked for.
+    /// The requested size.
     pub to_bytes: Option<u64>,
-    /// What nobody could use any more.
+    /// Leftovers removed.
     pub leftovers: Leftovers,
-    /// Artifacts that went, least recently used first.
+    /// Artifacts removed, least recently used first.
     pub evicted: Vec<PrunedArtifact>,
-    /// Artifacts that would have gone, and why they stayed.
+    /// Artifacts that were due, and the reason why each was kept.
     pub kept: Vec<KeptArtifact>,
     /// Entries of the wrong type that were moved to `quarantine/`.
     pub set_aside: Vec<Misplaced>,
 }
 
 impl PruneReport {
-    /// Whether no more is used than was asked for.
+    /// Returns true if at most the requested size is used, or no size was requested.
     pub fn reached(&self) -> bool {
         self.to_bytes.is_none_or(|to| self.used_bytes <= to)
     }
 }
 
-/// What nobody can use any more, in bytes freed.
+/// Files that no artifact and no running fill uses, in bytes freed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Leftovers {
-    /// Fills that ended halfway.
+    /// Number of staging folders of dead fills.
     pub fills: usize,
-    /// What they had written.
+    /// Bytes in those folders.
     pub fill_bytes: u64,
-    /// Temporary files whose writers died.
+    /// Bytes of temporary files of dead writers.
     pub temporary_bytes: u64,
-    /// Blobs that belong to no artifact.
+    /// Bytes of blobs that no artifact links.
     pub blob_bytes: u64,
-    /// What failed a check.
+    /// Bytes of files that failed verification.
     pub quarantine_bytes: u64,
 }
 
 impl Leftovers {
-    /// All of it.
+    /// Returns the sum of all kinds, in bytes.
     pub fn bytes(&self) -> u64 {
         self.fill_bytes + self.temporary_bytes + self.blob_bytes + self.quarantine_bytes
     }
 }
 
-/// An artifact that went.
+/// An artifact that was removed.
 #[derive(Debug, Clone, Serialize)]
 pub struct PrunedArtifact {
-    /// The reference that leads to it.
+    /// The reference of the artifact.
     pub reference: String,
     /// When it was last used.
     pub last_used: Option<SystemTime>,
-    /// Bytes freed: what it alone held.
+    /// Bytes freed: those of files that no other artifact shares.
     pub freed_bytes: u64,
 }
 
-/// An artifact that stayed.
+/// An artifact that was kept.
 #[derive(Debug, Clone)]
 pub struct KeptArtifact {
-    /// The reference that leads to it.
+    /// The reference of the artifact.
     pub reference: String,
-    /// Why.
+    /// The reason.
     pub why: InTheWay,
 }
 
@@ -108,38 +108,43 @@ impl Serialize for KeptArtifact {
     }
 }
 
-/// Removes, or rehearses it.
+/// The steps of a prune: [`Apply`] performs them, [`DryRun`] computes their effect.
 trait PruneActions {
-    /// What counts against the budget, every file looked at.
+    /// Counts the bytes against the budget by a scan of all files.
     fn count(&mut self) -> Result<u64>;
-    /// What counts against the budget, as the record has it.
+    /// Returns the bytes that count against the budget, according to the budget record.
     fn used(&mut self) -> Result<u64>;
-    /// Removes what nobody can use any more.
+    /// Removes leftovers.
     fn sweep(&mut self) -> Result<Leftovers>;
-    /// Removes one artifact, unless something is in the way; `for_space`: also unless no byte would become free.
+    /// Evicts one artifact unless it is leased or pinned. With `for_space`, also keeps it if no byte would become free.
     fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool) -> Result<Evicted>;
 }
 
 impl Disk {
-    /// Removes what `options` say, and tells what went and what stayed.
+    /// Removes leftovers, and artifacts according to `options`. Reports the removals and the artifacts kept.
     pub(crate) fn prune(&self, options: &PruneOptions) -> Result<PruneReport> {
         self.ensure_writable()?;
-        // First, as they may lie in the place of the budget lock.
+        // Step 1: set aside entries of the wrong type. One may be in the place of the budget lock, so this comes first.
         let misplaced = self.misplaced()?;
         let set_aside = if options.dry_run { misplaced } else { self.set_aside(misplaced) };
         let mut actions: Box<dyn PruneActions> =
             if options.dry_run { Box::new(DryRun::new(self)?) } else { Box::new(Apply(self)) };
         let cutoff = options.older_than.map(|age| SystemTime::now().checked_sub(age).unwrap_or(UNIX_EPOCH));
         let to_bytes = options.to.map(|to| self.bound_bytes(to)).transpose()?;
+        // Step 2: count the bytes in use.
         let used_before_bytes = actions.count()?;
         let mut report = PruneReport { to_bytes, used_before_bytes, set_aside, ..PruneReport::default() };
+        // Step 3: remove leftovers.
         report.leftovers = actions.sweep()?;
+        // Step 4: evict artifacts, least recently used first. Stop at the first that is neither old nor needed to reach
+        // the requested size: all later ones were used more recently.
         for artifact in self.scan_by_last_use()? {
             let old = cutoff.is_some_and(|cutoff| artifact.last_used.is_none_or(|last| last <= cutoff));
             if !old && !to_bytes.is_some_and(|to| actions.used().is_ok_and(|used| used > to)) {
                 break;
             }
             let reference = artifact.name();
+            // An old artifact is evicted even if that frees no bytes.
             match actions.evict(&artifact, !old)? {
                 Evicted::Freed(freed_bytes) => {
                     report.evicted.push(PrunedArtifact { reference, last_used: artifact.last_used, freed_bytes });
@@ -147,12 +152,13 @@ impl Disk {
                 Evicted::Kept(why) => report.kept.push(KeptArtifact { reference, why }),
             }
         }
+        // Step 5: count again, because other processes may have added or removed files in the meantime.
         report.used_bytes = actions.count()?;
         report.freed_bytes = report.leftovers.bytes() + report.evicted.iter().map(|gone| gone.freed_bytes).sum::<u64>();
         Ok(report)
     }
 
-    /// What keeps an artifact from being evicted as things stand, if anything does.
+    /// Returns the reason why the artifact cannot be evicted at this moment, if any: a lease or a pin.
     pub(super) fn keeps(&self, dir: &ArtifactDir) -> Result<Option<InTheWay>> {
         if self.is_leased(dir) {
             return Ok(Some(InTheWay::Leased(self.lease_holders(dir))));
@@ -160,14 +166,15 @@ impl Disk {
         Ok(self.pin_in(dir)?.map(InTheWay::Pinned))
     }
 
-    /// How many bytes could be freed by evicting all but `kept`, and the blobs with these inodes, as things stand.
+    /// Returns the bytes that sweeping and evicting would free at this moment, if the artifacts in `kept` and the blobs
+    /// with these inodes stay.
     pub(super) fn evictable_bytes(&self, kept: &BTreeSet<ArtifactKey>, inodes: &[u64]) -> Result<u64> {
-        let mut rehearsal = DryRun::new(self)?;
-        inodes.iter().for_each(|inode| rehearsal.keep(*inode));
-        let mut bytes = rehearsal.sweep()?.bytes();
+        let mut dry_run = DryRun::new(self)?;
+        inodes.iter().for_each(|inode| dry_run.keep(*inode));
+        let mut bytes = dry_run.sweep()?.bytes();
         let others = |artifact: &&ScannedArtifact| artifact.manifest.as_ref().is_none_or(|m| !kept.contains(&m.key));
         for artifact in self.scan()?.iter().filter(others) {
-            if let Evicted::Freed(freed) = rehearsal.evict(artifact, false)? {
+            if let Evicted::Freed(freed) = dry_run.evict(artifact, false)? {
                 bytes += freed;
             }
         }
@@ -175,6 +182,7 @@ impl Disk {
     }
 }
 
+/// Performs the steps on disk.
 struct Apply<'disk>(&'disk Disk);
 
 impl PruneActions for Apply<'_> {
@@ -193,6 +201,7 @@ impl PruneActions for Apply<'_> {
     fn sweep(&mut self) -> Result<Leftovers> {
         let mut hold = self.0.hold_budget()?;
         let (before, dead) = (hold.usage()?, dead_stagings(self.0)?);
+        // On request, resumable staging folders are removed as well, unlike in a sweep.
         hold.drop_dead_stagings(|_| true)?;
         hold.sweep()?;
         let swept = hold.usage()?;
@@ -200,6 +209,7 @@ impl PruneActions for Apply<'_> {
         let after = hold.usage()?;
         hold.release()?;
         let left = dead_stagings(self.0)?;
+        // A folder that could not be removed is still there and does not count as freed.
         Ok(Leftovers {
             fills: dead.fills.saturating_sub(left.fills),
             fill_bytes: dead.fill_bytes.saturating_sub(left.fill_bytes),
@@ -211,6 +221,7 @@ impl PruneActions for Apply<'_> {
 
     fn evict(&mut self, artifact: &ScannedArtifact, for_space: bool) -> Result<Evicted> {
         let mut hold = self.0.hold_budget()?;
+        // Evicting for space is useless if no byte would become free. Evicting by age is not.
         let pointless = if for_space { hold.pointless_victim(artifact)? } else { None };
         let evicted = match pointless {
             Some(why) => Evicted::Kept(why),
@@ -221,7 +232,7 @@ impl PruneActions for Apply<'_> {
     }
 }
 
-/// Fills that ended halfway, and what they wrote.
+/// Counts the staging folders of dead fills and their bytes.
 fn dead_stagings(disk: &Disk) -> Result<Leftovers> {
     let stagings = disk.stagings()?;
     let dead = stagings.iter().filter(|staging| !staging.live);
@@ -232,16 +243,18 @@ fn dead_stagings(disk: &Disk) -> Result<Leftovers> {
     }))
 }
 
-/// Removes in mind only: every blob by its inode, with its bytes and the links that still hold it.
+/// Computes the effect of a prune on a table of blobs and their link counts. Changes nothing on disk.
 struct DryRun<'disk> {
     disk: &'disk Disk,
+    /// Bytes that would count against the budget.
     used: u64,
+    /// Every blob, and every view without a blob, keyed by inode.
     blobs: HashMap<u64, Blob>,
 }
 
 struct Blob {
     bytes: u64,
-    /// Links besides the one in `blobs/`.
+    /// Remaining links, not counting the one in `blobs/`.
     links: u64,
 }
 
@@ -258,7 +271,7 @@ impl<'disk> DryRun<'disk> {
             used += metadata.allocated();
             Ok(())
         })?;
-        // Views that no blob stands behind have bytes of their own.
+        // A view with one link has no blob: its bytes count separately.
         for artifact in disk.scan()? {
             files::walk(&artifact.dir.files(), &mut |_, metadata| {
                 if metadata.nlink() == 1 {
@@ -274,14 +287,14 @@ impl<'disk> DryRun<'disk> {
         Ok(Self { disk, used, blobs })
     }
 
-    /// Keeps a blob, whatever becomes of its artifacts.
+    /// Adds a link to a blob, so that it stays when all artifacts that use it are evicted.
     fn keep(&mut self, inode: u64) {
         if let Some(blob) = self.blobs.get_mut(&inode) {
             blob.links += 1;
         }
     }
 
-    /// The bytes that go with a link, if it was the last besides the blob itself.
+    /// Removes one link. Returns the bytes freed: those of the blob if no other link besides its own was left.
     fn unlink(&mut self, inode: u64) -> u64 {
         match self.blobs.get_mut(&inode) {
             Some(blob) if blob.links > 1 => {
@@ -293,6 +306,7 @@ impl<'disk> DryRun<'disk> {
         }
     }
 
+    /// Removes the links of all files below `dir`, and returns the bytes freed.
     fn unlink_below(&mut self, dir: &RootedPath) -> Result<u64> {
         let mut freed = 0;
         files::walk(dir, &mut |_, metadata| {
@@ -330,7 +344,7 @@ impl PruneActions for DryRun<'_> {
                 }
             }
         }
-        // Only files: a folder there was set aside, and stays.
+        // Count files only: a folder in quarantine is a misplaced entry, which is removed only by hand.
         for path in files::entries(&self.disk.layout().quarantine())? {
             if let Some(metadata) = files::stat(&path)?.filter(|found| found.is_file() && found.nlink() == 1) {
                 leftovers.quarantine_bytes += metadata.allocated();

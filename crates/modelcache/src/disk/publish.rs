@@ -1,10 +1,11 @@
-//! Publishing: staged files become blobs and views, and a manifest says so, in that order.
+//! Publishing: makes staged files visible, first as blobs, then as views, and last by the manifest (the commit point).
 //!
-//! A reader sees the old manifest or the new one. Blobs are linked (never renamed) from staging, so that a crash between
-//! the steps leaves garbage to sweep and never a manifest without bytes. What is recorded as held is the identity under
-//! which the bytes were checked; a file that changed since is refused.
+//! A reader sees the old manifest or the new one. A crash between the steps leaves files to sweep, never a manifest
+//! without bytes. `held` records the identity under which the bytes were verified. A staged file that changed since is
+//! refused.
 //!
-//! Nothing of it waits for the disk: what is published bears this process's mark, which owes that it becomes durable.
+//! Publishing does not wait for the disk: it marks the files as unsynced by this process, which syncs them later. The
+//! numbered steps are those under *Publish* in `docs/disk-format.md`.
 
 use super::budget::{BudgetHold, allocated_for};
 use super::files;
@@ -28,37 +29,37 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long to wait for a shared lease, which an eviction denies for moments.
+/// Maximum wait for a shared lease. An eviction holds the exclusive lease for moments only.
 const LEASE_WAIT_MAX: Duration = Duration::from_secs(30);
 
-/// A file in staging whose bytes were checked.
+/// A verified file in staging.
 #[derive(Debug, Clone)]
 pub(crate) struct StagedFile {
     /// Its name in staging.
     pub(crate) name: String,
-    /// What is now known of it; `sha256` is known.
+    /// The entry for the manifest; `sha256` is set.
     pub(crate) entry: FileEntry,
-    /// The identity of the staged file when its bytes were checked.
+    /// The identity of the staged file when its bytes were verified.
     pub(crate) identity: FileIdentity,
 }
 
-/// What is to be committed.
+/// The input of the second critical section, which commits the manifest.
 #[derive(Clone, Copy)]
 struct Commit<'fill> {
     listing: &'fill Manifest,
     staging: &'fill Staging,
     staged: &'fill BTreeMap<FilePath, StagedFile>,
-    /// Each blob's identity, where there is a blob.
+    /// The identity of each blob; `None` if the file could not be linked into `blobs/`.
     blobs: &'fill BTreeMap<Digest, Option<FileIdentity>>,
-    /// Who makes it durable.
+    /// The name in `unsynced/` of the process that will sync the files.
     writer: &'fill str,
 }
 
 impl Disk {
-    /// Makes the checked files of a fill visible, and lends the artifact. That they are durable is owed from then on, see
+    /// Makes the verified files of a fill visible, and returns the leased artifact. The files are not durable yet; see
     /// [`sync_artifact`](Self::sync_artifact).
     ///
-    /// `listing` names all files of the artifact; `staged` are those that the fill brought. Blocks on disk work.
+    /// `listing` lists all files of the artifact, `staged` those that the fill downloaded. Blocks on disk work.
     pub(crate) fn publish(
         &self,
         staging: Staging,
@@ -66,17 +67,24 @@ impl Disk {
         staged: &BTreeMap<FilePath, StagedFile>,
     ) -> Result<LeasedArtifact> {
         let dir = self.layout().artifact(&listing.key);
+        // Step 1: take the shared lease. It protects the files as soon as they are visible, and the caller keeps it.
         let lease = self.wait_for_lease(&dir)?;
-        let duty = self.mark_dirty(&listing.key, staged.values().map(|file| file.entry.size).sum())?;
+        // The lock in `unsynced/` must be held before a manifest names this process as the writer.
+        let publication = self.mark_dirty(&listing.key, staged.values().map(|file| file.entry.size).sum())?;
+        // Step 2: first critical section.
         let blobs = self.publish_blobs(&staging, listing, staged)?;
-        let commit = Commit { listing, staging: &staging, staged, blobs: &blobs, writer: &duty.writer };
+        let commit = Commit { listing, staging: &staging, staged, blobs: &blobs, writer: &publication.writer };
+        // Step 3: second critical section. Staging keeps its links to the blobs until the manifest refers to them, so
+        // that no eviction or sweep in between can remove them.
         let (manifest, link) = self.publish_manifest(&dir, &commit)?;
-        drop(duty);
+        // From here on the artifact can be synced.
+        drop(publication);
+        // Step 4: remove the staging folder. The artifact is published whether this succeeds or not.
         if let Err(error) = staging.discard() {
             tracing::debug!(%error, "staging stays until the next sweep");
         }
         if link.is_some_and(|how| how != Link::Hard) {
-            // A blob that no view could be linked to serves nobody.
+            // A blob to which no view could be linked is unused: remove it.
             let mut hold = self.hold_budget()?;
             blobs.keys().try_for_each(|digest| hold.drop_if_unlinked(&self.layout().blob(digest)).map(|_| ()))?;
             hold.release()?;
@@ -84,7 +92,10 @@ impl Disk {
         Ok(LeasedArtifact { manifest: Arc::new(manifest), dir, link, is_lower: false, _lease: Some(lease.into()) })
     }
 
-    /// A shared lease, within a bounded time.
+    /// Takes the shared lease of the artifact in `dir`.
+    ///
+    /// # Errors
+    /// `Unavailable` if it stays locked exclusively for [`LEASE_WAIT_MAX`].
     pub(super) fn wait_for_lease(&self, dir: &ArtifactDir) -> Result<FileLock> {
         let path = self.layout().lease(dir);
         let started = Instant::now();
@@ -92,16 +103,18 @@ impl Disk {
             match FileLock::try_shared(&path)? {
                 Some(lease) => return Ok(lease),
                 None if started.elapsed() > LEASE_WAIT_MAX => {
-                    return Err(Error::new(ErrorKind::Unavailable, "somebody holds the artifact's lease alone")
+                    return Err(Error::new(ErrorKind::Unavailable, "the artifact's lease is locked by an eviction")
                         .tier(Tier::Disk));
                 }
+                // Poll: no process blocks in `flock`.
                 None => thread::sleep(Duration::from_millis(2)),
             }
         }
     }
 
-    /// First budget hold: staged files become blobs. Returns each blob's identity; where a blob cannot be linked there is
-    /// none, and the views will hold the bytes alone.
+    /// First critical section (the budget lock is held): links the staged files into `blobs/`.
+    ///
+    /// Returns the identity of each blob, or `None` if the link is refused. Then only the views will link the bytes.
     fn publish_blobs(
         &self,
         staging: &Staging,
@@ -112,17 +125,21 @@ impl Disk {
         let mut blobs = BTreeMap::new();
         for (path, file) in staged {
             let digest = digest_of(path, &file.entry)?;
+            // Files with equal content share one blob.
             if let Entry::Vacant(vacant) = blobs.entry(digest) {
                 let published = hold.publish_blob(&staging.file(&file.name), &digest, file.identity);
                 vacant.insert(published.map_err(|error| error.artifact(&listing.key))?);
             }
         }
+        // All bytes are written, so nothing more needs to be reserved.
         staging.end_reservation(&listing.key)?;
         hold.release()?;
         Ok(blobs)
     }
 
-    /// Second budget hold: views, then the manifest, which commits. Also tells how far the views had to go from links.
+    /// Second critical section (the budget lock is held): places the views, then writes the manifest, which commits.
+    ///
+    /// Also returns the weakest kind of link among the views; `None` if there are none.
     fn publish_manifest(&self, dir: &ArtifactDir, commit: &Commit<'_>) -> Result<(Manifest, Option<Link>)> {
         let Commit { listing, staging, staged, blobs, writer } = *commit;
         let mut hold = self.hold_budget()?;
@@ -130,9 +147,11 @@ impl Disk {
         if !dir.is_ours()? {
             return Err(Error::new(ErrorKind::Directory, format!("{} is a link, not a folder", dir.path()))
                 .tier(Tier::Disk)
-                .hint("remove that link: what it leads to is left alone"));
+                .hint("remove that link; the folder it points to is not changed"));
         }
+        // Read the manifest again and merge: another process may have published since the fill began.
         let mut manifest = self.merged_manifest(dir, listing)?;
+        // Refuse another digest for a path before any view is touched.
         for (path, file) in staged {
             let entry = manifest.files.get_or_default(path);
             entry.learn(&file.entry);
@@ -141,6 +160,7 @@ impl Disk {
                     .artifact(&listing.key));
             }
         }
+        // The record is marked dirty, and the change log names the artifact, before the first change on disk.
         hold.begin_change_of(dir)?;
         modes::make_dir(&dir.files()).at("make", &dir.files())?;
         let mut link = None;
@@ -149,25 +169,26 @@ impl Disk {
             let (placed, how) = hold.place_view(dir, path, file, blob, staging, &listing.key)?;
             link = link.max(Some(how));
             if let Some(entry) = manifest.files.get_mut(path) {
-                // What was durable under this identity still is.
+                // Mark the file as unsynced, unless it is recorded as durable under the same identity. A file that
+                // another process has still to sync becomes this process's to sync as well.
                 if entry.on_disk() != Some(placed) {
                     entry.held = Some(Held::Unsynced(UnsyncedFile::new(placed, writer)));
                 }
             }
         }
+        // Before the commit: an artifact without a time of last use would be the first to be evicted.
         self.touch_last_used(dir, true)?;
+        // Commit point. The new manifest is synced only if it replaces another one: a power cut may lose an artifact
+        // that was just published for the first time, but not one that was there before.
         files::replace_unsynced(&dir.manifest(), &manifest.to_bytes()?, &self.layout().stagings())?;
         hold.release()?;
         if let Some(how) = link.filter(|how| *how != Link::Hard) {
-            tracing::info!(artifact = %listing.key, link = %how, "hard links to the blobs are refused; files have bytes of their own, which count by themselves");
+            tracing::info!(artifact = %listing.key, link = %how, "hard links to the blobs are refused; the files are reflinks or copies, whose bytes count separately");
         }
         Ok((manifest, link))
     }
 
-    /// The manifest that is there, with what `listing` knows; refused where the two contradict each other.
-    ///
-    /// Where locks do not exclude, a manifest that is not there yet is created before any view is touched: of two writers
-    /// with different content one finds the other's, and is refused.
+    /// Returns the present manifest merged with `listing`. Refuses a listing that contradicts it.
     fn merged_manifest(&self, dir: &ArtifactDir, listing: &Manifest) -> Result<Manifest> {
         if let Some(mut present) = self.read_manifest(dir)? {
             present.learn(listing)?;
@@ -175,6 +196,8 @@ impl Disk {
         }
         let bare = listing.clone().without_holdings();
         let stagings = self.layout().stagings();
+        // If locks do not exclude, a missing manifest is created, never replaced, before any view is touched. Of two
+        // writers with different content, the second finds the manifest of the first, and is refused.
         if self.locks_are_honest() || files::create(&dir.manifest(), &bare.to_bytes()?, &stagings)? {
             return Ok(bare);
         }
@@ -184,8 +207,8 @@ impl Disk {
         }
     }
 
-    /// The identity of the blob of `digest`, if it is there and right: a manifest vouches for it, or its bytes were
-    /// just hashed. A wrong one is quarantined.
+    /// Returns the identity of the blob of `digest` if it exists and its bytes are right: a manifest vouches for it, or
+    /// it was hashed by this call. Quarantines a wrong blob and returns `None`.
     pub(crate) fn checked_blob(&self, hold: &mut BudgetHold<'_>, digest: &Digest) -> Result<Option<FileIdentity>> {
         let path = self.layout().blob(digest);
         let Some(metadata) = files::stat(&path)? else { return Ok(None) };
@@ -193,6 +216,7 @@ impl Disk {
         if metadata.is_file() && hold.is_vouched(digest, present)? {
             return Ok(Some(present));
         }
+        // No manifest vouches for it, for instance because its last artifact was evicted or its writer died: hash it.
         if metadata.is_file() && self.hash_unchanged(&path)? == Some((*digest, present)) {
             return Ok(Some(present));
         }
@@ -200,8 +224,8 @@ impl Disk {
         Ok(None)
     }
 
-    /// The identity of a link just made to bytes that are right under the identity `known`; `None` if they are not right
-    /// any more. On an overlay, linking a file of the lower layer makes a copy of it, which is hashed.
+    /// Checks the new hard link at `path` to a file that had right bytes under the identity `known`. Returns the
+    /// identity of the link; `None` if the bytes are not right any more.
     pub(crate) fn linked(
         &self,
         path: &RootedPath,
@@ -210,12 +234,14 @@ impl Disk {
     ) -> Result<Option<FileIdentity>> {
         match files::stat(path)?.map(|metadata| metadata.identity()) {
             Some(linked) if linked == known => Ok(Some(known)),
+            // The file changed, or it is on an overlay, which copies a file of the lower layer when it is linked: hash.
             Some(_) => Ok(self.hash_unchanged(path)?.filter(|(found, _)| found == digest).map(|(_, linked)| linked)),
             None => Ok(None),
         }
     }
 
-    /// The digest of `path` and the identity it was hashed under; `None` if it is no file or changed meanwhile.
+    /// Hashes the file at `path`. Returns the digest, and the identity that the file had before and after; `None` if it
+    /// is not a regular file or changed meanwhile.
     pub(crate) fn hash_unchanged(&self, path: &RootedPath) -> Result<Option<(Digest, FileIdentity)>> {
         let Some(mut file) = files::absent(path.open(false)).at("open", path)? else {
             return Ok(None);
@@ -231,9 +257,11 @@ impl Disk {
 }
 
 impl BudgetHold<'_> {
-    /// Whether a committed manifest records `identity` for `digest`, durably or by the word of a writer that lives. Of one
-    /// that was changed since by a release that does not say so, the word still counts: an identity under which bytes were
-    /// once found right stays right.
+    /// Returns true if the bytes of the file with `identity` are known to have `digest`: a committed manifest records
+    /// it, durably or by a writer that lives, or it was hashed before this critical section began.
+    ///
+    /// The index may lag behind a manifest that an older release changed without a line in the change log. Its answer
+    /// is valid nevertheless: bytes that were once found right under an identity stay right under it.
     pub(super) fn is_vouched(&mut self, digest: &Digest, identity: FileIdentity) -> Result<bool> {
         if self.found_right.contains(&(*digest, identity)) {
             return Ok(true);
@@ -245,19 +273,21 @@ impl BudgetHold<'_> {
             }
             index.promised(digest, identity)
         };
+        // Only unsynced records are left: they count while one of their writers lives.
         let disk = self.disk();
         let mut writer_liveness = disk.writer_liveness();
         Ok(promised.iter().any(|writer| writer_liveness.has(writer)))
     }
 
-    /// The identity of the file at `path`, if a committed manifest vouches for it as `digest`.
+    /// Returns the identity of the file at `path` if a committed manifest vouches that it has `digest`.
     pub(super) fn vouched_file(&mut self, path: &RootedPath, digest: &Digest) -> Result<Option<FileIdentity>> {
         let Some(metadata) = files::stat(path)?.filter(Metadata::is_file) else { return Ok(None) };
         let present = metadata.identity();
         Ok(self.is_vouched(digest, present)?.then_some(present))
     }
 
-    /// Links the staged file as the blob of `digest`, or finds a right one there. `None` where the link is refused.
+    /// Links the staged file as the blob of `digest`, or uses a right blob that exists already. Returns the identity of
+    /// the blob; `None` if the filesystem refuses the link.
     fn publish_blob(
         &mut self,
         staged: &RootedPath,
@@ -265,6 +295,7 @@ impl BudgetHold<'_> {
         checked: FileIdentity,
     ) -> Result<Option<FileIdentity>> {
         let metadata = staged.metadata().at("look at", staged)?;
+        // The staged file must still be the one that was verified.
         if metadata.identity() != checked {
             return Err(Error::corrupt("a staged file changed after it was checked")
                 .tier(Tier::Disk)
@@ -277,9 +308,10 @@ impl BudgetHold<'_> {
         }
         loop {
             self.begin_change()?;
+            // Link, never rename: staging keeps its link until the manifest is written.
             match link::hard_link(staged, &blob) {
                 Ok(true) => {
-                    // A view that had no blob behind it has been counted.
+                    // With more links, the staged file is also a view without a blob. Its bytes are counted already.
                     if metadata.nlink() == 1 {
                         self.add(metadata.allocated());
                     }
@@ -289,23 +321,25 @@ impl BudgetHold<'_> {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(error).at("link", &blob),
             }
+            // The blob exists. The staged file may be a link to it, if the fill reused the blob.
             if files::stat(&blob)?.is_some_and(|metadata| metadata.identity() == checked) {
                 return Ok(Some(checked));
             }
-            if let Some(theirs) = disk.checked_blob(self, digest)? {
-                // Theirs needs a link of ours: else it may be evicted, or replaced, before our view of it stands. Where
-                // links are refused, the view becomes the staged file.
-                let ours = staged.with_file_name(format!("{}.reused", staged.name()));
-                return match link::hard_link(&blob, &ours).at("link", &ours)? {
-                    true => disk.linked(&ours, digest, theirs),
+            if let Some(existing) = disk.checked_blob(self, digest)? {
+                // A link from staging to the existing blob protects it: without that link it might be evicted or
+                // replaced before the view is linked to it. If links are refused, the view becomes the staged file.
+                let reused = staged.with_file_name(format!("{}.reused", staged.name()));
+                return match link::hard_link(&blob, &reused).at("link", &reused)? {
+                    true => disk.linked(&reused, digest, existing),
                     false => Ok(None),
                 };
             }
+            // The existing blob was wrong and is in quarantine now: try to link again.
         }
     }
 
-    /// Makes the view of a published file: a link to its blob; where that is refused the staged file itself; where that
-    /// is refused, too, a clone or copy of it. The identity that the view then has, and how it was made.
+    /// Places the view of a published file: a hard link to its blob, else one to the staged file, else a reflink or
+    /// copy of the staged file. Returns the identity of the view and the kind of link.
     fn place_view(
         &mut self,
         dir: &ArtifactDir,
@@ -320,31 +354,37 @@ impl BudgetHold<'_> {
         let (view, staged) = (dir.view(path), staging.file(&file.name));
         let own = if staging.is_reflink(&file.name) { Link::Reflink } else { Link::Copy };
         let changed = || Error::corrupt(format!("{path} changed while it was being published")).artifact(key);
+        // First choice: a hard link to the blob. The linked file must have the identity that was verified.
         if let Some(known) = blob
             && self.link_view(&self.disk().layout().blob(&digest), dir, &view)?
         {
             let linked = view.metadata().at("look at", &view)?.identity();
             return if linked == known { Ok((linked, Link::Hard)) } else { Err(changed().tier(Tier::Disk)) };
         }
+        // Second choice: a hard link to the staged file.
         let before = files::stat(&view)?.map(|metadata| metadata.ino());
         if self.link_view(&staged, dir, &view)? {
             let metadata = view.metadata().at("look at", &view)?;
             if metadata.identity() != file.identity {
                 return Err(changed().tier(Tier::Disk));
             }
-            // The first link beside the one in staging: from here on it counts here, not there.
+            // The first view of this file, beside its link in staging: the bytes no longer count as staging, but as a
+            // view without a blob.
             if metadata.nlink() == 2 && before != Some(metadata.ino()) {
                 self.begin_change()?;
                 self.add(metadata.allocated());
             }
             return Ok((file.identity, own));
         }
+        // Last choice: a reflink or a copy, which needs room of its own. It is written inside the critical section, so
+        // its temporary file needs no lock.
         self.make_space(allocated_for(file.entry.size), key)?;
         self.begin_change()?;
         let temporary = dir.path().join(format!("{}{}", files::TEMPORARY, files::random_name()));
         let (copied, how) = match link::reflink(&staged, &temporary, file.identity)? {
             Some(cloned) => (cloned, Link::Reflink),
             None => match link::copy(&staged, &temporary)? {
+                // The copy was hashed while it was written.
                 (copied, identity) if copied == digest => (identity, Link::Copy),
                 _ => return files::remove_file(&temporary).and(Err(changed().tier(Tier::Disk))),
             },
@@ -355,10 +395,10 @@ impl BudgetHold<'_> {
         Ok((copied, how))
     }
 
-    /// Links `from` as `view`, replacing whatever is there; `false` where the link is refused.
+    /// Links `from` as `view`, replacing an existing entry. Returns false if the filesystem refuses the link.
     fn link_view(&mut self, from: &RootedPath, dir: &ArtifactDir, view: &RootedPath) -> Result<bool> {
         match link::hard_link(from, view) {
-            // There before, or since a moment: where locks do not exclude, others place views, too.
+            // A view exists: from before, or placed by another process if locks do not exclude.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             linked => return linked.at("link", view),
         }
@@ -366,6 +406,8 @@ impl BudgetHold<'_> {
         if files::stat(from)?.is_some_and(|metadata| Some(metadata.ino()) == present) {
             return Ok(true);
         }
+        // Replace the view atomically, by a temporary link and a rename. If `staging/` is on another mount, the
+        // temporary link is made in the artifact's folder.
         for folder in [&self.disk().layout().stagings(), dir.path()] {
             let temporary = folder.join(format!("{}{}", files::TEMPORARY, files::random_name()));
             if !link::hard_link(from, &temporary).at("link", &temporary)? {
@@ -381,21 +423,23 @@ impl BudgetHold<'_> {
         Ok(false)
     }
 
-    /// Prepares for replacing what lies at `view`: a folder goes, and bytes that counted by themselves are counted anew.
+    /// Prepares for the replacement of the entry at `view`.
     fn clear_view(&mut self, view: &RootedPath) -> Result<()> {
         match files::stat(view)? {
+            // A rename cannot replace a folder by a file.
             Some(metadata) if metadata.is_dir() => files::remove(view),
+            // A view without a blob: it is unknown whether its bytes were in the total, so they are counted again.
             Some(metadata) if metadata.nlink() == 1 => self.distrust(),
             _ => Ok(()),
         }
     }
 
-    /// Takes a bad blob out of the way; it still counts. Where it cannot be moved, because quarantine is another mount,
-    /// it goes.
+    /// Moves a wrong blob to `quarantine/`, where it still counts. Removes it if `quarantine/` is on another mount.
     pub(crate) fn quarantine(&mut self, blob: &RootedPath, digest: &Digest) -> Result<()> {
-        let grave = self.disk().layout().quarantine().join(format!("{digest}-{}", files::random_name()));
-        tracing::warn!(%digest, "a cached file failed its check; it is in quarantine");
-        match blob.rename(&grave) {
+        let target = self.disk().layout().quarantine().join(format!("{digest}-{}", files::random_name()));
+        tracing::warn!(%digest, "a cached file failed verification and is moved to quarantine");
+        match blob.rename(&target) {
+            // The rename crosses a mount. Views may still link the file, so the bytes must be counted again.
             Err(error) if link::is_refusal(&error) => {
                 self.distrust()?;
                 files::remove_file(blob)
@@ -405,7 +449,7 @@ impl BudgetHold<'_> {
     }
 }
 
-/// Makes the folders above the view of `path`; a stale file in the place of a folder is removed.
+/// Creates the folders above the view of `path`. Removes a stale file in the place of a folder.
 fn make_folders(view_root: &RootedPath, path: &FilePath) -> Result<()> {
     let mut folder = view_root.clone();
     let mut segments: Vec<&str> = path.as_str().split('/').collect();
@@ -441,7 +485,7 @@ mod tests {
 
     type Filled = (Staging, Manifest, BTreeMap<FilePath, StagedFile>);
 
-    /// A fill of `key` that is ready to be published: one file, the same for every key.
+    /// Returns a fill of `key` that is ready to be published: one file, with equal content for every key.
     fn filled(disk: &Disk, key: &str, source: &std::path::Path) -> Filled {
         let (key, path) = (ArtifactKey::bare(key).expect("key"), FilePath::new("f").expect("path"));
         let given = InputFile { path: path.clone(), from: source.to_owned(), size: 7 };
@@ -455,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn a_blob_that_was_found_there_outlives_the_artifact_it_came_from() {
+    fn an_existing_blob_that_is_reused_survives_the_eviction_of_its_first_artifact() {
         let folder = tempfile::tempdir().expect("folder");
         let source = folder.path().join("source");
         std::fs::write(&source, "content").expect("writes");

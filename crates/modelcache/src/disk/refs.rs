@@ -1,4 +1,4 @@
-//! What revisions and tags last resolved to on this machine. Losing one costs a question, nothing else.
+//! The last known resolution of revisions and tags, remembered on this machine. If one is lost, it is looked up again.
 
 use super::Disk;
 use super::files;
@@ -9,6 +9,7 @@ use crate::key::{ArtifactName, Version};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// The content of `refs/<name>/<revision>`.
 #[derive(Debug, Serialize, Deserialize)]
 struct Stored {
     version: Version,
@@ -16,7 +17,7 @@ struct Stored {
     resolved_at_unix: u64,
 }
 
-/// A remembered answer.
+/// The version that a revision resolved to, and the time since.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RememberedRef {
     pub(crate) version: Version,
@@ -24,20 +25,20 @@ pub(crate) struct RememberedRef {
 }
 
 impl Disk {
-    /// What `revision` of `name` last resolved to, if it ever did here.
+    /// Returns the version that `revision` of `name` last resolved to; `None` if none is remembered here.
     pub(crate) fn remembered_ref(&self, name: &ArtifactName, revision: &str) -> Result<Option<RememberedRef>> {
         let bytes = files::read_small(&self.layout().reference(name, revision), 4096)?;
         let stored = bytes.and_then(|bytes| serde_json::from_slice::<Stored>(&bytes).ok());
         Ok(stored.map(|stored| {
             let since_epoch = Duration::from_secs(stored.resolved_at_unix);
             let resolved_at = UNIX_EPOCH.checked_add(since_epoch).unwrap_or(UNIX_EPOCH);
-            // A clock that went back makes an answer old, not fresh for ever.
+            // If the clock was set back, a time in the future counts as old. It must not stay fresh for ever.
             let age = SystemTime::now().duration_since(resolved_at).unwrap_or(Duration::MAX);
             RememberedRef { version: stored.version, age }
         }))
     }
 
-    /// Remembers what `revision` of `name` resolved to, `age` ago.
+    /// Remembers that `revision` of `name` resolved to `version`, `age` ago.
     pub(crate) fn remember_ref(
         &self,
         name: &ArtifactName,
@@ -55,7 +56,7 @@ impl Disk {
         files::replace_hint(&path, &serde_json::to_vec(&stored).unwrap_or_default(), &self.layout().stagings())
     }
 
-    /// Forgets what `revision` of `name` meant: it means nothing any more.
+    /// Forgets the version of `revision` of `name`, because the revision no longer exists.
     pub(crate) fn forget_ref(&self, name: &ArtifactName, revision: &str) -> Result<()> {
         self.ensure_writable()?;
         files::remove(&self.layout().reference(name, revision))

@@ -1,13 +1,12 @@
-//! The only code that calls the filesystem below the root of a cache directory.
+//! Filesystem access below the root of a cache directory, without following symbolic links.
 //!
-//! Other users may write in a shared directory. At any moment they may put a symbolic link in the place of a folder, so a
-//! check of a path says nothing about the next use of that path. Every call here works in two steps: it opens the folder
-//! of a name without following a link, and then acts on that descriptor and one name, without following a link there.
-//! A [`RootedPath`] therefore is no `std::path::Path`, and nothing turns it into one but [`RootedPath::full`], for
-//! messages and for callers. `cargo xtask tidy` refuses calls of `std::fs` in the other modules that work below a root.
+//! Other users may write in a shared directory. They may replace a folder by a symbolic link at any moment, so a check
+//! of a path guarantees nothing for its next use. Each call here has two steps: it opens the folder of a name without
+//! following links, and then acts on that descriptor and one name, without following a link there. A link in the place
+//! of a folder counts as an empty folder: lookups find nothing, and creating an entry fails with `NotADirectory`.
 //!
-//! A link in the place of a folder has nothing in it: looking finds nothing there, and making something there fails with
-//! `NotADirectory`.
+//! A [`RootedPath`] is not a `std::path::Path`; only [`RootedPath::full`] converts it, for messages and for callers.
+//! `cargo xtask tidy` refuses calls of `std::fs` in the other modules that work below a root.
 
 use crate::manifest::FileIdentity;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags, Stat, Timespec, Timestamps};
@@ -23,46 +22,47 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// How deep nested folders are removed or walked through. The paths of artifacts are far shorter; a deeper
-/// tree was planted.
+/// Maximum nesting of folders that are walked or removed. Paths of artifacts are far shorter, so a deeper tree was
+/// planted.
 pub(super) const DEPTH_MAX: usize = 512;
-/// How a folder is opened to act on names in it. `O_PATH` needs no permission to list it.
+/// Flags to open a folder in order to act on names in it. `O_PATH` needs no permission to list the folder.
 #[cfg(target_os = "linux")]
 const FOLDER: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 #[cfg(not(target_os = "linux"))]
 const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
-/// This moment, by the filesystem's clock. Setting it needs write access only; any other time needs ownership.
+/// The current time of the filesystem. Setting it needs write access only; any other time needs ownership.
 pub(super) const NOW: Timestamps = {
     let now = Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
     Timestamps { last_access: now, last_modification: now }
 };
 
-/// The folder that all paths start from.
+/// The folder from which all paths start.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Root {
-    /// As the caller named it.
+    /// The path that the caller gave.
     named: PathBuf,
-    /// The same folder, without symbolic links.
+    /// The path of that folder without symbolic links.
     real: PathBuf,
 }
 
-/// A path at or below a root. Below the root no symbolic link is followed.
+/// A path at or below a root. No symbolic link below the root is followed.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct RootedPath {
     root: Arc<Root>,
-    /// Names only: no `..`, no `.`, no root.
+    /// Path below the root. Normal components only: no `..`, no `.`, no leading `/`.
     relative: PathBuf,
 }
 
 impl RootedPath {
-    /// The root itself, which may lie behind symbolic links. They are resolved once, here. A root that is not there yet
-    /// is taken as it is named.
+    /// Returns the path of the root itself. Symbolic links in `path` are resolved once, here. If the root does not
+    /// exist yet, `path` is used unchanged.
     pub(crate) fn root(path: &Path) -> Self {
+        // Links above the root are followed here, and only here. All other calls use the resolved root.
         let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         Self { root: Arc::new(Root { named: path.to_owned(), real }), relative: PathBuf::new() }
     }
 
-    /// The path of `name`, one or more names, in this folder. Anything but names, such as `..`, is left out.
+    /// Returns the path of `name`, one or more components, in this folder. Components such as `..` are dropped.
     pub(crate) fn join(&self, name: impl AsRef<Path>) -> Self {
         let mut relative = self.relative.clone();
         for component in name.as_ref().components() {
@@ -74,32 +74,32 @@ impl RootedPath {
         Self { root: self.root.clone(), relative }
     }
 
-    /// The folder that it lies in; `None` for the root.
+    /// Returns the folder of this path; `None` for the root.
     pub(crate) fn parent(&self) -> Option<Self> {
         Some(Self { root: self.root.clone(), relative: self.relative.parent()?.to_owned() })
     }
 
-    /// The same folder with another name in it.
+    /// Returns the path of another name in the folder of this path.
     pub(crate) fn with_file_name(&self, name: impl AsRef<OsStr>) -> Self {
         Self { root: self.root.clone(), relative: self.relative.with_file_name(name) }
     }
 
-    /// Its last name, as text; empty for the root, or where it is not UTF-8.
+    /// Returns the last component; empty for the root, or if it is not UTF-8.
     pub(crate) fn name(&self) -> &str {
         self.relative.file_name().and_then(OsStr::to_str).unwrap_or_default()
     }
 
-    /// It and the folders above it, up to the root.
+    /// Iterates over this path and the folders above it, up to the root.
     pub(crate) fn ancestors(&self) -> impl Iterator<Item = Self> {
         std::iter::successors(Some(self.clone()), Self::parent)
     }
 
-    /// What follows `folder` in it, if it lies there.
+    /// Returns the part of this path after `folder`; `None` if it is not below `folder`.
     pub(crate) fn below(&self, folder: &Self) -> Option<&Path> {
         (self.root == folder.root).then(|| self.relative.strip_prefix(&folder.relative).ok())?
     }
 
-    /// The whole path, for callers, messages and other programs. Nothing in this crate opens it.
+    /// Returns the whole path, for callers, messages and other programs. Nothing in this crate opens it.
     pub(crate) fn full(&self) -> PathBuf {
         if self.relative.as_os_str().is_empty() {
             self.root.named.clone()
@@ -108,41 +108,43 @@ impl RootedPath {
         }
     }
 
+    /// Returns the whole path with the resolved root.
     fn real(&self) -> PathBuf {
         if self.relative.as_os_str().is_empty() { self.root.real.clone() } else { self.root.real.join(&self.relative) }
     }
 
-    /// Its filesystem: sizes and what is free.
+    /// Returns size and free space of the filesystem of this folder.
     pub(crate) fn filesystem(&self) -> io::Result<rustix::fs::StatVfs> {
         Ok(rustix::fs::fstatvfs(self.open_folder()?)?)
     }
 
-    /// Opens it as a folder to act on names in it.
+    /// Opens this folder in order to act on names in it.
     pub(crate) fn open_folder(&self) -> io::Result<Folder> {
         Ok(Folder(self.open_as(FOLDER)?))
     }
 
-    /// Opens it as a folder that can be synced, listed and locked.
+    /// Opens this folder so that it can be synced, listed and locked.
     pub(crate) fn open_dir(&self) -> io::Result<File> {
         Ok(self.open_as(OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC)?.into())
     }
 
-    /// Opens the folder of this path, and no link in the place of one.
+    /// Opens the folder at this path, without following a link in any component below the root.
     fn open_as(&self, flags: OFlags) -> io::Result<OwnedFd> {
         let opened = match openat2(&self.real(), flags) {
             None => self.open_stepwise(flags),
             Some(opened) => opened,
         };
         match opened {
-            // Some component was a link.
+            // A component was a symbolic link.
             Err(Errno::LOOP) => Err(Errno::NOTDIR.into()),
             opened => Ok(opened?),
         }
     }
 
-    /// The same where the kernel, or what stands before it, has no `openat2`: one component after the other.
+    /// Opens the folder one component at a time, for kernels and sandboxes without `openat2`.
     fn open_stepwise(&self, flags: OFlags) -> Result<OwnedFd, Errno> {
         let mut names = self.relative.components().map(|component| component.as_os_str().to_owned()).peekable();
+        // The last component gets the caller's flags, the folders on the way are opened as `FOLDER`.
         let next = |is_last: bool| if is_last { flags } else { FOLDER } | OFlags::NOFOLLOW;
         let flags = next(names.peek().is_none());
         let mut folder = retry_on_intr(|| rustix::fs::open(&self.root.real, flags, Mode::empty()))?;
@@ -153,54 +155,55 @@ impl RootedPath {
         Ok(folder)
     }
 
-    /// Acts on the folder it lies in and its name there.
+    /// Opens the folder of this path, and calls `act` with it and the last component.
     fn at<T>(&self, act: impl FnOnce(&Folder, &OsStr) -> io::Result<T>) -> io::Result<T> {
         match (self.parent(), self.relative.file_name()) {
             (Some(parent), Some(name)) => act(&parent.open_folder()?, name),
-            // The root has a place that is not ours; only ways to look at it come here.
+            // The root: the folder above it does not belong to the cache. Only read-only calls reach this branch.
             _ => act(&self.open_folder()?, OsStr::new(".")),
         }
     }
 
-    /// What lies there, a link itself included.
+    /// Returns the metadata of the entry at this path; for a symbolic link, those of the link itself.
     pub(crate) fn metadata(&self) -> io::Result<Metadata> {
         self.at(|folder, name| folder.metadata(name))
     }
 
-    /// Whether this process may write it.
+    /// Succeeds if this process may write the entry.
     pub(crate) fn check_writable(&self) -> io::Result<()> {
         let access = rustix::fs::Access::WRITE_OK;
         self.at(|folder, name| Ok(rustix::fs::accessat(folder, name, access, AtFlags::EACCESS)?))
     }
 
-    /// Opens a regular file that exists. A pipe or device that was planted in its place neither blocks nor passes.
+    /// Opens an existing regular file. Refuses a pipe or device that was planted in its place, without blocking on it.
     ///
-    /// A file that is to be written must have one link. Another user may have made a second one of a file of ours that
-    /// lies elsewhere, where the kernel allows that (`fs.protected_hardlinks=0`).
+    /// A file to be written must have exactly one link. If the kernel allows it (`fs.protected_hardlinks=0`), another
+    /// user may have linked one of our files from elsewhere into the directory.
     pub(crate) fn open(&self, write: bool) -> io::Result<File> {
         let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
         let (file, named) = self.at(|folder, name| {
             let file = open_at(folder, name, access, Mode::empty())?;
-            // One look at the name tells both which file it is and how many names that has: a second name may have been
-            // removed since the file was opened by it.
+            // One `stat` of the name returns both the inode and the number of links. The link count of the descriptor
+            // would not do: the name through which the file was opened may have been removed since.
             let named = if write { Some(folder.metadata(name)?) } else { None };
             Ok((file, named))
         })?;
         let opened = Metadata::of(&file)?;
         let found = named.unwrap_or(opened);
+        // The name was replaced since the file was opened.
         if found.device_and_inode() != opened.device_and_inode() {
             return Err(Errno::STALE.into());
         }
         match found.is_file() {
             true if write && found.nlink() > 1 => {
-                Err(io::Error::new(io::ErrorKind::InvalidInput, "the file has a second name"))
+                Err(io::Error::new(io::ErrorKind::InvalidInput, "the file has more than one hard link"))
             }
             true => Ok(file),
             false => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is a {}, not a file", found.kind()))),
         }
     }
 
-    /// Opens a file of this process for writing past the page cache.
+    /// Opens a file that this process created for writing with O_DIRECT, past the page cache.
     pub(crate) fn open_direct(&self) -> io::Result<File> {
         #[cfg(target_os = "linux")]
         return self.open_at(OFlags::WRONLY | OFlags::DIRECT, Mode::empty());
@@ -208,7 +211,7 @@ impl RootedPath {
         Err(Errno::NOSYS.into())
     }
 
-    /// Makes a new file that may have the permissions `mode`, as far as the umask lets it.
+    /// Creates a new file with the permissions `mode`, reduced by the umask. Fails if the name is taken.
     pub(crate) fn create_new(&self, mode: u32) -> io::Result<File> {
         self.open_at(OFlags::RDWR | OFlags::CREATE | OFlags::EXCL, Mode::from_raw_mode(mode))
     }
@@ -217,11 +220,12 @@ impl RootedPath {
         self.at(|folder, name| open_at(folder, name, access, mode))
     }
 
-    /// Makes a folder. With `mode` it has exactly these permissions.
+    /// Creates a folder. If `mode` is given, the folder has exactly these permissions.
     pub(crate) fn create_dir(&self, mode: Option<u32>) -> io::Result<()> {
         self.at(|folder, name| {
             rustix::fs::mkdirat(folder, name, Mode::from_raw_mode(mode.unwrap_or(0o777)))?;
             let Some(mode) = mode else { return Ok(()) };
+            // `mkdirat` applies the umask, so the mode is set again.
             let made = rustix::fs::openat(
                 folder,
                 name,
@@ -232,7 +236,7 @@ impl RootedPath {
         })
     }
 
-    /// Removes what is no folder.
+    /// Removes a file, link or other entry that is not a folder.
     pub(crate) fn unlink(&self) -> io::Result<()> {
         self.at(|folder, name| Ok(rustix::fs::unlinkat(folder, name, AtFlags::empty())?))
     }
@@ -242,43 +246,45 @@ impl RootedPath {
         self.at(|folder, name| Ok(rustix::fs::unlinkat(folder, name, AtFlags::REMOVEDIR)?))
     }
 
-    /// Removes a folder and all it holds, or whatever lies there.
+    /// Removes the entry at this path, of any type; a folder with all its content.
     pub(crate) fn remove_all(&self) -> io::Result<()> {
         self.at(|folder, name| folder.remove_all(name, DEPTH_MAX))
     }
 
-    /// Gives it the path `to`, replacing what lies there.
+    /// Renames the entry to `to`, replacing an existing entry.
     pub(crate) fn rename(&self, to: &Self) -> io::Result<()> {
         self.both(to, |from, name, folder, new| Ok(rustix::fs::renameat(from, name, folder, new)?))
     }
 
-    /// The same with flags, where the filesystem has them.
+    /// Renames the entry to `to` with `flags`. Fails if the filesystem does not support them.
     pub(crate) fn rename_with(&self, to: &Self, flags: RenameFlags) -> Result<(), Errno> {
+        // Keep the error number: the caller distinguishes an unsupported flag from other failures.
         let renamed =
             self.both(to, |from, name, folder, new| Ok(rustix::fs::renameat_with(from, name, folder, new, flags)?));
         renamed.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
     }
 
-    /// Makes `to`, which must not be there, another name of this file.
+    /// Creates a hard link to this file at `to`, which must not exist.
     pub(crate) fn hard_link(&self, to: &Self) -> io::Result<()> {
         self.both(to, |from, name, folder, new| Ok(rustix::fs::linkat(from, name, folder, new, AtFlags::empty())?))
     }
 
-    /// Makes a symbolic link to `target` here.
+    /// Creates a symbolic link to `target` at this path.
     pub(crate) fn symlink_to(&self, target: &Path) -> io::Result<()> {
         self.at(|folder, name| Ok(rustix::fs::symlinkat(target, folder, name)?))
     }
 
+    /// Opens the folders of this path and of `to`, and calls `act` with both and the last components.
     fn both<T>(&self, to: &Self, act: impl FnOnce(&Folder, &OsStr, &Folder, &OsStr) -> io::Result<T>) -> io::Result<T> {
         self.at(|from, name| to.at(|folder, new| act(from, name, folder, new)))
     }
 
-    /// Sets the last change of what lies there, a link itself included, to now.
+    /// Sets access and modification time of the entry to now; for a symbolic link, those of the link itself.
     pub(crate) fn touch(&self) -> io::Result<()> {
         self.at(|folder, name| folder.touch(name))
     }
 
-    /// The paths directly in this folder.
+    /// Returns the paths of all entries in this folder.
     pub(crate) fn entries(&self) -> io::Result<Vec<Self>> {
         let dir = Dir::new(self.open_dir()?)?;
         let path = |entry: rustix::io::Result<rustix::fs::DirEntry>| match entry {
@@ -302,7 +308,7 @@ impl fmt::Debug for RootedPath {
     }
 }
 
-/// An open folder, to act on names in it.
+/// An open folder. Calls act on names in it.
 #[derive(Debug)]
 pub(crate) struct Folder(OwnedFd);
 
@@ -313,54 +319,56 @@ impl AsFd for Folder {
 }
 
 impl Folder {
-    /// What lies at `name`, a link itself included.
+    /// Returns the metadata of the entry `name`; for a symbolic link, those of the link itself.
     pub(crate) fn metadata(&self, name: impl AsRef<OsStr>) -> io::Result<Metadata> {
         Ok(Metadata(rustix::fs::statat(&self.0, name.as_ref(), AtFlags::SYMLINK_NOFOLLOW)?))
     }
 
-    /// Opens the folder at `name` to act on names in it, and no link in its place.
+    /// Opens the folder `name` in this folder. Fails if it is a symbolic link.
     pub(crate) fn open_folder(&self, name: impl AsRef<OsStr>) -> io::Result<Self> {
         let flags = FOLDER | OFlags::NOFOLLOW;
         Ok(Self(retry_on_intr(|| rustix::fs::openat(&self.0, name.as_ref(), flags, Mode::empty()))?))
     }
 
-    /// Sets the last change of what lies at `name` to now.
+    /// Sets access and modification time of the entry `name` to now.
     pub(crate) fn touch(&self, name: impl AsRef<OsStr>) -> io::Result<()> {
         Ok(rustix::fs::utimensat(&self.0, name.as_ref(), &NOW, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
-    /// Removes whatever lies at `name`. Each folder is emptied through its own descriptor.
+    /// Removes the entry `name`, of any type. Each folder is emptied through its own descriptor.
     fn remove_all(&self, name: &OsStr, depth: usize) -> io::Result<()> {
         let Some(depth) = depth.checked_sub(1) else { return Err(too_deep()) };
         match rustix::fs::unlinkat(&self.0, name, AtFlags::empty()) {
-            // What Linux, and what POSIX says of a folder.
+            // It is a folder: Linux returns EISDIR, POSIX specifies EPERM.
             Err(Errno::ISDIR | Errno::PERM) if self.metadata(name)?.is_dir() => {}
             removed => return Ok(removed?),
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let folder = Self(rustix::fs::openat(&self.0, name, flags, Mode::empty())?);
+        // List all names before removing any: removal during a listing may skip entries.
         let names: Vec<OsString> = Dir::read_from(&folder)?
             .filter(|entry| !entry.as_ref().is_ok_and(|entry| is_itself(entry.file_name())))
             .map(|entry| Ok(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned()))
             .collect::<io::Result<_>>()?;
         for name in names {
+            // Another process may be removing the same tree.
             absent(folder.remove_all(&name, depth))?;
         }
         Ok(rustix::fs::unlinkat(&self.0, name, AtFlags::REMOVEDIR)?)
     }
 }
 
-/// The folders of successive paths, each opened once while the next path lies in it.
+/// Looks up paths one after the other, and opens their folder once for successive paths in one folder.
 #[derive(Debug, Default)]
 pub(crate) struct Folders(Option<(RootedPath, Option<Folder>)>);
 
 impl Folders {
-    /// Starts with the folder at `path`, which is open already.
+    /// Starts with `folder`, which is already open at `path`.
     pub(crate) fn starting_at(path: RootedPath, folder: Folder) -> Self {
         Self(Some((path, Some(folder))))
     }
 
-    /// What lies at `path`, or `None`.
+    /// Returns the metadata of the entry at `path`; `None` if there is none.
     pub(crate) fn metadata(&mut self, path: &RootedPath) -> io::Result<Option<Metadata>> {
         let (Some(parent), Some(name)) = (path.parent(), path.relative.file_name()) else {
             return absent(path.metadata());
@@ -376,13 +384,13 @@ impl Folders {
     }
 }
 
-/// What there is to know of a file, a folder or a link without opening it.
+/// The metadata of a file, a folder or a link, as returned by `stat`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Metadata(Stat);
 
 #[allow(clippy::unnecessary_cast, reason = "the fields have other types on other platforms")]
 impl Metadata {
-    /// Of an open file.
+    /// Returns the metadata of an open file.
     pub(crate) fn of(file: impl AsFd) -> io::Result<Self> {
         Ok(Self(rustix::fs::fstat(file)?))
     }
@@ -391,7 +399,7 @@ impl Metadata {
         FileType::from_raw_mode(self.0.st_mode)
     }
 
-    /// What it is, for people.
+    /// Returns the name of the file type for messages.
     pub(crate) fn kind(&self) -> &'static str {
         match self.file_type() {
             FileType::RegularFile => "file",
@@ -412,13 +420,14 @@ impl Metadata {
         self.file_type() == FileType::Directory
     }
 
-    /// Bytes.
+    /// Returns the length in bytes.
     pub(crate) fn len(&self) -> u64 {
         self.0.st_size as u64
     }
 
-    /// Bytes that it takes on the filesystem.
+    /// Returns the bytes allocated on the filesystem.
     pub(crate) fn allocated(&self) -> u64 {
+        // `st_blocks` counts units of 512 bytes on every filesystem.
         self.0.st_blocks as u64 * 512
     }
 
@@ -430,7 +439,7 @@ impl Metadata {
         self.0.st_dev as u64
     }
 
-    /// Device and inode number: which file of this machine it is.
+    /// Returns device and inode number, which identify a file on this machine.
     pub(crate) fn device_and_inode(&self) -> (u64, u64) {
         (self.dev(), self.ino())
     }
@@ -439,20 +448,21 @@ impl Metadata {
         self.0.st_nlink as u64
     }
 
-    /// Who owns it.
+    /// Returns the user id of the owner.
     pub(crate) fn uid(&self) -> u32 {
         self.0.st_uid
     }
 
-    /// Permissions, set-ID bits and the sticky bit.
+    /// Returns permissions, set-ID bits and the sticky bit.
     pub(crate) fn mode(&self) -> u32 {
         self.0.st_mode as u32 & 0o7777
     }
 
-    /// The last change of its content.
+    /// Returns the modification time.
     pub(crate) fn modified(&self) -> SystemTime {
         let nanoseconds = Duration::from_nanos(self.0.st_mtime_nsec as u64);
         let seconds = Duration::from_secs((self.0.st_mtime as i64).unsigned_abs());
+        // Times before 1970 are negative.
         let whole = if (self.0.st_mtime as i64) < 0 {
             UNIX_EPOCH.checked_sub(seconds)
         } else {
@@ -461,7 +471,7 @@ impl Metadata {
         whole.and_then(|whole| whole.checked_add(nanoseconds)).unwrap_or(UNIX_EPOCH)
     }
 
-    /// What tells it from another file, as manifests record it.
+    /// Returns the identity that manifests record: inode, size and modification time.
     pub(crate) fn identity(&self) -> FileIdentity {
         let mtime_ns =
             (self.0.st_mtime as i64).saturating_mul(1_000_000_000).saturating_add(self.0.st_mtime_nsec as i64);
@@ -469,13 +479,13 @@ impl Metadata {
     }
 }
 
-/// Opens `name` in `folder`, and no link there. A pipe does not block.
+/// Opens `name` in `folder`. Fails on a symbolic link, and does not block on a pipe.
 fn open_at(folder: &Folder, name: &OsStr, access: OFlags, mode: Mode) -> io::Result<File> {
     let flags = access | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     Ok(retry_on_intr(|| rustix::fs::openat(folder, name, flags, mode))?.into())
 }
 
-/// Turns "not found" into `None`. A name below what is no folder is not there either.
+/// Turns "not found" into `None`. A path through an entry that is not a folder counts as not found, too.
 pub(crate) fn absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -484,10 +494,10 @@ pub(crate) fn absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Opens a folder without following a link anywhere in its path; `None` where that call is not to be had.
+/// Opens a folder without following a link anywhere in its path; `None` if `openat2` is not available.
 #[cfg(target_os = "linux")]
 fn openat2(path: &Path, flags: OFlags) -> Option<Result<OwnedFd, Errno>> {
-    /// Linux before 5.6 has no such call; some sandboxes refuse it with EPERM, which it never answers by itself.
+    /// Linux before 5.6 has no `openat2`. Some sandboxes refuse it with EPERM, which the call itself never returns.
     static IS_MISSING: AtomicBool = AtomicBool::new(false);
     if IS_MISSING.load(Ordering::Relaxed) {
         return None;
@@ -507,13 +517,13 @@ fn openat2(_: &Path, _: OFlags) -> Option<Result<OwnedFd, Errno>> {
     None
 }
 
-/// Whether a listed name is that of the folder itself or the one above.
+/// Returns true for the entries `.` and `..` of a listing.
 fn is_itself(name: &CStr) -> bool {
     matches!(name.to_bytes(), b"." | b"..")
 }
 
 fn too_deep() -> io::Error {
-    io::Error::other(format!("folders lie in each other more than {DEPTH_MAX} deep"))
+    io::Error::other(format!("folders are nested more than {DEPTH_MAX} deep"))
 }
 
 #[cfg(test)]
@@ -521,8 +531,8 @@ mod tests {
     use super::*;
     use std::fs;
 
-    /// A root with a folder `in/deep` and a file in it, and beside it a folder that no path below the root may reach.
-    fn house() -> (tempfile::TempDir, RootedPath, PathBuf) {
+    /// Creates a root with the file `in/deep/file`, and beside it a folder that no path below the root may reach.
+    fn directory() -> (tempfile::TempDir, RootedPath, PathBuf) {
         let folder = tempfile::tempdir().expect("folder");
         for (path, content) in [("root/in/deep/file", "ours"), ("outside/deep/file", "theirs")] {
             let path = folder.path().join(path);
@@ -549,7 +559,7 @@ mod tests {
     #[test]
     fn a_link_in_the_place_of_a_folder_has_nothing_in_it() {
         for depth in 1..=2 {
-            let (_folder, root, outside) = house();
+            let (_folder, root, outside) = directory();
             let names: Vec<&str> = ["in", "deep"][..depth].to_vec();
             let link = root.join(names.join("/"));
             let target = if depth == 1 { outside.clone() } else { outside.join("deep") };
@@ -581,7 +591,7 @@ mod tests {
             not_a_folder(root.join("in/deep").remove_dir());
             not_a_folder(file.touch());
             assert_eq!(content(&outside), before);
-            // What is removed is the link.
+            // `remove_all` removes the link, not its target.
             root.join("in").remove_all().expect("removes");
             assert_eq!(content(&outside), before);
             assert!(absent(root.join("in").metadata()).expect("looks").is_none());
@@ -590,7 +600,7 @@ mod tests {
 
     #[test]
     fn a_link_at_the_end_of_a_path_is_not_followed() {
-        let (_folder, root, outside) = house();
+        let (_folder, root, outside) = directory();
         let link = root.join("in/link");
         link.symlink_to(&outside.join("deep/file")).expect("links");
         let before = content(&outside);
@@ -605,7 +615,7 @@ mod tests {
 
     #[test]
     fn a_file_with_a_second_name_is_not_opened_for_writing() {
-        let (_folder, root, outside) = house();
+        let (_folder, root, outside) = directory();
         let planted = root.join("in/lock");
         fs::hard_link(outside.join("deep/file"), planted.full()).expect("links");
         assert!(planted.open(true).is_err());
@@ -613,8 +623,8 @@ mod tests {
     }
 
     #[test]
-    fn the_way_without_openat2_finds_the_same() {
-        let (_folder, root, outside) = house();
+    fn opening_stepwise_and_by_openat2_have_equal_results() {
+        let (_folder, root, outside) = directory();
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let inode = |opened: Result<OwnedFd, Errno>| opened.map(|fd| Metadata::of(fd).expect("looks").ino());
         root.join("in/link").symlink_to(&outside).expect("links");
@@ -631,7 +641,7 @@ mod tests {
 
     #[test]
     fn the_root_may_lie_behind_links() {
-        let (folder, root, _) = house();
+        let (folder, root, _) = directory();
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(root.full(), &link).expect("links");
         let through = RootedPath::root(&link);
@@ -640,8 +650,8 @@ mod tests {
     }
 
     #[test]
-    fn folders_that_were_nested_without_end_are_left() {
-        let (_folder, root, _) = house();
+    fn removing_folders_nested_too_deep_fails() {
+        let (_folder, root, _) = directory();
         let (mut deep, names) = (root.clone(), vec!["d"; 40].join("/"));
         for _ in 0..DEPTH_MAX / 40 + 1 {
             deep = deep.join(&names);
@@ -652,14 +662,14 @@ mod tests {
         });
         drop(made.expect("makes"));
         assert!(root.join("d").remove_all().is_err());
-        // It can be removed from below.
+        // The tree can be removed in two halves, the lower one first.
         deep.ancestors().nth(200).expect("half of it").remove_all().expect("removes");
         root.join("d").remove_all().expect("removes");
     }
 
     #[test]
-    fn whatever_lies_below_is_removed_and_names_are_names() {
-        let (_folder, root, _) = house();
+    fn remove_all_removes_a_tree_and_path_helpers_return_components() {
+        let (_folder, root, _) = directory();
         assert_eq!(root.join("in").entries().expect("lists"), [root.join("in/deep")]);
         root.join("in").remove_all().expect("removes");
         assert_eq!(root.entries().expect("lists"), []);

@@ -1,9 +1,8 @@
-//! What a local directory has of one artifact, as a source for a fill of another place: a lower directory, or the blobs
-//! of our own that cannot be linked.
+//! A local directory as a source for a fill: a lower directory, or blobs of the own directory that cannot be linked.
 //!
-//! Files are found by digest, so that other artifacts' bytes serve as well. Nothing is promised about them: the pour
-//! checks what it reads here as it checks a server's. No lock is taken; a file that is evicted meanwhile stays readable
-//! while it is open, and is `NotFound` after.
+//! Files are found by digest, so that blobs of other artifacts can be used as well. Their bytes are not trusted: a
+//! download verifies them like those of a server. No lock is taken. A file that is evicted meanwhile stays readable
+//! while it is open; later reads return `NotFound`.
 
 use super::{Disk, RootedPath, fault, files};
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -19,10 +18,10 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
-/// Bytes read at a time.
+/// Maximum bytes per chunk of a body.
 const CHUNK_BYTES: u64 = 1 << 20;
 
-/// Files of one artifact that lie in a local directory.
+/// The files of one artifact that a local directory has.
 #[derive(Debug)]
 pub(crate) struct DiskSource {
     manifest: Option<Manifest>,
@@ -30,7 +29,7 @@ pub(crate) struct DiskSource {
 }
 
 impl Disk {
-    /// Those of `wanted` whose bytes lie here, in the blobs or in views of `key`.
+    /// Returns a source for the files of `wanted` that are in this directory, as blobs or as views of `key`.
     pub(crate) fn source(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<DiskSource> {
         let (dir, manifest) = (self.layout().artifact(key), self.manifest(key)?);
         let mut found = BTreeMap::new();
@@ -38,6 +37,7 @@ impl Disk {
             let Some(digest) = entry.sha256 else { continue };
             let held = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
             let view = held.filter(|held| held.held.is_some() && held.sha256 == Some(digest)).map(|_| dir.view(path));
+            // The blob first: its name is its digest. A view serves if its manifest entry has the digest.
             for candidate in [Some(self.layout().blob(&digest)), view].into_iter().flatten() {
                 let metadata = files::stat(&candidate)?.filter(|metadata| metadata.is_file());
                 if metadata.is_some_and(|metadata| metadata.len() == entry.size) {
@@ -66,7 +66,7 @@ impl Source for DiskSource {
     }
 
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
-        let gone = || Error::not_found(format!("{path} is not there any more")).tier(Tier::Disk);
+        let gone = || Error::not_found(format!("{path} is no longer on disk")).tier(Tier::Disk);
         let from = self.files.get(path).ok_or_else(gone)?.clone();
         let opened = from.clone();
         let file = blocking(move || files::absent(opened.open(false)).map_err(|cause| fault("open", &opened, cause)))
@@ -80,6 +80,7 @@ impl Source for DiskSource {
                 let chunk = blocking(move || {
                     let chunk = chunk(&file, &range).map_err(|cause| fault("read", &from, cause))?;
                     let next = range.start + chunk.len() as u64;
+                    // The file was truncated since its size was checked.
                     if chunk.is_empty() {
                         return Err(Error::new(ErrorKind::Corrupt, format!("{} ends early", from)));
                     }
@@ -95,6 +96,7 @@ impl Source for DiskSource {
     }
 }
 
+/// Reads the beginning of `range`, at most [`CHUNK_BYTES`].
 fn chunk(file: &File, range: &Range<u64>) -> std::io::Result<Bytes> {
     let want = (range.end - range.start).min(CHUNK_BYTES);
     let mut bytes = vec![0; usize::try_from(want).unwrap_or_default()];

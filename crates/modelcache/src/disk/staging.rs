@@ -1,9 +1,9 @@
-//! Staging: the private folder of one fill, made and reserved in one budget hold.
+//! Staging: the private folder of one fill. It holds files being downloaded, and links to blobs that the fill reuses.
 //!
-//! The journal in it is locked by the fill that owns the folder; a folder whose lock can be gained is a dead fill's. The
-//! next fill of the same key adopts it and goes on with files that are named by a digest; others may remove it, and do
-//! so before anything that is published goes. Blobs that the fill reuses are linked into staging first, so that they
-//! cannot be evicted from under it.
+//! The fill that owns the folder holds the lock of the journal in it. If that lock can be taken, the fill is dead. The
+//! next fill of the same key adopts the folder and resumes its files, if they are named by a digest; other processes
+//! remove it before they evict anything. The folder is created, and its bytes are reserved, in one critical section
+//! (budget lock held). The steps are those under *Fill* and *Resume* in `docs/disk-format.md`.
 
 use super::Disk;
 use super::budget::{BudgetHold, allocated_for};
@@ -27,58 +27,63 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-/// Smaller files are hashed in moments, whoever waits.
-const JUDGED_AHEAD_BYTES_MIN: u64 = 16 << 20;
-/// Age after which a temporary file in staging is nobody's.
+/// Minimum size of files that are hashed before the budget lock is taken. Smaller ones take moments under it.
+const PREHASH_BYTES_MIN: u64 = 16 << 20;
+/// Age after which the writer of a temporary file is presumed dead, if its lock gives no answer.
 const TEMPORARY_AGE_MAX: Duration = Duration::from_secs(3600);
-/// Age after which a sweep removes what a fill left to be resumed.
+/// Age after which a sweep removes a resumable staging folder.
 const RESUME_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
-/// How long a fill waits for room that readers or other fills may give back.
+/// Maximum wait for room that leases or other fills may release.
 const ROOM_WAIT_MAX: Duration = Duration::from_secs(5);
-/// How long writes that are still under way are waited for.
+/// Maximum wait for writes that are still running when the folder is removed.
 const WRITES_WAIT_MAX: Duration = Duration::from_secs(10);
-/// How often a staging folder is made anew.
+/// Attempts to create a staging folder and to lock its journal.
 const MAKES_MAX: usize = 16;
-/// Time between two looks for room.
+/// Time between two attempts to make room.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// The name of the journal in each folder.
 const JOURNAL: &str = "journal";
 
+/// The content of a staging folder's journal.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Journal {
-    /// Which artifact is being filled, for people.
+    /// The artifact being filled, for messages.
     key: String,
     pid: u32,
     /// Bytes that the folder will hold when the fill is done.
     reserved: u64,
 }
 
-/// A fill's own folder. Dropped before it is [discarded](Self::discard), it stays if its fill can be resumed.
+/// The staging folder of a running fill. If it is dropped without [`discard`](Self::discard), the folder stays if the
+/// fill can be resumed.
 #[derive(Debug)]
 pub(crate) struct Staging {
     disk: Disk,
     dir: RootedPath,
     owner: Arc<FileLock>,
-    /// Staged names that are links to blobs, and the identity under which their bytes are known to be right.
+    /// Hard links and reflinks to local files: staged name, and identity under which the bytes are known to be right.
     reused: BTreeMap<String, FileIdentity>,
-    /// Those of them that are reflinks, which count by themselves, and the bytes that they take.
+    /// The reflinks among them, and the bytes that each takes. Unlike hard links they count separately.
     reflinked: BTreeMap<String, u64>,
 }
 
-/// What one staging folder takes.
+/// The space that one staging folder takes, and the state of its fill.
 #[derive(Debug)]
 pub(crate) struct StagingUse {
     pub(crate) dir: RootedPath,
+    /// True while the fill that owns the folder lives.
     pub(crate) live: bool,
+    /// Bytes allocated by files that are not links to blobs.
     pub(crate) allocated: u64,
+    /// Bytes that the journal reserves.
     reserved: u64,
-    /// The artifact, as its journal tells it.
+    /// The artifact, according to the journal.
     key: String,
     pid: u32,
 }
 
 impl StagingUse {
-    /// Reserved and not yet written.
+    /// Returns the bytes that a live fill has reserved and not yet written.
     pub(crate) fn outstanding(&self) -> u64 {
         if self.live { self.reserved.saturating_sub(self.allocated) } else { 0 }
     }
@@ -91,12 +96,12 @@ impl StagingUse {
         self.dir.name().starts_with(&key.hash())
     }
 
-    /// A live fill, for people.
+    /// Describes a live fill for messages.
     pub(crate) fn described(&self) -> String {
         format!("a fill of {} by process {} ({} bytes)", self.key, self.pid, self.reserved.max(self.allocated))
     }
 
-    /// Whether the next fill of its key may want what is left here.
+    /// Returns true if a later fill may resume from this folder: it has content, and was changed within the last day.
     pub(crate) fn may_be_resumed(&self) -> bool {
         let modified = |path: &RootedPath| path.metadata().ok().map(|metadata| metadata.modified());
         let latest = files::entries(&self.dir).unwrap_or_default().iter().filter_map(modified).max();
@@ -104,11 +109,11 @@ impl StagingUse {
         is_resumable(&self.dir) && self.journal().metadata().is_ok() && age.is_some_and(|age| age < RESUME_AGE_MAX)
     }
 
-    /// Whether a fill that wants the files called `names` may take over what is here: they are most of it. A fill of
-    /// less leaves it to one of more.
-    fn is_for(&self, names: &BTreeSet<String>) -> bool {
+    /// Returns true if the files called `names` make up at least half of the bytes here. A fill of fewer files does not
+    /// adopt the folder, and leaves it to a larger one.
+    fn is_mostly(&self, names: &BTreeSet<String>) -> bool {
         let (mut wanted, mut all) = (0, 0);
-        for path in files::entries(&self.dir).unwrap_or_default().iter().filter(|path| by_content(path)) {
+        for path in files::entries(&self.dir).unwrap_or_default().iter().filter(|path| is_named_by_content(path)) {
             let bytes = path.metadata().map_or(0, |metadata| metadata.len());
             all += bytes;
             wanted += if names.contains(staged_part(path)) { bytes } else { 0 };
@@ -124,42 +129,44 @@ impl StagingUse {
 
 fn remove_staging(dir: &RootedPath) -> Result<()> {
     let journal = dir.join(JOURNAL);
+    // The journal goes last: while it exists, its lock shows other processes that the folder is in use.
     for path in files::entries(dir)?.into_iter().filter(|path| *path != journal) {
         files::remove(&path)?;
     }
     files::remove(dir)
 }
 
+/// Returns the staged names of `wanted`.
 fn names_of(wanted: &[(FilePath, FileEntry)]) -> BTreeSet<String> {
     wanted.iter().map(|(path, entry)| staged_name(path, entry)).collect()
 }
 
-/// The name of the staged file at `path`, or of the one whose parts the journal at `path` names.
+/// Returns the name of the staged file at `path`; for a parts journal, the name of the staged file that it describes.
 fn staged_part(path: &RootedPath) -> &str {
     path.name().strip_suffix(".parts").unwrap_or(path.name())
 }
 
-/// Whether a staged file is named by its content.
-fn by_content(path: &RootedPath) -> bool {
+/// Returns true if a staged file is named by a digest of its content, so that it can be verified without its fill.
+fn is_named_by_content(path: &RootedPath) -> bool {
     staged_part(path).starts_with("sha256-") || staged_part(path).starts_with("git-")
 }
 
-/// Whether anything in the folder has bytes that are nowhere else, and is named by its content, so that whoever goes on
-/// with it can check it.
+/// Returns true if the folder has a file that a later fill can verify by its name, with bytes that exist nowhere else.
 fn is_resumable(dir: &RootedPath) -> bool {
     let has_bytes = |path: &RootedPath| files::stat(path).is_ok_and(|found| found.is_some_and(|m| m.nlink() == 1));
-    files::entries(dir).unwrap_or_default().iter().any(|path| by_content(path) && has_bytes(path))
+    files::entries(dir).unwrap_or_default().iter().any(|path| is_named_by_content(path) && has_bytes(path))
 }
 
 impl Disk {
-    /// Makes a staging folder for `key`, or adopts what a dead fill left; links what disk already has of `wanted`, makes
-    /// room for the rest, reserves it. Waits a little for room that is only held for now.
+    /// Creates or adopts a staging folder for `key`, links the files of `wanted` that are already on disk, makes room
+    /// for the others, and reserves it. Waits up to [`ROOM_WAIT_MAX`] for room that leases or other fills may release.
     pub(crate) fn begin_fill(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<Staging> {
         self.ensure_writable()?;
         self.refuse_beyond_budget(key, wanted)?;
         let started = Instant::now();
         loop {
             let found_right = self.hash_unsynced(wanted)?;
+            // Each attempt is one critical section. Between attempts the budget lock is free.
             match self.try_begin_fill(key, wanted, found_right).map_err(|error| error.artifact(key)) {
                 Err(error) if error.kind() == ErrorKind::Full && error.is_transient() => {
                     if started.elapsed() > ROOM_WAIT_MAX {
@@ -172,24 +179,27 @@ impl Disk {
         }
     }
 
-    /// Hashes what is wanted, is here, and has nobody to vouch for it, such as what a writer left that died before it was
-    /// durable: in a budget hold that would keep everybody waiting. Those that are right, as they were then.
+    /// Hashes the wanted blobs for which no manifest vouches, for instance because their writer died before it synced
+    /// them. Returns the right ones, with the identity that each had when it was hashed.
+    ///
+    /// This is done before the budget lock is taken, because hashing under it would block all other processes.
     fn hash_unsynced(&self, wanted: &[(FilePath, FileEntry)]) -> Result<Vec<(Digest, FileIdentity)>> {
-        let mut doubtful: BTreeMap<Digest, (&FileEntry, FileIdentity)> = BTreeMap::new();
-        for (_, entry) in wanted.iter().filter(|(_, entry)| entry.size >= JUDGED_AHEAD_BYTES_MIN) {
+        let mut present: BTreeMap<Digest, (&FileEntry, FileIdentity)> = BTreeMap::new();
+        for (_, entry) in wanted.iter().filter(|(_, entry)| entry.size >= PREHASH_BYTES_MIN) {
             let Some(digest) = entry.sha256 else { continue };
             let blob =
                 files::stat(&self.layout().blob(&digest))?.filter(|blob| blob.is_file() && blob.len() == entry.size);
             if let Some(blob) = blob {
-                doubtful.insert(digest, (entry, blob.identity()));
+                present.insert(digest, (entry, blob.identity()));
             }
         }
-        if doubtful.is_empty() {
+        if present.is_empty() {
             return Ok(Vec::new());
         }
+        // A short critical section to look up the records, then hash without the lock.
         let mut hold = self.hold_budget()?;
         let mut unvouched = Vec::new();
-        for (digest, (entry, identity)) in doubtful {
+        for (digest, (entry, identity)) in present {
             if !hold.is_vouched(&digest, identity)? {
                 unvouched.push((digest, entry, identity));
             }
@@ -199,11 +209,14 @@ impl Disk {
             let path = self.layout().blob(digest);
             let Ok(file) = path.open(false) else { return false };
             let is_known = || Metadata::of(&file).is_ok_and(|found| found.identity() == *known);
+            // The identity must be unchanged after hashing, too: otherwise the digest is not that of this identity.
             is_known() && hashing::has_digest(&file, *digest, entry.ladder.as_ref()).unwrap_or(false) && is_known()
         };
         Ok(unvouched.into_iter().filter(is_right).map(|(digest, _, identity)| (digest, identity)).collect())
     }
 
+    /// Makes one attempt of [`begin_fill`](Self::begin_fill), in one critical section. `found_right` lists the blobs
+    /// that were hashed before.
     pub(super) fn try_begin_fill(
         &self,
         key: &ArtifactKey,
@@ -212,26 +225,33 @@ impl Disk {
     ) -> Result<Staging> {
         let mut hold = self.hold_budget()?;
         hold.found_right = found_right;
+        // Adopt the staging folder of a dead fill of this key, or create one.
         let mut staging = match self.adopt_staging(key, wanted)? {
             Some(adopted) => adopted,
             None => self.make_staging(key)?,
         };
         let names = names_of(wanted);
-        hold.drop_dead_stagings(|staging| staging.is_of(key) && (!staging.may_be_resumed() || staging.is_for(&names)))?;
+        // Remove the other dead folders of this key, except those that a larger fill may resume.
+        hold.drop_dead_stagings(|staging| {
+            staging.is_of(key) && (!staging.may_be_resumed() || staging.is_mostly(&names))
+        })?;
+        // Link the files that are already here. From now on no eviction can free their bytes.
         for (path, entry) in wanted {
             staging.reuse(&mut hold, key, path, entry)?;
         }
+        // Make room for the rest, less the bytes that the adopted folder already holds.
         let missing = wanted.iter().map(|(path, entry)| (staged_name(path, entry), space_to_stage(entry.size)));
         let missing: BTreeMap<String, u64> = missing.filter(|(name, _)| !staging.reused.contains_key(name)).collect();
         let reserved = missing.values().chain(staging.reflinked.values()).sum::<u64>();
         let extra = reserved.saturating_sub(staged_bytes(&staging.dir)?);
         hold.make_space(extra, key)?;
+        // Reserve the room before the lock is released, so that another fill does not take it.
         staging.write_journal(key, reserved)?;
         hold.release()?;
         Ok(staging)
     }
 
-    /// Refuses, before anything is evicted, what could never fit.
+    /// Refuses a fill that is larger than the whole budget, before anything is evicted for it.
     fn refuse_beyond_budget(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<()> {
         let distinct: BTreeMap<String, u64> =
             wanted.iter().map(|(path, entry)| (staged_name(path, entry), space_to_stage(entry.size))).collect();
@@ -254,10 +274,10 @@ impl Disk {
                 return Ok(staging);
             }
         }
-        Err(Error::new(ErrorKind::Other, "each new staging folder is locked by somebody else").tier(Tier::Disk))
+        Err(Error::new(ErrorKind::Other, "every new staging folder was locked by another process").tier(Tier::Disk))
     }
 
-    /// `None` where somebody who was only looking had locked the new journal first.
+    /// Creates a staging folder and locks its journal; `None` if a process that tests the lock was first.
     fn try_make_staging(&self, key: &ArtifactKey) -> Result<Option<Staging>> {
         let dir = self.layout().stagings().join(format!("{}-{}", key.hash(), files::random_name()));
         modes::make_new_dir(&dir).at("make", &dir)?;
@@ -272,9 +292,12 @@ impl Disk {
         Ok(Some(staging))
     }
 
-    /// Takes over the dead staging of `key` that holds most of what is wanted, and removes from it what is not wanted
-    /// or cannot be told by its name. Within a budget hold, so that nobody removes it meanwhile.
+    /// Adopts the largest staging folder of a dead fill of `key` in which the wanted files make up at least half of the
+    /// bytes, and removes all other files from it.
+    ///
+    /// The caller holds the budget lock, so that no other process removes the folder meanwhile.
     fn adopt_staging(&self, key: &ArtifactKey, wanted: &[(FilePath, FileEntry)]) -> Result<Option<Staging>> {
+        // If locks do not exclude, a lock that can be taken does not prove that the fill is dead.
         if !self.locks_are_honest() {
             return Ok(None);
         }
@@ -282,24 +305,27 @@ impl Disk {
             self.stagings()?.into_iter().filter(|staging| !staging.live && staging.is_of(key)).collect();
         dead.sort_by_key(|staging| std::cmp::Reverse(staging.allocated));
         let names = names_of(wanted);
+        // Only folders of this user: files being filled have mode 0600.
         let us = rustix::process::geteuid().as_raw();
         dead.retain(|staging| {
-            staging.is_for(&names) && staging.dir.metadata().is_ok_and(|metadata| metadata.uid() == us)
+            staging.is_mostly(&names) && staging.dir.metadata().is_ok_and(|metadata| metadata.uid() == us)
         });
         for StagingUse { dir, .. } in dead {
+            // The process that holds the journal's lock owns the folder. `try_existing` checks after locking that the
+            // path still names the locked file.
             let Some(Some(owner)) = FileLock::try_existing(&dir.join(JOURNAL))? else { continue };
             let staging = Staging::owned(self, dir, owner);
-            // What the ended fill had reserved is nobody's any more.
+            // End the reservation of the dead fill.
             staging.write_journal(key, 0)?;
             if staging.keep_only(&names)? {
-                tracing::info!(%key, bytes = staged_bytes(&staging.dir)?, "going on with what an ended fill left");
+                tracing::info!(%key, bytes = staged_bytes(&staging.dir)?, "resuming the files of an interrupted fill");
                 return Ok(Some(staging));
             }
         }
         Ok(None)
     }
 
-    /// Every staging folder and what it takes. Files that are links to blobs count there, not here.
+    /// Returns every staging folder and the space that it takes. Links to blobs do not count here, but with the blobs.
     pub(crate) fn stagings(&self) -> Result<Vec<StagingUse>> {
         let mut uses = Vec::new();
         for dir in files::entries(&self.layout().stagings())? {
@@ -307,6 +333,7 @@ impl Disk {
                 continue;
             }
             let path = dir.join(JOURNAL);
+            // Live: the owner's lock is held, or, if locks do not exclude, the folder was changed within the last hour.
             let live = !self.is_idle(&dir)? || matches!(FileLock::try_existing(&path)?, Some(None));
             let journal = files::read_small(&path, 4096)?;
             let journal = journal.and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok()).unwrap_or_default();
@@ -316,7 +343,7 @@ impl Disk {
         Ok(uses)
     }
 
-    /// What writers have not given its name yet, directly in `folder`.
+    /// Returns the temporary files and folders directly in `folder`, which their writers have not renamed yet.
     pub(super) fn temporaries(&self, folder: &RootedPath) -> Result<Vec<Temporary>> {
         let mut found = Vec::new();
         for path in files::entries(folder)?.into_iter().filter(is_temporary) {
@@ -325,8 +352,10 @@ impl Disk {
         Ok(found)
     }
 
-    /// Whether the writer of a temporary file with bytes in it died, as far as its lock tells. The caller holds the budget,
-    /// so that nobody is about to write or rename it within a budget hold.
+    /// Returns true if the writer of a non-empty temporary file is dead: its lock can be taken.
+    ///
+    /// The caller holds the budget lock. Temporary files that are written without a lock of their own are written under
+    /// the budget lock, so none of them is in use now.
     pub(super) fn is_dead_temporary(&self, file: &Temporary) -> bool {
         self.locks_are_honest() && file.takes_bytes() && matches!(FileLock::try_existing(&file.path), Ok(Some(Some(_))))
     }
@@ -338,44 +367,44 @@ impl Staging {
         Self { disk: disk.clone(), dir, owner: Arc::new(owner), reused, reflinked }
     }
 
-    /// Where the file called `name` is (to be) staged.
+    /// Returns the path at which the file called `name` is staged.
     pub(crate) fn file(&self, name: &str) -> RootedPath {
         self.dir.join(name)
     }
 
-    /// The identity of `name`, if it is a link to a blob whose bytes are known to be right.
+    /// Returns the identity of the staged file `name` if it is a link or reflink that is known to be right.
     pub(crate) fn reused(&self, name: &str) -> Option<FileIdentity> {
         self.reused.get(name).copied()
     }
 
-    /// The lock that says that this folder is somebody's, for those who write into it.
+    /// Returns the owner lock. Each writer into this folder holds a clone, so that the lock outlasts its writes.
     pub(crate) fn owner(&self) -> Arc<FileLock> {
         self.owner.clone()
     }
 
-    /// Leaves the folder behind, as whoever is killed does.
+    /// Leaves the folder behind, as a killed process does.
     #[cfg(test)]
     pub(super) fn abandon(mut self) {
         self.dir = self.dir.join("left to the next sweep");
     }
 
-    /// Removes the folder: what it held is published, or of no use to anybody. A write that is still under way, whose
-    /// caller has given up, is waited for, so that it leaves nothing behind.
+    /// Removes the folder. Its files are published or no longer needed.
     pub(crate) fn discard(self) -> Result<()> {
         let started = Instant::now();
+        // A write may still be running after its caller has given up. Wait for it, so that it leaves no file behind.
         while Arc::strong_count(&self.owner) > 1 && started.elapsed() < WRITES_WAIT_MAX {
             thread::sleep(Duration::from_millis(2));
         }
         remove_staging(&self.dir)
     }
 
-    /// Removes what is not called by one of `names`, and what is linked elsewhere: the blob is linked anew. Whether
-    /// anything is left.
+    /// Removes all files but those called `names` that can be resumed. Returns true if any are left.
     fn keep_only(&self, names: &BTreeSet<String>) -> Result<bool> {
         let mut kept = false;
         for path in files::entries(&self.dir)? {
+            // A file with more than one link is a reused blob, which is linked again after it was checked.
             let own = files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() == 1);
-            if own && names.contains(staged_part(&path)) && by_content(&path) {
+            if own && names.contains(staged_part(&path)) && is_named_by_content(&path) {
                 kept = true;
             } else if path.name() != JOURNAL {
                 files::remove(&path)?;
@@ -384,11 +413,13 @@ impl Staging {
         Ok(kept)
     }
 
-    /// Everything is written: from here on the folder counts by what it holds.
+    /// Ends the reservation when everything is written. From then on the folder counts by its allocated bytes.
     pub(crate) fn end_reservation(&self, key: &ArtifactKey) -> Result<()> {
         self.write_journal(key, 0)
     }
 
+    /// Replaces the content of the journal, in place, because its lock is bound to the inode. A torn journal counts as
+    /// empty.
     fn write_journal(&self, key: &ArtifactKey, reserved: u64) -> Result<()> {
         use std::os::unix::fs::FileExt;
         let journal = Journal { key: key.to_string(), pid: std::process::id(), reserved };
@@ -399,13 +430,15 @@ impl Staging {
         write.at("write", &self.dir.join(JOURNAL))
     }
 
-    /// Whether `name` is a reflink of a blob.
+    /// Returns true if the staged file `name` is a reflink of a local file.
     pub(crate) fn is_reflink(&self, name: &str) -> bool {
         self.reflinked.contains_key(name)
     }
 
-    /// Links (or reflinks) the bytes of `entry`, if disk has them and they are known, or found, to be right: the blob,
-    /// or where there is none behind it, this artifact's own view. What can only be copied is left to the pour.
+    /// Links the bytes of `entry` into staging if they are on disk and right: the blob, or else this artifact's view.
+    ///
+    /// If the hard link is refused, makes a reflink. If that fails, too, nothing is staged: the download then uses the
+    /// local file as its first source.
     fn reuse(
         &mut self,
         hold: &mut BudgetHold<'_>,
@@ -424,20 +457,24 @@ impl Staging {
             None => hold.vouched_file(&view, &digest)?.map(|known| (view, known)),
         };
         let Some((from, known)) = known.filter(|(_, known)| known.bytes == entry.size) else { return Ok(()) };
+        // A complete local file makes a partial download in an adopted folder useless.
         let target = self.file(&name);
         files::remove_file(&target)?;
         files::remove_file(&journal_of(&target))?;
         match files::absent(link::hard_link(&from, &target)).at("link", &target)? {
+            // Check the link itself: the file may have been replaced between the check and the link.
             Some(true) => match self.disk.linked(&target, &digest, known)? {
                 Some(linked) => drop(self.reused.insert(name, linked)),
                 None => files::remove_file(&target)?,
             },
+            // The link is refused. A reflink is a separate file, and its blocks count in full.
             Some(false) => {
                 if let Some(cloned) = link::reflink(&from, &target, known)? {
                     self.reflinked.insert(name.clone(), allocated_for(entry.size));
                     self.reused.insert(name, cloned);
                 }
             }
+            // Removed since: download it.
             None => {}
         }
         Ok(())
@@ -446,6 +483,7 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
+        // A folder that can be resumed stays for the next fill of the key.
         if self.dir.metadata().is_ok()
             && !is_resumable(&self.dir)
             && let Err(error) = remove_staging(&self.dir)
@@ -455,7 +493,7 @@ impl Drop for Staging {
     }
 }
 
-/// A file or folder that a writer has not given its name yet.
+/// A temporary file or folder (`new-…`) that its writer has not renamed yet.
 #[derive(Debug)]
 pub(super) struct Temporary {
     pub(super) path: RootedPath,
@@ -463,20 +501,21 @@ pub(super) struct Temporary {
 }
 
 impl Temporary {
-    /// Whether it is a file with bytes of its own. One that is a link to a blob counts there.
+    /// Returns true if it is a non-empty file without a further link. A link to a blob counts with the blob.
     fn takes_bytes(&self) -> bool {
         self.metadata.is_file() && self.metadata.nlink() == 1 && self.metadata.len() > 0
     }
 
-    /// Bytes on the filesystem that count here.
+    /// Returns the allocated bytes that count as temporary.
     pub(super) fn allocated(&self) -> u64 {
         if self.takes_bytes() { self.metadata.allocated() } else { 0 }
     }
 
-    /// Removes it if it was left alone for so long that its writer must have ended. In a sticky folder only its owner can.
+    /// Removes it if it was not changed for [`TEMPORARY_AGE_MAX`], after which its writer is presumed dead.
     pub(super) fn remove_if_old(&self) {
         let age = SystemTime::now().duration_since(self.metadata.modified()).ok();
         if age > Some(TEMPORARY_AGE_MAX) {
+            // Errors are ignored: in a sticky folder only the owner of the entry can remove it.
             let _ = match self.metadata {
                 found if found.is_file() => self.path.unlink(),
                 found if found.is_dir() => self.path.remove_dir(),
@@ -490,12 +529,12 @@ fn is_temporary(path: &RootedPath) -> bool {
     path.name().starts_with(files::TEMPORARY)
 }
 
-/// Bytes that a staged file of `size` bytes takes, its journal included.
+/// Returns the bytes that a staged file of `size` bytes and its parts journal take.
 fn space_to_stage(size: u64) -> u64 {
     allocated_for(size) + allocated_for(journal_bytes(size, part_size(size)))
 }
 
-/// Bytes that the folder takes. Files that are links to blobs count there; the journal does not count.
+/// Returns the allocated bytes of the folder, without its journal and without links to blobs, which count as blobs.
 fn staged_bytes(dir: &RootedPath) -> Result<u64> {
     let mut bytes = 0;
     files::walk(dir, &mut |path, metadata| {

@@ -1,11 +1,10 @@
-//! Making what is published durable, after the fact.
+//! Durability: brings published files to stable storage, and clears `unsynced` in their manifests.
 //!
-//! First the bytes of every file that bears a mark, then the names that lead to them, then the manifest without the
-//! marks: a power cut in between leaves marks of another boot, and whoever finds them hashes. A file that the kernel
-//! could not write down is wrong from then on, whatever a read says: it is withdrawn as a wrong one is, and no sync is
-//! tried twice.
+//! A power cut before the end leaves `unsynced` entries of another boot; the process that finds them hashes the files.
+//! If the sync of a file fails, the file counts as wrong and is quarantined, even if reads still succeed. No sync is
+//! tried twice. Files of a dead writer are hashed by the process that wants to lease them, and then synced as usual.
 //!
-//! What a dead writer left is hashed whole first, by the one who wants to lend it, and then made durable the same way.
+//! The numbered steps are those under *Durability* in `docs/disk-format.md`.
 
 use super::acquire::{AcquireOutcome, Mismatch};
 use super::files;
@@ -25,44 +24,46 @@ use std::sync::{OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// From so many files on the whole filesystem is synced at once: each file alone costs the medium a flush.
-const ALL_AT_ONCE: usize = 64;
-/// How long another process that checks the same is waited for; then both do.
+/// Maximum number of files that are synced one by one; each costs a flush of the device. For more, `syncfs` is called.
+const FILE_SYNCS_MAX: usize = 64;
+/// Maximum wait for another process that verifies the same files. After that, both verify them.
 const CHECK_WAIT_MAX: Duration = Duration::from_secs(120);
-/// Time between two looks.
+/// Time between two attempts.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// How often lending for good starts again.
+/// Maximum rounds of [`Disk::sync_selected`] while the artifact is published again.
 const ROUNDS_MAX: usize = 1500;
 
-/// A file that the medium did not take, with the descriptor that was told so.
+/// A file that failed to sync, with the descriptor that reported the error.
 type Refused = (FilePath, FileEntry, File, std::io::Error);
 
-/// A file that is to be durable under an identity, and found right under it.
+/// A file, and the identity under which its bytes are right and are to be recorded as durable.
 pub(super) type SyncedFile = (FilePath, FileEntry, FileIdentity);
 
 impl Disk {
-    /// Makes everything durable that this process published. What fails is told, and does not stop the others.
+    /// Syncs every artifact that this process published. A failure does not stop the others; returns the first error.
     pub(crate) fn sync_dirty(&self) -> Result<()> {
         let mut outcome = Ok(());
         for key in self.dirty() {
             let synced = self.sync_artifact(&key);
             if let Err(error) = &synced {
-                tracing::warn!(artifact = %key, %error, "what was published is not made durable");
+                tracing::warn!(artifact = %key, %error, "the files of a published artifact could not be synced to disk");
             }
             outcome = outcome.and(synced);
         }
         outcome
     }
 
-    /// Makes durable what is published of `key` and in the hands of a writer that lives, this process first of all.
+    /// Syncs the files of `key` that are unsynced by a writer that lives: this process, or another one.
     ///
     /// # Errors
-    /// `Directory` where the medium failed: the file is withdrawn then, and the next get fetches it again.
+    /// `Directory` if the sync of a file failed. That file is quarantined, and the next get downloads it again.
     pub(crate) fn sync_artifact(&self, key: &ArtifactKey) -> Result<()> {
         let _turn = self.pending_syncs().turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // The number is read first: a publication that starts during the sync has a higher one, and stays dirty.
         let (dir, number) = (self.layout().artifact(key), self.dirty_number(key));
-        let synced = self.sync_marked(&dir);
-        // A budget that is held for too long is a reason to try again. That a sync failed is none.
+        let synced = self.sync_unsynced(&dir);
+        // If the budget lock could not be taken (`Unavailable`), the artifact stays dirty and is tried again. A failed
+        // sync is not tried again.
         if let Some(number) = number
             && !synced.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unavailable)
         {
@@ -71,57 +72,59 @@ impl Disk {
         synced
     }
 
-    fn sync_marked(&self, dir: &ArtifactDir) -> Result<()> {
-        // It may have been evicted since.
+    fn sync_unsynced(&self, dir: &ArtifactDir) -> Result<()> {
+        // No manifest: the artifact was evicted, and needs no sync.
         let Some(manifest) = self.read_manifest(dir)? else { return Ok(()) };
         let mut writer_liveness = self.writer_liveness();
-        let marked = manifest.files.iter().filter(|(_, entry)| entry.unsynced().is_some());
+        let unsynced = manifest.files.iter().filter(|(_, entry)| entry.unsynced().is_some());
+        // Files of a dead writer are left out: their bytes must be hashed first, see `recheck`.
         let found =
-            marked.filter_map(|(path, entry)| Some((path.clone(), entry.clone(), writer_liveness.identity(entry)?)));
+            unsynced.filter_map(|(path, entry)| Some((path.clone(), entry.clone(), writer_liveness.identity(entry)?)));
         self.make_durable(dir, &found.collect::<Vec<_>>())?.map_or(Ok(()), Err)
     }
 
-    /// Lends for good: what `selection` chooses of `key` is durable when this returns, if it is here.
+    /// Syncs the selected files of `key`. On return they are durable, or not all of them are here any more.
     pub(crate) fn sync_selected(&self, key: &ArtifactKey, selection: &Selection) -> Result<()> {
         let dir = self.layout().artifact(key);
         for _ in 0..ROUNDS_MAX {
             let Some(manifest) = self.shared_manifest(&dir)? else { return Ok(()) };
-            let is_marked = manifest.selected(selection).any(|(_, entry)| entry.unsynced().is_some());
-            if self.is_read_only() || (!is_marked && !self.is_dirty(key)) {
+            let is_unsynced = manifest.selected(selection).any(|(_, entry)| entry.unsynced().is_some());
+            if self.is_read_only() || (!is_unsynced && !self.is_dirty(key)) {
                 return Ok(());
             }
             self.sync_artifact(key)?;
-            // A writer that has just died leaves what must be hashed.
-            if is_marked && !matches!(self.acquire(key, selection)?, AcquireOutcome::Leased(_)) {
+            // If the writer has just died, acquiring a lease hashes its files and syncs them.
+            if is_unsynced && !matches!(self.acquire(key, selection)?, AcquireOutcome::Leased(_)) {
                 return Ok(());
             }
-            // Somebody may be publishing more of it just now.
+            // Another task of this process may be publishing more files of the artifact at this moment.
             if self.is_dirty(key) {
                 thread::sleep(POLL_INTERVAL);
             }
         }
-        Err(Error::unavailable("it is published again and again while it is made durable"))
+        Err(Error::unavailable("the artifact is published again each time its files have been synced to disk"))
     }
 
-    /// Hashes what a writer left that died before it was durable: what is right is made durable, what is wrong withdrawn.
+    /// Hashes the selected files of dead writers. Syncs the right ones, and quarantines the others.
     pub(super) fn recheck(&self, key: &ArtifactKey, dir: &ArtifactDir, selection: &Selection) -> Result<()> {
         let _turn = self.turn_to_check(dir, selection)?;
         let Some(manifest) = self.read_manifest(dir)? else { return Ok(()) };
         let mut found = Vec::new();
         for (path, entry) in self.doubtful(&manifest, selection) {
+            // Wrong and missing files are recorded one by one, the right ones together in one change of the manifest.
             match self.check_file(&dir.view(&path), &entry)? {
                 Mismatch::Right(identity) => found.push((path, entry, identity)),
                 mismatch => drop(self.record_mismatch(dir, &path, &entry, mismatch)?),
             }
         }
         if !found.is_empty() {
-            tracing::info!(artifact = %key, files = found.len(), "what a process left that ended before it was durable was read in full, and is right");
+            tracing::info!(artifact = %key, files = found.len(), "files left unsynced by a terminated process were read in full and are right");
         }
-        // What the medium refuses is missing then, and fetched again.
+        // If the sync of a file fails, the file is quarantined. It is missing then, and is downloaded again.
         self.make_durable(dir, &found).map(|_| ())
     }
 
-    /// Whether anything selected was left by a writer that died.
+    /// Returns true if a selected file is unsynced by a dead writer.
     pub(super) fn is_doubtful(&self, manifest: &Manifest, selection: &Selection) -> bool {
         let mut writer_liveness = self.writer_liveness();
         manifest
@@ -129,6 +132,7 @@ impl Disk {
             .any(|(_, entry)| entry.unsynced().is_some() && writer_liveness.identity(entry).is_none())
     }
 
+    /// Returns the selected files that are unsynced by a dead writer.
     fn doubtful(&self, manifest: &Manifest, selection: &Selection) -> Vec<(FilePath, FileEntry)> {
         let mut writer_liveness = self.writer_liveness();
         let selected = manifest.selected(selection).filter(|(_, entry)| entry.unsynced().is_some());
@@ -136,8 +140,10 @@ impl Disk {
         doubtful.map(|(path, entry)| (path.clone(), entry.clone())).collect()
     }
 
-    /// Of many who find the same doubtful files at once, after a reboot for instance, one hashes. The lock saves work,
-    /// nothing else: who has waited for too long does it, too.
+    /// Waits for the check lock, so that one of many processes that find the same files, for instance after a reboot,
+    /// hashes them. Returns `None` if another process has done so, or still holds the lock after [`CHECK_WAIT_MAX`].
+    ///
+    /// The lock only saves work: without it, the caller hashes the files that are still left.
     fn turn_to_check(&self, dir: &ArtifactDir, selection: &Selection) -> Result<Option<FileLock>> {
         let (path, started) = (self.layout().check_lock(dir), Instant::now());
         loop {
@@ -153,30 +159,35 @@ impl Disk {
         }
     }
 
-    /// Makes `found` durable, and says so in the manifest of `dir`. What the medium refuses is withdrawn; the first such
-    /// refusal.
+    /// Syncs the files of `found`, and records them as durable in the manifest of `dir`. Quarantines each file
+    /// that fails to sync, and returns the first such error.
     pub(super) fn make_durable(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<Option<Error>> {
         if found.is_empty() {
             return Ok(None);
         }
         let (mut failed, mut refusal) = (BTreeSet::new(), None);
-        if found.len() <= ALL_AT_ONCE || !self.sync_filesystems(dir)? {
-            let (refused, passed_over) = self.sync_files(dir, found)?;
-            failed.extend(passed_over);
+        // Step 1: sync the bytes. For many files, one `syncfs` per filesystem syncs the bytes and the folders.
+        if found.len() <= FILE_SYNCS_MAX || !self.sync_filesystems(dir)? {
+            let (refused, changed) = self.sync_files(dir, found)?;
+            failed.extend(changed);
             for (path, entry, file, cause) in refused {
                 let error = fault("make durable", &dir.view(&path), cause);
-                tracing::warn!(artifact = %dir.path(), file = %path, %error, "the medium did not take it; it is withdrawn, and the next get fetches it again");
+                tracing::warn!(artifact = %dir.path(), file = %path, %error, "the file could not be synced to disk; it is quarantined, and the next get downloads it again");
+                // The page cache may still serve the bytes that the device did not store, so a read proves nothing.
                 self.record_mismatch(dir, &path, &entry, Mismatch::Wrong(file))?;
                 failed.insert(path);
                 refusal.get_or_insert(error);
             }
+            // Step 2: sync the names that lead to the bytes.
             self.sync_folders(dir, found)?;
         }
+        // Step 3: clear `unsynced` in the manifest, in a critical section. The new manifest is synced before its
+        // rename, and its folder after it.
         self.edit_manifest(dir, |manifest| {
             let mut is_changed = false;
             for (path, _, identity) in found.iter().filter(|(path, ..)| !failed.contains(path)) {
                 let entry = manifest.files.get_mut(path).filter(|entry| entry.held.is_some());
-                if let Some(entry) = entry.filter(|entry| self.is_still(dir, path, entry, *identity)) {
+                if let Some(entry) = entry.filter(|entry| self.is_current(dir, path, entry, *identity)) {
                     is_changed |= entry.on_disk() != Some(*identity);
                     entry.held = Some(Held::Disk(*identity));
                 }
@@ -186,27 +197,29 @@ impl Disk {
         Ok(refusal)
     }
 
-    /// Whether what was made durable is what is recorded, or what lies there though another file was recorded.
-    fn is_still(&self, dir: &ArtifactDir, path: &FilePath, entry: &FileEntry, synced: FileIdentity) -> bool {
-        let lies_there = || files::stat(&dir.view(path)).ok().flatten().map(|metadata| metadata.identity());
-        entry.recorded_on_disk() == Some(synced) || lies_there() == Some(synced)
+    /// Returns true if the synced file is the one that the manifest records or, if that is another one, the file that
+    /// is at `path` now.
+    fn is_current(&self, dir: &ArtifactDir, path: &FilePath, entry: &FileEntry, synced: FileIdentity) -> bool {
+        let present = || files::stat(&dir.view(path)).ok().flatten().map(|metadata| metadata.identity());
+        entry.recorded_on_disk() == Some(synced) || present() == Some(synced)
     }
 
-    /// Everything on the filesystems that hold the artifact, at once; `false` where that would not tell of a failure, or
-    /// failed.
+    /// Calls `syncfs` on the filesystems that hold the artifact. Returns false if it failed, or if the kernel does not
+    /// report failures.
     fn sync_filesystems(&self, dir: &ArtifactDir) -> Result<bool> {
-        if !tells_of_failed_syncs() {
+        if !syncfs_reports_errors() {
             return Ok(false);
         }
         let mut done = BTreeSet::new();
         let has_failed = &self.pending_syncs().filesystem_failed;
-        // A failure is told once, and may have been of any file there.
+        // `syncfs` reports a failed write once, for any file of the filesystem. After a failure, sync each file alone.
         if has_failed.load(Ordering::Relaxed) {
             return Ok(false);
         }
         for folder in [dir.files(), self.layout().blobs()] {
             let Some(open) = files::absent(folder.open_dir()).at("open", &folder)? else { continue };
             let device = Metadata::of(&open).at("look at", &folder)?.dev();
+            // `files/` and `blobs/` may be on one filesystem or on two.
             if done.insert(device) && rustix::fs::syncfs(&open).is_err() {
                 has_failed.store(true, Ordering::Relaxed);
                 return Ok(false);
@@ -215,28 +228,29 @@ impl Disk {
         Ok(true)
     }
 
-    /// Syncs each file once; those that the medium refused, and those that are not what was found any more: they keep
-    /// their marks.
+    /// Syncs each file once. Returns the files that failed to sync, and the files with a changed identity, which stay
+    /// unsynced.
     fn sync_files(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<(Vec<Refused>, Vec<FilePath>)> {
-        let (mut refused, mut passed_over, mut done) = (Vec::new(), Vec::new(), BTreeSet::new());
+        let (mut refused, mut changed, mut done) = (Vec::new(), Vec::new(), BTreeSet::new());
         for (path, entry, known) in found {
             let view = dir.view(path);
             let file = files::absent(view.open(false)).at("open", &view)?;
             let Some(file) = file.filter(|file| Metadata::of(file).is_ok_and(|found| found.identity() == *known))
             else {
-                passed_over.push(path.clone());
+                changed.push(path.clone());
                 continue;
             };
+            // Several paths may link one file. A second sync would not report the error again.
             if done.insert(known.inode)
                 && let Err(cause) = file.sync_data()
             {
                 refused.push((path.clone(), entry.clone(), file, cause));
             }
         }
-        Ok((refused, passed_over))
+        Ok((refused, changed))
     }
 
-    /// Syncs the folders that lead to the files, as blobs and as views; each once.
+    /// Syncs the folders of the views and blobs of `found`, up to the root; each once.
     fn sync_folders(&self, dir: &ArtifactDir, found: &[SyncedFile]) -> Result<()> {
         let (mut folders, files_root) = (BTreeSet::new(), dir.files());
         for (path, entry, _) in found {
@@ -245,20 +259,21 @@ impl Disk {
             let blob = entry.sha256.map(|digest| self.layout().blob(&digest));
             folders.extend(blob.and_then(|blob| blob.parent()));
         }
-        // From below: a name is worth what the folder above it is.
+        // Lower folders first: an entry must not become durable before the folder that it names.
         let above: Vec<RootedPath> = dir.path().ancestors().take(4).collect();
         let folders = folders.into_iter().rev().chain([self.layout().blobs()]).chain(above);
         folders.into_iter().try_for_each(|folder| match files::sync_dir(&folder) {
+            // The folder was removed by an eviction.
             Err(_) if files::stat(&folder)?.is_none() => Ok(()),
             synced => synced,
         })
     }
 }
 
-/// Whether `syncfs` says that something could not be written: since Linux 5.8.
-fn tells_of_failed_syncs() -> bool {
-    static TELLS: OnceLock<bool> = OnceLock::new();
-    *TELLS.get_or_init(|| {
+/// Returns true if `syncfs` reports failed writes: since Linux 5.8.
+fn syncfs_reports_errors() -> bool {
+    static REPORTS: OnceLock<bool> = OnceLock::new();
+    *REPORTS.get_or_init(|| {
         let name = rustix::system::uname();
         let release = name.release().to_string_lossy();
         let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());

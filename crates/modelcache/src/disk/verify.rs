@@ -1,12 +1,11 @@
-//! Verifying: every held file is read in full and compared with its digest, whatever its metadata say.
+//! `verify`: reads every held file in full and compares it with its digest, whatever its metadata are.
 //!
-//! What lending cannot see is found here: bytes that changed while size and mtime did not. A file with a ladder is read
-//! part by part on all cores, two parts at once on each, so that a bad part has a name. A file that several artifacts
-//! share is read once. What is wrong is quarantined and uncommitted as lending would do it; nothing else is changed: no
-//! last use is touched, and nothing is evicted.
+//! This finds damage that acquiring a lease cannot detect: bytes that changed while size and mtime did not. A file with
+//! a ladder is read part by part on all cores, two parts at once on each, so that bad parts are reported by number. A
+//! file that several artifacts share is read once. A wrong file is quarantined, and `held` is cleared, as when a lease
+//! is acquired. Nothing else changes: the time of last use stays, and nothing is evicted.
 //!
-//! A lease is held while a file is opened and while a finding is recorded, not while the file is read: an open file stays
-//! what it is, and no eviction has to wait for us. The medium is asked and not the kernel's memory, which stays as it is.
+//! Reads bypass the page cache where possible, and leave it as it is.
 
 use super::Disk;
 use super::acquire::{Mismatch, is_shortage};
@@ -33,27 +32,28 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long an eviction that is at work on an artifact is waited for.
+/// Maximum wait for the end of an eviction of the artifact.
 const LEASE_WAIT_MAX: Duration = Duration::from_secs(30);
 
-/// What one verification shares over all its artifacts.
+/// The state that one verification shares across all its artifacts.
 #[derive(Debug)]
 pub(crate) struct VerifyRun {
     rate_limiter: RateLimiter,
     threads: usize,
-    /// Whether the medium is asked, and not the kernel's memory.
+    /// Whether reads bypass the page cache.
     from_medium: bool,
+    /// True once the caller no longer waits for the result.
     stopped: AtomicBool,
-    /// Files that were found right: device, identity, digest.
+    /// Files found right: device, identity, digest.
     seen: Mutex<HashSet<(u64, FileIdentity, Digest)>>,
-    /// Files that were found bad and had to stay: device and inode.
+    /// Files found wrong: device and inode.
     bad: Mutex<HashSet<(u64, u64)>>,
-    /// What was found in a file that other artifacts share, and is uncommitted there by now.
+    /// Findings in files that other artifacts share. `held` is already cleared there; reported when their turn comes.
     shared: Mutex<HashMap<ArtifactKey, Vec<Finding>>>,
 }
 
 impl VerifyRun {
-    /// At most `bytes_per_s`, on one thread then; else on all cores.
+    /// Creates a run that reads at most `bytes_per_s`, on one thread; `None` reads on all cores without a limit.
     pub(crate) fn new(bytes_per_s: Option<u64>, from_medium: bool) -> Self {
         let rate_limiter = RateLimiter::new(bytes_per_s);
         Self {
@@ -71,12 +71,12 @@ impl VerifyRun {
         }
     }
 
-    /// The pace of everything that is read.
+    /// Returns the rate limiter of all reads of this run.
     pub(crate) fn rate_limiter(&self) -> &RateLimiter {
         &self.rate_limiter
     }
 
-    /// Nobody waits for the outcome any more.
+    /// Stops the run, because the caller no longer waits for the result.
     pub(crate) fn stop(&self) {
         self.stopped.store(true, Ordering::Relaxed);
     }
@@ -85,21 +85,22 @@ impl VerifyRun {
         self.stopped.load(Ordering::Relaxed)
     }
 
-    /// Bytes were read: waits as the pace demands. Whether anybody still waits for the outcome.
-    fn took(&self, bytes: u64, progress: &Progress) -> bool {
+    /// Accounts for `bytes` read, and sleeps as the rate limit requires. Returns false if the run was stopped.
+    fn account(&self, bytes: u64, progress: &Progress) -> bool {
         self.rate_limiter.sleep(bytes, || self.is_stopped());
         progress.done(bytes);
         !self.is_stopped()
     }
 
-    /// The digest of a file of `size` bytes, read in order. Whatever, when nobody waits any more.
+    /// Returns the digest of a file of `size` bytes, read in order. Meaningless if the run was stopped meanwhile.
     fn in_order(&self, file: &File, size: u64, progress: &Progress) -> io::Result<Digest> {
         if self.from_medium {
             hashing::from_medium(file);
         }
-        hashing::in_order(file, size, |bytes| self.took(bytes, progress))
+        hashing::in_order(file, size, |bytes| self.account(bytes, progress))
     }
 
+    /// Returns true if this run has already found the bytes of the file right.
     fn was_right(&self, device: u64, identity: FileIdentity, digest: Digest) -> bool {
         lock(&self.seen).contains(&(device, identity, digest))
     }
@@ -109,21 +110,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Something in the directory that can be verified.
+/// An artifact or folder to verify.
 #[derive(Debug, Clone)]
 pub(crate) enum VerifyItem {
-    /// An artifact, its manifest readable or not.
+    /// An artifact. Its manifest may be damaged.
     Artifact(ArtifactKey),
-    /// A folder with a damaged manifest whose key its name does not tell.
+    /// A folder with a damaged manifest, if the key cannot be derived from the folder names.
     Nameless(RootedPath),
 }
 
 impl Disk {
-    /// Everything that has a manifest, by name.
+    /// Returns every folder that has a manifest: the artifacts sorted by key, then those without a known key.
     pub(crate) fn stored(&self) -> Result<Vec<VerifyItem>> {
         let (mut keys, mut nameless) = (Vec::new(), Vec::new());
         for artifact in self.scan()? {
             match artifact.manifest.map(|manifest| manifest.key).or_else(|| self.key_of(&artifact.dir)) {
+                // Without a manifest no file is held.
                 _ if files::stat(&artifact.dir.manifest())?.is_none() => {}
                 Some(key) => keys.push(key),
                 None => nameless.push(VerifyItem::Nameless(artifact.dir.path().clone())),
@@ -133,23 +135,23 @@ impl Disk {
         Ok(keys.into_iter().map(VerifyItem::Artifact).chain(nameless).collect())
     }
 
-    /// The key whose folder this is, as far as names that were not cut tell.
+    /// Derives the key from the folder names; `None` if a name was cut because of its length.
     fn key_of(&self, dir: &ArtifactDir) -> Option<ArtifactKey> {
         let text = |path: &RootedPath| unescape(path.name());
         let key = ArtifactKey::new(text(&dir.path().parent()?)?.parse().ok()?, Version::new(&text(dir.path())?).ok()?);
         (self.layout().artifact(&key) == *dir).then_some(key)
     }
 
-    /// Bytes that verifying what `selection` chooses of `key` reads at most.
+    /// Returns the maximum number of bytes that a verification of the selected files of `key` reads.
     pub(crate) fn bytes_to_verify(&self, key: &ArtifactKey, selection: &Selection) -> Result<u64> {
         let manifest = self.shared_manifest(&self.layout().artifact(key))?;
         let held = manifest.iter().flat_map(|manifest| manifest.selected(selection));
         Ok(held.filter(|(_, entry)| entry.held.is_some()).map(|(_, entry)| entry.size).sum())
     }
 
-    /// Reads what is held of `key` among what `selection` chooses; `None` if the artifact is not here.
+    /// Verifies the selected files of `key` that are held; `None` if the artifact is not here.
     ///
-    /// What is found wrong is not lent any more, unless nothing can be written here.
+    /// A wrong file is quarantined and no longer leased, unless the directory cannot be written.
     pub(crate) fn verify(
         &self,
         key: &ArtifactKey,
@@ -178,15 +180,16 @@ impl Disk {
             done: Mutex::new(verified),
         };
         let failed = thread::scope(|scope| {
-            // Where a thread cannot be started, those that run do its share.
+            // If a thread cannot be started, the others do its share of the work.
             let start = |_| thread::Builder::new().spawn_scoped(scope, || work.run()).ok();
             let threads: Vec<_> = (1..reading.threads).map_while(start).collect();
             let ours = work.run();
-            let theirs = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(cut_short())));
+            let theirs = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(thread_panicked())));
             theirs.fold(ours, |first, next| first.and(next))
         });
         failed?;
         let mut verified = work.done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // Add the findings in shared files, made while another artifact was verified.
         for finding in lock(&reading.shared).remove(key).unwrap_or_default() {
             if !verified.findings.iter().any(|known| known.path == finding.path) {
                 verified.findings.push(finding);
@@ -201,12 +204,15 @@ impl Disk {
         Ok(Some(verified))
     }
 
-    /// Files that an earlier check took out of service and that were not fetched since: what failed lies in quarantine,
-    /// or nothing of the artifact is left. Files that nobody asked for are none of them.
+    /// Returns a finding for each selected file that an earlier check withdrew and that was not downloaded since.
+    ///
+    /// A file that is not held counts as withdrawn if its digest is in quarantine, or if no file of the artifact is
+    /// held. Otherwise it was never requested.
     fn withdrawn_before(&self, manifest: &Manifest, selection: &Selection) -> Result<Vec<Finding>> {
         let nothing_left = manifest.files.values().all(|entry| entry.held.is_none());
         let mut quarantined = BTreeSet::new();
         for path in files::entries(&self.layout().quarantine())? {
+            // The names in quarantine are `<digest>-<random>`.
             quarantined.extend(path.name().split_once('-').and_then(|(digest, _)| digest.parse::<Digest>().ok()));
         }
         let absent = manifest.selected(selection).filter(|(_, entry)| entry.held.is_none());
@@ -214,10 +220,10 @@ impl Disk {
             .filter(|(_, entry)| nothing_left || entry.sha256.is_some_and(|digest| quarantined.contains(&digest)));
         let finding = |(path, entry): (&FilePath, &FileEntry)| Finding {
             expected: entry.sha256,
-            detail: Some("it was taken out of service before, and has not come back".into()),
+            detail: Some("an earlier check found it damaged, and it was not downloaded since".into()),
             withdrawn: true,
             remedy: Some(format!(
-                "`modelcache verify --repair` or a get fetches it, where a source has it; `modelcache evict {}` gives it up",
+                "`modelcache verify --repair` or a get downloads it again, if a source has it; `modelcache evict {}` drops it",
                 manifest.key
             )),
             ..Finding::new(Some(path.clone()), Problem::Missing)
@@ -225,14 +231,14 @@ impl Disk {
         Ok(lost.map(finding).collect())
     }
 
-    /// What there is to say of a folder whose manifest tells nothing.
+    /// Returns the report for a folder with a damaged manifest and an unknown key.
     pub(crate) fn verify_nameless(&self, dir: &RootedPath) -> Verified {
         let mut verified = Verified::new(None, dir.to_string(), Tier::Disk);
         verified.findings.push(damaged_manifest(&ArtifactDir(dir.clone())));
         verified
     }
 
-    /// Reads the blobs that no artifact's file led to: leftovers, copies beside files with bytes of their own.
+    /// Verifies the blobs that were not read as a file of an artifact: leftovers, and blobs with copied views.
     pub(crate) fn verify_blobs(&self, reading: &VerifyRun, progress: &Progress) -> Result<Verified> {
         let folder = self.layout().blobs();
         let mut verified = Verified::new(None, folder.to_string(), Tier::Disk);
@@ -261,18 +267,20 @@ impl Disk {
         if name.starts_with(files::TEMPORARY) {
             return Ok(());
         }
+        // The name of a blob is the expected digest.
         let Some(expected) = name.parse::<Digest>().ok().filter(|digest| self.layout().blob(digest) == *path) else {
             verified.findings.push(Finding {
-                detail: Some(format!("{} is no blob: its name is no digest", path)),
-                remedy: Some("remove it; modelcache did not make it, and leaves it alone".into()),
+                detail: Some(format!("{} is not a blob: its name is not a SHA-256 digest", path)),
+                remedy: Some("remove it; modelcache did not create it and does not use it".into()),
                 ..Finding::new(None, Problem::WrongBytes)
             });
             return Ok(());
         };
         let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(()) };
         let metadata = Metadata::of(&file).at("look at", path)?;
-        let is_told = lock(&reading.bad).contains(&metadata.device_and_inode());
-        if is_told || reading.was_right(metadata.dev(), metadata.identity(), expected) {
+        // Skip files that this run has already read through a view.
+        let is_reported = lock(&reading.bad).contains(&metadata.device_and_inode());
+        if is_reported || reading.was_right(metadata.dev(), metadata.identity(), expected) {
             return Ok(());
         }
         verified.files += 1;
@@ -291,14 +299,14 @@ impl Disk {
             found,
             detail: Some(format!("the blob {}", path)),
             withdrawn: !self.is_read_only(),
-            // Nobody is served from it, and nobody will be.
+            // No view is served from this blob, and it is in quarantine: nothing is left to repair.
             repaired_from: (!self.is_read_only()).then_some(Tier::Disk),
             ..Finding::new(None, problem)
         });
         Ok(())
     }
 
-    /// The digest of a file that is only read; `None` if it is gone, or nobody waits any more.
+    /// Hashes a file within the rate limit; `None` if it is missing, or if the run was stopped.
     pub(crate) fn hash_rate_limited(&self, path: &RootedPath, reading: &VerifyRun) -> Result<Option<Digest>> {
         let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(None) };
         let size = Metadata::of(&file).at("look at", path)?.len();
@@ -306,8 +314,8 @@ impl Disk {
         Ok((!reading.is_stopped()).then_some(digest))
     }
 
-    /// The artifact as it is here, held against eviction; its last use stays what it was. `None` if it is not here, or
-    /// just being evicted.
+    /// Leases the artifact without changing its time of last use, and returns its manifest; `None` if it is not here or
+    /// is being evicted.
     pub(crate) fn hold(&self, key: &ArtifactKey) -> Result<Option<(Manifest, ArtifactDir, Option<FileLock>)>> {
         let dir = self.layout().artifact(key);
         if files::stat(&dir.manifest())?.is_none() {
@@ -317,8 +325,7 @@ impl Disk {
         Ok(self.read_manifest(&dir)?.map(|manifest| (manifest, dir, lease.0)))
     }
 
-    /// A shared lease, or none where a read-only directory has no lock to take; the outer `None` while an eviction is at
-    /// work for too long.
+    /// Takes a shared lease; `None` if an eviction holds the lease for longer than [`LEASE_WAIT_MAX`].
     fn lease_for_reading(&self, dir: &ArtifactDir) -> Result<Option<Lease>> {
         let started = Instant::now();
         loop {
@@ -326,6 +333,7 @@ impl Disk {
                 Ok(Some(lease)) => return Ok(Some(Lease(Some(lease)))),
                 Ok(None) if started.elapsed() > LEASE_WAIT_MAX => return Ok(None),
                 Ok(None) => thread::sleep(Duration::from_millis(2)),
+                // A read-only directory may have no lock file that can be opened. It is then read without a lease.
                 Err(_) if self.is_read_only() => return Ok(Some(Lease(None))),
                 Err(error) => return Err(error),
             }
@@ -333,23 +341,23 @@ impl Disk {
     }
 }
 
-/// A lease, where there is a lock to take.
+/// A shared lease. It has no lock in a read-only directory without a lock file.
 struct Lease(Option<FileLock>);
 
-fn cut_short() -> Error {
-    Error::new(crate::ErrorKind::Other, "verifying was cut short")
+fn thread_panicked() -> Error {
+    Error::new(crate::ErrorKind::Other, "a verification thread panicked")
 }
 
 fn damaged_manifest(dir: &ArtifactDir) -> Finding {
     Finding {
         detail: Some(dir.manifest().to_string()),
         withdrawn: true,
-        remedy: Some("get or put the artifact again; what is left of it is found by digest, or swept".into()),
+        remedy: Some("get or put the artifact again; its blobs are reused by digest, or swept".into()),
         ..Finding::new(None, Problem::DamagedManifest)
     }
 }
 
-/// One artifact's files on their way through the threads.
+/// The verification of one artifact, shared by its threads.
 struct ArtifactWork<'a> {
     disk: &'a Disk,
     dir: &'a ArtifactDir,
@@ -358,19 +366,22 @@ struct ArtifactWork<'a> {
     queue: Mutex<Queue>,
     /// Notified when a thread has opened a file, or failed to.
     opened: Condvar,
+    /// The result so far.
     done: Mutex<Verified>,
 }
 
 #[derive(Default)]
 struct Queue {
+    /// Files that no thread has opened yet.
     files: std::vec::IntoIter<(FilePath, FileEntry)>,
     /// Files with parts that no thread has taken yet, and the next part of each.
     open: Vec<(Arc<HashingFile>, u64)>,
-    /// Threads that are opening a file.
+    /// Number of threads that are opening a file.
     opening: usize,
 }
 
-/// A thread that is opening a file; the others wait for the parts of that file.
+/// Counts a thread that is opening a file, while idle threads wait for the parts of that file. Dropped when the file is
+/// open or failed to open.
 struct OpeningGuard<'work>(&'work ArtifactWork<'work>);
 
 impl Drop for OpeningGuard<'_> {
@@ -380,37 +391,40 @@ impl Drop for OpeningGuard<'_> {
     }
 }
 
-/// A file that is being read.
+/// An open file that is being hashed.
 struct HashingFile {
     path: FilePath,
     entry: FileEntry,
     file: File,
     device: u64,
+    /// The identity of the file when it was opened.
     identity: FileIdentity,
-    /// Parts that are checked alone, or 1.
+    /// Number of parts that are verified separately; 1 for a file without a ladder.
     parts: u64,
-    /// Parts whose check is not done.
+    /// Number of parts not verified yet.
     left: AtomicU64,
-    /// What was found so far.
+    /// The results of the parts verified so far.
     seen: Mutex<Seen>,
 }
 
 #[derive(Default)]
 struct Seen {
+    /// Numbers of the parts that are wrong or could not be read.
     bad: BTreeSet<u64>,
-    /// The whole file's digest, where it was read in order.
+    /// The digest of the whole file, if it was read in order.
     found: Option<Digest>,
+    /// The first read error.
     trouble: Option<io::Error>,
 }
 
 impl HashingFile {
-    /// The ladder, where parts are checked alone.
+    /// Returns the ladder if the parts are verified separately.
     fn ladder(&self) -> Option<&Ladder> {
         self.entry.ladder.as_ref().filter(|_| self.parts > 1)
     }
 }
 
-/// A part of a file, or the whole of it.
+/// A part of a file, or the whole file if it has no ladder.
 struct Piece {
     open: Arc<HashingFile>,
     part: u64,
@@ -423,21 +437,23 @@ impl AsRef<File> for Piece {
 }
 
 impl ArtifactWork<'_> {
-    /// Takes pieces until there are none.
+    /// Hashes pieces, two at a time, until the queue is empty.
     fn run(&self) -> Result<()> {
         hashing::in_pairs(
             || Ok(self.next()?.map(stretch)),
-            |bytes| self.reading.took(bytes, self.progress),
-            |piece, hashed| self.is_read(&piece, hashed),
+            |bytes| self.reading.account(bytes, self.progress),
+            |piece, hashed| self.finish_piece(&piece, hashed),
         )
     }
 
+    /// Returns the next piece to hash, and opens the next file if all open ones are taken; `None` when none is left.
     fn next(&self) -> Result<Option<Piece>> {
         let mut queue = lock(&self.queue);
         loop {
             if self.reading.is_stopped() {
                 return Ok(None);
             }
+            // First choice: a part of a file that is already open.
             if let Some((open, next)) = queue.open.last_mut() {
                 let piece = Piece { open: open.clone(), part: *next };
                 *next += 1;
@@ -446,6 +462,8 @@ impl ArtifactWork<'_> {
                 }
                 return Ok(Some(piece));
             }
+            // Second choice: open the next file. If there is none, wait for the parts of a file that another thread is
+            // opening.
             let Some((path, entry)) = queue.files.next() else {
                 if queue.opening == 0 {
                     return Ok(None);
@@ -454,7 +472,7 @@ impl ArtifactWork<'_> {
                 continue;
             };
             queue.opening += 1;
-            // Opening may parse the manifest again, which takes long where it is large.
+            // Release the queue: opening may parse the manifest again, which takes long if it is large.
             drop(queue);
             let opening = OpeningGuard(self);
             if let Some(open) = self.open(path, entry)? {
@@ -465,11 +483,12 @@ impl ArtifactWork<'_> {
         }
     }
 
-    /// One piece was read; the last of a file lets it be judged.
-    fn is_read(&self, piece: &Piece, hashed: io::Result<PartHasher>) -> Result<()> {
+    /// Records the result of one piece. With the last piece of a file, finishes the file.
+    fn finish_piece(&self, piece: &Piece, hashed: io::Result<PartHasher>) -> Result<()> {
         let Piece { open, part } = piece;
         let mut seen = lock(&open.seen);
         let holds = match (hashed, open.ladder()) {
+            // With a ladder, the state after the part must be the next checkpoint, or the digest after the last part.
             (Ok(hasher), Some(ladder)) => ladder.holds(*part, open.entry.sha256, hasher),
             (Ok(hasher), None) => {
                 seen.found = Some(hasher.finish());
@@ -485,26 +504,29 @@ impl ArtifactWork<'_> {
         }
         drop(seen);
         match open.left.fetch_sub(1, Ordering::AcqRel) {
-            1 if !self.reading.is_stopped() => self.conclude(open),
+            1 if !self.reading.is_stopped() => self.finish_file(open),
             _ => Ok(()),
         }
     }
 
-    /// Opens a view under a lease; `None` where there is nothing more to find out.
+    /// Opens a view under a lease; `None` if its bytes need not be read.
     fn open(&self, path: FilePath, entry: FileEntry) -> Result<Option<HashingFile>> {
+        // The lease is held while the file is opened, not while it is read: an open file keeps its bytes when it is
+        // evicted, and no eviction has to wait for the verification.
         let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(None) };
         if !self.is_still_held(&path, &entry)? {
             return Ok(None);
         }
         let view = self.dir.view(&path);
         let opened = view.open(false);
+        // Too many open files, or too little memory: this shows nothing about the file.
         if opened.as_ref().is_err_and(is_shortage) {
             return opened.at("open", &view).map(|_| None);
         }
         lock(&self.done).files += 1;
         let file = match opened {
             Ok(file) => file,
-            // The file may be right: it stays in service for those who may read it.
+            // This user may not read the file. Its bytes may be right, so it stays available to other users.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 lock(&self.done).findings.push(Finding {
                     expected: entry.sha256,
@@ -514,6 +536,7 @@ impl ArtifactWork<'_> {
                 });
                 return Ok(None);
             }
+            // The view is missing or not a regular file. Any other error counts as missing, too.
             Err(_) => {
                 self.record(&path, &entry, Mismatch::Missing, Finding::new(Some(path.clone()), Problem::Missing))?;
                 return Ok(None);
@@ -521,12 +544,14 @@ impl ArtifactWork<'_> {
         };
         let metadata = Metadata::of(&file).at("look at", &view)?;
         let (device, identity) = (metadata.dev(), metadata.identity());
+        // Another artifact shares the file, and its bytes were found right already.
         if entry.on_disk() == Some(identity)
             && entry.sha256.is_some_and(|digest| self.reading.was_right(device, identity, digest))
         {
             self.progress.done(entry.size);
             return Ok(None);
         }
+        // A file of another size is read in order, because the ladder does not fit it.
         let ladder = entry.ladder.as_ref().filter(|ladder| metadata.len() == entry.size && ladder.fits(entry.size));
         let parts = ladder.map_or(1, |ladder| entry.size.div_ceil(ladder.part_size())).max(1);
         let left = AtomicU64::new(parts);
@@ -536,22 +561,23 @@ impl ArtifactWork<'_> {
         Ok(Some(HashingFile { path, entry, file, device, identity, parts, left, seen: Mutex::default() }))
     }
 
-    /// Whether the manifest still says that this is held: an eviction may have been faster, or somebody who lent.
+    /// Returns true if the manifest still lists the file as held. An eviction, or a process that acquired a lease and
+    /// found the file wrong, may have removed it.
     fn is_still_held(&self, path: &FilePath, entry: &FileEntry) -> Result<bool> {
         let manifest = self.disk.shared_manifest(self.dir)?;
         let now = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
         Ok(now.is_some_and(|now| now.held.is_some() && now.sha256 == entry.sha256))
     }
 
-    /// Every part of a file was read: what that means.
-    fn conclude(&self, open: &HashingFile) -> Result<()> {
+    /// Evaluates a file after all its parts were read: records it as right, or withdraws and reports it.
+    fn finish_file(&self, open: &HashingFile) -> Result<()> {
         let (path, entry) = (&open.path, &open.entry);
         let view = self.dir.view(path);
         let now = Metadata::of(&open.file).at("look at", &view)?.identity();
         lock(&self.done).bytes += open.identity.bytes;
         let mut seen = std::mem::take(&mut *lock(&open.seen));
         if !seen.bad.is_empty() && seen.found.is_none() && seen.trouble.is_none() {
-            // The ladder's word alone condemns nothing: it may be the ladder that is wrong.
+            // Parts contradict the ladder. The ladder may be wrong, not the file, so the whole file is hashed in order.
             match self.reading.in_order(&open.file, open.identity.bytes, &Progress::new()) {
                 Ok(found) => seen.found = Some(found),
                 Err(error) => seen.trouble = Some(error),
@@ -561,6 +587,7 @@ impl ArtifactWork<'_> {
             return Ok(());
         }
         if seen.bad.is_empty() || (seen.trouble.is_none() && seen.found == entry.sha256) {
+            // The digest is right.
             if let Some(digest) = entry.sha256 {
                 lock(&self.reading.seen).insert((open.device, now, digest));
             }
@@ -577,6 +604,7 @@ impl ArtifactWork<'_> {
             finding.bad_parts = bad.collect();
         }
         lock(&self.reading.bad).insert((open.device, open.identity.inode));
+        // Record the finding under a lease, if the file is still held.
         let file = open.file.try_clone().at("look at", &view)?;
         let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(()) };
         if self.is_still_held(path, entry)? {
@@ -585,33 +613,36 @@ impl ArtifactWork<'_> {
         Ok(())
     }
 
-    /// The bytes are right; that they lie in another file than was recorded is put down.
+    /// Records the identity of a file that was found right, if it differs from the recorded one.
     fn confirm(&self, open: &HashingFile, now: FileIdentity) -> Result<()> {
         if open.entry.on_disk() == Some(now) || self.disk.is_read_only() {
             return Ok(());
         }
         let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(()) };
-        let lies_there = files::stat(&self.dir.view(&open.path))?.map(|metadata| metadata.identity());
-        if lies_there == Some(now) && self.is_still_held(&open.path, &open.entry)? {
+        // The view may have been replaced since it was opened.
+        let present = files::stat(&self.dir.view(&open.path))?.map(|metadata| metadata.identity());
+        if present == Some(now) && self.is_still_held(&open.path, &open.entry)? {
             self.disk.record_mismatch(self.dir, &open.path, &open.entry, Mismatch::Right(now))?;
         }
         Ok(())
     }
 
-    /// Takes a bad file out of service, here and wherever it is shared, and reports it. Under the lease.
+    /// Withdraws a bad file from this artifact and from all that share it, and reports it. The caller holds the lease.
     fn record(&self, path: &FilePath, entry: &FileEntry, mismatch: Mismatch, finding: Finding) -> Result<()> {
         let mut finding = Finding { expected: entry.sha256, ..finding };
         if self.disk.is_read_only() {
-            finding.remedy = Some("nothing can be written here: it can be neither withdrawn nor mended".into());
+            finding.remedy = Some("the directory is read-only: the file can be neither withdrawn nor repaired".into());
         } else {
             let uncommitted = self.disk.record_mismatch(self.dir, path, entry, mismatch)?;
             finding.withdrawn = true;
+            // Name the other artifacts that shared the file and no longer have it.
             let others = uncommitted.iter().filter(|(key, _)| self.disk.layout().artifact(key) != *self.dir);
             let others: BTreeSet<String> = others.map(|(key, _)| key.to_string()).collect();
             if !others.is_empty() {
                 let names = others.into_iter().collect::<Vec<_>>().join(", ");
-                finding.detail.get_or_insert_with(|| format!("{names} had the same file, and has it no more"));
+                finding.detail.get_or_insert_with(|| format!("the same file was withdrawn from {names}, too"));
             }
+            // Their own reports list the finding as well.
             let mut shared = lock(&self.reading.shared);
             for (key, path) in uncommitted {
                 shared.entry(key).or_default().push(Finding { path: Some(path), ..finding.clone() });
@@ -622,7 +653,7 @@ impl ArtifactWork<'_> {
     }
 }
 
-/// What is to be read of a piece.
+/// Returns the range of a piece, with a hasher that starts at its checkpoint.
 fn stretch(piece: Piece) -> Stretch<Piece> {
     let (part, bytes) = (piece.part, piece.open.identity.bytes);
     match piece.open.ladder().and_then(|ladder| Some((ladder.range(part, bytes), ladder.hasher(part)?))) {
@@ -631,6 +662,7 @@ fn stretch(piece: Piece) -> Stretch<Piece> {
     }
 }
 
+/// Returns the kind of problem to report for a bad file.
 fn problem(open: &HashingFile, seen: &Seen) -> Problem {
     match &seen.trouble {
         Some(_) => Problem::Unreadable,
@@ -647,7 +679,7 @@ mod tests {
 
     const FILES: usize = 5000;
 
-    /// A directory with one artifact of many files, all of them links to one blob.
+    /// Creates a directory with one artifact of many files, all of them links to one blob.
     fn many_files(root: &std::path::Path) -> (Disk, ArtifactKey) {
         let disk = Disk::open(root, ByteBound::Bytes(1 << 30), ByteBound::Bytes(0), Sharing::Off).expect("opens");
         let key = ArtifactKey::bare("team/many@1").expect("key");

@@ -1,27 +1,27 @@
-//! Whether a file is written through the page cache or past it (O_DIRECT).
+//! Decides whether a file is written through the page cache or past it (O_DIRECT).
 //!
-//! Through it, a reader on this node finds the file in memory: that is sooner than reading it from the disk. Past it,
-//! nothing else is pushed out of memory, a pod's limit is left alone, and the bytes are on the disk at once.
+//! A buffered write leaves the file in memory, where a reader on this node finds it faster than on disk. A direct write
+//! evicts nothing else from memory, does not count against a pod's memory limit, and puts the bytes on disk at once.
 
 use super::memory;
 use crate::config::WriteMode;
 
-/// Smaller files are always written through the page cache: there is nothing to win.
+/// Minimum size of files that are written with O_DIRECT. For smaller ones there is nothing to gain.
 const DIRECT_BYTES_MIN: u64 = 64 << 20;
 
-/// What is fetched for.
+/// The purpose of a download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Purpose {
-    /// To be read on this machine right after.
+    /// The files are read on this machine right after the download.
     #[default]
     Read,
-    /// To be there, and durable, when it is wanted.
+    /// The files are stored durably for later use.
     Keep,
 }
 
-/// Whether a file of `file_bytes` goes past the page cache, when `download_bytes` are written in all.
+/// Returns true if a file of `file_bytes` is to be written with O_DIRECT, in a download of `download_bytes` in total.
 ///
-/// One that is hashed in order does not, whatever was chosen: what comes early is read back from there.
+/// A file that is hashed in order is always buffered: parts that arrive early are read back from the page cache.
 pub(crate) fn goes_direct(
     mode: WriteMode,
     purpose: Purpose,
@@ -35,6 +35,7 @@ pub(crate) fn goes_direct(
     match (mode, purpose) {
         (WriteMode::Buffered, _) => false,
         (WriteMode::Direct, _) | (WriteMode::Auto, Purpose::Keep) => true,
+        // Buffered, unless the download would take more than half of the free memory.
         (WriteMode::Auto, Purpose::Read) => memory::free_bytes().is_some_and(|free| download_bytes > free / 2),
     }
 }
@@ -44,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_read_next_stays_in_memory_unless_it_does_not_fit() {
+    fn a_download_to_be_read_is_buffered_unless_it_exceeds_free_memory() {
         let large = DIRECT_BYTES_MIN;
         let direct = |mode, purpose, download_bytes| goes_direct(mode, purpose, large, download_bytes, false);
         assert!(!direct(WriteMode::Auto, Purpose::Read, large));

@@ -1,12 +1,11 @@
-//! The file being filled: written slice by slice, in any order, and hashed in the same pass.
+//! Writer of a file in staging: slices are written in any order, and hashed without a second pass over the file.
 //!
-//! With a ladder each part is hashed from its own rung, alone. Without one the file is hashed in order: a slice that
-//! arrives at the cursor is hashed while it is hot; one that arrives early is read back, from the page cache, when the
-//! cursor gets there. There is no second pass over the whole file. Who writes decides whether that goes past the page
-//! cache (O_DIRECT); a filesystem that does not take it is written to as usual.
+//! With a ladder, each part is hashed alone, from its checkpoint. Without one, the file is hashed in order. A slice at
+//! the [`Cursor`] is hashed as it arrives. A slice that arrives before its turn is read back, from the page cache, when
+//! the cursor gets there.
 //!
-//! Surprise: nothing here hashes by itself. Whoever writes takes the [`Cursor`] where the slice is next, and reads back
-//! what [came early](StagedWriter::next_to_catch_up), so that two files can be hashed side by side.
+//! The writer does no hashing of its own. The caller takes the cursor if its slice is next, and reads back the
+//! [out-of-order parts](StagedWriter::next_to_catch_up), so that it can hash two files side by side.
 
 use super::io_error::fault;
 use super::lock::FileLock;
@@ -26,30 +25,31 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
-/// What direct writes must be aligned to, in memory and in the file.
+/// Alignment in bytes of direct writes, in memory and in the file.
 pub(crate) const ALIGNMENT: usize = 4096;
-/// What is to be written, and how it will be checked.
+/// The file to write, and the way in which it is verified.
 #[derive(Debug, Clone)]
 pub(crate) struct StagedFileSpec {
-    /// Where it is staged.
+    /// Its path in staging.
     pub(crate) path: RootedPath,
-    /// Bytes.
+    /// Size of the file in bytes.
     pub(crate) size: u64,
-    /// Bytes of a part.
+    /// Size of a part in bytes.
     pub(crate) part_size: u64,
-    /// Hash it as it comes; else its parts are checked by a ladder.
+    /// True if the file is hashed in order; false if its parts are verified by a ladder.
     pub(crate) in_order: bool,
-    /// Compute git's identity, too.
+    /// True if the git object id is computed as well.
     pub(crate) git: bool,
-    /// Write past the page cache, where the filesystem takes that.
+    /// True if it is written with O_DIRECT, past the page cache, if the filesystem supports that.
     pub(crate) direct: bool,
 }
 
 /// A file in staging, open for writing.
 #[derive(Debug)]
 pub(crate) struct StagedWriter {
-    /// Nobody adopts the staging folder while a write may still be under way.
+    /// The lock of the staging folder. No other fill can adopt the folder while a write may still be running.
     _owner: Option<Arc<FileLock>>,
+    /// The journal of written parts; `None` for a file of one part.
     parts: Option<PartsJournal>,
     path: RootedPath,
     size: u64,
@@ -57,42 +57,45 @@ pub(crate) struct StagedWriter {
     buffered: File,
     /// Held while a slice is written through the page cache.
     turn: Mutex<()>,
+    /// The file opened with O_DIRECT.
     direct: Option<File>,
+    /// True once the filesystem has refused a direct write.
     direct_failed: AtomicBool,
-    /// How far the file is hashed in order; [`u64::MAX`] when a ladder checks each part.
+    /// Number of bytes hashed in order; [`u64::MAX`] if a ladder verifies each part.
     cursor: AtomicU64,
     /// Held while bytes are hashed.
     order: Mutex<InOrder>,
-    /// Never held for long: whoever completes a part does not wait for a hash.
-    early: Mutex<OutOfOrderBlocks>,
+    /// Held for moments only, so that the completion of a part does not wait for hashing.
+    out_of_order: Mutex<OutOfOrderBlocks>,
 }
 
+/// The hashers of a file that is hashed in order.
 struct InOrder {
     hasher: LadderHasher,
     git: Option<sha1::Sha1>,
 }
 
-/// What came before its turn.
+/// The parts that arrived before their turn.
 #[derive(Debug, Default)]
 struct OutOfOrderBlocks {
-    /// Parts that are written whole and not yet hashed.
+    /// Parts that are completely written and not yet hashed.
     parts: BTreeSet<u64>,
     catching_up: CatchUp,
 }
 
-/// Whether what came early is read back and hashed.
+/// State of the task that reads back and hashes out-of-order parts. There is at most one per file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum CatchUp {
-    /// By nobody: the part at the cursor is not there yet.
+    /// No task: the part at the cursor is not written yet.
     #[default]
-    Nobody,
-    /// By somebody who was told to, and has not begun.
-    Told,
-    /// It is at work.
-    AtWork,
+    Idle,
+    /// [`StagedWriter::part_done`] has asked its caller to catch up, and the caller has not started.
+    Requested,
+    /// A task is reading back and hashing.
+    Running,
 }
 
-/// The place in a file that is hashed in order where the next bytes go. Nobody else hashes it meanwhile.
+/// Exclusive access to the in-order hash of a file, at the position of the next byte.
 #[derive(Debug)]
 pub(crate) struct Cursor<'a> {
     order: MutexGuard<'a, InOrder>,
@@ -105,7 +108,7 @@ impl std::fmt::Debug for InOrder {
     }
 }
 
-/// What an in-order pass computed.
+/// The digests computed by an in-order pass.
 #[derive(Debug, Clone)]
 pub(crate) struct Hashed {
     pub(crate) sha256: Digest,
@@ -120,59 +123,59 @@ impl StagedFileSpec {
 }
 
 impl StagedWriter {
-    /// Makes the file with its full length allocated, so that a full disk is met now.
-    pub(crate) fn create(draft: StagedFileSpec, owner: Option<Arc<FileLock>>) -> Result<Self> {
-        let path = &draft.path;
+    /// Creates the file with its full length allocated, so that a full disk is detected before anything is downloaded.
+    pub(crate) fn create(spec: StagedFileSpec, owner: Option<Arc<FileLock>>) -> Result<Self> {
+        let path = &spec.path;
         let at = |operation, cause: io::Error| fault(operation, path, cause);
-        // Always a new inode: a write of an abandoned attempt that is still under way must not land in this one.
+        // Always a new inode: a write of an abandoned attempt may still be running, and must not reach the new file.
         super::files::remove_file(path)?;
-        let parts = PartsJournal::create(path, draft.size, draft.part_size)?;
+        let parts = PartsJournal::create(path, spec.size, spec.part_size)?;
         let buffered = path.create_new(0o600).map_err(|cause| at("make", cause))?;
-        allocate(&buffered, draft.size).map_err(|cause| at("make room for", cause))?;
-        Ok(Self::over(draft, buffered, parts, owner))
+        allocate(&buffered, spec.size).map_err(|cause| at("make room for", cause))?;
+        Ok(Self::over(spec, buffered, parts, owner))
     }
 
-    /// Goes on with what an ended fill left at the same place, and the parts that are said to be there; `None` if it
-    /// left nothing of use. Each of them must be [checked](Self::recheck) before it counts.
-    pub(crate) fn resume(
-        draft: &StagedFileSpec,
-        owner: Option<Arc<FileLock>>,
-    ) -> Result<Option<(Self, BTreeSet<u64>)>> {
-        let Some(metadata) = super::files::stat(&draft.path)? else { return Ok(None) };
-        if !metadata.is_file() || metadata.len() != draft.size || metadata.nlink() != 1 {
+    /// Opens the file that an ended fill left, and returns it with the parts that its journal lists; `None` if nothing
+    /// usable is left. Each part must be verified before it counts.
+    pub(crate) fn resume(spec: &StagedFileSpec, owner: Option<Arc<FileLock>>) -> Result<Option<(Self, BTreeSet<u64>)>> {
+        let Some(metadata) = super::files::stat(&spec.path)? else { return Ok(None) };
+        // More than one link: the file is a reused blob, which must never be written.
+        if !metadata.is_file() || metadata.len() != spec.size || metadata.nlink() != 1 {
             return Ok(None);
         }
-        // Read-only: it was complete and proven when its fill ended.
+        // A read-only file was complete and verified when its fill ended. Its journal was removed then.
         let sealed = metadata.mode() & 0o222 == 0;
         let journal = match sealed {
-            true => PartsJournal::of_sealed(&draft.path, draft.size, draft.part_size)?,
-            false => PartsJournal::resume(&draft.path, draft.size, draft.part_size),
+            true => PartsJournal::of_sealed(&spec.path, spec.size, spec.part_size)?,
+            false => PartsJournal::resume(&spec.path, spec.size, spec.part_size),
         };
         let (journal, parts) = match journal {
             Some((_, parts)) if parts.is_empty() => return Ok(None),
             Some((journal, parts)) => (Some(journal), parts),
-            None if sealed => (None, (0..draft.parts()).collect()),
+            None if sealed => (None, (0..spec.parts()).collect()),
             None => return Ok(None),
         };
         let open = || {
-            let sealed = draft.path.open(false)?;
+            let sealed = spec.path.open(false)?;
             let found = Metadata::of(&sealed)?;
-            // Not a link that another user just made of a file elsewhere.
+            // Another user may have replaced the file by a link to one elsewhere since it was examined.
             if found.ino() != metadata.ino() || found.nlink() != 1 {
                 return Err(io::Error::from(Errno::STALE));
             }
+            // Make it writable through the descriptor, then open it again by its name, and compare the inodes.
             sealed.set_permissions(Permissions::from_mode(0o600))?;
-            let writable = draft.path.open(true)?;
+            let writable = spec.path.open(true)?;
             let same = found.ino() == Metadata::of(&writable)?.ino();
             if same { Ok(writable) } else { Err(io::Error::from(Errno::STALE)) }
         };
         let Ok(buffered) = open() else { return Ok(None) };
-        Ok(Some((Self::over(draft.clone(), buffered, journal, owner), parts)))
+        Ok(Some((Self::over(spec.clone(), buffered, journal, owner), parts)))
     }
 
-    fn over(draft: StagedFileSpec, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Self {
-        let StagedFileSpec { path, size, part_size, in_order, git, direct } = draft;
-        // Opened by its name: it counts only if that is still the same file.
+    /// Returns a writer of the open file `buffered`.
+    fn over(spec: StagedFileSpec, buffered: File, parts: Option<PartsJournal>, owner: Option<Arc<FileLock>>) -> Self {
+        let StagedFileSpec { path, size, part_size, in_order, git, direct } = spec;
+        // The second descriptor is opened by name. It is used only if it is still the same file.
         let inode = |file: &File| Metadata::of(file).map(|found| found.device_and_inode()).ok();
         let direct = direct.then(|| path.open_direct().ok()).flatten();
         let direct = direct.filter(|direct| inode(direct).is_some_and(|found| Some(found) == inode(&buffered)));
@@ -188,27 +191,27 @@ impl StagedWriter {
             direct_failed: AtomicBool::new(false),
             cursor: AtomicU64::new(if in_order { 0 } else { u64::MAX }),
             order: Mutex::new(InOrder::new(size, part_size, git)),
-            early: Mutex::default(),
+            out_of_order: Mutex::default(),
         }
     }
 
-    /// Removes the file staged at `path`, whose bytes are wrong, so that nobody goes on with it.
+    /// Removes the file staged at `path` and its journal, so that no fill resumes its wrong bytes.
     pub(crate) fn forget(path: &RootedPath) -> Result<()> {
         super::files::remove_file(path)?;
         super::files::remove_file(&super::parts_journal::journal_of(path))
     }
 
-    /// Reads back what was written at `offset`.
+    /// Reads back the bytes written at `offset`.
     pub(crate) fn load(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         self.buffered.read_exact_at(into, offset).map_err(|cause| fault("read back", &self.path, cause))
     }
 
-    /// Writes `slice` at `offset`. Direct writes need an aligned slice.
+    /// Writes `slice` at `offset` without hashing it. Only aligned slices are written directly.
     pub(crate) fn store(&self, offset: u64, slice: &[u8]) -> Result<()> {
         self.write_bytes(offset, slice).map_err(|cause| fault("write", &self.path, cause))
     }
 
-    /// Writes `slice` at `offset`, and hashes it if it is next in order.
+    /// Writes `slice` at `offset`, and hashes it if it is at the cursor.
     pub(crate) fn write(&self, offset: u64, slice: &[u8]) -> Result<()> {
         self.store(offset, slice)?;
         if let Some(mut cursor) = self.at_cursor(offset) {
@@ -218,7 +221,8 @@ impl StagedWriter {
         Ok(())
     }
 
-    /// The same for a file that is written from its beginning to its end: `beside` takes the slice in the same pass.
+    /// Writes and hashes the next slice of a file that is written from beginning to end. `beside` hashes the slice in
+    /// the same pass.
     pub(crate) fn append(&self, offset: u64, slice: &[u8], beside: &mut PartHasher) -> Result<()> {
         self.store(offset, slice)?;
         let mut order = self.order();
@@ -227,17 +231,17 @@ impl StagedWriter {
         Ok(())
     }
 
-    /// Whether the bytes at `offset` are the next to be hashed in order.
+    /// Returns true if the cursor is at `offset`.
     pub(crate) fn is_next(&self, offset: u64) -> bool {
         self.cursor.load(Ordering::Acquire) == offset
     }
 
-    /// How far the file is hashed in order; [`u64::MAX`] when a ladder checks each part.
+    /// Returns the number of bytes hashed in order; [`u64::MAX`] if a ladder verifies each part.
     pub(crate) fn hashed_bytes(&self) -> u64 {
         self.cursor.load(Ordering::Acquire)
     }
 
-    /// The cursor, if it is at `offset` and nobody else is at work there.
+    /// Takes the cursor; `None` if it is not at `offset`, or if another thread holds it.
     pub(crate) fn at_cursor(&self, offset: u64) -> Option<Cursor<'_>> {
         if !self.is_next(offset) {
             return None;
@@ -247,6 +251,7 @@ impl StagedWriter {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return None,
         };
+        // The position may have advanced between the check and the lock.
         (order.hasher.position() == offset).then_some(Cursor { order, position: &self.cursor })
     }
 
@@ -255,86 +260,92 @@ impl StagedWriter {
         let Some(direct) = direct.filter(|_| offset.is_multiple_of(ALIGNMENT as u64)) else {
             return self.write_buffered(offset, slice);
         };
+        // O_DIRECT takes whole blocks only. The rest, at the end of the file, is buffered.
         let whole_blocks = slice.len() / ALIGNMENT * ALIGNMENT;
         let (aligned, tail) = slice.split_at(whole_blocks);
         if let Err(error) = direct.write_all_at(aligned, offset) {
             if error.raw_os_error() != Some(Errno::INVAL.raw_os_error()) {
                 return Err(error);
             }
+            // EINVAL: the filesystem requires another alignment. All further writes of this file are buffered.
             self.direct_failed.store(true, Ordering::Relaxed);
             self.write_buffered(offset, aligned)?;
         }
         self.write_buffered(offset + whole_blocks as u64, tail)
     }
 
-    /// One at a time: the kernel lets no two write into a file's pages at once, and burns a core while the second waits.
     fn write_buffered(&self, offset: u64, slice: &[u8]) -> io::Result<()> {
         if slice.is_empty() {
             return Ok(());
         }
+        // The kernel serializes buffered writes to one file, and the second writer spins meanwhile. Waiting on this
+        // mutex instead leaves the core to other threads.
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.buffered.write_all_at(slice, offset)
     }
 
-    /// A part is written whole, and checked if a ladder can: the journal says so. Whether the caller shall now
-    /// [catch up](Self::next_to_catch_up); until that ends, nobody else is told to.
+    /// Records in the journal that a part is completely written and, with a ladder, verified.
+    ///
+    /// Returns true if the caller must [catch up](Self::next_to_catch_up) now. Only one caller at a time is asked to.
     pub(crate) fn part_done(&self, part: u64) -> Result<bool> {
         if let Some(parts) = &self.parts {
             parts.mark(part)?;
         }
+        // With a ladder, nothing is hashed in order.
         if self.hashed_bytes() == u64::MAX {
             return Ok(false);
         }
-        let mut early = self.early();
-        early.parts.insert(part);
-        if early.catching_up != CatchUp::Nobody || self.next_early(&mut early).is_none() {
+        let mut blocks = self.out_of_order();
+        blocks.parts.insert(part);
+        if blocks.catching_up != CatchUp::Idle || self.next_unhashed(&mut blocks).is_none() {
             return Ok(false);
         }
-        early.catching_up = CatchUp::Told;
+        blocks.catching_up = CatchUp::Requested;
         Ok(true)
     }
 
-    /// For whoever was told to catch up: what is to be read back and hashed next, within one part. `None` is the end of
-    /// it: then the next part that comes to the cursor tells somebody anew.
+    /// Returns the next range to read back and hash, within one part, for the task that catches up.
+    ///
+    /// Returns `None` when the part at the cursor is not written yet, which ends the task. The next part that closes
+    /// the gap then requests a new one.
     pub(crate) fn next_to_catch_up(&self) -> Option<Range<u64>> {
-        let mut early = self.early();
-        let next = self.next_early(&mut early);
-        early.catching_up = if next.is_some() { CatchUp::AtWork } else { CatchUp::Nobody };
+        let mut blocks = self.out_of_order();
+        let next = self.next_unhashed(&mut blocks);
+        blocks.catching_up = if next.is_some() { CatchUp::Running } else { CatchUp::Idle };
         let position = next?;
         Some(position..((position / self.part_size + 1) * self.part_size).min(self.size))
     }
 
-    /// How many parts are written whole and wait for a hash that is at work on them; none where it waits for a part, or
-    /// for whoever was told to go on with it.
+    /// Returns the number of completely written parts that wait for a running catch-up task; 0 if none is running.
     pub(crate) fn parts_behind(&self) -> usize {
-        let mut early = self.early();
-        self.next_early(&mut early);
-        if early.catching_up == CatchUp::AtWork { early.parts.len() } else { 0 }
+        let mut blocks = self.out_of_order();
+        self.next_unhashed(&mut blocks);
+        if blocks.catching_up == CatchUp::Running { blocks.parts.len() } else { 0 }
     }
 
-    /// Where to go on, if the part at the cursor is written whole. Parts passed meanwhile are forgotten.
-    fn next_early(&self, early: &mut OutOfOrderBlocks) -> Option<u64> {
+    /// Returns the position of the cursor if the part there is completely written. Forgets parts before the cursor.
+    fn next_unhashed(&self, blocks: &mut OutOfOrderBlocks) -> Option<u64> {
         let position = self.hashed_bytes();
         if position >= self.size {
-            early.parts.clear();
+            blocks.parts.clear();
             return None;
         }
         let part = position / self.part_size;
-        early.parts = early.parts.split_off(&part);
-        early.parts.contains(&part).then_some(position)
+        blocks.parts = blocks.parts.split_off(&part);
+        blocks.parts.contains(&part).then_some(position)
     }
 
-    /// Forgets what was hashed in order: the file is written from its beginning once more. Nothing is under way in it.
+    /// Resets the in-order hash, to write the file again from its beginning. No write may be running.
     pub(crate) fn rewind(&self) {
         if self.hashed_bytes() != u64::MAX {
             let mut order = self.order();
             *order = InOrder::new(self.size, self.part_size, order.git.is_some());
-            *self.early() = OutOfOrderBlocks::default();
+            *self.out_of_order() = OutOfOrderBlocks::default();
             self.cursor.store(0, Ordering::Release);
         }
     }
 
-    /// The digests of a file that was hashed in order; all its parts are done.
+    /// Returns the digests of a file that was hashed in order. All its parts must be done.
     pub(crate) fn hashed(&self) -> Hashed {
         use sha1::Digest as _;
         let mut order = self.order();
@@ -344,8 +355,8 @@ impl StagedWriter {
         Hashed { sha256, git_oid, ladder }
     }
 
-    /// Makes the file read-only, closes it, and returns the identity under which it was checked. It becomes durable once
-    /// it is published.
+    /// Makes the file read-only, closes it, and returns the identity under which it was verified. The file is synced
+    /// later, after it is published.
     pub(crate) fn seal(self) -> Result<FileIdentity> {
         let path = self.path;
         self.buffered
@@ -353,8 +364,9 @@ impl StagedWriter {
             .map_err(|cause| fault("make read-only", &path, cause))?;
         let written = Metadata::of(&self.buffered).map_err(|cause| fault("look at", &path, cause))?;
         drop((self.buffered, self.direct, self.parts));
-        // Read-only says as much as the journal did.
+        // A read-only file counts as complete, so its journal is no longer needed.
         super::files::remove_file(&super::parts_journal::journal_of(&path))?;
+        // After the close, the name must still lead to the file that was written.
         let metadata = path.metadata().map_err(|cause| fault("look at", &path, cause))?;
         match metadata.identity() == written.identity() {
             true => Ok(metadata.identity()),
@@ -366,23 +378,23 @@ impl StagedWriter {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn early(&self) -> MutexGuard<'_, OutOfOrderBlocks> {
-        self.early.lock().unwrap_or_else(PoisonError::into_inner)
+    fn out_of_order(&self) -> MutexGuard<'_, OutOfOrderBlocks> {
+        self.out_of_order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Cursor<'_> {
-    /// The hasher for the next `len` bytes, if they all belong to one part.
+    /// Returns the hasher for the next `len` bytes; `None` if they cross a part boundary.
     pub(crate) fn hasher(&mut self, len: usize) -> Option<&mut PartHasher> {
         self.order.hasher.within_part(len)
     }
 
-    /// Hashes the next bytes, whatever parts they belong to.
+    /// Hashes the next bytes, which may cross part boundaries.
     pub(crate) fn update(&mut self, bytes: &[u8]) {
         self.order.hasher.update(bytes);
     }
 
-    /// The bytes were hashed: the cursor stands after them.
+    /// Moves the cursor past `bytes`, which the caller has hashed.
     pub(crate) fn advance(mut self, bytes: &[u8]) {
         if let Some(git) = &mut self.order.git {
             use sha1::Digest as _;
@@ -393,8 +405,9 @@ impl Cursor<'_> {
 }
 
 impl InOrder {
-    /// At the beginning of a file of `size` bytes.
+    /// Returns hashers at the beginning of a file of `size` bytes.
     fn new(size: u64, part_size: u64, git: bool) -> Self {
+        // Git hashes the header `blob <size>\0` before the content.
         let git = git.then(|| {
             use sha1::Digest as _;
             sha1::Sha1::new_with_prefix(format!("blob {size}\0"))
@@ -403,7 +416,7 @@ impl InOrder {
     }
 }
 
-/// Allocates the full length. Filesystems that cannot still get the length.
+/// Allocates the full length. On a filesystem without `fallocate`, only sets the length.
 fn allocate(file: &File, size: u64) -> io::Result<()> {
     if size == 0 {
         return Ok(());
@@ -426,8 +439,8 @@ mod tests {
             let content: Vec<u8> = (0..len).map(|at| (at as u64 ^ seed).wrapping_mul(0x9e37_79b9) as u8).collect();
             let folder = tempfile::tempdir().expect("folder");
             let path = RootedPath::root(folder.path()).join("f");
-            let draft = StagedFileSpec { path, size: len as u64, part_size: 1024, in_order: true, git: true, direct: false };
-            let writer = StagedWriter::create(draft, None).expect("creates");
+            let spec = StagedFileSpec { path, size: len as u64, part_size: 1024, in_order: true, git: true, direct: false };
+            let writer = StagedWriter::create(spec, None).expect("creates");
             let mut parts: Vec<usize> = (0..len.div_ceil(1024)).collect();
             parts.sort_by_key(|part| (*part as u64 ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15));
             for part in parts {
@@ -456,17 +469,18 @@ mod tests {
             prop_assert_eq!(std::fs::read(folder.path().join("f")).expect("reads"), content);
         }
     }
+
     #[test]
-    fn what_is_written_past_the_page_cache_is_what_was_given() {
+    fn direct_writes_store_the_bytes_given() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("folder");
         let path = RootedPath::root(folder.path()).join("f");
         let content: Vec<u8> = (0..3 * ALIGNMENT + 77).map(|at| (at % 251) as u8).collect();
         let size = content.len() as u64;
-        let draft =
+        let spec =
             StagedFileSpec { path: path.clone(), size, part_size: 1 << 20, in_order: false, git: false, direct: true };
-        let writer = StagedWriter::create(draft, None).expect("creates");
+        let writer = StagedWriter::create(spec, None).expect("creates");
         assert_eq!(writer.direct.is_some(), path.open_direct().is_ok(), "where the filesystem takes it");
-        // An address that no direct write takes: it falls back.
+        // With a skew of 1, the memory is not aligned: the write falls back to a buffered one.
         for skew in [0, 1] {
             let mut memory = vec![0; content.len() + 2 * ALIGNMENT];
             let start = memory.as_ptr().align_offset(ALIGNMENT) + skew;

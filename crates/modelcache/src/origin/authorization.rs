@@ -1,4 +1,4 @@
-//! Values of the `Authorization` header, which never print.
+//! Values of the `Authorization` header, marked as sensitive so that they are never printed.
 
 use crate::error::{Error, Result};
 use crate::redact;
@@ -6,22 +6,28 @@ use base64::Engine as _;
 use reqwest::header::HeaderValue;
 use std::fmt::Display;
 
-/// The header for a token; `what` names it, should no header be able to carry it.
-pub(super) fn bearer(token: &str, what: impl Display) -> Result<HeaderValue> {
-    secret(&format!("Bearer {token}"), what)
+/// Returns the header value for a bearer token.
+///
+/// # Errors
+/// `Invalid` if the token has characters that a header cannot carry; `name` is that of the token in the message.
+pub(super) fn bearer(token: &str, name: impl Display) -> Result<HeaderValue> {
+    secret(&format!("Bearer {token}"), name)
 }
 
-/// The header for a user and a password (RFC 7617).
-pub(super) fn basic(user: &str, password: &str, what: impl Display) -> Result<HeaderValue> {
+/// Returns the header value for a user and a password (RFC 7617).
+pub(super) fn basic(user: &str, password: &str, name: impl Display) -> Result<HeaderValue> {
     let pair = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
+    // The encoded form must not appear in logs either.
     redact::learn(&pair);
-    secret(&format!("Basic {pair}"), what)
+    secret(&format!("Basic {pair}"), name)
 }
 
-fn secret(text: &str, what: impl Display) -> Result<HeaderValue> {
+/// Returns a sensitive header value.
+fn secret(text: &str, name: impl Display) -> Result<HeaderValue> {
     let mut value = HeaderValue::from_str(text).map_err(|_| {
-        Error::invalid(format!("{what} has characters that none has")).hint("check it for stray line ends")
+        Error::invalid(format!("{name} has characters that a header cannot carry")).hint("check it for line breaks")
     })?;
+    // `Debug` of a sensitive value prints no content.
     value.set_sensitive(true);
     Ok(value)
 }

@@ -1,12 +1,11 @@
-//! A place in a bucket as an origin: one object, or everything below a prefix.
+//! A location in a bucket as an origin: one object, or all objects below a prefix.
 //!
-//! Resolving lists it; the version is a hash over keys, sizes and ETags, so it changes when anything there does. What
-//! lies beside the files and states their digests is read when the manifest is asked for. A version that this program
-//! published there is read by its manifest. Clients and credentials are those of an S3 remote; a bucket in another
-//! region than the configured one is found by the region that its server tells.
+//! Resolving lists the location. The version is a hash over keys, sizes and ETags, so it changes if any object changes.
+//! A version that modelcache published there is read by its manifest. Clients and credentials are those of an S3
+//! remote; a bucket in another region than the configured one is found by the region that its server reports.
 //!
-//! Surprise: a source is good for the version that it was made for only. Once the place holds other objects there is no
-//! way back to the old ones, and the source says that they were replaced.
+//! A source is valid only for the version that it was created for. If the location holds other objects later, the old
+//! ones are gone, and the source fails with `Conflict`.
 
 use super::Resolved;
 use crate::config::{BucketConfig, RemoteConfig};
@@ -25,16 +24,16 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 
-/// Buckets kept open; more are closed and opened again.
+/// Maximum number of bucket clients to keep. Above it all are dropped and created again as needed.
 const OPEN_MAX: usize = 16;
 
-/// Every bucket that references name.
+/// The clients of all buckets that references name.
 pub(super) struct Buckets {
     config: BucketConfig,
     retry: Retry,
     open: Mutex<BTreeMap<String, Remote>>,
-    /// The source that was resolved last: whoever asked is about to read it, and need not list it again.
-    last: Mutex<Option<Arc<BucketSource>>>,
+    /// The source that was resolved last. The caller is about to read it, and then need not list the location again.
+    last_resolved: Mutex<Option<Arc<BucketSource>>>,
 }
 
 impl fmt::Debug for Buckets {
@@ -45,12 +44,13 @@ impl fmt::Debug for Buckets {
 
 impl Buckets {
     pub(super) fn new(config: BucketConfig, retry: Retry) -> Self {
-        Self { config, retry, open: Mutex::default(), last: Mutex::default() }
+        Self { config, retry, open: Mutex::default(), last_resolved: Mutex::default() }
     }
 
-    /// The bucket's client; with `region`, a new one that signs for it.
+    /// Returns the client of the bucket `name`. With `region`, creates a new one that signs for that region.
     fn bucket(&self, name: &str, region: Option<String>) -> Result<Remote> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        // A client without an explicit region is reused.
         if let (Some(remote), None) = (open.get(name), &region) {
             return Ok(remote.clone());
         }
@@ -60,6 +60,7 @@ impl Buckets {
         }
         let remote =
             Remote::open(&RemoteConfig { url: format!("s3://{name}"), options, environment }, self.retry.clone())?;
+        // Clients are cheap to create again, so there is no need for an eviction order.
         if open.len() >= OPEN_MAX {
             open.clear();
         }
@@ -67,13 +68,14 @@ impl Buckets {
         Ok(remote)
     }
 
-    /// What lies there now, and the client to read it with.
+    /// Returns the present contents of `place` and the client to read them with; `None` if there are none.
     async fn find(&self, place: &BucketPlace) -> Result<Option<(Remote, AddressContents)>> {
         let address = Address { base: place.key.clone(), folder: place.folder };
         let remote = self.bucket(&place.bucket, None)?;
+        // The bucket may be in another region than the configured one. Its server then reports the right one.
         let (remote, found) = match (remote.find(&address).await, remote.reported_region()) {
             (Err(error), Some(region)) => {
-                tracing::debug!(%error, bucket = place.bucket, region, "asking again in the region that the server told");
+                tracing::debug!(%error, bucket = place.bucket, region, "retrying in the reported region");
                 let remote = self.bucket(&place.bucket, Some(region))?;
                 let found = remote.find(&address).await?;
                 (remote, found)
@@ -84,44 +86,49 @@ impl Buckets {
     }
 }
 
-/// What lies there now.
+/// Resolves `place` to the version of its present contents.
 pub(super) async fn resolve(buckets: &Arc<Buckets>, place: &BucketPlace) -> Result<Resolved> {
-    let Some((remote, found)) = buckets.find(place).await.map_err(ours)? else {
+    let Some((remote, found)) = buckets.find(place).await.map_err(as_origin_error)? else {
         return Err(Error::not_found("there is no such object, and nothing below it")
             .tier(Tier::Origin)
             .hint("check bucket and key; `aws s3 ls` shows what is there. Keys are taken as they are written"));
     };
+    // The listing is kept in the source, so that reading the manifest does not list again.
     let key = ArtifactKey::new(place.name()?, version(&found)?);
     let source = BucketSource::new(buckets, place, &key);
     let source = Arc::new(BucketSource { found: OnceCell::new_with(Some(Some((remote, found)))), ..source });
-    *buckets.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(source.clone());
+    *buckets.last_resolved.lock().unwrap_or_else(PoisonError::into_inner) = Some(source.clone());
     Ok(Resolved { key, source })
 }
 
-/// A source for the version that `key` names, once it was resolved.
+/// Returns a source for `key`, a version of `place` that was resolved before. Sends no request.
 pub(super) fn source(buckets: &Arc<Buckets>, place: &BucketPlace, key: &ArtifactKey) -> Arc<dyn Source> {
-    let last = buckets.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    match last.filter(|last| last.key == *key && last.place == *place) {
-        Some(last) => last,
+    let last_resolved = buckets.last_resolved.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    // Reuse the listing of the resolved source if it is of this very version.
+    match last_resolved.filter(|last_resolved| last_resolved.key == *key && last_resolved.place == *place) {
+        Some(last_resolved) => last_resolved,
         None => Arc::new(BucketSource::new(buckets, place, key)),
     }
 }
 
+/// Returns the version of the listed contents: a hash over keys, sizes and ETags.
 fn version(found: &AddressContents) -> Result<Version> {
     Version::new(&found.digest().to_string())
 }
 
-/// The client is the remote's, and its failures name that tier.
-fn ours(error: Error) -> Error {
+/// Changes the tier of an error to origin: the client is that of the remote, so its errors name the remote.
+fn as_origin_error(error: Error) -> Error {
     error.of_tier(Tier::Origin)
 }
 
-/// One version of what lies at a place.
+/// The source for one version of a location in a bucket.
 struct BucketSource {
     buckets: Arc<Buckets>,
     place: BucketPlace,
     key: ArtifactKey,
+    /// The listed contents and their client; `None` if there are none.
     found: OnceCell<Option<(Remote, AddressContents)>>,
+    /// The manifest of objects that modelcache did not publish, read at the first use.
     unmanaged: OnceCell<UnmanagedObjects>,
 }
 
@@ -137,18 +144,26 @@ impl BucketSource {
         Self { buckets, place, key, found: OnceCell::new(), unmanaged: OnceCell::new() }
     }
 
+    /// Returns the contents of the location, listing it at the first call.
+    ///
+    /// # Errors
+    /// `Conflict` if they have another version than this source.
     async fn found(&self) -> Result<Option<&(Remote, AddressContents)>> {
         let find = || async {
             match self.buckets.find(&self.place).await? {
-                Some((_, found)) if version(&found)? != self.key.version => Err(replaced("what lies there")),
+                // Never mix objects of two versions.
+                Some((_, found)) if version(&found)? != self.key.version => {
+                    Err(replaced("the content of the location"))
+                }
                 found => Ok(found),
             }
         };
         Ok(self.found.get_or_try_init(find).await?.as_ref())
     }
 
-    async fn known(&self) -> Result<Option<Manifest>> {
+    async fn load_manifest(&self) -> Result<Option<Manifest>> {
         let Some((remote, found)) = self.found().await? else { return Ok(None) };
+        // A published version has its manifest; for other objects, checksum files beside them are read here.
         let listed = match found {
             AddressContents::Published(_, manifest) => manifest.clone(),
             AddressContents::UnmanagedObjects(listing) => {
@@ -164,6 +179,7 @@ impl BucketSource {
             return Err(Error::not_found("there is no such object, and nothing below it"));
         };
         match remote.read_found(found, path, range).await {
+            // The object has another ETag than in the listing.
             Err(error) if error.kind() == ErrorKind::Conflict => Err(replaced(path)),
             body => body,
         }
@@ -172,7 +188,7 @@ impl BucketSource {
 
 fn replaced(what: impl fmt::Display) -> Error {
     Error::new(ErrorKind::Conflict, format!("{what} was replaced or removed since it was listed"))
-        .hint("what lies there now is another version: run it again with --refresh")
+        .hint("the content there now is another version: run it again with --refresh")
         .superseded()
 }
 
@@ -183,12 +199,12 @@ impl Source for BucketSource {
     }
 
     async fn manifest(&self) -> Result<Option<Manifest>> {
-        self.known().await.map_err(|error| ours(error.artifact(&self.key)))
+        self.load_manifest().await.map_err(|error| as_origin_error(error.artifact(&self.key)))
     }
 
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
-        let body = self.body(path, range).await.map_err(|error| ours(error.artifact(&self.key)))?;
-        Ok(Body { start: body.start, stream: body.stream.map_err(ours).boxed() })
+        let body = self.body(path, range).await.map_err(|error| as_origin_error(error.artifact(&self.key)))?;
+        Ok(Body { start: body.start, stream: body.stream.map_err(as_origin_error).boxed() })
     }
 
     fn stated_by(&self, path: &FilePath) -> Option<String> {

@@ -1,4 +1,4 @@
-//! Examining origins: whether the Hub answers, whose token it is, what bare names come from.
+//! Checks of the origins: whether the Hub answers, which account its token belongs to, and where bare names come from.
 
 use super::authorization;
 use super::http::{self, Http, Server};
@@ -11,24 +11,25 @@ use reqwest::StatusCode;
 use reqwest::header::{AUTHORIZATION, HeaderMap};
 use url::Url;
 
-/// Variables that keep origins from being asked.
+/// Environment variables that turn on offline mode.
 const OFFLINE: [&str; 2] = ["MODEL_CACHE_OFFLINE", "HF_HUB_OFFLINE"];
 
-/// Looks at the configured origins and the Hub.
+/// Checks the configured origins and the Hub.
 pub(crate) async fn examine(config: &Config, environment: &Environment, clock: &Clock) -> Vec<Check> {
     let mut checks = vec![templates(config)];
     if config.offline {
+        // Name the variable that turned offline mode on; otherwise the configuration file did.
         let set = |name: &&&str| environment.get(name).is_some_and(is_true);
         let name = OFFLINE.iter().find(set).copied().unwrap_or("offline in the configuration file");
-        let says = format!("{name} is set: no origin is asked, and only what is on disk or on the remote is found");
-        checks.push(Check::warning(Area::Origin, says, format!("unset {name} to fetch from origins")));
+        let summary = format!("{name} is set: no origin is asked; only artifacts on disk or on the remote are found");
+        checks.push(Check::warning(Area::Origin, summary, format!("unset {name} to fetch from origins")));
         return checks;
     }
     checks.push(match in_time(hub(config, clock)).await {
         Ok(check) => check,
-        // Whoever has a remote may live without.
+        // With a remote the cache can work without the Hub, so this is only a warning.
         Err(error) if error.kind() == ErrorKind::Unavailable && config.remote.is_some() => {
-            Check::warning_of(Area::Origin, &error).with_detail("what the remote holds is found all the same")
+            Check::warning_of(Area::Origin, &error).with_detail("artifacts on the remote are found all the same")
         }
         Err(error) => Check::problem(Area::Origin, &error),
     });
@@ -47,7 +48,7 @@ fn templates(config: &Config) -> Check {
     }
 }
 
-/// Asks the Hub who we are: it answers that with and without a token.
+/// Requests the account of the token from the Hub. The endpoint answers with and without a token.
 async fn hub(config: &Config, clock: &Clock) -> Result<Check> {
     let no_address = || {
         Error::invalid("the Hub's endpoint is no web address")
@@ -63,20 +64,22 @@ async fn hub(config: &Config, clock: &Clock) -> Result<Check> {
     let http = Http::new(config.retry.read_timeout);
     let response = http.get(&url, headers).await?;
     let server = Server(&url).to_string();
+    // The date of the response also serves the check of the clock.
     clock.learn(&server, http::header(response.headers(), "date"));
-    let (status, signed) = (response.status(), config.hub.token.is_some());
+    let (status, has_token) = (response.status(), config.hub.token.is_some());
+    // The body only serves to name the account, so a failure to read it is ignored.
     let body = http.body(response, &url, limits::ANSWER_BYTES_MAX).await.unwrap_or_default();
     Ok(match status {
-        StatusCode::OK if signed => {
+        StatusCode::OK if has_token => {
             #[derive(serde::Deserialize)]
             struct Account {
                 name: String,
             }
             let name = serde_json::from_slice::<Account>(&body).ok().map(|account| account.name);
-            let who = name.map_or_else(|| "somebody".into(), |name| format!("{name:?}"));
-            Check::ok(Area::Origin, format!("{server} answers; the token is that of {who}"))
+            let account = name.map_or_else(|| "an unnamed account".into(), |name| format!("{name:?}"));
+            Check::ok(Area::Origin, format!("{server} answers; the token is that of {account}"))
         }
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if signed => Check::problem(
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if has_token => Check::problem(
             Area::Origin,
             &Error::new(
                 ErrorKind::Unauthorized,
@@ -87,20 +90,21 @@ async fn hub(config: &Config, clock: &Clock) -> Result<Check> {
         StatusCode::TOO_MANY_REQUESTS => Check::warning(
             Area::Origin,
             format!("{server} answers, and limits how often it is asked"),
-            if signed {
+            if has_token {
                 "ask less often, or use a plan with higher limits"
             } else {
                 "set HF_TOKEN: requests with a token have higher limits"
             },
         ),
+        // The Hub is down. The caller decides whether that is a problem or a warning.
         status if status.is_server_error() => {
             return Err(Error::unavailable(format!("{server} answered {}", status.as_u16()))
                 .hint("try again later; see status.huggingface.co, or check HF_ENDPOINT"));
         }
-        _ if signed => Check::warning(
+        _ if has_token => Check::warning(
             Area::Origin,
-            format!("{server} answers, but cannot say whose the token is ({})", status.as_u16()),
-            "nothing, if it is a mirror; else check HF_ENDPOINT: does a Hub answer there?",
+            format!("{server} answers, but does not name the account of the token ({})", status.as_u16()),
+            "ignore this for a mirror; otherwise check that HF_ENDPOINT is the address of a Hub",
         ),
         _ => {
             Check::ok(Area::Origin, format!("{server} answers; no token is set, so only public repositories are seen"))

@@ -1,11 +1,11 @@
 //! A local file or folder as an origin.
 //!
-//! Resolving lists it once: every regular file below, through links, with size, time and inode. The version is a hash
-//! over that list, so it changes when the folder does, and every read first makes sure that the file is still the one
-//! listed. No digests: nobody states any.
+//! Resolving lists all regular files once, with size, modification time and inode. The version is a hash over that
+//! list, so it changes if the folder changes. After every read the file is compared with its entry in the list. There
+//! are no digests, because a folder has none.
 //!
-//! Surprise: links are followed wherever they lead (the Hub's own cache is made of them); only a folder that contains
-//! itself is refused.
+//! Symbolic links are followed wherever they lead, because the cache of the Hub consists of them. Only a folder that
+//! contains itself is rejected.
 
 use super::{Resolved, no_files};
 use crate::digest::Digest;
@@ -27,22 +27,22 @@ use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOp
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Bytes read at a time: few enough calls, little enough memory.
+/// Bytes read at a time: a compromise between the number of system calls and memory.
 const CHUNK_BYTES: u64 = 1024 * 1024;
 /// Nanoseconds in a second.
 const NS_PER_S: i64 = 1_000_000_000;
 
-/// What lies at `path` now; `None` if nothing does.
+/// Lists the file or folder at `path` and returns its key with a source bound to it; `None` if it does not exist.
 pub(super) async fn resolve(path: &str) -> Result<Option<Resolved>> {
     let path = path.to_owned();
     let Some(source) = blocking(move || FolderSource::list(&path)).await? else { return Ok(None) };
     Ok(Some(Resolved { key: source.manifest.key.clone(), source: Arc::new(source) }))
 }
 
-/// A file or folder as it was when listed.
+/// The source for a file or folder as it was when listed.
 #[derive(Debug)]
 struct FolderSource {
-    /// The folder, or the folder that the single file lies in.
+    /// The folder, or the parent folder of a single file.
     base: PathBuf,
     manifest: Manifest,
     identities: BTreeMap<FilePath, FileIdentity>,
@@ -64,10 +64,12 @@ impl Source for FolderSource {
 }
 
 impl FolderSource {
+    /// Lists the file or folder at `path`. Returns `None` if it does not exist.
     fn list(path: &str) -> Result<Option<Self>> {
         let root = Path::new(path);
         let found = match root.metadata() {
             Ok(found) => found,
+            // `NotADirectory`: a parent in the path is a file.
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 return Ok(None);
             }
@@ -78,7 +80,7 @@ impl FolderSource {
             walk.folder(root, "", &found)?;
             if walk.identities.is_empty() {
                 let what = format!("{} holds no files", root.display());
-                return Err(no_files(what).hint("is it the right folder, and is what should be there mounted?"));
+                return Err(no_files(what).hint("check the path, and that the folder is mounted"));
             }
             (root, Shape::Tree)
         } else {
@@ -86,6 +88,7 @@ impl FolderSource {
             walk.entry(root, name.unwrap_or_default(), &found)?;
             (root.parent().unwrap_or(root), Shape::File)
         };
+        // The name is the path, the version a hash of the listing.
         let key = ArtifactKey::new(folder_name(path)?, version(shape, &walk.identities)?);
         let mut manifest = Manifest::new(key, shape);
         let entry = |identity: &FileIdentity| FileEntry::of(identity.bytes);
@@ -94,6 +97,7 @@ impl FolderSource {
         Ok(Some(Self { base: base.to_owned(), manifest, identities: walk.identities }))
     }
 
+    /// Opens a file and streams `range` of it in chunks, each read on a blocking thread.
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let Some(identity) = self.identities.get(path).copied() else {
             return Err(Error::not_found(format!("there is no file {path} in {}", self.base.display())));
@@ -104,6 +108,7 @@ impl FolderSource {
         let start = range.start;
         let full = self.base.join(path.as_str());
         let reading = blocking(move || OpenFolderFile::open(full, identity, range)).await?;
+        // The state is `None` after an error, which ends the stream.
         let chunks = futures::stream::unfold(Some(reading), |reading| async {
             let mut reading = reading?;
             if reading.range.is_empty() {
@@ -122,7 +127,7 @@ impl FolderSource {
     }
 }
 
-/// A file being read, known by its identity.
+/// An open file and the identity that it must keep.
 struct OpenFolderFile {
     file: File,
     path: PathBuf,
@@ -132,11 +137,11 @@ struct OpenFolderFile {
 
 impl OpenFolderFile {
     fn open(path: PathBuf, identity: FileIdentity, range: Range<u64>) -> Result<Self> {
-        // Whatever took the file's place since (a pipe) must not make the open wait.
+        // Non-blocking: a pipe that has taken the place of the file must not make `open` wait.
         let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
         let file =
             OpenOptions::new().read(true).custom_flags(flags).open(&path).map_err(|error| match error.kind() {
-                io::ErrorKind::NotFound => Error::not_found(format!("{} is gone", path.display())).hint(RUN_AGAIN),
+                io::ErrorKind::NotFound => Error::not_found(format!("{} is gone", path.display())).hint(HINT_RUN_AGAIN),
                 _ => unreadable(&path, error),
             })?;
         let reading = Self { file, path, identity, range };
@@ -144,47 +149,51 @@ impl OpenFolderFile {
         Ok(reading)
     }
 
-    /// The next bytes, once they are known to be those of the file that was listed.
+    /// Returns the next chunk, after checking that the file is still the listed one.
     fn chunk(&mut self) -> Result<Bytes> {
         let bytes = CHUNK_BYTES.min(self.range.end - self.range.start);
         let mut buffer = vec![0; bytes as usize];
         match self.file.read_exact_at(&mut buffer, self.range.start) {
             Ok(()) => {}
+            // The file became shorter.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(self.changed()),
             Err(error) => return Err(unreadable(&self.path, error)),
         }
-        // After reading: what changed before or meanwhile shows now.
+        // Check after reading, so that a change before or during the read is noticed.
         self.check()?;
         self.range.start += bytes;
         Ok(buffer.into())
     }
 
+    /// Fails if the open file no longer has the listed identity.
     fn check(&self) -> Result<()> {
         let now = self.file.metadata().map_err(|error| unreadable(&self.path, error))?;
         if now.is_file() && identity(&now) == self.identity { Ok(()) } else { Err(self.changed()) }
     }
 
     fn changed(&self) -> Error {
-        Error::corrupt(format!("{} changed while being read", self.path.display())).hint(RUN_AGAIN)
+        Error::corrupt(format!("{} changed while being read", self.path.display())).hint(HINT_RUN_AGAIN)
     }
 }
 
-const RUN_AGAIN: &str = "run it again once nothing writes there; the changed folder is another version";
+/// Hint for a file that changed or vanished after it was listed.
+const HINT_RUN_AGAIN: &str = "run it again once no process writes there; the changed folder is another version";
 
-/// The files found so far.
+/// A recursive listing in progress.
 #[derive(Default)]
 struct Walk {
     identities: BTreeMap<FilePath, FileIdentity>,
-    /// Device and inode of every folder on the way down.
-    above: Vec<(u64, u64)>,
+    /// Device and inode of every folder on the path to the current one.
+    ancestors: Vec<(u64, u64)>,
     folders: usize,
 }
 
 impl Walk {
-    /// Everything below the folder at `full`, whose path within the artifact is `inside`.
+    /// Adds all files below the folder at `full`. `inside` is its path within the artifact.
     fn folder(&mut self, full: &Path, inside: &str, found: &Metadata) -> Result<()> {
         let this = (found.dev(), found.ino());
-        if self.above.contains(&this) {
+        // A folder that is its own ancestor is a loop of links. A folder that is linked twice is not.
+        if self.ancestors.contains(&this) {
             return Err(Error::invalid(format!("{} leads back to a folder that contains it", full.display()))
                 .hint("remove that link"));
         }
@@ -192,7 +201,7 @@ impl Walk {
         if self.folders > limits::FILES_MAX {
             return Err(Error::invalid(format!("more than {} folders", limits::FILES_MAX)));
         }
-        self.above.push(this);
+        self.ancestors.push(this);
         for entry in full.read_dir().map_err(|error| unreadable(full, error))? {
             let full = entry.map_err(|error| unreadable(full, error))?.path();
             let Some(name) = full.file_name().and_then(|name| name.to_str()) else {
@@ -200,16 +209,19 @@ impl Walk {
             };
             let inside = if inside.is_empty() { name.to_owned() } else { format!("{inside}/{name}") };
             let found = full.metadata().map_err(|error| match error.kind() {
+                // A directory entry with a missing target is a dangling link.
                 io::ErrorKind::NotFound => Error::invalid(format!("{} leads nowhere", full.display())).cause(error),
                 _ => unreadable(&full, error),
             })?;
             self.entry(&full, &inside, &found)?;
         }
-        self.above.pop();
+        self.ancestors.pop();
         Ok(())
     }
 
+    /// Adds the file or folder at `full`.
     fn entry(&mut self, full: &Path, inside: &str, found: &Metadata) -> Result<()> {
+        // `found` is the target of a link, so this is never a link itself.
         let kind = found.file_type();
         if kind.is_dir() {
             return self.folder(full, inside, found);
@@ -233,12 +245,13 @@ impl Walk {
     }
 }
 
+/// Returns the inode, size and modification time of a file.
 fn identity(found: &Metadata) -> FileIdentity {
     let mtime_ns = found.mtime().saturating_mul(NS_PER_S).saturating_add(found.mtime_nsec());
     FileIdentity { inode: found.ino(), bytes: found.len(), mtime_ns }
 }
 
-/// A version that changes when the list does. A path has no control characters, so the lines cannot be confused.
+/// Returns a hash over the list of files. A path has no control characters, so two lists cannot give the same text.
 fn version(shape: Shape, identities: &BTreeMap<FilePath, FileIdentity>) -> Result<Version> {
     let mut hasher = sha2::Sha256::new();
     hasher.update(format!("{shape:?}\n"));
@@ -248,20 +261,22 @@ fn version(shape: Shape, identities: &BTreeMap<FilePath, FileIdentity>) -> Resul
     Version::new(&Digest::from_bytes(hasher.finalize().into()).to_string())
 }
 
+/// Converts an I/O error of reading `path` into an error with a hint.
 fn unreadable(path: &Path, error: io::Error) -> Error {
     let what = format!("cannot read {}", path.display());
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
-            Error::new(ErrorKind::Unauthorized, what).hint("give the user that runs this the right to read it")
+            Error::new(ErrorKind::Unauthorized, what).hint("give the user that runs this command read access to it")
         }
         _ => Error::new(ErrorKind::Other, what),
     }
     .cause(error)
 }
 
+/// Runs file I/O on a blocking thread.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let joined = tokio::task::spawn_blocking(work).await;
-    joined.map_err(|cause| Error::new(ErrorKind::Other, "a reading task ended early").cause(cause))?
+    joined.map_err(|cause| Error::new(ErrorKind::Other, "a file read ended unexpectedly").cause(cause))?
 }
 
 #[cfg(test)]
@@ -270,7 +285,7 @@ mod tests {
     use std::os::unix::ffi::OsStrExt as _;
     use std::os::unix::fs::symlink;
 
-    /// Makes something odd at a path.
+    /// Creates a special file at a path.
     type Make<'a> = &'a dyn Fn(&Path);
 
     fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
@@ -301,7 +316,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_there_is_absence() {
+    async fn a_missing_path_is_absent() {
         let folder = folder(&[("a", b"1")]);
         assert!(resolved(&folder.path().join("b")).await.expect("no failure").is_none());
         assert!(resolved(&folder.path().join("a/b")).await.expect("no failure").is_none());
@@ -336,7 +351,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_no_file_is_refused_by_name() {
+    async fn special_files_and_broken_links_are_rejected_by_name() {
         let pipe = |path: &Path| {
             let mode = rustix::fs::Mode::RUSR;
             rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).expect("pipe");
@@ -361,7 +376,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn names_that_no_artifact_may_have_are_refused() {
+    async fn names_that_an_artifact_must_not_have_are_rejected() {
         for name in [&b"\xff.bin"[..], b"a\\b", b"a\nb", b".modelcache"] {
             let folder = folder(&[("fine", b"1")]);
             std::fs::write(folder.path().join(std::ffi::OsStr::from_bytes(name)), b"1").expect("file");
@@ -371,7 +386,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_that_changed_since_is_not_read() {
+    async fn a_file_that_changed_since_it_was_listed_is_not_read() {
         let folder = folder(&[("a", b"12345"), ("gone", b"1"), ("pipe", b"1")]);
         let source = resolved(folder.path()).await.expect("resolves").expect("is there").source;
         assert_eq!(read(&source, "a", 1..4).await.expect("unchanged"), b"234");
@@ -391,7 +406,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_that_changes_meanwhile_fails_the_stream() {
+    async fn a_file_that_changes_during_a_read_fails_the_stream() {
         let content = vec![7; 3 * CHUNK_BYTES as usize];
         let folder = folder(&[("a", &content)]);
         let source = resolved(folder.path()).await.expect("resolves").expect("is there").source;
@@ -415,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_not_be_read_is_unauthorized_and_named() {
+    fn a_file_without_read_permission_is_unauthorized_and_named() {
         let error = unreadable(Path::new("/x/y"), io::ErrorKind::PermissionDenied.into());
         assert!(error.kind() == ErrorKind::Unauthorized && error.message().contains("/x/y"), "{error}");
     }

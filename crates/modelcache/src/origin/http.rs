@@ -1,13 +1,9 @@
-//! HTTP as origins use it: one client, redirects never followed by it, and the few headers that matter, read.
+//! HTTP client for origins: redirects that keep credentials at home, parsing of headers, and errors for responses.
 //!
-//! An error made here names scheme, host and port of the server, never a path's query: what stands there may be a
-//! signature. The client is built at the first request, off the runtime's threads, because reading the system's root
-//! certificates takes longer than a warm get.
+//! Error messages name only scheme, host and port of a server, never a query, because it may contain a signature.
 //!
-//! Surprise: the library reads no environment, but two of its dependencies do. The HTTP client takes proxies from
-//! `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`, and root certificates from `SSL_CERT_FILE` and `SSL_CERT_DIR` where
-//! these are set. Without any root certificate the client is built all the same: plain addresses then work, and the
-//! others fail with the remedy.
+//! The library reads no environment variables, but two of its dependencies do: the HTTP client takes proxies from
+//! `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`, and root certificates from `SSL_CERT_FILE` and `SSL_CERT_DIR`.
 
 pub(super) use crate::config::one_segment;
 use crate::error::{Error, ErrorKind, Result};
@@ -25,12 +21,12 @@ use std::time::Duration;
 use tokio::sync::OnceCell;
 use url::Url;
 
-/// Longest wait for a connection. A server that is there answers the handshake within a few round trips.
+/// Longest wait for a connection. A reachable server completes the handshake within a few round trips.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest wait that a server can ask for; above it the number is nonsense.
-const WAIT_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Upper bound on the wait that a server can request. Larger values are taken as this one.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(24 * 3600);
 
-/// The client of one authority, built when first used.
+/// The HTTP client of one origin, built at the first request.
 #[derive(Debug)]
 pub(super) struct Http {
     client: OnceCell<Client>,
@@ -38,12 +34,12 @@ pub(super) struct Http {
 }
 
 impl Http {
-    /// A client that gives a silent server `read_timeout`: to the first byte, and between bytes.
+    /// Creates a client that waits for at most `read_timeout` for the first byte of a response and between bytes.
     pub(super) fn new(read_timeout: Duration) -> Self {
         Self { client: OnceCell::new(), read_timeout }
     }
 
-    /// One GET, redirects included in the answers. The body is always as it is stored, never compressed.
+    /// Sends one GET without following redirects. Requests the body as stored, without compression.
     pub(super) async fn get(&self, url: &Url, mut headers: HeaderMap) -> Result<Response> {
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         let request = self.client().await?.get(url.clone()).headers(headers);
@@ -52,28 +48,31 @@ impl Http {
         Ok(response)
     }
 
-    /// GETs `url` and follows redirects by hand, so that the credential is sent home and nowhere else.
-    pub(super) async fn follow(&self, mut url: Url, ask: Request<'_>) -> Result<Answer> {
-        let mut said = HeaderMap::new();
+    /// Sends a GET for `url` and follows redirects. The credential is sent only to [`Request::home`].
+    pub(super) async fn follow(&self, mut url: Url, request: Request<'_>) -> Result<Answer> {
+        let mut home_headers = HeaderMap::new();
         for _ in 0..=limits::REDIRECTS_MAX {
-            let at_home = same_origin(&url, ask.home);
-            if ask.stay && !at_home {
-                return Err(unmanaged("redirects a request for metadata", ask.home, &url));
+            let at_home = same_origin(&url, request.home);
+            // Checked for every hop, before anything is sent to it.
+            if request.same_origin_only && !at_home {
+                return Err(cross_origin_error("redirects a request for metadata", request.home, &url));
             }
-            let mut headers = ask.headers.clone();
-            if let Some(authorization) = ask.authorization.filter(|_| at_home) {
+            let mut headers = request.headers.clone();
+            if let Some(authorization) = request.authorization.filter(|_| at_home) {
                 headers.insert(AUTHORIZATION, authorization.clone());
             }
             let response = self.get(&url, headers).await?;
+            // Headers such as `X-Repo-Commit` are on the redirect, not on the response of the CDN.
             if at_home {
                 response.headers().iter().for_each(|(name, value)| {
-                    said.insert(name, value.clone());
+                    home_headers.insert(name, value.clone());
                 });
             }
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(Answer { response, url, at_home, said });
+                return Ok(Answer { response, url, at_home, home_headers });
             }
             url = redirect_target(&url, response.headers().get(LOCATION))?;
+            // Read the rest of the response, so that its connection can be reused.
             drain(response).await;
         }
         let server = Server(&url);
@@ -82,7 +81,7 @@ impl Http {
             .transient(false))
     }
 
-    /// The body of a metadata answer, refused above `bytes_max`.
+    /// Returns the body of a metadata response. Fails if it is longer than `bytes_max`.
     pub(super) async fn body(&self, response: Response, url: &Url, bytes_max: u64) -> Result<Vec<u8>> {
         let limits = BodyLimits::answer(bytes_max, self.read_timeout);
         match read_body(response.bytes_stream(), limits).await {
@@ -91,53 +90,57 @@ impl Http {
         }
     }
 
+    /// Returns the client, building it first if necessary.
     async fn client(&self) -> Result<&Client> {
         let read_timeout = self.read_timeout;
         self.client
             .get_or_try_init(|| async {
+                // On a blocking thread and not before the first request, because reading the system's root certificates
+                // takes longer than a cache hit.
                 let built = tokio::task::spawn_blocking(move || build(read_timeout)).await;
                 let failed = |what: String| Error::new(ErrorKind::Other, "cannot set up HTTP").cause(what);
-                built.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(chain(&error)))
+                built.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error_chain(&error)))
             })
             .await
     }
 }
 
-/// A GET that may be redirected.
+/// The headers and the credential of a GET that may be redirected.
 #[derive(Debug)]
 pub(super) struct Request<'a> {
-    /// Sent to everybody on the way.
+    /// Headers sent with every request, including those to redirect targets.
     pub(super) headers: HeaderMap,
-    /// Scheme, host and port that the credential is for.
+    /// The URL with the scheme, host and port that the credential may be sent to.
     pub(super) home: &'a Url,
-    /// The credential.
+    /// The value of the `Authorization` header.
     pub(super) authorization: Option<&'a HeaderValue>,
-    /// Refuse to leave home.
-    pub(super) stay: bool,
+    /// Fail if a redirect leads to another scheme, host or port than those of `home`.
+    pub(super) same_origin_only: bool,
 }
 
-/// The last answer after all redirects.
+/// The final response after all redirects.
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) response: Response,
-    /// Where it came from.
+    /// The URL that it came from.
     pub(super) url: Url,
-    /// Whether that is home.
+    /// True if that URL has the scheme, host and port of [`Request::home`].
     pub(super) at_home: bool,
-    /// What home said on the way: of each header the latest.
-    pub(super) said: HeaderMap,
+    /// The headers of all responses from home, redirects included. Of each header the latest value.
+    pub(super) home_headers: HeaderMap,
 }
 
-/// The refusal to go where the credential may not.
-pub(super) fn unmanaged(what: &str, home: &Url, url: &Url) -> Error {
+/// Returns the error for a link or redirect from `home` to another scheme, host or port, where the credential must not
+/// be sent.
+pub(super) fn cross_origin_error(what: &str, home: &Url, url: &Url) -> Error {
     let (from, to) = (Server(home), Server(url));
     Error::corrupt(format!("{from} {what} to {to}; not followed"))
 }
 
-/// The `Range` header that asks for `range`, which is not empty.
+/// Returns the `Range` header for `range`, which must not be empty.
 pub(super) fn range_header(range: &std::ops::Range<u64>) -> Result<HeaderValue> {
     let value = HeaderValue::from_str(&format!("bytes={}-{}", range.start, range.end.saturating_sub(1)));
-    value.map_err(|cause| Error::invalid("no range can be asked for").cause(cause))
+    value.map_err(|cause| Error::invalid("invalid byte range").cause(cause))
 }
 
 fn build(read_timeout: Duration) -> reqwest::Result<Client> {
@@ -149,13 +152,14 @@ fn build(read_timeout: Duration) -> reqwest::Result<Client> {
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(read_timeout)
     };
+    // Without root certificates the client still serves plain HTTP, and requests over TLS fail with a remedy.
     builder().build().or_else(|error| {
-        tracing::warn!(error = chain(&error), "no root certificates; https will fail");
+        tracing::warn!(error = error_chain(&error), "no root certificates found; https requests will fail");
         builder().tls_certs_only([]).build()
     })
 }
 
-/// Shows scheme, host and port of an address: what may be said of it aloud.
+/// Displays the scheme, host and port of a URL, the parts that may appear in messages and logs.
 pub(super) struct Server<'a>(pub(super) &'a Url);
 
 impl fmt::Display for Server<'_> {
@@ -165,44 +169,51 @@ impl fmt::Display for Server<'_> {
     }
 }
 
-/// Whether two addresses have the same scheme, host and port: what a credential for one may be sent to.
+/// Returns true if two URLs have the same scheme, host and port, so that a credential for one may be sent to the other.
 pub(super) fn same_origin(a: &Url, b: &Url) -> bool {
     a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
 }
 
-/// The address that `location` means at `from`. Refuses other schemes, and leaving TLS.
+/// Returns the target of a redirect: `location`, resolved against `from`.
+///
+/// # Errors
+/// `Unavailable` for a missing `Location`, a scheme other than http and https, and a redirect from https to http.
 pub(super) fn redirect_target(from: &Url, location: Option<&HeaderValue>) -> Result<Url> {
     let refuse =
         |why: &str| Err(Error::new(ErrorKind::Unavailable, format!("{} redirects {why}; not followed", Server(from))));
+    // `Location` may be relative to the redirecting URL.
     let Some(target) = location.and_then(|value| value.to_str().ok()).and_then(|text| from.join(text).ok()) else {
-        return refuse("without saying where to");
+        return refuse("without a valid Location header");
     };
     match (from.scheme(), target.scheme()) {
         (_, "https") | ("http", "http") => Ok(target),
+        // A redirect out of TLS would expose the response to modification.
         ("https", "http") => refuse(&format!("from https to {}", Server(&target))),
         (_, scheme) => refuse(&format!("to an address that begins with {scheme:?}")),
     }
 }
 
-/// `path` with each of its segments encoded, slashes kept.
+/// Percent-encodes each segment of `path`, keeping the slashes.
 pub(super) fn segments(path: &str) -> String {
     path.split('/').map(one_segment).collect::<Vec<_>>().join("/")
 }
 
-/// What the request itself met with: connecting, TLS, silence, a connection that broke.
+/// Converts a transport failure into an error with a remedy: connecting, TLS, a silent server or a broken connection.
 pub(super) fn transport_error(error: reqwest::Error, url: &Url) -> Error {
     let error = error.without_url();
-    // The client's own words ("error sending request") add nothing to what is behind them.
+    // The client's own message ("error sending request") adds nothing to its cause.
     let server = Server(url);
-    let why = std::error::Error::source(&error).map_or_else(|| error.to_string(), chain);
+    let why = std::error::Error::source(&error).map_or_else(|| error.to_string(), error_chain);
+    // The TLS library reports certificate problems only as text.
     if why.contains("certificate") {
         return Error::unavailable(format!("{server} is not trusted")).transient(false).cause(why).hint(
-            "install the system's root certificates (ca-certificates), or set SSL_CERT_FILE to a file with the right ones",
+            "install the system's root certificates (ca-certificates), or set SSL_CERT_FILE to a file with them",
         );
     }
     if error.is_builder() {
-        return Error::invalid(format!("{server} is no address to send a request to")).cause(why);
+        return Error::invalid(format!("{server} is not a valid address")).cause(why);
     }
+    // A failed connection may be the fault of the proxy, so name it.
     let proxy = proxy_of(url).filter(|_| error.is_connect());
     let what = match (error.is_connect(), error.is_timeout()) {
         (true, _) => match &proxy {
@@ -217,22 +228,22 @@ pub(super) fn transport_error(error: reqwest::Error, url: &Url) -> Error {
     match proxy {
         Some(_) if wants_password => failed
             .transient(false)
-            .hint("the proxy wants a user and password: HTTPS_PROXY=http://user:password@host:port"),
+            .hint("the proxy requires a user and password: HTTPS_PROXY=http://user:password@host:port"),
         Some(_) => failed.hint("check HTTPS_PROXY and HTTP_PROXY; hosts in NO_PROXY are reached without it"),
         None if error.is_connect() => failed.hint("check the network and the proxy settings (HTTPS_PROXY)"),
         None => failed,
     }
 }
 
-/// Scheme, host and port of the proxy that the client takes for `url`, without user and password.
+/// Returns the scheme, host and port of the proxy that the client uses for `url`, without user and password.
 fn proxy_of(url: &Url) -> Option<String> {
     let proxy = Matcher::from_env().intercept(&url.as_str().parse().ok()?)?;
     let proxy = Url::parse(&proxy.uri().to_string()).ok()?;
     Some(Server(&proxy).to_string())
 }
 
-/// An error with all it stems from, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+/// Formats an error and all its causes on one line.
+fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(source) = next {
@@ -245,20 +256,23 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Reads a short body to its end, so that the connection can be used again; gives up on a long or slow one.
+/// Reads a short body to its end, so that the connection can be reused. Gives up on a long or slow body.
 pub(super) async fn drain(response: Response) {
     read_body(response.bytes_stream(), BodyLimits::drain()).await;
 }
 
-/// The body of a file's answer as it comes in.
+/// Returns the body of a response as a stream.
 pub(super) fn body_stream(response: Response, url: &Url) -> BoxStream<'static, Result<Bytes>> {
     let url = url.clone();
     response.bytes_stream().map(move |chunk| chunk.map_err(|error| transport_error(error, &url))).boxed()
 }
 
-/// Where the body of an answer begins in the file, once status and headers agree with what was asked.
+/// Checks status and headers of a response to a request for `range` of a file. Returns the offset in the file at which
+/// the body begins: the start of `range`, or 0 if the server sends the whole file.
 ///
-/// `size` is the file's size where it is known; a server that states another one contradicts the list of files.
+/// # Errors
+/// `Corrupt` if the response is another range, or states another size than `size` (the size in the file list, if
+/// known).
 pub(super) fn body_start(
     status: StatusCode,
     headers: &HeaderMap,
@@ -266,56 +280,60 @@ pub(super) fn body_start(
     size: Option<u64>,
 ) -> Result<u64> {
     let (first, last) = (range.start, range.end.saturating_sub(1));
-    let (start, told) = match status {
+    let (start, stated) = match status {
         StatusCode::OK => (0, content_length(headers)),
         StatusCode::PARTIAL_CONTENT => match header(headers, "content-range").and_then(content_range) {
-            Some(given) if given.first == first && given.last <= last => (first, given.total),
-            Some(given) => {
+            // A shorter range is allowed: the reader requests the rest.
+            Some(received) if received.first == first && received.last <= last => (first, received.total),
+            Some(received) => {
                 return Err(Error::corrupt(format!(
-                    "asked for bytes {first}-{last} and was given {}-{}",
-                    given.first, given.last
+                    "requested bytes {first}-{last}, but the server sent bytes {}-{}",
+                    received.first, received.last
                 )));
             }
-            None => return Err(Error::corrupt("a part of a file came without saying which part")),
+            None => return Err(Error::corrupt("the server answered 206 without a valid Content-Range")),
         },
         StatusCode::RANGE_NOT_SATISFIABLE => {
-            let told = header(headers, "content-range").and_then(|text| text.strip_prefix("bytes */"));
-            let size = size.map_or("a size not known here".into(), |size| format!("{size} bytes"));
+            // A range inside the listed size was refused, so the file has changed or the list is wrong.
+            let stated = header(headers, "content-range").and_then(|text| text.strip_prefix("bytes */"));
+            let size = size.map_or("no size".into(), |size| format!("{size} bytes"));
             return Err(Error::corrupt(format!(
-                "bytes {first}-{last} were refused: the file has {size} by the list of files and {} by the server",
-                told.unwrap_or("another size"),
+                "the server refused bytes {first}-{last}: the file list states {size}, the server states {}",
+                stated.unwrap_or("no size"),
             )));
         }
-        status => return Err(Error::unavailable(format!("a file was answered with {status}")).transient(false)),
+        status => return Err(Error::unavailable(format!("unexpected status {status} for a file")).transient(false)),
     };
     check_headers(status, headers)?;
-    match (told, size) {
-        (Some(told), Some(size)) if told != size => Err(Error::corrupt(format!(
-            "the file has {size} bytes by the list of files and {told} bytes where it is read"
-        ))),
-        (Some(told), None) if told < range.end => {
-            Err(Error::corrupt(format!("asked for bytes {first}-{last} of a file of {told} bytes")))
+    match (stated, size) {
+        (Some(stated), Some(size)) if stated != size => {
+            Err(Error::corrupt(format!("the file list states {size} bytes, but the server states {stated} bytes")))
+        }
+        // Without a listed size, the range must at least fit into the file.
+        (Some(stated), None) if stated < range.end => {
+            Err(Error::corrupt(format!("requested bytes {first}-{last} of a file of {stated} bytes")))
         }
         _ => Ok(start),
     }
 }
 
+/// Returns the `Content-Length`, if it is present and a number.
 pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
     header(headers, "content-length")?.parse().ok()
 }
 
-/// The value of a header (`name` in small letters), if it is there and is text.
+/// Returns the value of a header (`name` in lower case), if it is present and text.
 pub(super) fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// The address of the next page, as `Link: <…>; rel="next"` gives it.
+/// Returns the URL of the next page from the header `Link: <…>; rel="next"`.
 pub(super) fn next_link(headers: &HeaderMap) -> Option<&str> {
     let values = headers.get_all(LINK).into_iter().filter_map(|value| value.to_str().ok());
     values.flat_map(links).find(|(_, relation)| relation.split(' ').any(|word| word == "next")).map(|(url, _)| url)
 }
 
-/// Addresses and relations of one `Link` header. A comma inside `<…>` belongs to the address.
+/// Parses one `Link` header into pairs of URL and relation. A comma inside `<…>` belongs to the URL.
 fn links(value: &str) -> Vec<(&str, &str)> {
     let mut found = Vec::new();
     let mut rest = value;
@@ -331,16 +349,17 @@ fn links(value: &str) -> Vec<(&str, &str)> {
     found
 }
 
-/// How long the server asks to wait: `Retry-After` in seconds, else the reset of an exhausted `RateLimit`.
+/// Returns the wait that the server requests: `Retry-After` in seconds, else the reset time of an exhausted
+/// `RateLimit`.
 ///
-/// A `Retry-After` that is a date is not read; the usual backoff then applies.
-fn asked_wait(headers: &HeaderMap) -> Option<Duration> {
+/// A `Retry-After` that is a date is ignored; the usual backoff then applies.
+fn requested_wait(headers: &HeaderMap) -> Option<Duration> {
     let seconds = header(headers, "retry-after").and_then(|text| text.trim().parse().ok());
     let seconds = seconds.or_else(|| header(headers, "ratelimit").and_then(rate_limit_reset))?;
-    Some(Duration::from_secs(seconds).min(WAIT_MAX))
+    Some(Duration::from_secs(seconds).min(RETRY_AFTER_MAX))
 }
 
-/// Seconds until the first exhausted policy is reset: `"resolvers";r=0;t=55` gives 55.
+/// Returns the seconds until the first exhausted policy is reset: 55 for `"resolvers";r=0;t=55`.
 fn rate_limit_reset(text: &str) -> Option<u64> {
     text.split(',').find_map(|policy| {
         let of = |name: &str| {
@@ -351,36 +370,37 @@ fn rate_limit_reset(text: &str) -> Option<u64> {
     })
 }
 
-/// An answer that is no success, read as far as it explains itself.
+/// An error response with the explanation of the server.
 #[derive(Debug)]
-pub(super) struct Refusal {
-    /// The status.
+pub(super) struct ErrorResponse {
+    /// The status code.
     pub(super) status: StatusCode,
-    /// `X-Error-Code`, where the Hub gives one.
+    /// The header `X-Error-Code` of the Hub, if present.
     pub(super) code: Option<String>,
-    /// The server's own words: one line, bounded.
+    /// The server's error message, shortened to one line of bounded length.
     pub(super) message: Option<String>,
-    /// How long the server asks to wait.
+    /// The wait that the server requests.
     pub(super) wait: Option<Duration>,
-    /// What came first in the body, where it may be repeated: some authorities explain themselves in their own form.
+    /// The beginning of the body, for origins with an error format of their own. Empty if it must not be quoted.
     pub(super) body: Vec<u8>,
 }
 
-impl Refusal {
-    /// Reads status and headers; the words only where `quote` says that they may be repeated. Of a body that is too long
-    /// or too slow, what came first.
+impl ErrorResponse {
+    /// Reads status, headers and body. The message and the body are kept only if `quote` is true: the texts of a
+    /// redirect target must not be repeated. A body that is too long or too slow is cut.
     pub(super) async fn read(http: &Http, response: Response, quote: bool) -> Self {
         let headers = response.headers();
-        let (status, wait) = (response.status(), asked_wait(headers));
+        let (status, wait) = (response.status(), requested_wait(headers));
         let code = header(headers, "x-error-code").map(printable::quote);
         let message = header(headers, "x-error-message").map(printable::quote);
         let (body, _) = read_body(response.bytes_stream(), BodyLimits::refusal(http.read_timeout)).await;
+        // The header takes precedence over the body.
         let message = message.or_else(|| json_error(&body)).filter(|_| quote);
         let body = if quote { body } else { Vec::new() };
         Self { status, code, message: message.filter(|text| !text.is_empty()), wait, body }
     }
 
-    /// The failure that a status means wherever it comes from; authorities refine it.
+    /// Converts the response into an error by its status alone. Origins refine it by their own error codes.
     pub(super) fn error(&self, server: &Url) -> Error {
         let words = self.message.as_ref().map_or(String::new(), |message| format!(": {message}"));
         let (status, server) = (self.status, Server(server));
@@ -390,12 +410,14 @@ impl Refusal {
                 let wait = self.wait.map_or(String::new(), |wait| format!("; it asks to wait {} s", wait.as_secs()));
                 Error::unavailable(format!("{server} throttled the request{wait}{words}"))
             }
+            // These client errors are transient, all others are permanent.
             StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY => Error::unavailable(what),
             status if status.is_server_error() => Error::unavailable(what),
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Error::new(ErrorKind::Unauthorized, what),
             StatusCode::NOT_FOUND | StatusCode::GONE => Error::not_found(what),
             _ => Error::unavailable(what).transient(false),
         };
+        // Both statuses make the limiter send fewer concurrent requests.
         let error = if matches!(self.status.as_u16(), 429 | 503) { error.throttled() } else { error };
         match self.wait {
             Some(wait) if error.is_transient() => error.retry_after(wait),
@@ -404,7 +426,7 @@ impl Refusal {
     }
 }
 
-/// The words in `{"error": "…"}` or `{"error": ["…"]}`.
+/// Returns the message of a JSON error: `{"error": "…"}` or `{"error": ["…"]}`.
 pub(super) fn json_error(body: &[u8]) -> Option<String> {
     let value: serde_json::Value = serde_json::from_slice(body).ok()?;
     let error = value.get("error")?;
@@ -470,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_are_encoded_so_that_nothing_means_anything_else() {
+    fn path_segments_are_encoded_unambiguously() {
         assert_eq!(one_segment("refs/pr/1"), "refs%2Fpr%2F1");
         assert_eq!(segments("sub dir/fé+%.txt"), "sub%20dir/f%C3%A9%2B%25.txt");
         assert_eq!(segments("a?b#c;d=e&f:@"), "a%3Fb%23c%3Bd%3De%26f%3A%40");
@@ -480,7 +502,7 @@ mod tests {
 
     #[test]
     fn waits_are_read_from_either_header_and_bounded() {
-        let wait = |rows: &[(&'static str, &str)]| asked_wait(&headers(rows)).map(|wait| wait.as_secs());
+        let wait = |rows: &[(&'static str, &str)]| requested_wait(&headers(rows)).map(|wait| wait.as_secs());
         assert_eq!(wait(&[("retry-after", "7")]), Some(7));
         assert_eq!(wait(&[("retry-after", " 7 "), ("ratelimit", "\"api\";r=0;t=55")]), Some(7));
         assert_eq!(wait(&[("ratelimit", "\"resolvers\";r=0;t=55")]), Some(55));
@@ -488,7 +510,7 @@ mod tests {
         assert_eq!(wait(&[("ratelimit", "\"api\";r=12;t=9")]), None);
         assert_eq!(wait(&[("retry-after", "Wed, 21 Oct 2015 07:28:00 GMT")]), None);
         assert_eq!(wait(&[("ratelimit", "nonsense;;=;t=")]), None);
-        assert_eq!(wait(&[("retry-after", "18446744073709551615")]), Some(WAIT_MAX.as_secs()));
+        assert_eq!(wait(&[("retry-after", "18446744073709551615")]), Some(RETRY_AFTER_MAX.as_secs()));
         assert_eq!(wait(&[]), None);
     }
 
@@ -504,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_must_be_the_range_that_was_asked_for() {
+    fn a_response_must_match_the_requested_range() {
         let start = |status: u16, rows: &[(&'static str, &str)]| {
             body_start(StatusCode::from_u16(status).expect("status"), &headers(rows), &(5..9), Some(10))
         };
@@ -535,18 +557,18 @@ mod tests {
     }
 
     #[test]
-    fn a_servers_words_are_one_bounded_line() {
+    fn an_error_message_of_a_server_becomes_one_bounded_line() {
         assert_eq!(json_error(b"{\"error\":\"a\\nb\\u001b[31m\"}").as_deref(), Some("a b\\u{1b}[31m"));
         assert_eq!(json_error(b"{\"error\":[\"x\"]}").as_deref(), Some("x"));
         assert_eq!(json_error(b"<html>"), None);
     }
 
     #[test]
-    fn statuses_say_whether_to_try_again() {
+    fn the_status_decides_whether_an_error_is_transient() {
         let error = |status: u16, wait: Option<u64>| {
             let wait = wait.map(Duration::from_secs);
             let status = StatusCode::from_u16(status).expect("status");
-            Refusal { status, code: None, message: None, wait, body: Vec::new() }.error(&url("http://h/x?secret"))
+            ErrorResponse { status, code: None, message: None, wait, body: Vec::new() }.error(&url("http://h/x?secret"))
         };
         assert_eq!(error(429, Some(5)).wait(), Some(Duration::from_secs(5)));
         assert!(error(429, None).is_transient() && error(503, None).is_transient() && error(500, None).is_transient());

@@ -1,13 +1,12 @@
-//! The Hugging Face Hub, or whatever speaks like it at the configured endpoint.
+//! The Hugging Face Hub, or a server with its API at the configured endpoint.
 //!
-//! A revision resolves to a commit; the tree of that commit is the manifest, with the Hub's own digests; bytes are read
-//! from `resolve`, which redirects large files to signed addresses elsewhere. Such an address is remembered per file and
-//! asked directly until it is refused, then resolved again once. The token goes to the endpoint only.
+//! A revision resolves to a commit. The tree of the commit is the manifest, with the digests of the Hub. Files are read
+//! from `resolve`, which redirects large files to signed URLs of a CDN. The token is sent to the endpoint only.
 //!
-//! Surprise: without the right to see it, a private repository is said not to exist. The message says so.
+//! The Hub reports a private repository as missing to clients without access, so the messages mention both causes.
 
 use super::authorization::bearer;
-use super::http::{self, Answer, Http, Refusal, Request, Server};
+use super::http::{self, Answer, ErrorResponse, Http, Request, Server};
 use super::{Resolved, no_files};
 use crate::config::HubConfig;
 use crate::digest::{GitOid, Provenance};
@@ -29,7 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::OnceCell;
 use url::Url;
 
-/// One endpoint, and how to ask it.
+/// A client for one endpoint of the Hub API.
 #[derive(Debug)]
 pub(super) struct Hub {
     config: HubConfig,
@@ -37,12 +36,13 @@ pub(super) struct Hub {
     retry: Retry,
 }
 
-/// What to call the Hub's token where something is wrong with it.
+/// The name of the Hub's token in error messages.
 pub(super) const HUB_TOKEN: &str = "the Hub token (HF_TOKEN)";
 
-/// The commit that the repository's revision means now, and a source bound to it.
+/// Resolves the revision of `repo` to a commit and returns the key with a source bound to it.
 pub(super) async fn resolve(hub: &Arc<Hub>, repo: &HubRepo) -> Result<Resolved> {
     let commit = match repo.is_commit() {
+        // A full commit id needs no request.
         true => repo.revision.clone(),
         false => hub.retry.run(|| hub.commit(repo)).await?,
     };
@@ -51,18 +51,19 @@ pub(super) async fn resolve(hub: &Arc<Hub>, repo: &HubRepo) -> Result<Resolved> 
     Ok(Resolved { source: Arc::new(HubSource::new(hub, repo, key.clone())), key })
 }
 
-/// A source for `key`, which is `repo` at a commit.
+/// Returns a source for `key`, which is `repo` at a commit. Sends no request.
 pub(super) fn source(hub: &Arc<Hub>, repo: &HubRepo, key: &ArtifactKey) -> Arc<dyn Source> {
     let repo = HubRepo { revision: key.version.as_str().to_owned(), ..repo.clone() };
     Arc::new(HubSource::new(hub, repo, key.clone()))
 }
 
 impl Hub {
-    /// An endpoint that was not yet spoken to.
+    /// Creates a client. Sends no request.
     pub(super) fn new(config: HubConfig, retry: Retry) -> Self {
         Self { config, http: Http::new(retry.read_timeout()), retry }
     }
 
+    /// Returns the configured endpoint as a URL.
     fn endpoint(&self) -> Result<Url> {
         let text = self.config.endpoint.trim_end_matches('/');
         match Url::parse(text) {
@@ -72,8 +73,8 @@ impl Hub {
         }
     }
 
-    /// An address below the endpoint; `path` is encoded already.
-    fn at(&self, path: &str) -> Result<Url> {
+    /// Returns the URL of `path`, which is percent-encoded already and may have a query, below the endpoint.
+    fn url_for(&self, path: &str) -> Result<Url> {
         let mut url = self.endpoint()?;
         let (path, query) = path.split_once('?').map_or((path, None), |(path, query)| (path, Some(query)));
         url.set_path(&format!("{}/{path}", url.path().trim_end_matches('/')));
@@ -81,11 +82,12 @@ impl Hub {
         Ok(url)
     }
 
-    /// What `repo.revision` means now.
+    /// Returns the commit that `repo.revision` points to now.
     async fn commit(&self, repo: &HubRepo) -> Result<String> {
         // Without `expand` the answer lists every file, which for a large dataset is many megabytes.
         let revision = http::one_segment(&repo.revision);
-        let url = self.at(&format!("api/{}/{}/revision/{revision}?expand=sha", repo.kind.api_segment(), repo.id))?;
+        let url =
+            self.url_for(&format!("api/{}/{}/revision/{revision}?expand=sha", repo.kind.api_segment(), repo.id))?;
         #[derive(Deserialize)]
         struct Info {
             sha: GitOid,
@@ -95,7 +97,8 @@ impl Hub {
         Ok(info.sha.to_string())
     }
 
-    /// One answer of the API: its body and headers; `None` if there is no such revision. Never leaves the endpoint.
+    /// Sends a request to the API and returns body and headers, or `None` if the revision does not exist. Fails if the
+    /// endpoint redirects elsewhere.
     async fn api(&self, url: Url, repo: &HubRepo) -> Result<Option<(Vec<u8>, HeaderMap)>> {
         let answer = self.follow(url, HeaderMap::new(), true).await?;
         let headers = answer.response.headers().clone();
@@ -104,29 +107,32 @@ impl Hub {
             return Ok(Some((body, headers)));
         }
         match http::header(&headers, "x-error-code") {
+            // The caller knows best how to report a missing revision.
             Some("RevisionNotFound") => Ok(None),
-            _ => Err(self.refused(answer, repo, None).await),
+            _ => Err(self.error_of(answer, repo, None).await),
         }
     }
 
-    /// GETs `url` by way of any redirects; the token is sent to the endpoint and nowhere else.
-    async fn follow(&self, url: Url, headers: HeaderMap, stay: bool) -> Result<Answer> {
+    /// Sends a GET for `url` and follows redirects. The token is sent to the endpoint only.
+    async fn follow(&self, url: Url, headers: HeaderMap, same_origin_only: bool) -> Result<Answer> {
         let endpoint = self.endpoint()?;
         let authorization = self.config.token.as_ref().map(|token| bearer(token.expose(), HUB_TOKEN)).transpose()?;
-        let ask = Request { headers, home: &endpoint, authorization: authorization.as_ref(), stay };
-        self.http.follow(url, ask).await
+        let request = Request { headers, home: &endpoint, authorization: authorization.as_ref(), same_origin_only };
+        self.http.follow(url, request).await
     }
 
-    /// What a refusal means: the one place where the Hub's statuses and codes become kinds.
-    async fn refused(&self, answer: Answer, repo: &HubRepo, path: Option<&FilePath>) -> Error {
+    /// Converts an error response into an error. All statuses and error codes of the Hub are mapped here.
+    async fn error_of(&self, answer: Answer, repo: &HubRepo, path: Option<&FilePath>) -> Error {
         let Answer { response, url, at_home, .. } = answer;
-        let refusal = Refusal::read(&self.http, response, at_home).await;
+        let response = ErrorResponse::read(&self.http, response, at_home).await;
         if !at_home {
-            return refused_elsewhere(&refusal, &url);
+            // The CDN, not the Hub, refused the request.
+            return redirect_target_error(&response, &url);
         }
-        let (id, signed) = (&repo.id, self.config.token.is_some());
-        let general = || refusal.error(&url);
-        match (refusal.status.as_u16(), refusal.code.as_deref()) {
+        let (id, has_token) = (&repo.id, self.config.token.is_some());
+        let general = || response.error(&url);
+        match (response.status.as_u16(), response.code.as_deref()) {
+            // The error codes of the Hub are more specific than its statuses, so they are matched first.
             (401 | 403, Some("GatedRepo")) => {
                 Error::new(ErrorKind::Unauthorized, format!("{id} is gated")).hint(format!(
                     "accept its conditions at {}/{}{id}, and set HF_TOKEN to a token of that account",
@@ -134,21 +140,22 @@ impl Hub {
                     repo.kind.prefix()
                 ))
             }
-            (401 | 404, Some("RepoNotFound")) => no_repo(id, signed),
+            (401 | 404, Some("RepoNotFound")) => no_repo(id, has_token),
             (404, Some("RevisionNotFound")) => no_revision(repo),
             (404, Some("EntryNotFound")) => no_entry(repo, path),
+            // Without an error code the server is probably not a Hub.
             (404 | 410, _) => general().hint("check HF_ENDPOINT: does a Hub answer there?"),
-            (401 | 403, _) if signed => general().hint("check HF_TOKEN: is it valid, and may it read this?"),
+            (401 | 403, _) if has_token => general().hint("check HF_TOKEN: is it valid, and may it read this?"),
             (401 | 403, _) => general().hint("set HF_TOKEN, and check HF_ENDPOINT: does a Hub answer there?"),
-            (429, _) if signed => general().hint("ask less often, or use a plan with higher limits"),
+            (429, _) if has_token => general().hint("ask less often, or use a plan with higher limits"),
             (429, _) => general().hint("set HF_TOKEN: requests with a token have higher limits"),
             _ => general(),
         }
     }
 }
 
-fn no_repo(id: &str, signed: bool) -> Error {
-    if signed {
+fn no_repo(id: &str, has_token: bool) -> Error {
+    if has_token {
         return Error::not_found(format!("there is no repository {id}, or the token may not read it"))
             .hint("check the name, and that HF_TOKEN belongs to an account with access");
     }
@@ -167,42 +174,46 @@ fn no_entry(repo: &HubRepo, path: Option<&FilePath>) -> Error {
         .hint("check the name of the file")
 }
 
-/// What a refusal means at a signed address, which needs no credentials of ours: never a matter of rights.
-fn refused_elsewhere(refusal: &Refusal, url: &Url) -> Error {
-    let what = || format!("{} refused an address that the Hub has just signed ({})", Server(url), refusal.status);
-    match refusal.status.as_u16() {
-        401 | 403 => Error::unavailable(what()).hint("is the clock of this machine right?"),
+/// Converts an error response of a redirect target. A signed URL needs no credentials, so 401 and 403 mean that it
+/// expired, never that the user lacks access.
+fn redirect_target_error(response: &ErrorResponse, url: &Url) -> Error {
+    let what = || format!("{} refused a URL that the Hub has just signed ({})", Server(url), response.status);
+    match response.status.as_u16() {
+        401 | 403 => Error::unavailable(what()).hint("check the clock of this machine"),
         404 | 410 | 412 => Error::unavailable(what()).transient(false),
-        _ => refusal.error(url),
+        _ => response.error(url),
     }
 }
 
-/// Reads JSON of the endpoint; `what` says what an unreadable answer amounts to.
-fn parse<'a, T: Deserialize<'a>>(body: &'a [u8], what: &str) -> Result<T> {
+/// Parses a JSON response of the endpoint. `problem` describes an unreadable response in the error message.
+fn parse<'a, T: Deserialize<'a>>(body: &'a [u8], problem: &str) -> Result<T> {
     serde_json::from_slice(body).map_err(|cause| {
-        Error::corrupt(format!("the Hub answered with {what}")).cause(cause).hint("check HF_ENDPOINT: is it a Hub?")
+        Error::corrupt(format!("the Hub answered with {problem}"))
+            .cause(cause)
+            .hint("check that HF_ENDPOINT is the address of a Hub")
     })
 }
 
-/// One repository at one commit.
+/// The source for one repository at one commit.
 struct HubSource {
     hub: Arc<Hub>,
-    /// Its revision is the commit.
+    /// The repository; its revision is the commit.
     repo: HubRepo,
     key: ArtifactKey,
     manifest: OnceCell<Option<Manifest>>,
-    places: Mutex<HashMap<FilePath, ReadLocation>>,
+    /// The location from which each file was read last.
+    locations: Mutex<HashMap<FilePath, ReadLocation>>,
 }
 
-/// Where a file was read last.
+/// The location from which a file was read last, mostly a signed URL.
 #[derive(Clone)]
 struct ReadLocation {
     url: Url,
-    /// Its strong entity tag there.
+    /// The strong entity tag of the file there.
     etag: Option<HeaderValue>,
 }
 
-/// One entry of a tree; fields of other kinds of entries are left out.
+/// One entry of a tree. Fields that are not needed are omitted.
 #[derive(Deserialize)]
 struct TreeEntry {
     #[serde(rename = "type")]
@@ -218,7 +229,7 @@ struct Lfs {
     oid: String,
 }
 
-/// Signed addresses stay unprinted.
+/// Prints no signed URLs.
 impl fmt::Debug for HubSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HubSource").field("key", &self.key).finish_non_exhaustive()
@@ -231,7 +242,8 @@ impl Source for HubSource {
         Tier::Origin
     }
 
-    /// A missing commit is `None`. A repository that may be private is an error, because there is something to say.
+    /// Returns `None` for a missing commit. A missing repository is an error, because it may be private and the message
+    /// has a remedy.
     async fn manifest(&self) -> Result<Option<Manifest>> {
         self.manifest.get_or_try_init(|| self.list()).await.cloned().context(&self.key, Tier::Origin)
     }
@@ -243,61 +255,69 @@ impl Source for HubSource {
 
 impl HubSource {
     fn new(hub: &Arc<Hub>, repo: HubRepo, key: ArtifactKey) -> Self {
-        Self { hub: hub.clone(), repo, key, manifest: OnceCell::new(), places: Mutex::default() }
+        Self { hub: hub.clone(), repo, key, manifest: OnceCell::new(), locations: Mutex::default() }
     }
 
-    /// Asks for the whole tree, page by page.
+    /// Lists the whole tree, page by page.
     async fn list(&self) -> Result<Option<Manifest>> {
         let endpoint = self.hub.endpoint()?;
         let HubRepo { kind, id, revision } = &self.repo;
         let path = format!("api/{}/{id}/tree/{revision}?recursive=true&expand=false", kind.api_segment());
         let mut manifest = Manifest::new(self.key.clone(), Shape::Tree);
-        let mut next = Some(self.hub.at(&path)?);
+        let mut next = Some(self.hub.url_for(&path)?);
         let (mut entries, mut paging) = (0, Paging::default());
         while let Some(url) = next {
             let page = self.hub.retry.run(|| self.hub.api(url.clone(), &self.repo)).await?;
+            // The commit does not exist.
             let Some((page, headers)) = page else { return Ok(None) };
             let page: Vec<TreeEntry> = parse(&page, "a tree that is no list of entries")?;
+            // The next page is in the `Link` header; the real Hub has 1,000 entries per page.
             next = http::next_link(&headers).map(|link| next_page(&endpoint, &url, link)).transpose()?;
             entries += page.len();
             paging.page(page.last().map(|entry| entry.path.as_str()), next.as_ref().map(Url::as_str))?;
+            // An empty page with a successor, or far too many entries: the listing would never end.
             if (page.is_empty() && next.is_some()) || entries > 2 * limits::FILES_MAX {
                 return Err(Error::corrupt(format!("the list of files does not end ({entries} entries so far)")));
             }
-            page.into_iter().try_for_each(|entry| add(&mut manifest, entry))?;
+            page.into_iter().try_for_each(|entry| add_entry(&mut manifest, entry))?;
         }
         manifest.check()?;
         if manifest.files.is_empty() {
             let what = format!("{} lists no files of {id} at {revision}", Server(&endpoint));
             return Err(no_files(what).hint(
-                "look at the repository in a browser: is it empty? else check HF_ENDPOINT and any proxy on the way",
+                "open the repository in a browser: if it is not empty, check HF_ENDPOINT and any proxy on the way",
             ));
         }
         Ok(Some(manifest))
     }
 
-    /// One attempt at the bytes: where the file was found last, else by way of the endpoint.
+    /// Makes one attempt to read `range`: from the last known location, else by way of the endpoint.
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let size = self.known_size(path)?;
         if let Some(body) = Body::unasked(path, &range, size)? {
             return Ok(body);
         }
-        if let Some(place) = self.place(path) {
-            let answer = self.ask(place.url.clone(), &range, place.etag.clone()).await?;
+        // 1. Request the last known location directly, which saves a redirect per part.
+        if let Some(location) = self.location(path) {
+            let answer = self.request_range(location.url.clone(), &range, location.etag.clone()).await?;
             if !matches!(answer.response.status().as_u16(), 401 | 403 | 404 | 410 | 412) {
                 return self.body(path, &range, size, answer).await;
             }
-            tracing::debug!(%path, status = answer.response.status().as_u16(), "an address is spent; resolving again");
-            self.places().remove(path);
+            // 2. The signed URL expired, or the file changed there: forget it and let the endpoint redirect again.
+            tracing::debug!(%path, status = answer.response.status().as_u16(), "signed URL refused; resolving again");
+
+            self.locations().remove(path);
             http::drain(answer.response).await;
         }
         let HubRepo { kind, id, revision } = &self.repo;
+        // 3. Request the file from the endpoint.
         let url = format!("{}{id}/resolve/{revision}/{}", kind.prefix(), http::segments(path.as_str()));
-        let answer = self.ask(self.hub.at(&url)?, &range, None).await?;
+        let answer = self.request_range(self.hub.url_for(&url)?, &range, None).await?;
         self.body(path, &range, size, answer).await
     }
 
-    async fn ask(&self, url: Url, range: &Range<u64>, etag: Option<HeaderValue>) -> Result<Answer> {
+    /// Requests `range` from `url`. `etag`: only if the file there is unchanged.
+    async fn request_range(&self, url: Url, range: &Range<u64>, etag: Option<HeaderValue>) -> Result<Answer> {
         let mut headers = HeaderMap::new();
         headers.insert(RANGE, http::range_header(range)?);
         if let Some(etag) = etag {
@@ -306,28 +326,34 @@ impl HubSource {
         self.hub.follow(url, headers, false).await
     }
 
-    /// Checks an answer against what is known of the file, remembers where it came from, and hands on its bytes.
+    /// Checks a response against the commit and the size of the file, remembers its location and returns the bytes.
     async fn body(&self, path: &FilePath, range: &Range<u64>, size: Option<u64>, answer: Answer) -> Result<Body> {
         let status = answer.response.status();
+        // `body_start` explains a 416 better than the status alone.
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            return Err(self.hub.refused(answer, &self.repo, Some(path)).await);
+            return Err(self.hub.error_of(answer, &self.repo, Some(path)).await);
         }
-        let Answer { response, url, said, .. } = answer;
-        let commit = http::header(&said, "x-repo-commit");
+        let Answer { response, url, home_headers, .. } = answer;
+        // The header is on the response of the endpoint, which may be the redirect.
+        let commit = http::header(&home_headers, "x-repo-commit");
         if let Some(commit) = commit.filter(|commit| !commit.eq_ignore_ascii_case(&self.repo.revision)) {
             return Err(Error::corrupt(format!(
-                "{path}: asked for commit {} and was given {commit:?}",
+                "{path}: requested commit {}, but the server sent {commit:?}",
                 self.repo.revision
             )));
         }
         let start = http::body_start(status, response.headers(), range, size)
             .map_err(|error| Error::new(error.kind(), format!("{path}: {}", error.message())))?;
+        // `If-Match` needs a strong tag; a weak one begins with `W/`.
         let etag = response.headers().get(ETAG).filter(|etag| etag.as_bytes().starts_with(b"\"")).cloned();
-        self.places().insert(path.clone(), ReadLocation { url: url.clone(), etag });
+        self.locations().insert(path.clone(), ReadLocation { url: url.clone(), etag });
         Ok(Body { start, stream: http::body_stream(response, &url) })
     }
 
-    /// The size of a file, if the tree was asked; `NotFound` if it was and does not list the file.
+    /// Returns the size of a file, or `None` if the tree was not listed yet.
+    ///
+    /// # Errors
+    /// `NotFound` if the tree was listed and lacks the file.
     fn known_size(&self, path: &FilePath) -> Result<Option<u64>> {
         match self.manifest.get() {
             None => Ok(None),
@@ -338,36 +364,32 @@ impl HubSource {
         }
     }
 
-    fn place(&self, path: &FilePath) -> Option<ReadLocation> {
-        self.places().get(path).cloned()
+    fn location(&self, path: &FilePath) -> Option<ReadLocation> {
+        self.locations().get(path).cloned()
     }
 
-    fn places(&self) -> MutexGuard<'_, HashMap<FilePath, ReadLocation>> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    fn locations(&self) -> MutexGuard<'_, HashMap<FilePath, ReadLocation>> {
+        self.locations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The address of the next page, which must stay at the endpoint: the token is sent along.
+/// Returns the URL of the next page. It must be on the endpoint, because the token is sent with the request.
 fn next_page(endpoint: &Url, page: &Url, link: &str) -> Result<Url> {
     let next =
         page.join(link).map_err(|cause| Error::corrupt("the link to the next page is no address").cause(cause))?;
     match http::same_origin(&next, endpoint) {
         true => Ok(next),
-        false => Err(http::unmanaged("links the next page of a tree", endpoint, &next)),
+        false => Err(http::cross_origin_error("links the next page of a tree", endpoint, &next)),
     }
 }
 
-/// Takes one entry of a tree into the manifest. Folders say nothing that their files do not.
-fn add(manifest: &mut Manifest, entry: TreeEntry) -> Result<()> {
+/// Adds one entry of a tree to the manifest. Folders are skipped, because their files are listed separately.
+fn add_entry(manifest: &mut Manifest, entry: TreeEntry) -> Result<()> {
     match entry.kind.as_str() {
         "file" => {}
         "directory" => return Ok(()),
         kind => {
-            tracing::warn!(
-                kind,
-                path = entry.path,
-                "the tree lists something that is neither file nor folder; skipped"
-            );
+            tracing::warn!(kind, path = entry.path, "the tree lists an entry that is neither file nor folder; skipped");
             return Ok(());
         }
     }
@@ -379,9 +401,11 @@ fn add(manifest: &mut Manifest, entry: TreeEntry) -> Result<()> {
     let mut file = FileEntry::of(size);
     match (&entry.lfs, &entry.oid) {
         (Some(lfs), _) => {
+            // The `oid` of an LFS file itself is that of its pointer; the content has a SHA-256.
             let digest = lfs.oid.strip_prefix("sha256:").unwrap_or(&lfs.oid);
             file.sha256 = Some(digest.parse().map_err(|error: Error| refuse(&error.message()))?);
         }
+        // Other files are verified by the git object id.
         (None, Some(oid)) => file.git_oid = Some(oid.parse().map_err(|error: Error| refuse(&error.message()))?),
         (None, None) => {}
     }
@@ -392,14 +416,14 @@ fn add(manifest: &mut Manifest, entry: TreeEntry) -> Result<()> {
     }
 }
 
-/// Whatever a Hub answers; see `fuzzing`.
+/// Fuzz target for responses of the Hub; see `fuzzing`.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(bytes: &[u8]) {
     let _ = http::json_error(bytes);
     let Ok(page) = parse::<Vec<TreeEntry>>(bytes, "") else { return };
     let Ok(key) = ArtifactKey::bare("fuzz@1") else { return };
     let mut manifest = Manifest::new(key, Shape::Tree);
-    if page.into_iter().try_for_each(|entry| add(&mut manifest, entry)).is_ok() {
+    if page.into_iter().try_for_each(|entry| add_entry(&mut manifest, entry)).is_ok() {
         for path in manifest.files.keys() {
             let climbs = path.as_str().split('/').any(|segment| matches!(segment, "" | "." | ".."));
             assert!(!climbs && !path.as_str().contains('\\'), "{path}");
@@ -424,19 +448,19 @@ mod tests {
 
     #[test]
     fn an_endpoint_may_have_a_path_and_must_be_a_web_address() {
-        let at = |endpoint: &str| hub(endpoint).at("api/models/x?a=b").map(|url| url.to_string());
-        assert_eq!(at("https://h").expect("plain"), "https://h/api/models/x?a=b");
-        assert_eq!(at("https://h:1/").expect("port"), "https://h:1/api/models/x?a=b");
-        assert_eq!(at("http://h/mirror/hf/").expect("path"), "http://h/mirror/hf/api/models/x?a=b");
+        let url_for = |endpoint: &str| hub(endpoint).url_for("api/models/x?a=b").map(|url| url.to_string());
+        assert_eq!(url_for("https://h").expect("plain"), "https://h/api/models/x?a=b");
+        assert_eq!(url_for("https://h:1/").expect("port"), "https://h:1/api/models/x?a=b");
+        assert_eq!(url_for("http://h/mirror/hf/").expect("path"), "http://h/mirror/hf/api/models/x?a=b");
         for bad in ["", "huggingface.co", "file:///etc", "ftp://h", "https://"] {
-            assert_eq!(at(bad).expect_err(bad).kind(), ErrorKind::Invalid);
+            assert_eq!(url_for(bad).expect_err(bad).kind(), ErrorKind::Invalid);
         }
-        let segment = hub("https://h").at(&format!("r/{}", http::one_segment("refs/pr/1"))).expect("address");
+        let segment = hub("https://h").url_for(&format!("r/{}", http::one_segment("refs/pr/1"))).expect("address");
         assert_eq!(segment.path(), "/r/refs%2Fpr%2F1");
     }
 
     #[test]
-    fn tree_entries_become_files_with_the_right_digest() {
+    fn tree_entries_become_files_with_their_digests() {
         let mut manifest = Manifest::new(ArtifactKey::bare("x@1").expect("key"), Shape::Tree);
         let (sha, oid) = ("ab".repeat(32), "cd".repeat(20));
         let rows = [
@@ -447,7 +471,7 @@ mod tests {
             ),
             r#"{"type":"portal","path":"../p"}"#.to_owned(),
         ];
-        rows.iter().try_for_each(|row| add(&mut manifest, entry(row))).expect("added");
+        rows.iter().try_for_each(|row| add_entry(&mut manifest, entry(row))).expect("added");
         let file = |path: &str| &manifest.files[&FilePath::new(path).expect("path")];
         assert_eq!(manifest.files.len(), 2);
         assert_eq!((file("d/s").size, file("d/s").sha256, file("d/s").git_oid.is_some()), (3, None, true));
@@ -456,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_or_senseless_entries_are_refused() {
+    fn malicious_or_malformed_tree_entries_are_rejected() {
         for row in [
             r#"{"type":"file","path":"../x","size":1}"#,
             r#"{"type":"file","path":"/etc/passwd","size":1}"#,
@@ -469,8 +493,8 @@ mod tests {
             r#"{"type":"file","path":"x","size":1,"lfs":{"oid":"00"}}"#,
         ] {
             let mut manifest = Manifest::new(ArtifactKey::bare("x@1").expect("key"), Shape::Tree);
-            add(&mut manifest, entry(r#"{"type":"file","path":"taken","size":1}"#)).expect("first");
-            assert_eq!(add(&mut manifest, entry(row)).expect_err(row).kind(), ErrorKind::Corrupt, "{row}");
+            add_entry(&mut manifest, entry(r#"{"type":"file","path":"taken","size":1}"#)).expect("first");
+            assert_eq!(add_entry(&mut manifest, entry(row)).expect_err(row).kind(), ErrorKind::Corrupt, "{row}");
         }
     }
 

@@ -1,19 +1,13 @@
-//! Origins: the authorities that resolve references and serve bytes. Read-only.
+//! Origins: the authoritative services that resolve references and serve files. Read-only.
 //!
 //! # Contract
-//! [`Origins::resolve`] asks an authority what a reference means now and gives the key together with a
-//! [`Source`] bound to it; [`Origins::source`] gives a source for an exact key and asks nobody. What a source promises
-//! stands in [`source`](crate::source); every origin passes its conformance suite.
+//! [`Origins::resolve`] requests the version that a reference points to now, and returns its key with a [`Source`]
+//! bound to it. [`Origins::source`] returns a source for a known key and sends no request. Every source fulfils the
+//! contract in [`source`](crate::source) and passes its conformance suite.
 //!
-//! - A reference to nothing is `None` where there is nothing more to say (a path that is not there), and
-//!   [`NotFound`](crate::ErrorKind::NotFound) where there is: which of repository and revision is missing, and what to
-//!   check.
-//! - An origin that lists no files has no artifact: `NotFound`, and nothing is kept.
-//! - Credentials go to the scheme, host and port that they were configured for, on no redirect elsewhere.
-//! - Nothing is connected, and no certificate read, before the first request.
-//!
-//! A bare key belongs to no origin. Whoever wants one from an origin applies an
-//! [`OriginTemplate`](crate::config::OriginTemplate) first; the source then speaks of the key of that origin.
+//! - An origin that lists no files has no artifact: `NotFound`, and nothing is stored.
+//! - Credentials are sent only to the scheme, host and port that they were configured for, not to redirect targets.
+//! - No connection is made and no certificate is read before the first request.
 
 mod authorization;
 mod bucket;
@@ -38,7 +32,7 @@ use crate::source::Source;
 use crate::transfer::Retry;
 use std::sync::Arc;
 
-/// The authorities that resolve references and serve bytes. One per cache; cheap to clone.
+/// All origins of a cache. There is one per cache; cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Origins {
     hub: Arc<hub::Hub>,
@@ -49,23 +43,23 @@ pub struct Origins {
     retry: Retry,
 }
 
-/// The error for an artifact whose origin lists no file. Nothing of it is kept: an origin that errs (a broken proxy, a
-/// folder that is not mounted) looks the same.
+/// Returns the error for an artifact without files. Nothing is stored for it, because a faulty origin (a broken proxy,
+/// a folder that is not mounted) looks the same.
 fn no_files(what: impl Into<String>) -> Error {
     Error::not_found(what)
 }
 
-/// What a reference pointed to when it was asked.
+/// The result of resolving a reference.
 #[derive(Debug, Clone)]
 pub struct Resolved {
-    /// The key, in the words of the origin.
+    /// The key of the artifact at the origin.
     pub key: ArtifactKey,
-    /// Where to read it.
+    /// The source to read the artifact from.
     pub source: Arc<dyn Source>,
 }
 
 impl Origins {
-    /// The origins of a configuration. Connects to nothing.
+    /// Creates the origins of a configuration. Sends no request.
     pub fn new(hub: HubConfig, buckets: BucketConfig, retry: Retry) -> Self {
         Self {
             hub: Arc::new(hub::Hub::new(hub, retry.clone())),
@@ -77,25 +71,26 @@ impl Origins {
         }
     }
 
-    /// The same with credentials for web servers.
+    /// Sets the credentials for web servers.
     #[must_use]
     pub fn with_credentials(self, credentials: Credentials) -> Self {
         Self { web: Arc::new(web::Web::new(credentials, self.retry.clone())), ..self }
     }
 
-    /// With an MLflow server.
+    /// Sets the MLflow servers.
     #[must_use]
     pub fn with_mlflow(self, config: MlflowConfig) -> Self {
         Self { mlflow: Arc::new(mlflow::Mlflow::new(config, self.retry.clone())), ..self }
     }
 
-    /// With what is configured for OCI registries, which can be asked without, too.
+    /// Sets the configuration for OCI registries. Registries can be used without it, too, anonymously.
     #[must_use]
     pub fn with_oci(self, config: OciConfig) -> Self {
         Self { registries: Arc::new(oci::Registries::new(config, self.retry.clone())), ..self }
     }
 
-    /// The reference with what the configuration adds to it: the MLflow server, which is part of its key.
+    /// Returns `reference` completed from the configuration: an MLflow reference gets its server, which is part of its
+    /// key.
     pub fn placed(&self, reference: &Reference) -> Reference {
         let mut reference = reference.clone();
         if let Target::Mlflow(model) = &mut reference.target {
@@ -104,15 +99,16 @@ impl Origins {
         reference
     }
 
-    /// What the reference points to right now.
+    /// Resolves `reference` to the version that it points to now.
     ///
-    /// `None`: there is no such file or folder, or the key is bare. A commit at the Hub is taken at its word: whether
-    /// it exists shows when its manifest is asked for.
+    /// Returns `None` if there is no such file or folder, or if the key is bare: a bare key belongs to no origin until
+    /// an [`OriginTemplate`](crate::config::OriginTemplate) is applied. A commit of the Hub is not checked here; a
+    /// missing one is noticed when its manifest is read.
     ///
     /// # Errors
-    /// `NotFound` for a missing repository, revision or object, `Unauthorized` for credentials that are missing or refused and
-    /// for gated repositories, `Unavailable` after retries, `Invalid` for a folder that cannot be an artifact,
-    /// `Corrupt` for an answer that contradicts itself.
+    /// `NotFound` for a missing repository, revision or object, `Unauthorized` for credentials that are missing or
+    /// refused and for gated repositories, `Unavailable` after retries, `Invalid` for a folder that cannot be an
+    /// artifact, `Corrupt` for a response that contradicts itself.
     pub async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
         match &reference.target {
             Target::Bare(_) => Ok(None),
@@ -132,10 +128,10 @@ impl Origins {
         }
     }
 
-    /// A source for `reference`, once it is known to mean `key`; asks nobody.
+    /// Returns a source for `reference`, which resolved to `key` before. Sends no request.
     ///
-    /// `None` if the key belongs to no origin, and for files and folders: only resolving can tell whether they are
-    /// still what the version says.
+    /// Returns `None` if the key belongs to no origin, and for local files and folders: they must be resolved again to
+    /// find out whether they still have that version.
     pub fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
         match &reference.target {
             Target::Hub(repo) => Some(hub::source(&self.hub, repo, key)),

@@ -1,21 +1,16 @@
-//! One file on a web server.
+//! A web server as an origin: one artifact is one file.
 //!
-//! A first byte is asked for and tells everything: size, validators, digests, whether there are ranges. Without a given
-//! version the validator becomes the version: `etag-…` from a strong entity tag, else `modified-…` from date and size,
-//! else `sha256-…`, for which the file is read through once; so is one whose size the server does not say, and one that
-//! nothing but its bytes tells from another. Every later answer must fit the first one: what was replaced meanwhile is
-//! said to be superseded, never mixed.
+//! Resolving requests the first byte, because `HEAD` is often refused or answered differently, and signed URLs allow
+//! one method only. The response has size, validators and digests. Without a given version the validator becomes the
+//! version: `etag-…` from a strong entity tag, else `modified-…` from date and size, else `sha256-…`, for which the
+//! file is read once. A later response that does not match the first one fails as superseded.
 //!
-//! Digests are taken from `Repr-Digest`, `Digest`, `Content-Digest` and `X-Checksum-Sha256`, and from a `.sha256` beside
-//! the file. Credentials go to the scheme, host and port of the address itself, on no redirect elsewhere. A redirect's
-//! target is remembered and asked directly until it is refused, then the address once more.
-//!
-//! Surprise: `HEAD` is never sent. Servers refuse it, or answer it otherwise than the `GET` that follows; signed
-//! addresses allow one method only.
+//! Digests come from `Repr-Digest`, `Digest`, `Content-Digest` and `X-Checksum-Sha256`, and from a `.sha256` file
+//! beside the file. Credentials are sent only to the scheme, host and port of the reference's URL.
 
 use super::Resolved;
 use super::authorization;
-use super::http::{self, Answer, Http, Refusal, Request, Server};
+use super::http::{self, Answer, ErrorResponse, Http, Request, Server};
 use crate::credentials::{Choice, Credential, Credentials};
 use crate::digest::{Digest, Provenance};
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
@@ -44,100 +39,109 @@ use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 use url::Url;
 
-/// Most bytes of a checksum file that are looked at: a line per file of a large release.
+/// Largest checksum file, in bytes. It has one line per file of a release.
 const SIDECAR_BYTES_MAX: u64 = 1024 * 1024;
-/// Most bytes of a file whose size the server does not state: more than any single file of a model has.
+/// Largest file without a stated size, in bytes: more than any single file of a model has.
 const UNSIZED_BYTES_MAX: u64 = 1 << 40;
-/// How often it is logged how far a file has been read through.
-const SHOW_EVERY: Duration = Duration::from_secs(10);
-/// How long a source that resolving made waits for whoever asked; then the server is asked anew.
-const HANDED_ON_MAX: Duration = Duration::from_secs(10);
-/// Longest validator that becomes a version as it is; a longer one, or one with odd characters, is hashed.
-const PLAIN_VALIDATOR_MAX: usize = 80;
+/// Interval between log messages while a whole file is read for its digest.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// Longest time for which a source created by resolving is kept for its caller. After that the server is requested
+/// again.
+const RECENT_SOURCE_AGE_MAX: Duration = Duration::from_secs(10);
+/// Longest validator that becomes a version unchanged. A longer one, or one with special characters, is hashed.
+const VALIDATOR_LEN_MAX: usize = 80;
 
-/// All web servers, and how to ask them.
+/// A client for all web servers.
 #[derive(Debug)]
 pub(super) struct Web {
     credentials: Credentials,
     http: Http,
     retry: Retry,
-    /// Sources that resolving has just made, which know what the server said.
-    handed_on: Mutex<HashMap<ArtifactKey, (Instant, Arc<WebSource>)>>,
-    open_netrc_was_said: AtomicBool,
+    /// Sources that resolving has just created, with the properties that the server stated.
+    recent: Mutex<HashMap<ArtifactKey, (Instant, Arc<WebSource>)>>,
+    /// True once the warning about a netrc that other users can read was logged.
+    netrc_warning_logged: AtomicBool,
 }
 
-/// What a server says of a file.
+/// The properties of a file, as stated by its server.
 #[derive(Debug, Clone)]
 struct FileInfo {
     size: u64,
     etag: Option<HeaderValue>,
     modified: Option<HeaderValue>,
-    /// The digest in the headers.
+    /// The digest stated in the headers.
     stated: Option<Digest>,
-    /// The digest of the bytes, where they had to be read through.
-    counted: Option<Digest>,
+    /// The digest of the bytes, if the whole file had to be read.
+    computed: Option<Digest>,
 }
 
-/// The key that an address has now, and a source bound to it.
+/// Resolves the URL of `file` to the version that is there now. `demanded`: the caller demands a digest of its own.
 pub(super) async fn resolve(web: &Arc<Web>, file: &WebFile, demanded: bool) -> Result<Resolved> {
+    // A given version is trusted without a request.
     if let Some(version) = &file.version {
         let key = file.key_at(version.clone())?;
         return Ok(Resolved { source: Arc::new(WebSource::new(web, file, key.clone(), demanded)?), key });
     }
-    let found = web.retry.run(|| web.look(&file.url, true, demanded)).await?;
-    let key = file.key_at(found.version()?)?;
+    let info = web.retry.run(|| web.probe(&file.url, true, demanded)).await?;
+    let key = file.key_at(info.version()?)?;
     let source = WebSource::new(web, file, key.clone(), demanded)?;
-    let source = Arc::new(WebSource { found: OnceCell::new_with(Some(found)), ..source });
-    web.hand_on(&source);
+    let source = Arc::new(WebSource { info: OnceCell::new_with(Some(info)), ..source });
+    web.keep_recent(&source);
     Ok(Resolved { source, key })
 }
 
-/// A source for `key`, which is `file` at a version.
+/// Returns a source for `key`, which is `file` at a version. Sends no request.
 pub(super) fn source(web: &Arc<Web>, file: &WebFile, key: &ArtifactKey, demanded: bool) -> Option<Arc<dyn Source>> {
-    if let Some(source) = web.handed_on(key) {
+    if let Some(source) = web.take_recent(key) {
         return Some(source);
     }
     Some(Arc::new(WebSource::new(web, file, key.clone(), demanded).ok()?))
 }
 
 impl Web {
-    /// Servers that were not yet spoken to.
+    /// Creates a client. Sends no request.
     pub(super) fn new(credentials: Credentials, retry: Retry) -> Self {
         Self {
             credentials,
             http: Http::new(retry.read_timeout()),
             retry,
-            handed_on: Mutex::default(),
-            open_netrc_was_said: AtomicBool::new(false),
+            recent: Mutex::default(),
+            netrc_warning_logged: AtomicBool::new(false),
         }
     }
 
-    fn hand_on(&self, source: &Arc<WebSource>) {
-        let mut handed_on = self.handed_on.lock().unwrap_or_else(PoisonError::into_inner);
-        handed_on.retain(|_, (since, _)| since.elapsed() < HANDED_ON_MAX);
-        handed_on.insert(source.key.clone(), (Instant::now(), source.clone()));
+    /// Keeps a source for the next call of [`take_recent`](Self::take_recent), and drops outdated ones.
+    fn keep_recent(&self, source: &Arc<WebSource>) {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.retain(|_, (since, _)| since.elapsed() < RECENT_SOURCE_AGE_MAX);
+        recent.insert(source.key.clone(), (Instant::now(), source.clone()));
     }
 
-    fn handed_on(&self, key: &ArtifactKey) -> Option<Arc<WebSource>> {
-        let (since, source) = self.handed_on.lock().unwrap_or_else(PoisonError::into_inner).remove(key)?;
-        (since.elapsed() < HANDED_ON_MAX).then_some(source)
+    /// Returns the source that resolving has just created for `key`, which saves a request.
+    fn take_recent(&self, key: &ArtifactKey) -> Option<Arc<WebSource>> {
+        let (since, source) = self.recent.lock().unwrap_or_else(PoisonError::into_inner).remove(key)?;
+        (since.elapsed() < RECENT_SOURCE_AGE_MAX).then_some(source)
     }
 
-    /// GETs `url` for the file at `home`, by way of any redirects.
+    /// Sends a GET for `url` and follows redirects. The credential for `home` is sent only to `home`.
     async fn get(&self, url: Url, home: &Url, headers: HeaderMap) -> Result<Answer> {
         let authorization = self.authorization(home)?;
-        self.http.follow(url, Request { headers, home, authorization: authorization.as_ref(), stay: false }).await
+        self.http
+            .follow(url, Request { headers, home, authorization: authorization.as_ref(), same_origin_only: false })
+            .await
     }
 
+    /// Returns the `Authorization` header for `home`, if there is a credential for it.
     fn authorization(&self, home: &Url) -> Result<Option<HeaderValue>> {
         let credential = match self.credentials.choose(home) {
             Choice::Configured(credential) => credential,
             Choice::Netrc(credential) => {
-                if self.credentials.is_netrc_open() && !self.open_netrc_was_said.swap(true, Ordering::Relaxed) {
-                    tracing::warn!("others may read the netrc, and it has a password in it: chmod 600 it");
+                if self.credentials.is_netrc_open() && !self.netrc_warning_logged.swap(true, Ordering::Relaxed) {
+                    tracing::warn!("other users can read the netrc, which contains a password: run chmod 600 on it");
                 }
                 credential
             }
+            // A netrc login is not sent over plain http.
             Choice::KeptBack | Choice::None => return Ok(None),
         };
         let what = format_args!("the credential for {}", Server(home));
@@ -149,89 +153,98 @@ impl Web {
         }
     }
 
-    /// What the server says of the file at `url` now. `derive` where that must do for a version; `demanded` where the
-    /// caller brings a digest. Without any of these and without a validator only a digest of all bytes tells this
-    /// content from what may lie there while it is fetched.
-    async fn look(&self, url: &Url, derive: bool, demanded: bool) -> Result<FileInfo> {
+    /// Requests the properties of the file at `url`.
+    ///
+    /// `derive`: a version must be derived from them. `demanded`: the caller demands a digest. A file without a size or
+    /// without a validator is read as a whole, because only its digest can detect that it is replaced during the
+    /// download. A validator is not needed if a digest is known and no version is derived.
+    async fn probe(&self, url: &Url, derive: bool, demanded: bool) -> Result<FileInfo> {
+        // The first byte, because a range request also shows whether ranges are supported.
         let headers = HeaderMap::from_iter([(RANGE, http::range_header(&(0..1))?)]);
         let mut answer = self.get(url.clone(), url, headers).await?;
+        // Some servers refuse ranges instead of ignoring them. A real 416 means that the file is empty.
         if answer.response.status() == StatusCode::RANGE_NOT_SATISFIABLE && stated_size(&answer) != Some(0) {
             http::drain(answer.response).await;
             answer = self.get(url.clone(), url, HeaderMap::new()).await?;
         }
         let status = answer.response.status();
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            return Err(self.refused(answer, url).await);
+            return Err(self.error_of(answer, url).await);
         }
         let headers = answer.response.headers();
-        check_kind(status, headers, url)?;
+        check_is_file(status, headers, url)?;
         let (etag, modified) = (headers.get("etag").cloned(), headers.get("last-modified").cloned());
         let stated = stated_digest(headers, status)?;
-        let mut found = FileInfo { size: 0, etag, modified, stated, counted: None };
+        let mut info = FileInfo { size: 0, etag, modified, stated, computed: None };
+        // Sufficient: a size together with a validator or, if no version is needed, with a digest.
         match stated_size(&answer) {
-            Some(size) if found.validator(size).is_some() || !derive && (demanded || stated.is_some()) => {
-                found.size = size;
+            Some(size) if info.validator(size).is_some() || !derive && (demanded || stated.is_some()) => {
+                info.size = size;
             }
-            _ => self.read_through(&mut found, answer, url).await?,
+            _ => self.hash_whole_file(&mut info, answer, url).await?,
         }
-        Ok(found)
+        Ok(info)
     }
 
-    /// Reads the whole file to learn size and digest; `answer` is used if it is the whole already.
-    async fn read_through(&self, found: &mut FileInfo, mut answer: Answer, url: &Url) -> Result<()> {
-        tracing::info!(server = %Server(url), "the server states no size or nothing to tell versions by: reading the file through once");
+    /// Reads the whole file to determine its size and digest. Uses `answer` if it already is the whole file.
+    async fn hash_whole_file(&self, info: &mut FileInfo, mut answer: Answer, url: &Url) -> Result<()> {
+        tracing::info!(server = %Server(url), "no size or no validator from the server: reading the whole file once");
         if answer.response.status() != StatusCode::OK {
             http::drain(answer.response).await;
             answer = self.get(url.clone(), url, HeaderMap::new()).await?;
             if answer.response.status() == StatusCode::OK {
-                check_kind(StatusCode::OK, answer.response.headers(), url)?;
+                check_is_file(StatusCode::OK, answer.response.headers(), url)?;
             } else {
-                return Err(self.refused(answer, url).await);
+                return Err(self.error_of(answer, url).await);
             }
         }
-        let told = http::content_length(answer.response.headers());
-        if told.is_some_and(|told| told > limits::FILE_BYTES_MAX) {
-            return Err(Error::corrupt(format!("{} states a size that no file has", Server(url))));
+        let stated_bytes = http::content_length(answer.response.headers());
+        if stated_bytes.is_some_and(|stated_bytes| stated_bytes > limits::FILE_BYTES_MAX) {
+            return Err(Error::corrupt(format!("{} states a size above the limit", Server(url))));
         }
         let (mut size, mut hasher) = (0, sha2::Sha256::new());
+        // The read timeout of the client covers silence, the detector a connection that is far too slow.
         let mut stall = StallDetector::new(self.retry.read_timeout());
-        let mut shown = Instant::now();
+        let mut last_log = Instant::now();
         let mut body = http::body_stream(answer.response, &answer.url);
         loop {
             let waiting = Instant::now();
             let Some(chunk) = body.next().await else { break };
             let chunk = chunk?;
             size += chunk.len() as u64;
-            if told.is_none() && size > UNSIZED_BYTES_MAX {
+            if stated_bytes.is_none() && size > UNSIZED_BYTES_MAX {
                 let why = format!("{} states no size and has sent {UNSIZED_BYTES_MAX} bytes", Server(url));
-                return Err(Error::corrupt(why).hint("is it a stream without end? let the server send Content-Length"));
+                return Err(Error::corrupt(why)
+                    .hint("check that it is not an endless stream, or let the server send Content-Length"));
             }
             if stall.record(chunk.len() as u64, waiting.elapsed()) {
                 return Err(Error::unavailable(format!("the connection to {} has nearly stalled", Server(url))));
             }
             hasher.update(&chunk);
-            if shown.elapsed() >= SHOW_EVERY {
-                shown = Instant::now();
-                tracing::info!(server = %Server(url), bytes = size, "still reading the file through");
+            if last_log.elapsed() >= LOG_INTERVAL {
+                last_log = Instant::now();
+                tracing::info!(server = %Server(url), bytes = size, "still reading the whole file");
             }
         }
-        if told.is_some_and(|told| told != size) {
+        if stated_bytes.is_some_and(|stated_bytes| stated_bytes != size) {
             return Err(Error::unavailable(format!("{} ended the file early", Server(url))));
         }
-        (found.size, found.counted) = (size, Some(Digest::from_bytes(hasher.finalize().into())));
+        (info.size, info.computed) = (size, Some(Digest::from_bytes(hasher.finalize().into())));
         Ok(())
     }
 
-    /// The digest that `<url>.sha256` states, if there is such a file. Whatever else lies there is none.
+    /// Returns the digest from `<url>.sha256`, if there is such a file. Any other content counts as no digest.
     async fn sidecar(&self, file: &WebFile, path: &FilePath) -> Result<Option<Digest>> {
         let mut url = file.url.clone();
         url.set_path(&format!("{}.sha256", file.url.path()));
         let answer = self.get(url, &file.url, HeaderMap::new()).await?;
         let status = answer.response.status();
         if !status.is_success() {
-            let error = Refusal::read(&self.http, answer.response, false).await.error(&answer.url);
+            let error = ErrorResponse::read(&self.http, answer.response, false).await.error(&answer.url);
+            // A missing checksum file is normal, but a busy server must not pass for one without checksums.
             return if error.is_transient() { Err(error) } else { Ok(None) };
         }
+        // An encoded, too long or unreadable file counts as no checksum file.
         let encoded = check_headers(status, answer.response.headers()).is_err();
         let text = match self.http.body(answer.response, &answer.url, SIDECAR_BYTES_MAX).await {
             Ok(text) => text,
@@ -242,21 +255,25 @@ impl Web {
         Ok(text.and_then(|text| sidecar::digest_of(&text, path.as_str())))
     }
 
-    /// What a refusal means: the one place where statuses of web servers become kinds.
-    async fn refused(&self, answer: Answer, home: &Url) -> Error {
+    /// Converts an error response into an error with a remedy. All statuses of web servers are mapped here.
+    async fn error_of(&self, answer: Answer, home: &Url) -> Error {
         let Answer { response, url, at_home, .. } = answer;
-        let refusal = Refusal::read(&self.http, response, false).await;
-        let error = refusal.error(&url);
-        let (server, status) = (Server(home), refusal.status.as_u16());
+        let response = ErrorResponse::read(&self.http, response, false).await;
+        let error = response.error(&url);
+        let (server, status) = (Server(home), response.status.as_u16());
         match status {
+            // The redirect target refused: the credential was not sent there.
             401 | 403 if !at_home => {
                 Error::new(error.kind(), format!("{server} redirects there, and {}", error.message())).hint(format!(
-                    "what is sent to {server} is sent nowhere else; ask whoever runs it, or use the address that it redirects to"
+                    "credentials for {server} are not sent to redirect targets; use the address that it redirects to"
                 ))
             }
-            401 | 403 => Error::new(error.kind(), format!("{}; {}", error.message(), self.sent(home))).hint(self.remedy(home)),
-            404 | 410 if at_home && !matches!(self.credentials.choose(home), Choice::Configured(_) | Choice::Netrc(_)) => {
-                Error::not_found(format!("{}; {}", error.message(), self.sent(home))).hint(
+            401 | 403 => Error::new(error.kind(), format!("{}; {}", error.message(), self.sent_credential(home)))
+                .hint(self.remedy(home)),
+            404 | 410
+                if at_home && !matches!(self.credentials.choose(home), Choice::Configured(_) | Choice::Netrc(_)) =>
+            {
+                Error::not_found(format!("{}; {}", error.message(), self.sent_credential(home))).hint(
                     "check the address; a server may hide what others may not see: credentials come from the netrc \
                      or [credentials] in the configuration file",
                 )
@@ -266,8 +283,8 @@ impl Web {
         }
     }
 
-    /// Which credential was sent.
-    fn sent(&self, home: &Url) -> String {
+    /// Describes the credential that was sent, for the error message.
+    fn sent_credential(&self, home: &Url) -> String {
         match self.credentials.choose(home) {
             Choice::Configured(_) => "the credential of the configuration file was sent".into(),
             Choice::Netrc(_) => "the credential of the netrc was sent".into(),
@@ -276,6 +293,7 @@ impl Web {
         }
     }
 
+    /// Returns the hint for a refused or missing credential.
     fn remedy(&self, home: &Url) -> String {
         let table = format!("[credentials.\"{}\"] in the configuration file", Server(home));
         let machine = home.host_str().unwrap_or_default();
@@ -291,7 +309,7 @@ impl Web {
     }
 }
 
-/// The size of the whole file that an answer's headers tell.
+/// Returns the size of the whole file, as stated by the headers of a response.
 fn stated_size(answer: &Answer) -> Option<u64> {
     let headers = answer.response.headers();
     let range = http::header(headers, "content-range");
@@ -303,23 +321,26 @@ fn stated_size(answer: &Answer) -> Option<u64> {
     }
 }
 
-/// Refuses what is not the file itself: an encoding of it, or a page for people in its place.
-fn check_kind(status: StatusCode, headers: &HeaderMap, url: &Url) -> Result<()> {
+/// Rejects a response that is not the file itself: an encoded body, or an HTML page in its place.
+fn check_is_file(status: StatusCode, headers: &HeaderMap, url: &Url) -> Result<()> {
     let server = Server(url);
     check_headers(status, headers)?;
     let is_page = http::header(headers, "content-type").is_some_and(|kind| kind.trim_start().starts_with("text/html"));
+    // A page is expected only if the URL itself names one.
     let wants_page = [".html", ".htm"].iter().any(|end| url.path().ends_with(end));
     if is_page && !wants_page {
-        return Err(Error::corrupt(format!("{server} answers with a page for people (text/html), not with a file"))
-            .hint(
-                "open the address in a browser: is it a login page, or a page about the file? \
+        return Err(Error::corrupt(format!("{server} answers with an HTML page (text/html), not with a file")).hint(
+            "open the address in a browser: is it a login page, or a page about the file? \
              credentials come from the netrc or [credentials] in the configuration file",
-            ));
+        ));
     }
     Ok(())
 }
 
-/// The SHA-256 that headers state of the whole file.
+/// Returns the SHA-256 of the whole file, as stated by the headers.
+///
+/// # Errors
+/// `Corrupt` if the headers state different digests.
 fn stated_digest(headers: &HeaderMap, status: StatusCode) -> Result<Option<Digest>> {
     let bytes = |text: &str| Some(Digest::from_bytes(BASE64_STANDARD.decode(text.trim()).ok()?.try_into().ok()?));
     let lists = |name: &str| -> Vec<String> {
@@ -328,14 +349,17 @@ fn stated_digest(headers: &HeaderMap, status: StatusCode) -> Result<Option<Diges
     };
     let of = |item: &String| {
         let (algorithm, value) = item.split_once('=')?;
+        // `Repr-Digest` puts the value between colons and may add parameters.
         let value = value.split(';').next().unwrap_or(value).trim().trim_matches(':');
         algorithm.trim().eq_ignore_ascii_case("sha-256").then(|| bytes(value))?
     };
     let mut stated: Vec<Digest> = lists("repr-digest").iter().chain(&lists("digest")).filter_map(of).collect();
     if status == StatusCode::OK {
+        // In a partial response `Content-Digest` is that of the part.
         stated.extend(lists("content-digest").iter().filter_map(of));
     }
     stated.extend(http::header(headers, "x-checksum-sha256").and_then(|hex| hex.trim().parse::<Digest>().ok()));
+    // All stated digests must agree.
     match stated.iter().find(|other| **other != stated[0]) {
         Some(other) => Err(Error::corrupt(format!("the server states two digests, {} and {other}", stated[0]))),
         None => Ok(stated.first().copied()),
@@ -343,49 +367,53 @@ fn stated_digest(headers: &HeaderMap, status: StatusCode) -> Result<Option<Diges
 }
 
 impl FileInfo {
-    /// What tells this content from another, as text.
+    /// Returns the validator as text: the strong entity tag, else the modification date with the size.
     fn validator(&self, size: u64) -> Option<String> {
         if let Some(etag) = self.strong_etag() {
             let text = String::from_utf8_lossy(etag.as_bytes()).trim_matches('"').to_owned();
-            return Some(format!("etag-{}", plain(&text)));
+            return Some(format!("etag-{}", version_text(&text)));
         }
         let modified = self.modified.as_ref()?.to_str().ok()?;
+        // A version has no spaces and commas: join the words of the date.
         let words: Vec<_> = modified.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty()).collect();
-        Some(format!("modified-{}-{size}", plain(&words.join("-"))))
+        Some(format!("modified-{}-{size}", version_text(&words.join("-"))))
     }
 
+    /// Returns the entity tag if it is strong: in quotes, without `W/`, and not empty.
     fn strong_etag(&self) -> Option<&HeaderValue> {
         self.etag.as_ref().filter(|etag| etag.as_bytes().starts_with(b"\"") && etag.len() > 2)
     }
 
+    /// Returns the version: the validator, else the computed digest.
     fn version(&self) -> Result<Version> {
-        let validator = self.validator(self.size).or_else(|| Some(format!("sha256-{}", self.counted?)));
+        let validator = self.validator(self.size).or_else(|| Some(format!("sha256-{}", self.computed?)));
         Version::new(&validator.unwrap_or_default())
     }
 
-    /// Whether an answer is about the same content.
-    fn fits(&self, answer: &Answer) -> bool {
+    /// Returns true if a response has the same content, as far as its headers show.
+    fn is_same_content(&self, answer: &Answer) -> bool {
         let headers = answer.response.headers();
         let differs = |ours: &Option<HeaderValue>, name: &str| match (ours, headers.get(name)) {
             (Some(ours), Some(theirs)) => ours != theirs,
             _ => false,
         };
+        // An unchanged strong tag outweighs a different date: mirrors may have their own dates.
         let same_etag = self.strong_etag().is_some() && headers.get("etag") == self.etag.as_ref();
         let other = differs(&self.etag, "etag") || (!same_etag && differs(&self.modified, "last-modified"));
-        !other && stated_size(answer).is_none_or(|told| told == self.size)
+        !other && stated_size(answer).is_none_or(|stated_bytes| stated_bytes == self.size)
     }
 }
 
-/// `text`, if a version can be so called, else a hash of it.
-fn plain(text: &str) -> String {
+/// Returns `text` if it can be a version, else a hash of it.
+fn version_text(text: &str) -> String {
     let safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | ':' | '+' | '=');
-    match !text.is_empty() && text.len() <= PLAIN_VALIDATOR_MAX && text.chars().all(safe) {
+    match !text.is_empty() && text.len() <= VALIDATOR_LEN_MAX && text.chars().all(safe) {
         true => text.to_owned(),
         false => Digest::of(text.as_bytes()).to_string()[..32].to_owned(),
     }
 }
 
-/// The first `bytes` of a stream.
+/// Cuts a stream after `bytes` bytes.
 fn first_bytes(stream: BoxStream<'static, Result<Bytes>>, bytes: u64) -> BoxStream<'static, Result<Bytes>> {
     let cut = stream.scan(bytes, |left, chunk| {
         let chunk = chunk.map(|mut chunk| {
@@ -398,25 +426,25 @@ fn first_bytes(stream: BoxStream<'static, Result<Bytes>>, bytes: u64) -> BoxStre
     cut.boxed()
 }
 
-/// One file at one version.
+/// The source for one file at one version.
 struct WebSource {
     web: Arc<Web>,
     file: WebFile,
     path: FilePath,
     key: ArtifactKey,
-    /// The caller demands a digest: that nobody states one is no matter.
+    /// True if the caller demands a digest, so that a missing checksum is no reason for a warning.
     demanded: bool,
-    found: OnceCell<FileInfo>,
+    info: OnceCell<FileInfo>,
     manifest: OnceCell<Manifest>,
-    /// Where a redirect led.
-    place: Mutex<Option<Url>>,
-    /// The server refuses ranges instead of ignoring them.
+    /// The target of the last redirect. It is requested directly until it is refused.
+    redirect_url: Mutex<Option<Url>>,
+    /// True if the server refuses ranges instead of ignoring them.
     refuses_ranges: AtomicBool,
-    /// A range was answered with the whole file.
+    /// True if the server answered a range with the whole file.
     ignores_ranges: AtomicBool,
 }
 
-/// Signed addresses stay unprinted.
+/// Prints no signed URLs.
 impl fmt::Debug for WebSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WebSource").field("key", &self.key).finish_non_exhaustive()
@@ -429,7 +457,7 @@ impl Source for WebSource {
         Tier::Origin
     }
 
-    /// A missing file is an error, because there is something to say.
+    /// A missing file is an error rather than `None`, because the message has a remedy.
     async fn manifest(&self) -> Result<Option<Manifest>> {
         let manifest = self.manifest.get_or_try_init(|| self.list()).await;
         manifest.cloned().map(Some).context(&self.key, Tier::Origin)
@@ -452,57 +480,67 @@ impl WebSource {
             file: file.clone(),
             key,
             demanded,
-            found: OnceCell::new(),
+            info: OnceCell::new(),
             manifest: OnceCell::new(),
-            place: Mutex::default(),
+            redirect_url: Mutex::default(),
             refuses_ranges: AtomicBool::new(false),
             ignores_ranges: AtomicBool::new(false),
         })
     }
 
-    /// What the server said of the file when it was first asked, which must fit the version.
-    async fn found(&self) -> Result<&FileInfo> {
+    /// Returns the properties of the file, requesting them at the first call.
+    ///
+    /// # Errors
+    /// `Unavailable` (superseded) if the file there has another version than this source.
+    async fn info(&self) -> Result<&FileInfo> {
         let derived = is_derived(&self.key.version);
-        let found = self
-            .found
-            .get_or_try_init(|| self.web.retry.run(|| self.web.look(&self.file.url, derived, self.demanded)))
+        let info = self
+            .info
+            .get_or_try_init(|| self.web.retry.run(|| self.web.probe(&self.file.url, derived, self.demanded)))
             .await?;
-        match derived && found.version()? != self.key.version {
+        match derived && info.version()? != self.key.version {
             true => Err(self.superseded()),
-            false => Ok(found),
+            false => Ok(info),
         }
     }
 
+    /// Returns the error for a file that was replaced since it was resolved.
     fn superseded(&self) -> Error {
-        Error::new(ErrorKind::Unavailable, format!("{} changed since it was looked at", self.path))
+        Error::new(ErrorKind::Unavailable, format!("{} changed since it was resolved", self.path))
             .superseded()
-            .hint("run it again once nothing writes there; without @version the address means what lies there now")
+            .hint("run it again once no process writes there; without @version the address means the present content")
     }
 
+    /// Builds the manifest of the file, with the best digest available.
     async fn list(&self) -> Result<Manifest> {
-        let found = self.found().await?;
-        let beside = match self.path.as_str().ends_with(".sha256") {
+        let info = self.info().await?;
+        let sidecar_digest = match self.path.as_str().ends_with(".sha256") {
             true => None,
             false => self.web.retry.run(|| self.web.sidecar(&self.file, &self.path)).await?,
         };
-        if let (Some(header), Some(beside)) = (found.stated, beside)
-            && header != beside
+        // Two statements must agree, because neither can be preferred.
+        if let (Some(header), Some(sidecar_digest)) = (info.stated, sidecar_digest)
+            && header != sidecar_digest
         {
             return Err(Error::corrupt(format!(
-                "the server states sha256 {header}, the .sha256 beside the file {beside}"
+                "the server states sha256 {header}, the .sha256 beside the file {sidecar_digest}"
             ))
-            .hint("one of the two is not of this file; ask whoever publishes it"));
+            .hint("one of the two belongs to another file; report it to the publisher"));
         }
-        let mut entry = FileEntry::of(found.size);
-        let known =
-            [(found.stated, Provenance::Origin), (beside, Provenance::Sidecar), (found.counted, Provenance::FirstSeen)];
-        if let Some(known) = known.into_iter().find_map(|(digest, provenance)| Some((digest?, provenance))) {
-            (entry.sha256, entry.provenance) = (Some(known.0), Some(known.1));
+        // Order of trust: stated by the server, then by a checksum file, then computed from the first download.
+        let mut entry = FileEntry::of(info.size);
+        let candidates = [
+            (info.stated, Provenance::Origin),
+            (sidecar_digest, Provenance::Sidecar),
+            (info.computed, Provenance::FirstSeen),
+        ];
+        if let Some(best) = candidates.into_iter().find_map(|(digest, provenance)| Some((digest?, provenance))) {
+            (entry.sha256, entry.provenance) = (Some(best.0), Some(best.1));
         }
-        if !self.demanded && found.stated.is_none() && beside.is_none() {
+        if !self.demanded && info.stated.is_none() && sidecar_digest.is_none() {
             tracing::warn!(
                 artifact = %self.key,
-                "nobody states a checksum of it: what comes first is taken to be right; pin it with #sha256="
+                "no checksum available; trusting the first download (pin it with #sha256=…)"
             );
         }
         let mut manifest = Manifest::new(self.key.clone(), Shape::File);
@@ -511,38 +549,43 @@ impl WebSource {
         Ok(manifest)
     }
 
-    /// One attempt at the bytes: where a redirect led last, else by way of the address.
+    /// Makes one attempt to read `range`: from the target of the last redirect, else from the file's own URL.
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         if path != &self.path {
             return Err(Error::not_found(format!("there is no file {path} at {}", self.file.url)));
         }
-        let found = self.found().await?;
-        if let Some(body) = Body::unasked(path, &range, Some(found.size))? {
+        let info = self.info().await?;
+        if let Some(body) = Body::unasked(path, &range, Some(info.size))? {
             return Ok(body);
         }
-        let place = self.place.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(place) = place {
-            let answer = self.ask(place, found, &range).await?;
+        let redirect_url = self.redirect_url.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(redirect_url) = redirect_url {
+            let answer = self.request_range(redirect_url, info, &range).await?;
             if !matches!(answer.response.status().as_u16(), 401 | 403 | 404 | 410 | 412) {
-                return self.body(found, &range, answer).await;
+                return self.body(info, &range, answer).await;
             }
-            tracing::debug!(%path, status = answer.response.status().as_u16(), "an address is spent; asking the first one again");
-            self.remember(None);
+            let status = answer.response.status().as_u16();
+            tracing::debug!(%path, status, "redirect target refused; requesting the original URL again");
+            self.remember_redirect(None);
             http::drain(answer.response).await;
         }
-        let answer = self.ask(self.file.url.clone(), found, &range).await?;
-        self.body(found, &range, answer).await
+        let answer = self.request_range(self.file.url.clone(), info, &range).await?;
+        self.body(info, &range, answer).await
     }
 
-    async fn ask(&self, url: Url, found: &FileInfo, range: &Range<u64>) -> Result<Answer> {
+    /// Requests `range` from `url`, or the whole file if the server refuses ranges. With a strong entity tag, only if
+    /// the file is unchanged.
+    async fn request_range(&self, url: Url, info: &FileInfo, range: &Range<u64>) -> Result<Answer> {
         let mut headers = HeaderMap::new();
-        headers.extend(found.strong_etag().map(|etag| (IF_MATCH, etag.clone())));
+        headers.extend(info.strong_etag().map(|etag| (IF_MATCH, etag.clone())));
+        // `If-Match` also makes a resumed download fail if the file was replaced.
         let mut ranged = headers.clone();
         ranged.insert(RANGE, http::range_header(range)?);
         if !self.refuses_ranges.load(Ordering::Relaxed) {
             let answer = self.web.get(url.clone(), &self.file.url, ranged).await?;
+            // A 416 for a range inside the file means that the server refuses ranges, unless it states another size.
             let refused = answer.response.status() == StatusCode::RANGE_NOT_SATISFIABLE;
-            if !refused || stated_size(&answer).is_some_and(|told| told != found.size) {
+            if !refused || stated_size(&answer).is_some_and(|stated_bytes| stated_bytes != info.size) {
                 return Ok(answer);
             }
             http::drain(answer.response).await;
@@ -551,25 +594,27 @@ impl WebSource {
         self.web.get(url, &self.file.url, headers).await
     }
 
-    /// Checks an answer against what is known of the file, remembers where it came from, and hands on its bytes.
-    async fn body(&self, found: &FileInfo, range: &Range<u64>, answer: Answer) -> Result<Body> {
+    /// Checks a response against the known properties of the file, remembers its URL and returns the bytes.
+    async fn body(&self, info: &FileInfo, range: &Range<u64>, answer: Answer) -> Result<Body> {
         let status = answer.response.status();
+        // `If-Match` failed: the file has another entity tag.
         if status == StatusCode::PRECONDITION_FAILED {
             return Err(self.superseded());
         }
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            return Err(self.web.refused(answer, &self.file.url).await);
+            return Err(self.web.error_of(answer, &self.file.url).await);
         }
-        check_kind(status, answer.response.headers(), &self.file.url)?;
-        if !found.fits(&answer) {
+        check_is_file(status, answer.response.headers(), &self.file.url)?;
+        if !info.is_same_content(&answer) {
             return Err(self.superseded());
         }
-        let start = http::body_start(status, answer.response.headers(), range, Some(found.size))
+        let start = http::body_start(status, answer.response.headers(), range, Some(info.size))
             .map_err(|error| Error::new(error.kind(), format!("{}: {}", self.path, error.message())))?;
-        self.remember((!answer.at_home).then(|| answer.url.clone()));
+        // Only a redirect target is worth remembering.
+        self.remember_redirect((!answer.at_home).then(|| answer.url.clone()));
         let stream = http::body_stream(answer.response, &answer.url);
-        // From a server that ignores ranges, the first part is all the same right: it ends where it was asked to.
-        let stream = match status == StatusCode::OK && range.start == 0 && range.end < found.size {
+        // From a server that ignores ranges, the beginning of the file is still usable: cut the body after the range.
+        let stream = match status == StatusCode::OK && range.start == 0 && range.end < info.size {
             true => {
                 self.ignores_ranges.store(true, Ordering::Relaxed);
                 first_bytes(stream, range.end)
@@ -579,8 +624,8 @@ impl WebSource {
         Ok(Body { start, stream })
     }
 
-    fn remember(&self, place: Option<Url>) {
-        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = place;
+    fn remember_redirect(&self, redirect_url: Option<Url>) {
+        *self.redirect_url.lock().unwrap_or_else(PoisonError::into_inner) = redirect_url;
     }
 }
 
@@ -595,19 +640,19 @@ mod tests {
         rows.iter().map(row).collect()
     }
 
-    fn found(rows: &[(&'static str, &str)]) -> FileInfo {
+    fn info(rows: &[(&'static str, &str)]) -> FileInfo {
         let headers = headers(rows);
         let (etag, modified) = (headers.get("etag").cloned(), headers.get("last-modified").cloned());
-        FileInfo { size: 7, etag, modified, stated: None, counted: Some(Digest::of(b"x")) }
+        FileInfo { size: 7, etag, modified, stated: None, computed: Some(Digest::of(b"x")) }
     }
 
     #[test]
     fn the_strongest_validator_becomes_the_version() {
-        let version = |rows: &[(&'static str, &str)]| found(rows).version().expect("version").as_str().to_owned();
+        let version = |rows: &[(&'static str, &str)]| info(rows).version().expect("version").as_str().to_owned();
         let date = ("last-modified", "Wed, 25 Nov 2026 02:00:00 GMT");
         assert_eq!(version(&[("etag", "\"5f-3c:x\""), date]), "etag-5f-3c:x");
         assert_eq!(version(&[("etag", "W/\"5f\""), date]), "modified-Wed-25-Nov-2026-02-00-00-GMT-7");
-        assert_eq!(version(&[("etag", "\"\""), date]), version(&[date]), "an empty tag says nothing");
+        assert_eq!(version(&[("etag", "\"\""), date]), version(&[date]), "an empty tag is no validator");
         assert_eq!(version(&[("etag", "unquoted")]), format!("sha256-{}", Digest::of(b"x")));
         let odd = [
             version(&[("etag", "\"../x\"")]),

@@ -1,12 +1,11 @@
-//! Claims: who may write a version folder, and what a writer that died has left there.
+//! Claims: the lock object that gives one writer the right to write a version folder.
 //!
-//! A claim is a create-only object with an end. It is renewed while its writer works, and names every object that the
-//! writer may leave behind, unfinished uploads among it: whoever takes over an ended claim inherits that list and sweeps
-//! it. A claim whose writer is seen to have died, on the same machine, has ended.
+//! A claim is created with `If-None-Match: *`, carries an expiry time and is renewed while its writer works. It lists
+//! every object and multipart upload that the writer may leave behind. A writer that takes over an expired claim
+//! inherits this list and removes the leftovers.
 //!
-//! Surprise: a claim that fails with objects written is not removed but ended at once, so that the list survives. Time
-//! is compared by the clocks of the writers; a clock that is a minute fast takes over too early, which costs an upload
-//! or a conflict, and no reader a wrong byte.
+//! Expiry is compared by the clocks of the writers. A clock that is a minute fast takes over too early. That costs an
+//! upload or a conflict; readers never get wrong bytes, because they check digests.
 
 use super::process::Process;
 use super::store::{Condition, Store, Written};
@@ -24,59 +23,60 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
-/// How long a claim holds without renewal.
+/// Time until a claim expires without renewal.
 const LIFE: Duration = Duration::from_secs(60);
-/// How often it is renewed.
+/// Interval between renewals.
 const RENEWAL: Duration = Duration::from_secs(20);
-/// How long a living claim of another writer is waited for: longer than one that is not renewed lives, so that a writer
-/// who died does not make the next one fail.
+/// Longest wait for another writer's claim. Longer than [`LIFE`], so that the claim of a writer that died expires
+/// before the next writer gives up.
 const PATIENCE: Duration = Duration::from_secs(75);
-/// First and longest pause between two looks.
+/// First and longest pause between two reads of a claim.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
-/// Files by path, with their digests where known.
-pub(super) type Listed = BTreeMap<FilePath, Option<Digest>>;
+/// Files by path, with their digests if known.
+pub(super) type ListedFiles = BTreeMap<FilePath, Option<Digest>>;
 
-/// Multipart uploads by their ids, and the files that they are to become.
+/// Multipart uploads by id, with the file that each becomes.
 pub(super) type Uploads = BTreeMap<String, FilePath>;
 
-/// What the object says.
+/// Content of the claim object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ClaimRecord {
     /// Host, process and a random number.
     pub(super) owner: String,
     /// Seconds since the Unix epoch, by the owner's clock.
     pub(super) expires_at: u64,
-    /// Every object that the owner may leave.
+    /// Every object that the owner may leave behind.
     #[serde(default)]
-    pub(super) files: Listed,
-    /// Every multipart upload that the owner began, completed or not.
+    pub(super) files: ListedFiles,
+    /// Every multipart upload that the owner created, completed or not.
     #[serde(default, skip_serializing_if = "Uploads::is_empty")]
     uploads: Uploads,
-    /// The owner again, for those on its machine.
+    /// The owner's process, so that writers on the same machine can find out that it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     process: Option<Process>,
 }
 
 impl ClaimRecord {
-    fn new(files: Listed) -> Self {
+    fn new(files: ListedFiles) -> Self {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let host = if host.trim().is_empty() { "unknown" } else { host.trim() };
         let owner = format!("{host}/{}/{:016x}", std::process::id(), rand::random::<u64>());
-        Self { owner, expires_at: 0, files, uploads: Uploads::new(), process: Process::this() }
+        Self { owner, expires_at: 0, files, uploads: Uploads::new(), process: Process::current() }
     }
 
-    /// Lives for [`LIFE`] from now.
-    fn living(&self) -> Self {
+    /// Returns this record, valid for [`LIFE`] from now.
+    fn renewed(&self) -> Self {
         Self { expires_at: now_s() + LIFE.as_secs(), ..self.clone() }
     }
 
-    /// Has ended.
-    fn ended(&self) -> Self {
+    /// Returns this record, expired.
+    fn expired(&self) -> Self {
         Self { expires_at: 0, ..self.clone() }
     }
 
-    pub(super) fn has_ended(&self) -> bool {
+    /// Returns true if the claim was not renewed in time, or its writer ran on this machine and ended.
+    pub(super) fn has_expired(&self) -> bool {
         self.expires_at <= now_s() || self.process.as_ref().is_some_and(Process::has_ended)
     }
 
@@ -85,14 +85,15 @@ impl ClaimRecord {
         text.map(Bytes::from).map_err(|cause| Error::new(ErrorKind::Other, "cannot write a claim").cause(cause))
     }
 
-    /// A claim that cannot be read is one that has ended and lists nothing: it cannot say until when it holds.
+    /// Parses a claim. An invalid one counts as expired and lists nothing: its expiry time is unknown, and waiting for
+    /// it could take forever.
     fn from_bytes(bytes: &[u8]) -> Self {
         serde_json::from_slice(bytes).unwrap_or_else(|error| {
-            tracing::warn!(%error, "a claim on the remote cannot be read; taken as ended");
+            tracing::warn!(%error, "a claim on the remote cannot be read; treating it as expired");
             Self {
                 owner: "unknown".into(),
                 expires_at: 0,
-                files: Listed::new(),
+                files: ListedFiles::new(),
                 uploads: Uploads::new(),
                 process: None,
             }
@@ -104,13 +105,13 @@ fn now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// The claim there, if any, and its ETag.
-pub(super) async fn look(store: &Store, folder: &Folder) -> Result<Option<(ClaimRecord, Option<String>)>> {
-    read(store, &folder.own(store, "claim")?).await
+/// Reads the claim of a version folder. Returns it with its ETag, or `None` if there is none.
+pub(super) async fn read(store: &Store, folder: &Folder) -> Result<Option<(ClaimRecord, Option<String>)>> {
+    read_at(store, &folder.own(store, "claim")?).await
 }
 
-/// The same for a claim at `key`.
-pub(super) async fn read(
+/// Reads the claim stored at `key`, as [`read`] does.
+pub(super) async fn read_at(
     store: &Store,
     key: &object_store::path::Path,
 ) -> Result<Option<(ClaimRecord, Option<String>)>> {
@@ -118,25 +119,28 @@ pub(super) async fn read(
     Ok(read.map(|(bytes, identity)| (ClaimRecord::from_bytes(&bytes), identity.etag)))
 }
 
-/// The right to write a version folder, renewed until it is closed or dropped.
+/// The right to write a version folder, renewed until it is released or dropped.
 pub(super) struct Claim {
     held: Arc<HeldClaim>,
-    /// What an earlier writer may have left.
-    pub(super) inherited: Listed,
-    /// Uploads that it may have left unfinished; `None` where nobody left anything.
-    pub(super) abandoned: Option<Uploads>,
+    /// Objects that the writer of a taken-over claim may have left.
+    pub(super) inherited: ListedFiles,
+    /// Multipart uploads that the writer of a taken-over claim may have left; `None` if no claim was taken over.
+    pub(super) abandoned_uploads: Option<Uploads>,
     renewal: tokio::task::JoinHandle<()>,
-    /// Whether there may be objects that no manifest names yet.
-    touched: AtomicBool,
-    closed: bool,
+    /// True if there may be objects that no manifest lists.
+    has_leftovers: AtomicBool,
+    released: bool,
 }
 
+/// The state that a [`Claim`] shares with its renewal task.
 struct HeldClaim {
     store: Arc<Store>,
     folder: Folder,
     record: Mutex<ClaimRecord>,
     conditions: Conditions,
+    /// The ETag of our last write. The lock also serializes writes of the claim object.
     etag: tokio::sync::Mutex<Option<String>>,
+    /// True once another writer took the claim over.
     lost: AtomicBool,
 }
 
@@ -161,47 +165,49 @@ impl HeldClaim {
     }
 }
 
-/// Where a claim's holder notes what it begins.
+/// Records multipart uploads in a held claim.
 #[derive(Clone)]
-pub(super) struct ClaimNotes(Arc<HeldClaim>);
+pub(super) struct UploadRegistry(Arc<HeldClaim>);
 
-impl ClaimNotes {
-    /// Notes uploads on the remote, so that the next writer finds them. Where that fails they are found by their age.
-    pub(super) async fn uploads(&self, begun: impl IntoIterator<Item = (String, FilePath)>) {
-        self.0.record.lock().unwrap_or_else(PoisonError::into_inner).uploads.extend(begun);
-        match rewrite(&self.0, ClaimRecord::living).await {
+impl UploadRegistry {
+    /// Adds uploads to the claim object, so that the next writer can abort them. If the write fails, the periodic sweep
+    /// finds them by their age.
+    pub(super) async fn register(&self, uploads: impl IntoIterator<Item = (String, FilePath)>) {
+        self.0.record.lock().unwrap_or_else(PoisonError::into_inner).uploads.extend(uploads);
+        match rewrite(&self.0, ClaimRecord::renewed).await {
             Ok(true) => {}
             Ok(false) => self.0.lost.store(true, Ordering::Relaxed),
             Err(error) => {
-                tracing::debug!(artifact = %self.0.folder.key, %error, "what was begun is not noted on the remote")
+                tracing::debug!(artifact = %self.0.folder.key, %error, "cannot record multipart uploads in the claim")
             }
         }
     }
 }
 
 impl Claim {
-    /// Takes the claim, waiting for a living one of another writer, taking over one that has ended.
+    /// Acquires the claim. Waits for a valid claim of another writer, and takes over an expired one.
     ///
     /// # Errors
-    /// [`ErrorKind::Unavailable`] naming the holder, when it does not end in time.
-    pub(super) async fn take(remote: &Remote, folder: &Folder, files: Listed) -> Result<Self> {
-        Self::take_within(remote, folder, files, PATIENCE).await
+    /// [`ErrorKind::Unavailable`] with the name of the holder if its claim does not end in time.
+    pub(super) async fn acquire(remote: &Remote, folder: &Folder, files: ListedFiles) -> Result<Self> {
+        Self::acquire_within(remote, folder, files, PATIENCE).await
     }
 
-    /// The same, waiting for a living claim no longer than `patience`.
-    pub(super) async fn take_within(
+    /// Acquires the claim as [`acquire`](Self::acquire) does, but waits at most `patience` for another writer.
+    pub(super) async fn acquire_within(
         remote: &Remote,
         folder: &Folder,
-        files: Listed,
+        files: ListedFiles,
         patience: Duration,
     ) -> Result<Self> {
-        // In a task of its own: a caller that is cancelled while the claim is on its way must not leave it behind. The
-        // task ends, and dropping its result gives the claim back.
+        // Runs in its own task, because a caller that is cancelled during the request must not leave a claim behind.
+        // The task runs to its end, and dropping its result releases the claim.
         let (remote, folder) = (remote.clone(), folder.clone());
         let taken = tokio::spawn(async move {
             let store = remote.store().await?.clone();
             let mut record = ClaimRecord::new(files);
-            let taken = Self::take_now(&remote, &store, &folder, &mut record, patience).await;
+            let taken = Self::acquire_now(&remote, &store, &folder, &mut record, patience).await;
+            // The write of a failed attempt may have arrived although its answer did not.
             if taken.is_err() {
                 abandon(&remote, &store, &folder, record).await;
             }
@@ -210,7 +216,7 @@ impl Claim {
         taken.await.map_err(cut_short)?
     }
 
-    async fn take_now(
+    async fn acquire_now(
         remote: &Remote,
         store: &Arc<Store>,
         folder: &Folder,
@@ -220,33 +226,41 @@ impl Claim {
         let deadline = Instant::now() + patience;
         let mut pause = PAUSES.0;
         loop {
+            // Step 1: create the claim if there is none.
             let there = match create(remote, store, folder, record).await? {
                 Created::Ours(etag) => {
-                    return Ok(Self::holding(remote, store, folder, record.clone(), etag, None));
+                    return Ok(Self::start(remote, store, folder, record.clone(), etag, None));
                 }
                 Created::Taken(there) => there,
             };
             if let Some((theirs, etag)) = there {
-                if theirs.has_ended() {
+                if theirs.has_expired() {
+                    // Step 2: take over an expired claim. Our claim has to list its leftovers from the first write on,
+                    // because this process may die before it removes them.
                     record.files.extend(theirs.files.clone());
                     record.uploads.extend(theirs.uploads.clone());
                     if let Some(etag) = take_over(remote, store, folder, record, etag).await? {
-                        return Ok(Self::holding(remote, store, folder, record.clone(), etag, Some(theirs)));
+                        return Ok(Self::start(remote, store, folder, record.clone(), etag, Some(theirs)));
                     }
                 } else if Instant::now() >= deadline {
                     return Err(held_by(&theirs));
                 } else if pause == PAUSES.0 {
+                    // Logged once per wait, before the pause grows.
                     tracing::info!(artifact = %folder.key, holder = theirs.owner, "waiting for another writer on the remote");
                 }
             } else if Instant::now() >= deadline {
-                return Err(Error::unavailable("the claim on the remote comes and goes").transient(false));
+                // The claim existed when it was created and was gone when it was read, every time.
+                let message = "other writers keep creating and removing the claim on the remote";
+                return Err(Error::unavailable(message).transient(false));
             }
+            // Step 3: wait with exponential backoff and jitter, so that waiting writers do not retry in lockstep.
             tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..=1.0))).await;
             pause = (pause * 2).min(PAUSES.1);
         }
     }
 
-    fn holding(
+    /// Starts the renewal of a claim that was written. `before` is the record of the expired claim that it replaced.
+    fn start(
         remote: &Remote,
         store: &Arc<Store>,
         folder: &Folder,
@@ -254,32 +268,33 @@ impl Claim {
         etag: Option<String>,
         before: Option<ClaimRecord>,
     ) -> Self {
-        let (inherited, abandoned) = match before {
+        let (inherited, abandoned_uploads) = match before {
             Some(ClaimRecord { files, uploads, .. }) => (files, Some(uploads)),
-            None => (Listed::new(), None),
+            None => (ListedFiles::new(), None),
         };
         let held = Arc::new(HeldClaim::new(remote, store, folder, record, etag));
         let renewal = tokio::spawn(renew(held.clone()));
-        let touched = !inherited.is_empty();
-        Self { held, inherited, abandoned, renewal, touched: touched.into(), closed: false }
+        // Inherited objects are still there, even if this writer writes nothing.
+        let has_leftovers = !inherited.is_empty();
+        Self { held, inherited, abandoned_uploads, renewal, has_leftovers: has_leftovers.into(), released: false }
     }
 
-    /// Where to note what is begun under it.
-    pub(super) fn notes(&self) -> ClaimNotes {
-        ClaimNotes(self.held.clone())
+    /// Returns a handle that records multipart uploads in this claim.
+    pub(super) fn upload_registry(&self) -> UploadRegistry {
+        UploadRegistry(self.held.clone())
     }
 
-    /// From now on there may be objects that only the claim names.
-    pub(super) fn touch(&self) {
-        self.touched.store(true, Ordering::Relaxed);
+    /// Notes that objects may exist that only the claim lists. Releasing the claim then keeps its record.
+    pub(super) fn set_leftovers(&self) {
+        self.has_leftovers.store(true, Ordering::Relaxed);
     }
 
-    /// Everything is named by a manifest, or gone.
-    pub(super) fn settle(&self) {
-        self.touched.store(false, Ordering::Relaxed);
+    /// Notes that every object listed in the claim is in a manifest or removed.
+    pub(super) fn clear_leftovers(&self) {
+        self.has_leftovers.store(false, Ordering::Relaxed);
     }
 
-    /// Fails where somebody else has taken the claim over.
+    /// Fails if another writer has taken the claim over.
     pub(super) fn check(&self) -> Result<()> {
         if self.held.lost.load(Ordering::Relaxed) {
             let message = "another writer took the claim over, because it was not renewed in time";
@@ -288,35 +303,36 @@ impl Claim {
         Ok(())
     }
 
-    /// Gives the claim back: removed, or ended where leftovers have to be remembered.
-    pub(super) async fn close(mut self) -> Result<()> {
-        let (held, touched) = self.let_go();
-        tokio::spawn(async move { give_back(&held, touched).await }).await.map_err(cut_short)?
+    /// Releases the claim. Removes the object, or only marks it as expired if its list of leftovers is still needed.
+    pub(super) async fn release(mut self) -> Result<()> {
+        let (held, has_leftovers) = self.stop_renewal();
+        // Runs in its own task, so that it completes even if the caller is cancelled.
+        tokio::spawn(async move { release(&held, has_leftovers).await }).await.map_err(cut_short)?
     }
 
-    /// Gives the claim back after a failure: what was begun under it is aborted first.
+    /// Aborts the multipart uploads recorded in the claim, then releases it. Used after a failure.
     pub(super) async fn abandon(mut self) -> Result<()> {
-        let (held, touched) = self.let_go();
-        tokio::spawn(async move { give_back_unfinished(&held, touched).await }).await.map_err(cut_short)?
+        let (held, has_leftovers) = self.stop_renewal();
+        tokio::spawn(async move { abort_and_release(&held, has_leftovers).await }).await.map_err(cut_short)?
     }
 
-    fn let_go(&mut self) -> (Arc<HeldClaim>, bool) {
-        self.closed = true;
+    fn stop_renewal(&mut self) -> (Arc<HeldClaim>, bool) {
+        self.released = true;
         self.renewal.abort();
-        (self.held.clone(), self.touched.load(Ordering::Relaxed))
+        (self.held.clone(), self.has_leftovers.load(Ordering::Relaxed))
     }
 }
 
-/// Gives the claim back when its holder is cancelled.
+/// Releases the claim in the background if its holder is cancelled.
 impl Drop for Claim {
     fn drop(&mut self) {
-        if self.closed {
+        if self.released {
             return;
         }
-        let (held, touched) = self.let_go();
+        let (held, has_leftovers) = self.stop_renewal();
         spawn_cleanup(async move {
-            if let Err(error) = give_back_unfinished(&held, touched).await {
-                tracing::debug!(%error, "a claim is left to end by itself");
+            if let Err(error) = abort_and_release(&held, has_leftovers).await {
+                tracing::debug!(%error, "cannot release a claim; it expires by itself");
             }
         });
     }
@@ -333,39 +349,44 @@ fn held_by(theirs: &ClaimRecord) -> Error {
         .hint(format!("wait for it; if it is gone, its claim ends in {left} s"))
 }
 
+/// Result of an attempt to create a claim.
 enum Created {
     /// The claim is ours, with this ETag.
     Ours(Option<String>),
-    /// There is one already, or was.
+    /// Another writer has a claim; `None` if it was removed before it could be read.
     Taken(Option<(ClaimRecord, Option<String>)>),
 }
 
-/// Writes the claim unless there is one, and learns on the way whether the store keeps the condition.
+/// Writes the claim if there is none. The first call finds out whether the store supports conditional writes.
 async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<Created> {
-    // A store that ignores the condition would overwrite a living claim.
+    // Read first unless the store is known to keep the condition. A store that ignores it would overwrite a valid
+    // claim.
     if remote.conditions() != Conditions::Kept
-        && let Some(there) = look(store, folder).await?
+        && let Some(there) = read(store, folder).await?
     {
         return Ok(Created::Taken(Some(there)));
     }
     let key = folder.own(store, "claim")?;
-    let bytes = record.living().to_bytes()?;
+    let bytes = record.renewed().to_bytes()?;
     if remote.conditions() == Conditions::Ignored {
         return create_unconditionally(store, folder, record, bytes).await;
     }
     match store.put(&key, bytes.clone(), Condition::Absent).await? {
         Written::Done(identity) if remote.conditions() == Conditions::Kept => Ok(Created::Ours(identity.etag)),
+        // Probe: repeat the create-only write. A store that supports `If-None-Match` must refuse it, because the object
+        // exists now.
         Written::Done(identity) => match store.put(&key, bytes, Condition::Absent).await? {
             Written::Refused => {
                 remote.learn_conditions(Conditions::Kept);
                 Ok(Created::Ours(identity.etag))
             }
             Written::Done(_) | Written::Unsupported => {
+                // Another writer may have overwritten our claim, or our probe its claim: read it back.
                 remote.learn_conditions(Conditions::Ignored);
                 confirm(store, folder, record).await
             }
         },
-        // Our own first try may have arrived although its answer did not.
+        // The request may have been retried: if the first attempt arrived without an answer, the claim is ours.
         Written::Refused => confirm(store, folder, record).await,
         Written::Unsupported => {
             remote.learn_conditions(Conditions::Ignored);
@@ -374,22 +395,23 @@ async fn create(remote: &Remote, store: &Store, folder: &Folder, record: &ClaimR
     }
 }
 
-/// As near as one gets without conditions: write, let a rival's write arrive, look whose it is.
+/// Best effort on a store without conditional writes: write, wait until a concurrent write has arrived, and read the
+/// claim back. The last writer wins.
 async fn create_unconditionally(store: &Store, folder: &Folder, record: &ClaimRecord, bytes: Bytes) -> Result<Created> {
     store.put(&folder.own(store, "claim")?, bytes, Condition::Always).await?;
     tokio::time::sleep(PAUSES.0).await;
     confirm(store, folder, record).await
 }
 
-/// Looks whose the claim is.
+/// Reads the claim back and compares its owner with `record`.
 async fn confirm(store: &Store, folder: &Folder, record: &ClaimRecord) -> Result<Created> {
-    Ok(match look(store, folder).await? {
+    Ok(match read(store, folder).await? {
         Some((there, etag)) if there.owner == record.owner => Created::Ours(etag),
         there => Created::Taken(there),
     })
 }
 
-/// Overwrites a claim that has ended. `None`: somebody else was faster.
+/// Overwrites the expired claim with the ETag `etag`. Returns the new ETag, or `None` if another writer was faster.
 async fn take_over(
     remote: &Remote,
     store: &Store,
@@ -398,41 +420,46 @@ async fn take_over(
     etag: Option<String>,
 ) -> Result<Option<Option<String>>> {
     let key = folder.own(store, "claim")?;
-    let bytes = record.living().to_bytes()?;
+    let bytes = record.renewed().to_bytes()?;
+    // The condition admits one of several writers that found the expired claim at the same time.
     let condition = match etag.as_deref() {
         Some(etag) if remote.conditions() != Conditions::Ignored => Condition::Matches(etag),
         _ => Condition::Always,
     };
     if let Written::Unsupported = store.put(&key, bytes.clone(), condition).await? {
         store.put(&key, bytes, Condition::Always).await?;
+        // Wait for the write of another writer, as in `create_unconditionally`.
         tokio::time::sleep(PAUSES.0).await;
     }
+    // Needed after a refusal, too: the refused request may be a retry of our own successful write.
     match confirm(store, folder, record).await? {
         Created::Ours(etag) => Ok(Some(etag)),
         Created::Taken(_) => Ok(None),
     }
 }
 
-/// Renews until aborted or lost.
+/// Renews the claim until the task is aborted or the claim is lost.
 async fn renew(held: Arc<HeldClaim>) {
     loop {
         tokio::time::sleep(RENEWAL).await;
-        match rewrite(&held, ClaimRecord::living).await {
+        match rewrite(&held, ClaimRecord::renewed).await {
             Ok(true) => {}
             Ok(false) => {
                 tracing::warn!(artifact = %held.folder.key, "the claim on the remote was taken over by another writer");
                 held.lost.store(true, Ordering::Relaxed);
                 return;
             }
+            // A failed renewal is not fatal: the next one comes before the claim expires.
             Err(error) => tracing::warn!(artifact = %held.folder.key, %error, "cannot renew the claim on the remote"),
         }
     }
 }
 
-/// Replaces our claim, as `state` makes it. Whether it was still ours.
+/// Replaces our claim object with `state` of its record. Returns false if the claim is no longer ours.
 async fn rewrite(held: &HeldClaim, state: fn(&ClaimRecord) -> ClaimRecord) -> Result<bool> {
     let key = held.folder.own(&held.store, "claim")?;
     let mut etag = held.etag.lock().await;
+    // Read the record under the lock, so that the latest list of uploads is written.
     let record = state(&held.record());
     if let (Some(known), Conditions::Kept) = (etag.as_deref(), held.conditions) {
         match held.store.put(&key, record.to_bytes()?, Condition::Matches(known)).await? {
@@ -440,11 +467,12 @@ async fn rewrite(held: &HeldClaim, state: fn(&ClaimRecord) -> ClaimRecord) -> Re
                 *etag = identity.etag;
                 return Ok(true);
             }
+            // The refused request may be a retry of our own successful write: check the owner below.
             Written::Refused | Written::Unsupported => {}
         }
     }
-    // Without the condition, or where our own retried write may be what refused it: look first.
-    match look(&held.store, &held.folder).await? {
+    // Without a condition that can be trusted, check the owner and then overwrite.
+    match read(&held.store, &held.folder).await? {
         Some((there, _)) if held.is_owner(&there) => {}
         _ => return Ok(false),
     }
@@ -454,49 +482,54 @@ async fn rewrite(held: &HeldClaim, state: fn(&ClaimRecord) -> ClaimRecord) -> Re
     Ok(true)
 }
 
-/// A failed attempt may have left our claim: what it inherited must not be lost with it, so it is ended.
+/// Marks the claim of a failed acquisition as expired, in case its write arrived. It is not removed, because it may
+/// list inherited leftovers.
 async fn abandon(remote: &Remote, store: &Arc<Store>, folder: &Folder, record: ClaimRecord) {
     let held = HeldClaim::new(remote, store, folder, record, None);
-    if let Err(error) = try_to_give_back(&held, true).await {
-        tracing::debug!(%error, "a claim, if it arrived, is left to end by itself");
+    if let Err(error) = try_release(&held, true).await {
+        tracing::debug!(%error, "cannot release the claim of a failed attempt; it expires by itself");
     }
 }
 
-/// Aborts the uploads that were begun under the claim, then gives it back; ended, where not all of them are gone.
-async fn give_back_unfinished(held: &HeldClaim, touched: bool) -> Result<()> {
-    let touched = touched || !orphaned_uploads::abort_noted(&held.store, &held.folder, &held.record().uploads).await;
-    give_back(held, touched).await
+/// Aborts the uploads recorded in the claim, then releases it.
+async fn abort_and_release(held: &HeldClaim, has_leftovers: bool) -> Result<()> {
+    // Uploads that could not be aborted are leftovers: the claim has to keep their ids.
+    let has_leftovers =
+        has_leftovers || !orphaned_uploads::abort_noted(&held.store, &held.folder, &held.record().uploads).await;
+    release(held, has_leftovers).await
 }
 
-/// Tries twice, since what failed may have been a single answer.
-async fn give_back(held: &HeldClaim, touched: bool) -> Result<()> {
-    match try_to_give_back(held, touched).await {
+/// Releases the claim, with one retry. A claim that stays makes the next writer wait up to [`LIFE`].
+async fn release(held: &HeldClaim, has_leftovers: bool) -> Result<()> {
+    match try_release(held, has_leftovers).await {
         Ok(()) => Ok(()),
         Err(error) => {
-            tracing::debug!(%error, "giving a claim back once more");
+            tracing::debug!(%error, "cannot release a claim; trying once more");
             tokio::time::sleep(PAUSES.0).await;
-            try_to_give_back(held, touched).await
+            try_release(held, has_leftovers).await
         }
     }
 }
 
-async fn try_to_give_back(held: &HeldClaim, touched: bool) -> Result<()> {
+async fn try_release(held: &HeldClaim, has_leftovers: bool) -> Result<()> {
     if held.lost.load(Ordering::Relaxed) {
         return Ok(());
     }
-    if touched {
-        return rewrite(held, ClaimRecord::ended).await.map(|_| ());
+    // Keep the list for the next writer, and let it take over at once.
+    if has_leftovers {
+        return rewrite(held, ClaimRecord::expired).await.map(|_| ());
     }
-    match look(&held.store, &held.folder).await? {
+    // The delete is unconditional, so check the owner first.
+    match read(&held.store, &held.folder).await? {
         Some((there, _)) if held.is_owner(&there) => held.store.delete(&held.folder.own(&held.store, "claim")?).await,
         _ => Ok(()),
     }
 }
 
-/// Whatever lies where a claim should; see `fuzzing`.
+/// Fuzz target: parses arbitrary bytes as a claim.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(bytes: &[u8]) {
-    let _ = ClaimRecord::from_bytes(bytes).has_ended();
+    let _ = ClaimRecord::from_bytes(bytes).has_expired();
 }
 
 #[cfg(test)]
@@ -504,24 +537,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_claim_says_who_until_when_and_what() {
-        let files = Listed::from([(FilePath::new("a/b").expect("path"), Some(Digest::of(b"x")))]);
+    fn a_claim_records_owner_expiry_and_files() {
+        let files = ListedFiles::from([(FilePath::new("a/b").expect("path"), Some(Digest::of(b"x")))]);
         let record = ClaimRecord::new(files);
-        assert!(record.has_ended() && !record.living().has_ended() && record.living().ended().has_ended());
-        let bytes = record.living().to_bytes().expect("writes");
+        assert!(record.has_expired() && !record.renewed().has_expired() && record.renewed().expired().has_expired());
+        let bytes = record.renewed().to_bytes().expect("writes");
         let read = ClaimRecord::from_bytes(&bytes);
         assert_eq!((read.owner, read.files), (record.owner.clone(), record.files.clone()));
-        assert_ne!(ClaimRecord::new(Listed::new()).owner, record.owner);
+        assert_ne!(ClaimRecord::new(ListedFiles::new()).owner, record.owner);
         let json: serde_json::Value = serde_json::from_slice(&bytes).expect("json");
         assert_eq!(json["files"]["a/b"], Digest::of(b"x").to_string());
         assert!(json["expires_at"].is_u64() && json["owner"].is_string());
     }
 
     #[test]
-    fn an_unreadable_claim_has_ended_and_names_nothing() {
+    fn an_unreadable_claim_has_expired_and_lists_nothing() {
         for text in ["", "{}", "[1]", "{\"owner\":1}", "{\"owner\":\"a\",\"expires_at\":9,\"files\":{\"../x\":null}}"] {
             let record = ClaimRecord::from_bytes(text.as_bytes());
-            assert!(record.has_ended() && record.files.is_empty(), "{text}");
+            assert!(record.has_expired() && record.files.is_empty(), "{text}");
         }
     }
 }

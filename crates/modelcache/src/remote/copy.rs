@@ -1,18 +1,16 @@
-//! Copies within a store: made by the server, under the condition that the source still is what was recorded.
+//! Server-side copies within a bucket or folder, on the condition that the source is unchanged.
 //!
-//! `object_store` copies without a condition and not above 5 GiB, so these two requests are made here, signed and sent as
-//! its own are. Long objects are copied in pieces, several at a time: one request for all of it would be silent for
-//! minutes. In a folder a copy is a hard link. Parts whose digest is known already are sent from here, too, since
-//! `object_store` would hash them again.
+//! `object_store` has no conditional copy and no copy above 5 GiB, so the requests `CopyObject` and `UploadPartCopy`
+//! are built and signed here. Large objects are copied as a multipart upload. In a folder, a copy is a hard link.
 //!
-//! Surprise: an S3 copy that answers 200 may still have failed; the answer's body tells.
+//! The module also uploads parts with a known digest, because `object_store` would hash them again.
 
 use super::failure;
 use super::http_client::{Connector, LongerTimeout, element};
 use super::multipart::AbortGuard;
 use super::settings::{Options, S3Settings};
 use super::store::Store;
-use super::upload::{UNFINISHED, place};
+use super::upload::{UNFINISHED, rename_durably};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::manifest::ObjectIdentity;
@@ -30,26 +28,27 @@ use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What is copied in one request, and the least of a piece. S3 would allow 5 GiB.
-const ONCE_BYTES_MAX: u64 = 512 * 1024 * 1024;
-/// Most pieces; S3 allows 10,000.
-const PIECES_MAX: u64 = 9_000;
-/// Pieces at a time.
-const PIECES_IN_FLIGHT: usize = 4;
-/// The slowest server that is waited for, in bytes per second.
+/// Largest object copied in one request, and smallest part of a larger one, in bytes. S3 allows 5 GiB, but a request
+/// for that much gets no answer for minutes.
+const SINGLE_COPY_BYTES_MAX: u64 = 512 * 1024 * 1024;
+/// Most parts of a copy; S3 allows 10,000.
+const PARTS_MAX: u64 = 9_000;
+/// Concurrent part copies of one object.
+const PARTS_IN_FLIGHT: usize = 4;
+/// Slowest copy that does not time out, in bytes per second.
 const BYTES_PER_S_MIN: u64 = 4 * 1024 * 1024;
-/// What S3 leaves as it is in a key.
+/// Encodes every character of a key except those that S3 leaves unencoded.
 const KEY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
 
-/// Makes the requests of one bucket.
+/// Sends copy and part requests for one bucket.
 pub(super) struct Copier {
     client: HttpClient,
     credentials: Arc<dyn CredentialProvider<Credential = AwsCredential>>,
-    /// In front of every key, with a slash at the end.
+    /// URL prefix of every key, with a slash at the end.
     address: String,
     bucket: String,
     region: String,
-    /// How the copy is to be encrypted, and other options that ride on a request.
+    /// Encryption of the copy and other options sent as headers.
     headers: HeaderMap,
     sign_payload: bool,
     request_payer: bool,
@@ -62,7 +61,7 @@ impl fmt::Debug for Copier {
 }
 
 impl Copier {
-    /// `None` where the options hold something that copies do not know of: then everything is sent.
+    /// Returns `None` if the remote's options contain one that copies do not support. All files are uploaded then.
     pub(super) fn new(
         bucket: &str,
         settings: &S3Settings,
@@ -87,11 +86,12 @@ impl Copier {
             sign_payload: settings.signs_payload(options),
             request_payer: false,
         };
-        options.passed_on.iter().try_for_each(|(key, value)| copier.take_over(key, value.expose())).ok()?;
+        options.passed_on.iter().try_for_each(|(key, value)| copier.apply_option(key, value.expose())).ok()?;
         Some(copier)
     }
 
-    fn take_over(&mut self, key: &AmazonS3ConfigKey, value: &str) -> std::result::Result<(), ()> {
+    /// Translates one option into a header. Fails for an option that copies do not support.
+    fn apply_option(&mut self, key: &AmazonS3ConfigKey, value: &str) -> std::result::Result<(), ()> {
         let header = match key.as_ref() {
             "aws_server_side_encryption" => "x-amz-server-side-encryption",
             "aws_sse_kms_key_id" => "x-amz-server-side-encryption-aws-kms-key-id",
@@ -100,6 +100,7 @@ impl Copier {
                 self.request_payer = is_on(value);
                 return Ok(());
             }
+            // No effect on a copy.
             "aws_unsigned_payload" | "aws_disable_tagging" => return Ok(()),
             _ => return Err(()),
         };
@@ -108,12 +109,12 @@ impl Copier {
         Ok(())
     }
 
-    /// Whether what is sent is signed by its digest.
+    /// Returns true if the signature of a request covers the digest of its body.
     pub(super) fn signs_payload(&self) -> bool {
         self.sign_payload
     }
 
-    /// Sends one part of an upload.
+    /// Uploads the part at `index` (from 0) of a multipart upload.
     pub(super) async fn put_part(
         &self,
         key: &Path,
@@ -143,7 +144,7 @@ impl Copier {
             .try_authorize(request, body.as_ref().map(|digest| digest.as_bytes().as_slice()))
     }
 
-    /// Sends one copy request; the answer's body.
+    /// Sends a copy request for `bytes` bytes and returns the body of the answer.
     async fn request(
         &self,
         store: &Store,
@@ -164,15 +165,18 @@ impl Copier {
             Err(cause) => tracing::debug!(name, %cause, "a header cannot be sent"),
         };
         set("x-amz-copy-source", &source);
+        // The store refuses the copy if the source was replaced since its manifest was written.
         if let Some(etag) = &copy.recorded.etag {
             set("x-amz-copy-source-if-match", etag);
         }
         self.sign(&mut request, None).await.map_err(failed)?;
+        // The server answers when the copy is complete, so the timeout grows with the size.
         request.extensions_mut().insert(LongerTimeout(Duration::from_secs(bytes / BYTES_PER_S_MIN)));
         let wire = |source| object_store::Error::Generic { store: "S3", source: Box::new(source) };
         let answer = self.client.execute(request).await.map_err(|error| failed(wire(error)))?;
         let body = answer.into_body().bytes().await.map_err(|error| failed(wire(error)))?;
         let body = String::from_utf8_lossy(&body).into_owned();
+        // S3 may answer 200 and report the failure of a copy in the body.
         match element(&body, "Code").filter(|_| body.contains("<Error>")) {
             Some(code) => Err(Error::unavailable(format!("{doing}: the server answered {code}")).tier(Tier::Remote)),
             None => Ok(body),
@@ -184,14 +188,16 @@ pub(super) fn is_on(value: &str) -> bool {
     matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on")
 }
 
-/// One copy.
+/// Source and target of one copy. `recorded` is the identity that the source must have.
 struct Copy<'a> {
     from: &'a Path,
     recorded: &'a ObjectIdentity,
     to: &'a Path,
 }
 
-/// Copies `from`, as it was `recorded`, to `to`. `None` where this store does not copy.
+/// Copies the object `from` to `to` if it still is `recorded`. Returns `None` if this store does not support copies.
+///
+/// `staging` is the folder for temporary files of a remote that is a folder.
 pub(super) async fn copy(
     store: &Arc<Store>,
     from: &Path,
@@ -201,34 +207,39 @@ pub(super) async fn copy(
 ) -> Result<Option<ObjectIdentity>> {
     let copy = Copy { from, recorded, to };
     let etag = match (store.file(from), store.file(to), staging) {
+        // A remote that is a folder.
         (Some(source), Some(target), Some(staging)) => {
             link(store, &source, &target, staging).await?;
             None
         }
         _ => match store.copier() {
-            Some(copier) if recorded.object_bytes <= ONCE_BYTES_MAX => Some(whole(store, copier, &copy).await?),
+            Some(copier) if recorded.object_bytes <= SINGLE_COPY_BYTES_MAX => {
+                Some(copy_whole(store, copier, &copy).await?)
+            }
             Some(copier) => {
-                let piece = recorded.object_bytes.div_ceil(PIECES_MAX).max(ONCE_BYTES_MAX);
-                in_pieces(store, copier, &copy, piece).await?
+                let part_bytes = recorded.object_bytes.div_ceil(PARTS_MAX).max(SINGLE_COPY_BYTES_MAX);
+                copy_in_parts(store, copier, &copy, part_bytes).await?
             }
             None => return Ok(None),
         },
     };
+    // Check the result: the target must have the size of the source and the ETag that the copy reported.
     match store.head(to).await? {
         Some(now) if now.object_bytes == recorded.object_bytes && (etag.is_none() || now.etag == etag) => Ok(Some(now)),
-        _ => Err(Error::unavailable(format!("the copy {to} is not what was copied")).tier(Tier::Remote)),
+        _ => Err(Error::unavailable(format!("the copy {to} differs from its source")).tier(Tier::Remote)),
     }
 }
 
-/// Links a file of a folder to another name, durably.
+/// Hard-links `source` to `target` in a remote that is a folder, and makes the new name durable.
 async fn link(store: &Arc<Store>, source: &FsPath, target: &FsPath, staging: PathBuf) -> Result<()> {
     let (source, target, store) = (source.to_owned(), target.to_owned(), store.clone());
     let linked = tokio::task::spawn_blocking(move || {
         std::fs::create_dir_all(&staging)?;
+        // `hard_link` does not replace an existing target, so link to a temporary name and rename it.
         let temporary = staging.join(format!("{UNFINISHED}{:016x}", rand::random::<u64>()));
         std::fs::hard_link(&source, &temporary)?;
-        let placed = place(&temporary, &target, store.folder());
-        // Of two links to one file a rename removes none.
+        let placed = rename_durably(&temporary, &target, store.folder());
+        // If both names are links to the same file, `rename` does nothing and the temporary name stays.
         let _ = std::fs::remove_file(&temporary);
         placed
     });
@@ -236,22 +247,28 @@ async fn link(store: &Arc<Store>, source: &FsPath, target: &FsPath, staging: Pat
     linked.await.map_err(cut_short)?.map_err(|cause| Error::new(ErrorKind::Other, "cannot link").cause(cause))
 }
 
-/// In one request. The answer is the copy's ETag.
-async fn whole(store: &Store, copier: &Copier, copy: &Copy<'_>) -> Result<String> {
+/// Copies an object in one request. Returns the ETag of the copy.
+async fn copy_whole(store: &Store, copier: &Copier, copy: &Copy<'_>) -> Result<String> {
     let body = copier.request(store, copy, "", copy.recorded.object_bytes, &copier.headers).await?;
     etag_in(&body)
 }
 
-/// As a multipart upload whose parts are copied.
-async fn in_pieces(store: &Arc<Store>, copier: &Copier, copy: &Copy<'_>, piece_bytes: u64) -> Result<Option<String>> {
+/// Copies an object as a multipart upload: each part is a range of the source. Returns the ETag of the copy.
+async fn copy_in_parts(
+    store: &Arc<Store>,
+    copier: &Copier,
+    copy: &Copy<'_>,
+    part_bytes: u64,
+) -> Result<Option<String>> {
     let Some(s3) = store.bucket() else { return Ok(None) };
     let doing = format!("cannot copy {} to {}", copy.from, copy.to);
     let failed = |error| failure::translate(error, &doing, store.at());
     let id = s3.create_multipart(copy.to).await.map_err(failed)?;
+    // The upload is recorded in no claim: abort it in every case but success, also when this future is dropped.
     let mut guard = AbortGuard::new(store.clone(), copy.to.clone(), id.clone());
-    let pieces = (0..copy.recorded.object_bytes.div_ceil(piece_bytes)).map(|index| {
-        let (id, start) = (id.clone(), index * piece_bytes);
-        let end = (start + piece_bytes).min(copy.recorded.object_bytes);
+    let parts = (0..copy.recorded.object_bytes.div_ceil(part_bytes)).map(|index| {
+        let (id, start) = (id.clone(), index * part_bytes);
+        let end = (start + part_bytes).min(copy.recorded.object_bytes);
         async move {
             let mut headers = HeaderMap::new();
             if let Ok(range) = HeaderValue::from_str(&format!("bytes={start}-{}", end - 1)) {
@@ -263,8 +280,8 @@ async fn in_pieces(store: &Arc<Store>, copier: &Copier, copy: &Copy<'_>, piece_b
             Ok(PartId { content_id: etag_in(&body)? })
         }
     });
-    let pieces = futures::stream::iter(pieces.collect::<Vec<_>>()).buffered(PIECES_IN_FLIGHT);
-    let copied = match pieces.try_collect::<Vec<_>>().await {
+    let parts = futures::stream::iter(parts.collect::<Vec<_>>()).buffered(PARTS_IN_FLIGHT);
+    let copied = match parts.try_collect::<Vec<_>>().await {
         Ok(parts) => s3.complete_multipart(copy.to, &id, parts).await.map_err(failed),
         Err(error) => Err(error),
     };
@@ -316,7 +333,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_long_object_is_copied_in_pieces() {
+    async fn a_large_object_is_copied_in_parts() {
         let (s3, store) = bucket(&[]).await;
         let content = Content::generated(5, 13 * MIB + 7);
         s3.put("models", "p q/a/ü+%.bin", content.clone()).expect("puts");
@@ -324,14 +341,14 @@ mod tests {
         let recorded = recorded(&store, &from).await;
         let copy = Copy { from: &from, recorded: &recorded, to: &to };
         let copier = store.copier().expect("copies");
-        in_pieces(&store, copier, &copy, 5 * MIB).await.expect("copies");
+        copy_in_parts(&store, copier, &copy, 5 * MIB).await.expect("copies");
         assert!(s3.object("models", "p q/b/ü+%.bin") == Some(content.to_vec().expect("content")));
         let parts = s3.requests().iter().filter(|seen| seen.query.contains("partNumber")).count();
         assert_eq!(parts, 3);
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_refused_piece_leaves_no_upload_behind() {
+    async fn a_refused_part_copy_leaves_no_upload_behind() {
         use modelcache_testkit::s3::S3Fault;
         let (s3, store) = bucket(&[]).await;
         s3.put("models", "p q/a", Content::generated(5, 11 * MIB)).expect("puts");
@@ -339,14 +356,14 @@ mod tests {
         let recorded = recorded(&store, &from).await;
         s3.faults().add(S3Fault::internal_error().on("partNumber=2"));
         let copy = Copy { from: &from, recorded: &recorded, to: &to };
-        in_pieces(&store, store.copier().expect("copies"), &copy, 5 * MIB).await.expect_err("refused");
+        copy_in_parts(&store, store.copier().expect("copies"), &copy, 5 * MIB).await.expect_err("refused");
         assert_eq!(s3.keys("models"), ["p q/a"]);
         let aborted = |seen: &modelcache_testkit::log::Seen| seen.method == "DELETE" && seen.query.contains("uploadId");
         assert!(s3.requests().iter().any(aborted), "the upload is aborted");
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn options_that_a_copy_does_not_know_of_mean_that_all_is_sent() {
+    async fn unsupported_options_disable_server_side_copies() {
         let key = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, [7; 32]);
         for options in [&[("sse_customer_key_base64", key.as_str())][..], &[("checksum_algorithm", "sha256")]] {
             assert!(bucket(options).await.1.copier().is_none(), "{options:?}");

@@ -1,11 +1,7 @@
-//! AWS credentials from wherever a user has them, kept and renewed before they end.
+//! The AWS credential provider chain, with caching and renewal.
 //!
-//! The links are tried in order; the first that has credentials wins. A link that fails is remembered, so that
-//! "no credentials" can say what was looked at and why each place had none. Everything is looked up in the environment
-//! handed in, never in the process's own.
-//!
-//! Surprise: a chain that found nothing is not walked again for some seconds; the instance metadata service of a
-//! machine that has none takes a second to not answer, and every request would wait for it.
+//! Providers are tried in order; the first that has credentials wins. If none has, the error lists every provider and
+//! the reason why it had none. Variables are read from the configured environment, never from the process's own.
 
 use super::http_client::element;
 use super::profile::{Profiles, home};
@@ -28,37 +24,40 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Credentials that end within this time, or within the last quarter of what they had, are renewed.
+/// Credentials are renewed this long before they expire, or a quarter of their lifetime before if that is shorter.
 const RENEW_BEFORE_END: Duration = Duration::from_secs(300);
-/// How long a fruitless search is not repeated.
-const FRUITLESS_FOR: Duration = Duration::from_secs(10);
-/// Credentials younger than this are not thrown away because the store calls them expired: newer ones would be the same.
-const FRESH_FOR: Duration = Duration::from_secs(10);
-/// Longest wait for a connection to a metadata service, which is one hop away.
+/// Time for which a search without result is cached. On a machine without an instance metadata service each search
+/// takes a second, and every request would wait for it.
+const NOT_FOUND_TTL: Duration = Duration::from_secs(10);
+/// Credentials younger than this are kept although the store reports them as expired: a new search would return the
+/// same.
+const FRESH_AGE_MAX: Duration = Duration::from_secs(10);
+/// Longest wait for a connection to a metadata service. Short, because it is one hop away.
 const METADATA_CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest wait for an answer of a metadata service.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for an answer of STS or SSO.
 const SERVICE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Largest answer of a metadata service, STS or SSO, in bytes; credentials have some KiB.
+/// Largest answer of a metadata service, STS or SSO, in bytes; credentials have a few KiB.
 const ANSWER_BYTES_MAX: u64 = 256 * 1024;
-/// How deep `source_profile` may lead.
+/// Longest chain of `source_profile` settings.
 const SOURCE_PROFILES_MAX: usize = 5;
 
-/// How much of a key's id is shown: enough to tell a lasting key (`AKIA`) from a temporary one (`ASIA`).
+/// Number of characters of an access key id that are shown. They distinguish a long-term key (`AKIA`) from a temporary
+/// one (`ASIA`).
 const KEY_CHARS_SHOWN: usize = 4;
 
-/// Where credentials come from.
+/// Origin of the credentials, for display.
 pub(super) struct CredentialSource {
-    /// The link of the chain that answered.
+    /// The provider that returned the credentials.
     pub(super) place: String,
-    /// How the key's id begins.
+    /// The first characters of the access key id.
     pub(super) key_begins: String,
-    /// When they end, if they do.
+    /// Expiry time of temporary credentials.
     pub(super) ends: Option<SystemTime>,
 }
 
-/// The chain, with the credentials found last.
+/// The provider chain, with the credentials found last.
 pub(super) struct Credentials {
     environment: Environment,
     fixed: Option<Credential>,
@@ -66,16 +65,17 @@ pub(super) struct Credentials {
     profiles: Profiles,
     context: Context,
     http: Http,
-    state: tokio::sync::Mutex<State>,
+    cache: tokio::sync::Mutex<CredentialCache>,
 }
 
 #[derive(Default)]
-struct State {
+struct CredentialCache {
     found: Option<FoundCredentials>,
-    /// When a search found nothing, and what it says.
-    fruitless: Option<(Instant, String)>,
+    /// Time of a search without result, and the providers that it tried.
+    not_found: Option<(Instant, String)>,
 }
 
+/// Credentials with the times of their search, renewal and expiry.
 #[derive(Clone)]
 struct FoundCredentials {
     credential: Arc<AwsCredential>,
@@ -84,7 +84,7 @@ struct FoundCredentials {
     since: Instant,
 }
 
-/// Nothing of it is for printing.
+/// Prints no field, because they contain secrets.
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Credentials(…)")
@@ -92,7 +92,7 @@ impl fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    /// The chain for this environment. `service` is the client for STS and SSO.
+    /// Returns the chain for `environment`. `service` is the HTTP client for STS and SSO.
     pub(super) fn new(
         environment: &Environment,
         options: &Options,
@@ -102,10 +102,11 @@ impl Credentials {
     ) -> Self {
         let http = Http { service, metadata: Arc::default() };
         let mut variables = environment.0.clone();
+        // An empty variable counts as unset, as in the AWS tools.
         variables.retain(|_, value| !value.is_empty());
         variables.insert("AWS_PROFILE".into(), profiles.name().to_owned());
         variables.entry("AWS_REGION".into()).or_insert_with(|| region.to_owned());
-        // AWS's tools have long used the regional endpoint of STS; the global one is absent from some partitions.
+        // As the AWS tools do. The global endpoint of STS does not exist in some partitions.
         variables.entry("AWS_STS_REGIONAL_ENDPOINTS".into()).or_insert_with(|| "regional".into());
         let context = Context::new()
             .with_file_read(Files)
@@ -129,55 +130,58 @@ impl Credentials {
             profiles,
             context,
             http,
-            state: Default::default(),
+            cache: Default::default(),
         }
     }
 
-    /// Throws away credentials that the store calls expired. Whether a new request may do better.
+    /// Drops the cached credentials after the store reported them as expired. Returns true if a retry may succeed.
     pub(super) async fn expired(&self) -> bool {
-        let mut state = self.state.lock().await;
-        let stale = state.found.as_ref().is_some_and(|found| found.since.elapsed() > FRESH_FOR);
+        let mut cache = self.cache.lock().await;
+        let stale = cache.found.as_ref().is_some_and(|found| found.since.elapsed() > FRESH_AGE_MAX);
         if stale {
-            state.found = None;
+            cache.found = None;
         }
         stale
     }
 
+    /// Returns the cached credentials, or searches for new ones if they are due for renewal.
     async fn current(&self) -> Result<Arc<AwsCredential>> {
-        let mut state = self.state.lock().await;
+        // The lock is held during the search, so that concurrent requests share one.
+        let mut cache = self.cache.lock().await;
         let now = SystemTime::now();
-        if let Some(found) = &state.found
+        if let Some(found) = &cache.found
             && found.renew_at.is_none_or(|renew_at| now < renew_at)
         {
             return Ok(found.credential.clone());
         }
-        if let Some((when, what)) = &state.fruitless
-            && when.elapsed() < FRUITLESS_FOR
+        if let Some((when, looked_at)) = &cache.not_found
+            && when.elapsed() < NOT_FOUND_TTL
         {
-            return Err(self.nothing_found(what));
+            return Err(self.nothing_found(looked_at));
         }
         match self.search().await {
             Ok((_, found)) => {
-                state.fruitless = None;
-                Ok(state.found.insert(found).credential.clone())
+                cache.not_found = None;
+                Ok(cache.found.insert(found).credential.clone())
             }
-            Err(what) => match &state.found {
+            Err(looked_at) => match &cache.found {
+                // The renewal failed, but the present credentials are still valid.
                 Some(found) if found.ends.is_some_and(|ends| now < ends) => {
                     tracing::warn!(
-                        reason = what,
-                        "cannot renew the AWS credentials; using the present ones to their end"
+                        reason = looked_at,
+                        "cannot renew the AWS credentials; using the present ones until they expire"
                     );
                     Ok(found.credential.clone())
                 }
                 _ => {
-                    state.fruitless = Some((Instant::now(), what.clone()));
-                    Err(self.nothing_found(&what))
+                    cache.not_found = Some((Instant::now(), looked_at.clone()));
+                    Err(self.nothing_found(&looked_at))
                 }
             },
         }
     }
 
-    /// Where credentials are found now, for a person to read.
+    /// Searches the chain and returns the origin of the credentials. Does not use the cache.
     pub(super) async fn credential_source(&self) -> Result<CredentialSource> {
         let (place, found) = self.search().await.map_err(|looked_at| self.nothing_found(&looked_at))?;
         let key_begins = found.credential.key_id.chars().take(KEY_CHARS_SHOWN).collect();
@@ -191,7 +195,7 @@ impl Credentials {
         )
     }
 
-    /// Walks the chain. The error lists what was looked at.
+    /// Tries the providers in order. The error lists each provider and its reason.
     async fn search(&self) -> std::result::Result<(String, FoundCredentials), String> {
         let mut looked_at = Vec::new();
         for link in Link::ALL {
@@ -211,6 +215,7 @@ impl Credentials {
         Err(looked_at.join(", "))
     }
 
+    /// Returns the name of a provider for messages.
     fn describe(&self, link: Link) -> String {
         let profile = self.profiles.name();
         match link {
@@ -234,6 +239,7 @@ impl Credentials {
         }
     }
 
+    /// Returns the credentials of one provider, or `None` if it is not configured.
     async fn ask(&self, link: Link) -> std::result::Result<Option<Credential>, String> {
         let context = &self.context;
         let answer = match link {
@@ -251,7 +257,7 @@ impl Credentials {
         answer.map_err(|error| reason(&error))
     }
 
-    /// SSO by the profile's own settings, or by those of the session that it names.
+    /// Returns SSO credentials, from the profile's own SSO settings or from those of its `sso_session`.
     async fn sso(&self, profile: &str) -> std::result::Result<Option<Credential>, String> {
         let session = self.profiles.get(profile, "sso_session");
         let section = session.map_or_else(|| profile.to_owned(), |session| format!("sso-session {session}"));
@@ -259,7 +265,8 @@ impl Credentials {
         let (Some(account), Some(role)) = (own("sso_account_id"), own("sso_role_name")) else { return Ok(None) };
         let region =
             self.profiles.get(&section, "sso_region").ok_or_else(|| format!("[{section}] has no sso_region"))?;
-        // The cached token's file is named by a hash of the session's name, or of the address where there is no session.
+        // `aws sso login` names the token cache file by a hash of the session name, or of the start URL if there is no
+        // session.
         let token_name = session.or_else(|| own("sso_start_url")).ok_or("the profile has no sso_session")?;
         let provider = SSOCredentialProvider::new()
             .with_account_id(account)
@@ -269,7 +276,7 @@ impl Credentials {
         provider.provide_credential(&self.context).await.map_err(|error| reason(&error))
     }
 
-    /// The role that a profile names, assumed with the credentials of its source.
+    /// Assumes the role of a profile (`role_arn`) with the credentials of its source. Returns `None` if it has no role.
     async fn assume_role(&self, profile: &str, depth: usize) -> std::result::Result<Option<Credential>, String> {
         let own = |setting: &str| self.profiles.get(profile, setting);
         let Some(role) = own("role_arn") else { return Ok(None) };
@@ -285,7 +292,9 @@ impl Credentials {
             _ => return Err("the profile has role_arn, but neither source_profile nor credential_source".into()),
         };
         if own("mfa_serial").is_some() {
-            return Err("the role wants a code of a second factor; take a session token with the AWS tools".into());
+            return Err(
+                "the role requires MFA (mfa_serial); get a session token with `aws sts get-session-token`".into()
+            );
         }
         let source = source.ok_or("the source profile has no credentials")?;
         let request = RoleRequest {
@@ -297,12 +306,13 @@ impl Credentials {
         self.sts(&source, &request).await.map(Some)
     }
 
-    /// A simple link, asked by name of `credential_source`.
+    /// Returns the credentials of the provider that `credential_source` names.
     async fn plain(&self, link: Link) -> std::result::Result<Option<Credential>, String> {
         Box::pin(self.ask(link)).await
     }
 
-    /// The credentials of a source profile: its keys, its own role, SSO or process.
+    /// Returns the credentials of a source profile, from its keys, its own role, SSO or `credential_process`, in this
+    /// order.
     async fn source(
         &self,
         profile: &str,
@@ -316,6 +326,7 @@ impl Credentials {
         if let Some(credential) = keys.provide_credential(&self.context).await.map_err(|error| reason(&error))? {
             return Ok(Some(credential));
         }
+        // A profile may name itself as its source. Its keys were tried above; assuming its own role would recurse.
         if source != profile
             && let Some(credential) = Box::pin(self.assume_role(source, depth - 1)).await?
         {
@@ -328,7 +339,7 @@ impl Credentials {
         process.provide_credential(&self.context).await.map_err(|error| reason(&error))
     }
 
-    /// `AssumeRole` at STS, <https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html>.
+    /// Calls `AssumeRole` of STS, <https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html>.
     async fn sts(&self, source: &Credential, role: &RoleRequest<'_>) -> std::result::Result<Credential, String> {
         let request = self.sts_request(source, role)?;
         let answer = self.http.send(request.map(|_| Bytes::new())).await?;
@@ -351,6 +362,7 @@ impl Credentials {
     }
 
     fn sts_request(&self, source: &Credential, role: &RoleRequest<'_>) -> std::result::Result<HttpRequest, String> {
+        // AWS China has its own domain.
         let suffix = if self.region.starts_with("cn-") { ".cn" } else { "" };
         let endpoint =
             match self.environment.get("AWS_ENDPOINT_URL_STS").or_else(|| self.environment.get("AWS_ENDPOINT_URL")) {
@@ -365,7 +377,7 @@ impl Credentials {
                 query.append_pair(name, value);
             }
         }
-        // A query signed by SigV4 has %20 for a space, not `+`.
+        // SigV4 requires %20 for a space in the query, not `+`.
         let address = format!("{endpoint}/?{}", query.finish().replace('+', "%20"));
         let request = http::Request::get(address).body(HttpRequestBody::empty());
         let mut request: HttpRequest = request.map_err(|_| "the address of STS is no URL")?;
@@ -376,7 +388,7 @@ impl Credentials {
     }
 }
 
-/// A role to assume.
+/// Parameters of `AssumeRole`.
 struct RoleRequest<'a> {
     role: &'a str,
     session: &'a str,
@@ -393,7 +405,7 @@ impl CredentialProvider for Credentials {
     }
 }
 
-/// The places where credentials may be, in the order they are asked.
+/// The providers of the chain, in the order in which they are tried.
 #[derive(Debug, Clone, Copy)]
 enum Link {
     Options,
@@ -432,6 +444,7 @@ impl FoundCredentials {
     }
 }
 
+/// Converts a credential for `object_store`, and registers its secrets for redaction.
 fn to_store(credential: &Credential) -> AwsCredential {
     redact::learn(&credential.secret_access_key);
     credential.session_token.iter().for_each(|token| redact::learn(token));
@@ -446,7 +459,7 @@ fn disabled(environment: &Environment) -> bool {
     environment.get("AWS_EC2_METADATA_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
 }
 
-/// A link's failure in a line.
+/// Returns the error of a provider as one printable line.
 fn reason(error: &reqsign_core::Error) -> String {
     printable::quote(&error.to_string())
 }
@@ -468,7 +481,7 @@ impl FileRead for Files {
     }
 }
 
-/// Runs `credential_process` in the environment handed in.
+/// Runs `credential_process` in the configured environment.
 #[derive(Debug)]
 struct Commands(Environment);
 
@@ -482,12 +495,13 @@ impl CommandExecute for Commands {
         command.args(arguments).env_clear().envs(&self.0.0).stdin(std::process::Stdio::null());
         let ran = tokio::task::spawn_blocking(move || command.output()).await.map_err(|_| unexpected("cancelled"))?;
         let output = ran.map_err(|error| unexpected(format!("{program}: {error}")))?;
-        // What it printed about a failure may hold secrets: the status must do.
+        // Discard standard error, which may contain secrets. The exit status has to suffice.
         Ok(CommandOutput { status: output.status.code().unwrap_or(-1), stdout: output.stdout, stderr: Vec::new() })
     }
 }
 
-/// Two clients: an impatient one for metadata over plain HTTP, never through a proxy, and the remote's own for STS and SSO.
+/// HTTP for the providers: a client with short timeouts and no proxy for metadata services (plain HTTP), and the
+/// remote's own client for STS and SSO.
 #[derive(Debug, Clone)]
 struct Http {
     service: reqwest::Client,
@@ -498,14 +512,14 @@ impl Http {
     async fn send(&self, request: http::Request<Bytes>) -> std::result::Result<http::Response<Bytes>, String> {
         let plain = request.uri().scheme_str() == Some("http");
         let text = |error: reqwest::Error| {
-            let what = if error.is_timeout() {
+            let reason = if error.is_timeout() {
                 "no answer in time"
             } else if error.is_connect() {
                 "cannot connect"
             } else {
-                "broken answer"
+                "invalid answer"
             };
-            format!("{}: {what}", if plain { "metadata service" } else { "AWS service" })
+            format!("{}: {reason}", if plain { "metadata service" } else { "AWS service" })
         };
         let client = if plain { self.metadata()? } else { &self.service };
         let mut request = reqwest::Request::try_from(request).map_err(|_| "cannot build the request")?;
@@ -522,14 +536,14 @@ impl Http {
             (_, Some(Cut::TooLong(bytes_max))) => return Err(format!("the answer has more than {bytes_max} bytes")),
             (_, Some(_)) => return Err("the answer was not complete in time".into()),
         };
-        answer.body(body).map_err(|_| "broken answer".into())
+        answer.body(body).map_err(|_| "invalid answer".into())
     }
 
     fn metadata(&self) -> std::result::Result<&reqwest::Client, String> {
         if let Some(client) = self.metadata.get() {
             return Ok(client);
         }
-        // Without root certificates: they are slow to load, and only plain HTTP is spoken.
+        // No root certificates: they are slow to load, and this client uses plain HTTP only.
         let client = reqwest::Client::builder()
             .connect_timeout(METADATA_CONNECT_TIMEOUT)
             .redirect(reqwest::redirect::Policy::none())

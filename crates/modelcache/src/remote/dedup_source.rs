@@ -1,8 +1,8 @@
-//! Twins: equal files that other versions of the same name have on the remote already.
+//! Deduplication of uploads: files that another version of the same name already has on the remote are copied by the
+//! server.
 //!
-//! They are found by SHA-256 in the manifests of a few versions, the newest first, and copied there by the server, so
-//! that nothing of them is sent. A copy has the bytes that the other version's manifest claims, no more: whoever reads
-//! checks. Whatever fails here, or cannot be asked, costs an upload and no more.
+//! Sources are found by SHA-256 in the manifests of the newest versions. The digest of the source object is not
+//! verified before the copy; readers check digests. Every failure in this module falls back to an upload.
 
 use super::publish::{LOOKS_IN_FLIGHT, same_object};
 use super::store::Store;
@@ -17,21 +17,22 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Smaller files are sent: that costs no more than to ask.
+/// Smallest file that is deduplicated, in bytes. A smaller one is uploaded as fast as a source is found.
 pub(super) const BYTES_MIN: u64 = 64 * 1024;
-/// Versions whose age is asked for.
+/// Most versions that are ordered by publication time, which takes a request each.
 const VERSIONS_MAX: usize = 64;
-/// Manifests that are read.
+/// Most manifests that are read.
 const MANIFESTS_MAX: usize = 8;
 
-/// An object of another version with the bytes wanted.
+/// An object of another version to copy from, and its identity as recorded in that version's manifest.
 #[derive(Debug, Clone)]
 pub(super) struct DedupSource {
     object: Path,
     recorded: ObjectIdentity,
 }
 
-/// The twins of files with these digests and sizes, as far as there are any.
+/// Returns sources for the files with the `wanted` digests and sizes, keyed by digest. Files without a source are
+/// absent.
 pub(super) async fn find(
     store: &Arc<Store>,
     folder: &Folder,
@@ -41,17 +42,18 @@ pub(super) async fn find(
     let versions = match newest(store, folder).await {
         Ok(versions) => versions,
         Err(error) => {
-            tracing::debug!(%error, "other versions on the remote are not looked at");
+            tracing::debug!(%error, "cannot list other versions on the remote to deduplicate uploads");
             return dedup_sources;
         }
     };
     for version in versions.into_iter().take(MANIFESTS_MAX) {
         let other = Folder::new(&ArtifactKey::new(folder.key.name.clone(), version));
         match other.read_manifest(store).await {
-            Ok(Some((manifest, _))) => learn(store, &other, &manifest, wanted, &mut dedup_sources),
+            Ok(Some((manifest, _))) => collect_matches(store, &other, &manifest, wanted, &mut dedup_sources),
             Ok(None) => {}
-            Err(error) => tracing::debug!(artifact = %other.key, %error, "not looked at for equal files"),
+            Err(error) => tracing::debug!(artifact = %other.key, %error, "manifest skipped in deduplication"),
         }
+        // Every file has a source: no further manifest is needed.
         if dedup_sources.len() == wanted.len() {
             break;
         }
@@ -59,8 +61,9 @@ pub(super) async fn find(
     dedup_sources
 }
 
-/// Files that other versions have and that could be twins, as far as their manifests tell.
-pub(super) async fn possible(store: &Arc<Store>, folder: &Folder) -> Vec<FileEntry> {
+/// Returns the files on the remote listed in the manifests of the newest versions. Used before the digests of the local
+/// files are known.
+pub(super) async fn candidates(store: &Arc<Store>, folder: &Folder) -> Vec<FileEntry> {
     let mut entries = Vec::new();
     for version in newest(store, folder).await.unwrap_or_default().into_iter().take(MANIFESTS_MAX) {
         let other = Folder::new(&ArtifactKey::new(folder.key.name.clone(), version));
@@ -72,7 +75,8 @@ pub(super) async fn possible(store: &Arc<Store>, folder: &Folder) -> Vec<FileEnt
     entries
 }
 
-fn learn(
+/// Adds the objects of `manifest` that match a `wanted` digest and size to `dedup_sources`.
+fn collect_matches(
     store: &Store,
     other: &Folder,
     manifest: &Manifest,
@@ -90,14 +94,15 @@ fn learn(
     }
 }
 
-/// Other published versions of the name, the last written first.
+/// Returns the other published versions of the name, the latest publication first.
 async fn newest(store: &Arc<Store>, folder: &Folder) -> Result<Vec<Version>> {
     let names = store.folders(&store.key(folder.key.name.as_str())?).await?;
     let mut versions: Vec<Version> = names.iter().filter_map(|name| Version::new(name).ok()).collect();
     versions.retain(|version| *version != folder.key.version);
-    // Where there are very many, numbers tell the newer ones without a question.
-    versions.sort_by_key(|version| std::cmp::Reverse(natural(version.as_str())));
+    // Preselect by version number without a request for each version. Higher numbers are probably newer.
+    versions.sort_by_key(|version| std::cmp::Reverse(natural_order(version.as_str())));
     versions.truncate(VERSIONS_MAX);
+    // The manifest is written last, so its time is the time of publication.
     let looks = versions.into_iter().map(|version| async move {
         let other = Folder::new(&ArtifactKey::new(folder.key.name.clone(), version.clone()));
         let written = store.written_at_ms(&other.manifest(store)?).await?;
@@ -111,8 +116,9 @@ async fn newest(store: &Arc<Store>, folder: &Folder) -> Result<Vec<Version>> {
     Ok(dated.into_iter().map(|(_, version)| version).collect())
 }
 
-/// Orders `v9` before `v10`: digits by their number, the rest by character.
-fn natural(text: &str) -> Vec<(u64, String)> {
+/// Returns a sort key for natural order, in which `v9` comes before `v10`: digits compare as numbers, the rest by
+/// character.
+fn natural_order(text: &str) -> Vec<(u64, String)> {
     let mut parts: Vec<(u64, String)> = Vec::new();
     let mut rest = text;
     while !rest.is_empty() {
@@ -124,8 +130,8 @@ fn natural(text: &str) -> Vec<(u64, String)> {
     parts
 }
 
-/// Lets the server copy `twin` to `target`; `None` where it has to be sent.
-pub(super) async fn copied(
+/// Lets the server copy `dedup_source` to `target`. Returns `None` if the file has to be uploaded.
+pub(super) async fn try_copy(
     store: &Arc<Store>,
     dedup_source: &DedupSource,
     path: &FilePath,
@@ -133,6 +139,7 @@ pub(super) async fn copied(
     staging: Option<PathBuf>,
 ) -> Option<ObjectIdentity> {
     let copy = async {
+        // The source must still be the object that its manifest records.
         match store.head(&dedup_source.object).await? {
             Some(now) if same_object(&dedup_source.recorded, &now) => {}
             _ => return Ok(None),
@@ -142,7 +149,7 @@ pub(super) async fn copied(
     match copy.await {
         Ok(copied) => copied,
         Err(error) => {
-            tracing::debug!(%path, from = %dedup_source.object, %error, "not copied on the remote; it is sent");
+            tracing::debug!(%path, from = %dedup_source.object, %error, "server-side copy failed; uploading the file");
             None
         }
     }
@@ -153,9 +160,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_order_versions() {
+    fn versions_sort_in_natural_order() {
         let mut versions = ["10", "9", "v2", "v10", "2024-01-02", "2024-01-10", "main"];
-        versions.sort_by_key(|version| natural(version));
+        versions.sort_by_key(|version| natural_order(version));
         let at = |version| versions.iter().position(|other| *other == version);
         assert!(at("9") < at("10") && at("v2") < at("v10") && at("2024-01-02") < at("2024-01-10"), "{versions:?}");
     }

@@ -1,7 +1,7 @@
-//! Examining the remote: credentials, bucket, region, rights, conditional writes; each tried, nothing left behind.
+//! Checks of the remote for `modelcache doctor`: credentials, bucket, region, permissions and conditional writes.
 //!
-//! What is written is one small object under a random name below `.modelcache-doctor/`, a name that no artifact can
-//! have; it is removed whatever happens in between, also when the examination is cut short.
+//! The write checks put one small object under a random name below `.modelcache-doctor/`, a name that no artifact can
+//! have. The object is removed afterwards, also if the checks fail or are cancelled.
 
 use super::Remote;
 use super::credentials::CredentialSource;
@@ -19,36 +19,41 @@ use object_store::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// Where what is tried lies, below the remote's prefix.
+/// Folder of the probe object, below the remote's prefix.
 const FOLDER: &str = ".modelcache-doctor";
-/// How long a question is asked again, and how long its answer may take: somebody is waiting.
+/// Short retries and timeouts, because a user waits for the report.
 const RETRY: RetryConfig = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(5) };
-/// Credentials that end sooner are worth a word, unless the chain renews them.
+/// Credentials with less time left than this give a warning.
 const ENDS_SOON: Duration = Duration::from_secs(900);
-/// What the object says.
-const CONTENT: &[u8] = b"modelcache doctor wrote this to try its rights; it may be removed\n";
+/// Content of the probe object.
+const CONTENT: &[u8] = b"written by `modelcache doctor` to test permissions; safe to remove\n";
 
-/// Looks at the remote of `config`, if there is one.
+/// Checks the configured remote and returns the results.
 pub(crate) async fn examine(config: &Config, options: DoctorOptions, clock: &Clock) -> Vec<Check> {
     let Some(remote) = &config.remote else {
-        return vec![Check::ok(Area::Remote, "none is configured: there are only the disk and the origins")];
+        return vec![Check::ok(Area::Remote, "none is configured; using only the disk and the origins")];
     };
     let mut checks = Vec::new();
-    if let Err(error) = look(remote, options, clock, &mut checks).await {
+    if let Err(error) = run_checks(remote, options, clock, &mut checks).await {
         checks.push(Check::problem(Area::Remote, &error));
     }
     checks
 }
 
-async fn look(config: &RemoteConfig, options: DoctorOptions, clock: &Clock, checks: &mut Vec<Check>) -> Result<()> {
+async fn run_checks(
+    config: &RemoteConfig,
+    options: DoctorOptions,
+    clock: &Clock,
+    checks: &mut Vec<Check>,
+) -> Result<()> {
     let remote = Remote::open(config, Retry::new(RETRY))?;
     let store = remote.store().await?;
     match &remote.0.place {
         RemoteLocation::Folder(folder) => {
             checks.push(Check::ok(Area::Remote, format!("the folder {}", folder.display())));
             if !folder.is_dir() {
-                let says = format!("{} is not there; the first put makes it", folder.display());
-                let fix = "see whether a mount is missing; otherwise nothing";
+                let says = format!("{} does not exist; the first put makes it", folder.display());
+                let fix = "check whether a mount is missing; otherwise no action is needed";
                 checks.push(Check::warning(Area::Remote, says, fix));
                 return Ok(());
             }
@@ -60,7 +65,7 @@ async fn look(config: &RemoteConfig, options: DoctorOptions, clock: &Clock, chec
             match credentials(&remote, store).await {
                 Ok(check) => checks.push(check),
                 Err(error) => {
-                    // Whatever is asked without them is refused.
+                    // Without credentials every further request fails.
                     checks.push(Check::problem(Area::Credentials, &error));
                     return Ok(());
                 }
@@ -69,19 +74,20 @@ async fn look(config: &RemoteConfig, options: DoctorOptions, clock: &Clock, chec
     }
     let listed = rights_to_read(store, checks).await?;
     let written = if options.read_only {
-        checks.push(Check::ok(Area::Remote, "what may be written was not tried (--read-only)"));
+        checks.push(Check::ok(Area::Remote, "write access was not tried (--read-only)"));
         None
     } else {
         Some(rights_to_write(store, checks).await)
     };
+    // A missing right alone is a warning, because a reader needs less than a writer. Without any, nothing works.
     if !listed && written == Some(false) {
-        let error = Error::new(ErrorKind::Unauthorized, "the credentials have no right that was tried");
-        return Err(error.hint("`modelcache doctor --iam-policy writer` (or reader) prints the rights that are needed"));
+        let error = Error::new(ErrorKind::Unauthorized, "the credentials lack every permission that was tried");
+        return Err(error.hint("`modelcache doctor --iam-policy writer` (or reader) prints the required permissions"));
     }
     Ok(())
 }
 
-/// The settings as the store has them, and a client for questions beside it.
+/// Returns the settings that the store uses, and an HTTP client with the same settings.
 async fn settings(remote: &Remote) -> Result<(S3Settings, Connector)> {
     let inner = remote.0.clone();
     let gathered = tokio::task::spawn_blocking(move || {
@@ -90,9 +96,12 @@ async fn settings(remote: &Remote) -> Result<(S3Settings, Connector)> {
         let connector = Connector::new(&settings, &inner.options, RETRY.read_timeout)?;
         Ok((settings, connector))
     });
-    gathered.await.map_err(|cause| Error::new(ErrorKind::Other, "looking was cut short").cause(cause))?
+    gathered
+        .await
+        .map_err(|cause| Error::new(ErrorKind::Other, "reading the S3 settings was cut short").cause(cause))?
 }
 
+/// Returns one line that describes address, region and options of the bucket.
 fn place(remote: &Remote, settings: &S3Settings) -> String {
     let style = if settings.path_style { "path style" } else { "virtual-hosted style" };
     let mut text = format!("{} at {}, region {}, {style}", remote.url(), endpoint(settings), settings.region);
@@ -113,7 +122,8 @@ fn endpoint(settings: &S3Settings) -> String {
     settings.endpoint.clone().unwrap_or_else(usual)
 }
 
-/// Any answer of the endpoint tells its time, a refusal as well as another. That it does not answer is told elsewhere.
+/// Compares the local clock with the endpoint's `Date` header, which a refusal has, too. Ignores connection errors,
+/// because the other checks report them.
 async fn query_clock(settings: &S3Settings, connector: &Connector, clock: &Clock) {
     let endpoint = endpoint(settings);
     let request = connector.client().get(&endpoint).timeout(RETRY.read_timeout);
@@ -123,7 +133,7 @@ async fn query_clock(settings: &S3Settings, connector: &Connector, clock: &Clock
     }
 }
 
-/// Which link of the chain answers.
+/// Reports the provider of the credential chain that is used.
 async fn credentials(remote: &Remote, store: &Store) -> Result<Check> {
     let skips = |(key, value): &(AmazonS3ConfigKey, crate::config::Secret)| {
         *key == AmazonS3ConfigKey::SkipSignature && !matches!(value.expose(), "false" | "0")
@@ -136,32 +146,32 @@ async fn credentials(remote: &Remote, store: &Store) -> Result<Check> {
     let mut says = format!("from {place}; the key's id begins with {key_begins}");
     let left = ends.map(|ends| ends.duration_since(SystemTime::now()).unwrap_or_default());
     if let Some(left) = left {
-        says.push_str(&format!("; they end in {} min", left.as_secs() / 60));
+        says.push_str(&format!("; they expire in {} min", left.as_secs() / 60));
     }
     Ok(match left {
         Some(left) if left < ENDS_SOON => {
-            let fix = "nothing, if they renew themselves; else log in again (`aws sso login`)";
+            let fix = "no action is needed if they are renewed automatically; else log in again (`aws sso login`)";
             Check::warning(Area::Credentials, says, fix)
         }
         _ => Check::ok(Area::Credentials, says),
     })
 }
 
-/// Whether the bucket is there, in this region, and may be listed.
+/// Checks that the bucket exists in the configured region. Returns true if listing is permitted.
 async fn rights_to_read(store: &Store, checks: &mut Vec<Check>) -> Result<bool> {
     let listed = in_time(store.list(Some(&store.key(FOLDER)?))).await?;
     match &listed {
         Some(_) => checks.push(Check::ok(Area::Remote, "it answers, and may be listed")),
         None => checks.push(Check::warning(
             Area::Remote,
-            "listing is not permitted: what is missing cannot be told from what is forbidden, and `ls --remote` fails",
+            "listing is not permitted: missing and forbidden objects look the same, and `ls --remote` fails",
             "grant s3:ListBucket on the bucket; `modelcache doctor --iam-policy reader` prints the policy",
         )),
     }
     Ok(listed.is_some())
 }
 
-/// Writes, reads and removes an object of our own. Whether it could be written.
+/// Writes, reads and removes the probe object. Returns true if it could be written.
 async fn rights_to_write(store: &Arc<Store>, checks: &mut Vec<Check>) -> bool {
     let key = match store.key(&format!("{FOLDER}/{:016x}", rand::random::<u64>())) {
         Ok(key) => key,
@@ -170,7 +180,8 @@ async fn rights_to_write(store: &Arc<Store>, checks: &mut Vec<Check>) -> bool {
             return false;
         }
     };
-    let mut ours = Ours { store: store.clone(), key: Some(key.clone()) };
+    // Created before the write, so that the object is removed even if this future is dropped.
+    let mut probe = ProbeObject { store: store.clone(), key: Some(key.clone()) };
     let put = || store.put(&key, Bytes::from_static(CONTENT), Condition::Absent);
     let first = match in_time(put()).await {
         Ok(Written::Unsupported) => in_time(store.put(&key, Bytes::from_static(CONTENT), Condition::Always)).await,
@@ -179,6 +190,7 @@ async fn rights_to_write(store: &Arc<Store>, checks: &mut Vec<Check>) -> bool {
     let is_written = match first {
         Ok(_) => {
             checks.push(Check::ok(Area::Remote, "objects may be written"));
+            // The object exists now, so a second create-only write must be refused.
             checks.push(conditions(in_time(put()).await));
             checks.push(read_back(in_time(store.get(&key, 4096)).await.map(|found| found.map(|(bytes, _)| bytes))));
             true
@@ -188,36 +200,38 @@ async fn rights_to_write(store: &Arc<Store>, checks: &mut Vec<Check>) -> bool {
             false
         }
     };
-    // Also where the write failed: it may have arrived all the same.
-    match (ours.remove().await, is_written) {
+    // Remove the object even if the write failed, because the request may have arrived. Report only the removal of an
+    // object that is known to exist.
+    match (probe.remove().await, is_written) {
         (Ok(()), true) => checks.push(Check::ok(Area::Remote, "objects may be removed")),
         (Err(error), true) => checks.push(
             Check::problem(Area::Remote, &error)
-                .with_detail(&format!("evicting fails, and {key} had to be left there: remove it")),
+                .with_detail(&format!("evict fails, and the object {key} stays on the remote: remove it")),
         ),
         (_, false) => {}
     }
     is_written
 }
 
+/// Returns a warning for a missing permission, which is normal for a reader, and a problem for any other error.
 fn not_writable(error: &Error) -> Check {
     if error.kind() == ErrorKind::Unauthorized {
-        let says = "objects may not be written: what comes from origins stays on this disk, and put fails";
+        let says = "objects may not be written: artifacts from origins are cached on this disk only, and put fails";
         let fix = "grant s3:PutObject (`modelcache doctor --iam-policy writer` prints the policy), or set \
-                   MODEL_CACHE_REMOTE_MODE=ro if that is meant";
+                   MODEL_CACHE_REMOTE_MODE=ro if the remote is meant to be read-only";
         return Check::warning(Area::Remote, says, fix).with_detail(error.message());
     }
     Check::problem(Area::Remote, error)
 }
 
-/// What a second create-only write of the same object came to.
+/// Reports support for conditional writes from the result of a second create-only write of the same object.
 fn conditions(second: Result<Written>) -> Check {
     match second {
         Ok(Written::Refused) => Check::ok(Area::Remote, "conditional writes are kept"),
         Ok(Written::Done(_) | Written::Unsupported) => Check::warning(
             Area::Remote,
             "conditional writes are ignored: two writers of one artifact at once may conflict or upload twice",
-            "let one machine at a time publish an artifact, or use a store that keeps If-None-Match",
+            "let one machine at a time publish an artifact, or use a store that supports If-None-Match",
         ),
         Err(error) => Check::problem(Area::Remote, &error),
     }
@@ -229,7 +243,7 @@ fn read_back(read: Result<Option<Bytes>>) -> Check {
         Ok(Some(_)) => Check::problem(
             Area::Remote,
             &Error::corrupt("an object that was just written reads back with other bytes")
-                .hint("something on the way alters what is sent: look at proxies and the store itself"),
+                .hint("a proxy or the store alters the content: check both"),
         ),
         Ok(None) => Check::problem(
             Area::Remote,
@@ -240,13 +254,13 @@ fn read_back(read: Result<Option<Bytes>>) -> Check {
     }
 }
 
-/// The object that was written; it goes, also when the examination is dropped.
-struct Ours {
+/// The probe object. Dropping it removes the object in the background.
+struct ProbeObject {
     store: Arc<Store>,
     key: Option<Path>,
 }
 
-impl Ours {
+impl ProbeObject {
     async fn remove(&mut self) -> Result<()> {
         let Some(key) = self.key.clone() else { return Ok(()) };
         let removed = in_time(remove(&self.store, &key)).await;
@@ -255,7 +269,7 @@ impl Ours {
     }
 }
 
-impl Drop for Ours {
+impl Drop for ProbeObject {
     fn drop(&mut self) {
         let (Some(key), Ok(runtime)) = (self.key.take(), tokio::runtime::Handle::try_current()) else { return };
         let store = self.store.clone();
@@ -265,11 +279,11 @@ impl Drop for Ours {
     }
 }
 
-/// Removes the object, and of a folder the folder that was made for it.
+/// Removes the object and, if the remote is a folder, the folder that was created for it.
 async fn remove(store: &Store, key: &Path) -> Result<()> {
     let removed = store.delete(key).await;
     if let Some(folder) = store.file(key).as_deref().and_then(std::path::Path::parent) {
-        // Fails where somebody else is just trying, too; that one removes it.
+        // Fails if another `doctor` is running, which then removes the folder.
         let _ = std::fs::remove_dir(folder);
     }
     removed

@@ -1,9 +1,9 @@
-//! Evicting: the manifest first, then exactly the objects it names, all under the claim.
+//! Eviction of an artifact from the remote: the manifest first, then the objects that it lists, all under the claim.
 //!
-//! Killed in between, the artifact is gone and the claim names what is left of it; the next publish or evict of the key
-//! removes that.
+//! If the process is killed after the removal of the manifest, the artifact is absent and the claim lists the remaining
+//! objects. The next publish or evict of the key removes them.
 
-use super::claim::{self, Claim, Listed};
+use super::claim::{self, Claim, ListedFiles};
 use super::publish::{LOOKS_IN_FLIGHT, sidecar_of};
 use super::store::Store;
 use super::{Folder, Remote, orphaned_uploads, upload};
@@ -14,10 +14,10 @@ use futures::{StreamExt, TryStreamExt};
 use std::path::Path;
 use std::sync::Arc;
 
-/// The files that the remote holds, and the sidecars beside them.
-pub(super) fn held(manifest: &Manifest) -> Listed {
+/// Returns the files of `manifest` that are on the remote, and their sidecars.
+pub(super) fn held(manifest: &Manifest) -> ListedFiles {
     let held = manifest.files.iter().filter(|(_, entry)| entry.on_remote().is_some());
-    let mut listed: Listed = held.map(|(path, entry)| (path.clone(), entry.sha256)).collect();
+    let mut listed: ListedFiles = held.map(|(path, entry)| (path.clone(), entry.sha256)).collect();
     let beside = manifest.files.iter().filter(|(_, entry)| entry.sidecar);
     listed.extend(beside.filter_map(|(path, _)| Some((sidecar_of(path).ok()?, None))));
     listed
@@ -27,12 +27,12 @@ fn held_bytes(manifest: &Manifest) -> u64 {
     manifest.files.values().filter_map(|entry| entry.on_remote()).map(|identity| identity.object_bytes).sum()
 }
 
-/// The manifest there. A damaged one names nothing, and is removed all the same.
-async fn look(store: &Store, folder: &Folder) -> Result<Option<Manifest>> {
+/// Reads the manifest. Returns an empty one in place of a damaged one, so that a damaged manifest can be evicted.
+async fn manifest_to_evict(store: &Store, folder: &Folder) -> Result<Option<Manifest>> {
     match folder.read_manifest(store).await {
         Ok(read) => Ok(read.map(|(manifest, _)| manifest)),
         Err(error) if error.kind() == ErrorKind::Corrupt => {
-            tracing::warn!(artifact = %folder.key, %error, "evicting a damaged manifest; objects that it named stay on the remote");
+            tracing::warn!(artifact = %folder.key, %error, "evicting a damaged manifest; the objects that it listed stay on the remote");
             Ok(Some(Manifest::new(folder.key.clone(), crate::manifest::Shape::Tree)))
         }
         Err(error) => Err(error),
@@ -42,7 +42,8 @@ async fn look(store: &Store, folder: &Folder) -> Result<Option<Manifest>> {
 pub(super) async fn evict(remote: &Remote, key: &ArtifactKey, dry_run: bool) -> Result<Option<u64>> {
     let store = remote.store().await?;
     let folder = Folder::new(key);
-    let there = look(store, &folder).await?;
+    let there = manifest_to_evict(store, &folder).await?;
+    // Without a manifest, the folder may hold objects of another tool, which are not removed.
     if there.is_none() {
         remote.refuse_unmanaged(key).await?;
     }
@@ -50,24 +51,30 @@ pub(super) async fn evict(remote: &Remote, key: &ArtifactKey, dry_run: bool) -> 
         return Ok(there.as_ref().map(held_bytes));
     }
     let Some(there) = there else {
-        let abandoned = claim::look(store, &folder).await?.is_some_and(|(record, _)| record.has_ended());
-        if abandoned {
-            under_claim(remote, store, &folder, Listed::new()).await?;
+        // No manifest, but an expired claim: an earlier publish or evict was killed. Remove its leftovers.
+        let has_leftovers = claim::read(store, &folder).await?.is_some_and(|(record, _)| record.has_expired());
+        if has_leftovers {
+            under_claim(remote, store, &folder, ListedFiles::new()).await?;
         }
         return Ok(None);
     };
     under_claim(remote, store, &folder, held(&there)).await
 }
 
-async fn under_claim(remote: &Remote, store: &Arc<Store>, folder: &Folder, listed: Listed) -> Result<Option<u64>> {
-    let mut claim = Claim::take(remote, folder, listed).await?;
+async fn under_claim(remote: &Remote, store: &Arc<Store>, folder: &Folder, listed: ListedFiles) -> Result<Option<u64>> {
+    // Step 1: acquire the claim, which lists every object to remove from now on.
+    let mut claim = Claim::acquire(remote, folder, listed).await?;
+    // Step 2: if an expired claim was taken over, abort the multipart uploads of its writer.
     orphaned_uploads::abort_abandoned(store, folder, &claim).await;
+    // Step 3: remove the manifest and the objects.
     let done = remove_all(store, folder, &mut claim).await;
-    let closed = claim.close().await;
+    // Step 4: release the claim, also after an error. It keeps its list if objects may remain.
+    let released = claim.release().await;
     let done = done?;
-    if let Err(error) = closed {
-        tracing::warn!(artifact = %folder.key, %error, "evicted, but the claim could not be removed; it will end by itself");
+    if let Err(error) = released {
+        tracing::warn!(artifact = %folder.key, %error, "evicted, but the claim could not be removed; it expires by itself");
     }
+    // Step 5: in a remote that is a folder, remove folders that are empty now.
     if let Some(root) = store.folder() {
         let (root, version) = (root.to_path_buf(), root.join(&folder.base));
         let _ = tokio::task::spawn_blocking(move || remove_empty(&version, &root)).await;
@@ -76,17 +83,19 @@ async fn under_claim(remote: &Remote, store: &Arc<Store>, folder: &Folder, liste
 }
 
 async fn remove_all(store: &Arc<Store>, folder: &Folder, claim: &mut Claim) -> Result<Option<u64>> {
-    let there = look(store, folder).await?;
+    // Read the manifest again: another writer may have published before the claim was acquired.
+    let there = manifest_to_evict(store, folder).await?;
     let mut listed = claim.inherited.clone();
     listed.extend(there.iter().flat_map(held));
-    claim.touch();
+    claim.set_leftovers();
     remove(store, folder, listed).await?;
-    claim.settle();
+    claim.clear_leftovers();
     Ok(there.as_ref().map(held_bytes))
 }
 
-/// Removes the manifest, then `listed`.
-pub(super) async fn remove(store: &Arc<Store>, folder: &Folder, listed: Listed) -> Result<()> {
+/// Removes the manifest, then the `listed` objects and the temporary files of killed writers.
+pub(super) async fn remove(store: &Arc<Store>, folder: &Folder, listed: ListedFiles) -> Result<()> {
+    // The manifest is the commit point: without it readers see no artifact, however many objects are left.
     store.delete(&folder.manifest(store)?).await?;
     remove_objects(store, folder, &listed).await?;
     if let Some(staging) = store.file(&folder.own(store, "")?) {
@@ -95,14 +104,14 @@ pub(super) async fn remove(store: &Arc<Store>, folder: &Folder, listed: Listed) 
     Ok(())
 }
 
-/// Removes objects of the version folder.
-pub(super) async fn remove_objects(store: &Arc<Store>, folder: &Folder, listed: &Listed) -> Result<()> {
+/// Removes the `listed` objects of the version folder. Missing ones are ignored.
+pub(super) async fn remove_objects(store: &Arc<Store>, folder: &Folder, listed: &ListedFiles) -> Result<()> {
     let removals = listed.keys().map(|path| async move { store.delete(&folder.object(store, path)?).await });
     let removals: Vec<_> = removals.collect();
     futures::stream::iter(removals).buffer_unordered(LOOKS_IN_FLIGHT).try_collect().await
 }
 
-/// Removes the folders of a version that hold nothing any more, and those above it, but not the remote's own.
+/// Removes the empty folders of a version and the empty folders above it, up to `root`, which stays.
 fn remove_empty(version: &Path, root: &Path) {
     fn below(folder: &Path) {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -110,6 +119,7 @@ fn remove_empty(version: &Path, root: &Path) {
                 below(&entry.path());
             }
         }
+        // Fails for a folder that is not empty, which stays.
         let _ = std::fs::remove_dir(folder);
     }
     below(version);

@@ -1,8 +1,9 @@
-//! What a failure of the store means: the one place where statuses, codes and transport errors get their kind.
+//! Translation of store failures into [`Error`]: the only place that maps statuses, S3 codes and transport errors to an
+//! [`ErrorKind`].
 //!
-//! A failing bucket or a wrong region is never taken for a missing artifact: only a 404 about the object itself is
-//! `NotFound`. A 403 without a telling code is ambiguous (without `s3:ListBucket` a missing key looks like that), and
-//! [`is_ambiguous`] lets the caller decide.
+//! A missing bucket or a wrong region is never a missing artifact: only a 404 for the object itself is `NotFound`. A
+//! 403 without a specific code is ambiguous, because S3 answers 403 for a missing key without `s3:ListBucket`. The
+//! caller decides with [`is_ambiguous`].
 
 use super::http_client::Refusal;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
@@ -10,18 +11,18 @@ use crate::printable;
 use object_store::client::{HttpError, HttpErrorKind};
 use std::error::Error as StdError;
 
-/// What messages name: where the request went.
+/// The target of a request, for messages.
 #[derive(Debug, Clone)]
 pub(super) struct EndpointContext {
     /// The bucket or folder.
     pub(super) container: String,
     /// The endpoint or host.
     pub(super) endpoint: String,
-    /// The region signed for.
+    /// The region that requests are signed for.
     pub(super) region: String,
 }
 
-/// The first failure of type `T` in the chain below `error`.
+/// Returns the first error of type `T` in the source chain of `error`.
 fn find<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Option<&'a T> {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -33,12 +34,12 @@ fn find<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Optio
     None
 }
 
-/// The server's answer, if there was one.
+/// Returns the server's error answer, if the server answered.
 pub(super) fn refusal(error: &object_store::Error) -> Option<&Refusal> {
     find(error)
 }
 
-/// Whether a condition on the request (create-only, If-Match) was not met.
+/// Returns true if a condition of the request (create-only, `If-Match`) was not met.
 pub(super) fn condition_failed(error: &object_store::Error) -> bool {
     match refusal(error) {
         Some(refusal) => matches!(refusal.status, 412 | 304),
@@ -46,53 +47,54 @@ pub(super) fn condition_failed(error: &object_store::Error) -> bool {
     }
 }
 
-/// Whether the store says that it knows no such condition.
+/// Returns true if the store answered that it does not support the condition.
 pub(super) fn condition_unknown(error: &object_store::Error) -> bool {
     let refused = refusal(error)
         .is_some_and(|refusal| refusal.status == 501 || refusal.code.as_deref() == Some("NotImplemented"));
     refused || matches!(error, object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. })
 }
 
-/// Whether this may as well be a missing object: a 403 that does not say what is wrong with the request.
+/// Returns true if the object may be missing: a 403 with no code that names a fault of the request.
 pub(super) fn is_ambiguous(error: &object_store::Error) -> bool {
-    refusal(error).is_some_and(|refusal| refusal.status == 403 && !refusal.code.as_deref().is_some_and(is_telling))
+    refusal(error).is_some_and(|refusal| refusal.status == 403 && !refusal.code.as_deref().is_some_and(is_specific))
 }
 
-/// Whether a write failed because it is not permitted, and every other one would: a 403 that blames neither key,
-/// signature nor clock.
+/// Returns true if a write failed because writes are not permitted, so that every other write would fail, too: a 403
+/// that does not blame access key, signature or clock, or a folder that cannot be written.
 pub(super) fn refuses_write(error: &object_store::Error) -> bool {
     use std::io::ErrorKind as Io;
     let denied = |io: &std::io::Error| matches!(io.kind(), Io::PermissionDenied | Io::ReadOnlyFilesystem);
     is_ambiguous(error) || find(error).is_some_and(denied)
 }
 
-/// Whether the credentials used are past their end; fresh ones may do.
+/// Returns true if the credentials have expired, so that a retry with renewed ones may succeed.
 pub(super) fn is_expired(error: &object_store::Error) -> bool {
     let code = refusal(error).and_then(|refusal| refusal.code.as_deref());
     matches!(code, Some("ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired" | "RequestExpired"))
 }
 
-/// Whether the server sent the whole object where a range was asked for.
+/// Returns true if the server ignored the `Range` header and sent the whole object. `object_store` reports this only in
+/// the text of its error.
 pub(super) fn ignores_range(error: &object_store::Error) -> bool {
     refusal(error).is_none() && innermost(error).contains("non-partial response")
 }
 
-/// Codes that say what is wrong, whatever object was asked for.
-fn is_telling(code: &str) -> bool {
+/// Returns true for an S3 code that names a fault of the request, independent of the object.
+fn is_specific(code: &str) -> bool {
     !matches!(code, "AccessDenied" | "Forbidden" | "403" | "")
 }
 
-/// The library's error for `error`, met while `doing` (`"cannot read x/manifest.json"`).
+/// Translates `error`. `doing` is the failed operation and begins the message (`"cannot read x/manifest.json"`).
 pub(super) fn translate(error: object_store::Error, doing: &str, at: &EndpointContext) -> Error {
     let error = match error {
-        // The credential chain speaks for itself.
+        // An error of the credential chain is complete: it names the providers and the remedy.
         object_store::Error::Generic { store, source } => match source.downcast::<Error>() {
             Ok(ours) => return ours.tier(Tier::Remote),
             Err(source) => object_store::Error::Generic { store, source },
         },
         error => error,
     };
-    // What our own HTTP layer found wrong with an answer.
+    // An error of `http_client.rs`, for instance an invalid or oversized answer: keep kind and hint, prepend `doing`.
     if let Some(ours) = find::<Error>(&error) {
         return Error::new(ours.kind(), format!("{doing}: {}", ours.message()))
             .hint(ours.hint_text().unwrap_or_default())
@@ -110,14 +112,15 @@ pub(super) fn translate(error: object_store::Error, doing: &str, at: &EndpointCo
 }
 
 fn from_refusal(refusal: &Refusal, doing: &str, at: &EndpointContext) -> Error {
-    let what = || format!("{doing}: {} answered {refusal}", at.endpoint);
-    let error = |kind| Error::new(kind, what());
+    let message = || format!("{doing}: {} answered {refusal}", at.endpoint);
+    let error = |kind| Error::new(kind, message());
     let code = refusal.code.as_deref().unwrap_or_default();
     match (code, refusal.status) {
         ("NoSuchBucket", _) => Error::invalid(format!("the bucket {:?} does not exist at {}", at.container, at.endpoint))
             .hint("check the remote's address (s3://BUCKET/PREFIX), its endpoint and its region; modelcache creates no buckets"),
-        ("InvalidBucketName", _) => Error::invalid(format!("{:?} can be no bucket's name: {} says so", at.container, at.endpoint))
+        ("InvalidBucketName", _) => Error::invalid(format!("{:?} is not a valid bucket name at {}", at.container, at.endpoint))
             .hint("names have 3 to 63 lower-case letters, digits, dots and hyphens: check MODEL_CACHE_REMOTE or MODEL_CACHE_S3_BUCKET"),
+        // Redirects are not followed, because the signature covers host and region.
         ("PermanentRedirect" | "AuthorizationHeaderMalformed" | "IllegalLocationConstraintException" | "IncorrectEndpoint", _) | ("", 301 | 307 | 308) => {
             wrong_region(refusal, at)
         }
@@ -133,9 +136,11 @@ fn from_refusal(refusal: &Refusal, doing: &str, at: &EndpointContext) -> Error {
             error(ErrorKind::Unauthorized).hint("the access key is not known there: check AWS_ACCESS_KEY_ID, AWS_PROFILE and the endpoint")
         }
         ("SignatureDoesNotMatch", _) => error(ErrorKind::Unauthorized).hint("check AWS_SECRET_ACCESS_KEY, and that no proxy rewrites requests"),
+        // Transient, whatever status comes with the code. 409 ConditionalRequestConflict asks for a retry.
         ("SlowDown" | "InternalError" | "ServiceUnavailable" | "RequestTimeout" | "OperationAborted" | "ConditionalRequestConflict" | "TooManyRequests", _) => {
-            waiting(Error::unavailable(what()), refusal)
+            with_retry_after(Error::unavailable(message()), refusal)
         }
+        // From here on without a known code: the status decides.
         (_, 401 | 403) => error(ErrorKind::Unauthorized).hint(format!(
             "the credentials lack a right on {:?}: reading needs s3:GetObject and s3:ListBucket, publishing s3:PutObject, evicting s3:DeleteObject",
             at.container
@@ -144,12 +149,13 @@ fn from_refusal(refusal: &Refusal, doing: &str, at: &EndpointContext) -> Error {
         (_, 409 | 412) => error(ErrorKind::Conflict).transient(refusal.status == 409),
         (_, 416) => error(ErrorKind::Corrupt).hint("the object is shorter than recorded; publish the artifact again to repair it"),
         (_, 501) => error(ErrorKind::Unavailable).transient(false),
-        (_, 408 | 425 | 429 | 500..) => waiting(Error::unavailable(what()), refusal),
+        (_, 408 | 425 | 429 | 500..) => with_retry_after(Error::unavailable(message()), refusal),
         _ => error(ErrorKind::Unavailable).transient(false),
     }
 }
 
-fn waiting(error: Error, refusal: &Refusal) -> Error {
+/// Adds throttling and the server's `Retry-After` to a transient error.
+fn with_retry_after(error: Error, refusal: &Refusal) -> Error {
     let error = if matches!(refusal.status, 429 | 503) { error.throttled() } else { error };
     match refusal.retry_after {
         Some(wait) => error.retry_after(wait),
@@ -200,7 +206,8 @@ fn from_local(error: &object_store::Error, doing: &str, at: &EndpointContext) ->
         Some(io) => from_io(io, doing, at),
         None => {
             let reason = innermost(error);
-            // "Requested 0..5, got 3..8" and "Content-Range header not present": an answer of another range, or of none.
+            // "Requested 0..5, got 3..8" and "Content-Range header not present": `object_store` received another range
+            // than requested. Its error has no variant for this.
             let contradicts = ["range", "Content-Range", "Requested "].iter().any(|word| reason.contains(word));
             let kind = if contradicts { ErrorKind::Corrupt } else { ErrorKind::Unavailable };
             Error::new(kind, format!("{doing}: {reason}"))
@@ -208,12 +215,12 @@ fn from_local(error: &object_store::Error, doing: &str, at: &EndpointContext) ->
     }
 }
 
-/// What a failure in a folder means.
+/// Translates an I/O error of a remote that is a folder.
 pub(super) fn from_io(io: &std::io::Error, doing: &str, at: &EndpointContext) -> Error {
     use std::io::ErrorKind as Io;
     let error = |kind| Error::new(kind, format!("{doing}: {io}")).tier(Tier::Remote);
     match io.kind() {
-        // Another tool may have put a file where a folder of ours would be.
+        // `NotADirectory`: another tool put a file in place of a folder, so that the object cannot exist.
         Io::NotFound | Io::NotADirectory => error(ErrorKind::NotFound),
         Io::PermissionDenied | Io::ReadOnlyFilesystem => {
             error(ErrorKind::Unauthorized).hint(format!("check owner and mode of the folder {}", at.container))
@@ -224,7 +231,7 @@ pub(super) fn from_io(io: &std::io::Error, doing: &str, at: &EndpointContext) ->
     }
 }
 
-/// The text of the last failure in the chain: the system's reason rather than the layers around it.
+/// Returns the text of the last error in the source chain, which is the operating system's or the server's reason.
 fn innermost(error: &(dyn StdError + 'static)) -> String {
     let mut last = error;
     while let Some(source) = last.source() {
@@ -295,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_403_that_tells_nothing_is_ambiguous() {
+    fn only_a_403_without_a_specific_code_is_ambiguous() {
         assert!(is_ambiguous(&refused(403, "AccessDenied")) && is_ambiguous(&refused(403, "")));
         assert!(!is_ambiguous(&refused(403, "InvalidAccessKeyId")) && !is_ambiguous(&refused(404, "")));
         assert!(is_expired(&refused(400, "ExpiredToken")));
@@ -310,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_or_closed_folder_is_told_apart() {
+    fn a_full_folder_and_a_missing_permission_have_their_own_kinds() {
         let io = |kind| from_io(&std::io::Error::from(kind), "cannot write", &at()).kind();
         assert_eq!(io(std::io::ErrorKind::StorageFull), ErrorKind::Full);
         assert_eq!(io(std::io::ErrorKind::PermissionDenied), ErrorKind::Unauthorized);

@@ -1,11 +1,11 @@
-//! The HTTP client below the S3 client: time limits, no redirects, and refusals with everything the server said.
+//! The HTTP client below `object_store`'s S3 client: timeouts, no redirects, and errors with the server's details.
 //!
-//! `object_store` drops headers and error bodies that tell a wrong region, a wait or a clock; here a refusal becomes a
-//! [`Refusal`] before it can. One client serves metadata, bodies and uploads: a request has a limit of its own instead
-//! of one for all, since a body may take an hour and a question may not.
+//! `object_store` drops the headers and error bodies that state a bucket's region, a wait or the server's clock. This
+//! client turns an error answer into a [`Refusal`] first. Each request has its own timeout, because a body may take an
+//! hour and a metadata request may not.
 //!
-//! Surprise: answers to listings are edited. One key with an empty segment (`a//b`) makes `object_store` lose the whole
-//! page, so such keys, which can never be ours, are taken out first; [`LeftOut`] names them to whoever asks.
+//! Listings are edited: one key with an empty segment (`a//b`) makes `object_store` fail for the whole page. Such keys
+//! are never ours. They are removed from the answer and passed on in [`LeftOut`].
 
 use super::settings::{Options, S3Settings};
 use crate::error::{Error, Result, Tier};
@@ -21,23 +21,23 @@ use object_store::path::Path;
 use std::fmt;
 use std::time::Duration;
 
-/// Slowest upload that is waited for, in bytes per second, on top of the longest silence.
+/// Slowest upload that does not time out, in bytes per second. Its time is added to the read timeout.
 const UPLOAD_BYTES_PER_S_MIN: u64 = 64 * 1024;
 
-/// An answer that says no, with what matters of it. Never carries request headers or signatures.
+/// An error answer of the server. Never contains request headers or signatures.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Refusal {
     /// HTTP status.
     pub(super) status: u16,
-    /// S3's error code, where the body has one (answers to HEAD have no body).
+    /// S3's error code, if the body has one (answers to HEAD have no body).
     pub(super) code: Option<String>,
-    /// S3's message, cut short.
+    /// S3's message, at most 200 characters.
     pub(super) message: Option<String>,
-    /// The region the bucket is in, where the server tells.
+    /// The bucket's region, if the server states it.
     pub(super) region: Option<String>,
-    /// How long to wait, where the server tells.
+    /// The time to wait before a retry, if the server states it.
     pub(super) retry_after: Option<Duration>,
-    /// The server's clock.
+    /// The `Date` header, the server's clock.
     pub(super) date: Option<String>,
 }
 
@@ -56,26 +56,27 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Rides on a request that a server needs longer to answer: so much longer.
+/// Request extension that adds this time to the timeout, for requests that take the server long.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LongerTimeout(pub(super) Duration);
 
-/// Makes the store use one prepared client.
+/// Passes one shared client to `object_store`.
 #[derive(Debug, Clone)]
 pub(super) struct Connector(ObjectStoreHttp);
 
+/// Implements `object_store`'s HTTP service with the timeouts and errors of this module.
 #[derive(Debug, Clone)]
 struct ObjectStoreHttp {
     client: reqwest::Client,
     read_timeout: Duration,
 }
 
-/// Keys that were taken out of a page of a listing; an extension of its answer.
+/// Response extension with the keys that were removed from a page of a listing.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LeftOut(pub(super) Vec<String>);
 
 impl Connector {
-    /// Builds the client. Loads root certificates, which takes a while: not on an async thread.
+    /// Builds the client. Blocks while it loads root certificates.
     pub(super) fn new(settings: &S3Settings, options: &Options, read_timeout: Duration) -> Result<Self> {
         let failed = |cause| {
             Error::invalid("cannot set up the HTTP client of the remote")
@@ -89,8 +90,8 @@ impl Connector {
             .https_only(!settings.allow_http)
             .tls_danger_accept_invalid_certs(options.allow_invalid_certificates);
         if let Some(path) = &settings.ca_file {
-            let unusable = |what: String| {
-                Error::invalid(what).tier(Tier::Remote).hint("check AWS_CA_BUNDLE, ca_bundle or SSL_CERT_FILE")
+            let unusable = |message: String| {
+                Error::invalid(message).tier(Tier::Remote).hint("check AWS_CA_BUNDLE, ca_bundle or SSL_CERT_FILE")
             };
             let pem = std::fs::read(path).map_err(|cause| {
                 unusable(format!("cannot read the certificates in {}", path.display())).cause(cause)
@@ -106,12 +107,12 @@ impl Connector {
         Ok(Self(ObjectStoreHttp { client: builder.build().map_err(failed)?, read_timeout }))
     }
 
-    /// The client itself, for requests beside the store's.
+    /// Returns the plain client, without the timeouts and errors of this module.
     pub(super) fn client(&self) -> &reqwest::Client {
         &self.0.client
     }
 
-    /// The same client with the limits and refusals of the store's own requests.
+    /// Returns a client with the timeouts and errors of this module, as `object_store` uses it.
     pub(super) fn http(&self) -> HttpClient {
         HttpClient::new(self.0.clone())
     }
@@ -123,7 +124,7 @@ impl HttpConnector for Connector {
     }
 }
 
-/// An error of ours on its way through `object_store`.
+/// Wraps an [`Error`] so that it passes through `object_store` unchanged. `failure::translate` unwraps it.
 fn failed(error: Error) -> HttpError {
     HttpError::new(HttpErrorKind::Unknown, error.tier(Tier::Remote))
 }
@@ -136,15 +137,17 @@ fn timed_out(_: tokio::time::error::Elapsed) -> HttpError {
 impl HttpService for ObjectStoreHttp {
     async fn call(&self, request: HttpRequest) -> std::result::Result<HttpResponse, HttpError> {
         let listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
-        // Only the bytes of objects are asked for without a query; every other body is kept in memory.
+        // The body of an object is streamed; it is the only GET without a query. Every other body is read into memory.
         let streams = request.method() == reqwest::Method::GET && request.uri().query().is_none();
         let extra = request.extensions().get::<LongerTimeout>().map_or(Duration::ZERO, |patience| patience.0);
+        // The timeout for the headers of the answer covers sending the request body.
         let upload = Duration::from_secs(request.body().content_length() as u64 / UPLOAD_BYTES_PER_S_MIN);
         let patience = self.read_timeout + upload + extra;
         let response = tokio::time::timeout(patience, self.client.call(request)).await.map_err(timed_out)??;
         let (mut parts, body) = response.into_parts();
         let refused = !parts.status.is_success();
         if streams && !refused {
+            // Compressed or otherwise transformed bodies are refused, because their bytes are not those of the object.
             check_headers(parts.status, &parts.headers).map_err(failed)?;
             return Ok(HttpResponse::from_parts(parts, body));
         }
@@ -152,11 +155,12 @@ impl HttpService for ObjectStoreHttp {
         let limits = match refused {
             true => BodyLimits::refusal(patience),
             false if listing => BodyLimits::answer(limits::ANSWER_BYTES_MAX, self.read_timeout),
-            // S3 sends blanks while it is at work: a connection that is slow is none that has stalled.
+            // No stall detection: S3 sends single blanks as keep-alive while it completes an upload or a copy.
             false => BodyLimits::within(limits::ANSWER_BYTES_MAX, patience),
         };
         let body = match read_body(body.bytes_stream(), limits).await {
             (body, None) => body,
+            // The beginning of an error body suffices.
             (body, Some(Cut::TooLong(_))) if refused => body,
             (_, Some(Cut::Broken(error))) => return Err(error),
             (_, Some(cut)) => {
@@ -177,6 +181,7 @@ impl HttpService for ObjectStoreHttp {
     }
 }
 
+/// Extracts the [`Refusal`] from status, headers and body of an error answer.
 fn refusal(status: u16, headers: &reqwest::header::HeaderMap, body: &[u8]) -> Refusal {
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
     let body = String::from_utf8_lossy(body);
@@ -190,7 +195,7 @@ fn refusal(status: u16, headers: &reqwest::header::HeaderMap, body: &[u8]) -> Re
     }
 }
 
-/// The text of the first `<name>` in `xml`, unescaped.
+/// Returns the unescaped text of the first element `<name>` in `xml`.
 pub(super) fn element(xml: &str, name: &str) -> Option<String> {
     let (_, rest) = xml.split_once(&format!("<{name}>"))?;
     let (text, _) = rest.split_once(&format!("</{name}>"))?;
@@ -222,7 +227,8 @@ fn unescape_xml(text: &str) -> String {
     plain
 }
 
-/// The listing without keys that `object_store` cannot hold, and without folder markers (`a/`); and those keys.
+/// Removes the keys that `object_store` cannot represent and folder markers (`a/`) from a listing. Returns the listing
+/// and the removed keys.
 fn without_odd_keys(xml: &str) -> (String, Vec<String>) {
     const OPEN: &str = "<Contents>";
     const CLOSE: &str = "</Contents>";
@@ -243,7 +249,7 @@ fn without_odd_keys(xml: &str) -> (String, Vec<String>) {
     (kept, left_out)
 }
 
-/// Whatever a server lists; see `fuzzing`.
+/// Fuzz target: edits an arbitrary listing.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(xml: &str) {
     let (kept, left_out) = without_odd_keys(xml);
@@ -256,7 +262,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refusal_keeps_what_helps_and_drops_what_is_secret() {
+    fn a_refusal_keeps_the_error_details_and_drops_secrets() {
         let mut headers = reqwest::header::HeaderMap::new();
         headers.insert("x-amz-bucket-region", "eu-west-1".parse().expect("value"));
         headers.insert("retry-after", "3".parse().expect("value"));

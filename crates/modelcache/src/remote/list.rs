@@ -1,7 +1,7 @@
-//! Listing what is published: every manifest below the remote's prefix.
+//! Listing of the published artifacts: every manifest below the remote's prefix.
 //!
-//! The store is listed page by page, and only our records are kept; whatever is no manifest of ours, in its own place, is passed over. An artifact that
-//! is evicted meanwhile is left out, as is one that cannot be read, with a warning.
+//! Only keys of manifests and refs are kept in memory; all other objects are ignored. Artifacts that are evicted during
+//! the listing are skipped, and damaged ones are skipped with a warning.
 
 use super::refs::{self, RemoteRef};
 use super::store::Store;
@@ -12,10 +12,10 @@ use crate::manifest::Manifest;
 use futures::{StreamExt, TryStreamExt};
 use object_store::ObjectMeta;
 
-/// Manifests read at a time.
+/// Concurrent reads of manifests.
 const READS_IN_FLIGHT: usize = 16;
 
-/// Every artifact that has a manifest, readable or not, by name and version.
+/// Returns the key of every artifact that has a manifest, readable or not, ordered by name and version.
 pub(super) async fn keys(remote: &Remote) -> Result<Vec<ArtifactKey>> {
     let store = remote.store().await?;
     Ok(keys_among(store, &objects(store).await?))
@@ -26,12 +26,14 @@ pub(super) async fn list(remote: &Remote) -> Result<Vec<Manifest>> {
     manifests(store, &objects(store).await?).await
 }
 
+/// Returns manifests and tags from one listing of the store.
 pub(super) async fn list_with_tags(remote: &Remote) -> Result<(Vec<Manifest>, Vec<(ArtifactName, RemoteRef)>)> {
     let store = remote.store().await?;
     let objects = objects(store).await?;
     Ok((manifests(store, &objects).await?, refs::tags_among(store, &objects).await?))
 }
 
+/// Lists the manifests and refs.
 async fn objects(store: &Store) -> Result<Vec<ObjectMeta>> {
     let is_record = |path: &str| key_of(path).is_some() || refs::is_ref(path);
     let wanted = |meta: &ObjectMeta| store.relative(&meta.location).is_some_and(is_record);
@@ -56,18 +58,19 @@ async fn manifests(store: &Store, objects: &[ObjectMeta]) -> Result<Vec<Manifest
     Ok(manifests)
 }
 
-/// The artifact whose manifest lies at `path`, if it is a place for one.
+/// Returns the artifact of the manifest at `path`, or `None` if `path` is not the key of a manifest.
 fn key_of(path: &str) -> Option<ArtifactKey> {
     let base = path.strip_suffix(MANIFEST)?.strip_suffix('/')?.strip_suffix(OWN_FOLDER)?.strip_suffix('/')?;
     let (name, version) = base.rsplit_once('/')?;
     Some(ArtifactKey::new(name.parse::<ArtifactName>().ok()?, Version::new(version).ok()?))
 }
 
+/// Reads one manifest. Returns `None` if it was evicted since the listing, is damaged, or is in a newer format.
 async fn read(store: &Store, key: &ArtifactKey) -> Result<Option<Manifest>> {
     match Folder::new(key).read_manifest(store).await {
         Ok(read) => Ok(read.map(|(manifest, _)| manifest)),
         Err(error) if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid) => {
-            tracing::warn!(artifact = %key, %error, "left out of the list");
+            tracing::warn!(artifact = %key, %error, "skipped in the listing of the remote");
             Ok(None)
         }
         Err(error) => Err(error),

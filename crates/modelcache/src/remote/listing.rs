@@ -1,10 +1,11 @@
-//! What lies at a place in a bucket or folder, whoever put it there: one object, or the objects below a prefix.
+//! Lookup of an address in a bucket or folder: a single object, or all objects below a prefix, written by any tool.
 //!
-//! Nothing here is trusted: keys that climb, or cannot be the path of a file, are left out and remembered by name. A
-//! place with records of ours, or with published versions below it, is told apart and not listed to its end.
+//! The content is not trusted. Keys that are no valid file paths, such as `../x`, are skipped and reported. If the
+//! address holds our own records, or published versions lie below it, the lookup reports that and stops listing.
 //!
-//! Surprise: a prefix matches at `/` only, so `models/m` never finds `models/m2`. Where there is an object of exactly
-//! that key, it is meant, and what lies below is not looked at, unless it is empty: tools leave such marks for folders.
+//! A prefix matches at `/` only: `models/m` never matches `models/m2`. An object with exactly the key of the address
+//! takes precedence over objects below it, unless it is empty, because some tools create empty objects as folder
+//! markers.
 
 use super::http_client::LeftOut;
 use super::store::{self, Store};
@@ -18,20 +19,20 @@ use sha2::Digest as _;
 use std::collections::{BTreeMap, HashSet};
 use std::{fmt, io};
 
-/// Keys that are left out and kept by name, for a message.
+/// Most skipped keys that are kept for a message.
 const OMITTED_SHOWN: usize = 8;
 
-/// Where to look, below the store's prefix, without slashes at its ends.
+/// A key or prefix below the store's prefix, without slashes at its ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Address {
     /// The key or the prefix.
     pub(crate) base: String,
-    /// Only what lies below it is meant, no object of that key.
+    /// True if the address means only the objects below `base`, not an object with that key.
     pub(crate) folder: bool,
 }
 
 impl Address {
-    /// The key of `path` below it.
+    /// Returns the key of `path` below this address.
     pub(super) fn below(&self, path: &str) -> String {
         if self.base.is_empty() { path.to_owned() } else { format!("{}/{path}", self.base) }
     }
@@ -43,31 +44,31 @@ impl fmt::Display for Address {
     }
 }
 
-/// What was found.
+/// Result of a lookup.
 #[derive(Debug)]
-pub(super) enum Look {
-    /// Nothing, or nothing that may be seen.
+pub(super) enum AddressLookup {
+    /// No object, or no permission to list them.
     Nothing,
-    /// Records of ours: a published version, or a write in progress.
-    Ours,
-    /// Versions that we published lie below it, the folder of one of them for instance.
-    Above(String),
-    /// Objects of somebody else.
+    /// Our own records: a published version, or a write in progress.
+    OwnRecords,
+    /// Published versions lie below the address. Contains the folder of one of them.
+    AboveVersions(String),
+    /// Objects of another tool.
     UnmanagedObjects(Listing),
 }
 
-/// Objects of somebody else, as they were when they were listed.
+/// A snapshot of the objects of another tool, taken when they were listed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Listing {
     pub(super) address: Address,
-    /// Whether it is the one object whose key is the place itself.
+    /// True if the listing is a single object, with the address itself as its key.
     pub(super) single: bool,
     pub(super) objects: BTreeMap<FilePath, ObjectIdentity>,
-    /// Keys below the place that are no files of it.
+    /// Keys below the address that are not valid file paths.
     pub(super) left_out: Omitted,
 }
 
-/// Keys that are left out: how many, and the first of them.
+/// Number of skipped keys, and the first few of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Omitted {
     pub(super) count: usize,
@@ -76,7 +77,7 @@ pub(super) struct Omitted {
 
 impl Omitted {
     fn add(&mut self, key: String) {
-        // A mark that tools leave for a folder.
+        // A folder marker is not worth a message.
         if key.ends_with('/') {
             return;
         }
@@ -92,7 +93,7 @@ impl Listing {
         Self { address: address.clone(), single: false, objects: BTreeMap::new(), left_out: Omitted::default() }
     }
 
-    /// The key of `path`, below the store's prefix.
+    /// Returns the key of the listed file `path`, below the store's prefix.
     pub(super) fn key_of(&self, path: &str) -> String {
         match self.address.base.rsplit_once('/') {
             _ if !self.single => self.address.below(path),
@@ -101,19 +102,19 @@ impl Listing {
         }
     }
 
-    /// A text that changes when any object does: a version for what has none.
+    /// Returns a digest that changes when any object changes. It serves as the version of unversioned objects.
     pub(crate) fn digest(&self) -> Digest {
         let mut hasher = sha2::Sha256::new();
         hasher.update(format!("{}\n", if self.single { "object" } else { "prefix" }));
         for (path, ObjectIdentity { etag, object_bytes }) in &self.objects {
-            // A path has no control characters, so the lines cannot be confused.
+            // A path has no control characters, so tab and newline are unambiguous separators.
             hasher.update(format!("{path}\t{object_bytes}\t{}\n", etag.as_deref().unwrap_or_default()));
         }
         Digest::from_bytes(hasher.finalize().into())
     }
 
-    /// An object is a file unless it cannot be one: odd names, and what is listed both as file and as folder.
-    fn take(&mut self, store: &Store, path: &str, identity: ObjectIdentity) -> Result<()> {
+    /// Adds an object as a file, or as a skipped key if its path is not valid.
+    fn add(&mut self, store: &Store, path: &str, identity: ObjectIdentity) -> Result<()> {
         let usable = FilePath::new(path).ok().filter(|path| store.key(&self.key_of(path.as_str())).is_ok());
         match usable {
             Some(path) => drop(self.objects.insert(path, identity)),
@@ -122,7 +123,7 @@ impl Listing {
         self.check_size()
     }
 
-    /// Keys that are left out count, too: a listing of nothing else must end as well.
+    /// Fails if there are too many objects. Skipped keys count, so that a listing of invalid keys only ends, too.
     fn check_size(&self) -> Result<()> {
         match self.objects.len() + self.left_out.count > limits::FILES_MAX {
             true => {
@@ -132,8 +133,8 @@ impl Listing {
         }
     }
 
-    /// Leaves out objects whose path is a folder of others.
-    fn settle(mut self) -> Self {
+    /// Removes each object that has other objects below its path, because a file system cannot hold both.
+    fn without_folders(mut self) -> Self {
         let folders_of = |path: &FilePath| {
             let ends: Vec<_> = path.as_str().match_indices('/').map(|(at, _)| path.as_str()[..at].to_owned()).collect();
             ends
@@ -141,6 +142,7 @@ impl Listing {
         let folders: HashSet<String> = self.objects.keys().flat_map(folders_of).collect();
         self.objects.retain(|path, identity| {
             let is_folder = folders.contains(path.as_str());
+            // An empty one is a folder marker and is dropped silently.
             if is_folder && identity.object_bytes > 0 {
                 self.left_out.add(path.to_string());
             }
@@ -149,7 +151,7 @@ impl Listing {
         self
     }
 
-    /// What the files are, given how many of them are real: see [`Shape`].
+    /// Returns the [`Shape`] of the artifact with these `files`, which exclude checksum files.
     pub(super) fn shape(&self, mut files: impl Iterator<Item = FilePath>) -> Shape {
         match (files.next(), files.next()) {
             (Some(only), None) if self.left_out.count == 0 && !only.as_str().contains('/') => Shape::File,
@@ -158,55 +160,57 @@ impl Listing {
     }
 }
 
-/// Lists what lies at `address`.
+/// Looks up the objects at `address`.
 ///
 /// # Errors
-/// What keeps the store from answering. That listing is not permitted is no error: nothing can be seen then, and a
-/// warning says which right is missing.
-pub(super) async fn look(store: &Store, address: &Address) -> Result<Look> {
+/// Errors of the store. A missing permission to list is not an error: the result is [`AddressLookup::Nothing`], and a
+/// warning names the permission.
+pub(super) async fn look_up(store: &Store, address: &Address) -> Result<AddressLookup> {
     let single = async {
-        if address.folder || address.base.is_empty() || leads_out(store, address).await {
+        if address.folder || address.base.is_empty() || is_outside_root(store, address).await {
             return Ok(None);
         }
         store.head(&store.key(&address.base)?).await
     };
+    // Both requests run concurrently: most addresses need both answers.
     let (single, below) = futures::future::join(single, below(store, address)).await;
     let (single, below) = (single?, below?);
     match single {
-        _ if matches!(below, Look::Ours) => Ok(below),
-        Some(identity) if identity.object_bytes > 0 || matches!(below, Look::Nothing) => {
+        _ if matches!(below, AddressLookup::OwnRecords) => Ok(below),
+        // A non-empty object with the key of the address wins; an empty one only if nothing lies below it.
+        Some(identity) if identity.object_bytes > 0 || matches!(below, AddressLookup::Nothing) => {
             let name = address.base.rsplit('/').next().unwrap_or_default();
             let mut listing = Listing { single: true, ..Listing::new(address) };
-            listing.take(store, name, identity)?;
-            Ok(Look::UnmanagedObjects(listing))
+            listing.add(store, name, identity)?;
+            Ok(AddressLookup::UnmanagedObjects(listing))
         }
         _ => Ok(below),
     }
 }
 
-async fn below(store: &Store, address: &Address) -> Result<Look> {
+async fn below(store: &Store, address: &Address) -> Result<AddressLookup> {
     match store.folder() {
         Some(_) => below_folder(store, address).await,
         None => below_prefix(store, address).await,
     }
 }
 
-/// Whether a path below the place is a pointer of ours. Those belong to names, and say nothing of what lies there.
-fn is_pointer(path: &str) -> bool {
+/// Returns true if `path` is the key of a ref. Refs belong to names and may lie below any address, so they are ignored.
+fn is_ref(path: &str) -> bool {
     let own = format!("{OWN_FOLDER}/refs/");
     path.starts_with(&own) || path.contains(&format!("/{own}"))
 }
 
-/// Whether a path below the place belongs to us, and then what that makes of the place.
-fn ours(address: &Address, path: &str) -> Option<Look> {
+/// Returns the result of the lookup if `path` below the address is one of our own records.
+fn own_record(address: &Address, path: &str) -> Option<AddressLookup> {
     if path == OWN_FOLDER || path.strip_prefix(OWN_FOLDER).is_some_and(|rest| rest.starts_with('/')) {
-        return Some(Look::Ours);
+        return Some(AddressLookup::OwnRecords);
     }
     let (above, _) = path.split_once(&format!("/{OWN_FOLDER}/"))?;
-    Some(Look::Above(address.below(above)))
+    Some(AddressLookup::AboveVersions(address.below(above)))
 }
 
-async fn below_prefix(store: &Store, address: &Address) -> Result<Look> {
+async fn below_prefix(store: &Store, address: &Address) -> Result<AddressLookup> {
     let mut listing = Listing::new(address);
     let base = match address.base.as_str() {
         "" => store.root(),
@@ -216,47 +220,51 @@ async fn below_prefix(store: &Store, address: &Address) -> Result<Look> {
     let mut record = None;
     let permitted = store.pages(base.as_ref(), false, |page| {
         for object in page.objects {
-            let path = object.location.as_ref().strip_prefix(&prefix).filter(|path| !is_pointer(path));
+            let path = object.location.as_ref().strip_prefix(&prefix).filter(|path| !is_ref(path));
             let Some(path) = path else { continue };
-            if let Some(ours) = ours(address, path) {
+            // One record of ours decides the lookup: stop listing.
+            if let Some(ours) = own_record(address, path) {
                 record = Some(ours);
                 return Ok(false);
             }
-            listing.take(store, path, store::identity(&object))?;
+            listing.add(store, path, store::identity(&object))?;
         }
+        // Keys that `http_client.rs` removed from the page.
         let odd = page.extensions.get::<LeftOut>().map(|LeftOut(keys)| keys.as_slice()).unwrap_or_default();
         odd.iter().filter_map(|key| key.strip_prefix(&prefix)).for_each(|key| listing.left_out.add(key.to_owned()));
         listing.check_size().map(|()| true)
     });
     if !permitted.await? {
         store::warn_ambiguous(store.at());
-        return Ok(Look::Nothing);
+        return Ok(AddressLookup::Nothing);
     }
     if let Some(record) = record {
         return Ok(record);
     }
-    let listing = listing.settle();
-    Ok(if listing.objects.is_empty() { Look::Nothing } else { Look::UnmanagedObjects(listing) })
+    let listing = listing.without_folders();
+    Ok(if listing.objects.is_empty() { AddressLookup::Nothing } else { AddressLookup::UnmanagedObjects(listing) })
 }
 
-/// Whether the place in a folder is a link to somewhere else: whoever may write to a shared folder could have files
-/// read for them that they may not read.
-async fn leads_out(store: &Store, address: &Address) -> bool {
+/// Returns true if the address is a symbolic link to a place outside the remote's folder. Such links are not followed.
+/// Otherwise a user with write access to a shared folder could use another user's process to read files that they have
+/// no permission to read.
+async fn is_outside_root(store: &Store, address: &Address) -> bool {
     let Some(root) = store.folder().map(std::path::Path::to_owned) else { return false };
     let place = root.join(&address.base);
-    let leads_out = move || match (root.canonicalize(), place.canonicalize()) {
+    // A path that does not exist is not outside; the lookup finds nothing there.
+    let is_outside_root = move || match (root.canonicalize(), place.canonicalize()) {
         (Ok(root), Ok(place)) => !place.starts_with(root),
         _ => false,
     };
-    tokio::task::spawn_blocking(leads_out).await.unwrap_or(true)
+    tokio::task::spawn_blocking(is_outside_root).await.unwrap_or(true)
 }
 
-/// Walks a folder that stands for a bucket; links are followed within the remote's folder, and never in a circle.
-async fn below_folder(store: &Store, address: &Address) -> Result<Look> {
-    let Some(root) = store.folder() else { return Ok(Look::Nothing) };
-    if leads_out(store, address).await {
-        tracing::warn!(place = address.base, "a link leads out of the remote's folder; what it leads to is left out");
-        return Ok(Look::Nothing);
+/// Lists the files below an address of a remote that is a folder. Follows symbolic links inside the remote's folder.
+async fn below_folder(store: &Store, address: &Address) -> Result<AddressLookup> {
+    let Some(root) = store.folder() else { return Ok(AddressLookup::Nothing) };
+    if is_outside_root(store, address).await {
+        tracing::warn!(place = address.base, "a link leads out of the remote's folder; its target is skipped");
+        return Ok(AddressLookup::Nothing);
     }
     let (root, folder) = (root.to_owned(), root.join(&address.base));
     let walked = tokio::task::spawn_blocking(move || walk(&root, &folder)).await;
@@ -264,12 +272,12 @@ async fn below_folder(store: &Store, address: &Address) -> Result<Look> {
     let (mut paths, left_out) = match walked.map_err(cut_short)? {
         Ok(walked) => walked,
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-            return Ok(Look::Nothing);
+            return Ok(AddressLookup::Nothing);
         }
         Err(error) => return Err(failure::from_io(&error, &format!("cannot list {:?}", address.base), store.at())),
     };
-    paths.retain(|path| !is_pointer(path));
-    if let Some(ours) = paths.iter().find_map(|path| ours(address, path)) {
+    paths.retain(|path| !is_ref(path));
+    if let Some(ours) = paths.iter().find_map(|path| own_record(address, path)) {
         return Ok(ours);
     }
     let mut listing = Listing::new(address);
@@ -277,20 +285,23 @@ async fn below_folder(store: &Store, address: &Address) -> Result<Look> {
     for path in paths {
         let identity = match store.key(&listing.key_of(&path)) {
             Ok(key) => store.head(&key).await?,
+            // Not a valid key: `add` records it as skipped.
             Err(_) => Some(ObjectIdentity { etag: None, object_bytes: 0 }),
         };
-        // Gone since.
+        // Removed since the walk.
         let Some(identity) = identity else { continue };
-        listing.take(store, &path, identity)?;
+        listing.add(store, &path, identity)?;
     }
-    let listing = listing.settle();
-    Ok(if listing.objects.is_empty() { Look::Nothing } else { Look::UnmanagedObjects(listing) })
+    let listing = listing.without_folders();
+    Ok(if listing.objects.is_empty() { AddressLookup::Nothing } else { AddressLookup::UnmanagedObjects(listing) })
 }
 
-/// Paths of every file below `top`, and of what is none: names that are no text, pipes, links that lead out of `root`.
+/// Returns the paths of all files below `top`, and of all other entries: names that are not UTF-8, pipes and other
+/// special files, and links to targets outside `root`.
 fn walk(root: &std::path::Path, top: &std::path::Path) -> io::Result<(Vec<String>, Vec<String>)> {
     let (mut paths, mut left_out) = (Vec::new(), Vec::new());
     let root = root.canonicalize()?;
+    // Each entry: folder, path below `top`, real paths of the folders above it to detect cycles of links.
     let mut folders = vec![(top.to_owned(), String::new(), Vec::new())];
     while let Some((folder, inside, mut above)) = folders.pop() {
         above.push(folder.canonicalize()?);
@@ -301,7 +312,7 @@ fn walk(root: &std::path::Path, top: &std::path::Path) -> io::Result<(Vec<String
                 continue;
             };
             let inside = if inside.is_empty() { name.to_owned() } else { format!("{inside}/{name}") };
-            // A link that leads nowhere is nothing.
+            // A dangling link is ignored.
             let (Ok(metadata), Ok(real)) = (path.metadata(), path.canonicalize()) else { continue };
             match () {
                 () if !real.starts_with(&root) => left_out.push(inside),
@@ -315,7 +326,7 @@ fn walk(root: &std::path::Path, top: &std::path::Path) -> io::Result<(Vec<String
     Ok((paths, left_out))
 }
 
-/// The manifest that we published at `address`, whatever key it has; `None` where there is none.
+/// Returns the manifest published at `address`, or `None`. Does not compare the key in the manifest with the address.
 pub(super) async fn published(store: &Store, address: &Address) -> Result<Option<Manifest>> {
     let key = store.key(&address.below(&format!("{OWN_FOLDER}/{MANIFEST}")))?;
     let Some((bytes, _)) = store.get(&key, limits::MANIFEST_BYTES_MAX).await? else { return Ok(None) };
@@ -329,13 +340,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn records_of_ours_are_told_from_names_that_look_alike() {
+    fn own_records_are_distinguished_from_similar_names() {
         let address = Address { base: "team/m".into(), folder: false };
-        assert!(matches!(ours(&address, ".modelcache/claim"), Some(Look::Ours)));
-        assert!(matches!(ours(&address, "3/.modelcache/manifest.json"), Some(Look::Above(base)) if base == "team/m/3"));
-        assert!(ours(&address, "3/.modelcache-notes").is_none() && ours(&address, "a.modelcache/x").is_none());
-        assert!(is_pointer(".modelcache/refs/prod") && is_pointer("m/.modelcache/refs/prod"));
-        assert!(!is_pointer("3/.modelcache/manifest.json") && !is_pointer("refs/x"));
+        assert!(matches!(own_record(&address, ".modelcache/claim"), Some(AddressLookup::OwnRecords)));
+        let above = own_record(&address, "3/.modelcache/manifest.json");
+        assert!(matches!(above, Some(AddressLookup::AboveVersions(base)) if base == "team/m/3"));
+        assert!(
+            own_record(&address, "3/.modelcache-notes").is_none() && own_record(&address, "a.modelcache/x").is_none()
+        );
+        assert!(is_ref(".modelcache/refs/prod") && is_ref("m/.modelcache/refs/prod"));
+        assert!(!is_ref("3/.modelcache/manifest.json") && !is_ref("refs/x"));
     }
 
     #[test]

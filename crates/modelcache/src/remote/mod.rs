@@ -1,27 +1,8 @@
-//! The far tier: an object store, or a folder that stands for one.
+//! The remote tier: an S3 bucket, or a local folder with the same layout.
 //!
-//! # Contract
-//! - A reader sees one whole published version or none. The manifest is the commit point: written last, removed first.
-//!   Whatever a killed writer leaves behind is invisible and named by its claim, so that the next writer sweeps it.
-//! - One writer of a key at a time, by a claim. Where a store ignores conditional writes, two writers at once may cost a
-//!   second upload or end in a conflict; a reader still never takes wrong bytes, because it checks digests.
-//! - An absent artifact is `None`. A missing bucket, a wrong region or bad credentials never look like absence.
-//! - [`Remote::open`] asks no network; clients and certificates are loaded at the first request.
-//! - Nothing that prints (errors, logs, `Debug`) carries a key, a token or a signature.
-//!
-//! # Layout
-//! Below the remote's prefix, plain objects that other tools can read:
-//!
-//! ```text
-//! <name>/<version>/<path…>                     one object per held file
-//! <name>/<version>/<path…>.sha256              its digest, where the publisher wanted that (`put --sidecar`)
-//! <name>/<version>/.modelcache/claim           a writer at work
-//! <name>/<version>/.modelcache/manifest.json   the commit point: all files, and what is held with ETag and size
-//! <name>/.modelcache/refs/<revision>           what a tag or a revision means: see `refs.rs`
-//! ```
-//!
-//! A version folder without any `.modelcache` is a foreign tree, put there by another tool: it is read as it is found
-//! (`unmanaged.rs`), and never written to.
+//! [`Remote`] states the contract, `Folder` the layout of the objects. The protocols are in `publish.rs`, `claim.rs`,
+//! `evict.rs` and `refs.rs`; `unmanaged.rs` reads objects that another tool uploaded. `store.rs` is the layer over
+//! `object_store` that all of them use.
 
 mod claim;
 mod copy;
@@ -85,54 +66,65 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use store::Store;
 use tokio::sync::OnceCell;
 
-/// The far tier. Clones share clients, credentials and what was learnt of the store.
+/// The remote tier. Clones share clients, credentials and the capabilities found out about the store.
+///
+/// # Contract
+/// - A reader sees one complete published version or none. The manifest is the commit point: it is written last and
+///   removed first. Objects that a killed writer leaves behind are invisible to readers and are listed in its claim, so
+///   that the next writer can remove them.
+/// - A claim admits one writer per key at a time. On a store that ignores conditional writes, two concurrent writers
+///   may upload twice or end in a conflict. Readers still never accept wrong bytes, because they check digests.
+/// - An absent artifact is `None`. A missing bucket, a wrong region or bad credentials are errors, never absence.
+/// - [`Remote::open`] sends no request. Clients and certificates are loaded at the first request.
+/// - No error, log line or `Debug` output contains a key, a token or a signature.
 #[derive(Clone)]
-pub struct Remote(Arc<Inner>);
+pub struct Remote(Arc<RemoteInner>);
 
-struct Inner {
+struct RemoteInner {
     config: RemoteConfig,
     place: RemoteLocation,
     options: Options,
     retry: Retry,
     store: OnceCell<Arc<Store>>,
+    /// A [`Conditions`] value.
     conditions: AtomicU8,
     read_only: AtomicBool,
-    /// Whether somebody was told that it refuses writes.
-    refusal_told: AtomicBool,
-    /// Of all uploads together.
+    /// True once the refusal of a write was reported.
+    refusal_reported: AtomicBool,
+    /// The memory budget shared by all uploads.
     upload_memory: multipart::UploadMemory,
-    /// Something was published since unfinished uploads were last looked for.
+    /// True if a version was published since the last sweep of orphaned uploads.
     has_published: AtomicBool,
 }
 
-/// The address only: the configuration may hold keys.
+/// Prints the address only, because the configuration may contain keys.
 impl fmt::Debug for Remote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Remote({})", self.0.config.url)
     }
 }
 
-/// How to publish.
+/// Options of a publish.
 #[derive(Debug, Clone, Default)]
 pub struct PublishOptions {
     /// Replace other content under the same key.
     pub force: bool,
-    /// Files to be sent even if their objects look sound: a reader found their bytes wrong.
+    /// Files to upload even if size and ETag of their objects match, because a reader found wrong bytes.
     pub rewrite: BTreeSet<FilePath>,
-    /// Write `<file>.sha256` beside every object, for readers who know nothing of manifests.
+    /// Write `<file>.sha256` beside every object, for tools that do not read manifests.
     pub sidecars: bool,
 }
 
-/// What publishing did.
+/// Number of bytes that a publish transferred.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Published {
-    /// Bytes sent; 0 if the remote held everything.
+    /// Bytes uploaded; 0 if the remote held every file.
     pub uploaded_bytes: u64,
     /// Bytes that the server copied from other versions of the name.
     pub copied_bytes: u64,
 }
 
-/// Whether the store keeps conditional writes, as far as it was tried.
+/// Support of the store for conditional writes (`If-None-Match`, `If-Match`), as found by trying.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 enum Conditions {
@@ -142,14 +134,14 @@ enum Conditions {
 }
 
 impl Remote {
-    /// Checks address and options; asks no network. `retry` is shared with the whole process.
+    /// Checks address and options without sending a request. `retry` is shared by the whole process.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for an address or an option that cannot be used.
+    /// [`ErrorKind::Invalid`] for an invalid address or option.
     pub fn open(config: &RemoteConfig, retry: Retry) -> Result<Self> {
         let place = RemoteLocation::parse(&config.url)?;
         let options = Options::parse(config)?;
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Arc::new(RemoteInner {
             config: config.clone(),
             place,
             options,
@@ -157,75 +149,76 @@ impl Remote {
             store: OnceCell::new(),
             conditions: AtomicU8::new(Conditions::Untried as u8),
             read_only: AtomicBool::new(false),
-            refusal_told: AtomicBool::new(false),
+            refusal_reported: AtomicBool::new(false),
             upload_memory: multipart::UploadMemory::default(),
             has_published: AtomicBool::new(false),
         })))
     }
 
-    /// From now on nothing is written there.
+    /// Makes the remote read-only for this process.
     #[must_use]
     pub fn read_only(self) -> Self {
         self.0.read_only.store(true, Ordering::Relaxed);
         self
     }
 
-    /// Whether it is configured to be only read.
+    /// Returns true if the remote is configured as read-only.
     pub fn is_read_only(&self) -> bool {
         self.0.read_only.load(Ordering::Relaxed)
     }
 
-    /// Why a write was refused, if one was.
+    /// Returns the error of the first write that the store refused because of a missing permission.
     pub(crate) fn refusal(&self) -> Option<Error> {
         self.0.store.get()?.refusal().cloned()
     }
 
-    /// Whether it refused a write for want of a right: then it is taken as read-only until this process ends.
+    /// Returns true if the store refused a write because of a missing permission. The remote then counts as read-only
+    /// until this process ends.
     pub fn refuses_writes(&self) -> bool {
         self.refusal().is_some()
     }
 
-    /// Whether anything may be written there, as far as is known.
+    /// Returns true unless the remote is configured as read-only or refused a write.
     pub fn is_writable(&self) -> bool {
         !self.is_read_only() && !self.refuses_writes()
     }
 
-    /// Whether this is the first time that its refusal is told.
+    /// Returns true at the first call only, so that the refusal is reported once.
     pub(crate) fn is_first_refusal(&self) -> bool {
-        !self.0.refusal_told.swap(true, Ordering::Relaxed)
+        !self.0.refusal_reported.swap(true, Ordering::Relaxed)
     }
 
-    /// Refuses what would write to a remote that is configured to be only read.
+    /// Fails if the remote is configured as read-only.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`], with `remedy` beside the setting.
+    /// [`ErrorKind::Invalid`]; the hint names the setting and `remedy`.
     pub(crate) fn ensure_read_write(&self, remedy: &str) -> Result<()> {
         if !self.is_read_only() {
             return Ok(());
         }
-        let message = format!("the remote {} is only read (MODEL_CACHE_REMOTE_MODE=ro)", self.url());
+        let message = format!("the remote {} is read-only (MODEL_CACHE_REMOTE_MODE=ro)", self.url());
         Err(Error::invalid(message).tier(Tier::Remote).hint(format!("set it to rw, or {remedy}")))
     }
 
-    /// The address as configured; it carries no secrets.
+    /// Returns the configured address, which contains no secrets.
     pub fn url(&self) -> &str {
         &self.0.config.url
     }
 
-    /// The artifact `key` as something to read from. Asks nothing yet.
+    /// Returns a [`RemoteSource`] for the artifact `key`. Sends no request.
     pub fn source(&self, key: &ArtifactKey) -> RemoteSource {
         RemoteSource::new(self.clone(), key.clone())
     }
 
-    /// Makes the remote hold `files` (path in the artifact -> local file) of `manifest`'s artifact.
+    /// Uploads `files` (path in the artifact -> local file) and publishes `manifest`.
     ///
-    /// What is held already is looked at and repaired where it is gone or differs; other files of the manifest stay as
-    /// they are. Local files are hashed while they are sent.
+    /// Objects that exist already are compared with their record, and uploaded again if they are missing or differ.
+    /// Other files of the manifest are left alone. Local files are hashed while they are sent.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] where the key holds other content (unless `force`), or the place holds foreign objects;
-    /// [`ErrorKind::Corrupt`] where a local file does not match its digest; [`ErrorKind::Unavailable`] where another
-    /// writer keeps its claim, or the store does not answer; [`ErrorKind::Unauthorized`].
+    /// [`ErrorKind::Conflict`] if the key has other content (unless `force`), or the folder holds unmanaged objects;
+    /// [`ErrorKind::Corrupt`] if a local file does not match its digest; [`ErrorKind::Unavailable`] if another writer
+    /// keeps its claim, or the store does not answer; [`ErrorKind::Unauthorized`].
     pub async fn publish(
         &self,
         manifest: &Manifest,
@@ -238,75 +231,77 @@ impl Remote {
         publish::publish(self, manifest, files, options, None, progress).await.map_err(named)
     }
 
-    /// The same, going on with what had [begun](Self::begin).
+    /// Publishes like [`publish`](Self::publish), and uses the claim and the uploads of `pending`, which
+    /// [`begin`](Self::begin) started.
     pub(crate) async fn publish_pending(
         &self,
         manifest: &Manifest,
         files: &BTreeMap<FilePath, LocalFile>,
         options: PublishOptions,
-        begun: Option<PendingPublish>,
+        pending: Option<PendingPublish>,
         progress: &Progress,
     ) -> Result<Published> {
         let named = |error: Error| error.artifact(&manifest.key).tier(Tier::Remote);
         self.ensure_read_write("leave the remote out: --remote none").map_err(named)?;
-        publish::publish(self, manifest, files, options, begun, progress).await.map_err(named)
+        publish::publish(self, manifest, files, options, pending, progress).await.map_err(named)
     }
 
-    /// Aborts old unfinished uploads in version folders, if anything was published here since the last time. Failing is
-    /// nobody's trouble.
+    /// Aborts orphaned multipart uploads in version folders if this process published since the last sweep. Errors are
+    /// logged and ignored.
     pub(crate) async fn sweep_uploads(&self) {
         if !self.0.has_published.swap(false, Ordering::Relaxed) {
             return;
         }
         match orphaned_uploads::sweep(self).await {
             Ok(0) => {}
-            Ok(uploads) => tracing::info!(uploads, "aborted uploads that were left unfinished on the remote long ago"),
-            Err(error) => tracing::debug!(%error, "unfinished uploads on the remote are left"),
+            Ok(uploads) => tracing::info!(uploads, "aborted orphaned multipart uploads on the remote"),
+            Err(error) => tracing::debug!(%error, "cannot sweep orphaned multipart uploads on the remote"),
         }
     }
 
-    /// Removes the artifact: its manifest, then the objects that it names. With `dry_run`, only tells.
+    /// Removes the artifact: its manifest, then the objects that the manifest lists. With `dry_run`, removes nothing.
     ///
-    /// The answer is the number of bytes removed, or `None` if it was not there.
+    /// Returns the number of bytes removed (or, with `dry_run`, to be removed), or `None` if the artifact is absent.
     pub async fn evict(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<u64>> {
         self.ensure_read_write("remove it from this disk only: --tier disk").map_err(|error| error.artifact(key))?;
         evict::evict(self, key, dry_run).await.map_err(|error| error.artifact(key).tier(Tier::Remote))
     }
 
-    /// The manifest of every published artifact, by name and version. Damaged ones are left out with a warning.
+    /// Returns the manifest of every published artifact, ordered by name and version. Damaged manifests are skipped
+    /// with a warning.
     pub async fn list(&self) -> Result<Vec<Manifest>> {
         list::list(self).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// The same, with every tag and the name it belongs to.
+    /// Returns the manifests as [`list`](Self::list) does, and every tag with its name, from one listing.
     pub async fn list_with_tags(&self) -> Result<(Vec<Manifest>, Vec<(ArtifactName, RemoteRef)>)> {
         list::list_with_tags(self).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// What the origin last said about `revision` of `name`, as far as the fleet remembers it.
+    /// Returns the origin's last recorded answer for `revision` of `name`, if one is on the remote.
     pub async fn answer(&self, name: &ArtifactName, revision: &str) -> Result<Option<RemoteRef>> {
         refs::answer(self, name, revision).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Lets the fleet know what the origin said, unless it knows something as new.
+    /// Records an origin's answer on the remote for the fleet, unless a newer answer is there.
     pub async fn write_answer(&self, name: &ArtifactName, answer: &RemoteRef) -> Result<()> {
         refs::write_answer(self, name, answer).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// What the tag means, if there is such a tag.
+    /// Returns the tag, or `None` if it does not exist.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for one that a newer release wrote in another format.
+    /// [`ErrorKind::Invalid`] if a newer release wrote the tag in a newer format.
     pub async fn tag(&self, name: &ArtifactName, tag: &str) -> Result<Option<RemoteRef>> {
         refs::tag(self, name, tag).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Sets a tag; the answer is what it meant before. Whether its version exists is not asked.
+    /// Sets a tag and returns its previous value. Does not check that the version exists.
     pub async fn set_tag(&self, name: &ArtifactName, tag: &RemoteRef) -> Result<Option<RemoteRef>> {
         refs::set_tag(self, name, tag).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Removes a tag, where given only while it means `only_to`; the answer is what it meant.
+    /// Removes a tag and returns its value. With `only_to`, removes it only if it points to that version.
     pub async fn remove_tag(
         &self,
         name: &ArtifactName,
@@ -316,18 +311,18 @@ impl Remote {
         refs::remove_tag(self, name, tag, only_to).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// The refs of `name`, tags and origins' answers; `None` where listing is not permitted.
+    /// Returns the refs of `name`: tags and origins' answers. Returns `None` if listing is not permitted.
     pub async fn refs_of(&self, name: &ArtifactName) -> Result<Option<Vec<RemoteRef>>> {
         refs::refs_of(self, name).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Every artifact that has a manifest, readable or not, by name and version.
+    /// Returns the key of every artifact that has a manifest, readable or not, ordered by name and version.
     pub(crate) async fn keys(&self) -> Result<Vec<ArtifactKey>> {
         list::keys(self).await.map_err(|error| error.tier(Tier::Remote))
     }
 
-    /// Reads the objects that the manifest of `key` names, or those among them whose path `chosen` takes, and compares
-    /// them with it; `None` if it is not published.
+    /// Reads the objects listed in the manifest of `key`, restricted to the paths that `chosen` accepts, and compares
+    /// them with the manifest. Returns `None` if the artifact is not published.
     pub(crate) async fn verify(
         &self,
         key: &ArtifactKey,
@@ -340,17 +335,19 @@ impl Remote {
             .map_err(|error| error.artifact(key).tier(Tier::Remote))
     }
 
-    /// The region that the server says the bucket is in, where it refused ours.
+    /// Returns the bucket's region as reported by the server, if it differs from the region that requests are signed
+    /// for.
     pub(crate) fn reported_region(&self) -> Option<String> {
         self.0.store.get()?.reported_region()
     }
 
-    /// The store, opened at the first use.
+    /// Returns the store; the first call opens it.
     async fn store(&self) -> Result<&Arc<Store>> {
         self.0
             .store
             .get_or_try_init(|| async {
                 let inner = self.0.clone();
+                // Opening reads AWS files and root certificates, so it runs on a blocking thread.
                 let open = move || Store::open(&inner.config, &inner.place, &inner.options, inner.retry.clone());
                 let opened = tokio::task::spawn_blocking(open).await;
                 let opened = opened
@@ -370,6 +367,7 @@ impl Remote {
 
     fn learn_conditions(&self, conditions: Conditions) {
         let before = self.0.conditions.swap(conditions as u8, Ordering::Relaxed);
+        // The swap returns the previous value, so that only the first observation warns.
         if conditions == Conditions::Ignored && before != conditions as u8 {
             tracing::warn!(
                 remote = self.url(),
@@ -379,7 +377,18 @@ impl Remote {
     }
 }
 
-/// The keys of one version folder.
+/// The object keys of one version folder. All of them are plain objects that other tools can read:
+///
+/// ```text
+/// <name>/<version>/<path…>                     one object per file
+/// <name>/<version>/<path…>.sha256              its digest, if the publisher asked for it (`put --sidecar`)
+/// <name>/<version>/.modelcache/claim           the claim of the current writer
+/// <name>/<version>/.modelcache/manifest.json   the commit point: all files, with ETag and size of the uploaded ones
+/// <name>/.modelcache/refs/<revision>           a tag or an origin's answer: see `refs.rs`
+/// ```
+///
+/// A version folder without `.modelcache` holds unmanaged objects, uploaded by another tool. They are read
+/// (`unmanaged.rs`) and never written.
 #[derive(Debug, Clone)]
 struct Folder {
     key: ArtifactKey,
@@ -403,26 +412,28 @@ impl Folder {
         self.own(store, MANIFEST)
     }
 
-    /// The stored manifest and its object, or `None`.
+    /// Returns the published manifest and the identity of its object, or `None`.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] where it is damaged or another artifact's.
+    /// [`ErrorKind::Corrupt`] if the manifest is damaged or belongs to another artifact.
     async fn read_manifest(&self, store: &Store) -> Result<Option<(Manifest, ObjectIdentity)>> {
         let Some((bytes, identity)) = store.get(&self.manifest(store)?, limits::MANIFEST_BYTES_MAX).await? else {
             return Ok(None);
         };
+        // Parsing a manifest of many files takes long enough to block an async thread.
         let manifest = tokio::task::spawn_blocking(move || Manifest::from_bytes(&bytes)).await;
         let manifest =
             manifest.map_err(|cause| Error::new(ErrorKind::Other, "reading a manifest was cut short").cause(cause))?;
         let manifest = manifest.map_err(|error| error.hint(REPAIR))?;
+        // A copied folder carries the manifest of its original.
         if manifest.key != self.key {
-            return Err(Error::corrupt(format!("the manifest is that of {}", manifest.key)).hint(REPAIR));
+            return Err(Error::corrupt(format!("the manifest belongs to {}", manifest.key)).hint(REPAIR));
         }
         Ok(Some((manifest, identity)))
     }
 }
 
-/// Name of the commit point.
+/// Name of the manifest object, the commit point.
 const MANIFEST: &str = "manifest.json";
-/// What to do about a damaged manifest.
+/// Hint for a damaged manifest or object.
 const REPAIR: &str = "publish the artifact again, or evict it from the remote";

@@ -1,10 +1,8 @@
-//! A multipart upload: parts in any order, many on their way, seen by nobody until it is completed.
+//! Multipart uploads: parts are sent in any order and concurrently, and the object appears when the upload is
+//! completed.
 //!
-//! One bound of memory, shared by all uploads of a remote, says how many parts are on their way. An upload that does not
-//! end well is aborted, also when it is dropped; what a kill leaves of one is named by its writer's claim.
-//!
-//! Surprise: where a part's digest has to be signed, it is taken while the part is read, beside that of the file, and the
-//! request is made here; the store's own client would hash the part once more.
+//! One memory budget, shared by all uploads of a remote, limits the number of parts in flight. An upload that is not
+//! completed is aborted, also if it is dropped. The uploads of a killed process are listed in its claim.
 
 use super::store::Store;
 use crate::digest::Digest;
@@ -24,14 +22,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
-/// Files up to this many bytes are sent in one request; parts are at least as large.
+/// Files up to this many bytes are uploaded in one request. Also the smallest part size.
 pub(super) const SINGLE_BYTES_MAX: u64 = 8 << 20;
 /// Most parts of an upload; S3 allows 10,000.
 const PARTS_MAX: u64 = 9_000;
-/// Memory for bytes on their way, in KiB: permits of the semaphore.
+/// Memory for parts in flight, in KiB, which is the number of semaphore permits.
 const BUFFER_KIB: u32 = 48 * 1024;
 
-/// Memory for bytes on their way; clones share it.
+/// Memory budget for parts in flight. Clones share it.
 #[derive(Clone)]
 pub(super) struct UploadMemory {
     free: Arc<Semaphore>,
@@ -40,7 +38,8 @@ pub(super) struct UploadMemory {
 }
 
 impl Default for UploadMemory {
-    /// [`BUFFER_KIB`], or a quarter of the address space that is left, where that is limited and less: one part at least.
+    /// Returns a budget of [`BUFFER_KIB`]. If the address space is limited, the budget is at most a quarter of the free
+    /// address space, but at least one part.
     fn default() -> Self {
         let fitting = |left: u64| u32::try_from(left / 4 / 1024).unwrap_or(BUFFER_KIB);
         let part = (SINGLE_BYTES_MAX / 1024) as u32;
@@ -50,7 +49,7 @@ impl Default for UploadMemory {
 }
 
 impl UploadMemory {
-    /// Waits until so much may be held.
+    /// Waits until `bytes` bytes of the budget are free. A part larger than the whole budget gets all of it.
     pub(super) async fn reserve(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
         let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).clamp(1, self.kib);
         let permits = self.free.clone().acquire_many_owned(kib).await;
@@ -58,8 +57,8 @@ impl UploadMemory {
     }
 }
 
-/// Buffers of parts that were sent, to be used again. What many threads take in large pieces and free in others the
-/// allocator keeps for each of them: without this an upload holds several times what is on its way.
+/// Reusable buffers of uploaded parts. The allocator keeps large blocks that one thread allocates and another frees in
+/// per-thread arenas: without reuse an upload occupies several times its budget.
 #[derive(Default)]
 struct Spares(Mutex<Vec<BytesMut>>);
 
@@ -68,9 +67,10 @@ impl Spares {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
     }
 
-    fn give_back(&self, sent: Bytes) {
+    fn put(&self, sent: Bytes) {
         let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let held: usize = spares.iter().map(BytesMut::capacity).sum();
+        // The buffer is reusable only if no clone of it is left, for instance in the HTTP client.
         if let Ok(spare) = sent.try_into_mut()
             && held + spare.capacity() <= BUFFER_KIB as usize * 1024
         {
@@ -79,7 +79,7 @@ impl Spares {
     }
 }
 
-/// Room for one part, and then its bytes.
+/// The buffer of one part, and its share of the memory budget.
 pub(crate) struct PartMemory {
     index: usize,
     start: u64,
@@ -90,12 +90,13 @@ pub(crate) struct PartMemory {
 }
 
 impl PartMemory {
-    /// Where the part is in the file.
+    /// Returns the byte range of the part in the file.
     pub(crate) fn range(&self) -> Range<u64> {
         self.start..self.start + self.buffer.len() as u64
     }
 
-    /// Lets `fill` write the whole part, and hash it as it goes if it is given something to hash with. Blocks as it does.
+    /// Calls `fill` to write the whole part. If the request must sign the part's digest, `fill` also gets a hasher to
+    /// update, so that part and file are hashed in one pass. Blocks as long as `fill` does.
     pub(crate) fn fill(&mut self, fill: impl FnOnce(&mut [u8], Option<&mut PartHasher>) -> Result<()>) -> Result<()> {
         let mut hasher = self.wants_digest.then(PartHasher::new);
         fill(&mut self.buffer, hasher.as_mut())?;
@@ -104,15 +105,15 @@ impl PartMemory {
     }
 }
 
-/// How far a part has come.
+/// State of a part. `Uploaded` contains the part's ETag.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum PartState {
-    Not,
-    UnderWay,
-    Arrived(String),
+    Unsent,
+    InFlight,
+    Uploaded(String),
 }
 
-/// An upload that has begun.
+/// A multipart upload in progress.
 pub(crate) struct Multipart {
     store: Arc<Store>,
     s3: AmazonS3,
@@ -127,7 +128,7 @@ pub(crate) struct Multipart {
 }
 
 impl Multipart {
-    /// Begins the upload of `size` bytes to `key` of a bucket.
+    /// Creates a multipart upload of `size` bytes to `key` of a bucket.
     pub(super) async fn begin(store: &Arc<Store>, memory: &UploadMemory, key: &Path, size: u64) -> Result<Self> {
         let doing = format!("cannot begin to write {key}");
         let s3 = store.bucket().ok_or_else(|| Error::new(ErrorKind::Other, "the remote is no bucket"))?;
@@ -149,31 +150,31 @@ impl Multipart {
             part_bytes,
             memory: memory.clone(),
             sending: JoinSet::new(),
-            sent: vec![PartState::Not; usize::try_from(size.div_ceil(part_bytes)).unwrap_or(usize::MAX)],
+            sent: vec![PartState::Unsent; usize::try_from(size.div_ceil(part_bytes)).unwrap_or(usize::MAX)],
         })
     }
 
-    /// How the store calls it.
+    /// Returns the store's id of the upload.
     pub(super) fn id(&self) -> &str {
         &self.id
     }
 
-    /// How many parts it has.
+    /// Returns the number of parts.
     pub(crate) fn parts(&self) -> usize {
         self.sent.len()
     }
 
-    /// Whether a part was put on its way.
+    /// Returns true if [`send`](Self::send) was called for the part.
     pub(super) fn was_sent(&self, index: usize) -> bool {
-        self.sent.get(index).is_some_and(|sent| *sent != PartState::Not)
+        self.sent.get(index).is_some_and(|sent| *sent != PartState::Unsent)
     }
 
-    /// Bytes of every part but the last.
+    /// Returns the size of every part but the last, in bytes.
     pub(super) fn part_bytes(&self) -> u64 {
         self.part_bytes
     }
 
-    /// Waits for room for a part.
+    /// Waits for memory and returns the buffer of a part.
     pub(crate) async fn room(&self, index: usize) -> Result<PartMemory> {
         let start = index as u64 * self.part_bytes;
         let bytes = self.part_bytes.min(self.size - start);
@@ -183,50 +184,55 @@ impl Multipart {
         Ok(PartMemory { index, start, buffer, wants_digest: self.store.signs_digests(), sha256: None, permit })
     }
 
-    /// Puts a part on its way, and looks whether those before it arrived; `progress` is told when this one has.
+    /// Starts to upload a part in the background, and collects the results of earlier parts. `progress` counts the
+    /// bytes when this part is uploaded.
     ///
     /// # Errors
-    /// What went wrong with any of them; nothing can come of the upload then.
+    /// The error of an earlier part. The upload has failed then.
     pub(crate) fn send(&mut self, part: PartMemory, progress: Option<&Progress>) -> Result<()> {
         while let Some(ended) = self.sending.try_join_next() {
-            self.landed(ended)?;
+            self.record_uploaded(ended)?;
         }
         let PartMemory { index, buffer, sha256, permit, .. } = part;
         let (store, s3, key, id) = (self.store.clone(), self.s3.clone(), self.key.clone(), self.id.clone());
-        self.sent[index] = PartState::UnderWay;
+        self.sent[index] = PartState::InFlight;
         let (bytes, spares, progress) = (buffer.freeze(), self.memory.spares.clone(), progress.cloned());
         self.sending.spawn(async move {
             let part = send_part(&store, &s3, &key, &id, index, bytes.clone(), sha256).await?;
             progress.inspect(|progress| progress.done(bytes.len() as u64));
-            spares.give_back(bytes);
+            // Return the buffer before the permit: the next part then reuses it instead of allocating.
+            spares.put(bytes);
             drop(permit);
             Ok((index, part))
         });
         Ok(())
     }
 
-    fn landed(&mut self, ended: std::result::Result<Result<(usize, PartId)>, tokio::task::JoinError>) -> Result<()> {
+    fn record_uploaded(
+        &mut self,
+        ended: std::result::Result<Result<(usize, PartId)>, tokio::task::JoinError>,
+    ) -> Result<()> {
         let (index, part) =
             ended.map_err(|cause| Error::new(ErrorKind::Other, "sending was cut short").cause(cause))??;
-        self.sent[index] = PartState::Arrived(part.content_id);
+        self.sent[index] = PartState::Uploaded(part.content_id);
         Ok(())
     }
 
-    /// Waits until all parts that were put on their way have arrived.
-    pub(super) async fn arrived(&mut self) -> Result<()> {
+    /// Waits until all parts in flight are uploaded.
+    pub(super) async fn wait_for_parts(&mut self) -> Result<()> {
         while let Some(ended) = self.sending.join_next().await {
-            self.landed(ended)?;
+            self.record_uploaded(ended)?;
         }
         Ok(())
     }
 
-    /// Makes the object of the parts. The bytes that were sent must have been proven. `appears` is called when all parts
-    /// have arrived: from then on the object may be there.
-    pub(super) async fn complete(mut self, appears: impl FnOnce()) -> Result<ObjectIdentity> {
-        let completed = match self.arrived().await {
+    /// Completes the upload, which makes the object visible. The caller must have verified the digest of the file.
+    /// `before_completion` is called when all parts are uploaded: from then on the object may exist.
+    pub(super) async fn complete(mut self, before_completion: impl FnOnce()) -> Result<ObjectIdentity> {
+        let completed = match self.wait_for_parts().await {
             Ok(()) => {
-                appears();
-                self.put_together().await
+                before_completion();
+                self.request_completion().await
             }
             Err(error) => Err(error),
         };
@@ -242,16 +248,17 @@ impl Multipart {
         }
     }
 
-    async fn put_together(&mut self) -> Result<ObjectIdentity> {
+    async fn request_completion(&mut self) -> Result<ObjectIdentity> {
         let (key, id) = (&self.key, &self.id);
         let doing = format!("cannot finish writing {key}");
         let part = |sent: PartState| match sent {
-            PartState::Arrived(content_id) => Some(PartId { content_id }),
-            PartState::Not | PartState::UnderWay => None,
+            PartState::Uploaded(content_id) => Some(PartId { content_id }),
+            PartState::Unsent | PartState::InFlight => None,
         };
         let parts: Option<Vec<_>> = std::mem::take(&mut self.sent).into_iter().map(part).collect();
         let parts = parts.ok_or_else(|| Error::new(ErrorKind::Other, "a part was not sent"))?;
-        // A try that failed may have arrived although its answer did not.
+        // A failed attempt may have completed the upload without an answer. A later attempt then gets 404 for the
+        // upload id, and the object is checked below.
         let was_tried = AtomicBool::new(false);
         let put = || async {
             match self.s3.complete_multipart(key, id, parts.clone()).await {
@@ -268,20 +275,21 @@ impl Multipart {
         if let Some(etag @ Some(_)) = self.store.retry().run(put).await? {
             return Ok(ObjectIdentity { etag, object_bytes: self.size });
         }
+        // No ETag in the answer, or completed by an earlier attempt: read the object's identity.
         match self.store.head(key).await? {
             Some(identity) if identity.object_bytes == self.size => Ok(identity),
-            _ => Err(Error::unavailable(format!("{doing}: the upload is gone"))),
+            _ => Err(Error::unavailable(format!("{doing}: the multipart upload no longer exists"))),
         }
     }
 
-    /// Takes it back. Whether the store did, as far as it told.
+    /// Aborts the upload. Returns true if the store confirmed that it is gone.
     pub(super) async fn abort(mut self) -> bool {
         self.sending.shutdown().await;
         self.guard.abort().await
     }
 }
 
-/// The size of all parts but the last: a power of two, as the parts of a ladder are.
+/// Returns the size of all parts but the last, in bytes: a power of two, like the parts of a ladder.
 pub(super) fn part_bytes(size: u64) -> u64 {
     size.div_ceil(PARTS_MAX).next_power_of_two().max(SINGLE_BYTES_MAX)
 }
@@ -299,6 +307,7 @@ async fn send_part(
     let id = id.to_owned();
     let send = || async {
         let sent = match (sha256, store.copier()) {
+            // The digest is known. `object_store` would compute it again to sign the request.
             (Some(sha256), Some(copier)) => copier.put_part(key, &id, index, bytes.clone(), sha256).await,
             _ => s3.put_part(key, &id, index, bytes.clone().into()).await,
         };
@@ -310,7 +319,7 @@ async fn send_part(
     store.retry().run(send).await
 }
 
-/// Aborts a multipart upload unless it was completed.
+/// Aborts a multipart upload when dropped, unless it was completed.
 pub(super) struct AbortGuard {
     store: Arc<Store>,
     key: Path,
@@ -322,15 +331,16 @@ impl AbortGuard {
         Self { store, key, id: Some(id) }
     }
 
-    /// It was completed.
+    /// Disarms the guard after the upload was completed.
     pub(super) fn done(&mut self) {
         self.id = None;
     }
 
+    /// Aborts the upload now. Returns true if it is gone.
     pub(super) async fn abort(&mut self) -> bool {
         let Some(id) = &self.id else { return true };
         let is_gone = abort(&self.store, &self.key, id).await;
-        // Not before: who is cancelled here leaves it to the drop.
+        // Disarm only after the request: if this future is cancelled, the drop aborts the upload.
         self.id = None;
         is_gone
     }
@@ -346,7 +356,7 @@ impl Drop for AbortGuard {
     }
 }
 
-/// Aborts an upload, which may be gone. Whether it is, as far as the store told.
+/// Aborts an upload, which may be gone already. Returns true if the store confirmed that it is gone.
 pub(super) async fn abort(store: &Store, key: &Path, id: &str) -> bool {
     let Some(s3) = store.bucket() else { return true };
     let Err(error) = s3.abort_multipart(key, &id.to_owned()).await else { return true };
@@ -354,7 +364,7 @@ pub(super) async fn abort(store: &Store, key: &Path, id: &str) -> bool {
     if error.kind() == ErrorKind::NotFound {
         return true;
     }
-    tracing::warn!(%key, %error, "an unfinished upload stays on the remote for now");
+    tracing::warn!(%key, %error, "cannot abort a multipart upload; it stays on the remote until a later sweep");
     false
 }
 
@@ -363,7 +373,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_stay_within_what_s3_allows() {
+    fn part_sizes_stay_within_the_limits_of_s3() {
         assert_eq!(part_bytes(1), SINGLE_BYTES_MAX);
         assert_eq!(part_bytes(40 << 20), SINGLE_BYTES_MAX);
         for size in [100 << 30, 800 << 30, crate::limits::FILE_BYTES_MAX] {

@@ -1,11 +1,11 @@
-//! Unfinished uploads that writers left who died: they cost room, and nobody sees them.
+//! Orphaned multipart uploads: uploads of killed writers. They are invisible and cost storage until they are aborted.
 //!
-//! Whoever takes over a claim aborts what is named there, and whatever else is unfinished in the version folder, since
-//! nobody else may write there. What no claim leads to is found by its age: old, in a version folder of ours, and under no
-//! living claim. Other tools' uploads elsewhere in the bucket are left alone.
+//! A writer that takes over a claim aborts the uploads listed there, and all others in the version folder, because only
+//! the holder of the claim may write there. A periodic sweep aborts uploads that no claim lists: old ones in a version
+//! folder of ours without a valid claim. Uploads of other tools elsewhere in the bucket are left alone.
 //!
-//! Surprise: this needs a right of its own (`s3:ListBucketMultipartUploads`). Without it, or on a store that cannot list
-//! uploads, only what claims name is aborted.
+//! Listing uploads needs the permission `s3:ListBucketMultipartUploads`. Without it, or on a store that cannot list
+//! uploads, only the uploads listed in claims are aborted.
 
 use super::claim::{self, Claim, Uploads};
 use super::http_client::element;
@@ -22,14 +22,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// Uploads younger than this may be somebody's.
+/// Age from which an upload counts as orphaned. A younger one may be in progress.
 const AGE_MIN: Duration = Duration::from_secs(24 * 3600);
-/// Pages of a listing, of 1,000 uploads each, that are read.
+/// Most pages of a listing, of 1,000 uploads each.
 const PAGES_MAX: usize = 10;
-/// Version folders that are looked at in one sweep.
+/// Most version folders checked in one sweep.
 const FOLDERS_MAX: usize = 64;
 
-/// An upload that was begun and not completed.
+/// An upload that was neither completed nor aborted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct OrphanedUpload {
     key: String,
@@ -37,16 +37,19 @@ struct OrphanedUpload {
     begun_at: Option<SystemTime>,
 }
 
-/// Aborts what the writer left whose claim was taken over. Before anything is begun under the new one.
+/// If an expired claim was taken over, aborts the uploads of its writer. Must run before the new writer creates its own
+/// uploads, because all uploads in the version folder are aborted.
 pub(super) async fn abort_abandoned(store: &Arc<Store>, folder: &Folder, claim: &Claim) {
-    let Some(named) = &claim.abandoned else { return };
+    // Nothing to do unless a claim was taken over.
+    let Some(named) = &claim.abandoned_uploads else { return };
     if store.bucket().is_none() {
         return;
     }
     let mut left = match named_keys(store, folder, named) {
         Ok(keys) => keys,
-        Err(error) => return tracing::debug!(%error, "what a claim names cannot be aborted"),
+        Err(error) => return tracing::debug!(%error, "cannot abort the uploads listed in a claim"),
     };
+    // Uploads created shortly before the writer died may be missing in its claim.
     if let Ok(base) = store.key(&folder.base) {
         let found = list(store, &format!("{base}/")).await;
         left.extend(found.into_iter().filter_map(|upload| Some((upload.id, Path::parse(upload.key).ok()?))));
@@ -54,7 +57,7 @@ pub(super) async fn abort_abandoned(store: &Arc<Store>, folder: &Folder, claim: 
     abort_all(store, left).await;
 }
 
-/// Aborts the uploads that a claim names. Whether all of them are gone, as far as the store told.
+/// Aborts the uploads listed in a claim. Returns true if the store confirmed that all of them are gone.
 pub(super) async fn abort_noted(store: &Arc<Store>, folder: &Folder, named: &Uploads) -> bool {
     match named_keys(store, folder, named) {
         Ok(keys) => {
@@ -65,11 +68,12 @@ pub(super) async fn abort_noted(store: &Arc<Store>, folder: &Folder, named: &Upl
     }
 }
 
+/// Returns the object key of each upload.
 fn named_keys(store: &Store, folder: &Folder, named: &Uploads) -> Result<BTreeMap<String, Path>> {
     named.iter().map(|(id, path)| Ok((id.clone(), folder.object(store, path)?))).collect()
 }
 
-/// How many were aborted.
+/// Aborts uploads concurrently. Returns the number of those that are gone.
 async fn abort_all(store: &Arc<Store>, uploads: BTreeMap<String, Path>) -> usize {
     let aborts = uploads.into_iter().map(|(id, key)| async move { abort(store, &key, &id).await });
     let aborts: Vec<_> = aborts.collect();
@@ -77,10 +81,11 @@ async fn abort_all(store: &Arc<Store>, uploads: BTreeMap<String, Path>) -> usize
     done.into_iter().filter(|done| *done).count()
 }
 
-/// Aborts old ones in version folders that nobody is writing; how many.
+/// Aborts old uploads in version folders without a valid claim. Returns their number.
 pub(super) async fn sweep(remote: &Remote) -> Result<usize> {
     let store = remote.store().await?;
     let root = store.root().map(|root| format!("{root}/")).unwrap_or_default();
+    // An upload without a readable time is kept.
     let is_old = |upload: &OrphanedUpload| {
         let age = upload.begun_at.and_then(|begun_at| SystemTime::now().duration_since(begun_at).ok());
         age.is_some_and(|age| age > AGE_MIN)
@@ -96,19 +101,23 @@ pub(super) async fn sweep(remote: &Remote) -> Result<usize> {
     Ok(abort_all(store, swept).await)
 }
 
-/// Whether `key` is in a version folder of ours that is not being written. `known` spares questions.
+/// Returns true if `key` is in a version folder of ours without a valid claim. `known` caches by folder whether it is a
+/// version folder.
 async fn is_idle_version(store: &Store, key: &Path, known: &mut BTreeMap<String, bool>) -> Result<bool> {
     let Some(relative) = store.relative(key) else { return Ok(false) };
-    // A version folder has a name and a version at least.
+    // Try every folder above the key. A version folder has at least two levels: name and version.
     for (end, _) in relative.match_indices('/').skip(1) {
         let base = &relative[..end];
         let found = match known.get(base) {
             Some(found) => *found,
+            // Bounds the number of requests in one sweep.
             None if known.len() >= FOLDERS_MAX => return Ok(false),
             None => {
-                let record = claim::read(store, &store.key(&format!("{base}/{OWN_FOLDER}/claim"))?).await?;
+                let record = claim::read_at(store, &store.key(&format!("{base}/{OWN_FOLDER}/claim"))?).await?;
                 let found = match record {
-                    Some((record, _)) if !record.has_ended() => return Ok(false),
+                    // A writer is at work: the upload may be in progress.
+                    Some((record, _)) if !record.has_expired() => return Ok(false),
+                    // An expired claim or a manifest shows that the folder is ours.
                     Some(_) => true,
                     None => store.head(&store.key(&format!("{base}/{OWN_FOLDER}/{MANIFEST}"))?).await?.is_some(),
                 };
@@ -123,7 +132,7 @@ async fn is_idle_version(store: &Store, key: &Path, known: &mut BTreeMap<String,
     Ok(false)
 }
 
-/// The unfinished uploads whose keys begin with `prefix`; none where they cannot be listed.
+/// Returns the uploads to keys with this `prefix`, or none if they cannot be listed.
 async fn list(store: &Store, prefix: &str) -> Vec<OrphanedUpload> {
     let Some(raw_client) = store.raw_client() else { return Vec::new() };
     let (mut uploads, mut after) = (Vec::new(), String::new());
@@ -132,16 +141,18 @@ async fn list(store: &Store, prefix: &str) -> Vec<OrphanedUpload> {
         let page = match raw_client.get(&query).await {
             Ok(page) => page,
             Err(error) => {
-                let error = store.failed(error, "cannot list unfinished uploads").await;
-                tracing::debug!(%error, "unfinished uploads are not looked for");
+                let error = store.failed(error, "cannot list multipart uploads").await;
+                tracing::debug!(%error, "skipping the search for orphaned multipart uploads");
                 break;
             }
         };
+        // Some stores ignore the prefix.
         uploads.extend(uploads_in(&page).into_iter().filter(|upload| upload.key.starts_with(prefix)));
         match (element(&page, "NextKeyMarker"), element(&page, "NextUploadIdMarker")) {
             (Some(key), id) if element(&page, "IsTruncated").as_deref() == Some("true") => {
                 let id = id.map(|id| format!("&upload-id-marker={}", encoded(&id))).unwrap_or_default();
                 let next = format!("&key-marker={}{id}", encoded(&key));
+                // A store that ignores the markers would return the same page forever.
                 if next == after {
                     break;
                 }
@@ -157,6 +168,7 @@ fn encoded(text: &str) -> String {
     utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
 }
 
+/// Parses a `ListMultipartUploadsResult`. Entries without key or id are skipped.
 fn uploads_in(page: &str) -> Vec<OrphanedUpload> {
     let rows = page.split("<Upload>").skip(1).filter_map(|rest| rest.split_once("</Upload>").map(|(row, _)| row));
     let upload = |row: &str| {
@@ -171,7 +183,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_listing_names_keys_ids_and_times() {
+    fn a_listing_of_uploads_is_parsed() {
         let page = "<ListMultipartUploadsResult><Prefix>a</Prefix><NextKeyMarker></NextKeyMarker>\
                     <Upload><Key>a/&amp;b</Key><UploadId>1</UploadId><Initiated>1970-01-02T00:00:00.000Z</Initiated>\
                     </Upload><Upload><UploadId>2</UploadId></Upload><Upload><Key>c</Key><UploadId>3</UploadId>\

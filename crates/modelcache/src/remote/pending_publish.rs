@@ -1,13 +1,10 @@
-//! Publishing that begins before the files are proven: they are sent while they are read or filled for the first time.
+//! Publishes that start before the digests of the files are known: large files are uploaded while they are downloaded
+//! or read for the first time.
 //!
-//! ```text
-//! 1 look, refuse, claim    as any publish does, but for a place where nothing is and without waiting for another writer
-//! 2 begin                  a multipart upload for each large file that no other version has; the claim names them
-//! 3 send                   parts as they come, whoever has them
-//! 4 publish                what is proven by then is completed; the rest goes the usual way
-//! ```
-//!
-//! Nothing is visible before 4, not even an object: dropped before, the uploads are aborted and the claim is given back.
+//! [`Remote::begin`] acquires the claim and creates a multipart upload for each large file. The caller sends the parts.
+//! [`Remote::publish_pending`] then completes the uploads of verified files, and uploads all other files.
+//! Nothing is visible before that. If the pending publish is dropped, its uploads are aborted and its claim is
+//! released.
 
 use super::claim::Claim;
 use super::multipart::{Multipart, SINGLE_BYTES_MAX};
@@ -27,42 +24,45 @@ use std::io::Read as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How long a remote may take to say whether sending can begin.
+/// Longest time for [`Remote::begin`]. A slow remote must not delay the download.
 const BEGIN_MAX: Duration = Duration::from_secs(5);
-/// Bytes read at a time.
+/// Size of one read, in bytes.
 const SLICE_BYTES: usize = 1 << 20;
 
-/// A publish that has begun.
-pub(crate) struct PendingPublish(Option<Inner>);
+/// A publish that holds the claim and uploads files, but is not visible yet.
+pub(crate) struct PendingPublish(Option<PendingInner>);
 
 impl std::fmt::Debug for PendingPublish {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Begun").field(&self.paths()).finish()
+        f.debug_tuple("PendingPublish").field(&self.paths()).finish()
     }
 }
 
-struct Inner {
+struct PendingInner {
     claim: Claim,
-    /// Whether the place was seen to hold nobody else's objects.
+    /// True if the version folder was found to hold no unmanaged objects.
     checked: bool,
+    /// Incomplete uploads.
     uploads: BTreeMap<FilePath, Multipart>,
-    /// Those whose bytes are all on their way, and what they are.
+    /// Completely sent uploads, with the digest of the file.
     sent: BTreeMap<FilePath, (Multipart, Digest)>,
 }
 
-/// What a publish goes on with.
+/// The state with which a publish continues under its claim.
 pub(super) struct Opened {
     pub(super) claim: Claim,
+    /// True if the version folder was found to hold no unmanaged objects.
     pub(super) checked: bool,
-    /// Files that were sent already, and what was.
+    /// Completely sent uploads, with the digest of the file.
     pub(super) sent: BTreeMap<FilePath, (Multipart, Digest)>,
 }
 
 impl Remote {
-    /// Begins to publish `manifest`, whose digests need not be known. `None` where there is nothing to begin with, or
-    /// something in the way: whoever publishes then will see what.
+    /// Starts to publish the files `paths` of `manifest`. Their digests need not be known. `files` are the local paths
+    /// of files that exist already.
     ///
-    /// `files` are where files lie that can be read already.
+    /// Returns `None` if no file is large enough to be uploaded early, or if something prevents it, such as a claim of
+    /// another writer. The publish that follows reports the reason if it persists.
     pub(crate) async fn begin(
         &self,
         manifest: &Manifest,
@@ -74,9 +74,9 @@ impl Remote {
             return None;
         }
         match within(BEGIN_MAX, begin(self, manifest, paths, files, sidecars)).await? {
-            Ok(begun) => begun,
+            Ok(pending) => pending,
             Err(error) => {
-                tracing::debug!(artifact = %manifest.key, %error, "nothing is sent yet");
+                tracing::debug!(artifact = %manifest.key, %error, "cannot start the upload early");
                 None
             }
         }
@@ -90,6 +90,7 @@ async fn begin(
     files: &BTreeMap<FilePath, LocalFile>,
     sidecars: bool,
 ) -> Result<Option<PendingPublish>> {
+    // Small files are uploaded in one request after their digest is verified.
     let large = |(path, entry): &(&FilePath, &FileEntry)| paths.contains(*path) && entry.size > SINGLE_BYTES_MAX;
     let large: BTreeMap<_, _> = manifest.files.iter().filter(large).collect();
     let store = remote.store().await?;
@@ -97,6 +98,7 @@ async fn begin(
         return Ok(None);
     }
     let (folder, rewrite, progress) = (Folder::new(&manifest.key), BTreeSet::new(), Progress::new());
+    // The job needs only the paths of the files for its checks, not their content.
     let places: BTreeMap<_, _> = paths.iter().map(|path| (path.clone(), LocalFile::from(PathBuf::new()))).collect();
     let job = PublishJob {
         remote,
@@ -109,40 +111,48 @@ async fn begin(
         sidecars,
         progress: &progress,
     };
+    // Step 1: check as every publish does, but require that no manifest exists.
     job.refuse_sidecar_clash()?;
-    if !matches!(job.look().await?, RemoteManifest::Nothing) {
+    if !matches!(job.read_manifest().await?, RemoteManifest::Nothing) {
         return Ok(None);
     }
     let checked = job.refuse_place().await?;
-    let (dedup_sources, mut lone) = (dedup_source::possible(store, &job.folder).await, Vec::new());
+    // Step 2: select the files that no other version has. The server copies the others later.
+    let (dedup_sources, mut unique) = (dedup_source::candidates(store, &job.folder).await, Vec::new());
     for (path, entry) in large {
-        if !may_be_one_of(&dedup_sources, entry, files.get(path)).await {
-            lone.push((path.clone(), entry.size));
+        if !may_be_duplicate(&dedup_sources, entry, files.get(path)).await {
+            unique.push((path.clone(), entry.size));
         }
     }
-    if lone.is_empty() {
+    if unique.is_empty() {
         return Ok(None);
     }
-    let claim = Claim::take_within(remote, &job.folder, job.claimed(&RemoteManifest::Nothing), Duration::ZERO).await?;
+    // Step 3: acquire the claim, without waiting for another writer.
+    let claim =
+        Claim::acquire_within(remote, &job.folder, job.files_to_claim(&RemoteManifest::Nothing), Duration::ZERO)
+            .await?;
     orphaned_uploads::abort_abandoned(store, &job.folder, &claim).await;
-    let mut begun = PendingPublish(Some(Inner { claim, checked, uploads: BTreeMap::new(), sent: BTreeMap::new() }));
-    match begun.begin_uploads(&job, lone).await {
-        Ok(()) => Ok(Some(begun)),
+    let mut pending =
+        PendingPublish(Some(PendingInner { claim, checked, uploads: BTreeMap::new(), sent: BTreeMap::new() }));
+    // Step 4: create the multipart uploads and record them in the claim.
+    match pending.begin_uploads(&job, unique).await {
+        Ok(()) => Ok(Some(pending)),
         Err(error) => {
-            begun.abandon().await;
+            pending.abandon().await;
             Err(error)
         }
     }
 }
 
-/// Whether another version may have this file already: then the server copies it, once its digest is known.
-async fn may_be_one_of(dedup_sources: &[FileEntry], entry: &FileEntry, file: Option<&LocalFile>) -> bool {
+/// Returns true if another version may have this file, so that the server can copy it once its digest is known.
+async fn may_be_duplicate(dedup_sources: &[FileEntry], entry: &FileEntry, file: Option<&LocalFile>) -> bool {
     for dedup_source in dedup_sources.iter().filter(|dedup_source| dedup_source.size == entry.size) {
         let differs = match (entry.sha256, dedup_source.sha256, file) {
             (Some(ours), Some(theirs), _) => ours != theirs,
+            // Size is equal and the digest unknown: compare the first part instead of hashing the whole file.
             (None, Some(_), Some(file)) => {
                 let (file, dedup_source) = (file.clone(), dedup_source.clone());
-                tokio::task::spawn_blocking(move || differs_at_first(&file, &dedup_source)).await.unwrap_or(false)
+                tokio::task::spawn_blocking(move || first_part_differs(&file, &dedup_source)).await.unwrap_or(false)
             }
             _ => false,
         };
@@ -153,9 +163,11 @@ async fn may_be_one_of(dedup_sources: &[FileEntry], entry: &FileEntry, file: Opt
     false
 }
 
-/// Whether the first part of a file is another than that of `twin`, as its ladder tells.
-fn differs_at_first(file: &LocalFile, dedup_source: &FileEntry) -> bool {
-    let Some((ladder, rung)) = dedup_source.ladder.as_ref().and_then(|ladder| Some((ladder, ladder.after(0)?))) else {
+/// Returns true if the first part of the local file differs from that of `dedup_source`, according to the first
+/// checkpoint of its ladder. Returns false if there is none or the file cannot be read.
+fn first_part_differs(file: &LocalFile, dedup_source: &FileEntry) -> bool {
+    let Some((ladder, checkpoint)) = dedup_source.ladder.as_ref().and_then(|ladder| Some((ladder, ladder.after(0)?)))
+    else {
         return false;
     };
     let read = || {
@@ -168,18 +180,20 @@ fn differs_at_first(file: &LocalFile, dedup_source: &FileEntry) -> bool {
             }
         }
     };
-    read().is_ok_and(|state| state != Some(rung))
+    read().is_ok_and(|state| state != Some(checkpoint))
 }
 
 impl PendingPublish {
+    /// Creates a multipart upload for each file and records them in the claim.
     async fn begin_uploads(&mut self, job: &PublishJob<'_>, files: Vec<(FilePath, u64)>) -> Result<()> {
-        let Some(Inner { claim, uploads, .. }) = &mut self.0 else { return Ok(()) };
+        let Some(PendingInner { claim, uploads, .. }) = &mut self.0 else { return Ok(()) };
         let begin = |(path, size): (FilePath, u64)| async move {
             let key = job.folder.object(job.store, &path)?;
             Ok::<_, Error>((path, Multipart::begin(job.store, &job.remote.0.upload_memory, &key, size).await?))
         };
-        // Cut off before they are noted, some may be there that nobody can name: the next writer looks.
-        claim.touch();
+        // If this future is cancelled before the uploads are recorded, their ids are lost. The claim must then stay, so
+        // that the next writer takes it over and lists the uploads of the folder.
+        claim.set_leftovers();
         let begins: Vec<_> = files.into_iter().map(begin).collect();
         let mut begins = futures::stream::iter(begins).buffer_unordered(LOOKS_IN_FLIGHT);
         while let Some(multipart) = begins.next().await {
@@ -188,48 +202,50 @@ impl PendingPublish {
         }
         drop(begins);
         let ids = uploads.iter().map(|(path, multipart)| (multipart.id().to_owned(), path.clone()));
-        claim.notes().uploads(ids.collect::<Vec<_>>()).await;
+        claim.upload_registry().register(ids.collect::<Vec<_>>()).await;
+        // Recorded uploads do not count as leftovers: they are aborted by id before the claim is released.
         if claim.inherited.is_empty() {
-            claim.settle();
+            claim.clear_leftovers();
         }
         Ok(())
     }
 
-    /// The upload of a file, for whoever sends its parts.
+    /// Takes the upload of a file, so that the caller can send its parts.
     pub(crate) fn take(&mut self, path: &FilePath) -> Option<Multipart> {
         self.0.as_mut()?.uploads.remove(path)
     }
 
-    /// The files that can be sent.
+    /// Returns the files that have an upload without parts.
     pub(crate) fn paths(&self) -> Vec<FilePath> {
         self.0.iter().flat_map(|inner| inner.uploads.keys().cloned()).collect()
     }
 
-    /// It will not be sent: it is aborted with whatever else is not published.
+    /// Returns an upload that failed or is not needed. It is aborted by the publish.
     pub(crate) fn give_up(&mut self, path: FilePath, multipart: Multipart) {
         if let Some(inner) = &mut self.0 {
             inner.uploads.insert(path, multipart);
         }
     }
 
-    /// All parts are on their way, and this is what they are.
+    /// Returns a completely sent upload, with the digest of the file.
     pub(crate) fn put_back(&mut self, path: FilePath, multipart: Multipart, sha256: Digest) {
         if let Some(inner) = &mut self.0 {
             inner.sent.insert(path, (multipart, sha256));
         }
     }
 
-    /// Takes everything back, and waits until that is done.
+    /// Aborts all uploads, releases the claim, and waits for both.
     pub(crate) async fn abandon(mut self) {
         if let Some(inner) = self.0.take() {
             inner.abandon().await;
         }
     }
 
+    /// Aborts the incomplete uploads and returns the state for the publish.
     pub(super) async fn open(mut self) -> Option<Opened> {
         let mut inner = self.0.take()?;
         inner.abort_uploads().await;
-        let Inner { claim, checked, sent, .. } = inner;
+        let PendingInner { claim, checked, sent, .. } = inner;
         Some(Opened { claim, checked, sent })
     }
 }
@@ -242,25 +258,25 @@ impl Drop for PendingPublish {
     }
 }
 
-impl Inner {
+impl PendingInner {
     async fn abandon(mut self) {
         let sent = std::mem::take(&mut self.sent).into_iter().map(|(path, (multipart, _))| (path, multipart));
         self.uploads.extend(sent);
         self.abort_uploads().await;
         if let Err(error) = self.claim.abandon().await {
-            tracing::debug!(%error, "a claim is left to end by itself");
+            tracing::debug!(%error, "cannot release a claim; it expires by itself");
         }
     }
 
-    /// What does not go is left to whoever looks at the claim.
+    /// Aborts the uploads. If one fails, the claim stays for the next writer, which aborts the rest.
     async fn abort_uploads(&mut self) {
         if !abort_all(std::mem::take(&mut self.uploads).into_values()).await {
-            self.claim.touch();
+            self.claim.set_leftovers();
         }
     }
 }
 
-/// Aborts uploads; whether all are gone.
+/// Aborts uploads concurrently. Returns true if all are gone.
 pub(super) async fn abort_all(uploads: impl Iterator<Item = Multipart>) -> bool {
     let aborts: Vec<_> = uploads.map(Multipart::abort).collect();
     let gone: Vec<bool> = futures::stream::iter(aborts).buffer_unordered(LOOKS_IN_FLIGHT).collect().await;

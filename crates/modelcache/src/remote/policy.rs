@@ -1,7 +1,8 @@
-//! The least rights that a bucket needs: an IAM policy of exactly the actions that the code's requests are.
+//! The minimal IAM policy for a bucket: exactly the actions that modelcache's requests need.
 //!
-//! One object read is `GetObject`, also for HEAD; uploads in parts are `PutObject` but for their abort and for finding
-//! those that nobody completed. What is missing can only be told from what is forbidden with `ListBucket`. Tests compare this with what a stand-in was asked.
+//! Reads and HEAD requests need `GetObject`. Multipart uploads need `PutObject`, `AbortMultipartUpload`, and
+//! `ListBucketMultipartUploads` to find orphaned ones. With `ListBucket`, S3 answers 404 for a missing object instead
+//! of 403. Tests compare the policy with the requests that a test server received.
 
 use super::profile::Profiles;
 use super::settings::{Options, RemoteLocation, S3Settings};
@@ -9,21 +10,21 @@ use crate::config::RemoteConfig;
 use crate::error::{Error, Result, Tier};
 use serde_json::{Value, json};
 
-/// What somebody does with the remote.
+/// Use of the remote by a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Gets and lists.
+    /// Reads and lists artifacts.
     Reader,
-    /// Puts, backfills and evicts, too.
+    /// Also publishes, backfills and evicts.
     Writer,
 }
 
-/// A policy, and what it cannot say.
+/// An IAM policy with notes.
 #[derive(Debug, Clone)]
 pub struct Policy {
-    /// The document.
+    /// The policy document.
     pub document: Value,
-    /// What else is needed, for a person.
+    /// Further requirements that the document does not contain, for display.
     pub notes: Vec<String>,
 }
 
@@ -37,10 +38,11 @@ impl Role {
 }
 
 impl Policy {
-    /// The least rights of `role` on the bucket and prefix of `config`. Reads AWS's files for the region.
+    /// Returns the minimal policy of `role` for the bucket and prefix of `config`. Reads the AWS configuration files to
+    /// find the region.
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) where the remote is no bucket.
+    /// [`Invalid`](crate::ErrorKind::Invalid) if the remote is not a bucket.
     pub fn least(config: &RemoteConfig, role: Role) -> Result<Self> {
         let RemoteLocation::Bucket { bucket, prefix } = RemoteLocation::parse(&config.url)? else {
             return Err(Error::invalid("the remote is a folder, which has no IAM policy")
@@ -64,7 +66,7 @@ impl Policy {
             "Sid": match role { Role::Reader => "ReadModels", Role::Writer => "ReadAndWriteModels" },
             "Effect": "Allow", "Action": role.object_actions(), "Resource": [format!("{arn}/{below}")],
         });
-        // S3 knows no condition on the prefix for this one.
+        // IAM has no condition on the prefix for this action.
         let uploads = json!({
             "Sid": "ListUploads", "Effect": "Allow", "Action": ["s3:ListBucketMultipartUploads"], "Resource": [arn],
         });
@@ -76,7 +78,7 @@ impl Policy {
     }
 }
 
-/// The partition of AWS that a region is in (docs.aws.amazon.com/IAM/latest/UserGuide/reference-arns.html).
+/// Returns the AWS partition of a region (docs.aws.amazon.com/IAM/latest/UserGuide/reference-arns.html).
 fn partition(region: &str) -> &'static str {
     match region {
         region if region.starts_with("cn-") => "aws-cn",
@@ -85,6 +87,7 @@ fn partition(region: &str) -> &'static str {
     }
 }
 
+/// Returns the notes on KMS. Its permissions belong to the key and not to the bucket.
 fn notes(config: &RemoteConfig, role: Role) -> Vec<String> {
     let uses_kms = config.options.values().any(|value| value.starts_with("aws:kms"));
     let rights = match role {

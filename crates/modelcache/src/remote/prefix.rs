@@ -1,7 +1,7 @@
-//! Whatever lies below a prefix of some bucket, as an artifact: no manifest, no checksums, nothing of ours.
+//! An origin that reads the objects below a prefix of any bucket as an artifact, without manifest and checksums.
 //!
-//! The list is the manifest; a single object is an artifact of one file. Objects are read under the ETag that was listed,
-//! so that what is replaced meanwhile is noticed.
+//! The listing serves as the manifest; a single object is an artifact of one file. Objects are read with `If-Match` and
+//! the listed ETag, so that an object replaced since the listing is detected.
 
 use super::settings::{Options, RemoteLocation};
 use super::store::{ReadBody, Store};
@@ -29,13 +29,14 @@ pub(crate) struct PrefixSource {
     found: OnceCell<Option<FoundObjects>>,
 }
 
+/// The bucket, opened, and its listing.
 struct FoundObjects {
     store: Store,
     manifest: Manifest,
     objects: HashMap<FilePath, (Path, ObjectIdentity)>,
 }
 
-/// The address only: the configuration may hold keys.
+/// Prints the address only, because the configuration may contain keys.
 impl fmt::Debug for PrefixSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "PrefixSource(s3://{}/{})", self.bucket, self.prefix)
@@ -43,16 +44,18 @@ impl fmt::Debug for PrefixSource {
 }
 
 impl PrefixSource {
-    /// Asks nothing yet. `config` gives options and environment; its address does not count.
+    /// Sends no request. `config` supplies options and environment; its address is ignored.
     pub(crate) fn new(config: RemoteConfig, bucket: &str, prefix: &str, key: ArtifactKey, retry: Retry) -> Self {
         let (bucket, prefix) = (bucket.to_owned(), prefix.trim_matches('/').to_owned());
         Self { config, bucket, prefix, key, retry, found: OnceCell::new() }
     }
 
+    /// Returns the listing; the first call requests it.
     async fn found(&self) -> Result<Option<&FoundObjects>> {
         Ok(self.found.get_or_try_init(|| self.find()).await?.as_ref())
     }
 
+    /// Opens the bucket and lists the prefix. Returns `None` if there is no object.
     async fn find(&self) -> Result<Option<FoundObjects>> {
         let place = RemoteLocation::Bucket { bucket: self.bucket.clone(), prefix: self.prefix.clone() };
         let options = Options::parse(&self.config)?;
@@ -77,6 +80,7 @@ impl PrefixSource {
                 ObjectIdentity { etag: object.e_tag, object_bytes: object.size },
             ));
         }
+        // No object below the prefix: it may be the key of a single object.
         let shape = if rows.is_empty() { Shape::File } else { Shape::Tree };
         if let (Shape::File, Some(object)) = (shape, root) {
             let Some(identity) = store.head(&object).await? else { return Ok(None) };
@@ -95,6 +99,7 @@ impl PrefixSource {
         Ok(Some(FoundObjects { store, manifest, objects }))
     }
 
+    /// Opens a byte range of a file.
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let missing = || Error::not_found(format!("there is no object for {path}"));
         let found = self.found().await?.ok_or_else(missing)?;
@@ -102,6 +107,7 @@ impl PrefixSource {
         if range.end < range.start || range.end > identity.object_bytes {
             return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));
         }
+        // HTTP has no empty ranges.
         if range.is_empty() {
             return Ok(Body { start: range.start, stream: futures::stream::empty().boxed() });
         }

@@ -1,37 +1,38 @@
-//! A process, named so that another one on the same machine can tell that it has ended.
+//! Identity of a process, so that another process on the same machine can find out that it ended.
 //!
-//! What is asked is the kernel, which knows all processes of a namespace: a claim whose writer was killed a moment ago
-//! need not be waited out on the machine that it died on. Of any other machine, container or boot nothing is concluded.
-//!
-//! Surprise: a process that another one's number was given to counts as that one, still alive; that costs a wait.
+//! A writer on the same machine need not wait for the expiry of a killed writer's claim. Nothing is concluded about a
+//! process of another machine, container or boot. If the kernel has reused the process id, the process counts as alive,
+//! which only costs the wait.
 
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
 use serde::{Deserialize, Serialize};
 
-/// One process.
+/// A process on a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Process {
-    /// The kernel's name for its run since the machine started.
+    /// The kernel's boot id, which changes at every boot.
     boot: String,
-    /// The namespace that `pid` is a number in.
+    /// The PID namespace of `pid`.
     pid_namespace: String,
     pid: u32,
 }
 
 impl Process {
-    /// This one; `None` where the kernel does not tell.
-    pub(super) fn this() -> Option<Self> {
+    /// Returns the current process, or `None` if `/proc` is not readable.
+    pub(super) fn current() -> Option<Self> {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned();
         let namespace = std::fs::read_link("/proc/self/ns/pid").ok()?.to_string_lossy().into_owned();
         Some(Self { boot, pid_namespace: namespace, pid: std::process::id() })
     }
 
-    /// Whether it has ended, for certain.
+    /// Returns true if the process has certainly ended.
     pub(super) fn has_ended(&self) -> bool {
-        let is_here = |this: Self| this.boot == self.boot && this.pid_namespace == self.pid_namespace;
+        // A process id is meaningful only in the same boot and PID namespace.
+        let is_here = |current: Self| current.boot == self.boot && current.pid_namespace == self.pid_namespace;
         let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
-        match pid.filter(|_| Self::this().is_some_and(is_here)) {
+        match pid.filter(|_| Self::current().is_some_and(is_here)) {
+            // `kill(pid, 0)` sends no signal; `ESRCH` means that there is no such process.
             Some(pid) => test_kill_process(pid) == Err(Errno::SRCH),
             None => false,
         }
@@ -43,8 +44,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_end_of_a_process_is_told_on_its_own_machine_only() {
-        let this = Process::this().expect("a kernel that tells");
+    fn the_end_of_a_process_is_detected_on_its_own_machine_only() {
+        let this = Process::current().expect("/proc is readable");
         assert!(!this.has_ended());
         let mut child = std::process::Command::new("true").spawn().expect("starts");
         let other = Process { pid: child.id(), ..this };

@@ -1,6 +1,6 @@
-//! The files of `aws configure`: `~/.aws/config` and `~/.aws/credentials`, as far as settings are concerned.
+//! The AWS configuration files: settings of a profile in `~/.aws/config` and `~/.aws/credentials`.
 //!
-//! Lenient: what is no `[section]` and no `name = value` is passed over, as the AWS tools do with nested settings.
+//! Parsing is lenient: lines other than `[section]` and `name = value` are ignored, and so are nested settings.
 
 use crate::config::Environment;
 use std::collections::HashMap;
@@ -8,26 +8,26 @@ use std::path::{Path, PathBuf};
 
 type Sections = HashMap<String, HashMap<String, String>>;
 
-/// The shared configuration, and which profile of it is meant.
+/// The sections of both files, and the name of the chosen profile.
 #[derive(Clone, Default)]
 pub(super) struct Profiles {
     name: String,
     sections: Sections,
 }
 
-/// Values may be keys: names only.
+/// Prints names only, because values may be keys.
 impl std::fmt::Debug for Profiles {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Profiles({:?} of {:?})", self.name, self.sections.keys())
     }
 }
 
-/// The folder `~`, as the environment has it.
+/// Returns the home directory according to `environment`.
 pub(super) fn home(environment: &Environment) -> Option<PathBuf> {
     environment.get("HOME").or_else(|| environment.get("USERPROFILE")).map(PathBuf::from)
 }
 
-/// Where one of the two files lies: the variable's value (with `~` expanded), else its usual place.
+/// Returns the path of one of the two files: the value of `variable` with `~` expanded, or the default path.
 fn file(environment: &Environment, variable: &str, usual: &str) -> Option<PathBuf> {
     match environment.get(variable) {
         Some(path) => match path.strip_prefix("~/") {
@@ -39,19 +39,19 @@ fn file(environment: &Environment, variable: &str, usual: &str) -> Option<PathBu
 }
 
 impl Profiles {
-    /// The name of the profile that the environment chooses.
+    /// Returns the name of the profile that `environment` selects.
     pub(super) fn chosen(environment: &Environment) -> &str {
         environment.get("AWS_PROFILE").or_else(|| environment.get("AWS_DEFAULT_PROFILE")).unwrap_or("default")
     }
 
-    /// The two files, in the order credentials, configuration.
+    /// Returns the paths of the credentials file and the configuration file, in this order.
     pub(super) fn files(environment: &Environment) -> Vec<PathBuf> {
         let credentials = file(environment, "AWS_SHARED_CREDENTIALS_FILE", ".aws/credentials");
         let config = file(environment, "AWS_CONFIG_FILE", ".aws/config");
         credentials.into_iter().chain(config).collect()
     }
 
-    /// Reads both files; a file that is not there is empty. Blocks.
+    /// Reads both files. A missing file counts as empty. Blocks.
     pub(super) fn load(environment: &Environment) -> Self {
         let read = |path: Option<PathBuf>| path.map(|path: PathBuf| read_text(&path)).unwrap_or_default();
         Self::from_texts(
@@ -61,9 +61,10 @@ impl Profiles {
         )
     }
 
-    /// From the files' texts; where both have a setting, the credentials file wins.
+    /// Parses the texts of both files. The credentials file takes precedence.
     pub(super) fn from_texts(name: &str, credentials: &str, config: &str) -> Self {
         let mut sections = Sections::new();
+        // The configuration file names sections `profile NAME`, the credentials file only `NAME`.
         for (section, values) in parse(config) {
             let key = match section.strip_prefix("profile ") {
                 Some(profile) => profile.trim().to_owned(),
@@ -77,22 +78,22 @@ impl Profiles {
         Self { name: name.to_owned(), sections }
     }
 
-    /// The chosen profile's name.
+    /// Returns the name of the chosen profile.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether the chosen profile exists.
+    /// Returns true if the chosen profile exists.
     pub(super) fn exists(&self) -> bool {
         self.sections.contains_key(&self.name)
     }
 
-    /// A setting of the chosen profile.
+    /// Returns a setting of the chosen profile.
     pub(super) fn current(&self, setting: &str) -> Option<&str> {
         self.get(&self.name, setting)
     }
 
-    /// A setting of any profile, or of a section such as `sso-session NAME`.
+    /// Returns a setting of any profile, or of a section such as `sso-session NAME`. An empty value counts as unset.
     pub(super) fn get(&self, section: &str, setting: &str) -> Option<&str> {
         self.sections.get(section)?.get(setting).map(String::as_str).filter(|value| !value.is_empty())
     }
@@ -109,9 +110,11 @@ fn read_text(path: &Path) -> String {
     }
 }
 
+/// Parses one file into sections, in file order.
 fn parse(text: &str) -> Vec<(String, HashMap<String, String>)> {
     let mut sections: Vec<(String, HashMap<String, String>)> = Vec::new();
     for line in text.lines() {
+        // An indented line belongs to a nested setting such as `s3 =`.
         let nested = line.starts_with([' ', '\t']);
         let line = line.trim();
         if line.is_empty() || line.starts_with(['#', ';']) || (nested && !line.starts_with('[')) {
@@ -120,6 +123,7 @@ fn parse(text: &str) -> Vec<(String, HashMap<String, String>)> {
         if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.split(']').next()) {
             sections.push((name.split_whitespace().collect::<Vec<_>>().join(" "), HashMap::new()));
         } else if let (Some((name, value)), Some((_, values))) = (line.split_once('='), sections.last_mut()) {
+            // A comment at the end of a line begins with a space.
             let value = value.split(" #").next().unwrap_or(value).trim();
             values.insert(name.trim().to_ascii_lowercase(), value.to_owned());
         }
@@ -127,7 +131,7 @@ fn parse(text: &str) -> Vec<(String, HashMap<String, String>)> {
     sections
 }
 
-/// Whatever a user's file holds; see `fuzzing`.
+/// Fuzz target: parses an arbitrary configuration file.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(text: &str) {
     assert!(parse(text).len() <= text.lines().count());
@@ -151,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_says_where_the_files_lie() {
+    fn the_environment_selects_files_and_profile() {
         let environment = |pairs: &[(&str, &str)]| {
             Environment(pairs.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect())
         };

@@ -1,7 +1,7 @@
-//! What the store states of an object beyond size and ETag: a digest among its metadata, or its own checksum.
+//! Signed S3 requests that `object_store` does not offer: checksums of an object, and lists of multipart uploads.
 //!
-//! `object_store` cannot ask for checksums, nor for unfinished uploads, so these requests are made and signed here. Where its options change what a request
-//! needs (`skip_signature`, a customer's key and the like), nothing is asked, and objects count as having no checksum.
+//! If the remote's options change how requests are signed or encrypted (`skip_signature`, a customer key and others),
+//! these requests are not sent, and objects count as having no checksum.
 
 use super::credentials::Credentials;
 use super::http_client::Connector;
@@ -19,37 +19,37 @@ use object_store::path::Path;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::sync::Arc;
 
-/// Everything but RFC 3986's unreserved characters and the slash: as SigV4 wants a path.
+/// Encodes everything but the unreserved characters of RFC 3986 and the slash, as SigV4 requires for a path.
 const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
-/// Where tools put the digest of an object that they upload.
+/// Metadata header with the digest of the object, set by upload tools.
 const METADATA: &str = "x-amz-meta-sha256";
-/// Where S3 states the SHA-256 that it checked itself.
+/// Header with the SHA-256 that S3 verified at upload.
 const CHECKSUM: &str = "x-amz-checksum-sha256";
-/// Whether that is of the whole object.
+/// Header with the type of that checksum: `FULL_OBJECT` or `COMPOSITE`.
 const CHECKSUM_TYPE: &str = "x-amz-checksum-type";
 
-/// Sends signed requests.
+/// Sends signed requests to one bucket.
 pub(super) struct RawClient {
     client: HttpClient,
     credentials: Arc<Credentials>,
-    /// Scheme, host and, where it is part of the path, the bucket.
+    /// Scheme, host and, in path style, the bucket.
     base: String,
     region: String,
 }
 
-/// What the store says of an object's bytes.
+/// Checksums of an object, as stated by the store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct StoredChecksums {
-    /// The ETag that it belongs to.
+    /// The ETag of the object that the checksum belongs to.
     pub(super) etag: Option<String>,
-    /// The digest and the header that states it.
+    /// The digest and the header that contains it.
     pub(super) sha256: Option<(Digest, &'static str)>,
-    /// A header that should state one and does not.
+    /// A header that should contain a digest, but has an invalid value.
     pub(super) garbage: Option<&'static str>,
 }
 
 impl RawClient {
-    /// `None` where the options change how a request is signed.
+    /// Returns `None` if the options change how requests are signed or encrypted.
     pub(super) fn new(
         bucket: &str,
         settings: &S3Settings,
@@ -74,7 +74,7 @@ impl RawClient {
         Some(Self { client: connector.http(), credentials: credentials.clone(), base, region })
     }
 
-    /// Asks the bucket itself; the answer's body.
+    /// Sends a GET request with `query` for the bucket itself. Returns the body of the answer.
     pub(super) async fn get(&self, query: &str) -> object_store::Result<String> {
         let generic = |source| object_store::Error::Generic { store: "S3", source };
         let request = http::Request::get(format!("{}?{query}", self.base)).body(HttpRequestBody::empty());
@@ -86,6 +86,7 @@ impl RawClient {
         Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
+    /// Sends a HEAD request with checksum mode for an object. Returns the headers of the answer.
     async fn head(&self, key: &Path) -> object_store::Result<HeaderMap> {
         let generic = |source| object_store::Error::Generic { store: "S3", source };
         let address = format!("{}/{}", self.base, utf8_percent_encode(key.as_ref(), PATH));
@@ -99,39 +100,42 @@ impl RawClient {
 }
 
 impl Store {
-    /// What the store states of the object; `None` if it is not there, or nothing can be asked.
-    pub(super) async fn stated(&self, key: &Path) -> Result<Option<StoredChecksums>> {
+    /// Returns the checksums of an object, or `None` if it does not exist or the store has no [`RawClient`].
+    pub(super) async fn stored_checksums(&self, key: &Path) -> Result<Option<StoredChecksums>> {
         let Some(raw_client) = self.raw_client() else { return Ok(None) };
         let doing = format!("cannot look at {key}");
-        let ask =
-            || async { Ok(self.present(raw_client.head(key).await, &doing).await?.map(|headers| stated(&headers))) };
+        let ask = || async {
+            Ok(self.present(raw_client.head(key).await, &doing).await?.map(|headers| checksums_in(&headers)))
+        };
         self.retry().run(ask).await
     }
 }
 
-/// Metadata before checksum: whoever set it meant the file.
-fn stated(headers: &HeaderMap) -> StoredChecksums {
+/// Extracts the checksum of the whole object from the headers. The metadata header takes precedence over S3's checksum,
+/// because the tool that set it computed the digest of the file.
+fn checksums_in(headers: &HeaderMap) -> StoredChecksums {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
     let etag = text("etag").map(str::to_owned);
     let metadata = text(METADATA).map(|hex| hex.parse::<Digest>());
     let garbage = metadata.as_ref().is_some_and(Result::is_err).then_some(METADATA);
     let sha256 = match metadata {
         Some(Ok(digest)) => Some((digest, METADATA)),
-        _ if in_parts(etag.as_deref()) || text(CHECKSUM_TYPE) == Some("COMPOSITE") => None,
-        _ => text(CHECKSUM).and_then(whole).map(|digest| (digest, CHECKSUM)),
+        // The SHA-256 of a multipart object is a checksum of part checksums.
+        _ if is_multipart(etag.as_deref()) || text(CHECKSUM_TYPE) == Some("COMPOSITE") => None,
+        _ => text(CHECKSUM).and_then(whole_object_digest).map(|digest| (digest, CHECKSUM)),
     };
     StoredChecksums { etag, sha256, garbage }
 }
 
-/// Whether the object was sent in parts (`"<hex>-<parts>"`): its SHA-256 at S3 then is one of checksums, and not every
-/// store says so.
-fn in_parts(etag: Option<&str>) -> bool {
+/// Returns true if the ETag is that of a multipart upload (`"<hex>-<parts>"`). Not every store reports the type of its
+/// checksum, so the ETag is checked, too.
+fn is_multipart(etag: Option<&str>) -> bool {
     let parts = etag.and_then(|etag| etag.trim_matches('"').rsplit_once('-'));
     parts.is_some_and(|(_, parts)| !parts.is_empty() && parts.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// The digest, unless it is a checksum of the checksums of parts (`<base64>-<parts>`).
-fn whole(checksum: &str) -> Option<Digest> {
+/// Returns the digest, or `None` for a checksum of part checksums (`<base64>-<parts>`) and for an invalid value.
+fn whole_object_digest(checksum: &str) -> Option<Digest> {
     let bytes = STANDARD.decode(checksum).ok()?;
     Some(Digest::from_bytes(bytes.try_into().ok()?))
 }
@@ -140,27 +144,27 @@ fn whole(checksum: &str) -> Option<Digest> {
 mod tests {
     use super::*;
 
-    fn said(rows: &[(&'static str, String)]) -> Option<(Digest, &'static str)> {
+    fn digest_in(rows: &[(&'static str, String)]) -> Option<(Digest, &'static str)> {
         let row = |(name, value): &(&'static str, String)| {
             (http::HeaderName::from_static(name), value.parse().expect("value"))
         };
-        stated(&rows.iter().map(row).collect()).sha256
+        checksums_in(&rows.iter().map(row).collect()).sha256
     }
 
     #[test]
-    fn metadata_and_checksums_of_whole_objects_state_a_digest() {
+    fn metadata_and_checksums_of_whole_objects_yield_a_digest() {
         let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
         let base64 = STANDARD.encode(b.as_bytes());
-        assert_eq!(said(&[(METADATA, a.to_string().to_uppercase())]), Some((a, METADATA)));
-        assert_eq!(said(&[(CHECKSUM, base64.clone())]), Some((b, CHECKSUM)));
-        assert_eq!(said(&[(METADATA, a.to_string()), (CHECKSUM, base64.clone())]), Some((a, METADATA)));
-        assert_eq!(said(&[(METADATA, "unknown".into()), (CHECKSUM, base64.clone())]), Some((b, CHECKSUM)));
-        assert_eq!(said(&[(CHECKSUM, format!("{base64}-2"))]), None, "a checksum of checksums");
-        assert_eq!(said(&[(CHECKSUM, STANDARD.encode(b"short"))]), None);
-        let typed = |kind: &str| said(&[(CHECKSUM, base64.clone()), (CHECKSUM_TYPE, kind.into())]);
+        assert_eq!(digest_in(&[(METADATA, a.to_string().to_uppercase())]), Some((a, METADATA)));
+        assert_eq!(digest_in(&[(CHECKSUM, base64.clone())]), Some((b, CHECKSUM)));
+        assert_eq!(digest_in(&[(METADATA, a.to_string()), (CHECKSUM, base64.clone())]), Some((a, METADATA)));
+        assert_eq!(digest_in(&[(METADATA, "unknown".into()), (CHECKSUM, base64.clone())]), Some((b, CHECKSUM)));
+        assert_eq!(digest_in(&[(CHECKSUM, format!("{base64}-2"))]), None, "a checksum of checksums");
+        assert_eq!(digest_in(&[(CHECKSUM, STANDARD.encode(b"short"))]), None);
+        let typed = |kind: &str| digest_in(&[(CHECKSUM, base64.clone()), (CHECKSUM_TYPE, kind.into())]);
         assert_eq!((typed("FULL_OBJECT"), typed("COMPOSITE")), (Some((b, CHECKSUM)), None));
-        let tag_record = |etag: &str| said(&[(CHECKSUM, base64.clone()), ("etag", etag.into())]);
+        let tag_record = |etag: &str| digest_in(&[(CHECKSUM, base64.clone()), ("etag", etag.into())]);
         assert_eq!((tag_record("\"9b2c-d\""), tag_record("\"9b2cd-2\"")), (Some((b, CHECKSUM)), None));
-        assert_eq!(said(&[]), None);
+        assert_eq!(digest_in(&[]), None);
     }
 }

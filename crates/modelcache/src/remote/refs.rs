@@ -1,13 +1,11 @@
-//! Refs: what a movable name means, for the whole fleet.
+//! Refs: small objects on the remote that resolve a movable name to a version, shared by the fleet.
 //!
-//! One small object for each name. For an artifact from an origin it is that origin's last answer, written by whoever
-//! asked last, so that a fleet asks once; losing it costs a question. For a bare name it is a tag, which is nowhere
-//! else: moving it is a rollout, moving it back a rollback. A tag says which content its version had when it was set.
+//! For a name with an origin, a ref is the origin's last answer. It saves the other machines a request and may be lost.
+//! For a bare name, a ref is a tag. A tag is stored nowhere else: moving it is a rollout, moving it back a rollback. It
+//! records the digest that its version had when the tag was set.
 //!
-//! A write replaces what was read, under its ETag where the store keeps such conditions; otherwise the last writer wins.
-//! A damaged ref is passed over with a warning and written anew; one in a newer format is left alone.
-//!
-//! Surprise: times are those of the writers' clocks. A time that lies ahead by more than clocks usually differ is old.
+//! Writes are compare-and-swap by ETag. On a store that ignores conditional writes the last writer wins. A damaged ref
+//! is ignored with a warning and replaced by the next write; a ref in a newer format is left alone.
 
 use super::store::{Condition, Store, Written};
 use super::{Conditions, Remote};
@@ -21,46 +19,46 @@ use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The number of this format. A reader leaves a higher one alone; minor releases never raise it.
+/// Number of this format. Refs with a higher number are left alone. Minor releases never raise it.
 const FORMAT: u32 = 1;
 /// The folder of refs within [`OWN_FOLDER`].
 const REFS: &str = "refs";
 /// Largest ref accepted, in bytes.
 const REF_BYTES_MAX: u64 = 16 * 1024;
-/// How far two clocks may differ without a doubt about what they say.
+/// Largest clock difference between two machines that is tolerated.
 const CLOCKS_DIFFER_MAX: Duration = Duration::from_secs(60);
-/// How often a move is tried again that somebody else got ahead of.
+/// Attempts to set a tag while other writers move it.
 const MOVES_MAX: usize = 5;
-/// Refs read or removed at a time.
+/// Concurrent reads of refs.
 const IN_FLIGHT: usize = 16;
 
-/// What a movable name means.
+/// A movable name (a tag or a revision) and the version that it resolves to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RemoteRef {
-    /// The movable name itself: its object's name may be cut.
+    /// The movable name. The key of the object contains it in escaped and possibly shortened form.
     pub revision: String,
-    /// What it means.
+    /// The version that it resolves to.
     pub version: Version,
-    /// Who says so.
+    /// The source of the resolution.
     pub kind: RefKind,
-    /// When, in seconds since the Unix epoch by the writer's clock.
+    /// Time of the resolution, in seconds since the Unix epoch by the writer's clock.
     pub resolved_at_unix: u64,
-    /// Of a tag: the digest of the version's file, or of its file list, when the tag was set.
+    /// For a tag: the digest of the version's file, or of its file list, when the tag was set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<Digest>,
 }
 
-/// Who says what a movable name means.
+/// The source of a resolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RefKind {
-    /// A person, with `modelcache tag`.
+    /// A user, with `modelcache tag`.
     Tag,
-    /// The origin, when it was asked.
+    /// The origin's answer.
     Origin,
 }
 
-/// The stored form.
+/// The stored form of a ref, in JSON.
 #[derive(Serialize, Deserialize)]
 struct StoredRef {
     format: u32,
@@ -69,14 +67,15 @@ struct StoredRef {
 }
 
 impl RemoteRef {
-    /// What `revision` means as of now.
+    /// Returns a ref with the current time.
     pub fn now(revision: &str, version: &Version, kind: RefKind, sha256: Option<Digest>) -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let (revision, version) = (revision.to_owned(), version.clone());
         Self { revision, version, kind, resolved_at_unix: now.as_secs(), sha256 }
     }
 
-    /// How old it is at `now`; for ever, where its time lies too far ahead to be believed.
+    /// Returns the age of the resolution at `now`. The age is unlimited if its time is further in the future than
+    /// clocks usually differ, so that a wrong clock cannot make a ref fresh forever.
     pub fn age(&self, now: SystemTime) -> Duration {
         let since_epoch = Duration::from_secs(self.resolved_at_unix);
         let at = UNIX_EPOCH.checked_add(since_epoch).unwrap_or(UNIX_EPOCH);
@@ -93,17 +92,18 @@ impl RemoteRef {
     }
 }
 
-/// What lies in a ref's place.
+/// The parsed object at the key of a ref.
 #[derive(Debug, PartialEq, Eq)]
 enum RefObject {
     Usable(RemoteRef),
     Damaged,
-    /// In this format, which is newer than ours.
+    /// It has this format, which is newer than [`FORMAT`].
     Newer(u32),
 }
 
 impl RefObject {
     fn from_bytes(bytes: &[u8]) -> Self {
+        // Read the format first: the other fields of a newer format are unknown.
         #[derive(Deserialize)]
         struct FormatOnly {
             format: u32,
@@ -118,13 +118,13 @@ impl RefObject {
     }
 }
 
-/// One ref as it was found.
+/// A ref object with its ETag.
 struct FoundRef {
     there: RefObject,
     etag: Option<String>,
 }
 
-/// Whether `path`, below some name or version, is that of a ref: no object that stands in anybody's way.
+/// Returns true if `path`, below a name or version, is the key of a ref. Refs do not count as unmanaged objects.
 pub(super) fn is_ref(path: &str) -> bool {
     path.contains(&format!("/{OWN_FOLDER}/{REFS}/"))
 }
@@ -142,7 +142,7 @@ async fn read(store: &Store, key: &Path) -> Result<Option<FoundRef>> {
         Ok(read) => {
             Ok(read.map(|(bytes, identity)| FoundRef { there: RefObject::from_bytes(&bytes), etag: identity.etag }))
         }
-        // Too large to be one.
+        // Larger than `REF_BYTES_MAX`.
         Err(error) if error.kind() == ErrorKind::Corrupt => {
             Ok(Some(FoundRef { there: RefObject::Damaged, etag: None }))
         }
@@ -150,9 +150,9 @@ async fn read(store: &Store, key: &Path) -> Result<Option<FoundRef>> {
     }
 }
 
-/// The ref of `revision`, for which its place may stand: one that was copied there from elsewhere is damage.
+/// Reads the ref of `revision`. A ref with another name inside, for instance a copied object, counts as damaged.
 async fn read_ref(store: &Store, name: &ArtifactName, revision: &str) -> Result<Option<FoundRef>> {
-    // What cannot be a key of this remote cannot be there either.
+    // A revision that is no valid key of this remote cannot exist there.
     let Ok(key) = object(store, name, revision) else { return Ok(None) };
     let found = read(store, &key).await?;
     Ok(found.map(|found| match found.there {
@@ -167,10 +167,10 @@ fn newer(format: u32) -> Error {
 }
 
 fn warn_damaged(name: &ArtifactName, revision: &str) {
-    tracing::warn!(%name, revision, "a ref on the remote is damaged and passed over; the next one written replaces it");
+    tracing::warn!(%name, revision, "ignoring a damaged ref on the remote; the next write replaces it");
 }
 
-/// Replaces what was found by `bytes`. `false`: somebody else was faster.
+/// Replaces the ref that was `found` by `bytes`. Returns false if another writer was faster.
 async fn replace(remote: &Remote, store: &Store, key: &Path, bytes: Bytes, found: Option<&FoundRef>) -> Result<bool> {
     let condition = match found {
         _ if remote.conditions() == Conditions::Ignored => Condition::Always,
@@ -185,7 +185,8 @@ async fn replace(remote: &Remote, store: &Store, key: &Path, bytes: Bytes, found
     }
 }
 
-/// What the origin last said about `revision`, as far as the remote knows.
+/// Returns the origin's last recorded answer for `revision`. Damaged refs and refs in a newer format count as absent,
+/// because the origin can be asked again.
 pub(super) async fn answer(remote: &Remote, name: &ArtifactName, revision: &str) -> Result<Option<RemoteRef>> {
     let Some(found) = read_ref(remote.store().await?, name, revision).await? else { return Ok(None) };
     Ok(match found.there {
@@ -195,13 +196,13 @@ pub(super) async fn answer(remote: &Remote, name: &ArtifactName, revision: &str)
             None
         }
         RefObject::Newer(format) => {
-            tracing::warn!(%name, revision, format, "a ref on the remote is in a newer format and passed over; update modelcache");
+            tracing::warn!(%name, revision, format, "ignoring a ref on the remote in a newer format; update modelcache");
             None
         }
     })
 }
 
-/// Writes an origin's answer, unless what is there is newer, or as new and the same.
+/// Records an origin's answer, unless the recorded one is newer or equal.
 pub(super) async fn write_answer(remote: &Remote, name: &ArtifactName, ours: &RemoteRef) -> Result<()> {
     let store = remote.store().await?;
     let found = read_ref(store, name, &ours.revision).await?;
@@ -212,14 +213,14 @@ pub(super) async fn write_answer(remote: &Remote, name: &ArtifactName, ours: &Re
         _ => {}
     }
     let key = object(store, name, &ours.revision)?;
-    // Where somebody else was faster, the remote has an answer of this moment.
+    // No retry: if another writer was faster, its answer is as recent as ours.
     replace(remote, store, &key, ours.to_bytes()?, found.as_ref()).await.map(|_| ())
 }
 
-/// The tag, or `None`.
+/// Returns the tag, or `None` if it does not exist or is damaged.
 ///
 /// # Errors
-/// `Invalid` for one in a newer format: a tag is a decision, and not guessed at.
+/// `Invalid` for a tag in a newer format. Treating it as absent could deploy the wrong version.
 pub(super) async fn tag(remote: &Remote, name: &ArtifactName, tag: &str) -> Result<Option<RemoteRef>> {
     let Some(found) = read_ref(remote.store().await?, name, tag).await? else { return Ok(None) };
     match found.there {
@@ -232,11 +233,12 @@ pub(super) async fn tag(remote: &Remote, name: &ArtifactName, tag: &str) -> Resu
     }
 }
 
-/// Sets a tag, wherever it pointed before; the answer is that.
+/// Sets a tag and returns its previous value.
 pub(super) async fn set_tag(remote: &Remote, name: &ArtifactName, ours: &RemoteRef) -> Result<Option<RemoteRef>> {
     let store = remote.store().await?;
     let key = object(store, name, &ours.revision)?;
     let mut before = None;
+    // Compare-and-swap loop: read the tag, then replace it on the condition that it is unchanged.
     for attempt in 0..MOVES_MAX {
         let found = read_ref(store, name, &ours.revision).await?;
         let there = match found.as_ref().map(|found| &found.there) {
@@ -244,7 +246,7 @@ pub(super) async fn set_tag(remote: &Remote, name: &ArtifactName, ours: &RemoteR
             Some(RefObject::Usable(there)) => Some(there.clone()),
             Some(RefObject::Damaged) | None => None,
         };
-        // Our own first try may have arrived although its answer did not.
+        // The write of the previous attempt may have arrived although its answer did not.
         if attempt > 0 && there.as_ref() == Some(ours) {
             return Ok(before);
         }
@@ -253,12 +255,13 @@ pub(super) async fn set_tag(remote: &Remote, name: &ArtifactName, ours: &RemoteR
             return Ok(before);
         }
     }
-    Err(Error::unavailable("somebody else keeps moving the tag")
+    Err(Error::unavailable("other writers keep moving the tag")
         .transient(false)
-        .hint("agree on who moves it, then try again"))
+        .hint("let one writer at a time move the tag, then try again"))
 }
 
-/// Removes a tag, if there is one and it is `only_to` this version; the answer is what it was. A damaged one goes, too.
+/// Removes a tag and returns its value. With `only_to`, removes it only if it points to that version. Removes a damaged
+/// tag, too, unless `only_to` is given.
 pub(super) async fn remove_tag(
     remote: &Remote,
     name: &ArtifactName,
@@ -275,16 +278,18 @@ pub(super) async fn remove_tag(
     if only_to.is_some_and(|only_to| there.as_ref().is_none_or(|there| there.version != *only_to)) {
         return Ok(None);
     }
-    // Deleting takes no condition. Whoever moves the tag between these two requests loses the move: see the page on tags.
+    // The delete is unconditional, so check the ETag just before it. A writer that moves the tag between the two
+    // requests loses its move.
     match read_ref(store, name, tag).await? {
         Some(now) if now.etag == found.etag => store.delete(&object(store, name, tag)?).await?,
         Some(_) => {
-            return Err(Error::unavailable("somebody else moved the tag just now").transient(false).hint("look again"));
+            let message = "another writer moved the tag while it was being removed";
+            return Err(Error::unavailable(message).transient(false).hint("check the tag and try again"));
         }
         None => return Ok(None),
     }
     if let Some(refs) = store.file(&folder(store, name)?) {
-        // Whatever still holds something stays.
+        // Remove the folders `refs` and `.modelcache` if they are empty. `remove_dir` fails for one that is not.
         let _ = tokio::task::spawn_blocking(move || {
             refs.ancestors().take(2).take_while(|folder| std::fs::remove_dir(folder).is_ok()).count()
         })
@@ -293,7 +298,7 @@ pub(super) async fn remove_tag(
     Ok(there)
 }
 
-/// The refs of `name`, tags and answers. `None`: listing is not permitted.
+/// Returns the refs of `name`: tags and origins' answers. Returns `None` if listing is not permitted.
 pub(super) async fn refs_of(remote: &Remote, name: &ArtifactName) -> Result<Option<Vec<RemoteRef>>> {
     let store = remote.store().await?;
     let Some(objects) = store.list(Some(&folder(store, name)?)).await? else { return Ok(None) };
@@ -301,13 +306,13 @@ pub(super) async fn refs_of(remote: &Remote, name: &ArtifactName) -> Result<Opti
     Ok(Some(refs.into_iter().map(|(_, found)| found).collect()))
 }
 
-/// The tags among listed objects, with the names that they belong to.
+/// Reads the tags among listed objects. Returns each with its name.
 pub(super) async fn tags_among(store: &Store, objects: &[ObjectMeta]) -> Result<Vec<(ArtifactName, RemoteRef)>> {
     let refs = refs_among(store, objects, |name| name.scheme().is_none()).await?;
     Ok(refs.into_iter().filter(|(_, found)| found.kind == RefKind::Tag).collect())
 }
 
-/// The refs among listed objects, with the names that they belong to. What cannot be read is left out.
+/// Reads the refs of `wanted` names among listed objects. Returns each with its name. Damaged refs are skipped.
 async fn refs_among(
     store: &Store,
     objects: &[ObjectMeta],
@@ -320,34 +325,35 @@ async fn refs_among(
     Ok(read.into_iter().flatten().collect())
 }
 
+/// Reads one listed ref. Returns `None` if it was removed, is damaged, or is stored under the key of another ref.
 async fn read_listed(store: &Store, name: ArtifactName, key: &Path) -> Result<Option<(ArtifactName, RemoteRef)>> {
     match read(store, key).await?.map(|found| found.there) {
-        // What a person could not have typed is not shown, either.
+        // Control characters could manipulate the terminal that shows the name.
         Some(RefObject::Usable(there))
             if *key == object(store, &name, &there.revision)? && !there.revision.contains(char::is_control) =>
         {
             Ok(Some((name, there)))
         }
         Some(_) => {
-            tracing::warn!(%key, "a ref on the remote cannot be read and is left out");
+            tracing::warn!(%key, "skipping a ref on the remote that cannot be read");
             Ok(None)
         }
         None => Ok(None),
     }
 }
 
-/// The name whose ref lies at `path`, if it is a place for one.
+/// Returns the name that the ref at `path` belongs to, or `None` if `path` is not the key of a ref.
 fn name_of(path: &str) -> Option<ArtifactName> {
     let (folder, _) = path.rsplit_once('/')?;
     folder.strip_suffix(REFS)?.strip_suffix('/')?.strip_suffix(OWN_FOLDER)?.strip_suffix('/')?.parse().ok()
 }
 
-/// Whatever lies where a ref should; see `fuzzing`.
+/// Fuzz target: parses arbitrary bytes as a ref.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(bytes: &[u8]) {
     if let RefObject::Usable(read) = RefObject::from_bytes(bytes) {
         let _ = read.age(SystemTime::now());
-        let written = read.to_bytes().expect("what was read can be written");
+        let written = read.to_bytes().expect("a parsed ref can be written");
         assert_eq!(RefObject::from_bytes(&written), RefObject::Usable(read));
     }
 }
@@ -374,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_told_from_what_is_newer() {
+    fn damaged_refs_are_distinguished_from_newer_formats() {
         for text in ["", "{}", "[1]", r#"{"format":1,"version":"../x"}"#, r#"{"format":"1"}"#] {
             assert_eq!(RefObject::from_bytes(text.as_bytes()), RefObject::Damaged, "{text}");
         }
@@ -382,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn clocks_may_differ_a_little_and_no_answer_is_fresh_for_ever() {
+    fn small_clock_differences_are_tolerated_and_no_ref_is_fresh_forever() {
         let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
         let at =
             |seconds| RemoteRef { resolved_at_unix: seconds, ..RemoteRef::now("a", &version("1"), RefKind::Tag, None) };
@@ -393,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn refs_are_told_by_their_place() {
+    fn refs_are_recognized_by_their_key() {
         let name = |path| name_of(path).map(|name| name.to_string());
         assert_eq!(name("a/b/.modelcache/refs/prod").as_deref(), Some("a/b"));
         for odd in ["a/.modelcache/prod", "a/refs/prod", ".modelcache/refs/prod", "a/.modelcache/refs/x/y", "refs/prod"]

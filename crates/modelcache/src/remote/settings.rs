@@ -1,10 +1,7 @@
-//! What the configuration says about the remote: its address, the options by name, what AWS's own settings add.
+//! Settings of the remote: its address, the options of `[remote.options]`, and the AWS settings.
 //!
-//! Reads no network and no environment of the process: variables come with the configuration. The shared AWS
-//! configuration file is read only when the store is first used.
-//!
-//! Surprise: a store with an endpoint of its own is addressed by path (`endpoint/bucket/key`) unless `path_style` says
-//! otherwise, because hardly any of them resolves `bucket.endpoint`.
+//! Parsing sends no request. Environment variables come from the configuration, never from the process's own
+//! environment. The shared AWS configuration files are read when the store is first used.
 
 use super::copy::is_on;
 use super::profile::Profiles;
@@ -19,53 +16,53 @@ use url::Url;
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// The region signed for when nobody names one.
+/// The region that requests are signed for if none is configured.
 const DEFAULT_REGION: &str = "us-east-1";
 
-/// Where the remote keeps its objects.
+/// The parsed address of the remote.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum RemoteLocation {
     /// A bucket, and the prefix of all keys in it (empty, or without slashes at its ends).
     Bucket {
-        /// Its name.
+        /// The name of the bucket.
         bucket: String,
-        /// In front of every key.
+        /// The prefix of every key.
         prefix: String,
     },
-    /// A folder.
+    /// A local folder.
     Folder(PathBuf),
 }
 
 /// The options of `[remote.options]`, checked.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Options {
-    /// Region, if named.
+    /// Region, if configured.
     pub(super) region: Option<String>,
-    /// Endpoint, if named.
+    /// Endpoint, if configured.
     pub(super) endpoint: Option<String>,
-    /// Whether the bucket goes into the path.
+    /// True to put the bucket into the path of the URL instead of the host name.
     pub(super) path_style: Option<bool>,
-    /// Whether plain HTTP may be spoken.
+    /// True to allow plain HTTP.
     pub(super) allow_http: Option<bool>,
-    /// Whether certificates go unchecked.
+    /// True to accept invalid TLS certificates.
     pub(super) allow_invalid_certificates: bool,
     /// Longest wait for a connection.
     pub(super) connect_timeout: Option<Duration>,
     /// The proxy for all requests.
     pub(super) proxy_url: Option<Secret>,
-    /// Hosts the proxy is not used for.
+    /// Hosts for which the proxy is not used.
     pub(super) proxy_excludes: Option<String>,
-    /// Keys named in the options: access key, secret key, session token.
+    /// Access key id.
     pub(super) access_key: Option<Secret>,
-    /// See `access_key`.
+    /// Secret access key.
     pub(super) secret_key: Option<Secret>,
-    /// See `access_key`.
+    /// Session token of temporary credentials.
     pub(super) session_token: Option<Secret>,
-    /// What the store's builder takes as it is.
+    /// Options passed on to the builder of the `object_store` client.
     pub(super) passed_on: Vec<(AmazonS3ConfigKey, Secret)>,
 }
 
-/// Names that are offered when an unknown one is close to them.
+/// The documented option names, suggested for a misspelt one.
 const NAMES: [&str; 22] = [
     "region",
     "endpoint",
@@ -99,9 +96,9 @@ impl RemoteLocation {
     /// Parses `s3://bucket/prefix` and `file:///folder`.
     pub(super) fn parse(address: &str) -> Result<Self> {
         let hint = "write s3://BUCKET/PREFIX or file:///FOLDER";
-        // The address is not repeated before it is known to carry no password.
+        // No message repeats the address before it is known to contain no password.
         let url = Url::parse(address)
-            .map_err(|cause| invalid("the remote's address is no URL".into()).cause(cause).hint(hint))?;
+            .map_err(|cause| invalid("the remote's address is not a URL".into()).cause(cause).hint(hint))?;
         if !url.username().is_empty() || url.password().is_some() {
             return Err(invalid("the remote's address carries credentials".into())
                 .hint("leave them out; keys come from the environment or from `aws configure`"));
@@ -126,13 +123,16 @@ impl RemoteLocation {
                 Ok(folder) if folder.is_absolute() && folder.parent().is_some() => Ok(Self::Folder(folder)),
                 _ => Err(invalid(format!("the remote's address {address:?} names no folder")).hint(hint)),
             },
-            other => Err(invalid(format!("the remote's address has the scheme {other:?}")).hint(hint)),
+            other => Err(invalid(format!("the remote's address has the unsupported scheme {other:?}")).hint(hint)),
         }
     }
 }
 
 impl Options {
-    /// Checks every name and value.
+    /// Parses the options of `config`.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) for an unknown name or an invalid value.
     pub(super) fn parse(config: &RemoteConfig) -> Result<Self> {
         let mut options = Self::default();
         for (name, value) in &config.options {
@@ -163,7 +163,7 @@ impl Options {
     }
 }
 
-/// The builder's key for an option, unless it is unknown or one that modelcache decides itself.
+/// Returns the `object_store` key of an option. Fails for an unknown option and for one that modelcache sets itself.
 fn pass_on(name: &str, plain: &str) -> Result<AmazonS3ConfigKey> {
     use AmazonS3ConfigKey as Key;
     let plain = if plain == "sse" { "server_side_encryption" } else { plain };
@@ -172,13 +172,13 @@ fn pass_on(name: &str, plain: &str) -> Result<AmazonS3ConfigKey> {
             Err(invalid(format!("the remote option {name:?} is part of the address")).hint("write s3://BUCKET/PREFIX"))
         }
         Ok(Key::Client(ClientConfigKey::UserAgent | ClientConfigKey::Timeout | ClientConfigKey::ReadTimeout)) => {
-            Err(invalid(format!("the remote option {name:?} is decided by modelcache")).hint("see retry.read_timeout"))
+            Err(invalid(format!("the remote option {name:?} is set by modelcache")).hint("see retry.read_timeout"))
         }
         Ok(Key::Client(_)) | Err(_) => {
             let error = invalid(format!("unknown remote option {name:?}"));
             Err(match nearest(plain) {
                 Some(known) => error.hint(format!("did you mean {known:?}?")),
-                None => error.hint(format!("known are {}", NAMES.join(", "))),
+                None => error.hint(format!("known options: {}", NAMES.join(", "))),
             })
         }
         Ok(key) => Ok(key),
@@ -201,13 +201,14 @@ fn seconds(name: &str, value: &str) -> Result<Duration> {
     }
 }
 
-/// The known name at the smallest edit distance, if it is small.
+/// Returns the option name with the smallest edit distance to `name`, if the distance is small enough for a typing
+/// error.
 fn nearest(name: &str) -> Option<&'static str> {
     let scored = NAMES.iter().map(|known| (distance(name, known), *known));
     scored.min().filter(|(edits, known)| *edits <= 1 + known.len() / 4).map(|(_, known)| known)
 }
 
-/// Levenshtein's edit distance.
+/// Returns the Levenshtein distance in bytes, computed row by row of its matrix.
 fn distance(a: &str, b: &str) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.bytes().enumerate() {
@@ -222,7 +223,7 @@ fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-/// Everything the S3 client needs, with the AWS settings taken in.
+/// The settings of the S3 client, merged from options, environment variables and AWS profile.
 #[derive(Debug, Clone)]
 pub(super) struct S3Settings {
     pub(super) region: String,
@@ -230,16 +231,16 @@ pub(super) struct S3Settings {
     pub(super) path_style: bool,
     pub(super) allow_http: bool,
     pub(super) connect_timeout: Duration,
-    /// A file of root certificates to trust besides the system's.
+    /// A file of root certificates to trust in addition to the system's.
     pub(super) ca_file: Option<PathBuf>,
 }
 
 impl S3Settings {
-    /// Options first, then variables, then the profile.
+    /// Merges the settings. Options take precedence over variables, and variables over the profile.
     ///
     /// # Errors
-    /// [`Invalid`](crate::ErrorKind::Invalid) where the endpoint is no address or the region no name. Neither is repeated
-    /// with what may be a credential.
+    /// [`Invalid`](crate::ErrorKind::Invalid) for an invalid endpoint or region. The message repeats neither with parts
+    /// that may be credentials.
     pub(super) fn gather(options: &Options, environment: &Environment, profiles: &Profiles) -> Result<Self> {
         let variable = |name: &str| environment.get(name).map(str::to_owned);
         let setting = |name: &str| profiles.current(name).map(str::to_owned);
@@ -261,6 +262,7 @@ impl S3Settings {
         let ca_file = variable("AWS_CA_BUNDLE").or_else(|| setting("ca_bundle")).or_else(|| variable("SSL_CERT_FILE"));
         let settings = Self {
             region,
+            // Most S3-compatible servers do not resolve `bucket.endpoint`, so a custom endpoint defaults to path style.
             path_style: options.path_style.unwrap_or(endpoint.is_some()),
             endpoint,
             allow_http: options.allow_http.unwrap_or(plain),
@@ -271,7 +273,8 @@ impl S3Settings {
         Ok(settings)
     }
 
-    /// Whether the digest of what is sent is signed: where TLS does not keep it as it is, unless the options say otherwise.
+    /// Returns true if requests sign the digest of their body. Without the option `unsigned_payload`, bodies are signed
+    /// over plain HTTP only, because TLS protects their integrity.
     pub(super) fn signs_payload(&self, options: &Options) -> bool {
         let is_unsigned = |(key, _): &&(AmazonS3ConfigKey, Secret)| matches!(key, AmazonS3ConfigKey::UnsignedPayload);
         match options.passed_on.iter().find(is_unsigned) {
@@ -280,11 +283,12 @@ impl S3Settings {
         }
     }
 
+    /// Checks region and endpoint, which may come from any source.
     fn check(&self) -> Result<()> {
         let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if self.region.is_empty() || !self.region.chars().all(is_name) {
-            return Err(invalid("the region of the remote is no name of a region".into())
-                .hint("AWS_REGION, or region under [remote.options]: for instance us-east-1"));
+            return Err(invalid("the region of the remote is not a valid region name".into())
+                .hint("set AWS_REGION, or region under [remote.options], for instance to us-east-1"));
         }
         let Some(endpoint) = &self.endpoint else { return Ok(()) };
         match Url::parse(endpoint) {
@@ -295,10 +299,10 @@ impl S3Settings {
             .hint("leave them out; keys come from the environment or from `aws configure`")),
             Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Ok(()),
             _ => Err(Error::invalid(format!(
-                "the endpoint {:?} of the remote is no http or https address",
+                "the endpoint {:?} of the remote is not an http or https address",
                 redact::setting(endpoint)
             ))
-            .hint("AWS_ENDPOINT_URL, or endpoint under [remote.options]: for instance http://localhost:9000")),
+            .hint("set AWS_ENDPOINT_URL, or endpoint under [remote.options], for instance to http://localhost:9000")),
         }
     }
 }
@@ -330,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_misspelt_option_is_answered_with_the_nearest_name() {
+    fn a_misspelt_option_suggests_the_nearest_name() {
         assert_eq!(options(&[("regoin", "x")]).expect_err("unknown").hint_text(), Some("did you mean \"region\"?"));
         assert_eq!(
             options(&[("pathstyle", "x")]).expect_err("unknown").hint_text(),

@@ -1,10 +1,9 @@
-//! One artifact on the remote, as something to read from.
+//! [`Source`] implementation for one artifact on the remote.
 //!
-//! Ranges are asked for under the ETag recorded when the object was written. An object that has another ETag and the
-//! same size is read all the same: copying a bucket changes ETags and not bytes, and whoever reads checks.
+//! Ranges are read with `If-Match` and the ETag that the manifest records. An object with another ETag and the recorded
+//! size is read, too: copying a bucket changes ETags but not bytes, and the caller checks digests.
 //!
-//! Where there is no manifest, another tool may have put the files there: then the source is a [foreign](super::foreign)
-//! tree, and its objects are read only as they were listed.
+//! Without a manifest, the source reads [unmanaged objects](super::unmanaged), and only as they were listed.
 
 use super::store::ReadBody;
 use super::unmanaged::{self, UnmanagedObjects};
@@ -20,16 +19,16 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 
-/// One artifact on the remote. The manifest is asked for once and remembered.
+/// One artifact on the remote. The manifest is requested once and kept.
 pub struct RemoteSource {
     remote: Remote,
     folder: Folder,
     known: OnceCell<Option<RemoteContents>>,
-    /// ETags that took the place of recorded ones.
+    /// Current ETags of objects, where they differ from the recorded ones.
     etags: Mutex<HashMap<FilePath, Option<String>>>,
 }
 
-/// What lies there.
+/// The content of the version folder.
 enum RemoteContents {
     Published(Arc<Manifest>),
     UnmanagedObjects(UnmanagedObjects),
@@ -55,13 +54,14 @@ impl RemoteSource {
         Self { remote, folder: Folder::new(&key), known: OnceCell::new(), etags: Mutex::default() }
     }
 
+    /// Returns the content of the version folder; the first call requests it.
     async fn known(&self) -> Result<Option<&RemoteContents>> {
         let ask = || async {
             let store = self.remote.store().await?;
             if let Some((manifest, _)) = self.folder.read_manifest(store).await? {
                 if manifest.files.is_empty() {
-                    // Nobody can publish that; a release that took a server's empty list for a repository could.
-                    tracing::warn!(artifact = %self.folder.key, "the manifest on the remote lists no files; taken as absent");
+                    // Only an older release published such a manifest, after a server had returned an empty list.
+                    tracing::warn!(artifact = %self.folder.key, "the manifest on the remote lists no files; treating the artifact as absent");
                     return Ok(None);
                 }
                 return Ok(Some(RemoteContents::Published(Arc::new(manifest))));
@@ -77,28 +77,32 @@ impl RemoteSource {
         Ok(self.known.get_or_try_init(ask).await?.as_ref())
     }
 
-    /// Whether what lies there, as far as it was asked for, is another tool's.
+    /// Returns true if the content was requested and consists of unmanaged objects.
     pub(crate) fn is_unmanaged(&self) -> bool {
         matches!(self.known.get(), Some(Some(RemoteContents::UnmanagedObjects(_))))
     }
 
-    /// The object of `path` as it was written.
+    /// Returns the identity of the object of `path` as recorded in the manifest.
     async fn recorded(&self, path: &FilePath) -> Result<ObjectIdentity> {
         let known = self.known().await?;
         let held = known.and_then(|known| known.manifest().files.get(path)?.on_remote());
         held.cloned().ok_or_else(|| Error::not_found(format!("{path} is not held by the remote")))
     }
 
+    /// Returns the ETag to request: the current one if it was found to differ, else the recorded one.
     fn etag(&self, path: &FilePath, recorded: &ObjectIdentity) -> Option<String> {
         let etags = self.etags.lock().unwrap_or_else(PoisonError::into_inner);
         etags.get(path).cloned().unwrap_or_else(|| recorded.etag.clone())
     }
 
-    /// Learns the new ETag of an object that differs from its record; other sizes are damage.
+    /// Reads the current ETag of an object that differs from its record.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if its size differs, too.
     async fn relearn(&self, path: &FilePath, recorded: &ObjectIdentity) -> Result<Option<String>> {
         let store = self.remote.store().await?;
         let Some(now) = store.head(&self.folder.object(store, path)?).await? else {
-            return Err(Error::not_found(format!("{path} is listed there and gone")).hint(super::REPAIR));
+            return Err(Error::not_found(format!("{path} is listed in the manifest but missing")).hint(super::REPAIR));
         };
         if now.object_bytes != recorded.object_bytes {
             return Err(Error::corrupt(format!(
@@ -112,6 +116,7 @@ impl RemoteSource {
         Ok(now.etag)
     }
 
+    /// Opens a byte range of a file.
     async fn body(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         if let Some(RemoteContents::UnmanagedObjects(unmanaged)) = self.known().await? {
             return unmanaged.read(self.remote.store().await?, path, range).await;
@@ -123,11 +128,13 @@ impl RemoteSource {
         let etag = self.etag(path, &recorded);
         let gone = |error: Error| match error.kind() {
             ErrorKind::NotFound => {
-                Error::not_found(format!("{path} is listed there and gone: {error}")).hint(super::REPAIR)
+                Error::not_found(format!("{path} is listed in the manifest but missing: {error}")).hint(super::REPAIR)
             }
             _ => error,
         };
         let body = match store.read(&object, range.clone(), &wanted(etag)).await.map_err(gone)? {
+            // The object has another ETag: accept it if the size matches, and read again. The second read fails only if
+            // the object was replaced in between.
             ReadBody::Changed => {
                 let etag = self.relearn(path, &recorded).await?;
                 store.read(&object, range, &wanted(etag)).await.map_err(gone)?

@@ -1,11 +1,11 @@
-//! A bucket or a folder, with the few operations the remote needs, each retried and translated.
+//! The storage layer over `object_store`: a bucket or a local folder, with retries and translated errors.
 //!
-//! Every operation is tried again under the process's shared [`Retry`], except [`Store::read`], whose caller retries;
-//! `object_store`'s own retries are off, so that nothing is retried twice over. Absence is `None`. A condition that was
-//! not met is a value, too: [`Written::Refused`].
+//! Every operation is retried under the process's shared [`Retry`], except [`Store::read`], which the caller retries.
+//! `object_store`'s own retries are off, so that retries do not multiply. Absence is `None`. An unmet condition is the
+//! value [`Written::Refused`], not an error.
 //!
-//! Surprise: a create-only write that was retried may be refused because its own first try arrived. Who writes so must
-//! be able to recognise what it wrote.
+//! A create-only write may be refused because its own first attempt arrived without an answer. The caller must be able
+//! to recognise its own object.
 
 use super::copy::Copier;
 use super::credentials::Credentials;
@@ -40,20 +40,21 @@ use std::time::{Duration, Instant};
 
 /// Longest key, in bytes (<https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html>).
 const KEY_BYTES_MAX: usize = 1024;
-/// How much of a file is read at once.
+/// Size of one read of a local file, in bytes.
 const FILE_CHUNK_BYTES: usize = 1024 * 1024;
 
-/// The opened store.
+/// An opened bucket or folder.
 pub(super) struct Store {
     objects: Arc<dyn ObjectStore>,
     kind: Kind,
-    /// In front of every key; empty, or without slashes at its ends.
+    /// Prefix of every key; empty, or without slashes at its ends.
     prefix: String,
+    /// Names of bucket, endpoint and region, for messages.
     at: EndpointContext,
-    /// The region that the server says the bucket is in, where it is another than we sign for.
+    /// The bucket's region as reported by the server, if it differs from the region that requests are signed for.
     reported_region: Mutex<Option<String>>,
     retry: Retry,
-    /// A write was refused for want of a right: the next one would be, too.
+    /// The first refusal of a write because of a missing permission.
     refusal: OnceLock<Error>,
 }
 
@@ -68,43 +69,43 @@ impl fmt::Debug for Store {
     }
 }
 
-/// What a write requires of the object that may be there already.
+/// Condition of a write on the present object.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Condition<'a> {
-    /// Nothing.
+    /// Unconditional.
     Always,
-    /// That there is none.
+    /// There is no object (`If-None-Match: *`).
     Absent,
-    /// That it has this ETag.
+    /// The object has this ETag (`If-Match`).
     Matches(&'a str),
 }
 
-/// How a conditional write ended.
+/// Result of a conditional write.
 #[derive(Debug)]
 pub(super) enum Written {
-    /// It was written.
+    /// The object was written.
     Done(ObjectIdentity),
     /// The condition was not met.
     Refused,
-    /// The store knows no such condition; nothing was written.
+    /// The store does not support the condition. Nothing was written.
     Unsupported,
 }
 
-/// An object's bytes, or why there are none to stream.
+/// Result of reading a range of an object.
 pub(super) enum ReadBody {
-    /// A stream that begins at `start`.
+    /// A stream that begins at `start`, which is 0 if the server ignored the range.
     Stream {
         /// Offset of the first byte.
         start: u64,
-        /// The bytes.
+        /// The content.
         stream: BoxStream<'static, Result<Bytes>>,
     },
-    /// It has another ETag than was asked for.
+    /// The object has another ETag or size than requested.
     Changed,
 }
 
 impl Store {
-    /// Sets up clients. Reads AWS's files and root certificates: not on an async thread. No network.
+    /// Sets up the clients without sending a request. Blocks while it reads AWS files and root certificates.
     pub(super) fn open(config: &RemoteConfig, place: &RemoteLocation, options: &Options, retry: Retry) -> Result<Self> {
         match place {
             RemoteLocation::Folder(folder) => Self::open_folder(folder, retry),
@@ -152,17 +153,18 @@ impl Store {
             .with_credentials(credentials.clone())
             .with_http_connector(connector);
         if let Some(endpoint) = &settings.endpoint {
-            // With the bucket in the host, the builder takes the endpoint as it is.
+            // In virtual-hosted style, `object_store` uses the endpoint unchanged, so the bucket is added here.
             let virtual_host = || endpoint.replacen("://", &format!("://{bucket}."), 1);
             builder = builder.with_endpoint(if settings.path_style { endpoint.clone() } else { virtual_host() });
         }
+        // Options of the user override the settings above.
         for (key, value) in &options.passed_on {
             builder = builder.with_config(*key, value.expose());
         }
         let s3 = builder.build().map_err(|error| {
-            // The text may repeat a value; only its kind is told.
+            // The text may contain the value of an option, so it is not part of the message.
             tracing::debug!(%error, "the S3 client refused its options");
-            Error::invalid("the options of the remote do not fit together")
+            Error::invalid("the options of the remote are inconsistent")
                 .tier(Tier::Remote)
                 .hint("check [remote.options]")
         })?;
@@ -179,7 +181,10 @@ impl Store {
         })
     }
 
-    /// The key of `relative`, which is below the remote's prefix.
+    /// Returns the key of `relative`, a path below the remote's prefix.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if the path cannot be a key of this store.
     pub(super) fn key(&self, relative: &str) -> Result<Path> {
         let text = match self.prefix.as_str() {
             "" => relative.to_owned(),
@@ -191,7 +196,9 @@ impl Store {
         if matches!(self.kind, Kind::Bucket { .. }) && text.len() > KEY_BYTES_MAX {
             return Err(unusable(format!("{} bytes with the prefix; at most {KEY_BYTES_MAX}", text.len())));
         }
+        // `Path::parse` keeps the text unchanged. `Path::from` would escape characters such as `+` and `é`.
         let key = Path::parse(&text).map_err(|error| unusable(error.to_string()))?;
+        // `LocalFileSystem` writes to `name#1` before it renames to `name`, and hides such names in listings.
         let numbered = |name: &str| {
             name.split_once('#').is_some_and(|(_, n)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
         };
@@ -201,12 +208,12 @@ impl Store {
         Ok(key)
     }
 
-    /// The prefix of all keys.
+    /// Returns the prefix of all keys, or `None` if it is empty.
     pub(super) fn root(&self) -> Option<Path> {
         (!self.prefix.is_empty()).then(|| Path::parse(&self.prefix).ok()).flatten()
     }
 
-    /// `key` without the remote's prefix.
+    /// Returns `key` without the remote's prefix.
     pub(super) fn relative<'a>(&self, key: &'a Path) -> Option<&'a str> {
         match self.prefix.as_str() {
             "" => Some(key.as_ref()),
@@ -214,7 +221,7 @@ impl Store {
         }
     }
 
-    /// The S3 client, where the store is a bucket.
+    /// Returns the S3 client if the store is a bucket.
     pub(super) fn bucket(&self) -> Option<&AmazonS3> {
         match &self.kind {
             Kind::Bucket { s3, .. } => Some(s3),
@@ -222,7 +229,7 @@ impl Store {
         }
     }
 
-    /// Where the keys come from, where the store is a bucket.
+    /// Returns the credential chain if the store is a bucket.
     pub(super) fn credentials(&self) -> Option<&Credentials> {
         match &self.kind {
             Kind::Bucket { credentials, .. } => Some(credentials),
@@ -230,7 +237,7 @@ impl Store {
         }
     }
 
-    /// Asks what the store's own client does not, where the store is a bucket and its options allow it.
+    /// Returns the client for requests that `object_store` lacks, if the store is a bucket and its options allow it.
     pub(super) fn raw_client(&self) -> Option<&RawClient> {
         match &self.kind {
             Kind::Bucket { raw_client, .. } => raw_client.as_ref(),
@@ -238,7 +245,7 @@ impl Store {
         }
     }
 
-    /// Makes copies within the bucket, where that is possible.
+    /// Returns the client for server-side copies, if the store is a bucket and its options allow it.
     pub(super) fn copier(&self) -> Option<&Copier> {
         match &self.kind {
             Kind::Bucket { copier, .. } => copier.as_deref(),
@@ -246,22 +253,24 @@ impl Store {
         }
     }
 
-    /// Whether the digest of a part is signed with its request, by whoever has it already.
+    /// Returns true if the requests of parts sign the part's digest, so that the caller should compute it while
+    /// reading.
     pub(super) fn signs_digests(&self) -> bool {
         self.copier().is_some_and(Copier::signs_payload)
     }
 
-    /// The refusal of a write for want of a right, if there was one.
+    /// Returns the first refusal of a write because of a missing permission.
     pub(super) fn refusal(&self) -> Option<&Error> {
         self.refusal.get()
     }
 
-    /// The region that the server says the bucket is in, where it refused the one that we sign for.
+    /// Returns the bucket's region as reported by the server, if it differs from the region that requests are signed
+    /// for.
     pub(super) fn reported_region(&self) -> Option<String> {
         self.reported_region.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The file that is the object `key`, where the store is a folder.
+    /// Returns the path of the file of object `key` if the store is a folder.
     pub(super) fn file(&self, key: &Path) -> Option<PathBuf> {
         match &self.kind {
             Kind::Folder { root } => Some(root.join(self.relative(key)?)),
@@ -269,7 +278,7 @@ impl Store {
         }
     }
 
-    /// The folder, where the store is one.
+    /// Returns the folder if the store is one.
     pub(super) fn folder(&self) -> Option<&std::path::Path> {
         match &self.kind {
             Kind::Folder { root } => Some(root),
@@ -277,17 +286,18 @@ impl Store {
         }
     }
 
-    /// How requests are tried again.
+    /// Returns the retry policy.
     pub(super) fn retry(&self) -> &Retry {
         &self.retry
     }
 
-    /// Where it is, for messages.
+    /// Returns the names of bucket, endpoint and region, for messages.
     pub(super) fn at(&self) -> &EndpointContext {
         &self.at
     }
 
-    /// The library's error for a failure of `object_store`.
+    /// Translates an error of `object_store`. `doing` is the failed operation. Remembers a region that the server
+    /// reports and drops expired credentials.
     pub(super) async fn failed(&self, error: object_store::Error, doing: &str) -> Error {
         let expired = failure::is_expired(&error);
         let region = failure::refusal(&error).and_then(|refusal| refusal.region.clone());
@@ -296,12 +306,14 @@ impl Store {
         }
         let error = failure::translate(error, doing, &self.at);
         match &self.kind {
+            // A retry helps only if the credentials can be renewed.
             Kind::Bucket { credentials, .. } if expired => error.transient(credentials.expired().await),
             _ => error,
         }
     }
 
-    /// The same for a write. A refusal is remembered.
+    /// Translates an error of a write as [`failed`](Self::failed) does. Remembers a refusal because of a missing
+    /// permission, so that further writes are skipped.
     pub(super) async fn failed_write(&self, error: object_store::Error, doing: &str) -> Error {
         let refused = failure::refuses_write(&error);
         let error = self.failed(error, doing).await;
@@ -314,12 +326,12 @@ impl Store {
         };
         let refusal = Error::new(ErrorKind::Unauthorized, error.message())
             .tier(Tier::Remote)
-            .hint(format!("{right}, or say that the remote is only read: MODEL_CACHE_REMOTE_MODE=ro"));
+            .hint(format!("{right}, or make the remote read-only: MODEL_CACHE_REMOTE_MODE=ro"));
         self.refusal.get_or_init(|| refusal.clone());
         refusal
     }
 
-    /// `None` where there is no such object, or where the answer cannot be told from that.
+    /// Returns `None` if the object does not exist, or if the answer is a 403 that S3 also sends for a missing object.
     pub(super) async fn present<T>(&self, answer: object_store::Result<T>, doing: &str) -> Result<Option<T>> {
         match answer {
             Ok(value) => Ok(Some(value)),
@@ -334,7 +346,10 @@ impl Store {
         }
     }
 
-    /// A whole object of at most `bytes_max`.
+    /// Reads a whole object of at most `bytes_max` bytes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if the object is larger.
     pub(super) async fn get(&self, key: &Path, bytes_max: u64) -> Result<Option<(Bytes, ObjectIdentity)>> {
         let doing = format!("cannot read {key}");
         self.retry
@@ -351,15 +366,15 @@ impl Store {
                     return Err(cut.error(key, |error| error).tier(Tier::Remote));
                 }
                 if bytes.len() as u64 != identity.object_bytes {
-                    let what = format!("{doing}: the answer has {} of {} bytes", bytes.len(), identity.object_bytes);
-                    return Err(Error::unavailable(what).tier(Tier::Remote));
+                    let message = format!("{doing}: the answer has {} of {} bytes", bytes.len(), identity.object_bytes);
+                    return Err(Error::unavailable(message).tier(Tier::Remote));
                 }
                 Ok(Some((Bytes::from(bytes), identity)))
             })
             .await
     }
 
-    /// An object's identity.
+    /// Returns ETag and size of an object, or `None` if it does not exist.
     pub(super) async fn head(&self, key: &Path) -> Result<Option<ObjectIdentity>> {
         let doing = format!("cannot look at {key}");
         self.retry
@@ -370,14 +385,15 @@ impl Store {
             .await
     }
 
-    /// When an object was written, in milliseconds since the Unix epoch by the store's clock; `None` if there is none.
+    /// Returns the modification time of an object in milliseconds since the Unix epoch by the store's clock, or `None`
+    /// if the object does not exist. Not retried.
     pub(super) async fn written_at_ms(&self, key: &Path) -> Result<Option<i64>> {
         let doing = format!("cannot look at {key}");
         let answer = self.present(self.objects.head(key).await, &doing).await?;
         Ok(answer.map(|meta| meta.last_modified.timestamp_millis()))
     }
 
-    /// Names of the folders directly in `folder`; none where listing is not permitted.
+    /// Returns the names of the folders directly in `folder`, or none if listing is not permitted.
     pub(super) async fn folders(&self, folder: &Path) -> Result<Vec<String>> {
         let mut folders = Vec::new();
         self.pages(Some(folder), true, |page| {
@@ -388,8 +404,8 @@ impl Store {
         Ok(folders)
     }
 
-    /// An object directly in `folder`, records of ours and markers apart, if there is one. `None` also where listing is not
-    /// permitted.
+    /// Returns a non-empty object directly in `folder`. Our own records lie one level deeper, and folder markers are
+    /// empty. Returns `None` if there is none or listing is not permitted.
     pub(super) async fn any_in(&self, folder: &Path) -> Result<Option<String>> {
         let mut found = None;
         let listed = self.pages(Some(folder), true, |page| {
@@ -403,7 +419,8 @@ impl Store {
         }
     }
 
-    /// A range of an object, as one attempt. The object must have the size of `wanted`, and its ETag where that has one.
+    /// Reads a range of an object, without retries. The object must have the size of `wanted`, and its ETag if `wanted`
+    /// has one.
     pub(super) async fn read(&self, key: &Path, range: Range<u64>, wanted: &ObjectIdentity) -> Result<ReadBody> {
         let etag = wanted.etag.as_deref();
         let doing = format!("cannot read {key}");
@@ -412,12 +429,14 @@ impl Store {
             if_match: etag.map(str::to_owned),
             ..GetOptions::default()
         };
+        // A server without range support sends the whole object, which `object_store` refuses: request it without a
+        // range.
         let answer = match self.objects.get_opts(key, options(true)).await {
             Err(error) if failure::ignores_range(&error) => self.objects.get_opts(key, options(false)).await,
             answer => answer,
         };
         match answer {
-            // A store that ignores the condition still tells what it sends.
+            // A store that ignores `If-Match` still sends the ETag and the size of the object.
             Ok(answer)
                 if etag.is_some_and(|etag| is_another(etag, answer.meta.e_tag.as_deref()))
                     || answer.meta.size != wanted.object_bytes =>
@@ -430,7 +449,7 @@ impl Store {
         }
     }
 
-    /// The bytes of an answer, with a limit on silence and on a connection that hardly sends.
+    /// Returns the body of an answer. Fails if the connection is silent for the read timeout or has nearly stalled.
     fn stream(&self, answer: object_store::GetResult, doing: String) -> BoxStream<'static, Result<Bytes>> {
         let at = self.at.clone();
         let silence = self.retry.read_timeout();
@@ -446,7 +465,7 @@ impl Store {
         }
     }
 
-    /// Writes a small object.
+    /// Writes a small object in one request.
     pub(super) async fn put(&self, key: &Path, bytes: Bytes, condition: Condition<'_>) -> Result<Written> {
         let doing = format!("cannot write {key}");
         let mode = match condition {
@@ -459,6 +478,7 @@ impl Store {
                 let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
                 match self.objects.put_opts(key, bytes.clone().into(), options).await {
                     Ok(put) => Ok(Written::Done(ObjectIdentity { etag: put.e_tag, object_bytes: bytes.len() as u64 })),
+                    // 412. A 409 (concurrent conditional write) is transient and retried.
                     Err(error) if !matches!(condition, Condition::Always) && failure::condition_failed(&error) => {
                         Ok(Written::Refused)
                     }
@@ -471,7 +491,7 @@ impl Store {
             .await
     }
 
-    /// Removes an object; one that is not there is removed.
+    /// Removes an object. Succeeds if it does not exist.
     pub(super) async fn delete(&self, key: &Path) -> Result<()> {
         let doing = format!("cannot remove {key}");
         self.retry
@@ -487,15 +507,16 @@ impl Store {
             .await
     }
 
-    /// Every object below `prefix`, which may not exist. `None`: listing is not permitted.
+    /// Lists every object below `prefix`. Returns `None` if listing is not permitted.
     pub(super) async fn list(&self, prefix: Option<&Path>) -> Result<Option<Vec<ObjectMeta>>> {
         self.list_those(prefix, |_| true).await
     }
 
-    /// The objects below `prefix` that `wanted` accepts; others cost no memory. `None`: listing is not permitted.
+    /// Lists the objects below `prefix` that `wanted` accepts. Other objects are not kept in memory. Returns `None` if
+    /// listing is not permitted.
     ///
     /// # Errors
-    /// `Invalid` for more than [`limits::FILES_MAX`] of them.
+    /// `Invalid` for more than [`limits::FILES_MAX`] accepted objects.
     pub(super) async fn list_those(
         &self,
         prefix: Option<&Path>,
@@ -513,11 +534,11 @@ impl Store {
         }
     }
 
-    /// Gives the pages of what lies below `prefix` to `take`, until that returns false. `flat`: what lies directly there,
-    /// objects and folders. Returns false if listing is not permitted.
+    /// Lists the objects below `prefix` and passes each page to `take`, until `take` returns false. With `flat`, lists
+    /// only the objects and folders directly in `prefix`. Returns false if listing is not permitted.
     ///
     /// # Errors
-    /// `Corrupt` for pages without end, see [`Paging`].
+    /// `Corrupt` for a listing that does not end, see [`Paging`].
     pub(super) async fn pages(
         &self,
         prefix: Option<&Path>,
@@ -525,6 +546,7 @@ impl Store {
         mut take: impl FnMut(ListResult) -> Result<bool>,
     ) -> Result<bool> {
         let doing = "cannot list the remote";
+        // A folder is listed in one page.
         let Kind::Bucket { s3, .. } = &self.kind else {
             let listed = self.retry.run(|| async {
                 let listed = match flat {
@@ -556,6 +578,7 @@ impl Store {
                 }
             });
             let Some(PaginatedListResult { result, page_token }) = page.await? else { return Ok(false) };
+            // The last key of the page, including removed ones and folders. `Paging` checks that the pages advance.
             let left_out = result.extensions.get::<LeftOut>().and_then(|LeftOut(keys)| keys.last().map(String::as_str));
             let last = [
                 result.objects.last().map(|object| object.location.as_ref()),
@@ -575,17 +598,18 @@ impl Store {
     }
 }
 
-/// Refuses a list of more entries than an artifact can have files.
+/// Fails if a list has more entries than an artifact can have files.
 fn within_files_max(entries: usize) -> Result<()> {
     match entries > limits::FILES_MAX {
         true => Err(Error::invalid(format!("the remote lists more than {} entries", limits::FILES_MAX))
             .tier(Tier::Remote)
-            .hint("is it a prefix that other tools fill? name one of its own for modelcache, or a narrower place")),
+            .hint("if other tools write below this prefix, give modelcache its own prefix or use a longer one")),
         false => Ok(()),
     }
 }
 
-/// Whether the object that `now` belongs to is another than that of `etag`. Some stores leave the quotes away in lists.
+/// Returns true if the ETag `now` is known and differs from `etag`. Quotes are ignored, because some stores omit them
+/// in listings.
 pub(super) fn is_another(etag: &str, now: Option<&str>) -> bool {
     let bare = |etag: &str| etag.trim_matches('"').to_owned();
     now.is_some_and(|now| bare(now) != bare(etag))
@@ -595,18 +619,18 @@ pub(super) fn identity(meta: &ObjectMeta) -> ObjectIdentity {
     ObjectIdentity { etag: meta.e_tag.clone(), object_bytes: meta.size }
 }
 
-/// Once per process: a bucket that answers 403 for what is missing does so for every artifact.
+/// Warns about ambiguous 403 answers. Once per process, because the bucket answers so for every missing object.
 pub(super) fn warn_ambiguous(at: &EndpointContext) {
     static WARNED: AtomicBool = AtomicBool::new(false);
     if !WARNED.swap(true, Ordering::Relaxed) {
         tracing::warn!(
             bucket = at.container,
-            "the remote answers 403 where an object may just be missing; taken as missing. The credentials may lack s3:ListBucket or s3:GetObject; files that another tool put there are found with s3:ListBucket only"
+            "the remote answers 403 where an object may just be missing; treating it as missing. The credentials may lack s3:ListBucket or s3:GetObject; objects of other tools are found with s3:ListBucket only"
         );
     }
 }
 
-/// Ends a stream whose connection is silent or has nearly stalled.
+/// Ends a stream with an error if no bytes arrive for `silence`, or if the connection has nearly stalled.
 fn with_idle_limit(
     stream: BoxStream<'static, Result<Bytes>>,
     silence: Duration,
@@ -635,7 +659,7 @@ fn with_idle_limit(
     .boxed()
 }
 
-/// Reads a file in large steps: `object_store`'s own are 8 KiB, each with a hop to another thread.
+/// Streams a local file in large reads. `object_store` reads 8 KiB at a time, each with a switch to another thread.
 fn file_stream(
     file: std::fs::File,
     range: Range<u64>,

@@ -1,8 +1,8 @@
-//! Verifying: every object that a manifest names is read as a stream and compared with its digest.
+//! Verification of an artifact on the remote: every object in the manifest is streamed, hashed and compared.
 //!
-//! Nothing is kept of what is read, so memory does not depend on sizes. A stream that breaks goes on where it broke. An
-//! object that has another ETag than recorded and the right bytes is right: copying a bucket changes ETags. Nothing is
-//! changed here; whoever asked repairs by publishing again.
+//! Memory use does not depend on the size of the objects. An interrupted stream is resumed. An object with the right
+//! digest and another ETag than recorded is intact, because copying a bucket changes ETags. The remote is not changed;
+//! callers repair by publishing again.
 
 use super::store::{ReadBody, Store};
 use super::{Folder, REPAIR, Remote};
@@ -16,10 +16,10 @@ use crate::transfer::RateLimiter;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 
-/// Objects read at a time.
+/// Concurrent reads of objects.
 const READS_IN_FLIGHT: usize = 8;
 
-/// One call's job.
+/// The arguments of one verification.
 struct VerifyJob<'a> {
     store: &'a Store,
     folder: &'a Folder,
@@ -27,6 +27,7 @@ struct VerifyJob<'a> {
     progress: &'a Progress,
 }
 
+/// Verifies the objects of `key` at the paths that `chosen` accepts. Returns `None` if the artifact is not published.
 pub(super) async fn verify(
     remote: &Remote,
     key: &ArtifactKey,
@@ -40,6 +41,7 @@ pub(super) async fn verify(
     let manifest = match folder.read_manifest(store).await {
         Ok(None) => return Ok(None),
         Ok(Some((manifest, _))) => manifest,
+        // A damaged manifest is a finding. Without it there is nothing else to compare.
         Err(error) if error.kind() == ErrorKind::Corrupt => {
             verified.findings.push(Finding {
                 detail: Some(error.message().to_owned()),
@@ -67,34 +69,37 @@ pub(super) async fn verify(
 }
 
 impl VerifyJob<'_> {
-    /// What is wrong with the object of `path`, if anything is.
+    /// Verifies the object of `path`. Returns a finding if it is missing or differs.
     async fn object(&self, path: &FilePath, entry: &FileEntry, recorded: &ObjectIdentity) -> Result<Option<Finding>> {
         let object = self.folder.object(self.store, path)?;
         let finding = |problem, detail: Option<String>| {
             Some(Finding { expected: entry.sha256, detail, ..Finding::new(Some(path.clone()), problem) })
         };
+        // The cheap checks first: existence and size.
         let Some(now) = self.store.head(&object).await? else { return Ok(finding(Problem::Missing, None)) };
         if now.object_bytes != entry.size {
             let detail = format!("{} bytes, published with {}", now.object_bytes, entry.size);
             return Ok(finding(Problem::WrongSize, Some(detail)));
         }
+        // Another ETag is no problem by itself, only a detail of one.
         let replaced = match (&now.etag, &recorded.etag) {
             (Some(now), Some(recorded)) if now != recorded => Some("its ETag is not the one recorded".to_owned()),
             _ => None,
         };
         let Some(hasher) = self.hash(&object, &now).await? else {
-            return Ok(finding(Problem::Missing, Some("it went, or was replaced, while it was read".into())));
+            return Ok(finding(Problem::Missing, Some("it was removed or replaced while it was read".into())));
         };
         let (found, ladder) = hasher.finish();
         if entry.sha256.is_none_or(|expected| expected == found) {
             return Ok(None);
         }
+        // The first checkpoint that differs locates the first wrong part.
         let first = entry.ladder.as_ref().and_then(|expected| BadPart::first_between(expected, &ladder, entry.size));
         let bad_parts = first.into_iter().collect();
         Ok(finding(Problem::WrongBytes, replaced).map(|finding| Finding { found: Some(found), bad_parts, ..finding }))
     }
 
-    /// The object's bytes, hashed; `None` if it is not that object any more.
+    /// Hashes the whole object. Returns `None` if it was removed or replaced since `now`.
     async fn hash(&self, object: &Path, now: &ObjectIdentity) -> Result<Option<LadderHasher>> {
         let size = now.object_bytes;
         let mut hasher = LadderHasher::new(part_size(size));
@@ -106,6 +111,7 @@ impl VerifyJob<'_> {
                 Ok(false) => return Ok(None),
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
                 Err(error) => {
+                    // Progress since the last error resets the retry budget.
                     if hasher.position() > before {
                         attempts = self.store.retry().attempts();
                     }
@@ -116,14 +122,14 @@ impl VerifyJob<'_> {
         Ok(Some(hasher))
     }
 
-    /// Reads from where `hasher` stands to the end, or until the stream breaks. `false` if it is another object by now.
+    /// Streams the object from the position of `hasher` to the end. Returns false if the object was replaced.
     async fn read_on(&self, object: &Path, now: &ObjectIdentity, hasher: &mut LadderHasher) -> Result<bool> {
         let size = now.object_bytes;
         let ReadBody::Stream { start, mut stream } = self.store.read(object, hasher.position()..size, now).await?
         else {
             return Ok(false);
         };
-        // A server that ignores ranges begins at the beginning.
+        // A server that ignores ranges sends the object from its start: skip the bytes hashed already.
         let mut skip = hasher.position().saturating_sub(start);
         while let Some(chunk) = stream.try_next().await? {
             let skipped = skip.min(chunk.len() as u64);

@@ -1,10 +1,10 @@
-//! HTTP answers, as every origin and the remote read them: header checks, and the one reader of bodies kept in memory.
+//! HTTP responses, for every origin and the remote: header checks, and the one reader of bodies kept in memory.
 //!
 //! # Contract
-//! - [`check_headers`] refuses an answer whose headers contradict each other or whose body is encoded.
+//! - [`check_headers`] rejects a response with contradictory headers or an encoded body.
 //! - [`read_body`] is the only way to collect a body into memory. It stops at a number of bytes, at a silent or nearly
-//!   stalled connection and at a deadline for the whole body. Its buffer grows with what arrives, never with what the
-//!   server announces.
+//!   stalled connection and at a deadline for the whole body. Its buffer grows with the bytes received, never with the
+//!   announced length.
 //! - File bodies are streamed by `part.rs`, under the same stall rule ([`StallDetector`]).
 
 use crate::error::{Error, Result};
@@ -13,15 +13,15 @@ use http::{HeaderMap, StatusCode};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// A connection that brings fewer bytes than this in one read timeout has stalled.
+/// A connection that delivers fewer bytes than this within one read timeout of waiting counts as stalled.
 pub(crate) const STALL_BYTES: u64 = 32 << 10;
-/// Bytes of a refusal's body that are read; the explanations of real servers have a few hundred.
+/// Bytes of an error response's body that are read. The explanations of real servers have a few hundred.
 pub(crate) const REFUSAL_BYTES_MAX: u64 = 64 << 10;
-/// Read timeouts that a body may take in all, beside the time that its size allows.
+/// Fixed part of a body's deadline, in read timeouts. [`BYTES_PER_S_MIN`] adds the part that depends on the size.
 const READ_TIMEOUTS_MAX: u32 = 10;
-/// Rate that the deadline allows for, in bytes per second: 16 MiB get 64 s, the largest manifest 34 min.
+/// Slowest rate that a body's deadline allows, in bytes per second: 16 MiB get 64 s, the largest manifest 34 min.
 const BYTES_PER_S_MIN: u64 = 256 << 10;
-/// Time to wait for the rest of a body that nobody needs, so that its connection can be used again.
+/// Time to wait for the rest of an unused body, so that its connection can be reused.
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// Limits for a body that is kept in memory.
@@ -35,59 +35,62 @@ pub(crate) struct BodyLimits {
 }
 
 impl BodyLimits {
-    /// For an answer of at most `bytes_max` bytes. The deadline is 10 read timeouts and one second per 256 KiB.
+    /// Returns the limits for a response of at most `bytes_max` bytes. The deadline is 10 read timeouts and one second
+    /// per 256 KiB.
     pub(crate) fn answer(bytes_max: u64, read_timeout: Duration) -> Self {
         let deadline = read_timeout * READ_TIMEOUTS_MAX + Duration::from_secs(bytes_max / BYTES_PER_S_MIN);
         Self { bytes_max, read_timeout, deadline }
     }
 
-    /// For an answer that must be complete within `deadline`.
+    /// Returns the limits for a response that must be complete within `deadline`.
     pub(crate) fn within(bytes_max: u64, deadline: Duration) -> Self {
         Self { bytes_max, read_timeout: deadline, deadline }
     }
 
-    /// For the body of a refusal.
+    /// Returns the limits for the body of an error response.
     pub(crate) fn refusal(read_timeout: Duration) -> Self {
         Self::within(REFUSAL_BYTES_MAX, read_timeout)
     }
 
-    /// For the rest of a body that is thrown away.
+    /// Returns the limits for the rest of a body that is discarded.
     pub(crate) fn drain() -> Self {
         Self::within(REFUSAL_BYTES_MAX, DRAIN_TIME_MAX)
     }
 }
 
-/// Why a body was not read to its end.
+/// The reason why a body was not read to its end.
 #[derive(Debug)]
 pub(crate) enum Cut<E> {
-    /// It has more bytes than the limit.
+    /// The body is longer than this limit, in bytes.
     TooLong(u64),
-    /// Nothing came for this long.
+    /// No bytes were received for this long.
     Silent(Duration),
-    /// The connection has nearly stalled.
+    /// The connection delivered fewer than [`STALL_BYTES`] in a window of waiting.
     Stalled,
-    /// It was not complete after this long.
+    /// The body was not complete after this long.
     TooSlow(Duration),
-    /// The stream failed.
+    /// The stream failed with this error.
     Broken(E),
 }
 
 impl<E> Cut<E> {
-    /// The error for it. `whose` names the server or object; `broken` translates a failure of the stream.
-    pub(crate) fn error(self, whose: impl std::fmt::Display, broken: impl FnOnce(E) -> Error) -> Error {
+    /// Converts the reason into an error. `server` names the server or object in the message; `broken` converts a
+    /// failure of the stream.
+    pub(crate) fn error(self, server: impl std::fmt::Display, broken: impl FnOnce(E) -> Error) -> Error {
         match self {
-            Self::TooLong(bytes_max) => Error::corrupt(format!("{whose} answers with more than {bytes_max} bytes")),
-            Self::Silent(time) => Error::unavailable(format!("{whose} sent no bytes for {} s", time.as_secs_f32())),
-            Self::Stalled => Error::unavailable(format!("{whose} is too slow: the connection has nearly stalled")),
+            Self::TooLong(bytes_max) => Error::corrupt(format!("{server} answers with more than {bytes_max} bytes")),
+            Self::Silent(time) => Error::unavailable(format!("{server} sent no bytes for {} s", time.as_secs_f32())),
+            Self::Stalled => Error::unavailable(format!("{server} is too slow: the connection has nearly stalled")),
             Self::TooSlow(time) => {
-                Error::unavailable(format!("the answer of {whose} was not complete after {} s", time.as_secs_f32()))
+                Error::unavailable(format!("the answer of {server} was not complete after {} s", time.as_secs_f32()))
             }
             Self::Broken(error) => broken(error),
         }
     }
 }
 
-/// Reads a body into memory as far as `limits` allow: the bytes that came, and why there are no more.
+/// Reads a body into memory as far as `limits` allow. Returns the bytes received, and the reason if the body is
+/// incomplete.
 pub(crate) async fn read_body<B: AsRef<[u8]>, E>(
     mut stream: impl Stream<Item = Result<B, E>> + Unpin,
     limits: BodyLimits,
@@ -96,6 +99,8 @@ pub(crate) async fn read_body<B: AsRef<[u8]>, E>(
     let mut stall = StallDetector::new(limits.read_timeout);
     loop {
         let began = Instant::now();
+        // Whichever limit expires first ends the read: silence since the last chunk, or the deadline for the whole
+        // body.
         let silent_at = began + limits.read_timeout;
         let chunk = match tokio::time::timeout_at(silent_at.min(end), stream.next()).await {
             Ok(None) => return (body, None),
@@ -105,6 +110,7 @@ pub(crate) async fn read_body<B: AsRef<[u8]>, E>(
             Err(_) => return (body, Some(Cut::TooSlow(limits.deadline))),
         };
         let chunk = chunk.as_ref();
+        // Keep the bytes up to the limit, so that the caller can still use the beginning of a body that is too long.
         let room = usize::try_from(limits.bytes_max).unwrap_or(usize::MAX) - body.len();
         body.extend_from_slice(&chunk[..chunk.len().min(room)]);
         if chunk.len() > room {
@@ -113,15 +119,16 @@ pub(crate) async fn read_body<B: AsRef<[u8]>, E>(
         if stall.record(chunk.len() as u64, began.elapsed()) {
             return (body, Some(Cut::Stalled));
         }
+        // A server that sends without pause never runs into the timeout above.
         if Instant::now() >= end {
             return (body, Some(Cut::TooSlow(limits.deadline)));
         }
     }
 }
 
-/// Finds connections that still send, but hardly: fewer than [`STALL_BYTES`] in a window of waiting.
+/// Detects connections that are alive but far too slow: fewer than [`STALL_BYTES`] in a window of waiting.
 ///
-/// Only time spent waiting for the connection counts, so that a slow disk or a rate limit is no stall.
+/// Only time spent waiting for the connection counts, so that a slow disk or a rate limit is not mistaken for a stall.
 #[derive(Debug)]
 pub(crate) struct StallDetector {
     window: Duration,
@@ -130,12 +137,12 @@ pub(crate) struct StallDetector {
 }
 
 impl StallDetector {
-    /// A detector for one connection.
+    /// Creates a detector for one connection. `window` is the waiting time after which the bytes are judged.
     pub(crate) fn new(window: Duration) -> Self {
         Self { window, waited: Duration::ZERO, bytes: 0 }
     }
 
-    /// Records `bytes` that were waited for. Returns true if the connection has stalled.
+    /// Records `bytes` received after waiting for `waited`. Returns true if the connection has stalled.
     pub(crate) fn record(&mut self, bytes: u64, waited: Duration) -> bool {
         (self.bytes, self.waited) = (self.bytes + bytes, self.waited + waited);
         if self.waited < self.window {
@@ -147,19 +154,19 @@ impl StallDetector {
     }
 }
 
-/// Checks the headers of an answer that carries bytes of a file: the body is the file as it is stored, and not longer
-/// than its range says.
+/// Checks the headers of a response that carries bytes of a file: the body must be the file as stored, and not longer
+/// than the stated range.
 ///
 /// # Errors
-/// `Corrupt` for an encoded body, and for a `Content-Length` above what the `Content-Range` says.
+/// `Corrupt` for an encoded body, and for a `Content-Length` above the length of the `Content-Range`.
 pub(crate) fn check_headers(status: StatusCode, headers: &HeaderMap) -> Result<()> {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    // Some object stores keep the framing of an upload (`aws-chunked`) as if it were an encoding of the object.
+    // Some object stores return the framing of an upload (`aws-chunked`) as if it were an encoding of the object.
     let is_encoding = |encoding: &&str| !matches!(*encoding, "" | "identity" | "aws-chunked");
     let encodings = headers.get_all("content-encoding").into_iter();
     let encodings = encodings.flat_map(|value| value.to_str().unwrap_or("unreadable").split(','));
     if let Some(encoding) = encodings.map(str::trim).find(is_encoding) {
-        return Err(Error::corrupt(format!("the server encodes the file ({encoding:?}), though asked not to")).hint(
+        return Err(Error::corrupt(format!("the server encodes the file ({encoding:?}) against the request")).hint(
             "let the server send the file as it is stored: no Content-Encoding, neither by compression, nor by a rule \
              for .gz, nor in the metadata of the object",
         ));
@@ -167,27 +174,27 @@ pub(crate) fn check_headers(status: StatusCode, headers: &HeaderMap) -> Result<(
     let length = text("content-length").and_then(|length| length.parse::<u64>().ok());
     let range = text("content-range").and_then(content_range).filter(|_| status == StatusCode::PARTIAL_CONTENT);
     match (range, length) {
-        // A shorter body is one that ends early: whoever reads counts, and asks for the rest.
+        // A shorter body is allowed: the reader counts the bytes and requests the rest.
         (Some(range), Some(length)) if range.last - range.first + 1 < length => Err(Error::corrupt(format!(
-            "the server says that it sends bytes {}-{} of the file, and {length} bytes",
+            "the server's headers contradict each other: Content-Range {}-{}, Content-Length {length}",
             range.first, range.last
         ))),
         _ => Ok(()),
     }
 }
 
-/// What a `Content-Range` says: `bytes 5-9/10`.
+/// A parsed `Content-Range` header, such as `bytes 5-9/10`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ContentRange {
     /// Offset of the first byte.
     pub(crate) first: u64,
     /// Offset of the last byte.
     pub(crate) last: u64,
-    /// Size of the whole file; `None` where it is `*`.
+    /// Size of the whole file in bytes; `None` if the header has `*`.
     pub(crate) total: Option<u64>,
 }
 
-/// Parses a `Content-Range`; `None` if it contradicts itself.
+/// Parses a `Content-Range`. Returns `None` if it is malformed or contradicts itself.
 pub(crate) fn content_range(text: &str) -> Option<ContentRange> {
     let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
@@ -204,7 +211,7 @@ mod tests {
 
     const WINDOW: Duration = Duration::from_millis(300);
 
-    /// The body of a server that sends `chunk` again and again, for ever.
+    /// Reads the body of a server that sends `chunk` every `every_ms` milliseconds without end.
     async fn cut(chunk: &'static [u8], every_ms: u64, limits: BodyLimits) -> (usize, Option<Cut<()>>) {
         let endless = stream::repeat(()).then(move |()| async move {
             tokio::time::sleep(Duration::from_millis(every_ms)).await;
@@ -226,7 +233,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_whole_body_comes_as_it_is() {
+    async fn a_complete_body_is_returned_unchanged() {
         let chunks = [Ok::<_, ()>(b"ab".as_slice()), Ok(b""), Ok(b"c")];
         let (body, cut) = read_body(stream::iter(chunks), BodyLimits::answer(3, WINDOW)).await;
         assert!(cut.is_none() && body == b"abc");

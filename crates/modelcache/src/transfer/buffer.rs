@@ -1,21 +1,22 @@
-//! One pool of page-aligned buffers for all fills: the bound on what a pour may hold in memory.
+//! Pool of page-aligned buffers, shared by all fills: it bounds the memory of all downloads.
 //!
-//! There are [`BUFFERS_MAX`] of them and never more, and fewer where address space is limited: who needs one when all are
-//! in use waits, while what comes waits in the kernel. Nobody waits for a second one while holding a first, so that waiting always ends.
+//! The pool has [`BUFFERS_MAX`] buffers, or fewer if address space is limited. A task that needs a buffer while all are
+//! in use waits; received bytes stay in the kernel meanwhile. Deadlock cannot occur, because no task waits for a second
+//! buffer while it holds a first one.
 
 use crate::disk::ALIGNMENT;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes that are received, hashed and written at a time.
+/// Size of a slice, the unit of I/O: the bytes that are received, hashed and written at a time.
 pub(crate) const SLICE_BYTES: usize = 512 << 10;
-/// All there are: 24 MiB.
+/// Number of buffers in the pool: 24 MiB in total.
 const BUFFERS_MAX: usize = 48;
-/// As many as there are at least, however little address space is left.
+/// Lower bound on the number of buffers, however little address space is left.
 const BUFFERS_MIN: usize = 8;
 
-/// Buffers that were used before, to be used again.
+/// A pool of reusable buffers. Clones share one pool.
 #[derive(Debug, Clone)]
 pub(crate) struct BufferPool {
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
@@ -23,31 +24,32 @@ pub(crate) struct BufferPool {
     buffers: usize,
 }
 
-/// A buffer of [`SLICE_BYTES`] whose memory starts at a multiple of [`ALIGNMENT`].
+/// A buffer of [`SLICE_BYTES`]; its memory starts at a multiple of [`ALIGNMENT`].
 #[derive(Debug)]
 pub(crate) struct Buffer {
     storage: Vec<u8>,
     start: usize,
     len: usize,
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
-    /// `None` where the pool was closed, which it never is.
+    /// Returns the slot to the pool on drop. `None` only if the semaphore were closed, which never happens.
     _taken: Option<OwnedSemaphorePermit>,
 }
 
 impl BufferPool {
-    /// A pool that takes at most a quarter of `address_space_left`, where that is limited.
+    /// Creates a pool. If address space is limited, the pool takes at most a quarter of `address_space_left` (bytes).
     pub(crate) fn new(address_space_left: Option<u64>) -> Self {
         let fitting = |left: u64| usize::try_from(left / 4 / SLICE_BYTES as u64).unwrap_or(BUFFERS_MAX);
         let buffers = address_space_left.map_or(BUFFERS_MAX, fitting).clamp(BUFFERS_MIN, BUFFERS_MAX);
         Self { idle: Arc::default(), left: Arc::new(Semaphore::new(buffers)), buffers }
     }
 
-    /// An empty buffer, as soon as there is one.
+    /// Returns an empty buffer. Waits until one is free.
     pub(crate) async fn take(&self) -> Buffer {
         self.buffer(self.left.clone().acquire_owned().await.ok())
     }
 
-    /// A second buffer for who has one with the workers, if so few are in use that nobody will miss it.
+    /// Returns a second buffer, for use while the workers have the first one, or `None` if half of the pool is in use:
+    /// that half is reserved for first buffers.
     pub(crate) fn spare(&self) -> Option<Buffer> {
         if self.is_tight() {
             return None;
@@ -55,7 +57,7 @@ impl BufferPool {
         Some(self.buffer(Some(self.left.clone().try_acquire_owned().ok()?)))
     }
 
-    /// Whether second buffers should be given back.
+    /// Returns true if half of the pool or more is in use, so that second buffers should be returned.
     pub(crate) fn is_tight(&self) -> bool {
         self.left.available_permits() <= self.buffers / 2
     }
@@ -63,13 +65,15 @@ impl BufferPool {
     fn buffer(&self, taken: Option<OwnedSemaphorePermit>) -> Buffer {
         let reused = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let storage = reused.unwrap_or_else(|| vec![0; SLICE_BYTES + ALIGNMENT]);
+        // O_DIRECT needs aligned memory. The storage has `ALIGNMENT` spare bytes, so that an aligned start exists in
+        // it.
         let start = storage.as_ptr().align_offset(ALIGNMENT);
         Buffer { storage, start, len: 0, idle: self.idle.clone(), _taken: taken }
     }
 }
 
 impl Buffer {
-    /// Takes as much of `bytes` as fits (and at most `limit` in all); how much that was.
+    /// Appends bytes until the buffer is full or holds `limit` bytes. Returns the number of bytes taken from `bytes`.
     pub(crate) fn fill(&mut self, bytes: &[u8], limit: usize) -> usize {
         let take = bytes.len().min(limit.min(SLICE_BYTES) - self.len);
         let at = self.start + self.len;
@@ -78,13 +82,13 @@ impl Buffer {
         take
     }
 
-    /// Room for `len` bytes (at most [`SLICE_BYTES`]), to be written into; what was there is forgotten.
+    /// Returns a mutable slice of `len` bytes (at most [`SLICE_BYTES`]) to write into, replacing the previous content.
     pub(crate) fn room(&mut self, len: usize) -> &mut [u8] {
         self.len = len.min(SLICE_BYTES);
         &mut self.storage[self.start..self.start + self.len]
     }
 
-    /// Forgets what it holds.
+    /// Empties the buffer.
     pub(crate) fn clear(&mut self) {
         self.len = 0;
     }
@@ -129,7 +133,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn there_are_so_many_and_no_more() {
+    async fn the_pool_never_has_more_than_its_maximum_of_buffers() {
         let pool = BufferPool::new(None);
         let mut all: Vec<_> = std::iter::from_fn(|| pool.spare()).take(2 * BUFFERS_MAX).collect();
         assert_eq!(all.len(), BUFFERS_MAX / 2, "the other half is for first buffers");

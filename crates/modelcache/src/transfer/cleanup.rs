@@ -1,33 +1,34 @@
-//! What is left to do when a caller is gone: uploads to abort, claims to give back.
+//! Cleanup tasks of cancelled calls: aborting multipart uploads, releasing claims.
 //!
-//! Whoever is dropped cannot wait; its last requests go on as tasks, which are counted here, so that a process that is
-//! about to end can give them a moment. Nothing depends on it: what is not done is swept by the next writer.
+//! A `Drop` implementation cannot wait for a request, so it spawns a task. The tasks are counted here, so that a
+//! process that is about to exit can wait for them briefly. Correctness does not depend on them: the next writer sweeps
+//! whatever they leave behind.
 
 use std::future::Future;
 use std::sync::LazyLock;
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// How many of them there are, in this process.
-static LEFT: LazyLock<watch::Sender<usize>> = LazyLock::new(|| watch::Sender::new(0));
+/// Number of unfinished cleanup tasks in this process.
+static RUNNING: LazyLock<watch::Sender<usize>> = LazyLock::new(|| watch::Sender::new(0));
 
-/// Counts as long as it lives, also where its task is dropped.
+/// Counts a task as unfinished until dropped, which also happens if the runtime drops the task.
 struct Counted;
 
 impl Counted {
     fn new() -> Self {
-        LEFT.send_modify(|left| *left += 1);
+        RUNNING.send_modify(|left| *left += 1);
         Self
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        LEFT.send_modify(|left| *left -= 1);
+        RUNNING.send_modify(|left| *left -= 1);
     }
 }
 
-/// Runs `work` after whoever asks for it is gone; not at all where there is no runtime any more.
+/// Spawns `work` as a counted background task. Does nothing if no runtime is running.
 pub(crate) fn spawn_cleanup(work: impl Future<Output = ()> + Send + 'static) {
     let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
     let counted = Counted::new();
@@ -37,9 +38,9 @@ pub(crate) fn spawn_cleanup(work: impl Future<Output = ()> + Send + 'static) {
     });
 }
 
-/// Waits until everything is put away that dropped calls of this process had begun, for at most `limit`.
+/// Waits until all cleanup tasks of this process have finished, for at most `limit`.
 pub async fn wait_for_cleanup(limit: Duration) {
-    let mut left = LEFT.subscribe();
+    let mut left = RUNNING.subscribe();
     let _ = tokio::time::timeout(limit, left.wait_for(|left| *left == 0)).await;
 }
 
@@ -48,7 +49,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_end_waits_for_what_was_left() {
+    async fn a_process_waits_for_its_cleanup_tasks() {
         let (send, receive) = tokio::sync::oneshot::channel();
         spawn_cleanup(async move {
             tokio::time::sleep(Duration::from_millis(20)).await;

@@ -1,10 +1,10 @@
-//! The pour: files from sources into staging, in parallel ranges, checked on the way.
+//! Downloader: copies files from sources into staging, in parallel ranges, verifying them in the same pass.
 //!
-//! Every file comes part by part, each part from the first of its sources that gives it right (`part.rs`). A file
-//! without a ladder is checked as a whole: one that fails is fetched once more from the same sources, then without the
-//! first. What an ended fill left in staging is gone on with: its parts are read and checked before they count. Memory
-//! is bounded by the buffers that all fills share, whatever the size of files. Nothing here decides where bytes should
-//! come from or what becomes of them.
+//! Each part is downloaded from the first source that delivers it correctly (`part.rs`). A file without a ladder is
+//! verified as a whole; if that fails, it is downloaded once more from the same sources, then without the first one.
+//! Partial downloads that an earlier fill left in staging are resumed: their parts are read back and verified before
+//! they count. Memory is bounded by the shared buffer pool, whatever the size of the files. The choice of sources and
+//! the use of the staged files belong to the caller.
 
 use super::engine::Engine;
 use super::order::{Order, PartQueue};
@@ -29,47 +29,48 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinSet;
 
-/// How many parts a file's hash in order may lag behind what is asked for: what came early has to be read back, best from
-/// memory.
-const LAG_PARTS: u64 = 64;
-/// How many parts that came may wait for a hash that is slower than the network. What an ended fill left came long ago,
-/// and is no reason to wait.
-const BEHIND_PARTS: usize = 8;
-/// How soon to look again whether the hash has caught up.
-const LOOK_BEHIND: Duration = Duration::from_millis(5);
+/// Maximum number of parts between the in-order hash and the part to request next. Parts that arrive early are read
+/// back for hashing, and the bound makes it likely that they are still in the page cache.
+const HASH_LAG_PARTS_MAX: u64 = 64;
+/// Maximum number of received parts that may wait for the in-order hash if hashing is slower than the network. Does not
+/// apply to a resumed file: its parts were received long ago.
+const UNHASHED_PARTS_MAX: usize = 8;
+/// Interval for checking whether the in-order hash has caught up.
+const HASH_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// One file to be poured.
+/// One file to download.
 #[derive(Debug, Clone)]
 pub(crate) struct DownloadFile {
     pub(crate) path: FilePath,
-    /// What is known of it: its size always, digests and ladder if anybody knows them.
+    /// The known metadata of the file: always the size; digests and ladder if available.
     pub(crate) entry: FileEntry,
-    /// Where it is staged.
+    /// Path of the staged file.
     pub(crate) target: RootedPath,
-    /// Says that the staging is somebody's as long as anything may be written there.
+    /// Lock that marks the staging folder as owned, held as long as a write to it may be in progress.
     pub(crate) owner: Arc<FileLock>,
-    /// Where it can be read, best first.
+    /// Sources of the file, best first.
     pub(crate) sources: Vec<Arc<dyn Source>>,
-    /// Who is told of every part that is written and checked.
+    /// Receives a notification for every part that is written and verified.
     pub(crate) on_part: Option<PartSink>,
-    /// What has come of it, for those who read it meanwhile.
+    /// State shared with readers of the incomplete file.
     pub(crate) partial_file: Arc<PartialFile>,
 }
 
-/// A file that is staged and proven.
+/// A file that is staged and verified.
 #[derive(Debug, Clone)]
 pub(crate) struct DownloadedFile {
     pub(crate) target: RootedPath,
-    /// The entry with what the pour learnt: digest, ladder, provenance.
+    /// The entry, completed with the digest, ladder and provenance computed by the download.
     pub(crate) entry: FileEntry,
     pub(crate) identity: FileIdentity,
-    /// Bytes that came over a network: all but what an ended fill had left, or another local directory has.
+    /// Bytes downloaded over a network: the size without bytes resumed from an earlier fill or copied from a local
+    /// directory.
     pub(crate) fetched_bytes: u64,
-    /// Tiers whose copy failed a check or was gone although they list it.
+    /// Tiers with a copy that failed verification or was missing although listed.
     pub(crate) bad_tiers: BTreeSet<Tier>,
 }
 
-/// Pours files; one per cache. All of a process share connections, buffers and workers.
+/// Downloads files. There is one per cache; all downloaders of a process share the request limit, buffers and workers.
 #[derive(Debug, Clone)]
 pub(crate) struct Downloader {
     retry: Retry,
@@ -77,40 +78,41 @@ pub(crate) struct Downloader {
     engine: Arc<Engine>,
 }
 
-/// What all files of one pour have in common.
+/// Properties shared by all files of one call of [`Downloader::download`].
 #[derive(Debug, Clone, Copy)]
 struct DownloadRun {
     purpose: Purpose,
-    /// Bytes of all its files.
+    /// Total size of the files in bytes.
     bytes: u64,
-    /// There is one file only.
+    /// True if there is only one file.
     is_alone: bool,
 }
 
-/// Bytes of an attempt that came over no network.
+/// Bytes of an attempt that did not come over a network.
 #[derive(Debug, Default)]
-pub(super) struct Local {
-    /// Left by an ended fill.
+pub(super) struct LocalBytes {
+    /// Bytes found in staging, left by an earlier fill.
     pub(super) resumed: AtomicU64,
-    /// Read from a local directory.
+    /// Bytes read from another local directory.
     pub(super) copied: AtomicU64,
 }
 
-impl Local {
+impl LocalBytes {
     fn bytes(&self) -> u64 {
         self.resumed.load(Ordering::Relaxed) + self.copied.load(Ordering::Relaxed)
     }
 }
 
-/// Why a part or file could not be had in the present way.
+/// The reason why a part or file was not downloaded in the present attempt.
 pub(super) enum PartFailure {
-    /// No source gave it.
+    /// No source delivered it.
     Failed(Error),
-    /// It cannot be written, or read back: another source would not help.
-    Broken(Error),
-    /// The file's hash has bytes of an answer that turned out wrong: the file starts over.
-    Spoiled(Error),
-    /// A server answers the whole file whatever range is asked.
+    /// The staged file cannot be written or read back. Another source would not help.
+    Storage(Error),
+    /// Bytes of a response that turned out wrong are already in the in-order hash. The whole file must be downloaded
+    /// again.
+    RestartFile(Error),
+    /// The server ignores the `Range` header and sends the whole file.
     IgnoresRanges,
 }
 
@@ -125,7 +127,7 @@ impl Downloader {
         Self { retry, write_mode, engine: Engine::shared() }
     }
 
-    /// Pours all `files`; ends at the first that no source gives.
+    /// Downloads all `files`. Fails at the first file that no source delivers correctly.
     pub(crate) async fn download(
         &self,
         mut files: Vec<DownloadFile>,
@@ -133,29 +135,22 @@ impl Downloader {
         progress: &Progress,
     ) -> Result<Vec<DownloadedFile>> {
         let bytes = files.iter().map(|file| file.entry.size).sum();
-        let pouring = DownloadRun { purpose, bytes, is_alone: files.len() == 1 };
-        // Not every node of a fleet begins with the same file.
+        let run = DownloadRun { purpose, bytes, is_alone: files.len() == 1 };
+        // In a random order, so that not all nodes of a fleet begin with the same file.
         files.shuffle(&mut rand::rng());
-        let pours: Vec<_> = files.into_iter().map(|file| self.download_file(file, pouring, progress)).collect();
-        stream::iter(pours).buffer_unordered(self.engine.limiter.files_at_once()).try_collect().await
+        let downloads: Vec<_> = files.into_iter().map(|file| self.download_file(file, run, progress)).collect();
+        stream::iter(downloads).buffer_unordered(self.engine.limiter.concurrent_files_max()).try_collect().await
     }
 
-    /// Pours one file, trying its sources as long as that makes sense.
-    ///
-    /// A whole-file mismatch says nothing about which source was bad, so the order of attempts is: all sources, all
-    /// sources once more, then without the first, and so on.
-    async fn download_file(
-        &self,
-        file: DownloadFile,
-        pouring: DownloadRun,
-        progress: &Progress,
-    ) -> Result<DownloadedFile> {
+    /// Downloads one file and records the outcome for its readers.
+    async fn download_file(&self, file: DownloadFile, run: DownloadRun, progress: &Progress) -> Result<DownloadedFile> {
         let file = Arc::new(file);
-        let outcome = self.try_sources(&file, pouring, progress).await;
+        let outcome = self.try_sources(&file, run, progress).await;
         if outcome.is_err() {
-            // Before the file goes: nobody shall be given what is not there.
+            // Before the file is removed, so that no reader opens a file that is about to vanish.
             file.partial_file.failed();
         }
+        // Wrong bytes must not be resumed by the next fill.
         if matches!(&outcome, Err(error) if error.kind() == ErrorKind::Corrupt) {
             let target = file.target.clone();
             blocking(move || StagedWriter::forget(&target)).await?;
@@ -163,14 +158,18 @@ impl Downloader {
         outcome.inspect(|_| file.partial_file.proven())
     }
 
+    /// Downloads one file, with further attempts as long as they can help.
+    ///
+    /// If the digest of a whole file does not match, any of its sources may have sent the wrong bytes. The order of
+    /// attempts is therefore: all sources, all sources once more, then without the first, and so on.
     async fn try_sources(
         &self,
         file: &Arc<DownloadFile>,
-        pouring: DownloadRun,
+        run: DownloadRun,
         progress: &Progress,
     ) -> Result<DownloadedFile> {
         let failures = Arc::new(Failures::default());
-        // An empty file has no part that a ladder could check: it is hashed as a whole.
+        // An empty file has no part that a ladder could verify: it is hashed as a whole.
         let by_parts = file.entry.sha256.is_some() && file.entry.size > 0;
         let mut ladder = file.entry.ladder.clone().filter(|_| by_parts).map(Arc::new);
         let (mut skipped, mut mismatches, mut one_stream, mut resume) = (0, 0, false, true);
@@ -178,13 +177,13 @@ impl Downloader {
             let attempt = Attempt {
                 sources: file.sources[skipped..].to_vec(),
                 ladder: ladder.clone().filter(|_| !one_stream),
-                pouring,
+                run,
                 one_stream,
                 resume: std::mem::take(&mut resume),
                 failures: failures.clone(),
             };
             let (checked_by_ladder, may_resume) = (attempt.ladder.is_some(), attempt.resume);
-            let local = Arc::new(Local::default());
+            let local = Arc::new(LocalBytes::default());
             let error = match self.attempt(file, attempt, local.clone(), progress).await {
                 Ok((entry, identity)) => {
                     let bad_tiers = failures.bad();
@@ -198,27 +197,35 @@ impl Downloader {
                     });
                 }
                 Err(PartFailure::IgnoresRanges) if !one_stream => {
+                    // Request the whole file as one stream from now on.
                     one_stream = true;
                     continue;
                 }
                 Err(PartFailure::IgnoresRanges) => {
                     Error::unavailable("the server ignores ranges and starts elsewhere").transient(false)
                 }
-                Err(PartFailure::Failed(error) | PartFailure::Broken(error) | PartFailure::Spoiled(error)) => error,
+                Err(PartFailure::Failed(error) | PartFailure::Storage(error) | PartFailure::RestartFile(error)) => {
+                    error
+                }
             };
+            // Only wrong bytes justify another attempt at the file. Network failures were already retried per part.
             if error.kind() != ErrorKind::Corrupt {
                 return Err(error);
             }
+            // Without a ladder, the mismatch may come from resumed bytes. Download again without them; this does not
+            // count as a mismatch of the sources.
             if may_resume && !checked_by_ladder && local.resumed.load(Ordering::Relaxed) > 0 {
-                tracing::warn!(%error, "what an ended fill left was wrong; fetching the file anew");
+                tracing::warn!(%error, "the partial download of an earlier run is corrupt; fetching the file again");
                 continue;
             }
             if checked_by_ladder {
-                // Every source failed it: perhaps it is the ladder that is wrong. Hash in order, once more.
+                // Every source failed against the ladder, so the ladder itself may be wrong. Verify by the digest
+                // instead.
                 ladder = None;
                 continue;
             }
             mismatches += 1;
+            // After two mismatches drop the first of the remaining sources.
             if mismatches >= 2 {
                 if let Some(source) = file.sources.get(skipped) {
                     failures.note_bad(source.tier());
@@ -232,29 +239,30 @@ impl Downloader {
         }
     }
 
-    /// One attempt at a whole file: all its parts, then the proof.
+    /// Makes one attempt at a whole file: resumes or creates the staged file, downloads all parts and verifies it.
     async fn attempt(
         &self,
         file: &Arc<DownloadFile>,
         attempt: Attempt,
-        local: Arc<Local>,
+        local: Arc<LocalBytes>,
         progress: &Progress,
     ) -> Result<(FileEntry, FileIdentity), PartFailure> {
         let (size, in_order) = (file.entry.size, attempt.ladder.is_none());
         let (part_size, owner) = (attempt.part_size(size), file.owner.clone());
-        let (pouring, write_mode, may_resume) =
-            (attempt.pouring, self.write_mode, attempt.resume && !attempt.one_stream);
+        let (run, write_mode, may_resume) = (attempt.run, self.write_mode, attempt.resume && !attempt.one_stream);
         let (path, git) = (file.target.clone(), file.entry.sha256.is_none() && file.entry.git_oid.is_some());
         let partial_file = file.partial_file.clone();
         let (writer, left_over, generation) = blocking(move || {
-            let direct = goes_direct(write_mode, pouring.purpose, size, pouring.bytes, in_order);
-            let draft = StagedFileSpec { path, size, part_size, in_order, git, direct };
-            let left = if may_resume { StagedWriter::resume(&draft, Some(owner.clone()))? } else { None };
-            match left {
-                Some((writer, parts)) => Ok((writer, parts, partial_file.go_on(!in_order))),
+            // Resume the staged file of an earlier fill if there is a usable one, else create it. A new generation
+            // begins before the old file is removed.
+            let direct = goes_direct(write_mode, run.purpose, size, run.bytes, in_order);
+            let spec = StagedFileSpec { path, size, part_size, in_order, git, direct };
+            let resumed = if may_resume { StagedWriter::resume(&spec, Some(owner.clone()))? } else { None };
+            match resumed {
+                Some((writer, parts)) => Ok((writer, parts, partial_file.resume_generation(!in_order))),
                 None => {
-                    let generation = partial_file.begin(!in_order);
-                    Ok((StagedWriter::create(draft, Some(owner))?, BTreeSet::new(), generation))
+                    let generation = partial_file.begin_generation(!in_order);
+                    Ok((StagedWriter::create(spec, Some(owner))?, BTreeSet::new(), generation))
                 }
             }
         })
@@ -272,23 +280,24 @@ impl Downloader {
             one_stream: attempt.one_stream,
             left_over: Arc::new(left_over),
             failures: attempt.failures,
-            shown: Arc::default(),
+            reported_bytes: Arc::default(),
             local,
             progress: progress.clone(),
         };
-        let shown = task.shown.clone();
-        let proof = prove(task, order).await;
-        proof.inspect_err(|_| progress.undone(shown.load(Ordering::Relaxed)))
+        let reported_bytes = task.reported_bytes.clone();
+        let verified = download_and_verify(task, order).await;
+        // A failed attempt takes its bytes back from the progress display.
+        verified.inspect_err(|_| progress.undone(reported_bytes.load(Ordering::Relaxed)))
     }
 }
 
-/// Which tiers failed to give a file, over all its parts and attempts.
+/// The tiers that failed to deliver a file, over all its parts and attempts.
 #[derive(Debug, Default)]
 pub(super) struct Failures {
-    /// Those that gave wrong bytes, or none that they list.
+    /// Tiers that delivered wrong bytes or lack a file that they list.
     bad: Mutex<BTreeSet<Tier>>,
-    /// Those that were spoken of.
-    told: Mutex<BTreeSet<Tier>>,
+    /// Tiers already reported as failed in a warning.
+    reported: Mutex<BTreeSet<Tier>>,
 }
 
 impl Failures {
@@ -300,19 +309,19 @@ impl Failures {
         self.bad.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether this tier's trouble has not been told yet; from now on it has.
-    pub(super) fn is_news(&self, tier: Tier) -> bool {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).insert(tier)
+    /// Returns true on the first call for `tier`: its failure is then to be logged as a warning.
+    pub(super) fn is_first_report(&self, tier: Tier) -> bool {
+        self.reported.lock().unwrap_or_else(PoisonError::into_inner).insert(tier)
     }
 }
 
-/// How one attempt at a file goes about it.
+/// The parameters of one attempt at a file.
 struct Attempt {
     sources: Vec<Arc<dyn Source>>,
     ladder: Option<Arc<Ladder>>,
-    pouring: DownloadRun,
+    run: DownloadRun,
     one_stream: bool,
-    /// Go on with what an ended fill left.
+    /// True if the staged file of an earlier fill may be resumed.
     resume: bool,
     failures: Arc<Failures>,
 }
@@ -323,16 +332,19 @@ impl Attempt {
     }
 
     fn order(&self) -> Order {
-        match (&self.ladder, self.pouring.is_alone) {
+        match (&self.ladder, self.run.is_alone) {
             (Some(_), _) => Order::Any,
-            (None, true) => Order::Nearly,
-            (None, false) => Order::Strict,
+            (None, true) => Order::Windowed,
+            (None, false) => Order::Sequential,
         }
     }
 }
 
-/// Compares what was hashed with what is known; the entry with what was learnt.
-fn proven(file: &DownloadFile, hashed: Hashed) -> Result<FileEntry> {
+/// Compares the computed digests with the expected ones. Returns the entry completed with the computed values.
+///
+/// # Errors
+/// `Corrupt` if the digests differ.
+fn verify_whole_file(file: &DownloadFile, hashed: Hashed) -> Result<FileEntry> {
     let mut entry = file.entry.clone();
     let demanded = entry.provenance == Some(Provenance::Caller);
     let mismatch = |what: &str, expected: String, got: String| {
@@ -340,16 +352,18 @@ fn proven(file: &DownloadFile, hashed: Hashed) -> Result<FileEntry> {
         let sidecar = file.sources.iter().find_map(|source| source.stated_by(&file.path));
         let sidecar = sidecar.filter(|_| entry.provenance == Some(Provenance::Sidecar));
         let expected = match &sidecar {
-            Some(sidecar) => format!("{expected} (as {sidecar} says)"),
+            Some(sidecar) => format!("{expected} (from {sidecar})"),
             None => expected,
         };
         let hint = match tiers.as_slice() {
             _ if sidecar.is_some() => {
-                "either the file was replaced and its checksum was not, or it is damaged: see which, and mend that one"
+                "either the file was replaced without its checksum, or it is damaged; correct the one that is wrong"
             }
-            _ if demanded => "the reference demands other content; check where the digest came from",
+            _ if demanded => {
+                "the content does not match the digest in the reference; check where that digest came from"
+            }
             [only] if only == "remote" => "the copy there is damaged; `modelcache put --force` replaces it",
-            _ => "the copy there is damaged, or something on the way alters it; nothing was kept",
+            _ => "the copy there is damaged, or a proxy on the way alters it; nothing was kept",
         };
         Error::corrupt(format!(
             "{what} mismatch for {} from {}: expected {expected}, got {got}; discarded",
@@ -373,72 +387,79 @@ fn proven(file: &DownloadFile, hashed: Hashed) -> Result<FileEntry> {
     Ok(entry)
 }
 
-/// Fetches every part, proves the whole.
-async fn prove(task: PartTask, order: Order) -> Result<(FileEntry, FileIdentity), PartFailure> {
-    all_parts(&task, order).await?;
+/// Downloads every part, verifies the file and seals it.
+async fn download_and_verify(task: PartTask, order: Order) -> Result<(FileEntry, FileIdentity), PartFailure> {
+    download_parts(&task, order).await?;
     let PartTask { writer, ladder, file, .. } = task;
     let writer =
         Arc::into_inner(writer).ok_or_else(|| Error::new(ErrorKind::Other, "a part is still being written"))?;
     let entry = match ladder {
+        // With a ladder every part was verified on its own, and the last one against the digest.
         Some(_) => file.entry.clone(),
-        None => proven(&file, writer.hashed())?,
+        None => verify_whole_file(&file, writer.hashed())?,
     };
     let identity = blocking(move || writer.seal()).await?;
     Ok((entry, identity))
 }
 
-/// Fetches every part, as many at once as the limiter allows; what a reader waits for before the rest.
-async fn all_parts(task: &PartTask, order: Order) -> Result<(), PartFailure> {
+/// Downloads every part, as many concurrently as the limiter allows. Parts that a reader waits for come first.
+async fn download_parts(task: &PartTask, order: Order) -> Result<(), PartFailure> {
     let size = task.file.entry.size;
-    let step = if task.one_stream { size.max(1) } else { task.part_size };
-    let mut left = PartQueue::new(size.div_ceil(step), order);
+    let request_bytes = if task.one_stream { size.max(1) } else { task.part_size };
+    let mut queue = PartQueue::new(size.div_ceil(request_bytes), order);
     let mut running = JoinSet::new();
-    while !left.is_empty() {
+    while !queue.is_empty() {
+        // Wait for a permit. Failed parts end the download meanwhile.
         let permit = loop {
             tokio::select! {
                 permit = task.engine.limiter.acquire() => break permit,
-                Some(ended) = running.join_next() => ended_part(ended)?,
+                Some(ended) = running.join_next() => part_result(ended)?,
             }
         };
-        // As late as can be: somebody may have begun to read meanwhile.
-        let (part, pause) = next_part(task, &mut left, step, running.is_empty());
+        // Choose the part only now, because a reader may have started while this task waited for the permit.
+        let (part, pause) = next_part(task, &mut queue, request_bytes, running.is_empty());
         if let Some(part) = part {
-            left.begin(part);
-            let range = part * step..((part + 1) * step).min(size);
+            queue.mark_requested(part);
+            let range = part * request_bytes..((part + 1) * request_bytes).min(size);
             running.spawn(task.clone().run(range, permit));
             continue;
         }
+        // Nothing may be requested now: return the permit and wait until a part ends, a demand changes or time is up.
         drop(permit);
         tokio::select! {
-            Some(ended) = running.join_next() => ended_part(ended)?,
+            Some(ended) = running.join_next() => part_result(ended)?,
             () = task.file.partial_file.demand_changed() => {}
             () = tokio::time::sleep(pause) => {}
         }
     }
     while let Some(ended) = running.join_next().await {
-        ended_part(ended)?;
+        part_result(ended)?;
     }
     Ok(())
 }
 
-/// The part to be asked for now, or for how long to ask for none.
-fn next_part(task: &PartTask, left: &mut PartQueue, step: u64, is_idle: bool) -> (Option<u64>, Duration) {
-    let demand_changed = task.file.partial_file.next(left, step);
-    let in_order = left.peek();
+/// Returns the part to request now, or the time after which to ask again.
+fn next_part(task: &PartTask, queue: &mut PartQueue, request_bytes: u64, is_idle: bool) -> (Option<u64>, Duration) {
+    let next = task.file.partial_file.next(queue, request_bytes);
+    let in_order = queue.peek();
     let lags = |part: u64| {
-        let ahead = task.writer.hashed_bytes().saturating_add(LAG_PARTS * step);
-        part * step > ahead || task.left_over.is_empty() && task.writer.parts_behind() > BEHIND_PARTS
+        let ahead = task.writer.hashed_bytes().saturating_add(HASH_LAG_PARTS_MAX * request_bytes);
+        part * request_bytes > ahead || task.left_over.is_empty() && task.writer.parts_behind() > UNHASHED_PARTS_MAX
     };
-    match demand_changed {
+    match next {
+        // A waiting reader is served regardless of how far the hash lags behind.
         Next::Demanded(part) => (Some(part), Duration::ZERO),
+        // Nothing is being downloaded: request a part in any case, so that the download always makes progress.
         _ if is_idle => (in_order, Duration::ZERO),
         Next::Wait => (None, NEXT_DEMAND_WAIT),
-        Next::Any if in_order.is_some_and(lags) => (None, LOOK_BEHIND),
+        // Hashing is the bottleneck: wait for it instead of widening the gap.
+        Next::Any if in_order.is_some_and(lags) => (None, HASH_POLL_INTERVAL),
         Next::Any => (in_order, Duration::MAX),
     }
 }
 
-fn ended_part(ended: Result<Result<(), PartFailure>, tokio::task::JoinError>) -> Result<(), PartFailure> {
+/// Converts the outcome of a part's task, which may have panicked.
+fn part_result(ended: Result<Result<(), PartFailure>, tokio::task::JoinError>) -> Result<(), PartFailure> {
     ended.map_err(|cause| Error::new(ErrorKind::Other, "a part's task ended unexpectedly").cause(cause))?
 }
 
@@ -462,7 +483,8 @@ mod tests {
     use std::collections::VecDeque;
     use std::ops::Range;
 
-    /// A server that sends the file it is asked for from the beginning of the range to its own end: another each time.
+    /// A server that sends a file from the start of the requested range to the file's end; each request gets the next
+    /// file of the list.
     #[derive(Debug)]
     struct Endless(Mutex<VecDeque<Vec<u8>>>);
 
@@ -484,9 +506,9 @@ mod tests {
         }
     }
 
-    /// A file that is poured from one source, without any digest.
+    /// A file to download from one source, without any digest.
     fn undigested(folder: &RootedPath, size: u64, answers: Vec<Vec<u8>>) -> DownloadFile {
-        let owner = FileLock::try_exclusive(&folder.join("owner")).expect("locks").expect("nobody else");
+        let owner = FileLock::try_exclusive(&folder.join("owner")).expect("locks").expect("is free");
         let target = folder.join("file");
         DownloadFile {
             path: FilePath::new("file").expect("a path"),
@@ -499,9 +521,10 @@ mod tests {
         }
     }
 
-    /// Of one slice, which is held back, and of several, the first of which are hashed when the surplus shows.
+    /// For a file of one slice, which is held back until the response ends, and for a file of several slices, the first
+    /// of which are already hashed when the surplus bytes arrive.
     #[tokio::test(flavor = "multi_thread")]
-    async fn bytes_of_an_answer_that_is_too_long_are_not_kept_where_nobody_states_a_digest() {
+    async fn bytes_of_a_response_that_is_too_long_are_discarded_even_without_a_digest() {
         for bytes in [1000, 1_400_000_u32] {
             let folder = tempfile::tempdir().expect("a folder");
             let right: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8).collect();
@@ -521,7 +544,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_part_that_is_wrong_is_wrong_also_where_the_stream_fails_after_it() {
+    async fn a_wrong_part_is_rejected_even_if_its_stream_fails_afterwards() {
         let folder = tempfile::tempdir().expect("a folder");
         let right: Vec<u8> = (0..700_000_u32).map(|at| (at % 251) as u8).collect();
         let mut damaged = right.clone();
@@ -533,9 +556,8 @@ mod tests {
         let (sha256, ladder) = hasher.finish();
         let entry =
             FileEntry::with(size, FileDetails { sha256: Some(sha256), ladder: Some(ladder), ..FileDetails::default() });
-        let owner = FileLock::try_exclusive(&RootedPath::root(folder.path()).join("owner"))
-            .expect("locks")
-            .expect("nobody else");
+        let owner =
+            FileLock::try_exclusive(&RootedPath::root(folder.path()).join("owner")).expect("locks").expect("is free");
         let target = RootedPath::root(folder.path()).join("file");
         let file = DownloadFile {
             path: FilePath::new("file").expect("a path"),

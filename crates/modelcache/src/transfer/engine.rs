@@ -1,7 +1,7 @@
-//! What all fills of a process share: the limiter, the buffers, the workers.
+//! Download engine: the limiter, buffers and workers that all fills of a process share.
 //!
-//! It lives as long as any cache that uses it. A forked child makes its own: requests and workers of its parent are not
-//! there.
+//! The engine lives as long as any cache that uses it. A forked child creates its own, because the requests and worker
+//! threads of its parent do not exist in it.
 
 use super::buffer::BufferPool;
 use super::limiter::Limiter;
@@ -10,7 +10,7 @@ use crate::runtime::address_space_left;
 use rustix::process::{Resource, getrlimit};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-/// See above.
+/// The resources that all fills of a process share.
 #[derive(Debug)]
 pub(super) struct Engine {
     pub(super) limiter: Limiter,
@@ -18,16 +18,17 @@ pub(super) struct Engine {
     pub(super) workers: Workers,
 }
 
-/// The engine of this process, with the process's number.
+/// The engine and the id of the process that created it.
 static SHARED: Mutex<Option<(u32, Weak<Engine>)>> = Mutex::new(None);
 
 impl Engine {
-    /// The one of this process.
+    /// Returns the engine of this process, creating it if there is none.
     pub(super) fn shared() -> Arc<Self> {
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
         let process = std::process::id();
-        let there = shared.as_ref().filter(|(owner, _)| *owner == process).and_then(|(_, engine)| engine.upgrade());
-        there.unwrap_or_else(|| {
+        // After a fork the id differs, and the inherited engine must not be used.
+        let existing = shared.as_ref().filter(|(owner, _)| *owner == process).and_then(|(_, engine)| engine.upgrade());
+        existing.unwrap_or_else(|| {
             let engine = Arc::new(Self::new());
             *shared = Some((process, Arc::downgrade(&engine)));
             engine
@@ -49,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everybody_in_a_process_has_the_same_engine() {
+    fn all_fills_of_a_process_share_one_engine() {
         let one = Engine::shared();
         assert!(Arc::ptr_eq(&one, &Engine::shared()));
     }

@@ -1,8 +1,8 @@
-//! One range, read over one connection, or over two when the first is far slower than its peers.
+//! Hedged read of one range: a second connection is opened if the first is far slower than its peers.
 //!
-//! Both then read on from the same byte. Each byte is taken from whichever brings it first, once: what the other brings
-//! later is thrown away, and nothing is hashed or written twice. When the range is complete the slower one is dropped,
-//! and the other must end.
+//! Both connections continue from the same byte. Each byte is taken once, from the connection that delivers it first;
+//! the duplicate is discarded, so nothing is hashed or written twice. When the range is complete, connections that lag
+//! behind are dropped, and the remaining one must end there.
 
 use super::limiter::Permit;
 use crate::error::Result;
@@ -12,74 +12,76 @@ use futures::stream::BoxStream;
 use std::future::poll_fn;
 use std::task::{Context, Poll};
 
-/// A connection that brings bytes of the range.
+/// One connection that delivers bytes of the range.
 struct Connection<'a> {
     stream: BoxStream<'a, Result<Bytes>>,
-    /// Where its next byte belongs.
-    at: u64,
-    /// The right to have it, where that is not its reader's own.
+    /// Offset in the file of its next byte.
+    position: u64,
+    /// The permit of the second connection. The first uses the permit of its reader.
     _permit: Option<Permit>,
 }
 
-/// The connections that bring one range.
+/// A range read over one or two connections.
 pub(super) struct HedgedRead<'a> {
-    lanes: Vec<Connection<'a>>,
+    connections: Vec<Connection<'a>>,
     is_hedged: bool,
-    /// Received, and thrown away because the other lane was first.
+    /// Bytes received and discarded because another connection delivered them first.
     wasted_bytes: u64,
 }
 
 impl<'a> HedgedRead<'a> {
-    /// One connection, whose stream begins at `at`.
-    pub(super) fn new(stream: BoxStream<'a, Result<Bytes>>, at: u64) -> Self {
-        Self { lanes: vec![Connection { stream, at, _permit: None }], is_hedged: false, wasted_bytes: 0 }
+    /// Starts with one connection. Its stream begins at offset `position`.
+    pub(super) fn new(stream: BoxStream<'a, Result<Bytes>>, position: u64) -> Self {
+        Self { connections: vec![Connection { stream, position, _permit: None }], is_hedged: false, wasted_bytes: 0 }
     }
 
-    /// Another one.
-    pub(super) fn join(&mut self, stream: BoxStream<'a, Result<Bytes>>, at: u64, permit: Permit) {
-        self.lanes.push(Connection { stream, at, _permit: Some(permit) });
+    /// Adds a second connection. Its stream begins at offset `position`.
+    pub(super) fn add(&mut self, stream: BoxStream<'a, Result<Bytes>>, position: u64, permit: Permit) {
+        self.connections.push(Connection { stream, position, _permit: Some(permit) });
         self.is_hedged = true;
     }
 
-    /// Whether two are at it, or were.
+    /// Returns true if a second connection was ever added.
     pub(super) fn is_hedged(&self) -> bool {
         self.is_hedged
     }
 
-    /// Drops the connections that are not at `position`, the end of the range. Returns false if none is left: all that
-    /// had come so far have ended.
-    pub(super) fn keep_those_at(&mut self, position: u64) -> bool {
-        self.lanes.retain(|lane| lane.at == position);
-        !self.lanes.is_empty()
+    /// Drops the connections that are not at `position`, the end of the range. Returns false if none is left, because
+    /// all connections that got there have ended.
+    pub(super) fn retain_at(&mut self, position: u64) -> bool {
+        self.connections.retain(|connection| connection.position == position);
+        !self.connections.is_empty()
     }
 
-    /// What was thrown away since this was last asked.
+    /// Returns the number of discarded bytes since the last call.
     pub(super) fn take_wasted(&mut self) -> u64 {
         std::mem::take(&mut self.wasted_bytes)
     }
 
-    /// The next bytes, which belong at `wanted`. Ends and fails when the last lane does.
+    /// Returns the next bytes, which belong at offset `wanted`. Ends or fails when the last connection does.
     pub(super) async fn next(&mut self, wanted: u64) -> Option<Result<Bytes>> {
         poll_fn(|context| self.poll(wanted, context)).await
     }
 
     fn poll(&mut self, wanted: u64, context: &mut Context<'_>) -> Poll<Option<Result<Bytes>>> {
         let mut index = 0;
-        while let Some(lane) = self.lanes.get_mut(index) {
-            match lane.stream.poll_next_unpin(context) {
+        while let Some(connection) = self.connections.get_mut(index) {
+            match connection.stream.poll_next_unpin(context) {
                 Poll::Pending => index += 1,
                 Poll::Ready(Some(Ok(mut chunk))) => {
-                    let late = usize::try_from(wanted - lane.at).unwrap_or(usize::MAX).min(chunk.len());
-                    lane.at += chunk.len() as u64;
-                    self.wasted_bytes += late as u64;
-                    let fresh = chunk.split_off(late);
+                    // Skip the bytes that another connection already delivered.
+                    let duplicate =
+                        usize::try_from(wanted - connection.position).unwrap_or(usize::MAX).min(chunk.len());
+                    connection.position += chunk.len() as u64;
+                    self.wasted_bytes += duplicate as u64;
+                    let fresh = chunk.split_off(duplicate);
                     if !fresh.is_empty() {
                         return Poll::Ready(Some(Ok(fresh)));
                     }
                 }
-                // It ended, well or not, and so did the race if it was alone.
-                Poll::Ready(ended) if self.lanes.len() == 1 => return Poll::Ready(ended),
-                Poll::Ready(_) => drop(self.lanes.remove(index)),
+                // The end or failure of the last connection is that of the whole read; of two, the other one continues.
+                Poll::Ready(ended) if self.connections.len() == 1 => return Poll::Ready(ended),
+                Poll::Ready(_) => drop(self.connections.remove(index)),
             }
         }
         Poll::Pending
@@ -101,43 +103,43 @@ mod tests {
         .boxed()
     }
 
-    async fn text(mut race: HedgedRead<'_>) -> (String, Option<Error>, u64) {
+    async fn text(mut hedged: HedgedRead<'_>) -> (String, Option<Error>, u64) {
         let mut got = String::new();
         loop {
-            match race.next(got.len() as u64).await {
+            match hedged.next(got.len() as u64).await {
                 Some(Ok(bytes)) => got.push_str(std::str::from_utf8(&bytes).expect("text")),
-                ended => return (got, ended.and_then(Result::err), race.take_wasted()),
+                ended => return (got, ended.and_then(Result::err), hedged.take_wasted()),
             }
         }
     }
 
     #[tokio::test]
-    async fn each_byte_is_taken_once_from_whoever_is_first() {
+    async fn each_byte_is_taken_once_from_the_faster_connection() {
         let permit = Limiter::new(None).acquire().await;
-        let mut race = HedgedRead::new(chunks(&["0", "1", "2"]).chain(stream::pending()).boxed(), 0);
-        race.join(
+        let mut hedged = HedgedRead::new(chunks(&["0", "1", "2"]).chain(stream::pending()).boxed(), 0);
+        hedged.add(
             stream::once(tokio::task::yield_now()).map(|()| Ok(Bytes::from("01"))).chain(chunks(&["23", "45"])).boxed(),
             0,
             permit,
         );
         let mut got = String::new();
         while got.len() < 6 {
-            let bytes = race.next(got.len() as u64).await.expect("goes on").expect("well");
+            let bytes = hedged.next(got.len() as u64).await.expect("goes on").expect("well");
             got.push_str(std::str::from_utf8(&bytes).expect("text"));
         }
         assert_eq!(got, "012345");
-        assert_eq!(race.take_wasted(), 3);
+        assert_eq!(hedged.take_wasted(), 3);
     }
 
     #[tokio::test]
-    async fn one_that_fails_leaves_the_range_to_the_other() {
+    async fn after_a_failure_the_other_connection_continues_alone() {
         let permit = Limiter::new(None).acquire().await;
-        let mut race = HedgedRead::new(chunks(&["ab", "!"]), 0);
-        race.join(chunks(&["ab", "cd"]), 0, permit);
-        assert!(matches!(text(race).await, (text, None, 2) if text == "abcd"));
+        let mut hedged = HedgedRead::new(chunks(&["ab", "!"]), 0);
+        hedged.add(chunks(&["ab", "cd"]), 0, permit);
+        assert!(matches!(text(hedged).await, (text, None, 2) if text == "abcd"));
         let permit = Limiter::new(None).acquire().await;
-        let mut race = HedgedRead::new(chunks(&["ab", "!"]), 0);
-        race.join(chunks(&["!"]), 0, permit);
-        assert!(matches!(text(race).await, (text, Some(_), 0) if text == "ab"), "the last failure counts");
+        let mut hedged = HedgedRead::new(chunks(&["ab", "!"]), 0);
+        hedged.add(chunks(&["!"]), 0, permit);
+        assert!(matches!(text(hedged).await, (text, Some(_), 0) if text == "ab"), "the last failure counts");
     }
 }

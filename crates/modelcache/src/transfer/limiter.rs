@@ -1,12 +1,9 @@
-//! The limiter: how many requests for bytes may be under way at once, found by trying.
+//! Adaptive limit on concurrent range requests, shared by all fills of the process.
 //!
-//! It starts with [`CONCURRENCY_INITIAL`], adds as long as goodput rises by a twentieth for it, and otherwise goes back and rests
-//! before it tries again. While slices wait for the workers the network is not what is slow: more requests would only
-//! take memory, and it goes back to where it began. A server that says it is asked too much (503, 429) halves it. One
-//! limiter serves all fills of the process: they share the machine's network, and a fleet's fills meet at one server.
-//!
-//! Surprise: a request counts as some bytes, whatever it brings, so that small files tell as well what more requests
-//! are good for.
+//! The controller hill-climbs on goodput: it raises the limit while throughput grows by at least 5 %, otherwise it
+//! reverts and waits before probing again. It halves the limit on 503 and 429, and resets it to the initial value when
+//! hashing or disk writes, not the network, are the bottleneck. One limiter serves all fills, because they share the
+//! machine's network, and all fills of a fleet often read from one server.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,63 +11,65 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Requests at once to begin with.
+/// Initial number of concurrent requests.
 const CONCURRENCY_INITIAL: usize = 16;
-/// Requests at once, however slow it goes.
+/// Lower bound on concurrent requests, so that repeated throttling cannot stop progress.
 const CONCURRENCY_MIN: usize = 4;
-/// Requests at once at most. What a connection holds that its reader has not taken yet is up to a MiB.
-const MOST: usize = 64;
-/// How long goodput is measured at a time. Requests of a part take about as long where it matters.
+/// Upper bound on concurrent requests. It bounds memory: each connection buffers up to 1 MiB that is not read yet.
+const CONCURRENCY_MAX: usize = 64;
+/// Measurement interval for goodput; about the duration of one part download on a fast link.
 const WINDOW: Duration = Duration::from_millis(200);
-/// Goodput has to rise by this for more requests to be kept.
-const GAIN: f64 = 1.05;
-/// Windows of rest after more requests were no use, the first time and at most: it doubles as long as they are none.
+/// Smallest growth of goodput, as a factor, for which a raised limit is kept.
+const GOODPUT_GAIN_MIN: f64 = 1.05;
+/// Windows to wait after an unsuccessful probe. Doubles after each further one, up to [`BACKOFF_WINDOWS_MAX`].
 const BACKOFF_WINDOWS: u32 = 2;
+/// Upper bound on the windows to wait after an unsuccessful probe.
 const BACKOFF_WINDOWS_MAX: u32 = 32;
-/// Windows of rest after there were too many for a server.
-const HALVED_WINDOWS: u32 = 10;
-/// What a request counts, besides its bytes.
-const REQUEST_BYTES: u64 = 64 << 10;
-/// Ended requests whose pace is remembered.
-const PEERS: usize = 32;
-/// So many must have ended before one is called slow.
+/// Windows to wait after a server throttled requests or the workers fell behind.
+const THROTTLED_WINDOWS: u32 = 10;
+/// Bytes credited to each completed request, in addition to its body.
+const REQUEST_CREDIT_BYTES: u64 = 64 << 10;
+/// Number of recent requests to compare the pace of others with.
+const PEERS_MAX: usize = 32;
+/// Number of completed requests needed before another one can be judged slow.
 const PEERS_MIN: usize = 3;
-/// A request that takes so many times as long as its peers is slow.
+/// A request is slow if it takes this many times as long as the median of its peers.
 const SLOW_FACTOR: f64 = 4.0;
-/// No request is slow before this.
+/// Minimum duration of a request before it can be judged slow.
 const SLOW_MIN: Duration = Duration::from_secs(1);
-/// What a request costs before its first byte, as bytes, when requests of different lengths are compared.
+/// Latency of a request expressed in bytes, for comparing requests of different lengths.
 const LATENCY_BYTES: f64 = 1_048_576.0;
 
-/// Shared by all fills; clones are the same limiter.
+/// The adaptive request limit. Clones share one limiter.
 #[derive(Debug, Clone)]
-pub(super) struct Limiter(Arc<Inner>);
+pub(super) struct Limiter(Arc<SharedLimiter>);
 
 #[derive(Debug)]
-struct Inner {
+struct SharedLimiter {
     permits: Arc<Semaphore>,
-    /// Received since the window began, requests included.
+    /// Bytes received in the current window, including the credit of completed requests.
     window_bytes: AtomicU64,
-    /// Slices handed to the workers since then, and those among them that had to wait there.
+    /// Slices handed to the workers in the current window.
     slices: AtomicU64,
+    /// Those of them that were queued behind a backlog.
     waiting_slices: AtomicU64,
-    state: Mutex<State>,
+    state: Mutex<LimiterState>,
 }
 
 #[derive(Debug)]
-struct State {
-    climb: ConcurrencyController,
+struct LimiterState {
+    controller: ConcurrencyController,
     window_start: Instant,
-    /// Permits to be taken out of use as they come back.
-    debt: usize,
-    /// All permits were in use when the window began.
+    /// Permits to discard when they are returned, because the limit was lowered while they were in use.
+    surplus_permits: usize,
+    /// True if all permits were in use at the end of the previous window.
     was_full: bool,
     last_halved: Option<Instant>,
-    /// Seconds per byte of requests that ended lately.
+    /// Pace of recently completed requests, in seconds per byte.
     peers: VecDeque<f64>,
 }
 
-/// The right to have one request under way.
+/// Permission for one concurrent request. Dropping it returns the permit.
 #[derive(Debug)]
 pub(super) struct Permit {
     permit: Option<OwnedSemaphorePermit>,
@@ -78,22 +77,23 @@ pub(super) struct Permit {
 }
 
 impl Limiter {
-    /// For a process that may have `files_max` files open, if that is known.
+    /// Creates the limiter. `files_max` is the process's limit on open files, if known.
     pub(super) fn new(files_max: Option<u64>) -> Self {
-        // A request needs a connection; two files for each are open, with up to three descriptors; and what comes may be
-        // sent meanwhile.
-        let most =
-            files_max.map_or(MOST, |files| usize::try_from(files / 16).unwrap_or(MOST)).clamp(CONCURRENCY_MIN, MOST);
-        let climb = ConcurrencyController::new(CONCURRENCY_INITIAL.min(most), most);
-        Self(Arc::new(Inner {
-            permits: Arc::new(Semaphore::new(climb.limit)),
+        // Each request uses one connection. For each there are two open files with up to three descriptors, and the
+        // received bytes may be uploaded at the same time. A sixteenth of the limit leaves room for all of it.
+        let limit_max = files_max
+            .map_or(CONCURRENCY_MAX, |files| usize::try_from(files / 16).unwrap_or(CONCURRENCY_MAX))
+            .clamp(CONCURRENCY_MIN, CONCURRENCY_MAX);
+        let controller = ConcurrencyController::new(CONCURRENCY_INITIAL.min(limit_max), limit_max);
+        Self(Arc::new(SharedLimiter {
+            permits: Arc::new(Semaphore::new(controller.limit)),
             window_bytes: AtomicU64::new(0),
             slices: AtomicU64::new(0),
             waiting_slices: AtomicU64::new(0),
-            state: Mutex::new(State {
-                climb,
+            state: Mutex::new(LimiterState {
+                controller,
                 window_start: Instant::now(),
-                debt: 0,
+                surplus_permits: 0,
                 was_full: false,
                 last_halved: None,
                 peers: VecDeque::new(),
@@ -101,31 +101,31 @@ impl Limiter {
         }))
     }
 
-    /// Waits for the right to send one request.
+    /// Waits for a permit to send one request.
     pub(super) async fn acquire(&self) -> Permit {
-        // Never closed: there is no failure to tell.
+        // The semaphore is never closed, so acquiring cannot fail.
         let permit = self.0.permits.clone().acquire_owned().await.ok();
         Permit { permit, limiter: self.clone() }
     }
 
-    /// The same, if nobody waits for it.
+    /// Returns a permit if one is free now.
     pub(super) fn try_acquire(&self) -> Option<Permit> {
         let permit = self.0.permits.clone().try_acquire_owned().ok()?;
         Some(Permit { permit: Some(permit), limiter: self.clone() })
     }
 
-    /// Whether more requests might be under way than there are: nothing is left to start.
-    pub(super) fn is_slack(&self) -> bool {
+    /// Returns true if permits are unused, so that the limit does not restrict throughput.
+    pub(super) fn has_free_permits(&self) -> bool {
         self.0.permits.available_permits() > 0
     }
 
-    /// Files worth having open at once: enough for small ones to keep every request busy.
-    pub(super) fn files_at_once(&self) -> usize {
-        2 * self.state().climb.most.min(32)
+    /// Returns the number of files to download concurrently: enough small files to keep all permits in use.
+    pub(super) fn concurrent_files_max(&self) -> usize {
+        2 * self.state().controller.limit_max.min(32)
     }
 
-    /// These bytes came.
-    pub(super) fn received(&self, bytes: u64) {
+    /// Records `bytes` received and, at the end of a window, adjusts the limit.
+    pub(super) fn record_received(&self, bytes: u64) {
         let total = self.0.window_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
         let mut state = self.state();
         let took = state.window_start.elapsed();
@@ -135,49 +135,55 @@ impl Limiter {
         self.0.window_bytes.store(0, Ordering::Relaxed);
         let (slices, waiting) =
             (self.0.slices.swap(0, Ordering::Relaxed), self.0.waiting_slices.swap(0, Ordering::Relaxed));
+        // A backlog for more than a quarter of the slices means that hashing or disk writes are the bottleneck.
         let is_behind = 4 * waiting > slices;
-        // What was not for want of requests says nothing about how many are right.
-        let is_full = !self.is_slack() && !is_behind;
-        if is_behind && state.climb.limit > CONCURRENCY_INITIAL {
-            let limit = state.climb.back_to(CONCURRENCY_INITIAL);
+        // Goodput of a window in which permits were unused is no evidence about the right limit.
+        let is_full = !self.has_free_permits() && !is_behind;
+        // More requests would only buffer bytes in memory.
+        if is_behind && state.controller.limit > CONCURRENCY_INITIAL {
+            let limit = state.controller.reset_to(CONCURRENCY_INITIAL);
             self.adjust(&mut state, limit);
         }
+        // Judge only windows that began and ended at the limit, and that no pause stretched.
         if is_full && state.was_full && took < 5 * WINDOW {
-            let limit = state.climb.window(total as f64 / took.as_secs_f64());
+            let limit = state.controller.end_window(total as f64 / took.as_secs_f64());
             self.adjust(&mut state, limit);
         }
         (state.window_start, state.was_full) = (Instant::now(), is_full);
     }
 
-    /// A slice went to the workers; whether others wait there.
-    pub(super) fn handed_over(&self, waits: bool) {
+    /// Records that a slice was handed to the workers. `waits`: it was queued behind a backlog.
+    pub(super) fn record_queued_slice(&self, waits: bool) {
         self.0.slices.fetch_add(1, Ordering::Relaxed);
         self.0.waiting_slices.fetch_add(u64::from(waits), Ordering::Relaxed);
     }
 
-    /// A server said that it is asked too much. Requests under way say it all at once: it counts once a window.
-    pub(super) fn throttled(&self) {
+    /// Halves the limit after a server answered 503 or 429. Concurrent requests are throttled together, so this takes
+    /// effect at most once per window.
+    pub(super) fn record_throttled(&self) {
         let mut state = self.state();
         if state.last_halved.is_some_and(|last| last.elapsed() < WINDOW) {
             return;
         }
         state.last_halved = Some(Instant::now());
-        let limit = state.climb.halve();
+        let limit = state.controller.halve();
         self.adjust(&mut state, limit);
         tracing::debug!(limit, "a server throttles; fewer requests at once");
     }
 
-    /// A request for `bytes` ended well after `took`.
-    pub(super) fn ended(&self, bytes: u64, took: Duration) {
-        self.received(REQUEST_BYTES);
+    /// Records that a request for `bytes` was completed after `took`.
+    pub(super) fn record_completed(&self, bytes: u64, took: Duration) {
+        // Small files carry few bytes per request. The credit lets the controller see that more requests help even when
+        // throughput is bound by latency.
+        self.record_received(REQUEST_CREDIT_BYTES);
         let mut state = self.state();
-        if state.peers.len() == PEERS {
+        if state.peers.len() == PEERS_MAX {
             state.peers.pop_front();
         }
         state.peers.push_back(took.as_secs_f64() / (bytes as f64 + LATENCY_BYTES));
     }
 
-    /// Whether a request for `bytes` that has been under way for `elapsed` is far slower than its peers were.
+    /// Returns true if a request for `bytes` that has taken `elapsed` so far is far slower than its peers were.
     pub(super) fn is_slow(&self, bytes: u64, elapsed: Duration) -> bool {
         if elapsed < SLOW_MIN {
             return false;
@@ -190,110 +196,124 @@ impl Limiter {
         elapsed.as_secs_f64() > SLOW_FACTOR * peers[peers.len() / 2] * (bytes as f64 + LATENCY_BYTES)
     }
 
-    /// Makes `limit` the number of permits that are in use or to be had.
-    fn adjust(&self, state: &mut State, limit: usize) {
-        let now = state.climb.in_force;
+    /// Changes the total number of permits, used and free, to `limit`.
+    fn adjust(&self, state: &mut LimiterState, limit: usize) {
+        let now = state.controller.applied_limit;
         if limit > now {
-            let mark_synced = state.debt.min(limit - now);
-            state.debt -= mark_synced;
-            self.0.permits.add_permits(limit - now - mark_synced);
+            // First keep permits that were to be discarded, then create new ones.
+            let reused = state.surplus_permits.min(limit - now);
+            state.surplus_permits -= reused;
+            self.0.permits.add_permits(limit - now - reused);
         } else {
-            let dirty = now - limit;
-            state.debt += dirty - self.0.permits.forget_permits(dirty);
+            let surplus = now - limit;
+            // Free permits are removed now, those in use when they are returned (`Permit::drop`).
+            state.surplus_permits += surplus - self.0.permits.forget_permits(surplus);
         }
-        state.climb.in_force = limit;
+        state.controller.applied_limit = limit;
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, LimiterState> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     #[cfg(test)]
     fn limit(&self) -> usize {
-        self.state().climb.limit
+        self.state().controller.limit
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
         let mut state = self.limiter.state();
-        if state.debt > 0
+        if state.surplus_permits > 0
             && let Some(permit) = self.permit.take()
         {
-            state.debt -= 1;
+            state.surplus_permits -= 1;
             permit.forget();
         }
     }
 }
 
-/// The search for the best number: no clock, no requests, only what each window brought.
+/// Hill climbing for the best limit. It has no clock and does no I/O; its only input is the goodput of each window.
 #[derive(Debug)]
 struct ConcurrencyController {
     limit: usize,
-    /// The number that permits were made for.
-    in_force: usize,
-    most: usize,
-    step: Step,
-    /// Goodput before the last step up, in bytes a second.
-    before: f64,
-    /// No step up was in vain yet: they may be large.
-    is_young: bool,
-    /// Windows of rest after the next step in vain.
-    rest: u32,
+    /// The limit that the semaphore's permits reflect.
+    applied_limit: usize,
+    limit_max: usize,
+    phase: Phase,
+    /// Goodput before the last raise, in bytes per second.
+    goodput_before: f64,
+    /// True until the first unsuccessful probe. Until then the limit grows in larger steps.
+    never_reverted: bool,
+    /// Windows to wait after the next unsuccessful probe.
+    backoff_windows: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Step {
-    /// The next window tells what this number is good for.
+enum Phase {
+    /// The next window measures the goodput at the present limit.
     Measure,
-    /// Just gone up from that number; what comes now is a mixture.
+    /// The limit was just raised from this value; the next window mixes both limits and is ignored.
     Settle(usize),
-    /// The next window tells what going up from that number was good for.
+    /// The next window decides whether the raise from this value is kept.
     Judge(usize),
-    /// So many windows are to pass.
-    Rest(u32),
+    /// This many windows are skipped before the next probe.
+    Backoff(u32),
 }
 
 impl ConcurrencyController {
-    fn new(limit: usize, most: usize) -> Self {
-        Self { limit, in_force: limit, most, step: Step::Measure, before: 0.0, is_young: true, rest: BACKOFF_WINDOWS }
+    fn new(limit: usize, limit_max: usize) -> Self {
+        Self {
+            limit,
+            applied_limit: limit,
+            limit_max,
+            phase: Phase::Measure,
+            goodput_before: 0.0,
+            never_reverted: true,
+            backoff_windows: BACKOFF_WINDOWS,
+        }
     }
 
-    /// A window ended with this goodput; the number from now on.
-    fn window(&mut self, goodput: f64) -> usize {
-        self.step = match self.step {
-            Step::Rest(left @ 1..) => Step::Rest(left - 1),
-            Step::Rest(0) | Step::Measure => self.up(goodput),
-            Step::Settle(from) => Step::Judge(from),
-            Step::Judge(_) if goodput >= self.before * GAIN => {
-                self.rest = BACKOFF_WINDOWS;
-                self.up(goodput)
+    /// Takes the goodput of the window that ended, in bytes per second, and returns the limit from now on.
+    fn end_window(&mut self, goodput: f64) -> usize {
+        self.phase = match self.phase {
+            Phase::Backoff(left @ 1..) => Phase::Backoff(left - 1),
+            Phase::Backoff(0) | Phase::Measure => self.raise(goodput),
+            Phase::Settle(from) => Phase::Judge(from),
+            Phase::Judge(_) if goodput >= self.goodput_before * GOODPUT_GAIN_MIN => {
+                // The raise paid off: keep it and probe higher.
+                self.backoff_windows = BACKOFF_WINDOWS;
+                self.raise(goodput)
             }
-            Step::Judge(from) => {
-                let rest = self.rest;
-                (self.limit, self.is_young, self.rest) = (from, false, (2 * rest).min(BACKOFF_WINDOWS_MAX));
-                Step::Rest(rest)
+            Phase::Judge(from) => {
+                // The raise did not pay off: revert it and wait, longer after each failure.
+                let backoff_windows = self.backoff_windows;
+                (self.limit, self.never_reverted, self.backoff_windows) =
+                    (from, false, (2 * backoff_windows).min(BACKOFF_WINDOWS_MAX));
+                Phase::Backoff(backoff_windows)
             }
         };
         self.limit
     }
 
-    fn up(&mut self, goodput: f64) -> Step {
-        let (from, stride) = (self.limit, if self.is_young { self.limit / 2 } else { self.limit / 4 });
-        if from == self.most {
-            return Step::Rest(BACKOFF_WINDOWS_MAX);
+    /// Raises the limit by half, or by a quarter after a failed probe. At the maximum it only waits.
+    fn raise(&mut self, goodput: f64) -> Phase {
+        let (from, stride) = (self.limit, if self.never_reverted { self.limit / 2 } else { self.limit / 4 });
+        if from == self.limit_max {
+            return Phase::Backoff(BACKOFF_WINDOWS_MAX);
         }
-        self.before = goodput;
-        self.limit = (from + stride.max(1)).min(self.most);
-        Step::Settle(from)
+        self.goodput_before = goodput;
+        self.limit = (from + stride.max(1)).min(self.limit_max);
+        Phase::Settle(from)
     }
 
     fn halve(&mut self) -> usize {
-        self.back_to((self.limit / 2).max(CONCURRENCY_MIN))
+        self.reset_to((self.limit / 2).max(CONCURRENCY_MIN))
     }
 
-    fn back_to(&mut self, limit: usize) -> usize {
-        (self.limit, self.step, self.is_young) = (limit, Step::Rest(HALVED_WINDOWS), false);
+    fn reset_to(&mut self, limit: usize) -> usize {
+        (self.limit, self.phase, self.never_reverted) = (limit, Phase::Backoff(THROTTLED_WINDOWS), false);
         limit
     }
 }
@@ -302,63 +322,66 @@ impl ConcurrencyController {
 mod tests {
     use super::*;
 
-    /// Where a climb is after so many windows on a network that brings `goodput(limit)`.
-    fn climbed(windows: usize, goodput: impl Fn(usize) -> f64) -> ConcurrencyController {
-        let mut climb = ConcurrencyController::new(CONCURRENCY_INITIAL, MOST);
+    /// Returns the controller after `windows` windows on a network with the goodput `goodput(limit)`.
+    fn controller_after(windows: usize, goodput: impl Fn(usize) -> f64) -> ConcurrencyController {
+        let mut controller = ConcurrencyController::new(CONCURRENCY_INITIAL, CONCURRENCY_MAX);
         for _ in 0..windows {
-            climb.window(goodput(climb.limit));
+            controller.end_window(goodput(controller.limit));
         }
-        climb
+        controller
     }
 
     #[test]
-    fn more_requests_are_kept_where_each_brings_its_own() {
+    fn a_raised_limit_is_kept_while_each_connection_adds_throughput() {
         // 60 MB/s a connection, 3 GB/s in all.
         let shaped = |limit: usize| (limit as f64 * 60e6).min(3e9);
-        let found = climbed(12, shaped).limit;
+        let found = controller_after(12, shaped).limit;
         assert!(shaped(found) >= 0.95 * 3e9, "{found} at once");
     }
 
     #[test]
-    fn more_requests_are_given_up_where_they_bring_nothing() {
-        let mut climb = climbed(3, |_| 1e9);
-        assert_eq!(climb.limit, CONCURRENCY_INITIAL, "after one try");
-        let tries = (0..100).filter(|_| climb.window(1e9) > CONCURRENCY_INITIAL).count();
+    fn a_raised_limit_is_reverted_when_goodput_does_not_grow() {
+        let mut controller = controller_after(3, |_| 1e9);
+        assert_eq!(controller.limit, CONCURRENCY_INITIAL, "after one try");
+        let tries = (0..100).filter(|_| controller.end_window(1e9) > CONCURRENCY_INITIAL).count();
         assert!((1..30).contains(&tries), "seldom tried again, and never for long: {tries}");
     }
 
     #[test]
     fn a_throttled_limiter_halves_down_to_its_least_and_recovers() {
-        let mut climb = climbed(0, |_| 0.0);
-        let halved: Vec<_> = (0..4).map(|_| climb.halve()).collect();
+        let mut controller = controller_after(0, |_| 0.0);
+        let halved: Vec<_> = (0..4).map(|_| controller.halve()).collect();
         assert_eq!(halved, [8, 4, 4, 4]);
         for _ in 0..60 {
-            climb.window(climb.limit as f64 * 50e6);
+            controller.end_window(controller.limit as f64 * 50e6);
         }
-        assert!(climb.limit >= CONCURRENCY_INITIAL, "{}", climb.limit);
+        assert!(controller.limit >= CONCURRENCY_INITIAL, "{}", controller.limit);
     }
 
     #[tokio::test]
-    async fn fewer_permits_hold_as_soon_as_those_in_use_come_back() {
+    async fn a_lower_limit_takes_effect_as_permits_are_returned() {
         let limiter = Limiter::new(None);
         let mut held = Vec::new();
         for _ in 0..CONCURRENCY_INITIAL {
             held.push(limiter.acquire().await);
         }
-        limiter.throttled();
-        limiter.throttled();
-        assert_eq!(limiter.limit(), CONCURRENCY_INITIAL / 2, "one storm halves once");
+        limiter.record_throttled();
+        limiter.record_throttled();
+        assert_eq!(limiter.limit(), CONCURRENCY_INITIAL / 2, "concurrent throttling halves the limit once");
         held.truncate(CONCURRENCY_INITIAL / 2);
-        assert!(limiter.try_acquire().is_none(), "what came back is out of use");
+        assert!(limiter.try_acquire().is_none(), "returned permits are discarded");
         held.clear();
-        let mut free: Vec<_> = std::iter::from_fn(|| limiter.try_acquire()).take(MOST).collect();
+        let mut free: Vec<_> = std::iter::from_fn(|| limiter.try_acquire()).take(CONCURRENCY_MAX).collect();
         assert_eq!(free.len(), CONCURRENCY_INITIAL / 2);
         free.clear();
         let mut state = limiter.state();
-        let limit = state.climb.most;
+        let limit = state.controller.limit_max;
         limiter.adjust(&mut state, limit);
         drop(state);
-        assert_eq!(std::iter::from_fn(|| limiter.try_acquire()).take(2 * MOST).collect::<Vec<_>>().len(), MOST);
+        assert_eq!(
+            std::iter::from_fn(|| limiter.try_acquire()).take(2 * CONCURRENCY_MAX).collect::<Vec<_>>().len(),
+            CONCURRENCY_MAX
+        );
     }
 
     #[test]
@@ -373,7 +396,7 @@ mod tests {
         let limiter = Limiter::new(None);
         let (mib, second) = (1 << 20, Duration::from_secs(1));
         assert!(!limiter.is_slow(8 * mib, 60 * second), "no peers, no judgement");
-        (0..PEERS_MIN).for_each(|_| limiter.ended(8 * mib, second));
+        (0..PEERS_MIN).for_each(|_| limiter.record_completed(8 * mib, second));
         assert!(!limiter.is_slow(8 * mib, 3 * second) && limiter.is_slow(8 * mib, 5 * second));
         assert!(!limiter.is_slow(80 * mib, 5 * second), "ten times the bytes may take longer");
     }

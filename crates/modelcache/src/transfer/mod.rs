@@ -1,4 +1,9 @@
-//! Moving bytes: trying again, and pouring sources into staging.
+//! Transfer engine: downloads files from [sources](crate::source) into staging, verified part by part.
+//!
+//! `Downloader` is the entry point. `download.rs` runs the files of one fill, `part.rs` one range of a file, and
+//! `workers.rs` hashes and writes slices. `limiter.rs`, `hedge.rs` and `order.rs` decide how many requests run, which
+//! one gets a second connection, and in which order parts are requested; they do no I/O. `retry.rs` holds the only
+//! retry policy. `partial_file.rs` connects a download with the readers of a file that is not complete yet.
 
 mod answer;
 mod buffer;

@@ -1,25 +1,26 @@
-//! Paged listings: what ends one whose server gives page after page.
+//! Bounds on paged listings, so that a listing ends even if the server keeps returning pages.
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use std::collections::HashSet;
 
-/// Pages of one listing. With 1,000 entries a page, as real servers give, ten times the files of the largest artifact.
+/// Maximum number of pages of one listing. With 1,000 entries per page, as real servers return, this is ten times the
+/// files of the largest artifact.
 pub(crate) const PAGES_MAX: usize = 10_000;
 
-/// The pages of one listing so far.
+/// The state of one paged listing.
 #[derive(Debug, Default)]
 pub(crate) struct Paging {
     pages: usize,
-    /// Digests of the tokens and last entries seen.
+    /// Digests of the continuation tokens and last entries seen so far.
     seen: HashSet<Digest>,
 }
 
 impl Paging {
-    /// Records a page by its last entry and the token of the next page, as far as it has them.
+    /// Records a page by its last entry and the token of the next page, if it has them.
     ///
     /// # Errors
-    /// `Corrupt` where a token or a last entry comes again, since such pages go in a circle, and above [`PAGES_MAX`].
+    /// `Corrupt` if a token or a last entry repeats, because such pages form a cycle, and above [`PAGES_MAX`] pages.
     pub(crate) fn page(&mut self, last: Option<&str>, next: Option<&str>) -> Result<()> {
         self.pages += 1;
         let page = self.pages;
@@ -27,10 +28,10 @@ impl Paging {
             Error::corrupt(format!("the server's listing does not end: {why} (page {page})"))
                 .hint("check the server, and any proxy on the way, for answers from a cache")
         };
-        let tag_record = [("entry", last), ("token", next)];
-        for (what, text) in tag_record.into_iter().filter_map(|(what, text)| Some((what, text?))) {
-            if !self.seen.insert(Digest::of(format!("{what} {text}").as_bytes())) {
-                return Err(no_end(match what {
+        let observed = [("entry", last), ("token", next)];
+        for (field, text) in observed.into_iter().filter_map(|(field, text)| Some((field, text?))) {
+            if !self.seen.insert(Digest::of(format!("{field} {text}").as_bytes())) {
+                return Err(no_end(match field {
                     "entry" => "a page ends with the same entry as an earlier one",
                     _ => "the same next page is named again",
                 }));

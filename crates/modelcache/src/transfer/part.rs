@@ -1,25 +1,19 @@
-//! One range of a file, got right: from the first source that gives it, in as many requests as that takes.
+//! Download of one part: reads its range from the first source that delivers it correctly, in one or more requests.
 //!
-//! What comes is gathered in slices. A slice is handed to the workers while the next one is being received; there is
-//! never more than one of a range in their hands, so that its hash goes on in order. A range that is cut goes on where
-//! it stopped, one that fails its check is fetched once more, one that is far slower than others is asked for again
-//! over a second connection.
-//!
-//! The last slice of a range is held back until the answer has ended. An answer that goes on has other bytes than it
-//! says: nothing of it is marked as complete, and the range starts over. Where the file is hashed in order and bytes of
-//! the range are in the hash already, the whole file starts over ([`PartFailure::Spoiled`]).
-//!
-//! Surprise: requests are counted by permits, and a range gives its permit back while it only waits.
+//! Received bytes are collected in slices. The workers hash and write one slice while the next one is received; a range
+//! has at most one slice with the workers, so that it is hashed in order. An interrupted range continues where it
+//! stopped, a range that fails verification is downloaded once more, and a range that is far slower than others gets a
+//! second connection (`hedge.rs`).
 
 use super::answer::StallDetector;
 use super::blocking;
 use super::buffer::{Buffer, SLICE_BYTES};
-use super::download::{DownloadFile, Failures, Local, PartFailure};
+use super::download::{DownloadFile, Failures, LocalBytes, PartFailure};
 use super::engine::Engine;
 use super::hedge::HedgedRead;
 use super::limiter::Permit;
 use super::retry::{Attempts, Retry};
-use super::workers::{CheckpointPair, Hash, Pending, Slice, SliceOutcome, Work, slice_of};
+use super::workers::{CheckpointPair, Hash, Pending, Slice, SliceOutcome, Work, slice_len};
 use crate::disk::StagedWriter;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
@@ -35,98 +29,104 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// How often a range is compared with its peers.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Interval at which the pace of a range is compared with its peers.
+const PEER_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// What one part's task needs.
+/// Everything that the task of one part needs. Cloned for each part.
 #[derive(Debug, Clone)]
 pub(super) struct PartTask {
     pub(super) engine: Arc<Engine>,
     pub(super) retry: Retry,
     pub(super) file: Arc<DownloadFile>,
     pub(super) writer: Arc<StagedWriter>,
-    /// Of what is written, as the arrival has it.
+    /// Generation of the staged file, see [`PartialFile`](super::PartialFile).
     pub(super) generation: u64,
-    /// Sources left for this attempt at the file, best first.
+    /// Sources to use in this attempt at the file, best first.
     pub(super) sources: Vec<Arc<dyn Source>>,
     pub(super) ladder: Option<Arc<Ladder>>,
     pub(super) part_size: u64,
-    /// The file comes as one stream: the server gives no ranges.
+    /// True if the file is downloaded as one stream, because the server ignores ranges.
     pub(super) one_stream: bool,
-    /// Parts that an ended fill says it wrote.
+    /// Parts that an earlier fill wrote, according to its journal. They are not trusted until verified.
     pub(super) left_over: Arc<BTreeSet<u64>>,
     pub(super) failures: Arc<Failures>,
-    /// Bytes that this attempt has shown as done.
-    pub(super) shown: Arc<AtomicU64>,
-    pub(super) local: Arc<Local>,
+    /// Bytes that this attempt has reported as done to the progress display.
+    pub(super) reported_bytes: Arc<AtomicU64>,
+    pub(super) local: Arc<LocalBytes>,
     pub(super) progress: Progress,
 }
 
 impl PartTask {
-    /// Sees that the bytes in `range` are written and right.
+    /// Ensures that the bytes in `range` are written and verified.
     pub(super) async fn run(self, range: Range<u64>, permit: Permit) -> Result<(), PartFailure> {
         let mut part = PartProgress::new(&self, &range);
-        if self.left_over(&range, &mut part).await? {
+        if self.resume_part(&range, &mut part).await? {
+            // A resumed part needs no request.
             drop(permit);
         } else {
-            self.part(&range, permit, &mut part).await?;
+            self.fetch_part(&range, permit, &mut part).await?;
         }
         self.file.partial_file.part_received(self.generation, &range);
         if let Some(sink) = &self.file.on_part {
             sink.notify(&self.file.path, self.generation, range);
         }
-        if part.is_to_catch_up { Ok(self.catch_up().await?) } else { Ok(()) }
+        // The part just written may close the gap at the hash cursor. Then this task hashes the parts behind it.
+        if part.must_catch_up { Ok(self.catch_up().await?) } else { Ok(()) }
     }
 
-    fn show(&self, bytes: u64) {
-        self.shown.fetch_add(bytes, Ordering::Relaxed);
+    fn report_done(&self, bytes: u64) {
+        self.reported_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.progress.done(bytes);
     }
 
-    fn unshow(&self, bytes: u64) {
-        self.shown.fetch_sub(bytes, Ordering::Relaxed);
+    fn report_undone(&self, bytes: u64) {
+        self.reported_bytes.fetch_sub(bytes, Ordering::Relaxed);
         self.progress.undone(bytes);
     }
 
-    /// Takes the part in `range` as an ended fill left it, if it did and, where a ladder can tell, it is right.
-    async fn left_over(&self, range: &Range<u64>, part: &mut PartProgress) -> Result<bool, PartFailure> {
+    /// Takes over the part in `range` from an earlier fill. Returns false if that fill did not write it or, with a
+    /// ladder, if its bytes are wrong.
+    async fn resume_part(&self, range: &Range<u64>, part: &mut PartProgress) -> Result<bool, PartFailure> {
         let index = range.start / self.part_size;
         if !self.left_over.contains(&index) {
             return Ok(false);
         }
         if self.ladder.is_some() {
+            // With a ladder the part is verified alone, by reading it back.
             while part.next < range.end {
                 let buffer = part.buffer(self).await?;
-                part.submit(self, range, Work::ReadBack(slice_of(&(part.next..range.end))), buffer).await?;
+                part.submit(self, range, Work::ReadBack(slice_len(&(part.next..range.end))), buffer).await?;
             }
             if !part.settle(self).await? {
                 part.restart(self, range);
                 return Ok(false);
             }
         } else {
+            // Without one, it is hashed when the in-order hash gets there; the whole file is verified at the end.
             let writer = self.writer.clone();
-            part.is_to_catch_up = blocking(move || writer.part_done(index)).await?;
-            self.show(range.end - range.start);
+            part.must_catch_up = blocking(move || writer.part_done(index)).await?;
+            self.report_done(range.end - range.start);
         }
         self.local.resumed.fetch_add(range.end - range.start, Ordering::Relaxed);
         Ok(true)
     }
 
-    /// Reads back and hashes in order what came before its turn.
+    /// Reads back and hashes, in order, the parts that were written before the hash reached them.
     async fn catch_up(&self) -> Result<()> {
         let Some(range) = self.writer.next_to_catch_up() else { return Ok(()) };
         let slice = Slice::catch_up(self.writer.clone(), &range, self.engine.buffers.take().await);
         self.engine.workers.submit(slice).done().await.map(drop)
     }
 
-    /// Gets one range right, from the first source that gives it.
-    async fn part(&self, range: &Range<u64>, permit: Permit, part: &mut PartProgress) -> Result<(), PartFailure> {
+    /// Downloads and verifies one range from the first source that delivers it correctly.
+    async fn fetch_part(&self, range: &Range<u64>, permit: Permit, part: &mut PartProgress) -> Result<(), PartFailure> {
         let (mut failure, mut permit): (Option<Error>, _) = (None, Some(permit));
         for (at, source) in self.sources.iter().enumerate() {
             let is_last = at + 1 == self.sources.len();
             let mut attempts = self.retry.attempts();
             let mut mismatched = false;
             loop {
+                // The permit was returned for the pause before a retry.
                 if permit.is_none() {
                     permit = Some(self.engine.limiter.acquire().await);
                 }
@@ -138,25 +138,28 @@ impl PartTask {
                         return Ok(());
                     }
                     Err(PartFailure::Failed(error)) => error,
-                    Err(trouble) => return Err(trouble),
+                    Err(other) => return Err(other),
                 };
                 if error.is_throttled() {
-                    self.engine.limiter.throttled();
+                    self.engine.limiter.record_throttled();
                 }
+                // Wrong bytes are fetched once more from the same source, without a pause. A copy that is too short is
+                // given up if there is another source. All other failures are retried under the retry policy; when that
+                // gives up, the next source is used.
                 if error.kind() == ErrorKind::Corrupt && !mismatched && error.is_transient() {
                     tracing::warn!(%error, "fetching the part again");
                     mismatched = true;
                 } else if !is_last && part.is_short() {
                     self.note_bad(source.tier(), &Error::corrupt(error.message()));
-                    failure = Some(worse(failure, error));
-                    part.short_ends = 0;
+                    failure = Some(more_informative(failure, error));
+                    part.empty_ends = 0;
                     break;
                 } else if let Err(error) = {
                     permit = None;
                     self.pause(&mut attempts, error).await
                 } {
                     self.note_bad(source.tier(), &error);
-                    failure = Some(worse(failure, error.tier(source.tier())));
+                    failure = Some(more_informative(failure, error.tier(source.tier())));
                     break;
                 }
             }
@@ -165,25 +168,27 @@ impl PartTask {
         Err(PartFailure::Failed(failure.unwrap_or_else(nowhere)))
     }
 
-    /// Corrupt bytes are not waited for; the network is.
+    /// Pauses before a retry, or returns `error` if it must not be retried. Waiting does not help against corrupt
+    /// bytes.
     async fn pause(&self, attempts: &mut Attempts, error: Error) -> Result<()> {
         if error.kind() == ErrorKind::Corrupt { Err(error) } else { attempts.pause(error).await }
     }
 
+    /// Logs that a source failed, as a warning once per tier, and marks a tier with a wrong or missing copy as bad.
     fn note_bad(&self, tier: Tier, error: &Error) {
         if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) {
             self.failures.note_bad(tier);
         }
         match self.sources.len() > 1 {
-            true if self.failures.is_news(tier) => {
+            true if self.failures.is_first_report(tier) => {
                 tracing::warn!(file = %self.file.path, %tier, %error, "this source failed; trying the next");
             }
-            // The same trouble with another part.
+            // Another part already reported the tier, or there is no other source to try.
             _ => tracing::debug!(file = %self.file.path, %tier, %error, "this source failed"),
         }
     }
 
-    /// Streams what is missing of the range from one source, once.
+    /// Requests the missing rest of the range from one source, once, and processes the response.
     async fn stream(
         &self,
         source: &dyn Source,
@@ -191,33 +196,34 @@ impl PartTask {
         part: &mut PartProgress,
     ) -> Result<(), PartFailure> {
         let want = part.next..range.end;
-        let cuts = || source.ignores_ranges() && range.end - range.start < self.file.entry.size;
-        if cuts() {
+        let must_stop = || source.ignores_ranges() && range.end - range.start < self.file.entry.size;
+        if must_stop() {
             return Err(PartFailure::IgnoresRanges);
         }
-        let reading = ResponseReader::start(self, source, want.clone());
-        let body = reading.first(source.read(&self.file.path, want.clone())).await?;
-        // The answer itself may have told.
-        if cuts() {
+        let reader = ResponseReader::start(self, source, want.clone());
+        let body = reader.first(source.read(&self.file.path, want.clone())).await?;
+        // Only the response may have revealed that the server ignores ranges.
+        if must_stop() {
             return Err(PartFailure::IgnoresRanges);
         }
         if body.start != want.start {
-            // From the beginning of the file: only of use to whoever asked for all of it.
+            // The response begins elsewhere. It is usable only if it is the whole file and the whole file was
+            // requested.
             if body.start != 0 || part.next != range.start {
                 part.restart(self, range);
             }
             if range.start != 0 || range.end != self.file.entry.size {
                 return Err(PartFailure::IgnoresRanges);
             }
-            // What comes need not be what came before: all of it is hashed anew.
+            // The response may differ from the one before, so its bytes are hashed from the beginning.
             self.writer.rewind();
         }
-        let received = self.receive(reading, HedgedRead::new(body.stream, part.next), range, part).await;
-        // What is in the workers' hands is written and hashed, whatever became of the stream.
+        let received = self.receive(reader, HedgedRead::new(body.stream, part.next), range, part).await;
+        // Wait for the slice that the workers still have, even if the stream failed.
         let holds = part.settle(self).await?;
         part.spare = None;
         if !holds {
-            // It is complete, and wrong, however the stream ended.
+            // The part is complete and wrong, however the stream ended.
             part.restart(self, range);
             let expected = self.file.entry.sha256.map(|digest| digest.short()).unwrap_or_default();
             return Err(PartFailure::Failed(
@@ -231,9 +237,10 @@ impl PartTask {
         }
         match received {
             Err(PartFailure::Failed(error)) if error.kind() == ErrorKind::Corrupt => {
+                // Bytes of a wrong response that are in the in-order hash cannot be taken out again.
                 let is_hashed = self.ladder.is_none() && part.next > range.start;
                 part.restart(self, range);
-                return Err(if is_hashed { PartFailure::Spoiled(error.tier(source.tier())) } else { error.into() });
+                return Err(if is_hashed { PartFailure::RestartFile(error.tier(source.tier())) } else { error.into() });
             }
             received => received?,
         }
@@ -243,22 +250,26 @@ impl PartTask {
         Ok(())
     }
 
-    /// Hands what comes to the workers, until the answer ends. The last slice only then: nothing may follow it.
+    /// Passes the received bytes to the workers until the response ends.
+    ///
+    /// The last slice is held back until then. If more bytes follow it, the response is not the requested range: none
+    /// of it may be marked as complete.
     async fn receive<'a>(
         &'a self,
-        mut reading: ResponseReader<'a>,
-        mut race: HedgedRead<'a>,
+        mut reader: ResponseReader<'a>,
+        mut hedged: HedgedRead<'a>,
         range: &Range<u64>,
         part: &mut PartProgress,
     ) -> Result<(), PartFailure> {
-        let tier = reading.source.tier();
+        let tier = reader.source.tier();
         let mut filling: Option<Buffer> = None;
         loop {
             let position = part.next + filling.as_ref().map_or(0, |buffer| buffer.len() as u64);
-            if position == range.end && !race.keep_those_at(position) {
+            // All bytes are here. Wait for the end of the response, on the connections that delivered the last byte.
+            if position == range.end && !hedged.retain_at(position) {
                 break;
             }
-            let Some(chunk) = reading.next(&mut race, position).await? else { break };
+            let Some(chunk) = reader.next(&mut hedged, position).await? else { break };
             let mut rest = &chunk[..];
             while !rest.is_empty() {
                 let mut buffer = match filling.take() {
@@ -267,10 +278,12 @@ impl PartTask {
                 };
                 let room = range.end - part.next;
                 let taken = buffer.fill(rest, usize::try_from(room).unwrap_or(usize::MAX));
+                // The range is complete, and these bytes are surplus.
                 if taken == 0 {
                     break;
                 }
                 rest = &rest[taken..];
+                // A full slice goes to the workers, unless it is the last one.
                 if buffer.len() == SLICE_BYTES && SLICE_BYTES as u64 != room {
                     part.submit(self, range, Work::Write, buffer).await?;
                 } else {
@@ -278,7 +291,7 @@ impl PartTask {
                 }
             }
             if !rest.is_empty() && range.start == 0 && range.end < self.file.entry.size {
-                // Perhaps it is the whole file. Asked for as one, the server shows what it sends.
+                // The server may have sent the whole file. Requested as one stream, its length can be checked.
                 return Err(PartFailure::IgnoresRanges);
             }
             if !rest.is_empty() {
@@ -289,59 +302,62 @@ impl PartTask {
         if let Some(last) = filling.filter(|buffer| part.next + buffer.len() as u64 == range.end) {
             part.submit(self, range, Work::Write, last).await?;
         }
-        if part.next == range.end && !race.is_hedged() && tier != Tier::Disk {
-            self.engine.limiter.ended(reading.want.end - reading.want.start, reading.began.elapsed());
+        // Only undisturbed network requests are a measure for the pace of others.
+        if part.next == range.end && !hedged.is_hedged() && tier != Tier::Disk {
+            self.engine.limiter.record_completed(reader.want.end - reader.want.start, reader.began.elapsed());
         }
         Ok(())
     }
 }
 
-/// One request's answer being read: how long that takes, and what is done about it.
+/// Reads the response of one request. Detects silence and stalls, and opens a second connection if it is too slow.
 struct ResponseReader<'a> {
     task: &'a PartTask,
     source: &'a dyn Source,
     want: Range<u64>,
     began: Instant,
-    looked: Instant,
+    last_peer_check: Instant,
     stall: StallDetector,
 }
 
 impl<'a> ResponseReader<'a> {
     fn start(task: &'a PartTask, source: &'a dyn Source, want: Range<u64>) -> Self {
         let began = Instant::now();
-        Self { task, source, want, began, looked: began, stall: StallDetector::new(task.retry.read_timeout()) }
+        Self { task, source, want, began, last_peer_check: began, stall: StallDetector::new(task.retry.read_timeout()) }
     }
 
-    fn silent(&self) -> Error {
+    /// Returns the error for a server that sent no bytes within the read timeout.
+    fn silence_error(&self) -> Error {
         let seconds = self.task.retry.read_timeout().as_secs_f32();
         Error::unavailable(format!("no bytes for {seconds} s")).tier(self.source.tier())
     }
 
-    /// The beginning of the answer.
+    /// Waits for the beginning of the response, for at most the read timeout.
     async fn first<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
-        tokio::time::timeout(self.task.retry.read_timeout(), answer).await.map_err(|_| self.silent())?
+        tokio::time::timeout(self.task.retry.read_timeout(), answer).await.map_err(|_| self.silence_error())?
     }
 
-    /// The next bytes, which belong at `position`; `None` at the end.
-    async fn next(&mut self, race: &mut HedgedRead<'a>, position: u64) -> Result<Option<Bytes>> {
+    /// Returns the next bytes, which belong at offset `position`; `None` at the end.
+    async fn next(&mut self, hedged: &mut HedgedRead<'a>, position: u64) -> Result<Option<Bytes>> {
         let (timeout, waiting) = (self.task.retry.read_timeout(), Instant::now());
         let chunk = loop {
-            if self.looked.elapsed() >= LOOK_EVERY {
-                self.looked = Instant::now();
-                self.hedge(race, position);
+            if self.last_peer_check.elapsed() >= PEER_CHECK_INTERVAL {
+                self.last_peer_check = Instant::now();
+                self.hedge(hedged, position);
             }
-            let patience = timeout.saturating_sub(waiting.elapsed());
-            match tokio::time::timeout(patience.min(LOOK_EVERY), race.next(position)).await {
+            // Wake up regularly, because a hedge may be needed while no bytes arrive.
+            let remaining = timeout.saturating_sub(waiting.elapsed());
+            match tokio::time::timeout(remaining.min(PEER_CHECK_INTERVAL), hedged.next(position)).await {
                 Ok(None) => return Ok(None),
                 Ok(Some(chunk)) => break chunk?,
-                Err(_) if patience <= LOOK_EVERY => return Err(self.silent()),
+                Err(_) if remaining <= PEER_CHECK_INTERVAL => return Err(self.silence_error()),
                 Err(_) => {}
             }
         };
-        let received = chunk.len() as u64 + race.take_wasted();
+        let received = chunk.len() as u64 + hedged.take_wasted();
         self.task.progress.received(self.source.tier(), received);
         if self.source.tier() != Tier::Disk {
-            self.task.engine.limiter.received(received);
+            self.task.engine.limiter.record_received(received);
         }
         if self.stall.record(received, waiting.elapsed()) {
             return Err(Error::unavailable("the connection has nearly stalled").tier(self.source.tier()));
@@ -349,11 +365,11 @@ impl<'a> ResponseReader<'a> {
         Ok(Some(chunk))
     }
 
-    /// Asks for the rest over a second connection, once, if this one is far slower than others were and no request
-    /// waits for its turn.
-    fn hedge(&self, race: &mut HedgedRead<'a>, position: u64) {
+    /// Requests the rest over a second connection, once, if this one is far slower than others were and a permit is
+    /// free.
+    fn hedge(&self, hedged: &mut HedgedRead<'a>, position: u64) {
         let (engine, bytes) = (&self.task.engine, self.want.end - self.want.start);
-        if race.is_hedged()
+        if hedged.is_hedged()
             || self.task.one_stream
             || position == self.want.end
             || self.source.tier() == Tier::Disk
@@ -363,90 +379,94 @@ impl<'a> ResponseReader<'a> {
         }
         let Some(permit) = engine.limiter.try_acquire() else { return };
         if self.task.retry.may_hedge() {
-            tracing::debug!(file = %self.task.file.path, position, "far slower than others; asking for the rest again");
-            race.join(self.again(position..self.want.end), position, permit);
+            tracing::debug!(file = %self.task.file.path, position, "far slower than its peers; hedging the rest");
+            hedged.add(self.reread(position..self.want.end), position, permit);
         }
     }
 
-    fn again(&self, range: Range<u64>) -> BoxStream<'a, Result<Bytes>> {
+    /// Returns the stream of a second request for `range`. It is sent when the stream is first polled.
+    fn reread(&self, range: Range<u64>) -> BoxStream<'a, Result<Bytes>> {
         let (source, path) = (self.source, &self.task.file.path);
         let body = async move {
             let body = source.read(path, range.clone()).await?;
             match body.start == range.start {
                 true => Ok(body.stream),
-                false => Err(Error::unavailable("the server ignores ranges now and then").tier(source.tier())),
+                false => {
+                    Err(Error::unavailable("the server ignored the range of a repeated request").tier(source.tier()))
+                }
             }
         };
         futures::stream::once(body).try_flatten().boxed()
     }
 }
 
-/// How far one range has come.
+/// The progress of one range.
 struct PartProgress {
-    /// Next byte wanted: all before it are with the workers or done.
+    /// Offset of the next byte to hand to the workers. All bytes before it are with the workers or written.
     next: u64,
-    /// The hash so far, where a ladder will check it and the workers do not have it.
+    /// The hash so far. `None` while the workers have it, and always without a ladder.
     hasher: Option<PartHasher>,
-    /// What the workers have, and how many bytes that is.
+    /// The slice that the workers have, and its length in bytes.
     in_flight: Option<(u64, Pending)>,
-    /// An empty buffer that came back from them.
+    /// An empty buffer that the workers returned.
     spare: Option<Buffer>,
-    /// Bytes shown as done.
-    shown: u64,
-    /// Streams in a row that ended in good order without bringing a byte.
-    short_ends: u32,
-    /// The file's hash has to catch up, and nobody else sees to it.
-    is_to_catch_up: bool,
-    /// The ladder, where it was asked, did not contradict.
+    /// Bytes of the range reported as done to the progress display.
+    reported_bytes: u64,
+    /// Number of consecutive responses that ended without an error and without a byte.
+    empty_ends: u32,
+    /// True if this task must hash the parts that arrived early.
+    must_catch_up: bool,
+    /// False once a checkpoint of the ladder did not match.
     holds: bool,
 }
 
 impl PartProgress {
     fn new(task: &PartTask, range: &Range<u64>) -> Self {
-        let hasher = Self::rung(task, range).and_then(|rung| rung.hasher());
+        let hasher = Self::checkpoints(task, range).and_then(|checkpoints| checkpoints.hasher());
         Self {
             next: range.start,
             hasher,
             in_flight: None,
             spare: None,
-            shown: 0,
-            short_ends: 0,
-            is_to_catch_up: false,
+            reported_bytes: 0,
+            empty_ends: 0,
+            must_catch_up: false,
             holds: true,
         }
     }
 
-    fn rung(task: &PartTask, range: &Range<u64>) -> Option<CheckpointPair> {
+    /// Returns the checkpoints around the part in `range`; `None` without a ladder.
+    fn checkpoints(task: &PartTask, range: &Range<u64>) -> Option<CheckpointPair> {
         let (ladder, index) = (task.ladder.clone()?, range.start / task.part_size);
         Some(CheckpointPair { ladder, index, sha256: task.file.entry.sha256 })
     }
 
-    /// A stream that ended in good order, too soon.
+    /// Records a response that ended without an error but too early, and returns the error for it.
     fn ended_early(&mut self, path: &FilePath, began: u64, end: u64, tier: Tier) -> Error {
-        self.short_ends = if self.next == began { self.short_ends + 1 } else { 0 };
+        self.empty_ends = if self.next == began { self.empty_ends + 1 } else { 0 };
         Error::unavailable(format!("{path} ended {} bytes early", end - self.next)).tier(tier)
     }
 
-    /// Once that may be the network; again, without a byte, the copy is shorter than it is listed.
+    /// Returns true if the copy is shorter than listed. One empty response may be caused by the network, two may not.
     fn is_short(&self) -> bool {
-        self.short_ends >= 2
+        self.empty_ends >= 2
     }
 
-    /// Forgets what came; the workers have nothing of it.
+    /// Starts the range over. The workers must not have a slice of it.
     fn restart(&mut self, task: &PartTask, range: &Range<u64>) {
-        task.unshow(self.shown);
-        let short_ends = self.short_ends;
-        *self = Self { short_ends, ..Self::new(task, range) };
+        task.report_undone(self.reported_bytes);
+        let empty_ends = self.empty_ends;
+        *self = Self { empty_ends, ..Self::new(task, range) };
     }
 
-    /// A buffer to fill while the workers have another; the first has to be waited for like everybody's.
-    fn second(&self, task: &PartTask) -> Option<Buffer> {
+    /// Returns a spare buffer if the workers have the first one. The first buffer must be waited for instead.
+    fn spare_buffer(&self, task: &PartTask) -> Option<Buffer> {
         self.in_flight.as_ref().and_then(|_| task.engine.buffers.spare())
     }
 
-    /// An empty buffer: the one that came back, one that nobody uses, or the next that comes back.
+    /// Returns an empty buffer: the returned one, a spare one, or the next one that the workers return.
     async fn buffer(&mut self, task: &PartTask) -> Result<Buffer, PartFailure> {
-        if let Some(buffer) = self.spare.take().or_else(|| self.second(task)) {
+        if let Some(buffer) = self.spare.take().or_else(|| self.spare_buffer(task)) {
             return Ok(buffer);
         }
         self.settle(task).await?;
@@ -456,7 +476,7 @@ impl PartProgress {
         }
     }
 
-    /// Hands the next slice to the workers, after the one before came back.
+    /// Hands the next slice to the workers, after they finished the previous one.
     async fn submit(
         &mut self,
         task: &PartTask,
@@ -465,37 +485,40 @@ impl PartProgress {
         buffer: Buffer,
     ) -> Result<(), PartFailure> {
         self.settle(task).await?;
-        let len = work.reads_back().unwrap_or(buffer.len()) as u64;
+        let len = work.bytes_to_read_back().unwrap_or(buffer.len()) as u64;
         let (writer, offset) = (task.writer.clone(), self.next);
         let hash = self.hasher.take().map_or(Hash::InOrder, Hash::Part);
         let parts = range.start / task.part_size..range.end.div_ceil(task.part_size);
-        let end = (offset + len == range.end).then(|| (Self::rung(task, range), parts));
-        task.engine.limiter.handed_over(task.engine.workers.are_behind());
+        // The last slice carries the expected hash state and the parts that it completes.
+        let end = (offset + len == range.end).then(|| (Self::checkpoints(task, range), parts));
+        task.engine.limiter.record_queued_slice(task.engine.workers.are_behind());
         let pending = task.engine.workers.submit(Slice { writer, offset, buffer, work, hash, end });
         (self.next, self.in_flight) = (offset + len, Some((len, pending)));
+        // Return the second buffer if others need it more.
         if task.engine.buffers.is_tight() {
             self.spare = None;
         }
         Ok(())
     }
 
-    /// Waits for what the workers have. Whether the ladder, where it was asked, has not contradicted, now or before.
+    /// Waits for the slice that the workers have, if any. Returns false if a checkpoint of the ladder ever did not
+    /// match.
     async fn settle(&mut self, task: &PartTask) -> Result<bool, PartFailure> {
         let Some((len, pending)) = self.in_flight.take() else { return Ok(self.holds) };
-        let SliceOutcome { buffer, hash, holds, is_to_catch_up } = pending.done().await.map_err(PartFailure::Broken)?;
+        let SliceOutcome { buffer, hash, holds, must_catch_up } = pending.done().await.map_err(PartFailure::Storage)?;
         if let Hash::Part(hasher) = hash {
             self.hasher = Some(hasher);
         }
-        (self.spare, self.shown) = (Some(buffer), self.shown + len);
-        self.is_to_catch_up |= is_to_catch_up;
+        (self.spare, self.reported_bytes) = (Some(buffer), self.reported_bytes + len);
+        self.must_catch_up |= must_catch_up;
         self.holds &= holds;
-        task.show(len);
+        task.report_done(len);
         Ok(self.holds)
     }
 }
 
-/// Of two failures, the one that tells more: damage before absence, and the later of equals.
-fn worse(first: Option<Error>, second: Error) -> Error {
+/// Returns the more informative of two failures: damage before absence, and the later one otherwise.
+fn more_informative(first: Option<Error>, second: Error) -> Error {
     match first {
         Some(first) if first.kind() == ErrorKind::Corrupt && second.kind() != ErrorKind::Corrupt => first,
         Some(first) if second.kind() == ErrorKind::NotFound => first,

@@ -1,14 +1,12 @@
-//! Arrival: what has come of one file that is being poured, for those who read it meanwhile, and what they wish for.
+//! State of one file that is being downloaded, shared between the download and the readers of the incomplete file.
 //!
-//! The pour tells and asks what is wished for next; readers look, wish and watch. Both only ever hold a lock for
-//! moments, so that no reader holds up a fill. Which bytes may be read before the whole is proven follows here from
-//! what the plan says of the file ([`ReadGate`]), from whether a ladder checked them, and from whether the reader minds;
-//! nothing else decides it.
+//! The download records received ranges and takes the demands of readers into account when it chooses the next part.
+//! Locks are held only briefly, so that no reader delays a fill. Which bytes may be read before the whole file is
+//! proven is decided here and nowhere else, from three facts: the [`ReadGate`] of the file, whether a ladder verified
+//! the bytes, and whether the reader accepts unverified bytes.
 //!
-//! Surprise: a file that turns out wrong is filled anew, as another generation, and nothing of the earlier one may be
-//! read any more. The inode does not tell them apart: a filesystem gives the number of a file that is gone to the very
-//! next one. A generation begins before its file is made and the earlier one goes, so whoever opens what lies there and
-//! finds the same generation afterwards has opened that one.
+//! A file that fails verification is downloaded again as a new *generation*; bytes of an earlier generation must not be
+//! read any more. Inodes cannot identify a generation, because filesystems reuse inode numbers at once.
 
 use super::order::PartQueue;
 use crate::disk::RootedPath;
@@ -19,32 +17,33 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 
-/// Parts that are asked for beyond what a reader waits for, at first; more as it goes on in sequence.
+/// Number of parts to request ahead of a reader. A sequential reader gets more.
 const AHEAD_PARTS: u64 = 4;
-/// A reader that goes on within so many bytes of where it stopped reads in sequence.
+/// Largest gap, in bytes, between two reads that still count as sequential.
 const GAP_BYTES: u64 = 1 << 20;
-/// For how long a reader that was just given something is expected to wish for more, before connections are taken by
-/// what nobody waits for.
+/// Time to wait for a reader's next demand after its last one was satisfied, before parts without a demand are
+/// requested.
 pub(super) const NEXT_DEMAND_WAIT: Duration = Duration::from_millis(20);
-/// For how long the rest of a file stands back for what a reader waits for: a connection may have stalled.
+/// Longest time for which a waiting reader keeps the rest of the file from being requested. It is limited because the
+/// connection of the demanded part may have stalled.
 const DEMAND_PRIORITY_MAX: Duration = Duration::from_secs(1);
 
-/// When the bytes of a file may be read while it is filled, by whoever wants only bytes that are vouched for; the
-/// earliest first.
+/// When readers that want only verified bytes may read a file that is being downloaded. The variants are ordered from
+/// the earliest to the latest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum ReadGate {
-    /// Part by part, as its ladder finds them right.
+    /// Each part, once the ladder verified it.
     ByPart,
-    /// Once the whole file is proven.
+    /// All bytes, once the whole file is verified.
     Proven,
-    /// Not before all that is filled is published.
+    /// Only after all files of the fill are published.
     Published,
 }
 
-/// The files of a fill.
+/// The files of a fill, keyed by their paths in the artifact.
 pub(crate) type PartialFiles = BTreeMap<FilePath, Arc<PartialFile>>;
 
-/// One file of a fill.
+/// One file that is being downloaded by a fill.
 #[derive(Debug)]
 pub(crate) struct PartialFile {
     staged: RootedPath,
@@ -55,34 +54,34 @@ pub(crate) struct PartialFile {
     demand_changed: Notify,
 }
 
-/// What has come so far.
+/// The bytes received so far.
 #[derive(Debug, Clone, Default)]
 struct Received {
-    /// How often the file was begun anew: what an earlier fill left is 0.
+    /// Number of times the download was started from an empty file. Leftovers of an earlier fill have generation 0.
     generation: u64,
-    /// It is being filled, or there.
-    is_there: bool,
-    /// Whether a ladder checks its parts.
-    by_ladder: bool,
-    /// What was written of it, as the end of each span by its beginning.
+    /// True if the staged file exists, complete or not.
+    exists: bool,
+    /// True if a ladder verifies the parts.
+    has_ladder: bool,
+    /// The written ranges: the end of each range, keyed by its start. Ranges neither overlap nor touch.
     spans: BTreeMap<u64, u64>,
     is_proven: bool,
 }
 
-/// What one reader wants.
+/// The reading position and the demand of one reader.
 #[derive(Debug)]
 struct Demand {
-    /// It takes what is written, checked or not.
+    /// True if the reader accepts written bytes that are not verified.
     unchecked: bool,
-    /// What it waits for.
+    /// The range that the reader waits for.
     range: Option<Range<u64>>,
-    /// Where it has read in sequence.
+    /// The range that it has read sequentially.
     read: Range<u64>,
-    /// When it last began to wait, or was given what it waited for.
+    /// Time at which it last began or ended to wait.
     touched: Instant,
 }
 
-/// One reader. Dropped, it wishes for nothing any more.
+/// One reader of the incomplete file. Dropping it withdraws its demand.
 #[derive(Debug)]
 pub(crate) struct PartialReader {
     partial_file: Arc<PartialFile>,
@@ -90,56 +89,61 @@ pub(crate) struct PartialReader {
     unchecked: bool,
 }
 
-/// What the pour shall ask for next.
+/// The part that the download should request next.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// A part that a reader waits for, or will soon.
+    /// A part that a reader waits for or is expected to read soon.
     Demanded(u64),
-    /// Whatever comes next in order.
+    /// The next part in the usual order.
     Any,
-    /// Nothing: what a reader waits for is under way and shall have the connection for itself.
+    /// No part: the demanded part is already being downloaded and gets the bandwidth for itself.
     Wait,
 }
 
 impl PartialFile {
-    /// A file of `size` bytes that is to be filled at `staged`.
+    /// Creates the state of a file of `size` bytes that will be downloaded to `staged`.
     pub(crate) fn new(staged: RootedPath, size: u64, read_gate: ReadGate) -> Arc<Self> {
         let (received, demands, demand_changed) = (watch::Sender::default(), Mutex::default(), Notify::new());
         Arc::new(Self { staged, size, read_gate, received, demands, demand_changed })
     }
 
-    /// Where the file is staged.
+    /// Returns the path of the staged file.
     pub(crate) fn staged(&self) -> &RootedPath {
         &self.staged
     }
 
-    /// Bytes of the file.
+    /// Returns the size of the complete file in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.size
     }
 
-    /// Whether all of it is written and right.
+    /// Returns true if all bytes are written and verified.
     pub(crate) fn is_complete(&self) -> bool {
         let received = self.received.borrow();
-        received.is_proven || received.by_ladder && received.has(&(0..self.size))
+        received.is_proven || received.has_ladder && received.has(&(0..self.size))
     }
 
-    /// A new generation, whose file is about to be made: what was there before counts no more.
-    pub(super) fn begin(&self, by_ladder: bool) -> u64 {
-        self.replace(1, Received { is_there: true, by_ladder, ..Received::default() })
+    /// Starts a new generation and returns its number. All bytes received before become invalid.
+    ///
+    /// Must be called before the old file is removed and the new one created. A reader that opens the staged file and
+    /// then finds its generation still current has therefore opened the file of that generation.
+    pub(super) fn begin_generation(&self, has_ladder: bool) -> u64 {
+        self.replace(1, Received { exists: true, has_ladder, ..Received::default() })
     }
 
-    /// What lies there is filled further, as the generation that it is; what is there of it is told anew.
-    pub(super) fn go_on(&self, by_ladder: bool) -> u64 {
-        self.replace(0, Received { is_there: true, by_ladder, ..Received::default() })
+    /// Continues the generation of the existing file and returns its number. Its received ranges are recorded again as
+    /// they are verified.
+    pub(super) fn resume_generation(&self, has_ladder: bool) -> u64 {
+        self.replace(0, Received { exists: true, has_ladder, ..Received::default() })
     }
 
-    /// Whether `generation` is the one that is being filled, or is there.
+    /// Returns true if `generation` is the one of the staged file.
     pub(crate) fn is_current(&self, generation: u64) -> bool {
         self.received.borrow().current() == Some(generation)
     }
 
-    /// These bytes are written into the file of `generation` and, where a ladder can tell, right.
+    /// Records that `range` is written into the file of `generation` and, if there is a ladder, verified. Has no effect
+    /// if `generation` is not current.
     pub(super) fn part_received(&self, generation: u64, range: &Range<u64>) {
         self.received.send_if_modified(|received| {
             let is_current = received.current() == Some(generation);
@@ -149,6 +153,7 @@ impl PartialFile {
             is_current
         });
         let received = self.received.borrow();
+        // Satisfied demands end now, even if their readers have not woken up yet.
         for demand in self.demands().values_mut() {
             if demand.range.as_ref().is_some_and(|range| received.has(range)) {
                 (demand.range, demand.touched) = (None, Instant::now());
@@ -156,31 +161,32 @@ impl PartialFile {
         }
     }
 
-    /// The whole file, as it lies there, is proven.
+    /// Records that the whole staged file is verified.
     pub(crate) fn proven(&self) {
-        self.replace(0, Received { is_there: true, is_proven: true, ..Received::default() });
+        self.replace(0, Received { exists: true, is_proven: true, ..Received::default() });
     }
 
-    /// Whether the whole file is proven, and of `generation`.
+    /// Returns true if the whole file is verified and belongs to `generation`.
     pub(crate) fn is_proven(&self, generation: u64) -> bool {
         let received = self.received.borrow();
         received.is_proven && received.current() == Some(generation)
     }
 
-    /// Nothing came of it.
+    /// Records that the download failed: no bytes may be read any more.
     pub(crate) fn failed(&self) {
         self.replace(0, Received::default());
     }
 
-    /// What came until now counts no more, but for how often the file was begun; which generation this is.
-    fn replace(&self, begun: u64, received: Received) -> u64 {
-        let generation = self.received.borrow().generation + begun;
+    /// Replaces the received bytes, adds `increment` to the generation and returns it.
+    fn replace(&self, increment: u64, received: Received) -> u64 {
+        let generation = self.received.borrow().generation + increment;
         self.received.send_replace(Received { generation, ..received });
         generation
     }
 
-    /// A reader, which begins at the beginning. `unchecked`: it takes what is written, proven or not.
+    /// Registers a reader that starts at the beginning of the file. `unchecked`: it accepts unverified bytes.
     pub(crate) fn read(self: &Arc<Self>, unchecked: bool) -> PartialReader {
+        // Demand the first byte at once, so that the first part is requested before the reader asks for it.
         let first = Some(0..self.size.min(1)).filter(|first| !first.is_empty());
         let demand = Demand { unchecked, range: first, read: 0..0, touched: Instant::now() };
         let mut demands = self.demands();
@@ -191,31 +197,33 @@ impl PartialFile {
         PartialReader { partial_file: self.clone(), id, unchecked }
     }
 
-    /// Which of the parts that are `left` is asked for next.
-    pub(super) fn next(&self, left: &PartQueue, part_size: u64) -> Next {
-        let by_part = self.gives_by_part();
+    /// Returns which of the queued parts to request next.
+    pub(super) fn next(&self, queue: &PartQueue, part_size: u64) -> Next {
+        let by_part = self.is_readable_by_part();
         let demands = self.demands();
-        // Whoever has to wait for the whole file anyway shall not disturb the order in which it is hashed.
-        let heard: Vec<&Demand> = demands.values().filter(|demand| demand.unchecked || by_part).collect();
+        // A reader that has to wait for the whole file anyway must not disturb the order in which it is hashed.
+        let relevant: Vec<&Demand> = demands.values().filter(|demand| demand.unchecked || by_part).collect();
         let parts = |range: Range<u64>| range.start / part_size..range.end.div_ceil(part_size);
-        let waited_for = heard.iter().filter_map(|demand| demand.range.clone());
-        let ahead = heard.iter().map(|demand| demand.ahead(part_size));
-        if let Some(part) = waited_for.chain(ahead).find_map(|range| left.first_in(parts(range))) {
+        // Ranges that readers wait for come before ranges that they are expected to read next.
+        let waited_for = relevant.iter().filter_map(|demand| demand.range.clone());
+        let ahead = relevant.iter().map(|demand| demand.ahead(part_size));
+        if let Some(part) = waited_for.chain(ahead).find_map(|range| queue.first_in(parts(range))) {
             return Next::Demanded(part);
         }
-        match heard.iter().any(|demand| demand.is_urgent()) {
+        match relevant.iter().any(|demand| demand.is_urgent()) {
             true => Next::Wait,
             false => Next::Any,
         }
     }
 
-    /// Waits until a reader wishes for something else.
+    /// Waits until the demand of a reader changes.
     pub(super) async fn demand_changed(&self) {
         self.demand_changed.notified().await;
     }
 
-    fn gives_by_part(&self) -> bool {
-        self.read_gate == ReadGate::ByPart && self.received.borrow().by_ladder
+    /// Returns true if readers that want only verified bytes may read single parts.
+    fn is_readable_by_part(&self) -> bool {
+        self.read_gate == ReadGate::ByPart && self.received.borrow().has_ladder
     }
 
     fn demands(&self) -> MutexGuard<'_, BTreeMap<u64, Demand>> {
@@ -224,17 +232,21 @@ impl PartialFile {
 }
 
 impl Received {
+    /// Returns the generation of the staged file, if it exists.
     fn current(&self) -> Option<u64> {
-        self.is_there.then_some(self.generation)
+        self.exists.then_some(self.generation)
     }
 
+    /// Adds `range`, merging it with all ranges that it touches.
     fn add(&mut self, range: &Range<u64>) {
         let (mut start, mut end) = (range.start, range.end);
+        // Merge with the range that begins before this one.
         if let Some((before, its_end)) = self.spans.range(..=start).next_back().map(|(start, end)| (*start, *end))
             && its_end >= start
         {
             (start, end) = (before, end.max(its_end));
         }
+        // Merge with all ranges that begin within it.
         while let Some((next, its_end)) = self.spans.range(start..=end).next().map(|(start, end)| (*start, *end)) {
             self.spans.remove(&next);
             end = end.max(its_end);
@@ -250,18 +262,19 @@ impl Received {
 }
 
 impl Demand {
-    /// What it will probably want next: as much as it has read in sequence, and some parts.
+    /// Returns the range that the reader will probably need next: as long as it has read sequentially, plus some parts.
     fn ahead(&self, part_size: u64) -> Range<u64> {
         let read = self.read.end - self.read.start;
         self.read.end..self.read.end.saturating_add(read).saturating_add(AHEAD_PARTS * part_size)
     }
 
+    /// Returns true if parts without a demand should not be requested yet.
     fn is_urgent(&self) -> bool {
         self.touched.elapsed() < if self.range.is_some() { DEMAND_PRIORITY_MAX } else { NEXT_DEMAND_WAIT }
     }
 
-    /// It reads here now.
-    fn is_at(&mut self, range: &Range<u64>) {
+    /// Records that the reader reads `range`, continuing its sequence or starting a new one.
+    fn record_read(&mut self, range: &Range<u64>) {
         let goes_on = self.read.start..=self.read.end.saturating_add(GAP_BYTES);
         match goes_on.contains(&range.start) {
             true => self.read.end = self.read.end.max(range.end),
@@ -271,44 +284,44 @@ impl Demand {
 }
 
 impl PartialReader {
-    /// The file that is read.
+    /// Returns the file that is read.
     pub(crate) fn partial_file(&self) -> &PartialFile {
         &self.partial_file
     }
 
-    /// What tells of every change.
+    /// Returns a watch that reports every change of the received bytes.
     pub(crate) fn watch(&self) -> ReceivedWatch {
         ReceivedWatch(self.partial_file.received.subscribe())
     }
 
-    /// The generation of the staged file, if `range` of it may be read now. It reads on from there.
+    /// Returns the generation of the staged file if `range` may be read now, and records that it is being read.
     pub(crate) fn may_read(&self, range: &Range<u64>) -> Option<u64> {
         let generation = {
             let (received, read_gate) = (self.partial_file.received.borrow(), self.partial_file.read_gate);
-            let is_given = match read_gate {
+            let is_readable = match read_gate {
                 _ if self.unchecked => received.has(range),
-                ReadGate::ByPart => received.is_proven || received.by_ladder && received.has(range),
+                ReadGate::ByPart => received.is_proven || received.has_ladder && received.has(range),
                 ReadGate::Proven => received.is_proven,
                 ReadGate::Published => false,
             };
-            received.current().filter(|_| is_given)?
+            received.current().filter(|_| is_readable)?
         };
         if let Some(demand) = self.partial_file.demands().get_mut(&self.id) {
-            demand.is_at(range);
+            demand.record_read(range);
         }
         Some(generation)
     }
 
-    /// Has this asked for before anything else.
+    /// Demands `range`: its parts are requested before all others.
     pub(crate) fn demand(&self, range: &Range<u64>) {
         if let Some(demand) = self.partial_file.demands().get_mut(&self.id) {
-            demand.is_at(range);
+            demand.record_read(range);
             (demand.range, demand.touched) = (Some(range.clone()), Instant::now());
         }
         self.partial_file.demand_changed.notify_one();
     }
 
-    /// The generation that is filled now, if any is.
+    /// Returns the generation of the staged file, if it exists.
     pub(crate) fn generation(&self) -> Option<u64> {
         self.partial_file.received.borrow().current()
     }
@@ -321,17 +334,18 @@ impl Drop for PartialReader {
     }
 }
 
-/// Sees that something came.
+/// Watches the received bytes of a file.
 #[derive(Debug)]
 pub(crate) struct ReceivedWatch(watch::Receiver<Received>);
 
 impl ReceivedWatch {
-    /// What was there until now is known.
+    /// Marks the present state as seen, so that [`changed`](Self::changed) waits for a later one.
     pub(crate) fn look(&mut self) {
         self.0.mark_unchanged();
     }
 
-    /// Waits until there is more, or nothing any more. For ever where nobody could tell.
+    /// Waits until the received bytes change: more were received, or the download failed or started over. Waits forever
+    /// if the [`PartialFile`] was dropped, because nothing can change then.
     pub(crate) async fn changed(&mut self) {
         if self.0.changed().await.is_err() {
             std::future::pending().await
@@ -348,7 +362,7 @@ mod tests {
 
     fn partial_file(read_gate: ReadGate) -> Arc<PartialFile> {
         let partial_file = PartialFile::new(RootedPath::root(std::path::Path::new("/")), 100 * PART, read_gate);
-        assert_eq!(partial_file.begin(true), 1);
+        assert_eq!(partial_file.begin_generation(true), 1);
         partial_file
     }
 
@@ -356,27 +370,27 @@ mod tests {
         partial_file.part_received(1, &(part * PART..(part + 1) * PART));
     }
 
-    fn asked(partial_file: &PartialFile, left: &mut PartQueue) -> Option<u64> {
-        match partial_file.next(left, PART) {
+    fn request_next(partial_file: &PartialFile, queue: &mut PartQueue) -> Option<u64> {
+        match partial_file.next(queue, PART) {
             Next::Demanded(part) => {
-                left.begin(part);
+                queue.mark_requested(part);
                 Some(part)
             }
-            Next::Any => left.peek().inspect(|part| left.begin(*part)),
+            Next::Any => queue.peek().inspect(|part| queue.mark_requested(*part)),
             Next::Wait => None,
         }
     }
 
-    fn all_demanded(partial_file: &PartialFile, left: &mut PartQueue) -> Vec<u64> {
-        std::iter::from_fn(|| match partial_file.next(left, PART) {
-            Next::Demanded(part) => asked(partial_file, left).inspect(|asked| assert_eq!(*asked, part)),
+    fn all_demanded(partial_file: &PartialFile, queue: &mut PartQueue) -> Vec<u64> {
+        std::iter::from_fn(|| match partial_file.next(queue, PART) {
+            Next::Demanded(part) => request_next(partial_file, queue).inspect(|requested| assert_eq!(*requested, part)),
             Next::Any | Next::Wait => None,
         })
         .collect()
     }
 
     #[test]
-    fn spans_grow_together_whatever_comes_first() {
+    fn received_ranges_merge_in_any_order() {
         let mut received = Received::default();
         for range in [4..6, 0..2, 8..9, 2..4, 5..8] {
             received.add(&range);
@@ -386,55 +400,59 @@ mod tests {
     }
 
     #[test]
-    fn what_is_waited_for_comes_first_then_what_follows_and_nothing_else_meanwhile() {
+    fn demanded_parts_are_requested_first_then_those_that_follow_and_no_others_meanwhile() {
         let partial_file = partial_file(ReadGate::ByPart);
-        let mut left = PartQueue::new(100, Order::Any);
+        let mut queue = PartQueue::new(100, Order::Any);
         let reading = partial_file.read(false);
-        assert_eq!(all_demanded(&partial_file, &mut left), [0, 1, 2, 3], "a reader begins at the beginning");
-        assert_eq!(asked(&partial_file, &mut left), None);
+        assert_eq!(all_demanded(&partial_file, &mut queue), [0, 1, 2, 3], "a reader begins at the beginning");
+        assert_eq!(request_next(&partial_file, &mut queue), None);
         reading.demand(&(50 * PART + 1..52 * PART));
-        assert_eq!(all_demanded(&partial_file, &mut left), (50..58).collect::<Vec<_>>());
-        assert_eq!(asked(&partial_file, &mut left), None, "the others wait");
+        assert_eq!(all_demanded(&partial_file, &mut queue), (50..58).collect::<Vec<_>>());
+        assert_eq!(request_next(&partial_file, &mut queue), None, "the others wait");
         part(&partial_file, 50);
         part(&partial_file, 51);
-        assert_eq!(asked(&partial_file, &mut left), None, "another wish is expected");
+        assert_eq!(request_next(&partial_file, &mut queue), None, "the reader's next demand is expected");
         partial_file.demands().values_mut().for_each(|demand| demand.touched -= 2 * NEXT_DEMAND_WAIT);
-        assert_eq!(partial_file.next(&left, PART), Next::Any);
+        assert_eq!(partial_file.next(&queue, PART), Next::Any);
         drop(reading);
-        assert_eq!(partial_file.next(&left, PART), Next::Any);
+        assert_eq!(partial_file.next(&queue, PART), Next::Any);
     }
 
     #[test]
-    fn who_reads_on_is_read_ahead_for_more_and_more() {
+    fn read_ahead_grows_with_the_length_of_a_sequential_read() {
         let partial_file = partial_file(ReadGate::ByPart);
-        let mut left = PartQueue::new(100, Order::Any);
+        let mut queue = PartQueue::new(100, Order::Any);
         let reading = partial_file.read(false);
-        all_demanded(&partial_file, &mut left);
+        all_demanded(&partial_file, &mut queue);
         (0..4).for_each(|at| part(&partial_file, at));
         assert_eq!(reading.may_read(&(0..2 * PART)), Some(1));
         assert_eq!(reading.may_read(&(2 * PART..4 * PART)), Some(1));
-        assert_eq!(all_demanded(&partial_file, &mut left), (4..12).collect::<Vec<_>>());
+        assert_eq!(all_demanded(&partial_file, &mut queue), (4..12).collect::<Vec<_>>());
         reading.demand(&(90 * PART..91 * PART));
-        assert_eq!(all_demanded(&partial_file, &mut left), (90..96).collect::<Vec<_>>(), "elsewhere it begins anew");
+        assert_eq!(
+            all_demanded(&partial_file, &mut queue),
+            (90..96).collect::<Vec<_>>(),
+            "read-ahead starts over after a jump"
+        );
     }
 
     #[test]
-    fn bytes_are_given_by_the_part_only_under_a_ladder_that_is_trusted() {
+    fn single_parts_are_readable_only_if_a_trusted_ladder_verifies_them() {
         let (trusted, doubted) = (partial_file(ReadGate::ByPart), partial_file(ReadGate::Proven));
-        for (partial_file, unchecked, given) in
+        for (partial_file, unchecked, expected) in
             [(&trusted, false, true), (&doubted, false, false), (&doubted, true, true), (&trusted, true, true)]
         {
             let reading = partial_file.read(unchecked);
             part(partial_file, 7);
-            assert_eq!(reading.may_read(&(7 * PART..8 * PART)).is_some(), given, "{partial_file:?} {unchecked}");
+            assert_eq!(reading.may_read(&(7 * PART..8 * PART)).is_some(), expected, "{partial_file:?} {unchecked}");
             assert_eq!(reading.may_read(&(7 * PART..8 * PART + 1)), None);
         }
         let reading = trusted.read(false);
-        assert_eq!(trusted.begin(false), 2);
+        assert_eq!(trusted.begin_generation(false), 2);
         assert!(trusted.is_current(2) && !trusted.is_current(1));
         trusted.part_received(1, &(0..PART));
         trusted.part_received(2, &(PART..2 * PART));
-        assert_eq!(reading.may_read(&(0..PART)), None, "it is of a file that is no more");
+        assert_eq!(reading.may_read(&(0..PART)), None, "it belongs to an earlier generation");
         assert_eq!(reading.may_read(&(PART..2 * PART)), None, "no ladder checked it");
         trusted.proven();
         assert_eq!(reading.may_read(&(0..100 * PART)), Some(2));
@@ -442,22 +460,22 @@ mod tests {
     }
 
     #[test]
-    fn what_a_demand_for_the_whole_list_may_refuse_is_not_given_when_a_file_is_proven() {
+    fn with_the_gate_published_a_proven_file_is_not_readable_yet() {
         let partial_file = partial_file(ReadGate::Published);
-        let (reading, careless) = (partial_file.read(false), partial_file.read(true));
+        let (reading, unchecked_reader) = (partial_file.read(false), partial_file.read(true));
         part(&partial_file, 0);
         partial_file.proven();
         assert_eq!(reading.may_read(&(0..PART)), None);
-        assert_eq!(careless.may_read(&(0..PART)), Some(1));
+        assert_eq!(unchecked_reader.may_read(&(0..PART)), Some(1));
     }
 
     #[test]
-    fn the_order_of_what_is_hashed_in_order_is_left_alone() {
+    fn demands_do_not_change_the_order_of_a_file_that_is_hashed_in_order() {
         let partial_file = partial_file(ReadGate::Proven);
         let reading = partial_file.read(false);
         reading.demand(&(50 * PART..51 * PART));
-        assert_eq!(partial_file.next(&PartQueue::new(100, Order::Strict), PART), Next::Any);
-        let _careless = partial_file.read(true);
-        assert_eq!(partial_file.next(&PartQueue::new(100, Order::Strict), PART), Next::Demanded(0));
+        assert_eq!(partial_file.next(&PartQueue::new(100, Order::Sequential), PART), Next::Any);
+        let _unchecked_reader = partial_file.read(true);
+        assert_eq!(partial_file.next(&PartQueue::new(100, Order::Sequential), PART), Next::Demanded(0));
     }
 }

@@ -1,8 +1,8 @@
-//! Trying again: exponential backoff with full jitter, a deadline, and a budget shared by all requests.
+//! Retry policy: exponential backoff with full jitter, a deadline, and a retry budget shared by all requests.
 //!
-//! Only failures marked transient are tried again. The budget keeps retries from multiplying an outage: they may be a
-//! tenth of all requests, and a few more so that a quiet process can retry at all. Nothing here is stacked on another
-//! retry loop: sources do not retry what the pour retries.
+//! Only failures marked transient are retried. The budget keeps retries from multiplying the load of an outage: they
+//! may be a tenth of all requests, plus an initial allowance so that an idle process can retry at all. Retry loops are
+//! never nested: a source does not retry the reads that the downloader retries.
 
 use crate::config::RetryConfig;
 use crate::error::{Error, Result};
@@ -12,43 +12,45 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// First backoff, before jitter; doubles with each attempt.
+/// First backoff, before jitter. Doubles with each attempt.
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 /// Longest backoff, before jitter.
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
-/// Tokens a request earns; a retry costs [`RETRY_COST`].
+/// Tokens earned by each request; a retry costs [`RETRY_COST`].
 const REQUEST_EARNS: i64 = 1;
-/// Tokens a retry costs: retries stay within a tenth of all requests.
+/// Tokens that a retry costs, so that retries stay within a tenth of all requests.
 const RETRY_COST: i64 = 10;
-/// Tokens at the start and at most: what a quiet process may spend at once (32 retries).
+/// Initial and maximum number of tokens: an idle process may spend them at once (32 retries).
 const TOKENS_MAX: i64 = 320;
-/// A request that has failed for this long is spoken of.
-const TELL_AFTER: Duration = Duration::from_secs(2);
-/// Time between two such lines.
-const TELL_EVERY: Duration = Duration::from_secs(5);
+/// Time since the first failure after which a wait is reported at log level info.
+const REPORT_AFTER: Duration = Duration::from_secs(2);
+/// Minimum time between two such reports.
+const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 tokio::task_local! {
-    /// Until when a request may be tried again, for a caller who loses patience soon after.
-    static PATIENCE: Instant;
+    /// Time after which [`within`] allows no further retry.
+    static RETRY_DEADLINE: Instant;
 }
 
-/// Runs `work` for at most `limit`; `None` when that is over. Requests in it are not tried again when no time is left for
-/// an answer, so that what a failing server said comes back, rather than that time ran out.
+/// Runs `work` for at most `limit`. Returns `None` on timeout.
+///
+/// Requests in `work` are not retried in the last eighth of the time, so that the error of a failing server is returned
+/// instead of a timeout.
 pub(crate) async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
     let end = Instant::now() + limit;
-    tokio::time::timeout_at(end, PATIENCE.scope(end - limit / 8, work)).await.ok()
+    tokio::time::timeout_at(end, RETRY_DEADLINE.scope(end - limit / 8, work)).await.ok()
 }
 
-/// How to try again; clones share one budget.
+/// The retry policy. Clones share one budget.
 #[derive(Debug, Clone)]
 pub struct Retry {
     config: RetryConfig,
     tokens: Arc<AtomicI64>,
-    /// When somebody was last told what is waited for.
-    told: Arc<Mutex<Option<Instant>>>,
+    /// Time of the last report of a wait at log level info.
+    last_report: Arc<Mutex<Option<Instant>>>,
 }
 
-/// One request's attempts so far.
+/// The attempts of one request so far.
 #[derive(Debug)]
 pub struct Attempts {
     retry: Retry,
@@ -57,12 +59,12 @@ pub struct Attempts {
 }
 
 impl Retry {
-    /// A policy with a full budget.
+    /// Creates a policy with a full budget.
     pub fn new(config: RetryConfig) -> Self {
-        Self { config, tokens: Arc::new(AtomicI64::new(TOKENS_MAX)), told: Arc::default() }
+        Self { config, tokens: Arc::new(AtomicI64::new(TOKENS_MAX)), last_report: Arc::default() }
     }
 
-    /// Longest silence of a server that is waited for.
+    /// Returns the longest wait for the next bytes of a silent server.
     pub fn read_timeout(&self) -> Duration {
         self.config.read_timeout
     }
@@ -74,27 +76,30 @@ impl Retry {
         Attempts { retry: self.clone(), first_failure: None, failures: 0 }
     }
 
-    /// Whether a request may be sent beside one that is under way, for the same bytes; it costs what a retry does.
+    /// Takes the cost of a retry from the budget for a hedged request (a second one for the same bytes). Returns false
+    /// if the budget is spent.
     pub(crate) fn may_hedge(&self) -> bool {
         self.pay()
     }
 
+    /// Takes the cost of a retry from the budget. Returns false if the budget is spent.
     fn pay(&self) -> bool {
         let pay = |tokens: i64| (tokens >= RETRY_COST).then_some(tokens - RETRY_COST);
         self.tokens.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay).is_ok()
     }
 
-    /// Whether it is time to say again what is waited for: many requests meet with the same trouble.
-    fn may_tell(&self) -> bool {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = told.is_none_or(|last| last.elapsed() >= TELL_EVERY);
+    /// Returns true if a wait may be reported now. Many requests meet the same failure, so reports are limited to one
+    /// per [`REPORT_INTERVAL`].
+    fn may_report(&self) -> bool {
+        let mut last_report = self.last_report.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last_report.is_none_or(|last| last.elapsed() >= REPORT_INTERVAL);
         if due {
-            *told = Some(Instant::now());
+            *last_report = Some(Instant::now());
         }
         due
     }
 
-    /// Runs `request` until it succeeds, fails for good, or the deadline or budget is spent.
+    /// Runs `request` until it succeeds, fails permanently, or the deadline or the budget is spent.
     pub async fn run<T, F>(&self, mut request: impl FnMut() -> F) -> Result<T>
     where
         F: Future<Output = Result<T>>,
@@ -110,32 +115,38 @@ impl Retry {
 }
 
 impl Attempts {
-    /// Sleeps before the next attempt, or gives `error` back when there shall be none.
+    /// Sleeps before the next attempt, or returns `error` if there must be no other attempt.
     pub async fn pause(&mut self, error: Error) -> Result<()> {
         let Some(wait) = self.wait_after(&error, Instant::now()) else { return Err(error) };
-        if (error.wait().is_some() || self.is_long(wait)) && self.retry.may_tell() {
-            tracing::info!(%error, wait_s = wait.as_secs_f32().ceil(), attempt = self.failures, "waiting before another try");
+        if (error.wait().is_some() || self.is_worth_reporting(wait)) && self.retry.may_report() {
+            let wait_s = wait.as_secs_f32().ceil();
+            tracing::info!(%error, wait_s, attempt = self.failures, "waiting before another try");
         } else {
-            tracing::debug!(%error, wait_ms = wait.as_millis() as u64, attempt = self.failures, "trying again");
+            tracing::debug!(%error, wait_ms = wait.as_millis() as u64, attempt = self.failures, "retrying");
         }
         tokio::time::sleep(wait).await;
         Ok(())
     }
 
-    /// Whether somebody who watches should know what is waited for.
-    fn is_long(&self, wait: Duration) -> bool {
-        self.first_failure.is_some_and(|first| first.elapsed() + wait >= TELL_AFTER)
+    /// Returns true if the wait is long enough to be shown to the user.
+    fn is_worth_reporting(&self, wait: Duration) -> bool {
+        self.first_failure.is_some_and(|first| first.elapsed() + wait >= REPORT_AFTER)
     }
 
+    /// Returns the wait before the next attempt, or `None` if the request must not be retried.
     fn wait_after(&mut self, error: &Error, now: Instant) -> Option<Duration> {
         if !error.is_transient() {
             return None;
         }
         let deadline = *self.first_failure.get_or_insert(now) + self.retry.config.deadline;
-        let deadline = PATIENCE.try_with(|end| deadline.min(*end)).unwrap_or(deadline);
+        let deadline = RETRY_DEADLINE.try_with(|end| deadline.min(*end)).unwrap_or(deadline);
         let backoff = FIRST_BACKOFF.saturating_mul(1 << self.failures.min(16)).min(BACKOFF_MAX);
+        // Full jitter: clients that failed together must not retry together.
         let jittered = backoff.mul_f64(rand::random_range(0.0..=1.0));
-        let wait = error.wait().map_or(jittered, |asked| asked.saturating_add(jittered.min(Duration::from_secs(1))));
+        // A wait that the server requested (`Retry-After`) is never shortened.
+        let wait =
+            error.wait().map_or(jittered, |requested| requested.saturating_add(jittered.min(Duration::from_secs(1))));
+        // Fail now rather than sleep until the deadline.
         if now.checked_add(wait).is_none_or(|then| then > deadline) {
             return None;
         }
@@ -178,13 +189,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_waited_for_is_told_once_for_many_requests() {
+    fn a_wait_is_reported_once_for_many_requests() {
         let policy = retry(Duration::from_secs(60));
         let mut attempts = policy.attempts();
         let error = Error::unavailable("throttled").retry_after(Duration::from_secs(3));
         let wait = attempts.wait_after(&error, Instant::now()).expect("it is tried again");
-        assert!(attempts.is_long(wait) && !attempts.is_long(Duration::from_millis(10)));
-        assert_eq!([policy.may_tell(), policy.clone().may_tell()], [true, false]);
+        assert!(attempts.is_worth_reporting(wait) && !attempts.is_worth_reporting(Duration::from_millis(10)));
+        assert_eq!([policy.may_report(), policy.clone().may_report()], [true, false]);
     }
 
     #[test]
@@ -195,7 +206,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_impatient_caller_gets_the_servers_answer_and_no_silence() {
+    async fn a_short_timeout_returns_the_error_of_the_server() {
         let retry = retry(Duration::from_secs(60));
         let busy =
             within(Duration::from_millis(800), retry.run(|| async { Err::<(), _>(Error::unavailable("busy")) })).await;

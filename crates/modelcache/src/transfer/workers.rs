@@ -1,16 +1,11 @@
-//! The workers: they hash and write slices, off the async threads, two hashes at a time on one core.
+//! Worker pool that hashes and writes slices outside the async threads.
 //!
-//! Slices of all fills wait in one queue. A worker that finds two of different streams that are to be hashed takes both
-//! and hashes them side by side, which takes little longer than one; it never waits for a second. Few hash at once, so
-//! that pairs are found; more may be writing meanwhile. A worker is a blocking task that ends when the queue is empty:
-//! nothing is left running, and a process that forks loses nothing.
+//! The slices of all fills wait in one queue. A worker hashes two slices of different streams interleaved on one core,
+//! which takes little longer than hashing one. The number of workers that hash concurrently is limited, so that pairs
+//! form; more workers may be writing at the same time. A worker is a blocking task that ends when the queue is empty,
+//! so no thread stays behind and a forked process loses nothing.
 //!
-//! What came before its turn in a file that is hashed in order is read back and hashed slice after slice, as one job
-//! that its worker puts in front of the queue again and mostly takes itself: that hash is a chain, and whoever waits for
-//! it would wait for a thread to wake between any two. One such job is in front at a time; others queue as all do, and
-//! whatever waits longest has the other half of the pair.
-//!
-//! A slice whose stream is gone is dropped unwritten. What fails, fails the stream that the slice is of.
+//! The slices of a dropped stream are discarded unwritten. An error affects only the stream that the slice belongs to.
 
 use super::buffer::{Buffer, SLICE_BYTES};
 use crate::digest::Digest;
@@ -22,62 +17,66 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
-/// Workers, at most.
+/// Upper bound on the number of workers.
 const WORKERS_MAX: usize = 16;
-/// Workers, at least: one that hashes, others that wait for the disk.
+/// Lower bound on the maximum number of workers: one hashes while others wait for the disk.
 const WORKERS_MIN: usize = 4;
 
-/// The queue and those who serve it; clones are the same.
+/// The queue of slices and its workers. Clones share one pool.
 #[derive(Debug, Clone)]
-pub(super) struct Workers(Arc<Shared>);
+pub(super) struct Workers(Arc<WorkerPool>);
 
 #[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
-    /// A slot for hashing came free, or there is something else to look at.
+struct WorkerPool {
+    state: Mutex<QueueState>,
+    /// Signals that a hashing slot became free or that the queue changed.
     freed: Condvar,
     workers_max: usize,
+    /// Number of hashing slots.
     hashing_max: usize,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct QueueState {
     queue: VecDeque<SliceJob>,
+    /// Number of running workers.
     workers: usize,
+    /// Number of hashing slots in use.
     hashing: usize,
-    /// Pairs hashed so far.
+    /// Number of pairs hashed so far.
     pairs: u64,
 }
 
-/// A slice and what is to be done with it.
+/// A slice and the work to do with it.
 #[derive(Debug)]
 pub(super) struct Slice {
     pub(super) writer: Arc<StagedWriter>,
-    /// Where in the file it lies.
+    /// Offset of the slice in the file.
     pub(super) offset: u64,
     pub(super) buffer: Buffer,
     pub(super) work: Work,
     pub(super) hash: Hash,
-    /// Set on the last slice of a range: what the hash must come to, and the parts that are then complete.
+    /// Set on the last slice of a range: the checkpoints to verify, if any, and the parts that are then complete.
     pub(super) end: Option<(Option<CheckpointPair>, Range<u64>)>,
 }
 
-/// Where a slice comes from.
+/// Where the bytes of a slice come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Work {
-    /// It is in the buffer, to be written.
+    /// The bytes are in the buffer and are written to the file.
     Write,
-    /// It is in the file, so many bytes, to be read back.
+    /// This many bytes are read back from the file.
     ReadBack(usize),
-    /// The same, and after it all that there is [to catch up](StagedWriter::next_to_catch_up) with in the file.
+    /// This many bytes are read back from the file. After them the job continues with all further bytes that
+    /// [must be hashed](StagedWriter::next_to_catch_up).
     CatchUp(usize),
 }
 
 /// How a slice is hashed.
 pub(super) enum Hash {
-    /// As part of a range that a ladder checks.
+    /// As a part that a ladder verifies, with the hasher of that part.
     Part(PartHasher),
-    /// With its file, if it is next there.
+    /// With the in-order hash of the file, if the slice is at its cursor.
     InOrder,
 }
 
@@ -87,28 +86,29 @@ impl std::fmt::Debug for Hash {
     }
 }
 
-/// Two rungs of a ladder: what stands before a part, and what after.
+/// The two checkpoints of a ladder around one part: the hash state before it and the one after it.
 #[derive(Debug, Clone)]
 pub(super) struct CheckpointPair {
     pub(super) ladder: Arc<Ladder>,
-    /// The part between them.
+    /// Index of the part.
     pub(super) index: u64,
-    /// The file's digest: what the last part ends at.
+    /// The digest of the file, which takes the place of the checkpoint after the last part.
     pub(super) sha256: Option<Digest>,
 }
 
-/// What became of a slice.
+/// The result of processing a slice.
 #[derive(Debug)]
 pub(super) struct SliceOutcome {
-    /// Empty.
+    /// The emptied buffer.
     pub(super) buffer: Buffer,
     pub(super) hash: Hash,
-    /// The ladder did not contradict.
+    /// False if the hash does not match the checkpoint after the part.
     pub(super) holds: bool,
-    /// The file's hash has to catch up with its parts, and nobody else sees to it.
-    pub(super) is_to_catch_up: bool,
+    /// True if the caller must now hash the parts that arrived early. No other task is asked to.
+    pub(super) must_catch_up: bool,
 }
 
+/// A queued slice and the channel for its outcome.
 #[derive(Debug)]
 struct SliceJob {
     slice: Slice,
@@ -116,8 +116,8 @@ struct SliceJob {
 }
 
 impl Work {
-    /// How many bytes are read from the file; `None` where they are in the buffer.
-    pub(super) fn reads_back(self) -> Option<usize> {
+    /// Returns the number of bytes to read from the file; `None` if they are in the buffer.
+    pub(super) fn bytes_to_read_back(self) -> Option<usize> {
         match self {
             Self::Write => None,
             Self::ReadBack(len) | Self::CatchUp(len) => Some(len),
@@ -126,12 +126,13 @@ impl Work {
 }
 
 impl CheckpointPair {
-    /// A hasher that stands before the part.
+    /// Returns a hasher with the state before the part.
     pub(super) fn hasher(&self) -> Option<PartHasher> {
         Some(PartHasher::resume(self.ladder.before(self.index)?, self.index * self.ladder.part_size()))
     }
 
-    /// Whether a part, hashed from the rung before it, ends at the rung after it; the last one at the file's digest.
+    /// Returns true if `hasher`, which has hashed the part, matches the checkpoint after it, or the file's digest after
+    /// the last part.
     fn holds(&self, hasher: PartHasher) -> bool {
         match self.ladder.after(self.index) {
             Some(after) => hasher.state() == Some(after),
@@ -141,25 +142,25 @@ impl CheckpointPair {
 }
 
 impl Workers {
-    /// For a machine with so many cores.
+    /// Creates a pool for a machine with `cores` cores.
     pub(super) fn new(cores: usize) -> Self {
         let workers_max = (2 * cores).clamp(WORKERS_MIN, WORKERS_MAX);
-        // The other cores receive; one that hashes pairs keeps up with them.
+        // Half of the cores receive. A core that hashes pairs keeps up with one that receives.
         let hashing_max = (cores / 2).clamp(1, workers_max / 2);
-        Self(Arc::new(Shared { state: Mutex::default(), freed: Condvar::new(), workers_max, hashing_max }))
+        Self(Arc::new(WorkerPool { state: Mutex::default(), freed: Condvar::new(), workers_max, hashing_max }))
     }
 
-    /// Whether so many slices wait that the workers are behind.
+    /// Returns true if the queue is so long that the workers, not the network, are the bottleneck.
     pub(super) fn are_behind(&self) -> bool {
         self.0.lock().queue.len() > 2 * self.0.hashing_max
     }
 
-    /// Hands a slice over; what becomes of it comes back.
+    /// Queues a slice. The returned value resolves to its outcome.
     pub(super) fn submit(&self, slice: Slice) -> Pending {
         let (reply, pending) = oneshot::channel();
         let mut state = self.0.lock();
         state.queue.push_back(SliceJob { slice, reply });
-        self.0.see_to(state);
+        self.0.wake_worker(state);
         Pending(pending)
     }
 
@@ -169,25 +170,26 @@ impl Workers {
     }
 }
 
-/// A slice that was handed over.
+/// A submitted slice. Dropping it cancels the slice if no worker has taken it yet.
 #[derive(Debug)]
 pub(super) struct Pending(oneshot::Receiver<Result<SliceOutcome>>);
 
 impl Pending {
-    /// What became of it.
+    /// Waits for the outcome of the slice.
     pub(super) async fn done(self) -> Result<SliceOutcome> {
         self.0.await.map_err(|cause| Error::new(ErrorKind::Other, "background work ended unexpectedly").cause(cause))?
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl WorkerPool {
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has somebody look at the queue, which `state` was locked to add to.
-    fn see_to(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
+    /// Starts or wakes a worker after a job was added to the queue. Takes the lock under which that happened.
+    fn wake_worker(self: &Arc<Self>, mut state: MutexGuard<'_, QueueState>) {
         if state.workers < self.workers_max {
+            // Count the new worker under the lock, so that no more than `workers_max` are started.
             state.workers += 1;
             let worker = Worker { shared: self.clone(), is_counted: true };
             drop(state);
@@ -198,19 +200,19 @@ impl Shared {
     }
 }
 
-/// One worker; counted until it knows that the queue is empty.
+/// One worker. It is counted in [`QueueState::workers`] until it finds the queue empty.
 struct Worker {
-    shared: Arc<Shared>,
+    shared: Arc<WorkerPool>,
     is_counted: bool,
 }
 
-/// A slot for hashing, taken.
-struct Slot<'a>(&'a Shared);
+/// A hashing slot in use. Dropping it frees the slot.
+struct Slot<'a>(&'a WorkerPool);
 
-/// What a worker takes at a time.
+/// The jobs that a worker takes from the queue at a time: one, or a pair to hash interleaved.
 struct Batch<'a> {
     jobs: Vec<SliceJob>,
-    /// `None` where nothing is to be hashed.
+    /// `None` if the job needs no hashing now.
     slot: Option<Slot<'a>>,
 }
 
@@ -219,36 +221,43 @@ impl Worker {
         let shared = self.shared.clone();
         while let Some(batch) = self.next(&shared) {
             let Batch { jobs, slot } = batch;
-            let mut jobs: Vec<SliceJob> = jobs.into_iter().filter_map(SliceJob::loaded).collect();
+            // 1. Load the bytes that are to be read back.
+            let mut jobs: Vec<SliceJob> = jobs.into_iter().filter_map(SliceJob::load_bytes).collect();
+            // 2. Hash them and free the slot at once: writing needs none.
             if let Some(slot) = slot {
                 hash(&mut jobs);
                 drop(slot);
             }
+            // 3. Requeue catch-up jobs that have more to hash, before the slow writes below.
             let (chains, others): (Vec<SliceJob>, Vec<SliceJob>) = jobs.into_iter().partition(SliceJob::catches_up);
-            let chains: Vec<SliceJob> = chains.into_iter().filter_map(SliceJob::go_on).collect();
+            let chains: Vec<SliceJob> = chains.into_iter().filter_map(SliceJob::next_slice).collect();
             if !chains.is_empty() {
                 let mut state = shared.lock();
-                chains.into_iter().for_each(|chain| state.go_on(chain));
+                chains.into_iter().for_each(|chain| state.requeue_chain(chain));
                 if !others.is_empty() {
-                    // They are written first: somebody else may go on with the chain.
-                    shared.see_to(state);
+                    // This worker writes next, so another one may continue the chain.
+                    shared.wake_worker(state);
                 }
             }
+            // 4. Verify, write and answer the other jobs.
             others.into_iter().for_each(SliceJob::complete);
         }
     }
 
-    /// The next batch; `None` when the queue is empty, and this worker no longer counted.
-    fn next<'a>(&mut self, shared: &'a Shared) -> Option<Batch<'a>> {
+    /// Returns the next batch, or `None` if the queue is empty; then this worker is no longer counted. Waits while all
+    /// queued jobs need a hashing slot and none is free.
+    fn next<'a>(&mut self, shared: &'a WorkerPool) -> Option<Batch<'a>> {
         let mut state = shared.lock();
         loop {
+            // Discard the slices of dropped streams.
             state.queue.retain(|job| !job.reply.is_closed());
             if state.queue.is_empty() {
                 (state.workers, self.is_counted) = (state.workers - 1, false);
-                // Others may still wait for a slot, and for nothing.
+                // Other workers may still wait for a slot although the queue is empty; let them end, too.
                 shared.freed.notify_all();
                 return None;
             }
+            // Take the first job that can run now. Without a free slot that is one that needs no hashing.
             let is_free = state.hashing < shared.hashing_max;
             let Some(at) = state.queue.iter().position(|job| is_free || !job.hashes()) else {
                 state = shared.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -258,6 +267,7 @@ impl Worker {
             if !is_free || !jobs.iter().all(SliceJob::hashes) {
                 return Some(Batch { jobs, slot: None });
             }
+            // Pair it with a second job that needs hashing, if there is one. Never wait for it.
             if let Some(at) = state.queue.iter().position(SliceJob::hashes) {
                 jobs.extend(state.queue.remove(at));
                 state.pairs += 1;
@@ -268,9 +278,13 @@ impl Worker {
     }
 }
 
-impl State {
-    /// Takes a chain back into the queue: in front, for it is the longest of what is to be done, but behind another.
-    fn go_on(&mut self, chain: SliceJob) {
+impl QueueState {
+    /// Puts a catch-up job back into the queue.
+    ///
+    /// It goes to the front: its slices depend on each other, and each wait in the queue would delay all that follow.
+    /// Its worker mostly takes it again itself. If another catch-up job is in front, this one queues at the end, so
+    /// that two long chains cannot occupy every slot.
+    fn requeue_chain(&mut self, chain: SliceJob) {
         match self.queue.front() {
             Some(first) if first.catches_up() => self.queue.push_back(chain),
             _ => self.queue.push_front(chain),
@@ -294,7 +308,7 @@ impl Drop for Slot<'_> {
 }
 
 impl SliceJob {
-    /// Whether there is something to hash now.
+    /// Returns true if the slice can be hashed now.
     fn hashes(&self) -> bool {
         match self.slice.hash {
             Hash::Part(_) => true,
@@ -302,14 +316,14 @@ impl SliceJob {
         }
     }
 
-    /// Whether it goes on until nothing is left to catch up with.
+    /// Returns true for a catch-up job, which continues until no bytes are left to hash.
     fn catches_up(&self) -> bool {
         matches!(self.slice.work, Work::CatchUp(_))
     }
 
-    /// With its bytes; `None` if they could not be read, which was then told.
-    fn loaded(mut self) -> Option<Self> {
-        if let Some(len) = self.slice.work.reads_back()
+    /// Reads the bytes back if necessary. Returns `None` if that failed; the error was then sent to the stream.
+    fn load_bytes(mut self) -> Option<Self> {
+        if let Some(len) = self.slice.work.bytes_to_read_back()
             && let Err(error) = self.slice.writer.load(self.slice.offset, self.slice.buffer.room(len))
         {
             self.fail(error);
@@ -318,8 +332,8 @@ impl SliceJob {
         Some(self)
     }
 
-    /// Itself with the next of what there is to catch up with; where that was all, it answers.
-    fn go_on(mut self) -> Option<Self> {
+    /// Advances a catch-up job to its next slice. Returns `None` after the last one, having sent the outcome.
+    fn next_slice(mut self) -> Option<Self> {
         let Some(range) = self.slice.writer.next_to_catch_up() else {
             self.complete();
             return None;
@@ -328,116 +342,126 @@ impl SliceJob {
         Some(self)
     }
 
-    /// Checks, writes, marks and answers.
+    /// Verifies and writes the slice, marks completed parts and sends the outcome.
     fn complete(self) {
         let Self { slice, reply } = self;
         let outcome = slice.complete();
-        // Nobody may be there any more; then the answer is dropped with its buffer.
+        // If the stream was dropped meanwhile, the outcome and its buffer are dropped, too.
         let _ = reply.send(outcome);
     }
 
+    /// Sends `error` to the stream.
     fn fail(self, error: Error) {
         let Self { slice, reply } = self;
-        // Whoever is answered may want to be the only one who holds the writer.
+        // Release the writer first: the receiver may need to be its only owner.
         drop(slice);
         let _ = reply.send(Err(error));
     }
 }
 
 impl Slice {
-    /// What there is to catch up with in a file: `range` of it first, then the rest.
+    /// Creates a catch-up job for a file. It starts with `range` and continues with all further bytes that can be
+    /// hashed.
     pub(super) fn catch_up(writer: Arc<StagedWriter>, range: &Range<u64>, buffer: Buffer) -> Self {
         let (offset, work) = Self::to_catch_up(range);
         Self { writer, offset, buffer, work, hash: Hash::InOrder, end: None }
     }
 
-    /// The beginning of `range`.
+    /// Returns the offset and the work for the first slice of `range`.
     fn to_catch_up(range: &Range<u64>) -> (u64, Work) {
-        (range.start, Work::CatchUp(slice_of(range)))
+        (range.start, Work::CatchUp(slice_len(range)))
     }
 
+    /// Verifies and writes the slice, and marks the parts that it completes.
     fn complete(self) -> Result<SliceOutcome> {
         let Self { writer, offset, mut buffer, work, hash, end } = self;
         let holds = match (&end, &hash) {
-            (Some((Some(rung), _)), Hash::Part(hasher)) => rung.holds(hasher.clone()),
-            // A rung that does not exist holds nothing.
+            (Some((Some(checkpoints), _)), Hash::Part(hasher)) => checkpoints.holds(hasher.clone()),
+            // There is a ladder, but no checkpoint for the part, so it cannot be verified.
             (Some((Some(_), _)), Hash::InOrder) => false,
             _ => true,
         };
+        // The last slice of a part that fails verification is not written.
         if holds && work == Work::Write {
             writer.store(offset, &buffer)?;
         }
-        let mut is_to_catch_up = false;
+        let mut must_catch_up = false;
+        // Mark the parts only now, after all their bytes are written and verified.
         if holds && let Some((_, parts)) = end {
             for part in parts {
-                is_to_catch_up |= writer.part_done(part)?;
+                must_catch_up |= writer.part_done(part)?;
             }
         }
         buffer.clear();
-        Ok(SliceOutcome { buffer, hash, holds, is_to_catch_up })
+        Ok(SliceOutcome { buffer, hash, holds, must_catch_up })
     }
 }
 
-/// How much of a range is read at a time.
-pub(super) fn slice_of(range: &Range<u64>) -> usize {
+/// Returns the length of the first slice of `range`, in bytes.
+pub(super) fn slice_len(range: &Range<u64>) -> usize {
     usize::try_from(range.end - range.start).unwrap_or(SLICE_BYTES).min(SLICE_BYTES)
 }
 
-/// What a slice is hashed into.
+/// The hash that a slice is added to.
 enum HashTarget<'a> {
     Part(&'a mut PartHasher),
-    Order(Cursor<'a>),
+    InOrder(Cursor<'a>),
 }
 
 impl HashTarget<'_> {
-    /// The hasher for the next `len` bytes, if they all belong to one part.
+    /// Returns the hasher for the next `len` bytes, if they all belong to one part.
     fn hasher(&mut self, len: usize) -> Option<&mut PartHasher> {
         match self {
             Self::Part(hasher) => Some(hasher),
-            Self::Order(cursor) => cursor.hasher(len),
+            Self::InOrder(cursor) => cursor.hasher(len),
         }
     }
 
-    fn alone(&mut self, bytes: &[u8]) {
+    /// Hashes `bytes`, which may cross a part boundary.
+    fn update(&mut self, bytes: &[u8]) {
         match self {
             Self::Part(hasher) => hasher.update(bytes),
-            Self::Order(cursor) => cursor.update(bytes),
+            Self::InOrder(cursor) => cursor.update(bytes),
         }
     }
 
+    /// Moves the in-order cursor past the hashed `bytes`.
     fn end(self, bytes: &[u8]) {
-        if let Self::Order(cursor) = self {
+        if let Self::InOrder(cursor) = self {
             cursor.advance(bytes);
         }
     }
 }
 
-/// Where `job` is to be hashed into, if that is possible now, and its bytes.
-fn target(job: &mut SliceJob) -> Option<(HashTarget<'_>, &[u8])> {
+/// Returns the hash to add the slice of `job` to and its bytes, or `None` if the slice cannot be hashed now.
+fn hash_target(job: &mut SliceJob) -> Option<(HashTarget<'_>, &[u8])> {
     let Slice { writer, offset, buffer, hash, .. } = &mut job.slice;
-    let into = match hash {
+    let target = match hash {
         Hash::Part(hasher) => HashTarget::Part(hasher),
-        Hash::InOrder => HashTarget::Order(writer.at_cursor(*offset)?),
+        Hash::InOrder => HashTarget::InOrder(writer.at_cursor(*offset)?),
     };
-    Some((into, buffer))
+    Some((target, buffer))
 }
 
+/// Hashes one slice, or two interleaved.
 fn hash(jobs: &mut [SliceJob]) {
-    let mut targets = jobs.iter_mut().filter_map(target);
+    let mut targets = jobs.iter_mut().filter_map(hash_target);
     match (targets.next(), targets.next()) {
         (Some((mut one, x)), Some((mut other, y))) => {
             match (one.hasher(x.len()), other.hasher(y.len())) {
+                // The interleaved code cannot store checkpoints, so a slice that crosses a part boundary is hashed
+                // alone.
                 (Some(a), Some(b)) => PartHasher::update_pair(a, x, b, y),
                 _ => {
-                    one.alone(x);
-                    other.alone(y);
+                    one.update(x);
+                    other.update(y);
                 }
             }
             one.end(x);
             other.end(y);
         }
         (Some((mut one, x)), None) => {
-            one.alone(x);
+            one.update(x);
             one.end(x);
         }
         (None, _) => {}
@@ -486,14 +510,15 @@ mod tests {
             let (pool, workers, ladder) = (pool.clone(), workers.clone(), ladders.next().expect("one each"));
             let (writer, digest) = (writer(&folder, &at.to_string(), content.len(), at < 2), digests[at]);
             async move {
-                let rung = CheckpointPair { ladder, index: 0, sha256: Some(digest) };
-                let mut hash = if at < 2 { Hash::InOrder } else { Hash::Part(rung.hasher().expect("the first")) };
+                let checkpoints = CheckpointPair { ladder, index: 0, sha256: Some(digest) };
+                let mut hash =
+                    if at < 2 { Hash::InOrder } else { Hash::Part(checkpoints.hasher().expect("the first")) };
                 let last = if at < 2 { content.len() } else { PART as usize };
                 for offset in (0..last).step_by(SLICE_BYTES) {
                     let end = (offset + SLICE_BYTES).min(last);
                     let mut slice = slice(&pool, &writer, offset, &content[offset..end], hash).await;
-                    let rung = (at == 2).then(|| rung.clone());
-                    slice.end = (end == last).then_some((rung, 0..1));
+                    let checkpoints = (at == 2).then(|| checkpoints.clone());
+                    slice.end = (end == last).then_some((checkpoints, 0..1));
                     let done = workers.submit(slice).done().await.expect("works");
                     assert!(done.holds && done.buffer.is_empty());
                     hash = done.hash;
@@ -508,9 +533,9 @@ mod tests {
         assert_eq!(workers.0.lock().hashing, 0);
     }
 
-    /// With one slot for hashing, what waits for it is taken by twos.
+    /// With one hashing slot, queued slices are taken in pairs.
     #[tokio::test(flavor = "multi_thread")]
-    async fn slices_that_wait_are_taken_by_twos() {
+    async fn queued_slices_are_hashed_in_pairs() {
         let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(1));
         let content = bytes(SLICE_BYTES, 7);
         let writers: Vec<_> = (0..8).map(|at| writer(&folder, &at.to_string(), SLICE_BYTES, true)).collect();
@@ -528,11 +553,11 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn what_came_early_is_caught_up_with_at_one_request() {
+    async fn parts_that_arrived_early_are_hashed_by_one_job() {
         let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(2));
         let content = bytes(3 * PART as usize - 5, 3);
         let writer = writer(&folder, "f", content.len(), true);
-        let mut told = Vec::new();
+        let mut outcomes = Vec::new();
         for part in [2, 1, 0] {
             let range = part * PART as usize..((part + 1) * PART as usize).min(content.len());
             for offset in range.clone().step_by(SLICE_BYTES) {
@@ -541,24 +566,24 @@ mod tests {
                 slice.end = (end == range.end).then(|| (None, part as u64..part as u64 + 1));
                 let done = workers.submit(slice).done().await.expect("works");
                 if end == range.end {
-                    told.push((done.is_to_catch_up, writer.parts_behind()));
+                    outcomes.push((done.must_catch_up, writer.parts_behind()));
                 }
             }
         }
-        assert_eq!(told, [(false, 0), (false, 0), (true, 0)], "the first part was hashed as it came");
+        assert_eq!(outcomes, [(false, 0), (false, 0), (true, 0)], "the first part was hashed as it came");
         let range = writer.next_to_catch_up().expect("the second part");
-        assert_eq!((range.clone(), writer.parts_behind()), (PART..2 * PART, 2), "somebody is at work");
+        assert_eq!((range.clone(), writer.parts_behind()), (PART..2 * PART, 2), "a job is at work");
         let slice = Slice::catch_up(writer.clone(), &range, pool.take().await);
         workers.submit(slice).done().await.expect("works");
         assert_eq!((writer.next_to_catch_up(), writer.parts_behind()), (None, 0));
         assert_eq!(writer.hashed().sha256, Digest::of(&content));
     }
 
-    /// Else two long chains would have every slot for themselves, and whoever waits would wait for their ends.
+    /// Otherwise two long chains would occupy every slot until their ends.
     #[tokio::test]
-    async fn one_chain_is_in_front_and_the_next_queues_as_all_do() {
+    async fn only_one_catch_up_job_is_in_front_of_the_queue() {
         let (folder, pool) = (TempDir::new().expect("folder"), BufferPool::new(None));
-        let (mut state, mut pending) = (State::default(), Vec::new());
+        let (mut state, mut pending) = (QueueState::default(), Vec::new());
         for name in ["other", "one", "two"] {
             let writer = writer(&folder, name, SLICE_BYTES, true);
             let mut slice = slice(&pool, &writer, 0, &[1], Hash::InOrder).await;
@@ -568,7 +593,7 @@ mod tests {
                 state.queue.push_back(SliceJob { slice, reply });
             } else {
                 slice.work = Work::CatchUp(1);
-                state.go_on(SliceJob { slice, reply });
+                state.requeue_chain(SliceJob { slice, reply });
             }
         }
         let order: Vec<bool> = state.queue.iter().map(SliceJob::catches_up).collect();
@@ -582,12 +607,12 @@ mod tests {
         let mut hasher = LadderHasher::new(PART);
         hasher.update(&content);
         let (sha256, ladder) = hasher.finish();
-        let rung = CheckpointPair { ladder: Arc::new(ladder), index: 1, sha256: Some(sha256) };
+        let checkpoints = CheckpointPair { ladder: Arc::new(ladder), index: 1, sha256: Some(sha256) };
         let part = writer(&folder, "part", content.len(), false);
-        let hash = Hash::Part(rung.hasher().expect("the second"));
+        let hash = Hash::Part(checkpoints.hasher().expect("the second"));
         let mut wrong = slice(&pool, &part, PART as usize, &content[..SLICE_BYTES], hash).await;
-        wrong.end = Some((Some(rung), 1..2));
-        // It lies where no file can have a byte.
+        wrong.end = Some((Some(checkpoints), 1..2));
+        // Beyond the largest offset that a file can have.
         let beyond = slice(&pool, &part, usize::MAX >> 1, &content[..SLICE_BYTES], Hash::InOrder).await;
         let other = writer(&folder, "other", SLICE_BYTES, true);
         let fine = slice(&pool, &other, 0, &content[..SLICE_BYTES], Hash::InOrder).await;
@@ -600,7 +625,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn what_nobody_waits_for_is_dropped_unwritten() {
+    async fn a_slice_whose_stream_was_dropped_is_not_written() {
         let (folder, pool, workers) = (TempDir::new().expect("folder"), BufferPool::new(None), Workers::new(1));
         let content = bytes(SLICE_BYTES, 1);
         let writer = writer(&folder, "f", SLICE_BYTES, true);
@@ -609,6 +634,6 @@ mod tests {
         drop(Slot(&workers.0));
         let last = slice(&pool, &writer, 0, &content[..1], Hash::InOrder).await;
         workers.submit(last).done().await.expect("works");
-        assert!(writer.is_next(1), "only what was waited for was hashed");
+        assert!(writer.is_next(1), "the dropped slice was not hashed");
     }
 }

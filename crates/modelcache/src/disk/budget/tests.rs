@@ -1,8 +1,8 @@
-//! The index against the directory: whatever two processes and an older release do, both choose the victims that a scan
-//! of everything chooses, and the total is what lies there.
+//! Tests of the budget and the index. After random operations of two processes and an older release, the total is that
+//! of a full count, and the index selects the same candidates for eviction as a scan of the whole directory.
 //!
-//! `INDEX_SEED` repeats a run, `INDEX_ROUNDS` sets the number of runs, `INDEX_ARTIFACTS` the size of the directory whose
-//! evictions must not look at the rest of it.
+//! `INDEX_SEED` repeats a run. `INDEX_ROUNDS` is the number of runs. `INDEX_ARTIFACTS` is the number of artifacts in
+//! the test that an eviction reads only the evicted artifacts.
 
 use super::super::{InputFile, copy_input};
 use super::*;
@@ -31,7 +31,7 @@ fn key(number: u64) -> ArtifactKey {
     ArtifactKey::bare(&format!("team/model-{}@{number}", number % 3)).expect("key")
 }
 
-/// A fill of `key` with one file, from begin to end. Refused where there is no room or other content.
+/// Runs a fill of `key` with one file. Fails if there is no room, or if `key` has other content.
 pub(in crate::disk) fn put(disk: &Disk, key: &ArtifactKey, content: &str, source: &Path) -> Result<LeasedArtifact> {
     fs::write(source, content).expect("writes");
     let (path, size) = (FilePath::new("f").expect("path"), content.len() as u64);
@@ -39,27 +39,27 @@ pub(in crate::disk) fn put(disk: &Disk, key: &ArtifactKey, content: &str, source
     let entry =
         FileEntry::with(size, FileDetails { sha256: Some(Digest::of(content.as_bytes())), ..FileDetails::default() });
     let staging = disk.try_begin_fill(key, &[(path.clone(), entry)], Vec::new())?;
-    let given = InputFile { path: path.clone(), from: source.to_owned(), size };
-    let staged = copy_input(&given, &staging.file("copy"), &Progress::new())?;
+    let input = InputFile { path: path.clone(), from: source.to_owned(), size };
+    let staged = copy_input(&input, &staging.file("copy"), &Progress::new())?;
     let staged = crate::disk::StagedFile { name: "copy".into(), ..staged };
     listing.files.insert(path.clone(), staged.entry.clone());
     disk.publish(staging, &listing, &BTreeMap::from([(path, staged)]))
 }
 
-/// Whether no blob stands behind a view. What the outside does to such a one is seen at the next count only.
+/// Returns true if the view has no blob. A change of such a view by another program is noticed at the next count only.
 fn is_alone(view: &RootedPath) -> bool {
     view.metadata().is_ok_and(|metadata| metadata.nlink() == 1)
 }
 
-/// One directory, opened by two processes and by an older release.
-struct House {
+/// One directory, opened by two processes of this release and by an older release.
+struct Fixture {
     folder: tempfile::TempDir,
     ours: [Disk; 2],
     older: Disk,
     leased: Vec<LeasedArtifact>,
 }
 
-impl House {
+impl Fixture {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("folder");
         let open = || {
@@ -67,7 +67,7 @@ impl House {
             Disk::open(&folder.path().join("cache"), most, least, Sharing::Off).expect("opens")
         };
         let (ours, older) = ([open(), open()], open());
-        // The first to hold the budget writes its record.
+        // The first holder of the budget lock writes the record.
         older.hold_budget().and_then(BudgetHold::release).expect("holds");
         Self { folder, ours, older, leased: Vec::new() }
     }
@@ -87,14 +87,14 @@ impl House {
         file.write_all_at(&bytes, 0).expect("writes");
     }
 
-    /// The older release wrote the record last.
+    /// Writes the record as an older release does: without the change log.
     fn forget_log(&self) {
         if let Some(record) = self.record() {
             self.set_record(&Record { changes: None, mixed_unix: None, ..record });
         }
     }
 
-    /// What is done to the directory, and by whom, is the dice's choice.
+    /// Runs a random operation by a random process. Returns its name.
     fn step(&mut self, dice: &mut Dice) -> &'static str {
         let ours = dice.pick(&self.ours).clone();
         let key = key(dice.below(KEYS));
@@ -111,7 +111,8 @@ impl House {
                 "put by the older release"
             }
             8 => {
-                // Its blobs first; then one of ours writes the record, and reads everything; then the manifest, and no word.
+                // The older release publishes the blobs. Then a process of this release writes the record and reads the
+                // directory. Then the older release publishes the manifest, without a line in the change log.
                 self.forget_log();
                 let other = self::key(dice.below(KEYS));
                 let _ = put(&ours, &other, &content, &source);
@@ -124,18 +125,18 @@ impl House {
             }
             9 | 10 => {
                 let _ = ours.acquire(&key, &Selection::all());
-                "lend"
+                "acquire"
             }
             11 => match ours.try_acquire_fast(&key, &Selection::all()) {
                 Some(leased) => {
                     self.leased.push(leased);
-                    "lent for long"
+                    "acquired and kept"
                 }
-                None => "not lent in passing",
+                None => "not acquired by the fast path",
             },
             12 => {
                 self.leased.clear();
-                "all given back"
+                "all leases released"
             }
             13 => {
                 let _ = ours.evict(&key);
@@ -164,7 +165,7 @@ impl House {
                     fs::write(view.full(), "CONTENT 1").expect("writes");
                 }
                 let _ = ours.acquire(&key, &Selection::all());
-                "found a view that is not right"
+                "a view was removed or replaced"
             }
             18 => {
                 let log = ours.layout().changes();
@@ -174,12 +175,12 @@ impl House {
                     (1, Ok(log)) => log.write_all_at(b"garbage", dice.below(length + 1)).expect("garbles"),
                     _ => drop(log.unlink()),
                 }
-                "the log was cut, garbled or removed"
+                "the log was truncated, overwritten or removed"
             }
             19 => {
                 let hold = ours.hold_budget().expect("holds");
                 let folder = below_artifacts(&ours, &dir).expect("a folder");
-                hold.at.note(&ours.layout().changes(), &folder);
+                hold.at.append(&ours.layout().changes(), &folder);
                 "killed between log and record"
             }
             20 => {
@@ -197,7 +198,7 @@ impl House {
         }
     }
 
-    /// Whether one of ours knows what is there, and chooses as a scan of everything does.
+    /// Asserts that total and index of one process agree with the directory.
     fn check(&self, dice: &mut Dice) {
         let disk = dice.pick(&self.ours);
         let mut hold = disk.hold_budget().expect("holds");
@@ -207,7 +208,7 @@ impl House {
         for bytes in [1, 2 * BLOCK_BYTES, BUDGET_BYTES / 2, BUDGET_BYTES] {
             let own = key(dice.below(KEYS));
             let own = disk.layout().artifact(&own);
-            let mut search = Search { own: own.clone(), turn: None, obstacles: Obstacles::default() };
+            let mut search = Search { own: own.clone(), cursor: None, obstacles: Obstacles::default() };
             let chosen = hold.victims(bytes, &mut search).expect("chooses");
             let chosen = chosen.map(|victims| victims.into_iter().map(|victim| victim.dir).collect::<Vec<_>>());
             assert_eq!(chosen, victims_by_scan(disk, bytes, &own), "victims for {bytes} bytes");
@@ -216,7 +217,7 @@ impl House {
     }
 }
 
-/// The victims that looking at everything chooses.
+/// Returns the candidates for eviction, found by a scan of the whole directory without the index.
 fn victims_by_scan(disk: &Disk, bytes: u64, own: &ArtifactDir) -> Option<Vec<ArtifactDir>> {
     let (mut blobs, mut links) = (HashSet::new(), HashMap::<u64, u64>::new());
     for folder in [disk.layout().blobs(), disk.layout().quarantine(), disk.layout().stagings()] {
@@ -249,7 +250,7 @@ fn victims_by_scan(disk: &Disk, bytes: u64, own: &ArtifactDir) -> Option<Vec<Art
         if let Some(view) = view {
             let gone = gone.entry(view.ino()).or_default();
             *gone += 1;
-            // A blob of other content is not the one that an eviction of this artifact removes.
+            // An eviction removes the blob of the artifact's own digest only.
             let entry = artifact.manifest.as_ref().and_then(|m| m.files.values().next()).and_then(|entry| entry.sha256);
             let blob = entry.and_then(|digest| files::stat(&disk.layout().blob(&digest)).expect("looks"));
             let blob = blob.is_some_and(|blob| blob.ino() == view.ino() && blobs.contains(&view.ino()));
@@ -261,55 +262,56 @@ fn victims_by_scan(disk: &Disk, bytes: u64, own: &ArtifactDir) -> Option<Vec<Art
 }
 
 #[test]
-fn whoever_keeps_an_index_chooses_as_a_scan_does() {
+fn the_index_selects_the_same_victims_as_a_full_scan() {
     let dice = Dice::from_env("INDEX_SEED");
     for round in 0..number_from("INDEX_ROUNDS", 6) {
         let mut dice = dice.split(round);
-        let mut house = House::new();
+        let mut fixture = Fixture::new();
         let mut done = Vec::new();
         for _ in 0..STEPS {
-            done.push(house.step(&mut dice));
+            done.push(fixture.step(&mut dice));
             if dice.percent(60) {
-                let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| house.check(&mut dice)));
+                let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| fixture.check(&mut dice)));
                 assert!(checked.is_ok(), "round {round}, after {done:?}");
             }
         }
     }
 }
 
-/// Other artifacts' manifests are spoilt without a word: whoever reads one of them again removes its artifact.
+/// The manifests of the other artifacts are damaged without a line in the change log. Reading one of them again would
+/// remove its artifact.
 #[test]
-fn an_eviction_looks_at_what_goes_and_not_at_the_rest() {
-    let (house, artifacts) = (House::new(), number_from("INDEX_ARTIFACTS", 30));
+fn an_eviction_reads_the_evicted_artifacts_only() {
+    let (fixture, artifacts) = (Fixture::new(), number_from("INDEX_ARTIFACTS", 30));
     let (most, least) = (ByteBound::Bytes(artifacts * BLOCK_BYTES), ByteBound::Bytes(0));
-    let disk = Disk::open(&house.path("cache"), most, least, Sharing::Off).expect("opens");
+    let disk = Disk::open(&fixture.path("cache"), most, least, Sharing::Off).expect("opens");
     let fill = |number: u64| {
-        drop(put(&disk, &key(number), &format!("content {number}"), &house.path("source")).expect("fits"))
+        drop(put(&disk, &key(number), &format!("content {number}"), &fixture.path("source")).expect("fits"))
     };
     (0..=artifacts).for_each(fill);
     let is_here = |number: u64| disk.layout().artifact(&key(number)).path().metadata().is_ok();
-    assert!(!is_here(0) && is_here(1), "the first goes for the last");
+    assert!(!is_here(0) && is_here(1), "the first is evicted for the last");
     for number in 5..artifacts {
         fs::write(disk.layout().artifact(&key(number)).manifest().full(), "{").expect("spoils");
     }
-    // Used since: it is looked at, and stays.
-    disk.acquire(&key(1), &Selection::all()).expect("lends");
+    // Used since it was indexed, so it is kept.
+    disk.acquire(&key(1), &Selection::all()).expect("acquires");
     fill(artifacts + 1);
     fill(artifacts + 2);
     assert_eq!([1, 2, 3, 4].map(is_here), [true, false, false, true]);
-    assert!((5..artifacts).all(is_here), "nobody looked at the others");
-    // Where it does not do, everything is looked at before room is refused.
+    assert!((5..artifacts).all(is_here), "the other artifacts were not read");
+    // If that is not enough, the whole directory is swept before room is refused.
     let mut hold = disk.hold_budget().expect("holds");
     hold.make_space((artifacts - 1) * BLOCK_BYTES, &key(artifacts + 3)).expect("room enough");
     assert!(!(5..artifacts).any(is_here));
 }
 
 #[test]
-fn where_all_victims_would_not_do_none_goes() {
-    let house = House::new();
-    let disk = &house.ours[0];
+fn no_artifact_is_evicted_if_all_candidates_would_not_make_enough_room() {
+    let fixture = Fixture::new();
+    let disk = &fixture.ours[0];
     for number in 0..4 {
-        drop(put(disk, &key(number), &format!("content {number}"), &house.path("source")).expect("fits"));
+        drop(put(disk, &key(number), &format!("content {number}"), &fixture.path("source")).expect("fits"));
     }
     let Ok(AcquireOutcome::Leased(held)) = disk.acquire(&key(3), &Selection::all()) else { panic!("it is here") };
     let mut hold = disk.hold_budget().expect("holds");
@@ -324,14 +326,15 @@ fn where_all_victims_would_not_do_none_goes() {
 }
 
 #[test]
-fn what_an_ended_fill_leaves_goes_before_anything_published_at_each_eviction() {
-    let house = House::new();
-    let disk = &house.ours[0];
-    let fill =
-        |number: u64| drop(put(disk, &key(number), &format!("content {number}"), &house.path("source")).expect("fits"));
+fn leftovers_of_a_dead_fill_are_removed_before_any_artifact() {
+    let fixture = Fixture::new();
+    let disk = &fixture.ours[0];
+    let fill = |number: u64| {
+        drop(put(disk, &key(number), &format!("content {number}"), &fixture.path("source")).expect("fits"))
+    };
     (0..7).for_each(fill);
-    assert_eq!(disk.scan().expect("scans").len(), 6, "it has evicted, and will not look through everything again");
-    // A fill that died when its blob was published and its manifest was not: staging and blob share the bytes.
+    assert_eq!(disk.scan().expect("scans").len(), 6, "it has evicted, and the next sweep is not due");
+    // A fill that died after publishing its blob and before its manifest: staging and blob share the bytes.
     let digest = Digest::of(b"content 99");
     disk.evict(&key(6)).expect("evicts");
     let wanted = (FilePath::new("f").expect("path"), FileEntry::of(10));
@@ -346,12 +349,12 @@ fn what_an_ended_fill_leaves_goes_before_anything_published_at_each_eviction() {
     hold.release().expect("releases");
     staging.abandon();
     fill(7);
-    assert!(blob.metadata().is_err(), "nobody can use it");
-    assert_eq!(disk.scan().expect("scans").len(), 6, "and nothing else had to go");
+    assert!(blob.metadata().is_err(), "the blob belongs to no artifact");
+    assert_eq!(disk.scan().expect("scans").len(), 6, "no artifact was evicted");
 }
 
 #[test]
-fn the_record_of_any_release_fits_and_is_read_by_any_other() {
+fn each_release_can_read_the_record_of_the_others() {
     #[derive(Deserialize)]
     struct Older {
         total: u64,
@@ -374,36 +377,36 @@ fn the_record_of_any_release_fits_and_is_read_by_any_other() {
     assert_eq!((total, dirty, boot_id, pid), (u64::MAX, false, super::boot_id(), u32::MAX));
     let older = format!(r#"{{"total":1,"dirty":false,"boot_id":"{boot_id}","pid":1}}"#, boot_id = super::boot_id());
     let older: Record = serde_json::from_str(&older).expect("reads");
-    let (_, seen) = standing_of(Some(&older));
-    assert!(seen.is_some(), "it announces nothing");
+    let (_, seen) = log_state(Some(&older));
+    assert!(seen.is_some(), "the older release was noticed");
 }
 
 #[test]
-fn a_release_that_announces_nothing_is_reckoned_with_until_its_changes_are_made() {
+fn the_change_log_is_ignored_for_ten_minutes_after_an_older_release_was_seen() {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after the epoch").as_secs();
     let seen = |ago: u64| {
         let (changes, mixed_unix) = (Some(Position::fresh()), Some(now - ago));
         let record = Record { total: 0, dirty: false, boot_id: String::new(), pid: 1, changes, mixed_unix };
-        let (at, mixed) = standing_of(Some(&record));
+        let (at, mixed) = log_state(Some(&record));
         (Some(at) == changes, mixed.is_some())
     };
     assert_eq!(seen(1), (true, true));
-    assert_eq!(seen(MIXED_MAX.as_secs() + 5), (false, false), "then everything is read once more");
+    assert_eq!(seen(MIXED_MAX.as_secs() + 5), (false, false), "then a new log is started");
 }
 
 #[test]
-fn a_record_with_a_changed_byte_is_not_believed() {
-    let house = House::new();
-    let disk = &house.ours[0];
-    drop(put(disk, &key(1), "content", &house.path("source")).expect("fits"));
-    let total = house.record().expect("a record").total;
+fn a_record_with_a_changed_byte_is_not_used() {
+    let fixture = Fixture::new();
+    let disk = &fixture.ours[0];
+    drop(put(disk, &key(1), "content", &fixture.path("source")).expect("fits"));
+    let total = fixture.record().expect("a record").total;
     assert_eq!(total, disk.published_bytes().expect("counts"));
     let lock = OpenOptions::new().read(true).write(true).open(disk.layout().budget_lock().full()).expect("opens");
     let mut written = [0; RECORD_BYTES];
     lock.read_exact_at(&mut written, 0).expect("reads");
     for (at, byte) in written.iter().enumerate() {
         lock.write_all_at(&[byte ^ 1], at as u64).expect("writes");
-        // In the name of the checksum itself it changes nothing that is believed.
+        // A change in the name of the field `check` makes an unknown field of it, and the total stays right.
         assert!(read_record(&lock).is_none_or(|read| read.total == total && !read.dirty), "byte {at}");
         lock.write_all_at(&[*byte], at as u64).expect("writes");
     }
@@ -416,11 +419,12 @@ fn a_record_with_a_changed_byte_is_not_believed() {
 }
 
 #[test]
-fn a_temporary_file_counts_and_goes_before_an_artifact_once_its_writer_died() {
-    let house = House::new();
-    let disk = &house.ours[0];
-    let fill =
-        |number: u64| drop(put(disk, &key(number), &format!("content {number}"), &house.path("source")).expect("fits"));
+fn a_temporary_file_of_a_dead_writer_is_removed_before_any_artifact() {
+    let fixture = Fixture::new();
+    let disk = &fixture.ours[0];
+    let fill = |number: u64| {
+        drop(put(disk, &key(number), &format!("content {number}"), &fixture.path("source")).expect("fits"))
+    };
     let counted = || disk.usage().expect("counts").0.counted();
     (0..4).for_each(fill);
     let temporary = disk.layout().stagings().join(format!("{}{}", files::TEMPORARY, files::random_name()));
@@ -430,7 +434,7 @@ fn a_temporary_file_counts_and_goes_before_an_artifact_once_its_writer_died() {
     assert_eq!(counted(), 5 * BLOCK_BYTES);
     let prune = |dry_run| disk.prune(&PruneOptions { dry_run, ..PruneOptions::default() }).expect("prunes");
     for dry_run in [true, false] {
-        assert_eq!(prune(dry_run).leftovers, Leftovers::default(), "its writer lives");
+        assert_eq!(prune(dry_run).leftovers, Leftovers::default(), "its writer is alive");
     }
     fill(5);
     assert!(temporary.metadata().is_ok());
@@ -438,7 +442,7 @@ fn a_temporary_file_counts_and_goes_before_an_artifact_once_its_writer_died() {
     assert_eq!(prune(true).leftovers.temporary_bytes, BLOCK_BYTES);
     fill(6);
     assert!(temporary.metadata().is_err(), "its writer died");
-    assert_eq!((disk.scan().expect("scans").len(), counted()), (6, 6 * BLOCK_BYTES), "nothing else had to go");
+    assert_eq!((disk.scan().expect("scans").len(), counted()), (6, 6 * BLOCK_BYTES), "no artifact was evicted");
 
     disk.evict(&key(6)).expect("evicts");
     fs::write(temporary.full(), "left").expect("writes");

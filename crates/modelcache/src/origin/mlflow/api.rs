@@ -1,4 +1,4 @@
-//! How the servers are asked: addresses, credentials, the few calls, and what a refusal means.
+//! Client for the REST API of MLflow: URLs, credentials, API calls, and errors for responses.
 
 use crate::config::{MlflowConfig, Secret};
 use crate::error::{Error, ErrorKind, Result};
@@ -6,7 +6,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::origin::authorization;
-use crate::origin::http::{self, Answer, Http, Refusal, Request, Server};
+use crate::origin::http::{self, Answer, ErrorResponse, Http, Request, Server};
 use crate::printable;
 use crate::reference::{MlflowModel, MlflowVersion};
 use crate::transfer::Retry;
@@ -15,20 +15,20 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use url::Url;
 
-/// Most folders of one model that are listed. Real ones have a handful.
+/// Maximum number of folders of one model. Real models have a few.
 const FOLDERS_MAX: usize = 10_000;
-/// Deepest folder of a model. A folder that lists itself ends here.
+/// Maximum depth of folders in a model. It ends the listing of a folder that lists itself.
 const FOLDER_DEPTH_MAX: usize = 32;
-/// Most `runs:/` and `models:/` on the way from a version to its files.
+/// Maximum number of `runs:/` and `models:/` URIs between a version and its files.
 const INDIRECTIONS_MAX: usize = 8;
-/// Where the files of a version are.
+/// The call that returns the artifact URI of a version.
 const DOWNLOAD_URI: &str = "mlflow/model-versions/get-download-uri";
-/// Where the server hands on files.
+/// The call that lists and serves artifact files.
 pub(super) const ARTIFACTS: &str = "mlflow-artifacts/artifacts";
-/// What a server says that does not.
-const NO_PROXY: &str = "--serve-artifacts";
+/// Text in the error response of a server that does not serve artifacts.
+const PROXY_DISABLED_MARKER: &str = "--serve-artifacts";
 
-/// The configured servers, and how to ask them.
+/// A client for the configured tracking and registry servers.
 #[derive(Debug)]
 pub(in crate::origin) struct Mlflow {
     pub(super) config: MlflowConfig,
@@ -36,15 +36,16 @@ pub(in crate::origin) struct Mlflow {
     pub(super) retry: Retry,
 }
 
-/// One of the two servers.
+/// One of the two servers, with its credential.
 #[derive(Clone)]
 pub(super) struct MlflowServer {
-    /// Without user and password, without a slash at its end.
+    /// The URL without user, password, query and trailing slash.
     pub(super) url: Url,
     pub(super) authorization: Option<HeaderValue>,
 }
 
-/// How a server stands in keys: host, port where it is not that of https, path. Two servers never share one.
+/// Returns the name of a server in keys: host, path, and the port unless it is that of https. Different servers have
+/// different names.
 pub(super) fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     let port = match (url.scheme(), url.port()) {
@@ -56,16 +57,17 @@ pub(super) fn authority(url: &Url) -> String {
 }
 
 impl Mlflow {
-    /// Servers that were not yet spoken to.
+    /// Creates a client. Sends no request.
     pub(in crate::origin) fn new(config: MlflowConfig, retry: Retry) -> Self {
         Self { config, http: Http::new(retry.read_timeout()), retry }
     }
 
-    /// The registry as it stands in keys; `None` where there is none that can be asked.
+    /// Returns the name of the registry in keys; `None` if no usable one is configured.
     pub(in crate::origin) fn server(&self) -> Option<String> {
         Some(authority(&self.registry().ok()?.url))
     }
 
+    /// Returns the registry server, by default the tracking server.
     pub(super) fn registry(&self) -> Result<MlflowServer> {
         match &self.config.registry_uri {
             Some(uri) => self.place(uri, "MLFLOW_REGISTRY_URI"),
@@ -73,6 +75,7 @@ impl Mlflow {
         }
     }
 
+    /// Returns the tracking server.
     pub(super) fn tracking(&self) -> Result<MlflowServer> {
         match &self.config.tracking_uri {
             Some(uri) => self.place(uri, "MLFLOW_TRACKING_URI"),
@@ -81,23 +84,28 @@ impl Mlflow {
         }
     }
 
-    /// The server at an address, which is not repeated: it may carry a password, and then it is what is shown.
+    /// Parses the URL of a server. A login in the URL takes precedence over configured credentials. Errors name only
+    /// the variable, because the URL may contain a password.
     fn place(&self, uri: &Secret, variable: &str) -> Result<MlflowServer> {
         let url =
             Url::parse(uri.expose()).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
         let mut url = url.ok_or_else(|| {
-            Error::invalid(format!("{variable} is no web address"))
-                .hint("it must name an `mlflow server`, for instance https://mlflow.example; folders, databases and Databricks are not read")
+            Error::invalid(format!("{variable} is no web address")).hint(
+                "it must name an `mlflow server`, for instance https://mlflow.example; folders, databases and \
+                 Databricks are not supported",
+            )
         })?;
-        let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
-        let of_address = url.password().map(|password| (decoded(url.username()), Secret::new(decoded(password))));
-        let authorization = match (of_address.as_ref().or(self.config.login.as_ref()), &self.config.token) {
+        let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
+        let login_of_url = url.password().map(|password| (decode(url.username()), Secret::new(decode(password))));
+        // As in the client of MLflow, a login takes precedence over a token.
+        let authorization = match (login_of_url.as_ref().or(self.config.login.as_ref()), &self.config.token) {
             (Some((user, password)), _) => {
                 Some(authorization::basic(user, password.expose(), "the password for MLflow")?)
             }
             (None, Some(token)) => Some(authorization::bearer(token.expose(), "MLFLOW_TRACKING_TOKEN")?),
             (None, None) => None,
         };
+        // Remove the login from the URL, which appears in logs, and normalize the URL, which becomes part of keys.
         let cleared = url.set_username("").and_then(|()| url.set_password(None));
         cleared.map_err(|()| Error::invalid(format!("{variable} is no web address")))?;
         url.set_query(None);
@@ -107,129 +115,142 @@ impl Mlflow {
         Ok(MlflowServer { url, authorization })
     }
 
-    /// One answer of the API.
+    /// Calls the API, with retries, and parses the response.
     async fn api<T: DeserializeOwned>(&self, place: &MlflowServer, path: &str, query: &[(&str, &str)]) -> Result<T> {
-        let mut url = place.below(&format!("api/2.0/{path}"));
+        let mut url = place.url_for(&format!("api/2.0/{path}"));
         url.query_pairs_mut().extend_pairs(query);
-        self.retry.run(|| self.ask(place, url.clone())).await
+        self.retry.run(|| self.request(place, url.clone())).await
     }
 
-    async fn ask<T: DeserializeOwned>(&self, place: &MlflowServer, url: Url) -> Result<T> {
+    /// Sends one API request and parses the response.
+    async fn request<T: DeserializeOwned>(&self, place: &MlflowServer, url: Url) -> Result<T> {
         let authorization = place.authorization.as_ref();
-        let ask = Request { headers: HeaderMap::new(), home: &place.url, authorization, stay: true };
-        let answer = self.http.follow(url, ask).await?;
+        let request = Request { headers: HeaderMap::new(), home: &place.url, authorization, same_origin_only: true };
+        let answer = self.http.follow(url, request).await?;
         if !answer.response.status().is_success() {
-            return Err(self.refused(answer).await);
+            return Err(self.error_of(answer).await);
         }
         let body = self.http.body(answer.response, &answer.url, limits::ANSWER_BYTES_MAX).await?;
         serde_json::from_slice(&body).map_err(|cause| {
-            Error::corrupt(format!("{} answers in another form than MLflow", Server(&place.url)))
+            Error::corrupt(format!("{} does not answer in the format of MLflow", Server(&place.url)))
                 .cause(cause)
                 .hint("check MLFLOW_TRACKING_URI: does `mlflow server` answer there?")
         })
     }
 
-    /// What a refusal means: the one place where MLflow's statuses and codes become kinds.
-    pub(super) async fn refused(&self, answer: Answer) -> Error {
+    /// Converts an error response into an error with a remedy. All statuses and error codes of MLflow are mapped here.
+    pub(super) async fn error_of(&self, answer: Answer) -> Error {
         #[derive(Deserialize)]
-        struct Words {
+        struct ErrorBody {
             error_code: String,
             message: Option<String>,
         }
         let Answer { response, url, at_home, .. } = answer;
-        let mut refusal = Refusal::read(&self.http, response, at_home).await;
-        let words: Option<Words> = serde_json::from_slice(&refusal.body).ok();
-        let code = words.as_ref().map(|words| words.error_code.as_str());
+        // The texts of a redirect target are not quoted.
+        let mut response = ErrorResponse::read(&self.http, response, at_home).await;
+        let error_body: Option<ErrorBody> = serde_json::from_slice(&response.body).ok();
+        let code = error_body.as_ref().map(|error_body| error_body.error_code.as_str());
+        // Artifacts may be redirected to a signed URL of a bucket.
         if !at_home {
-            return refusal.error(&url).hint("MLflow redirected there: is the clock of this machine right?");
+            return response.error(&url).hint("MLflow redirected there; check the clock of this machine");
         }
-        if let Some(message) = words.as_ref().and_then(|words| words.message.as_deref()) {
-            refusal.message = Some(printable::quote(message));
+        if let Some(message) = error_body.as_ref().and_then(|error_body| error_body.message.as_deref()) {
+            response.message = Some(printable::quote(message));
         }
-        let no_proxy = refusal.body.windows(NO_PROXY.len()).any(|window| window == NO_PROXY.as_bytes());
-        let signed = self.config.token.is_some() || self.config.login.is_some();
-        match (refusal.status.as_u16(), code) {
+        let is_proxy_disabled =
+            response.body.windows(PROXY_DISABLED_MARKER.len()).any(|window| window == PROXY_DISABLED_MARKER.as_bytes());
+        let has_credentials = self.config.token.is_some() || self.config.login.is_some();
+        match (response.status.as_u16(), code) {
             (_, Some("RESOURCE_DOES_NOT_EXIST")) => {
-                Error::not_found(refusal.message.clone().unwrap_or_else(|| "there is no such thing".into()))
+                Error::not_found(response.message.clone().unwrap_or_else(|| "there is no such object".into()))
             }
             (400, Some("INVALID_PARAMETER_VALUE")) => {
-                Error::invalid(refusal.message.clone().unwrap_or_else(|| "the server refuses a value".into()))
+                Error::invalid(response.message.clone().unwrap_or_else(|| "the server refuses a value".into()))
             }
-            (503, _) if no_proxy => {
-                Error::unavailable(format!("{} does not hand on files", Server(&url))).transient(false).hint(
+            // The server was started without `--serve-artifacts`; retrying does not help.
+            (503, _) if is_proxy_disabled => {
+                Error::unavailable(format!("{} does not serve artifacts", Server(&url))).transient(false).hint(
                     "run `mlflow server` with --serve-artifacts, or name the server that does in MLFLOW_TRACKING_URI",
                 )
             }
-            (401 | 403, _) if signed => refusal.error(&url).hint(
-                "check MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: may they read this model?",
+            (401 | 403, _) if has_credentials => response.error(&url).hint(
+                "check MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD: may they read \
+                 this model?",
             ),
-            (401 | 403, _) => refusal
+            (401 | 403, _) => response
                 .error(&url)
                 .hint("set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
-            (404, None) => Error::unavailable(format!("{} answered 404, and not as MLflow does", Server(&url)))
+            // A 404 without an error code is not from MLflow.
+            (404, None) => Error::unavailable(format!("{} answered 404 in another format than MLflow", Server(&url)))
                 .transient(false)
                 .hint("check MLFLOW_TRACKING_URI: does `mlflow server` answer there?"),
-            _ => refusal.error(&url),
+            _ => response.error(&url),
         }
     }
 
-    /// The number that an alias, a stage or `latest` means now.
+    /// Returns the version number that an alias, a stage or `latest` points to now.
     pub(super) async fn version(&self, registry: &MlflowServer, model: &MlflowModel) -> Result<u64> {
-        let (name, asked) = (&model.name, [("name", model.name.as_str())]);
+        let (name, by_name) = (&model.name, [("name", model.name.as_str())]);
         const CHECK: &str = "check the model's name and its versions in MLflow";
         match &model.version {
             MlflowVersion::Number(number) => Ok(*number),
             MlflowVersion::Alias(alias) => {
-                let query = [asked[0], ("alias", alias)];
+                let query = [by_name[0], ("alias", alias)];
                 let answer = self.api(registry, "mlflow/registered-models/alias", &query).await;
                 let what = || format!("there is no alias {alias:?} of model {name:?} at {}", Server(&registry.url));
                 let hint = "check the model's name and its aliases in MLflow";
-                let One { model_version } = answer.map_err(|error| absent(error, what(), hint))?;
+                let VersionAnswer { model_version } = answer.map_err(|error| as_not_found(error, what(), hint))?;
                 let version = model_version.version;
                 version.parse().map_err(|_| Error::corrupt(format!("the alias {alias:?} leads to version {version:?}")))
             }
             MlflowVersion::Latest => {
                 let nothing = || Error::not_found(format!("the model {name:?} has no versions")).hint(CHECK);
-                self.newest(registry, name, &asked).await?.ok_or_else(nothing)
+                self.highest_version(registry, name, &by_name).await?.ok_or_else(nothing)
             }
             MlflowVersion::Stage(stage) => {
                 let nothing = || {
                     Error::not_found(format!("no version of model {name:?} is in stage {stage}")).hint(
-                        "check the stages of its versions in MLflow; aliases (models:/name@alias) have taken their place",
+                        "check the stages of its versions in MLflow; aliases (models:/name@alias) have replaced stages",
                     )
                 };
-                self.newest(registry, name, &[asked[0], ("stages", stage)]).await?.ok_or_else(nothing)
+                self.highest_version(registry, name, &[by_name[0], ("stages", stage)]).await?.ok_or_else(nothing)
             }
         }
     }
 
-    /// The highest number among the newest versions of each stage; `None` where there is none.
-    async fn newest(&self, registry: &MlflowServer, name: &str, query: &[(&str, &str)]) -> Result<Option<u64>> {
+    /// Returns the highest number among the newest versions of each stage; `None` if there are no versions.
+    async fn highest_version(
+        &self,
+        registry: &MlflowServer,
+        name: &str,
+        query: &[(&str, &str)],
+    ) -> Result<Option<u64>> {
         #[derive(Deserialize)]
-        struct Several {
+        struct VersionsAnswer {
             #[serde(default)]
             model_versions: Vec<VersionInfo>,
         }
         let answer = self.api(registry, "mlflow/registered-models/get-latest-versions", query).await;
         let what = || format!("there is no model {name:?} at {}", Server(&registry.url));
-        let Several { model_versions } =
-            answer.map_err(|error| absent(error, what(), "check the model's name in MLflow"))?;
+        let VersionsAnswer { model_versions } =
+            answer.map_err(|error| as_not_found(error, what(), "check the model's name in MLflow"))?;
         Ok(model_versions.iter().filter_map(|info| info.version.parse().ok()).max())
     }
 
-    /// Where the files of a version lie, after `runs:/` and `models:/` were followed.
-    pub(super) async fn files_of(&self, model: &str, version: &str) -> Result<String> {
+    /// Returns the URI of the files of a version, after following `runs:/` and `models:/` URIs.
+    pub(super) async fn artifact_uri(&self, model: &str, version: &str) -> Result<String> {
         let registry = self.registry()?;
         let query = [("name", model), ("version", version)];
         let no_version = |error: Error| {
             let what = format!("there is no version {version} of model {model:?} at {}", Server(&registry.url));
-            absent(
+            as_not_found(
                 error,
                 what,
                 "check the model's name and its versions in MLflow; a deleted version does not come back",
             )
         };
-        let info: Result<One> = self.api(&registry, "mlflow/model-versions/get", &query).await;
+        let info: Result<VersionAnswer> = self.api(&registry, "mlflow/model-versions/get", &query).await;
+        // A version that is not ready has incomplete files.
         let status = info.map_err(no_version)?.model_version.status;
         if let Some(status) = status.filter(|status| status != "READY") {
             let status = printable::quote(&status);
@@ -238,22 +259,21 @@ impl Mlflow {
             ))
             .hint("wait until MLflow shows it as ready; one whose registration failed has to be registered again"));
         }
-        let download: Result<Download> = self.api(&registry, DOWNLOAD_URI, &query).await;
+        let download: Result<DownloadUri> = self.api(&registry, DOWNLOAD_URI, &query).await;
+        // The URI may refer to a run or a model, which may refer further.
         let mut uri = download.map_err(no_version)?.artifact_uri;
         for _ in 0..INDIRECTIONS_MAX {
             uri = match uri.split_once(':') {
-                Some(("runs", rest)) => self.files_of_run(rest).await?,
-                Some(("models", rest)) => self.files_of_model(rest).await?,
+                Some(("runs", rest)) => self.run_artifact_uri(rest).await?,
+                Some(("models", rest)) => self.model_artifact_uri(rest).await?,
                 _ => return Ok(uri),
             };
         }
-        Err(Error::corrupt(format!(
-            "version {version} of model {model:?} leads from one place to the next without end"
-        )))
+        Err(Error::corrupt(format!("version {version} of model {model:?} leads from one URI to the next without end")))
     }
 
-    /// `runs:/<run>/<path>`: below the folder of a run.
-    async fn files_of_run(&self, rest: &str) -> Result<String> {
+    /// Resolves `runs:/<run>/<path>` to a URI below the artifact folder of the run.
+    async fn run_artifact_uri(&self, rest: &str) -> Result<String> {
         #[derive(Deserialize)]
         struct Answer {
             run: Run,
@@ -276,8 +296,8 @@ impl Mlflow {
         Ok(format!("{}/{path}", answer.run.info.artifact_uri.trim_end_matches('/')).trim_end_matches('/').to_owned())
     }
 
-    /// `models:/<name>/<version>` and `models:/<id of a logged model>`.
-    async fn files_of_model(&self, rest: &str) -> Result<String> {
+    /// Resolves `models:/<name>/<version>` and `models:/<id of a logged model>` to a URI.
+    async fn model_artifact_uri(&self, rest: &str) -> Result<String> {
         #[derive(Deserialize)]
         struct Logged {
             model: Model,
@@ -291,9 +311,10 @@ impl Mlflow {
             artifact_uri: String,
         }
         match rest.trim_start_matches('/').split_once('/') {
+            // A version in the registry, else the id of a logged model.
             Some((name, version)) => {
                 let query = [("name", name), ("version", version)];
-                let answer: Download = self.api(&self.registry()?, DOWNLOAD_URI, &query).await?;
+                let answer: DownloadUri = self.api(&self.registry()?, DOWNLOAD_URI, &query).await?;
                 Ok(answer.artifact_uri)
             }
             None => {
@@ -304,7 +325,7 @@ impl Mlflow {
         }
     }
 
-    /// The files below `root`, as the server lists them, folder by folder.
+    /// Lists the files below `root` on the server, folder by folder.
     pub(super) async fn list(&self, tracking: &MlflowServer, key: &ArtifactKey, root: &str) -> Result<Manifest> {
         #[derive(Deserialize)]
         struct Listing {
@@ -316,25 +337,27 @@ impl Mlflow {
             path: String,
             #[serde(default)]
             is_dir: bool,
-            /// Left out where it is 0.
+            /// Omitted by the server if it is 0.
             #[serde(default)]
             file_size: u64,
         }
+        // Depth-first, with `None` for the root folder.
         let mut manifest = Manifest::new(key.clone(), Shape::Tree);
         let (mut folders, mut seen) = (vec![None::<FilePath>], 0);
         while let Some(folder) = folders.pop() {
-            let inside =
+            let join_folder =
                 |path: &str| folder.as_ref().map_or_else(|| path.to_owned(), |folder| format!("{folder}/{path}"));
-            let asked = inside("");
-            let asked = format!("{root}/{}", asked.trim_end_matches('/'));
-            let query = [("path", asked.trim_end_matches('/'))];
+            let folder_path = join_folder("");
+            let folder_path = format!("{root}/{}", folder_path.trim_end_matches('/'));
+            let query = [("path", folder_path.trim_end_matches('/'))];
             let listing: Listing = self.api(tracking, ARTIFACTS, &query).await?;
             for entry in listing.files {
                 let refuse = |why: &str| {
                     Error::corrupt(format!("MLflow lists {:?}: {why}", entry.path))
                         .hint("nothing of this model was fetched; such a name is refused as a whole")
                 };
-                let path = FilePath::new(&inside(&entry.path)).map_err(|error| refuse(error.message()))?;
+                // Paths come from the server: `FilePath` rejects those that leave the artifact.
+                let path = FilePath::new(&join_folder(&entry.path)).map_err(|error| refuse(error.message()))?;
                 if entry.is_dir {
                     seen += 1;
                     if path.as_str().matches('/').count() >= FOLDER_DEPTH_MAX {
@@ -345,6 +368,7 @@ impl Mlflow {
                     return Err(refuse("listed twice"));
                 }
             }
+            // Checked after each folder, so that a listing without end stops.
             if seen > FOLDERS_MAX || manifest.files.len() > limits::FILES_MAX {
                 return Err(Error::corrupt("the list of files does not end"));
             }
@@ -355,15 +379,15 @@ impl Mlflow {
 }
 
 impl MlflowServer {
-    /// An address below the server; `path` is encoded already.
-    pub(super) fn below(&self, path: &str) -> Url {
+    /// Returns the URL of `path`, which is percent-encoded already, below the server.
+    pub(super) fn url_for(&self, path: &str) -> Url {
         let mut url = self.url.clone();
         url.set_path(&format!("{}/{path}", url.path().trim_end_matches('/')));
         url
     }
 }
 
-/// What the registry says of a version.
+/// A version as returned by the registry.
 #[derive(Deserialize)]
 struct VersionInfo {
     version: String,
@@ -371,21 +395,21 @@ struct VersionInfo {
 }
 
 #[derive(Deserialize)]
-struct One {
+struct VersionAnswer {
     model_version: VersionInfo,
 }
 
 #[derive(Deserialize)]
-struct Download {
+struct DownloadUri {
     #[serde(default)]
     artifact_uri: String,
 }
 
-/// `error` as "there is no such thing", where that is what it is: MLflow refuses an alias that it does not know as an
+/// Converts `NotFound` and `Invalid` errors into `NotFound` with `message`. MLflow reports an unknown alias as an
 /// invalid value.
-fn absent(error: Error, what: String, hint: &str) -> Error {
+fn as_not_found(error: Error, message: String, hint: &str) -> Error {
     match error.kind() {
-        ErrorKind::NotFound | ErrorKind::Invalid => Error::not_found(what).cause(error).hint(hint),
+        ErrorKind::NotFound | ErrorKind::Invalid => Error::not_found(message).cause(error).hint(hint),
         _ => error,
     }
 }
@@ -402,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn servers_that_differ_anywhere_differ_in_keys() {
+    fn different_servers_have_different_keys() {
         let server = |uri: &str| mlflow(Some(uri), |_| ()).server();
         assert_eq!(server("https://h").as_deref(), Some("h"));
         assert_eq!(server("https://h:443/").as_deref(), Some("h"));
@@ -417,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_to_the_servers_is_what_mlflows_client_shows() {
+    fn credentials_are_chosen_as_by_the_client_of_mlflow() {
         let shown = |uri: &str, change: fn(&mut MlflowConfig)| {
             let place = mlflow(Some(uri), change).tracking().expect("a place");
             assert!(!place.url.to_string().contains("canary"), "{}", place.url);
@@ -435,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_cannot_be_used_names_its_variable_and_nothing_of_itself() {
+    fn the_error_for_an_unusable_url_names_its_variable_and_not_the_url() {
         let error = mlflow(None, |_| ()).registry().map(|_| ()).expect_err("none");
         assert!(error.hint_text().is_some_and(|hint| hint.contains("MLFLOW_TRACKING_URI")), "{error}");
         let error = mlflow(Some("postgres://u:canary@h"), |_| ()).registry().map(|_| ()).expect_err("no web address");

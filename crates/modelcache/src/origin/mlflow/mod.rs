@@ -1,13 +1,11 @@
-//! The MLflow model registry, through the REST API that `mlflow server` speaks.
+//! The MLflow model registry, through the REST API of `mlflow server`.
 //!
-//! Aliases, stages and `latest` resolve to a version's number. A version's files lie where the server says: with the
-//! server itself (`mlflow-artifacts:`), in a bucket, or in a folder of this machine. Credentials go to the two configured
-//! servers only, tracking and registry.
+//! Aliases, stages and `latest` resolve to a version number. The server states where the files of a version are: on the
+//! server itself (`mlflow-artifacts:`), in a bucket, or in a folder. Credentials are sent only to the two configured
+//! servers, tracking and registry. MLflow has no checksums, so digests are those of the first download.
 //!
-//! MLflow keeps no checksums: digests are those of the bytes that were first seen, and a warning says so.
-//!
-//! Surprise: what the server hands on is read in one stream, never by ranges, because a server that keeps its files in a
-//! bucket fetches the whole file anew for each range. A range in the middle of a file is answered with the whole.
+//! Files on the server are read in one stream, not by ranges, because a server with its files in a bucket downloads the
+//! whole file for each range.
 
 mod api;
 
@@ -37,10 +35,11 @@ use std::sync::Arc;
 use tokio::sync::OnceCell;
 use url::Url;
 
-/// The version that the reference means now, and a source bound to it.
+/// Resolves `model` to a version number and returns its key with a source bound to it.
 pub(super) async fn resolve(mlflow: &Arc<Mlflow>, model: &MlflowModel) -> Result<Resolved> {
     let registry = mlflow.registry()?;
     let number = match model.version {
+        // A number needs no request.
         MlflowVersion::Number(number) => number,
         _ => mlflow.version(&registry, model).await?,
     };
@@ -49,23 +48,25 @@ pub(super) async fn resolve(mlflow: &Arc<Mlflow>, model: &MlflowModel) -> Result
     Ok(Resolved { source: source(mlflow, &model.name, &key), key })
 }
 
-/// A source for `key`, which is a version of the model `name`.
+/// Returns a source for `key`, which is a version of the model `name`. Sends no request.
 pub(super) fn source(mlflow: &Arc<Mlflow>, name: &str, key: &ArtifactKey) -> Arc<dyn Source> {
     let (mlflow, name, key) = (mlflow.clone(), name.to_owned(), key.clone());
     Arc::new(MlflowSource { mlflow, name, key, found: OnceCell::new() })
 }
 
-/// A source for a key as it is listed (`mlflow/<server>/<model>@<number>`), if it is one of our registry's.
+/// Returns a source for a key in its listed form (`mlflow/<server>/<model>@<number>`), if it belongs to the configured
+/// registry.
 pub(super) fn listed_source(mlflow: &Arc<Mlflow>, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
     let (server, model) = key.name.as_str().strip_prefix("mlflow/")?.rsplit_once('/')?;
     let number = key.version.as_str().parse().ok()?;
     let name = percent_decode_str(model).decode_utf8().ok()?.into_owned();
     let model = MlflowModel { server: mlflow.server(), name, version: MlflowVersion::Number(number) };
+    // The key must be exactly the one that this model would get here.
     let ours = model.server.as_deref() == Some(server) && model.key_at(number)?.ok()? == *key;
     ours.then(|| source(mlflow, &model.name, key))
 }
 
-/// One version of a model.
+/// The source for one version of a model.
 struct MlflowSource {
     mlflow: Arc<Mlflow>,
     name: String,
@@ -73,16 +74,16 @@ struct MlflowSource {
     found: OnceCell<ModelFiles>,
 }
 
-/// Where its files are, and which.
+/// The files of a version and their location.
 struct ModelFiles {
     manifest: Manifest,
     bytes: FileLocation,
 }
 
 enum FileLocation {
-    /// Below this path at the tracking server.
+    /// Below this path on the tracking server.
     Server(Box<MlflowServer>, String),
-    /// Somewhere else.
+    /// In a bucket or a folder, read through its own source.
     Elsewhere(Arc<dyn Source>),
 }
 
@@ -98,7 +99,7 @@ impl Source for MlflowSource {
         Tier::Origin
     }
 
-    /// What is missing is an error: there is to say whether it is the version or its files.
+    /// A missing version is an error rather than `None`, because the message names the missing part.
     async fn manifest(&self) -> Result<Option<Manifest>> {
         let found = self.found().await.context(&self.key, Tier::Origin)?;
         Ok(Some(found.manifest.clone()))
@@ -119,22 +120,24 @@ impl MlflowSource {
     }
 
     async fn find(&self) -> Result<ModelFiles> {
-        let uri = self.mlflow.files_of(&self.name, self.key.version.as_str()).await?;
-        let found = self.look(&uri).await?;
+        let uri = self.mlflow.artifact_uri(&self.name, self.key.version.as_str()).await?;
+        let found = self.locate(&uri).await?;
         if found.manifest.files.is_empty() {
             return Err(self.no_files(&uri));
         }
-        tracing::warn!(artifact = %self.key, "MLflow keeps no checksums; digests are those of the bytes as they come now");
+        tracing::warn!(artifact = %self.key, "MLflow keeps no checksums; trusting the first download");
         Ok(found)
     }
 
+    /// Returns the error for a version without files.
     fn no_files(&self, uri: &str) -> Error {
         no_files(format!("the model has no files at {uri:?}"))
-            .hint("were they deleted, or logged to another place? register the model again where its files are")
+            .hint("check whether they were deleted or moved; register the model again with their present location")
     }
 
-    /// Which files there are at `uri`, and how they are read.
-    async fn look(&self, uri: &str) -> Result<ModelFiles> {
+    /// Lists the files at `uri` and determines how to read them.
+    async fn locate(&self, uri: &str) -> Result<ModelFiles> {
+        // A bare path is a folder of the server's machine, which may be this one.
         if uri.starts_with('/') {
             return self.folder(uri, uri).await;
         }
@@ -146,27 +149,30 @@ impl MlflowSource {
                 let manifest = self.mlflow.list(&tracking, &self.key, &root).await?;
                 Ok(ModelFiles { manifest, bytes: FileLocation::Server(Box::new(tracking), root) })
             }
-            "s3" => self.elsewhere(Arc::new(self.bucket(uri, rest)?), uri).await,
+            "s3" => self.use_source(Arc::new(self.bucket(uri, rest)?), uri).await,
             "file" => {
                 let path = rest.strip_prefix("//").unwrap_or(rest);
+                // `file:///path` and `file://localhost/path` are equivalent.
                 let path = path.strip_prefix("localhost").unwrap_or(path);
                 self.folder(uri, &percent_decode_str(path).decode_utf8_lossy()).await
             }
             scheme => Err(Error::new(
                 ErrorKind::Other,
-                format!("the model's files are in a place of kind {scheme:?}, which is not read"),
+                format!("the model's files are at a URI with the scheme {scheme:?}, which is not supported"),
             )
             .hint("run `mlflow server` with --serve-artifacts, or keep models in S3")),
         }
     }
 
-    async fn elsewhere(&self, source: Arc<dyn Source>, uri: &str) -> Result<ModelFiles> {
+    /// Takes the list of files from the source of a bucket or folder.
+    async fn use_source(&self, source: Arc<dyn Source>, uri: &str) -> Result<ModelFiles> {
         let manifest = source.manifest().await?.ok_or_else(|| self.no_files(uri))?;
-        // What a folder's source knows of digests is about that folder, not a word of MLflow's.
+        // The version of the source (for instance of a folder's present state) is replaced by that of the model.
         let manifest = Manifest { key: self.key.clone(), ..manifest };
         Ok(ModelFiles { manifest, bytes: FileLocation::Elsewhere(source) })
     }
 
+    /// Returns a source for the files below a prefix of a bucket. MLflow has its own variable for the S3 endpoint.
     fn bucket(&self, uri: &str, rest: &str) -> Result<PrefixSource> {
         let (bucket, prefix) =
             rest.trim_start_matches('/').split_once('/').unwrap_or((rest.trim_start_matches('/'), ""));
@@ -180,32 +186,34 @@ impl MlflowSource {
         Ok(PrefixSource::new(config, bucket, prefix, self.key.clone(), self.mlflow.retry.clone()))
     }
 
+    /// Lists a folder of this machine.
     async fn folder(&self, uri: &str, path: &str) -> Result<ModelFiles> {
         let path = self.local_folder(path)?;
         let resolved = folder::resolve(&path).await?.ok_or_else(|| self.no_files(uri))?;
-        self.elsewhere(resolved.source, uri).await
+        self.use_source(resolved.source, uri).await
     }
 
-    /// A folder of the server's machine. A server must not have us read any file of this machine and publish it: only
-    /// what lies below the folder that is configured for it, wherever links lead.
+    /// Returns the path of a folder, if it is below the folder configured for MLflow after links are resolved.
+    /// Otherwise a server could make this process read and publish any file of this machine.
     fn local_folder(&self, path: &str) -> Result<String> {
+        // Compare canonical paths, so that neither `..` nor a link leads outside.
         let root = self.mlflow.config.local_root.as_deref().and_then(|root| root.canonicalize().ok());
-        let place = std::path::Path::new(path).canonicalize().ok();
-        let is_below = root.zip(place).is_some_and(|(root, place)| place.starts_with(root));
+        let folder = std::path::Path::new(path).canonicalize().ok();
+        let is_below = root.zip(folder).is_some_and(|(root, folder)| folder.starts_with(root));
         if !path.starts_with('/') || !is_below {
             return Err(Error::new(
                 ErrorKind::Other,
                 format!("the model's files are in the folder {path:?} of the server's machine"),
             )
             .hint(
-                "run `mlflow server` with --serve-artifacts and log the model again, or keep models in S3; where the folder \
-                 is on this machine, name it or one above it in MODEL_CACHE_MLFLOW_LOCAL_ROOT",
+                "run `mlflow server` with --serve-artifacts and log the model again, or keep models in S3; if the \
+                 folder is on this machine, set MODEL_CACHE_MLFLOW_LOCAL_ROOT to it or to one above it",
             ));
         }
         Ok(path.trim_end_matches('/').to_owned())
     }
 
-    /// One attempt at the bytes.
+    /// Makes one attempt to read `range` of a file.
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let found = self.found().await?;
         let Some(entry) = found.manifest.files.get(path) else {
@@ -214,60 +222,73 @@ impl MlflowSource {
         if let Some(body) = Body::unasked(path, &range, Some(entry.size))? {
             return Ok(body);
         }
-        let (place, root) = match &found.bytes {
+        let (server, root) = match &found.bytes {
             FileLocation::Elsewhere(source) => return source.read(path, range).await,
-            FileLocation::Server(place, root) => (place, root),
+            FileLocation::Server(server, root) => (server, root),
         };
-        let url = place.below(&format!("api/2.0/{ARTIFACTS}/{}", http::segments(&format!("{root}/{path}"))));
-        let asked =
-            Asked { mlflow: self.mlflow.clone(), place: place.clone(), url, path: path.clone(), size: entry.size };
-        // From the beginning, or on to the end as after a connection that broke; else the whole, which costs nothing
-        // until somebody reads it.
+        let url = server.url_for(&format!("api/2.0/{ARTIFACTS}/{}", http::segments(&format!("{root}/{path}"))));
+        let request = FileRequest {
+            mlflow: self.mlflow.clone(),
+            server: server.clone(),
+            url,
+            path: path.clone(),
+            size: entry.size,
+        };
+        // Request ranges from the beginning and ranges up to the end (to resume a broken stream). For any other range
+        // the file is requested from its beginning, lazily: nothing is sent until the body is read.
         if range.start == 0 || range.end == entry.size {
-            return asked.open(range).await;
+            return request.open(range).await;
         }
-        let stream = futures::stream::once(async move { Ok(asked.open(0..range.end).await?.stream) });
+        let stream = futures::stream::once(async move { Ok(request.open(0..range.end).await?.stream) });
         Ok(Body { start: 0, stream: stream.try_flatten().boxed() })
     }
 }
 
-/// A file at the server that is about to be asked for.
-struct Asked {
+/// A request for one file on the tracking server.
+struct FileRequest {
     mlflow: Arc<Mlflow>,
-    place: Box<MlflowServer>,
+    server: Box<MlflowServer>,
     url: Url,
     path: FilePath,
     size: u64,
 }
 
-impl Asked {
+impl FileRequest {
+    /// Sends the request and returns the bytes from `range.start`, or from 0 if the server ignores ranges.
     async fn open(self, range: Range<u64>) -> Result<Body> {
         let mut headers = HeaderMap::new();
+        // A range from the beginning is not requested as one: the body is cut instead.
         if range.start > 0 {
             headers.insert(RANGE, http::range_header(&range)?);
         }
-        let (place, http) = (&self.place, &self.mlflow.http);
-        let authorization = place.authorization.as_ref();
-        let answer = http.follow(self.url, Request { headers, home: &place.url, authorization, stay: false }).await?;
+        let (server, http) = (&self.server, &self.mlflow.http);
+        let authorization = server.authorization.as_ref();
+        let answer = http
+            .follow(self.url, Request { headers, home: &server.url, authorization, same_origin_only: false })
+            .await?;
         let status = answer.response.status();
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            let error = self.mlflow.refused(answer).await;
-            return Err(error.hint(format!("{} is listed; was it deleted meanwhile?", self.path)));
+            let error = self.mlflow.error_of(answer).await;
+            return Err(error.hint(format!("{} is listed, but may have been deleted since", self.path)));
         }
         let start = http::body_start(status, answer.response.headers(), &range, Some(self.size))
             .map_err(|error| Error::new(error.kind(), format!("{}: {}", self.path, error.message())))?;
         let stream = http::body_stream(answer.response, &answer.url);
-        // Cut only where the server was asked for more than is wanted. A body that goes on after the end of the file is not
-        // that file, and whoever reads must see it.
-        let stream = if range.end < self.size { up_to(stream, range.end - start) } else { stream };
+        // Cut the body only if more than the range was requested. A body longer than the file is another file, and the
+        // reader must notice that.
+        let stream = if range.end < self.size { first_bytes(stream, range.end - start) } else { stream };
         Ok(Body { start, stream })
     }
 }
 
-/// The first `bytes` of a stream.
-fn up_to(stream: BoxStream<'static, Result<bytes::Bytes>>, bytes: u64) -> BoxStream<'static, Result<bytes::Bytes>> {
-    let cut = stream.scan(bytes, |left, chunk| {
-        let cut = match chunk {
+/// Cuts a stream after `bytes` bytes.
+fn first_bytes(
+    stream: BoxStream<'static, Result<bytes::Bytes>>,
+    bytes: u64,
+) -> BoxStream<'static, Result<bytes::Bytes>> {
+    let limited = stream.scan(bytes, |left, chunk| {
+        let limited = match chunk {
+            // End the stream, which also drops the rest of the response.
             _ if *left == 0 => None,
             Err(error) => Some(Err(error)),
             Ok(mut chunk) => {
@@ -276,16 +297,20 @@ fn up_to(stream: BoxStream<'static, Result<bytes::Bytes>>, bytes: u64) -> BoxStr
                 Some(Ok(chunk))
             }
         };
-        futures::future::ready(cut)
+        futures::future::ready(limited)
     });
-    cut.boxed()
+    limited.boxed()
 }
 
-/// The path below which the server keeps a model, from what follows `mlflow-artifacts:`. Only ours may be meant.
+/// Returns the path of a model on the server, from the part of the URI after `mlflow-artifacts:`.
+///
+/// # Errors
+/// `Other` if the URI names a server other than the configured one, `Corrupt` for an unsafe path.
 fn root_at(tracking: &Url, rest: &str) -> Result<String> {
     let path = match rest.strip_prefix("//") {
         Some(rest) => {
             let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+            // A URI without a port names the configured server at any port.
             let named = Url::parse(&format!("{}://{host}/", tracking.scheme())).ok();
             let ours = named.is_some_and(|named| {
                 named.host() == tracking.host() && (named.port().is_none() || named.port() == tracking.port())
@@ -294,7 +319,7 @@ fn root_at(tracking: &Url, rest: &str) -> Result<String> {
                 return Err(Error::new(
                     ErrorKind::Other,
                     format!(
-                        "the model's files are with another MLflow server, {:?}; not asked",
+                        "the model's files are on another MLflow server, {:?}, which is not configured",
                         printable::quote(host)
                     ),
                 )
@@ -306,7 +331,9 @@ fn root_at(tracking: &Url, rest: &str) -> Result<String> {
     };
     let path = path.trim_matches('/');
     if path.split('/').any(|segment| matches!(segment, "" | "." | "..")) {
-        return Err(Error::corrupt(format!("the model's files are at {path:?}, which climbs or names nothing")));
+        return Err(Error::corrupt(format!(
+            "the model's files are at {path:?}, which is empty, climbs (`..`) or has an empty segment"
+        )));
     }
     Ok(path.to_owned())
 }
@@ -318,7 +345,7 @@ mod tests {
     use crate::transfer::Retry;
 
     #[test]
-    fn files_are_only_asked_of_our_own_server_and_never_above() {
+    fn only_paths_on_the_configured_server_are_accepted() {
         let tracking = Url::parse("http://h:5000/base").expect("url");
         let root = |rest: &str| root_at(&tracking, rest);
         assert_eq!(root("/1/run/artifacts/a b").expect("plain"), "1/run/artifacts/a b");
@@ -331,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn folders_are_read_only_below_the_one_that_is_named() {
+    fn folders_are_read_only_below_the_configured_root() {
         let root = tempfile::tempdir().expect("folder");
         let below = root.path().join("mlruns/1/a");
         std::fs::create_dir_all(&below).expect("folders");

@@ -1,9 +1,7 @@
-//! What a manifest of a registry says: which files there are, and the blob behind each.
+//! Parsing of registry manifests: the files of an artifact and the blob of each.
 //!
-//! A layer is a file, named by its annotation; one without a name is called by its digest. The configuration blob is no
-//! file.
-//!
-//! Surprise: a layer that is an archive is one file, the archive. Its name then ends as archives do.
+//! Each layer is one file, named by its annotation or, without one, by its digest. The configuration blob is not a
+//! file. A layer that is an archive is stored as the archive, and its name gets the ending of one.
 
 use crate::digest::{Digest, Provenance};
 use crate::error::{Error, ErrorKind, Result};
@@ -16,22 +14,22 @@ use crate::reference::oci::parse_digest;
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
 
-/// Platforms shown when an index offers several.
-const CHOICES_SHOWN: usize = 8;
+/// Maximum number of manifests listed in the hint if an index has several.
+const CHOICES_LISTED_MAX: usize = 8;
 
-/// What the manifest says: the files, and the blob behind each.
+/// The content of a manifest: the files, and the blob of each.
 pub(super) struct Layers {
     pub(super) manifest: Manifest,
     pub(super) blobs: HashMap<FilePath, Digest>,
 }
 
-/// A manifest of any kind, as far as it matters here.
+/// A parsed manifest or index.
 pub(super) enum Document {
     Layers(Vec<Descriptor>),
     Index(Vec<Descriptor>),
 }
 
-/// What a manifest says of a blob or of another manifest.
+/// The entry of a blob in a manifest, or of a manifest in an index.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Descriptor {
@@ -50,7 +48,7 @@ struct Platform {
 }
 
 impl Document {
-    /// Tells the kinds apart by what they have, because the media type may be left out.
+    /// Parses a manifest or an index. They are distinguished by their fields, because the media type is optional.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self> {
         #[derive(Deserialize)]
         struct Fields {
@@ -59,39 +57,44 @@ impl Document {
             manifests: Option<Vec<Descriptor>>,
         }
         let fields: Fields = serde_json::from_slice(bytes)
-            .map_err(|cause| Error::corrupt("the registry answered with something that is no manifest").cause(cause))?;
+            .map_err(|cause| Error::corrupt("the response of the registry is not a manifest").cause(cause))?;
+        // `blobs` is the field of the older artifact manifest.
         match (fields.manifests, fields.layers.or(fields.blobs)) {
             (Some(manifests), None) => Ok(Self::Index(manifests)),
             (None, Some(layers)) => Ok(Self::Layers(layers)),
             (None, None) => Err(Error::new(ErrorKind::Other, "the manifest lists neither layers nor manifests")
-                .hint("manifests of docker's schema 1 are not read; push the artifact again with a newer tool")),
+                .hint("manifests of docker's schema 1 are not supported; push the artifact again with a newer tool")),
             (Some(_), Some(_)) => Err(Error::corrupt("the manifest lists both layers and manifests")),
         }
     }
 }
 
-/// The one manifest of an index. Which of several is wanted only the caller can say. What has no platform (an
-/// attestation has `unknown`) is no choice.
+/// Returns the only manifest of an index. Entries with the platform `unknown` (attestations) are ignored.
+///
+/// # Errors
+/// `NotFound` if there is none. `Invalid` if there are several; the hint lists them, so that the caller can select one.
 pub(super) fn only_choice(repo: &OciRepo, manifests: Vec<Descriptor>) -> Result<Digest> {
-    let unknown =
+    let has_no_platform =
         |entry: &Descriptor| entry.platform.as_ref().is_some_and(|platform| platform.os.as_deref() == Some("unknown"));
-    let choices: Vec<Descriptor> = manifests.into_iter().filter(|entry| !unknown(entry)).collect();
+    let choices: Vec<Descriptor> = manifests.into_iter().filter(|entry| !has_no_platform(entry)).collect();
     match choices.as_slice() {
         [only] => only.digest(),
         [] => Err(Error::not_found("the index lists no manifest")),
         several => {
             let place = format!("oci://{}/{}", repo.registry, repo.repository);
-            let shown: Vec<String> = several.iter().take(CHOICES_SHOWN).map(|entry| entry.choice(&place)).collect();
+            let listed: Vec<String> =
+                several.iter().take(CHOICES_LISTED_MAX).map(|entry| entry.reference(&place)).collect();
             Err(Error::invalid(format!(
-                "the index offers {} manifests, and which is wanted it cannot tell",
+                "the index offers {} manifests, and the reference does not select one",
                 several.len()
             ))
-            .hint(format!("name one by its digest: {}", shown.join(", "))))
+            .hint(format!("name one by its digest: {}", listed.join(", "))))
         }
     }
 }
 
 impl Descriptor {
+    /// Parses the digest, which must be SHA-256.
     fn digest(&self) -> Result<Digest> {
         parse_digest(&self.digest).map_err(|error| {
             Error::new(ErrorKind::Other, format!("the manifest lists {:?}: {}", self.digest, error.message()))
@@ -103,45 +106,49 @@ impl Descriptor {
         Some(self.annotations.as_ref()?.get(name)?.as_str())
     }
 
-    /// How this manifest of an index is named.
-    fn choice(&self, place: &str) -> String {
-        let word = |text: &Option<String>| printable::quote(text.as_deref().unwrap_or("?"));
+    /// Returns the reference to this manifest of an index, with its platform.
+    fn reference(&self, place: &str) -> String {
+        let quoted = |text: &Option<String>| printable::quote(text.as_deref().unwrap_or("?"));
         match &self.platform {
             Some(platform) => {
-                format!("{place}@{} ({}/{})", self.digest, word(&platform.os), word(&platform.architecture))
+                format!("{place}@{} ({}/{})", self.digest, quoted(&platform.os), quoted(&platform.architecture))
             }
             None => format!("{place}@{}", self.digest),
         }
     }
 
-    /// The ending of an archive of this media type.
+    /// Returns the file name ending for an archive of this media type; `None` if it is not an archive.
     fn archive(&self) -> Option<&'static str> {
         let media_type = self.media_type.as_str();
+        // OCI writes `+gzip`, docker `.gzip`.
         [(".tar", ".tar"), (".tar+gzip", ".tar.gz"), (".tar.gzip", ".tar.gz"), (".tar+zstd", ".tar.zst")]
             .into_iter()
             .find(|(ending, _)| media_type.ends_with(ending))
             .map(|(_, ending)| ending)
     }
 
-    /// Whether an archive stands for the folder or file that its name names. ORAS gives the type of an archive to plain
-    /// files, too, and marks folders.
-    fn stands_for_its_content(&self) -> bool {
-        let of_models =
+    /// Returns true if the layer is the packed form of the file or folder that its name denotes. ORAS uses archive
+    /// media types also for plain files and marks packed folders with an annotation.
+    fn is_packed_content(&self) -> bool {
+        let packed_types =
             ["application/vnd.cncf.model.", "application/vnd.cnai.model.", "application/vnd.kitops.modelkit."];
         self.annotation("io.deis.oras.content.unpack").is_some_and(|unpack| unpack == "true")
-            || of_models.iter().any(|prefix| self.media_type.starts_with(prefix))
+            || packed_types.iter().any(|prefix| self.media_type.starts_with(prefix))
     }
 
-    /// The file that the layer is: by its annotation, else by its digest.
+    /// Returns the path of the layer's file: from its annotation, else from its digest.
     fn path(&self, digest: &Digest) -> Result<FilePath> {
         const NAMES: [&str; 3] =
             ["org.cncf.model.filepath", "org.cnai.model.filepath", "org.opencontainers.image.title"];
         let archive = self.archive();
+        // The name given by ModelPack comes before the one of ORAS.
         let named = NAMES.iter().find_map(|name| self.annotation(name)).filter(|name| !name.is_empty());
         let Some(name) = named else { return FilePath::new(&format!("{digest}{}", archive.unwrap_or(".bin"))) };
+        // ORAS keeps the form in which the path was given.
         let plain = name.strip_prefix("./").unwrap_or(name);
-        let plain = if self.stands_for_its_content() { plain.trim_end_matches('/') } else { plain };
-        let path = match archive.filter(|_| self.stands_for_its_content()) {
+        let plain = if self.is_packed_content() { plain.trim_end_matches('/') } else { plain };
+        let path = match archive.filter(|_| self.is_packed_content()) {
+            // An archive keeps its name if that already ends as one.
             Some(ending) if !has_archive_ending(plain) => format!("{plain}{ending}"),
             _ => plain.to_owned(),
         };
@@ -158,17 +165,19 @@ fn has_archive_ending(name: &str) -> bool {
 }
 
 impl Layers {
+    /// Builds the manifest of an artifact from the layers of its OCI manifest.
     pub(super) fn new(key: &ArtifactKey, layers: Vec<Descriptor>) -> Result<Self> {
-        /// What stands in the place of a blob where there is none.
-        const NOTHING: &str = "application/vnd.oci.empty.v1+json";
+        /// Media type of the placeholder for an absent blob.
+        const EMPTY_BLOB_TYPE: &str = "application/vnd.oci.empty.v1+json";
         let (mut manifest, mut blobs) = (Manifest::new(key.clone(), Shape::Tree), HashMap::new());
-        for layer in layers.into_iter().filter(|layer| layer.media_type != NOTHING) {
+        for layer in layers.into_iter().filter(|layer| layer.media_type != EMPTY_BLOB_TYPE) {
             let digest = layer.digest()?;
             let path = layer.path(&digest)?;
             let provenance = Some(Provenance::Origin);
             let entry =
                 FileEntry::with(layer.size, FileDetails { sha256: Some(digest), provenance, ..FileDetails::default() });
             match manifest.files.insert(path.clone(), entry) {
+                // A blob listed twice under one name is harmless; two blobs are ambiguous.
                 Some(other) if other.sha256 != Some(digest) => {
                     return Err(Error::corrupt(format!("the manifest has two layers called {path}")));
                 }
@@ -179,11 +188,11 @@ impl Layers {
         Ok(Self { manifest, blobs })
     }
 
-    /// Refuses a manifest that lists no files.
-    pub(super) fn refuse_none(&self, digest: &Digest) -> Result<()> {
+    /// Fails if the manifest lists no files.
+    pub(super) fn require_files(&self, digest: &Digest) -> Result<()> {
         match self.manifest.files.is_empty() {
             true => Err(no_files(format!("the manifest sha256:{digest} lists no files"))
-                .hint("check the reference: it is an artifact without layers, a signature for instance")),
+                .hint("check the reference: it is an artifact without layers, for instance a signature")),
             false => Ok(()),
         }
     }
@@ -207,7 +216,7 @@ mod tests {
         Layers::new(&ArtifactKey::new("oci/r/m".parse()?, format!("sha256:{HEX}").parse()?), layers)
     }
 
-    /// The name of a lone layer.
+    /// Returns the file name of a single layer.
     fn name(media_type: &str, annotations: Value) -> String {
         let layers = layers(vec![layer(media_type, annotations)]).unwrap_or_else(|error| panic!("{error}"));
         let names: Vec<_> = layers.manifest.files.into_iter().map(|(path, _)| String::from(path)).collect();
@@ -215,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_named_as_the_tools_that_push_name_them() {
+    fn files_get_the_names_that_the_pushing_tool_intended() {
         const TITLE: &str = "org.opencontainers.image.title";
         const PATH: &str = "org.cncf.model.filepath";
         const ORAS: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -234,14 +243,14 @@ mod tests {
         // KitOps.
         assert_eq!(name(KIT, json!({TITLE: "model"})), "model.tar.gz");
         assert_eq!(name("application/vnd.kitops.modelkit.code.v1.tar", json!({PATH: "src.tgz"})), "src.tgz");
-        // Without a name: stable, and what it is.
+        // Without a name: the digest and the ending of the type.
         assert_eq!(name(KIT, Value::Null), format!("{HEX}.tar.gz"));
         assert_eq!(name("application/octet-stream", json!({TITLE: ""})), format!("{HEX}.bin"));
         assert_eq!(name("application/vnd.docker.image.rootfs.diff.tar.gzip", json!({})), format!("{HEX}.tar.gz"));
     }
 
     #[test]
-    fn names_that_climb_or_clash_are_refused_as_a_whole() {
+    fn unsafe_or_conflicting_names_reject_the_whole_artifact() {
         for bad in
             ["../x", "/etc/passwd", "a/../../x", "a\\b", "a\0b", ".modelcache/x", "./../x", "a//b", "./", ".", ".."]
         {
@@ -249,13 +258,16 @@ mod tests {
             assert_eq!(layers(rows).map(|_| ()).expect_err(bad).kind(), ErrorKind::Corrupt, "{bad:?}");
         }
         let other = Digest::of(b"other").to_string();
-        let row = |hex: &str| json!({"digest": format!("sha256:{hex}"), "size": 1, "annotations": {"org.cncf.model.filepath": "a"}});
+        let row = |hex: &str| {
+            let annotations = json!({"org.cncf.model.filepath": "a"});
+            json!({"digest": format!("sha256:{hex}"), "size": 1, "annotations": annotations})
+        };
         assert!(layers(vec![row(HEX), row(&other)]).is_err(), "two files of one name");
         assert!(layers(vec![row(HEX), row(HEX)]).is_ok(), "the same file twice");
     }
 
     #[test]
-    fn digests_other_than_sha256_are_named() {
+    fn digests_other_than_sha256_are_rejected_by_name() {
         let error =
             layers(vec![json!({"digest": format!("sha512:{HEX}{HEX}"), "size": 1})]).map(|_| ()).expect_err("sha512");
         assert!(error.to_string().contains("sha512") && error.hint_text().is_some_and(|hint| hint.contains("sha256")));
@@ -263,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_layer_of_a_manifest_is_told_apart() {
+    fn manifests_indexes_and_malformed_documents_are_distinguished() {
         let parse = |value: Value| Document::parse(value.to_string().as_bytes());
         assert!(matches!(parse(json!({"blobs": []})), Ok(Document::Layers(_))), "an artifact manifest");
         assert!(matches!(parse(json!({"manifests": []})), Ok(Document::Index(_))));
@@ -275,11 +287,14 @@ mod tests {
     }
 
     #[test]
-    fn an_index_is_its_only_manifest_or_asks_for_a_choice() {
+    fn an_index_resolves_to_its_only_manifest_or_lists_the_choices() {
         let Target::Oci(repo) = Reference::parse("oci://r:1/m:t").expect("parses").target else {
             panic!("no repository")
         };
-        let entry = |os: &str, hex: &str| json!({"digest": format!("sha256:{hex}"), "size": 1, "platform": {"os": os, "architecture": "amd64"}});
+        let entry = |os: &str, hex: &str| {
+            let platform = json!({"os": os, "architecture": "amd64"});
+            json!({"digest": format!("sha256:{hex}"), "size": 1, "platform": platform})
+        };
         let other = Digest::of(b"other").to_string();
         let choose = |rows: Vec<Value>| {
             let Ok(Document::Index(rows)) = Document::parse(json!({"manifests": rows}).to_string().as_bytes()) else {

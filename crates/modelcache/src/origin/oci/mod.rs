@@ -1,9 +1,8 @@
-//! OCI registries: artifacts as ORAS, ModelPack and KitOps push them.
+//! OCI registries as an origin: artifacts pushed with ORAS, ModelPack and KitOps.
 //!
-//! A tag resolves to the digest of its manifest; the manifest's bytes are checked against it, and its layers become
-//! files (`layers`), checked by the digest that the manifest states. How a registry is asked, and what it is shown, is
-//! `registry`'s business. Layers are read by ranges, mostly from an address elsewhere that the registry redirects to,
-//! which is remembered until it is spent.
+//! A tag resolves to the digest of its manifest. The bytes of the manifest are verified against that digest, and its
+//! layers become files (`layers.rs`), verified by the digests in the manifest. `registry.rs` sends the requests and
+//! handles authentication. Layers are read by ranges, mostly from a URL that the registry redirects to.
 
 mod layers;
 mod registry;
@@ -30,9 +29,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 use url::Url;
 
-/// The manifest that the reference means now, and a source bound to it.
+/// Resolves `repo` to the digest of its manifest and returns the key with a source bound to it.
 pub(super) async fn resolve(registries: &Arc<Registries>, repo: &OciRepo) -> Result<Resolved> {
     let (digest, bytes) = match &repo.at {
+        // A digest needs no request.
         OciAt::Digest(digest) => (*digest, None),
         OciAt::Tag(_) => {
             let bytes = registries.retry.run(|| registries.manifest(repo, &repo.at)).await?;
@@ -40,38 +40,38 @@ pub(super) async fn resolve(registries: &Arc<Registries>, repo: &OciRepo) -> Res
         }
     };
     let key = repo.key_at(&digest)?;
-    // What a tag means is remembered: not that it means nothing.
+    // The caller stores the digest of a tag, so a manifest without files must fail before that.
     if let Some(Document::Layers(layers)) = bytes.as_deref().and_then(|bytes| Document::parse(bytes).ok())
         && let Ok(layers) = Layers::new(&key, layers)
     {
-        layers.refuse_none(&digest)?;
+        layers.require_files(&digest)?;
     }
     let repo = OciRepo { at: OciAt::Digest(digest), ..repo.clone() };
     Ok(Resolved { source: Arc::new(OciSource::new(registries, repo, key.clone(), digest, bytes)), key })
 }
 
-/// A source for `key`, which is `repo` at a digest; `None` for a version that is no digest.
+/// Returns a source for `key`, which is `repo` at a digest; `None` if the version is not a digest. Sends no request.
 pub(super) fn source(registries: &Arc<Registries>, repo: &OciRepo, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
     let digest = parse_digest(key.version.as_str()).ok()?;
     let repo = OciRepo { at: OciAt::Digest(digest), ..repo.clone() };
     Some(Arc::new(OciSource::new(registries, repo, key.clone(), digest, None)))
 }
 
-/// One artifact: a repository at the digest of a manifest.
+/// The source for one artifact: a repository at the digest of a manifest.
 struct OciSource {
     registries: Arc<Registries>,
-    /// Its place is the digest.
+    /// The repository at the digest.
     repo: OciRepo,
     key: ArtifactKey,
     digest: Digest,
-    /// The manifest's bytes, where resolving a tag brought them.
+    /// The bytes of the manifest, if they were read to resolve a tag.
     bytes: Option<Vec<u8>>,
     layers: OnceCell<Layers>,
-    /// Where a layer was redirected to last.
-    places: Mutex<HashMap<Digest, Url>>,
+    /// The target of the last redirect of each layer.
+    redirects: Mutex<HashMap<Digest, Url>>,
 }
 
-/// Signed addresses stay unprinted.
+/// Prints no signed URLs.
 impl fmt::Debug for OciSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OciSource").field("key", &self.key).finish_non_exhaustive()
@@ -84,7 +84,7 @@ impl Source for OciSource {
         Tier::Origin
     }
 
-    /// What is missing is an error: there is to say whether it is the repository or the manifest.
+    /// A missing artifact is an error rather than `None`, because the message names the missing part.
     async fn manifest(&self) -> Result<Option<Manifest>> {
         let layers = self.layers().await.context(&self.key, Tier::Origin)?;
         Ok(Some(layers.manifest.clone()))
@@ -103,21 +103,23 @@ impl OciSource {
         digest: Digest,
         bytes: Option<Vec<u8>>,
     ) -> Self {
-        let (layers, places) = (OnceCell::new(), Mutex::default());
-        Self { registries: registries.clone(), repo, key, digest, bytes, layers, places }
+        let (layers, redirects) = (OnceCell::new(), Mutex::default());
+        Self { registries: registries.clone(), repo, key, digest, bytes, layers, redirects }
     }
 
+    /// Returns the layers, reading the manifest at the first call.
     async fn layers(&self) -> Result<&Layers> {
         self.layers.get_or_try_init(|| self.find_layers()).await
     }
 
+    /// Reads the manifest, following an index, and parses its layers.
     async fn find_layers(&self) -> Result<Layers> {
         let mut digest = self.digest;
         let mut bytes = match &self.bytes {
             Some(bytes) => bytes.clone(),
             None => self.fetch(digest).await?,
         };
-        // An index that offers one manifest is that manifest; one index in another is nothing that anybody pushes.
+        // An index with a single manifest stands for that manifest. No known tool pushes an index inside an index.
         if let Document::Index(manifests) = Document::parse(&bytes)? {
             digest = only_choice(&self.repo, manifests)?;
             bytes = self.fetch(digest).await?;
@@ -125,19 +127,20 @@ impl OciSource {
         match Document::parse(&bytes)? {
             Document::Layers(layers) => {
                 let layers = Layers::new(&self.key, layers)?;
-                layers.refuse_none(&digest)?;
+                layers.require_files(&digest)?;
                 Ok(layers)
             }
             Document::Index(_) => Err(Error::corrupt(format!("sha256:{digest} is an index inside an index"))),
         }
     }
 
+    /// Reads the manifest with `digest`, with retries.
     async fn fetch(&self, digest: Digest) -> Result<Vec<u8>> {
         let at = OciAt::Digest(digest);
         self.registries.retry.run(|| self.registries.manifest(&self.repo, &at)).await
     }
 
-    /// One attempt at the bytes: where the layer was found last, else by way of the registry.
+    /// Makes one attempt to read `range`: from the target of the last redirect, else by way of the registry.
     async fn open(&self, path: &FilePath, range: Range<u64>) -> Result<Body> {
         let layers = self.layers().await?;
         let (Some(entry), Some(blob)) = (layers.manifest.files.get(path), layers.blobs.get(path)) else {
@@ -147,52 +150,60 @@ impl OciSource {
             return Ok(body);
         }
         let headers = HeaderMap::from_iter([(RANGE, http::range_header(&range)?)]);
-        if let Some(place) = self.place(blob) {
+        // 1. Request the last redirect target directly, without credentials.
+        if let Some(redirect) = self.redirect(blob) {
             let home = self.registries.home(&self.repo)?;
-            let ask = Request { headers: headers.clone(), home: &home, authorization: None, stay: false };
-            let answer = self.registries.http.follow(place, ask).await?;
+            let request =
+                Request { headers: headers.clone(), home: &home, authorization: None, same_origin_only: false };
+            let answer = self.registries.http.follow(redirect, request).await?;
+            // An expired URL is answered with one of these, depending on the CDN.
             if !matches!(answer.response.status().as_u16(), 400 | 401 | 403 | 404 | 410) {
                 return self.body(path, &range, entry.size, answer).await;
             }
-            tracing::debug!(%path, status = answer.response.status().as_u16(), "an address is spent; asking the registry again");
+            // 2. The URL expired: forget it and let the registry redirect again.
+            let status = answer.response.status().as_u16();
+            tracing::debug!(%path, status, "redirect target refused; requesting the layer from the registry");
             self.forget(blob);
             http::drain(answer.response).await;
         }
+        // 3. Request the layer from the registry.
         let url = registry::below(
             &self.registries.home(&self.repo)?,
             &format!("v2/{}/blobs/sha256:{blob}", self.repo.repository),
         )?;
-        let answer = self.registries.ask(&self.repo, url, headers, false).await?;
+        let answer = self.registries.request(&self.repo, url, headers, false).await?;
+        // Only a redirect target is worth remembering.
         if !answer.at_home && answer.response.status().is_success() {
             self.remember(*blob, answer.url.clone());
         }
         self.body(path, &range, entry.size, answer).await
     }
 
+    /// Checks a response against the size of the layer and returns the bytes.
     async fn body(&self, path: &FilePath, range: &Range<u64>, size: u64, answer: Answer) -> Result<Body> {
         let status = answer.response.status();
         if !status.is_success() && status != StatusCode::RANGE_NOT_SATISFIABLE {
-            return Err(self.registries.refused(answer, &self.repo, &format!("blob for {path}")).await);
+            return Err(self.registries.error_of(answer, &self.repo, &format!("blob for {path}")).await);
         }
         let start = http::body_start(status, answer.response.headers(), range, Some(size))
             .map_err(|error| Error::new(error.kind(), format!("{path}: {}", error.message())))?;
         Ok(Body { start, stream: http::body_stream(answer.response, &answer.url) })
     }
 
-    fn place(&self, blob: &Digest) -> Option<Url> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner).get(blob).cloned()
+    fn redirect(&self, blob: &Digest) -> Option<Url> {
+        self.redirects.lock().unwrap_or_else(PoisonError::into_inner).get(blob).cloned()
     }
 
     fn remember(&self, blob: Digest, url: Url) {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner).insert(blob, url);
+        self.redirects.lock().unwrap_or_else(PoisonError::into_inner).insert(blob, url);
     }
 
     fn forget(&self, blob: &Digest) {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner).remove(blob);
+        self.redirects.lock().unwrap_or_else(PoisonError::into_inner).remove(blob);
     }
 }
 
-/// Whatever a registry answers; see `fuzzing`.
+/// Fuzz target for responses of a registry; see `fuzzing`.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes) {

@@ -1,14 +1,14 @@
-//! How a registry is asked: addresses, challenges, tokens, and what a refusal means.
+//! Client for OCI registries: URLs, challenges, tokens, and errors for responses.
 //!
-//! Credentials go to the registry, and to the token server that the registry names where that is one with TLS or on the
-//! registry's own host: a registry that is known by its certificate could have asked for the password itself. The token
-//! goes to the registry only; what it redirects to, a CDN mostly, gets neither.
+//! The password is sent to the registry, and to the token server that it names if that server uses TLS or is on the
+//! host of a registry without TLS. (A registry authenticated by its certificate could request the password itself.) The
+//! token is sent to the registry only. Redirect targets, mostly a CDN, get neither.
 
 use crate::config::{OciConfig, OciLogin};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::origin::authorization;
-use crate::origin::http::{self, Answer, Http, Refusal, Request, Server};
+use crate::origin::http::{self, Answer, ErrorResponse, Http, Request, Server};
 use crate::printable;
 use crate::reference::{OciAt, OciRepo};
 use crate::transfer::Retry;
@@ -19,27 +19,27 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use url::Url;
 
-/// Largest manifest, in bytes: what registries accept at most.
+/// Largest manifest, in bytes: the maximum that registries accept.
 const MANIFEST_BYTES_MAX: u64 = 4 * 1024 * 1024;
-/// Largest answer of a token server, in bytes.
+/// Largest response of a token server, in bytes.
 const TOKEN_BYTES_MAX: u64 = 256 * 1024;
-/// The manifests that are understood.
+/// The supported media types of manifests.
 const MANIFESTS: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
      application/vnd.oci.artifact.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json, \
      application/vnd.docker.distribution.manifest.list.v2+json";
-/// Where docker's own registry really answers.
+/// The API host of the registry `docker.io`.
 const DOCKER_HUB_HOST: &str = "registry-1.docker.io";
 
-/// All registries, and what was learnt of each.
+/// A client for all registries, with the credentials that each has accepted.
 pub(in crate::origin) struct Registries {
     config: OciConfig,
     pub(super) http: Http,
     pub(super) retry: Retry,
-    /// What a repository wants in `Authorization`, once it said so.
-    shown: tokio::sync::Mutex<HashMap<(String, String), HeaderValue>>,
+    /// The `Authorization` value per registry and repository, after the first challenge.
+    authorizations: tokio::sync::Mutex<HashMap<(String, String), HeaderValue>>,
 }
 
-/// Tokens stay unprinted.
+/// Prints no tokens.
 impl fmt::Debug for Registries {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Registries").field("config", &self.config).finish_non_exhaustive()
@@ -47,17 +47,18 @@ impl fmt::Debug for Registries {
 }
 
 impl Registries {
-    /// Registries that were not yet spoken to.
+    /// Creates a client. Sends no request.
     pub(in crate::origin) fn new(config: OciConfig, retry: Retry) -> Self {
-        Self { config, http: Http::new(retry.read_timeout()), retry, shown: Default::default() }
+        Self { config, http: Http::new(retry.read_timeout()), retry, authorizations: Default::default() }
     }
 
-    /// Scheme, host and port of a registry. Without TLS only where it was said so, or on this machine.
+    /// Returns the base URL of a registry: https, or plain http if configured or if the host is this machine.
     pub(super) fn home(&self, repo: &OciRepo) -> Result<Url> {
         let registry = repo.registry.as_str();
         let host = if registry == "docker.io" { DOCKER_HUB_HOST } else { registry };
-        let no_host = || Error::invalid(format!("{registry} is no registry"));
+        let no_host = || Error::invalid(format!("{registry} is not a valid registry name"));
         let plain = Url::parse(&format!("http://{host}/")).map_err(|_| no_host())?;
+        // TLS unless plain http was configured, because the credentials depend on it.
         let plain_allowed = self.config.plain_http.iter().any(|name| name == registry) || is_this_machine(&plain);
         if plain_allowed {
             return Ok(plain);
@@ -65,7 +66,8 @@ impl Registries {
         Url::parse(&format!("https://{host}/")).map_err(|_| no_host())
     }
 
-    /// The bytes of a manifest, which are those that the digest names.
+    /// Returns the bytes of a manifest, verified against the requested digest and against the header
+    /// `Docker-Content-Digest`, if present.
     pub(super) async fn manifest(&self, repo: &OciRepo, at: &OciAt) -> Result<Vec<u8>> {
         let home = self.home(repo)?;
         let name = match at {
@@ -74,22 +76,23 @@ impl Registries {
         };
         let url = below(&home, &format!("v2/{}/manifests/{name}", repo.repository))?;
         let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(MANIFESTS))]);
-        let answer = self.ask(repo, url, headers, true).await?;
+        let answer = self.request(repo, url, headers, true).await?;
         if !answer.response.status().is_success() {
-            return Err(self.refused(answer, repo, &format!("manifest {at}")).await);
+            return Err(self.error_of(answer, repo, &format!("manifest {at}")).await);
         }
+        // Read the header before the body consumes the response.
         let stated = http::header(answer.response.headers(), "docker-content-digest").map(str::to_owned);
         let bytes = self.http.body(answer.response, &answer.url, MANIFEST_BYTES_MAX).await?;
         let found = Digest::of(&bytes);
-        let contradicts = |asked: &str| {
+        let contradicts = |requested: &str| {
             Error::corrupt(format!(
-                "{} answered with another manifest: asked for {asked}, got sha256:{found}",
+                "{} answered with another manifest: requested {requested}, got sha256:{found}",
                 Server(&home)
             ))
         };
         match at {
             OciAt::Digest(digest) if *digest != found => Err(contradicts(&format!("sha256:{digest}"))),
-            // A registry may say so in another algorithm, which then says nothing here.
+            // A registry may state the digest in another algorithm, which cannot be checked here.
             _ => match stated.filter(|stated| stated.starts_with("sha256:")) {
                 Some(stated) if !stated.eq_ignore_ascii_case(&format!("sha256:{found}")) => Err(contradicts(&stated)),
                 _ => Ok(bytes),
@@ -97,34 +100,45 @@ impl Registries {
         }
     }
 
-    /// One answer, after what the registry wants to be shown was shown to it; `stay` refuses to be sent elsewhere.
-    pub(super) async fn ask(&self, repo: &OciRepo, url: Url, headers: HeaderMap, stay: bool) -> Result<Answer> {
+    /// Sends a request, answering a challenge of the registry. `same_origin_only`: fail if it redirects elsewhere.
+    pub(super) async fn request(
+        &self,
+        repo: &OciRepo,
+        url: Url,
+        headers: HeaderMap,
+        same_origin_only: bool,
+    ) -> Result<Answer> {
         let home = self.home(repo)?;
-        let whose = (repo.registry.clone(), repo.repository.clone());
-        let shown = self.shown.lock().await.get(&whose).cloned();
-        let ask = |authorization| Request { headers: headers.clone(), home: &home, authorization, stay };
-        let answer = self.http.follow(url.clone(), ask(shown.as_ref())).await?;
+        let repo_id = (repo.registry.clone(), repo.repository.clone());
+        let sent = self.authorizations.lock().await.get(&repo_id).cloned();
+        let request =
+            |authorization| Request { headers: headers.clone(), home: &home, authorization, same_origin_only };
+        let answer = self.http.follow(url.clone(), request(sent.as_ref())).await?;
+        // Only a challenge of the registry itself is answered.
         if answer.response.status() != StatusCode::UNAUTHORIZED || !answer.at_home {
             return Ok(answer);
         }
         let Some(challenge) = Challenge::read(answer.response.headers()) else { return Ok(answer) };
-        // Held while a token is fetched: whoever else was refused waits for it, and does not fetch one more.
-        let mut wants = self.shown.lock().await;
-        let present = wants.get(&whose).cloned();
-        let authorization = match present.filter(|present| Some(present) != shown.as_ref()) {
+        // Hold the lock while the token is fetched, so that concurrent requests wait for it instead of fetching
+        // another.
+        let mut cached = self.authorizations.lock().await;
+        let newer = cached.get(&repo_id).cloned();
+        let authorization = match newer.filter(|newer| Some(newer) != sent.as_ref()) {
+            // Another request has fetched a token since ours was sent.
             Some(newer) => newer,
             None => match self.authorization(repo, &home, &challenge).await? {
                 Some(authorization) => authorization,
                 None => return Ok(answer),
             },
         };
-        wants.insert(whose, authorization.clone());
-        drop(wants);
+        cached.insert(repo_id, authorization.clone());
+        drop(cached);
+        // Repeat the request with the credential, on the same connection if possible.
         http::drain(answer.response).await;
-        self.http.follow(url, ask(Some(&authorization))).await
+        self.http.follow(url, request(Some(&authorization))).await
     }
 
-    /// What answers a challenge; `None` where there is nothing to show.
+    /// Returns the `Authorization` value that answers a challenge; `None` without a login for Basic authentication.
     async fn authorization(&self, repo: &OciRepo, home: &Url, challenge: &Challenge) -> Result<Option<HeaderValue>> {
         let login = match self.config.logins.get(&repo.registry) {
             Some(OciLogin::Password(user, password)) => {
@@ -141,7 +155,7 @@ impl Registries {
         }
     }
 
-    /// A token for reading the repository, from the server that the registry named.
+    /// Fetches a token for pulling from the repository, from the token server that the registry named.
     async fn token(
         &self,
         repo: &OciRepo,
@@ -150,6 +164,7 @@ impl Registries {
         service: Option<&str>,
         login: Option<&HeaderValue>,
     ) -> Result<String> {
+        // The realm comes from the server, so check it before the password is sent there.
         let realm = checked_realm(home, realm)?;
         let mut url = realm.clone();
         url.query_pairs_mut()
@@ -158,7 +173,7 @@ impl Registries {
         let headers: HeaderMap = login.map(|login| (AUTHORIZATION, login.clone())).into_iter().collect();
         let response = self.http.get(&url, headers).await?;
         if !response.status().is_success() {
-            return Err(self.refused_token(response, &realm, repo, login.is_some()).await);
+            return Err(self.token_error(response, &realm, repo, login.is_some()).await);
         }
         #[derive(Deserialize)]
         struct Token {
@@ -166,53 +181,57 @@ impl Registries {
             access_token: Option<String>,
         }
         let body = self.http.body(response, &realm, TOKEN_BYTES_MAX).await?;
-        // The cause is not kept: it may repeat what it stumbled over.
+        // The parse error is dropped, because its message may quote the token.
         let token: Option<Token> = serde_json::from_slice(&body).ok();
+        // Registries use either field.
         let token = token.and_then(|token| token.token.or(token.access_token)).filter(|token| !token.is_empty());
         token.ok_or_else(|| Error::corrupt(format!("{} answered without a token", Server(&realm))))
     }
 
-    async fn refused_token(&self, response: reqwest::Response, realm: &Url, repo: &OciRepo, signed: bool) -> Error {
-        let refusal = explained(&self.http, response, true).await;
-        match refusal.status.as_u16() {
-            401 | 403 if signed => refusal.error(realm).hint(format!("`docker login {}` again", repo.registry)),
-            401 | 403 => refusal.error(realm).hint(self.login_hint(&repo.registry)),
+    /// Converts an error response of the token server into an error with a remedy.
+    async fn token_error(&self, response: reqwest::Response, realm: &Url, repo: &OciRepo, has_login: bool) -> Error {
+        let response = read_error_response(&self.http, response, true).await;
+        match response.status.as_u16() {
+            401 | 403 if has_login => response.error(realm).hint(format!("`docker login {}` again", repo.registry)),
+            401 | 403 => response.error(realm).hint(self.login_hint(&repo.registry)),
             status if (300..400).contains(&status) => {
                 Error::unavailable(format!("{} redirects a request for a token; not followed", Server(realm)))
                     .transient(false)
             }
-            _ => refusal.error(realm),
+            _ => response.error(realm),
         }
     }
 
-    /// What a refusal means: the one place where a registry's statuses become kinds.
-    pub(super) async fn refused(&self, answer: Answer, repo: &OciRepo, what: &str) -> Error {
+    /// Converts an error response into an error with a remedy. All statuses of registries are mapped here.
+    pub(super) async fn error_of(&self, answer: Answer, repo: &OciRepo, what: &str) -> Error {
         let Answer { response, url, at_home, .. } = answer;
-        let refusal = explained(&self.http, response, at_home).await;
+        let response = read_error_response(&self.http, response, at_home).await;
         if !at_home {
-            return refused_elsewhere(&refusal, &url);
+            return redirect_target_error(&response, &url);
         }
-        let signed = matches!(self.config.logins.get(&repo.registry), Some(OciLogin::Password(..)));
+        let has_login = matches!(self.config.logins.get(&repo.registry), Some(OciLogin::Password(..)));
         let place = format!("{}/{}", repo.registry, repo.repository);
-        match refusal.status.as_u16() {
-            404 => match refusal.code.as_deref() {
+        match response.status.as_u16() {
+            // With an error code the registry names the missing part; without one it is probably not a registry.
+            404 => match response.code.as_deref() {
                 Some("NAME_UNKNOWN") => Error::not_found(format!("there is no repository {place}"))
                     .hint("check the names of registry and repository"),
                 Some(_) => Error::not_found(format!("there is no {what} in {place}"))
                     .hint("check the tag or digest; without either it is the tag latest"),
-                None => refusal.error(&url).hint(format!("check the name: is there a registry at {}?", repo.registry)),
+                None => response.error(&url).hint(format!("check the name: is there a registry at {}?", repo.registry)),
             },
-            401 | 403 if signed => refusal.error(&url).hint(format!(
+            401 | 403 if has_login => response.error(&url).hint(format!(
                 "check that {place} exists and that the account may read it; `docker login {}` logs in again",
                 repo.registry
             )),
-            401 | 403 => refusal.error(&url).hint(self.login_hint(&repo.registry)),
-            429 if !signed => refusal.error(&url).hint(self.login_hint(&repo.registry)),
-            429 => refusal.error(&url).hint("ask less often, or use a plan with higher limits"),
-            _ => refusal.error(&url),
+            401 | 403 => response.error(&url).hint(self.login_hint(&repo.registry)),
+            429 if !has_login => response.error(&url).hint(self.login_hint(&repo.registry)),
+            429 => response.error(&url).hint("ask less often, or use a plan with higher limits"),
+            _ => response.error(&url),
         }
     }
 
+    /// Returns the hint for missing or refused credentials of `registry`.
     fn login_hint(&self, registry: &str) -> String {
         match (self.config.logins.get(registry), &self.config.helper) {
             (Some(OciLogin::Helper(helper)), _) => format!(
@@ -220,7 +239,7 @@ impl Registries {
                  {registry} under auths in a config.json of DOCKER_CONFIG"
             ),
             (Some(OciLogin::IdentityToken), _) => format!(
-                "docker's configuration has an identity token for {registry}, which is not understood; log in with \
+                "docker's configuration has an identity token for {registry}, which is not supported; log in with \
                  user and password"
             ),
             (None, Some(helper)) => format!(
@@ -228,19 +247,19 @@ impl Registries {
                  put user and password under auths in a config.json of DOCKER_CONFIG"
             ),
             _ => match &self.config.trouble {
-                Some(trouble) => format!("{trouble}; mend it, or set DOCKER_CONFIG to the folder of another"),
+                Some(trouble) => format!("{trouble}; correct it, or set DOCKER_CONFIG to another folder"),
                 None => format!("check the name; for a private repository `docker login {registry}`"),
             },
         }
     }
 }
 
-/// `path`, which needs no encoding, below the registry.
+/// Returns the URL of `path`, which needs no encoding, below the registry.
 pub(super) fn below(home: &Url, path: &str) -> Result<Url> {
-    home.join(path).map_err(|cause| Error::invalid(format!("{path:?} cannot be asked for")).cause(cause))
+    home.join(path).map_err(|cause| Error::invalid(format!("{path:?} is not a valid URL path")).cause(cause))
 }
 
-/// Whether a host is this machine by its very name, so that nobody else can answer.
+/// Returns true if the host is this machine by name or loopback address, so that no other machine can answer.
 fn is_this_machine(url: &Url) -> bool {
     match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost",
@@ -250,33 +269,36 @@ fn is_this_machine(url: &Url) -> bool {
     }
 }
 
-/// The token server's address. It gets the password, so it has TLS, or is where the registry is, which has none either.
+/// Parses the URL of the token server. It gets the password, so it must use TLS or be on the host of a registry without
+/// TLS.
 fn checked_realm(home: &Url, realm: &str) -> Result<Url> {
     let refuse = |why: String| {
-        Error::new(ErrorKind::Unauthorized, format!("{} wants a token {why}; not asked for", Server(home)))
-            .hint("the registry is misconfigured, or something on the way alters its answers")
+        Error::new(ErrorKind::Unauthorized, format!("{} wants a token {why}; not requested", Server(home)))
+            .hint("the registry is misconfigured, or a proxy alters its answers")
     };
-    let Ok(url) = Url::parse(realm) else { return Err(refuse("from a place that is no address".into())) };
-    let plainly = url.scheme() == "http" && home.scheme() == "http" && url.host() == home.host();
+    let Ok(url) = Url::parse(realm) else { return Err(refuse("from an invalid URL".into())) };
+    // A password that already goes to this host in the clear may also go to another port of it.
+    let is_plain_on_same_host = url.scheme() == "http" && home.scheme() == "http" && url.host() == home.host();
     match (url.scheme(), url.has_host()) {
-        (_, true) if plainly => Ok(url),
+        (_, true) if is_plain_on_same_host => Ok(url),
         ("https", true) => Ok(url),
         ("http", true) => Err(refuse(format!("from {}, without TLS", Server(&url)))),
         (scheme, _) => Err(refuse(format!("from an address that begins with {scheme:?}"))),
     }
 }
 
-/// What a refusal means where a registry redirected to: never a matter of our rights.
-fn refused_elsewhere(refusal: &Refusal, url: &Url) -> Error {
-    let what = format!("{} refused an address that the registry has just given ({})", Server(url), refusal.status);
-    match refusal.status.as_u16() {
-        401 | 403 => Error::unavailable(what).hint("is the clock of this machine right?"),
+/// Converts an error response of a redirect target. It needs no credentials, so 401 and 403 mean an expired URL, never
+/// missing access.
+fn redirect_target_error(response: &ErrorResponse, url: &Url) -> Error {
+    let what = format!("{} refused a URL that the registry has just issued ({})", Server(url), response.status);
+    match response.status.as_u16() {
+        401 | 403 => Error::unavailable(what).hint("check the clock of this machine"),
         404 | 410 => Error::unavailable(what).transient(false),
-        _ => refusal.error(url),
+        _ => response.error(url),
     }
 }
 
-/// What a registry wants to be shown.
+/// An authentication challenge of a registry.
 #[derive(Debug, PartialEq, Eq)]
 enum Challenge {
     Basic,
@@ -284,10 +306,11 @@ enum Challenge {
 }
 
 impl Challenge {
-    /// The challenge that can be met, a token before a password.
+    /// Returns the challenge to answer: Bearer before Basic.
     fn read(headers: &HeaderMap) -> Option<Self> {
         let values = headers.get_all(WWW_AUTHENTICATE).into_iter().filter_map(|value| value.to_str().ok());
         let mut found: Vec<Self> = values.filter_map(Self::parse).collect();
+        // A token has fewer rights than the password, so prefer it.
         let bearer = found.iter().position(|challenge| matches!(challenge, Self::Bearer { .. }));
         match bearer {
             Some(at) => Some(found.swap_remove(at)),
@@ -295,7 +318,7 @@ impl Challenge {
         }
     }
 
-    /// `Bearer realm="…",service="…"`, `Basic realm="…"` (RFC 9110, 11.6.1; one challenge a header).
+    /// Parses `Bearer realm="…",service="…"` or `Basic realm="…"` (RFC 9110, 11.6.1; one challenge per header).
     fn parse(text: &str) -> Option<Self> {
         let (scheme, rest) = text.trim().split_once(' ').unwrap_or((text.trim(), ""));
         if scheme.eq_ignore_ascii_case("basic") {
@@ -306,11 +329,12 @@ impl Challenge {
     }
 }
 
-/// `name="value"` or `name=value`, split by commas; a comma between quotes belongs to the value.
+/// Parses `name="value"` and `name=value`, separated by commas. A comma between quotes belongs to the value.
 fn parameters(text: &str) -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
     let mut rest = text;
     while let Some((name, after)) = rest.split_once('=') {
+        // A quoted value ends at the next quote, any other at the next comma.
         let (value, next) = match after.trim_start().strip_prefix('"') {
             Some(quoted) => quoted.split_once('"').unwrap_or((quoted, "")),
             None => after.split_once(',').unwrap_or((after, "")),
@@ -321,31 +345,31 @@ fn parameters(text: &str) -> BTreeMap<String, String> {
     found
 }
 
-/// Whatever a registry wants to be shown; see `fuzzing`.
+/// Fuzz target for challenges; see `fuzzing`.
 #[cfg(fuzzing)]
 pub(super) fn fuzz(text: &str) {
     let _ = Challenge::parse(text);
 }
 
-/// A refusal with the registry's own code and words.
-async fn explained(http: &Http, response: reqwest::Response, at_home: bool) -> Refusal {
+/// Reads an error response, including the error code and message in the registry's format.
+async fn read_error_response(http: &Http, response: reqwest::Response, at_home: bool) -> ErrorResponse {
     #[derive(Deserialize)]
     struct Errors {
-        errors: Vec<Words>,
+        errors: Vec<ErrorItem>,
     }
     #[derive(Deserialize)]
-    struct Words {
+    struct ErrorItem {
         code: Option<String>,
         message: Option<String>,
     }
-    let mut refusal = Refusal::read(http, response, at_home).await;
-    let errors: Option<Errors> = serde_json::from_slice(&refusal.body).ok();
-    if let Some(words) = errors.and_then(|errors| errors.errors.into_iter().next()) {
-        refusal.code = words.code.as_deref().map(printable::quote);
-        let message = words.message.filter(|message| !message.is_empty());
-        refusal.message = message.as_deref().map(printable::quote).or(refusal.message);
+    let mut response = ErrorResponse::read(http, response, at_home).await;
+    let errors: Option<Errors> = serde_json::from_slice(&response.body).ok();
+    if let Some(item) = errors.and_then(|errors| errors.errors.into_iter().next()) {
+        response.code = item.code.as_deref().map(printable::quote);
+        let message = item.message.filter(|message| !message.is_empty());
+        response.message = message.as_deref().map(printable::quote).or(response.message);
     }
-    refusal
+    response
 }
 
 #[cfg(test)]
@@ -368,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn only_this_machine_and_what_is_configured_is_spoken_to_without_tls() {
+    fn plain_http_is_used_only_for_this_machine_and_configured_registries() {
         let registries = registries(|config| config.plain_http = vec!["lab:5000".into()]);
         let home = |text: &str| registries.home(&repo(text)).expect(text).to_string();
         assert_eq!(home("oci://registry.example/m"), "https://registry.example/");
@@ -404,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn challenges_are_read_as_registries_write_them() {
+    fn challenges_are_parsed_in_the_formats_of_real_registries() {
         let bearer = |realm: &str, service: Option<&str>| Challenge::Bearer {
             realm: realm.into(),
             service: service.map(str::to_owned),
@@ -432,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn a_helper_is_named_where_it_would_have_known() {
+    fn the_hint_names_the_credential_helper_that_has_the_login() {
         let hint = |change: fn(&mut OciConfig)| registries(change).login_hint("r:1");
         assert!(hint(|_| ()).contains("docker login r:1"));
         let helper = |config: &mut OciConfig| {
@@ -447,11 +471,14 @@ mod tests {
     }
 
     #[test]
-    fn passwords_and_tokens_stay_unprinted() {
+    fn passwords_and_tokens_are_not_printed() {
         let registries = registries(|config| {
             config.logins.insert("r".into(), OciLogin::Password("me".into(), Secret::new("canary")));
         });
-        registries.shown.blocking_lock().insert(("r".into(), "m".into()), HeaderValue::from_static("Bearer canary"));
+        registries
+            .authorizations
+            .blocking_lock()
+            .insert(("r".into(), "m".into()), HeaderValue::from_static("Bearer canary"));
         assert!(!format!("{registries:?}").contains("canary"));
     }
 }
