@@ -1,7 +1,8 @@
-//! What may stand on the command line.
+//! Command line arguments.
 //!
-//! Flags of settings come from the library's table of settings, so that a setting is written once. They are global:
-//! before or after the verb. `ls --remote` is the one flag with two readings: there the address may be left away.
+//! Flags for settings are generated from the library's table of settings, so that each setting is defined once. They
+//! are global: they may come before or after the command. `ls --remote` reuses the name of a global flag; for `ls` the
+//! URL is optional.
 
 use crate::exit;
 use crate::verbs::Verb;
@@ -14,38 +15,38 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 
-/// A tiered, verifying cache for model artifacts: local disk, an object store, the origin.
+/// A tiered, verifying cache for model artifacts: local disk, an object store, and origins such as Hugging Face
 #[derive(Debug, Parser)]
 #[command(name = "modelcache", version, arg_required_else_help = true)]
 #[command(after_long_help = exit::help())]
 pub(crate) struct Arguments {
-    /// What holds for every verb.
+    /// Options of every command.
     #[command(flatten)]
     pub(crate) global: Global,
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub(crate) verb: Verb,
 }
 
-/// What holds for every verb.
+/// Options of every command.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Global options")]
 pub(crate) struct Global {
-    /// Answer in JSON: one object, or one a line
+    /// Print JSON: one object per line
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// No progress and no summary; errors only
+    /// Print neither progress nor summary, only errors
     #[arg(long, short, global = true)]
     pub(crate) quiet: bool,
-    /// Read this configuration file and no other [env: MODEL_CACHE_CONFIG]
+    /// Read only this configuration file [env: MODEL_CACHE_CONFIG]
     #[arg(long, global = true, value_name = "PATH")]
     pub(crate) config: Option<PathBuf>,
-    /// Settings that were given as flags.
+    /// Settings passed as flags.
     #[command(flatten)]
     pub(crate) settings: SettingFlags,
 }
 
-/// Settings that were given as flags, by the name of the flag.
+/// The settings passed as flags, keyed by flag name.
 #[derive(Debug, Default)]
 pub(crate) struct SettingFlags(pub(crate) BTreeMap<&'static str, String>);
 
@@ -65,7 +66,7 @@ impl Args for SettingFlags {
                     .global(true)
                     .help_heading("Settings");
                 command.arg(match setting.value_name {
-                    // On without a value, which else would swallow the reference after it.
+                    // A value needs `=`, otherwise `--durable REF` would take the reference as its value.
                     SWITCH => arg.num_args(0..=1).require_equals(true).default_missing_value("1"),
                     _ => arg,
                 })
@@ -95,10 +96,10 @@ impl FromArgMatches for SettingFlags {
     }
 }
 
-/// Shows why the command line was not run: help, the version, or what is wrong with it. Gives the exit code.
+/// Prints clap's answer to a command line that does not run: help, version or a usage error. Returns the exit code.
 pub(crate) fn explain(refusal: clap::Error, args: &[OsString]) -> u8 {
     let refusal = without_secrets(refusal);
-    // A closed standard output or error is nobody's failure here.
+    // Ignored: the stream may be closed, and the exit code already reports the failure.
     let _ = refusal.print();
     if refusal.use_stderr() && args.iter().take_while(|arg| *arg != "--").any(|arg| arg == "--json") {
         let rendered = refusal.render().to_string();
@@ -113,7 +114,7 @@ pub(crate) fn explain(refusal: clap::Error, args: &[OsString]) -> u8 {
     u8::try_from(refusal.exit_code()).unwrap_or(exit::USAGE)
 }
 
-/// The refusal with the words of the command line that it quotes made printable, and without secrets in them.
+/// Returns the error with each quoted argument redacted and made printable.
 fn without_secrets(mut refusal: clap::Error) -> clap::Error {
     let shown = |text: &String| printable::line(&redact::reference(text)).into_owned();
     let context: Vec<(ContextKind, ContextValue)> = refusal
@@ -121,7 +122,7 @@ fn without_secrets(mut refusal: clap::Error) -> clap::Error {
         .filter_map(|(kind, value)| match value {
             ContextValue::String(text) => Some((kind, ContextValue::String(shown(text)))),
             ContextValue::Strings(texts) => Some((kind, ContextValue::Strings(texts.iter().map(shown).collect()))),
-            // Suggestions repeat what was typed.
+            // Suggestions quote the argument.
             ContextValue::StyledStrs(texts) => {
                 let plain = texts.iter().map(|text| shown(&text.to_string()).into());
                 Some((kind, ContextValue::StyledStrs(plain.collect())))
@@ -150,14 +151,14 @@ mod tests {
     }
 
     #[test]
-    fn flags_of_settings_stand_before_or_after_the_verb() {
+    fn flags_of_settings_may_come_before_or_after_the_command() {
         for args in [["--dir", "/d", "get", "a@1"], ["get", "a@1", "--dir", "/d"], ["get", "--dir", "/d", "a@1"]] {
             assert_eq!(parse(&args).global.settings.0.get("dir").map(String::as_str), Some("/d"), "{args:?}");
         }
     }
 
     #[test]
-    fn a_switch_is_on_without_a_value_and_swallows_no_reference() {
+    fn a_switch_without_a_value_is_on_and_does_not_take_the_reference() {
         let given = |args: &[&str]| {
             let arguments = parse(args);
             let Verb::Get(get) = &arguments.verb else { panic!("{args:?}") };
@@ -185,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_command_line_quotes_is_printable_and_has_no_secret() {
+    fn a_quoted_argument_is_printable_and_has_no_secret() {
         for args in [
             &["inspect", "a@1", "http://u:canary@h/\x1b[2J\nerror: false"][..],
             &["http://u:canary@h/x"],
@@ -201,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn include_is_repeated_and_swallows_no_reference() {
+    fn include_may_be_repeated_and_does_not_take_the_reference() {
         let arguments = parse(&["get", "--include", "*.json", "--include", "*.txt", "a@1", "b@2"]);
         let Verb::Get(get) = &arguments.verb else { panic!("get") };
         assert_eq!(get.references, ["a@1", "b@2"]);

@@ -1,30 +1,32 @@
-//! The reference pages under `docs/`, made from the same tables that the program runs on.
+//! Generates reference pages under `docs/` from the tables of settings, commands and exit codes.
 //!
-//! `cargo xtask docs` writes them; a check in CI compares them. Nobody edits them by hand.
+//! `cargo xtask docs` writes the pages, and CI compares them with this output. Do not edit the pages by hand.
 
 use crate::arguments::Arguments;
 use crate::exit::EXITS;
 use clap::CommandFactory;
 use modelcache::settings;
 
-/// Columns of help texts in the pages.
+/// The width of help texts on the pages, in columns.
 const HELP_COLUMNS: usize = 100;
 
-/// Every generated page: its path from the repository's root, and its text.
+/// Returns every generated page: its path relative to the repository, and its text.
 pub fn pages() -> Vec<(&'static str, String)> {
     vec![("docs/configuration.md", configuration()), ("docs/command-line.md", command_line())]
 }
 
-/// The page of all settings.
+/// Returns the page of all settings.
 pub fn configuration() -> String {
     format!(
         "# Configuration\n\n{GENERATED}\n\n\
-         A flag overrules a variable, a variable the file, the file the default. An empty value is no value.\n\n\
-         The file is `--config PATH`, else `{variable}`; it must exist then, and is the only one read. Otherwise \
-         `$XDG_CONFIG_HOME/modelcache/{file}` (or `~/.config/modelcache/{file}`) and, below it, \
-         `/etc/modelcache/{file}`, where they exist. A key that no setting has is an error.\n\n\
+         A flag overrides a variable, a variable overrides the file, and the file overrides the default. An empty \
+         value counts as unset.\n\n\
+         `--config PATH`, or else the variable `{variable}`, names the configuration file. That file must exist, and \
+         no other is read. Without either, modelcache reads `$XDG_CONFIG_HOME/modelcache/{file}` (or \
+         `~/.config/modelcache/{file}`) and `/etc/modelcache/{file}`, if they exist; the former overrides the \
+         latter. An unknown key is an error.\n\n\
          ```toml\nmax_bytes = \"200GB\"\norigin = [\"hf://{{name}}@{{version}}\"]\n\n\
-         [remote]                      # remote = \"s3://models/prod\" does where there are no options\n\
+         [remote]                      # without options: remote = \"s3://models/prod\"\n\
          url = \"s3://models/prod\"\n\n[remote.options]\nregion = \"eu-west-1\"\n```\n\n\
          ## Settings\n\n{table}",
         variable = settings::FILE_VARIABLE,
@@ -33,7 +35,7 @@ pub fn configuration() -> String {
     )
 }
 
-/// The page of all verbs and exit codes.
+/// Returns the page of all commands and exit codes.
 pub fn command_line() -> String {
     let mut command = Arguments::command().term_width(HELP_COLUMNS).disable_help_subcommand(true);
     command.build();
@@ -41,7 +43,7 @@ pub fn command_line() -> String {
     let mut verbs: Vec<_> = command.get_subcommands().filter(|verb| !verb.is_hide_set()).cloned().collect();
     page.push_str(&help_block("modelcache", command.after_long_help("")));
     for verb in &mut verbs {
-        // What holds for every verb is told once, above.
+        // Global options are documented once, under `modelcache`.
         let verb = verb.clone().mut_args(|argument| {
             let global = argument.is_global_set();
             argument.hide(global)
@@ -51,7 +53,7 @@ pub fn command_line() -> String {
     format!("{page}\n## Exit codes\n\n{}", exit_codes())
 }
 
-/// The table of exit codes.
+/// Returns the table of exit codes.
 pub fn exit_codes() -> String {
     let rows = EXITS.iter().map(|exit| format!("| {} | {} |\n", exit.code, exit.meaning));
     std::iter::once("| exit | meaning |\n|---|---|\n".to_owned()).chain(rows).collect()

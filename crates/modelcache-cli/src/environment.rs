@@ -1,6 +1,4 @@
-//! The one place that reads the process's environment.
-//!
-//! The library gets values and decides what they mean.
+//! Reads the environment of the process. The library reads none: it receives the values and interprets them.
 
 use crate::arguments::Global;
 use modelcache::Result;
@@ -9,26 +7,28 @@ use modelcache::settings::{self, ConfigFiles, Settings, read_files, read_if_ther
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Settings from flags, environment and files.
+/// Gathers the settings from flags, environment and files.
 pub(crate) fn gather(global: &Global) -> Result<Settings> {
     let environment = settings::environment(std::env::vars_os())?;
     let files = read_files(ConfigFiles::choose(global.config.as_deref(), &environment))?;
     Settings::gather(&global.settings.0, &environment, &files, read_if_there)?.placed(&environment)
 }
 
-/// What the doctor wants to know of where settings come from.
+/// The sources of the settings, for `doctor`.
 pub(crate) struct Survey {
     pub(crate) environment: Environment,
-    /// The files that were read.
+    /// The configuration files that were read.
     pub(crate) files: Vec<PathBuf>,
+    /// The settings, or the reason why they are invalid.
     pub(crate) settings: Result<Settings>,
-    /// The settings, as far as possible, where the others cannot be used.
-    pub(crate) without_what_is_wrong: Result<Settings>,
+    /// The settings without the invalid file, variable or flags.
+    pub(crate) without_invalid: Result<Settings>,
 }
 
-/// Gathers settings, and where that fails again without the file, variable or flags that are in the way.
+/// Gathers the settings. If that fails, gathers them again without the invalid file, variable or flags, so that the
+/// doctor can examine the rest.
 pub(crate) fn survey(global: &Global) -> Survey {
-    // Values that are not UTF-8 are left out here; gathering tells of them.
+    // Variables that are not UTF-8 are skipped here; `gather` reports them.
     let texts =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     let environment = Environment(texts.collect());
@@ -47,7 +47,8 @@ pub(crate) fn survey(global: &Global) -> Survey {
             environment.0.iter().filter(|(name, _)| !is_ours(name)).map(|(a, b)| (a.clone(), b.clone())).collect(),
         )
     };
-    let without_what_is_wrong = gather(flags, &environment, &files)
+    // Tries in this order: everything; no files; all but one variable; no flags; neither flags, variables nor files.
+    let without_invalid = gather(flags, &environment, &files)
         .or_else(|_| gather(flags, &environment, &[]))
         .or_else(|error| {
             let less = environment.0.keys().filter(is_ours).map(without);
@@ -56,13 +57,13 @@ pub(crate) fn survey(global: &Global) -> Survey {
         .or_else(|_| gather(&none, &environment, &files))
         .or_else(|_| gather(&none, &bare(), &[]));
     let files = files.into_iter().map(|(path, _)| path).collect();
-    Survey { environment, files, settings, without_what_is_wrong }
+    Survey { environment, files, settings, without_invalid }
 }
 
-/// Who calls: `user@host`, for records that others read.
+/// Returns `user@host` of the caller, for records that other users read.
 pub(crate) fn caller() -> String {
     let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let number = || std::fs::metadata("/proc/self").map_or_else(|_| "somebody".into(), |m| format!("uid {}", m.uid()));
+    let number = || std::fs::metadata("/proc/self").map_or_else(|_| "unknown".into(), |m| format!("uid {}", m.uid()));
     let user = variable("USER").or_else(|| variable("LOGNAME")).unwrap_or_else(number);
     match read_if_there(Path::new("/proc/sys/kernel/hostname")) {
         Ok(Some(host)) => format!("{user}@{}", host.trim()),

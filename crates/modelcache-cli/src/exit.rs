@@ -1,20 +1,20 @@
-//! Exit codes: one table, from which the translation of errors and the documentation follow.
+//! The table of exit codes. The mapping of errors, the help text and the documentation are generated from it.
 
 use modelcache::ErrorKind;
 
-/// Done.
+/// Success.
 pub const DONE: u8 = 0;
-/// Anything that has no code of its own.
+/// Any failure without an exit code of its own.
 pub const OTHER: u8 = 1;
-/// The command line or the configuration is wrong.
+/// The command line or the configuration is invalid.
 pub const USAGE: u8 = 2;
-/// The command of `exec` was found and could not be run, as a shell has it.
+/// `exec`: the command was found but could not be run. Shells use the same code.
 pub const NOT_RUN: u8 = 126;
-/// The command of `exec` was not found, as a shell has it.
+/// `exec`: the command was not found. Shells use the same code.
 pub const NO_COMMAND: u8 = 127;
-/// The terminal or the connection is gone (128 + SIGHUP).
+/// The terminal or the connection was closed (128 + SIGHUP).
 pub const HUNG_UP: u8 = 129;
-/// Interrupted from the keyboard (128 + SIGINT).
+/// Interrupted with Ctrl-C (128 + SIGINT).
 pub const INTERRUPTED: u8 = 130;
 /// Terminated (128 + SIGTERM).
 pub const TERMINATED: u8 = 143;
@@ -24,13 +24,13 @@ pub const TERMINATED: u8 = 143;
 pub struct Exit {
     /// The number.
     pub code: u8,
-    /// What it means.
+    /// The meaning, for help and documentation.
     pub meaning: &'static str,
-    /// The failures that end in it.
+    /// The error kinds that map to this code.
     pub kinds: &'static [ErrorKind],
 }
 
-/// Every exit code. A failure that stands nowhere ends in [`OTHER`].
+/// Every exit code. An error kind without a row maps to [`OTHER`].
 pub const EXITS: &[Exit] = &[
     Exit { code: DONE, meaning: "done", kinds: &[] },
     Exit { code: OTHER, meaning: "anything else", kinds: &[ErrorKind::Conflict, ErrorKind::Other] },
@@ -52,12 +52,12 @@ pub const EXITS: &[Exit] = &[
     Exit { code: TERMINATED, meaning: "terminated (SIGTERM); a later get resumes", kinds: &[] },
 ];
 
-/// The exit code of a failure of `kind`.
+/// Returns the exit code of an error of `kind`.
 pub fn code(kind: ErrorKind) -> u8 {
     EXITS.iter().find(|exit| exit.kinds.contains(&kind)).map_or(OTHER, |exit| exit.code)
 }
 
-/// The table as a help text.
+/// Returns the table as a help text.
 pub(crate) fn help() -> String {
     let rows = EXITS.iter().map(|exit| format!("  {:>3}  {}\n", exit.code, exit.meaning));
     std::iter::once("Exit codes:\n".to_owned()).chain(rows).collect::<String>().trim_end().to_owned()

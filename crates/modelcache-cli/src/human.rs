@@ -1,19 +1,19 @@
-//! Numbers as people read them: sizes in decimal units, durations, ages.
+//! Formats numbers for people: sizes in decimal units, durations, ages.
 
 pub(crate) use modelcache::human::bytes;
 use std::time::{Duration, SystemTime};
 
-/// Bytes per second.
+/// Formats a rate in bytes per second: `2.5 MB/s`.
 pub(crate) fn rate(bytes_per_second: f64) -> String {
     format!("{}/s", bytes(bytes_per_second.max(0.0) as u64))
 }
 
-/// A number of things: `1 artifact`, `3 artifacts`.
+/// Formats a count with its noun: `1 artifact`, `3 artifacts`.
 pub(crate) fn counted(number: usize, thing: &str) -> String {
     format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
 }
 
-/// A duration with the units that matter: `0.4 ms`, `3.4 s`, `2 min 5 s`, `1 h 3 min`.
+/// Formats a duration with its two largest units: `0.4 ms`, `3.4 s`, `2 min 5 s`, `1 h 3 min`.
 pub(crate) fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
     let whole = seconds.round() as u64;
@@ -27,7 +27,7 @@ pub(crate) fn duration(duration: Duration) -> String {
     }
 }
 
-/// How long ago `then` was, roughly. A time ahead of the clock is now.
+/// Formats the time since `then`, rounded down to one unit. A time in the future counts as now.
 pub(crate) fn ago(then: SystemTime, now: SystemTime) -> String {
     let count = |number: u64, unit: &str| format!("{number} {unit}{} ago", if number == 1 { "" } else { "s" });
     match now.duration_since(then).unwrap_or_default().as_secs() {
@@ -38,7 +38,7 @@ pub(crate) fn ago(then: SystemTime, now: SystemTime) -> String {
     }
 }
 
-/// A time for machines: RFC 3339 in UTC, to the second.
+/// Formats a time for machines: RFC 3339 in UTC, to the second.
 pub(crate) fn timestamp(time: SystemTime) -> String {
     humantime::format_rfc3339_seconds(time).to_string()
 }
@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn durations_have_the_units_that_matter() {
+    fn durations_are_shown_in_their_largest_units() {
         let shown = [
             (0.0004, "0.4 ms"),
             (0.35, "350 ms"),
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn ages_are_rough_and_never_ahead() {
+    fn ages_have_one_unit_and_are_never_in_the_future() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
         let ago = |seconds| ago(now - Duration::from_secs(seconds), now);
         assert_eq!(ago(5), "just now");

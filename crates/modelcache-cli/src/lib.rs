@@ -1,8 +1,8 @@
-//! The command line of modelcache: parse, gather settings, run one verb, translate its outcome.
+//! The command line of modelcache: parses arguments, gathers settings, runs one command and returns its exit code.
 //!
-//! A library, so that tests and the documentation's generator can reach it; `main.rs` only calls [`run`]. Standard
-//! output carries what was asked for and nothing else; all talk goes to standard error. What is slow to build (runtime,
-//! log, cache) is built only for the verbs that need it.
+//! This crate is a library so that tests and the documentation generator can call it; `main.rs` only calls [`run`].
+//! Standard output carries the answer and nothing else. Messages, logs and progress go to standard error. The runtime,
+//! the log and the cache are slow to start, so only the commands that need them start them.
 
 pub mod docs;
 pub mod exit;
@@ -27,16 +27,17 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use verbs::Session;
 
-/// How long an interrupted command waits for its threads to put their files away.
-const PUT_AWAY: Duration = Duration::from_secs(1);
+/// How long an interrupted command waits for its threads to save partial files.
+const SHUTDOWN_WAIT: Duration = Duration::from_secs(1);
 
-/// How long a command that is over waits until the remote has taken back what had begun there in vain.
-pub(crate) const TAKEN_BACK: Duration = Duration::from_secs(3);
+/// How long a finished command waits for the remote to remove claims and unfinished uploads.
+pub(crate) const CLEANUP_WAIT: Duration = Duration::from_secs(3);
 
-/// Runs the command line `args` (the program's name first) and gives its exit code. Where address space is limited it
-/// starts the program once more, with an allocator that takes less of it.
+/// Runs the command line `args`, which begins with the program's name, and returns the exit code.
+///
+/// If the address space is limited (`ulimit -v`), the program replaces itself once, with a smaller allocator.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    std::panic::set_hook(Box::new(output::tell_panic));
+    std::panic::set_hook(Box::new(output::report_panic));
     let args: Vec<OsString> = args.into_iter().collect();
     small_memory::restart_with_one_arena(&args);
     let code = match Arguments::try_parse_from(&args) {
@@ -52,8 +53,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Runs the verb; an error that it has not shown itself comes back.
+/// Runs the command and returns its exit code. Returns an error if the command failed and has not printed the error
+/// itself.
 fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
+    // Commands without settings, cache and runtime.
     if let Some(answered) = arguments.verb.answer_at_once(output) {
         return answered.map(|()| exit::DONE);
     }
@@ -61,6 +64,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         return sync.run();
     }
     let started = Instant::now();
+    // The doctor gathers its own settings: it has to run even if they are invalid.
     if let verbs::Verb::Doctor(doctor) = &arguments.verb {
         return doctor.run(&arguments.global, output);
     }
@@ -76,6 +80,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         run: metrics::Run::default(),
         started,
     };
+    // A signal drops the running command.
     let ended = runtime.block_on(signals::or_signal(arguments.verb.run(&session)));
     let code = match &ended {
         Ok(Ok(code)) => *code,
@@ -86,7 +91,8 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         Err(signal) => signal.exit_code(),
     };
     runtime.block_on(session.write_metrics(arguments.verb.name(), code));
-    runtime.block_on(modelcache::transfer::wait_for_cleanup(TAKEN_BACK));
+    // Dropped uploads and claims are removed from the remote by background tasks.
+    runtime.block_on(modelcache::transfer::wait_for_cleanup(CLEANUP_WAIT));
     match ended {
         Ok(outcome) => {
             runtime.shutdown_background();
@@ -94,7 +100,7 @@ fn execute(arguments: &Arguments, output: &Output) -> Result<u8> {
         }
         Err(signal) => {
             output.interrupted(signal);
-            runtime.shutdown_timeout(PUT_AWAY);
+            runtime.shutdown_timeout(SHUTDOWN_WAIT);
             Ok(signal.exit_code())
         }
     }

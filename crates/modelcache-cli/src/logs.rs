@@ -1,8 +1,7 @@
-//! The log: on standard error, as text or JSON, in step with the progress bar.
+//! The log on standard error, as text or JSON, without disturbing the progress bar.
 //!
-//! What foreign words a line has are made printable, and secrets are left out of it. A level is for this program's own
-//! parts: what the libraries below it (the HTTP client, TLS, the S3 client) trace shows requests and addresses, and is
-//! shown only where the filter names them.
+//! Each line is redacted and made printable. A bare level applies to modelcache's own targets only. The libraries (HTTP
+//! client, TLS, S3 client) log requests and addresses; they are silent unless the filter names them.
 
 use crate::output::{ErrorLine, Output};
 use modelcache::settings::{LogFormat, LogSettings};
@@ -18,28 +17,29 @@ use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Registry};
 
-/// How the names of this program's parts begin.
+/// The prefix of modelcache's own log targets.
 const OURS: &str = "modelcache";
 
-/// Starts logging for the whole process. `--quiet` leaves errors only, unless a filter was set.
+/// Starts logging for the whole process. With `--quiet` only errors are logged, unless a filter was set.
 pub(crate) fn start(settings: &LogSettings, output: &Output) -> Result<()> {
     let filter = if output.is_quiet() && settings.source.is_none() { "error" } else { settings.filter.as_str() };
-    // A bare level is the usual case, and needs none of the machinery of a filter.
+    // A bare level is the usual case and needs no `EnvFilter`, which is slow to build.
     let started = match filter.parse::<LevelFilter>() {
         Ok(level) => install(lines(settings.format, output), Targets::new().with_target(OURS, level)),
         Err(_) => {
-            if let Some(word) = filter.split(',').map(str::trim).find(|word| is_slip(word)) {
-                return Err(settings.bad_filter(format!("{word:?} is no level")));
+            if let Some(word) = filter.split(',').map(str::trim).find(|word| is_misspelt_level(word)) {
+                return Err(settings.bad_filter(format!("{word:?} is not a log level")));
             }
-            let filter = EnvFilter::builder().parse(of_ours(filter)).map_err(|why| settings.bad_filter(why))?;
+            let filter =
+                EnvFilter::builder().parse(restrict_bare_levels(filter)).map_err(|why| settings.bad_filter(why))?;
             install(lines(settings.format, output), filter)
         }
     };
     started.map_err(|cause| Error::new(ErrorKind::Other, "cannot start the log").cause(cause))
 }
 
-/// The filter with its levels that stand alone given to our own parts.
-fn of_ours(filter: &str) -> String {
+/// Returns the filter with each bare level restricted to modelcache's own targets.
+fn restrict_bare_levels(filter: &str) -> String {
     let word = |word: &str| match word.parse::<LevelFilter>() {
         Ok(level) => format!("{OURS}={level}"),
         Err(_) => word.to_owned(),
@@ -47,8 +47,9 @@ fn of_ours(filter: &str) -> String {
     filter.split(',').map(str::trim).map(word).collect::<Vec<_>>().join(",")
 }
 
-/// A word that stands alone is meant as a level. As the name of a part, which it could be, it would silence all others.
-fn is_slip(word: &str) -> bool {
+/// Returns true if a directive of the filter is a misspelt level. `EnvFilter` would read it as a target, and would
+/// silence all other targets.
+fn is_misspelt_level(word: &str) -> bool {
     let is_part = word.contains(['=', ':', '[']);
     !word.is_empty() && !is_part && word.parse::<LevelFilter>().is_err()
 }
@@ -81,7 +82,7 @@ fn lines<S: Subscriber + for<'a> LookupSpan<'a>>(
     }
 }
 
-/// Writes whole lines between two drawings of the progress bar.
+/// Writes log lines to standard error while the progress bar is hidden.
 #[derive(Clone)]
 struct Writer {
     line: ErrorLine,
@@ -97,12 +98,12 @@ impl<'a> MakeWriter<'a> for Writer {
 }
 
 impl Write for Writer {
-    /// Takes one whole line, which is how the log is written.
+    /// Writes one whole line: the formatter calls this once per event.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let text = String::from_utf8_lossy(bytes);
         let text = redact::text(text.trim_end_matches('\n'));
         let text = match self.format {
-            // Its fields are printable; the colours around them are ours.
+            // The field formatter has already made the fields printable. Only the colours of the log are left.
             LogFormat::Text => text,
             LogFormat::Json => printable::json(&text).into_owned().into(),
         };
@@ -120,13 +121,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_level_is_for_our_own_parts_and_others_are_named() {
+    fn a_bare_level_applies_to_modelcache_only() {
         for (filter, becomes) in [
             ("debug,hyper=trace", "modelcache=debug,hyper=trace"),
             ("info, modelcache=debug", "modelcache=info,modelcache=debug"),
             ("hyper=trace,off", "hyper=trace,modelcache=off"),
         ] {
-            assert_eq!(of_ours(filter), becomes);
+            assert_eq!(restrict_bare_levels(filter), becomes);
         }
     }
 }

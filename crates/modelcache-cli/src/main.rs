@@ -1,4 +1,4 @@
-//! The `modelcache` binary: all of it is in the library beside it.
+//! The `modelcache` binary. Its code is in the library of this crate.
 
 use std::process::ExitCode;
 

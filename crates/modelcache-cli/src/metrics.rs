@@ -1,8 +1,9 @@
-//! What one command did, for Prometheus: the file of `MODEL_CACHE_METRICS_FILE`.
+//! Metrics of one command, written to the file of `MODEL_CACHE_METRICS_FILE`.
 //!
-//! The file is written anew at the end of each command, whether it succeeded or not, in the text form that the textfile
-//! collector of node-exporter reads. Everything in it is a gauge about the last command: a process that ends counts
-//! nothing on. It appears at once and whole, and that it cannot be written is a warning, never the command's failure.
+//! Each command replaces the file when it ends, whether it succeeded or failed. The format is the Prometheus text
+//! format, for the textfile collector of node-exporter. All metrics are gauges that describe the last command, because
+//! a short-lived process cannot keep counters. The file is replaced atomically. A failure to write it is logged as a
+//! warning and does not fail the command.
 
 use modelcache::cache::{BytesByTier, GetReport, PutReport, Stats};
 use modelcache::{ErrorKind, Tier};
@@ -19,16 +20,16 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Readable for the collector, which is another user.
+/// The collector runs as another user, so the file is readable by all users.
 const MODE: u32 = 0o644;
 
-/// What happened so far in this command. Verbs note, the end writes.
+/// The metrics of this command so far. Commands record them; the end of the command writes them.
 #[derive(Debug, Default)]
-pub(crate) struct Run(Mutex<Noted>);
+pub(crate) struct Run(Mutex<Recorded>);
 
 #[derive(Debug, Default)]
-struct Noted {
-    /// Artifacts by the farthest tier that gave bytes.
+struct Recorded {
+    /// Artifacts by the farthest tier that bytes were read from.
     artifacts: BTreeMap<&'static str, u64>,
     failures: BTreeMap<&'static str, u64>,
     bytes: BytesByTier,
@@ -37,53 +38,54 @@ struct Noted {
 }
 
 impl Run {
-    /// An artifact was got.
+    /// Records a completed get.
     pub(crate) fn got(&self, report: &GetReport) {
-        let mut noted = self.noted();
-        *noted.artifacts.entry(tier_name(report.from)).or_default() += 1;
-        noted.bytes.disk += report.bytes.disk;
-        noted.bytes.remote += report.bytes.remote;
-        noted.bytes.origin += report.bytes.origin;
-        noted.uploaded_bytes += report.backfilled_bytes;
-        report.phases.iter().for_each(|(phase, spent)| *noted.phases.entry(phase.name()).or_default() += *spent);
+        let mut recorded = self.recorded();
+        *recorded.artifacts.entry(tier_name(report.from)).or_default() += 1;
+        recorded.bytes.disk += report.bytes.disk;
+        recorded.bytes.remote += report.bytes.remote;
+        recorded.bytes.origin += report.bytes.origin;
+        recorded.uploaded_bytes += report.backfilled_bytes;
+        report.phases.iter().for_each(|(phase, spent)| *recorded.phases.entry(phase.name()).or_default() += *spent);
     }
 
-    /// An artifact was put.
+    /// Records a completed put.
     pub(crate) fn put(&self, report: &PutReport) {
-        let mut noted = self.noted();
-        noted.uploaded_bytes += report.uploaded_bytes;
-        report.phases.iter().for_each(|(phase, spent)| *noted.phases.entry(phase.name()).or_default() += *spent);
+        let mut recorded = self.recorded();
+        recorded.uploaded_bytes += report.uploaded_bytes;
+        report.phases.iter().for_each(|(phase, spent)| *recorded.phases.entry(phase.name()).or_default() += *spent);
     }
 
-    /// Something failed.
+    /// Records a failure of `kind`.
     pub(crate) fn failed(&self, kind: ErrorKind) {
-        *self.noted().failures.entry(kind.name()).or_default() += 1;
+        *self.recorded().failures.entry(kind.name()).or_default() += 1;
     }
 
-    fn noted(&self) -> MutexGuard<'_, Noted> {
+    fn recorded(&self) -> MutexGuard<'_, Recorded> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The text of the file.
+    /// Returns the content of the file.
     pub(crate) fn text(&self, verb: &'static str, code: u8, took: Duration, stats: Option<&Stats>) -> String {
-        let noted = self.noted();
+        let recorded = self.recorded();
         let mut page = Page::default();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let about = [(("verb", verb), 1.0)];
         page.family("command", "The last command", about);
-        page.plain("command_end_timestamp_seconds", "When the last command ended", now.as_secs_f64());
-        page.plain("command_duration_seconds", "How long it took", took.as_secs_f64());
-        page.plain("command_exit_code", "Its exit code", f64::from(code));
-        let tiers = [("disk", noted.bytes.disk), ("remote", noted.bytes.remote), ("origin", noted.bytes.origin)];
-        let got = |tier: &'static str| noted.artifacts.get(tier).copied().unwrap_or_default();
+        page.plain("command_end_timestamp_seconds", "End of the last command (Unix time)", now.as_secs_f64());
+        page.plain("command_duration_seconds", "Duration of the last command in seconds", took.as_secs_f64());
+        page.plain("command_exit_code", "Exit code of the last command", f64::from(code));
+        let tiers =
+            [("disk", recorded.bytes.disk), ("remote", recorded.bytes.remote), ("origin", recorded.bytes.origin)];
+        let got = |tier: &'static str| recorded.artifacts.get(tier).copied().unwrap_or_default();
         let artifacts = tiers.map(|(tier, _)| (("from", tier), got(tier) as f64));
-        page.family("command_artifacts", "Artifacts got, by the farthest tier that gave bytes", artifacts);
+        page.family("command_artifacts", "Artifacts by the farthest tier that bytes were read from", artifacts);
         let bytes = tiers.map(|(tier, bytes)| (("tier", tier), bytes as f64));
-        page.family("command_bytes", "Bytes by the tier that they came from", bytes);
-        page.plain("command_uploaded_bytes", "Bytes written to the remote", noted.uploaded_bytes as f64);
-        let failures = noted.failures.iter().map(|(code, count)| (("code", *code), *count as f64));
+        page.family("command_bytes", "Bytes read, by tier", bytes);
+        page.plain("command_uploaded_bytes", "Bytes written to the remote", recorded.uploaded_bytes as f64);
+        let failures = recorded.failures.iter().map(|(code, count)| (("code", *code), *count as f64));
         page.family("command_failures", "Failures by kind", failures);
-        let phases = noted.phases.iter().map(|(phase, spent)| (("phase", *phase), spent.as_secs_f64()));
+        let phases = recorded.phases.iter().map(|(phase, spent)| (("phase", *phase), spent.as_secs_f64()));
         page.family("command_phase_seconds", "Time spent by phase", phases);
         if let Some(stats) = stats {
             for (name, help, value) in stats.gauges() {
@@ -94,7 +96,7 @@ impl Run {
     }
 }
 
-/// Puts `text` at `path`, whole or not at all. The folder must be there: it is the collector's.
+/// Replaces the file at `path` with `text`, atomically. The folder must exist, because it belongs to the collector.
 pub(crate) fn write(path: &Path, text: &str) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut file = tempfile::Builder::new().prefix(".modelcache-").tempfile_in(folder)?;
@@ -111,7 +113,7 @@ fn tier_name(tier: Tier) -> &'static str {
     }
 }
 
-/// The page as it comes together; every name begins with `modelcache_`.
+/// A page of metrics. Every name begins with `modelcache_`.
 struct Page(Registry);
 
 impl Default for Page {
@@ -121,13 +123,14 @@ impl Default for Page {
 }
 
 impl Page {
+    /// Adds a gauge without labels.
     fn plain(&mut self, name: &str, help: &str, value: f64) {
         let gauge = Gauge::<f64, AtomicU64>::default();
         gauge.set(value);
         self.0.register(name, help, gauge);
     }
 
-    /// Values told apart by one label, given as its name and value.
+    /// Adds a gauge with one label. Each value comes with the label's name and value.
     fn family(
         &mut self,
         name: &str,
@@ -143,7 +146,7 @@ impl Page {
 
     fn text(&self) -> String {
         let mut text = String::new();
-        // Writing to a text cannot fail.
+        // Writing to a `String` cannot fail.
         let _ = text::encode(&mut text, &self.0);
         text
     }
@@ -154,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_whole_and_readable_for_others() {
+    fn a_file_is_replaced_atomically_and_readable_by_others() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("modelcache.prom");
         write(&path, "old").expect("written");

@@ -1,9 +1,10 @@
-//! Where everything is written: the answer to standard output, all talk to standard error.
+//! All output of the program: answers go to standard output, everything else to standard error.
 //!
-//! Nothing else in this program writes, so this is where foreign words (of servers, files, other users, the command
-//! line) are made fit for a terminal: every line goes through [`printable`]. Only the answers that scripts take as they
-//! are stay exact: a path that `get` prints, and a reference that `resolve` prints into a pipe. A reader that closes standard output early (`modelcache ls | head`) is no
-//! failure: the rest of the answer is dropped. Lines on standard error and the progress bar never mix.
+//! No other module writes to these streams. Text from servers, files, other users and the command line is made safe for
+//! a terminal here: every line passes through [`printable`]. Two answers stay exact, because scripts read them: the
+//! path that `get` prints, and the reference that `resolve` prints into a pipe. If the reader closes standard output
+//! early (`modelcache ls | head`), the rest of the answer is dropped without an error. Lines on standard error and the
+//! progress bar never overlap.
 
 use crate::arguments::Global;
 use crate::signals::Signal;
@@ -19,15 +20,15 @@ use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Both streams, and what the caller wants on them.
+/// Standard output and standard error, with the caller's output options.
 pub(crate) struct Output {
     json: bool,
     quiet: bool,
     colour: bool,
-    /// Whether standard error is a terminal on which lines can be drawn anew.
+    /// True if standard error is a terminal that can redraw lines.
     draws: bool,
     bars: OnceLock<MultiProgress>,
-    /// Whoever read standard output has closed it.
+    /// True once standard output was closed by its reader.
     closed: AtomicBool,
 }
 
@@ -58,12 +59,12 @@ impl Output {
         self.colour
     }
 
-    /// Whether a progress bar can be drawn.
+    /// Returns true if a progress bar can be drawn.
     pub(crate) fn draws(&self) -> bool {
         self.draws
     }
 
-    /// The bars on this terminal.
+    /// Returns the progress bars of this terminal.
     pub(crate) fn bars(&self) -> &MultiProgress {
         self.bars.get_or_init(|| {
             let target = if self.draws { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
@@ -71,17 +72,17 @@ impl Output {
         })
     }
 
-    /// A part of the answer for people.
+    /// Prints lines of an answer for people.
     pub(crate) fn answer(&self, lines: &Lines) -> Result<()> {
-        self.answer_own(&lines.0)
+        self.answer_trusted(&lines.0)
     }
 
-    /// Text of this program's own, with nothing foreign in it: `text` and one line end.
-    pub(crate) fn answer_own(&self, text: &str) -> Result<()> {
+    /// Prints `text` and one line end. The text must not contain untrusted input: it is printed unchanged.
+    pub(crate) fn answer_trusted(&self, text: &str) -> Result<()> {
         self.write(text.trim_end_matches('\n').as_bytes())
     }
 
-    /// A reference: exact for a script that reads it, printable on a terminal.
+    /// Prints a reference: unchanged into a pipe, made printable on a terminal.
     pub(crate) fn answer_reference(&self, reference: &str) -> Result<()> {
         match io::stdout().is_terminal() {
             true => self.write(printable::line(reference).as_bytes()),
@@ -89,7 +90,7 @@ impl Output {
         }
     }
 
-    /// A path, byte for byte: scripts take it as it is, and it need not be UTF-8.
+    /// Prints a path byte for byte. Scripts read it, and it need not be UTF-8.
     pub(crate) fn answer_path(&self, path: &Path) -> Result<()> {
         self.write(path.as_os_str().as_bytes())
     }
@@ -100,6 +101,7 @@ impl Output {
         }
         let mut stdout = io::stdout().lock();
         match stdout.write_all(&[line, b"\n"].concat()).and_then(|()| stdout.flush()) {
+            // The reader has enough: `modelcache ls | head`.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 self.closed.store(true, Ordering::Relaxed);
                 Ok(())
@@ -109,46 +111,46 @@ impl Output {
         }
     }
 
-    /// One object of a JSON answer.
+    /// Prints one object of a JSON answer on a line.
     pub(crate) fn answer_json(&self, value: &Value) -> Result<()> {
         self.write(printable::json(&value.to_string()).as_bytes())
     }
 
-    /// A remark for people; none with `--quiet`.
+    /// Prints a message for people to standard error, unless `--quiet` was passed.
     pub(crate) fn remark(&self, text: &str) {
         if !self.quiet {
-            self.talk(&format!("modelcache: {}\n", printable::line(text)));
+            self.write_error(&format!("modelcache: {}\n", printable::line(text)));
         }
     }
 
-    /// A question; it stays on its line.
+    /// Prints a question to standard error, without a line end.
     pub(crate) fn ask(&self, question: &str) {
-        self.talk(&printable::line(question));
+        self.write_error(&printable::line(question));
     }
 
-    /// A failure, of `reference` if the command has several.
+    /// Prints an error and its hint. `reference` names the reference that failed, if the command has several.
     pub(crate) fn error(&self, error: &Error, reference: Option<&str>) {
         let (red, bold, end) = if self.colour { ("\x1b[1;31m", "\x1b[1m", "\x1b[0m") } else { ("", "", "") };
         let mut text = format!("{red}error:{end} {error}\n");
         if let Some(hint) = error.hint_text() {
             text.push_str(&format!("  {bold}hint:{end} {hint}\n"));
         }
-        self.talk(&text);
+        self.write_error(&text);
         if self.json {
             let mut object = json!({"error": error_object(error)});
             if let Some(reference) = reference {
                 object["reference"] = Reference::shown(reference).into();
             }
-            // The failure that is being told matters more than a failure to tell it.
+            // The original error matters more than a failure to print it.
             let _ = self.answer_json(&object);
         }
     }
 
-    /// A signal ended the command.
+    /// Prints that a signal ended the command.
     pub(crate) fn interrupted(&self, signal: Signal) {
-        let error =
-            Error::new(ErrorKind::Other, signal.name()).hint("the same command may be run again; a get resumes");
-        self.talk(&format!("modelcache: {}; the same command may be run again, and a get resumes\n", signal.name()));
+        let hint = "run the same command again; a get resumes its download";
+        let error = Error::new(ErrorKind::Other, signal.name()).hint(hint);
+        self.write_error(&format!("modelcache: {}; {hint}\n", signal.name()));
         if self.json {
             let mut object = json!({"error": error_object(&error)});
             object["error"]["code"] = signal.name().into();
@@ -156,29 +158,29 @@ impl Output {
         }
     }
 
-    /// A writer of whole lines to standard error.
+    /// Returns a writer of whole lines to standard error.
     pub(crate) fn error_line(&self) -> ErrorLine {
         ErrorLine(self.draws.then(|| self.bars().clone()))
     }
 
-    fn talk(&self, text: &str) {
-        // Where even standard error is closed there is nobody to tell.
+    fn write_error(&self, text: &str) {
+        // A closed standard error leaves no stream to report to.
         let _ = self.error_line().write_all(text.as_bytes());
     }
 }
 
-/// Tells of a panic in one line, and its backtrace where `RUST_BACKTRACE` asks for one.
-pub(crate) fn tell_panic(info: &PanicHookInfo<'_>) {
+/// The panic hook: prints the panic on one line, with a backtrace if `RUST_BACKTRACE` is set.
+pub(crate) fn report_panic(info: &PanicHookInfo<'_>) {
     let backtrace = Backtrace::capture();
     let backtrace = match backtrace.status() {
         BacktraceStatus::Captured => format!("{backtrace}\n"),
-        _ => "  hint: please report it; RUST_BACKTRACE=1 shows where it comes from\n".to_owned(),
+        _ => "  hint: please report this defect; RUST_BACKTRACE=1 prints a backtrace\n".to_owned(),
     };
-    // Where even standard error is closed there is nobody to tell.
+    // A closed standard error leaves no stream to report to.
     let _ = io::stderr().lock().write_all(format!("error: {}\n{backtrace}", printable::panic(info)).as_bytes());
 }
 
-/// A failure for machines.
+/// Returns the JSON form of an error.
 fn error_object(error: &Error) -> Value {
     json!({
         "code": error.kind().name(),
@@ -189,7 +191,7 @@ fn error_object(error: &Error) -> Value {
     })
 }
 
-/// Standard error, written while the progress bar is out of the way.
+/// A writer to standard error that hides the progress bar while it writes.
 #[derive(Clone)]
 pub(crate) struct ErrorLine(Option<MultiProgress>);
 
@@ -207,42 +209,42 @@ impl Write for ErrorLine {
     }
 }
 
-/// Lines of an answer for people. Each is made printable as it is added, so that no foreign word in it can end it.
+/// Lines of an answer for people. Each line is made printable when it is added, so that untrusted text cannot break it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Lines(String);
 
 impl Lines {
-    /// One line.
+    /// Creates a single line.
     pub(crate) fn one(line: &str) -> Self {
         Self::default().and(line)
     }
 
-    /// These lines and one more.
+    /// Returns these lines with one more.
     pub(crate) fn and(mut self, line: &str) -> Self {
         self.push(line);
         self
     }
 
-    /// Adds a line.
+    /// Appends a line.
     pub(crate) fn push(&mut self, line: &str) {
         self.0.push_str(&printable::line(line));
         self.0.push('\n');
     }
 
-    /// Each line.
+    /// Returns an iterator over the lines.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &str> {
         self.0.lines()
     }
 }
 
-/// Without the last line end.
+/// Formats the lines without the last line end.
 impl fmt::Display for Lines {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.0.trim_end_matches('\n'))
     }
 }
 
-/// Rows in aligned columns without lines around them. Columns in `right` are aligned to the right.
+/// Formats rows as a table without borders. The columns whose indexes are in `right` are aligned to the right.
 pub(crate) fn table(header: &[&str], right: &[usize], rows: impl IntoIterator<Item = Vec<String>>) -> Lines {
     let printable = |row: Vec<String>| row.iter().map(|cell| printable::line(cell).into_owned()).collect::<Vec<_>>();
     let rows = rows.into_iter().map(printable);
@@ -257,7 +259,7 @@ pub(crate) fn table(header: &[&str], right: &[usize], rows: impl IntoIterator<It
     Lines(table.trim_fmt() + "\n")
 }
 
-/// Adds the lines of `more`.
+/// Appends the lines of `more`.
 impl std::ops::AddAssign<Lines> for Lines {
     fn add_assign(&mut self, more: Self) {
         self.0.push_str(&more.0);
@@ -276,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn a_foreign_word_ends_no_line_and_no_cell() {
+    fn untrusted_text_cannot_break_a_line_or_a_cell() {
         let hostile = "a\x1b[2J\nerror: false\u{202e}";
         let shown = "a\\u{1b}[2J error: false\\u{202e}";
         assert_eq!(Lines::one(hostile).and("b").to_string(), format!("{shown}\nb"));
@@ -284,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn machines_get_every_part_of_an_error() {
+    fn the_json_form_has_every_part_of_an_error() {
         let error = Error::corrupt("sha256 mismatch")
             .artifact("a@1")
             .tier(Tier::Remote)

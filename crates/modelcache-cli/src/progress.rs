@@ -1,7 +1,7 @@
-//! Shows what a running call does: a bar on a terminal, else a line every few seconds.
+//! Shows the progress of a running call: a bar on a terminal, otherwise a line every few seconds.
 //!
-//! The call is polled, never slowed. One that is done within a second shows nothing. The bar is gone when the call is,
-//! also when it is dropped halfway.
+//! The display samples counters and does not slow the call down. A call that ends within a second shows nothing. The
+//! bar is removed when the call ends or is dropped.
 
 use crate::human;
 use crate::output::Output;
@@ -12,18 +12,18 @@ use std::future::Future;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
-/// A call that is done by then shows nothing.
+/// A call that ends within this time shows nothing.
 const SHOW_AFTER: Duration = Duration::from_secs(1);
-/// Time between two drawings of the bar.
+/// Interval between two updates of the bar.
 const BAR_EVERY: Duration = Duration::from_millis(100);
-/// Time between two lines.
+/// Interval between two lines.
 const LINE_EVERY: Duration = Duration::from_secs(5);
-/// Longest name beside a bar.
+/// Longest label beside a bar, in characters.
 const LABEL_CHARS_MAX: usize = 28;
-/// How far back the rate looks, roughly.
+/// Time constant of the moving average of the rate.
 const RATE_WINDOW_SECONDS: f64 = 5.0;
 
-/// Runs `work`, showing `progress` under the name `label`, unless nobody wants to see it.
+/// Runs `work` and shows `progress` labelled `label`, unless `--quiet` was passed. Returns the outcome of `work`.
 pub(crate) async fn show<T>(output: &Output, label: &str, progress: &Progress, work: impl Future<Output = T>) -> T {
     if output.is_quiet() {
         return work.await;
@@ -42,7 +42,7 @@ pub(crate) async fn show<T>(output: &Output, label: &str, progress: &Progress, w
     }
 }
 
-/// What is on the screen.
+/// The state of one progress display.
 struct View<'a> {
     output: &'a Output,
     label: String,
@@ -86,7 +86,7 @@ impl<'a> View<'a> {
     }
 }
 
-/// A bar where the end is known, else something that turns.
+/// Returns the style of a bar if the total is known, otherwise of a spinner.
 fn style(has_end: bool) -> ProgressStyle {
     let template = if has_end { "{prefix} [{wide_bar}] {msg}" } else { "{prefix} {spinner} {wide_msg}" };
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
@@ -101,40 +101,51 @@ impl Drop for View<'_> {
     }
 }
 
-/// What a person is told of a running call.
+/// One sample of a running call, as it is displayed.
 #[derive(Debug, Clone, PartialEq)]
 struct Reading {
     phase: Phase,
-    /// Where bytes come from, or go to; `None` while none move.
+    /// The tier that bytes are downloaded from; `None` if no bytes have moved.
     tier: Option<Tier>,
     done_bytes: u64,
     total_bytes: u64,
-    /// `None` until bytes have moved in this phase.
+    /// The average rate; `None` until bytes have moved in this phase.
     bytes_per_second: Option<f64>,
 }
 
 impl Reading {
-    fn what(&self) -> String {
-        match (self.phase, self.tier) {
-            (Phase::Join, _) => "waiting for another fill".to_owned(),
-            (Phase::Backfill, _) => "uploading to remote".to_owned(),
-            (Phase::Download, Some(tier)) => format!("downloading from {tier}"),
-            (phase, _) => phase.name().to_owned(),
-        }
+    /// Returns the phase in words.
+    fn activity(&self) -> String {
+        let words = match self.phase {
+            Phase::Resolve => "resolving the reference",
+            Phase::Acquire => "looking on disk",
+            Phase::Join => "waiting for another download of this artifact",
+            Phase::Plan => "planning",
+            Phase::Download => match self.tier {
+                Some(tier) => return format!("downloading from {tier}"),
+                None => "downloading",
+            },
+            Phase::Read => "reading and hashing",
+            Phase::Publish => "publishing",
+            Phase::Backfill => "uploading to remote",
+            Phase::Materialize => "writing files",
+            Phase::Verify => "verifying",
+        };
+        words.to_owned()
     }
 
-    /// A line of its own: what, how much, how fast, how long.
+    /// Returns the text of a line: phase, bytes, rate, time left.
     fn text(&self) -> String {
         self.joined(" of ", ", ")
     }
 
-    /// The same beside a bar, where columns are few.
+    /// Returns the short text beside a bar.
     fn brief(&self) -> String {
         self.joined("/", " ")
     }
 
     fn joined(&self, of: &str, separator: &str) -> String {
-        let mut parts = vec![self.what()];
+        let mut parts = vec![self.activity()];
         if self.total_bytes > 0 {
             parts.push(format!("{}{of}{}", human::bytes(self.done_bytes), human::bytes(self.total_bytes)));
             parts.extend(self.bytes_per_second.map(human::rate));
@@ -143,7 +154,8 @@ impl Reading {
         parts.join(separator)
     }
 
-    /// How long the rest of the phase takes at this rate, unless that is nobody's guess.
+    /// Returns the time that the rest of the phase takes at the current rate. Returns `None` without a rate, or if the
+    /// time is too long to be a useful estimate.
     fn left(&self) -> Option<String> {
         let left = self.total_bytes.saturating_sub(self.done_bytes) as f64 / self.bytes_per_second?;
         match left.ceil() {
@@ -154,7 +166,7 @@ impl Reading {
     }
 }
 
-/// A name that leaves room for the bar: its end tells more than its beginning.
+/// Returns the label, shortened to leave room for the bar. The end is kept, because it identifies the artifact.
 fn shortened(label: &str) -> String {
     match label.chars().count().checked_sub(LABEL_CHARS_MAX) {
         None | Some(0) => label.to_owned(),
@@ -162,7 +174,7 @@ fn shortened(label: &str) -> String {
     }
 }
 
-/// Turns readings of counters into a rate.
+/// Computes a rate from successive samples of the counters.
 #[derive(Debug, Default)]
 struct Meter {
     last: Option<(Instant, Snapshot)>,
@@ -173,6 +185,7 @@ struct Meter {
 impl Meter {
     fn read(&mut self, now: Instant, snapshot: Snapshot) -> Reading {
         match self.last.take() {
+            // A new phase or a new total starts a new average.
             Some((then, before)) if before.phase == snapshot.phase && before.total_bytes == snapshot.total_bytes => {
                 self.learn(now.duration_since(then).as_secs_f64(), &before, &snapshot);
             }
@@ -191,7 +204,8 @@ impl Meter {
         }
     }
 
-    /// A moving average that forgets by time, so that it does not depend on how often it is fed.
+    /// Updates the tier and the rate from two samples. The rate is an exponential moving average over time, so that it
+    /// does not depend on the sampling interval.
     fn learn(&mut self, seconds: f64, before: &Snapshot, now: &Snapshot) {
         if now.origin_bytes > before.origin_bytes {
             self.tier = Some(Tier::Origin);
@@ -219,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_steady_pour_shows_tier_rate_and_time_left() {
+    fn a_steady_download_shows_tier_rate_and_time_left() {
         let start = Instant::now();
         let mut meter = Meter::default();
         let mut read = |second: u64| {
@@ -228,7 +242,7 @@ mod tests {
                 snapshot(Phase::Download, second * 100_000_000, 1_000_000_000),
             )
         };
-        assert_eq!(read(0).text(), "download, 0 B of 1.0 GB");
+        assert_eq!(read(0).text(), "downloading, 0 B of 1.0 GB");
         assert_eq!(read(1).text(), "downloading from origin, 100 MB of 1.0 GB, 100 MB/s, 9 s left");
         assert_eq!(read(2).text(), "downloading from origin, 200 MB of 1.0 GB, 100 MB/s, 8 s left");
     }
@@ -240,11 +254,11 @@ mod tests {
         meter.read(start, snapshot(Phase::Download, 0, 100));
         meter.read(start + Duration::from_secs(1), snapshot(Phase::Download, 100, 100));
         let reading = meter.read(start + Duration::from_secs(2), snapshot(Phase::Backfill, 0, 100));
-        assert_eq!(reading.text(), "backfill to remote, 0 B of 100 B");
+        assert_eq!(reading.text(), "uploading to remote, 0 B of 100 B");
     }
 
     #[test]
-    fn bytes_that_are_taken_back_do_not_make_a_negative_rate() {
+    fn discarded_bytes_do_not_make_a_negative_rate() {
         let start = Instant::now();
         let mut meter = Meter::default();
         meter.read(start, snapshot(Phase::Download, 50, 100));
@@ -259,8 +273,8 @@ mod tests {
     }
 
     #[test]
-    fn waiting_is_called_waiting() {
+    fn a_call_that_waits_for_another_download_shows_it() {
         let reading = Meter::default().read(Instant::now(), snapshot(Phase::Join, 0, 0));
-        assert_eq!(reading.text(), "waiting for another fill");
+        assert_eq!(reading.text(), "waiting for another download of this artifact");
     }
 }

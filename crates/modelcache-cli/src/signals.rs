@@ -1,7 +1,7 @@
-//! Signals: what is running is dropped, and the exit code tells which signal it was.
+//! Signals: a signal drops the running command and determines the exit code (128 + signal number).
 //!
-//! A signal that was ignored when the program started stays ignored, as `nohup` and a shell's background jobs expect. A
-//! handler, unlike an ignored signal, does not outlive an `exec`: the command of `exec` finds the defaults.
+//! A signal that was ignored when the program started stays ignored, as `nohup` and background jobs of a shell expect.
+//! Handlers do not survive `exec`, unlike ignored signals, so the command that `exec` runs starts with the defaults.
 
 use crate::exit;
 use std::future::Future;
@@ -11,11 +11,11 @@ use tokio::signal::unix::{SignalKind, signal};
 /// A signal that ends the command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Signal {
-    /// SIGHUP: the terminal or the connection is gone.
+    /// SIGHUP: the terminal or the connection was closed.
     HangUp,
-    /// SIGINT: the keyboard.
+    /// SIGINT: Ctrl-C.
     Interrupt,
-    /// SIGTERM: an orchestrator.
+    /// SIGTERM: sent by a supervisor such as systemd or Kubernetes.
     Terminate,
 }
 
@@ -45,21 +45,21 @@ impl Signal {
     }
 }
 
-/// The outcome of `work`, or the signal that came before it was done; `work` is dropped then.
+/// Runs `work` and returns its outcome. Drops `work` and returns the signal if one arrives first.
 pub(crate) async fn or_signal<T>(work: impl Future<Output = T>) -> Result<T, Signal> {
     fail_writes_beyond_the_file_size_limit();
     tokio::select! {
         outcome = work => Ok(outcome),
-        signal = arrival(Signal::HangUp) => Err(signal),
-        signal = arrival(Signal::Interrupt) => Err(signal),
-        signal = arrival(Signal::Terminate) => Err(signal),
+        signal = received(Signal::HangUp) => Err(signal),
+        signal = received(Signal::Interrupt) => Err(signal),
+        signal = received(Signal::Terminate) => Err(signal),
     }
 }
 
-/// Waits for a signal, for ever where it is ignored. Where signals cannot be listened to, their default action stays,
-/// which ends the process as well.
-async fn arrival(awaited: Signal) -> Signal {
-    if is_ignored(awaited.kind()) {
+/// Waits for a signal; never returns if the signal is ignored. If no handler can be installed, the default action
+/// stays, which ends the process, too.
+async fn received(awaited: Signal) -> Signal {
+    if is_ignored(awaited.kind()) || !can_register() {
         return std::future::pending().await;
     }
     match signal(awaited.kind()) {
@@ -71,17 +71,24 @@ async fn arrival(awaited: Signal) -> Signal {
     }
 }
 
-/// Makes a write beyond `ulimit -f` fail with EFBIG, which is told like a full disk, instead of ending the process: that
-/// is what it does while there is any handler for SIGXFSZ.
+/// Returns true if enough descriptors are free for the first signal handler. Without them, `tokio` panics.
+fn can_register() -> bool {
+    let pair = std::os::unix::net::UnixStream::pair;
+    matches!((pair(), pair()), (Ok(_), Ok(_)))
+}
+
+/// Makes a write beyond `ulimit -f` fail with EFBIG, which is reported like a full disk. Without a handler for SIGXFSZ
+/// such a write would end the process.
 fn fail_writes_beyond_the_file_size_limit() {
     let kind = SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
-    if !is_ignored(kind) {
+    if !is_ignored(kind) && can_register() {
         // The handler stays when the listener is dropped.
         drop(signal(kind));
     }
 }
 
-/// Whether the process ignored a signal when this was first asked; `false` where `/proc` is not mounted.
+/// Returns true if the process ignored the signal when this function was first called. Returns false if `/proc` is not
+/// mounted.
 fn is_ignored(kind: SignalKind) -> bool {
     static IGNORED: OnceLock<u64> = OnceLock::new();
     let mask = IGNORED.get_or_init(|| {
@@ -98,9 +105,9 @@ mod tests {
     use std::time::Duration;
 
     #[tokio::test]
-    async fn a_signal_ends_the_wait_and_tells_which_it_was() {
+    async fn a_signal_ends_the_wait_and_is_returned() {
         let send = async {
-            // Listening starts with the first poll, which comes before this sleep ends.
+            // The handlers are installed by the first poll of `or_signal`, long before this sleep ends.
             tokio::time::sleep(Duration::from_millis(100)).await;
             let process = std::process::id().to_string();
             std::process::Command::new("kill").args(["-TERM", &process]).status().expect("kill")
@@ -113,7 +120,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn work_that_is_done_is_not_disturbed() {
+    async fn finished_work_returns_its_outcome() {
         assert_eq!(or_signal(async { 7 }).await, Ok(7));
     }
 

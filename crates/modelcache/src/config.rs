@@ -1,7 +1,7 @@
-//! Configuration as the library takes it: handed in, complete, checked.
+//! The complete, validated configuration of a cache.
 //!
-//! The library reads no environment variable; doors gather settings through [`settings`](crate::settings) and hand
-//! over a [`Config`]. Secrets are held in a type that never prints.
+//! The library reads no environment variables. Front ends gather the settings with [`settings`](crate::settings) and
+//! pass a [`Config`]. Secrets have the type [`Secret`], which never prints its value.
 
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
@@ -14,37 +14,38 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Everything a [`Cache`](crate::Cache) needs to know.
+/// The configuration of a [`Cache`](crate::Cache).
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The local directory.
     pub dir: PathBuf,
-    /// The budget: most bytes the directory may take.
+    /// The budget: the directory takes at most this many bytes.
     pub max_bytes: ByteBound,
-    /// Bytes of the filesystem that are left free.
+    /// Space that is left free on the filesystem.
     pub min_free_bytes: ByteBound,
-    /// When what was fetched is made durable.
+    /// When downloaded files are synced to stable storage.
     pub durable: Durable,
-    /// Who else may write into the local directory.
+    /// Which users share the local directory.
     pub shared: Sharing,
-    /// A cache underneath that is only read, baked into an image for instance.
+    /// A read-only cache below the local directory, for example one that is part of a container image.
     pub lower_dir: Option<PathBuf>,
     /// How files are written to disk.
     pub write_mode: WriteMode,
-    /// The far tier, if there is one.
+    /// The remote tier, if one is configured.
     pub remote: Option<RemoteConfig>,
-    /// How buckets are reached that `s3://` references name.
+    /// How to reach the buckets of `s3://` references.
     pub buckets: BucketConfig,
-    /// Refuse files of which nobody states a checksum.
+    /// Refuse files without a published checksum.
     pub require_checksum: bool,
-    /// What an unavailable remote means.
+    /// The policy for an unavailable remote.
     pub on_remote_down: OnRemoteDown,
-    /// Whether the remote may be written.
+    /// Whether the remote may be written to.
     pub remote_mode: RemoteMode,
-    /// When the remote gets what came from an origin. `None` where nobody chose: a door that lives long takes
-    /// [`Backfill::Background`] then, all others [`Backfill::Wait`].
+    /// When artifacts from an origin are uploaded to the remote. If `None`, a long-lived front end uses
+    /// [`Backfill::Background`], all others [`Backfill::Wait`].
     pub backfill: Option<Backfill>,
-    /// Where a bare `name@version` comes from, in order; the next only where the one before does not have it.
+    /// The origins of a bare `name@version`, in order. The next one is consulted only if the previous one does not have
+    /// the artifact.
     pub origins: Vec<OriginTemplate>,
     /// The Hugging Face Hub.
     pub hub: HubConfig,
@@ -54,27 +55,27 @@ pub struct Config {
     pub mlflow: MlflowConfig,
     /// OCI registries.
     pub oci: OciConfig,
-    /// How long a resolved revision or tag is taken to be current.
+    /// How long a resolved revision or tag is considered current.
     pub ref_ttl: Duration,
-    /// Never ask an origin over the network; one call may be narrower still.
+    /// Never contact an origin over the network. A single call can also exclude the remote.
     pub offline: bool,
-    /// The first call to a remote or an origin is put off by a random time up to this.
+    /// The first request to a remote or an origin is delayed by a random time up to this.
     pub start_jitter: Duration,
-    /// How requests are tried again.
+    /// How requests are retried.
     pub retry: RetryConfig,
 }
 
-/// A number of bytes, or a share of the filesystem that holds the directory.
+/// A number of bytes, or a percentage of the filesystem that contains the directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ByteBound {
     /// This many bytes.
     Bytes(u64),
-    /// This share of the filesystem's size, in percent (0 to 100).
+    /// A percentage of the filesystem's size (0 to 100).
     Percent(u8),
 }
 
 impl ByteBound {
-    /// The bound in bytes on a filesystem of `filesystem_bytes`.
+    /// Returns the bound in bytes, for a filesystem of `filesystem_bytes`.
     pub fn bytes(self, filesystem_bytes: u64) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes,
@@ -83,44 +84,44 @@ impl ByteBound {
     }
 }
 
-/// When what was fetched and published is made durable: able to survive a power cut. What is not yet is never trusted
-/// after one: it is hashed before it is lent.
+/// When downloaded and published files are synced to stable storage, so that they survive a power cut. After a power
+/// cut, files that were not synced are hashed before they are leased.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Durable {
     /// Before the get returns.
     Wait,
-    /// In the background, while this process goes on.
+    /// In the background, while this process runs.
     #[default]
     Background,
-    /// When the caller says so, or another process that the duty is handed to.
+    /// When the caller requests it, or in another process to which the sync is handed off.
     Later,
 }
 
-/// Which users share the local directory, and so which modes its files get.
+/// Which users share the local directory. This determines the modes of its files and folders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Sharing {
-    /// As the process's umask says.
+    /// No sharing: the modes follow the umask of the process.
     #[default]
     Off,
-    /// Everybody in the folder's group.
+    /// All members of the folder's group.
     Group,
-    /// Everybody.
+    /// All users.
     World,
 }
 
-/// Whether files are written through the page cache or past it.
+/// Whether files are written through the page cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WriteMode {
-    /// Through it where the file is read next and memory has room for it, else past it.
+    /// Through the page cache if the file is read next and fits into free memory, otherwise with direct I/O.
     #[default]
     Auto,
-    /// Through it.
+    /// Through the page cache.
     Buffered,
-    /// Past it (O_DIRECT), large files only, and where the filesystem takes that.
+    /// With direct I/O (O_DIRECT), for large files on filesystems that support it.
     Direct,
 }
 
-/// Where the remote is and how to reach it.
+/// The location of the remote, and how to reach it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RemoteConfig {
     /// `s3://bucket/prefix` or `file:///folder`.
@@ -131,7 +132,7 @@ pub struct RemoteConfig {
     pub environment: Environment,
 }
 
-/// How to reach buckets other than the remote's: as the remote's own is reached.
+/// How to reach other buckets than the remote's: with the same options and credentials.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct BucketConfig {
     /// Options of the store, as in [`RemoteConfig`].
@@ -140,35 +141,35 @@ pub struct BucketConfig {
     pub environment: Environment,
 }
 
-/// Environment variables, handed in by the door.
+/// Environment variables, passed by the front end.
 #[derive(Clone, Default, PartialEq)]
 pub struct Environment(pub HashMap<String, String>);
 
 impl Environment {
-    /// The value of `name`, unless it is unset or empty.
+    /// Returns the value of `name`, or `None` if it is unset or empty.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
     }
 }
 
-/// Values may be secrets: only the number is printed.
+/// Prints only the number of variables, because values may be secrets.
 impl fmt::Debug for Environment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Environment({} variables)", self.0.len())
     }
 }
 
-/// What an unavailable remote means, after retries.
+/// The policy for a remote that is still unavailable after retries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnRemoteDown {
-    /// Go on to the origin.
+    /// Continue with the origin.
     #[default]
     Origin,
     /// Fail.
     Fail,
 }
 
-/// Whether the remote may be written.
+/// Whether the remote may be written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum RemoteMode {
     /// Read and written.
@@ -178,15 +179,15 @@ pub enum RemoteMode {
     ReadOnly,
 }
 
-/// When the remote gets what came from an origin.
+/// When artifacts from an origin are uploaded to the remote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Backfill {
     /// Before the call returns.
     #[default]
     Wait,
-    /// While the process goes on; the call does not wait.
+    /// In the background; the call does not wait.
     Background,
-    /// With a later run: only a durable intent is written.
+    /// By a later run; this run only records the pending upload.
     Later,
     /// Not at all.
     Never,
@@ -207,53 +208,54 @@ impl Default for HubConfig {
     }
 }
 
-/// How to reach MLflow. Addresses are secrets, too: they may carry a password.
+/// How to reach MLflow. URLs are secrets, too, because they may contain a password.
 #[derive(Debug, Clone, Default)]
 pub struct MlflowConfig {
-    /// The tracking server: runs, and files that it hands on.
+    /// The tracking server. It serves runs, and may proxy their files.
     pub tracking_uri: Option<Secret>,
-    /// The server of the model registry, where it is another one.
+    /// The server of the model registry, if it is not the tracking server.
     pub registry_uri: Option<Secret>,
-    /// The token sent to these two, and to no other server.
+    /// The token, which is sent only to these two servers.
     pub token: Option<Secret>,
-    /// User and password, sent likewise; they overrule the token, as in MLflow's own client.
+    /// User and password, which are sent only to these two servers. They override the token, as in MLflow's own client.
     pub login: Option<(String, Secret)>,
-    /// Where the credentials of buckets that hold models are looked up (`AWS_*`, `HOME`).
+    /// The environment in which the credentials for buckets with models are looked up (`AWS_*`, `HOME`).
     pub environment: Environment,
-    /// The folder of this machine below which models may lie that the server keeps as plain files; none is read without.
+    /// If the server stores models as plain files, they are read only below this folder of this machine. If `None`, no
+    /// such files are read.
     pub local_root: Option<PathBuf>,
 }
 
 /// How to reach OCI registries.
 #[derive(Debug, Clone, Default)]
 pub struct OciConfig {
-    /// Registries (`host` or `host:port`) that are spoken to without TLS, besides those on this machine.
+    /// Registries (`host` or `host:port`) that are reached without TLS. Registries on this machine never need TLS.
     pub plain_http: Vec<String>,
-    /// Credentials by registry, as docker keeps them.
+    /// Credentials by registry, from docker's configuration.
     pub logins: BTreeMap<String, OciLogin>,
-    /// The program that keeps the credentials of all other registries; not run, but named.
+    /// Docker's credential helper for all other registries. It is not run; messages name it.
     pub helper: Option<String>,
-    /// Why docker's file could not be read, if it could not: told where credentials are missed.
+    /// Why docker's configuration could not be read. Reported only when a registry needs credentials.
     pub trouble: Option<String>,
 }
 
-/// What docker's configuration has for a registry.
+/// The entry of a registry in docker's configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OciLogin {
-    /// User and password: sent to that registry, or to the token server that it names.
+    /// User and password, which are sent to that registry or to the token server that it names.
     Password(String, Secret),
-    /// They are kept by this program, which is not run.
+    /// The credentials are stored by this credential helper, which is not run.
     Helper(String),
-    /// A token of a kind that is not understood.
+    /// An identity token, which is not supported.
     IdentityToken,
 }
 
-/// How requests are tried again.
+/// How requests are retried.
 #[derive(Debug, Clone, Copy)]
 pub struct RetryConfig {
-    /// How long after the first failure a request may still be tried again.
+    /// How long after its first failure a request may be retried.
     pub deadline: Duration,
-    /// Longest silence of a server: connecting, to the first byte, between bytes.
+    /// Timeout for connecting, for the first byte, and between bytes.
     pub read_timeout: Duration,
 }
 
@@ -268,19 +270,20 @@ impl Default for RetryConfig {
 pub struct Secret(String);
 
 impl Secret {
-    /// Keeps `text` secret: it is left out of every text that is shown, also where a server quotes it.
+    /// Creates a secret and registers it for redaction: it is left out of all output, even if a server quotes it.
     pub fn new(text: impl Into<String>) -> Self {
         let secret = Self::hidden(text);
         redact::learn(&secret.0);
         secret
     }
 
-    /// A value that may be secret and may as well be a common word: only [`Debug`](fmt::Debug) leaves it out.
+    /// Creates a secret without registering it for redaction, for values that may be common words. Only
+    /// [`Debug`](fmt::Debug) leaves it out.
     pub(crate) fn hidden(text: impl Into<String>) -> Self {
         Self(text.into())
     }
 
-    /// The text, for the one place that sends it.
+    /// Returns the text, for the code that sends it.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -292,20 +295,20 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// A reference with `{name}` and `{version}` in it: where a bare key comes from.
+/// The origin of bare keys: a reference with the placeholders `{name}` and `{version}`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OriginTemplate(String);
 
 impl OriginTemplate {
-    /// Checks that the template gives a reference that an origin can answer.
+    /// Parses a template. Checks that it has both placeholders, and that it yields a reference to an origin.
     pub fn new(text: &str) -> Result<Self> {
         let template = Self(text.trim().to_owned());
         if !template.0.contains("{name}") && !template.0.contains("{version}") {
             return Err(Error::invalid(format!(
-                "the origin {:?} names neither {{name}} nor {{version}}",
+                "the origin {:?} has neither {{name}} nor {{version}}",
                 redact::reference(text)
             ))
-            .hint("for instance hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
+            .hint("for example hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
         }
         template.apply(&ArtifactKey::bare("a@1")?)?;
         for place in ["{name}", "{version}"] {
@@ -314,34 +317,35 @@ impl OriginTemplate {
                     "the origin {:?} has no {place} in it: other artifacts would get the same content",
                     redact::reference(text)
                 ))
-                .hint("for instance hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
+                .hint("for example hf://{name}@{version} or https://registry/{name}/{version}.tar.gz"));
             }
         }
         let rest = template.0.replace("{name}", "").replace("{version}", "");
         if rest.contains(['{', '}']) {
             return Err(Error::invalid(format!(
-                "the origin {:?} has other braces than {{name}} and {{version}}",
+                "the origin {:?} has an unknown placeholder; only {{name}} and {{version}} are supported",
                 redact::reference(text)
             ))
-            .hint("check how they are spelled"));
+            .hint("check the spelling of the placeholders"));
         }
         Ok(template)
     }
 
-    /// The reference for `key`.
+    /// Returns the reference for `key`.
     pub fn apply(&self, key: &ArtifactKey) -> Result<Reference> {
-        // What the parser decodes is encoded here: a version never becomes two segments, or a query.
+        // These parsers decode percent escapes, so the values are encoded: a version with a slash stays one segment,
+        // and a question mark does not begin a query.
         let decoded = ["https://", "http://", "file://"].iter().any(|scheme| self.0.starts_with(scheme));
         let text = |text: &str| if decoded { one_segment(text) } else { text.to_owned() };
         let name = key.name.as_str().split('/').map(text).collect::<Vec<_>>().join("/");
         let filled = self.0.replace("{name}", &name).replace("{version}", &text(key.version.as_str()));
         let mut reference = Reference::parse(&filled)?;
-        // The key names the version: no server has to be asked what its file is called now.
+        // The version comes from the key, so the server's validators are not needed to derive one.
         if let Target::Web(file) = &mut reference.target {
             file.version = Some(key.version.clone());
         }
         match reference.target {
-            Target::Bare(_) => Err(Error::invalid(format!("the origin {:?} is no URI", redact::reference(&self.0)))),
+            Target::Bare(_) => Err(Error::invalid(format!("the origin {:?} is not a URI", redact::reference(&self.0)))),
             _ if reference.file.is_some() => Err(Error::invalid(format!(
                 "the origin {:?} names one file of a repository",
                 redact::reference(&self.0)
@@ -351,13 +355,14 @@ impl OriginTemplate {
     }
 }
 
-/// `text` as one segment of a path, slashes included: everything but the unreserved characters of RFC 3986 encoded.
+/// Encodes `text` as a single path segment, slashes included. Only the unreserved characters of RFC 3986 stay as they
+/// are.
 pub(crate) fn one_segment(text: &str) -> String {
     const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
     utf8_percent_encode(text, SEGMENT).to_string()
 }
 
-/// As it was written.
+/// Formats the template as it was written.
 impl fmt::Display for OriginTemplate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

@@ -1,22 +1,22 @@
-//! Credentials for web servers: what the configuration file states, and the netrc.
+//! Credentials for web servers, from the configuration file and the netrc.
 //!
-//! Each belongs to one scheme, host and port. A netrc knows machines only, so what it says is for `https` on any port,
-//! never for plain `http`: whoever wants that states it in the configuration. Nothing is read here; a door hands in
-//! texts.
+//! A configured credential applies to one scheme, host and port. A netrc has only machine names, so its entries apply
+//! to `https` on any port, and never to plain `http`; a credential for `http` has to be configured. This module reads
+//! no files: front ends pass their contents.
 
 use crate::config::Secret;
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 use url::Url;
 
-/// Who one is to a server.
+/// A credential for a web server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Credential {
     /// `Authorization: Bearer …`
     Bearer(Secret),
     /// `Authorization: Basic …`
     Basic {
-        /// The user.
+        /// The user name.
         username: String,
         /// The password.
         password: Secret,
@@ -26,30 +26,30 @@ pub enum Credential {
 /// All credentials for web servers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Credentials {
-    /// By scheme, host and port, as [`url::Origin`] writes them.
+    /// The configured credentials by scheme, host and port, in the serialization of [`url::Origin`].
     configured: BTreeMap<String, Credential>,
     netrc: Netrc,
 }
 
-/// Which credential is for an address, and who says so.
+/// The credential for a URL, and its source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice<'a> {
-    /// The configuration file.
+    /// A credential from the configuration file.
     Configured(&'a Credential),
-    /// The netrc.
+    /// A credential from the netrc.
     Netrc(&'a Credential),
-    /// The netrc has one, but the address is plain `http`.
+    /// The netrc has a credential, but it is not sent, because the URL is plain `http`.
     KeptBack,
-    /// Nobody.
+    /// There is no credential for this URL.
     None,
 }
 
 impl Credentials {
-    /// States the credential for `server`, which is scheme, host and port. The first one stated stays.
+    /// Adds the credential for `server`, which is scheme, host and port. A second credential for a server is ignored.
     pub fn state(&mut self, server: &str, credential: Credential) -> Result<()> {
         let refuse = || {
-            Error::invalid("is no scheme, host and port")
-                .hint("for instance [credentials.\"https://registry.example\"]")
+            Error::invalid("is not a scheme, host and port")
+                .hint("for example [credentials.\"https://registry.example\"]")
         };
         let url = Url::parse(server).map_err(|_| refuse())?;
         let bare = matches!(url.path(), "" | "/") && url.query().is_none() && url.fragment().is_none();
@@ -61,17 +61,17 @@ impl Credentials {
         Ok(())
     }
 
-    /// Takes over what a netrc says.
+    /// Sets the netrc.
     pub fn set_netrc(&mut self, netrc: Netrc) {
         self.netrc = netrc;
     }
 
-    /// Says that others may read the netrc, once it is known. It is warned of when something of it is sent.
+    /// Records that other users may read the netrc. A warning is logged when one of its entries is sent.
     pub fn netrc_is_open(&mut self) {
         self.netrc.open = true;
     }
 
-    /// The credential for `url`.
+    /// Returns the credential for `url`.
     pub fn choose(&self, url: &Url) -> Choice<'_> {
         if let Some(credential) = self.configured.get(&url.origin().ascii_serialization()) {
             return Choice::Configured(credential);
@@ -83,36 +83,37 @@ impl Credentials {
         }
     }
 
-    /// Whether others may read the netrc.
+    /// Returns true if other users may read the netrc.
     pub fn is_netrc_open(&self) -> bool {
         self.netrc.open
     }
 }
 
-/// A netrc, read.
+/// A parsed netrc.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Netrc {
-    /// `None` for a machine without a password: then nothing is sent, the default neither.
+    /// The credentials by machine. `None` for a machine without a password: then nothing is sent, not even the default.
     machines: BTreeMap<String, Option<Credential>>,
     default: Option<Credential>,
     open: bool,
 }
 
-/// One entry being read.
+/// An entry that is being parsed.
 #[derive(Default)]
 struct Entry {
-    /// `None` for `default`.
+    /// The machine; `None` for the `default` entry.
     machine: Option<String>,
     login: Option<String>,
     password: Option<String>,
 }
 
 impl Netrc {
-    /// Reads a netrc: `machine`, `default`, `login`, `password`, `account`; values may stand in double quotes;
-    /// comments and macros are passed over.
+    /// Parses a netrc with the keywords `machine`, `default`, `login`, `user`, `password` and `account`. Values may be
+    /// quoted. Comments and macros are skipped.
     ///
     /// # Errors
-    /// What is no word of a netrc is refused with its line, never with its text: it may be half a password.
+    /// Fails on an unknown keyword. The message has the line number but not the text, which may be a part of a
+    /// password.
     pub fn parse(text: &str) -> Result<Self> {
         let mut netrc = Self::default();
         let mut entry: Option<Entry> = None;
@@ -134,17 +135,14 @@ impl Netrc {
                             let machine = Some(value.to_ascii_lowercase());
                             netrc.take(entry.replace(Entry { machine, ..Entry::default() }));
                         }
-                        (_, None) => return Err(refuse(words.line, "stands before any machine")),
+                        (_, None) => return Err(refuse(words.line, "a value before the first machine")),
                         ("password", Some(entry)) => entry.password = Some(value),
                         ("account", _) => {}
                         (_, Some(entry)) => entry.login = Some(value),
                     }
                 }
                 _ => {
-                    return Err(refuse(
-                        words.line,
-                        "a word that a netrc does not have (a password with spaces needs quotes)",
-                    ));
+                    return Err(refuse(words.line, "not a netrc keyword (a password with spaces needs quotes)"));
                 }
             }
         }
@@ -152,7 +150,7 @@ impl Netrc {
         Ok(netrc)
     }
 
-    /// The first entry of a machine counts.
+    /// Adds a complete entry. A second entry for a machine is ignored.
     fn take(&mut self, entry: Option<Entry>) {
         let Some(Entry { machine, login, password }) = entry else { return };
         let credential = password
@@ -165,6 +163,7 @@ impl Netrc {
         }
     }
 
+    /// Returns the credential for `host`, or the default if the netrc does not list the host.
     fn of(&self, host: &str) -> Option<&Credential> {
         match self.machines.get(host) {
             Some(credential) => credential.as_ref(),
@@ -173,7 +172,7 @@ impl Netrc {
     }
 }
 
-/// The words of a netrc.
+/// A tokenizer for netrc files.
 struct Words<'a> {
     rest: &'a str,
     line: usize,
@@ -189,12 +188,12 @@ impl Words<'_> {
         self.skip(self.rest.find('\n').unwrap_or(self.rest.len()));
     }
 
-    /// A macro ends at an empty line.
+    /// Skips a macro, which ends at an empty line.
     fn skip_macro(&mut self) {
         self.skip(self.rest.find("\n\n").map_or(self.rest.len(), |at| at + 2));
     }
 
-    /// The next word, and whether it stood in quotes.
+    /// Returns the next word, and whether it was quoted.
     fn next(&mut self) -> Result<Option<(String, bool)>> {
         self.skip(self.rest.len() - self.rest.trim_start().len());
         let Some(quoted) = self.rest.strip_prefix('"') else {
@@ -220,13 +219,13 @@ impl Words<'_> {
                 }
             }
         }
-        Err(Error::invalid(format!("line {}: a quote without its end", self.line)))
+        Err(Error::invalid(format!("line {}: a quote is not closed", self.line)))
     }
 }
 
 #[cfg(test)]
 impl Choice<'_> {
-    /// In words and in the open, for tests.
+    /// Formats the choice with its secret, for tests.
     pub(crate) fn expose(&self) -> String {
         let open = |credential: &Credential| match credential {
             Credential::Bearer(token) => token.expose().to_owned(),
@@ -272,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_netrc_is_refused_with_its_line_and_without_its_text() {
+    fn an_invalid_netrc_is_refused_with_its_line_and_without_its_text() {
         for (bad, line) in [
             ("machine a login b password c canary", "line 1"),
             ("machine a\n login \"canary", "line 2"),
@@ -291,7 +290,7 @@ mod tests {
         credentials.set_netrc(Netrc::parse("default login d password d").expect("reads"));
         let bearer = Credential::Bearer(Secret::new("canary"));
         credentials.state("https://R.example/", bearer.clone()).expect("stated");
-        credentials.state("https://r.example:443", basic("late", "late")).expect("the first one stays");
+        credentials.state("https://r.example:443", basic("late", "late")).expect("ignored");
         assert_eq!(choose(&credentials, "https://r.example:443/x"), Choice::Configured(&bearer));
         assert_eq!(choose(&credentials, "http://r.example/x"), Choice::KeptBack);
         assert!(matches!(choose(&credentials, "https://r.example:444/x"), Choice::Netrc(_)));

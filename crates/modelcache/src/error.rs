@@ -1,10 +1,9 @@
-//! The one error type of the library.
+//! The error type of the library.
 //!
-//! Every failure says what a caller can do about it ([`ErrorKind`]), what was being done, to which artifact,
-//! in which tier, and how to mend it. Doors translate kinds once (exit codes, HTTP statuses); nobody matches
-//! on text. Every text of an error is one line that is fit for a terminal and has no secret in it (see
-//! [`crate::printable`]), whatever a caller puts into it. Absence is not an error inside the library: look-ups return `Option`, and only the outermost call
-//! turns "nowhere" into [`ErrorKind::NotFound`].
+//! An error has a kind that a caller can act on ([`ErrorKind`]), a message, the artifact and the tier, a hint for the
+//! user, and a cause. Front ends map the kind to exit codes or HTTP statuses; no code matches on messages. Every text
+//! of an error is a single line without control characters and secrets (see [`crate::printable`]). Inside the library,
+//! absence is not an error: look-ups return `Option`, and only the outermost call returns [`ErrorKind::NotFound`].
 
 use crate::printable;
 use std::fmt;
@@ -14,40 +13,40 @@ use std::time::Duration;
 /// The result of every fallible library call.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Hint for a file that may not grow any more: `EFBIG`, once SIGXFSZ does not end the process.
+/// Hint for `EFBIG`, which a write beyond `ulimit -f` returns if SIGXFSZ does not end the process.
 pub(crate) const FILE_SIZE_HINT: &str =
     "raise the limit on the size of files that this process writes (ulimit -f, RLIMIT_FSIZE)";
 
 type Cause = Box<dyn std::error::Error + Send + Sync + 'static>;
 
-/// What kind of failure this is, chosen by what the caller can do next.
+/// The kind of a failure. Kinds differ in the action that a caller can take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The artifact, revision or file exists in none of the places asked.
+    /// The artifact, revision or file does not exist on any tier that was consulted.
     NotFound,
-    /// Credentials are missing, wrong, expired, or lack the right; or the repository is gated.
+    /// Credentials are missing, wrong, expired or lack a permission, or the repository is gated.
     Unauthorized,
     /// Bytes did not match their digest, or a stored record is damaged.
     Corrupt,
-    /// The budget or the filesystem has no room.
+    /// The budget or the filesystem has no space left.
     Full,
     /// A service did not answer, answered with an error, or was too slow.
     Unavailable,
-    /// The request itself is wrong: a name, a reference, a setting.
+    /// The request is invalid, for example a name, a reference or a setting.
     Invalid,
-    /// The key is taken by other content, or by another writer.
+    /// The key already has other content, or another writer is publishing it.
     Conflict,
     /// The cache directory cannot be used.
     Directory,
-    /// The limits of this process leave it too few threads or too little memory.
+    /// The limits of this process allow too few threads or too little memory.
     Limits,
-    /// Anything else, an input/output error in a caller's own file for instance.
+    /// Any other failure, for example an I/O error in a file of the caller.
     Other,
 }
 
 impl ErrorKind {
-    /// The stable name of the kind, as machine-readable output carries it.
+    /// Returns the stable name of the kind, for machine-readable output.
     pub fn name(self) -> &'static str {
         match self {
             Self::NotFound => "not_found",
@@ -63,19 +62,20 @@ impl ErrorKind {
         }
     }
 
+    /// Returns the hint for an error without one of its own.
     fn usual_remedy(self) -> Option<&'static str> {
         match self {
             Self::Unavailable => Some(
-                "try again later; MODEL_CACHE_RETRY_DEADLINE says for how long a failing service is tried, \
-                 MODEL_CACHE_READ_TIMEOUT for how long a silent one is waited for",
+                "try again later; MODEL_CACHE_RETRY_DEADLINE sets how long failed requests are retried, \
+                 MODEL_CACHE_READ_TIMEOUT how long to wait for a silent server",
             ),
-            Self::Corrupt => Some("a copy is damaged, or something on the way alters it; nothing of it was kept"),
+            Self::Corrupt => Some("the copy is damaged, or a proxy or network changes it in transit; it was discarded"),
             _ => None,
         }
     }
 }
 
-/// A place that was being asked when something failed.
+/// A storage tier, from the nearest to the farthest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tier {
@@ -83,12 +83,12 @@ pub enum Tier {
     Disk,
     /// The object store.
     Remote,
-    /// The authority an artifact first came from.
+    /// The authoritative source, for example the Hugging Face Hub.
     Origin,
 }
 
 impl Tier {
-    /// Its name, as messages and metrics have it.
+    /// Returns the name that messages and metrics use.
     pub fn name(self) -> &'static str {
         match self {
             Self::Disk => "disk",
@@ -104,8 +104,8 @@ impl fmt::Display for Tier {
     }
 }
 
-/// A failure: its kind, what failed, where, and what to do about it. Clones share the cause: everybody who waited for
-/// the same fill gets the same failure.
+/// An error with its kind, message, artifact, tier, hint and cause. Clones share the cause, so that all callers that
+/// wait for one fill get the same error.
 #[derive(Debug, Clone)]
 pub struct Error(Box<Inner>);
 
@@ -124,7 +124,7 @@ struct Inner {
 }
 
 impl Error {
-    /// A failure of `kind`, described in one line without a full stop.
+    /// Creates an error. `message` is one line without a full stop.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
@@ -140,71 +140,71 @@ impl Error {
         }))
     }
 
-    /// [`ErrorKind::Invalid`] with `message`.
+    /// Creates an error of kind [`ErrorKind::Invalid`].
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Invalid, message)
     }
 
-    /// [`ErrorKind::NotFound`] with `message`.
+    /// Creates an error of kind [`ErrorKind::NotFound`].
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::NotFound, message)
     }
 
-    /// [`ErrorKind::Corrupt`] with `message`.
+    /// Creates an error of kind [`ErrorKind::Corrupt`].
     pub fn corrupt(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Corrupt, message)
     }
 
-    /// [`ErrorKind::Unavailable`] with `message`, worth trying again.
+    /// Creates a transient error of kind [`ErrorKind::Unavailable`].
     pub fn unavailable(message: impl Into<String>) -> Self {
         let mut error = Self::new(ErrorKind::Unavailable, message);
         error.0.transient = true;
         error
     }
 
-    /// Names the artifact, unless an inner call already did.
+    /// Sets the artifact, unless an inner call has set it.
     #[must_use]
     pub fn artifact(mut self, artifact: impl fmt::Display) -> Self {
         self.0.artifact.get_or_insert_with(|| printable::line(&artifact.to_string()).into_owned());
         self
     }
 
-    /// Names the tier, unless an inner call already did.
+    /// Sets the tier, unless an inner call has set it.
     #[must_use]
     pub fn tier(mut self, tier: Tier) -> Self {
         self.0.tier.get_or_insert(tier);
         self
     }
 
-    /// Names the tier, whatever an inner call said: the origin may be a bucket, too.
+    /// Replaces the tier. The origin may be a bucket, and code for buckets sets the remote tier.
     #[must_use]
     pub(crate) fn of_tier(mut self, tier: Tier) -> Self {
         self.0.tier = Some(tier);
         self
     }
 
-    /// Says what to do about it, unless an inner call already did.
+    /// Sets the hint for the user, unless an inner call has set it.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint.get_or_insert_with(|| printable::line(&hint.into()).into_owned());
         self
     }
 
-    /// Keeps the underlying failure.
+    /// Sets the underlying error.
     #[must_use]
     pub fn cause(mut self, cause: impl Into<Cause>) -> Self {
         self.0.cause = Some(Arc::from(cause.into()));
         self
     }
 
-    /// Marks the failure as worth (or not worth) trying again.
+    /// Sets whether a retry may succeed.
     #[must_use]
     pub fn transient(mut self, transient: bool) -> Self {
         self.0.transient = transient;
         self
     }
 
-    /// The server asked to wait this long before the next attempt; implies that one makes sense.
+    /// Sets the time that the server asked to wait before a retry, and marks the error as transient.
     #[must_use]
     pub fn retry_after(mut self, wait: Duration) -> Self {
         self.0.retry_after = Some(wait);
@@ -212,42 +212,42 @@ impl Error {
         self
     }
 
-    /// Marks the failure as one of a server that is asked too much.
+    /// Marks the error as throttling by the server.
     #[must_use]
     pub(crate) fn throttled(mut self) -> Self {
         self.0.throttled = true;
         self
     }
 
-    /// Whether the server is asked too much: fewer requests at once would help.
+    /// Returns true if the server throttled the request, so that fewer concurrent requests would help.
     pub(crate) fn is_throttled(&self) -> bool {
         self.0.throttled
     }
 
-    /// Marks the failure as one of a source whose place holds something else by now: resolving again may help, the
-    /// same request never does.
+    /// Marks the error as caused by changed content at the source. Resolving the reference again may help; retrying the
+    /// request does not.
     #[must_use]
     pub fn superseded(mut self) -> Self {
         (self.0.superseded, self.0.transient) = (true, false);
         self
     }
 
-    /// Whether what was being read was replaced by something else at its place.
+    /// Returns true if the content at the source was replaced while it was being read.
     pub fn is_superseded(&self) -> bool {
         self.0.superseded
     }
 
-    /// What a caller can do about it.
+    /// Returns the kind.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// What failed, in one line, without artifact, tier and hint.
+    /// Returns the message: one line without artifact, tier and hint.
     pub fn message(&self) -> &str {
         &self.0.message
     }
 
-    /// The message and the underlying failures, in one line.
+    /// Returns the message and the chain of causes, in one line. Causes that the text already has are left out.
     pub fn message_with_causes(&self) -> String {
         let mut text = self.message().to_owned();
         let mut cause = std::error::Error::source(self);
@@ -261,33 +261,33 @@ impl Error {
         text
     }
 
-    /// How to mend it, if anybody knows; where no inner call said so, what usually helps.
+    /// Returns the hint of this error, or the usual hint of its kind.
     pub fn hint_text(&self) -> Option<&str> {
         self.0.hint.as_deref().or_else(|| self.0.kind.usual_remedy())
     }
 
-    /// The artifact it concerns, if one is known.
+    /// Returns the artifact, if it is known.
     pub fn artifact_name(&self) -> Option<&str> {
         self.0.artifact.as_deref()
     }
 
-    /// The tier that failed, if one did.
+    /// Returns the tier that failed, if it is known.
     pub fn failed_tier(&self) -> Option<Tier> {
         self.0.tier
     }
 
-    /// How long the server asked to wait.
+    /// Returns the time that the server asked to wait before a retry.
     pub fn wait(&self) -> Option<Duration> {
         self.0.retry_after
     }
 
-    /// Whether the same request may succeed when sent again.
+    /// Returns true if the same request may succeed when it is retried.
     pub fn is_transient(&self) -> bool {
         self.0.transient
     }
 }
 
-/// `what failed (artifact, tier): the underlying failure`; the hint is left to the door.
+/// Formats as `artifact: tier: message: cause`. Front ends print the hint.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let inner = &self.0;
@@ -310,9 +310,9 @@ impl std::error::Error for Error {
     }
 }
 
-/// Names the artifact and tier on the way up: `disk.acquire(key).context(key, Tier::Disk)?`.
+/// Adds artifact and tier to an error: `disk.acquire(key).context(key, Tier::Disk)?`.
 pub(crate) trait Context<T> {
-    /// Adds whichever of artifact and tier is not named yet.
+    /// Sets artifact and tier, unless they are set.
     fn context(self, artifact: impl fmt::Display, tier: Tier) -> Result<T>;
 }
 
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn what_usually_helps_never_hides_a_hint() {
+    fn the_usual_hint_never_replaces_a_specific_one() {
         let bare = Error::unavailable("x");
         assert!(bare.hint_text().is_some_and(|hint| hint.contains("MODEL_CACHE_RETRY_DEADLINE")));
         assert_eq!(bare.hint("exact").hint_text(), Some("exact"));

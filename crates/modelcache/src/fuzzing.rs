@@ -1,11 +1,11 @@
-//! Ways for fuzz targets into parsers that are private otherwise. Built with `--cfg fuzzing` only; see `fuzz/`.
+//! Entry points for fuzz targets into private parsers. Built only with `--cfg fuzzing`; see `fuzz/`.
 //!
-//! Each takes whatever bytes there are. What must hold of them is asserted here; a panic is a finding.
+//! Each function accepts arbitrary bytes and asserts the invariants of the parser. A panic is a finding.
 
 use crate::manifest::Manifest;
 use crate::{origin, remote};
 
-/// The list inside a manifest, past its envelope.
+/// Parses the manifest inside an envelope. Checks that a valid manifest round-trips and merges with itself.
 pub fn manifest_list(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let Ok(manifest) = Manifest::from_list(text) else { return };
@@ -18,13 +18,13 @@ pub fn manifest_list(bytes: &[u8]) {
     }
 }
 
-/// The same list, read only.
+/// Parses the manifest inside an envelope, without further checks.
 pub fn read_manifest_list(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let _ = Manifest::from_list(text);
 }
 
-/// A list with thousands of files, each with `bytes` for its entry.
+/// Returns a manifest of thousands of files, each with `bytes` as its entry.
 pub fn repeated_list(bytes: &[u8]) -> String {
     let entry = String::from_utf8_lossy(bytes);
     let files: Vec<String> =
@@ -32,28 +32,28 @@ pub fn repeated_list(bytes: &[u8]) -> String {
     format!(r#"{{"name":"m","version":"1","shape":"tree","files":{{{}}}}}"#, files.join(","))
 }
 
-/// A page of a repository's tree, a revision, a refusal: what the Hub answers.
+/// Parses responses of the Hugging Face Hub: a page of a tree listing, a revision, an error.
 pub fn hub_tree(bytes: &[u8]) {
     origin::fuzz_hub(bytes);
 }
 
-/// What an OCI registry answers: a manifest, an index, a challenge.
+/// Parses responses of an OCI registry: a manifest, an index, an authentication challenge.
 pub fn oci(bytes: &[u8]) {
     origin::fuzz_oci(bytes);
 }
 
-/// A claim or a ref on the remote.
+/// Parses a claim and a ref of the remote.
 pub fn claim(bytes: &[u8]) {
     remote::fuzz_claim(bytes);
     remote::fuzz_ref(bytes);
 }
 
-/// A page of what an S3 server lists.
+/// Parses a page of an S3 listing.
 pub fn listing(text: &str) {
     remote::fuzz_listing(text);
 }
 
-/// A file of AWS profiles.
+/// Parses a file of AWS profiles.
 pub fn aws_profile(text: &str) {
     remote::fuzz_profile(text);
 }

@@ -1,11 +1,11 @@
-//! Sizes as people read them, in messages and at every door.
+//! Formats sizes for people, in messages and front ends.
 
-/// Bytes in decimal units, with three digits or so: `0 B`, `1.2 GB`, `350 MB`.
+/// Formats bytes in decimal units with two to four significant digits: `0 B`, `1.2 GB`, `350 MB`.
 pub fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "kB", "MB", "GB", "TB", "PB", "EB"];
     let mut value = bytes as f64;
     let mut unit = 0;
-    // What would be shown as 1000 is shown as 1.0 of the next unit.
+    // A value that would round to 1000 is shown as 1.0 of the next unit.
     while value >= 999.5 && unit + 1 < UNITS.len() {
         value /= 1000.0;
         unit += 1;
@@ -19,7 +19,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_have_three_digits_or_so() {
+    fn sizes_are_shown_in_decimal_units() {
         let shown = [
             (0, "0 B"),
             (999, "999 B"),

@@ -1,4 +1,10 @@
-//! A tiered cache for model artifacts: local disk, an object store, the origin.
+//! A tiered cache for model artifacts: local disk, an object store, and origins such as the Hugging Face Hub.
+//!
+//! [`Cache::open`] takes a [`Config`]; [`settings`] gathers one from flags, environment and files. [`Cache::get`] takes
+//! a [`Reference`] and returns an artifact whose files are on the local disk, verified, and leased until it is dropped.
+//! Failures are an [`Error`] with an [`ErrorKind`] that a caller can act on.
+//!
+//! The library reads no environment variables, prints nothing, and installs no signal handlers.
 
 pub mod digest;
 pub mod error;

@@ -1,9 +1,9 @@
-//! The manifest: the list of **all** files of an artifact, held here or not.
+//! The manifest: the list of **all** files of an artifact, whether this tier holds them or not.
 //!
-//! It is monotone: an entry gains a digest, a ladder, a holding; it never changes a size or digest. Whoever merges
-//! two manifests that contradict each other gets [`ErrorKind::Conflict`]. On disk and on the remote it is the
-//! commit point, published last, in one envelope that carries a format number and its own checksum; fields that
-//! this release does not know are kept. What is read is bounded: see `manifest/read.rs`.
+//! A manifest is monotone: an entry may gain a digest, a ladder or a holding, but never changes a size or digest.
+//! Merging two manifests that contradict each other fails with [`ErrorKind::Conflict`]. On disk and on the remote, the
+//! manifest is the commit point: it is published last, in an envelope with a format number and a checksum. Unknown
+//! fields are preserved. The memory that reading needs is bounded: see `manifest/read.rs`.
 
 mod files;
 mod read;
@@ -22,185 +22,185 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::ops::{Deref, DerefMut};
 
-/// The number of this format. A reader refuses a higher one; minor releases never raise it.
+/// The format number. A reader refuses a higher number. Minor releases never raise it.
 pub const FORMAT: u32 = 1;
 
-/// Whether an artifact is one file or a tree of files, which decides the path that is lent.
+/// Whether an artifact is a single file or a tree of files. This determines the path of the leased artifact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Shape {
-    /// One file; the path lent is that file.
+    /// A single file; the path is that file.
     File,
-    /// Any number of files; the path lent is the folder.
+    /// Any number of files; the path is the folder.
     Tree,
 }
 
-/// All files of an artifact and what is known of each.
+/// All files of an artifact, with their metadata.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Manifest {
     /// The artifact.
     #[serde(flatten)]
     pub key: ArtifactKey,
-    /// One file, or a tree.
+    /// A single file, or a tree.
     pub shape: Shape,
-    /// Every file by its path.
+    /// All files by path.
     pub files: Files,
-    /// Fields of other releases, kept as they are.
+    /// Fields of other releases, preserved unchanged.
     #[serde(flatten)]
     pub extra: UnknownFields,
 }
 
-/// What is known of one file: its size, and the [`FileDetails`], whose fields are read and set as if they were its own.
+/// The metadata of one file: its size and [`FileDetails`]. The entry dereferences to the details.
 ///
-/// The details are on the heap: a listing of a million files of which nothing but the size is known stays small.
+/// The details are on the heap, so that a listing of a million files with nothing but sizes stays small.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct FileEntry {
     /// Bytes.
     pub size: u64,
     #[serde(flatten)]
     details: Option<Box<FileDetails>>,
-    /// Fields of other releases, kept as they are.
+    /// Fields of other releases, preserved unchanged.
     #[serde(flatten)]
     pub extra: UnknownFields,
 }
 
-/// What is known of one file besides its size.
+/// The metadata of one file except its size.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct FileDetails {
-    /// The SHA-256 of the bytes, once anybody knows it.
+    /// The SHA-256 of the bytes, once it is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<Digest>,
-    /// Where the digest came from: of `sha256`, or of `git_oid` while that is all there is.
+    /// The source of `sha256`, or of `git_oid` while `sha256` is unknown.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub provenance: Option<Provenance>,
-    /// Git's identity of the bytes, stated by the Hub for small files.
+    /// The git object id of the bytes. The Hub publishes it for small files.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub git_oid: Option<GitOid>,
-    /// SHA-256 midstates at part boundaries, known once the file was hashed in order.
+    /// The SHA-256 midstates at part boundaries, once the file was hashed in order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ladder: Option<Ladder>,
-    /// What kind of file it is, by its content; see [`Format::name`](crate::format::Format::name).
+    /// The file format, detected from the content; see [`Format::name`](crate::format::Format::name).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<String>,
-    /// How the tier that keeps this manifest holds the bytes; `None` where it does not.
+    /// The identity of the bytes on the tier that stores this manifest; `None` if the tier does not hold them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held: Option<Held>,
-    /// Whether a checksum file lies beside it there: `<path>.sha256`, on the remote only, no file of the artifact.
+    /// True if the remote has a checksum file `<path>.sha256`, which is not a file of the artifact.
     #[serde(skip_serializing_if = "is_false")]
     pub sidecar: bool,
 }
 
-/// How a tier recognises the bytes that it holds, without reading them.
+/// The identity by which a tier recognises its bytes without reading them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Held {
-    /// On disk, checked and published, and perhaps not durable yet.
+    /// A verified and published file on disk that may not be on stable storage yet.
     Unsynced(UnsyncedFile),
-    /// On disk: the identity of the file when its bytes were last hashed.
+    /// A file on disk: its identity when its bytes were last hashed.
     Disk(FileIdentity),
-    /// On the remote: the object as it was written.
+    /// An object on the remote: its identity when it was written.
     Remote(ObjectIdentity),
 }
 
-/// A file's identity on a filesystem. As long as it is unchanged the bytes are taken to be.
+/// The identity of a file on a filesystem. While it is unchanged, the bytes are considered unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct FileIdentity {
     /// Inode number.
     pub inode: u64,
     /// Bytes.
     pub bytes: u64,
-    /// Time of last modification, nanoseconds since the Unix epoch, by the filesystem's clock.
+    /// Modification time in nanoseconds since the Unix epoch, by the clock of the filesystem.
     pub mtime_ns: i64,
 }
 
-/// A published file whose bytes a power cut may still take.
+/// A published file that may lose its bytes in a power cut.
 ///
-/// It is trusted while its writer lives; whoever finds it later hashes it whole. A release that does not know the mark
-/// does the same: the identity that it reads has a time that no file has.
+/// The file is trusted while its writer is alive. After that, it is hashed in full before it is used. A release without
+/// this type does the same, because it reads an identity with an impossible modification time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnsyncedFile {
     inode: u64,
     bytes: u64,
-    /// A time that no file has.
+    /// An impossible modification time; see [`UnsyncedFile::NEVER_NS`].
     mtime_ns: i64,
     unsynced: Unsynced,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Unsynced {
-    /// The file's true time.
+    /// The true modification time.
     mtime_ns: i64,
-    /// Who makes it durable; see `disk/pending_sync.rs`.
+    /// The writer that syncs the file; see `disk/pending_sync.rs`.
     writer: String,
 }
 
 impl UnsyncedFile {
-    /// The time that no file has.
+    /// A modification time that no file has.
     const NEVER_NS: i64 = i64::MIN;
 
-    /// The file `identity`, which `writer` is about to make durable.
+    /// Creates the record for a file that `writer` is going to sync.
     pub fn new(identity: FileIdentity, writer: &str) -> Self {
         let unsynced = Unsynced { mtime_ns: identity.mtime_ns, writer: writer.to_owned() };
         Self { inode: identity.inode, bytes: identity.bytes, mtime_ns: Self::NEVER_NS, unsynced }
     }
 
-    /// The identity of the file when its bytes were hashed.
+    /// Returns the identity of the file when its bytes were hashed.
     pub fn identity(&self) -> FileIdentity {
         FileIdentity { inode: self.inode, bytes: self.bytes, mtime_ns: self.unsynced.mtime_ns }
     }
 
-    /// Who makes it durable.
+    /// Returns the writer that syncs the file.
     pub fn writer(&self) -> &str {
         &self.unsynced.writer
     }
 }
 
-/// An object's identity in a store.
+/// The identity of an object in an object store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectIdentity {
-    /// The store's entity tag, where it gives one.
+    /// The entity tag, if the store has one.
     pub etag: Option<String>,
     /// Bytes.
     pub object_bytes: u64,
 }
 
-/// The envelope around a manifest, wherever one is stored.
+/// The stored form of a manifest.
 #[derive(Serialize)]
 struct Envelope<'a> {
     format: u32,
-    /// SHA-256 of the bytes of `manifest` exactly as they stand.
+    /// The SHA-256 of the exact bytes of `manifest`.
     sha256: Digest,
     manifest: &'a RawValue,
 }
 
 impl Manifest {
-    /// A manifest without files.
+    /// Creates a manifest without files.
     pub fn new(key: ArtifactKey, shape: Shape) -> Self {
         Self { key, shape, files: Files::new(), extra: UnknownFields::default() }
     }
 
-    /// The files that `selection` chooses.
+    /// Returns the selected files.
     pub fn selected<'a>(&'a self, selection: &'a Selection) -> impl Iterator<Item = (&'a FilePath, &'a FileEntry)> {
         self.files.iter().filter(|(path, _)| selection.matches(path))
     }
 
-    /// Whether every file that `selection` chooses is held, and it chooses any (or the artifact is empty).
+    /// Returns true if all selected files are held. Returns false if the selection is empty, unless the artifact is.
     pub fn holds(&self, selection: &Selection) -> bool {
         let mut selected = self.selected(selection).peekable();
         (selected.peek().is_some() || self.files.is_empty()) && selected.all(|(_, entry)| entry.held.is_some())
     }
 
-    /// Bytes of all files.
+    /// Returns the total size of all files.
     pub fn bytes(&self) -> u64 {
         self.files.values().map(|entry| entry.size).sum()
     }
 
-    /// Bytes of the files that are held.
+    /// Returns the total size of the held files.
     pub fn held_bytes(&self) -> u64 {
         self.files.values().filter(|entry| entry.held.is_some()).map(|entry| entry.size).sum()
     }
 
-    /// The same list with nothing held: what another tier may learn from it.
+    /// Returns the manifest without holdings, for use on another tier.
     pub fn without_holdings(mut self) -> Self {
         for details in self.files.values_mut().filter_map(|entry| entry.details.as_mut()) {
             (details.held, details.sidecar) = (None, false);
@@ -208,7 +208,7 @@ impl Manifest {
         self
     }
 
-    /// Learns what `other` knows of the same files: digests, ladders; not what it holds.
+    /// Merges the metadata of `other` into this manifest: digests, ladders, formats, but not holdings.
     ///
     /// # Errors
     /// [`ErrorKind::Conflict`] when the two list different files, sizes or digests; `self` is then unchanged.
@@ -222,12 +222,18 @@ impl Manifest {
         Ok(())
     }
 
-    /// Whether `other` may describe the same artifact: same files and sizes, no digest that contradicts.
+    /// Checks that `other` can describe the same artifact: equal files and sizes, and no contradicting digests.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] with the first difference.
     pub fn agrees_with(&self, other: &Self) -> Result<()> {
         let conflict = |what: String| {
             Err(Error::new(ErrorKind::Conflict, format!("already published with other content: {what}"))
                 .artifact(&self.key)
-                .hint("a version never changes: publish the new content under another version, or replace it with --force"))
+                .hint(
+                    "a version never changes: publish the new content under another version, or replace it with \
+                     --force",
+                ))
         };
         if self.shape != other.shape {
             let word = |shape| if shape == Shape::File { "a single file" } else { "a folder" };
@@ -257,8 +263,8 @@ impl Manifest {
         }
     }
 
-    /// The digest of the file list: SHA-256 over `<sha256>  <path>\n` for every file in byte order of the paths, as
-    /// `sha256sum` prints them. `None` until every digest is known.
+    /// Returns the digest of the file list: the SHA-256 over `<sha256>  <path>\n` for every file, in byte order of the
+    /// paths, as `sha256sum` prints them. Returns `None` until every digest is known.
     pub fn list_digest(&self) -> Option<Digest> {
         let mut text = String::new();
         for (path, entry) in &self.files {
@@ -267,7 +273,8 @@ impl Manifest {
         Some(Digest::of(text.as_bytes()))
     }
 
-    /// The digest that a reference may demand: of the file, or of the file list of a tree. `None` until it is known.
+    /// Returns the digest that a reference can require: of the single file, or of the file list of a tree. Returns
+    /// `None` until it is known.
     pub fn content_digest(&self) -> Option<Digest> {
         match self.shape {
             Shape::File => self.files.values().next().and_then(|entry| entry.sha256),
@@ -275,7 +282,7 @@ impl Manifest {
         }
     }
 
-    /// The stored form: the envelope with format number and checksum.
+    /// Returns the stored form: the envelope with format number and checksum.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let encode = |cause: serde_json::Error| Error::new(ErrorKind::Other, "cannot write a manifest").cause(cause);
         let manifest = serde_json::value::to_raw_value(self).map_err(encode)?;
@@ -285,7 +292,7 @@ impl Manifest {
         Ok(bytes)
     }
 
-    /// Reads the stored form and checks it: checksum, format number, limits, internal agreement.
+    /// Parses the stored form. Checks the checksum, the format number, the limits and the consistency.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         if bytes.len() as u64 > limits::MANIFEST_BYTES_MAX {
             return Err(Error::corrupt(format!(
@@ -299,20 +306,20 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The manifest that the value of `manifest` in the stored form describes; not checked beyond its types.
+    /// Parses the value of `manifest` in the stored form. Checks only its types.
     #[cfg(fuzzing)]
     pub(crate) fn from_list(text: &str) -> Result<Self> {
         read::look_over(text)?;
         read::manifest(text)
     }
 
-    /// Bytes that it takes in memory.
+    /// Returns the memory that this manifest uses, in bytes.
     pub(crate) fn memory_bytes(&self) -> usize {
         let name = self.key.name.as_str().len() + self.key.version.as_str().len();
         size_of::<Self>() + name + self.files.memory_bytes() + self.extra.heap_bytes()
     }
 
-    /// What a well-formed manifest obeys beyond its types. For listings from outside, too.
+    /// Checks the limits and the consistency of a manifest. Also used for listings of other tools.
     pub fn check(&self) -> Result<()> {
         let refuse = |what: String| Err(Error::corrupt(what).artifact(&self.key));
         if self.files.len() > limits::FILES_MAX {
@@ -321,13 +328,14 @@ impl Manifest {
         if self.shape == Shape::File && self.files.len() != 1 {
             return refuse(format!("a single file that lists {} files", self.files.len()));
         }
+        // The paths are sorted, so the files of a folder are neighbours. The folders of the previous path were checked.
         let mut folder_of_previous = None;
         for (path, entry) in &self.files {
             if entry.size > limits::FILE_BYTES_MAX {
                 return refuse(format!("{path} has {} bytes; at most {}", entry.size, limits::FILE_BYTES_MAX));
             }
             if entry.ladder.as_ref().is_some_and(|ladder| !ladder.fits(entry.size)) {
-                return refuse(format!("{path} has a ladder of another length"));
+                return refuse(format!("{path} has a ladder of the wrong length"));
             }
             let mut folder = path.as_str();
             while let Some((parent, _)) = folder.rsplit_once('/') {
@@ -346,18 +354,18 @@ impl Manifest {
 }
 
 impl FileEntry {
-    /// A file of `size` bytes of which nothing else is known.
+    /// Creates an entry with only a size.
     pub fn of(size: u64) -> Self {
         Self { size, ..Self::default() }
     }
 
-    /// A file of `size` bytes of which this is known.
+    /// Creates an entry with details.
     pub fn with(size: u64, details: FileDetails) -> Self {
         let details = (details != FileDetails::NONE).then(|| Box::new(details));
         Self { details, ..Self::of(size) }
     }
 
-    /// Takes over digests, ladder, format and unknown fields that it lacks.
+    /// Copies the digests, the ladder, the format and the unknown fields that this entry lacks.
     pub fn learn(&mut self, other: &Self) {
         if let Some(theirs) = &other.details {
             self.details.get_or_insert_default().learn(theirs);
@@ -365,12 +373,12 @@ impl FileEntry {
         self.extra.learn(&other.extra);
     }
 
-    /// Bytes that it takes on the heap.
+    /// Returns the heap memory that this entry uses, in bytes.
     fn heap_bytes(&self) -> usize {
         self.details.as_ref().map_or(0, |details| details.memory_bytes()) + self.extra.heap_bytes()
     }
 
-    /// The identity on disk, if that is where it is held, durably: as long as it is unchanged the bytes are right.
+    /// Returns the identity of a file on disk that is on stable storage. While it is unchanged, the bytes are right.
     pub fn on_disk(&self) -> Option<FileIdentity> {
         match self.held {
             Some(Held::Disk(identity)) => Some(identity),
@@ -378,7 +386,7 @@ impl FileEntry {
         }
     }
 
-    /// What is not durable yet.
+    /// Returns the record of a file on disk that may not be on stable storage yet.
     pub fn unsynced(&self) -> Option<&UnsyncedFile> {
         match &self.held {
             Some(Held::Unsynced(file)) => Some(file),
@@ -386,12 +394,13 @@ impl FileEntry {
         }
     }
 
-    /// The identity recorded on disk, durable or not: which file it is, not whether its bytes are right.
+    /// Returns the recorded identity of a file on disk, synced or not. It identifies the file, and does not imply that
+    /// its bytes are right.
     pub fn recorded_on_disk(&self) -> Option<FileIdentity> {
         self.on_disk().or_else(|| self.unsynced().map(UnsyncedFile::identity))
     }
 
-    /// The identity on the remote, if that is where it is held.
+    /// Returns the identity of an object on the remote.
     pub fn on_remote(&self) -> Option<&ObjectIdentity> {
         match &self.held {
             Some(Held::Remote(identity)) => Some(identity),
@@ -401,22 +410,23 @@ impl FileEntry {
 }
 
 impl FileDetails {
-    /// Nothing is known.
+    /// No details.
     const NONE: Self =
         Self { sha256: None, provenance: None, git_oid: None, ladder: None, format: None, held: None, sidecar: false };
 
-    /// Takes over digests, ladder and format that it lacks.
+    /// Copies the digests, the ladder and the format that these details lack.
     fn learn(&mut self, other: &Self) {
         if self.sha256.is_none() && other.sha256.is_some() {
             self.sha256 = other.sha256;
             self.provenance = other.provenance;
         }
-        // Of two who state the same, the better word counts.
+        // If both have the same digest, keep the more trustworthy provenance.
         if self.sha256.is_some() && self.sha256 == other.sha256 {
             self.provenance = [self.provenance, other.provenance].into_iter().flatten().min();
         }
         self.provenance = self.provenance.or(other.provenance);
         self.git_oid = self.git_oid.or(other.git_oid);
+        // A ladder belongs to the digest that it leads to.
         if self.ladder.is_none() && self.sha256.is_some() && self.sha256 == other.sha256 {
             self.ladder.clone_from(&other.ladder);
         }
@@ -425,6 +435,7 @@ impl FileDetails {
         }
     }
 
+    /// Returns the memory that these details use, in bytes.
     fn memory_bytes(&self) -> usize {
         let held = match &self.held {
             Some(Held::Unsynced(file)) => file.writer().len(),
@@ -485,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unsynced_round_trips_and_an_older_release_finds_a_file_that_differs() {
+    fn an_unsynced_file_round_trips_and_an_older_release_hashes_it() {
         let (mut before, path) = (manifest(&[("a", b"x")]), FilePath::new("a").expect("path"));
         let entry = before.files.get_mut(&path).expect("entry");
         let identity = entry.on_disk().expect("held");
@@ -496,7 +507,7 @@ mod tests {
         let entry = &after.files[&path];
         assert_eq!((entry.on_disk(), entry.recorded_on_disk()), (None, Some(identity)));
         assert_eq!(entry.unsynced().map(UnsyncedFile::writer), Some("w"));
-        // What a release reads that knows the plain identity alone.
+        // A release without `UnsyncedFile` reads a plain identity.
         let held = serde_json::to_value(&entry.held).expect("value");
         let plain: FileIdentity = serde_json::from_value(held).expect("an identity");
         assert_eq!((plain.inode, plain.bytes, plain.mtime_ns), (7, 1, i64::MIN));
@@ -527,7 +538,7 @@ mod tests {
     }
 
     #[test]
-    fn a_format_is_learnt_once_and_a_sidecar_is_known_only_where_it_lies() {
+    fn a_format_is_learnt_once_and_a_sidecar_is_never_learnt() {
         let (mut ours, mut theirs) = (manifest(&[("a", b"1")]), manifest(&[("a", b"1")]));
         let entry = |manifest: &mut Manifest| manifest.files.values_mut().next().map(std::mem::take).expect("entry");
         let with = |manifest: &mut Manifest, format: Option<&str>, sidecar| {
@@ -579,14 +590,14 @@ mod tests {
     }
 
     #[test]
-    fn a_part_is_never_taken_for_the_whole() {
+    fn a_partial_artifact_does_not_hold_all_files() {
         let mut manifest = manifest(&[("a.json", b"1"), ("b.bin", b"2")]);
         if let Some(entry) = manifest.files.values_mut().last() {
             entry.held = None;
         }
         assert!(manifest.holds(&Selection::globs(&["*.json"], &[]).expect("globs")));
         assert!(!manifest.holds(&Selection::all()));
-        assert!(!manifest.holds(&Selection::globs(&["*.gguf"], &[]).expect("globs")), "nothing chosen is not held");
+        assert!(!manifest.holds(&Selection::globs(&["*.gguf"], &[]).expect("globs")), "an empty selection is not held");
     }
 
     #[test]

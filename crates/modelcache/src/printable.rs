@@ -1,8 +1,8 @@
-//! Foreign text made fit for a terminal, a log and an exception: the one place that decides which characters are shown.
+//! Makes untrusted text safe for terminals, logs and exceptions. This module alone decides which characters are shown.
 //!
-//! Servers, files, other users of a shared directory and the command line can put escape sequences, line ends and
-//! invisible characters into what is shown. [`line()`] makes one line of any text. [`Error`](crate::Error) applies it to
-//! every message, and each door applies it where it writes. Secrets are left out on the way (see
+//! Text from servers, files, other users of a shared directory and the command line may contain escape sequences, line
+//! ends and invisible characters. [`line()`] turns any text into a single printable line. [`Error`](crate::Error)
+//! applies it to every message, and each front end applies it to its output. Secrets are redacted, too (see
 //! [`crate::redact`]).
 
 use crate::redact;
@@ -10,27 +10,27 @@ use std::borrow::Cow;
 use std::fmt::Write;
 use std::panic::PanicHookInfo;
 
-/// Longest line, in characters. A path of Linux has at most 4,096 bytes.
+/// The longest line, in characters. It has room for the longest path on Linux, 4,096 bytes.
 const LINE_CHARS_MAX: usize = 6000;
 
-/// Most characters that are quoted of a server's own words.
+/// The longest quotation from a server's response, in characters.
 const QUOTE_CHARS_MAX: usize = 200;
 
-/// `text` as one line: without secrets, line ends as spaces, other characters that are not seen or that change how
-/// others are seen as `\u{1b}`, cut where it is too long.
+/// Returns `text` as a single line: secrets are redacted, line ends become spaces, and invisible or control characters
+/// are escaped like `\u{1b}`. A long line is truncated.
 pub fn line(text: &str) -> Cow<'_, str> {
-    cut(spelled_out(redact::text(text)), LINE_CHARS_MAX)
+    truncated(escaped(redact::text(text)), LINE_CHARS_MAX)
 }
 
-/// A server's own words as [`line()`] has them, trimmed and cut short.
+/// Returns the text of a server's response as a printable line, trimmed and truncated to 200 characters.
 pub fn quote(words: &str) -> String {
-    // The rest is neither shown nor looked at; what is cut off here leaves room for what is spelled out or left out.
+    // Escaping and redaction change the length, so this first cut is generous. It bounds the work for a long response.
     let end = words.char_indices().nth(LINE_CHARS_MAX).map_or(words.len(), |(at, _)| at);
-    let line = spelled_out(redact::text(&words[..end]));
-    cut(Cow::Borrowed(line.trim()), QUOTE_CHARS_MAX).into_owned()
+    let line = escaped(redact::text(&words[..end]));
+    truncated(Cow::Borrowed(line.trim()), QUOTE_CHARS_MAX).into_owned()
 }
 
-/// JSON text with every character that [`line()`] would spell out escaped. It means the same.
+/// Escapes in JSON text every character that [`line()`] would escape. The JSON value does not change.
 pub fn json(json: &str) -> Cow<'_, str> {
     replaced(Cow::Borrowed(json), |c, shown| {
         let mut units = [0; 2];
@@ -40,17 +40,18 @@ pub fn json(json: &str) -> Cow<'_, str> {
     })
 }
 
-/// What a panic says, as one line with its place.
+/// Formats a panic as one line with its location.
 pub fn panic(info: &PanicHookInfo<'_>) -> String {
     let place = info.location().map_or_else(|| "an unknown place".to_owned(), ToString::to_string);
     let text = info.payload_as_str().unwrap_or("a panic");
     line(&format!("a defect in modelcache: panicked at {place}: {text}")).into_owned()
 }
 
-fn spelled_out(text: Cow<'_, str>) -> Cow<'_, str> {
+/// Replaces line ends with spaces and escapes all other hidden characters.
+fn escaped(text: Cow<'_, str>) -> Cow<'_, str> {
     replaced(text, |c, shown| match c {
         '\n' | '\r' | '\t' | '\u{85}' | '\u{2028}' | '\u{2029}' => shown.push(' '),
-        // Writing to a text cannot fail.
+        // Writing to a `String` cannot fail.
         c => drop(write!(shown, "{}", c.escape_unicode())),
     })
 }
@@ -66,16 +67,16 @@ fn replaced(text: Cow<'_, str>, replace: impl Fn(char, &mut String)) -> Cow<'_, 
     Cow::Owned(shown)
 }
 
-fn cut(text: Cow<'_, str>, chars_max: usize) -> Cow<'_, str> {
+fn truncated(text: Cow<'_, str>, chars_max: usize) -> Cow<'_, str> {
     match text.char_indices().nth(chars_max) {
         Some((at, _)) => Cow::Owned(format!("{}…", &text[..at])),
         None => text,
     }
 }
 
-/// Whether a character controls the terminal, is not seen, or changes how its neighbours are seen: Unicode's control,
-/// format, line and paragraph separator characters (Cc, Cf, Zl, Zp), the invisible fillers and selectors, and what is
-/// for private use only.
+/// Returns true if a character controls the terminal, is invisible, or changes how its neighbours are shown: control,
+/// format, line separator and paragraph separator characters of Unicode (Cc, Cf, Zl, Zp), invisible fillers and
+/// selectors, and the private use areas.
 fn is_hidden(c: char) -> bool {
     if c.is_ascii() {
         return c.is_ascii_control();
@@ -95,7 +96,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn what_is_not_seen_is_spelled_out() {
+    fn invisible_characters_are_escaped() {
         for (text, shown) in [
             ("a\x1b]0;owned\x07\x1b[2Jb", "a\\u{1b}]0;owned\\u{7}\\u{1b}[2Jb"),
             ("one\ntwo\r\n\tthree", "one two   three"),
@@ -113,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn words_are_cut_and_trimmed() {
+    fn quotations_are_truncated_and_trimmed() {
         assert_eq!(quote(" \n words\n "), "words");
         assert_eq!(quote(&"é".repeat(1000)).chars().count(), QUOTE_CHARS_MAX + 1);
         assert_eq!(line(&"é".repeat(60_000)).chars().count(), LINE_CHARS_MAX + 1);
@@ -121,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_is_gone_before_the_text_is_cut() {
+    fn secrets_are_redacted_before_the_text_is_truncated() {
         redact::learn("printable-canary");
         let text = format!("{} printable-canary", "x".repeat(QUOTE_CHARS_MAX - 8));
         assert!(!quote(&text).contains("print"), "{}", quote(&text));
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn json_means_the_same() {
+    fn escaped_json_has_the_same_value() {
         let value = serde_json::json!({"k\u{202e}": "\x1b\u{9b}\u{2028}\u{e0041}é"});
         let shown = json(&value.to_string()).into_owned();
         assert!(!shown.chars().any(is_hidden), "{shown}");
@@ -138,7 +139,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_text_becomes_one_line_of_what_is_seen(text in "\\PC{0,40}|[\u{0}-\u{10ffff}]{0,40}") {
+        fn every_text_becomes_one_printable_line(text in "\\PC{0,40}|[\u{0}-\u{10ffff}]{0,40}") {
             prop_assert!(!line(&text).chars().any(is_hidden));
             prop_assert!(quote(&text).chars().count() <= QUOTE_CHARS_MAX + 1);
         }

@@ -1,12 +1,11 @@
-//! Removes credentials from text before it is shown: the one place that decides what a secret looks like.
+//! Redacts credentials in text before it is shown. This module alone defines the forms of secrets.
 //!
-//! Two kinds of text are told apart. [`reference()`] takes one address or reference exactly as a person typed it. [`text`]
-//! takes any other text (a message, a server's answer, a log line) and finds addresses in it. Both replace user and
-//! password of an address, the values of its query, parameters that carry a signature or a token, and every value that
-//! this process knows to be secret (see [`learn`]) by `…`.
+//! [`reference()`] takes a single URL or reference as the user typed it. [`text`] takes any other text (a message, a
+//! response, a log line) and finds the URLs in it. Both replace these with `…`: user and password of a URL, its query,
+//! values of parameters that carry a signature or token, and every registered secret (see [`learn`]).
 //!
-//! Surprise: known secrets are kept for the whole process, because a server may quote a credential in an answer that is
-//! shown far from the code that sent it.
+//! Registered secrets are kept for the lifetime of the process, because a server may quote a credential in a response
+//! that is shown far from the code that sent it.
 
 use crate::error::Error;
 use base64::Engine as _;
@@ -16,24 +15,24 @@ use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::{PoisonError, RwLock};
 
-/// User and password as hints have them.
+/// The placeholder for user and password in hints, which is not redacted.
 const USER_INFO_EXAMPLE: &str = "user:password";
 
-/// What stands in the place of a secret.
+/// The replacement of a secret.
 const REDACTED: &str = "…";
 
-/// What to do about a secret in a reference.
+/// The hint for a secret in a reference.
 pub(crate) const HINT: &str =
     "leave it out: credentials come from the environment, the netrc or the configuration file";
 
-/// Shorter secrets are not searched for: they occur by chance, and replacing them would garble messages.
+/// Shorter secrets are not registered: they occur in ordinary text, and replacing them would garble messages.
 const SECRET_CHARS_MIN: usize = 6;
 
-/// Most forms of secrets that are remembered; the oldest are forgotten first. Session tokens are renewed hourly, and a
-/// netrc may have hundreds of passwords.
+/// The largest number of registered forms; the oldest are dropped first. Session tokens are renewed hourly, and a netrc
+/// may have hundreds of passwords.
 const FORMS_MAX: usize = 4096;
 
-/// Parameters whose values are secret, in lower case, wherever they stand in a text.
+/// Names of parameters with secret values, in lower case.
 const PARAMETERS: [&str; 30] = [
     "x-amz-signature",
     "x-amz-security-token",
@@ -67,7 +66,7 @@ const PARAMETERS: [&str; 30] = [
     "authorization",
 ];
 
-/// Variables whose values are secret.
+/// Environment variables with secret values.
 const VARIABLES: [&str; 7] = [
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -78,11 +77,11 @@ const VARIABLES: [&str; 7] = [
     "MLFLOW_TRACKING_PASSWORD",
 ];
 
-/// The secrets that this process knows, in every form in which a text may have them; oldest first.
+/// The registered secrets in each of their encodings, oldest first.
 static KNOWN: RwLock<VecDeque<String>> = RwLock::new(VecDeque::new());
 
-/// Remembers a secret, so that no text shows it from now on: as it is, percent-encoded, in base64, and escaped as in
-/// JSON. Of an address, user and password are the secret.
+/// Registers a secret, so that all later text is shown without it: in plain form, percent-encoded, in base64, and
+/// escaped as in JSON. If `secret` is a URL, its password is registered.
 pub fn learn(secret: &str) {
     let secret = secret.trim();
     if let Some((_, rest)) = secret.split_once("://") {
@@ -117,7 +116,7 @@ pub fn learn(secret: &str) {
     }
 }
 
-/// `user:password`: the password is the secret, and so is the pair in base64, as `Authorization: Basic` carries it.
+/// Registers the password of `user:password`, and the pair in base64, as in `Authorization: Basic`.
 fn learn_user_info(user_info: &str) {
     let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
     if let Some((user, password)) = user_info.split_once(':') {
@@ -127,7 +126,7 @@ fn learn_user_info(user_info: &str) {
     }
 }
 
-/// Remembers the secrets in the variables that are read: tokens, passwords, and those in addresses such as a proxy's.
+/// Registers the secrets in environment variables: tokens, passwords, and passwords in URLs such as a proxy's.
 pub(crate) fn learn_environment<'a>(variables: impl IntoIterator<Item = (&'a String, &'a String)>) {
     for (name, value) in variables {
         if VARIABLES.contains(&name.as_str()) {
@@ -135,7 +134,7 @@ pub(crate) fn learn_environment<'a>(variables: impl IntoIterator<Item = (&'a Str
         } else if value.contains('@') {
             match value.contains("://") {
                 true => value.split(',').for_each(learn),
-                // A proxy may be named without a scheme.
+                // A proxy may be set without a scheme.
                 false if name.to_ascii_lowercase().ends_with("_proxy") => learn(&format!("http://{value}")),
                 false => {}
             }
@@ -143,7 +142,7 @@ pub(crate) fn learn_environment<'a>(variables: impl IntoIterator<Item = (&'a Str
     }
 }
 
-/// Any text without its secrets.
+/// Returns `text` with its secrets redacted.
 pub fn text(text: &str) -> Cow<'_, str> {
     let text = match text.contains("://") {
         true => Cow::Owned(with_addresses(text)),
@@ -156,13 +155,14 @@ pub fn text(text: &str) -> Cow<'_, str> {
     without_known(text)
 }
 
-/// `text`, which is one reference or address and nothing else, without its secrets.
+/// Returns `text`, which is a single reference or URL, with its secrets redacted.
 pub fn reference(text: &str) -> String {
     let shown = match text.split_once("://") {
         Some((scheme, rest)) => format!("{scheme}://{}", address(scheme, rest, true)),
         None => bare(text),
     };
-    // After a `#` only a digest is understood. The name before a value says what the caller tried.
+    // Only a digest may follow the `#`; anything else may be a secret. The name before a value is kept, because it
+    // shows the user's intent.
     let shown = match shown.split_once('#') {
         Some((before, fragment)) if !fragment.starts_with("sha256=") => match fragment.split_once('=') {
             Some((name, _)) if name.bytes().all(|byte| byte.is_ascii_alphanumeric()) => {
@@ -175,17 +175,19 @@ pub fn reference(text: &str) -> String {
     without_known(Cow::Owned(with_parameters(&shown))).into_owned()
 }
 
-/// The refusal of `text`, a reference or a name: `error`, unless that repeats what may be secret in it.
+/// Returns `error`, the reason why the reference or name `text` was refused. Returns a general error instead if `error`
+/// quotes a part of `text` that may be secret.
 pub(crate) fn refusal(text: &str, error: Error) -> Error {
-    let told = format!("{} {}", error.message_with_causes(), error.hint_text().unwrap_or_default());
+    let words = format!("{} {}", error.message_with_causes(), error.hint_text().unwrap_or_default());
     match reference(text) {
-        shown if left_out(text, &shown).iter().all(|secret| !told.contains(secret)) => error,
-        shown => Error::invalid(format!("{shown:?} is no reference; what may be a password in it is not repeated"))
-            .hint(HINT),
+        shown if left_out(text, &shown).iter().all(|secret| !words.contains(secret)) => error,
+        shown => {
+            Error::invalid(format!("{shown:?} is not a reference; a possible password in it is not shown")).hint(HINT)
+        }
     }
 }
 
-/// The parts of `text` that are not in `shown`, which has [`REDACTED`] in the place of each.
+/// Returns the parts of `text` that `shown` replaces with [`REDACTED`].
 fn left_out<'text>(text: &'text str, shown: &str) -> Vec<&'text str> {
     let mut kept = shown.split(REDACTED);
     let first = kept.next().unwrap_or_default();
@@ -200,22 +202,22 @@ fn left_out<'text>(text: &'text str, shown: &str) -> Vec<&'text str> {
     left_out
 }
 
-/// `text`, which is a setting's value, perhaps a list split by commas, without its secrets.
+/// Returns `text`, the value of a setting, with its secrets redacted. The value may be a list separated by commas.
 pub(crate) fn setting(text: &str) -> String {
     let part = |part: &str| match part.rsplit_once('@') {
-        // Of no address: the rest of a password with a comma in it, or user and password before a name.
+        // Without a scheme: the rest of a password with a comma in it, or user and password before a name.
         Some((_, rest)) if !part.contains("://") => format!("{REDACTED}@{rest}"),
         _ => reference(part),
     };
     text.split(',').map(part).collect::<Vec<_>>().join(",")
 }
 
-/// Whether an address has a signature or a token in its query, so that it must be kept nowhere.
+/// Returns true if the query of a URL carries a signature or token, so that the URL must not be stored.
 pub(crate) fn has_secret_query(text: &str) -> bool {
     text.split_once('?').is_some_and(|(_, query)| with_parameters(query) != query)
 }
 
-/// `user:password@name`, without a scheme.
+/// Redacts `user:password@name`, which has no scheme.
 fn bare(text: &str) -> String {
     match text.rsplit_once('@') {
         Some((user_info, rest)) if user_info.contains(':') && !text.starts_with("models:") => {
@@ -225,33 +227,33 @@ fn bare(text: &str) -> String {
     }
 }
 
-/// Up to the first slash, and what follows.
+/// Splits the text after `scheme://` at its first slash, into authority and path.
 fn authority(rest: &str) -> (&str, &str) {
     rest.split_at(rest.find('/').unwrap_or(rest.len()))
 }
 
-/// What follows `scheme://`, without user, password and query. Of one that was `typed` as it is, a port that is no number
-/// may be a password without its server; in a message it is `host:port` or the like.
+/// Redacts user, password and query in the text after `scheme://`. If the user `typed` the text, a port that is not a
+/// number may be a password without its server; in a message it may be a placeholder such as `host:port`.
 fn address(scheme: &str, rest: &str, typed: bool) -> String {
     let (server, path) = authority(rest);
     if server.is_empty() && !matches!(scheme, "file" | "models") && !path.is_empty() {
         let server_from = path.len() - path.trim_start_matches('/').len();
         return format!("{}{}", &path[..server_from], address(scheme, &path[server_from..], typed));
     }
-    // A branch stands after the @ of `hf://name@branch`; a password has a colon before it.
+    // In `hf://name@branch` the `@` precedes a branch. A password has a colon before it.
     let is_user_info = |text: &str| (scheme != "hf" || text.contains(':')) && text != USER_INFO_EXAMPLE;
     let (server, path) = match server.rsplit_once('@') {
         Some((user_info, server)) if is_user_info(user_info) => (format!("{REDACTED}@{server}"), path),
         Some(_) => (server.to_owned(), path),
         None => match (misplaced_password(server), path.rsplit_once('@')) {
-            // A slash in the password: what looks like the server ends in the middle of it.
+            // The password contains a slash, so the authority seems to end in the middle of it.
             (Some(_), Some((_, server))) => (format!("{REDACTED}@{server}"), ""),
-            // `hf://name:revision` is a branch.
+            // In `hf://name:revision` the colon precedes a branch.
             (Some(host), None) if typed && scheme != "hf" => (format!("{host}:{REDACTED}"), path),
             (_, _) => (server.to_owned(), path),
         },
     };
-    // Elsewhere a question mark may belong to a name; with a value after it, it begins a query.
+    // In other schemes a question mark may be part of a name, unless a `name=value` follows.
     let has_query = |query: &str| matches!(scheme, "http" | "https") || query.contains('=');
     let cut = |text: &str| match text.split_once('?') {
         Some((before, query)) if has_query(query) => format!("{before}?{REDACTED}"),
@@ -260,18 +262,18 @@ fn address(scheme: &str, rest: &str, typed: bool) -> String {
     format!("{}{}", cut(&server), cut(path))
 }
 
-/// The host of a server whose port is no number, so that it may be a password.
+/// Returns the host if the port of `server` is not a number, so that it may be a password.
 fn misplaced_password(server: &str) -> Option<&str> {
     let port_from = server.rfind(']').map_or(0, |at| at + 1);
     let (before, port) = server[port_from..].split_once(':')?;
     let port = port.split('?').next().unwrap_or(port);
-    // In a message punctuation follows.
+    // In a message the port may be followed by punctuation.
     let port = port.trim_end_matches(|c: char| c.is_ascii_punctuation());
     let is_port = port.bytes().all(|byte| byte.is_ascii_digit());
     (!is_port).then(|| &server[..port_from + before.len()])
 }
 
-/// `text` with every address in it shown as [`address`] shows it.
+/// Redacts every URL in `text`, as [`address`] does.
 fn with_addresses(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     let mut rest = text;
@@ -280,7 +282,8 @@ fn with_addresses(text: &str) -> String {
         let scheme = last_word(&before[..at], |c| c.is_ascii_alphanumeric()).to_ascii_lowercase();
         let ends = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '"' | '\'' | '`' | '<' | '>');
         let word = &after[..after.find(ends).unwrap_or(after.len())];
-        // In a list of addresses the next one begins after a comma, which may stand in a password as well.
+        // In a list, the next URL begins after a comma. A comma alone does not separate, because passwords may have
+        // commas.
         let end = word.find(",http").or(word.find(",hf:")).or(word.find(",s3:")).unwrap_or(word.len());
         shown.push_str(before);
         shown.push_str(&address(&scheme, &word[..end], false));
@@ -290,7 +293,7 @@ fn with_addresses(text: &str) -> String {
     shown
 }
 
-/// `text` with the values of secret parameters (`name=value`) left out.
+/// Redacts the values of secret parameters (`name=value`) in `text`.
 fn with_parameters(text: &str) -> String {
     let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
     let mut shown = String::with_capacity(text.len());
@@ -312,15 +315,16 @@ fn with_parameters(text: &str) -> String {
     shown
 }
 
-/// The end of `text` that has only such characters.
+/// Returns the longest suffix of `text` in which every character satisfies `is_part`.
 fn last_word(text: &str, is_part: impl Fn(char) -> bool) -> &str {
     text.rsplit(|c| !is_part(c)).next().unwrap_or_default()
 }
 
+/// Replaces the registered secrets in `text`.
 fn without_known(text: Cow<'_, str>) -> Cow<'_, str> {
     let known = KNOWN.read().unwrap_or_else(PoisonError::into_inner);
     let mut found: Vec<&String> = known.iter().filter(|secret| text.contains(secret.as_str())).collect();
-    // One secret may be the beginning of another.
+    // Longest first, because one secret may be a prefix of another.
     found.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
     found.into_iter().fold(text, |text, secret| Cow::Owned(text.replace(secret.as_str(), REDACTED)))
 }
@@ -359,7 +363,7 @@ mod tests {
         ] {
             assert_eq!(reference(typed), shown, "{typed}");
             assert_eq!(has_secret_query(typed), typed.contains("canary&") || typed.contains("=canary"), "{typed}");
-            // Within a message it is a word, so one with a space in it cannot be found whole.
+            // In a message a URL ends at a space, so that one with a space in it is not found completely.
             let message = format!("cannot read \"{typed}\": refused");
             assert!(
                 typed.contains([' ', '#'])
@@ -372,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn what_carries_no_secret_is_shown_as_it_is() {
+    fn text_without_secrets_is_unchanged() {
         for plain in [
             "hf://org/model@main/sub/f?c@d",
             "hf://gpt2@main",
@@ -440,7 +444,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_it_panic(words in "(://|@|:|/|=|\\?|,http|sig=|é|…|\"| |u|\\[|\\]){0,24}") {
+        fn redaction_never_panics(words in "(://|@|:|/|=|\\?|,http|sig=|é|…|\"| |u|\\[|\\]){0,24}") {
             let _ = (text(&words), reference(&words), setting(&words), has_secret_query(&words));
         }
     }

@@ -1,10 +1,9 @@
-//! The table of settings: one row each, from which flags, variables, the file and the documentation follow.
+//! The table of settings. Each row defines the flag, the variable, the key in the file, and the documentation.
 //!
-//! A door hands in what it found (flags, environment, the text of configuration files) and gets a complete, checked
-//! [`Config`] back; nothing is read here but what was handed in. A value that cannot be used is refused with its
-//! setting, the place it came from and what would do. An empty value counts as none at all, wherever it stands; a key
-//! that the file should not have is an error, a `MODEL_CACHE_*` variable that means nothing only a warning, because
-//! environments are shared.
+//! A front end passes flags, environment and the text of configuration files, and gets a complete, validated
+//! [`Config`]. This module reads nothing else. An invalid value is refused with its setting, its source and the
+//! accepted values. An empty value counts as unset. An unknown key in a file is an error; an unknown `MODEL_CACHE_*`
+//! variable is only a warning, because programs share environments.
 
 mod credentials;
 mod file;
@@ -30,7 +29,7 @@ pub use read::{environment, read_files, read_if_there};
 use values::{DURATION_ACCEPTS, SIZE_ACCEPTS, SWITCH_ACCEPTS, nearest, parse_switch};
 pub use values::{parse_duration, parse_size};
 
-/// The name of the configuration file in the user's and in the system's folder.
+/// The name of the configuration file, in the user's folder and in the system's folder.
 pub const FILE_NAME: &str = "modelcache.toml";
 
 /// The variable that names a configuration file.
@@ -39,33 +38,33 @@ pub const FILE_VARIABLE: &str = "MODEL_CACHE_CONFIG";
 /// The system-wide configuration file.
 const SYSTEM_FILE: &str = "/etc/modelcache/modelcache.toml";
 
-/// The value name of settings that are on or off: their flags may stand without a value.
+/// The value name of switches. The flag of a switch needs no value.
 pub const SWITCH: &str = "0|1";
 
-/// The key of the tables of credentials; like the store's options not one text.
+/// The key of the tables of credentials. Its value is a table, not a string.
 const CREDENTIALS_KEY: &str = "credentials";
 
-/// The key of the table of store options.
+/// The key of the table of options for the object store.
 const OPTIONS_KEY: &str = "remote.options";
 
 /// One setting.
 pub struct Setting {
-    /// Its key in the configuration file, and its name in messages.
+    /// The key in the configuration file, and the name in messages.
     pub key: &'static str,
-    /// Its environment variable, if it has one.
+    /// The environment variable, if there is one.
     pub variable: Option<&'static str>,
-    /// Its flag without the dashes, if it has one.
+    /// The flag without dashes, if there is one.
     pub flag: Option<&'static str>,
-    /// What its value is called in help texts.
+    /// The name of the value in help texts.
     pub value_name: &'static str,
-    /// Its default, as a person reads it.
+    /// The default, for documentation.
     pub default: &'static str,
-    /// What it means.
+    /// The meaning, for documentation.
     pub description: &'static str,
-    /// Which values it takes; the hint when it gets another.
+    /// The accepted values, for documentation and for the hint of an invalid value.
     pub accepts: &'static str,
-    /// Takes the value over.
-    set: fn(&Given, &mut Draft) -> Result<()>,
+    /// Parses a value into the draft.
+    set: fn(&SettingValue, &mut Draft) -> Result<()>,
 }
 
 impl fmt::Debug for Setting {
@@ -74,16 +73,17 @@ impl fmt::Debug for Setting {
     }
 }
 
-/// Every setting of this release, in the order of the documentation.
+/// All settings, in the order of the documentation.
 pub const SETTINGS: &[Setting] = &[
     Setting {
         key: "dir",
         variable: Some("MODEL_CACHE_DIR"),
         flag: Some("dir"),
         value_name: "FOLDER",
-        default: "`$XDG_CACHE_HOME/modelcache`, else `~/.cache/modelcache`, else `modelcache` in the temporary folder",
-        description: "The local directory.",
-        accepts: "a folder; it is made if it is not there",
+        default: "`$XDG_CACHE_HOME/modelcache`, otherwise `~/.cache/modelcache`, otherwise `modelcache` in the \
+                  temporary folder",
+        description: "The cache directory on the local disk.",
+        accepts: "a folder, which is created if it does not exist",
         set: |given, draft| {
             draft.dir = Some(draft.expand_home(&given.text));
             Ok(())
@@ -95,12 +95,12 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("max-bytes"),
         value_name: "SIZE",
         default: "`80%`",
-        description: "The budget: most bytes that the local directory may take.",
+        description: "The disk budget: the largest size of the cache directory.",
         accepts: SIZE_ACCEPTS,
         set: |given, draft| {
             draft.max_bytes = parse_size(&given.text)?;
             match draft.max_bytes {
-                ByteBound::Bytes(0) | ByteBound::Percent(0) => Err(Error::invalid("leaves room for nothing")),
+                ByteBound::Bytes(0) | ByteBound::Percent(0) => Err(Error::invalid("must be more than zero")),
                 _ => Ok(()),
             }
         },
@@ -111,7 +111,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("min-free-bytes"),
         value_name: "SIZE",
         default: "`10%`",
-        description: "Never leave less than this free on the filesystem. It holds beside the budget.",
+        description: "The space that always stays free on the filesystem. It applies in addition to the budget.",
         accepts: SIZE_ACCEPTS,
         set: |given, draft| {
             draft.min_free_bytes = parse_size(&given.text)?;
@@ -124,9 +124,10 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("durable"),
         value_name: SWITCH,
         default: "`0`",
-        description: "Wait until what was fetched survives a power cut. Else it is made durable after the command has ended, \
-                  and read in full before it is used if that does not happen. `put`, `prewarm` and `get --into` wait \
-                  always, and so does `get` in a container, which may end with it.",
+        description: "Sync downloaded files to stable storage (fsync) before the command returns. Without it, a \
+                  background process syncs them; if that is interrupted, the files are read in full and verified \
+                  before they are used again. `put`, `prewarm`, `get --into`, and `get` in a container always sync \
+                  before they return.",
         accepts: SWITCH_ACCEPTS,
         set: |given, draft| {
             draft.durable = if parse_switch(&given.text)? { Durable::Wait } else { Durable::default() };
@@ -139,15 +140,15 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("shared"),
         value_name: "off|group|world",
         default: "`off`",
-        description: "Which users share the local directory. It decides the modes of what is made there, whatever the \
-                  umask says; published files are always 0444. A directory that exists keeps its modes.",
-        accepts: "off, group (the folder's group) or world (everybody)",
+        description: "Which users share the cache directory. This sets the modes of new files and folders, whatever \
+                  the umask; published files always have mode 0444. An existing directory keeps its modes.",
+        accepts: "off, group (the group of the folder) or world (all users)",
         set: |given, draft| {
             draft.shared = match given.text.as_str() {
                 "off" => Sharing::Off,
                 "group" => Sharing::Group,
                 "world" => Sharing::World,
-                _ => return Err(Error::invalid("not one of them")),
+                _ => return Err(Error::invalid("unknown value")),
             };
             Ok(())
         },
@@ -158,8 +159,9 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("lower-dir"),
         value_name: "FOLDER",
         default: "none",
-        description: "A cache underneath that is only read, baked into an image for instance: what it holds is not fetched.",
-        accepts: "a local directory that another run filled, or none",
+        description: "A second, read-only cache, for example part of a container image. Its files are used without a \
+                  download.",
+        accepts: "a cache directory of an earlier run, or none",
         set: |given, draft| {
             draft.lower_dir = (given.text != "none").then(|| draft.expand_home(&given.text));
             Ok(())
@@ -171,17 +173,18 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("write-mode"),
         value_name: "auto|buffered|direct",
         default: "`auto`",
-        description: "How files are written to disk. Through the page cache (`buffered`) a reader finds them in memory; past \
-                  it (`direct`) they push nothing else out of memory and count against no limit of a pod. `auto`: \
-                  `get` writes through it unless the fill takes more than half of the free memory, `prewarm` past it. \
-                  Files below 64 MiB, and those that nobody has a ladder of yet, are always buffered.",
+        description: "How files are written to disk. `buffered` writes through the page cache, so that a reader finds \
+                  the files in memory. `direct` uses direct I/O, which pushes nothing else out of memory and does not \
+                  count against the memory limit of a pod. `auto`: `get` is buffered unless a download needs more \
+                  than half of the free memory, and `prewarm` is direct. Files below 64 MiB, and files without known \
+                  checkpoints (never hashed before), are always buffered.",
         accepts: "auto, buffered or direct",
         set: |given, draft| {
             draft.write_mode = match given.text.as_str() {
                 "auto" => WriteMode::Auto,
                 "buffered" => WriteMode::Buffered,
                 "direct" => WriteMode::Direct,
-                _ => return Err(Error::invalid("not one of them")),
+                _ => return Err(Error::invalid("unknown value")),
             };
             Ok(())
         },
@@ -192,7 +195,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("remote"),
         value_name: "URL",
         default: "none",
-        description: "The object store behind the disk; without one there are only the disk and the origins.",
+        description: "The shared object store. Without it, there are only the disk and the origins.",
         accepts: "s3://bucket/prefix, file:///folder, or none",
         set: |given, draft| {
             let url = match given.text.as_str() {
@@ -208,11 +211,13 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "BUCKET",
         default: "none",
-        description: "Short for the remote `s3://BUCKET`. Setting both to different places is refused.",
+        description: "Short form of the remote `s3://BUCKET`. It is an error to set both to different locations.",
         accepts: "the name of a bucket",
         set: |given, draft| {
             if given.text.contains("://") {
-                return Err(Error::invalid("a URL").hint("put a URL into MODEL_CACHE_REMOTE; here only the bucket"));
+                return Err(
+                    Error::invalid("a URL, not a bucket").hint("set MODEL_CACHE_REMOTE to a URL, or use only the name")
+                );
             }
             let url = checked_remote(&format!("s3://{}", given.text))?;
             draft.offer_remote(given, Some(url))
@@ -224,8 +229,8 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "TABLE",
         default: "none",
-        description: "Options of the object store by name, for instance `region`, `endpoint` or encryption.",
-        accepts: "a table of texts, numbers, true and false",
+        description: "Options of the object store by name, for example `region`, `endpoint` or encryption.",
+        accepts: "a table of strings, numbers and booleans",
         set: |_, _| Ok(()),
     },
     Setting {
@@ -234,8 +239,8 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("require-checksum"),
         value_name: SWITCH,
         default: "`0`",
-        description: "Refuse files of which nobody states a checksum: hand-made ones in a bucket without `.sha256`, \
-                  `SHA256SUMS` or metadata, and what was taken as it came before.",
+        description: "Refuse files without a published checksum: files in a bucket without `.sha256`, `SHA256SUMS` or \
+                  checksum metadata, and files whose digest is only known from their first download.",
         accepts: "1 or 0",
         set: |given, draft| {
             draft.require_checksum = parse_switch(&given.text)?;
@@ -248,13 +253,14 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "origin|fail",
         default: "`origin`",
-        description: "When the remote stays unavailable: go on to the origin, or fail.",
+        description: "Whether to continue with the origin, or to fail, if the remote is still unavailable after \
+                  retries.",
         accepts: "origin or fail",
         set: |given, draft| {
             draft.on_remote_down = match given.text.as_str() {
                 "origin" => OnRemoteDown::Origin,
                 "fail" => OnRemoteDown::Fail,
-                _ => return Err(Error::invalid("not one of them")),
+                _ => return Err(Error::invalid("unknown value")),
             };
             Ok(())
         },
@@ -265,13 +271,13 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("remote-mode"),
         value_name: "rw|ro",
         default: "`rw`",
-        description: "Whether the remote may be written; with `ro` it is only read.",
+        description: "Whether the remote may be written to: `rw` reads and writes, `ro` only reads.",
         accepts: "rw or ro",
         set: |given, draft| {
             draft.remote_mode = match given.text.as_str() {
                 "rw" => RemoteMode::ReadWrite,
                 "ro" => RemoteMode::ReadOnly,
-                _ => return Err(Error::invalid("not one of them")),
+                _ => return Err(Error::invalid("unknown value")),
             };
             Ok(())
         },
@@ -282,9 +288,10 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("backfill"),
         value_name: "wait|background|later|never",
         default: "`wait`; `background` in Python",
-        description: "When the remote gets what came from an origin: before the call returns, while the process goes on, \
-                  with a later run (`modelcache backfill`), or not at all. `get` prints its path before a background \
-                  upload and ends after it; `exec` leaves a background upload to a later run.",
+        description: "When artifacts from an origin are uploaded to the remote: before the call returns (`wait`), in \
+                  the background, by a later run such as `modelcache backfill` (`later`), or never. With \
+                  `background`, `get` prints its path first and ends after the upload; `exec` leaves the upload to a \
+                  later run.",
         accepts: "wait, background, later or never",
         set: |given, draft| {
             draft.backfill = Some(match given.text.as_str() {
@@ -292,7 +299,7 @@ pub const SETTINGS: &[Setting] = &[
                 "background" => Backfill::Background,
                 "later" => Backfill::Later,
                 "never" => Backfill::Never,
-                _ => return Err(Error::invalid("not one of them")),
+                _ => return Err(Error::invalid("unknown value")),
             });
             Ok(())
         },
@@ -303,9 +310,9 @@ pub const SETTINGS: &[Setting] = &[
         flag: Some("origin"),
         value_name: "TEMPLATE",
         default: "none",
-        description: "Where a bare `name@version` comes from: one template, or several split by commas, each asked only \
-                  where the one before does not have it.",
-        accepts: "for instance hf://{name}@{version}, https://registry/{name}/{version}.tar.gz or \
+        description: "The origin of a bare `name@version`: a template, or several templates separated by commas. The \
+                  next one is used only if the previous one does not have the artifact.",
+        accepts: "for example hf://{name}@{version}, https://registry/{name}/{version}.tar.gz or \
                   file:///models/{name}/{version}; or none",
         set: |given, draft| {
             let templates = given.text.split(',').map(str::trim).filter(|text| !text.is_empty() && *text != "none");
@@ -319,8 +326,8 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "TABLE",
         default: "none",
-        description: "Credentials for web servers, one table for each scheme, host and port. They are sent there and on no \
-                  redirect elsewhere. Where a server has no table, the netrc counts, for https only.",
+        description: "Credentials for web servers, one table for each scheme, host and port. They are not sent after \
+                  a redirect to another server. For a server without a table, the netrc is used, for https only.",
         accepts: credentials::ACCEPTS,
         set: |_, _| Ok(()),
     },
@@ -330,8 +337,8 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "URL",
         default: "none",
-        description: "The MLflow server of `models:/` references. Looked at when such a reference is used.",
-        accepts: "scheme, host, port and path of the server, for instance https://mlflow.example",
+        description: "The MLflow server of `models:/` references. It is checked only when such a reference is used.",
+        accepts: "scheme, host, port and path of the server, for example https://mlflow.example",
         set: |given, draft| {
             draft.mlflow.tracking_uri = registries::server(given);
             Ok(())
@@ -343,7 +350,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "URL",
         default: "none",
-        description: "The MLflow server of the model registry, where it is another than the tracking server.",
+        description: "The MLflow server of the model registry, if it is not the tracking server.",
         accepts: "scheme, host, port and path of the server",
         set: |given, draft| {
             draft.mlflow.registry_uri = registries::server(given);
@@ -356,8 +363,8 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "FOLDER",
         default: "none",
-        description: "Models that the MLflow server keeps as plain files are read from this machine where they lie below \
-                  this folder, and nowhere else.",
+        description: "If the MLflow server stores models as plain files, they are read from this machine, and only \
+                  below this folder.",
         accepts: "a folder, or none",
         set: |given, draft| {
             draft.mlflow.local_root = (given.text != "none").then(|| draft.expand_home(&given.text));
@@ -370,9 +377,9 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "REGISTRIES",
         default: "none",
-        description: "OCI registries that are spoken to without TLS, split by commas, besides those on this machine \
-                  (`localhost` and loopback addresses).",
-        accepts: "hosts with their ports, for instance registry.internal:5000; or none",
+        description: "OCI registries that are reached without TLS, separated by commas. Registries on this machine \
+                  (`localhost` and loopback addresses) need not be listed.",
+        accepts: "hosts with their ports, for example registry.internal:5000; or none",
         set: |given, draft| {
             draft.oci.plain_http = registries::plain_http(&given.text)?;
             Ok(())
@@ -384,7 +391,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "DURATION",
         default: "`60s`",
-        description: "How long a resolved revision or tag is taken to be current.",
+        description: "How long a resolved revision or tag is considered current, before it is resolved again.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
             draft.ref_ttl = parse_duration(&given.text)?;
@@ -397,8 +404,8 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "0|1",
         default: "`0`",
-        description: "Never ask an origin over the network: what disk and remote have is all there is, and revisions mean \
-                  what they last meant. The flag `--offline` does it for one call.",
+        description: "Never contact an origin over the network: only files on disk and on the remote are used, and \
+                  revisions keep their last known meaning. The flag `--offline` does the same for one call.",
         accepts: SWITCH_ACCEPTS,
         set: |given, draft| {
             draft.offline = Some(parse_switch(&given.text)?);
@@ -411,8 +418,9 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "DURATION",
         default: "`0s`",
-        description: "Wait a random time up to this before a get first calls the remote or an origin, so that a fleet that \
-                  starts at once does not ask at once. What is on disk is never waited for.",
+        description: "Wait a random time up to this before the first request of a get to the remote or an origin, so \
+                  that the machines of a fleet that start together do not send their requests together. Artifacts on \
+                  disk are not delayed.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
             draft.start_jitter = parse_duration(&given.text)?;
@@ -425,7 +433,7 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "DURATION",
         default: "`60s`",
-        description: "How long after its first failure a request may be tried again; `0s` never tries again.",
+        description: "How long after its first failure a request may be retried; `0s` disables retries.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
             draft.retry.deadline = parse_duration(&given.text)?;
@@ -438,11 +446,11 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "DURATION",
         default: "`30s`",
-        description: "The longest silence of a server that is waited for: connecting, to the first byte, between bytes.",
+        description: "The timeout for connecting to a server, for the first byte of its response, and between bytes.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
             draft.retry.read_timeout = parse_duration(&given.text)?;
-            if draft.retry.read_timeout.is_zero() { Err(Error::invalid("leaves no time at all")) } else { Ok(()) }
+            if draft.retry.read_timeout.is_zero() { Err(Error::invalid("must be more than zero")) } else { Ok(()) }
         },
     },
     Setting {
@@ -451,9 +459,9 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "FILE",
         default: "none",
-        description: "A file that is written anew at the end of each command, in the text form of Prometheus: what the \
-                  command did, and the state of the directory. For the textfile collector of node-exporter.",
-        accepts: "a file in a folder that is there and can be written to, or none",
+        description: "A file that each command replaces when it ends, with metrics of the command and of the cache \
+                  directory, in the Prometheus text format. For the textfile collector of node-exporter.",
+        accepts: "a file in an existing, writable folder, or none",
         set: |given, draft| {
             draft.metrics_file = (given.text != "none").then(|| draft.expand_home(&given.text));
             Ok(())
@@ -465,9 +473,10 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "FILTER",
         default: "`info`",
-        description: "What is logged: a level, or a filter in the form of `RUST_LOG`. A level is for modelcache's own parts; \
-                  those of its libraries are logged where the filter names them.",
-        accepts: "off, error, warn, info, debug, trace, or for instance info,modelcache=debug or debug,hyper_util=trace",
+        description: "The log level, or a filter in the form of `RUST_LOG`. A bare level applies to modelcache only; \
+                  libraries are logged if the filter names them.",
+        accepts: "off, error, warn, info, debug, trace, or for example info,modelcache=debug or \
+                  debug,hyper_util=trace",
         set: |given, draft| {
             draft.log = LogSettings {
                 filter: given.text.clone(),
@@ -483,70 +492,79 @@ pub const SETTINGS: &[Setting] = &[
         flag: None,
         value_name: "text|json",
         default: "`text`",
-        description: "How a log line is written.",
+        description: "The format of log lines.",
         accepts: "text or json",
         set: |given, draft| {
             draft.log.format = match given.text.as_str() {
                 "text" => LogFormat::Text,
                 "json" => LogFormat::Json,
-                _ => return Err(Error::invalid("not one of them")),
+                _ => return Err(Error::invalid("unknown value")),
             };
             Ok(())
         },
     },
 ];
 
-/// Variables of other programs that are honoured, and what they do here.
+/// Variables of other programs that modelcache reads, and their effect.
 const HONOURED: &[(&str, &str)] = &[
-    ("HF_ENDPOINT", "The Hub: scheme and host of `hf://` references. Default `https://huggingface.co`."),
-    ("HF_TOKEN", "The token sent to the Hub, and to no other host."),
-    ("HF_TOKEN_PATH", "The file that holds the token when `HF_TOKEN` is not set. Default `$HF_HOME/token`."),
-    ("HF_HUB_OFFLINE", "Where it is `1`, `on`, `yes` or `true` and `MODEL_CACHE_OFFLINE` is not set: as that."),
-    ("HF_HOME", "Folder of that file. Default `$XDG_CACHE_HOME/huggingface`, else `~/.cache/huggingface`."),
-    ("MLFLOW_TRACKING_TOKEN", "The token sent to the MLflow servers above, and to no other."),
+    ("HF_ENDPOINT", "URL of the Hugging Face Hub, for `hf://` references. Default `https://huggingface.co`."),
+    ("HF_TOKEN", "The token for the Hub. It is sent to no other host."),
+    ("HF_TOKEN_PATH", "The file with the token, if `HF_TOKEN` is not set. Default `$HF_HOME/token`."),
+    (
+        "HF_HUB_OFFLINE",
+        "With `1`, `on`, `yes` or `true`: the same as `MODEL_CACHE_OFFLINE=1`, unless that variable is set.",
+    ),
+    ("HF_HOME", "The folder of that file. Default `$XDG_CACHE_HOME/huggingface`, otherwise `~/.cache/huggingface`."),
+    ("MLFLOW_TRACKING_TOKEN", "The token for the MLflow servers above. It is sent to no other server."),
     (
         "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD",
-        "User and password sent to the MLflow servers above, and to no other; they overrule the token.",
+        "User and password for the MLflow servers above. They are sent to no other server, and override the token.",
     ),
-    ("MLFLOW_S3_ENDPOINT_URL", "The S3 endpoint of models that MLflow keeps in a bucket, where it is another."),
-    ("DOCKER_CONFIG", "Folder of the `config.json` with credentials of OCI registries. Default `~/.docker`."),
+    ("MLFLOW_S3_ENDPOINT_URL", "The S3 endpoint of buckets with MLflow models, if it differs from that of the remote."),
+    ("DOCKER_CONFIG", "The folder of the `config.json` with credentials for OCI registries. Default `~/.docker`."),
     (
         "AWS_*",
-        "Credentials, profile, region and endpoint of an S3 remote and of `s3://` references, as the AWS command line reads them.",
+        "Credentials, profile, region and endpoint for an S3 remote and for `s3://` references, as in the AWS CLI.",
     ),
-    ("XDG_CACHE_HOME, XDG_CONFIG_HOME", "Base folders of the default directory and of the user's file."),
-    ("NETRC", "The netrc: users and passwords of web servers by machine. Default `~/.netrc`."),
-    ("SSL_CERT_FILE, SSL_CERT_DIR", "The root certificates that are trusted, instead of the system's."),
-    ("HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY", "The proxy for requests."),
+    (
+        "XDG_CACHE_HOME, XDG_CONFIG_HOME",
+        "The base folders of the default cache directory and of the user's configuration file.",
+    ),
+    ("NETRC", "The netrc file, with users and passwords for web servers. Default `~/.netrc`."),
+    ("SSL_CERT_FILE, SSL_CERT_DIR", "The trusted root certificates, instead of the system's."),
+    (
+        "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY",
+        "The proxy for requests, and the hosts that are reached without it.",
+    ),
     ("NO_COLOR", "No colours on a terminal."),
 ];
 
-/// What a door needs to know, complete and checked.
+/// The complete, validated settings of a front end.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// What the library needs.
+    /// The configuration of the library.
     pub config: Config,
-    /// Where each command leaves its numbers, if anywhere.
+    /// The metrics file that each command writes, if one is configured.
     pub metrics_file: Option<PathBuf>,
-    /// What the door's log needs.
+    /// The settings of the front end's log.
     pub log: LogSettings,
-    /// What was found odd without being wrong; the door logs it once its log is running.
+    /// Warnings, which the front end logs once its log is running.
     pub warnings: Vec<String>,
 }
 
-/// What is logged, and how.
+/// The filter and format of the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogSettings {
-    /// A filter in the form of `RUST_LOG`. Not checked here: the library has no filter to check it with.
+    /// A filter in the form of `RUST_LOG`. The front end validates it, because the library has no parser for filters.
     pub filter: String,
-    /// Where the filter was set; `None` for the default.
+    /// The source of the filter; `None` for the default.
     pub source: Option<String>,
-    /// How a line is written.
+    /// The format of a line.
     pub format: LogFormat,
 }
 
 impl LogSettings {
-    /// The refusal of a filter that cannot be parsed.
+    /// Returns the error for a filter that cannot be parsed.
     pub fn bad_filter(&self, why: impl fmt::Display) -> Error {
         let source = self.source.as_deref().unwrap_or("the default");
         Error::invalid(format!("log = {:?} from {source}: {why}", redact::setting(&self.filter))).hint(format!(
@@ -556,27 +574,27 @@ impl LogSettings {
     }
 }
 
-/// How a log line is written.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LogFormat {
     /// For people.
     #[default]
     Text,
-    /// One object a line, for machines.
+    /// One JSON object per line.
     Json,
 }
 
-/// Which configuration files a door shall read.
+/// The configuration files that a front end should read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConfigFiles {
-    /// A person named this one: it must exist, and no other is read.
+    /// The user named this file: it must exist, and no other file is read.
     Named(PathBuf),
-    /// Those of these that exist; an earlier one overrules a later one.
+    /// The default files, as far as they exist; an earlier one overrides a later one.
     Usual(Vec<PathBuf>),
 }
 
 impl ConfigFiles {
-    /// The files to read when `--config` was given as `flag`.
+    /// Returns the files to read. `flag` is the value of `--config`.
     pub fn choose(flag: Option<&Path>, environment: &Environment) -> Self {
         if let Some(path) = flag {
             return Self::Named(path.to_owned());
@@ -590,26 +608,26 @@ impl ConfigFiles {
     }
 }
 
-/// A value that a caller gave, and what it is called there: a flag, an argument of a function.
+/// A value passed by the caller, for example as a flag or as an argument of a function.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Argument {
-    /// The value, as it would stand in a variable.
+    /// The value, in the form of an environment variable.
     pub text: String,
-    /// What messages call the place that it came from.
+    /// The source of the value, for messages.
     pub source: String,
 }
 
-/// A value on its way into a setting.
+/// The value of a setting, with its source.
 #[derive(Debug)]
-struct Given {
+struct SettingValue {
     text: String,
-    /// 0 for an argument, 1 for a variable, 2 and more for files: the smaller one wins.
+    /// The precedence: 0 for an argument, 1 for a variable, 2 and more for files. The smallest one wins.
     rank: usize,
-    /// The flag, variable or file and key that it came from.
+    /// The flag, the variable, or the file and key.
     source: String,
 }
 
-/// Settings that are being gathered.
+/// Settings while they are being gathered.
 struct Draft {
     environment: Environment,
     dir: Option<PathBuf>,
@@ -619,7 +637,8 @@ struct Draft {
     shared: Sharing,
     lower_dir: Option<PathBuf>,
     write_mode: WriteMode,
-    /// Rank, source and address of the best remote so far; the address is `None` where none is wanted.
+    /// Rank, source and URL of the remote with the highest precedence so far. The URL is `None` if the value was
+    /// `none`.
     remote: Option<(usize, String, Option<String>)>,
     require_checksum: bool,
     on_remote_down: OnRemoteDown,
@@ -629,7 +648,7 @@ struct Draft {
     mlflow: MlflowConfig,
     oci: OciConfig,
     ref_ttl: Duration,
-    /// `None` while no setting of ours decides it.
+    /// `None` until a setting determines it.
     offline: Option<bool>,
     start_jitter: Duration,
     retry: RetryConfig,
@@ -638,12 +657,12 @@ struct Draft {
 }
 
 impl Settings {
-    /// Puts the settings together: a flag overrules a variable, which overrules the files, of which an earlier one
-    /// overrules a later one; then the default.
+    /// Gathers the settings. A flag overrides a variable, a variable overrides the files, an earlier file overrides a
+    /// later one, and all of them override the default.
     ///
-    /// `flags` goes by the names in [`SETTINGS`]. `files` are paths and texts. `read_secret` gives the text of a file of
-    /// secrets (the Hub's token, the netrc), or `None` if there is no such file; a file that cannot be read becomes a
-    /// warning, because most calls need no secret.
+    /// `flags` is keyed by the flag names in [`SETTINGS`]. `files` has paths and texts. `read_secret` returns the text
+    /// of a file with secrets (the Hub's token, the netrc), or `None` if the file does not exist. A file that cannot be
+    /// read results in a warning, because most calls need no secret.
     pub fn gather(
         flags: &BTreeMap<&'static str, String>,
         environment: &Environment,
@@ -657,14 +676,15 @@ impl Settings {
         Self::gather_arguments(&SETTINGS.iter().filter_map(of).collect(), environment, files, read_secret)
     }
 
-    /// The same for doors whose arguments go by the keys of [`SETTINGS`]: they need no flag to be set by.
+    /// Gathers the settings like [`Settings::gather`], with arguments keyed by the setting's key. This includes
+    /// settings without a flag.
     pub fn gather_arguments(
         arguments: &BTreeMap<&str, Argument>,
         environment: &Environment,
         files: &[(PathBuf, String)],
         read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
     ) -> Result<Self> {
-        // First, so that no refusal repeats one.
+        // First, so that no error quotes a secret.
         redact::learn_environment(&environment.0);
         let files = files.iter().map(|(path, text)| File::parse(path, text)).collect::<Result<Vec<_>>>()?;
         let mut draft = Draft::new(environment.clone());
@@ -696,10 +716,15 @@ impl Settings {
 }
 
 impl Setting {
-    /// The value that wins, if any place has one.
-    fn find(&self, arguments: &BTreeMap<&str, Argument>, environment: &Environment, files: &[File]) -> Option<Given> {
+    /// Returns the value with the highest precedence, or `None` if the setting is not set.
+    fn find(
+        &self,
+        arguments: &BTreeMap<&str, Argument>,
+        environment: &Environment,
+        files: &[File],
+    ) -> Option<SettingValue> {
         let present = |text: &&str| !text.trim().is_empty();
-        let given = |text: &str, rank, source| Given { text: text.trim().to_owned(), rank, source };
+        let given = |text: &str, rank, source| SettingValue { text: text.trim().to_owned(), rank, source };
         let argument = arguments.get(self.key).filter(|argument| present(&argument.text.as_str()));
         let argument = argument.map(|argument| given(&argument.text, 0, argument.source.clone()));
         let variable = || {
@@ -715,7 +740,8 @@ impl Setting {
         argument.or_else(variable).or_else(file)
     }
 
-    fn refuse(&self, given: &Given, error: &Error) -> Error {
+    /// Returns the error for an invalid value, with setting, source and accepted values.
+    fn refuse(&self, given: &SettingValue, error: &Error) -> Error {
         let hint = error.hint_text().map_or_else(|| format!("accepted: {}", self.accepts), str::to_owned);
         let text = redact::setting(&given.text);
         Error::invalid(format!("{} = {text:?} from {}: {}", self.key, given.source, error.message())).hint(hint)
@@ -754,12 +780,12 @@ impl Draft {
         expand_home(text, &self.environment)
     }
 
-    /// The remote from one of its two settings; refused when the other names another place just as loudly.
-    fn offer_remote(&mut self, given: &Given, url: Option<String>) -> Result<()> {
+    /// Sets the remote from one of its two settings. Fails if the other setting has the same rank and another value.
+    fn offer_remote(&mut self, given: &SettingValue, url: Option<String>) -> Result<()> {
         match &self.remote {
             Some((rank, source, other)) if *rank == given.rank && *other != url => {
                 let other = other.as_deref().unwrap_or("none");
-                Err(Error::invalid(format!("names another place than {source}, which is {other:?}"))
+                Err(Error::invalid(format!("conflicts with {source}, which is {other:?}"))
                     .hint("set only one of the two"))
             }
             Some((rank, ..)) if *rank <= given.rank => Ok(()),
@@ -770,6 +796,7 @@ impl Draft {
         }
     }
 
+    /// Returns the configuration and the log settings, with the defaults filled in.
     fn finish(
         self,
         options: BTreeMap<String, String>,
@@ -808,7 +835,7 @@ impl Draft {
     }
 }
 
-/// The address of a remote, without slashes at its end.
+/// Checks the URL of a remote. Returns it without trailing slashes.
 fn checked_remote(text: &str) -> Result<String> {
     let url = text.trim_end_matches('/');
     if let Some(place) = url.strip_prefix("s3://") {
@@ -822,10 +849,11 @@ fn checked_remote(text: &str) -> Result<String> {
     match text.strip_prefix("file://") {
         Some(path) if path.starts_with('/') && !url.ends_with(':') => Ok(url.to_owned()),
         Some(_) => Err(Error::invalid("not an absolute path").hint("write file:///folder")),
-        None => Err(Error::invalid("not the address of an object store")),
+        None => Err(Error::invalid("not the URL of an object store")),
     }
 }
 
+/// Reads the settings of the Hugging Face Hub from the environment and the token file.
 fn hub_config(
     environment: &Environment,
     read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
@@ -835,8 +863,11 @@ fn hub_config(
     if let Some(endpoint) = environment.get("HF_ENDPOINT") {
         let parsed = url::Url::parse(endpoint).ok();
         if !parsed.is_some_and(|url| matches!(url.scheme(), "https" | "http") && url.host().is_some()) {
-            return Err(Error::invalid(format!("HF_ENDPOINT = {:?} is no web address", redact::setting(endpoint)))
-                .hint("for instance https://huggingface.co"));
+            return Err(Error::invalid(format!(
+                "HF_ENDPOINT = {:?} is not an http or https URL",
+                redact::setting(endpoint)
+            ))
+            .hint("for example https://huggingface.co"));
         }
         hub.endpoint = endpoint.trim_end_matches('/').to_owned();
     }
@@ -856,13 +887,13 @@ fn hub_config(
     Ok(hub)
 }
 
-/// Whether the Hub's own tools are told to ask nobody, in the words that they take for it.
+/// Returns true if `HF_HUB_OFFLINE` is on, by the rules of the Hub's own tools.
 fn hub_is_offline(environment: &Environment) -> bool {
     let words = ["1", "on", "yes", "true"];
     environment.get("HF_HUB_OFFLINE").is_some_and(|text| words.iter().any(|word| text.eq_ignore_ascii_case(word)))
 }
 
-/// Where the Hub's own tools keep the token.
+/// Returns the path of the token file of the Hub's own tools.
 fn token_file(environment: &Environment) -> Option<PathBuf> {
     if let Some(path) = environment.get("HF_TOKEN_PATH") {
         return Some(expand_home(path, environment));
@@ -874,13 +905,15 @@ fn token_file(environment: &Environment) -> Option<PathBuf> {
     Some(home.join("token"))
 }
 
+/// Returns the cache directory if none is configured.
 fn default_dir(environment: &Environment) -> PathBuf {
     base_folder("XDG_CACHE_HOME", ".cache", environment)
         .unwrap_or_else(|| PathBuf::from(environment.get("TMPDIR").unwrap_or("/tmp")))
         .join("modelcache")
 }
 
-/// The folder in `variable`, which the XDG specification wants absolute, else `below` in the user's home.
+/// Returns the folder in `variable`, or `below` in the user's home. Ignores a relative path, as the XDG specification
+/// requires.
 fn base_folder(variable: &str, below: &str, environment: &Environment) -> Option<PathBuf> {
     let absolute = |text: &&str| Path::new(text).is_absolute();
     match environment.get(variable).filter(absolute) {
@@ -889,7 +922,7 @@ fn base_folder(variable: &str, below: &str, environment: &Environment) -> Option
     }
 }
 
-/// Variables and files are not expanded by a shell: `~/` means the user's home there, too.
+/// Expands `~/` to the user's home, because no shell expands it in variables and files.
 fn expand_home(text: &str, environment: &Environment) -> PathBuf {
     match (text.strip_prefix("~/"), environment.get("HOME")) {
         (Some(rest), Some(home)) => Path::new(home).join(rest),
@@ -897,28 +930,28 @@ fn expand_home(text: &str, environment: &Environment) -> PathBuf {
     }
 }
 
-/// A warning for each variable that looks like ours and is not. Kubernetes sets some in every pod beside a service
-/// called `model-cache`; those are not meant for anybody.
+/// Returns a warning for each unknown `MODEL_CACHE_*` variable. The variables that Kubernetes sets in each pod for a
+/// service named `model-cache` are ignored.
 fn unknown_variables(environment: &Environment) -> Vec<String> {
     let known = || SETTINGS.iter().filter_map(|setting| setting.variable).chain([FILE_VARIABLE]);
     let service_link = |name: &str| {
         let name = name.trim_start_matches("MODEL_CACHE_");
         name == "PORT" || name.starts_with("PORT_") || name.contains("SERVICE_HOST") || name.contains("SERVICE_PORT")
     };
-    // What `exec` sets for the command it becomes, which may well be this program again.
+    // `exec` sets these for its command, which may be modelcache again.
     let of_exec = |name: &str| name == "MODEL_CACHE_PATH" || name.starts_with("MODEL_CACHE_PATH_");
     let ours = environment.0.keys().filter(|name| name.starts_with("MODEL_CACHE_") && !of_exec(name));
     let mut unknown: Vec<_> =
         ours.filter(|name| !service_link(name) && !known().any(|known| known == name.as_str())).collect();
     unknown.sort();
     let warn = |name: &String| match nearest(name, known()) {
-        Some(near) => format!("{name} is no setting of this release and is ignored; did you mean {near}?"),
-        None => format!("{name} is no setting of this release and is ignored"),
+        Some(near) => format!("unknown environment variable {name} is ignored; did you mean {near}?"),
+        None => format!("unknown environment variable {name} is ignored"),
     };
     unknown.into_iter().map(warn).collect()
 }
 
-/// The documentation of all settings as Markdown tables.
+/// Returns the documentation of all settings as Markdown tables.
 pub fn markdown() -> String {
     let code =
         |text: Option<String>| text.map_or_else(|| "—".to_owned(), |text| format!("`{}`", text.replace('|', "\\|")));
@@ -929,7 +962,7 @@ pub fn markdown() -> String {
             code(Some(setting.key.to_owned())),
             code(setting.variable.map(str::to_owned)),
             code(setting.flag.map(|flag| match setting.value_name {
-                // A switch: a word after it would be the next argument.
+                // A switch takes its value only after `=`.
                 SWITCH => format!("--{flag}[=0|1]"),
                 value => format!("--{flag} {value}"),
             })),
@@ -995,7 +1028,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_go_by_key_and_are_called_what_their_door_calls_them() {
+    fn arguments_are_keyed_by_setting_and_messages_use_their_source() {
         let argument = |text: &str| Argument { text: text.into(), source: "the argument ttl".into() };
         let given = Given::default().variable("MODEL_CACHE_REF_TTL", "7s");
         let gather = |text: &str| {
@@ -1003,7 +1036,11 @@ mod tests {
             Settings::gather_arguments(&arguments, &given.environment, &[], |_| Ok(None))
         };
         assert_eq!(gather("5s").expect("settings").config.ref_ttl, Duration::from_secs(5));
-        assert_eq!(gather(" ").expect("settings").config.ref_ttl, Duration::from_secs(7), "an empty one is none");
+        assert_eq!(
+            gather(" ").expect("settings").config.ref_ttl,
+            Duration::from_secs(7),
+            "an empty value counts as unset"
+        );
         let error = gather("soon").expect_err("refused");
         assert_eq!(error.message(), "ref_ttl = \"soon\" from the argument ttl: not a duration");
     }
@@ -1022,9 +1059,9 @@ mod tests {
         assert_eq!(log, LogSettings { filter: "info".into(), source: None, format: LogFormat::Text });
     }
 
-    /// A default is written twice, as text and as value: the text must lead to the value.
+    /// A default is defined twice, as text and as value: the text must parse to the value.
     #[test]
-    fn default_texts_say_what_the_defaults_are() {
+    fn default_texts_parse_to_the_defaults() {
         let none = given();
         for setting in SETTINGS {
             let text = setting.default.trim_matches('`');
@@ -1158,7 +1195,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hub_is_configured_as_its_own_tools_are() {
+    fn the_hub_is_configured_like_its_own_tools() {
         let token = |given: Given| {
             let read = |path: &Path| Ok(Some(format!("{}\n", path.display())));
             let settings = Settings::gather(&given.flags, &given.environment, &given.files, read).expect("settings");
@@ -1234,7 +1271,7 @@ mod tests {
     }
 
     #[test]
-    fn offline_is_a_switch_and_the_hubs_own_word_counts_where_ours_is_silent() {
+    fn offline_is_a_switch_and_the_hubs_variable_applies_if_it_is_unset() {
         let offline = |given: Given| given.config().offline;
         for word in ["1", "true", "ON", "yes"] {
             assert!(offline(given().variable("MODEL_CACHE_OFFLINE", word)), "{word}");
@@ -1255,7 +1292,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_that_mean_nothing_are_warned_of_and_service_links_are_not() {
+    fn unknown_variables_are_warned_about_except_for_service_links() {
         let given = given()
             .variable("MODEL_CACHE_MAX_BYTE", "1")
             .variable("MODEL_CACHE_LISTEN", "x")
@@ -1266,7 +1303,7 @@ mod tests {
             .variable("MODEL_CACHE_SERVICE_HOST", "10.0.0.1");
         let warnings = given.variable("HOME", "/h").gather().expect("settings").warnings;
         assert_eq!(warnings.len(), 2, "{warnings:?}");
-        assert!(warnings[0].starts_with("MODEL_CACHE_LISTEN is no setting"), "{warnings:?}");
+        assert!(warnings[0].starts_with("unknown environment variable MODEL_CACHE_LISTEN"), "{warnings:?}");
         assert!(warnings[1].ends_with("did you mean MODEL_CACHE_MAX_BYTES?"), "{warnings:?}");
     }
 

@@ -1,7 +1,7 @@
-//! `backfill`: brings to the remote what earlier runs left for later.
+//! `backfill`: completes the pending uploads of earlier runs.
 //!
-//! What can be completed is completed, one artifact after the other; what another process is at is left to it. Runs that
-//! fetch or put something end with the same, quietly: see [`finish`].
+//! Artifacts are uploaded one after the other. Artifacts that another process is uploading are skipped. Commands that
+//! get or put artifacts complete pending uploads, too, before they end: see [`finish`].
 
 use super::{Session, extend, key_object};
 use crate::output::{Lines, table};
@@ -12,13 +12,13 @@ use modelcache::progress::Progress;
 use modelcache::{ArtifactKey, Cache, Result};
 use serde_json::{Value, json};
 
-/// Bring to the remote what earlier runs left for later
+/// Upload artifacts that earlier runs left pending
 ///
-/// What was fetched with --backfill later, while the remote was down, or by a run that was killed. Artifacts that are
-/// meant for another remote than the configured one stay pending.
+/// An upload is pending if the artifact was downloaded from an origin with --backfill later, while the remote was down,
+/// or by a run that was killed. Uploads to another remote than the configured one stay pending.
 #[derive(Debug, Args)]
 pub(crate) struct Backfill {
-    /// Only tell what is pending
+    /// Only list the pending uploads
     #[arg(long)]
     pub(crate) dry_run: bool,
 }
@@ -43,7 +43,7 @@ impl Backfill {
             }
         }
         for key in &report.busy {
-            output.remark(&format!("{key}: another process is at it"));
+            output.remark(&format!("{key}: another process is uploading it"));
             if output.is_json() {
                 output.answer_json(&outcome_object(key, "busy"))?;
             }
@@ -60,31 +60,39 @@ impl Backfill {
     }
 }
 
-/// How many artifacts are meant for another remote.
+/// Returns the number of pending uploads to other remotes.
 async fn others(cache: &Cache, session: &Session<'_>) -> Result<usize> {
     let here = session.config.remote.as_ref().map(|remote| remote.url.as_str());
     let pending = cache.pending_backfills().await?;
     Ok(pending.iter().filter(|pending| Some(pending.remote.as_str()) != here).count())
 }
 
-/// The end of a run that may have fetched or put something: uploads in the background end, and what earlier runs left
-/// goes to the remote, if it answered.
+/// Ends a command that got or put artifacts: waits for its background uploads and, if the remote has answered,
+/// completes the pending uploads of earlier runs.
 pub(super) async fn finish(session: &Session<'_>, cache: &Cache) {
     let progress = Progress::new();
     let report = progress::show(session.output, "backfill", &progress, cache.finish_backfills(&progress)).await;
     if !report.done.is_empty() {
-        session.output.remark(&format!("earlier runs had left this for the remote: {}", summary(&report, 0)));
+        session.output.remark(&format!("pending uploads of earlier runs: {}", summary(&report, 0)));
     }
 }
 
+/// Formats the summary line. `others` is the number of pending uploads to other remotes.
 fn summary(report: &BackfillReport, others: usize) -> String {
     let counted = |number: usize| format!("{number} artifact{}", if number == 1 { "" } else { "s" });
-    let mut text = format!("{} complete on the remote", counted(report.done.len()));
+    let attempted = report.done.len() + report.failed.len() + report.dropped.len() + report.busy.len();
+    let mut text = match attempted {
+        0 => "nothing to upload".to_owned(),
+        _ => format!("{} complete on the remote", counted(report.done.len())),
+    };
     text.push_str(
         &to_remote(report.uploaded_bytes, report.copied_bytes).map_or_else(String::new, |b| format!(", {b}")),
     );
-    let rest =
-        [(report.failed.len(), "still pending"), (report.dropped.len(), "dropped"), (report.busy.len(), "in work")];
+    let rest = [
+        (report.failed.len(), "still pending"),
+        (report.dropped.len(), "dropped"),
+        (report.busy.len(), "in progress elsewhere"),
+    ];
     for (number, what) in rest.into_iter().filter(|(number, _)| *number > 0) {
         text.push_str(&format!(", {number} {what}"));
     }
@@ -94,9 +102,10 @@ fn summary(report: &BackfillReport, others: usize) -> String {
     text
 }
 
-/// `5 MB to remote, 1.2 GB copied there`; `None` if nothing was written.
+/// Formats the bytes that were written to the remote: `5.0 MB to remote, 1.2 GB copied within the remote`. Returns
+/// `None` if there are none.
 pub(super) fn to_remote(uploaded_bytes: u64, copied_bytes: u64) -> Option<String> {
-    let parts = [(uploaded_bytes, "to remote"), (copied_bytes, "copied there")];
+    let parts = [(uploaded_bytes, "to remote"), (copied_bytes, "copied within the remote")];
     let parts = parts.into_iter().filter(|(bytes, _)| *bytes > 0);
     let parts: Vec<_> = parts.map(|(bytes, what)| format!("{} {what}", human::bytes(bytes))).collect();
     (!parts.is_empty()).then(|| parts.join(", "))
@@ -130,7 +139,7 @@ mod tests {
     use modelcache::Error;
 
     #[test]
-    fn the_summary_tells_what_is_done_and_what_is_not() {
+    fn the_summary_has_completed_and_pending_uploads() {
         let key = ArtifactKey::bare("a@1").expect("key");
         let mut report =
             BackfillReport { done: vec![key.clone()], uploaded_bytes: 5_000_000, ..BackfillReport::default() };
@@ -138,9 +147,10 @@ mod tests {
         report.copied_bytes = 7;
         report.failed.push((key.clone(), Error::unavailable("down")));
         report.busy.push(key);
-        let expected = "1 artifact complete on the remote, 5.0 MB to remote, 7 B copied there, 1 still pending, 1 in work; \
-                        2 artifacts for another remote stay pending";
+        let expected = "1 artifact complete on the remote, 5.0 MB to remote, 7 B copied within the remote, \
+                        1 still pending, 1 in progress elsewhere; 2 artifacts for another remote stay pending";
         assert_eq!(summary(&report, 2), expected);
+        assert_eq!(summary(&BackfillReport::default(), 0), "nothing to upload");
         assert_eq!(to_remote(0, 0), None);
     }
 }

@@ -1,4 +1,4 @@
-//! What `get`, `exec` and `prewarm` share: which files of which revision, how far to reach, and how long to try.
+//! Options that `get`, `exec` and `prewarm` share: files, revision, tiers to consult, timeout.
 
 use crate::human;
 use clap::Args;
@@ -7,35 +7,35 @@ use modelcache::{Error, Reference, Result, Selection, Tier, settings};
 use std::future::Future;
 use std::time::Duration;
 
-/// Which files of which revision, and how long to try.
+/// Options for files, revision, tiers and timeout.
 #[derive(Debug, Default, Args)]
 pub(crate) struct Choice {
-    /// Only files that match; may be repeated. `*` crosses folders
+    /// Only files that match this pattern; may be repeated. `*` matches across folders
     #[arg(long, value_name = "GLOB")]
     pub(crate) include: Vec<String>,
-    /// No files that match; may be repeated
+    /// Leave out files that match this pattern; may be repeated
     #[arg(long, value_name = "GLOB")]
     pub(crate) exclude: Vec<String>,
-    /// Branch, tag or commit, in place of the one in the reference
+    /// Branch, tag or commit to use instead of the one in the reference
     #[arg(long, value_name = "REVISION")]
     pub(crate) revision: Option<String>,
-    /// Give up after this long, for instance 90s or 10m
+    /// Fail if the command takes longer than this, for example 90s or 10m
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
     #[command(flatten)]
     pub(crate) reach: Reach,
 }
 
-/// Who is asked.
+/// Options for the tiers that are consulted.
 #[derive(Debug, Default, Args)]
 pub(crate) struct Reach {
-    /// Ask what a revision or tag means now, however fresh the last answer is; fail where that cannot be asked
+    /// Resolve revisions and tags again, even if the cached answer is recent; fail if the server cannot be reached
     #[arg(long, conflicts_with_all = ["offline", "local_files_only"])]
     pub(crate) refresh: bool,
-    /// Ask no origin: take what disk and remote have, and revisions as they were last known
+    /// Contact no origin: use the files on disk and remote, and the last known meaning of revisions
     #[arg(long)]
     pub(crate) offline: bool,
-    /// Ask neither origin nor remote: take what is on this machine
+    /// Contact neither origin nor remote: use only the files on this machine
     #[arg(long)]
     pub(crate) local_files_only: bool,
 }
@@ -51,13 +51,13 @@ impl Reach {
     }
 }
 
-/// A duration as an argument.
+/// Parses a duration argument.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
-    settings::parse_duration(text).map_err(explained)
+    settings::parse_duration(text).map_err(message_with_hint)
 }
 
-/// A refusal with its remedy in one line, as clap shows it.
-pub(super) fn explained(error: Error) -> String {
+/// Returns an error and its hint as one line, for clap.
+pub(super) fn message_with_hint(error: Error) -> String {
     match error.hint_text() {
         Some(hint) => format!("{}; {hint}", error.message()),
         None => error.message().to_owned(),
@@ -65,12 +65,13 @@ pub(super) fn explained(error: Error) -> String {
 }
 
 impl Choice {
+    /// Returns the options for [`Cache::get`](modelcache::Cache::get).
     pub(crate) fn options(&self) -> Result<GetOptions> {
         let selection = Selection::globs(&self.include, &self.exclude)?;
         Ok(self.reach.apply(GetOptions { selection, ..GetOptions::default() }))
     }
 
-    /// The reference that `text` is, at the revision asked for.
+    /// Parses `text` as a reference, at the revision of `--revision` if that is set.
     pub(crate) fn reference(&self, text: &str) -> Result<Reference> {
         let reference = Reference::parse(text)?;
         match &self.revision {
@@ -79,13 +80,13 @@ impl Choice {
         }
     }
 
-    /// The outcome of `work`, unless it takes too long.
+    /// Runs `work`. Fails if it takes longer than `--timeout`.
     pub(crate) async fn in_time<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         match self.timeout {
             None => work.await,
             Some(limit) => tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
                 Err(Error::unavailable(format!("not done within {}", human::duration(limit)))
-                    .hint("give it a longer --timeout; the same command starts again"))
+                    .hint("use a longer --timeout; run the same command again to resume the download"))
             }),
         }
     }

@@ -1,4 +1,4 @@
-//! `completions`: the completion script of a shell.
+//! `completions`: prints the completion script for a shell.
 
 use crate::arguments::Arguments;
 use crate::output::Output;
@@ -8,7 +8,7 @@ use modelcache::Result;
 
 /// Print the completion script for a shell
 ///
-/// For instance: modelcache completions bash > /etc/bash_completion.d/modelcache
+/// Example: modelcache completions bash > /etc/bash_completion.d/modelcache
 #[derive(Debug, Args)]
 pub(crate) struct Completions {
     /// The shell
@@ -19,13 +19,13 @@ pub(crate) struct Completions {
 impl Completions {
     pub(crate) fn run(&self, output: &Output) -> Result<()> {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut for_people(), "modelcache", &mut script);
-        output.answer_own(&String::from_utf8_lossy(&script))
+        clap_complete::generate(self.shell, &mut visible_commands(), "modelcache", &mut script);
+        output.answer_trusted(&String::from_utf8_lossy(&script))
     }
 }
 
-/// The command without the verbs that only processes of its own call.
-fn for_people() -> Command {
+/// Returns the command line without hidden commands, which only modelcache itself runs.
+fn visible_commands() -> Command {
     let all = Arguments::command();
     let verbs = all.get_subcommands().filter(|verb| !verb.is_hide_set());
     Command::new("modelcache").args(all.get_arguments().cloned()).subcommands(verbs.cloned())

@@ -1,7 +1,7 @@
-//! `doctor`: looks at everything a cache needs, and says how to mend what is wrong.
+//! `doctor`: checks everything that a cache needs, and prints a fix for each problem.
 //!
-//! It runs where other verbs do not even start: without usable settings it tells why, and examines the rest as if the
-//! offending file or variable were not there.
+//! It runs even if the settings are invalid: it reports the reason, and examines the rest without the invalid file or
+//! variable.
 
 use crate::arguments::Global;
 use crate::environment::{self, Survey};
@@ -15,47 +15,48 @@ use modelcache::settings::Settings;
 use modelcache::{Config, Error, ErrorKind, Result};
 use serde_json::json;
 
-/// Look for what is wrong with settings, directory, credentials, remote and origin
+/// Find problems with settings, directory, credentials, remote, and origins
 ///
-/// Each problem comes with its fix. Ends with 0 if there is none (warnings allowed), else with the exit code that the
-/// first of them will have. To try what may be written, one small object is put below the remote's prefix and removed.
+/// Prints a fix for each problem. Exits with 0 if there are no problems (warnings are allowed), otherwise with the exit
+/// code of the first problem. To test write access, it writes one small object below the remote's prefix and removes
+/// it.
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {
-    /// Print the least rights on the configured bucket as an IAM policy, and examine nothing
+    /// Only print an IAM policy with the least permissions on the configured bucket
     #[arg(long, value_enum, value_name = "ROLE")]
-    pub(crate) iam_policy: Option<Who>,
-    /// Write nothing to the remote, not even for a moment
+    pub(crate) iam_policy: Option<RoleArgument>,
+    /// Write nothing to the remote, not even a temporary object
     #[arg(long)]
     pub(crate) read_only: bool,
 }
 
-/// Whose rights.
+/// The roles that `--iam-policy` accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Who {
-    /// Gets and lists
+pub(crate) enum RoleArgument {
+    /// May get and list artifacts
     Reader,
-    /// Puts and evicts, too
+    /// May also put and evict artifacts
     Writer,
 }
 
-impl From<Who> for Role {
-    fn from(who: Who) -> Self {
-        match who {
-            Who::Reader => Self::Reader,
-            Who::Writer => Self::Writer,
+impl From<RoleArgument> for Role {
+    fn from(role: RoleArgument) -> Self {
+        match role {
+            RoleArgument::Reader => Self::Reader,
+            RoleArgument::Writer => Self::Writer,
         }
     }
 }
 
 impl Doctor {
-    /// The whole verb; it gathers its own settings.
+    /// Runs the whole command. The doctor gathers its own settings.
     pub(crate) fn run(&self, global: &Global, output: &Output) -> Result<u8> {
         let survey = environment::survey(global);
-        if let Some(who) = self.iam_policy {
-            return print_policy(&survey.settings?.config, who.into(), output).map(|()| exit::DONE);
+        if let Some(role) = self.iam_policy {
+            return print_policy(&survey.settings?.config, role.into(), output).map(|()| exit::DONE);
         }
         let mut checks = configuration(&survey);
-        let settings = survey.settings.or(survey.without_what_is_wrong)?;
+        let settings = survey.settings.or(survey.without_invalid)?;
         if let Err(error) = logs::start(&settings.log, output) {
             checks.push(Check::problem(Area::Configuration, &error));
         }
@@ -65,23 +66,23 @@ impl Doctor {
             Ok(examined) => {
                 runtime.shutdown_background();
                 checks.extend(examined);
-                tell(&checks, output)
+                report(&checks, output)
             }
             Err(signal) => {
                 output.interrupted(signal);
-                runtime.shutdown_timeout(crate::PUT_AWAY);
+                runtime.shutdown_timeout(crate::SHUTDOWN_WAIT);
                 Ok(signal.exit_code())
             }
         }
     }
 }
 
-/// What there is to say of files, variables and flags.
+/// Checks configuration files, variables and flags.
 fn configuration(survey: &Survey) -> Vec<Check> {
     let mut checks = Vec::new();
     let files: Vec<String> = survey.files.iter().map(|path| path.display().to_string()).collect();
     checks.push(match files.is_empty() {
-        true => Check::ok(Area::Configuration, "no configuration file; the defaults hold"),
+        true => Check::ok(Area::Configuration, "no configuration file; using the defaults"),
         false => Check::ok(Area::Configuration, format!("read {}", files.join(", then "))),
     });
     let mut names: Vec<&str> = survey.environment.0.keys().map(String::as_str).filter(|name| is_ours(name)).collect();
@@ -94,8 +95,8 @@ fn configuration(survey: &Survey) -> Vec<Check> {
             checks.push(Check::problem(Area::Configuration, error));
             checks.push(Check::warning(
                 Area::Configuration,
-                "what follows was examined as if that were not set",
-                "mend it first, then run the doctor again",
+                "the other checks ran without this setting",
+                "fix it first, then run `modelcache doctor` again",
             ));
         }
         Ok(settings) => checks.extend(of_settings(settings, &survey.environment)),
@@ -132,13 +133,13 @@ fn print_policy(config: &Config, role: Role, output: &Output) -> Result<()> {
     };
     let policy = Policy::least(remote, role)?;
     let encode = |cause| Error::new(ErrorKind::Other, "cannot write the policy").cause(cause);
-    output.answer_own(&serde_json::to_string_pretty(&policy.document).map_err(encode)?)?;
+    output.answer_trusted(&serde_json::to_string_pretty(&policy.document).map_err(encode)?)?;
     policy.notes.iter().for_each(|note| output.remark(note));
     Ok(())
 }
 
-/// Shows the checks; the exit code of the first problem.
-fn tell(checks: &[Check], output: &Output) -> Result<u8> {
+/// Prints the checks. Returns the exit code of the first problem.
+fn report(checks: &[Check], output: &Output) -> Result<u8> {
     let count = |gravity| checks.iter().filter(|check| check.gravity == gravity).count();
     let (problems, warnings) = (count(Gravity::Problem), count(Gravity::Warning));
     let first = checks.iter().find_map(|check| check.kind.filter(|_| check.gravity == Gravity::Problem));
@@ -153,15 +154,16 @@ fn tell(checks: &[Check], output: &Output) -> Result<u8> {
     Ok(code)
 }
 
-fn counted(number: usize, what: &str) -> String {
+/// Formats a count with its noun: `no problems`, `1 problem`, `2 problems`.
+fn counted(number: usize, noun: &str) -> String {
     match number {
-        0 => format!("no {what}"),
-        1 => format!("1 {what}"),
-        many => format!("{many} {what}s"),
+        0 => format!("no {noun}s"),
+        1 => format!("1 {noun}"),
+        many => format!("{many} {noun}s"),
     }
 }
 
-/// The checks by area; with `only_bad`, those that are as they should be are left out.
+/// Formats the checks by area. With `only_bad`, leaves out the checks that passed.
 fn text(checks: &[Check], only_bad: bool) -> Lines {
     let mut text = Lines::default();
     let mut area = None;
@@ -186,17 +188,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn checks_stand_below_their_area_and_problems_have_their_fix() {
+    fn checks_are_grouped_by_area_and_problems_have_a_fix() {
         let error = Error::new(ErrorKind::Directory, "cannot be written").hint("chmod it");
         let checks = [
             Check::ok(Area::Configuration, "fine"),
             Check::ok(Area::Directory, "/c"),
             Check::problem(Area::Directory, &error),
         ];
-        let all = "configuration\n  ok       fine\ndirectory\n  ok       /c\n  PROBLEM  cannot be written\n           fix: chmod it";
+        let all = "configuration\n  ok       fine\n\
+                   directory\n  ok       /c\n  PROBLEM  cannot be written\n           fix: chmod it";
         assert_eq!(text(&checks, false).to_string(), all);
         let bad = "directory\n  PROBLEM  cannot be written\n           fix: chmod it";
         assert_eq!(text(&checks, true).to_string(), bad);
-        assert_eq!((counted(0, "problem"), counted(2, "warning")), ("no problem".into(), "2 warnings".into()));
+        assert_eq!((counted(0, "problem"), counted(2, "warning")), ("no problems".into(), "2 warnings".into()));
     }
 }

@@ -1,6 +1,7 @@
-//! `evict`: removes an artifact from disk and the remote.
+//! `evict`: removes an artifact from the local disk and the remote.
 //!
-//! Before bytes go that no origin can give back, a person is asked, or `--yes` must be given; so a first look decides.
+//! If no origin has a copy, or if tags point to the artifact, the user has to confirm, or to pass `--yes`. A dry run
+//! determines this before anything is removed.
 
 use super::{Session, extend, key_object};
 use crate::output::Lines;
@@ -11,29 +12,30 @@ use modelcache::{Error, Reference, Result};
 use serde_json::{Value, json};
 use std::io::{self, BufRead, IsTerminal};
 
-/// Remove an artifact from disk and the remote
+/// Remove an artifact from the local disk and the remote
 ///
-/// Asks, or needs --yes, before it removes what no origin can give back, or what tags point to. Those tags go with it.
+/// Asks for confirmation, or requires --yes, if no origin has a copy of the artifact, or if tags point to it. Those
+/// tags are removed, too.
 #[derive(Debug, Args)]
 pub(crate) struct Evict {
     /// NAME@VERSION, or another reference
     #[arg(value_name = "REF")]
     pub(crate) reference: String,
-    /// Where to remove it
-    #[arg(long, value_enum, default_value_t = Where::All)]
-    pub(crate) tier: Where,
-    /// Only tell what would go
+    /// Where to remove the artifact
+    #[arg(long, value_enum, default_value_t = EvictTierArgument::All)]
+    pub(crate) tier: EvictTierArgument,
+    /// Print the copies and tags that would be removed, and remove nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Do not ask
+    /// Do not ask for confirmation
     #[arg(long, short)]
     pub(crate) yes: bool,
 }
 
-/// Where to remove.
+/// The tiers that `--tier` accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Where {
-    /// Disk and remote
+pub(crate) enum EvictTierArgument {
+    /// The local disk and the remote
     All,
     /// The local directory only
     Disk,
@@ -41,12 +43,12 @@ pub(crate) enum Where {
     Remote,
 }
 
-impl From<Where> for EvictTier {
-    fn from(tier: Where) -> Self {
+impl From<EvictTierArgument> for EvictTier {
+    fn from(tier: EvictTierArgument) -> Self {
         match tier {
-            Where::All => Self::All,
-            Where::Disk => Self::Disk,
-            Where::Remote => Self::Remote,
+            EvictTierArgument::All => Self::All,
+            EvictTierArgument::Disk => Self::Disk,
+            EvictTierArgument::Remote => Self::Remote,
         }
     }
 }
@@ -57,28 +59,29 @@ impl Evict {
         let reference = Reference::parse(&self.reference)?;
         let cache = session.cache()?;
         let tier = self.tier.into();
+        // A dry run finds the copies and the tags.
         let found = self.found(cache.evict(&reference, tier, true).await?)?;
         if self.dry_run {
             if output.is_json() {
                 output.answer_json(&report_object(&found, true))?;
             } else {
                 let also = if found.tags.is_empty() { String::new() } else { format!(", and {}", tags(&found)) };
-                output.answer(&Lines::one(&format!("{}: would remove {}{also}", found.key, what(&found))))?;
+                output.answer(&Lines::one(&format!("{}: would remove {}{also}", found.key, sizes_by_tier(&found))))?;
             }
             return Ok(exit::DONE);
         }
-        if (self.is_for_good(&found) || !found.tags.is_empty()) && !self.yes {
+        if (self.removes_only_copies(&found) || !found.tags.is_empty()) && !self.yes {
             if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
                 let keep = if found.remote_bytes.is_some() && found.disk_bytes.is_some() {
-                    ", or --tier disk to keep what is on the remote"
+                    ", or use --tier disk to keep the copy on the remote"
                 } else {
                     ""
                 };
-                return Err(Error::invalid(why_asked(&found))
+                return Err(Error::invalid(consequences(&found))
                     .artifact(&found.key)
-                    .hint(format!("add --yes to remove it all the same{keep}")));
+                    .hint(format!("add --yes to remove it{keep}")));
             }
-            output.ask(&format!("Remove {}: {}. Remove it? [y/N] ", found.key, why_asked(&found)));
+            output.ask(&format!("{}: {}. Continue? [y/N] ", found.key, consequences(&found)));
             if !answered_yes().await {
                 output.remark("nothing was removed");
                 return Ok(exit::OTHER);
@@ -88,34 +91,35 @@ impl Evict {
         if output.is_json() {
             output.answer_json(&report_object(&removed, false))?;
         }
-        output.remark(&format!("{}: removed {}", removed.key, what(&removed)));
+        output.remark(&format!("{}: removed {}", removed.key, sizes_by_tier(&removed)));
         if !removed.tags.is_empty() {
-            output.remark(&format!("{}: removed, too, what pointed to it: {}", removed.key, tags(&removed)));
+            output.remark(&format!("{}: also removed {}", removed.key, tags(&removed)));
         }
         Ok(exit::DONE)
     }
 
-    /// The report, unless there was nothing.
+    /// Returns the report, or an error if no copy was found.
     fn found(&self, report: EvictReport) -> Result<EvictReport> {
         if report.disk_bytes.is_some() || report.remote_bytes.is_some() {
             return Ok(report);
         }
         let place = match self.tier {
-            Where::All => "neither on disk nor on the remote",
-            Where::Disk => "not on disk",
-            Where::Remote => "not on the remote",
+            EvictTierArgument::All => "neither on disk nor on the remote",
+            EvictTierArgument::Disk => "not on disk",
+            EvictTierArgument::Remote => "not on the remote",
         };
-        let list = if self.tier == Where::Remote { "modelcache ls --remote" } else { "modelcache ls" };
+        let list = if self.tier == EvictTierArgument::Remote { "modelcache ls --remote" } else { "modelcache ls" };
         Err(Error::not_found(place).artifact(&report.key).hint(format!("`{list}` lists what is there")))
     }
 
-    /// With `--tier disk` a person has said that the remote's copy stays; otherwise the last copy may go.
-    fn is_for_good(&self, report: &EvictReport) -> bool {
-        self.tier != Where::Disk && !report.origin_can_give_back
+    /// Returns true if the eviction may remove the last copy. `--tier disk` leaves the copy on the remote alone, so it
+    /// never asks.
+    fn removes_only_copies(&self, report: &EvictReport) -> bool {
+        self.tier != EvictTierArgument::Disk && !report.origin_can_give_back
     }
 }
 
-/// Reads one line from the terminal; its end is a no.
+/// Reads one line from the terminal and returns true for yes. End of file counts as no.
 async fn answered_yes() -> bool {
     let line = tokio::task::spawn_blocking(|| {
         let mut line = String::new();
@@ -128,23 +132,24 @@ fn is_yes(line: &str) -> bool {
     matches!(line.trim().to_ascii_lowercase().as_str(), "y" | "yes")
 }
 
-fn what(report: &EvictReport) -> String {
+/// Formats the bytes on each tier: `1.2 GB on disk, 5 B on remote`.
+fn sizes_by_tier(report: &EvictReport) -> String {
     let places = [(report.disk_bytes, "disk"), (report.remote_bytes, "remote")];
     let bytes = places.into_iter().filter_map(|(bytes, place)| Some(format!("{} on {place}", human::bytes(bytes?))));
     bytes.collect::<Vec<_>>().join(", ")
 }
 
-/// Why a person is asked first.
-fn why_asked(report: &EvictReport) -> String {
-    let lost = format!("nothing can give {} back", what(report));
+/// Returns the consequences that the user has to confirm.
+fn consequences(report: &EvictReport) -> String {
+    let copies = format!("the only copies ({})", sizes_by_tier(report));
     match (report.tags.len(), report.origin_can_give_back) {
-        (0, _) => lost,
-        (_, true) => format!("{} on the remote would go with it", tags(report)),
-        (_, false) => format!("{lost}, and {} on the remote would go with it", tags(report)),
+        (0, _) => format!("this would delete {copies}"),
+        (_, true) => format!("this would delete {} on the remote", tags(report)),
+        (_, false) => format!("this would delete {copies}, and {} on the remote", tags(report)),
     }
 }
 
-/// `the tag prod`, `the tags prod, stable`.
+/// Formats the tags: `the tag prod`, `the tags prod, stable`.
 fn tags(report: &EvictReport) -> String {
     format!("the tag{} {}", if report.tags.len() == 1 { "" } else { "s" }, report.tags.join(", "))
 }
@@ -165,7 +170,7 @@ mod tests {
     use super::*;
     use modelcache::{ArtifactKey, ErrorKind};
 
-    fn evict(tier: Where) -> Evict {
+    fn evict(tier: EvictTierArgument) -> Evict {
         Evict { reference: "a@1".into(), tier, dry_run: false, yes: false }
     }
 
@@ -175,12 +180,15 @@ mod tests {
     }
 
     #[test]
-    fn only_what_nothing_can_give_back_is_asked_about() {
-        assert!(evict(Where::All).is_for_good(&report(Some(1), Some(1), false)));
-        assert!(evict(Where::All).is_for_good(&report(Some(1), None, false)), "the last copy may be on disk");
-        assert!(evict(Where::Remote).is_for_good(&report(None, Some(1), false)));
-        assert!(!evict(Where::All).is_for_good(&report(Some(1), Some(1), true)));
-        assert!(!evict(Where::Disk).is_for_good(&report(Some(1), None, false)));
+    fn only_the_last_copies_need_confirmation() {
+        assert!(evict(EvictTierArgument::All).removes_only_copies(&report(Some(1), Some(1), false)));
+        assert!(
+            evict(EvictTierArgument::All).removes_only_copies(&report(Some(1), None, false)),
+            "the last copy may be on disk"
+        );
+        assert!(evict(EvictTierArgument::Remote).removes_only_copies(&report(None, Some(1), false)));
+        assert!(!evict(EvictTierArgument::All).removes_only_copies(&report(Some(1), Some(1), true)));
+        assert!(!evict(EvictTierArgument::Disk).removes_only_copies(&report(Some(1), None, false)));
     }
 
     #[test]
@@ -189,22 +197,25 @@ mod tests {
             let tags = names.iter().map(|name| (*name).to_owned()).collect();
             EvictReport { tags, ..report(None, Some(5), can_give_back) }
         };
-        assert_eq!(why_asked(&tagged(&[], false)), "nothing can give 5 B on remote back");
-        assert_eq!(why_asked(&tagged(&["prod"], true)), "the tag prod on the remote would go with it");
-        let both = why_asked(&tagged(&["prod", "stable"], false));
-        assert!(both.ends_with("back, and the tags prod, stable on the remote would go with it"), "{both}");
+        assert_eq!(consequences(&tagged(&[], false)), "this would delete the only copies (5 B on remote)");
+        assert_eq!(consequences(&tagged(&["prod"], true)), "this would delete the tag prod on the remote");
+        let both = consequences(&tagged(&["prod", "stable"], false));
+        assert!(both.ends_with("the only copies (5 B on remote), and the tags prod, stable on the remote"), "{both}");
     }
 
     #[test]
-    fn nothing_there_is_not_found() {
-        let error = evict(Where::Disk).found(report(None, None, false)).expect_err("nothing");
+    fn an_artifact_without_copies_is_not_found() {
+        let error = evict(EvictTierArgument::Disk).found(report(None, None, false)).expect_err("nothing");
         assert_eq!((error.kind(), error.to_string().as_str()), (ErrorKind::NotFound, "a@1: not on disk"));
-        assert!(evict(Where::All).found(report(None, Some(0), false)).is_ok(), "an empty artifact is something");
+        assert!(
+            evict(EvictTierArgument::All).found(report(None, Some(0), false)).is_ok(),
+            "an empty artifact is something"
+        );
     }
 
     #[test]
-    fn bytes_are_named_by_place() {
-        assert_eq!(what(&report(Some(1_200_000_000), Some(5), false)), "1.2 GB on disk, 5 B on remote");
+    fn bytes_are_listed_by_tier() {
+        assert_eq!(sizes_by_tier(&report(Some(1_200_000_000), Some(5), false)), "1.2 GB on disk, 5 B on remote");
         assert!(is_yes("Y\n") && is_yes(" yes ") && !is_yes("") && !is_yes("n"));
     }
 }

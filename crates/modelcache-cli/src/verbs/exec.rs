@@ -1,8 +1,7 @@
-//! `exec`: becomes a command that holds what it uses.
+//! `exec`: makes artifacts local, then replaces this process with a command that keeps their leases.
 //!
-//! Everything is made local first. Then this process turns into the command, without a child: signals, exit code and
-//! process id are the command's own, and the leases are held until it ends, however it ends. Standard output is the
-//! command's alone.
+//! The command is not a child: it has this process's id, receives the signals and determines the exit code. The kernel
+//! releases the leases when the command ends, however it ends. `exec` prints nothing to standard output.
 
 use super::choice::Choice;
 use super::{Session, sync};
@@ -20,14 +19,14 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
-/// Make artifacts local, then run a command that holds them
+/// Download artifacts, then run a command that uses them
 ///
-/// In the command, `{}` is the path of the first artifact, `{1}` too, `{2}` that of the second, and so on; braces are
-/// kept by doubling them: `{{}}`. The same paths are in MODEL_CACHE_PATH and MODEL_CACHE_PATH_1, MODEL_CACHE_PATH_2, …
-/// in the command's environment. While the command runs, nothing evicts what it uses; the hold ends with it. One
-/// reference that fails, and the command is not run.
+/// In the command, `{}` and `{1}` stand for the path of the first artifact, `{2}` for the path of the second, and so
+/// on. For literal braces, double them: `{{}}`. The command finds the paths also in the environment variables
+/// MODEL_CACHE_PATH (the first), MODEL_CACHE_PATH_1, MODEL_CACHE_PATH_2, and so on. The artifacts are not evicted while
+/// the command runs. If one reference fails, the command is not run.
 ///
-/// For instance: modelcache exec hf://org/model -- vllm serve {}
+/// Example: modelcache exec hf://org/model -- vllm serve {}
 #[derive(Debug, Args)]
 pub(crate) struct Exec {
     /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
@@ -46,11 +45,11 @@ impl Exec {
         self.refuse_unknown_number()?;
         let cache = cache(&session.config)?;
         let got = self.choice.in_time(self.all(session, &cache)).await;
-        // Before the leases outlive an exec: they are the command's alone.
-        sync::leave(&cache, got.is_ok()).await;
+        // Before `hold_through_exec`: a child process for the sync must not inherit the leases.
+        sync::sync_or_hand_off(&cache, got.is_ok()).await;
         let artifacts = got?;
         let paths: Vec<PathBuf> = artifacts.iter().map(|artifact| artifact.path.clone()).collect();
-        let words: Vec<OsString> = self.command.iter().map(|word| filled_in(word, &paths)).collect();
+        let words: Vec<OsString> = self.command.iter().map(|word| substitute_paths(word, &paths)).collect();
         let [program, arguments @ ..] = &words[..] else {
             return Err(Error::invalid("there is no command").hint("write it after --"));
         };
@@ -59,15 +58,16 @@ impl Exec {
         command.args(arguments).envs(numbered).env("MODEL_CACHE_PATH", &paths[0]);
         small_memory::remove_from(&mut command);
         artifacts.iter().try_for_each(Artifact::hold_through_exec)?;
-        // Nothing of this process is left to do or write it later.
-        modelcache::transfer::wait_for_cleanup(crate::TAKEN_BACK).await;
+        // `exec` ends this program, so clean-up and metrics come first.
+        modelcache::transfer::wait_for_cleanup(crate::CLEANUP_WAIT).await;
         session.write_metrics("exec", exit::DONE).await;
-        // Comes back only if it failed.
+        // Returns only if it failed.
         let (code, error) = not_run(program, command.exec());
         session.failed(&error, None);
         Ok(code)
     }
 
+    /// Gets every reference. Fails with the first failure.
     async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<Vec<Artifact>> {
         let (output, options) = (session.output, self.choice.options()?);
         let mut artifacts = Vec::new();
@@ -81,7 +81,7 @@ impl Exec {
         Ok(artifacts)
     }
 
-    /// `{3}` with two references is a slip; better told before anything is fetched.
+    /// Refuses a number without a reference, such as `{3}` with two references, before anything is downloaded.
     fn refuse_unknown_number(&self) -> Result<()> {
         let number = |word: &OsString| {
             word.to_str()?
@@ -93,39 +93,44 @@ impl Exec {
         };
         let references = self.references.len();
         match self.command.iter().filter_map(number).find(|(number, _)| !(1..=references).contains(number)) {
-            Some((_, word)) => Err(Error::invalid(format!("{} stands for no reference", word.display()))
-                .hint(format!("{{1}} to {{{references}}} are the paths; double the braces to keep them"))),
+            Some((_, word)) => Err(Error::invalid(format!("{} matches no reference", word.display()))
+                .hint(format!("use {{1}} to {{{references}}}; double the braces to keep them"))),
             None => Ok(()),
         }
     }
 }
 
-/// The cache. What would go to the remote in the background is left to a later run: this process is about to become
-/// another.
+/// Opens the cache. Background uploads are left to a later run, because `exec` ends this program.
 fn cache(config: &Config) -> Result<Cache> {
     let backfill = config.backfill.map(|mode| if mode == Backfill::Background { Backfill::Later } else { mode });
-    Cache::open(Config { backfill, ..sync::later(config) })
+    Cache::open(Config { backfill, ..sync::deferred(config) })
 }
 
-/// What a shell would say, and the code it would end with.
+/// Returns the exit code of a shell for a command that cannot be run, and the error.
 fn not_run(program: &OsStr, cause: io::Error) -> (u8, Error) {
     let program = program.display();
     let (code, message, hint) = match cause.kind() {
         io::ErrorKind::NotFound => {
-            (exit::NO_COMMAND, format!("there is no command {program}"), "check its name and PATH")
+            (exit::NO_COMMAND, format!("command not found: {program}"), "check its name and PATH")
         }
-        _ => (exit::NOT_RUN, format!("cannot run {program}"), "is it a program that this user may run?"),
+        _ => (
+            exit::NOT_RUN,
+            format!("cannot run {program}"),
+            "check that it is an executable file that this user may run",
+        ),
     };
     (code, Error::new(ErrorKind::Other, message).hint(hint).cause(cause))
 }
 
-/// The word with paths in place of `{}` and `{N}`; `{{}}` and `{{N}}` lose one pair of braces; all else stays.
-fn filled_in(word: &OsStr, paths: &[PathBuf]) -> OsString {
+/// Replaces `{}` and `{N}` in a word of the command with paths. `{{}}` and `{{N}}` lose one pair of braces. Everything
+/// else stays unchanged, including numbers without a path.
+fn substitute_paths(word: &OsStr, paths: &[PathBuf]) -> OsString {
     let (mut rest, mut filled) = (word.as_bytes(), Vec::new());
     while let [first, tail @ ..] = rest {
         if let Some((literal, after)) = tail.strip_prefix(b"{").and_then(slot).filter(|_| *first == b'{')
             && let Some(after) = after.strip_prefix(b"}")
         {
+            // `{{…}}`: keep the inner pair.
             filled.extend_from_slice(&rest[1..literal_end(literal)]);
             rest = after;
         } else if let Some((digits, after)) = slot(tail).filter(|_| *first == b'{')
@@ -141,17 +146,19 @@ fn filled_in(word: &OsStr, paths: &[PathBuf]) -> OsString {
     OsString::from_vec(filled)
 }
 
-/// Digits, possibly none, up to the closing brace; and what comes after it.
+/// Splits the text after an opening brace into its digits, possibly none, and the rest after the closing brace. Returns
+/// `None` if the brace does not enclose digits.
 fn slot(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let end = text.iter().position(|byte| !byte.is_ascii_digit())?;
     (text[end] == b'}').then(|| (&text[..end], &text[end + 1..]))
 }
 
-/// Where the inner braces of `{{digits}}` end.
+/// Returns the end of the inner braces in `{{digits}}`.
 fn literal_end(digits: &[u8]) -> usize {
     digits.len() + 3
 }
 
+/// Returns the path for the digits between braces. Without digits, this is the first path.
 fn numbered<'a>(digits: &[u8], paths: &'a [PathBuf]) -> Option<&'a PathBuf> {
     match std::str::from_utf8(digits).ok()? {
         "" => paths.first(),
@@ -178,12 +185,12 @@ mod tests {
             ("a{1,3}", "a{1,3}"),
             ("", ""),
         ] {
-            assert_eq!(filled_in(OsStr::new(word), &paths), OsStr::new(becomes), "{word}");
+            assert_eq!(substitute_paths(OsStr::new(word), &paths), OsStr::new(becomes), "{word}");
         }
     }
 
     #[test]
-    fn a_number_without_reference_is_told_before_anything_is_fetched() {
+    fn a_number_without_reference_is_refused_before_anything_is_downloaded() {
         let exec = |command: &[&str]| Exec {
             references: vec!["a@1".into(), "b@1".into()],
             choice: Choice::default(),

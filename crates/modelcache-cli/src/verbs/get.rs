@@ -1,8 +1,8 @@
-//! `get`: makes artifacts local and prints where they are.
+//! `get`: makes artifacts local and prints their paths.
 //!
-//! Standard output gets one path per reference, in the order given, and nothing else, so that `$(modelcache get …)`
-//! works. One reference that fails does not keep the others from being fetched. What was fetched stays leased until
-//! the process ends.
+//! Standard output carries one path per reference, in the order of the arguments, and nothing else, so that
+//! `$(modelcache get …)` works. If one reference fails, the others are still downloaded. The artifacts stay leased
+//! until the process ends.
 
 use super::backfill::{finish, to_remote};
 use super::choice::Choice;
@@ -18,10 +18,11 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Make artifacts local and print their paths
+/// Download artifacts that are not on disk yet, and print the local paths
 ///
-/// One path per reference, in the order given: of the file, or of the folder of a tree. The nearest place that has an
-/// artifact gives it, and the nearer ones keep it. Every byte is checked.
+/// Prints one path per reference, in the order of the arguments: the path of a single file, or of the folder of several
+/// files. Files come from the nearest tier that has them: the local disk, the remote, or the origin. The nearer tiers
+/// keep a copy. Every downloaded byte is verified.
 #[derive(Debug, Args)]
 pub(crate) struct Get {
     /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
@@ -32,37 +33,37 @@ pub(crate) struct Get {
     pub(crate) choice: Choice,
     #[command(flatten)]
     pub(crate) into: IntoFolder,
-    /// Read what is on disk in full and compare it with its digests first; a bad copy is fetched again
+    /// First read the files on disk in full and compare them with their digests; download damaged files again
     #[arg(long)]
     pub(crate) verify: bool,
-    /// Only tell which files would come from where
+    /// Only list the files and the tier that each would come from
     #[arg(long)]
     pub(crate) dry_run: bool,
 }
 
 impl Get {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
-        let cache = session.cache_to_leave()?;
-        // Leases: they fall when the process ends.
+        let cache = session.cache_to_hand_off()?;
         let got = self.choice.in_time(self.all(session, &cache)).await;
-        sync::leave(&cache, false).await;
-        let (code, _lent) = got?;
+        sync::sync_or_hand_off(&cache, false).await;
+        // The leases are released when the process ends.
+        let (code, _leases) = got?;
         if !self.dry_run {
             finish(session, &cache).await;
         }
         Ok(code)
     }
 
-    /// Tries every reference; the first failure decides the exit code.
+    /// Gets every reference. The first failure determines the exit code.
     async fn all(&self, session: &Session<'_>, cache: &Cache) -> Result<(u8, Vec<Artifact>)> {
         let destination = self.into.destination(cache, self.references.len()).await?;
-        // What is put elsewhere must not be less durable than its names.
+        // The links in the destination must not survive a crash that loses the files, so the files are synced first.
         let options = GetOptions { verify: self.verify, durable: destination.is_some(), ..self.choice.options()? };
         let mut code = exit::DONE;
-        let mut lent = Vec::new();
+        let mut leased = Vec::new();
         for text in &self.references {
             match self.one(session, cache, text, &options, destination.as_ref()).await {
-                Ok(artifact) => lent.extend(artifact),
+                Ok(artifact) => leased.extend(artifact),
                 Err(error) => {
                     session.failed(&error, Some(text));
                     if code == exit::DONE {
@@ -71,9 +72,10 @@ impl Get {
                 }
             }
         }
-        Ok((code, lent))
+        Ok((code, leased))
     }
 
+    /// Gets one reference and prints its path. Returns `None` for a dry run.
     async fn one(
         &self,
         session: &Session<'_>,
@@ -116,6 +118,7 @@ impl Get {
     }
 }
 
+/// Returns the JSON form of a completed get.
 pub(super) fn artifact_object(
     reference: &str,
     key: &ArtifactKey,
@@ -139,7 +142,7 @@ pub(super) fn artifact_object(
     extend(key_object(key), about)
 }
 
-/// The line at the end: from where, bytes by tier, seconds by phase.
+/// Formats the summary line of a get: source, duration by phase, bytes by tier.
 pub(super) fn summary(key: &ArtifactKey, report: &GetReport, took: Duration) -> String {
     let took = human::duration(took);
     if report.from == Tier::Disk {
@@ -179,7 +182,7 @@ fn plan_text(plan: &GetPlan) -> Lines {
         plan.files.iter().map(|file| vec![file.path.to_string(), human::bytes(file.size), file.from.to_string()]);
     let mut lines = Lines::one(&plan.key.to_string());
     lines += table(&["FILE", "SIZE", "FROM"], &[1], rows);
-    lines.and(&format!("{} files: {}", plan.files.len(), by_tier(&planned_bytes(plan))))
+    lines.and(&format!("{}: {}", human::counted(plan.files.len(), "file"), by_tier(&planned_bytes(plan))))
 }
 
 #[cfg(test)]
@@ -212,22 +215,22 @@ mod tests {
     }
 
     #[test]
-    fn the_summary_tells_tier_bytes_and_phases() {
+    fn the_summary_has_tier_bytes_and_phases() {
         assert_eq!(
             summary(&key(), &report(Tier::Origin), Duration::from_millis(3400)),
             "team/model@3: 1.2 GB from origin in 3.4 s \
-             (resolve 0.1, download 3.0, publish 0.2; disk 0 B, remote 0 B, origin 1.2 GB)"
+             (resolve 0.1 s, download 3.0 s, publish 0.2 s; disk 0 B, remote 0 B, origin 1.2 GB)"
         );
         let backfilled = GetReport { backfilled_bytes: 5_000_000, phases: BTreeMap::new(), ..report(Tier::Origin) };
         assert!(
             summary(&key(), &backfilled, Duration::from_secs(1)).ends_with("origin 1.2 GB; 5.0 MB to remote)"),
-            "backfill is told"
+            "the summary has the upload"
         );
         assert_eq!(summary(&key(), &report(Tier::Disk), Duration::from_micros(400)), "team/model@3: on disk, 0.4 ms");
     }
 
     #[test]
-    fn machines_get_flat_fields() {
+    fn the_json_object_has_flat_fields() {
         let took = Duration::from_secs(4);
         let object = artifact_object("team/model@3", &key(), Path::new("/c/x"), &report(Tier::Origin), took);
         assert_eq!(object["reference"], "team/model@3");

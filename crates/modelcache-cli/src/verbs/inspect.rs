@@ -1,4 +1,4 @@
-//! `inspect`: everything known of one artifact, on disk and on the remote.
+//! `inspect`: shows the files and the state of one artifact, on disk and on the remote.
 
 use super::pin::pin_object;
 use super::{Session, extend, key_object, path_text};
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
-/// Show the files of an artifact, their digests, and who holds them
+/// Show the files of an artifact, their digests, and the processes that use it
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
     /// NAME@VERSION, or another reference
@@ -37,17 +37,18 @@ impl Inspect {
     }
 }
 
+/// Returns the error for an artifact that no tier has.
 fn nowhere(inspection: &Inspection) -> Error {
     match &inspection.remote_error {
         None => Error::not_found("neither on disk nor on the remote"),
         Some(why) => {
-            Error::unavailable(format!("not on disk, and the remote cannot be asked: {why}")).tier(Tier::Remote)
+            Error::unavailable(format!("not on disk, and the remote cannot be reached: {why}")).tier(Tier::Remote)
         }
     }
     .artifact(&inspection.key)
 }
 
-/// One file as every place knows it.
+/// The entries of one file in the manifests of disk, lower directory and remote.
 struct File<'a> {
     disk: Option<&'a FileEntry>,
     lower: Option<&'a FileEntry>,
@@ -55,7 +56,7 @@ struct File<'a> {
 }
 
 impl<'a> File<'a> {
-    /// What any of them knows, disk first.
+    /// Returns the first value of `field` among the entries, in the order disk, lower directory, remote.
     fn known<T>(&self, field: impl Fn(&'a FileEntry) -> Option<T>) -> Option<T> {
         [self.disk, self.lower, self.remote].into_iter().flatten().find_map(field)
     }
@@ -73,6 +74,7 @@ impl<'a> File<'a> {
     }
 }
 
+/// Merges the file lists of disk, lower directory and remote by path.
 fn files(inspection: &Inspection) -> BTreeMap<&FilePath, File<'_>> {
     let mut files = BTreeMap::new();
     let empty = || File { disk: None, lower: None, remote: None };
@@ -131,10 +133,10 @@ fn inspection_text(inspection: &Inspection, now: SystemTime) -> Lines {
     ];
     facts.extend(inspection.pin.as_ref().map(|pin| ("pin", pin.to_string())));
     if inspection.lower.is_some() {
-        facts.push(("lower", "the lower directory knows it".into()));
+        facts.push(("lower", "also listed in the lower directory".into()));
     }
     if let Some(why) = &inspection.remote_error {
-        facts.push(("remote", format!("cannot be asked: {why}")));
+        facts.push(("remote", format!("cannot be reached: {why}")));
     }
     let mut lines = Lines::default();
     facts.iter().for_each(|(name, value)| lines.push(&format!("{name:<10} {value}")));
@@ -211,9 +213,9 @@ mod tests {
         assert!(text.contains(&format!("one    5 B  {short}")), "{text}");
         let [one, two] = ["one", "two"].map(|name| text.lines().find(|line| line.starts_with(name)).expect("row"));
         assert!(one.contains("yes") && !two.contains("yes"), "{text}");
-        assert!(text.contains("remote     cannot be asked: connection refused"), "{text}");
+        assert!(text.contains("remote     cannot be reached: connection refused"), "{text}");
         let object = inspection_object(&inspection());
-        assert_eq!(object["files"][0]["sha256"], json!(Digest::of(b"x").to_string()), "whole for machines");
+        assert_eq!(object["files"][0]["sha256"], json!(Digest::of(b"x").to_string()), "JSON has the whole digest");
         assert_eq!((&object["files"][0]["on_disk"], &object["files"][1]["on_disk"]), (&json!(true), &json!(false)));
     }
 

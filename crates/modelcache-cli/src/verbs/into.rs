@@ -1,4 +1,4 @@
-//! `get --into`: what was got, in a folder of the caller's own.
+//! `get --into`: links or copies an artifact into a folder of the caller.
 
 use crate::output::Output;
 use crate::progress;
@@ -8,60 +8,61 @@ use modelcache::progress::Progress;
 use modelcache::{Cache, Error, Result};
 use std::path::PathBuf;
 
-/// Where to put what was got, and how.
+/// The destination of the files, and how they are linked or copied there.
 #[derive(Debug, Default, Args)]
 pub(crate) struct IntoFolder {
-    /// Put the files into this folder, and print its path instead. It is replaced as a whole; one that holds anything
-    /// that modelcache did not put there is refused
+    /// Also put the files into this folder, and print its path instead. The folder is replaced as a whole. A folder
+    /// with files that modelcache did not put there is refused
     #[arg(long, visible_alias = "local-dir", value_name = "DIR")]
     into: Option<PathBuf>,
-    /// How files come into the folder
-    #[arg(long, value_enum, requires = "into", value_name = "HOW", default_value_t = How::Auto)]
-    link: How,
+    /// How to put the files into the folder
+    #[arg(long, value_enum, requires = "into", value_name = "HOW", default_value_t = LinkArgument::Auto)]
+    link: LinkArgument,
 }
 
-/// How files come into the folder.
+/// The kinds of links that `--link` accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-enum How {
-    /// A hard link where that is possible, else a reflink, else a copy
+enum LinkArgument {
+    /// A hard link if possible, otherwise a reflink, otherwise a copy
     #[default]
     Auto,
-    /// The cached file under another name: no bytes, read-only, on the same filesystem
+    /// A second name of the cached file: takes no space, is read-only, and needs the same filesystem
     Hard,
-    /// A file of its own that shares blocks until it is changed, where the filesystem can
+    /// A separate file that shares its blocks with the cached file until it is modified; needs a filesystem with
+    /// reflinks
     Reflink,
-    /// A pointer into the cache, which an eviction breaks
+    /// A symbolic link into the cache; it breaks when the artifact is evicted
     Symlink,
-    /// A file of its own, checked while it is copied
+    /// A separate file, verified while it is copied
     Copy,
 }
 
-impl From<How> for LinkMode {
-    fn from(how: How) -> Self {
+impl From<LinkArgument> for LinkMode {
+    fn from(how: LinkArgument) -> Self {
         match how {
-            How::Auto => Self::Auto,
-            How::Hard => Self::Only(Link::Hard),
-            How::Reflink => Self::Only(Link::Reflink),
-            How::Symlink => Self::Only(Link::Symlink),
-            How::Copy => Self::Only(Link::Copy),
+            LinkArgument::Auto => Self::Auto,
+            LinkArgument::Hard => Self::Only(Link::Hard),
+            LinkArgument::Reflink => Self::Only(Link::Reflink),
+            LinkArgument::Symlink => Self::Only(Link::Symlink),
+            LinkArgument::Copy => Self::Only(Link::Copy),
         }
     }
 }
 
 impl IntoFolder {
-    /// Looks at the folder before anything is fetched; `None` if none was asked for.
+    /// Checks the destination folder before anything is downloaded. Returns `None` without `--into`.
     pub(super) async fn destination(&self, cache: &Cache, references: usize) -> Result<Option<Destination>> {
         match &self.into {
             None => Ok(None),
             Some(_) if references > 1 => {
                 Err(Error::invalid("--into takes one reference: each replaces the whole folder")
-                    .hint("run the command once for each, with a folder each"))
+                    .hint("run the command once per reference, each with a folder of its own"))
             }
             Some(dir) => cache.destination(dir).await.map(Some),
         }
     }
 
-    /// Puts the artifact there.
+    /// Links or copies the artifact into the destination and prints how.
     pub(super) async fn put(
         &self,
         output: &Output,
@@ -71,7 +72,7 @@ impl IntoFolder {
         let progress = Progress::new();
         let work = artifact.materialize(destination, self.link.into(), &progress);
         let made = progress::show(output, "into", &progress, work).await?;
-        output.remark(&format!("{}: {}", made.dir.display(), told(&made)));
+        output.remark(&format!("{}: {}", made.dir.display(), links_text(&made)));
         if made.links.contains_key(&Link::Symlink) {
             output.remark(
                 "the links point into the cache: evicting the artifact breaks them (`modelcache pin` keeps it)",
@@ -81,8 +82,8 @@ impl IntoFolder {
     }
 }
 
-/// `3 files hard-linked, 1 copied`
-fn told(made: &Materialized) -> String {
+/// Formats the number of files by kind of link: `3 files hard-linked (read-only), 1 copied`.
+fn links_text(made: &Materialized) -> String {
     let word = |link: &Link| match link {
         Link::Hard => "hard-linked (read-only)",
         Link::Reflink => "reflinked",
@@ -102,12 +103,12 @@ mod tests {
     use std::collections::BTreeMap;
 
     #[test]
-    fn which_way_files_came_is_told() {
+    fn files_are_counted_by_kind_of_link() {
         let made = |links| Materialized { dir: "/d".into(), path: "/d".into(), links };
         assert_eq!(
-            told(&made(BTreeMap::from([(Link::Hard, 3), (Link::Copy, 1)]))),
+            links_text(&made(BTreeMap::from([(Link::Hard, 3), (Link::Copy, 1)]))),
             "3 files hard-linked (read-only), 1 copied"
         );
-        assert_eq!(told(&made(BTreeMap::from([(Link::Copy, 1)]))), "1 file copied");
+        assert_eq!(links_text(&made(BTreeMap::from([(Link::Copy, 1)]))), "1 file copied");
     }
 }

@@ -1,4 +1,4 @@
-//! `ls`: the artifacts on disk, or on the remote.
+//! `ls`: lists the artifacts on the local disk or on the remote.
 
 use super::pin::pin_object;
 use super::{Session, extend, key_object};
@@ -10,16 +10,17 @@ use modelcache::cache::Listed;
 use serde_json::{Value, json};
 use std::time::SystemTime;
 
-/// List the artifacts on disk
+/// List the artifacts on the local disk, or on the remote
 #[derive(Debug, Args)]
 pub(crate) struct Ls {
-    /// List those on the remote: the configured one, or the one at URL
-    // The same flag sets the remote for other verbs; sharing its id lets both readings live together.
+    /// List the artifacts on the remote: the configured remote, or the one at URL
+    // Shares its id with the global `--remote URL`, so that both definitions can coexist.
     #[arg(id = "remote", long = "remote", num_args = 0..=1, default_missing_value = "", value_name = "URL")]
     remote: Option<String>,
 }
 
 impl Ls {
+    /// Returns true if the artifacts on the remote are to be listed.
     pub(crate) fn of_remote(&self) -> bool {
         self.remote.is_some()
     }
@@ -27,7 +28,7 @@ impl Ls {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
         let output = session.output;
         if self.of_remote() && session.config.remote.is_none() {
-            return Err(modelcache::Error::invalid("there is no remote")
+            return Err(modelcache::Error::invalid("no remote is configured")
                 .hint("set MODEL_CACHE_REMOTE, or write --remote s3://bucket/prefix"));
         }
         let cache = session.cache()?;
@@ -108,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_is_not_shown_as_the_whole() {
+    fn a_partial_artifact_is_shown_as_partial() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(7260);
         let rows = [listed("team/model@3", 1_200_000_000, false), listed("a@1", 4_000_000_000, true)];
         let expected = "\
@@ -117,7 +118,10 @@ team/model@3  1.2 GB of 4.0 GB    1/2  -          2 hours ago
 a@1                     4.0 GB    1/2  gguf, tar  in use, pinned";
         assert_eq!(listing(&rows, false, now).to_string(), expected);
         let remote = listing(&rows, true, now).to_string();
-        assert!(!remote.contains("LAST USED") && remote.contains("prod"), "the remote knows tags, and no last use");
+        assert!(
+            !remote.contains("LAST USED") && remote.contains("prod"),
+            "the remote has tags and no time of last use"
+        );
         assert_eq!(listed_object(&rows[0])["last_used"], "1970-01-01T00:01:00Z");
     }
 }

@@ -1,4 +1,4 @@
-//! `man`: the manual pages, for `man -l` or a package.
+//! `man`: prints manual pages, for `man -l` or for a package.
 
 use crate::arguments::Arguments;
 use crate::exit::EXITS;
@@ -9,13 +9,13 @@ use modelcache::settings::SETTINGS;
 use modelcache::{Error, ErrorKind, Result};
 use std::io;
 
-/// Print the manual page, or that of a verb, as roff
+/// Print a manual page as roff
 ///
-/// For instance: modelcache man get | man -l -
+/// Example: modelcache man get | man -l -
 #[derive(Debug, Args)]
 pub(crate) struct Man {
-    /// The verb; without it, the page of the program
-    #[arg(value_name = "VERB")]
+    /// The command to document; without it, the program itself
+    #[arg(value_name = "COMMAND")]
     pub(crate) verb: Option<String>,
 }
 
@@ -25,10 +25,12 @@ impl Man {
             None => top_page(),
             Some(verb) => verb_page(verb)?,
         };
-        output.answer_own(&page.map_err(|cause| Error::new(ErrorKind::Other, "cannot write the page").cause(cause))?)
+        output
+            .answer_trusted(&page.map_err(|cause| Error::new(ErrorKind::Other, "cannot write the page").cause(cause))?)
     }
 }
 
+/// Returns the command line with all derived values filled in.
 fn built() -> Command {
     let mut command = Arguments::command();
     command.build();
@@ -36,7 +38,7 @@ fn built() -> Command {
 }
 
 fn top_page() -> io::Result<String> {
-    // The table of exit codes gets a section of its own.
+    // The exit codes are left out of the long help: they get a section of their own.
     let page = clap_mangen::Man::new(Arguments::command().after_long_help(""));
     let mut text = Vec::new();
     page.render_title(&mut text)?;
@@ -52,11 +54,11 @@ fn top_page() -> io::Result<String> {
 
 fn verb_page(verb: &str) -> Result<io::Result<String>> {
     let command = built();
-    let is_for_people = |verb: &&Command| !verb.is_hide_set() && verb.get_name() != "help";
-    let verbs = || command.get_subcommands().filter(is_for_people);
+    let is_visible = |verb: &&Command| !verb.is_hide_set() && verb.get_name() != "help";
+    let verbs = || command.get_subcommands().filter(is_visible);
     let Some(found) = verbs().find(|command| command.get_name() == verb) else {
         let names: Vec<_> = verbs().map(Command::get_name).collect();
-        return Err(Error::invalid(format!("{verb:?} is no verb")).hint(format!("verbs: {}", names.join(", "))));
+        return Err(Error::invalid(format!("unknown command {verb:?}")).hint(format!("commands: {}", names.join(", "))));
     };
     let version = env!("CARGO_PKG_VERSION");
     let page = clap_mangen::Man::new(found.clone()).source(format!("modelcache {version}"));

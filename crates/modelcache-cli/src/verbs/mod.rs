@@ -1,6 +1,6 @@
-//! The verbs, one file each: arguments, the call, how its outcome is shown.
+//! The commands, one file each: arguments, call, and output.
 //!
-//! A verb gives the exit code it wants; a failure that it has not shown itself it gives back as an error.
+//! A command returns its exit code. It returns an error if it failed and has not printed the error itself.
 
 pub(crate) mod backfill;
 pub(crate) mod choice;
@@ -35,7 +35,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// What to do.
+/// The command to run.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     Get(get::Get),
@@ -60,55 +60,56 @@ pub(crate) enum Verb {
     Sync(sync::Sync),
 }
 
-/// What verbs work with.
+/// The context in which a command runs.
 pub(crate) struct Session<'a> {
     pub(crate) output: &'a Output,
     pub(crate) config: Config,
-    /// Where the end of the command is written for Prometheus, if anywhere.
+    /// The file for the Prometheus metrics of this command, if one is configured.
     pub(crate) metrics_file: Option<PathBuf>,
     pub(crate) run: metrics::Run,
     pub(crate) started: Instant,
 }
 
 impl Session<'_> {
-    /// An artifact was got: noted, and told in one line.
+    /// Records a completed get and prints its summary line.
     pub(crate) fn got(&self, artifact: &Artifact, took: Duration) {
         self.run.got(&artifact.report);
         self.output.remark(&get::summary(&artifact.key, &artifact.report, took));
     }
 
-    /// Something failed, about `reference` if the command has several: noted and shown.
+    /// Records and prints a failure. `reference` names the reference that failed, if the command has several.
     pub(crate) fn failed(&self, error: &Error, reference: Option<&str>) {
         self.run.failed(error.kind());
         self.output.error(error, reference);
     }
 
-    /// Writes the metrics file, if one is wanted; `verb` ends with `code`.
+    /// Writes the metrics file, if one is configured. `verb` is the command, `code` its exit code.
     pub(crate) async fn write_metrics(&self, verb: &'static str, code: u8) {
         let Some(path) = &self.metrics_file else { return };
-        // Numbers of a directory that cannot be used are left out; the others are written all the same.
+        // Without a usable directory, only the metrics of the command are written.
         let stats = match self.config.dir.exists().then(|| self.cache()) {
             Some(Ok(cache)) => cache.stats().await.ok(),
             _ => None,
         };
         if let Err(error) = metrics::write(path, &self.run.text(verb, code, self.started.elapsed(), stats.as_ref())) {
-            tracing::warn!(path = %path.display(), %error, "the metrics file cannot be written; check MODEL_CACHE_METRICS_FILE");
+            let problem = "the metrics file cannot be written; check MODEL_CACHE_METRICS_FILE";
+            tracing::warn!(path = %path.display(), %error, "{problem}");
         }
     }
 
-    /// Opens the cache, for a command that makes durable what it fetches.
+    /// Opens the cache for a command that syncs downloaded files to stable storage before it ends.
     pub(crate) fn cache(&self) -> Result<Cache> {
         Cache::open(Config { durable: Durable::Wait, ..self.config.clone() })
     }
 
-    /// Opens the cache, for a command that leaves that to [`sync::leave`].
-    fn cache_to_leave(&self) -> Result<Cache> {
-        Cache::open(sync::later(&self.config))
+    /// Opens the cache for a command that ends with [`sync::sync_or_hand_off`].
+    fn cache_to_hand_off(&self) -> Result<Cache> {
+        Cache::open(sync::deferred(&self.config))
     }
 }
 
 impl Verb {
-    /// The outcome of a verb that needs neither settings nor cache; `None` for the others.
+    /// Runs a command that needs neither settings nor cache. Returns `None` for all other commands.
     pub(crate) fn answer_at_once(&self, output: &Output) -> Option<Result<()>> {
         match self {
             Self::Completions(verb) => Some(verb.run(output)),
@@ -117,7 +118,7 @@ impl Verb {
         }
     }
 
-    /// Its name, as it is typed.
+    /// Returns the name of the command on the command line.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Get(_) => "get",
@@ -142,7 +143,7 @@ impl Verb {
         }
     }
 
-    /// Runs the verb.
+    /// Runs the command and returns its exit code.
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<u8> {
         match self {
             Self::Get(verb) => return verb.run(session).await,
@@ -160,42 +161,42 @@ impl Verb {
             Self::Inspect(verb) => verb.run(session).await,
             Self::Stats(verb) => verb.run(session).await,
             Self::Verify(verb) => return verb.run(session).await,
-            // These have had their turn.
+            // `execute` has already run these.
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) | Self::Sync(_) => Ok(()),
         }
         .map(|()| exit::DONE)
     }
 }
 
-/// Phases for machines: seconds by name.
+/// Returns the JSON form of phases: seconds by name.
 fn seconds(phases: &BTreeMap<Phase, Duration>) -> Value {
     phases.iter().map(|(phase, spent)| (phase.name().to_owned(), json!(spent.as_secs_f64()))).collect()
 }
 
-/// Phases for people, those that took a tenth of a second or so: `resolve 0.1, download 3.0`.
+/// Formats the phases that took at least 0.05 s: `resolve 0.1 s, download 3.0 s`. Returns `None` if there are none.
 fn phase_list(phases: &BTreeMap<Phase, Duration>) -> Option<String> {
     let shown = phases.iter().filter(|(_, spent)| spent.as_secs_f64() >= 0.05);
-    let shown: Vec<_> = shown.map(|(phase, spent)| format!("{} {:.1}", phase.name(), spent.as_secs_f64())).collect();
+    let shown: Vec<_> = shown.map(|(phase, spent)| format!("{} {:.1} s", phase.name(), spent.as_secs_f64())).collect();
     (!shown.is_empty()).then(|| shown.join(", "))
 }
 
-/// The fields that every object about an artifact begins with.
+/// Returns the fields that every JSON object about an artifact begins with.
 fn key_object(key: &ArtifactKey) -> Value {
     json!({"name": key.name, "version": key.version})
 }
 
-/// The path for a line or a JSON text.
+/// Returns the path as text.
 fn path_text(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// A path that does not depend on the present folder.
+/// Returns the path as an absolute path.
 fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path)
-        .map_err(|cause| modelcache::Error::invalid(format!("{} is no path", path.display())).cause(cause))
+        .map_err(|cause| modelcache::Error::invalid(format!("{} is not a path", path.display())).cause(cause))
 }
 
-/// Puts the fields of `more` into `object`.
+/// Adds the fields of `more` to `object`.
 fn extend(mut object: Value, more: Value) -> Value {
     if let (Value::Object(object), Value::Object(more)) = (&mut object, more) {
         object.extend(more);
@@ -208,13 +209,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn phases_are_told_in_order_and_short_ones_left_out() {
+    fn phases_are_listed_in_order_without_the_short_ones() {
         let phases = BTreeMap::from([
             (Phase::Download, Duration::from_secs(3)),
             (Phase::Resolve, Duration::from_millis(120)),
             (Phase::Acquire, Duration::from_millis(1)),
         ]);
-        assert_eq!(phase_list(&phases).as_deref(), Some("resolve 0.1, download 3.0"));
+        assert_eq!(phase_list(&phases).as_deref(), Some("resolve 0.1 s, download 3.0 s"));
         assert_eq!(phase_list(&BTreeMap::new()), None);
         assert_eq!(seconds(&phases)["download"], json!(3.0));
     }

@@ -1,4 +1,4 @@
-//! `pin` and `unpin`: an operator's lasting hold on what is on this disk.
+//! `pin` and `unpin`: protect an artifact on this disk from eviction until it is unpinned.
 
 use super::choice::duration;
 use super::{Session, extend, key_object};
@@ -9,7 +9,7 @@ use modelcache::{Reference, Result};
 use serde_json::{Value, json};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Keep an artifact on disk until it is unpinned
+/// Protect an artifact on disk from eviction
 ///
 /// A pinned artifact is neither evicted for space nor pruned, and `evict` refuses it. A second pin replaces the first.
 #[derive(Debug, Args)]
@@ -17,15 +17,15 @@ pub(crate) struct Pin {
     /// NAME@VERSION, or another reference; it must be on disk
     #[arg(value_name = "REF")]
     pub(crate) reference: String,
-    /// How long, for instance 12h or 7d; without it, until `unpin`
+    /// How long the pin lasts, for example 12h or 7d; without it, until `unpin`
     #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
     pub(crate) lasting: Option<Duration>,
-    /// Why, for those who find it in the way
+    /// The reason, which is shown when the pin prevents an eviction
     #[arg(long, value_name = "TEXT")]
     pub(crate) reason: Option<String>,
 }
 
-/// Take the pin off an artifact
+/// Remove the pin of an artifact
 #[derive(Debug, Args)]
 pub(crate) struct Unpin {
     /// NAME@VERSION, or another reference
@@ -68,7 +68,7 @@ impl Unpin {
     }
 }
 
-/// A pin for machines.
+/// Returns the JSON form of a pin.
 pub(super) fn pin_object(pin: Option<&cache::Pin>) -> Value {
     let Some(pin) = pin else { return Value::Null };
     json!({

@@ -1,8 +1,8 @@
-//! `prewarm`: fills a list ahead of time.
+//! `prewarm`: downloads a list of artifacts ahead of time.
 //!
-//! The list is planned first, and refused as a whole if it cannot all be on disk at once. What is here already is
-//! touched, so that it counts as just used; the rest is filled, several at once. All of it is held until the end, so
-//! that the list does not evict itself.
+//! The whole list is planned first. It is refused if it does not fit on the disk at once. Artifacts that are already on
+//! disk are marked as just used; the others are downloaded, several at once. All artifacts are leased until the end, so
+//! that the list does not evict its own artifacts.
 
 use super::backfill::finish;
 use super::choice::Choice;
@@ -17,30 +17,30 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Bytes of a list that are read.
+/// The largest list file, in bytes; the rest is not read.
 const LIST_BYTES_MAX: u64 = 16 << 20;
 
-/// Fill the disk ahead of time
+/// Download a list of artifacts ahead of time
 ///
-/// The whole list is looked at before anything is fetched: if it does not fit into the budget, nothing is. One
-/// reference that fails does not stop the others.
+/// The whole list is checked first: if it does not fit into the budget, nothing is downloaded. If one reference fails,
+/// the others are still downloaded.
 #[derive(Debug, Args)]
 pub(crate) struct Prewarm {
     /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
     /// oci://host/repository[:tag], https://host/file, file:///folder-or-file
     #[arg(required_unless_present = "file", value_name = "REF")]
     references: Vec<String>,
-    /// Also those in this file, one a line; lines that begin with # are comments; `-` is standard input
+    /// Also the references in this file, one per line; lines that begin with # are comments; `-` is standard input
     #[arg(long, value_name = "LIST")]
     file: Option<PathBuf>,
-    /// Artifacts filled at once
+    /// Number of artifacts to download at the same time
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     jobs: u16,
     #[command(flatten)]
     choice: Choice,
 }
 
-/// One line of the list.
+/// One reference of the list.
 struct Wanted {
     text: String,
     reference: Reference,
@@ -61,7 +61,7 @@ impl Prewarm {
         let references: Vec<_> = wanted.iter().map(|wanted| wanted.reference.clone()).collect();
         let plan = cache.plan_prewarm(&references, &options).await?;
         output.remark(&format!(
-            "{}: {} on disk in all, {} of it not here yet",
+            "{}: {} in total, {} not on disk yet",
             human::counted(wanted.len(), "artifact"),
             human::bytes(plan.list_bytes),
             human::bytes(plan.missing_bytes)
@@ -76,8 +76,8 @@ impl Prewarm {
                 Err(error) => tally.failed(session, &wanted.text, &error),
             }
         }
-        // What is here first: from then on it is held, and no fill of this list evicts it. What shares files with
-        // others comes after them, one by one, and finds those files here.
+        // Local artifacts come first: from then on they are leased, so that no download of this list evicts them.
+        // Artifacts that share files with others come last, one by one, so that the shared files are already on disk.
         let mut held = Vec::new();
         for (wanted, jobs) in [(here, self.jobs), (missing, self.jobs), (sharing, 1)] {
             let fills: Vec<_> = wanted.into_iter().map(|wanted| one(session, cache, wanted, &options)).collect();
@@ -96,7 +96,7 @@ impl Prewarm {
         Ok(tally.code)
     }
 
-    /// The references given and those in the list, in that order.
+    /// Returns the references of the command line, followed by those of the list file.
     async fn wanted(&self) -> Result<Vec<Wanted>> {
         let mut texts: Vec<(String, Option<usize>)> = self.references.iter().map(|text| (text.clone(), None)).collect();
         if let Some(file) = &self.file {
@@ -106,7 +106,7 @@ impl Prewarm {
             Ok(reference) => Ok(Wanted { text, reference }),
             Err(error) => Err(match (line, &self.file) {
                 (Some(line), Some(file)) => {
-                    let hint = error.hint_text().unwrap_or("one reference a line").to_owned();
+                    let hint = error.hint_text().unwrap_or("write one reference per line").to_owned();
                     Error::invalid(format!("{} line {line}: {}", file.display(), error.message())).hint(hint)
                 }
                 _ => error,
@@ -116,6 +116,7 @@ impl Prewarm {
     }
 }
 
+/// Gets one reference and prints its outcome. Returns the reference with the outcome.
 async fn one<'a>(
     session: &Session<'_>,
     cache: &Cache,
@@ -125,7 +126,7 @@ async fn one<'a>(
     let output = session.output;
     let (text, progress, started) = (wanted.text.as_str(), Progress::new(), Instant::now());
     let got = progress::show(output, text, &progress, cache.get(&wanted.reference, options, &progress)).await;
-    let told = got.and_then(|artifact| {
+    let outcome = got.and_then(|artifact| {
         let (took, report) = (started.elapsed(), &artifact.report);
         if output.is_json() {
             output.answer_json(&get::artifact_object(text, &artifact.key, &artifact.path, report, took))?;
@@ -133,20 +134,22 @@ async fn one<'a>(
         session.got(&artifact, took);
         Ok(artifact)
     });
-    (text, told)
+    (text, outcome)
 }
 
-/// References in a list with the numbers of their lines. A # within a reference demands a digest.
+/// Returns the references of a list with their line numbers. A comment needs a space before the `#`, because `#` in a
+/// reference introduces a digest.
 fn references_in(list: &str) -> impl Iterator<Item = (usize, &str)> {
     let text = |line: &str| line.find(" #").or_else(|| line.find("\t#")).unwrap_or(line.len());
     let lines = (1..).zip(list.lines()).map(move |(number, line)| (number, line[..text(line)].trim()));
     lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
 }
 
+/// Reads the list file; `-` is standard input.
 async fn read(file: &Path) -> Result<String> {
     let refuse = |cause: std::io::Error| {
         Error::invalid(format!("cannot read the list {}", file.display()))
-            .hint("--file names a text file with one reference a line, or - for standard input")
+            .hint("--file names a text file with one reference per line, or - for standard input")
             .cause(cause)
     };
     let path = file.to_owned();
@@ -162,7 +165,7 @@ async fn read(file: &Path) -> Result<String> {
     text.await.map_err(|cause| refuse(cause.into()))?.map_err(refuse)
 }
 
-/// What came of the list.
+/// Counts the outcomes of the list.
 #[derive(Default)]
 struct Tally {
     here: usize,
@@ -182,7 +185,7 @@ impl Tally {
         }
     }
 
-    /// The first failure decides the exit code.
+    /// Prints and counts a failure. The first failure determines the exit code.
     fn failed(&mut self, session: &Session<'_>, text: &str, error: &Error) {
         session.failed(error, Some(text));
         self.failed += 1;
@@ -195,7 +198,7 @@ impl Tally {
         let failed = if self.failed > 0 { format!(", {} failed", self.failed) } else { String::new() };
         let bytes = human::bytes(self.fetched_bytes);
         format!(
-            "{} fetched ({bytes}), {} here before{failed}; {took}",
+            "{} downloaded ({bytes}), {} already on disk{failed}; {took}",
             human::counted(self.fetched, "artifact"),
             self.here
         )
@@ -213,8 +216,8 @@ mod tests {
     }
 
     #[test]
-    fn the_end_is_told_in_one_line() {
+    fn the_summary_is_one_line() {
         let tally = Tally { here: 1, fetched: 2, fetched_bytes: 3_000_000, failed: 1, code: 3 };
-        assert_eq!(tally.text("3.0 s"), "2 artifacts fetched (3.0 MB), 1 here before, 1 failed; 3.0 s");
+        assert_eq!(tally.text("3.0 s"), "2 artifacts downloaded (3.0 MB), 1 already on disk, 1 failed; 3.0 s");
     }
 }

@@ -1,7 +1,7 @@
-//! `prune`: makes the local directory smaller now, instead of when the next download needs room.
+//! `prune`: frees space in the local directory now, instead of when the next download needs it.
 
 use super::Session;
-use super::choice::{duration, explained};
+use super::choice::{duration, message_with_hint};
 use crate::output::{Lines, table};
 use crate::{exit, human};
 use clap::Args;
@@ -11,25 +11,26 @@ use modelcache::{Error, ErrorKind, Result, Tier, settings};
 use serde_json::{Value, json};
 use std::time::{Duration, SystemTime};
 
-/// Remove from disk what is no longer used
+/// Free disk space: remove leftovers and artifacts that are no longer used
 ///
-/// Always: what ended downloads left, blobs that belong to no artifact, and what failed a check. Artifacts go only as
-/// far as --older-than or --to say, least recently used first. What is in use or pinned stays. The remote keeps all.
+/// Always removes the leftovers of interrupted downloads, blobs that belong to no artifact, and quarantined files.
+/// Removes artifacts only with --older-than or --to, least recently used first. Artifacts in use and pinned artifacts
+/// stay. Nothing is removed from the remote.
 #[derive(Debug, Args)]
 pub(crate) struct Prune {
-    /// Artifacts that were not used for so long, for instance 12h or 30d
+    /// Remove artifacts that were not used for this long, for example 12h or 30d
     #[arg(long, value_name = "AGE", value_parser = duration)]
     pub(crate) older_than: Option<Duration>,
-    /// Artifacts, until no more than SIZE is used: 100GB, or 50% of the filesystem
+    /// Remove artifacts until at most SIZE is used, for example 100GB, or 50% of the filesystem
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) to: Option<ByteBound>,
-    /// Only tell what would go
+    /// List the artifacts and leftovers that would be removed, and remove nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
 }
 
 fn size(text: &str) -> Result<ByteBound, String> {
-    settings::parse_size(text).map_err(explained)
+    settings::parse_size(text).map_err(message_with_hint)
 }
 
 impl Prune {
@@ -55,13 +56,14 @@ impl Prune {
     }
 }
 
-/// The size that was asked for was not reached: what is left is held, pinned, or being filled.
+/// Returns the error for a size that was not reached, because the remaining artifacts are in use, pinned or being
+/// downloaded.
 fn not_reached(report: &PruneReport) -> Error {
     let (used, to) = (human::bytes(report.used_bytes), human::bytes(report.to_bytes.unwrap_or_default()));
-    let in_the_way = if report.kept.is_empty() { "; what is left is being filled" } else { "" };
+    let in_the_way = if report.kept.is_empty() { "; the rest is being downloaded" } else { "" };
     Error::new(ErrorKind::Full, format!("{used} are still used, more than the {to} asked for{in_the_way}"))
         .tier(Tier::Disk)
-        .hint("prune again when those who hold the kept artifacts have ended, or unpin them")
+        .hint("unpin the kept artifacts, or prune again when the processes that use them have ended")
 }
 
 fn report_object(report: &PruneReport, dry_run: bool) -> Value {
@@ -114,13 +116,13 @@ fn report_text(report: &PruneReport, dry_run: bool, now: SystemTime) -> Lines {
 
 fn leftovers_text(leftovers: &Leftovers) -> Option<String> {
     let fills = match leftovers.fills {
-        1 => "1 ended download".to_owned(),
-        fills => format!("{fills} ended downloads"),
+        1 => "1 interrupted download".to_owned(),
+        fills => format!("{fills} interrupted downloads"),
     };
     let parts = [
         (fills.as_str(), leftovers.fill_bytes, leftovers.fills > 0),
         ("unfinished files", leftovers.temporary_bytes, leftovers.temporary_bytes > 0),
-        ("blobs of no artifact", leftovers.blob_bytes, leftovers.blob_bytes > 0),
+        ("unreferenced blobs", leftovers.blob_bytes, leftovers.blob_bytes > 0),
         ("quarantine", leftovers.quarantine_bytes, leftovers.quarantine_bytes > 0),
     ];
     let shown = parts.into_iter().filter(|(_, _, any)| *any);
@@ -134,7 +136,7 @@ mod tests {
     use modelcache::cache::{InTheWay, KeptArtifact, PrunedArtifact};
 
     #[test]
-    fn the_report_tells_what_went_what_stayed_and_why() {
+    fn the_report_lists_removed_and_kept_artifacts() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(7260);
         let mut report = PruneReport {
             used_bytes: 5_000_000_000,
@@ -152,7 +154,7 @@ mod tests {
 NAME@VERSION   FREED  LAST USED
 a@1           1.2 GB  2 hours ago
 kept b@1: it is in use
-leftovers: 1 ended download 1.0 MB
+leftovers: 1 interrupted download 1.0 MB
 freed 1.2 GB; 5.0 GB used";
         assert_eq!(report_text(&report, false, now).to_string(), expected);
         assert_eq!(report_object(&report, false)["kept"][0]["why"], "leased");

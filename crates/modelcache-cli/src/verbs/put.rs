@@ -1,7 +1,7 @@
-//! `put`: publishes a file or folder on disk and the remote.
+//! `put`: publishes a file or folder on the local disk and on the remote.
 
 use super::backfill::{finish, to_remote};
-use super::choice::explained;
+use super::choice::message_with_hint;
 use super::{Session, absolute, extend, key_object, path_text, phase_list, seconds, tag};
 use crate::{human, progress};
 use clap::{Args, ValueEnum};
@@ -15,45 +15,46 @@ use std::time::{Duration, Instant};
 
 /// Publish a file or folder under a name and version
 ///
-/// It goes to the local directory and, if there is one, to the remote. A version never changes: other content under
-/// the same key is refused without --force.
+/// Copies it to the local cache and, if a remote is configured, uploads it. A published version never changes:
+/// different content under the same name and version is refused, unless --force is given.
 #[derive(Debug, Args)]
 pub(crate) struct Put {
-    /// The key: a name of one to eight segments, and a version
+    /// The name, of one to eight segments separated by slashes, and the version
     #[arg(value_name = "NAME@VERSION")]
     pub(crate) key: String,
-    /// The file or folder
+    /// The file or folder to publish
     #[arg(value_name = "PATH")]
     pub(crate) path: PathBuf,
-    /// Replace what is there: other content under the same key, or a damaged copy
+    /// Replace different content under the same name and version, or a damaged copy
     #[arg(long)]
     pub(crate) force: bool,
-    /// Then make this tag mean the version, as `modelcache tag` does
+    /// Then point this tag to the version, as `modelcache tag` does
     #[arg(long, value_name = "TAG")]
     pub(crate) tag: Option<String>,
-    /// Where to publish it; `remote` needs no room on this disk
-    #[arg(long, value_enum, default_value_t = Where::All)]
-    pub(crate) tier: Where,
-    /// Refuse what is of another format, told by its content: tar.gz, tar, zstd, zip, safetensors, gguf, onnx, pickle or
-    /// pytorch. In a folder at least one file, and every file whose name says so, has to be
+    /// Where to publish; `remote` needs no space on this disk
+    #[arg(long, value_enum, default_value_t = PutTierArgument::All)]
+    pub(crate) tier: PutTierArgument,
+    /// Refuse content of another format than this: tar.gz, tar, zstd, zip, safetensors, gguf, onnx, pickle or pytorch.
+    /// The format is detected from the content. In a folder, at least one file must have the format, and so must every
+    /// file whose name claims it
     #[arg(long, value_name = "FORMAT", value_parser = format)]
     pub(crate) expect: Option<Format>,
-    /// Write FILE.sha256 beside every object on the remote, for readers who check with sha256sum
+    /// Also write FILE.sha256 for every file on the remote, for readers that verify with sha256sum
     #[arg(long)]
     pub(crate) sidecar: bool,
 }
 
-/// Where to publish.
+/// The tiers that `--tier` accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Where {
-    /// Disk and, if there is one, the remote
+pub(crate) enum PutTierArgument {
+    /// The local disk and, if one is configured, the remote
     All,
     /// The remote only
     Remote,
 }
 
 fn format(name: &str) -> Result<Format, String> {
-    Format::parse(name).map_err(explained)
+    Format::parse(name).map_err(message_with_hint)
 }
 
 impl Put {
@@ -63,6 +64,7 @@ impl Put {
         let path = absolute(&self.path)?;
         let cache = session.cache()?;
         let tag = self.tag.as_deref().map(tag::tag_of).transpose()?;
+        // Check the tag first, so that an invalid tag does not leave a published version without it.
         if let Some(tag) = &tag {
             cache.check_tag(&key, tag).await.map_err(|error| error.artifact(&key))?;
         }
@@ -87,7 +89,7 @@ impl Put {
     fn options(&self) -> PutOptions {
         PutOptions {
             force: self.force,
-            tier: if self.tier == Where::Remote { PutTier::Remote } else { PutTier::All },
+            tier: if self.tier == PutTierArgument::Remote { PutTier::Remote } else { PutTier::All },
             expect: self.expect,
             sidecars: self.sidecar,
         }
@@ -133,7 +135,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     #[test]
-    fn the_summary_tells_what_went_where() {
+    fn the_summary_has_size_upload_and_digest() {
         let mut report = PutReport {
             key: ArtifactKey::bare("a@1").expect("key"),
             path: Some("/c/a".into()),

@@ -1,6 +1,6 @@
-//! `resolve`: what a reference means now, pinned. Fetches no file.
+//! `resolve`: prints the exact version that a reference resolves to. Downloads no file.
 //!
-//! Standard output gets one line, so that `$(modelcache resolve …)` is a reference.
+//! Standard output carries one line, so that `$(modelcache resolve …)` is a reference.
 
 use super::choice::Reach;
 use super::{Session, extend, key_object};
@@ -11,20 +11,20 @@ use modelcache::{Error, Reference, Result};
 use serde_json::{Value, json};
 use std::time::Duration;
 
-/// Print the pinned form of a reference: what it means now, for ever
+/// Print the exact version that a reference resolves to now
 ///
-/// A revision or tag becomes the commit or version that it leads to. One line on standard output; digest, and where the
-/// answer came from, on standard error.
+/// A branch or tag is replaced with the commit or version that it points to. Prints one line to standard output, and
+/// the digest and the source of the answer to standard error.
 #[derive(Debug, Args)]
 pub(crate) struct Resolve {
     /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
     /// oci://host/repository[:tag], https://host/file, file:///folder-or-file
     #[arg(value_name = "REF")]
     pub(crate) reference: String,
-    /// Branch, tag or commit, in place of the one in the reference
+    /// Branch, tag or commit to use instead of the one in the reference
     #[arg(long, value_name = "REVISION")]
     pub(crate) revision: Option<String>,
-    /// Print it with the digest that it must have: PINNED#sha256=…, of the file, or of the file list of a tree
+    /// Append the expected digest, #sha256=…: the digest of the file, or of the file list of a tree
     #[arg(long)]
     pub(crate) digest: bool,
     #[command(flatten)]
@@ -52,29 +52,29 @@ impl Resolve {
     }
 }
 
-/// The form that demands the digest, if that is known.
+/// Returns the reference with its digest, if that is known.
 fn with_digest(pinned: &Pinned) -> Option<String> {
     pinned.sha256.map(|sha256| Reference { digest: Some(sha256), ..pinned.reference.clone() }.to_string())
 }
 
 fn unknown_digest(pinned: &Pinned) -> Error {
-    Error::not_found("neither disk nor remote knows the digest of all of it")
+    Error::not_found("the digest is not known: neither disk nor remote has the digest of every file")
         .artifact(&pinned.key)
-        .hint(format!("`modelcache get {}` fetches it; every digest is known then", pinned.reference))
+        .hint(format!("`modelcache get {}` downloads the files and computes their digests", pinned.reference))
 }
 
 fn summary(asked: &str, pinned: &Pinned) -> String {
     let digest = pinned.sha256.map_or_else(|| "sha256 not known yet".to_owned(), |sha256| format!("sha256 {sha256}"));
     let from = match (pinned.from, pinned.age) {
-        (Some(tier), Some(age)) if age > Duration::from_secs(1) => format!(", {tier} said so {} ago", told(age)),
-        (Some(tier), Some(_)) => format!(", {tier} says so"),
+        (Some(tier), Some(age)) if age <= Duration::from_secs(1) => format!(", answered by {tier}"),
+        (Some(tier), Some(age)) => format!(", answered by {tier} {} ago", age_text(age)),
         (Some(tier), None) => format!(", on {tier}"),
         (None, _) => String::new(),
     };
-    format!("{asked} is {} ({digest}{from})", pinned.reference)
+    format!("{asked} resolves to {} ({digest}{from})", pinned.reference)
 }
 
-fn told(age: Duration) -> String {
+fn age_text(age: Duration) -> String {
     if age == Duration::MAX { "an unknown time".into() } else { human::duration(age) }
 }
 
@@ -99,7 +99,7 @@ mod tests {
     use modelcache::{ArtifactKey, Tier};
 
     #[test]
-    fn a_pinned_reference_is_told_with_digest_tier_and_age() {
+    fn the_summary_has_digest_tier_and_age() {
         let digest = Digest::of(b"x");
         let mut pinned = Pinned {
             reference: Reference::parse("m@4").expect("reference"),
@@ -109,7 +109,7 @@ mod tests {
             from: Some(Tier::Remote),
             age: Some(Duration::ZERO),
         };
-        assert_eq!(summary("m@prod", &pinned), format!("m@prod is m@4 (sha256 {digest}, remote says so)"));
+        assert_eq!(summary("m@prod", &pinned), format!("m@prod resolves to m@4 (sha256 {digest}, answered by remote)"));
         let object = pinned_object("m@prod", &pinned);
         assert_eq!(object["pinned_with_digest"], format!("m@4#sha256={digest}"));
         assert_eq!(
@@ -117,7 +117,10 @@ mod tests {
             (&json!("prod"), &json!("remote"), &json!(0))
         );
         pinned = Pinned { sha256: None, age: Some(Duration::from_secs(7200)), from: Some(Tier::Disk), ..pinned };
-        assert_eq!(summary("m@prod", &pinned), "m@prod is m@4 (sha256 not known yet, disk said so 2 h 0 min ago)");
+        assert_eq!(
+            summary("m@prod", &pinned),
+            "m@prod resolves to m@4 (sha256 not known yet, answered by disk 2 h 0 min ago)"
+        );
         assert_eq!(with_digest(&pinned), None);
     }
 }

@@ -1,4 +1,4 @@
-//! `stats`: the state of the local directory.
+//! `stats`: shows the state of the local directory.
 
 use super::{Session, path_text};
 use crate::human;
@@ -6,7 +6,7 @@ use crate::output::Lines;
 use clap::Args;
 use modelcache::{Error, ErrorKind, Result, cache};
 
-/// Show the budget, what is used of it, and what is free
+/// Show the disk budget, the space in use, and the free space
 #[derive(Debug, Args)]
 pub(crate) struct Stats {}
 
@@ -30,7 +30,7 @@ fn stats_text(stats: &cache::Stats) -> Lines {
     };
     let lower = stats.lower_dir.as_ref().map_or_else(
         || "none".into(),
-        |dir| format!("{} ({} artifacts, only read)", path_text(dir), stats.lower_artifacts),
+        |dir| format!("{} ({} artifacts, read-only)", path_text(dir), stats.lower_artifacts),
     );
     let facts = [
         ("directory", path_text(&stats.dir)),
@@ -55,12 +55,12 @@ fn stats_text(stats: &cache::Stats) -> Lines {
     facts.into_iter().fold(Lines::default(), |lines, (name, value)| lines.and(&format!("{name:<13} {value}")))
 }
 
-/// What still has to reach a remote.
+/// Returns the pending uploads in words.
 fn pending(stats: &cache::Stats) -> String {
     match stats.pending_backfills {
-        0 => "nothing waits for the remote".into(),
+        0 => "no uploads".into(),
         artifacts => format!(
-            "{artifacts} artifact{} ({}) for the remote; `modelcache backfill` brings them there",
+            "{artifacts} artifact{} ({}) not yet on the remote; `modelcache backfill` uploads them",
             if artifacts == 1 { "" } else { "s" },
             human::bytes(stats.pending_backfill_bytes)
         ),
@@ -92,7 +92,7 @@ mod tests {
             remote: None,
         };
         let text = stats_text(&stats).to_string();
-        assert!(text.contains("lower         /baked (2 artifacts, only read)\n"), "{text}");
+        assert!(text.contains("lower         /baked (2 artifacts, read-only)\n"), "{text}");
         assert!(text.contains("used          1.4 GB of 14.0 GB (10 %)\n"), "{text}");
         assert!(text.ends_with("remote        none"), "{text}");
         stats.budget_bytes = 0;

@@ -1,10 +1,10 @@
-//! What was fetched becomes durable after the command has answered: in a process of its own, which nobody waits for.
+//! Syncs downloaded files to stable storage in a separate process, after the command has printed its answer.
 //!
-//! `get` and `exec` leave what they published to a child. It is given the lock that says that somebody has the duty as
-//! its standard input, so that there is no moment in which nobody holds it; it has a session of its own and no other
-//! descriptor, so that neither a pipe nor a lock of the caller's stays open for its sake. Little is made durable at
-//! once, and so is everything where a child cannot be started or may die with a container. If it is killed,
-//! the next lend reads the files in full.
+//! `get` and `exec` hand the sync of their published files to a child process. The child inherits the writer lock as
+//! its standard input, so that the lock is never released in between. It runs in a session of its own and inherits no
+//! other descriptor, so that no pipe or lock of the caller stays open. A few megabytes are synced at once, and so is
+//! everything if no child can be started, or if the child may be killed with the container. If the child is killed, the
+//! next acquire of a lease hashes the files in full.
 
 use crate::exit;
 use clap::Args;
@@ -18,26 +18,26 @@ use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-/// What is made durable at once: it costs no more than a process does.
-const AT_ONCE_BYTES: u64 = 4 << 20;
+/// Up to this many bytes are synced at once, because that takes no longer than starting a process.
+const SYNC_NOW_MAX_BYTES: u64 = 4 << 20;
 
-/// Make durable what another process published
+/// Sync the files that another process published to stable storage
 #[derive(Debug, Args)]
 pub(crate) struct Sync {
-    /// Start another process that does it, apart from whoever started this one
+    /// Do the sync in another process, in a session of its own
     #[arg(long)]
     apart: bool,
     /// The local directory
     folder: PathBuf,
-    /// The name of the lock that is standard input
+    /// The name of the writer lock, which is open as standard input
     writer: String,
 }
 
 impl Sync {
-    /// Needs no settings: what is to be done is said by whoever started it.
+    /// Runs the hidden command. It needs no settings, because the caller passes all arguments.
     pub(crate) fn run(&self) -> Result<u8> {
         if self.apart {
-            // Fails only where this is a session's first process already.
+            // Fails only if this process already leads a session.
             let _ = rustix::process::setsid();
             close_on_exec();
             start(&[self.folder.as_os_str(), self.writer.as_ref()], Stdio::inherit())?;
@@ -49,46 +49,47 @@ impl Sync {
     }
 }
 
-/// The configuration of a command that ends by [`leave`]ing its duties.
-pub(super) fn later(config: &Config) -> Config {
+/// Returns the configuration of a command that ends with [`sync_or_hand_off`].
+pub(super) fn deferred(config: &Config) -> Config {
     let durable = if config.durable == Durable::Wait { Durable::Wait } else { Durable::Later };
     Config { durable, ..config.clone() }
 }
 
-/// Leaves what is not durable yet to another process. `goes_on`: this process becomes another one and does not end.
-pub(super) async fn leave(cache: &Cache, goes_on: bool) {
+/// Syncs the files that are not on stable storage yet, or hands the sync to another process. `execs` is true if this
+/// process continues as the user's command, so that its container, if any, does not end now.
+pub(super) async fn sync_or_hand_off(cache: &Cache, execs: bool) {
     let bytes = cache.undurable_bytes();
     if bytes == 0 {
         return;
     }
-    if bytes > AT_ONCE_BYTES && (goes_on || outlives_its_parent()) {
+    if bytes > SYNC_NOW_MAX_BYTES && (execs || child_outlives_parent()) {
         match hand_off(cache) {
             Ok(true) => return,
             Ok(false) => {}
-            Err(error) => tracing::debug!(%error, "no process to leave it to"),
+            Err(error) => tracing::debug!(%error, "cannot hand the sync to another process"),
         }
     }
     if let Err(error) = cache.make_durable().await {
-        // Told already, and found again by the next get.
-        tracing::debug!(%error, "not durable");
+        // Already logged. The next get hashes the files.
+        tracing::debug!(%error, "sync failed");
     }
 }
 
-/// Whether a process of this one's outlives whoever started it. In a container it ends with the first process there, which
-/// may be about to end: an init container's shell.
-fn outlives_its_parent() -> bool {
-    /// The kernel's number for the namespace that it starts with (`PROC_PID_INIT_INO`).
+/// Returns true if a child outlives the process that started this command. In a container, all processes are killed
+/// when its first process ends, for example the shell of an init container.
+fn child_outlives_parent() -> bool {
+    /// The inode number of the initial PID namespace (`PROC_PID_INIT_INO` in the kernel).
     const FIRST: &str = "pid:[4026531836]";
     std::process::id() != 1 && std::fs::read_link("/proc/self/ns/pid").is_ok_and(|name| name.as_os_str() == FIRST)
 }
 
-/// Whether another process has taken it over.
+/// Hands the sync to another process. Returns true if that process has taken it over.
 fn hand_off(cache: &Cache) -> Result<bool> {
     let Some(SyncHandoff { dir, writer, lock }) = cache.hand_off()? else { return Ok(false) };
     let arguments = [std::ffi::OsStr::new("--apart"), dir.as_os_str(), writer.as_ref()];
     let mut child = start(&arguments, Stdio::from(lock))?;
-    // It starts the one that stays, and ends at once: whatever this process becomes has no child that it does not know,
-    // unless it is process 1, which all orphans are given to.
+    // The child starts the process that syncs, and ends at once. A command that replaces this process by `exec` thus
+    // has no child that it did not start, unless it is process 1, which inherits all orphans.
     let is_done = child.wait().map_err(not_started)?.success();
     if is_done {
         cache.handed_off();
@@ -97,7 +98,7 @@ fn hand_off(cache: &Cache) -> Result<bool> {
 }
 
 fn start(arguments: &[&std::ffi::OsStr], lock: Stdio) -> Result<std::process::Child> {
-    // This very program, also where its file was replaced meanwhile.
+    // `/proc/self/exe` is this program even if its file was replaced since.
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("modelcache")
@@ -114,8 +115,8 @@ fn not_started(cause: io::Error) -> Error {
     Error::new(ErrorKind::Other, "cannot start the process that makes files durable").cause(cause)
 }
 
-/// Lets no descriptor but the standard ones reach the next program: whoever waits for one to be closed has nothing to
-/// do with what is done there.
+/// Marks all descriptors but the standard ones close-on-exec, so that the next program keeps no pipe or lock of the
+/// caller open.
 #[allow(unsafe_code)]
 fn close_on_exec() {
     let Ok(open) = std::fs::read_dir("/proc/self/fd") else { return };

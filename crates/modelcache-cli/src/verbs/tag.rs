@@ -1,4 +1,4 @@
-//! `tag`: a movable name for a version, kept on the remote.
+//! `tag`: points a movable name to a version. Tags are stored on the remote.
 
 use super::{Session, extend};
 use clap::Args;
@@ -7,19 +7,19 @@ use modelcache::key::Version;
 use modelcache::{ArtifactKey, Error, Result};
 use serde_json::{Value, json};
 
-/// Make a tag mean a version: a rollout, or a rollback
+/// Point a tag to a version, for a rollout or a rollback
 ///
-/// Whoever gets NAME@TAG gets that version, at the latest after MODEL_CACHE_REF_TTL. Tags are kept on the remote. The
-/// last who moves a tag wins.
+/// A get of NAME@TAG then returns that version, at the latest after MODEL_CACHE_REF_TTL. Tags are stored on the remote.
+/// If several users move a tag at the same time, the last one wins.
 #[derive(Debug, Args)]
 pub(crate) struct Tag {
-    /// The version, which must be on the remote; with --remove, NAME@TAG
+    /// The version, which must exist on the remote; with --remove, NAME@TAG
     #[arg(value_name = "NAME@VERSION")]
     pub(crate) key: String,
-    /// The tag, for instance prod
+    /// The tag, for example prod
     #[arg(value_name = "TAG", required_unless_present = "remove", conflicts_with = "remove")]
     pub(crate) tag: Option<String>,
-    /// Remove the tag that NAME@TAG names; the version stays
+    /// Remove the tag NAME@TAG; the version stays
     #[arg(long)]
     pub(crate) remove: bool,
 }
@@ -40,23 +40,23 @@ impl Tag {
     }
 }
 
-/// The tag that `text` is: like a version, one segment.
+/// Parses a tag. Like a version, it has a single segment.
 pub(super) fn tag_of(text: &str) -> Result<Version> {
     Version::new(text).map_err(|_| {
         Error::invalid(format!("{text:?} cannot be a tag"))
-            .hint("a tag is one word without any of / @ # ? \\ in it, for instance prod; NAME@VERSION comes before it")
+            .hint("a tag is one word without any of / @ # ? \\ in it, for example prod; NAME@VERSION comes before it")
     })
 }
 
-/// What came of a tag, in one line: from what to what it moved.
+/// Formats the summary line of a change: the version that the tag points to, and the one before.
 pub(super) fn summary(report: &TagReport) -> String {
     let TagReport { name, tag, from, to, .. } = report;
     match (from, to) {
-        (None, Some(to)) => format!("{name}@{tag}: new, means {to}"),
-        (Some(from), Some(to)) if from == to => format!("{name}@{tag}: still means {to}"),
-        (Some(from), Some(to)) => format!("{name}@{tag}: moved from {from} to {to}"),
-        (Some(from), None) => format!("{name}@{tag}: removed; it meant {from}"),
-        (None, None) => format!("{name}@{tag}: removed"),
+        (None, Some(to)) => format!("{name}@{tag} now points to version {to} (new tag)"),
+        (Some(from), Some(to)) if from == to => format!("{name}@{tag} already points to version {to}"),
+        (Some(from), Some(to)) => format!("{name}@{tag} now points to version {to} (was {from})"),
+        (Some(from), None) => format!("{name}@{tag}: tag removed (was {from})"),
+        (None, None) => format!("{name}@{tag}: tag removed"),
     }
 }
 
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_move_is_told_from_what_to_what() {
+    fn the_summary_has_the_version_before_and_after() {
         let version = |text: &str| Version::new(text).expect("version");
         let report = |from: Option<&str>, to: Option<&str>| TagReport {
             name: "team/m".parse().expect("name"),
@@ -79,10 +79,10 @@ mod tests {
             to: to.map(version),
             sha256: None,
         };
-        assert_eq!(summary(&report(None, Some("3"))), "team/m@prod: new, means 3");
-        assert_eq!(summary(&report(Some("3"), Some("4"))), "team/m@prod: moved from 3 to 4");
-        assert_eq!(summary(&report(Some("4"), Some("4"))), "team/m@prod: still means 4");
-        assert_eq!(summary(&report(Some("4"), None)), "team/m@prod: removed; it meant 4");
+        assert_eq!(summary(&report(None, Some("3"))), "team/m@prod now points to version 3 (new tag)");
+        assert_eq!(summary(&report(Some("3"), Some("4"))), "team/m@prod now points to version 4 (was 3)");
+        assert_eq!(summary(&report(Some("4"), Some("4"))), "team/m@prod already points to version 4");
+        assert_eq!(summary(&report(Some("4"), None)), "team/m@prod: tag removed (was 4)");
         assert_eq!(report_object(&report(Some("3"), Some("4")))["from"], "3");
     }
 

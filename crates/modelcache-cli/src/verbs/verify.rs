@@ -1,9 +1,9 @@
-//! `verify`: reads what is kept and compares it with its digests; with `--repair`, mends it.
+//! `verify`: reads cached files and compares them with their digests; with `--repair`, restores damaged files.
 //!
-//! One line or object per artifact as soon as it is read; what is wrong with it stands below its line.
+//! Prints one line or object per artifact as soon as it was read. Findings follow below the line of their artifact.
 
 use super::Session;
-use super::choice::explained;
+use super::choice::message_with_hint;
 use crate::output::{Lines, Output};
 use crate::{exit, human, progress};
 use clap::{Args, ValueEnum};
@@ -16,56 +16,57 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-/// Read what is kept in full and compare it with its digests
+/// Read cached files in full and compare them with their digests
 ///
-/// Without a reference, everything. This finds what a get does not look for: bytes that changed while size and time did
-/// not. A bad copy on disk is never served again; the next get, or --repair, fetches it from the next place that has it.
-/// Ends with 5 if anything is wrong and was not repaired. A digest that nobody stated is the one first seen.
+/// Without a reference, verifies everything. Finds damage that a get does not look for: bytes that changed although
+/// size and modification time did not. A damaged file on disk is never used again; the next get, or --repair, downloads
+/// it from the next tier that has it. Exits with 5 if a damaged file was not repaired. A file that was published
+/// without a checksum is compared with the digest of its first download.
 #[derive(Debug, Args)]
 pub(crate) struct Verify {
-    /// NAME@VERSION, or another reference; all if there is none
+    /// NAME@VERSION, or another reference; without one, all artifacts
     #[arg(value_name = "REF")]
     pub(crate) references: Vec<String>,
-    /// Fetch again what is wrong on disk; write anew what is wrong on the remote
+    /// Download damaged files on disk again, and replace damaged objects on the remote
     #[arg(long)]
     pub(crate) repair: bool,
-    /// Where to look
-    #[arg(long, value_enum, default_value_t = Where::Disk)]
-    pub(crate) tier: Where,
-    /// Read no more than this in a second, for instance 50MB
+    /// Where to verify
+    #[arg(long, value_enum, default_value_t = VerifyTierArgument::Disk)]
+    pub(crate) tier: VerifyTierArgument,
+    /// Read at most this many bytes per second, for example 50MB
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     pub(crate) limit_rate: Option<u64>,
 }
 
-/// Where to look.
+/// The tiers that `--tier` accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Where {
+pub(crate) enum VerifyTierArgument {
     /// The local directory
     Disk,
-    /// The remote: every object is read
+    /// The remote; downloads every object
     Remote,
     /// Both
     All,
 }
 
-impl From<Where> for VerifyTier {
-    fn from(place: Where) -> Self {
-        match place {
-            Where::Disk => Self::Disk,
-            Where::Remote => Self::Remote,
-            Where::All => Self::All,
+impl From<VerifyTierArgument> for VerifyTier {
+    fn from(tier: VerifyTierArgument) -> Self {
+        match tier {
+            VerifyTierArgument::Disk => Self::Disk,
+            VerifyTierArgument::Remote => Self::Remote,
+            VerifyTierArgument::All => Self::All,
         }
     }
 }
 
 fn rate(text: &str) -> Result<u64, String> {
-    match settings::parse_size(text).map_err(explained)? {
+    match settings::parse_size(text).map_err(message_with_hint)? {
         ByteBound::Bytes(bytes) if bytes > 0 => Ok(bytes),
-        _ => Err("a rate is a number of bytes per second, for instance 50MB".into()),
+        _ => Err("a rate is a number of bytes per second, for example 50MB".into()),
     }
 }
 
-/// What all targets came to.
+/// The totals over all targets.
 #[derive(Default)]
 struct Sums {
     artifacts: usize,
@@ -73,7 +74,7 @@ struct Sums {
     bad_artifacts: usize,
     bad_files: usize,
     repaired: usize,
-    /// References to what was found somewhere.
+    /// The references that were found on at least one tier.
     found: BTreeSet<String>,
     /// The exit code of the first target that could not be verified.
     failed: Option<u8>,
@@ -96,26 +97,28 @@ impl Verify {
                     show(output, &verified)?;
                     sums.add(&verified);
                 }
-                // Evicted meanwhile.
+                // The artifact was evicted since the list was made.
                 Ok(None) if references.is_empty() => {}
-                // Asked for in both places: one is enough.
-                Ok(None) if self.tier == Where::All && (target.tier == Tier::Disk || sums.knows(target)) => {}
-                Ok(None) => sums.fail(output, &not_there(target, self.tier == Where::All), target),
+                // With `--tier all`, one of the tiers is enough.
+                Ok(None)
+                    if self.tier == VerifyTierArgument::All && (target.tier == Tier::Disk || sums.knows(target)) => {}
+                Ok(None) => sums.fail(output, &not_there(target, self.tier == VerifyTierArgument::All), target),
                 Err(error) => sums.fail(output, &error, target),
             }
         }
         Ok(self.conclude(output, &sums, started.elapsed()))
     }
 
+    /// Prints the summary and the error, if any, and returns the exit code.
     fn conclude(&self, output: &Output, sums: &Sums, took: Duration) -> u8 {
         output.remark(&summary(sums, took));
         if sums.bad_files == 0 {
             return sums.failed.unwrap_or(exit::DONE);
         }
         let hint = match (self.repair, self.tier) {
-            (true, _) => "what could not be repaired stands above with its reason; putting the artifact again mends it",
-            (false, Where::Disk) => "run the same command with --repair to fetch it again now",
-            (false, _) => "run the same command with --repair to write it anew",
+            (true, _) => "see above why these files could not be repaired; publishing the artifact again replaces them",
+            (false, VerifyTierArgument::Disk) => "add --repair to download the damaged files again now",
+            (false, _) => "add --repair to replace the damaged copies",
         };
         let what = format!(
             "{} wrong in {}",
@@ -124,7 +127,7 @@ impl Verify {
         );
         let error = Error::corrupt(what).hint(hint);
         if output.is_json() {
-            // Machines have it in the objects.
+            // The JSON objects already have the findings.
             output.remark(error.message());
         } else {
             output.error(&error, None);
@@ -154,6 +157,7 @@ impl Sums {
     }
 }
 
+/// Returns the error for a reference that was not found. `both` is true for `--tier all`.
 fn not_there(target: &VerifyTarget, both: bool) -> Error {
     let (place, list) = match target.tier {
         Tier::Remote if both => ("neither on disk nor on the remote", "modelcache ls --remote"),
@@ -219,7 +223,7 @@ fn finding_text(finding: &Finding) -> String {
     text
 }
 
-/// Parts by number and bytes: `part 3 (bytes 25165824-33554431)`; of many, the first.
+/// Formats the first bad part and the number of others: `part 3 (bytes 25165824-33554431) and 1 more`.
 fn parts_text(parts: &[BadPart]) -> Option<String> {
     let first = parts.first()?;
     let more = if parts.len() > 1 { format!(" and {} more", parts.len() - 1) } else { String::new() };
@@ -263,7 +267,8 @@ mod tests {
         });
         let shown = text(&verified).to_string();
         let expected = format!(
-            "  w.bin: wrong bytes in part 1 (bytes 64-127) and 1 more; expected sha256 {}, found {}; withdrawn\n    get it again",
+            "  w.bin: wrong bytes in part 1 (bytes 64-127) and 1 more; expected sha256 {}, found {}; \
+             withdrawn\n    get it again",
             Digest::of(b"a"),
             Digest::of(b"b")
         );

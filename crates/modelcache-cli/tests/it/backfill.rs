@@ -156,12 +156,12 @@ fn a_remote_that_is_only_read_is_never_written() {
     assert_eq!(house.pending("a"), (0, 0));
     let file = house.write("mine", "m");
     run().run(["put", "mine@1", file.to_str().unwrap()]).failed(2, &["MODEL_CACHE_REMOTE_MODE=ro", "--remote none"]);
-    run().run(["evict", OTHER]).failed(2, &["only read", "--tier disk"]);
+    run().run(["evict", OTHER]).failed(2, &["read-only", "--tier disk"]);
     run().run(["evict", OTHER, "--tier", "remote", "--dry-run"]).failed(2, &["--tier disk"]);
     run().run(["evict", OTHER, "--tier", "disk"]).ok();
-    run().run(["backfill"]).failed(2, &["only read"]);
+    run().run(["backfill"]).failed(2, &["read-only"]);
     assert_eq!(writes(&house), 0);
-    house.on("a").run(["--remote-mode", "ro", "put", "mine@1", "mine"]).failed(2, &["only read"]);
+    house.on("a").run(["--remote-mode", "ro", "put", "mine@1", "mine"]).failed(2, &["read-only"]);
     house.on("a").run(["put", "mine@1", "mine"]).ok();
 }
 

@@ -95,7 +95,7 @@ fn a_bad_configuration_is_named_and_the_rest_examined() {
     let file = house.write("bad.toml", "max-bytes = 1\n");
     let report = doctor(house.on("a").env("MODEL_CACHE_CONFIG", &file));
     assert_eq!(report.code, Some(2), "{}", report.shown);
-    let problem = report.says("configuration", "problem", "no setting is called \"max-bytes\"");
+    let problem = report.says("configuration", "problem", "unknown setting \"max-bytes\"");
     assert_eq!(problem["fix"], "did you mean \"max_bytes\"?");
     report.says("directory", "ok", &house.path("a").display().to_string());
     report.says("remote", "ok", "conditional writes are kept");

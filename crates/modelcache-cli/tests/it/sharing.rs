@@ -32,6 +32,14 @@ fn by(user: (u32, u32), run: Run, args: &[&str]) -> Outcome {
     run.script(&format!("umask 077\nexec {become_user} {BIN} \"$@\""), args)
 }
 
+/// Runs a shell script as another user.
+#[track_caller]
+fn by_shell(user: (u32, u32), run: Run, script: &str, args: &[&str]) -> Outcome {
+    let (uid, gid) = user;
+    let setpriv = format!("exec setpriv --reuid={uid} --regid={gid} --clear-groups");
+    run.script(&format!("{setpriv} sh -c '{script}' sh \"$@\""), args)
+}
+
 fn chmod(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
@@ -149,6 +157,77 @@ fn a_file_that_one_user_may_not_read_stays_in_service_for_the_others() {
     house.hub.clear_requests();
     assert_model(&by(b, on(), &["get", REF]).path_saying(&["on disk"]));
     assert_eq!(house.hub.body_bytes(), 0);
+}
+
+#[test]
+fn private_folders_of_one_user_do_not_stop_the_others() {
+    let (a, b) = ((12_001, 12_001), (12_002, 12_002));
+    for place in [
+        "artifacts/zz",
+        "artifacts/zz/1",
+        "artifacts/m/1/files/p",
+        "staging/0b203ec73c7ce729a75f7f51a8caf41e-abcdefghijklmnop",
+        "staging/new-abcdefghijklmnop",
+        "quarantine/x",
+    ] {
+        let house = open_house();
+        let source = house.write("source/w", "weights").parent().unwrap().to_owned();
+        chmod(&source, 0o755);
+        let on = || house.on_local("open/cache").env("MODEL_CACHE_SHARED", "world");
+        by(a, on(), &["put", "m@1", source.to_str().unwrap()]).ok();
+        let private = house.path("open/cache").join(place);
+        let script = r#"umask 0; mkdir -p "$1/in" && : > "$1/in/f" && chmod 700 "$1""#;
+        by_shell(b, on(), script, &[private.to_str().unwrap()]).ok();
+        for args in [
+            &["stats"][..],
+            &["put", "new@1", source.to_str().unwrap()],
+            &["get", "m@1"],
+            &["verify"],
+            &["prune"],
+            &["prune", "--dry-run", "--to", "0"],
+            &["evict", "new@1", "--tier", "disk", "--yes"],
+            &["put", "new@2", source.to_str().unwrap()],
+            &["stats"],
+        ] {
+            let outcome = by(a, on(), args);
+            assert_eq!(outcome.code, Some(0), "{place}: {args:?}: {outcome}");
+        }
+        let evicted = by(a, on(), &["evict", "m@1", "--tier", "disk", "--yes"]);
+        match place.starts_with("artifacts/m") {
+            true => assert!(evicted.code == Some(1) && evicted.stderr.contains("not removable"), "{place}: {evicted}"),
+            false => assert_eq!(evicted.code, Some(0), "{place}: {evicted}"),
+        }
+    }
+}
+
+#[test]
+fn one_user_cannot_make_another_publish() {
+    let (house, a, b) = (open_house(), (12_001, 12_001), (12_002, 12_002));
+    let remote = house.path("remote-of-a");
+    fs::create_dir(&remote).unwrap();
+    std::os::unix::fs::chown(&remote, Some(a.0), Some(a.1)).unwrap();
+    chmod(&remote, 0o700);
+    let on_remote = |folder: &str| {
+        let run = house.on_local("open/cache").env("MODEL_CACHE_SHARED", "world");
+        run.env("MODEL_CACHE_REMOTE", format!("file://{}", house.path(folder).display()))
+    };
+    let on = || on_remote("remote-of-a");
+    by(a, on(), &["stats"]).ok();
+    // B records an upload to the remote of A, in the place of a record of A.
+    by(b, on_remote("open/remote-of-b"), &["get", REF, "--backfill", "later"]).ok();
+    let records = house.path("open/cache/backfill");
+    let record = fs::read_dir(&records).unwrap().next().expect("a record").unwrap().path();
+    let of_a = record.to_str().unwrap().replace("-12002", "-12001");
+    let script = r#"sed "s#open/remote-of-b#remote-of-a#" < "$1" > "$2""#;
+    by_shell(b, on(), script, &[record.to_str().unwrap(), &of_a]).ok();
+    assert!(fs::read_to_string(&of_a).unwrap().contains("/remote-of-a"));
+    by(a, on(), &["backfill"]).ok();
+    assert_eq!(files_below(&remote), Vec::<PathBuf>::new(), "A has uploaded for B");
+    // A's own upload works, unless B exchanges the content meanwhile.
+    by(b, on(), &["evict", REF, "--tier", "disk", "--yes"]).ok();
+    by(a, on(), &["get", OTHER, "--backfill", "later"]).ok();
+    by(a, on(), &["backfill"]).ok();
+    assert!(files_below(&remote).iter().any(|file| file.ends_with("own")), "A's own upload");
 }
 
 #[test]

@@ -180,7 +180,7 @@ fn a_stopped_leader_is_replaced_and_does_no_harm_when_it_continues() {
     let long_ago = SystemTime::now() - Duration::from_secs(60);
     File::options().write(true).open(lock).unwrap().set_times(fs::FileTimes::new().set_modified(long_ago)).unwrap();
 
-    let follower = run(&house, "a").run(["get", "hf://org/large"]).said(&["has been silent"]).path();
+    let follower = run(&house, "a").run(["get", "hf://org/large"]).said(&["has stopped writing its heartbeat"]).path();
     assert_large(&follower);
     house.hub.faults().clear();
     leader.signal("CONT");

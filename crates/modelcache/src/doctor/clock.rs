@@ -1,23 +1,23 @@
-//! This machine's clock against the `Date` of servers that answer.
+//! Compares the local clock with the `Date` header of servers.
 //!
-//! S3 refuses requests that are signed 15 minutes off; claims on the remote are compared by the writers' clocks.
+//! S3 refuses signatures that are more than 15 minutes off. Claims on the remote expire by the clocks of the writers.
 
 use super::{Area, Check};
 use crate::error::{Error, ErrorKind};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-/// More than this is worth a word.
+/// A larger difference is a warning.
 const WARN_ABOVE: Duration = Duration::from_secs(30);
-/// More than this breaks things: signatures are refused, claims end too early.
+/// A larger difference is a problem: signatures are refused, and claims expire too early.
 const PROBLEM_ABOVE: Duration = Duration::from_secs(300);
 
-/// What servers said the time is: who, and by how many seconds this machine is ahead.
+/// The servers that sent a date, and the number of seconds that the local clock is ahead of each.
 #[derive(Debug, Default)]
 pub(crate) struct Clock(Mutex<Vec<(String, i64)>>);
 
 impl Clock {
-    /// Compares the `Date` header of an answer that has just come with this machine's clock.
+    /// Compares the `Date` header of a response that was just received with the local clock.
     pub(crate) fn learn(&self, server: &str, date: Option<&str>) {
         let Some(theirs) = date.and_then(http_date) else { return };
         let ours = SystemTime::now();
@@ -29,10 +29,10 @@ impl Clock {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push((server.to_owned(), ahead));
     }
 
-    /// What there is to say; nothing where no server told the time.
+    /// Returns the check of the largest difference, or `None` if no server sent a date.
     pub(super) fn check(&self) -> Option<Check> {
-        let heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (server, ahead) = heard.iter().max_by_key(|(_, ahead)| ahead.unsigned_abs())?;
+        let differences = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (server, ahead) = differences.iter().max_by_key(|(_, ahead)| ahead.unsigned_abs())?;
         let off = Duration::from_secs(ahead.unsigned_abs());
         let way = if *ahead < 0 { "behind" } else { "ahead of" };
         let says = format!("this machine's clock is {} s {way} that of {server}", off.as_secs());
@@ -47,7 +47,7 @@ impl Clock {
     }
 }
 
-/// The time in `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110, 5.6.7; the obsolete forms are not read).
+/// Parses a date such as `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110, 5.6.7). The obsolete formats are not supported.
 fn http_date(text: &str) -> Option<SystemTime> {
     const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let fields: Vec<&str> = text.split_ascii_whitespace().collect();
@@ -62,7 +62,7 @@ mod tests {
     use crate::doctor::Gravity;
 
     #[test]
-    fn dates_of_servers_are_read() {
+    fn http_dates_are_parsed() {
         let seconds =
             |text| http_date(text).map(|time| time.duration_since(SystemTime::UNIX_EPOCH).expect("late").as_secs());
         assert_eq!(seconds("Sun, 06 Nov 1994 08:49:37 GMT"), Some(784_111_777));
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn the_farthest_clock_decides() {
+    fn the_largest_difference_counts() {
         let gravity = |rows: &[i64]| {
             let clock = Clock::default();
             rows.iter().for_each(|ahead| clock.0.lock().expect("lock").push(("s".into(), *ahead)));

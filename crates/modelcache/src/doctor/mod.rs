@@ -1,15 +1,13 @@
-//! The doctor: looks at everything a cache needs and says what is wrong, each thing with its fix.
+//! The doctor: checks everything that a cache needs, and has a fix for each problem.
 //!
 //! # Contract
-//! - Needs no open cache: it is wanted when opening fails. A configuration that cannot be read is the door's to tell; the
-//!   rest is then examined with what is left of it.
-//! - Looks before it tries, and leaves nothing of what it tried: one temporary folder below the cache directory, and,
-//!   unless told to write nothing, one small object below the remote's prefix under a name of its own.
-//! - Every question over the network has an end, and they are asked at the same time.
-//! - Tells where credentials come from and how a key's id begins; never a secret.
+//! - Needs no open cache, because it is used when opening fails. Front ends report an invalid configuration themselves.
+//! - Removes everything that it creates: one temporary folder below the cache directory and, unless `read_only` is set,
+//!   one small object below the remote's prefix under a unique name.
+//! - Every network request has a timeout. The requests run concurrently.
+//! - Reports the source of credentials and the first characters of a key's id, but no secrets.
 //!
-//! What is to be looked at in a tier stands in that tier's own folder (`disk/doctor.rs`, `remote/doctor.rs`,
-//! `origin/doctor.rs`); here it is put together.
+//! The checks of a tier are in the tier's own folder (`disk/doctor.rs`, `remote/doctor.rs`, `origin/doctor.rs`).
 
 mod clock;
 mod network;
@@ -23,10 +21,10 @@ use serde::Serialize;
 use std::fmt;
 use std::time::Duration;
 
-/// Longest that one question over the network may take.
+/// Timeout of a single network request.
 pub(crate) const QUESTION_MAX: Duration = Duration::from_secs(10);
 
-/// What a check is about, in the order in which they are told.
+/// The subject of a check, in the order of the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Area {
@@ -34,15 +32,15 @@ pub enum Area {
     Configuration,
     /// The local directory.
     Directory,
-    /// The directory underneath.
+    /// The lower directory, a second, read-only cache.
     Lower,
-    /// Where the keys for the remote come from.
+    /// The credentials for the remote, and their source.
     Credentials,
     /// The object store.
     Remote,
-    /// Where artifacts first come from.
+    /// The origins.
     Origin,
-    /// This machine's clock against the servers'.
+    /// The local clock, compared with the servers' clocks.
     Clock,
     /// Proxies and certificates.
     Network,
@@ -63,47 +61,47 @@ impl fmt::Display for Area {
     }
 }
 
-/// How grave what was found is.
+/// The severity of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Gravity {
-    /// As it should be.
+    /// The check passed.
     Ok,
-    /// It works, and could be better, or will not work for long.
+    /// It works, but could be better, or may fail soon.
     Warning,
     /// Something will fail.
     Problem,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Debug, Clone, Serialize)]
 pub struct Check {
-    /// What it is about.
+    /// The subject.
     pub area: Area,
-    /// How grave it is.
+    /// The severity.
     pub gravity: Gravity,
-    /// What was found, in one line.
+    /// The result in words, in one line.
     pub says: String,
-    /// How to mend it, unless it is as it should be.
+    /// The fix, unless the check passed.
     pub fix: Option<String>,
-    /// The kind of failure that a problem will be; from it follows the exit code.
+    /// The kind of error that a problem causes. It determines the exit code.
     #[serde(skip)]
     pub kind: Option<ErrorKind>,
 }
 
 impl Check {
-    /// It is as it should be.
+    /// Creates a check that passed.
     pub fn ok(area: Area, says: impl Into<String>) -> Self {
         Self { area, gravity: Gravity::Ok, says: printable::line(&says.into()).into_owned(), fix: None, kind: None }
     }
 
-    /// It works, but.
+    /// Creates a warning.
     pub fn warning(area: Area, says: impl Into<String>, fix: impl Into<String>) -> Self {
         let [says, fix] = [says.into(), fix.into()].map(|text| printable::line(&text).into_owned());
         Self { area, gravity: Gravity::Warning, says, fix: Some(fix), kind: None }
     }
 
-    /// A failure that has to be mended.
+    /// Creates a problem from an error.
     pub fn problem(area: Area, error: &Error) -> Self {
         let fix = error.hint_text().unwrap_or("see the rest of this report").to_owned();
         Self {
@@ -115,37 +113,37 @@ impl Check {
         }
     }
 
-    /// A failure that one can live with.
+    /// Creates a warning from an error.
     pub(crate) fn warning_of(area: Area, error: &Error) -> Self {
         Self { gravity: Gravity::Warning, kind: None, ..Self::problem(area, error) }
     }
 
-    /// The same with more to say.
+    /// Appends a detail in parentheses.
     pub(crate) fn with_detail(mut self, detail: &str) -> Self {
         self.says.push_str(&format!(" ({})", printable::line(detail)));
         self
     }
 
-    /// The kind of failure, of a problem.
+    /// Returns the kind of error, if this is a problem.
     pub(crate) fn error_kind(&self) -> Option<ErrorKind> {
         self.kind
     }
 }
 
-/// What the doctor may do.
+/// Options of the doctor.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DoctorOptions {
-    /// Write nothing to the remote, not even for a moment.
+    /// Write nothing to the remote, not even a temporary object.
     pub read_only: bool,
 }
 
-/// Looks at everything, and tells it area by area.
+/// Runs all checks. Returns the results, sorted by area.
 pub async fn examine(config: &Config, environment: &Environment, options: DoctorOptions) -> Vec<Check> {
     let options = DoctorOptions { read_only: options.read_only || config.remote_mode == RemoteMode::ReadOnly };
     let for_disk = config.clone();
     let disk = async move {
-        let looked = tokio::task::spawn_blocking(move || crate::disk::examine(&for_disk)).await;
-        looked.unwrap_or_else(|_| Vec::new())
+        let checks = tokio::task::spawn_blocking(move || crate::disk::examine(&for_disk)).await;
+        checks.unwrap_or_else(|_| Vec::new())
     };
     let clock = Clock::default();
     let (disk, remote, origin) = futures::join!(
@@ -159,7 +157,7 @@ pub async fn examine(config: &Config, environment: &Environment, options: Doctor
     checks
 }
 
-/// The answer of a question over the network, or that it came too late.
+/// Runs a network request. Fails if it takes longer than [`QUESTION_MAX`].
 pub(crate) async fn in_time<T>(question: impl Future<Output = crate::Result<T>>) -> crate::Result<T> {
     let too_late = || Error::unavailable(format!("no answer within {} s", QUESTION_MAX.as_secs()));
     tokio::time::timeout(QUESTION_MAX, question).await.unwrap_or_else(|_| Err(too_late()))

@@ -1,4 +1,4 @@
-//! Proxies and certificates: what the environment says of the way to everybody.
+//! Checks the proxies and root certificates that the environment sets.
 
 use super::{Area, Check};
 use crate::config::Environment;
@@ -6,11 +6,12 @@ use crate::error::Error;
 use std::path::Path;
 use url::Url;
 
-/// Variables that name a proxy, in either case.
+/// Variables that name a proxy, in upper or lower case.
 const PROXIES: [&str; 3] = ["HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"];
 /// Variables that name a file of root certificates.
 const CERTIFICATES: [&str; 2] = ["AWS_CA_BUNDLE", "SSL_CERT_FILE"];
 
+/// Checks the variables for proxies and certificates.
 pub(super) fn examine(environment: &Environment) -> Vec<Check> {
     let either = |name: &str| environment.get(name).or_else(|| environment.get(&name.to_ascii_lowercase()));
     let mut checks: Vec<Check> = PROXIES.iter().filter_map(|name| Some(proxy(name, either(name)?))).collect();
@@ -24,23 +25,24 @@ pub(super) fn examine(environment: &Environment) -> Vec<Check> {
     checks
 }
 
-/// A proxy without the password that its address may carry.
+/// Checks the URL of a proxy. The result does not show the password.
 fn proxy(name: &str, address: &str) -> Check {
     let full = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
     match Url::parse(&full) {
         Ok(url) if url.has_host() => {
             let port = url.port().map_or_else(String::new, |port| format!(":{port}"));
-            let secret = if url.username().is_empty() { "" } else { ", with a user's name" };
+            let secret = if url.username().is_empty() { "" } else { ", with a user name" };
             let host = url.host_str().unwrap_or_default();
             Check::ok(Area::Network, format!("{name}: {}://{host}{port}{secret}", url.scheme()))
         }
         _ => {
-            let error = Error::invalid(format!("{name} is no address"));
+            let error = Error::invalid(format!("{name} is not a valid URL"));
             Check::problem(Area::Network, &error.hint("write it as http://host:port, or unset it"))
         }
     }
 }
 
+/// Checks a file of root certificates.
 fn certificates(name: &str, path: &Path) -> Check {
     let shown = path.display();
     let fix = "name a file with root certificates in PEM form, or unset it";
@@ -66,13 +68,13 @@ mod tests {
     use std::collections::HashMap;
 
     #[test]
-    fn a_proxys_password_is_not_told() {
+    fn the_password_of_a_proxy_is_not_shown() {
         let variables =
             [("https_proxy", "http://user:canary@proxy:3128"), ("ALL_PROXY", "proxy:1"), ("NO_PROXY", "a,b")];
         let environment = Environment(variables.map(|(name, value)| (name.into(), value.into())).into());
         let checks = examine(&environment);
         assert!(!format!("{checks:?}").contains("canary"), "{checks:?}");
-        assert_eq!(checks[0].says, "HTTPS_PROXY: http://proxy:3128, with a user's name");
+        assert_eq!(checks[0].says, "HTTPS_PROXY: http://proxy:3128, with a user name");
         assert_eq!((checks.len(), checks[2].says.as_str()), (3, "NO_PROXY: a,b"));
         assert_eq!(examine(&Environment(HashMap::new()))[0].says, "no proxy");
     }

@@ -1,22 +1,24 @@
-//! Two SHA-256 streams at once on one core, with the processor's SHA extensions.
+//! Interleaves two SHA-256 streams on one core, with the SHA extensions of the processor.
 //!
-//! SHA-256 is a chain: each step of one stream waits for the step before, and the unit that computes them stands idle
-//! meanwhile. The steps of a second stream fill the gaps: almost twice the bytes a second. Three streams gain no more,
-//! for want of registers. Where the extensions are missing, one stream goes after the other, with the same outcome.
+//! Each round of SHA-256 depends on the previous one, so that a single stream leaves the SHA unit idle most of the
+//! time. The rounds of a second stream fill the gaps, for almost twice the throughput. A third stream gains nothing,
+//! because there are too few registers. Without the extensions, the streams are hashed one after the other, with equal
+//! results.
 //!
-//! Surprise: the only `unsafe` of the library is here, one call. Words are moved in and out by value, so that no pointer is
-//! involved; the compiler makes plain vector loads of that.
+//! The only `unsafe` of the library is a single call in this module. Words are passed by value, so that no pointers are
+//! involved; the compiler turns this into plain vector loads.
 //! Source: FIPS 180-4, 6.2.2; Intel SDM, `SHA256RNDS2`, `SHA256MSG1`, `SHA256MSG2`.
 
 use super::{BLOCK, State};
 use sha2::block_api::compress256;
 
-/// The proof that this processor has the SHA extensions, and what they need beside them.
+/// Proof that this processor has the SHA extensions, SSSE3 and SSE4.1.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ShaExtensions(());
 
 impl ShaExtensions {
-    /// `None` where they are missing. The standard library asks the processor once and remembers.
+    /// Returns the proof, or `None` if an extension is missing. The standard library caches the result of the
+    /// detection.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn detect() -> Option<Self> {
         let found = std::arch::is_x86_feature_detected!("sha")
@@ -25,14 +27,14 @@ impl ShaExtensions {
         found.then_some(Self(()))
     }
 
-    /// No two-stream code for this processor.
+    /// Returns `None`: there is no interleaved implementation for this architecture.
     #[cfg(not(target_arch = "x86_64"))]
     pub(super) fn detect() -> Option<Self> {
         None
     }
 }
 
-/// Takes the blocks `x` into state `a` and the blocks `y` into state `b`: in pairs as long as both have one.
+/// Compresses the blocks `x` into state `a` and the blocks `y` into state `b`, interleaved as far as both have blocks.
 pub(super) fn compress_pair(
     extensions: Option<ShaExtensions>,
     a: &mut State,
@@ -52,11 +54,11 @@ pub(super) fn compress_pair(
 #[cfg(target_arch = "x86_64")]
 #[expect(
     unsafe_code,
-    reason = "instructions that not every processor has; whoever calls holds the proof that this one has"
+    reason = "these instructions are not on every processor; the caller holds the proof that they are on this one"
 )]
 fn compress_pairs(_: ShaExtensions, states: [&mut State; 2], blocks: [&[[u8; BLOCK]]; 2]) {
-    // SAFETY: the one thing `x86::compress` asks for is a processor with the features `sha`, `ssse3` and `sse4.1` (and
-    // `sse2`, which every x86_64 has). A `ShaExtensions` is only made by `detect`, after all three were found.
+    // SAFETY: the only requirement of `x86::compress` is a processor with the features `sha`, `ssse3` and `sse4.1` (and
+    // `sse2`, which every x86_64 has). Only `detect` creates a `ShaExtensions`, after it has found all three.
     unsafe { x86::compress(states, blocks) }
 }
 
@@ -68,13 +70,14 @@ fn compress_pairs(_: ShaExtensions, [a, b]: [&mut State; 2], [x, y]: [&[[u8; BLO
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    //! How the instructions want it: the eight words of a state lie in two vectors, A B E F and C D G H, the first word in
-    //! the highest lane. One instruction does two rounds; four words of the schedule make four rounds.
+    //! Data layout of the instructions: the eight words of a state are in two vectors, A B E F and C D G H, with the
+    //! first word in the highest lane. One instruction does two rounds. Four words of the schedule are used in four
+    //! rounds.
 
     use super::{BLOCK, State};
     use std::arch::x86_64::*;
 
-    /// SHA-256's round constants (FIPS 180-4, 4.2.2).
+    /// The round constants of SHA-256 (FIPS 180-4, 4.2.2).
     #[rustfmt::skip]
     const ROUNDS: [u32; 64] = [
         0x428a_2f98, 0x7137_4491, 0xb5c0_fbcf, 0xe9b5_dba5, 0x3956_c25b, 0x59f1_11f1, 0x923f_82a4, 0xab1c_5ed5,
@@ -87,7 +90,7 @@ mod x86 {
         0x748f_82ee, 0x78a5_636f, 0x84c8_7814, 0x8cc7_0208, 0x90be_fffa, 0xa450_6ceb, 0xbef9_a3f7, 0xc671_78f2,
     ];
 
-    /// One stream: its state, and the sixteen words of the schedule that come next.
+    /// One stream: its state, and the next sixteen words of the message schedule.
     #[derive(Clone, Copy)]
     struct Lane {
         abef: __m128i,
@@ -95,7 +98,7 @@ mod x86 {
         schedule: [__m128i; 4],
     }
 
-    /// Takes equally many blocks into each of two states.
+    /// Compresses two streams of the same length.
     #[target_feature(enable = "sha,ssse3,sse4.1")]
     pub(super) fn compress([a, b]: [&mut State; 2], [x, y]: [&[[u8; BLOCK]]; 2]) {
         let mut lanes = [load(a), load(b)];
@@ -103,10 +106,12 @@ mod x86 {
             let before = lanes;
             lanes[0].schedule = words(x);
             lanes[1].schedule = words(y);
+            // Rounds 0 to 15 use the words of the block.
             for quarter in 0..4 {
                 lanes.iter_mut().for_each(|lane| four_rounds(lane, quarter, quarter));
             }
-            // Two loops, so that the inner one is unrolled and the schedule stays in registers.
+            // Rounds 16 to 63 extend the schedule. The nested loops let the compiler unroll the inner one and keep the
+            // schedule in registers.
             for sixteen in 1..4 {
                 for quarter in 0..4 {
                     lanes.iter_mut().for_each(|lane| {
@@ -124,7 +129,7 @@ mod x86 {
         *b = store(&lanes[1]);
     }
 
-    /// Rounds `4 * at` to `4 * at + 3`, on that quarter of the schedule.
+    /// Does the rounds `4 * at` to `4 * at + 3` with this quarter of the schedule.
     #[inline]
     #[target_feature(enable = "sha,sse2")]
     fn four_rounds(lane: &mut Lane, at: usize, quarter: usize) {
@@ -135,7 +140,7 @@ mod x86 {
         lane.abef = _mm_sha256rnds2_epu32(lane.abef, lane.cdgh, second);
     }
 
-    /// Puts the next four words of the schedule into the place of its oldest four.
+    /// Computes the next four words of the schedule, in place of the oldest four.
     #[inline]
     #[target_feature(enable = "sha,ssse3")]
     fn next_words(lane: &mut Lane, quarter: usize) {
@@ -144,7 +149,7 @@ mod x86 {
         lane.schedule[quarter] = _mm_sha256msg2_epu32(sum, w3);
     }
 
-    /// A block as big-endian words, the first in the lowest lane.
+    /// Loads a block as big-endian words, with the first word in the lowest lane.
     #[inline]
     #[target_feature(enable = "ssse3")]
     fn words(block: &[u8; BLOCK]) -> [__m128i; 4] {
@@ -157,12 +162,14 @@ mod x86 {
         [quarter(0), quarter(1), quarter(2), quarter(3)]
     }
 
+    /// Loads a state into vectors.
     #[target_feature(enable = "sse2")]
     fn load(state: &State) -> Lane {
         let [a, b, c, d, e, f, g, h] = state.map(u32::cast_signed);
         Lane { abef: _mm_set_epi32(a, b, e, f), cdgh: _mm_set_epi32(c, d, g, h), schedule: [_mm_setzero_si128(); 4] }
     }
 
+    /// Returns the state in the vectors.
     #[target_feature(enable = "sse4.1")]
     fn store(lane: &Lane) -> State {
         let (abef, cdgh) = (lane.abef, lane.cdgh);

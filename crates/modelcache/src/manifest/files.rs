@@ -1,7 +1,7 @@
-//! The files of a manifest: one list, sorted by path.
+//! The files of a manifest: a vector, sorted by path.
 //!
-//! A list takes less than half the memory of a tree map whose keys were inserted in order, and a manifest with a million
-//! files is mostly this list. Inserting at the end is fast, inserting elsewhere moves what follows.
+//! A vector takes less than half the memory of a tree map with keys inserted in order, and a manifest with a million
+//! files is mostly this vector. Inserting at the end is fast; inserting elsewhere moves the entries after it.
 
 use super::FileEntry;
 use crate::key::FilePath;
@@ -9,21 +9,21 @@ use std::fmt::Debug;
 use std::ops::Index;
 use std::{iter, slice};
 
-/// What is known of each file, by its path.
+/// The files of a manifest, by path.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Files(Vec<(FilePath, FileEntry)>);
 
-/// Iterator over [`Files`], in order of path.
+/// An iterator over [`Files`], in the order of the paths.
 pub type Iter<'a> =
     iter::Map<slice::Iter<'a, (FilePath, FileEntry)>, fn(&'a (FilePath, FileEntry)) -> (&'a FilePath, &'a FileEntry)>;
 
 impl Files {
-    /// No files.
+    /// Creates an empty list.
     pub const fn new() -> Self {
         Self(Vec::new())
     }
 
-    /// A list of what `files` holds; `Err` with the path that is in it twice.
+    /// Creates the list from `files`. Fails with a path that occurs twice.
     pub(super) fn from_list(mut files: Vec<(FilePath, FileEntry)>) -> Result<Self, FilePath> {
         if !files.is_sorted_by(|(a, _), (b, _)| a < b) {
             files.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
@@ -34,40 +34,41 @@ impl Files {
         Ok(Self(files))
     }
 
-    /// Where `path` is in the list (`Ok`), or belongs (`Err`).
+    /// Returns the index of `path` (`Ok`), or the index at which to insert it (`Err`).
     fn position(&self, path: &FilePath) -> Result<usize, usize> {
         match self.0.last() {
+            // Fast path for paths that are inserted in order.
             Some((last, _)) if last < path => Err(self.0.len()),
             _ => self.0.binary_search_by(|(there, _)| there.cmp(path)),
         }
     }
 
-    /// The number of files.
+    /// Returns the number of files.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there are none.
+    /// Returns true if there are no files.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether there is a file at `path`.
+    /// Returns true if the list has `path`.
     pub fn contains_key(&self, path: &FilePath) -> bool {
         self.position(path).is_ok()
     }
 
-    /// The entry of `path`.
+    /// Returns the entry of `path`.
     pub fn get(&self, path: &FilePath) -> Option<&FileEntry> {
         self.position(path).ok().map(|at| &self.0[at].1)
     }
 
-    /// The entry of `path`, to be changed.
+    /// Returns the entry of `path`, mutably.
     pub fn get_mut(&mut self, path: &FilePath) -> Option<&mut FileEntry> {
         self.position(path).ok().map(|at| &mut self.0[at].1)
     }
 
-    /// The entry of `path`, which is made if there is none.
+    /// Returns the entry of `path`, mutably. Inserts a default entry if there is none.
     pub fn get_or_default(&mut self, path: &FilePath) -> &mut FileEntry {
         let at = self.position(path).unwrap_or_else(|at| {
             self.0.insert(at, (path.clone(), FileEntry::default()));
@@ -76,7 +77,7 @@ impl Files {
         &mut self.0[at].1
     }
 
-    /// Adds a file, and returns the entry that it replaces, if any.
+    /// Inserts a file. Returns the entry that it replaces, if any.
     pub fn insert(&mut self, path: FilePath, entry: FileEntry) -> Option<FileEntry> {
         match self.position(&path) {
             Ok(at) => Some(std::mem::replace(&mut self.0[at].1, entry)),
@@ -92,32 +93,32 @@ impl Files {
         self.0.retain_mut(|(path, entry)| keep(path, entry));
     }
 
-    /// Paths and entries.
+    /// Iterates over paths and entries.
     pub fn iter(&self) -> Iter<'_> {
         self.0.iter().map(|(path, entry)| (path, entry))
     }
 
-    /// Paths and entries, which may be changed.
+    /// Iterates over paths and mutable entries.
     pub fn iter_mut(&mut self) -> impl DoubleEndedIterator<Item = (&FilePath, &mut FileEntry)> + ExactSizeIterator {
         self.0.iter_mut().map(|(path, entry)| (&*path, entry))
     }
 
-    /// The paths.
+    /// Iterates over the paths.
     pub fn keys(&self) -> impl DoubleEndedIterator<Item = &FilePath> + ExactSizeIterator + Clone + Debug {
         self.0.iter().map(|(path, _)| path)
     }
 
-    /// The entries.
+    /// Iterates over the entries.
     pub fn values(&self) -> impl DoubleEndedIterator<Item = &FileEntry> + ExactSizeIterator + Clone + Debug {
         self.0.iter().map(|(_, entry)| entry)
     }
 
-    /// The entries, to be changed.
+    /// Iterates over the entries, mutably.
     pub fn values_mut(&mut self) -> impl DoubleEndedIterator<Item = &mut FileEntry> + ExactSizeIterator {
         self.0.iter_mut().map(|(_, entry)| entry)
     }
 
-    /// Bytes that the list takes in memory.
+    /// Returns the memory that the list uses, in bytes.
     pub(super) fn memory_bytes(&self) -> usize {
         let of = |(path, entry): &(FilePath, FileEntry)| path.as_str().len() + entry.heap_bytes();
         self.0.capacity() * size_of::<(FilePath, FileEntry)>() + self.0.iter().map(of).sum::<usize>()
@@ -132,7 +133,7 @@ impl Index<&FilePath> for Files {
     }
 }
 
-/// Of two entries with one path the later one counts.
+/// If a path occurs twice, the later entry is kept.
 impl FromIterator<(FilePath, FileEntry)> for Files {
     fn from_iter<I: IntoIterator<Item = (FilePath, FileEntry)>>(files: I) -> Self {
         let mut files: Vec<_> = files.into_iter().collect();
@@ -185,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn files_stay_sorted_and_are_found_in_whatever_order_they_come() {
+    fn files_stay_sorted_and_are_found_in_any_order_of_insertion() {
         let mut files = Files::new();
         for (size, name) in ["m", "z", "a", "n"].into_iter().enumerate() {
             assert_eq!(files.insert(path(name), FileEntry::of(size as u64)), None);
@@ -200,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn of_equal_paths_the_last_counts_in_a_collection_and_is_refused_in_a_list() {
+    fn a_repeated_path_replaces_the_entry_in_an_iterator_and_is_refused_in_a_list() {
         let twice =
             || vec![(path("b"), FileEntry::of(1)), (path("a"), FileEntry::of(2)), (path("b"), FileEntry::of(3))];
         let files: Files = twice().into_iter().collect();

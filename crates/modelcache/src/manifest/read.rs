@@ -1,15 +1,14 @@
-//! Reading manifests within bounds.
+//! Parses manifests with bounded memory.
 //!
-//! A manifest may come from a hostile server or from another user of a shared directory. Reading one, accepted or refused,
-//! allocates less than three times its bytes and [`MEMORY_BYTES_MIN`]; with the document itself that is less than four
-//! times. So that this holds:
+//! A manifest may come from a hostile server or from another user of a shared directory. Parsing allocates less than
+//! three times the size of the document plus [`MEMORY_BYTES_MIN`] (with the document itself: less than four times),
+//! whether the manifest is accepted or refused:
 //!
-//! - A first look, which allocates nothing, refuses what is nested too deep and names that are too long.
-//! - Every value is taken as a slice of the document first, and parsed only if it is no longer than such a value may be.
-//!   Error messages quote nothing longer than that.
-//! - Fields that this release does not know stay text, of bounded length and number.
-//! - Files are counted before the list of them is allocated. What the entries take is added up, and a manifest that would
-//!   take more than its share is refused.
+//! - A first scan without allocations refuses deep nesting and long names.
+//! - Each value is first taken as a slice of the document, and parsed only within the length limit of its type. Error
+//!   messages quote nothing longer.
+//! - Unknown fields stay text, of bounded length and number.
+//! - Files are counted before their list is allocated. A manifest is refused if its entries exceed the memory limit.
 
 use super::{
     FileDetails, FileEntry, FileIdentity, Files, Held, Manifest, ObjectIdentity, Shape, UnknownFields, UnsyncedFile,
@@ -24,26 +23,27 @@ use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::fmt;
 
-/// What the parsed form may take, in multiples of the text.
+/// The memory limit of the parsed form, in multiples of the document's size.
 const MEMORY_PER_BYTE: usize = 3;
-/// What the parsed form may take in any case, in bytes.
+/// The memory that the parsed form may use in any case, in bytes.
 const MEMORY_BYTES_MIN: usize = 16 << 10;
-/// Longest number, digest or word, in bytes of JSON.
+/// The longest number, digest or word, in bytes of JSON.
 const WORD_BYTES_MAX: usize = 256;
-/// Longest name or version, in bytes of JSON: each byte may be escaped as six.
+/// The longest name or version, in bytes of JSON. An escaped byte takes six.
 const NAME_JSON_BYTES_MAX: usize = 6 * limits::NAME_BYTES_MAX + 2;
-/// Longest name of a field or path of a file, in bytes of JSON.
+/// The longest field name or file path, in bytes of JSON.
 const FIELD_JSON_BYTES_MAX: usize = 6 * limits::PATH_BYTES_MAX;
-/// Longest statement how a file is held, in bytes of JSON. It has a number or two and an entity tag.
+/// The longest value of `held`, in bytes of JSON. It has a few numbers and an entity tag.
 const HELD_BYTES_MAX: usize = 1 << 10;
-/// Longest ladder, in bytes of JSON: base64 of 32 bytes for each part, and as much again to spare.
+/// The longest ladder, in bytes of JSON: twice the base64 form of 32 bytes for each part.
 const LADDER_BYTES_MAX: usize = 2 * limits::PARTS_MAX as usize * 43;
-/// What a manifest may have besides its files, in bytes.
+/// The largest size of a manifest without its files, in bytes.
 const HEAD_BYTES_MAX: usize = limits::UNKNOWN_BYTES_MAX + (64 << 10);
-/// What a file may take besides its ladder and unknown fields, in bytes of JSON: a path of escapes, digests and numbers.
+/// The largest size of a file's entry without ladder and unknown fields, in bytes of JSON: an escaped path, digests and
+/// numbers.
 const ENTRY_BYTES_MAX: usize = 8 << 10;
 
-/// The value of `manifest` in the stored form `bytes`, its checksum compared.
+/// Returns the value of `manifest` in the stored form `bytes`. Checks format number and checksum.
 pub(super) fn open_envelope(bytes: &[u8]) -> Result<&str> {
     let text = std::str::from_utf8(bytes).map_err(damaged)?;
     look_over(text)?;
@@ -57,6 +57,7 @@ pub(super) fn open_envelope(bytes: &[u8]) -> Result<&str> {
         }
         Ok(())
     })?;
+    // The format first: the other fields of a newer format may differ.
     let format = format.ok_or_else(|| lacks("format"))?;
     if format > super::FORMAT {
         return Err(Error::invalid(format!(
@@ -70,13 +71,14 @@ pub(super) fn open_envelope(bytes: &[u8]) -> Result<&str> {
     if super::Digest::of(list.as_bytes()) != parsed("sha256", sha256, WORD_BYTES_MAX)? {
         return Err(Error::corrupt("the manifest does not match its own checksum"));
     }
+    // Unknown fields of the envelope are ignored, but they count.
     match text.len() - list.len() {
         around if around > HEAD_BYTES_MAX => Err(too_large(text.len(), "the list of files in it", list.len())),
         _ => Ok(list),
     }
 }
 
-/// The manifest that `text` describes, which was looked over; not checked beyond its types.
+/// Parses a manifest. `text` must have passed [`look_over`]. Checks only types and limits.
 pub(super) fn manifest(text: &str) -> Result<Manifest> {
     let mut memory = Memory { left: MEMORY_PER_BYTE * text.len() + MEMORY_BYTES_MIN, bytes: text.len(), files: 0 };
     let (mut name, mut version, mut shape, mut files) = (None, None, None, None);
@@ -95,39 +97,41 @@ pub(super) fn manifest(text: &str) -> Result<Manifest> {
     Ok(Manifest { key, shape, files, extra })
 }
 
-/// The files in `text`.
+/// Parses the files of a manifest.
 fn files(text: &str, memory: &mut Memory) -> Result<Files> {
     let count = count_members(text);
     if count > limits::FILES_MAX {
         return Err(Error::corrupt(format!("a manifest of {count} files; at most {}", limits::FILES_MAX)));
     }
+    // Reserve the memory of the list before it is allocated.
     memory.files = count;
     memory.take(count * size_of::<(FilePath, FileEntry)>())?;
-    let (mut files, mut warranted) = (Vec::with_capacity(count), HEAD_BYTES_MAX);
+    // `expected_max` adds up the size that the parsed fields justify. A larger document is padded.
+    let (mut files, mut expected_max) = (Vec::with_capacity(count), HEAD_BYTES_MAX);
     each_member(text, &mut |path, value| {
         let path = FilePath::new(path)
             .map_err(|cause| Error::corrupt(format!("the manifest is damaged: {}", cause.message())))?;
-        let entry = entry(value.get(), &mut warranted, memory)
+        let entry = entry(value.get(), &mut expected_max, memory)
             .map_err(|cause| Error::corrupt(format!("the manifest is damaged: {path}: {}", cause.message())))?;
         memory.take(path.as_str().len() + entry.heap_bytes())?;
         files.push((path, entry));
         Ok(())
     })?;
-    if memory.bytes > warranted {
-        return Err(too_large(memory.bytes, &format!("its {count} files"), warranted));
+    if memory.bytes > expected_max {
+        return Err(too_large(memory.bytes, &format!("its {count} files"), expected_max));
     }
     Files::from_list(files).map_err(|path| Error::corrupt(format!("the manifest lists {path} twice")))
 }
 
-/// The fields of an entry that this release knows.
+/// The known fields of an entry.
 const ENTRY_FIELDS: [&str; 8] = ["size", "sha256", "provenance", "git_oid", "ladder", "format", "held", "sidecar"];
 
-/// One file's entry. What it may contribute to the document's length is added to `warranted`, what only reading it takes is
-/// taken from `memory`.
-fn entry(text: &str, warranted: &mut usize, memory: &mut Memory) -> Result<FileEntry> {
+/// Parses the entry of one file. Adds the size that the entry may have in the document to `expected_max`, and takes the
+/// memory for parsing from `memory`.
+fn entry(text: &str, expected_max: &mut usize, memory: &mut Memory) -> Result<FileEntry> {
     let (mut size, mut details, mut seen) = (None, FileDetails::NONE, [false; ENTRY_FIELDS.len()]);
     let mut unknown = Unknown::new(limits::UNKNOWN_ENTRY_BYTES_MAX);
-    *warranted += ENTRY_BYTES_MAX;
+    *expected_max += ENTRY_BYTES_MAX;
     each_member(text, &mut |field, value| {
         if let Some(at) = ENTRY_FIELDS.iter().position(|known| *known == field)
             && std::mem::replace(&mut seen[at], true)
@@ -140,17 +144,17 @@ fn entry(text: &str, warranted: &mut usize, memory: &mut Memory) -> Result<FileE
             "provenance" => details.provenance = parsed(field, value, WORD_BYTES_MAX)?,
             "git_oid" => details.git_oid = parsed(field, value, WORD_BYTES_MAX)?,
             "ladder" => {
-                // The text is decoded to bytes, and those to states.
+                // The base64 text is decoded to bytes, and the bytes to states.
                 memory.take(value.get().len() * 3 / 2)?;
                 details.ladder = ladder(value)?;
-                *warranted += value.get().len();
+                *expected_max += value.get().len();
             }
             "format" => details.format = parsed(field, value, WORD_BYTES_MAX)?,
             "held" => details.held = held(value)?,
             "sidecar" => details.sidecar = parsed(field, value, WORD_BYTES_MAX)?,
             _ => {
                 unknown.add(field, value, memory)?;
-                *warranted += field.len() + value.get().len();
+                *expected_max += field.len() + value.get().len();
             }
         }
         Ok(())
@@ -158,6 +162,7 @@ fn entry(text: &str, warranted: &mut usize, memory: &mut Memory) -> Result<FileE
     Ok(FileEntry { extra: unknown.gathered(), ..FileEntry::with(size.ok_or_else(|| lacks("size"))?, details) })
 }
 
+/// Parses a ladder.
 fn ladder(value: &RawValue) -> Result<Option<Ladder>> {
     within("ladder", value, LADDER_BYTES_MAX)?;
     if value.get() == "null" {
@@ -176,8 +181,8 @@ fn ladder(value: &RawValue) -> Result<Option<Ladder>> {
     Ladder::from_base64(part_size, &states).map(Some)
 }
 
-/// How a file is held. The kinds are told apart by their fields; of a kind that this release does not know it reads what
-/// an older one would.
+/// Parses the value of `held`. The variants differ in their fields. Of an unknown variant, the fields of a known one
+/// are read, if it has them.
 fn held(value: &RawValue) -> Result<Option<Held>> {
     within("held", value, HELD_BYTES_MAX)?;
     let text = value.get();
@@ -187,10 +192,10 @@ fn held(value: &RawValue) -> Result<Option<Held>> {
     let held = serde_json::from_str::<UnsyncedFile>(text).map(Held::Unsynced);
     let held = held.or_else(|_| serde_json::from_str::<FileIdentity>(text).map(Held::Disk));
     let held = held.or_else(|_| serde_json::from_str::<ObjectIdentity>(text).map(Held::Remote));
-    held.map(Some).map_err(|_| Error::corrupt("held says neither a file nor an object"))
+    held.map(Some).map_err(|_| Error::corrupt("held is neither a file nor an object"))
 }
 
-/// Fields that this release does not know, as they are found.
+/// Collects unknown fields.
 struct Unknown<'a> {
     fields: Vec<(String, &'a RawValue)>,
     bytes: usize,
@@ -215,7 +220,7 @@ impl<'a> Unknown<'a> {
             return Err(twice(field));
         }
         self.fields.push((field.to_owned(), value));
-        // Once while the fields are put together, once for good.
+        // Twice: once while the fields are joined, once for the result.
         memory.take(2 * (field.len() + value.get().len()))
     }
 
@@ -228,12 +233,12 @@ impl<'a> Unknown<'a> {
     }
 }
 
-/// What the parsed form may still take.
+/// The memory that the parsed form may still use.
 struct Memory {
     left: usize,
-    /// Bytes of the text.
+    /// The size of the document in bytes.
     bytes: usize,
-    /// How many files it has.
+    /// The number of files.
     files: usize,
 }
 
@@ -253,7 +258,7 @@ impl Memory {
 /// Calls `visit` for each member of the JSON object `text`, in order.
 ///
 /// # Errors
-/// What `visit` returns, and [`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt) for what is no JSON object.
+/// An error of `visit`, and [`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt) if `text` is not a JSON object.
 fn each_member<'a>(text: &'a str, visit: &mut dyn FnMut(&str, &'a RawValue) -> Result<()>) -> Result<()> {
     struct Members<'v, 'a> {
         visit: &'v mut dyn FnMut(&str, &'a RawValue) -> Result<()>,
@@ -276,7 +281,7 @@ fn each_member<'a>(text: &'a str, visit: &mut dyn FnMut(&str, &'a RawValue) -> R
             Ok(())
         }
     }
-    // Of anything else the parser would quote the whole.
+    // For any other value, the parser's error would quote the whole document.
     if !text.trim_start_matches([' ', '\t', '\n', '\r']).starts_with('{') {
         return Err(Error::corrupt("the manifest is damaged: an object is missing"));
     }
@@ -285,7 +290,7 @@ fn each_member<'a>(text: &'a str, visit: &mut dyn FnMut(&str, &'a RawValue) -> R
     failure.map_or_else(|| read.map_err(damaged), Err)
 }
 
-/// The members of the JSON object `text`.
+/// Returns the members of the JSON object `text`.
 pub(super) fn members(text: &str) -> Result<Vec<(String, &RawValue)>> {
     let mut all = Vec::new();
     each_member(text, &mut |field, value| {
@@ -295,7 +300,7 @@ pub(super) fn members(text: &str) -> Result<Vec<(String, &RawValue)>> {
     Ok(all)
 }
 
-/// The name of a member.
+/// The name of a member, borrowed from the document if it has no escapes.
 struct Field<'a>(Cow<'a, str>);
 
 impl<'de> Deserialize<'de> for Field<'de> {
@@ -320,19 +325,20 @@ impl<'de> Deserialize<'de> for Field<'de> {
     }
 }
 
-/// A value of at most `bytes_max` bytes of JSON.
+/// Parses a value of at most `bytes_max` bytes of JSON.
 fn parsed<'a, T: Deserialize<'a>>(field: &str, value: &'a RawValue, bytes_max: usize) -> Result<T> {
     within(field, value, bytes_max)?;
     serde_json::from_str(value.get()).map_err(|cause| Error::corrupt(format!("{field}: {cause}")))
 }
 
-/// A text without copying it, where it has no escapes.
+/// Returns a JSON string, without a copy if it has no escapes.
 fn text_of<'a>(field: &str, value: &'a RawValue) -> Result<Cow<'a, str>> {
     let quoted = value.get().strip_prefix('"').and_then(|text| text.strip_suffix('"'));
-    let text = quoted.ok_or_else(|| Error::corrupt(format!("{field} is no text")))?;
+    let text = quoted.ok_or_else(|| Error::corrupt(format!("{field} is not a string")))?;
     Ok(if text.contains('\\') { Cow::Owned(serde_json::from_str(value.get()).map_err(damaged)?) } else { text.into() })
 }
 
+/// Checks the length of a value.
 fn within(field: &str, value: &RawValue, bytes_max: usize) -> Result<()> {
     match value.get().len() {
         bytes if bytes > bytes_max => Err(Error::corrupt(format!("{field} has {bytes} bytes; at most {bytes_max}"))),
@@ -340,12 +346,13 @@ fn within(field: &str, value: &RawValue, bytes_max: usize) -> Result<()> {
     }
 }
 
+/// Stores the value of a field. Fails if the field occurs twice.
 fn once<T>(slot: &mut Option<T>, field: &str, value: T) -> Result<()> {
     slot.replace(value).map_or(Ok(()), |_| Err(twice(field)))
 }
 
 fn twice(field: &str) -> Error {
-    Error::corrupt(format!("the field {field} stands there twice"))
+    Error::corrupt(format!("duplicate field {field}"))
 }
 
 fn lacks(field: &str) -> Error {
@@ -361,7 +368,8 @@ fn damaged(cause: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::corrupt("the manifest is damaged").cause(cause)
 }
 
-/// Refuses what is nested too deep, and names that are too long. Of what is no JSON it may refuse anything or nothing.
+/// Refuses deep nesting and long names, without allocations. For text that is not JSON, the outcome is arbitrary; the
+/// parser refuses it later.
 pub(super) fn look_over(text: &str) -> Result<()> {
     let (mut string, mut deepest) = (0, 0);
     scan(text, &mut |token, depth| {
@@ -385,7 +393,7 @@ pub(super) fn look_over(text: &str) -> Result<()> {
     }
 }
 
-/// The number of members of an object, which is valid JSON.
+/// Returns the number of members of an object. `text` must be valid JSON.
 fn count_members(text: &str) -> usize {
     let mut members = 0;
     scan(text, &mut |token, depth| {
@@ -395,13 +403,13 @@ fn count_members(text: &str) -> usize {
     members
 }
 
-/// A string of so many bytes of JSON, or a byte between strings.
+/// A token of the scanner: a string with its length in bytes of JSON, or a single byte outside strings.
 enum Token {
     String(usize),
     Byte(u8),
 }
 
-/// Calls `visit` for each token of `text` with the number of open brackets, until it returns false.
+/// Calls `visit` for each token of `text` with the nesting depth, until it returns false.
 fn scan(text: &str, visit: &mut impl FnMut(Token, usize) -> bool) {
     let (bytes, mut at, mut depth) = (text.as_bytes(), 0, 0_usize);
     while let Some(byte) = bytes.get(at) {
@@ -410,6 +418,7 @@ fn scan(text: &str, visit: &mut impl FnMut(Token, usize) -> bool) {
         let token = match byte {
             b'"' => {
                 while let Some(byte) = bytes.get(at).filter(|byte| **byte != b'"') {
+                    // Skip an escaped quote.
                     at += if *byte == b'\\' { 2 } else { 1 };
                 }
                 at += 1;

@@ -1,29 +1,29 @@
-//! Fields of other releases: kept as the text that they were read as, and written again.
+//! Fields of other releases, which are preserved as text and written again.
 
 use super::read::members;
 use serde::Serialize;
 use serde::ser::{Error as _, SerializeMap, Serializer};
 use serde_json::value::RawValue;
 
-/// Members of a JSON object that this release does not know.
+/// The unknown members of a JSON object.
 #[derive(Debug, Clone, Default)]
 pub struct UnknownFields(
-    /// A JSON object with at least one member.
+    /// A JSON object with at least one member; `None` if there are no unknown fields.
     Option<Box<RawValue>>,
 );
 
 impl UnknownFields {
-    /// Whether there are none.
+    /// Returns true if there are no unknown fields.
     pub fn is_empty(&self) -> bool {
         self.0.is_none()
     }
 
-    /// Adds `field`; does nothing if it is there already.
+    /// Adds a field, unless it exists.
     pub fn add(&mut self, field: &str, value: &RawValue) {
         self.add_all([(field, value)]);
     }
 
-    /// Adds what `other` has and this has not.
+    /// Adds the fields of `other` that do not exist.
     pub(super) fn learn(&mut self, other: &Self) {
         if let Some(there) = &other.0
             && let Ok(there) = members(there.get())
@@ -32,7 +32,7 @@ impl UnknownFields {
         }
     }
 
-    /// Adds those of `fields` that are not there yet.
+    /// Adds the fields that do not exist.
     pub(super) fn add_all<'a>(&mut self, fields: impl IntoIterator<Item = (&'a str, &'a RawValue)>) {
         let before = self.text().to_owned();
         let mut all = members(&before).unwrap_or_default();
@@ -53,11 +53,12 @@ impl UnknownFields {
         self.0 = if all.is_empty() { None } else { RawValue::from_string(text).ok() };
     }
 
+    /// Returns the fields as a JSON object.
     fn text(&self) -> &str {
         self.0.as_ref().map_or("{}", |object| object.get())
     }
 
-    /// Bytes that they take in memory.
+    /// Returns the heap memory that the fields use, in bytes.
     pub(super) fn heap_bytes(&self) -> usize {
         self.0.as_ref().map_or(0, |object| object.get().len())
     }

@@ -1,6 +1,7 @@
-//! `[credentials."https://host"]` of the configuration file, and the netrc, made into [`Credentials`].
+//! Reads the credentials of the configuration file (`[credentials."https://host"]`) and the netrc into [`Credentials`].
 //!
-//! Most calls need none of them, so what cannot be read is a warning here, and an error only where a server wants it.
+//! Most calls need no credentials. A source that cannot be read is therefore a warning here, and an error only when a
+//! server requires the credential.
 
 use super::expand_home;
 use super::file::{CREDENTIAL_KEYS, File};
@@ -12,12 +13,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// How a table of credentials looks; the hint for one that cannot be used.
-pub(super) const ACCEPTS: &str = "tables such as [credentials.\"https://registry.example\"] with bearer, or with username and \
-                                  password; bearer_env, bearer_file, password_env and password_file say where the \
-                                  secret stands";
+/// The form of a table of credentials, for documentation and for the hint of an invalid table.
+pub(super) const ACCEPTS: &str = "tables such as [credentials.\"https://registry.example\"] with bearer, or with \
+                                  username and password; bearer_env, bearer_file, password_env and password_file \
+                                  name a variable or file with the secret";
 
-/// The netrc that is read: `NETRC`, else `~/.netrc`.
+/// Returns the path of the netrc: `NETRC`, or `~/.netrc`.
 pub fn netrc_path(environment: &Environment) -> Option<PathBuf> {
     match environment.get("NETRC") {
         Some(path) => Some(expand_home(path, environment)),
@@ -25,7 +26,7 @@ pub fn netrc_path(environment: &Environment) -> Option<PathBuf> {
     }
 }
 
-/// All credentials; an earlier file overrules a later one.
+/// Gathers the credentials from files and netrc. An earlier file overrides a later one.
 pub(super) fn gather(
     files: &[File],
     environment: &Environment,
@@ -59,12 +60,13 @@ pub(super) fn gather(
     Ok(credentials)
 }
 
-/// Whether a text is written like the name of a variable, rather than like a secret.
+/// Returns true if a text looks like the name of a variable and not like a secret.
 fn is_variable(text: &str) -> bool {
     text.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_' || byte.is_ascii_digit())
 }
 
-/// One table. Wrong keys are an error; a secret that is not where it should be is a reason not to use it.
+/// Reads one table. Invalid keys are an error. If the secret cannot be read, returns the reason, and the table is not
+/// used.
 fn credential(
     table: &BTreeMap<String, String>,
     environment: &Environment,
@@ -89,14 +91,14 @@ fn credential(
         }
         _ if key.ends_with("_file") => {
             let path = expand_home(value, environment);
-            // It may be the secret itself, put where its file should be named.
+            // The value may be the secret itself instead of a path, so it is shown only if it looks like a path.
             let shown = if value.starts_with(['/', '~', '.']) {
                 path.display().to_string()
             } else {
-                format!("what {key} names")
+                format!("the file of {key}")
             };
             let text = read_secret(&path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
-            let text = text.ok_or_else(|| format!("there is no {shown}"))?;
+            let text = text.ok_or_else(|| format!("{shown} does not exist"))?;
             Ok(text.trim_end_matches(['\r', '\n']).to_owned())
         }
         _ => Ok(value.clone()),

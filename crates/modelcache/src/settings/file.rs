@@ -1,6 +1,6 @@
-//! A configuration file taken apart: texts by key, the options of the object store, credentials by server.
+//! Parses a configuration file into values by key, options of the object store, and credentials by server.
 //!
-//! Its form is checked here, the values where settings are put together. What no setting knows is refused.
+//! This module checks types and refuses unknown keys. The values are validated when the settings are gathered.
 
 use super::values::nearest;
 use super::{CREDENTIALS_KEY, OPTIONS_KEY, SETTINGS};
@@ -9,26 +9,26 @@ use crate::redact;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// What a table of credentials may have.
+/// The keys of a table of credentials.
 pub(super) const CREDENTIAL_KEYS: [&str; 7] =
     ["bearer", "bearer_env", "bearer_file", "username", "password", "password_env", "password_file"];
 
-/// One configuration file, taken apart.
+/// A parsed configuration file.
 pub(super) struct File {
     pub(super) path: PathBuf,
     pub(super) values: BTreeMap<String, String>,
     pub(super) options: BTreeMap<String, String>,
-    /// By scheme, host and port.
+    /// Tables of credentials by scheme, host and port.
     pub(super) credentials: BTreeMap<String, BTreeMap<String, String>>,
 }
 
 impl File {
-    /// Takes the text of the file at `path` apart.
+    /// Parses `text`, the content of the file at `path`.
     pub(super) fn parse(path: &Path, text: &str) -> Result<Self> {
         let table: toml::Table = toml::from_str(text).map_err(|error: toml::de::Error| {
             let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
             Error::invalid(format!("{}: line {line}: {}", path.display(), error.message()))
-                .hint("the file is TOML, for instance max_bytes = \"200GB\"")
+                .hint("the file is TOML, for example max_bytes = \"200GB\"")
         })?;
         let (values, options, credentials) = Default::default();
         let mut file = Self { path: path.to_owned(), values, options, credentials };
@@ -42,7 +42,7 @@ impl File {
         Ok(file)
     }
 
-    /// `[remote]` with `url` and `options`: what `remote = "…"` grows into when it needs options.
+    /// Reads the table `[remote]`, which has `url` and `options`. It replaces `remote = "…"` if options are needed.
     fn take_remote(&mut self, remote: toml::Table) -> Result<()> {
         for (key, value) in remote {
             match (key.as_str(), value) {
@@ -60,7 +60,7 @@ impl File {
         Ok(())
     }
 
-    /// `[credentials."https://host"]`. No message repeats a value.
+    /// Reads the tables `[credentials."https://host"]`. No message quotes a value.
     fn take_credentials(&mut self, servers: toml::Table) -> Result<()> {
         for (server, value) in servers {
             let key = format!("{CREDENTIALS_KEY}.{:?}", redact::setting(&server));
@@ -72,7 +72,9 @@ impl File {
                         Some(near) => format!("did you mean {near:?}?"),
                         None => format!("known: {}", CREDENTIAL_KEYS.join(", ")),
                     };
-                    return Err(Error::invalid(format!("{}: {key} has no {name:?}", self.path.display())).hint(hint));
+                    return Err(
+                        Error::invalid(format!("{}: {key}: unknown key {name:?}", self.path.display())).hint(hint)
+                    );
                 }
                 let text = one_text(&value).ok_or_else(|| self.wrong_type(&format!("{key}.{name}"), &value))?;
                 texts.insert(name, text);
@@ -82,6 +84,7 @@ impl File {
         Ok(())
     }
 
+    /// Reads the value of `key`. An array becomes a list separated by commas.
     fn take(&mut self, key: &str, value: &toml::Value) -> Result<()> {
         if !SETTINGS.iter().any(|setting| setting.key == key) {
             return Err(self.unknown(key));
@@ -97,22 +100,25 @@ impl File {
         Ok(())
     }
 
+    /// Returns the error for an unknown key.
     fn unknown(&self, key: &str) -> Error {
         let known = SETTINGS.iter().map(|setting| setting.key).chain(["remote.url"]);
         let hint = match nearest(key, known.clone()) {
             Some(near) => format!("did you mean {near:?}?"),
             None => format!("known: {}", known.collect::<Vec<_>>().join(", ")),
         };
-        Error::invalid(format!("{}: no setting is called {:?}", self.path.display(), redact::setting(key))).hint(hint)
+        Error::invalid(format!("{}: unknown setting {:?}", self.path.display(), redact::setting(key))).hint(hint)
     }
 
+    /// Returns the error for a value of the wrong type.
     fn wrong_type(&self, key: &str, value: &toml::Value) -> Error {
         let setting = SETTINGS.iter().find(|setting| setting.key == key);
         Error::invalid(format!("{}: {key} is a TOML {}", self.path.display(), value.type_str()))
-            .hint(format!("accepted: {}", setting.map_or("a text, a number, true or false", |setting| setting.accepts)))
+            .hint(format!("accepted: {}", setting.map_or("a string, a number or a boolean", |setting| setting.accepts)))
     }
 }
 
+/// Returns a string, integer or boolean as text. Returns `None` for other types.
 fn one_text(value: &toml::Value) -> Option<String> {
     match value {
         toml::Value::String(text) => Some(text.clone()),

@@ -1,7 +1,7 @@
-//! Reading the files that settings come from, for doors.
+//! Reads the files of settings, for front ends.
 //!
-//! The environment is handed in: only the door's own process has one. A file that is there and cannot be read is an
-//! error with its path; one that is not there counts as empty, unless a person named it.
+//! The front end passes the environment. A file that exists but cannot be read is an error. A missing file counts as
+//! empty, unless the user named it.
 
 use super::{ConfigFiles, Settings, netrc_path};
 use crate::config::Environment;
@@ -11,7 +11,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The variables as text. One of ours that is not UTF-8 is refused; others are none of our business.
+/// Returns the variables as text. Fails if a `MODEL_CACHE_*` variable is not UTF-8. Other variables that are not UTF-8
+/// are ignored.
 pub fn environment(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Environment> {
     let mut environment = Environment::default();
     for (name, value) in variables {
@@ -29,7 +30,7 @@ pub fn environment(variables: impl IntoIterator<Item = (OsString, OsString)>) ->
     Ok(environment)
 }
 
-/// Paths and texts of the configuration files.
+/// Reads the configuration files. Returns their paths and texts.
 pub fn read_files(files: ConfigFiles) -> Result<Vec<(PathBuf, String)>> {
     let refuse = |path: &Path, cause: io::Error| {
         Error::invalid(format!("cannot read the configuration file {}", path.display())).cause(cause)
@@ -49,7 +50,7 @@ pub fn read_files(files: ConfigFiles) -> Result<Vec<(PathBuf, String)>> {
     }
 }
 
-/// The text of a file; `None` if there is no such file.
+/// Reads a file. Returns `None` if it does not exist.
 pub fn read_if_there(path: &Path) -> io::Result<Option<String>> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
@@ -59,19 +60,20 @@ pub fn read_if_there(path: &Path) -> io::Result<Option<String>> {
 }
 
 impl Settings {
-    /// The settings with what only this machine tells: whether others may read the netrc, and where a directory lies
-    /// that was named from the present folder.
+    /// Completes the settings from the local machine: checks whether other users may read the netrc, and makes the
+    /// cache directory absolute.
     pub fn placed(mut self, environment: &Environment) -> Result<Self> {
         if netrc_path(environment).is_some_and(|path| others_may_read(&path)) {
             self.config.credentials.netrc_is_open();
         }
-        self.config.dir = std::path::absolute(&self.config.dir)
-            .map_err(|cause| Error::new(ErrorKind::Directory, "the present folder is not known").cause(cause))?;
+        self.config.dir = std::path::absolute(&self.config.dir).map_err(|cause| {
+            Error::new(ErrorKind::Directory, "the current folder cannot be determined").cause(cause)
+        })?;
         Ok(self)
     }
 }
 
-/// Whether users other than the owner may read the file.
+/// Returns true if users other than the owner may read the file.
 fn others_may_read(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|file| file.mode() & 0o044 != 0)
 }
@@ -82,7 +84,7 @@ mod tests {
     use std::os::unix::ffi::OsStringExt;
 
     #[test]
-    fn only_our_own_variables_must_be_utf8() {
+    fn only_modelcache_variables_must_be_utf8() {
         let bad = || OsString::from_vec(vec![0xff]);
         let read = environment([("LESS".into(), bad()), (bad(), "x".into()), ("A".into(), "b".into())]);
         assert_eq!(read.expect("environment").get("A"), Some("b"));

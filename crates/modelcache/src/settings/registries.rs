@@ -1,9 +1,9 @@
-//! Where model registries are, and what they are shown: MLflow's variables, docker's `config.json`.
+//! Settings of model registries: MLflow's variables and docker's `config.json`.
 //!
-//! Surprise: what is wrong here is no error before a registry is used. `MLFLOW_TRACKING_URI` is set on many machines to
-//! a folder or to something of Databricks', and docker's file is docker's: neither may stop a command that asks neither.
+//! Invalid settings are an error only when a registry is used. On many machines `MLFLOW_TRACKING_URI` is a folder or a
+//! Databricks profile, and docker's file belongs to docker. Neither may break a command that uses no registry.
 
-use super::{Draft, Given, expand_home};
+use super::{Draft, SettingValue, expand_home};
 use crate::config::{Environment, OciLogin, Secret};
 use crate::error::{Error, Result};
 use crate::redact;
@@ -14,22 +14,22 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// The address of a server; `none` overrules one that is set elsewhere.
-pub(super) fn server(given: &Given) -> Option<Secret> {
+/// Returns the URL of a server. The value `none` overrides a URL with a lower precedence.
+pub(super) fn server(given: &SettingValue) -> Option<Secret> {
     (given.text != "none").then(|| Secret::new(given.text.as_str()))
 }
 
-/// Registries without TLS.
+/// Parses the list of registries without TLS.
 pub(super) fn plain_http(text: &str) -> Result<Vec<String>> {
     let names = text.split(',').map(str::trim).filter(|name| !name.is_empty() && *name != "none");
     let checked = |name: &str| {
         oci::checked_registry(name)
-            .ok_or_else(|| Error::invalid(format!("{:?} is no host, nor host and port", redact::setting(name))))
+            .ok_or_else(|| Error::invalid(format!("{:?} is neither a host nor host:port", redact::setting(name))))
     };
     names.map(checked).collect()
 }
 
-/// Credentials that have no setting of their own, because they are no business of a file's.
+/// Reads the credentials that have no setting, because they should not be in a configuration file.
 pub(super) fn take_logins(
     environment: &Environment,
     read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
@@ -52,14 +52,14 @@ pub(super) fn take_logins(
     }
 }
 
-/// Where docker and most of its kin keep credentials.
+/// Returns the path of docker's configuration, which compatible tools share.
 fn docker_file(environment: &Environment) -> Option<PathBuf> {
     let folder = environment.get("DOCKER_CONFIG").map(|folder| expand_home(folder, environment));
     let folder = folder.or_else(|| Some(Path::new(environment.get("HOME")?).join(".docker")))?;
     Some(folder.join("config.json"))
 }
 
-/// `config.json`, as far as it is about credentials.
+/// The fields of `config.json` for credentials.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Docker {
@@ -79,12 +79,13 @@ struct Auth {
 }
 
 impl Docker {
-    /// Says where the file is wrong, never what stands there.
+    /// Parses the file. The error has the line number, but quotes nothing.
     fn parse(text: &str) -> Result<Self, String> {
-        serde_json::from_str(text).map_err(|error| format!("line {}: not what docker writes", error.line()))
+        serde_json::from_str(text).map_err(|error| format!("line {}: not in the format of docker", error.line()))
     }
 
-    /// By registry. What is keyed by the registry's name alone outranks what has a scheme or a path with it.
+    /// Returns the credentials by registry. A key that is exactly the registry's name takes precedence over a key with
+    /// a scheme or path.
     fn logins(&self) -> BTreeMap<String, OciLogin> {
         let helpers = self.cred_helpers.iter().map(|(key, helper)| (key, OciLogin::Helper(helper.clone())));
         let auths = self.auths.iter().filter_map(|(key, auth)| Some((key, auth.login()?)));
@@ -105,6 +106,7 @@ impl Docker {
 }
 
 impl Auth {
+    /// Returns the credentials of an entry, or `None` if it has none.
     fn login(&self) -> Option<OciLogin> {
         let present = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
         if present(&self.identitytoken).is_some() {
@@ -119,7 +121,7 @@ impl Auth {
     }
 }
 
-/// The registry that a key of docker's file means: `https://index.docker.io/v1/`, `registry.example:5000`.
+/// Returns the registry of a key such as `https://index.docker.io/v1/` or `registry.example:5000`.
 fn registry_of(key: &str) -> Option<String> {
     let rest = key.split_once("://").map_or(key, |(_, rest)| rest);
     oci::checked_registry(rest.split('/').next()?)
@@ -150,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn logins_are_read_as_docker_writes_them() {
+    fn logins_are_read_in_the_format_of_docker() {
         let encoded = STANDARD.encode("me:pass:word");
         let logins = docker(&format!(
             r#"{{"auths": {{
@@ -162,7 +164,7 @@ mod tests {
             }}, "credHelpers": {{"1.ecr.example": "ecr-login"}}, "credsStore": "desktop", "proxies": {{}}}}"#
         ));
         let of = |registry: &str| logins.oci.logins.get(registry).cloned();
-        assert_eq!(of("registry.example:5000"), Some(password("me", "pass:word")), "the plain name counts");
+        assert_eq!(of("registry.example:5000"), Some(password("me", "pass:word")), "the plain name takes precedence");
         assert_eq!(of("docker.io"), Some(password("a", "b")));
         assert_eq!(of("1.ecr.example"), Some(OciLogin::Helper("ecr-login".into())));
         assert_eq!(of("azure.example"), Some(OciLogin::IdentityToken));
@@ -172,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_dockers_is_kept_in_mind_and_nothing_of_it_is_repeated() {
+    fn an_unreadable_docker_file_is_recorded_without_quoting_it() {
         for (docker, says) in [
             (Ok(Some("{\"auths\": {\"r\": \"canary\"}}".to_owned())), "line 1"),
             (Ok(Some("canary".to_owned())), "line 1"),
@@ -180,14 +182,14 @@ mod tests {
         ] {
             let settings = gather(&[("DOCKER_CONFIG", "~/d"), ("HOME", "/home/a")], docker);
             assert_eq!(settings.warnings, [""; 0], "most commands need no registry");
-            let trouble = settings.config.oci.trouble.expect("a word");
+            let trouble = settings.config.oci.trouble.expect("a reason");
             assert!(trouble.contains("/home/a/d/config.json") && trouble.contains(says), "{trouble}");
             assert!(!trouble.contains("canary"), "{trouble}");
         }
     }
 
     #[test]
-    fn mlflow_is_configured_as_its_own_client_is_and_never_stops_a_command() {
+    fn mlflow_is_configured_like_its_own_client_and_never_breaks_a_command() {
         let config = |rows: &[(&str, &str)]| gather(rows, Ok(None)).config.mlflow;
         let full = config(&[
             ("MLFLOW_TRACKING_URI", "https://u:canary@h"),

@@ -1,18 +1,18 @@
-//! How values of settings are written: sizes, durations, and names that were nearly right.
+//! Parsers for sizes, durations and switches, and suggestions for misspelt names.
 
 use crate::config::ByteBound;
 use crate::error::{Error, Result};
 use std::time::Duration;
 
 pub(super) const SIZE_ACCEPTS: &str = "14GB, 1.5TiB, 80% of the filesystem, or a number of bytes";
-pub(super) const DURATION_ACCEPTS: &str = "for instance 500ms, 30s, 1.5m, 1h30m, 7d, or a number of seconds";
+pub(super) const DURATION_ACCEPTS: &str = "for example 500ms, 30s, 1.5m, 1h30m, 7d, or a number of seconds";
 
 pub(super) const SWITCH_ACCEPTS: &str = "1, true, yes or on; 0, false, no or off";
 
-/// A size: a number of bytes, with a unit, or a whole percentage.
+/// Parses a size: a number of bytes, a number with a unit, or a whole percentage.
 ///
-/// Units go by the SI (`kB`, `MB`, …) and the IEC (`KiB`, `MiB`, …), in any case, with or without the `B`, as in
-/// Kubernetes' quantities.
+/// Accepts the units of the SI (`kB`, `MB`, …) and of the IEC (`KiB`, `MiB`, …), in upper or lower case, with or
+/// without the `B`, as in quantities of Kubernetes.
 pub fn parse_size(text: &str) -> Result<ByteBound> {
     let refuse = || Error::invalid("not a size");
     let text = text.trim();
@@ -45,10 +45,10 @@ pub fn parse_size(text: &str) -> Result<ByteBound> {
     let digits = |digits: &str| if digits.is_empty() { Ok(0) } else { digits.parse::<u64>().map(u128::from) };
     let whole = digits(whole).map_err(|_| refuse())? * unit;
     let fraction = digits(fraction).map_err(|_| refuse())? * unit / 10_u128.pow(fraction.len() as u32);
-    u64::try_from(whole + fraction).map(ByteBound::Bytes).map_err(|_| Error::invalid("more than can be counted"))
+    u64::try_from(whole + fraction).map(ByteBound::Bytes).map_err(|_| Error::invalid("too large"))
 }
 
-/// On or off.
+/// Parses a switch.
 pub(super) fn parse_switch(text: &str) -> Result<bool> {
     match text.trim().to_ascii_lowercase().as_str() {
         "1" | "true" | "yes" | "on" => Ok(true),
@@ -57,7 +57,7 @@ pub(super) fn parse_switch(text: &str) -> Result<bool> {
     }
 }
 
-/// A duration: a number of seconds, or numbers with the units `ms`, `s`, `m` (or `min`), `h`, `d`.
+/// Parses a duration: a number of seconds, or numbers with the units `ms`, `s` (or `sec`), `m` (or `min`), `h`, `d`.
 pub fn parse_duration(text: &str) -> Result<Duration> {
     let refuse = || Error::invalid("not a duration").hint(format!("accepted: {DURATION_ACCEPTS}"));
     let mut rest = text.trim();
@@ -81,19 +81,20 @@ pub fn parse_duration(text: &str) -> Result<Duration> {
         seconds += number.parse::<f64>().map_err(|_| refuse())? * unit_seconds;
         rest = tail.trim_start();
     }
-    // `try_from_secs_f64` keeps nanoseconds that binary fractions invent; nobody means less than a microsecond.
+    // Round to microseconds: binary fractions add spurious nanoseconds.
     Duration::try_from_secs_f64(seconds)
         .map(|duration| Duration::from_micros(u64::try_from((duration.as_nanos() + 500) / 1000).unwrap_or(u64::MAX)))
         .map_err(|_| refuse())
 }
 
-/// The one of `known` that is nearest to `name`, if a person may have meant it.
+/// Returns the name in `known` that is closest to `name`, if it is close enough to be a typing error.
 pub(super) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let (distance, near) = known.into_iter().map(|known| (edit_distance(name, known), known)).min()?;
     (distance <= (name.chars().count() / 3).clamp(1, 3)).then_some(near)
 }
 
-/// Insertions, deletions and replacements that turn `a` into `b`; case and the kind of dash count for nothing.
+/// Returns the number of insertions, deletions and replacements that turn `a` into `b`. Ignores case, and treats `-`
+/// and `_` as equal.
 fn edit_distance(a: &str, b: &str) -> usize {
     let plain = |c: char| if c == '-' { '_' } else { c.to_ascii_lowercase() };
     let b: Vec<char> = b.chars().map(plain).collect();
@@ -114,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_read_as_people_write_them() {
+    fn sizes_are_accepted_in_common_notations() {
         let bytes = |text: &str| match parse_size(text) {
             Ok(ByteBound::Bytes(bytes)) => Some(bytes),
             _ => None,
@@ -134,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn durations_are_read_as_people_write_them() {
+    fn durations_are_accepted_in_common_notations() {
         let seconds = |text: &str| parse_duration(text).ok().map(|duration| duration.as_secs_f64());
         assert_eq!(seconds("60s"), Some(60.0));
         assert_eq!(seconds("500ms"), Some(0.5));
@@ -150,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_name_that_was_nearly_right_is_offered() {
+    fn only_a_similar_name_is_suggested() {
         let known = ["dir", "max_bytes", "origin"];
         assert_eq!(nearest("MAX-BYTE", known), Some("max_bytes"));
         assert_eq!(nearest("colour", known), None);
