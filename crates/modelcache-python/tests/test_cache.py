@@ -64,6 +64,12 @@ def test_settings_come_from_arguments_before_the_environment(
         ModelCache()
 
 
+@pytest.mark.parametrize("value", [range(3), len, object(), {"a": 1}])
+def test_a_setting_of_another_type_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="a setting must be"):
+        ModelCache(cache_dir=value)
+
+
 def test_artifacts_stay_leased_until_the_cache_closes(s3: str, model: Path, tmp_path: Path, open_cache: Any) -> None:
     cache, other = open_cache(), open_cache()
     cache.put("m", "1", model)

@@ -795,11 +795,13 @@ def _text(value: object) -> str:
     """Convert an argument to the text form of its setting."""
     if isinstance(value, bool):
         return "1" if value else "0"
-    if isinstance(value, os.PathLike):
+    if isinstance(value, (bytes, os.PathLike)):
         return os.fsdecode(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(str(each) for each in value)
-    return str(value)
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return ",".join(_text(each) for each in value)
+    raise TypeError(f"a setting must be a string, a number, a path or a list of them, not {type(value).__name__}")
 
 
 def _token(token: str | bool | None) -> str | None:

@@ -56,13 +56,8 @@ pub(super) struct ToBackfill {
 }
 
 impl ToBackfill {
-    pub(super) fn new(
-        files: BTreeSet<FilePath>,
-        rewrite: BTreeSet<FilePath>,
-        later: bool,
-        sent: Option<(StreamingUpload, Proven)>,
-    ) -> Self {
-        Self { missing: Missing { files, rewrite }, later, is_noted: false, sent }
+    pub(super) fn new(missing: Missing, later: bool, sent: Option<(StreamingUpload, Proven)>) -> Self {
+        Self { missing, later, is_noted: false, sent }
     }
 }
 
@@ -320,15 +315,17 @@ impl Cache {
     async fn complete_one(&self, remote: &Remote, key: &ArtifactKey, progress: &Progress) -> Result<Completed> {
         let Some(_turn) = self.backfill_lock(key).await? else { return Ok(Completed::Busy) };
         let Some(missing) = self.pending_upload(remote, key).await? else { return Ok(Completed::Busy) };
-        let Some((leased, held)) = self.acquire_held(key, &missing.files).await? else {
-            let gone = self.drop_absent(remote, key, &missing.files).await?;
+        let Some((leased, held)) = self.acquire_held(key, &missing).await? else {
+            let gone = self.drop_absent(remote, key, &missing).await?;
             return Ok(gone.map_or(Completed::Busy, Completed::Gone));
         };
         let rewrite = missing.rewrite.intersection(&held).cloned().collect();
-        let published = self.send(remote, &leased, &Missing { files: held.clone(), rewrite }, None, progress).await?;
+        let published = self
+            .send(remote, &leased, &Missing { files: held.clone(), rewrite, ..Missing::default() }, None, progress)
+            .await?;
         let absent: BTreeSet<_> = missing.files.difference(&held).cloned().collect();
         if !absent.is_empty()
-            && let Some(why) = self.drop_absent(remote, key, &absent).await?
+            && let Some(why) = self.drop_absent(remote, key, &missing.only(&absent)).await?
         {
             tracing::debug!(error = %why, "the rest of it is not here");
         }
@@ -339,19 +336,24 @@ impl Cache {
     async fn acquire_held(
         &self,
         key: &ArtifactKey,
-        files: &BTreeSet<FilePath>,
+        missing: &Missing,
     ) -> Result<Option<(LeasedArtifact, BTreeSet<FilePath>)>> {
         let started = Instant::now();
         loop {
-            let (disk, of, files) = (self.0.disk.clone(), key.clone(), files.clone());
+            let (disk, of, missing) = (self.0.disk.clone(), key.clone(), missing.clone());
             let leased = blocking(move || {
                 let Some(manifest) = disk.manifest(&of)? else { return Ok(None) };
-                let is_held = |path: &FilePath| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
-                let held: BTreeSet<_> = files.into_iter().filter(is_held).collect();
+                let held = missing.held_by(&manifest);
                 if held.is_empty() {
                     return Ok(None);
                 }
-                Ok(Some((disk.acquire(&of, &Selection::files(held.iter().cloned()))?, held)))
+                let outcome = disk.acquire(&of, &Selection::files(held.iter().cloned()))?;
+                // The manifest may have been replaced since: the leased one counts.
+                let is_same = |leased: &LeasedArtifact| missing.held_by(&leased.manifest) == held;
+                Ok(match outcome {
+                    AcquireOutcome::Leased(leased) if !is_same(&leased) => Some((AcquireOutcome::Absent, held)),
+                    outcome => Some((outcome, held)),
+                })
             });
             match leased.await? {
                 None => return Ok(None),
@@ -367,19 +369,14 @@ impl Cache {
     ///
     /// # Errors
     /// `NotFound`, to say so; nothing where a fill is at work.
-    async fn drop_absent(
-        &self,
-        remote: &Remote,
-        key: &ArtifactKey,
-        files: &BTreeSet<FilePath>,
-    ) -> Result<Option<Error>> {
+    async fn drop_absent(&self, remote: &Remote, key: &ArtifactKey, missing: &Missing) -> Result<Option<Error>> {
         let (disk, of) = (self.0.disk.clone(), key.clone());
         let leadership = blocking(move || disk.try_lead(&of, &mut Watch::default())).await?;
         let Leadership::Ours(_lead) = leadership else { return Ok(None) };
-        if self.acquire_held(key, files).await?.is_some() {
+        if self.acquire_held(key, missing).await?.is_some() {
             return Ok(None); // The fill before us just published it; the next run uploads it.
         }
-        self.settle(remote, key, files).await?;
+        self.settle(remote, key, &missing.files).await?;
         let error = Error::not_found("it left this disk before the remote had it").artifact(key).tier(Tier::Disk);
         Ok(Some(error.hint("the next get of it brings it to the remote")))
     }

@@ -1,11 +1,11 @@
-//! Counting: what calls came to, and the state of the directory, as numbers for whoever watches.
+//! Metrics of gets and puts, and gauges of the local directory.
 
 use super::{Artifact, Cache, PutReport, Stats};
 use crate::error::Result;
 use crate::metrics::{ByTier, Family, Got, Metrics};
 
 impl Cache {
-    /// The counters since the cache was opened; what every clone of it did counts.
+    /// Returns the counters since the cache was opened. All clones of the cache share them.
     pub fn metrics(&self) -> &Metrics {
         self.0.disk.metrics()
     }
@@ -35,21 +35,21 @@ impl Cache {
 }
 
 impl Stats {
-    /// Names without their prefix, meanings and values of what is measured in the directory.
+    /// Returns the gauges of the directory: name without prefix, help text, value.
     pub fn gauges(&self) -> [(&'static str, &'static str, u64); 8] {
         [
             ("directory_artifacts", "Artifacts in the local directory", self.artifacts as u64),
-            ("directory_leased_artifacts", "Artifacts that somebody holds", self.leases as u64),
-            ("directory_pinned_artifacts", "Artifacts that are pinned", self.pins as u64),
-            ("directory_budget_bytes", "The budget", self.budget_bytes),
-            ("directory_used_bytes", "What counts against it", self.used_bytes),
-            ("directory_staging_bytes", "Fills in progress or left over", self.staging_bytes),
-            ("directory_quarantine_bytes", "What failed a check", self.quarantine_bytes),
-            ("directory_filesystem_free_bytes", "Free on the filesystem", self.filesystem_free_bytes),
+            ("directory_leased_artifacts", "Artifacts with a lease", self.leases as u64),
+            ("directory_pinned_artifacts", "Artifacts with a pin", self.pins as u64),
+            ("directory_budget_bytes", "Budget of the local directory", self.budget_bytes),
+            ("directory_used_bytes", "Bytes that count against the budget", self.used_bytes),
+            ("directory_staging_bytes", "Bytes of running and abandoned fills", self.staging_bytes),
+            ("directory_quarantine_bytes", "Bytes of files that failed verification", self.quarantine_bytes),
+            ("directory_filesystem_free_bytes", "Free bytes on the filesystem", self.filesystem_free_bytes),
         ]
     }
 
-    /// The same as families of Prometheus.
+    /// Returns the gauges as Prometheus metric families.
     pub fn families(&self) -> Vec<Family> {
         self.gauges().into_iter().map(|(name, help, value)| Family::gauge(name, help, value as f64)).collect()
     }

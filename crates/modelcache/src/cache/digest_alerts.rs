@@ -1,23 +1,25 @@
-//! Alarms: one version, two digests.
+//! Alerts for a version that has two different digests.
 //!
-//! A version never changes, so a digest that does is a mistake or an attack, and never passes in silence. Each alarm is
-//! one log line at error level that names both digests and what to do. The origin is believed before the remote, the
-//! remote before a tag that was set earlier; what disk has and its authority contradicts is not lent.
+//! A version is immutable, so a changed digest is a mistake or an attack. Each alert is one log line at error level,
+//! with both digests and the remedy. The origin takes precedence over the remote, and the remote over the digest
+//! recorded in a tag. Local files that contradict their authority are not leased.
 
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Tier};
 use crate::key::{ArtifactKey, Version};
 
-/// The content of a tag's version is not that which was tagged. It is what the remote has now, so it is used.
+/// Reports that a version has other content than when it was tagged. The content on the remote takes precedence, so
+/// the get continues with it.
 pub(super) fn retagged(key: &ArtifactKey, tag: &Version, tag_record: Digest, found: Digest) {
     tracing::error!(
         %key, %tag, %tag_record, %found,
-        "the content of a version changed after it was tagged: somebody replaced it (put --force), or tampered with it; \
-         `modelcache tag {key} {tag}` accepts what is there now, another version rolls back"
+        "the content of a version changed after it was tagged: it was replaced (put --force) or tampered with; \
+         `modelcache tag {key} {tag}` accepts the present content, tagging another version rolls back"
     );
 }
 
-/// Disk has other content under the key than `tagged`, which is what the remote has.
+/// Reports that the disk has other content under the key than the tag records and the remote has. Returns the error of
+/// the get.
 pub(super) fn outdated_here(key: &ArtifactKey, tag: &Version, tag_record: Digest, found: Digest) -> Error {
     let hint = format!("`modelcache evict {key} --tier disk` removes this disk's copy; then get it again");
     tracing::error!(
@@ -29,22 +31,26 @@ pub(super) fn outdated_here(key: &ArtifactKey, tag: &Version, tag_record: Digest
         .hint(hint)
 }
 
-/// Disk and the origin contradict each other about one version; `contradiction` says how.
+/// Reports that the disk contradicts the origin. `contradiction` describes the difference. Returns the error of the
+/// get.
 pub(super) fn disk_contradicts_origin(key: &ArtifactKey, contradiction: &Error) -> Error {
     let hint = format!(
-        "`modelcache verify {key}` says what is on disk; `modelcache evict {key} --tier disk` removes it, then get it again"
+        "`modelcache verify {key}` checks the local files; `modelcache evict {key} --tier disk` removes them, then get \
+         the artifact again"
     );
     let what = contradiction.message();
-    tracing::error!(%key, what, hint, "what this disk has of a version contradicts its origin; it is not used");
-    Error::new(ErrorKind::Corrupt, format!("what this disk has contradicts the origin: {what}"))
+    tracing::error!(%key, what, hint, "the files of a version on this disk contradict its origin and are not used");
+    Error::new(ErrorKind::Corrupt, format!("the files on this disk contradict the origin: {what}"))
         .tier(Tier::Disk)
         .hint(hint)
 }
 
-/// The remote contradicts the origin, or what disk has from there: it is left out.
+/// Reports that the remote contradicts the origin, or files on this disk that came from the origin. The get continues
+/// without the remote.
 pub(super) fn remote_contradicts(key: &ArtifactKey, contradiction: &Error) {
     let hint = format!(
-        "find out who wrote it; `modelcache evict {key} --tier remote --yes` removes it, and the next get writes it anew"
+        "find out which writer put it there; `modelcache evict {key} --tier remote --yes` removes it, and the next get \
+         uploads it again"
     );
     tracing::error!(
         %key, what = contradiction.message(), hint,

@@ -1,7 +1,8 @@
-//! Durability: a get returns when its bytes are checked and published; that they survive a power cut comes after.
+//! Durability: when published files are synced to stable storage.
 //!
-//! What a process has published it makes durable in the background, one artifact at a time, or leaves to another process
-//! that it hands its duties to. Whoever asks for durable files waits here, also for what another process published.
+//! By default a get returns once its files are verified and published, and syncs them in the background, one artifact
+//! at a time. The pending syncs can also be handed off to another process. A get that requires durable files waits
+//! here, also for files that another process published.
 
 use super::resolve::FetchRequest;
 use super::{Cache, SyncHandoff};
@@ -16,91 +17,97 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause before another try, where the directory was held by somebody for too long.
-const TRY_AGAIN: Duration = Duration::from_secs(5);
+/// Time between two attempts to sync, if another process holds the budget lock for too long.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// One at a time makes durable what this process published; the others wait without a thread.
+/// Serializes the syncs of this process. The lock is asynchronous, so that waiting calls occupy no thread.
 #[derive(Debug, Default)]
 pub(super) struct Durability(Arc<tokio::sync::Mutex<()>>);
 
 impl Cache {
-    /// Waits until everything that this process has published is durable.
+    /// Syncs everything that this process has published, and waits until it is durable.
     ///
     /// # Errors
-    /// `Directory` where the medium failed: what it did not take is not lent any more.
+    /// `Directory` if the sync of a file failed. That file is quarantined, and no longer leased.
     pub async fn make_durable(&self) -> Result<()> {
         let _turn = self.0.durability.0.lock().await;
         let disk = self.0.disk.clone();
         blocking(move || disk.sync_dirty()).await
     }
 
-    /// Bytes that this process has published and that are not known to be durable.
+    /// Returns the number of bytes that this process has published and not synced yet.
     pub fn undurable_bytes(&self) -> u64 {
         self.0.disk.dirty_bytes()
     }
 
-    /// What is to be made durable, for a process that is given the lock and calls [`make_durable_for`]; `None` if there
-    /// is nothing. Once that process runs, [`handed_off`](Self::handed_over) says so.
+    /// Returns the pending syncs of this process, with the lock, for a process that calls [`make_durable_for`]. Returns
+    /// `None` if nothing is pending. Call [`handed_off`](Self::handed_off) once that process runs.
     pub fn hand_off(&self) -> Result<Option<SyncHandoff>> {
         self.0.disk.hand_off()
     }
 
-    /// Another process makes durable what this one published, and holds the lock.
+    /// Drops the pending syncs and the lock of this process, because another process has taken over both.
     pub fn handed_off(&self) {
         self.0.disk.handed_off();
     }
 
-    /// To be called in a child that was forked, before anything else: what its parent owes is not the child's, and the
-    /// child's copy of the descriptor must not speak for a parent that has ended. Waits for nothing.
+    /// Drops the pending syncs in a forked child, where it must be called before anything else. They belong to the
+    /// parent, and the child's copy of the lock must not make a dead parent look alive. Does not block.
     pub fn forked(&self) {
         self.0.disk.forked();
     }
 
-    /// Something was published: it becomes durable in the background, unless the caller waits or leaves it for later.
-    pub(super) fn was_published(&self) {
+    /// Starts to sync the published files in the background, if the configuration requests it
+    /// ([`Durable::Background`]).
+    pub(super) fn spawn_background_sync(&self) {
         if self.0.config.durable == Durable::Background && self.0.disk.may_defer_sync() {
             let cache = self.clone();
             tokio::spawn(async move {
-                // Told where it failed for good; the next get of it finds what is missing. Else somebody is in the way.
+                // A failed sync is logged and leaves no dirty bytes: the next get finds the file missing. If bytes are
+                // still dirty, the budget lock could not be taken.
                 while cache.make_durable().await.is_err() && cache.undurable_bytes() > 0 {
-                    tokio::time::sleep(TRY_AGAIN).await;
+                    tokio::time::sleep(RETRY_INTERVAL).await;
                 }
             });
         }
     }
 
-    /// Waits until what was lent is durable, where somebody wants that or nobody could tell later that it is not.
-    pub(super) async fn durably(&self, request: &FetchRequest, leased: &LeasedArtifact) -> Result<()> {
-        if leased.is_lower || !(request.durable || self.waits_for_the_disk()) {
+    /// Waits until the selected files are durable, if the caller or the configuration requires it, or if other
+    /// processes could not detect that they are unsynced (see [`Disk::may_defer_sync`]).
+    pub(super) async fn wait_until_durable(&self, request: &FetchRequest, leased: &LeasedArtifact) -> Result<()> {
+        if leased.is_lower || !(request.durable || self.always_waits_until_durable()) {
             return Ok(());
         }
-        let is_marked = leased.manifest.selected(&request.selection).any(|(_, entry)| entry.unsynced().is_some());
-        if !is_marked && !self.0.disk.is_dirty(&request.key) {
+        let is_unsynced = leased.manifest.selected(&request.selection).any(|(_, entry)| entry.unsynced().is_some());
+        if !is_unsynced && !self.0.disk.is_dirty(&request.key) {
             return Ok(());
         }
         self.sync(&request.key, &request.selection).await
     }
 
-    /// The same for what was put.
+    /// Syncs the selected files of `key`, and waits until they are durable.
     pub(super) async fn sync(&self, key: &ArtifactKey, selection: &Selection) -> Result<()> {
         let (disk, of, selection) = (self.0.disk.clone(), key.clone(), selection.clone());
         blocking(move || disk.sync_selected(&of, &selection)).await.context(key, Tier::Disk)
     }
 
-    /// What a fill is for: where every get waits for the disk, its files are written past the page cache at once.
+    /// Returns the purpose of a download. If every get waits until its files are durable, they are written with
+    /// O_DIRECT at once, like files that are only kept.
     pub(super) fn purpose_of(&self, request: &FetchRequest) -> Purpose {
         if self.0.config.durable == Durable::Wait { Purpose::Keep } else { request.purpose }
     }
 
-    fn waits_for_the_disk(&self) -> bool {
+    /// Returns true if every get waits until its files are durable.
+    fn always_waits_until_durable(&self) -> bool {
         self.0.config.durable == Durable::Wait || !self.0.disk.may_defer_sync()
     }
 }
 
-/// Makes durable what another process published and handed over, with the lock that it held. Blocks.
+/// Syncs the artifacts that another process handed off. `writer` and `lock` are those of its [`SyncHandoff`]. Blocks.
 ///
 /// # Errors
-/// `Directory` where the directory or the list of duties is not there any more; else as [`Cache::make_durable`].
+/// `Directory` if the directory or the list of pending syncs no longer exists; otherwise as for
+/// [`Cache::make_durable`].
 pub fn make_durable_for(dir: &Path, writer: &str, lock: File) -> Result<()> {
     Disk::open_present(dir)?.sync_for(writer, lock)
 }

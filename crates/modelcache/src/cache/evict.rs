@@ -1,6 +1,6 @@
-//! Evicting on request: from disk, from the remote, or both.
+//! Eviction on request: from disk, from the remote, or both.
 //!
-//! Disk comes first: an artifact in use is refused before the remote loses anything.
+//! The disk comes first: if the artifact is leased, the eviction fails before anything is removed from the remote.
 
 use super::resolve::LookupPolicy;
 use super::{Cache, EvictReport, EvictTier, GetOptions};
@@ -13,12 +13,15 @@ use crate::transfer::blocking;
 use std::sync::Arc;
 
 impl Cache {
-    /// Removes an artifact. With `dry_run`, only tells. Revisions mean what they last meant on this machine.
+    /// Removes an artifact. With `dry_run`, only reports what would be removed. A revision stands for the version that
+    /// it last resolved to on this machine.
     ///
     /// # Errors
-    /// `Conflict` while somebody uses it, or another writer is at work on the remote.
+    /// `Conflict` while the artifact is leased, or while another writer publishes it on the remote; `Invalid` for a
+    /// tag.
     pub async fn evict(&self, reference: &Reference, tier: EvictTier, dry_run: bool) -> Result<EvictReport> {
-        // A tag is never evicted through: what it meant here may not be what it means by now.
+        // A tag is not resolved: it may point to another version than this machine remembers. Only the version with
+        // exactly this name is evicted.
         let (key, origin) = match &reference.target {
             Target::Bare(key) => (key.clone(), self.template_origin(key, self.policy(&GetOptions::default()))),
             _ => self.key_without_network(reference).await?,
@@ -28,15 +31,18 @@ impl Cache {
                 .ensure_read_write("remove it from this disk only: --tier disk")
                 .map_err(|error| error.artifact(&key))?;
         }
+        // Listed before the version is removed, so that its refs can be removed with it.
         let refs = if tier == EvictTier::Disk { Vec::new() } else { self.refs_to(&key).await? };
+        // Step 1: evict from disk. This fails if the artifact is leased or pinned.
         let disk_bytes = match tier {
             EvictTier::All | EvictTier::Disk => self.evict_disk(&key, dry_run).await.context(&key, Tier::Disk)?,
             EvictTier::Remote => None,
         };
+        // Step 2: evict from the remote.
         let mut remote_stays = false;
         let remote_bytes = match (&self.0.remote, tier) {
             (Some(remote), EvictTier::All | EvictTier::Remote) => match remote.evict(&key, dry_run).await {
-                // Another tool's files are not ours to remove, and no reason to keep what is.
+                // Unmanaged objects are never removed. This must not undo or hide the eviction from disk.
                 Err(error)
                     if disk_bytes.is_some()
                         && error.kind() == ErrorKind::Conflict
@@ -52,16 +58,17 @@ impl Cache {
             },
             _ => None,
         };
+        // Nothing was found under this name: it may be a tag.
         if disk_bytes.is_none() && remote_bytes.is_none() {
             self.refuse_tag(&key).await?;
         }
-        // Also where the version is gone already: a process that was killed may have left its refs.
+        // Step 3: remove the refs, even if the version was gone already: a killed process may have left them.
         if !dry_run && tier != EvictTier::Disk && !remote_stays {
             self.remove_refs(&key, &refs).await?;
         }
         let origin_can_give_back = match origin {
             _ if remote_stays => true,
-            // What lies in a bucket may be another version by now.
+            // A commit or a digest can be fetched again. Objects in a bucket may have been replaced.
             Some(_) if key.name.scheme().is_some_and(|scheme| scheme != "s3") => true,
             Some(origin) if dry_run && tier != EvictTier::Disk => matches!(origin.manifest().await, Ok(Some(_))),
             _ => false,
@@ -70,6 +77,7 @@ impl Cache {
         Ok(EvictReport { key, disk_bytes, remote_bytes, origin_can_give_back, tags })
     }
 
+    /// Evicts `key` from disk and returns the bytes; `None` if it is not there.
     async fn evict_disk(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<u64>> {
         let (disk, key) = (self.0.disk.clone(), key.clone());
         blocking(move || {
@@ -78,14 +86,15 @@ impl Cache {
         .await
     }
 
-    /// The key a reference leads to, preferring what this machine remembers to asking an origin.
+    /// Returns the key of a reference and its origin. Prefers the version that this machine remembers; the network is
+    /// used only if it remembers none.
     pub(super) async fn key_without_network(
         &self,
         reference: &Reference,
     ) -> Result<(ArtifactKey, Option<Arc<dyn Source>>)> {
         let reference = &self.0.origins.placed(reference);
-        // Who only looks tells the fleet nothing.
-        let policy = LookupPolicy { tells: false, ..self.policy(&GetOptions::default()) };
+        // A call that fetches nothing does not write the origin's answer to the remote.
+        let policy = LookupPolicy { share_answers: false, ..self.policy(&GetOptions::default()) };
         let pointer = reference.pointer().or_else(|| self.possible_tag(reference));
         if let Some(Pointer { name, revision }) = pointer
             && let Some(remembered) = self.remembered_ref(&name, &revision)?
@@ -104,7 +113,7 @@ impl Cache {
         })
     }
 
-    /// A bare `name@word` that is no version on disk, as what may be a tag.
+    /// Returns a bare `name@word` as a possible tag, unless it is a version on disk.
     fn possible_tag(&self, reference: &Reference) -> Option<Pointer> {
         let Target::Bare(key) = &reference.target else { return None };
         let is_version = self.0.disk.manifest(key).is_ok_and(|manifest| manifest.is_some());

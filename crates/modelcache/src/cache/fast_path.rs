@@ -1,4 +1,4 @@
-//! A hit in passing: the first two steps of the main path where nothing is out of the ordinary.
+//! The fast path of a hit: steps 1 and 2 of the main path without asynchronous work.
 
 use super::fill::FillOutcome;
 use super::get::artifact;
@@ -10,14 +10,15 @@ use crate::reference::Reference;
 use crate::selection::Selection;
 
 impl Cache {
-    /// Steps 1 and 2 in a few microseconds, where the reference and what is remembered decide the key and all of it is
-    /// here; `None` says nothing.
-    pub(super) fn hit(
+    /// Returns the leased artifact if the reference or a remembered answer determines the key, and all selected files
+    /// are on disk. Takes a few microseconds. `None` means that the ordinary path has to decide.
+    pub(super) fn try_fast_hit(
         &self,
         reference: &Reference,
         options: &GetOptions,
         progress: &Progress,
     ) -> Option<Result<Artifact>> {
+        // The ordinary path reports the conflict between a file in the reference and a selection.
         let selection = match &reference.file {
             Some(_) if !options.selection.is_all() => return None,
             Some(file) => Selection::file(file.clone()),
@@ -34,7 +35,7 @@ impl Cache {
         let durable = options.durable;
         let request = FetchRequest { key, selection, digest, origin, max_tier, purpose, durable, tag_record, remote };
         let checked = self.require_checksums(&request, &leased.manifest);
-        let got = checked.and_then(|()| artifact(&request, FillOutcome::here(leased), progress));
+        let got = checked.and_then(|()| artifact(&request, FillOutcome::local(leased), progress));
         Some(got.map_err(|error| error.artifact(&request.key)))
     }
 }

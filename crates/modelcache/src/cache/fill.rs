@@ -1,10 +1,10 @@
-//! Flights: one fill for everybody who wants the same.
+//! Single-flight: concurrent requests for the same files share one fill.
 //!
-//! In this process the fill is a task of its own. Callers wait for it and see its progress; it goes on as long as any
-//! of them waits, whoever of them is cancelled, and ends with the last, unless every byte has come and is proven: then it
-//! is published all the same. Other processes see it through the leader's record on disk. Callers who want another part of
-//! the same artifact meet where processes meet: at its fill lock. Who opens one file is content with a flight that
-//! brings more.
+//! Within a process, an in-flight fill is a task. Callers with the same [`FillKey`] wait for it and see its progress.
+//! The task is aborted when the last caller is dropped, unless all bytes are downloaded and verified: then it is still
+//! published. A caller that opens one file may also join a fill of more files. Requests for other files of the same
+//! artifact are serialized by the fill lock, and so are other processes, which read the progress from the heartbeat of
+//! the leader.
 
 use super::Cache;
 use super::resolve::FetchRequest;
@@ -23,24 +23,26 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time;
 
-/// First and longest pause before a lock that somebody holds is looked at again.
+/// Initial time between two attempts to take the fill lock.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// Longest time between two attempts to take the fill lock.
 const POLL_INTERVAL_MAX: Duration = Duration::from_millis(200);
-/// A flight whose task vanished without a word is started again this often.
+/// Number of attempts to start a fill whose task ended without a result.
 const STARTS_MAX: usize = 3;
 
-/// The flights of this process.
+/// The in-flight fills of this process.
 #[derive(Debug, Default)]
 pub(super) struct InFlightFills {
     running: Mutex<HashMap<FillKey, Weak<InFlightFill>>>,
-    /// Those that nobody waits for any more and that come to their end all the same.
+    /// Fills that no caller waits for, but that continue because all bytes are downloaded and verified.
     finishing: Arc<Tasks>,
 }
 
-/// What makes two callers want the same: key, selection, demanded digest; and how far they let a fill reach.
+/// Requests with equal keys share a fill: artifact key, selection, demanded digest, and the farthest tier that the fill
+/// may contact.
 type FillKey = (ArtifactKey, String, Option<Digest>, Tier);
 
-/// A fill under way. Dropped by the last who waits for it, it ends.
+/// An in-flight fill. Callers share it in an `Arc`; when the last one drops it, the task is aborted.
 #[derive(Debug)]
 pub(super) struct InFlightFill {
     id: FillKey,
@@ -48,14 +50,14 @@ pub(super) struct InFlightFill {
     progress: Progress,
     state: watch::Receiver<FillState>,
     partial_files: watch::Receiver<Option<PartialFiles>>,
-    /// Started by who opened a file.
+    /// True if the fill was started to open a file.
     is_for_reading: bool,
-    /// Gone when this is dropped.
+    /// `None` only while this value is dropped.
     task: Option<JoinHandle<()>>,
     finishing: Arc<Tasks>,
 }
 
-/// Where a fill tells those who wait for it.
+/// The sending side of an in-flight fill: publishes its state and its partial files to the waiting callers.
 #[derive(Debug)]
 pub(super) struct FillPublisher {
     state: watch::Sender<FillState>,
@@ -63,65 +65,69 @@ pub(super) struct FillPublisher {
     first_read: Option<FirstRead>,
 }
 
-/// A file that somebody is about to read.
+/// The file that the caller will read during the fill.
 #[derive(Debug, Clone)]
 pub(super) struct FirstRead {
     pub(super) file: FilePath,
+    /// True if the reader accepts unverified bytes.
     pub(super) unchecked: bool,
 }
 
-/// How far a flight is, for those who wait.
+/// The state of an in-flight fill, as waiting callers see it.
 #[derive(Debug, Clone)]
 pub(super) enum FillState {
-    /// Bytes are still coming.
+    /// The fill is downloading.
     Running,
-    /// The artifact can be lent, and whoever started the flight still writes to the remote.
+    /// The artifact is published and leased. The backfill to the remote may still be running.
     Published(FillOutcome),
-    /// All is done, or nothing came of it.
+    /// The fill ended, with success or failure.
     Ended(Result<FillOutcome>),
 }
 
-/// What came of a flight.
+/// The leased artifact, and the bytes transferred for this caller.
 #[derive(Debug, Clone)]
 pub(super) struct FillOutcome {
     pub(super) leased: Arc<LeasedArtifact>,
-    /// Bytes that no local directory had.
+    /// Bytes of the files that no local directory had.
     pub(super) fetched_bytes: u64,
+    /// Bytes uploaded to the remote.
     pub(super) backfilled_bytes: u64,
+    /// Bytes that the object store copied instead.
     pub(super) copied_bytes: u64,
 }
 
 impl FillOutcome {
-    /// Somebody else brought it.
+    /// Returns the outcome for a caller that joined the fill. The transferred bytes count for the call that started it.
     pub(super) fn waited(self) -> Self {
         Self { fetched_bytes: 0, backfilled_bytes: 0, copied_bytes: 0, ..self }
     }
 }
 
-/// Who fills.
+/// Result of [`Cache::join_or_lead`].
 pub(super) enum Joined {
-    /// Somebody else just did.
+    /// Another fill published the artifact.
     Filled(Box<LeasedArtifact>),
-    /// This flight.
+    /// The caller is the leader and has to fill the artifact.
     Leading(Lead),
 }
 
 impl Cache {
-    /// Step 3 of the main path within this process: starts the flight, or waits for the one that is under way.
+    /// Step 3 of the main path within this process: joins the in-flight fill, or starts one.
     pub(super) async fn fill_single_flight(&self, request: &FetchRequest, progress: &Progress) -> Result<FillOutcome> {
         for _ in 0..STARTS_MAX {
-            let (flight, started) = self.flight(request, None, progress);
-            let outcome = if started { flight.ended().await } else { flight.published(progress).await };
+            let (fill, started) = self.join_or_start_fill(request, None, progress);
+            // The caller that started the fill also waits for the backfill.
+            let outcome = if started { fill.ended().await } else { fill.published(progress).await };
             if let Some(outcome) = outcome {
                 return outcome;
             }
         }
-        Err(vanished())
+        Err(task_lost())
     }
 
-    /// The flight for `wanted`, and whether this call started it. For somebody who opens a file, one that brings more
-    /// of the same will do.
-    pub(super) fn flight(
+    /// Returns the in-flight fill for `request`, and whether this call started it. With `first_read`, a fill that
+    /// includes this file among others is joined as well.
+    pub(super) fn join_or_start_fill(
         &self,
         request: &FetchRequest,
         first_read: Option<&FirstRead>,
@@ -129,26 +135,28 @@ impl Cache {
     ) -> (Arc<InFlightFill>, bool) {
         let id = (request.key.clone(), request.selection.identity(), request.digest, request.max_tier);
         let mut in_flight = self.0.in_flight.lock();
-        in_flight.retain(|_, flight| flight.strong_count() > 0);
-        let running = |flight: &Weak<InFlightFill>| flight.upgrade().filter(|flight| flight.is_running());
+        in_flight.retain(|_, fill| fill.strong_count() > 0);
+        let running = |fill: &Weak<InFlightFill>| fill.upgrade().filter(|fill| fill.is_running());
+        // A demanded digest is that of the selected file or of the file list, so the selections must be equal then.
         let wider = || {
             let first_read = first_read.filter(|_| request.digest.is_none())?;
-            in_flight.values().filter_map(running).find(|flight| flight.brings(&first_read.file, &id))
+            in_flight.values().filter_map(running).find(|fill| fill.includes(&first_read.file, &id))
         };
-        if let Some(flight) = in_flight.get(&id).and_then(running).or_else(wider) {
-            return (flight, false);
+        if let Some(fill) = in_flight.get(&id).and_then(running).or_else(wider) {
+            return (fill, false);
         }
-        let ((state_sender, state), (arrivals_sender, partial_files)) =
+        // The map stays locked until the new fill is in it, so that no other caller starts the same one.
+        let ((state_sender, state), (partial_files_sender, partial_files)) =
             (watch::channel(FillState::Running), watch::channel(None));
         let publisher =
-            FillPublisher { state: state_sender, partial_files: arrivals_sender, first_read: first_read.cloned() };
-        let (cache, request, shown) = (self.clone(), request.clone(), progress.clone());
+            FillPublisher { state: state_sender, partial_files: partial_files_sender, first_read: first_read.cloned() };
+        let (cache, request, fill_progress) = (self.clone(), request.clone(), progress.clone());
         let selection = request.selection.clone();
         let task = tokio::spawn(async move {
-            let ended = cache.fill(&request, &shown, &publisher).await;
+            let ended = cache.fill(&request, &fill_progress, &publisher).await;
             publisher.state.send_replace(FillState::Ended(ended));
         });
-        let flight = Arc::new(InFlightFill {
+        let fill = Arc::new(InFlightFill {
             id: id.clone(),
             selection,
             progress: progress.clone(),
@@ -158,22 +166,23 @@ impl Cache {
             task: Some(task),
             finishing: self.0.in_flight.finishing.clone(),
         });
-        in_flight.insert(id, Arc::downgrade(&flight));
-        (flight, true)
+        in_flight.insert(id, Arc::downgrade(&fill));
+        (fill, true)
     }
 
-    /// Waits for the fills that go on though nobody waits for them any more, because every byte of them has come: what
-    /// they bring is published then.
+    /// Waits for the fills that continue without a caller, because all their bytes are downloaded and verified. On
+    /// return they are published.
     pub async fn wait_for_fills(&self) {
         self.0.in_flight.finishing.finish().await;
     }
 
-    /// Step 3 between processes: waits until somebody else has filled the artifact, or nobody else is filling it.
-    pub(super) async fn lead(&self, request: &FetchRequest, progress: &Progress) -> Result<Joined> {
+    /// Step 3 of the main path between processes: waits until another process has filled the artifact, or until this
+    /// process is the leader.
+    pub(super) async fn join_or_lead(&self, request: &FetchRequest, progress: &Progress) -> Result<Joined> {
         let mut waiting = Waiting::new(progress);
         loop {
             let leadership = self.try_lead(&request.key, &mut waiting).await?;
-            // Looked at after the lock was won, too: the previous leader may just have published.
+            // Also after the lock was taken: the previous leader may have published just before.
             if let Some(leased) = self.try_acquire(request).await? {
                 return Ok(Joined::Filled(Box::new(leased)));
             }
@@ -184,7 +193,7 @@ impl Cache {
         }
     }
 
-    /// Waits until nobody else fills `key`.
+    /// Waits until this process is the leader of the fill of `key`, even if another process has filled it meanwhile.
     pub(super) async fn lead_alone(&self, key: &ArtifactKey, progress: &Progress) -> Result<Lead> {
         let mut waiting = Waiting::new(progress);
         loop {
@@ -195,6 +204,7 @@ impl Cache {
         }
     }
 
+    /// Tries once to become the leader of the fill of `key`.
     async fn try_lead(&self, key: &ArtifactKey, waiting: &mut Waiting<'_>) -> Result<Leadership> {
         let (disk, key, mut watch) = (self.0.disk.clone(), key.clone(), std::mem::take(&mut waiting.watch));
         let (leadership, watch) = blocking(move || Ok((disk.try_lead(&key, &mut watch)?, watch))).await?;
@@ -210,9 +220,9 @@ impl InFlightFills {
 }
 
 impl FillPublisher {
-    /// What is coming. Whoever started the flight to read a file is a reader of it from now on, before the first byte
-    /// is asked for.
-    pub(super) fn partial_files(&self, partial_files: PartialFiles) -> Option<PartialReader> {
+    /// Publishes the partial files of the fill. If the fill was started to open a file, returns a reader of that file:
+    /// it is registered before the first request, so that the download starts with that file.
+    pub(super) fn set_partial_files(&self, partial_files: PartialFiles) -> Option<PartialReader> {
         let first_read = self.first_read.as_ref();
         let reader =
             first_read.and_then(|first_read| Some(partial_files.get(&first_read.file)?.read(first_read.unchecked)));
@@ -220,50 +230,52 @@ impl FillPublisher {
         reader
     }
 
-    /// What was coming is not what was wanted: nothing of it is to be read any more.
-    pub(super) fn forget(&self) {
+    /// Invalidates all partial files, because the download failed or its source changed. Readers must not use bytes
+    /// received so far.
+    pub(super) fn invalidate_partial_files(&self) {
         self.partial_files.borrow().iter().flat_map(PartialFiles::values).for_each(|file| file.failed());
     }
 
-    /// There is something to lend.
+    /// Reports that the artifact is published and leased.
     pub(super) fn published(&self, outcome: &FillOutcome) {
         self.state.send_replace(FillState::Published(outcome.clone()));
     }
 }
 
 impl InFlightFill {
-    /// How far it is, for whoever looks at the calls that wait for it.
+    /// Returns the progress of the fill.
     pub(super) fn progress(&self) -> &Progress {
         &self.progress
     }
 
-    /// What tells how far it is, without keeping it going.
+    /// Returns a watch of the state. It does not keep the fill running.
     pub(super) fn state(&self) -> watch::Receiver<FillState> {
         self.state.clone()
     }
 
-    /// What tells which files it brings.
+    /// Returns a watch of the partial files; `None` until they are known. It does not keep the fill running.
     pub(super) fn partial_files(&self) -> watch::Receiver<Option<PartialFiles>> {
         self.partial_files.clone()
     }
 
-    /// Whether `file` of what `id` is about comes with it.
-    fn brings(&self, file: &FilePath, id: &FillKey) -> bool {
-        let ((key, _, digest, max_tier), (request, _, demanded, wanted_reach)) = (&self.id, id);
-        (key, digest, max_tier) == (request, demanded, wanted_reach) && self.selection.matches(file)
+    /// Returns true if this fill selects `file` and otherwise has the same key as `id`.
+    fn includes(&self, file: &FilePath, id: &FillKey) -> bool {
+        let ((key, _, digest, max_tier), (other_key, _, other_digest, other_max_tier)) = (&self.id, id);
+        (key, digest, max_tier) == (other_key, other_digest, other_max_tier) && self.selection.matches(file)
     }
 
-    /// Whether every byte has come and is proven, and only the end is missing.
+    /// Returns true if all bytes are downloaded and verified, so that only the publish is left.
     fn is_finishing(&self) -> bool {
         self.partial_files.borrow().as_ref().is_some_and(|files| files.values().all(|file| file.is_complete()))
     }
 
+    /// Returns true while the fill is downloading.
     fn is_running(&self) -> bool {
-        // A task that vanished without a word has dropped its end.
+        // A task that ended without a result, for instance by a panic, has closed the channel.
         matches!(*self.state.borrow(), FillState::Running) && self.state.has_changed().is_ok()
     }
 
-    /// Waits for the end; `None` if the task vanished.
+    /// Waits for the end of the fill; `None` if its task ended without a result.
     async fn ended(&self) -> Option<Result<FillOutcome>> {
         let mut state = self.state.clone();
         let ended = state.wait_for(|state| matches!(state, FillState::Ended(_))).await.ok()?;
@@ -273,7 +285,8 @@ impl InFlightFill {
         }
     }
 
-    /// Waits until there is something to lend, showing how far it is; `None` if the task vanished.
+    /// Waits until the artifact is published, and copies the progress of the fill to `progress`; `None` if the task
+    /// ended without a result.
     async fn published(&self, progress: &Progress) -> Option<Result<FillOutcome>> {
         let _phase = progress.enter(Phase::Join, 0);
         let mut state = self.state.clone();
@@ -298,23 +311,24 @@ impl InFlightFill {
 impl Drop for InFlightFill {
     fn drop(&mut self) {
         let Some(task) = self.task.take() else { return };
-        // Whoever opened a file and has read it does not wait for the upload either.
+        // All bytes are verified: publish them. The reader of an open file does not wait for the backfill, so that is
+        // finished as well.
         if self.is_finishing() && (self.is_running() || self.is_for_reading) {
             return self.finishing.keep(task);
         }
         if self.is_running() {
-            tracing::debug!(key = %self.id.0, "nobody waits for this fill any more; it ends");
+            tracing::debug!(key = %self.id.0, "cancelling a fill that no caller waits for any more");
         }
         task.abort();
     }
 }
 
-/// A flight's task ended without a word.
-pub(super) fn vanished() -> Error {
+/// Returns the error for a fill whose task ended without a result.
+pub(super) fn task_lost() -> Error {
     Error::new(ErrorKind::Other, "the fill ended unexpectedly")
 }
 
-/// A caller that waits for another process.
+/// A wait for the fill of another process.
 struct Waiting<'a> {
     progress: &'a Progress,
     watch: Watch,
@@ -327,7 +341,7 @@ impl<'a> Waiting<'a> {
         Self { progress, watch: Watch::default(), pause: POLL_INTERVAL, phase: None }
     }
 
-    /// Shows how far the other one is, and sleeps a little longer each time.
+    /// Shows the progress of the leader, and sleeps; each time a quarter longer, up to [`POLL_INTERVAL_MAX`].
     async fn pause(&mut self, done_bytes: u64, total_bytes: u64) {
         self.phase.get_or_insert_with(|| self.progress.enter(Phase::Join, 0));
         self.progress.watch(done_bytes, total_bytes);
@@ -336,7 +350,7 @@ impl<'a> Waiting<'a> {
     }
 }
 
-/// The lead of a fill: it beats until it is dropped.
+/// The leadership of a fill. A task writes heartbeats until this value is dropped.
 #[derive(Debug)]
 pub(super) struct Lead(AbortHandle);
 
@@ -344,12 +358,12 @@ impl Lead {
     fn start(leader: Leader, progress: &Progress) -> Self {
         let progress = progress.clone();
         let leader = Arc::new(leader);
-        let beating = tokio::spawn(async move {
-            let mut beats = time::interval(HEARTBEAT_INTERVAL);
+        let task = tokio::spawn(async move {
+            let mut interval = time::interval(HEARTBEAT_INTERVAL);
             loop {
-                beats.tick().await;
+                interval.tick().await;
                 let ((done, total), leader) = (progress.download_bytes(), leader.clone());
-                // A directory that hangs must not hold up anything else.
+                // On a blocking thread: a hanging filesystem must not block other tasks.
                 let heartbeat = blocking(move || {
                     leader.heartbeat(done, total);
                     Ok(())
@@ -357,7 +371,7 @@ impl Lead {
                 let _ = heartbeat.await;
             }
         });
-        Self(beating.abort_handle())
+        Self(task.abort_handle())
     }
 }
 

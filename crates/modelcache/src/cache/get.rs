@@ -1,9 +1,9 @@
-//! The main path: from a reference to a lent path, in seven steps.
+//! The main path: from a reference to the path of a leased artifact, in seven steps: resolve, acquire, join, plan,
+//! download, publish, backfill.
 //!
-//! Each step is one call; what a step decides stands in its own file. Absence is a value on the way down and becomes an
-//! error only here. Steps 4 to 7 are a flight: they go on for whoever else waits when a caller is dropped. Whenever they
-//! end, nothing is half-made: staging is private until published, and the next fill goes on with it. Nobody waits for
-//! the disk who did not ask to: see `durable.rs`.
+//! Each step is one call, and its policy is in a file of its own. Steps 4 to 7 are a *fill*. It runs in a task, so that
+//! it continues for the other waiting callers if one of them is cancelled. A fill can be aborted at any point: staged
+//! files are invisible until they are published, and the next fill resumes from them.
 
 use super::backfill::ToBackfill;
 use super::fill::{FillOutcome, FillPublisher, Joined};
@@ -11,7 +11,7 @@ use super::plan::FillPlan;
 use super::resolve::FetchRequest;
 use super::{Artifact, BytesByTier, Cache, GetOptions, GetReport};
 use crate::disk::{
-    AcquireOutcome, LeasedArtifact, Purpose, RootedPath, StagedFile, Staging, format_named, staged_name,
+    AcquireOutcome, LeasedArtifact, Missing, Purpose, RootedPath, StagedFile, Staging, format_named, staged_name,
 };
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
@@ -25,37 +25,38 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long an eviction, which is done in moments, is waited for.
+/// Longest wait for the end of an eviction of the requested artifact. An eviction takes milliseconds.
 const EVICTION_WAIT_MAX: Duration = Duration::from_secs(30);
-/// How long to sleep while an eviction is at work on what is wanted.
+/// Time between two attempts to acquire a lease during an eviction.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What a fill brought, still private.
-struct Filled {
+/// The verified files of a fill, in staging and not yet published.
+struct StagedFill {
     staging: Staging,
     listing: Manifest,
     files: BTreeMap<FilePath, StagedFile>,
-    /// Files that the remote lists but gave wrong or not at all.
+    /// Files that the remote lists, but for which it sent wrong bytes or none.
     bad_on_remote: BTreeSet<FilePath>,
-    /// Bytes that no local directory had.
+    /// Bytes of the files that no local directory had.
     fetched_bytes: u64,
-    /// What went to the remote meanwhile.
+    /// The upload to the remote that ran during the download.
     streaming_upload: Option<StreamingUpload>,
 }
 
 impl Cache {
-    /// Makes the artifact local and lends its path.
+    /// Returns the artifact with all selected files on disk, leased and verified. Downloads the missing ones.
+    ///
+    /// If the artifact is replaced at its origin during the download, the downloaded files are discarded, and the get
+    /// starts over once.
     ///
     /// # Errors
-    /// `NotFound` when no tier has it; `Unauthorized`, `Unavailable`, `Corrupt` when the tiers that might have it
-    /// failed; `Full`, `Directory` when the local directory cannot take it.
-    ///
-    /// What is replaced at its origin while it is fetched is discarded and fetched anew, once.
+    /// `NotFound` if no tier has the artifact; `Unauthorized`, `Unavailable` or `Corrupt` if a tier that might have it
+    /// failed; `Full` or `Directory` if it cannot be stored in the local directory.
     pub async fn get(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
         let outcome = match self.get_once(reference, options, progress).await {
             Err(error) if error.is_superseded() => {
                 tracing::warn!(%error, "starting over");
-                // What anybody remembers of it is no longer so.
+                // Remembered answers point to the replaced version, so ask the authority again.
                 let options = GetOptions { refresh: true, ..options.clone() };
                 self.get_once(reference, &options, progress).await
             }
@@ -66,81 +67,99 @@ impl Cache {
     }
 
     async fn get_once(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
-        if let Some(hit) = self.hit(reference, options, progress) {
+        // Steps 1 and 2 in a few microseconds, for an ordinary hit.
+        if let Some(hit) = self.try_fast_hit(reference, options, progress) {
             return hit;
         }
+        // Step 1: resolve the reference to a key, a selection and an origin.
         let request = self.resolve(reference, options, progress).await.map_err(|error| error.artifact(reference))?;
+        // Local files with wrong bytes are withdrawn here, so that the get downloads them again.
         if options.verify {
             self.verify_hit(&request, progress).await.map_err(|error| error.artifact(&request.key))?;
         }
         self.get_resolved(&request, progress).await.map_err(|error| error.artifact(&request.key))
     }
 
+    /// Steps 2 to 7, for a resolved reference.
     pub(super) async fn get_resolved(&self, request: &FetchRequest, progress: &Progress) -> Result<Artifact> {
+        // Step 2: acquire a lease if all selected files are on disk.
         let outcome = match self.acquire(request, progress).await? {
-            Some(leased) => FillOutcome::here(leased),
+            Some(leased) => FillOutcome::local(leased),
+            // Step 3: join the in-flight fill of these files, or start one. It calls `fill`.
             None => self.fill_single_flight(request, progress).await?,
         };
+        // Also for files that were downloaded under a less strict configuration.
         self.require_checksums(request, &outcome.leased.manifest)?;
-        self.durably(request, &outcome.leased).await?;
+        self.wait_until_durable(request, &outcome.leased).await?;
         artifact(request, outcome, progress)
     }
 
-    /// A flight, for everybody who waits for it; `tell` tells them what is coming, and as soon as there is something to
-    /// lend.
+    /// Runs one fill on behalf of all callers that joined it. `publisher` reports its state to them.
     pub(super) async fn fill(
         &self,
         request: &FetchRequest,
         progress: &Progress,
         publisher: &FillPublisher,
     ) -> Result<FillOutcome> {
-        let lead = match self.lead(request, progress).await? {
-            Joined::Filled(leased) => return Ok(FillOutcome::here(*leased)),
+        // Step 3 between processes: wait for the process that fills this artifact, or become the leader.
+        let lead = match self.join_or_lead(request, progress).await? {
+            Joined::Filled(leased) => return Ok(FillOutcome::local(*leased)),
             Joined::Leading(lead) => lead,
         };
-        let (plan, mut filled) = self.plan_and_download(request, progress, publisher).await?;
-        let to_backfill = self.missing_on_remote(&plan, &mut filled);
-        let fetched_bytes = filled.fetched_bytes;
-        // Before anything is published: whoever dies from here on has said what the remote still lacks.
+        // Steps 4 and 5.
+        let (plan, mut staged) = self.plan_and_download(request, progress, publisher).await?;
+        let to_backfill = self.missing_on_remote(&plan, &mut staged);
+        let fetched_bytes = staged.fetched_bytes;
+        // Record the pending upload before publishing, so that a crash after the publish cannot lose it.
         let to_backfill = self.record_pending_upload(&request.key, to_backfill).await;
-        let leased = self.publish(filled, progress).await?;
-        self.was_published();
+        // Step 6: publish the staged files and lease them. The manifest is the commit point.
+        let leased = self.publish(staged, progress).await?;
+        self.spawn_background_sync();
+        // An eviction just before the publish may have removed the record. The lease now prevents another one.
         let to_backfill = self.restore_pending_upload(&request.key, to_backfill).await;
+        // Waiting processes and callers continue now. They do not wait for the backfill.
         drop(lead);
-        let outcome = FillOutcome { fetched_bytes, ..FillOutcome::here(leased) };
+        let outcome = FillOutcome { fetched_bytes, ..FillOutcome::local(leased) };
         publisher.published(&outcome);
+        // Step 7: backfill the remote. A failure is logged, and a later run tries again.
         let done = self.backfill(&outcome.leased, to_backfill, progress).await;
         Ok(FillOutcome { backfilled_bytes: done.uploaded_bytes, copied_bytes: done.copied_bytes, ..outcome })
     }
 
-    /// Steps 4 and 5; once more where another tool replaced files that had been listed.
+    /// Steps 4 and 5. Repeats them once if another tool replaced unmanaged objects after they were listed.
     async fn plan_and_download(
         &self,
         request: &FetchRequest,
         progress: &Progress,
         publisher: &FillPublisher,
-    ) -> Result<(FillPlan, Filled)> {
+    ) -> Result<(FillPlan, StagedFill)> {
+        // Step 4: plan which files are missing and which sources have them.
         let plan = self.plan_fill(request, progress).await?;
         self.note_remote(!plan.remote_unusable);
+        // Step 5: download the missing files into staging.
         match self.download(request, &plan, progress, publisher).await {
             Err(error) if plan.remote_unmanaged && error.kind() == ErrorKind::Conflict => {
                 tracing::warn!(%error, "starting over with a new list");
-                let anew = FetchRequest { remote: None, ..request.clone() };
-                let plan = self.plan_fill(&anew, progress).await?;
-                publisher.forget();
-                let filled = self.download(&anew, &plan, progress, publisher).await?;
-                Ok((plan, filled))
+                // Without the source that has already listed the old objects.
+                let relisted = FetchRequest { remote: None, ..request.clone() };
+                let plan = self.plan_fill(&relisted, progress).await?;
+                // Readers must not combine bytes of old and new objects.
+                publisher.invalidate_partial_files();
+                let staged = self.download(&relisted, &plan, progress, publisher).await?;
+                Ok((plan, staged))
             }
             downloaded => Ok((plan, downloaded?)),
         }
     }
 
+    /// Step 2 of the main path.
     async fn acquire(&self, request: &FetchRequest, progress: &Progress) -> Result<Option<LeasedArtifact>> {
         let _phase = progress.enter(Phase::Acquire, 0);
         self.try_acquire(request).await
     }
 
-    /// Lends what is wanted if disk holds all of it, waiting out an eviction that is at work on it.
+    /// Acquires a lease if the local or the lower directory holds all selected files; otherwise returns `None`. Waits
+    /// for the end of an eviction of the artifact.
     pub(super) async fn try_acquire(&self, request: &FetchRequest) -> Result<Option<LeasedArtifact>> {
         let started = Instant::now();
         loop {
@@ -151,36 +170,38 @@ impl Cache {
                 AcquireOutcome::Evicting if started.elapsed() > EVICTION_WAIT_MAX => {
                     return Err(Error::unavailable("an eviction has been at work on it for too long")
                         .tier(Tier::Disk)
-                        .hint("see whether a modelcache process is stopped; its hold falls when it ends"));
+                        .hint("look for a stopped modelcache process; its lock is released when it ends"));
                 }
                 AcquireOutcome::Evicting => tokio::time::sleep(POLL_INTERVAL).await,
             }
         }
     }
 
-    /// Reserves room, evicting if need be, and pours what disk does not have.
+    /// Reserves room on disk, evicting other artifacts if necessary, and downloads the missing files into staging.
     async fn download(
         &self,
         request: &FetchRequest,
         plan: &FillPlan,
         progress: &Progress,
         publisher: &FillPublisher,
-    ) -> Result<Filled> {
+    ) -> Result<StagedFill> {
         let (disk, key, selected) = (self.0.disk.clone(), request.key.clone(), plan.selected.clone());
+        // Reuses local blobs and the staged files of an earlier fill. Reserves room for the rest.
         let staging = blocking(move || disk.begin_fill(&key, &selected)).await?;
-        let (partial_files, to_download) = to_download(&staging, plan)?;
-        let _first_reader = publisher.partial_files(partial_files);
+        let (partial_files, to_download) = files_to_download(&staging, plan)?;
+        // Callers of `open_file` can read from here on. The first one is registered until the download ends.
+        let _first_reader = publisher.set_partial_files(partial_files);
         let (downloaded, streaming_upload) =
             match self.download_missing(to_download, plan, self.purpose_of(request), progress).await {
                 Ok(downloaded) => downloaded,
                 Err(error) => {
-                    // Before any of it goes or is filled again: nobody shall be given what is not there.
-                    publisher.forget();
-                    // What was fetched is kept for the next fill, unless it is what fills the disk.
+                    // Before the staged files are removed or replaced, so that no reader uses them afterwards.
+                    publisher.invalidate_partial_files();
+                    // The next fill resumes from the downloaded bytes, unless they are needed as room on a full disk.
                     if error.kind() == ErrorKind::Full
                         && let Err(left) = blocking(move || staging.discard()).await
                     {
-                        tracing::warn!(error = %left, "what was fetched could not be removed; the next fill does");
+                        tracing::warn!(error = %left, "cannot remove the downloaded files; the next fill does");
                     }
                     return Err(error);
                 }
@@ -193,7 +214,7 @@ impl Cache {
             let name = staged_name(path, entry);
             let staged = match (staging.reused(&name), by_target.get(&staging.file(&name))) {
                 (Some(identity), _) => {
-                    // Its bytes are proven. A ladder that somebody told of is not.
+                    // The bytes are verified, but no ladder was computed. Keep only a ladder from this disk.
                     let ladder = plan.listing.files.get(path).and_then(|listed| listed.ladder.clone());
                     let mut entry = entry.clone();
                     entry.ladder = ladder;
@@ -205,17 +226,25 @@ impl Cache {
                     }
                     StagedFile { name, entry: downloaded.entry.clone(), identity: downloaded.identity }
                 }
-                (None, None) => return Err(Error::not_found(format!("{path} was not filled"))),
+                (None, None) => return Err(Error::not_found(format!("{path} was not downloaded"))),
             };
             files.insert(path.clone(), staged);
         }
         let files = detect_formats(&staging, files).await?;
-        let filled =
-            Filled { staging, listing: plan.listing.clone(), files, bad_on_remote, fetched_bytes, streaming_upload };
-        request.check_demanded_digest(&filled.known())?;
-        Ok(filled)
+        let staged_fill = StagedFill {
+            staging,
+            listing: plan.listing.clone(),
+            files,
+            bad_on_remote,
+            fetched_bytes,
+            streaming_upload,
+        };
+        // The digests of all files are known only now. A mismatch must not be published.
+        request.check_demanded_digest(&staged_fill.completed_listing())?;
+        Ok(staged_fill)
     }
 
+    /// Downloads the files, and uploads them to the remote at the same time if it has none of them.
     async fn download_missing(
         &self,
         mut to_download: BTreeMap<String, DownloadFile>,
@@ -231,39 +260,47 @@ impl Cache {
         ))
     }
 
-    async fn publish(&self, filled: Filled, progress: &Progress) -> Result<LeasedArtifact> {
+    /// Step 6 of the main path.
+    async fn publish(&self, staged: StagedFill, progress: &Progress) -> Result<LeasedArtifact> {
         let _phase = progress.enter(Phase::Publish, 0);
         let disk = self.0.disk.clone();
-        blocking(move || disk.publish(filled.staging, &filled.listing, &filled.files)).await
+        blocking(move || disk.publish(staged.staging, &staged.listing, &staged.files)).await
     }
 
-    /// The files of this fill that the remote should now be given, and those among them that it must write anew.
-    fn missing_on_remote(&self, plan: &FillPlan, filled: &mut Filled) -> Option<ToBackfill> {
+    /// Returns the files of this fill that the remote lacks or has with wrong bytes; `None` if there are none, or if
+    /// they must not be uploaded.
+    fn missing_on_remote(&self, plan: &FillPlan, staged: &mut StagedFill) -> Option<ToBackfill> {
         if !self.may_backfill() || plan.remote_unmanaged {
-            tracing::debug!(key = %plan.listing.key, "nothing of this goes to a remote");
+            tracing::debug!(key = %plan.listing.key, "no backfill: no writable remote, or unmanaged objects");
             return None;
         }
+        // The remote contradicts the origin or refused a request. If it is only unreachable, a later run can upload.
         if plan.remote_unusable && !plan.remote_down {
             return None;
         }
         let held = |path: &FilePath| {
             plan.remote.as_ref().and_then(|m| m.files.get(path)).is_some_and(|entry| entry.held.is_some())
         };
-        let missing = |path: &&FilePath| !held(path) || filled.bad_on_remote.contains(*path);
-        let paths: BTreeSet<FilePath> = filled.files.keys().filter(missing).cloned().collect();
-        let rewrite = filled.bad_on_remote.clone();
-        let sent = filled.streaming_upload.take().map(|streaming_upload| (streaming_upload, filled.proven()));
-        (!paths.is_empty()).then(|| ToBackfill::new(paths, rewrite, plan.remote_down, sent))
+        let missing = |path: &&FilePath| !held(path) || staged.bad_on_remote.contains(*path);
+        let paths: BTreeSet<FilePath> = staged.files.keys().filter(missing).cloned().collect();
+        let digest_of = |path: &FilePath| Some((path.clone(), staged.files.get(path)?.entry.sha256?));
+        let missing = Missing {
+            digests: paths.iter().filter_map(digest_of).collect(),
+            rewrite: staged.bad_on_remote.clone(),
+            files: paths,
+        };
+        let sent = staged.streaming_upload.take().map(|streaming_upload| (streaming_upload, staged.proven()));
+        (!missing.files.is_empty()).then(|| ToBackfill::new(missing, plan.remote_down, sent))
     }
 }
 
-/// What is to be poured, by its name in staging, and for every file what its readers are told of. Equal files come
-/// once.
-fn to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles, BTreeMap<String, DownloadFile>)> {
+/// Returns the partial file of each selected file, and the files to download, keyed by staging name. Files with equal
+/// content share a staging name and a partial file, and are downloaded once.
+fn files_to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles, BTreeMap<String, DownloadFile>)> {
     let (mut partial_files, mut by_name, mut to_download) = (PartialFiles::new(), BTreeMap::new(), BTreeMap::new());
     let mut read_gates: BTreeMap<String, ReadGate> = BTreeMap::new();
     for (path, entry) in &plan.selected {
-        // Of equal files, what is asked of one is asked of all.
+        // The strictest gate of all files with equal content applies to each of them.
         let (name, read_gate) = (staged_name(path, entry), plan.read_gate(path));
         let of_all = read_gates.entry(name).or_insert(read_gate);
         *of_all = read_gate.max(*of_all);
@@ -275,6 +312,7 @@ fn to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles, BTre
         let partial_file: &mut Arc<PartialFile> =
             by_name.entry(name.clone()).or_insert_with(|| PartialFile::new(target.clone(), entry.size, read_gate));
         partial_files.insert(path.clone(), partial_file.clone());
+        // A reused file is complete and verified, so it can be read at once.
         if staging.reused(&name).is_some() {
             partial_file.proven();
         } else if let Entry::Vacant(vacant) = to_download.entry(name) {
@@ -286,7 +324,7 @@ fn to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles, BTre
     Ok((partial_files, to_download))
 }
 
-/// Looks at the first bytes of files whose format nobody knows yet.
+/// Detects the format of the files whose format is not known yet, from their first bytes.
 async fn detect_formats(
     staging: &Staging,
     mut files: BTreeMap<FilePath, StagedFile>,
@@ -301,32 +339,33 @@ async fn detect_formats(
     .await
 }
 
-impl Filled {
-    /// What each file turned out to be.
+impl StagedFill {
+    /// Returns the identity and the digest of each verified file.
     fn proven(&self) -> Proven {
         let proven = |(path, file): (&FilePath, &StagedFile)| Some((path.clone(), (file.identity, file.entry.sha256?)));
         self.files.iter().filter_map(proven).collect()
     }
 
-    /// The listing with what this fill learnt.
-    fn known(&self) -> Manifest {
-        let mut known = self.listing.clone();
+    /// Returns the listing, completed with the digests that this fill computed.
+    fn completed_listing(&self) -> Manifest {
+        let mut listing = self.listing.clone();
         for (path, file) in &self.files {
-            if let Some(entry) = known.files.get_mut(path) {
+            if let Some(entry) = listing.files.get_mut(path) {
                 entry.learn(&file.entry);
             }
         }
-        known
+        listing
     }
 }
 
 impl FillOutcome {
-    /// Disk had it all.
-    pub(super) fn here(leased: LeasedArtifact) -> Self {
+    /// Returns the outcome if all files were on disk, so that no bytes were transferred.
+    pub(super) fn local(leased: LeasedArtifact) -> Self {
         Self { leased: Arc::new(leased), fetched_bytes: 0, backfilled_bytes: 0, copied_bytes: 0 }
     }
 }
 
+/// Returns the artifact and its report, after a last check of the demanded digest.
 pub(super) fn artifact(request: &FetchRequest, outcome: FillOutcome, progress: &Progress) -> Result<Artifact> {
     let FillOutcome { leased, fetched_bytes, backfilled_bytes, copied_bytes } = outcome;
     request.check_demanded_digest(&leased.manifest)?;
@@ -348,5 +387,5 @@ pub(super) fn artifact(request: &FetchRequest, outcome: FillOutcome, progress: &
     let (link, phases) = (leased.link, progress.phases());
     let report = GetReport { from, bytes, backfilled_bytes, copied_bytes, files, selected_bytes, link, phases };
     let (path, selection) = (leased.path(&request.selection), request.selection.clone());
-    Ok(Artifact { key: request.key.clone(), path, report, selection, _lent: leased })
+    Ok(Artifact { key: request.key.clone(), path, report, selection, lease: leased })
 }

@@ -1,12 +1,12 @@
-//! Leases that outlive this program: the process becomes another one and goes on holding what it was lent.
+//! Leases that survive `exec`, for a process that replaces itself with another program.
 
 use super::Artifact;
 use crate::error::Result;
 
 impl Artifact {
-    /// Lets the lease survive the `exec` that comes next: whatever this process becomes holds the artifact until it
-    /// ends. Without this, the lease falls at the `exec`. Any child started from here on inherits the lease, too.
+    /// Keeps the lease across the next `exec`: the new program holds it until it ends. Without this call, `exec`
+    /// releases the lease. Every child process that is started after this call inherits the lease as well.
     pub fn hold_through_exec(&self) -> Result<()> {
-        self._lent.hold_through_exec()
+        self.lease.hold_through_exec()
     }
 }

@@ -1,4 +1,5 @@
-//! The lower directory on the main path: asked after our own directory, before anybody is asked over the network.
+//! The lower directory on the main path: a read-only cache that is consulted after the local directory and before any
+//! tier that is reached over the network.
 
 use super::Cache;
 use super::resolve::FetchRequest;
@@ -9,21 +10,21 @@ use crate::manifest::Manifest;
 use crate::transfer::blocking;
 
 impl Cache {
-    /// Lends from the lower directory, if it holds all that is wanted.
+    /// Acquires a lease in the lower directory, if it holds all selected files.
     pub(super) async fn acquire_lower(&self, request: &FetchRequest) -> Result<Option<LeasedArtifact>> {
         let Some(lower) = self.0.lower.clone() else { return Ok(None) };
         let (key, selection) = (request.key.clone(), request.selection.clone());
         blocking(move || lower.acquire(&key, &selection)).await
     }
 
-    /// What the lower directory knows of `key`.
+    /// Returns the manifest of `key` in the lower directory, if it has one.
     pub(super) async fn lower_manifest(&self, key: &ArtifactKey) -> Result<Option<Manifest>> {
         let Some(lower) = self.0.lower.clone() else { return Ok(None) };
         let key = key.clone();
         blocking(move || Ok(lower.manifest(&key))).await
     }
 
-    /// What `revision` of `name` last resolved to here, or where the lower directory was filled. Blocks.
+    /// Returns the last known version of a revision or tag, from this directory or else from the lower one. Blocks.
     pub(super) fn remembered_ref(&self, name: &ArtifactName, revision: &str) -> Result<Option<RememberedRef>> {
         match (self.0.disk.remembered_ref(name, revision)?, &self.0.lower) {
             (None, Some(lower)) => lower.remembered_ref(name, revision),

@@ -1,4 +1,4 @@
-//! Materializing: what was lent, in a folder of the caller's own.
+//! Materializing: linking or copying a leased artifact into a folder of the caller.
 
 use super::{Artifact, Cache};
 use crate::disk::{Destination, LinkMode, Materialized, Tree};
@@ -8,11 +8,12 @@ use crate::transfer::blocking;
 use std::path::Path;
 
 impl Cache {
-    /// Looks whether `dir` may be replaced as a whole: it is absent, empty, or was materialized before and holds nothing
-    /// else. Asked before a get, so that a refusal comes before the bytes.
+    /// Checks that `dir` may be replaced as a whole: it is absent, it is empty, or it contains only files that were
+    /// materialized earlier. Call this before the get, so that a refusal precedes the download.
     ///
     /// # Errors
-    /// `Conflict` where the folder holds something else; `Invalid` for the present folder, the cache directory, a file.
+    /// `Conflict` if the folder contains other files; `Invalid` for the working directory, the cache directory, or a
+    /// path that is a file.
     pub async fn destination(&self, dir: &Path) -> Result<Destination> {
         let (dir, root) = (dir.to_owned(), self.0.disk.layout().root().full());
         blocking(move || Destination::check(&dir, &root)).await
@@ -20,32 +21,33 @@ impl Cache {
 }
 
 impl Artifact {
-    /// Puts the files that were got into the folder, in the place of what was there. Afterwards the lease is needed for
-    /// symbolic links only.
+    /// Replaces the content of the folder with the selected files. Afterwards only symbolic links still need the lease.
     ///
     /// # Errors
-    /// `Corrupt` where the cached bytes turn out wrong while they are copied; `Full`; `Other` for the folder's trouble.
-    /// The old folder is untouched then.
+    /// `Corrupt` if cached bytes fail verification while they are copied; `Full`; `Other` if the folder cannot be
+    /// written. After an error the old folder is unchanged.
     pub async fn materialize(
         &self,
         destination: &Destination,
         mode: LinkMode,
         progress: &Progress,
     ) -> Result<Materialized> {
-        let selected = self._lent.manifest.selected(&self.selection);
+        let selected = self.lease.manifest.selected(&self.selection);
         let files: Vec<_> = selected.map(|(path, entry)| (path.clone(), entry.clone())).collect();
         let _phase = progress.enter(Phase::Materialize, files.iter().map(|(_, entry)| entry.size).sum());
-        let may_link = !self._lent.is_lower;
-        let tree = Tree { key: self.key.clone(), from: self._lent.dir.clone(), may_link, files };
-        let (destination, progress, leased) = (destination.clone(), progress.clone(), self._lent.clone());
+        // Files of the lower directory must not be hard-linked: they are reflinked or copied.
+        let may_link = !self.lease.is_lower;
+        let tree = Tree { key: self.key.clone(), from: self.lease.dir.clone(), may_link, files };
+        let (destination, progress, leased) = (destination.clone(), progress.clone(), self.lease.clone());
         let made = blocking(move || {
-            // The lease lasts as long as this work, whoever stops waiting for it.
+            // The closure owns the lease, so that it lasts until the copy ends, even if the caller is cancelled.
             let made = destination.materialize(&tree, mode, &progress);
             drop(leased);
             made
         });
         let mut made = made.await?;
-        if let Ok(inside) = self.path.strip_prefix(self._lent.dir.files().full()).map(Path::to_owned)
+        // The artifact or the selection is one file: return its path in the new folder, not the folder.
+        if let Ok(inside) = self.path.strip_prefix(self.lease.dir.files().full()).map(Path::to_owned)
             && inside != Path::new("")
         {
             made.path = made.dir.join(inside);

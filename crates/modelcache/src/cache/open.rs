@@ -1,14 +1,15 @@
-//! Opening one file of an artifact: its bytes can be read as they come.
+//! Opening one file of an artifact, which can then be read during its download.
 //!
-//! What is here is lent at once. Else the caller joins the flight that brings the file, or starts the one that a get of
-//! the same would start, and reads from staging: what it waits for is asked for first. Whether bytes are given before
-//! the whole file is proven is decided in `plan.rs`. Where another process fills the artifact, opening waits until that
-//! is done.
+//! A local file is leased at once. Otherwise the caller joins the in-flight fill that includes the file, or starts the
+//! fill that a get would start, and reads from staging. The ranges that it waits for are downloaded first. `plan.rs`
+//! decides whether bytes may be read before the whole file is verified. If another process fills the artifact, opening
+//! waits for the end of that fill.
 //!
-//! Surprise: an open file is bound to the very file that it was first given bytes of. If that turns out wrong and is
-//! filled anew, every further wait fails; there is never a mixture of two.
+//! An open file is bound to one generation of the staged file: the one that the first bytes were read from. If that
+//! generation fails verification and the file is downloaded again, all further waits fail. The bytes read never mix two
+//! generations.
 
-use super::fill::{FillOutcome, FillState, FirstRead, InFlightFill, vanished};
+use super::fill::{FillOutcome, FillState, FirstRead, InFlightFill, task_lost};
 use super::get::artifact;
 use super::plan::only_file;
 use super::resolve::FetchRequest;
@@ -26,16 +27,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::watch;
 
-/// What is to be opened, and how.
+/// Options of [`Cache::open_file`]: which file to open, and when its bytes may be read.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
-    /// Which file of the artifact. `None`: the one that the reference names, or the only one there is.
+    /// The file of the artifact. `None` opens the file that the reference names, or the only file of the artifact.
     pub file: Option<FilePath>,
-    /// Give bytes as soon as they are written, right or wrong. That the whole is wrong is found out later all the same.
+    /// Make bytes readable as soon as they are written, before they are verified. Wrong bytes are still detected at the
+    /// end of the download.
     pub unchecked: bool,
-    /// As for [`GetOptions::refresh`].
+    /// See [`GetOptions::refresh`].
     pub refresh: bool,
-    /// As for [`GetOptions::max_tier`].
+    /// See [`GetOptions::max_tier`].
     pub max_tier: Tier,
 }
 
@@ -45,61 +47,65 @@ impl Default for OpenOptions {
     }
 }
 
-/// One file of an artifact, which may still be coming. Once it is whole, it is held against eviction while this lives.
+/// One file of an artifact, which may still be downloading. Once it is complete, the artifact is leased until this
+/// value is dropped.
 ///
-/// Dropped before that, it lets go of the fill as a cancelled [`get`](Cache::get) does: what came is kept for the next
-/// one, and a fill of which every byte has come is published.
+/// Dropping it earlier has the effect of cancelling a [`get`](Cache::get): downloaded bytes are kept for the next fill,
+/// and a fill whose bytes are all downloaded is still published.
 #[derive(Debug)]
 pub struct OpenFile {
-    /// The artifact.
+    /// The key of the artifact.
     pub key: ArtifactKey,
-    /// Which of its files.
+    /// The path of the file in the artifact.
     pub path: FilePath,
     size: u64,
     progress: Progress,
     shared: Arc<Shared>,
-    /// `None` where it was here.
+    /// The fill that downloads the file; `None` if the file was on disk.
     filling: Option<Filling>,
 }
 
-/// A fill that an open file waits for.
+/// The fill that an open file waits for.
 #[derive(Debug)]
 struct Filling {
     reader: PartialReader,
-    /// Keeps it going.
-    _flight: Arc<InFlightFill>,
+    /// Keeps the fill running.
+    _fill: Arc<InFlightFill>,
 }
 
-/// What an open file has in common with the task that follows its flight.
+/// State shared by an open file and its [`Follower`].
 #[derive(Debug, Default)]
 struct Shared {
-    /// The file that bytes are read from.
-    given: OnceLock<BoundFile>,
+    /// The file that bytes are read from. Set at the first read, and never changed.
+    bound: OnceLock<BoundFile>,
+    /// The result of the fill; `None` while it is running.
     end: watch::Sender<Option<Result<Arc<LeasedArtifact>>>>,
-    /// Where the whole file lies, for who may take no lock.
+    /// The path of the complete file. Separate from `end`, because it can be read without a lock.
     whole: OnceLock<PathBuf>,
 }
 
+/// An open file descriptor, and the generation of the staged file that it refers to.
 #[derive(Debug)]
 struct BoundFile {
     file: Arc<File>,
-    /// Of the staged file; `None`: it was published.
+    /// `None` for a published file.
     generation: Option<u64>,
 }
 
 impl BoundFile {
-    /// Whether it is that one, or whole.
-    fn is_of(&self, generation: u64) -> bool {
-        self.generation.is_none_or(|given| given == generation)
+    /// Returns true if bytes of `generation` may be read from this file.
+    fn has_generation(&self, generation: u64) -> bool {
+        self.generation.is_none_or(|bound| bound == generation)
     }
 }
 
 impl Cache {
-    /// Opens one file of the artifact for reading, whether or not it is here yet. Its size is known when this returns.
+    /// Opens one file of the artifact for reading, whether or not it is on disk yet. Returns once the size of the file
+    /// is known.
     ///
     /// # Errors
-    /// As for [`get`](Self::get), as far as they are met before the first byte is asked for; `Invalid` where several
-    /// files might be meant.
+    /// As for [`get`](Self::get), if the error occurs before the download starts; `Invalid` if it is ambiguous which
+    /// file to open.
     pub async fn open_file(
         &self,
         reference: &Reference,
@@ -118,52 +124,56 @@ impl Cache {
 
     async fn open_once(&self, reference: &Reference, options: &OpenOptions, progress: &Progress) -> Result<OpenFile> {
         let get = options.as_get(reference)?;
-        if let Some(hit) = self.hit(reference, &get, progress) {
-            return self.open_here(hit?, progress).await.map_err(|error| error.artifact(reference));
+        if let Some(hit) = self.try_fast_hit(reference, &get, progress) {
+            return self.open_leased(hit?, progress).await.map_err(|error| error.artifact(reference));
         }
         let request = self.resolve(reference, &get, progress).await.map_err(|error| error.artifact(reference))?;
-        self.open_wanted(request, options.unchecked, progress).await.map_err(|error| error.artifact(reference))
+        self.open_resolved(request, options.unchecked, progress).await.map_err(|error| error.artifact(reference))
     }
 
-    async fn open_wanted(&self, mut request: FetchRequest, unchecked: bool, progress: &Progress) -> Result<OpenFile> {
+    async fn open_resolved(&self, mut request: FetchRequest, unchecked: bool, progress: &Progress) -> Result<OpenFile> {
+        // The file is on disk: lease it, as step 2 of the main path does.
         if let Some(leased) = self.try_acquire(&request).await? {
-            return self.open_landed(&request, FillOutcome::here(leased), progress).await;
+            return self.open_filled(&request, FillOutcome::local(leased), progress).await;
         }
         let file = match request.selection.one_file() {
             Some(file) => file.clone(),
-            None => self.file_meant(&mut request, progress).await?,
+            None => self.resolve_only_file(&mut request, progress).await?,
         };
+        // Join or start the fill, and wait until its partial files are known.
         let first_read = FirstRead { file: file.clone(), unchecked };
-        let (flight, started) = self.flight(&request, Some(&first_read), progress);
-        let (mut stages, mut arriving) = (flight.state(), flight.partial_files());
+        let (fill, started) = self.join_or_start_fill(&request, Some(&first_read), progress);
+        let (mut states, mut partial_files) = (fill.state(), fill.partial_files());
         let partial_file = loop {
-            match &*stages.borrow_and_update() {
+            match &*states.borrow_and_update() {
                 FillState::Running => {}
+                // The fill is over already, for instance because another process has filled the artifact.
                 FillState::Published(outcome) | FillState::Ended(Ok(outcome)) => break Err(outcome.clone()),
                 FillState::Ended(Err(error)) => return Err(error.clone()),
             }
-            if let Some(partial_file) = arriving.borrow_and_update().as_ref().map(|files| partial_file_of(files, &file))
-            {
+            let found = partial_files.borrow_and_update().as_ref().map(|files| partial_file_of(files, &file));
+            if let Some(partial_file) = found {
                 break Ok(partial_file?);
             }
             tokio::select! {
                 biased;
-                changed = stages.changed() => changed.map_err(|_| vanished())?,
-                _ = arriving.changed() => {}
+                changed = states.changed() => changed.map_err(|_| task_lost())?,
+                _ = partial_files.changed() => {}
             }
         };
         let partial_file = match partial_file {
             Ok(partial_file) => partial_file,
-            Err(outcome) => return self.open_landed(&request, outcome, progress).await,
+            Err(outcome) => return self.open_filled(&request, outcome, progress).await,
         };
         let opened = OpenFile {
             key: request.key.clone(),
             path: file,
             size: partial_file.size(),
-            progress: flight.progress().clone(),
+            progress: fill.progress().clone(),
             shared: Arc::default(),
-            filling: Some(Filling { reader: partial_file.read(unchecked), _flight: flight }),
+            filling: Some(Filling { reader: partial_file.read(unchecked), _fill: fill }),
         };
+        // The follower completes the open file when the fill has ended. It does not keep the fill running.
         let follower = Follower {
             cache: self.clone(),
             request,
@@ -173,40 +183,42 @@ impl Cache {
             progress: progress.clone(),
             started,
         };
-        tokio::spawn(follower.follow(stages));
+        tokio::spawn(follower.follow(states));
         Ok(opened)
     }
 
-    /// The only file of an artifact that is not here: found before a fill is begun, which asks for the same lists no
-    /// second time.
-    async fn file_meant(&self, request: &mut FetchRequest, progress: &Progress) -> Result<FilePath> {
+    /// Returns the only file of an artifact that is not on disk. Plans a fill to find it. The source on the remote is
+    /// kept in `request`, so that the fill does not request the manifest again.
+    async fn resolve_only_file(&self, request: &mut FetchRequest, progress: &Progress) -> Result<FilePath> {
         if let (None, Some(remote)) = (&request.remote, self.remote_within(request.max_tier)) {
             request.remote = Some(Ok(Arc::new(remote.source(&request.key))));
         }
         self.plan_fill(request, progress).await?.only_file()
     }
 
-    async fn open_landed(&self, request: &FetchRequest, outcome: FillOutcome, progress: &Progress) -> Result<OpenFile> {
+    /// Opens the file after its fill has ended.
+    async fn open_filled(&self, request: &FetchRequest, outcome: FillOutcome, progress: &Progress) -> Result<OpenFile> {
         self.require_checksums(request, &outcome.leased.manifest)?;
-        self.durably(request, &outcome.leased).await?;
-        self.open_here(artifact(request, outcome, progress)?, progress).await
+        self.wait_until_durable(request, &outcome.leased).await?;
+        self.open_leased(artifact(request, outcome, progress)?, progress).await
     }
 
-    async fn open_here(&self, artifact: Artifact, progress: &Progress) -> Result<OpenFile> {
-        let (key, leased) = (artifact.key.clone(), artifact._lent.clone());
+    /// Opens the file of a leased artifact, and counts the get.
+    async fn open_leased(&self, artifact: Artifact, progress: &Progress) -> Result<OpenFile> {
+        let (key, leased) = (artifact.key.clone(), artifact.lease.clone());
         let path = only_file(leased.manifest.selected(&artifact.selection).map(|(path, _)| path))?;
         let shared = Arc::new(Shared::default());
-        shared.give(&path, &leased).await?;
+        shared.bind_published(&path, &leased).await?;
         shared.finish(&path, leased);
-        let size = shared.given.get().map_or(Ok(0), |given| given.file.metadata().map(|found| found.len()));
-        let size = size.map_err(|cause| Error::new(ErrorKind::Directory, "cannot look at it").cause(cause))?;
+        let size = shared.bound.get().map_or(Ok(0), |bound| bound.file.metadata().map(|found| found.len()));
+        let size = size.map_err(|cause| Error::new(ErrorKind::Directory, "cannot read the file size").cause(cause))?;
         self.count_get(&Ok(artifact));
         Ok(OpenFile { key, path, size, progress: progress.clone(), shared, filling: None })
     }
 }
 
-/// What sees to it that an open file learns of the end of its flight, and that it counts as a get. It does not keep the
-/// flight going.
+/// The task that waits for the end of the fill on behalf of an open file, and counts the open as a get. It does not
+/// keep the fill running.
 struct Follower {
     cache: Cache,
     request: FetchRequest,
@@ -214,21 +226,23 @@ struct Follower {
     partial_file: Arc<PartialFile>,
     shared: Arc<Shared>,
     progress: Progress,
-    /// The flight is its own.
+    /// True if the open started the fill, false if it joined one.
     started: bool,
 }
 
 impl Follower {
-    async fn follow(self, mut stages: watch::Receiver<FillState>) {
+    async fn follow(self, mut states: watch::Receiver<FillState>) {
+        // Step 1: wait for the publish.
         let phase = (!self.started).then(|| self.progress.enter(Phase::Join, 0));
-        let outcome = match stages.wait_for(|state| !matches!(state, FillState::Running)).await.as_deref() {
+        let outcome = match states.wait_for(|state| !matches!(state, FillState::Running)).await.as_deref() {
             Ok(FillState::Published(outcome)) => Ok(outcome.clone()),
             Ok(FillState::Ended(outcome)) => {
                 outcome.clone().inspect_err(|error| self.cache.metrics().failed(error.kind()))
             }
-            Ok(FillState::Running) | Err(_) => Err(vanished()),
+            Ok(FillState::Running) | Err(_) => Err(task_lost()),
         };
         drop(phase);
+        // Step 2: report the result to waiting readers.
         let ended = match &outcome {
             Ok(outcome) => self.finish(outcome).await,
             Err(error) => Err(error.clone()),
@@ -236,21 +250,24 @@ impl Follower {
         if let Err(error) = ended {
             self.shared.end.send_replace(Some(Err(error)));
         }
+        // Step 3: count the get. The transferred bytes count for the call that started the fill.
         let Ok(outcome) = outcome else { return };
         let (cache, leased) = (&self.cache, outcome.leased.clone());
         let outcome = if self.started { outcome } else { outcome.waited() };
         cache.count_get(&artifact(&self.request, outcome, &self.progress));
-        // Whoever reads need not wait for the disk.
-        if let Err(error) = cache.durably(&self.request, &leased).await {
-            tracing::warn!(artifact = %self.request.key, %error, "what was opened is not durable");
+        // Step 4: sync, if the configuration requires it. Readers do not wait for this.
+        if let Err(error) = cache.wait_until_durable(&self.request, &leased).await {
+            tracing::warn!(artifact = %self.request.key, %error, "an opened file could not be synced to disk");
         }
     }
 
-    /// The file is whole, if what was given is of the file that was proven, and what is published is as long.
+    /// Completes the open file. Fails unless the bytes read so far are of the generation that was verified, and the
+    /// published file has the expected size.
     async fn finish(&self, outcome: &FillOutcome) -> Result<()> {
-        self.shared.give(&self.path, &outcome.leased).await?;
-        let given = self.shared.given.get();
-        let fits = given.is_some_and(|given| given.generation.is_none_or(|given| self.partial_file.is_proven(given)));
+        self.shared.bind_published(&self.path, &outcome.leased).await?;
+        let bound = self.shared.bound.get();
+        let fits = bound
+            .is_some_and(|bound| bound.generation.is_none_or(|generation| self.partial_file.is_proven(generation)));
         let size = outcome.leased.manifest.files.get(&self.path).map(|entry| entry.size);
         if !fits || size != Some(self.partial_file.size()) {
             return Err(replaced(&self.path));
@@ -261,11 +278,13 @@ impl Follower {
 }
 
 impl OpenOptions {
+    /// Returns the options of a get of the file.
     fn as_get(&self, reference: &Reference) -> Result<GetOptions> {
         let selection = match (&self.file, &reference.file) {
             (Some(file), Some(named)) if file != named => {
-                return Err(Error::invalid(format!("{reference} names a file, and {file} is another")));
+                return Err(Error::invalid(format!("{reference} names another file than the requested {file}")));
             }
+            // The file is in the reference already, or the artifact must have only one.
             (Some(_), Some(_)) | (None, _) => Selection::all(),
             (Some(file), None) => Selection::file(file.clone()),
         };
@@ -274,66 +293,67 @@ impl OpenOptions {
 }
 
 impl OpenFile {
-    /// Bytes of the file.
+    /// Returns the size of the complete file in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// How far its fill is, and how many bytes came from where so far.
+    /// Returns the progress of the fill, with the bytes received from each tier.
     pub fn progress(&self) -> &Progress {
         &self.progress
     }
 
-    /// Whether all of it is here, proven and held.
+    /// Returns true once the whole file is on disk, verified and leased.
     pub fn is_whole(&self) -> bool {
         self.shared.whole.get().is_some()
     }
 
-    /// Where it lies, once all of it is here, proven and held. Takes no lock.
+    /// Returns the path of the file once the whole file is on disk, verified and leased. Takes no lock.
     pub fn whole_path(&self) -> Option<&Path> {
         self.shared.whole.get().map(PathBuf::as_path)
     }
 
-    /// The file, once anything was given of it: to be read from where [`wait`](Self::wait) says so. Takes no lock.
+    /// Returns the file once [`wait`](Self::wait) has returned for any range of it. Only ranges for which `wait` or
+    /// [`try_wait`](Self::try_wait) returned the file may be read. Takes no lock.
     pub fn file(&self) -> Option<&Arc<File>> {
-        self.shared.given.get().map(|given| &given.file)
+        self.shared.bound.get().map(|bound| &bound.file)
     }
 
-    /// The file, if `range` (bytes) of it can be read without waiting.
+    /// Returns the file if `range` (in bytes) can be read from it without waiting.
     ///
     /// # Errors
-    /// As for [`wait`](Self::wait), as far as they are known.
+    /// As for [`wait`](Self::wait), if the error is known already.
     pub fn try_wait(&self, range: Range<u64>) -> Result<Option<&Arc<File>>> {
         self.check(&range)?;
-        let Some(given) = self.shared.given.get() else { return Ok(None) };
+        let Some(bound) = self.shared.bound.get() else { return Ok(None) };
         match &self.filling {
             Some(filling) if !self.is_whole() => match filling.reader.may_read(&range) {
-                Some(generation) if given.is_of(generation) => Ok(Some(&given.file)),
+                Some(generation) if bound.has_generation(generation) => Ok(Some(&bound.file)),
                 Some(_) => Err(replaced(&self.path).artifact(&self.key)),
                 None => Ok(None),
             },
-            _ => Ok(Some(&given.file)),
+            _ => Ok(Some(&bound.file)),
         }
     }
 
-    /// Waits until `range` (bytes) of the file can be read, from the file that is returned. It is asked for before
-    /// anything else that is not there yet.
+    /// Waits until `range` (in bytes) can be read, and returns the file to read it from. The range is downloaded before
+    /// all others that are missing.
     ///
     /// # Errors
-    /// Whatever the fill fails with. `Corrupt` where bytes that were given before have turned out wrong, or may have:
-    /// the file was filled anew. `Invalid` for bytes that the file does not have.
+    /// The error of the fill. `Corrupt` if the file failed verification and is downloaded again, so that bytes read
+    /// before may be wrong. `Invalid` if the range is outside the file.
     pub async fn wait(&self, range: Range<u64>) -> Result<&Arc<File>> {
         if let Some(file) = self.try_wait(range.clone())? {
             return Ok(file);
         }
-        let Some(filling) = &self.filling else { return Err(vanished()) };
+        let Some(filling) = &self.filling else { return Err(task_lost()) };
         filling.reader.demand(&range);
         let waited = filling.wait(&self.shared, &self.path, &range).await;
         waited.map_err(|error| error.artifact(&self.key))
     }
 
-    /// Waits until all of the file is here, proven and held, and gives its path, which stays valid while this value
-    /// lives.
+    /// Waits until the whole file is on disk, verified and leased, and returns its path. The path is valid until this
+    /// value is dropped.
     ///
     /// # Errors
     /// As for [`wait`](Self::wait).
@@ -343,7 +363,7 @@ impl OpenFile {
         }
         let mut ends = self.shared.end.subscribe();
         let ended = ends.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
-        let leased = ended.unwrap_or_else(|| Err(vanished())).map_err(|error| error.artifact(&self.key))?;
+        let leased = ended.unwrap_or_else(|| Err(task_lost())).map_err(|error| error.artifact(&self.key))?;
         Ok(leased.dir.view(&self.path).full())
     }
 
@@ -360,31 +380,35 @@ impl Filling {
     async fn wait<'a>(&self, shared: &'a Shared, path: &FilePath, range: &Range<u64>) -> Result<&'a Arc<File>> {
         let (mut ends, mut received) = (shared.end.subscribe(), self.reader.watch());
         loop {
+            // Mark the present state as seen before it is evaluated, so that no later change is missed.
             let end = ends.borrow_and_update().clone();
             received.look();
-            let given = shared.given.get();
-            if let (Some(Ok(_)), Some(given)) = (&end, given) {
-                return Ok(&given.file);
+            let bound = shared.bound.get();
+            // The fill has succeeded: every range can be read.
+            if let (Some(Ok(_)), Some(bound)) = (&end, bound) {
+                return Ok(&bound.file);
             }
-            match (self.reader.may_read(range), given) {
-                (Some(generation), Some(given)) if given.is_of(generation) => return Ok(&given.file),
+            match (self.reader.may_read(range), bound) {
+                (Some(generation), Some(bound)) if bound.has_generation(generation) => return Ok(&bound.file),
+                // The first readable range: open the staged file, and bind this open file to its generation.
                 (Some(generation), None) => {
                     let partial_file = self.reader.partial_file();
                     let staged = partial_file.staged().clone();
                     let file = blocking(move || disk::open_staged(&staged)).await?;
-                    // Where it is not there any more, or another one, that is told in a moment.
+                    // If the file was removed or replaced before it was opened, a change is reported soon. Wait for it.
                     if let Some(file) = file.filter(|_| partial_file.is_current(generation)) {
-                        let given = shared
-                            .given
+                        let bound = shared
+                            .bound
                             .get_or_init(|| BoundFile { file: Arc::new(file), generation: Some(generation) });
-                        match given.is_of(generation) {
-                            true => return Ok(&given.file),
-                            // Another wait was first, and another file.
+                        match bound.has_generation(generation) {
+                            true => return Ok(&bound.file),
+                            // A concurrent wait has bound another generation.
                             false => continue,
                         }
                     }
                 }
-                (_, Some(given)) if self.reader.generation().is_some_and(|now| !given.is_of(now)) => {
+                // The bound generation failed verification.
+                (_, Some(bound)) if self.reader.generation().is_some_and(|now| !bound.has_generation(now)) => {
                     return Err(replaced(path));
                 }
                 _ => {}
@@ -393,7 +417,7 @@ impl Filling {
                 return Err(error);
             }
             tokio::select! {
-                changed = ends.changed() => changed.map_err(|_| vanished())?,
+                changed = ends.changed() => changed.map_err(|_| task_lost())?,
                 () = received.changed() => {}
             }
         }
@@ -401,20 +425,22 @@ impl Filling {
 }
 
 impl Shared {
-    /// Gives what is published, unless something was given before.
-    async fn give(&self, path: &FilePath, leased: &Arc<LeasedArtifact>) -> Result<()> {
-        if self.given.get().is_none() {
+    /// Binds to the published file, unless a generation of the staged file is bound already.
+    async fn bind_published(&self, path: &FilePath, leased: &Arc<LeasedArtifact>) -> Result<()> {
+        if self.bound.get().is_none() {
             let (from, path) = (leased.clone(), path.clone());
             let file = Arc::new(blocking(move || from.open(&path)).await?);
-            let _ = self.given.set(BoundFile { file, generation: None });
+            // A concurrent wait may have bound a generation meanwhile.
+            let _ = self.bound.set(BoundFile { file, generation: None });
         }
         Ok(())
     }
 
-    /// The artifact can be lent, and what was given is of it: the file is whole.
+    /// Marks the file as complete, and keeps the lease.
     fn finish(&self, path: &FilePath, leased: Arc<LeasedArtifact>) {
-        if let Some(given) = self.given.get() {
-            disk::read_ahead_again(&given.file);
+        // Readahead was disabled while the file could still be written with O_DIRECT.
+        if let Some(bound) = self.bound.get() {
+            disk::read_ahead_again(&bound.file);
         }
         let _ = self.whole.set(leased.dir.view(path).full());
         self.end.send_replace(Some(Ok(leased)));
@@ -425,9 +451,10 @@ fn partial_file_of(files: &PartialFiles, file: &FilePath) -> Result<Arc<PartialF
     files.get(file).cloned().ok_or_else(|| Error::not_found(format!("it has no file {file}")))
 }
 
+/// Returns the error for an open file whose generation failed verification.
 fn replaced(path: &FilePath) -> Error {
     Error::corrupt(format!(
-        "{path} turned out wrong while it was read, and is filled anew: what was read of it early is not to be used"
+        "{path} failed verification while it was read, and is downloaded again: the bytes read so far may be wrong"
     ))
-    .hint("discard what was read, and open it again")
+    .hint("discard the bytes read so far, and open the file again")
 }

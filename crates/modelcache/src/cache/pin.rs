@@ -1,4 +1,4 @@
-//! Pinning: an operator's lasting hold, with an optional end. A pin keeps an artifact on this disk; it fetches nothing.
+//! Pinning: a lasting protection from eviction on this disk, with an optional expiry. Pinning downloads nothing.
 
 use super::{Cache, PinReport};
 use crate::disk::Pin;
@@ -7,10 +7,11 @@ use crate::reference::Reference;
 use crate::transfer::blocking;
 
 impl Cache {
-    /// Pins an artifact that is on disk, in place of a pin it may have. A revision means what it last meant here.
+    /// Pins an artifact that is on disk, and replaces the pin that it may have. A revision stands for the version that
+    /// it last resolved to on this machine.
     ///
     /// # Errors
-    /// `NotFound` for what is not on disk.
+    /// `NotFound` if the artifact is not on disk.
     pub async fn pin(&self, reference: &Reference, pin: Pin) -> Result<PinReport> {
         let (key, _) = self.key_without_network(reference).await.map_err(|error| error.artifact(reference))?;
         let (disk, of, set) = (self.0.disk.clone(), key.clone(), pin.clone());
@@ -18,10 +19,10 @@ impl Cache {
         Ok(PinReport { key, pin: Some(pin) })
     }
 
-    /// Takes a pin off; the report has the pin that was there, if one was.
+    /// Removes the pin of an artifact. The report contains the removed pin, if there was one.
     ///
     /// # Errors
-    /// `NotFound` for what is not on disk.
+    /// `NotFound` if the artifact is not on disk.
     pub async fn unpin(&self, reference: &Reference) -> Result<PinReport> {
         let (key, _) = self.key_without_network(reference).await.map_err(|error| error.artifact(reference))?;
         let (disk, of) = (self.0.disk.clone(), key.clone());

@@ -1,4 +1,4 @@
-//! Pinning down a reference: what it means now, in words that mean the same tomorrow. Fetches no file.
+//! Resolving a reference to an immutable one, which names a version instead of a revision or tag. Downloads no file.
 
 use super::resolve::{FetchRequest, Resolution};
 use super::{Cache, GetOptions, Pinned};
@@ -10,11 +10,11 @@ use crate::source::Source;
 use crate::transfer::blocking;
 
 impl Cache {
-    /// What a reference means now. The selection of `options` does not matter.
+    /// Resolves a reference to the version that it points to now. Ignores the selection in `options`.
     ///
     /// # Errors
-    /// `NotFound` for a name that means nothing, and for a bare key that no tier has. Whether a commit exists at its
-    /// origin is not asked. Otherwise as for [`get`](Self::get).
+    /// `NotFound` if the revision or tag does not exist, or if no tier has a bare key. A commit is not looked up at its
+    /// origin. Otherwise as for [`get`](Self::get).
     pub async fn pinned(&self, reference: &Reference, options: &GetOptions) -> Result<Pinned> {
         self.pinned_unnamed(reference, options).await.map_err(|error| error.artifact(reference))
     }
@@ -26,6 +26,7 @@ impl Cache {
         if let Some(tag_record) = &resolution.tag_record {
             self.check_tagged(&resolution.key, tag_record).await?;
         }
+        // The revision or tag that was resolved. Without an answer, the reference already named a version.
         let revision = match (&reference.target, &resolution.answer) {
             (_, None) => None,
             (Target::Bare(key), _) => Some(key.version.to_string()),
@@ -41,7 +42,7 @@ impl Cache {
             FetchRequest { key, selection, digest: demanded, origin, max_tier, purpose, durable, tag_record, remote };
         let (known_by, manifest) = match (self.known_list(&request).await, &reference.target) {
             (Some((tier, manifest)), _) => (Some(tier), Some(manifest)),
-            // Nothing but a list somewhere says that there is such a version.
+            // A bare key is no proof that the version exists. Ask all tiers for its manifest.
             (None, Target::Bare(_)) => {
                 let mut tier_manifests = self.tier_manifests(&request).await?;
                 (Some(Tier::Origin), Some(self.merge(&request, &mut tier_manifests)?))
@@ -51,11 +52,12 @@ impl Cache {
         let is_bare = matches!(reference.target, Target::Bare(_));
         let sha256 = manifest.as_ref().and_then(|manifest| digest(&request, manifest));
         let pinned = Reference { digest: None, ..reference.pinned(&request.key) };
+        // A bare version is confirmed by the tier that has its manifest.
         let from = from.or(known_by.filter(|_| is_bare));
         Ok(Pinned { reference: pinned, key: request.key, revision, sha256, from, age })
     }
 
-    /// The list of files as disk has it, else the remote, and which of them.
+    /// Returns the first manifest found on disk, in the lower directory or on the remote, with its tier.
     async fn known_list(&self, request: &FetchRequest) -> Option<(Tier, Manifest)> {
         let (disk, key) = (self.0.disk.clone(), request.key.clone());
         if let Ok(Some(manifest)) = blocking(move || disk.manifest(&key)).await {
@@ -74,14 +76,14 @@ impl Cache {
         match asked {
             Ok(manifest) => manifest.map(|manifest| (Tier::Remote, manifest)),
             Err(error) => {
-                tracing::debug!(%error, "the remote does not say what the artifact consists of");
+                tracing::debug!(%error, "cannot read the manifest from the remote");
                 None
             }
         }
     }
 }
 
-/// What `#sha256=` of the reference is compared with.
+/// Returns the digest that `#sha256=` in a reference is compared with.
 fn digest(request: &FetchRequest, manifest: &Manifest) -> Option<crate::digest::Digest> {
     match request.single_file(manifest) {
         Some(path) => manifest.files.get(path).and_then(|entry| entry.sha256),

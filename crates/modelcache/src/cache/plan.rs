@@ -97,7 +97,7 @@ impl Cache {
     pub async fn plan(&self, reference: &Reference, options: &GetOptions) -> Result<GetPlan> {
         let progress = Progress::new();
         // Whoever only looks writes nothing for others to see.
-        let policy = LookupPolicy { tells: false, ..self.policy(options) };
+        let policy = LookupPolicy { share_answers: false, ..self.policy(options) };
         let request = self
             .resolve_with(reference, options, policy, &progress)
             .await

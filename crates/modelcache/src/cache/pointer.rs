@@ -102,7 +102,7 @@ impl Cache {
         if policy.max_tier < Tier::Origin {
             return known.ok_or_else(|| unknown_offline(pointer, fleet, policy));
         }
-        self.ask_origin(reference, pointer, known.filter(|_| !policy.refresh), fleet, policy.tells).await
+        self.ask_origin(reference, pointer, known.filter(|_| !policy.refresh), fleet, policy.share_answers).await
     }
 
     /// Asks the origin; the last known answer serves where that does not come.
@@ -112,7 +112,7 @@ impl Cache {
         pointer: &Pointer,
         known: Option<ResolvedVersion>,
         fleet: Fleet,
-        tells: bool,
+        share_answers: bool,
     ) -> Result<ResolvedVersion> {
         self.before_first_call().await;
         let asked = self.0.origins.resolve(reference);
@@ -124,7 +124,7 @@ impl Cache {
             Ok(Some(resolved)) => {
                 let answer = ResolvedVersion { version: resolved.key.version, from: Tier::Origin, age: Duration::ZERO };
                 self.remember(pointer, &answer).await;
-                if tells {
+                if share_answers {
                     self.share_answer(pointer, &answer, fleet).await;
                 }
                 Ok(answer)

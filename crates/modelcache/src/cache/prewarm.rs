@@ -1,7 +1,8 @@
-//! Prewarming: a list is planned as a whole and refused as a whole, before a byte of it moves.
+//! Prewarming: planning the fill of a list of artifacts. A list that does not fit on disk is refused as a whole, before
+//! any download.
 //!
-//! The fills themselves are plain [`get`](Cache::get)s. A caller that keeps what they lend until the last one is done
-//! keeps its own list from evicting itself.
+//! The caller then calls [`get`](Cache::get) for each artifact. It should keep all leases until the last get has
+//! returned, so that the fill of one artifact does not evict another one of the list.
 
 use super::{Cache, GetOptions, PlannedPrewarm, PrewarmPlan};
 use crate::disk::content_name;
@@ -14,30 +15,32 @@ use crate::transfer::blocking;
 use futures::{StreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Artifacts planned at once.
+/// Number of artifacts that are planned concurrently.
 const PLANS_AT_ONCE: usize = 8;
 
-/// One artifact of the list, and the files wanted of it.
+/// One artifact of the list, with its selected files.
 struct Planned {
     artifact: PlannedPrewarm,
-    /// By their content names.
+    /// The selected files, each with its content name.
     files: Vec<(String, FileEntry)>,
 }
 
 impl Cache {
-    /// Plans the fill of a whole list; equal files count once. One reference that fails does not spoil the others'.
+    /// Plans the fill of a whole list, and checks that all artifacts fit on disk at the same time. Files with equal
+    /// content count once. If one reference fails, its error is in the plan, and the others are planned.
     ///
     /// # Errors
-    /// `Full`, with both sizes, when the list cannot all be on disk at once.
+    /// `Full`, with both sizes, if the artifacts of the list do not fit on disk together.
     pub async fn plan_prewarm(&self, references: &[Reference], options: &GetOptions) -> Result<PrewarmPlan> {
         let plans: Vec<_> = references.iter().map(|reference| self.plan_one(reference, options)).collect();
         let mut planned: Vec<Result<Planned>> = stream::iter(plans).buffered(PLANS_AT_ONCE).collect().await;
         mark_shared(&mut planned);
         let found = || planned.iter().flatten();
         let keys: BTreeSet<_> = found().map(|planned| planned.artifact.key.clone()).collect();
-        let request: BTreeMap<_, _> = found().flat_map(|planned| planned.files.iter().cloned()).collect();
+        // Keyed by content name, so that equal files count once.
+        let files: BTreeMap<_, _> = found().flat_map(|planned| planned.files.iter().cloned()).collect();
         let disk = self.0.disk.clone();
-        let fit = blocking(move || disk.fit(&keys, &request)).await?;
+        let fit = blocking(move || disk.fit(&keys, &files)).await?;
         Ok(PrewarmPlan {
             artifacts: planned.into_iter().map(|planned| Ok(planned?.artifact)).collect(),
             list_bytes: fit.list_bytes,
@@ -52,6 +55,7 @@ impl Cache {
         let (disk, key) = (self.0.disk.clone(), request.key.clone());
         let on_disk = blocking(move || disk.manifest(&key)).await.context(&request.key, Tier::Disk)?;
         let artifact = |is_local| PlannedPrewarm { key: request.key.clone(), is_local, shares: false };
+        // Everything is on disk: use the local manifest, and contact no other tier.
         if let Some(manifest) = on_disk.filter(|manifest| manifest.holds(&request.selection)) {
             return Ok(Planned {
                 artifact: artifact(true),
@@ -64,7 +68,7 @@ impl Cache {
     }
 }
 
-/// Marks those that share files with one before them.
+/// Sets `shares` of each artifact that has a missing file in common with an earlier one.
 fn mark_shared(planned: &mut [Result<Planned>]) {
     let mut seen = BTreeSet::new();
     for planned in planned.iter_mut().flatten().filter(|planned| !planned.artifact.is_local) {
@@ -73,6 +77,7 @@ fn mark_shared(planned: &mut [Result<Planned>]) {
     }
 }
 
+/// Returns the files, each with its content name.
 fn by_content<'a>(
     key: &ArtifactKey,
     files: impl Iterator<Item = (&'a FilePath, &'a FileEntry)>,

@@ -1,4 +1,4 @@
-//! Pruning on request: the local directory is made smaller now, not when the next fill needs room.
+//! Pruning on request: making the local directory smaller now, and not only when the next fill needs room.
 
 use super::Cache;
 use crate::disk::{PruneOptions, PruneReport};
@@ -6,11 +6,11 @@ use crate::error::Result;
 use crate::transfer::blocking;
 
 impl Cache {
-    /// Removes leftovers from disk, and artifacts as far as `options` ask for it. What is held or pinned stays; the
-    /// report says so. That a size was not reached is no error here: see [`PruneReport::reached`].
+    /// Removes leftovers from disk, and the artifacts that `options` select. Leased and pinned artifacts stay, and the
+    /// report lists them. It is not an error if the requested size is not reached, see [`PruneReport::reached`].
     ///
     /// # Errors
-    /// `Directory` where nothing can be removed.
+    /// `Directory` if the directory cannot be written.
     pub async fn prune(&self, options: &PruneOptions) -> Result<PruneReport> {
         let (disk, options) = (self.0.disk.clone(), options.clone());
         blocking(move || disk.prune(&options)).await

@@ -1,4 +1,6 @@
-//! What callers ask for and what they are told: options and reports of every verb.
+//! Options and reports of the operations of [`Cache`](super::Cache).
+//!
+//! Sizes are in bytes, and digests are SHA-256.
 
 use crate::disk::{Holder, LeasedArtifact, Link, Pin, Purpose};
 use crate::error::Tier;
@@ -13,21 +15,23 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// What `get` shall fetch.
+/// Options of [`Cache::get`](super::Cache::get): which files to get, and from which tiers.
 #[derive(Debug, Clone)]
 pub struct GetOptions {
-    /// Which files. A reference that names one file overrules it.
+    /// The files to get. If the reference names one file, this must select all files.
     pub selection: Selection,
-    /// Ask what a revision or tag means, however fresh the last answer is; not being able to ask is then a failure.
+    /// Resolve a revision or tag again, even if the last answer is still fresh. If its authority (the origin of a
+    /// revision, the remote for a tag) cannot be reached, the get fails.
     pub refresh: bool,
-    /// The farthest tier that may be asked: `Remote` asks no origin, `Disk` nobody at all. An origin that is a folder
-    /// of this machine is read all the same.
+    /// The farthest tier that may be contacted. [`Tier::Remote`] excludes origins, and [`Tier::Disk`] excludes the
+    /// remote as well. An origin that is a folder on this machine is read in either case.
     pub max_tier: Tier,
-    /// Whether what is here already is read in full and compared with its digests before it is lent.
+    /// Read files that are on disk already in full, and compare them with their digests, before they are leased.
     pub verify: bool,
-    /// What for, if it has to be fetched: to be read here right after, or to be kept.
+    /// The intended use of downloaded files: read on this machine right after the get, or only kept. Determines whether
+    /// they are written through the page cache.
     pub purpose: Purpose,
-    /// Whether to wait until what is lent survives a power cut.
+    /// Wait until the files are on stable storage, so that they survive a power cut.
     pub durable: bool,
 }
 
@@ -45,175 +49,179 @@ impl Default for GetOptions {
     }
 }
 
-/// A lent artifact: its path stays valid while this value lives.
+/// A leased artifact. Its files are not evicted, and `path` stays valid, until this value is dropped.
 #[derive(Debug)]
 pub struct Artifact {
-    /// What it is.
+    /// The key of the artifact.
     pub key: ArtifactKey,
-    /// The file, or the folder of the tree.
+    /// The path of the file, if the artifact or the selection is a single file; otherwise the path of the folder.
     pub path: PathBuf,
-    /// How it came here.
+    /// The sources of the bytes, and the time spent.
     pub report: GetReport,
-    /// Which of its files were got.
+    /// The files that were requested.
     pub(super) selection: Selection,
-    /// Keeps the lease.
-    pub(super) _lent: Arc<LeasedArtifact>,
+    /// The lease on the local files.
+    pub(super) lease: Arc<LeasedArtifact>,
 }
 
-/// How an artifact came here.
+/// Report of [`Cache::get`](super::Cache::get).
 #[derive(Debug, Clone, Serialize)]
 pub struct GetReport {
-    /// The farthest tier that bytes came from; `disk` for a hit.
+    /// The farthest tier that supplied bytes; [`Tier::Disk`] for a hit.
     pub from: Tier,
     /// Bytes by tier: reused from disk, received from the remote, received from an origin.
     pub bytes: BytesByTier,
-    /// Bytes sent to the remote.
+    /// Bytes uploaded to the remote before the get returned.
     pub backfilled_bytes: u64,
-    /// Bytes that the remote's server copied from other versions instead.
+    /// Bytes that the object store copied from other versions, so that they needed no upload.
     pub copied_bytes: u64,
-    /// Files selected.
+    /// Number of selected files.
     pub files: usize,
-    /// Bytes selected.
+    /// Total size of the selected files in bytes.
     pub selected_bytes: u64,
-    /// How the files share their bytes with other artifacts, of several ways the one that costs most; `None` for a hit.
+    /// How the files share disk space with the blobs of the cache; if files differ, the most expensive way. `None` for
+    /// a hit.
     pub link: Option<Link>,
-    /// Time by phase.
+    /// Time spent in each phase.
     pub phases: BTreeMap<Phase, Duration>,
 }
 
-/// Bytes by the tier they came from.
+/// Number of bytes by the tier that supplied them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct BytesByTier {
-    /// Already in the local directory.
+    /// Bytes that were in a local directory already.
     pub disk: u64,
-    /// Received from the remote.
+    /// Bytes received from the remote.
     pub remote: u64,
-    /// Received from an origin.
+    /// Bytes received from an origin.
     pub origin: u64,
 }
 
-/// What a get would do (`--dry-run`).
+/// Result of [`Cache::plan`](super::Cache::plan): the files that a get would lease, and their sources.
 #[derive(Debug, Clone, Serialize)]
 pub struct GetPlan {
-    /// What it is.
+    /// The key of the artifact.
     pub key: ArtifactKey,
-    /// Every selected file: its size, and the tier it would come from.
+    /// The selected files.
     pub files: Vec<PlannedFile>,
 }
 
 /// One file of a [`GetPlan`].
 #[derive(Debug, Clone, Serialize)]
 pub struct PlannedFile {
-    /// Which file.
+    /// The path of the file in the artifact.
     pub path: FilePath,
-    /// Bytes.
+    /// The size of the file in bytes.
     pub size: u64,
-    /// Where it would come from.
+    /// The tier that would supply it.
     pub from: Tier,
 }
 
-/// What a prewarm would do.
+/// Result of [`Cache::plan_prewarm`](super::Cache::plan_prewarm).
 #[derive(Debug)]
 pub struct PrewarmPlan {
-    /// Every reference's artifact, in the order given, or why there is none.
+    /// One entry for each reference, in the order of the references: the planned artifact, or the reason why it cannot
+    /// be fetched.
     pub artifacts: Vec<crate::Result<PlannedPrewarm>>,
-    /// Bytes on disk of the whole list; equal files count once.
+    /// Bytes on disk of all artifacts together. Files with equal content count once.
     pub list_bytes: u64,
-    /// Those that are not there yet.
+    /// The part of `list_bytes` that is not on disk yet.
     pub missing_bytes: u64,
 }
 
 /// One artifact of a [`PrewarmPlan`].
 #[derive(Debug, Clone)]
 pub struct PlannedPrewarm {
-    /// What it is.
+    /// The key of the artifact.
     pub key: ArtifactKey,
-    /// Whether everything wanted of it is on disk.
+    /// True if all selected files are on disk.
     pub is_local: bool,
-    /// Whether it shares missing files with one before it, and is to be filled after that one: they come once then.
+    /// True if an artifact earlier in the list has some of the same missing files. Fill this one after it: the shared
+    /// files are then downloaded once.
     pub shares: bool,
 }
 
-/// Where `put` shall publish.
+/// The tiers on which [`Cache::put`](super::Cache::put) publishes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PutTier {
-    /// Disk and, where there is one, the remote.
+    /// The disk and, if one is configured, the remote.
     #[default]
     All,
-    /// The remote only: nothing is copied to disk.
+    /// The remote only. Nothing is copied to the local directory.
     Remote,
 }
 
-/// How `put` shall publish.
+/// Options of [`Cache::put`](super::Cache::put).
 #[derive(Debug, Clone, Default)]
 pub struct PutOptions {
-    /// Replace other content under the same key; write equal content to the remote anew.
+    /// Replace other content under the same key, and upload equal content again.
     pub force: bool,
-    /// Where.
+    /// The tiers to publish on.
     pub tier: PutTier,
-    /// Refuse what is of another format.
+    /// Refuse files of any other format.
     pub expect: Option<Format>,
     /// Write `<file>.sha256` beside every object on the remote.
     pub sidecars: bool,
 }
 
-/// What `put` did.
+/// Report of [`Cache::put`](super::Cache::put).
 #[derive(Debug, Clone, Serialize)]
 pub struct PutReport {
-    /// What it is.
+    /// The key of the artifact.
     pub key: ArtifactKey,
-    /// The file or folder in the local directory; `None` if it went to the remote only.
+    /// The file or folder in the local directory; `None` if it was published on the remote only.
     pub path: Option<PathBuf>,
-    /// Files published.
+    /// Number of published files.
     pub files: usize,
-    /// Their bytes.
+    /// Total size of the published files in bytes.
     pub bytes: u64,
-    /// Bytes sent to the remote; 0 if it already held them or there is none.
+    /// Bytes uploaded to the remote. 0 if it already had them, or if no remote is configured.
     pub uploaded_bytes: u64,
-    /// Bytes that the remote's server copied from other versions of the name.
+    /// Bytes that the object store copied from other versions of the name, so that they needed no upload.
     pub copied_bytes: u64,
-    /// Whether there is a remote that now holds it.
+    /// True if a remote is configured, which now has the artifact.
     pub on_remote: bool,
-    /// Digest of the file, or of the file list of a tree.
+    /// SHA-256 of the file, or of the file list of a tree.
     pub sha256: crate::digest::Digest,
-    /// Time by phase.
+    /// Time spent in each phase.
     pub phases: BTreeMap<Phase, Duration>,
 }
 
-/// What still has to reach a remote.
+/// A pending upload: files of one artifact that one remote still lacks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PendingBackfill {
-    /// What it is.
+    /// The key of the artifact.
     pub key: ArtifactKey,
-    /// The remote's address.
+    /// The address of the remote.
     pub remote: String,
-    /// Files.
+    /// Number of missing files.
     pub files: usize,
-    /// Their bytes, as far as they are on disk.
+    /// Total size in bytes of those that are on this disk.
     pub bytes: u64,
 }
 
-/// What became of what still had to reach the remote.
+/// Report of [`Cache::backfill_pending`](super::Cache::backfill_pending) and
+/// [`Cache::finish_backfills`](super::Cache::finish_backfills).
 #[derive(Debug, Default)]
 pub struct BackfillReport {
-    /// Artifacts that the remote has now.
+    /// Artifacts that the remote now has.
     pub done: Vec<ArtifactKey>,
-    /// Bytes sent.
+    /// Bytes uploaded.
     pub uploaded_bytes: u64,
-    /// Bytes that the remote's server copied.
+    /// Bytes that the object store copied from other versions.
     pub copied_bytes: u64,
-    /// Artifacts that another process is uploading, or still filling.
+    /// Artifacts that another process is uploading or still filling.
     pub busy: Vec<ArtifactKey>,
-    /// Artifacts that are not tried again, and why.
+    /// Artifacts whose upload can never succeed, with the reason. Their pending uploads were removed.
     pub dropped: Vec<(ArtifactKey, crate::Error)>,
-    /// Artifacts that stay for a later run, and why.
+    /// Artifacts whose upload failed, with the reason. A later run tries again.
     pub failed: Vec<(ArtifactKey, crate::Error)>,
 }
 
-/// Where `evict` shall remove.
+/// The tiers from which [`Cache::evict`](super::Cache::evict) removes an artifact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum EvictTier {
-    /// Disk and remote.
+    /// The disk and the remote.
     #[default]
     All,
     /// The local directory only.
@@ -222,153 +230,155 @@ pub enum EvictTier {
     Remote,
 }
 
-/// What `evict` removed, or would remove.
+/// Report of [`Cache::evict`](super::Cache::evict). Of a dry run, it states what would be removed.
 #[derive(Debug, Clone, Serialize)]
 pub struct EvictReport {
-    /// What it is.
+    /// The key of the artifact.
     pub key: ArtifactKey,
-    /// Bytes freed on disk; `None` if it was not there or not asked for.
+    /// Bytes removed from the disk; `None` if the artifact was not there or the disk was not selected.
     pub disk_bytes: Option<u64>,
-    /// Bytes removed from the remote; `None` if it was not there or not asked for.
+    /// Bytes removed from the remote; `None` if the artifact was not there or the remote was not selected.
     pub remote_bytes: Option<u64>,
-    /// Whether an origin could give it back.
+    /// True if a later get can fetch the artifact again, from an origin or from unmanaged objects that stay on the
+    /// remote.
     pub origin_can_give_back: bool,
-    /// Tags on the remote that point to it and go with it; none where only disk is asked for.
+    /// The tags that point to the artifact and are removed with it. Empty if only the disk was selected.
     pub tags: Vec<String>,
 }
 
-/// What a reference means now (`resolve`).
+/// Result of [`Cache::pinned`](super::Cache::pinned): a reference resolved to an immutable version.
 #[derive(Debug, Clone)]
 pub struct Pinned {
-    /// The reference that means this, and nothing else, from now on.
+    /// The reference to exactly this version. It does not change its meaning.
     pub reference: crate::Reference,
-    /// The artifact that it leads to.
+    /// The key of the artifact.
     pub key: ArtifactKey,
-    /// The revision or tag that was resolved, if it was one.
+    /// The revision or tag that was resolved; `None` if the reference names a version.
     pub revision: Option<String>,
-    /// Digest of the file, or of the file list of a tree, as far as disk or remote know it.
+    /// SHA-256 of the file, or of the file list of a tree, if the disk or the remote knows it.
     pub sha256: Option<crate::digest::Digest>,
-    /// The tier that gave the answer; `None` where the reference itself decides.
+    /// The tier that resolved the reference; `None` if no tier had to be consulted.
     pub from: Option<Tier>,
-    /// How old the answer is; `None` where it cannot grow old.
+    /// The age of the answer; `None` if it cannot become outdated.
     pub age: Option<Duration>,
 }
 
-/// What `tag` did.
+/// Report of [`Cache::tag`](super::Cache::tag) and [`Cache::untag`](super::Cache::untag).
 #[derive(Debug, Clone, Serialize)]
 pub struct TagReport {
-    /// Whose tag.
+    /// The artifact name that the tag belongs to.
     pub name: crate::key::ArtifactName,
     /// The tag.
     pub tag: Version,
-    /// What it meant before, if there was one.
+    /// The version that the tag pointed to before; `None` if the tag is new.
     pub from: Option<Version>,
-    /// What it means now; `None`: it is gone.
+    /// The version that the tag points to now; `None` if the tag was removed.
     pub to: Option<Version>,
-    /// Digest of the file, or of the file list, that it means now, if it is known.
+    /// SHA-256 of the file, or of the file list of a tree, in version `to`, if it is known.
     pub sha256: Option<crate::digest::Digest>,
 }
 
-/// What `pin` set, or what `unpin` took off.
+/// Report of [`Cache::pin`](super::Cache::pin) and [`Cache::unpin`](super::Cache::unpin).
 #[derive(Debug, Clone, Serialize)]
 pub struct PinReport {
-    /// What it is.
+    /// The key of the artifact.
     pub key: ArtifactKey,
-    /// The pin; `None` if there was none to take off.
+    /// The pin that was set or removed; `None` if there was none to remove.
     pub pin: Option<Pin>,
 }
 
-/// One artifact as `ls` shows it.
+/// One artifact in a list of [`Cache::list`](super::Cache::list) or [`Cache::list_remote`](super::Cache::list_remote).
 #[derive(Debug, Clone, Serialize)]
 pub struct Listed {
-    /// What it is.
+    /// The key of the artifact.
     pub key: ArtifactKey,
-    /// The reference that leads to it.
+    /// The reference to the artifact.
     pub reference: String,
-    /// One file or a tree.
+    /// Whether the artifact is one file or a tree.
     pub shape: Shape,
-    /// Files held, of all files.
+    /// Number of files that the listed tier holds.
     pub held_files: usize,
-    /// All files.
+    /// Number of all files of the artifact.
     pub files: usize,
-    /// Bytes held, of all bytes.
+    /// Total size in bytes of the files that the listed tier holds.
     pub held_bytes: u64,
-    /// All bytes.
+    /// Total size in bytes of all files of the artifact.
     pub bytes: u64,
-    /// The formats of its files, as far as they were told.
+    /// The formats of the files whose format was detected.
     pub formats: BTreeSet<String>,
-    /// When it was last used (disk only).
+    /// Time of last use (disk only).
     pub last_used: Option<SystemTime>,
-    /// Whether somebody holds it (disk only).
+    /// True if a process holds a lease on the artifact (disk only).
     pub leased: bool,
-    /// The pin on it (disk only).
+    /// The pin on the artifact (disk only).
     pub pin: Option<Pin>,
-    /// The tags that point to it (remote only).
+    /// The tags that point to the artifact (remote only).
     pub tags: Vec<String>,
 }
 
-/// Everything known of one artifact (`inspect`).
+/// Result of [`Cache::inspect`](super::Cache::inspect): one artifact as the disk, the lower directory and the remote
+/// record it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Inspection {
-    /// What it is.
+    /// The key of the artifact.
     pub key: ArtifactKey,
-    /// One file or a tree.
+    /// Whether the artifact is one file or a tree.
     pub shape: Shape,
-    /// The path that `get` would lend; `None` if it is not on disk.
+    /// The path that a get would return; `None` if no file of the artifact is on disk.
     pub path: Option<PathBuf>,
-    /// Digest of the file, or of the file list, once every digest is known.
+    /// SHA-256 of the file, or of the file list of a tree; `None` until all digests are known.
     pub sha256: Option<crate::digest::Digest>,
-    /// Files as disk knows them; `None` if disk does not know the artifact.
+    /// The files in the manifest on disk; `None` if there is no manifest.
     pub disk: Option<Files>,
-    /// Files as the remote knows them; `None` if it does not, or was not reachable.
+    /// The files in the manifest on the remote; `None` if there is no manifest, or if it could not be read.
     pub remote: Option<Files>,
-    /// Why the remote could not be asked, if it could not.
+    /// The reason why the manifest on the remote could not be read; `None` if it could.
     pub remote_error: Option<String>,
-    /// Files as the lower directory knows them; `None` if it does not know the artifact, or there is none.
+    /// The files in the manifest in the lower directory; `None` if there is no manifest or no lower directory.
     pub lower: Option<Files>,
-    /// When it was last used.
+    /// Time of last use.
     pub last_used: Option<SystemTime>,
-    /// Whether somebody holds it.
+    /// True if a process holds a lease on the artifact.
     pub leased: bool,
-    /// Who, as far as this process can see.
+    /// The processes that hold a lease, as far as this process can see them.
     pub holders: Vec<Holder>,
-    /// The pin on it.
+    /// The pin on the artifact.
     pub pin: Option<Pin>,
 }
 
-/// The state of the local directory (`stats`).
+/// Result of [`Cache::stats`](super::Cache::stats): content and disk usage of the local directory.
 #[derive(Debug, Clone, Serialize)]
 pub struct Stats {
     /// The local directory.
     pub dir: PathBuf,
-    /// The directory underneath that is only read, if there is one.
+    /// The read-only lower directory, if one is configured.
     pub lower_dir: Option<PathBuf>,
-    /// Artifacts in that one; 0 without one.
+    /// Number of artifacts in the lower directory; 0 without one.
     pub lower_artifacts: usize,
-    /// Artifacts on disk.
+    /// Number of artifacts on disk.
     pub artifacts: usize,
-    /// Files they hold.
+    /// Number of files on disk that belong to these artifacts.
     pub files: usize,
-    /// Artifacts that somebody holds now.
+    /// Number of artifacts with a lease.
     pub leases: usize,
-    /// Artifacts that are pinned.
+    /// Number of artifacts with a pin.
     pub pins: usize,
-    /// The budget, in bytes.
+    /// The budget in bytes.
     pub budget_bytes: u64,
-    /// What counts against it: blobs, staging, quarantine, reservations.
+    /// Bytes that count against the budget: blobs, staging, quarantine, reservations.
     pub used_bytes: u64,
-    /// Of those: fills in progress or abandoned.
+    /// The part of `used_bytes` that belongs to fills, running or abandoned.
     pub staging_bytes: u64,
-    /// Of those: what failed a check.
+    /// The part of `used_bytes` that failed verification and is in quarantine.
     pub quarantine_bytes: u64,
-    /// Free on the filesystem.
+    /// Free bytes on the filesystem.
     pub filesystem_free_bytes: u64,
-    /// Bytes that are always left free.
+    /// Bytes on the filesystem that the cache leaves free.
     pub min_free_bytes: u64,
-    /// Artifacts that still have to reach a remote.
+    /// Number of pending uploads.
     pub pending_backfills: usize,
-    /// Their bytes.
+    /// Total size in bytes of the files of pending uploads that are on this disk.
     pub pending_backfill_bytes: u64,
-    /// The remote's address, if there is one.
+    /// The address of the remote, if one is configured.
     pub remote: Option<String>,
 }

@@ -29,7 +29,7 @@ pub(super) struct LookupPolicy {
     /// The farthest tier that may be asked.
     pub(super) max_tier: Tier,
     /// Whether the fleet is told what an origin answers.
-    pub(super) tells: bool,
+    pub(super) share_answers: bool,
 }
 
 /// What a reference means now.
@@ -123,7 +123,7 @@ impl Cache {
     /// How a call asks, within what the configuration allows.
     pub(super) fn policy(&self, options: &GetOptions) -> LookupPolicy {
         let allowed = if self.0.config.offline { Tier::Remote } else { Tier::Origin };
-        LookupPolicy { refresh: options.refresh, max_tier: options.max_tier.min(allowed), tells: true }
+        LookupPolicy { refresh: options.refresh, max_tier: options.max_tier.min(allowed), share_answers: true }
     }
 
     /// What a reference means now.
@@ -200,7 +200,7 @@ impl Cache {
 impl FetchRequest {
     /// How whoever fills it asks: what a name means is settled.
     pub(super) fn policy(&self) -> LookupPolicy {
-        LookupPolicy { refresh: false, max_tier: self.max_tier, tells: false }
+        LookupPolicy { refresh: false, max_tier: self.max_tier, share_answers: false }
     }
 
     /// Compares the demanded digest, if there is one, with what is known by now. Unknown digests pass: they are

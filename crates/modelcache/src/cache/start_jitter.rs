@@ -1,17 +1,18 @@
-//! The start: a random wait before the first call, so that a fleet that starts at once does not ask at once.
+//! Start jitter: a random delay before the first request, so that machines that start together do not send their
+//! requests together.
 //!
-//! It is the same wait for everybody in the process, and nobody waits whose artifact is on disk.
+//! All calls of a process share one delay. A get whose artifact is on disk is not delayed.
 
 use super::Cache;
 use std::time::Duration;
 use tokio::sync::OnceCell;
 
-/// Whether the wait is over.
+/// Initialized once the delay of this process is over.
 #[derive(Debug, Default)]
 pub(super) struct StartJitter(OnceCell<()>);
 
 impl Cache {
-    /// To be called before the remote or an origin is asked anything for a get.
+    /// Waits for the end of the delay. Must be called before a get contacts the remote or an origin.
     pub(super) async fn before_first_call(&self) {
         let jitter = self.0.config.start_jitter;
         let wait = || async move {

@@ -1,24 +1,26 @@
-//! Tasks that go on behind their callers, and are waited for before the process ends.
+//! Background tasks that continue after the call that started them, and must end before the process does.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::task::JoinHandle;
 
+/// The background tasks of one kind.
 #[derive(Debug, Default)]
 pub(super) struct Tasks(Mutex<Vec<JoinHandle<()>>>);
 
 impl Tasks {
+    /// Adds a task that [`finish`](Self::finish) waits for.
     pub(super) fn keep(&self, task: JoinHandle<()>) {
         let mut tasks = self.lock();
         tasks.retain(|task| !task.is_finished());
         tasks.push(task);
     }
 
-    /// Waits for all that were kept until now.
+    /// Waits for all tasks added so far.
     pub(super) async fn finish(&self) {
         let tasks = std::mem::take(&mut *self.lock());
         for task in tasks {
             if let Err(error) = task.await {
-                tracing::debug!(%error, "work in the background was cut short; a later run goes on");
+                tracing::debug!(%error, "a background task was cancelled or panicked; a later run continues its work");
             }
         }
     }

@@ -141,7 +141,7 @@ impl Cache {
     async fn origin_of(&self, key: &ArtifactKey, reference: Option<&Reference>) -> Option<Arc<dyn Source>> {
         let parsed = Reference::parse(&key.to_string()).ok();
         for reference in reference.into_iter().chain(&parsed) {
-            let policy = LookupPolicy { tells: false, ..self.policy(&GetOptions::default()) };
+            let policy = LookupPolicy { share_answers: false, ..self.policy(&GetOptions::default()) };
             if let Ok(Resolution { key: found, origin: Some(origin), .. }) = self.resolution(reference, policy).await
                 && found == *key
             {

@@ -178,15 +178,17 @@ impl Disk {
             })?;
         }
         for name_dir in files::entries(&layout.artifacts())? {
-            for version_dir in files::entries(&name_dir)? {
+            for version_dir in files::entries_below(&name_dir)? {
                 total += self.temporaries(&version_dir)?.iter().map(|file| file.allocated()).sum::<u64>();
                 // A view that is a link to a blob was counted with the blob.
-                files::walk(&ArtifactDir(version_dir).files(), &mut |_, metadata| {
+                let views = ArtifactDir(version_dir).files();
+                let counted = files::walk(&views, &mut |_, metadata| {
                     if counted.insert(metadata.ino()) {
                         total += metadata.allocated();
                     }
                     Ok(())
-                })?;
+                });
+                files::unless_barred(counted, &views)?;
             }
         }
         Ok(total)
@@ -505,7 +507,12 @@ impl BudgetHold<'_> {
             return Ok(Evicted::Kept(InTheWay::JustUsed));
         }
         tracing::debug!(artifact = artifact.name(), "evicting");
-        let freed = self.remove_artifact(&artifact.dir)?;
+        let removed = self.remove_artifact(&artifact.dir);
+        let Some(freed) = files::unless_barred(removed, artifact.dir.path())? else {
+            // A part of it may be gone.
+            self.distrust()?;
+            return Ok(Evicted::Kept(InTheWay::NotRemovable));
+        };
         tracing::info!(artifact = artifact.name(), freed_bytes = freed, "evicted");
         self.disk.metrics().evicted(freed);
         Ok(Evicted::Freed(freed))
@@ -614,7 +621,9 @@ impl BudgetHold<'_> {
         match files::stat(path)? {
             Some(metadata) if metadata.is_file() && metadata.nlink() == 1 => {
                 self.begin_change()?;
-                files::remove_file(path)?;
+                if files::unless_barred(files::remove_file(path), path)?.is_none() {
+                    return Ok(0);
+                }
                 self.subtract(metadata.allocated());
                 Ok(metadata.allocated())
             }
@@ -638,7 +647,10 @@ impl BudgetHold<'_> {
                 // The last count may have included them.
                 self.distrust()?;
             }
-            self.sweep_views(&artifact)?;
+            let swept = self.sweep_views(&artifact);
+            if files::unless_barred(swept, artifact.dir.path())?.is_none() {
+                self.distrust()?;
+            }
             if artifact.manifest.is_some() || files::stat(artifact.dir.path())?.is_some() {
                 index.insert(disk, &artifact);
             }
@@ -706,7 +718,7 @@ impl BudgetHold<'_> {
     /// Records the blobs that lose a link when the folder `staging` is removed. If the name of a staged file does not
     /// contain its digest, only a sweep can find the blob, so a sweep becomes due.
     fn note_orphans(&self, staging: &RootedPath) -> Result<()> {
-        for path in files::entries(staging)? {
+        for path in files::entries_below(staging)? {
             if files::stat(&path)?.is_some_and(|metadata| metadata.is_file() && metadata.nlink() > 1) {
                 let name = path.name().split_once('.').map_or(path.name(), |(stem, _)| stem);
                 let digest = name.strip_prefix("sha256-").and_then(|digest| digest.parse().ok());

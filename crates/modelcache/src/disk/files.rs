@@ -1,10 +1,10 @@
 //! File helpers of the disk tier: identities, atomic writes, walking and removing.
 
-use super::io_error::{IoContext, Shown};
+use super::io_error::{IoContext, Shown, is_barred};
 use super::lock::FileLock;
 use super::modes;
 pub(crate) use super::rooted::absent;
-use super::rooted::{DEPTH_MAX, Folders, Metadata, RootedPath};
+use super::rooted::{DEPTH_MAX, Folders, Metadata, RootedPath, too_deep};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::ladder::{Ladder, LadderHasher};
@@ -126,14 +126,30 @@ fn write_then(
 /// Returns the first `bytes_max` + 1 bytes of a file, or `None` if it does not exist. A longer result than `bytes_max`
 /// shows the caller that the file is too large.
 pub(crate) fn read_small(path: &RootedPath, bytes_max: u64) -> Result<Option<Vec<u8>>> {
-    let read = || {
-        let file = path.open(false)?;
-        let bytes_expected = file.metadata()?.len().min(bytes_max) + 1;
-        let mut bytes = Vec::with_capacity(usize::try_from(bytes_expected).unwrap_or_default());
-        file.take(bytes_max + 1).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    absent(read()).at("read", path)
+    absent(path.open(false).and_then(|file| read_start(file, bytes_max))).at("read", path)
+}
+
+/// As [`read_small`], but also returns `None` if another user wrote the file.
+///
+/// A file that is read-only or has a second name is not accepted either: it may be a blob or a view, whose content is
+/// not this user's although the file is.
+pub(crate) fn read_own(path: &RootedPath, bytes_max: u64) -> Result<Option<Vec<u8>>> {
+    let Some(file) = absent(path.open(false)).at("open", path)? else { return Ok(None) };
+    let metadata = Metadata::of(&file).at("look at", path)?;
+    let is_own =
+        metadata.uid() == rustix::process::geteuid().as_raw() && metadata.nlink() == 1 && metadata.mode() & 0o200 != 0;
+    if !is_own {
+        tracing::debug!(%path, owner = metadata.uid(), "a record of another user is ignored");
+        return Ok(None);
+    }
+    read_start(file, bytes_max).map(Some).at("read", path)
+}
+
+fn read_start(file: File, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let bytes_expected = file.metadata()?.len().min(bytes_max) + 1;
+    let mut bytes = Vec::with_capacity(usize::try_from(bytes_expected).unwrap_or_default());
+    file.take(bytes_max + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Returns true if `path` itself is a folder. A symbolic link to a folder is not one.
@@ -146,23 +162,45 @@ pub(crate) fn entries(dir: &RootedPath) -> Result<Vec<RootedPath>> {
     Ok(absent(dir.entries()).at("list", dir)?.unwrap_or_default())
 }
 
-/// Calls `visit` for every path below `dir` that is not a folder. Symbolic links are not followed.
+/// Returns the paths directly in `dir`, a folder below a top folder. If it [cannot be read](is_barred), returns none.
+pub(crate) fn entries_below(dir: &RootedPath) -> Result<Vec<RootedPath>> {
+    unless_barred(entries(dir), dir).map(Option::unwrap_or_default)
+}
+
+/// Returns `None` if `result` failed because the entry at `path` [is barred](is_barred). One user of a shared directory
+/// must not stop the work of the others.
+pub(crate) fn unless_barred<T>(result: Result<T>, path: &RootedPath) -> Result<Option<T>> {
+    match result {
+        Err(error) if is_barred(&error) => {
+            tracing::debug!(%path, %error, "an entry that this user cannot read or remove is skipped");
+            Ok(None)
+        }
+        result => result.map(Some),
+    }
+}
+
+/// Calls `visit` for every path below `dir` that is not a folder. Symbolic links are not followed. Folders below `dir`
+/// that [cannot be read](is_barred) are skipped.
 pub(crate) fn walk(dir: &RootedPath, visit: &mut dyn FnMut(&RootedPath, &Metadata) -> Result<()>) -> Result<()> {
-    walk_down(dir, DEPTH_MAX, visit)
+    walk_down(dir, DEPTH_MAX, &|path, below| unless_barred(below, path).map(drop), visit)
+}
+
+/// As [`walk`], but fails if a folder cannot be read.
+pub(crate) fn walk_all(dir: &RootedPath, visit: &mut dyn FnMut(&RootedPath, &Metadata) -> Result<()>) -> Result<()> {
+    walk_down(dir, DEPTH_MAX, &|_, below| below, visit)
 }
 
 fn walk_down(
     dir: &RootedPath,
     depth: usize,
+    accept: &dyn Fn(&RootedPath, Result<()>) -> Result<()>,
     visit: &mut dyn FnMut(&RootedPath, &Metadata) -> Result<()>,
 ) -> Result<()> {
-    let Some(depth) = depth.checked_sub(1) else {
-        return Err(io::Error::other("folders are nested too deeply")).at("walk through", dir);
-    };
+    let Some(depth) = depth.checked_sub(1) else { return Err(too_deep()).at("walk through", dir) };
     let mut folder = Folders::default();
     for path in entries(dir)? {
         match folder.metadata(&path).at("look at", &path)? {
-            Some(metadata) if metadata.is_dir() => walk_down(&path, depth, visit)?,
+            Some(metadata) if metadata.is_dir() => accept(&path, walk_down(&path, depth, accept, visit))?,
             Some(metadata) => visit(&path, &metadata)?,
             None => {}
         }

@@ -16,7 +16,7 @@ const MISPLACED: &str =
     "`modelcache doctor` lists entries that do not belong there, and `modelcache prune` moves them to quarantine/";
 
 /// Returns the error for `cause`, an I/O error of `operation` on `path`. Its kind is [`ErrorKind::Full`] if space,
-/// quota or file size is exhausted, `Other` if the process has too many open files, and `Directory` otherwise.
+/// quota or file size is exhausted, [`ErrorKind::Limits`] if the process has too many open files, and `Directory` otherwise.
 pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Error) -> Error {
     let (kind, hint) = match errno(&cause) {
         Some(Errno::NOSPC) => {
@@ -35,7 +35,7 @@ pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Er
             ErrorKind::Directory,
             "the path exists and is not a folder: move it away, or point MODEL_CACHE_DIR elsewhere",
         ),
-        Some(Errno::MFILE | Errno::NFILE) => (ErrorKind::Other, "too many open files: raise the limit (ulimit -n)"),
+        Some(Errno::MFILE | Errno::NFILE) => (ErrorKind::Limits, "too many open files: raise the limit (ulimit -n)"),
         Some(Errno::LOOP | Errno::ISDIR) => (ErrorKind::Directory, MISPLACED),
         // `rooted` refuses an entry that is not a regular file, or has a second name. Such an error has no number.
         None if cause.kind() == io::ErrorKind::InvalidInput => (ErrorKind::Directory, MISPLACED),
@@ -43,6 +43,19 @@ pub(crate) fn fault(operation: &str, path: &(impl Shown + ?Sized), cause: io::Er
         _ => (ErrorKind::Directory, "check the directory and its filesystem"),
     };
     Error::new(kind, format!("cannot {operation} {}", path.shown())).tier(Tier::Disk).hint(hint).cause(cause)
+}
+
+/// Returns true if an entry cannot be read or removed because of another user's permissions, or because it is nested too
+/// deeply. In a shared directory, any user can make such entries.
+pub(crate) fn is_barred(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(cause) = error.downcast_ref::<io::Error>() {
+            return matches!(cause.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidFilename);
+        }
+        next = error.source();
+    }
+    false
 }
 
 /// A path that can be printed in a message.

@@ -82,7 +82,7 @@ impl Layout {
     }
 
     pub(crate) fn pending_upload(&self, key_hash: &str) -> RootedPath {
-        self.pending_uploads().join(key_hash)
+        self.pending_uploads().join(format!("{key_hash}-{}", rustix::process::geteuid().as_raw()))
     }
 
     /// Held by the process that uploads `key` to the remote.

@@ -96,7 +96,8 @@ impl Disk {
 }
 
 impl Watch {
-    /// Returns true if the heartbeat is too old, and the waiter has seen no newer one for [`RECHECK_INTERVAL`].
+    /// Returns true if the heartbeat is too old, and the waiter has seen no newer one for [`RECHECK_INTERVAL`], or if the
+    /// waiter has seen no newer one for [`HEARTBEAT_TIMEOUT`], whatever the time of the last one: it may be in the future.
     fn has_timed_out(&mut self, generation: usize, written_at: SystemTime) -> bool {
         let seen = self.0.entry(generation).or_insert((written_at, Instant::now()));
         // A new heartbeat: start over.
@@ -104,7 +105,8 @@ impl Watch {
             *seen = (written_at, Instant::now());
         }
         let age = SystemTime::now().duration_since(written_at).unwrap_or_default();
-        age > HEARTBEAT_TIMEOUT && seen.1.elapsed() > RECHECK_INTERVAL
+        let unchanged = seen.1.elapsed();
+        age > HEARTBEAT_TIMEOUT && unchanged > RECHECK_INTERVAL || unchanged > HEARTBEAT_TIMEOUT
     }
 }
 
@@ -188,6 +190,19 @@ mod tests {
         assert!(lead(&disk, &mut other).is_none(), "the successor still fills, although the first lock is free");
         drop(successor);
         assert!(lead(&disk, &mut other).is_some());
+    }
+
+    #[test]
+    fn a_heartbeat_from_the_future_times_out_when_it_does_not_change() {
+        let folder = tempfile::tempdir().expect("folder");
+        let disk = disk(&folder);
+        let _leader = lead(&disk, &mut Watch::default()).expect("leads");
+        let file = File::options().write(true).open(disk.layout().fill_lock(&key(), 0).full()).expect("opens");
+        let future = SystemTime::now() + Duration::from_secs(1 << 32);
+        file.set_times(std::fs::FileTimes::new().set_modified(future)).expect("sets");
+        assert!(lead(&disk, &mut Watch::default()).is_none());
+        let long_ago = Instant::now().checked_sub(HEARTBEAT_TIMEOUT + RECHECK_INTERVAL).expect("an earlier time");
+        assert!(lead(&disk, &mut Watch([(0, (future, long_ago))].into())).is_some());
     }
 
     #[test]

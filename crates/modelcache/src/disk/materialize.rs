@@ -184,7 +184,7 @@ fn unmanaged_file(dir: &RootedPath) -> Result<Option<PathBuf>> {
     let marker = files::read_small(&dir.join(MARKER), MARKER_BYTES_MAX)?;
     let ours = marker.and_then(|bytes| serde_json::from_slice::<Marker>(&bytes).ok()).map(|marker| marker.files);
     let mut unmanaged = None;
-    files::walk(dir, &mut |path, metadata| {
+    files::walk_all(dir, &mut |path, metadata| {
         let inside = path.below(dir).unwrap_or(Path::new(""));
         let put_there = ours.as_ref().zip(inside.to_str().and_then(|path| FilePath::new(path).ok()));
         let known = put_there.and_then(|(ours, path)| ours.get(&path)).is_some_and(|put| is_unchanged(put, metadata));

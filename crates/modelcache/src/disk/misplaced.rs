@@ -19,6 +19,8 @@ enum Level {
     File,
     /// A folder or a file: staging folders, and beside them the temporary files of manifests.
     Either,
+    /// No entry: this one cannot be read.
+    Nothing,
     /// The entries of an artifact's folder: the name determines the type.
     ArtifactParts,
 }
@@ -43,6 +45,7 @@ impl Level {
         match self {
             Self::Folder => found.is_dir(),
             Self::File => found.is_file() || found.is_dir() && path.name().starts_with(TEMPORARY),
+            Self::Nothing => false,
             Self::Either => found.is_dir() || found.is_file(),
             Self::ArtifactParts => match path.name() {
                 FILES => found.is_dir(),
@@ -92,7 +95,17 @@ fn check(path: &RootedPath, level: Level, below: &[Level], found: &mut Vec<Mispl
             expected: level,
         });
     } else if let Some((next, below)) = below.split_first().filter(|_| metadata.is_dir()) {
-        for path in files::entries(path)? {
+        let Some(paths) = files::unless_barred(files::entries(path), path)? else {
+            found.push(Misplaced {
+                path: path.to_string(),
+                is: "folder that cannot be read",
+                owner: metadata.uid(),
+                at: path.clone(),
+                expected: Level::Nothing,
+            });
+            return Ok(());
+        };
+        for path in paths {
             check(&path, *next, below, found)?;
         }
     }

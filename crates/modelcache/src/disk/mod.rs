@@ -330,7 +330,7 @@ impl Disk {
     /// Calls `visit` with the folder of every artifact.
     fn scan_each(&self, visit: &mut dyn FnMut(ScannedArtifact) -> Result<()>) -> Result<()> {
         for name_dir in files::entries(&self.layout().artifacts())? {
-            for version_dir in files::entries(&name_dir)? {
+            for version_dir in files::entries_below(&name_dir)? {
                 self.scan_folder(ArtifactDir(version_dir))?.map_or(Ok(()), &mut *visit)?;
             }
         }
@@ -397,7 +397,7 @@ impl Disk {
     /// Returns the SHA-256 digests that manifests of all versions of `name` record, keyed by git object id and size.
     pub(crate) fn digests_of_git_oids(&self, name: &ArtifactName) -> Result<BTreeMap<(GitOid, u64), Digest>> {
         let mut known = BTreeMap::new();
-        for version_dir in files::entries(&self.layout().artifact_versions(name))? {
+        for version_dir in files::entries_below(&self.layout().artifact_versions(name))? {
             let Ok(Some(manifest)) = self.read_manifest(&ArtifactDir(version_dir)) else { continue };
             let entries = manifest.files.values();
             known.extend(entries.filter_map(|entry| Some(((entry.git_oid?, entry.size), entry.sha256?))));

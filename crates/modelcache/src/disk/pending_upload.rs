@@ -4,14 +4,19 @@
 //! therefore refer to an artifact that is not on disk yet. It is removed when the remote has the files, or when the
 //! artifact is evicted. It is changed by rename, while the budget lock is held. The uploading process holds the lock
 //! `<key hash>.backfill`. It tries this lock once, and never while it leads a fill.
+//!
+//! Each user has records of their own, and uploads from no other: with the credentials of one user, another user of a
+//! shared directory could otherwise publish to the remote. For the same reason a record has the digests of its files.
 
 use super::Disk;
 use super::files;
 use super::lock::FileLock;
 use super::rooted::RootedPath;
+use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
 use crate::limits;
+use crate::manifest::Manifest;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -26,6 +31,29 @@ pub(crate) struct Missing {
     /// The subset that must be overwritten: the objects on the remote look sound, but a reader found them wrong.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub(crate) rewrite: BTreeSet<FilePath>,
+    /// The digests with which the fill verified the files. Other content is not uploaded.
+    #[serde(default)]
+    pub(crate) digests: BTreeMap<FilePath, Digest>,
+}
+
+impl Missing {
+    /// Returns the missing files that `manifest` holds with the recorded digests.
+    pub(crate) fn held_by(&self, manifest: &Manifest) -> BTreeSet<FilePath> {
+        let is_held = |path: &&FilePath| {
+            let entry = manifest.files.get(path).filter(|entry| entry.held.is_some());
+            self.digests.get(path).is_some_and(|digest| entry.and_then(|entry| entry.sha256) == Some(*digest))
+        };
+        self.files.iter().filter(is_held).cloned().collect()
+    }
+
+    /// Returns the part that is about `files`.
+    pub(crate) fn only(&self, files: &BTreeSet<FilePath>) -> Self {
+        let mut part = self.clone();
+        part.files.retain(|path| files.contains(path));
+        part.rewrite.retain(|path| files.contains(path));
+        part.digests.retain(|path, _| files.contains(path));
+        part
+    }
 }
 
 /// The pending upload of one artifact to one remote.
@@ -77,6 +105,7 @@ impl Disk {
             let noted = stored.remotes.entry(remote.to_owned()).or_default();
             noted.files.extend(missing.files.iter().cloned());
             noted.rewrite.extend(missing.rewrite.iter().cloned());
+            noted.digests.extend(missing.digests.iter().map(|(path, digest)| (path.clone(), *digest)));
         })
     }
 
@@ -86,6 +115,7 @@ impl Disk {
             if let Some(noted) = stored.remotes.get_mut(remote) {
                 noted.files.retain(|path| !files.contains(path));
                 noted.rewrite.retain(|path| !files.contains(path));
+                noted.digests.retain(|path, _| !files.contains(path));
             }
         })
     }
@@ -148,25 +178,27 @@ impl Disk {
     /// Removes the pending upload of an evicted artifact, which cannot be uploaded from here any more. The caller holds
     /// the budget lock.
     pub(super) fn remove_pending_upload(&self, hash: &str) -> Result<()> {
-        let path = self.layout().pending_upload(hash);
-        if files::stat(&path)?.is_none() {
-            return Ok(());
+        for path in files::entries(&self.layout().pending_uploads())? {
+            if !path.name().starts_with(hash) {
+                continue;
+            }
+            let key = read(&path).ok().flatten().map(|stored| stored.key.to_string());
+            tracing::warn!(
+                artifact = key.as_deref().unwrap_or(hash),
+                "evicted before the remote had it; the pending upload is dropped"
+            );
+            files::unless_barred(files::remove_file(&path), &path)?;
         }
-        let key = read(&path).ok().flatten().map(|stored| stored.key.to_string());
-        tracing::warn!(
-            artifact = key.as_deref().unwrap_or(hash),
-            "evicted before the remote had it; the pending upload is dropped"
-        );
-        files::remove_file(&path)
+        Ok(())
     }
 }
 
-/// Reads a record; `None` if it is missing or damaged.
+/// Reads a record; `None` if it is missing, damaged, or of another user.
 ///
 /// # Errors
 /// `Directory` if a newer release wrote it.
 fn read(path: &RootedPath) -> Result<Option<Stored>> {
-    let Some(bytes) = files::read_small(path, limits::MANIFEST_BYTES_MAX)? else { return Ok(None) };
+    let Some(bytes) = files::read_own(path, limits::MANIFEST_BYTES_MAX)? else { return Ok(None) };
     // Parse the format number first: the other fields of a newer format may have other types.
     if let Ok(FormatOnly { format }) = serde_json::from_slice(&bytes)
         && format > FORMAT
@@ -195,7 +227,9 @@ mod tests {
 
     fn missing(files: &[&str], rewrite: &[&str]) -> Missing {
         let paths = |texts: &[&str]| texts.iter().map(|text| FilePath::new(text).expect("path")).collect();
-        Missing { files: paths(files), rewrite: paths(rewrite) }
+        let digests =
+            files.iter().map(|text| (FilePath::new(text).expect("path"), Digest::of(text.as_bytes()))).collect();
+        Missing { files: paths(files), rewrite: paths(rewrite), digests }
     }
 
     #[test]

@@ -169,6 +169,8 @@ pub enum InTheWay {
     LinkedOutside,
     /// Locks do not exclude on this filesystem, and it was used within the last hour.
     UsedLately,
+    /// Another user put entries into it that this user cannot remove.
+    NotRemovable,
 }
 
 impl InTheWay {
@@ -185,6 +187,7 @@ impl InTheWay {
             Self::JustUsed => "just_used",
             Self::LinkedOutside => "linked_outside",
             Self::UsedLately => "used_lately",
+            Self::NotRemovable => "not_removable",
         }
     }
 }
@@ -202,6 +205,7 @@ impl fmt::Display for InTheWay {
             Self::JustUsed => f.write_str("just used"),
             Self::LinkedOutside => f.write_str("linked outside the cache, so that no byte would become free"),
             Self::UsedLately => f.write_str("perhaps in use: it was used lately, and locks do not work here"),
+            Self::NotRemovable => f.write_str("not removable: another user put entries into its folder"),
         }
     }
 }

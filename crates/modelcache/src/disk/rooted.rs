@@ -522,8 +522,8 @@ fn is_itself(name: &CStr) -> bool {
     matches!(name.to_bytes(), b"." | b"..")
 }
 
-fn too_deep() -> io::Error {
-    io::Error::other(format!("folders are nested more than {DEPTH_MAX} deep"))
+pub(super) fn too_deep() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidFilename, format!("folders are nested more than {DEPTH_MAX} deep"))
 }
 
 #[cfg(test)]

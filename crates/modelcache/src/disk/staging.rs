@@ -329,24 +329,27 @@ impl Disk {
     pub(crate) fn stagings(&self) -> Result<Vec<StagingUse>> {
         let mut uses = Vec::new();
         for dir in files::entries(&self.layout().stagings())? {
-            if !files::is_folder(&dir)? {
-                continue;
+            if files::is_folder(&dir)? {
+                uses.extend(files::unless_barred(self.staging_use(dir.clone()), &dir)?);
             }
-            let path = dir.join(JOURNAL);
-            // Live: the owner's lock is held, or, if locks do not exclude, the folder was changed within the last hour.
-            let live = !self.is_idle(&dir)? || matches!(FileLock::try_existing(&path)?, Some(None));
-            let journal = files::read_small(&path, 4096)?;
-            let journal = journal.and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok()).unwrap_or_default();
-            let Journal { key, pid, reserved } = journal;
-            uses.push(StagingUse { allocated: staged_bytes(&dir)?, dir, live, reserved, key, pid });
         }
         Ok(uses)
+    }
+
+    fn staging_use(&self, dir: RootedPath) -> Result<StagingUse> {
+        let path = dir.join(JOURNAL);
+        // Live: the owner's lock is held, or, if locks do not exclude, the folder was changed within the last hour.
+        let live = !self.is_idle(&dir)? || matches!(FileLock::try_existing(&path)?, Some(None));
+        let journal = files::read_small(&path, 4096)?;
+        let journal = journal.and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok()).unwrap_or_default();
+        let Journal { key, pid, reserved } = journal;
+        Ok(StagingUse { allocated: staged_bytes(&dir)?, dir, live, reserved, key, pid })
     }
 
     /// Returns the temporary files and folders directly in `folder`, which their writers have not renamed yet.
     pub(super) fn temporaries(&self, folder: &RootedPath) -> Result<Vec<Temporary>> {
         let mut found = Vec::new();
-        for path in files::entries(folder)?.into_iter().filter(is_temporary) {
+        for path in files::entries_below(folder)?.into_iter().filter(is_temporary) {
             found.extend(files::stat(&path)?.map(|metadata| Temporary { path, metadata }));
         }
         Ok(found)

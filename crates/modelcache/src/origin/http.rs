@@ -211,7 +211,8 @@ pub(super) fn transport_error(error: reqwest::Error, url: &Url) -> Error {
         );
     }
     if error.is_builder() {
-        return Error::invalid(format!("{server} is not a valid address")).cause(why);
+        // The address was parsed before, or came from a redirect.
+        return Error::corrupt(format!("an address at {server} cannot be requested")).cause(why);
     }
     // A failed connection may be the fault of the proxy, so name it.
     let proxy = proxy_of(url).filter(|_| error.is_connect());

@@ -1,7 +1,7 @@
-//! References to buckets: `s3://bucket/prefix-or-object`, as `aws s3` writes them.
+//! References to buckets: `s3://bucket/prefix-or-object`, as in `aws s3`.
 //!
-//! Nothing in a key is special: it is not percent-decoded, and never split at `@`. A slash at the end says that only
-//! what lies below is meant, not an object of that key.
+//! No character of a key is special: keys are not percent-decoded and not split at `@`. A key with a slash at the end
+//! is a prefix: it means the objects below it, not an object with this key.
 
 use super::{Reference, Target};
 use crate::error::{Error, Result};
@@ -16,16 +16,22 @@ pub struct BucketPlace {
     pub bucket: String,
     /// The key or prefix, without slashes at its ends; empty for the whole bucket.
     pub key: String,
-    /// Written with a slash at the end: no object of that key.
+    /// True if the reference ended with a slash: the key is a prefix, not an object.
     pub folder: bool,
 }
 
+/// Returns true if `bucket` has only characters that a bucket's name may have. Bucket names become part of the hosts and
+/// paths of URLs, so a name from a server must be checked before it is used.
+pub(crate) fn is_bucket_name(bucket: &str) -> bool {
+    !bucket.is_empty() && bucket.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'))
+}
+
+/// Parses the text after `s3://`.
 pub(super) fn parse(rest: &str) -> Result<Reference> {
     let text = redact::reference(&format!("s3://{rest}"));
     let refuse = |why: &str| Error::invalid(format!("{text}: {why}")).hint("write s3://bucket/prefix-or-object");
     let (bucket, key) = rest.split_once('/').unwrap_or((rest, ""));
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
-    if bucket.is_empty() || !bucket.chars().all(plain) {
+    if !is_bucket_name(bucket) {
         return Err(refuse("it names no bucket"));
     }
     let folder = key.is_empty() || key.ends_with('/');
@@ -39,14 +45,14 @@ pub(super) fn parse(rest: &str) -> Result<Reference> {
 }
 
 impl BucketPlace {
-    /// The name under which it is cached.
+    /// Returns the artifact name.
     pub fn name(&self) -> Result<ArtifactName> {
         let segments = self.key.split('/').filter(|segment| !segment.is_empty());
         ArtifactName::from_uri("s3", [self.bucket.as_str()].into_iter().chain(segments))
     }
 
-    /// What it is called among the answers that are remembered: it has no revisions, only what lies there now. Object
-    /// and prefix of one name have two answers.
+    /// Returns the revision under which its resolution is recorded. A bucket has no revisions, only the current
+    /// content. An object and a prefix with one name have separate records.
     pub(super) fn revision(&self) -> &'static str {
         if self.folder { "current-folder" } else { "current" }
     }
@@ -70,6 +76,16 @@ mod tests {
     }
 
     #[test]
+    fn a_bucket_name_cannot_change_the_host_of_a_url() {
+        for name in ["b", "my.b_1", "models-3"] {
+            assert!(is_bucket_name(name), "{name}");
+        }
+        for text in ["", "evil.example#", "h:1", "h:1?", "u@h", "a%2f..", "a/b", "a\\b", "b\u{1b}", "é"] {
+            assert!(!is_bucket_name(text), "{text}");
+        }
+    }
+
+    #[test]
     fn a_key_is_taken_as_it_is_written() {
         let row = |bucket: &str, key: &str, folder| (bucket.to_owned(), key.to_owned(), folder);
         assert_eq!(place("s3://b"), row("b", "", true));
@@ -85,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn names_do_not_clash_and_what_lies_there_is_asked_for() {
+    fn names_do_not_clash_and_the_current_content_is_resolved() {
         let name = |text| {
             let Target::Bucket(place) = Reference::parse(text).expect("parses").target else { panic!("{text}") };
             place.name().expect("name").to_string()

@@ -8,7 +8,7 @@ use crate::redact;
 use percent_encoding::percent_decode_str;
 use std::fmt;
 
-/// The kinds of repository at the Hub, which has one space of names for each.
+/// The kinds of repositories on the Hub. Each has a namespace of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RepoKind {
     /// Models: the default, without a prefix.
@@ -20,7 +20,7 @@ pub enum RepoKind {
 }
 
 impl RepoKind {
-    /// The segment that names the kind in API paths: `models`, `datasets`, `spaces`.
+    /// Returns the segment for this kind in API paths: `models`, `datasets`, `spaces`.
     pub fn api_segment(self) -> &'static str {
         match self {
             Self::Model => "models",
@@ -29,7 +29,7 @@ impl RepoKind {
         }
     }
 
-    /// What stands before the repository in file URLs and references: empty for models.
+    /// Returns the prefix of the repository in file URLs and references, which is empty for models.
     pub fn prefix(self) -> &'static str {
         match self {
             Self::Model => "",
@@ -39,7 +39,7 @@ impl RepoKind {
     }
 }
 
-/// A repository at the Hub, at a revision.
+/// A repository on the Hub, at a revision.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct HubRepo {
     /// Model, dataset or space.
@@ -51,26 +51,26 @@ pub struct HubRepo {
 }
 
 impl HubRepo {
-    /// Whether the revision is a commit, which never moves.
+    /// Returns true if the revision is a commit, which never moves.
     pub fn is_commit(&self) -> bool {
         self.revision.parse::<GitOid>().is_ok()
     }
 
-    /// The artifact's name: `hf/`, the kind's prefix, the repository.
+    /// Returns the artifact name: `hf/`, the prefix of the kind, the repository.
     pub fn name(&self) -> Result<ArtifactName> {
         let prefix = self.kind.prefix().trim_end_matches('/');
         let parts = Some(prefix).filter(|prefix| !prefix.is_empty()).into_iter().chain(self.id.split('/'));
         ArtifactName::from_uri("hf", parts)
     }
 
-    /// The key of this repository at `commit` (40 hex digits).
+    /// Returns the key of this repository at `commit` (40 hex digits).
     pub fn key_at(&self, commit: &str) -> Result<ArtifactKey> {
         let commit: GitOid = commit.parse()?;
         Ok(ArtifactKey::new(self.name()?, Version::new(&commit.to_string())?))
     }
 }
 
-/// As it is typed: a slash in the revision is `%2F`, unless it belongs to `refs/pr/N` or `refs/convert/X`.
+/// Formats as a reference. A slash in the revision becomes `%2F`, unless it belongs to `refs/pr/N` or `refs/convert/X`.
 impl fmt::Display for HubRepo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "hf://{}{}@", self.kind.prefix(), self.id)?;
@@ -82,7 +82,7 @@ impl fmt::Display for HubRepo {
     }
 }
 
-/// `[datasets/|spaces/]org/name`, then `@rev[/file]`, or `:rev`.
+/// Parses the text after `hf://`: `[datasets/|spaces/]org/name`, then `@rev[/file]` or `:rev`.
 pub(super) fn parse(rest: &str) -> Result<Reference> {
     let refuse = |why: &str| {
         Error::invalid(format!("{}: {why}", redact::reference(&format!("hf://{rest}"))))
@@ -115,7 +115,7 @@ pub(super) fn parse(rest: &str) -> Result<Reference> {
         .iter()
         .any(|segment| segment.is_empty() || *segment == "." || *segment == ".." || !segment.chars().all(plain))
     {
-        return Err(refuse("no repository can be called that"));
+        return Err(refuse("not a valid repository name"));
     }
     let repo = HubRepo { kind, id: id.to_owned(), revision: checked_revision(revision)? };
     repo.name()?;
@@ -128,7 +128,7 @@ pub(super) fn parse(rest: &str) -> Result<Reference> {
     Ok(Reference { target: Target::Hub(repo), file, digest: None })
 }
 
-/// Splits `rev[/file]`; `refs/pr/N` and `refs/convert/X` are one revision of three segments.
+/// Splits `rev[/file]`. A revision `refs/pr/N` or `refs/convert/X` has three segments.
 fn split_revision(after: &str) -> (&str, Option<&str>) {
     let segments = if after.starts_with("refs/pr/") || after.starts_with("refs/convert/") { 3 } else { 1 };
     match after.match_indices('/').nth(segments - 1) {
@@ -137,7 +137,7 @@ fn split_revision(after: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// A revision, with `%2F` decoded; what git refuses in a ref name is refused here.
+/// Checks a revision and decodes `%2F` in it. Refuses names that git refuses for refs.
 pub(super) fn checked_revision(text: &str) -> Result<String> {
     let revision = percent_decode_str(text).decode_utf8_lossy().into_owned();
     let bad = |c: char| c.is_control() || matches!(c, ' ' | '~' | '^' | ':' | '?' | '*' | '[' | '\\' | '@' | '#');

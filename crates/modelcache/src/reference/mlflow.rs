@@ -1,8 +1,8 @@
 //! References to an MLflow model registry: `models:/name/version`, `models:/name@alias`, `models:/name/latest`.
 //!
-//! Read as MLflow's own client reads them: a name is taken as it stands, spaces, `%` and letters of any alphabet
-//! included, and has neither `/` nor `:` in it; nothing is decoded. Which server is meant the reference does not say: the
-//! configuration does, and [`MlflowModel::server`] is filled in from there before the reference is a key.
+//! Parsed as MLflow's own client does: a name may contain spaces, `%` and letters of any alphabet, but neither `/` nor
+//! `:`. Nothing is percent-decoded. The reference does not name the server; [`MlflowModel::server`] is filled in from
+//! the configuration before the reference can have a key.
 
 use super::{Reference, Target};
 use crate::error::{Error, Result};
@@ -10,47 +10,48 @@ use crate::key::{ArtifactKey, ArtifactName, Version};
 use crate::redact;
 use std::fmt;
 
-/// Stages that a version could be moved to before there were aliases.
+/// The stages of model versions, which MLflow has deprecated in favour of aliases.
 const STAGES: [&str; 4] = ["Production", "Staging", "Archived", "None"];
 
 /// A model in a registry, at a version.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct MlflowModel {
-    /// The server as it stands in keys: host, port and path; `None` until the configuration was asked.
+    /// The server in keys: host, port and path. `None` until it is filled in from the configuration.
     pub server: Option<String>,
     /// The registered model's name.
     pub name: String,
-    /// Which of its versions.
+    /// The version.
     pub version: MlflowVersion,
 }
 
-/// How a version is chosen.
+/// The selector of a version.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum MlflowVersion {
-    /// By its number, which never means another.
+    /// A number, which always refers to the same version.
     Number(u64),
-    /// By an alias.
+    /// An alias.
     Alias(String),
-    /// The highest number.
+    /// The version with the highest number.
     Latest,
-    /// The highest number in a stage.
+    /// The version with the highest number in a stage.
     Stage(&'static str),
 }
 
 impl MlflowModel {
-    /// The artifact's name, once the server is known: `mlflow/`, the server, the model.
+    /// Returns the artifact name: `mlflow/`, the server, the model. Returns `None` until the server is known.
     pub fn artifact_name(&self) -> Option<Result<ArtifactName>> {
         let server = self.server.as_ref()?;
         Some(ArtifactName::from_uri("mlflow", server.split('/').chain([self.name.as_str()])))
     }
 
-    /// The key of version `number`, once the server is known.
+    /// Returns the key of version `number`. Returns `None` until the server is known.
     pub fn key_at(&self, number: u64) -> Option<Result<ArtifactKey>> {
         let name = self.artifact_name()?;
         Some(name.and_then(|name| Ok(ArtifactKey::new(name, Version::new(&number.to_string())?))))
     }
 
-    /// The movable name, where the version is chosen by one. A colon keeps stages and aliases apart: no alias has one.
+    /// Returns the movable name of the version, or `None` if the version is a number. Stages have the prefix `stage:`,
+    /// which no alias can have.
     pub fn revision(&self) -> Option<String> {
         match &self.version {
             MlflowVersion::Number(_) => None,
@@ -61,7 +62,7 @@ impl MlflowModel {
     }
 }
 
-/// As it is typed.
+/// Formats as a reference.
 impl fmt::Display for MlflowModel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "models:/{}", self.name)?;
@@ -74,18 +75,19 @@ impl fmt::Display for MlflowModel {
     }
 }
 
-/// What follows `models:`.
+/// Parses the text after `models:`.
 pub(super) fn parse(rest: &str) -> Result<Reference> {
     let refuse = |why: &str| {
         Error::invalid(format!("{}: {why}", redact::reference(&format!("models:{rest}"))))
             .hint("write models:/name/version, models:/name@alias or models:/name/latest")
     };
     if rest.starts_with("//") {
-        return Err(refuse("the server is not part of it").hint(
-            "write models:/name/version, and name the server in MLFLOW_TRACKING_URI; profiles of Databricks are not read",
+        return Err(refuse("the server cannot be part of the reference").hint(
+            "write models:/name/version, and set MLFLOW_TRACKING_URI to the server; \
+             Databricks profiles are not supported",
         ));
     }
-    let path = rest.strip_prefix('/').ok_or_else(|| refuse("there is no slash after the colon"))?;
+    let path = rest.strip_prefix('/').ok_or_else(|| refuse("a slash is missing after the colon"))?;
     let (name, version) = match path.split_once('/') {
         Some((name, version)) => (name, numbered(version).or_else(|_| staged(version))),
         None => match path.rsplit_once('@') {
@@ -96,18 +98,18 @@ pub(super) fn parse(rest: &str) -> Result<Reference> {
     };
     let version = version.map_err(refuse)?;
     if name.trim().is_empty() || name.contains(':') || name.chars().any(char::is_control) {
-        return Err(refuse("no registered model can be called that"));
+        return Err(refuse("not a valid name of a registered model"));
     }
     let model = MlflowModel { server: None, name: name.to_owned(), version };
-    // What could never be a key is refused before any server is known.
+    // Refuse a name that cannot become a key early, before the server is known.
     ArtifactName::from_uri("mlflow", ["server", name])?;
     Ok(Reference { target: Target::Mlflow(model), file: None, digest: None })
 }
 
-/// A revision as `--revision` gives it: a version's number, `latest`, a stage, or an alias.
+/// Parses the argument of `--revision`: a version number, `latest`, a stage, or an alias.
 pub(super) fn version(text: &str) -> Result<MlflowVersion> {
     let known = numbered(text).or_else(|_| staged(text)).or_else(|_| aliased(text));
-    known.map_err(|why| Error::invalid(format!("{text:?}: {why}")).hint("a version's number, latest or an alias"))
+    known.map_err(|why| Error::invalid(format!("{text:?}: {why}")).hint("use a version number, latest or an alias"))
 }
 
 fn numbered(text: &str) -> Result<MlflowVersion, &'static str> {
@@ -121,14 +123,14 @@ fn staged(text: &str) -> Result<MlflowVersion, &'static str> {
         return Ok(MlflowVersion::Latest);
     }
     let stage = STAGES.into_iter().find(|stage| stage.eq_ignore_ascii_case(text));
-    stage.map(MlflowVersion::Stage).ok_or("a version is a number or latest; an alias stands after an @")
+    stage.map(MlflowVersion::Stage).ok_or("a version is a number or latest; write an alias after an @")
 }
 
-/// What MLflow accepts as an alias: letters, digits, `_` and `-`; no version's number, and not `latest`.
+/// Parses an alias. MLflow accepts letters, digits, `_` and `-`, except the word `latest`.
 fn aliased(text: &str) -> Result<MlflowVersion, &'static str> {
     let plain = !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '-'));
     if !plain || text.eq_ignore_ascii_case("latest") {
-        return Err("no alias can be called that");
+        return Err("not a valid alias");
     }
     Ok(MlflowVersion::Alias(text.to_owned()))
 }
@@ -164,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_mlflow_would_not_understand_is_refused() {
+    fn references_that_mlflow_refuses_are_refused() {
         for bad in [
             "models:fraud/3",
             "models:/",

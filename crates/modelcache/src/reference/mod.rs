@@ -1,7 +1,7 @@
-//! References: what a person types to name an artifact.
+//! References: the names of artifacts on the command line and in the API.
 //!
-//! Every form of the interface is understood here, each scheme in its own file. A bare `name@version` never implies a
-//! public place.
+//! This module parses every form; each scheme has a file of its own. A bare `name@version` never refers to a public
+//! server, unless an origin is configured for it.
 
 mod bucket;
 mod folder;
@@ -11,6 +11,7 @@ pub(crate) mod oci;
 mod web;
 
 pub use bucket::BucketPlace;
+pub(crate) use bucket::is_bucket_name;
 pub use folder::folder_name;
 pub use hub::{HubRepo, RepoKind};
 pub use mlflow::{MlflowModel, MlflowVersion};
@@ -25,10 +26,10 @@ use crate::redact;
 use std::fmt;
 use std::str::FromStr;
 
-/// What kind of place a reference points into.
+/// The location that a reference points to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Target {
-    /// A bare key: found on disk or the remote, else at the configured origin.
+    /// A bare key: on disk, on the remote, or at the configured origin.
     Bare(ArtifactKey),
     /// A repository at the Hugging Face Hub.
     Hub(HubRepo),
@@ -44,47 +45,49 @@ pub enum Target {
     Oci(OciRepo),
 }
 
-/// A movable name that a reference goes through: what it means has to be asked, and may be another version tomorrow.
+/// A movable name, such as a branch or tag. It has to be resolved to a version, and may point to another version later.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Pointer {
-    /// The artifact's name, the same at every version.
+    /// The name of the artifact, which all its versions share.
     pub name: ArtifactName,
     /// The revision: a branch, a tag, an alias.
     pub revision: String,
 }
 
-/// The revision of a web address without a version: what the server has now.
+/// The revision of a URL without a version: the server's current content.
 const WEB_REVISION: &str = "current";
 
-/// What a person typed, understood.
+/// A parsed reference.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Reference {
-    /// Where it points.
+    /// The location.
     pub target: Target,
-    /// The one file it selects, if it does.
+    /// The single file that the reference selects, if any.
     pub file: Option<FilePath>,
-    /// The digest it demands: of the file, or of the file list for a tree.
+    /// The required digest: of the file, or of the file list of a tree.
     pub digest: Option<Digest>,
 }
 
 impl Reference {
-    /// Understands `text`, or says why not, without repeating a password, a signature or a token in it.
+    /// Parses `text`. An error never quotes a password, signature or token in it.
     pub fn parse(text: &str) -> Result<Self> {
-        // Names, listings and logs would keep it.
+        // The secret would become a part of names, listings and logs.
         if redact::has_secret_query(text) && !text.starts_with("http") {
             return Err(Error::invalid(format!("{:?} carries a signature or a token", redact::reference(text)))
                 .hint(redact::HINT));
         }
-        Self::understand(text).map_err(|error| if is_careful(text) { error } else { redact::refusal(text, error) })
+        Self::parse_unredacted(text)
+            .map_err(|error| if redacts_its_errors(text) { error } else { redact::refusal(text, error) })
     }
 
-    /// `text`, a reference as it was typed, as it may be shown: one that is understood as it is, any other one without
-    /// passwords, signatures and tokens.
+    /// Returns a reference as typed, in a form that may be shown: a valid reference unchanged, any other text with
+    /// passwords, signatures and tokens redacted.
     pub fn shown(text: &str) -> String {
         if Self::parse(text).is_ok() { text.to_owned() } else { redact::reference(text) }
     }
 
-    fn understand(text: &str) -> Result<Self> {
+    /// Parses `text`. The error may quote secrets in it.
+    fn parse_unredacted(text: &str) -> Result<Self> {
         let (body, digest) = split_digest(text)?;
         let reference = match body.split_once("://") {
             Some(("hf", rest)) => hub::parse(rest)?,
@@ -97,15 +100,18 @@ impl Reference {
             Some(("models", rest)) => mlflow::parse(&format!("//{rest}"))?,
             None if body.starts_with("models:") => mlflow::parse(&body["models:".len()..])?,
             Some((scheme, _)) => {
-                return Err(Error::invalid(format!("{:?}: no origin is called {scheme:?}", redact::reference(text)))
-                    .hint("write name@version, hf://org/model@revision, s3://bucket/prefix, https://host/file or file:///path"));
+                return Err(Error::invalid(format!("{:?}: unknown scheme {scheme:?}", redact::reference(text))).hint(
+                    "write name@version, hf://org/model@revision, s3://bucket/prefix, https://host/file or \
+                     file:///path",
+                ));
             }
             None => Self { target: Target::Bare(ArtifactKey::listed(body)?), file: None, digest: None },
         };
         Ok(Self { digest, ..reference })
     }
 
-    /// The same reference at another revision: what `--revision` means. Refused where there is none.
+    /// Returns the reference at another revision, for `--revision`. Fails if references of this scheme have no
+    /// revisions.
     pub fn at_revision(mut self, revision: &str) -> Result<Self> {
         match &mut self.target {
             Target::Hub(repo) => repo.revision = hub::checked_revision(revision)?,
@@ -119,7 +125,7 @@ impl Reference {
         Ok(self)
     }
 
-    /// The key, when the reference alone decides it: a bare key, or a commit at the Hub.
+    /// Returns the key if the reference alone determines it, for example for a bare key or a commit on the Hub.
     pub fn exact_key(&self) -> Option<ArtifactKey> {
         match &self.target {
             Target::Bare(key) => Some(key.clone()),
@@ -137,7 +143,8 @@ impl Reference {
         }
     }
 
-    /// The pointer that it goes through, where it has one. A folder has none: it is looked at each time.
+    /// Returns the movable name of the reference, or `None` if the reference is exact. A folder has no pointer either:
+    /// it is read each time.
     pub fn pointer(&self) -> Option<Pointer> {
         match &self.target {
             Target::Hub(repo) if !repo.is_commit() => {
@@ -161,11 +168,11 @@ impl Reference {
 }
 
 impl Reference {
-    /// The same reference at the version that it was found to mean: it leads to `key` from now on.
+    /// Returns the reference pinned to `key`, the version that it resolved to.
     pub fn pinned(&self, key: &ArtifactKey) -> Self {
         let target = match &self.target {
             Target::Hub(repo) => Target::Hub(HubRepo { revision: key.version.as_str().to_owned(), ..repo.clone() }),
-            // What a place holds now is named as it is listed.
+            // The current content of these locations has no reference but the bare key.
             Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) | Target::Web(_) => Target::Bare(key.clone()),
             Target::Mlflow(model) => match key.version.as_str().parse() {
                 Ok(number) => Target::Mlflow(MlflowModel { version: MlflowVersion::Number(number), ..model.clone() }),
@@ -179,7 +186,8 @@ impl Reference {
         Self { target, ..self.clone() }
     }
 
-    /// Whether `version` can be what this leads to: what somebody else wrote down is not taken at its word.
+    /// Returns true if this reference can resolve to `version`. Recorded resolutions are checked with this before use,
+    /// because other users can write to the record.
     pub fn may_mean(&self, version: &Version) -> bool {
         match &self.target {
             Target::Hub(repo) => repo.key_at(version.as_str()).is_ok(),
@@ -195,20 +203,20 @@ impl Reference {
         }
     }
 
-    /// Whether it leads into this machine's own filesystem, so that following it asks nobody.
+    /// Returns true if the reference points into the local filesystem, so that resolving it needs no network.
     pub fn is_local(&self) -> bool {
         matches!(self.target, Target::Folder(_))
     }
 }
 
-/// Whether the parser of this scheme repeats nothing that may be secret, and has a better hint.
-fn is_careful(text: &str) -> bool {
+/// Returns true if the parser of the scheme redacts its own error messages, with more specific hints.
+fn redacts_its_errors(text: &str) -> bool {
     ["http://", "https://", "oci://"].iter().any(|scheme| text.starts_with(scheme))
 }
 
-const DIGEST_HINT: &str = "append #sha256= and the digest that the content must have, or nothing";
+const DIGEST_HINT: &str = "append #sha256= and the 64 hex digits of the expected digest, or leave it out";
 
-/// Takes `#sha256=<hex>` off the end.
+/// Splits `#sha256=<hex>` off the end of a reference.
 fn split_digest(text: &str) -> Result<(&str, Option<Digest>)> {
     match text.split_once('#') {
         None => Ok((text, None)),
@@ -218,7 +226,7 @@ fn split_digest(text: &str) -> Result<(&str, Option<Digest>)> {
                 Some(hex.parse().map_err(|error: Error| error.artifact(redact::reference(text)).hint(DIGEST_HINT))?),
             )),
             None => Err(Error::invalid(format!(
-                "{:?}: after '#' only sha256=<64 hex digits> is understood",
+                "{:?}: after '#' only sha256=<64 hex digits> is supported",
                 redact::reference(text)
             ))
             .hint(DIGEST_HINT)),
@@ -255,7 +263,7 @@ impl fmt::Display for Reference {
     }
 }
 
-/// A path in which nothing is read as something else: not the sign of an encoding, not the beginning of a digest.
+/// Escapes `%` and `#` in a path, which a reference would read as an encoding or as the start of a digest.
 fn encoded(path: &str) -> String {
     path.replace('%', "%25").replace('#', "%23")
 }
@@ -310,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_demanded_digest_is_taken_off() {
+    fn a_required_digest_is_split_off() {
         let digest = Digest::of(b"x");
         assert_eq!(Reference::parse(&format!("a@1#sha256={digest}")).expect("parses").digest, Some(digest));
         assert!(Reference::parse("a@1#md5=00").is_err());
@@ -318,13 +326,13 @@ mod tests {
     }
 
     #[test]
-    fn a_scheme_that_is_no_origin_says_so() {
+    fn an_unknown_scheme_is_refused() {
         let error = Reference::parse("ftp://x/y").expect_err("no such scheme");
-        assert!(error.message().contains("no origin is called"), "{error}");
+        assert!(error.message().contains("unknown scheme"), "{error}");
     }
 
     #[test]
-    fn folders_are_absolute_and_do_not_climb() {
+    fn folders_are_absolute_and_have_no_parent_segments() {
         assert_eq!(
             Reference::parse("file:///models//a/./b/").expect("parses").target,
             Target::Folder("/models/a/b".into())
@@ -335,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn climbing_or_odd_repositories_and_revisions_are_refused() {
+    fn invalid_repositories_and_revisions_are_refused() {
         for bad in [
             "hf://",
             "hf://../x",

@@ -1,7 +1,7 @@
 //! References to an OCI registry: `oci://registry[:port]/repository:tag`, `oci://…@sha256:<hex>`.
 //!
-//! Read as docker reads them: without a tag it is `latest`; where both a tag and a digest are given the digest counts.
-//! Nothing is decoded, for no part has a character that would need it.
+//! Parsed as docker does: the default tag is `latest`, and a digest overrides a tag. Nothing is percent-decoded,
+//! because no part may contain a character that needs encoding.
 
 use super::{Reference, Target};
 use crate::digest::Digest;
@@ -10,7 +10,7 @@ use crate::key::{ArtifactKey, ArtifactName, Version};
 use crate::redact;
 use std::fmt;
 
-/// What docker calls its own registry, and the names that mean the same.
+/// The name of Docker Hub in references, and its aliases.
 const DOCKER_HUB: &str = "docker.io";
 const DOCKER_HUB_NAMES: [&str; 2] = ["index.docker.io", "registry-1.docker.io"];
 /// Longest tag (<https://github.com/opencontainers/distribution-spec/blob/main/spec.md#pulling-manifests>).
@@ -19,15 +19,15 @@ const TAG_BYTES_MAX: usize = 128;
 /// A repository in a registry, at a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct OciRepo {
-    /// Host and, where given, port of the registry, in small letters.
+    /// Host and optional port of the registry, in lower case.
     pub registry: String,
     /// The repository: one or more segments.
     pub repository: String,
-    /// Which manifest.
+    /// The manifest.
     pub at: OciAt,
 }
 
-/// How a manifest is chosen.
+/// The selector of a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum OciAt {
     /// By a tag, which may move.
@@ -37,25 +37,25 @@ pub enum OciAt {
 }
 
 impl OciRepo {
-    /// The artifact's name: `oci/`, the registry, the repository.
+    /// Returns the artifact name: `oci/`, the registry, the repository.
     pub fn name(&self) -> Result<ArtifactName> {
         ArtifactName::from_uri("oci", [self.registry.as_str()].into_iter().chain(self.repository.split('/')))
     }
 
-    /// The key of the manifest with `digest`.
+    /// Returns the key of the manifest with `digest`.
     pub fn key_at(&self, digest: &Digest) -> Result<ArtifactKey> {
         Ok(ArtifactKey::new(self.name()?, Version::new(&format!("sha256:{digest}"))?))
     }
 }
 
-/// As it is typed.
+/// Formats as a reference.
 impl fmt::Display for OciRepo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "oci://{}/{}{}", self.registry, self.repository, self.at)
     }
 }
 
-/// As it stands after a repository: `:tag`, `@sha256:<hex>`.
+/// Formats as the suffix of a repository: `:tag`, `@sha256:<hex>`.
 impl fmt::Display for OciAt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -65,7 +65,7 @@ impl fmt::Display for OciAt {
     }
 }
 
-/// `registry[:port]/repository[:tag][@sha256:hex]`.
+/// Parses the text after `oci://`: `registry[:port]/repository[:tag][@sha256:hex]`.
 pub(super) fn parse(rest: &str) -> Result<Reference> {
     let refuse = |why: &str| {
         Error::invalid(format!("{}: {why}", redact::reference(&format!("oci://{rest}"))))
@@ -73,11 +73,11 @@ pub(super) fn parse(rest: &str) -> Result<Reference> {
     };
     let (registry, path) = rest.split_once('/').ok_or_else(|| refuse("it names no repository"))?;
     if registry.contains('@') {
-        // Not repeated: what stands before the @ may be a password.
+        // The text is not quoted, because a password may precede the `@`.
         return Err(Error::invalid("an oci:// reference carries credentials")
-            .hint("leave them out; `docker login REGISTRY` keeps them where they are found"));
+            .hint("leave them out; modelcache uses the credentials that `docker login REGISTRY` stores"));
     }
-    let registry = checked_registry(registry).ok_or_else(|| refuse("the registry is no host"))?;
+    let registry = checked_registry(registry).ok_or_else(|| refuse("the registry is not a valid host"))?;
     let (path, digest) = match path.split_once('@') {
         Some((path, digest)) => (path, Some(parse_digest(digest)?)),
         None => (path, None),
@@ -88,7 +88,7 @@ pub(super) fn parse(rest: &str) -> Result<Reference> {
         _ => repository.to_owned(),
     };
     if !repository.split('/').all(is_repository_segment) {
-        return Err(refuse("no repository can be called that; its name has small letters, digits and . _ - in it"));
+        return Err(refuse("not a valid repository name: only lower-case letters, digits and . _ - are allowed"));
     }
     let tag = checked_tag(tag)?;
     let repo = OciRepo { registry, repository, at: digest.map_or(OciAt::Tag(tag), OciAt::Digest) };
@@ -96,24 +96,25 @@ pub(super) fn parse(rest: &str) -> Result<Reference> {
     Ok(Reference { target: Target::Oci(repo), file: None, digest: None })
 }
 
-/// A revision as `--revision` gives it: a tag, or `sha256:<hex>`.
+/// Parses the argument of `--revision`: a tag, or `sha256:<hex>`.
 pub(super) fn at(text: &str) -> Result<OciAt> {
     if text.contains(':') { parse_digest(text).map(OciAt::Digest) } else { checked_tag(text).map(OciAt::Tag) }
 }
 
-/// `sha256:<64 hex digits>`; other algorithms are named and refused.
+/// Parses `sha256:<64 hex digits>`. Other algorithms are refused.
 pub(crate) fn parse_digest(text: &str) -> Result<Digest> {
     match text.split_once(':') {
         Some(("sha256", hex)) => {
             hex.parse().map_err(|error: Error| error.hint("copy the whole digest: sha256: and 64 hex digits"))
         }
-        Some((algorithm, _)) => Err(Error::invalid(format!("digests of {algorithm:?} are not understood"))
-            .hint("only sha256 is; push the artifact again with sha256 digests, which is what tools do by default")),
-        None => Err(Error::invalid(format!("{text:?} is no digest")).hint("write sha256: and 64 hex digits")),
+        Some((algorithm, _)) => Err(Error::invalid(format!("the digest algorithm {algorithm:?} is not supported"))
+            .hint("only sha256 is; push the artifact again with sha256 digests, the default of most tools")),
+        None => Err(Error::invalid(format!("{text:?} is not a digest")).hint("write sha256: and 64 hex digits")),
     }
 }
 
-/// Host and port in small letters, if that is what it is. The Hub of docker has one name for all of its.
+/// Returns host and port in lower case, or `None` if `text` is not a valid host. The aliases of Docker Hub become
+/// `docker.io`.
 pub(crate) fn checked_registry(text: &str) -> Option<String> {
     let text = text.to_ascii_lowercase();
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '[' | ']');
@@ -124,7 +125,7 @@ pub(crate) fn checked_registry(text: &str) -> Option<String> {
     Some(if DOCKER_HUB_NAMES.contains(&text.as_str()) { DOCKER_HUB.into() } else { text })
 }
 
-/// Small letters and digits, with separators between them.
+/// Returns true if the segment has lower-case letters and digits, with separators between them.
 fn is_repository_segment(segment: &str) -> bool {
     let letter = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     let ends = |byte: Option<u8>| byte.is_some_and(letter);
@@ -132,13 +133,14 @@ fn is_repository_segment(segment: &str) -> bool {
     ends(segment.bytes().next()) && ends(segment.bytes().last()) && segment.bytes().all(plain)
 }
 
+/// Checks a tag.
 fn checked_tag(tag: &str) -> Result<String> {
     let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
     let plain = |byte: u8| word(byte) || matches!(byte, b'.' | b'-');
     let good = tag.len() <= TAG_BYTES_MAX && tag.bytes().next().is_some_and(word) && tag.bytes().all(plain);
     if !good {
-        return Err(Error::invalid(format!("no tag can be called {tag:?}"))
-            .hint("a tag has letters, digits and . _ - in it, at most 128"));
+        return Err(Error::invalid(format!("{tag:?} is not a valid tag"))
+            .hint("a tag has at most 128 letters, digits and . _ -"));
     }
     Ok(tag.to_owned())
 }
@@ -169,7 +171,7 @@ mod tests {
             ("oci://index.docker.io/a/b:1".into(), "oci://docker.io/a/b:1".into()),
         ] {
             assert_eq!(repo(&text).to_string(), printed);
-            assert_eq!(repo(&printed), repo(&text), "what is printed means the same");
+            assert_eq!(repo(&printed), repo(&text), "the printed form parses to the same reference");
         }
     }
 
@@ -185,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_registry_would_serve_is_refused() {
+    fn invalid_references_are_refused() {
         for bad in [
             "oci://",
             "oci://r",

@@ -1,10 +1,10 @@
 //! References to one file on a web server: `https://host/path/file[@version]`.
 //!
-//! The last `@` after the final `/` splits off the version; an `@` that belongs to the file's name is written `%40`. The
-//! name keeps scheme, host and port, and every segment of the path.
+//! The last `@` after the final `/` precedes the version; an `@` in the file name is written `%40`. The artifact name
+//! has scheme, host, port, and every segment of the path.
 //!
-//! Surprise: an address with a query is refused. What stands there is often a signature, which would end up in names,
-//! listings and logs, and be another tomorrow.
+//! A URL with a query is refused. A query is often a signature, which would become a part of names, listings and logs,
+//! and which changes over time.
 
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
@@ -13,28 +13,28 @@ use percent_encoding::percent_decode_str;
 use std::fmt;
 use url::Url;
 
-/// How to write one.
+/// The hint for an invalid reference.
 const FORM: &str = "write https://host/path/file or https://host/path/file@version";
 
 /// One file on a web server.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct WebFile {
-    /// Its address: without user, password, query and fragment.
+    /// The URL, without user, password, query and fragment.
     pub url: Url,
-    /// The version that it was given; without one, the server's validator decides.
+    /// The version in the reference; without one, the version is derived from the server's validator.
     pub version: Option<Version>,
 }
 
-/// What a version begins with that the server's own marks gave: its entity tag, its date and size, the bytes themselves.
+/// The prefixes of derived versions: from the entity tag, from date and size, or from the digest of the bytes.
 const DERIVED: [&str; 3] = ["etag-", "modified-", "sha256-"];
 
-/// Whether a version was made from what the server said, not given by the caller.
+/// Returns true if a version was derived from the server's response, not chosen by the caller.
 pub(crate) fn is_derived(version: &Version) -> bool {
     DERIVED.iter().any(|prefix| version.as_str().starts_with(prefix))
 }
 
 impl WebFile {
-    /// The artifact's name: scheme, host with its port, path.
+    /// Returns the artifact name: scheme, host and port, path.
     pub fn name(&self) -> Result<ArtifactName> {
         let host = self.url.host_str().unwrap_or_default();
         let server = self.url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"));
@@ -42,18 +42,18 @@ impl WebFile {
         ArtifactName::from_uri(self.url.scheme(), parts.iter().map(String::as_str))
     }
 
-    /// The path of the file within its artifact: the last segment. Of an encoded slash in it, what follows.
+    /// Returns the path of the file within its artifact: the last segment, or the part of it after an encoded slash.
     pub fn path(&self) -> Result<FilePath> {
         let last = self.segments()?.pop().unwrap_or_default();
         FilePath::new(last.rsplit('/').next().unwrap_or_default())
     }
 
-    /// The key of this file at `version`.
+    /// Returns the key of this file at `version`.
     pub fn key_at(&self, version: Version) -> Result<ArtifactKey> {
         Ok(ArtifactKey::new(self.name()?, version))
     }
 
-    /// The segments of its path, decoded.
+    /// Returns the decoded segments of the path.
     fn segments(&self) -> Result<Vec<String>> {
         let decoded = |segment: &str| {
             let text = percent_decode_str(segment).decode_utf8();
@@ -63,7 +63,7 @@ impl WebFile {
     }
 }
 
-/// As it is typed.
+/// Formats as a reference.
 impl fmt::Display for WebFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.url.as_str())?;
@@ -71,23 +71,24 @@ impl fmt::Display for WebFile {
     }
 }
 
-/// `host/path/file[@version]` after `https://` or `http://`.
+/// Parses the text after `https://` or `http://`: `host/path/file[@version]`.
 pub(super) fn parse(scheme: &str, rest: &str) -> Result<WebFile> {
     let (server, path) = rest.split_once('/').unwrap_or((rest, ""));
-    // With more slashes a reader of addresses takes what follows for the server, user and password included.
+    // URL parsers skip extra slashes and would take the next segment, with user and password, as the server.
     if server.is_empty() {
-        return Err(Error::invalid(format!("a {scheme}:// address without a server")).hint(FORM));
+        return Err(Error::invalid(format!("a {scheme}:// URL without a server")).hint(FORM));
     }
-    // Nothing is repeated before it is known to carry no password and no signature.
+    // Until the text is known to have no password and no signature, no message quotes it.
     if server.contains('@') {
-        return Err(Error::invalid(format!("a {scheme}:// address with user or password in it")).hint(
-            "leave them out: they are taken from the netrc (~/.netrc) or from [credentials] in the configuration file",
+        return Err(Error::invalid(format!("a {scheme}:// URL with user or password")).hint(
+            "leave them out: credentials are read from the netrc (~/.netrc) or from [credentials] in the configuration \
+             file",
         ));
     }
     if rest.contains('?') {
-        return Err(Error::invalid(format!("a {scheme}:// address with a query (from '?' on)")).hint(
-            "use the address without it, with credentials in the netrc or the configuration file; \
-             or fetch it yourself and `modelcache put NAME@VERSION FILE`",
+        return Err(Error::invalid(format!("a {scheme}:// URL with a query (from '?' on)")).hint(
+            "leave the query out, and put credentials into the netrc or the configuration file; \
+             or download the file, and publish it with `modelcache put NAME@VERSION FILE`",
         ));
     }
     let refuse =
@@ -97,7 +98,7 @@ pub(super) fn parse(scheme: &str, rest: &str) -> Result<WebFile> {
     }
     let dots = |segment: &str| matches!(segment.to_ascii_lowercase().replace("%2e", ".").as_str(), "." | "..");
     if path.split('/').any(dots) {
-        return Err(refuse("the path climbs"));
+        return Err(refuse("the path contains '.' or '..'"));
     }
     let (folder, file) = path.split_at(path.rfind('/').map_or(0, |at| at + 1));
     let (file, version) = match file.rsplit_once('@') {
@@ -105,10 +106,10 @@ pub(super) fn parse(scheme: &str, rest: &str) -> Result<WebFile> {
         None => (file, None),
     };
     if file.is_empty() {
-        return Err(refuse("names no file"));
+        return Err(refuse("the URL has no file name"));
     }
     let url = Url::parse(&format!("{scheme}://{server}/{folder}{file}"))
-        .map_err(|cause| refuse("is no address").cause(cause))?;
+        .map_err(|cause| refuse("not a valid URL").cause(cause))?;
     let file = WebFile { url, version };
     file.name()?;
     file.path()?;
@@ -146,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn distinct_addresses_have_distinct_names() {
+    fn distinct_urls_have_distinct_names() {
         let names: std::collections::BTreeSet<_> = [
             "https://h/a/b",
             "http://h/a/b",
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_that_climb_confuse_or_carry_secrets_are_refused_without_repeating_them() {
+    fn invalid_urls_and_urls_with_secrets_are_refused_without_quoting_them() {
         for bad in [
             "https://",
             "https://h",

@@ -171,6 +171,7 @@ impl HttpService for ObjectStoreHttp {
             return Err(HttpError::new(HttpErrorKind::Unknown, refusal(parts.status.as_u16(), &parts.headers, &body)));
         }
         let body = if listing {
+            check_listing(&String::from_utf8_lossy(&body)).map_err(failed)?;
             let (kept, left_out) = without_odd_keys(&String::from_utf8_lossy(&body));
             parts.extensions.insert(LeftOut(left_out));
             HttpResponseBody::from(kept)
@@ -225,6 +226,16 @@ fn unescape_xml(text: &str) -> String {
     }
     plain.push_str(rest);
     plain
+}
+
+/// Refuses a page that is truncated and names no next page: `object_store` would take it for the last one.
+fn check_listing(xml: &str) -> Result<()> {
+    let is_true = |name: &str| element(xml, name).is_some_and(|text| text.trim() == "true");
+    let names_next = element(xml, "NextContinuationToken").is_some_and(|token| !token.is_empty());
+    match is_true("IsTruncated") && !names_next {
+        true => Err(Error::corrupt("the server's listing is incomplete: a truncated page names no next page")),
+        false => Ok(()),
+    }
 }
 
 /// Removes the keys that `object_store` cannot represent and folder markers (`a/`) from a listing. Returns the listing
@@ -292,5 +303,18 @@ mod tests {
         assert_eq!(kept, page(&good));
         assert_eq!(left_out, ["/a", "a\u{1}b", "a/", "a/../b", "a//b"]);
         assert_eq!(without_odd_keys("<x>"), ("<x>".to_owned(), Vec::new()));
+    }
+
+    #[test]
+    fn a_truncated_page_must_name_the_next_one() {
+        let page = |inner: &str| format!("<ListBucketResult>{inner}</ListBucketResult>");
+        let next = "<NextContinuationToken>t</NextContinuationToken>";
+        for whole in ["", "<IsTruncated>false</IsTruncated>", &format!("<IsTruncated>true</IsTruncated>{next}")] {
+            check_listing(&page(whole)).expect("complete");
+        }
+        for cut in ["", "<NextContinuationToken></NextContinuationToken>"] {
+            let error = check_listing(&page(&format!("<IsTruncated>true</IsTruncated>{cut}"))).expect_err("incomplete");
+            assert_eq!(error.kind(), crate::error::ErrorKind::Corrupt);
+        }
     }
 }

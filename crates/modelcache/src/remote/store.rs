@@ -18,6 +18,7 @@ use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::limits;
 use crate::manifest::ObjectIdentity;
+use crate::reference::is_bucket_name;
 use crate::transfer::{BodyLimits, Paging, Retry, StallDetector, read_body};
 use bytes::Bytes;
 use futures::stream::BoxStream;
@@ -130,6 +131,9 @@ impl Store {
     }
 
     fn open_bucket(config: &RemoteConfig, bucket: &str, prefix: &str, options: &Options, retry: Retry) -> Result<Self> {
+        if !is_bucket_name(bucket) {
+            return Err(Error::invalid("the address names no bucket").tier(Tier::Remote));
+        }
         let profiles = Profiles::load(&config.environment);
         let settings = S3Settings::gather(options, &config.environment, &profiles)?;
         let connector = Connector::new(&settings, options, retry.read_timeout())?;
@@ -423,6 +427,11 @@ impl Store {
     /// has one.
     pub(super) async fn read(&self, key: &Path, range: Range<u64>, wanted: &ObjectIdentity) -> Result<ReadBody> {
         let etag = wanted.etag.as_deref();
+        // It comes from a manifest or a listing. `object_store` panics if it cannot be sent.
+        if etag.is_some_and(|etag| http::HeaderValue::from_str(etag).is_err()) {
+            return Err(Error::corrupt(format!("the ETag recorded for {key} has characters that no ETag can have"))
+                .tier(Tier::Remote));
+        }
         let doing = format!("cannot read {key}");
         let options = |ranged: bool| GetOptions {
             range: ranged.then(|| GetRange::Bounded(range.clone())),

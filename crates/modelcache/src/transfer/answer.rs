@@ -158,12 +158,14 @@ impl StallDetector {
 /// than the stated range.
 ///
 /// # Errors
-/// `Corrupt` for an encoded body, and for a `Content-Length` above the length of the `Content-Range`.
+/// `Corrupt` for an encoded or compressed body, and for a `Content-Length` above the length of the `Content-Range`.
 pub(crate) fn check_headers(status: StatusCode, headers: &HeaderMap) -> Result<()> {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     // Some object stores return the framing of an upload (`aws-chunked`) as if it were an encoding of the object.
-    let is_encoding = |encoding: &&str| !matches!(*encoding, "" | "identity" | "aws-chunked");
-    let encodings = headers.get_all("content-encoding").into_iter();
+    let is_encoding = |encoding: &&str| !matches!(*encoding, "" | "identity" | "aws-chunked" | "chunked");
+    // A compressed `Transfer-Encoding` changes the bytes as well. The HTTP client undoes only `chunked`.
+    let transfer = headers.get_all("transfer-encoding").into_iter();
+    let encodings = headers.get_all("content-encoding").into_iter().chain(transfer);
     let encodings = encodings.flat_map(|value| value.to_str().unwrap_or("unreadable").split(','));
     if let Some(encoding) = encodings.map(str::trim).find(is_encoding) {
         return Err(Error::corrupt(format!("the server encodes the file ({encoding:?}) against the request")).hint(

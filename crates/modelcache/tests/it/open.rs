@@ -241,7 +241,7 @@ async fn a_wrong_ladder_is_detected_and_never_mixes_two_files() {
     weather.proxy.let_through(WIDE);
     let error = soon(early.wait(last())).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
-    assert!(error.to_string().contains("filled anew"), "{error}");
+    assert!(error.to_string().contains("downloaded again"), "{error}");
     read(&late, &CONTENT, 0..SIZE).await;
     let error = soon(early.wait(0..1)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "also after the file is published: {error}");

@@ -123,8 +123,10 @@ async fn an_ambiguous_403_is_a_miss_and_publishing_still_protects_existing_objec
     assert!(exists(&remote).await.expect("there"));
     s3.put(BUCKET, "some/prefix/n/1/a", modelcache_testkit::Content::generated(1, 9)).expect("puts");
     let tree = Tree::new("n@1", &[("a", 5)]);
-    let error =
-        remote.publish(&tree.manifest, &tree.local_files(), Default::default(), &progress).await.expect_err("unmanaged");
+    let error = remote
+        .publish(&tree.manifest, &tree.local_files(), Default::default(), &progress)
+        .await
+        .expect_err("unmanaged");
     assert_eq!(error.kind(), ErrorKind::Conflict);
     assert_eq!(remote.list().await.expect_err("no right").kind(), ErrorKind::Unauthorized);
 }

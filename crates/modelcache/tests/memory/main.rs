@@ -139,7 +139,7 @@ fn a_refusal_names_the_part_that_is_too_large() {
     refused(&list("", &format!(",{}", many(|number| format!("\"{number:x}\":0")))), "more than 64");
     refused(&list(&" ".repeat(BYTES), ""), "is too large for its 0 files");
     refused(&list("\"a\":{\"size\":0},\"a\":{\"size\":0}", ""), "lists a twice");
-    refused(&list("\"a\":{\"size\":0,\"size\":0}", ""), "a: the field size stands there twice");
+    refused(&list("\"a\":{\"size\":0,\"size\":0}", ""), "a: duplicate field size");
     let tiny = many(|number| format!("\"{number:x}\":{{\"size\":0,\"format\":\"\"}}"));
     refused(&list(&tiny, ""), "would take more than 3 times that in memory");
     let files: Vec<String> = (0..=limits::FILES_MAX).map(|number| format!("\"{number:x}\":{{\"size\":0}}")).collect();

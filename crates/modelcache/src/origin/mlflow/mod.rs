@@ -18,7 +18,7 @@ use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
 use crate::printable;
-use crate::reference::{MlflowModel, MlflowVersion};
+use crate::reference::{MlflowModel, MlflowVersion, is_bucket_name};
 use crate::remote::PrefixSource;
 use crate::source::{Body, Source};
 use api::{ARTIFACTS, MlflowServer, authority};
@@ -176,7 +176,7 @@ impl MlflowSource {
     fn bucket(&self, uri: &str, rest: &str) -> Result<PrefixSource> {
         let (bucket, prefix) =
             rest.trim_start_matches('/').split_once('/').unwrap_or((rest.trim_start_matches('/'), ""));
-        if bucket.is_empty() || prefix.trim_matches('/').is_empty() {
+        if !is_bucket_name(bucket) || prefix.trim_matches('/').is_empty() {
             return Err(Error::corrupt(format!("the model's files are at {uri:?}, which names no prefix of a bucket")));
         }
         let environment = self.mlflow.config.environment.clone();

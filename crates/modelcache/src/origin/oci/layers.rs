@@ -97,7 +97,7 @@ impl Descriptor {
     /// Parses the digest, which must be SHA-256.
     fn digest(&self) -> Result<Digest> {
         parse_digest(&self.digest).map_err(|error| {
-            Error::new(ErrorKind::Other, format!("the manifest lists {:?}: {}", self.digest, error.message()))
+            Error::corrupt(format!("the manifest lists {:?}: {}", self.digest, error.message()))
                 .hint(error.hint_text().unwrap_or_default())
         })
     }
