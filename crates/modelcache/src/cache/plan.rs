@@ -1,11 +1,11 @@
-//! Planning: what the artifact consists of, what disk lacks of it, and which source gives each file.
+//! Planning of a fill: the manifests of all tiers are merged into one list of files, and each file gets its sources.
 //!
-//! The one place where it is decided what a failing tier means. *Not there* goes on to the next. *Unavailable*, after
-//! retries inside the tier, goes on too, unless configured to fail; the failure is kept, and is what the caller gets to
-//! see if nobody else has the artifact. Where the remote contradicts the origin, the origin wins and the remote is left
-//! alone.
+//! This module decides how a failing tier affects the get. If a tier does not have the artifact, the next one is used.
+//! If a tier is unavailable after its retries, the next one is used as well, unless `on_remote_down` requires the get
+//! to fail; the error is kept, and reported if no other tier has the artifact. If the remote contradicts the origin,
+//! the origin takes precedence, and the remote is neither read nor written.
 //!
-//! Also decided here, and nowhere else: whose ladder is trusted before the whole file is proven.
+//! It also decides which ladders are trusted before the whole file is verified ([`read_gate`]).
 
 use super::pointer::TagRecord;
 use super::resolve::{FetchRequest, LookupPolicy};
@@ -25,30 +25,32 @@ use crate::transfer::{ReadGate, blocking};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Names shown when a pattern matches nothing.
+/// Number of file names in a message.
 const NAMES_SHOWN: usize = 8;
 
-/// What a fill will do.
+/// The plan of a fill: which files it has to provide, and from which sources.
 #[derive(Debug)]
 pub(super) struct FillPlan {
-    /// All files, with everything known of them.
+    /// All files of the artifact, merged from all manifests.
     pub(super) listing: Manifest,
-    /// The files wanted.
+    /// The selected files.
     pub(super) selected: Vec<(FilePath, FileEntry)>,
-    /// What the remote holds, if it could be asked and agrees.
+    /// The manifest on the remote, if it could be read and does not contradict the origin.
     pub(super) remote: Option<Manifest>,
-    /// The remote failed or contradicts the origin: neither read nor written in this fill.
+    /// True if the remote failed or contradicts the origin, or if there is none to use. The fill neither reads nor
+    /// writes it.
     pub(super) remote_unusable: bool,
     policy: LookupPolicy,
-    /// It does not answer now; what it lacks may be written later.
+    /// True if the remote is unreachable at present. A later run can upload the files that it lacks.
     pub(super) remote_down: bool,
-    /// The remote's files are another tool's: read as they were listed, never written.
+    /// True if the files on the remote are unmanaged objects. They are read if they are still those that were listed,
+    /// and never written.
     pub(super) remote_unmanaged: bool,
     sources: BTreeMap<FilePath, Vec<Arc<dyn Source>>>,
     read_gates: BTreeMap<FilePath, ReadGate>,
 }
 
-/// What the tiers said.
+/// The manifests of one artifact by tier, and the errors of the tiers that failed.
 #[derive(Default)]
 pub(super) struct TierManifests {
     disk: Option<Manifest>,
@@ -56,14 +58,17 @@ pub(super) struct TierManifests {
     remote: Option<(Arc<dyn Source>, Manifest)>,
     remote_unmanaged: bool,
     origin: Option<Manifest>,
-    /// Whether the origin was asked, whatever it answered.
+    /// True if the origin was contacted, even if it failed or does not have the artifact.
     origin_asked: bool,
     remote_failure: Option<Error>,
     origin_failure: Option<Error>,
 }
 
 impl FillPlan {
-    /// The sources of one file, best first.
+    /// Returns the sources of one file, best first.
+    ///
+    /// # Errors
+    /// `NotFound` if the file is in the manifest, but no usable tier has its bytes.
     pub(super) fn sources_of(&self, path: &FilePath) -> Result<Vec<Arc<dyn Source>>> {
         let sources = self.sources.get(path).cloned().unwrap_or_default();
         if sources.is_empty() {
@@ -78,25 +83,29 @@ impl FillPlan {
         Ok(sources)
     }
 
-    /// When the bytes of one file may be read while it is filled.
+    /// Returns when the bytes of one file may be read during the fill.
     pub(super) fn read_gate(&self, path: &FilePath) -> ReadGate {
         self.read_gates.get(path).copied().unwrap_or(ReadGate::Published)
     }
 
-    /// The one file that is wanted.
+    /// Returns the only selected file.
     ///
     /// # Errors
-    /// `Invalid` where there are several, or none.
+    /// `Invalid` if several files are selected; `NotFound` if none is.
     pub(super) fn only_file(&self) -> Result<FilePath> {
         only_file(self.selected.iter().map(|(path, _)| path))
     }
 }
 
 impl Cache {
-    /// What [`get`](Self::get) would do; fetches lists only.
+    /// Returns which files [`get`](Self::get) would lease, and from which tier each would come. Reads only manifests
+    /// and file lists.
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get), if the error occurs before the download starts.
     pub async fn plan(&self, reference: &Reference, options: &GetOptions) -> Result<GetPlan> {
         let progress = Progress::new();
-        // Whoever only looks writes nothing for others to see.
+        // A call that fetches nothing does not write the origin's answer to the remote.
         let policy = LookupPolicy { share_answers: false, ..self.policy(options) };
         let request = self
             .resolve_with(reference, options, policy, &progress)
@@ -119,19 +128,23 @@ impl Cache {
         Ok(GetPlan { key: request.key, files: files.collect() })
     }
 
-    /// Step 4 of the main path.
+    /// Step 4 of the main path: plans a fill.
     pub(super) async fn plan_fill(&self, request: &FetchRequest, progress: &Progress) -> Result<FillPlan> {
         let _phase = progress.enter(Phase::Plan, 0);
+        // 4a: read the manifests, and merge them into one list of files.
         let mut tier_manifests = self.tier_manifests(request).await?;
         let mut listing = self.merge(request, &mut tier_manifests)?;
+        // 4b: check digests before any download. Those that are unknown yet are checked after it.
         request.check_demanded_digest(&listing)?;
         self.complete_digests(request, &mut listing).await?;
+        // 4c: select the files.
         let selected: Vec<_> =
             listing.selected(&request.selection).map(|(path, entry)| (path.clone(), entry.clone())).collect();
         if selected.is_empty() && !listing.files.is_empty() {
             return Err(nothing_selected(request, &listing));
         }
         self.require_checksums(request, &listing)?;
+        // 4d: find the sources of each file, and when it may be read.
         let local = self.local_sources(request, &selected).await?;
         let sources = selected
             .iter()
@@ -141,6 +154,8 @@ impl Cache {
             (path.clone(), read_gate(path, entry, &tier_manifests, request, &listing))
         };
         let read_gates = selected.iter().map(read_gate).collect();
+        // After `selected` was copied: this fill may use ladders of other tiers, but only ladders from this disk are
+        // recorded in its manifest.
         keep_own_ladders(&mut listing, tier_manifests.disk.as_ref());
         let remote_unusable = tier_manifests.remote_failure.is_some() || self.remote_within(request.max_tier).is_none();
         let is_down = |error: &Error| error.kind() == ErrorKind::Unavailable;
@@ -158,7 +173,8 @@ impl Cache {
         })
     }
 
-    /// Asks disk, the remote, and the origin only if those two do not hold all that is wanted.
+    /// Reads the manifests on disk, in the lower directory and on the remote. Contacts the origin only if these tiers
+    /// together do not hold all selected files.
     pub(super) async fn tier_manifests(&self, request: &FetchRequest) -> Result<TierManifests> {
         let (disk, key) = (self.0.disk.clone(), request.key.clone());
         let mut tier_manifests =
@@ -174,7 +190,7 @@ impl Cache {
                     tier_manifests.remote_unmanaged = source.is_unmanaged();
                     tier_manifests.remote = manifest.map(|manifest| (source as Arc<dyn Source>, manifest));
                 }
-                Err(error) => tier_manifests.remote_failure = Some(self.remote_failed(error)?),
+                Err(error) => tier_manifests.remote_failure = Some(self.tolerate_remote_failure(error)?),
             }
         }
         if let Some(origin) = request.origin.as_ref().filter(|_| !tier_manifests.satisfies(request)) {
@@ -190,8 +206,11 @@ impl Cache {
         Ok(tier_manifests)
     }
 
-    /// Refuses files of which nobody states a checksum, where that is configured. A caller who demands a digest states
-    /// one.
+    /// Fails if `require_checksum` is configured and a selected file has no published checksum. A digest that the
+    /// caller demands counts as one.
+    ///
+    /// # Errors
+    /// `Corrupt`, with the names of the files.
     pub(super) fn require_checksums(&self, request: &FetchRequest, listing: &Manifest) -> Result<()> {
         if !self.0.config.require_checksum || request.digest.is_some() {
             return Ok(());
@@ -202,12 +221,13 @@ impl Cache {
             return Ok(());
         }
         let (files, names) = (unstated.len(), remote::some(&unstated));
-        Err(Error::corrupt(format!("nobody states a checksum of {files} of its files ({names}), and one is required"))
-            .hint(format!("{}; MODEL_CACHE_REQUIRE_CHECKSUM=0 takes them as they come", remote::REMEDY)))
+        Err(Error::corrupt(format!("no checksum available for {files} of its files ({names}), and one is required"))
+            .hint(format!("{}; MODEL_CACHE_REQUIRE_CHECKSUM=0 accepts files without one", remote::REMEDY)))
     }
 
-    /// What it means that the remote could not be asked: go on, or fail.
-    pub(super) fn remote_failed(&self, error: Error) -> Result<Error> {
+    /// Returns the error if the get can continue without the remote. Fails with it if the remote is misconfigured, or
+    /// if `on_remote_down` requires the get to fail.
+    pub(super) fn tolerate_remote_failure(&self, error: Error) -> Result<Error> {
         let error = error.tier(Tier::Remote);
         if error.kind() == ErrorKind::Invalid || self.0.config.on_remote_down == OnRemoteDown::Fail {
             return Err(error);
@@ -215,8 +235,14 @@ impl Cache {
         Ok(error)
     }
 
-    /// One list out of what the tiers said, or the reason why there is none.
+    /// Merges the manifests into one list of files. If the remote contradicts the others, removes it from
+    /// `tier_manifests` and records the failure.
+    ///
+    /// # Errors
+    /// `Corrupt` if the disk contradicts the origin; `Conflict` if unmanaged objects changed; `NotFound`, or the error
+    /// of a tier that failed, if there is no manifest at all.
     pub(super) fn merge(&self, request: &FetchRequest, tier_manifests: &mut TierManifests) -> Result<Manifest> {
+        // The disk is checked against the origin. A contradiction is never resolved silently.
         let local = match (tier_manifests.disk.clone(), tier_manifests.origin.as_ref()) {
             (Some(mut disk), Some(origin)) => {
                 disk.learn(origin).map_err(|error| digest_alerts::disk_contradicts_origin(&request.key, &error))?;
@@ -224,6 +250,7 @@ impl Cache {
             }
             (disk, origin) => disk.or_else(|| origin.cloned()),
         };
+        // The lower directory only adds to that. Its contradictions are ignored.
         let local = match (local, &tier_manifests.lower) {
             (Some(mut listing), Some(lower)) => {
                 if let Err(error) = listing.learn(lower) {
@@ -234,17 +261,20 @@ impl Cache {
             (local, lower) => local.or_else(|| lower.clone()),
         };
         let remote = tier_manifests.remote.as_ref().map(|(_, manifest)| manifest.clone().without_holdings());
+        // The version must have the content that was tagged. Otherwise report it, and use the present content.
         if let (Some(tag_record), Some(there)) =
             (&request.tag_record, remote.as_ref().and_then(Manifest::content_digest))
             && let Some(sha256) = tag_record.sha256.filter(|sha256| *sha256 != there)
         {
             digest_alerts::retagged(&request.key, &tag_record.tag, sha256, there);
         }
+        // The remote must agree with the disk and the origin. Otherwise it is not used.
         match (local, remote) {
             (Some(mut listing), Some(remote)) => {
                 if let Err(error) = listing.learn(&remote) {
+                    // No origin decides whether the local files or the unmanaged objects are the right ones.
                     if tier_manifests.remote_unmanaged && request.origin.is_none() {
-                        return Err(replaced(request, &error));
+                        return Err(unmanaged_objects_changed(request, &error));
                     }
                     digest_alerts::remote_contradicts(&request.key, &error);
                     tier_manifests.remote = None;
@@ -258,12 +288,14 @@ impl Cache {
                 }
                 Ok(listing.without_holdings())
             }
-            (None, None) => Err(self.nowhere(request, tier_manifests)),
+            (None, None) => Err(self.not_found_error(request, tier_manifests)),
         }
     }
 
-    /// Nobody has it: the failure that explains most, else plain absence.
-    fn nowhere(&self, request: &FetchRequest, tier_manifests: &mut TierManifests) -> Error {
+    /// Returns the error if no tier has the artifact: the failure of a tier if there was one, otherwise `NotFound` with
+    /// the tiers that were consulted.
+    fn not_found_error(&self, request: &FetchRequest, tier_manifests: &mut TierManifests) -> Error {
+        // A tier that failed may have the artifact, so its error explains more than the absence elsewhere.
         let failures = [tier_manifests.origin_failure.take(), tier_manifests.remote_failure.take()];
         let (absent, failed): (Vec<_>, Vec<_>) =
             failures.into_iter().flatten().partition(|error| error.kind() == ErrorKind::NotFound);
@@ -286,12 +318,12 @@ impl Cache {
                 "check the commit; hf://org/model without @revision is main"
             }
             (_, Some(_)) if !bare => "check the reference",
-            (None, Some(_)) => "check name and version, and what MODEL_CACHE_ORIGIN makes of them",
+            (None, Some(_)) => "check name and version, and the URI that MODEL_CACHE_ORIGIN builds from them",
             (Some(_), Some(_)) => {
-                "check name and version, and what MODEL_CACHE_ORIGIN makes of them; `modelcache ls --remote` lists what is published"
+                "check name and version, and the URI that MODEL_CACHE_ORIGIN builds from them; `modelcache ls --remote` lists published artifacts"
             }
             (Some(_), None) => {
-                "check name and version; `modelcache ls --remote` lists what is published, MODEL_CACHE_ORIGIN says where else to look"
+                "check name and version; `modelcache ls --remote` lists published artifacts, and MODEL_CACHE_ORIGIN configures an origin for bare names"
             }
         };
         let asked = asked.join(", nor on ");
@@ -310,7 +342,7 @@ impl Cache {
         }
     }
 
-    /// What our own directory and the lower one have of the files, for what cannot be linked.
+    /// Returns the local and the lower directory as sources. They supply files that cannot be linked into the artifact.
     async fn local_sources(
         &self,
         request: &FetchRequest,
@@ -326,7 +358,8 @@ impl Cache {
         .await
     }
 
-    /// Fills in digests that were learnt before: the caller's, and those that another version has for the same git blob.
+    /// Completes missing digests: with the digest that the caller demands, and with the SHA-256 that another version on
+    /// disk has for the same git object id. A known SHA-256 allows a file to be linked instead of downloaded.
     async fn complete_digests(&self, request: &FetchRequest, listing: &mut Manifest) -> Result<()> {
         if let (Some(demanded), Some(path)) = (request.digest, request.single_file(listing).cloned())
             && let Some(entry) = listing.files.get_mut(&path)
@@ -354,10 +387,11 @@ impl Cache {
 }
 
 impl TierManifests {
-    /// Whether disk, lower directory and remote together list and hold all that is wanted.
+    /// Returns true if disk, lower directory and remote together hold all selected files, so that no origin is needed.
     fn satisfies(&self, request: &FetchRequest) -> bool {
         let remote = self.remote.as_ref().map(|(_, manifest)| manifest);
         let lower = self.lower.as_ref();
+        // Every manifest lists all files of the artifact, whether or not its tier holds them.
         let Some(listing) = self.disk.as_ref().or(lower).or(remote) else { return false };
         let held = |manifest: Option<&Manifest>, path: &FilePath| {
             manifest.and_then(|manifest| manifest.files.get(path)).is_some_and(|entry| entry.held.is_some())
@@ -367,9 +401,8 @@ impl TierManifests {
     }
 }
 
-/// Local bytes where there are any, then the remote where it holds the file, then the origin. Most bytes on our own disk
-/// are linked and not read at all. A file that no digest names has one source only: nothing could tell a mixture of two
-/// contents from either.
+/// Returns the sources of one file, best first: local directories, the remote, the origin. Files in the local directory
+/// are usually linked and not read at all.
 fn sources(
     path: &FilePath,
     entry: &FileEntry,
@@ -381,15 +414,20 @@ fn sources(
     let held = |manifest: &Manifest| manifest.files.get(path).is_some_and(|entry| entry.held.is_some());
     let remote =
         tier_manifests.remote.as_ref().filter(|(_, manifest)| held(manifest)).map(|(source, _)| source.clone());
-    let most = if entry.sha256.is_none() && entry.git_oid.is_none() { 1 } else { usize::MAX };
-    local.chain(remote.map(|source| source as Arc<dyn Source>)).chain(request.origin.clone()).take(most).collect()
+    // Without a digest, a mixture of bytes from two sources could not be detected: use only one source.
+    let sources_max = if entry.sha256.is_none() && entry.git_oid.is_none() { 1 } else { usize::MAX };
+    local
+        .chain(remote.map(|source| source as Arc<dyn Source>))
+        .chain(request.origin.clone())
+        .take(sources_max)
+        .collect()
 }
 
-/// When bytes of a file may be read before all of it is proven.
+/// Decides when bytes of a file may be read during the fill.
 ///
-/// A ladder vouches for a part where it was made or proven on this disk, or where it comes from the very manifest whose
-/// digests this fill goes by. Where the origin's list or a digest of the caller's is what counts, a remote's ladder
-/// proves nothing before it has led to that digest.
+/// A ladder verifies single parts if it was computed or verified on this disk, or if it comes from the manifest that is
+/// also the authority for the digest. If the authority is the origin's file list or a digest that the caller demands,
+/// a ladder from the remote proves nothing until the whole file has that digest.
 fn read_gate(
     path: &FilePath,
     entry: &FileEntry,
@@ -398,55 +436,59 @@ fn read_gate(
     listing: &Manifest,
 ) -> ReadGate {
     if request.digest.is_some() && request.single_file(listing).is_none() {
-        // The demand is compared when all digests are known.
+        // The demanded digest is that of the file list. It can be compared only when all files are downloaded.
         return ReadGate::Published;
     }
-    // A digest that was known here before may be an origin's, whoever brought it.
+    // A digest that a local directory knows already may come from an origin, which the remote's ladder need not match.
     let stated = |manifest: &Option<Manifest>| {
         let entry = manifest.as_ref().and_then(|manifest| manifest.files.get(path));
         entry.is_some_and(|entry| entry.sha256.is_some() || entry.git_oid.is_some())
     };
     let is_known = stated(&tier_manifests.disk) || stated(&tier_manifests.lower);
-    let goes_by_its_manifest = !tier_manifests.origin_asked && request.digest.is_none() && !is_known;
+    let remote_is_authority = !tier_manifests.origin_asked && request.digest.is_none() && !is_known;
     match &entry.ladder {
-        Some(ladder) if is_own(ladder, path, tier_manifests.disk.as_ref()) || goes_by_its_manifest => ReadGate::ByPart,
+        Some(ladder) if is_own(ladder, path, tier_manifests.disk.as_ref()) || remote_is_authority => ReadGate::ByPart,
         _ => ReadGate::Proven,
     }
 }
 
-/// Forgets ladders that others told of. They serve this fill; what is written down on this disk was proven on it, so
-/// that it may be trusted the next time.
+/// Removes the ladders that do not come from the disk. A ladder in the manifest on disk is trusted later, so it must
+/// have been verified there.
 fn keep_own_ladders(listing: &mut Manifest, disk: Option<&Manifest>) {
     for (path, entry) in listing.files.iter_mut().filter(|(_, entry)| entry.ladder.is_some()) {
         entry.ladder = entry.ladder.take().filter(|ladder| is_own(ladder, path, disk));
     }
 }
 
-/// Whether our own disk has this ladder of the file: it was made or proven on it.
+/// Returns true if the manifest on disk has this ladder of the file, which was then computed or verified there.
 fn is_own(ladder: &Ladder, path: &FilePath, disk: Option<&Manifest>) -> bool {
     disk.and_then(|disk| disk.files.get(path)).is_some_and(|here| here.ladder.as_ref() == Some(ladder))
 }
 
-/// The one among `paths`.
+/// Returns the only path of `paths`.
+///
+/// # Errors
+/// `Invalid` if there are several; `NotFound` if there is none.
 pub(super) fn only_file<'a>(paths: impl Iterator<Item = &'a FilePath>) -> Result<FilePath> {
     let paths: Vec<_> = paths.collect();
     match paths.as_slice() {
         [path] => Ok(FilePath::clone(path)),
         [] => Err(Error::not_found("it has no file")),
         many => Err(Error::invalid(format!("it has {} files, and one is to be opened", many.len()))
-            .hint(format!("name one of them: {}", some(many.iter().copied())))),
+            .hint(format!("name one of them: {}", first_names(many.iter().copied())))),
     }
 }
 
-/// A source with its list, for which it is asked if it was not before.
+/// Returns a source together with its manifest, which is requested unless the source has it already.
 pub(super) async fn manifest_of(asked: Result<Arc<RemoteSource>>) -> Result<(Arc<RemoteSource>, Option<Manifest>)> {
     let source = asked?;
     let manifest = source.manifest().await?;
     Ok((source, manifest))
 }
 
-/// A foreign tree is not what it was when disk got a part of it: nobody says which of the two is meant.
-fn replaced(request: &FetchRequest, error: &Error) -> Error {
+/// Returns the error for unmanaged objects that changed after some of them were downloaded to this disk. There is no
+/// authority that decides which content is right.
+fn unmanaged_objects_changed(request: &FetchRequest, error: &Error) -> Error {
     let what = format!("the files on the remote are no longer those that this disk knows: {}", error.message());
     let hint = format!(
         "put changed files under another version; `modelcache evict --tier disk {}` makes this disk forget the old ones",
@@ -455,16 +497,18 @@ fn replaced(request: &FetchRequest, error: &Error) -> Error {
     Error::new(ErrorKind::Conflict, what).tier(Tier::Remote).hint(hint)
 }
 
+/// Returns the error for a selection that matches no file of the artifact.
 fn nothing_selected(request: &FetchRequest, listing: &Manifest) -> Error {
     let message = match request.selection.one_file() {
         Some(file) => format!("it has no file {file}"),
         None => format!("no file matches {}", request.selection.patterns().join(", ")),
     };
-    Error::not_found(message).hint(format!("it has {} files: {}", listing.files.len(), some(listing.files.keys())))
+    let names = first_names(listing.files.keys());
+    Error::not_found(message).hint(format!("it has {} files: {names}", listing.files.len()))
 }
 
-/// A few of many names, for a message.
-fn some<'a>(mut paths: impl Iterator<Item = &'a FilePath>) -> String {
+/// Returns the first names, joined for a message. A `…` stands for the others.
+fn first_names<'a>(mut paths: impl Iterator<Item = &'a FilePath>) -> String {
     let mut names: Vec<&str> = paths.by_ref().take(NAMES_SHOWN).map(FilePath::as_str).collect();
     names.extend(paths.next().map(|_| "…"));
     names.join(", ")
