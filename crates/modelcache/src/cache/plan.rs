@@ -320,10 +320,12 @@ impl Cache {
             (_, Some(_)) if !bare => "check the reference",
             (None, Some(_)) => "check name and version, and the URI that MODEL_CACHE_ORIGIN builds from them",
             (Some(_), Some(_)) => {
-                "check name and version, and the URI that MODEL_CACHE_ORIGIN builds from them; `modelcache ls --remote` lists published artifacts"
+                "check name and version, and the URI that MODEL_CACHE_ORIGIN builds from them; \
+                 `modelcache ls --remote` lists published artifacts"
             }
             (Some(_), None) => {
-                "check name and version; `modelcache ls --remote` lists published artifacts, and MODEL_CACHE_ORIGIN configures an origin for bare names"
+                "check name and version; `modelcache ls --remote` lists published artifacts, and MODEL_CACHE_ORIGIN \
+                 configures an origin for bare names"
             }
         };
         let asked = asked.join(", nor on ");
@@ -491,7 +493,7 @@ pub(super) async fn manifest_of(asked: Result<Arc<RemoteSource>>) -> Result<(Arc
 fn unmanaged_objects_changed(request: &FetchRequest, error: &Error) -> Error {
     let what = format!("the files on the remote are no longer those that this disk knows: {}", error.message());
     let hint = format!(
-        "put changed files under another version; `modelcache evict --tier disk {}` makes this disk forget the old ones",
+        "put changed files under another version; `modelcache evict --tier disk {}` removes the old ones from this disk",
         request.key
     );
     Error::new(ErrorKind::Conflict, what).tier(Tier::Remote).hint(hint)

@@ -1,6 +1,6 @@
-//! Resolving: from a reference to a key, a selection, and the source at the origin.
+//! Step 1 of the main path: resolving a reference to a key, a selection, and a source at the origin.
 //!
-//! What the reference alone decides costs nothing. What a movable name means is found in `pointer.rs`.
+//! A reference that names a version is resolved without any request. `pointer.rs` resolves revisions and tags.
 
 use super::pointer::{ResolvedVersion, TagRecord, VersionOrTag};
 use super::{Cache, GetOptions};
@@ -21,58 +21,58 @@ use std::ops::Range;
 use std::sync::Arc;
 use tokio::sync::OnceCell;
 
-/// How answers are sought.
+/// Which tiers may be contacted, and how remembered answers are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct LookupPolicy {
-    /// Whatever is remembered, the authority is asked.
+    /// Ask the authority, even if a remembered answer is fresh.
     pub(super) refresh: bool,
-    /// The farthest tier that may be asked.
+    /// The farthest tier that may be contacted.
     pub(super) max_tier: Tier,
-    /// Whether the fleet is told what an origin answers.
+    /// Store the answers of origins on the remote, for other machines.
     pub(super) share_answers: bool,
 }
 
-/// What a reference means now.
+/// The version that a reference points to, and its sources.
 #[derive(Debug)]
 pub(super) struct Resolution {
     pub(super) key: ArtifactKey,
-    /// Where it comes from if neither disk nor remote has it; not asked yet.
+    /// The source at the origin, used if neither disk nor remote has the artifact. It has not been contacted yet.
     pub(super) origin: Option<Arc<dyn Source>>,
-    /// Who said so; `None` where the reference itself does.
+    /// The answer that resolved the reference; `None` if the reference names a version.
     pub(super) answer: Option<ResolvedVersion>,
-    /// The tag that led there.
+    /// The tag that was resolved.
     pub(super) tag_record: Option<TagRecord>,
-    /// Its source on the remote, or why there is none, if the remote was asked on the way.
+    /// If the remote was contacted for the resolution, the source there, or the reason why there is none.
     pub(super) remote: Option<Result<Arc<RemoteSource>>>,
 }
 
-/// What a get is after, once the reference is understood.
+/// A resolved get: which files of which artifact, and from where they may be downloaded.
 #[derive(Debug, Clone)]
 pub(super) struct FetchRequest {
     pub(super) key: ArtifactKey,
     pub(super) selection: Selection,
-    /// The digest that the caller demands.
+    /// The digest that the caller demands (`#sha256=…`).
     pub(super) digest: Option<Digest>,
-    /// Where the artifact comes from if neither disk nor remote has it; not asked yet.
+    /// The source at the origin, used if neither disk nor remote has the artifact. It has not been contacted yet.
     pub(super) origin: Option<Arc<dyn Source>>,
-    /// How far whoever fills it may reach.
+    /// The farthest tier that a fill may contact.
     pub(super) max_tier: Tier,
-    /// What for.
+    /// The purpose of the download.
     pub(super) purpose: Purpose,
-    /// The tag that led there.
+    /// The tag that was resolved.
     pub(super) tag_record: Option<TagRecord>,
-    /// Its source on the remote, or why there is none, if the remote was asked on the way.
+    /// If the remote was contacted for the resolution, the source there, or the reason why there is none.
     pub(super) remote: Option<Result<Arc<RemoteSource>>>,
-    /// Whether the caller waits until it survives a power cut.
+    /// True if the get waits until the files are on stable storage.
     pub(super) durable: bool,
 }
 
 impl LookupPolicy {
-    /// What somebody can do whose artifact was not found because nobody was asked.
-    pub(super) const HINT_ONLINE: &str = "run it once without --offline and --local-files-only, with MODEL_CACHE_OFFLINE \
-         and HF_HUB_OFFLINE unset, where the network is; or put it on a remote that can be reached from here";
+    /// Hint for an artifact that was not found because a tier was excluded (offline mode or `--local-files-only`).
+    pub(super) const HINT_ONLINE: &str = "run it once with network access, without --offline and --local-files-only, \
+         and with MODEL_CACHE_OFFLINE and HF_HUB_OFFLINE unset; or put the artifact on a remote that can be reached";
 
-    /// Who was not asked.
+    /// Returns which tiers were excluded, for a message.
     pub(super) fn tiers_not_consulted(self) -> &'static str {
         match self.max_tier {
             Tier::Disk => "neither remote nor origin was asked (local files only)",
@@ -82,7 +82,8 @@ impl LookupPolicy {
 }
 
 impl Cache {
-    /// Step 1 of the main path.
+    /// Step 1 of the main path: resolves a reference, with the lookup policy that `options` and the configuration
+    /// allow.
     pub(super) async fn resolve(
         &self,
         reference: &Reference,
@@ -92,7 +93,7 @@ impl Cache {
         self.resolve_with(reference, options, self.policy(options), progress).await
     }
 
-    /// The same, asking otherwise than `options` say.
+    /// Resolves a reference with the lookup policy `policy`.
     pub(super) async fn resolve_with(
         &self,
         reference: &Reference,
@@ -120,13 +121,13 @@ impl Cache {
         Ok(FetchRequest { key, selection, digest, origin, max_tier, purpose, durable, tag_record, remote })
     }
 
-    /// How a call asks, within what the configuration allows.
+    /// Returns the lookup policy of a call, limited by the configuration.
     pub(super) fn policy(&self, options: &GetOptions) -> LookupPolicy {
         let allowed = if self.0.config.offline { Tier::Remote } else { Tier::Origin };
         LookupPolicy { refresh: options.refresh, max_tier: options.max_tier.min(allowed), share_answers: true }
     }
 
-    /// What a reference means now.
+    /// Resolves a reference to the version that it points to now.
     pub(super) async fn resolution(&self, reference: &Reference, policy: LookupPolicy) -> Result<Resolution> {
         let reference = &self.0.origins.placed(reference);
         if let Target::Bare(key) = &reference.target {
@@ -138,13 +139,14 @@ impl Cache {
                 let answer = self.resolve_pointer(reference, &pointer, policy).await?;
                 (ArtifactKey::new(pointer.name, answer.version.clone()), Some(answer))
             }
-            // A folder: whether it still is what its version says, only a look can tell.
-            (None, None) => return self.resolve_for_query(reference, policy).await,
+            // For example a local folder: its version depends on its present content, which must be read.
+            (None, None) => return self.resolve_at_origin(reference, policy).await,
         };
         let origin = self.0.origins.source(reference, &key).filter(|_| policy.max_tier == Tier::Origin);
         Ok(Resolution { key, origin, answer, tag_record: None, remote: None })
     }
 
+    /// Resolves a bare `name@version` or `name@tag`.
     async fn resolve_bare(&self, reference: &Reference, key: &ArtifactKey, policy: LookupPolicy) -> Result<Resolution> {
         let (key, answer, tag_record, remote) = match self.resolve_version_or_tag(key, policy).await? {
             VersionOrTag::Version(remote) => (key.clone(), None, None, remote),
@@ -152,17 +154,19 @@ impl Cache {
                 (ArtifactKey::new(key.name.clone(), answer.version.clone()), Some(answer), Some(tag_record), None)
             }
         };
-        // A listed key of a registry is as good as its URI.
+        // `ls` prints keys of registries in this form, so that they are accepted like the URI.
         let listed = || self.0.origins.source(reference, &key).filter(|_| policy.max_tier == Tier::Origin);
         let origin = self.template_origin(&key, policy).or_else(listed);
         Ok(Resolution { key, origin, answer, tag_record, remote })
     }
 
-    async fn resolve_for_query(&self, reference: &Reference, policy: LookupPolicy) -> Result<Resolution> {
+    /// Resolves a reference whose version only the origin can determine. Local folders are read even if origins are
+    /// excluded.
+    async fn resolve_at_origin(&self, reference: &Reference, policy: LookupPolicy) -> Result<Resolution> {
         if !reference.is_local() {
             if policy.max_tier < Tier::Origin {
-                let nobody = policy.tiers_not_consulted();
-                return Err(Error::not_found(format!("what it is now, only its origin can tell; {nobody}"))
+                let reason = policy.tiers_not_consulted();
+                return Err(Error::not_found(format!("only the origin knows the current version; {reason}"))
                     .hint(LookupPolicy::HINT_ONLINE));
             }
             self.before_first_call().await;
@@ -180,7 +184,8 @@ impl Cache {
         })
     }
 
-    /// The source for a bare key by the configured templates, if there are any.
+    /// Returns the source for a bare key from the configured origin templates, if there are any. It is not contacted
+    /// yet.
     pub(super) fn template_origin(&self, key: &ArtifactKey, policy: LookupPolicy) -> Option<Arc<dyn Source>> {
         let may_ask = |template: &&OriginTemplate| {
             policy.max_tier == Tier::Origin || template.apply(key).is_ok_and(|reference| reference.is_local())
@@ -198,13 +203,16 @@ impl Cache {
 }
 
 impl FetchRequest {
-    /// How whoever fills it asks: what a name means is settled.
+    /// Returns the lookup policy of the fill. The reference is resolved already, so nothing is refreshed or shared.
     pub(super) fn policy(&self) -> LookupPolicy {
         LookupPolicy { refresh: false, max_tier: self.max_tier, share_answers: false }
     }
 
-    /// Compares the demanded digest, if there is one, with what is known by now. Unknown digests pass: they are
-    /// compared again once the bytes were seen.
+    /// Compares the demanded digest, if there is one, with `manifest`. A digest that is still unknown is not an error:
+    /// the comparison is repeated after the download.
+    ///
+    /// # Errors
+    /// `Corrupt` if the digests differ.
     pub(super) fn check_demanded_digest(&self, manifest: &Manifest) -> Result<()> {
         let Some(demanded) = self.digest else { return Ok(()) };
         let known = match self.single_file(manifest) {
@@ -220,7 +228,7 @@ impl FetchRequest {
         }
     }
 
-    /// The file whose digest a demand is about; `None` for trees, where it is about the file list.
+    /// Returns the file that the demanded digest belongs to; `None` if it is the digest of the file list of a tree.
     pub(super) fn single_file<'a>(&'a self, manifest: &'a Manifest) -> Option<&'a FilePath> {
         match manifest.shape {
             Shape::File => manifest.files.keys().next(),
@@ -229,7 +237,8 @@ impl FetchRequest {
     }
 }
 
-/// The origin of a bare key: the first configured template whose place has it. Nothing is asked before it is read.
+/// The origin of a bare key: the first configured template whose location has the artifact. Locations are contacted at
+/// the first use.
 #[derive(Debug)]
 struct TemplateOrigin {
     key: ArtifactKey,
@@ -239,6 +248,7 @@ struct TemplateOrigin {
 }
 
 impl TemplateOrigin {
+    /// Returns the first source that has the artifact, and its manifest.
     async fn found(&self) -> Result<Option<&(Arc<dyn Source>, Manifest)>> {
         let found = self.found.get_or_try_init(|| async {
             for template in &self.templates {
@@ -251,8 +261,9 @@ impl TemplateOrigin {
         Ok(found.await?.as_ref())
     }
 
+    /// Looks for the artifact at the location of one template.
     async fn ask(&self, template: &OriginTemplate) -> Result<Option<(Arc<dyn Source>, Manifest)>> {
-        // A template need not fit every name: what it cannot express, its place does not have.
+        // A template need not fit every name. If it yields no valid reference, its location does not have the artifact.
         let Ok(reference) = template.apply(&self.key) else { return Ok(None) };
         let asked = async {
             let Some(resolved) = self.origins.resolve(&reference).await? else { return Ok::<_, Error>(None) };

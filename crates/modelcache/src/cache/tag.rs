@@ -3,7 +3,7 @@
 //! Whoever gets `name@tag` follows within the time that answers are fresh (`ref_ttl`). A tag is no version: it is
 //! refused where a version has that name, and goes when its version is evicted from the remote.
 
-use super::pointer::PATIENCE;
+use super::pointer::FALLBACK_TIMEOUT;
 use super::{Cache, TagReport};
 use crate::error::{Error, Result, Tier};
 use crate::key::{ArtifactKey, ArtifactName, Version};
@@ -105,7 +105,7 @@ impl Cache {
     /// Refuses `name@tag` where a version is meant. A remote that cannot be asked refuses nothing.
     pub(super) async fn refuse_tag(&self, key: &ArtifactKey) -> Result<()> {
         let Some(remote) = self.0.remote.as_ref().filter(|_| key.name.scheme().is_none()) else { return Ok(()) };
-        match within(PATIENCE, remote.tag(&key.name, key.version.as_str())).await {
+        match within(FALLBACK_TIMEOUT, remote.tag(&key.name, key.version.as_str())).await {
             Some(Ok(Some(tag))) => {
                 let ArtifactKey { name, version } = key;
                 Err(Error::invalid(format!("{version} is a tag of {name}, and means {} now", tag.version))
