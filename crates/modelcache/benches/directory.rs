@@ -6,7 +6,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
 use modelcache::cache::GetOptions;
-use modelcache::config::{ByteBound, Config, HubConfig, OnRemoteDown, RemoteMode, RetryConfig, Sharing};
+use modelcache::config::{ByteBound, Config};
 use modelcache::digest::{Digest, Provenance};
 use modelcache::key::{ArtifactKey, FilePath, escape};
 use modelcache::manifest::{FileDetails, FileEntry, FileIdentity, Held, Manifest, Shape};
@@ -115,31 +115,10 @@ async fn get(cache: &Cache, number: usize) {
 }
 
 fn open(dir: &Path, max_bytes: u64) -> Cache {
-    Cache::open(Config {
-        dir: dir.to_owned(),
-        shared: Sharing::Off,
-        lower_dir: None,
-        write_mode: Default::default(),
-        max_bytes: ByteBound::Bytes(max_bytes),
-        min_free_bytes: ByteBound::Bytes(0),
-        durable: Default::default(),
-        remote: None,
-        buckets: Default::default(),
-        require_checksum: false,
-        on_remote_down: OnRemoteDown::Origin,
-        remote_mode: RemoteMode::ReadWrite,
-        backfill: None,
-        origins: Vec::new(),
-        hub: HubConfig::default(),
-        credentials: Default::default(),
-        mlflow: Default::default(),
-        oci: Default::default(),
-        ref_ttl: Duration::from_secs(60),
-        offline: false,
-        start_jitter: Duration::ZERO,
-        retry: RetryConfig::default(),
-    })
-    .unwrap()
+    let mut config = Config::new(dir);
+    config.max_bytes = ByteBound::Bytes(max_bytes);
+    config.min_free_bytes = ByteBound::Bytes(0);
+    Cache::open(config).unwrap()
 }
 
 /// An artifact of three small files as a fill would have left it, without the syncs, which so many need not pay.

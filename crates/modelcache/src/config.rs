@@ -14,8 +14,16 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// The configuration of a [`Cache`](crate::Cache).
+/// The configuration of a [`Cache`](crate::Cache). [`Config::new`] has the defaults.
+///
+/// ```
+/// use modelcache::config::{ByteBound, Config};
+///
+/// let mut config = Config::new("/var/cache/models");
+/// config.max_bytes = ByteBound::Percent(50);
+/// ```
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Config {
     /// The local directory.
     pub dir: PathBuf,
@@ -63,6 +71,37 @@ pub struct Config {
     pub start_jitter: Duration,
     /// How requests are retried.
     pub retry: RetryConfig,
+}
+
+impl Config {
+    /// Returns the default configuration for the local directory `dir`: a budget of 80 % of the filesystem, 10 % of it
+    /// left free, no remote, and the public Hugging Face Hub.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self {
+            dir: dir.into(),
+            max_bytes: ByteBound::Percent(80),
+            min_free_bytes: ByteBound::Percent(10),
+            durable: Durable::default(),
+            shared: Sharing::default(),
+            lower_dir: None,
+            write_mode: WriteMode::default(),
+            remote: None,
+            buckets: BucketConfig::default(),
+            require_checksum: false,
+            on_remote_down: OnRemoteDown::default(),
+            remote_mode: RemoteMode::default(),
+            backfill: None,
+            origins: Vec::new(),
+            hub: HubConfig::default(),
+            credentials: Credentials::default(),
+            mlflow: MlflowConfig::default(),
+            oci: OciConfig::default(),
+            ref_ttl: Duration::from_secs(60),
+            offline: false,
+            start_jitter: Duration::ZERO,
+            retry: RetryConfig::default(),
+        }
+    }
 }
 
 /// A number of bytes, or a percentage of the filesystem that contains the directory.

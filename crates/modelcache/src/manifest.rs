@@ -113,45 +113,31 @@ pub struct FileIdentity {
     pub mtime_ns: i64,
 }
 
-/// A published file that may lose its bytes in a power cut.
-///
-/// The file is trusted while its writer is alive. After that, it is hashed in full before it is used. A release without
-/// this type does the same, because it reads an identity with an impossible modification time.
+/// A published file that may lose its bytes in a power cut. It is trusted while its writer is alive. After that, it is
+/// hashed in full before it is used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnsyncedFile {
-    inode: u64,
-    bytes: u64,
-    /// An impossible modification time; see [`UnsyncedFile::NEVER_NS`].
-    mtime_ns: i64,
-    unsynced: Unsynced,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Unsynced {
-    /// The true modification time.
-    mtime_ns: i64,
+    #[serde(flatten)]
+    identity: FileIdentity,
     /// The writer that syncs the file; see `disk/pending_sync.rs`.
+    #[serde(rename = "unsynced_by")]
     writer: String,
 }
 
 impl UnsyncedFile {
-    /// A modification time that no file has.
-    const NEVER_NS: i64 = i64::MIN;
-
     /// Creates the record for a file that `writer` is going to sync.
     pub fn new(identity: FileIdentity, writer: &str) -> Self {
-        let unsynced = Unsynced { mtime_ns: identity.mtime_ns, writer: writer.to_owned() };
-        Self { inode: identity.inode, bytes: identity.bytes, mtime_ns: Self::NEVER_NS, unsynced }
+        Self { identity, writer: writer.to_owned() }
     }
 
     /// Returns the identity of the file when its bytes were hashed.
     pub fn identity(&self) -> FileIdentity {
-        FileIdentity { inode: self.inode, bytes: self.bytes, mtime_ns: self.unsynced.mtime_ns }
+        self.identity
     }
 
     /// Returns the writer that syncs the file.
     pub fn writer(&self) -> &str {
-        &self.unsynced.writer
+        &self.writer
     }
 }
 
@@ -496,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unsynced_file_round_trips_and_an_older_release_hashes_it() {
+    fn an_unsynced_file_round_trips() {
         let (mut before, path) = (manifest(&[("a", b"x")]), FilePath::new("a").expect("path"));
         let entry = before.files.get_mut(&path).expect("entry");
         let identity = entry.on_disk().expect("held");
@@ -507,10 +493,6 @@ mod tests {
         let entry = &after.files[&path];
         assert_eq!((entry.on_disk(), entry.recorded_on_disk()), (None, Some(identity)));
         assert_eq!(entry.unsynced().map(UnsyncedFile::writer), Some("w"));
-        // A release without `UnsyncedFile` reads a plain identity.
-        let held = serde_json::to_value(&entry.held).expect("value");
-        let plain: FileIdentity = serde_json::from_value(held).expect("an identity");
-        assert_eq!((plain.inode, plain.bytes, plain.mtime_ns), (7, 1, i64::MIN));
     }
 
     #[test]

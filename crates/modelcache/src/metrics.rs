@@ -1,7 +1,7 @@
-//! Counters: what a cache did since it was opened. One table, from which every door's numbers follow.
+//! Metrics of a cache since it was opened. All front ends derive their numbers from these counters.
 //!
-//! Whoever does something counts it; whoever shows it takes a copy. Counting never waits for anything but another count.
-//! A process that ends takes its counters with it, and each process has its own.
+//! Counters are updated under one short lock, and read as a copy. They belong to the process and are not stored: they
+//! end with it.
 
 use crate::error::{ErrorKind, Result, Tier};
 use crate::progress::Phase;
@@ -11,45 +11,46 @@ use std::fmt::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The counters of one cache; clones count together.
+/// The counters of one cache. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics(Arc<Mutex<Counts>>);
 
 /// A copy of the counters.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Counts {
-    /// Artifacts got, by the farthest tier that gave bytes.
+    /// Successful gets, by the farthest tier that supplied bytes. A get that joined another fill is not a hit of tier
+    /// disk.
     pub hits: ByTier,
-    /// Gets that found less on disk than they wanted: all but the hits of tier disk.
+    /// Gets for which not all selected files were on disk.
     pub misses: u64,
-    /// Of those: gets that waited while somebody else fetched.
+    /// The misses that waited for the fill of another caller or process.
     pub waits: Waits,
-    /// Bytes by the tier that they came from; of tier disk, those that needed not be fetched.
+    /// Bytes by the tier that supplied them. Those of tier disk were not downloaded.
     pub bytes: ByTier,
-    /// Artifacts put.
+    /// Successful puts.
     pub puts: u64,
-    /// Bytes written to the remote.
+    /// Bytes uploaded to the remote.
     pub uploaded_bytes: u64,
-    /// Bytes that the remote's server copied instead.
+    /// Bytes that the object store copied, so that they needed no upload.
     pub copied_bytes: u64,
-    /// Artifacts that left the disk to make room.
+    /// Evictions that made room on disk.
     pub evictions: Evictions,
-    /// Gets and puts that failed, by kind; kinds that never happened are absent.
+    /// Failed gets and puts, by error kind. A kind that has not occurred is absent.
     pub failures: BTreeMap<&'static str, u64>,
     /// Seconds spent in gets and puts, by phase.
     pub phase_seconds: BTreeMap<&'static str, f64>,
-    /// How each tier did when it was last asked; those that were not are absent.
+    /// The health of each tier at the last request. A tier without a request is absent.
     pub tiers: BTreeMap<&'static str, Health>,
 }
 
-/// How a tier did when it was last asked.
+/// The health of a tier at the last request to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Health {
-    /// Whether it answered; that it has nothing is an answer.
+    /// True if the tier answered. `NotFound` is an answer.
     pub up: bool,
-    /// When it was asked, in seconds since the Unix epoch.
+    /// Time of the request, in seconds since the Unix epoch.
     pub asked_unix: u64,
-    /// How it failed, if it did.
+    /// The error, if the tier did not answer.
     pub error: Option<String>,
 }
 
@@ -64,25 +65,25 @@ pub struct ByTier {
     pub origin: u64,
 }
 
-/// Gets that waited for somebody else's fill.
+/// Gets that waited for the fill of another caller or process.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Waits {
-    /// How many.
+    /// Number of gets.
     pub count: u64,
-    /// For how long, all together.
+    /// Total waiting time in seconds.
     pub seconds: f64,
 }
 
 /// Artifacts that were evicted to make room.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Evictions {
-    /// How many.
+    /// Number of artifacts.
     pub count: u64,
-    /// The bytes that became free.
+    /// Bytes freed.
     pub bytes: u64,
 }
 
-/// What one get came to, as it is counted.
+/// The numbers of one successful get.
 #[derive(Debug)]
 pub(crate) struct Got<'a> {
     pub(crate) from: Tier,
@@ -93,13 +94,15 @@ pub(crate) struct Got<'a> {
 }
 
 impl Metrics {
-    /// The counters as they are now.
+    /// Returns a copy of the counters.
     pub fn counts(&self) -> Counts {
         self.lock().clone()
     }
 
+    /// Counts a successful get.
     pub(crate) fn got(&self, got: &Got<'_>) {
         let mut counts = self.lock();
+        // A get that joined another fill has received no bytes itself. It is a miss, and not a hit of tier disk.
         let waited = got.phases.get(&Phase::Join).copied();
         counts.hits.add(got.from, u64::from(got.from != Tier::Disk || waited.is_none()));
         counts.misses += u64::from(got.from != Tier::Disk || waited.is_some());
@@ -115,6 +118,7 @@ impl Metrics {
         counts.spent(got.phases);
     }
 
+    /// Counts a successful put.
     pub(crate) fn put(&self, uploaded_bytes: u64, copied_bytes: u64, phases: &BTreeMap<Phase, Duration>) {
         let mut counts = self.lock();
         counts.puts += 1;
@@ -123,24 +127,27 @@ impl Metrics {
         counts.spent(phases);
     }
 
-    /// Bytes that reached the remote while no call waited for them.
+    /// Counts bytes uploaded in the background, which are part of no get and no put.
     pub(crate) fn uploaded(&self, uploaded_bytes: u64, copied_bytes: u64) {
         let mut counts = self.lock();
         counts.uploaded_bytes += uploaded_bytes;
         counts.copied_bytes += copied_bytes;
     }
 
+    /// Counts an artifact evicted to make room.
     pub(crate) fn evicted(&self, bytes: u64) {
         let mut counts = self.lock();
         counts.evictions.count += 1;
         counts.evictions.bytes += bytes;
     }
 
+    /// Counts a failed get or put.
     pub(crate) fn failed(&self, kind: ErrorKind) {
         *self.lock().failures.entry(kind.name()).or_default() += 1;
     }
 
-    /// Notes how a tier that was asked did. It fails when it does not answer, or not this caller; absence is an answer.
+    /// Records the health of a tier after a request. It counts as down if it was unavailable or refused the
+    /// credentials. All other errors, such as `NotFound`, are answers.
     pub(crate) fn asked<T>(&self, tier: Tier, outcome: &Result<T>) {
         let error = match outcome {
             Err(error) if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unauthorized) => {
@@ -167,6 +174,7 @@ impl ByTier {
         } += number;
     }
 
+    /// Returns one sample for each tier, with the tier as the value of `label`.
     fn rows(self, label: &'static str) -> Vec<Sample> {
         let rows = [("disk", self.disk), ("remote", self.remote), ("origin", self.origin)];
         rows.map(|(tier, value)| Sample { label: Some((label, tier.into())), value: value as f64 }).into()
@@ -174,19 +182,20 @@ impl ByTier {
 }
 
 impl Counts {
-    /// The share of gets that disk answered by itself; `None` before the first.
+    /// Returns the fraction of successful gets that were hits of tier disk; `None` before the first get.
     pub fn hit_rate(&self) -> Option<f64> {
         let gets = self.hits.disk + self.misses;
         (gets > 0).then(|| self.hits.disk as f64 / gets as f64)
     }
 
+    /// Adds the durations of the phases of one call.
     fn spent(&mut self, phases: &BTreeMap<Phase, Duration>) {
         for (phase, spent) in phases {
             *self.phase_seconds.entry(phase.name()).or_default() += spent.as_secs_f64();
         }
     }
 
-    /// The counters as families of Prometheus: names, meanings and samples.
+    /// Returns the counters as Prometheus metric families.
     pub fn families(&self) -> Vec<Family> {
         let failure = |(code, count): (&&'static str, &u64)| Sample {
             label: Some(("code", (*code).into())),
@@ -201,19 +210,19 @@ impl Counts {
             value: *seconds,
         };
         vec![
-            Family::counter("gets", "Artifacts got, by the farthest tier that gave bytes", self.hits.rows("from")),
-            Family::one("misses", "Gets that found less on disk than they wanted", self.misses as f64),
-            Family::one("waits", "Gets that waited while somebody else fetched", self.waits.count as f64),
-            Family::one("wait_seconds", "Seconds that they waited", self.waits.seconds),
-            Family::counter("bytes", "Bytes by the tier that they came from", self.bytes.rows("tier")),
-            Family::one("puts", "Artifacts put", self.puts as f64),
-            Family::one("uploaded_bytes", "Bytes written to the remote", self.uploaded_bytes as f64),
-            Family::one("copied_bytes", "Bytes that the remote's server copied instead", self.copied_bytes as f64),
-            Family::one("evictions", "Artifacts that left the disk to make room", self.evictions.count as f64),
-            Family::one("evicted_bytes", "Bytes that became free by that", self.evictions.bytes as f64),
+            Family::counter("gets", "Gets by the farthest tier that supplied bytes", self.hits.rows("from")),
+            Family::one("misses", "Gets for which not all files were on disk", self.misses as f64),
+            Family::one("waits", "Gets that waited for the fill of another caller", self.waits.count as f64),
+            Family::one("wait_seconds", "Seconds for which gets waited for another fill", self.waits.seconds),
+            Family::counter("bytes", "Bytes by the tier that supplied them", self.bytes.rows("tier")),
+            Family::one("puts", "Artifacts published by put", self.puts as f64),
+            Family::one("uploaded_bytes", "Bytes uploaded to the remote", self.uploaded_bytes as f64),
+            Family::one("copied_bytes", "Bytes copied by the object store", self.copied_bytes as f64),
+            Family::one("evictions", "Artifacts evicted to make room", self.evictions.count as f64),
+            Family::one("evicted_bytes", "Bytes freed by evictions", self.evictions.bytes as f64),
             Family::counter(
                 "failures",
-                "Gets and puts that failed, by kind",
+                "Failed gets and puts, by error kind",
                 self.failures.iter().map(failure).collect(),
             ),
             Family::counter(
@@ -225,7 +234,7 @@ impl Counts {
                 is_counter: false,
                 ..Family::counter(
                     "tier_up",
-                    "Whether a tier answered when it was last asked",
+                    "Whether a tier answered the last request",
                     self.tiers.iter().map(up).collect(),
                 )
             },
@@ -233,49 +242,51 @@ impl Counts {
     }
 }
 
-/// Numbers of one name, as Prometheus takes them.
+/// A Prometheus metric family: all samples of one metric name.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Family {
-    /// The name, with its prefix, without `_total`.
+    /// The metric name with the prefix `modelcache_`, without the suffix `_total`.
     pub name: String,
-    /// What it means.
+    /// The help text.
     pub help: &'static str,
-    /// Whether it only ever grows; otherwise it is a gauge.
+    /// True for a counter, false for a gauge.
     pub is_counter: bool,
-    /// The numbers.
+    /// The samples.
     pub samples: Vec<Sample>,
 }
 
-/// One number, told apart from its siblings by at most one label.
+/// One sample of a [`Family`], with at most one label.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Sample {
     /// Name and value of the label.
     pub label: Option<(&'static str, String)>,
-    /// The number.
+    /// The value of the sample.
     pub value: f64,
 }
 
 impl Family {
-    /// A gauge without a label.
+    /// Returns a gauge without a label.
     pub fn gauge(name: &str, help: &'static str, value: f64) -> Self {
         Self { is_counter: false, ..Self::one(name, help, value) }
     }
 
+    /// Returns a counter without a label.
     fn one(name: &str, help: &'static str, value: f64) -> Self {
         Self::counter(name, help, vec![Sample { label: None, value }])
     }
 
+    /// Returns a counter with these samples.
     fn counter(name: &str, help: &'static str, samples: Vec<Sample>) -> Self {
         Self { name: format!("modelcache_{name}"), help, is_counter: true, samples }
     }
 }
 
-/// The text form of Prometheus, version 0.0.4.
+/// Formats metric families in the Prometheus text format, version 0.0.4.
 pub fn text(families: &[Family]) -> String {
     let mut text = String::new();
     for Family { name, help, is_counter, samples } in families {
         let (kind, total) = if *is_counter { ("counter", "_total") } else { ("gauge", "") };
-        // Writing to a text cannot fail.
+        // Writing to a `String` cannot fail.
         let _ = writeln!(text, "# HELP {name}{total} {help}.\n# TYPE {name}{total} {kind}");
         for Sample { label, value } in samples {
             let _ = match label {
@@ -299,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waited_for_somebody_elses_fetch_did_not_hit() {
+    fn a_get_that_waited_for_another_fill_is_a_miss() {
         let metrics = Metrics::default();
         assert_eq!(metrics.counts().hit_rate(), None);
         got(&metrics, Tier::Disk, None);
@@ -315,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tier_that_has_nothing_is_up_and_one_that_fails_says_how() {
+    fn a_tier_without_the_artifact_is_up_and_a_failing_one_reports_its_error() {
         let metrics = Metrics::default();
         assert!(metrics.counts().tiers.is_empty());
         metrics.asked::<()>(Tier::Remote, &Err(Error::unavailable("no route to host")));
@@ -330,20 +341,20 @@ mod tests {
     }
 
     #[test]
-    fn the_text_is_what_prometheus_reads() {
+    fn families_are_formatted_as_prometheus_text() {
         let metrics = Metrics::default();
         metrics.asked(Tier::Remote, &Ok(()));
         metrics.failed(ErrorKind::NotFound);
         metrics.evicted(7);
         let mut families = metrics.counts().families();
-        families.push(Family::gauge("directory_used_bytes", "What counts", 12.0));
+        families.push(Family::gauge("directory_used_bytes", "Used bytes", 12.0));
         let text = text(&families);
         for line in [
             "# TYPE modelcache_gets_total counter\nmodelcache_gets_total{from=\"disk\"} 0\n",
             "modelcache_failures_total{code=\"not_found\"} 1\n",
             "modelcache_evicted_bytes_total 7\n",
             "# TYPE modelcache_tier_up gauge\nmodelcache_tier_up{tier=\"remote\"} 1\n",
-            "# HELP modelcache_directory_used_bytes What counts.\n# TYPE modelcache_directory_used_bytes gauge\n\
+            "# HELP modelcache_directory_used_bytes Used bytes.\n# TYPE modelcache_directory_used_bytes gauge\n\
              modelcache_directory_used_bytes 12\n",
         ] {
             assert!(text.contains(line), "{line} in {text}");

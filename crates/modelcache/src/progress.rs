@@ -1,6 +1,5 @@
-//! What a running call is doing, readable at any time by whoever shows it.
-//!
-//! Plain atomics: the pour adds, a door polls. Nothing is ever waited for here.
+//! Progress of a running call. The call updates it, and front ends poll it. All counters are atomics, so that neither
+//! side ever waits.
 
 use crate::error::Tier;
 use serde::Serialize;
@@ -9,30 +8,30 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// The steps of the main path, as a person is told of them.
+/// The phases of a call, as shown to users. A get goes through the phases `Resolve` to `Backfill`, as far as needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[repr(u8)]
 pub enum Phase {
-    /// A reference to a key.
+    /// Resolving a reference to a key.
     Resolve,
-    /// Looking on disk.
+    /// Acquiring a lease on local files.
     Acquire,
     /// Waiting for another fill of the same artifact.
     Join,
-    /// Manifest, what is missing, room.
+    /// Reading manifests, and selecting missing files and sources.
     Plan,
-    /// Downloading ranges from a source into staging.
+    /// Reserving room, and downloading ranges from the sources into staging.
     Download,
-    /// Reading and hashing the files given to `put`.
+    /// Reading and hashing the input files of `put`.
     Read,
-    /// Making staged files durable and visible.
+    /// Making staged files visible.
     Publish,
-    /// Writing to the remote what came from the origin or from the caller.
+    /// Uploading to the remote.
     Backfill,
-    /// Linking or copying into a folder of the caller's own.
+    /// Linking or copying files into a folder of the caller.
     Materialize,
-    /// Reading what is there and comparing it with its digests.
+    /// Reading stored files, and comparing them with their digests.
     Verify,
 }
 
@@ -50,7 +49,7 @@ const PHASES: [Phase; 10] = [
 ];
 
 impl Phase {
-    /// The word for it.
+    /// Returns the name of the phase, as in output and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Resolve => "resolve",
@@ -67,7 +66,7 @@ impl Phase {
     }
 }
 
-/// A handle on a running call; clones show the same call.
+/// The progress of one call. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Progress(Arc<Counters>);
 
@@ -75,35 +74,35 @@ pub struct Progress(Arc<Counters>);
 struct Counters {
     phase: AtomicU8,
     total_bytes: AtomicU64,
-    /// Bytes done in this phase.
+    /// Bytes done in the present phase.
     done_bytes: AtomicU64,
     remote_bytes: AtomicU64,
     origin_bytes: AtomicU64,
     phase_ns: [AtomicU64; PHASES.len()],
 }
 
-/// A reading of a [`Progress`].
+/// The state of a [`Progress`] at one moment.
 #[derive(Debug, Clone, Copy)]
 pub struct Snapshot {
-    /// What it is doing.
+    /// The present phase.
     pub phase: Phase,
-    /// Bytes of this phase to be done; 0 while unknown.
+    /// Total bytes of this phase; 0 while unknown.
     pub total_bytes: u64,
-    /// Bytes of this phase done.
+    /// Bytes of this phase that are done.
     pub done_bytes: u64,
-    /// Bytes received from the remote.
+    /// Bytes received from the remote during the call.
     pub remote_bytes: u64,
-    /// Bytes received from origins.
+    /// Bytes received from origins during the call.
     pub origin_bytes: u64,
 }
 
 impl Progress {
-    /// A handle for one call.
+    /// Creates the progress of one call.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// What the call is doing now.
+    /// Returns the present state.
     pub fn snapshot(&self) -> Snapshot {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Snapshot {
@@ -115,13 +114,13 @@ impl Progress {
         }
     }
 
-    /// Time spent in each phase that was entered.
+    /// Returns the time spent in each phase that has ended at least once.
     pub fn phases(&self) -> BTreeMap<Phase, Duration> {
         let spent = |phase: Phase| Duration::from_nanos(self.0.phase_ns[phase as usize].load(Ordering::Relaxed));
         PHASES.into_iter().map(|phase| (phase, spent(phase))).filter(|(_, spent)| !spent.is_zero()).collect()
     }
 
-    /// Enters `phase` with `total_bytes` to do; the time until the guard falls is the phase's.
+    /// Enters `phase` with `total_bytes` to process. The phase ends when the guard is dropped.
     pub(crate) fn enter(&self, phase: Phase, total_bytes: u64) -> PhaseGuard {
         self.0.total_bytes.store(total_bytes, Ordering::Relaxed);
         self.0.done_bytes.store(0, Ordering::Relaxed);
@@ -129,17 +128,18 @@ impl Progress {
         PhaseGuard { progress: self.clone(), phase, entered: Instant::now() }
     }
 
-    /// Bytes of the present phase that are done.
+    /// Adds bytes that were processed in the present phase.
     pub(crate) fn done(&self, bytes: u64) {
         self.0.done_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Bytes of the present phase that turned out not to be done.
+    /// Subtracts bytes that have to be processed again in the present phase.
     pub(crate) fn undone(&self, bytes: u64) {
         self.0.done_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Bytes of the pour that are done, and all of them; for those who wait for it elsewhere.
+    /// Returns the downloaded and the total bytes, for callers and processes that wait for this fill. Both are 0
+    /// outside the download phase.
     pub(crate) fn download_bytes(&self) -> (u64, u64) {
         let now = self.snapshot();
         match now.phase {
@@ -148,13 +148,13 @@ impl Progress {
         }
     }
 
-    /// Shows how far somebody else is, for whom this call waits.
+    /// Sets the bytes of the present phase to those of the fill that this call waits for.
     pub(crate) fn watch(&self, done_bytes: u64, total_bytes: u64) {
         self.0.total_bytes.store(total_bytes, Ordering::Relaxed);
         self.0.done_bytes.store(done_bytes, Ordering::Relaxed);
     }
 
-    /// Bytes that came over the network from `tier`, kept or not.
+    /// Adds bytes received over the network from `tier`, including bytes that are then discarded.
     pub(crate) fn received(&self, tier: Tier, bytes: u64) {
         match tier {
             Tier::Disk => return,
@@ -165,7 +165,7 @@ impl Progress {
     }
 }
 
-/// Measures a phase until it falls.
+/// Measures the duration of a phase. Dropping it ends the phase.
 #[derive(Debug)]
 pub(crate) struct PhaseGuard {
     progress: Progress,
@@ -175,6 +175,7 @@ pub(crate) struct PhaseGuard {
 
 impl Drop for PhaseGuard {
     fn drop(&mut self) {
+        // At least 1 ns, because `phases` takes 0 for a phase that was not entered.
         let spent = u64::try_from(self.entered.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
         self.progress.0.phase_ns[self.phase as usize].fetch_add(spent, Ordering::Relaxed);
     }

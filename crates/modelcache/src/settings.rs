@@ -12,8 +12,8 @@ mod registries;
 mod values;
 
 use crate::config::{
-    Backfill, BucketConfig, ByteBound, Config, Durable, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown,
-    OriginTemplate, RemoteConfig, RemoteMode, RetryConfig, Secret, Sharing, WriteMode,
+    Backfill, BucketConfig, ByteBound, Config, Durable, Environment, HubConfig, OnRemoteDown, OriginTemplate,
+    RemoteConfig, RemoteMode, Secret, Sharing, WriteMode,
 };
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
@@ -21,7 +21,6 @@ use crate::redact;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 pub use credentials::netrc_path;
 use file::File;
@@ -98,8 +97,8 @@ pub const SETTINGS: &[Setting] = &[
         description: "The disk budget: the largest size of the cache directory.",
         accepts: SIZE_ACCEPTS,
         set: |given, draft| {
-            draft.max_bytes = parse_size(&given.text)?;
-            match draft.max_bytes {
+            draft.config.max_bytes = parse_size(&given.text)?;
+            match draft.config.max_bytes {
                 ByteBound::Bytes(0) | ByteBound::Percent(0) => Err(Error::invalid("must be more than zero")),
                 _ => Ok(()),
             }
@@ -114,7 +113,7 @@ pub const SETTINGS: &[Setting] = &[
         description: "The space that always stays free on the filesystem. It applies in addition to the budget.",
         accepts: SIZE_ACCEPTS,
         set: |given, draft| {
-            draft.min_free_bytes = parse_size(&given.text)?;
+            draft.config.min_free_bytes = parse_size(&given.text)?;
             Ok(())
         },
     },
@@ -130,7 +129,7 @@ pub const SETTINGS: &[Setting] = &[
                   before they return.",
         accepts: SWITCH_ACCEPTS,
         set: |given, draft| {
-            draft.durable = if parse_switch(&given.text)? { Durable::Wait } else { Durable::default() };
+            draft.config.durable = if parse_switch(&given.text)? { Durable::Wait } else { Durable::default() };
             Ok(())
         },
     },
@@ -144,7 +143,7 @@ pub const SETTINGS: &[Setting] = &[
                   the umask; published files always have mode 0444. An existing directory keeps its modes.",
         accepts: "off, group (the group of the folder) or world (all users)",
         set: |given, draft| {
-            draft.shared = match given.text.as_str() {
+            draft.config.shared = match given.text.as_str() {
                 "off" => Sharing::Off,
                 "group" => Sharing::Group,
                 "world" => Sharing::World,
@@ -163,7 +162,7 @@ pub const SETTINGS: &[Setting] = &[
                   download.",
         accepts: "a cache directory of an earlier run, or none",
         set: |given, draft| {
-            draft.lower_dir = (given.text != "none").then(|| draft.expand_home(&given.text));
+            draft.config.lower_dir = (given.text != "none").then(|| draft.expand_home(&given.text));
             Ok(())
         },
     },
@@ -180,7 +179,7 @@ pub const SETTINGS: &[Setting] = &[
                   checkpoints (never hashed before), are always buffered.",
         accepts: "auto, buffered or direct",
         set: |given, draft| {
-            draft.write_mode = match given.text.as_str() {
+            draft.config.write_mode = match given.text.as_str() {
                 "auto" => WriteMode::Auto,
                 "buffered" => WriteMode::Buffered,
                 "direct" => WriteMode::Direct,
@@ -243,7 +242,7 @@ pub const SETTINGS: &[Setting] = &[
                   checksum metadata, and files whose digest is only known from their first download.",
         accepts: "1 or 0",
         set: |given, draft| {
-            draft.require_checksum = parse_switch(&given.text)?;
+            draft.config.require_checksum = parse_switch(&given.text)?;
             Ok(())
         },
     },
@@ -257,7 +256,7 @@ pub const SETTINGS: &[Setting] = &[
                   retries.",
         accepts: "origin or fail",
         set: |given, draft| {
-            draft.on_remote_down = match given.text.as_str() {
+            draft.config.on_remote_down = match given.text.as_str() {
                 "origin" => OnRemoteDown::Origin,
                 "fail" => OnRemoteDown::Fail,
                 _ => return Err(Error::invalid("unknown value")),
@@ -274,7 +273,7 @@ pub const SETTINGS: &[Setting] = &[
         description: "Whether the remote may be written to: `rw` reads and writes, `ro` only reads.",
         accepts: "rw or ro",
         set: |given, draft| {
-            draft.remote_mode = match given.text.as_str() {
+            draft.config.remote_mode = match given.text.as_str() {
                 "rw" => RemoteMode::ReadWrite,
                 "ro" => RemoteMode::ReadOnly,
                 _ => return Err(Error::invalid("unknown value")),
@@ -294,7 +293,7 @@ pub const SETTINGS: &[Setting] = &[
                   later run.",
         accepts: "wait, background, later or never",
         set: |given, draft| {
-            draft.backfill = Some(match given.text.as_str() {
+            draft.config.backfill = Some(match given.text.as_str() {
                 "wait" => Backfill::Wait,
                 "background" => Backfill::Background,
                 "later" => Backfill::Later,
@@ -316,7 +315,7 @@ pub const SETTINGS: &[Setting] = &[
                   file:///models/{name}/{version}; or none",
         set: |given, draft| {
             let templates = given.text.split(',').map(str::trim).filter(|text| !text.is_empty() && *text != "none");
-            draft.origins = templates.map(OriginTemplate::new).collect::<Result<_>>()?;
+            draft.config.origins = templates.map(OriginTemplate::new).collect::<Result<_>>()?;
             Ok(())
         },
     },
@@ -340,7 +339,7 @@ pub const SETTINGS: &[Setting] = &[
         description: "The MLflow server of `models:/` references. It is checked only when such a reference is used.",
         accepts: "scheme, host, port and path of the server, for example https://mlflow.example",
         set: |given, draft| {
-            draft.mlflow.tracking_uri = registries::server(given);
+            draft.config.mlflow.tracking_uri = registries::server(given);
             Ok(())
         },
     },
@@ -353,7 +352,7 @@ pub const SETTINGS: &[Setting] = &[
         description: "The MLflow server of the model registry, if it is not the tracking server.",
         accepts: "scheme, host, port and path of the server",
         set: |given, draft| {
-            draft.mlflow.registry_uri = registries::server(given);
+            draft.config.mlflow.registry_uri = registries::server(given);
             Ok(())
         },
     },
@@ -367,7 +366,7 @@ pub const SETTINGS: &[Setting] = &[
                   below this folder.",
         accepts: "a folder, or none",
         set: |given, draft| {
-            draft.mlflow.local_root = (given.text != "none").then(|| draft.expand_home(&given.text));
+            draft.config.mlflow.local_root = (given.text != "none").then(|| draft.expand_home(&given.text));
             Ok(())
         },
     },
@@ -381,7 +380,7 @@ pub const SETTINGS: &[Setting] = &[
                   (`localhost` and loopback addresses) need not be listed.",
         accepts: "hosts with their ports, for example registry.internal:5000; or none",
         set: |given, draft| {
-            draft.oci.plain_http = registries::plain_http(&given.text)?;
+            draft.config.oci.plain_http = registries::plain_http(&given.text)?;
             Ok(())
         },
     },
@@ -394,7 +393,7 @@ pub const SETTINGS: &[Setting] = &[
         description: "How long a resolved revision or tag is considered current, before it is resolved again.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
-            draft.ref_ttl = parse_duration(&given.text)?;
+            draft.config.ref_ttl = parse_duration(&given.text)?;
             Ok(())
         },
     },
@@ -423,7 +422,7 @@ pub const SETTINGS: &[Setting] = &[
                   disk are not delayed.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
-            draft.start_jitter = parse_duration(&given.text)?;
+            draft.config.start_jitter = parse_duration(&given.text)?;
             Ok(())
         },
     },
@@ -436,7 +435,7 @@ pub const SETTINGS: &[Setting] = &[
         description: "How long after its first failure a request may be retried; `0s` disables retries.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
-            draft.retry.deadline = parse_duration(&given.text)?;
+            draft.config.retry.deadline = parse_duration(&given.text)?;
             Ok(())
         },
     },
@@ -449,8 +448,12 @@ pub const SETTINGS: &[Setting] = &[
         description: "The timeout for connecting to a server, for the first byte of its response, and between bytes.",
         accepts: DURATION_ACCEPTS,
         set: |given, draft| {
-            draft.retry.read_timeout = parse_duration(&given.text)?;
-            if draft.retry.read_timeout.is_zero() { Err(Error::invalid("must be more than zero")) } else { Ok(()) }
+            draft.config.retry.read_timeout = parse_duration(&given.text)?;
+            if draft.config.retry.read_timeout.is_zero() {
+                Err(Error::invalid("must be more than zero"))
+            } else {
+                Ok(())
+            }
         },
     },
     Setting {
@@ -630,28 +633,14 @@ struct SettingValue {
 /// Settings while they are being gathered.
 struct Draft {
     environment: Environment,
+    /// The settings so far, except the following.
+    config: Config,
     dir: Option<PathBuf>,
-    max_bytes: ByteBound,
-    min_free_bytes: ByteBound,
-    durable: Durable,
-    shared: Sharing,
-    lower_dir: Option<PathBuf>,
-    write_mode: WriteMode,
     /// Rank, source and URL of the remote with the highest precedence so far. The URL is `None` if the value was
     /// `none`.
     remote: Option<(usize, String, Option<String>)>,
-    require_checksum: bool,
-    on_remote_down: OnRemoteDown,
-    remote_mode: RemoteMode,
-    backfill: Option<Backfill>,
-    origins: Vec<OriginTemplate>,
-    mlflow: MlflowConfig,
-    oci: OciConfig,
-    ref_ttl: Duration,
     /// `None` until a setting determines it.
     offline: Option<bool>,
-    start_jitter: Duration,
-    retry: RetryConfig,
     metrics_file: Option<PathBuf>,
     log: LogSettings,
 }
@@ -752,25 +741,10 @@ impl Draft {
     fn new(environment: Environment) -> Self {
         Self {
             environment,
+            config: Config::new(PathBuf::new()),
             dir: None,
-            max_bytes: ByteBound::Percent(80),
-            min_free_bytes: ByteBound::Percent(10),
-            durable: Durable::default(),
-            shared: Sharing::default(),
-            lower_dir: None,
-            write_mode: WriteMode::default(),
             remote: None,
-            require_checksum: false,
-            on_remote_down: OnRemoteDown::default(),
-            remote_mode: RemoteMode::default(),
-            backfill: None,
-            origins: Vec::new(),
-            mlflow: MlflowConfig::default(),
-            oci: OciConfig::default(),
-            ref_ttl: Duration::from_secs(60),
             offline: None,
-            start_jitter: Duration::ZERO,
-            retry: RetryConfig::default(),
             metrics_file: None,
             log: LogSettings { filter: "info".into(), source: None, format: LogFormat::default() },
         }
@@ -803,33 +777,16 @@ impl Draft {
         hub: HubConfig,
         credentials: Credentials,
     ) -> (Config, LogSettings) {
-        let dir = self.dir.unwrap_or_else(|| default_dir(&self.environment));
         let remote = self.remote.and_then(|(_, _, url)| url);
-        let offline = self.offline.unwrap_or_else(|| hub_is_offline(&self.environment));
         let environment = self.environment;
         let config = Config {
-            dir,
-            max_bytes: self.max_bytes,
-            min_free_bytes: self.min_free_bytes,
-            durable: self.durable,
-            shared: self.shared,
-            lower_dir: self.lower_dir,
-            write_mode: self.write_mode,
+            dir: self.dir.unwrap_or_else(|| default_dir(&environment)),
+            offline: self.offline.unwrap_or_else(|| hub_is_offline(&environment)),
             buckets: BucketConfig { options: options.clone(), environment: environment.clone() },
             remote: remote.map(|url| RemoteConfig { url, options, environment }),
-            require_checksum: self.require_checksum,
-            on_remote_down: self.on_remote_down,
-            remote_mode: self.remote_mode,
-            backfill: self.backfill,
-            origins: self.origins,
             hub,
             credentials,
-            mlflow: self.mlflow,
-            oci: self.oci,
-            ref_ttl: self.ref_ttl,
-            offline,
-            start_jitter: self.start_jitter,
-            retry: self.retry,
+            ..self.config
         };
         (config, self.log)
     }
@@ -984,6 +941,7 @@ mod tests {
     use super::*;
     use crate::error::ErrorKind;
     use std::collections::HashMap;
+    use std::time::Duration;
 
     #[derive(Default)]
     struct Given {

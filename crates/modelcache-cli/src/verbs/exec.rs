@@ -103,7 +103,9 @@ impl Exec {
 /// Opens the cache. Background uploads are left to a later run, because `exec` ends this program.
 fn cache(config: &Config) -> Result<Cache> {
     let backfill = config.backfill.map(|mode| if mode == Backfill::Background { Backfill::Later } else { mode });
-    Cache::open(Config { backfill, ..sync::deferred(config) })
+    let mut config = sync::deferred(config);
+    config.backfill = backfill;
+    Cache::open(config)
 }
 
 /// Returns the exit code of a shell for a command that cannot be run, and the error.

@@ -99,7 +99,9 @@ impl Session<'_> {
 
     /// Opens the cache for a command that syncs downloaded files to stable storage before it ends.
     pub(crate) fn cache(&self) -> Result<Cache> {
-        Cache::open(Config { durable: Durable::Wait, ..self.config.clone() })
+        let mut config = self.config.clone();
+        config.durable = Durable::Wait;
+        Cache::open(config)
     }
 
     /// Opens the cache for a command that ends with [`sync::sync_or_hand_off`].

@@ -52,7 +52,9 @@ impl Sync {
 /// Returns the configuration of a command that ends with [`sync_or_hand_off`].
 pub(super) fn deferred(config: &Config) -> Config {
     let durable = if config.durable == Durable::Wait { Durable::Wait } else { Durable::Later };
-    Config { durable, ..config.clone() }
+    let mut config = config.clone();
+    config.durable = durable;
+    config
 }
 
 /// Syncs the files that are not on stable storage yet, or hands the sync to another process. `execs` is true if this

@@ -76,7 +76,7 @@ impl Bench {
 
     /// Returns the number of files that the manifest marks as unsynced.
     fn marked(&self, commit: &str) -> usize {
-        self.manifest(commit).to_string().matches("\"unsynced\"").count()
+        self.manifest(commit).to_string().matches("\"unsynced_by\"").count()
     }
 
     fn wait_until_durable(&self) {

@@ -23,7 +23,7 @@ fn expected(errno: Errno) -> (&'static str, i32) {
         Errno::EDQUOT => ("quota exceeded", 6),
         Errno::EIO => ("Input/output error", 8),
         Errno::EROFS => ("Read-only file system", 8),
-        Errno::EMFILE => ("Too many open files", 1),
+        Errno::EMFILE => ("Too many open files", 8),
         Errno::EINTR => ("Interrupted system call", 8),
     }
 }

@@ -103,7 +103,7 @@ fn stats_and_inspect_show_the_lower_directory() {
 fn an_invalid_lower_directory_is_left_out() {
     let (house, _) = House::with_model();
     let run = house.on_local("a").env("MODEL_CACHE_LOWER_DIR", house.path("nothing"));
-    assert_model(&run.run(["get", REF]).path_saying(&["not a cache directory", "left out"]));
+    assert_model(&run.run(["get", REF]).path_saying(&["not a cache directory", "is ignored"]));
 }
 
 #[test]

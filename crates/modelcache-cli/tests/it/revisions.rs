@@ -162,7 +162,7 @@ fn evicting_a_tagged_version_names_the_tags_and_leaves_none_behind() {
         let origin = format!("file://{}/{{name}}/{{version}}", house.path("origin").display());
         let with_origin = || run().env("MODEL_CACHE_ORIGIN", &origin);
         with_origin().run(["evict", "m@1", "--tier", "remote"]).failed(2, &["the tags prod, stable"]);
-        with_origin().run(["evict", "m@1", "--yes"]).ok().said(&["removed, too", "the tags prod, stable"]);
+        with_origin().run(["evict", "m@1", "--yes"]).ok().said(&["also removed the tags prod, stable"]);
         run().run(["get", "m@prod"]).failed(3, &["m@prod", "not found"]);
         assert_eq!(content(&run().run(["get", "m@next"]).path()), "2");
         for version in ["2", "3"] {
@@ -227,7 +227,7 @@ fn damaged_refs_are_ignored_and_refs_of_a_newer_format_are_refused() {
         let live = kind.object(&house, "m/.modelcache/refs/live");
         fs::copy(&live, kind.object(&house, "m/.modelcache/refs/prod")).unwrap();
         run().run(["get", "m@prod"]).failed(3, &["WARN", "damaged"]);
-        run().run(["ls", "--remote"]).ok().said(&["WARN", "left out"]);
+        run().run(["ls", "--remote"]).ok().said(&["WARN", "skipping a ref"]);
         run().run(["tag", "m@2", "prod"]).ok().said(&["now points to version 2 (new tag)"]);
         assert_eq!(content(&run().run(["get", "m@prod"]).path()), "2");
 
@@ -461,7 +461,7 @@ fn a_commit_that_changed_at_the_hub_is_an_error_and_old_files_are_not_mixed_with
     run().run(["get", &reference, "--include", "*.safetensors"]).path();
     house.hub.repo("org/model").tamper(&commit, "model.safetensors", content_of(2)).unwrap();
     let [old, new] = [big(), content_of(2)].map(|content| content.sha256().unwrap()[..12].to_owned());
-    let says = ["ERROR", &old, &new, "contradicts", "evict", "--tier disk", "verify", &reference];
+    let says = ["ERROR", &old, &new, "contradict", "evict", "--tier disk", "verify", &reference];
     run().run(["get", &reference]).failed(5, &says);
     run().run(["get", &reference, "--include", "*.safetensors"]).path_saying(&["on disk"]);
     run().run(["evict", &reference, "--tier", "disk"]).ok();

@@ -47,7 +47,7 @@ fn a_list_that_does_not_fit_is_refused_before_any_download() {
     small().run(["prewarm", "hf://org/c"]).ok();
     small().run(["pin", "hf://org/c"]).ok();
     house.hub.repo("org/e").commit().file("own", Content::generated(5, 4 * MIB)).publish().unwrap();
-    small().run(["prewarm", "hf://org/e"]).failed(6, &["needs 4.2 MB more", "in use or pinned"]);
+    small().run(["prewarm", "hf://org/e"]).failed(6, &["needs 4.2 MB more", "release or unpin"]);
     small().run(["unpin", "hf://org/a"]).ok();
     small().run(["prewarm", "hf://org/e"]).ok();
 }
@@ -71,7 +71,7 @@ fn listed_artifacts_on_disk_are_not_evicted_for_the_rest_of_the_list() {
 fn one_failing_artifact_does_not_stop_the_others_and_json_has_one_object_each() {
     let house = house();
     let args = ["prewarm", "hf://org/a", "hf://org/none", "hf://org/b", "--jobs", "2", "--json"];
-    let outcome = house.on_local("d").run(args).said(&["error: hf://org/none", "2 artifacts fetched", "1 failed"]);
+    let outcome = house.on_local("d").run(args).said(&["error: hf://org/none", "2 artifacts downloaded", "1 failed"]);
     assert_eq!(outcome.code, Some(3), "{outcome}");
     let rows = outcome.stdout.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let rows: BTreeMap<String, Value> = rows.map(|row| (text(&row["reference"]), row)).collect();

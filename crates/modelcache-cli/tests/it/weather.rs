@@ -124,7 +124,9 @@ fn access_denied_is_a_miss_with_a_warning_for_a_get_and_an_error_for_a_put() {
     house.on("a").run(["ls", "--remote"]).failed(4, &lists);
     house.assert_invisible("a");
     let served = house.on("a").run(["get", "hf://org/model"]);
-    assert_model(&served.path_saying(&[&warns[..], &rights, &["it is local all the same", "from origin"]].concat()));
+    assert_model(
+        &served.path_saying(&[&warns[..], &rights, &["the artifact is available locally", "from origin"]].concat()),
+    );
     house.s3.faults().clear();
     assert_model(&house.on("a").run(["get", "m@1"]).path());
 }

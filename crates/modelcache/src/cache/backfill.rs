@@ -1,12 +1,12 @@
-//! Backfilling: what came from an origin goes to the remote, now, in the background, or with a later run.
+//! Backfill: the upload of files that came from an origin to the remote, at once, in the background, or by a later run.
 //!
-//! Whatever the mode, a durable intent stands in the local directory before the artifact is published, and goes when the
-//! remote has it: a process that dies, a remote that is down, cost time and not the remote its copy. What is left is
-//! completed by `backfill`, and by every run that fetched or put something; a hit never waits for it. Large files are sent
-//! while they are still poured, where that can be; what became of that is looked at only here.
+//! In every mode a pending upload is recorded durably before the artifact is published on disk, and removed once the
+//! remote has the files. A crash or an unreachable remote therefore delays the upload, but does not lose it. Pending
+//! uploads are completed by [`Cache::backfill_pending`], and at the end of every run that reached the remote. A hit
+//! never waits for them. An upload that can never succeed is dropped with a warning.
 //!
-//! A refusal for want of a right is told once, and the remote is only read from then on. What can never succeed, because
-//! the remote has other content or the artifact left this disk, is dropped and said.
+//! If the remote refuses a write because of a missing permission, this is reported once, and the remote counts as
+//! read-only until the process ends.
 
 use super::plan::FillPlan;
 use super::tasks::Tasks;
@@ -27,52 +27,54 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long another process that uploads the same is waited for; what it does not finish stays intended.
-const OTHER_MAX: Duration = Duration::from_secs(60);
-/// Time between two looks.
+/// Longest wait for the backfill lock or the lease of an artifact. After that the upload stays pending.
+const WAIT_MAX: Duration = Duration::from_secs(60);
+/// Time between two attempts.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What this process has to do with backfills.
+/// The state of the backfills of this process.
 #[derive(Debug, Default)]
 pub(super) struct Backfills {
-    /// Uploads in the background.
+    /// Background uploads.
     tasks: Tasks,
-    /// This process wrote to the remote, or could have: a good time for what earlier ones left.
+    /// True if the remote answered the last request, so that pending uploads of earlier runs can be completed.
     remote_answers: AtomicBool,
-    /// One at a time completes what others left.
+    /// Held while pending uploads are completed, so that only one task does it.
     completing: tokio::sync::Mutex<()>,
 }
 
-/// What a fill has to bring to the remote.
+/// The upload that follows a fill.
 #[derive(Debug)]
 pub(super) struct ToBackfill {
     missing: Missing,
-    /// The remote does not answer now.
-    later: bool,
-    /// Whether it stands in the directory.
-    is_noted: bool,
-    /// What was sent while it was poured, and the proof of it.
-    sent: Option<(StreamingUpload, Proven)>,
+    /// True if the remote is unreachable, so that a later run has to upload.
+    remote_down: bool,
+    /// True if the pending upload is recorded in the local directory.
+    is_recorded: bool,
+    /// The upload that ran during the download, and the verified files.
+    streaming: Option<(StreamingUpload, Proven)>,
 }
 
 impl ToBackfill {
-    pub(super) fn new(missing: Missing, later: bool, sent: Option<(StreamingUpload, Proven)>) -> Self {
-        Self { missing, later, is_noted: false, sent }
+    pub(super) fn new(missing: Missing, remote_down: bool, streaming: Option<(StreamingUpload, Proven)>) -> Self {
+        Self { missing, remote_down, is_recorded: false, streaming }
     }
 }
 
 impl Cache {
+    /// Returns the configured backfill mode.
     pub(super) fn backfill_mode(&self) -> Backfill {
         self.0.config.backfill.unwrap_or_default()
     }
 
-    /// Whether what is fetched is meant for a remote, now or later.
+    /// Returns true if downloaded files are to be uploaded to the remote, now or later.
     pub(super) fn may_backfill(&self) -> bool {
         let remote = self.0.remote.as_ref().filter(|remote| !remote.is_read_only());
         remote.is_some() && self.backfill_mode() != Backfill::Never
     }
 
-    /// Lets files go to the remote while they are poured, if all of them are meant for it and it has none of them.
+    /// Starts to upload the files during their download, if the backfill is not deferred and the remote does not have
+    /// the artifact.
     pub(super) fn start_streaming_upload(
         &self,
         plan: &FillPlan,
@@ -87,18 +89,19 @@ impl Cache {
         Some(streaming_upload)
     }
 
-    /// Notes durably what the remote lacks. Where that fails the upload is tried all the same.
+    /// Records the pending upload durably. If that fails, the upload is still attempted after the fill.
     pub(super) async fn record_pending_upload(&self, key: &ArtifactKey, to: Option<ToBackfill>) -> Option<ToBackfill> {
         let (Some(to), Some(remote)) = (to, &self.0.remote) else { return None };
         let (disk, of, url, missing) = (self.0.disk.clone(), key.clone(), remote.url().to_owned(), to.missing.clone());
-        let noted = blocking(move || disk.record_pending_upload(&of, &url, &missing)).await;
-        if let Err(error) = &noted {
-            tracing::warn!(%key, %error, "what the remote lacks cannot be noted; a later run will not complete it");
+        let recorded = blocking(move || disk.record_pending_upload(&of, &url, &missing)).await;
+        if let Err(error) = &recorded {
+            tracing::warn!(%key, %error, "cannot record the pending upload; if it fails, no later run tries again");
         }
-        Some(ToBackfill { is_noted: noted.is_ok(), ..to })
+        Some(ToBackfill { is_recorded: recorded.is_ok(), ..to })
     }
 
-    /// Notes it again where it was forgotten: an eviction of what had been here may have come before what was just lent.
+    /// Records the pending upload again if it was removed: an eviction of other files of the artifact, before this fill
+    /// published and leased it, removes the record.
     pub(super) async fn restore_pending_upload(&self, key: &ArtifactKey, to: Option<ToBackfill>) -> Option<ToBackfill> {
         let (Some(to), Some(remote)) = (to, &self.0.remote) else { return None };
         match self.pending_upload(remote, key).await {
@@ -107,7 +110,8 @@ impl Cache {
         }
     }
 
-    /// Step 7 of the main path. That it fails costs the next machine time, not this caller its artifact.
+    /// Step 7 of the main path: uploads the missing files, depending on the backfill mode. A failure is logged and does
+    /// not fail the get.
     pub(super) async fn backfill(
         &self,
         leased: &Arc<LeasedArtifact>,
@@ -115,13 +119,15 @@ impl Cache {
         progress: &Progress,
     ) -> Published {
         let Some(to) = to else { return Published::default() };
-        if to.later {
-            tracing::info!(artifact = %leased.manifest.key, "the remote does not answer; it gets this with a later run");
+        if to.remote_down {
+            let artifact = &leased.manifest.key;
+            tracing::info!(%artifact, "the remote does not answer; a later run uploads this artifact");
             return Published::default();
         }
         match self.backfill_mode() {
             Backfill::Wait => self.upload(leased, to, progress).await,
             Backfill::Background => {
+                // The task holds the lease until the upload ends.
                 let (cache, leased) = (self.clone(), leased.clone());
                 self.0.backfills.tasks.keep(tokio::spawn(async move {
                     let published = cache.upload(&leased, to, &Progress::new()).await;
@@ -134,11 +140,11 @@ impl Cache {
         }
     }
 
-    /// Uploads what this process has just filled.
+    /// Uploads the files that this process has just downloaded. Logs a failure.
     async fn upload(&self, leased: &Arc<LeasedArtifact>, to: ToBackfill, progress: &Progress) -> Published {
         let Some(remote) = &self.0.remote else { return Published::default() };
         let (key, files) = (&leased.manifest.key, to.missing.files.clone());
-        let uploaded = self.upload_noted(remote, leased, to, progress).await;
+        let uploaded = self.upload_under_lock(remote, leased, to, progress).await;
         self.metrics().asked(Tier::Remote, &uploaded);
         match uploaded {
             Ok(published) => {
@@ -147,14 +153,15 @@ impl Cache {
             }
             Err(error) => {
                 self.note_remote(false);
-                let dropped = self.drop_hopeless(remote, key, &files, &error).await;
-                tell(remote, &error, dropped);
+                let dropped = self.drop_if_permanent(remote, key, &files, &error).await;
+                log_failure(remote, &error, dropped);
                 Published::default()
             }
         }
     }
 
-    async fn upload_noted(
+    /// Takes the backfill lock and uploads the files, unless another process has uploaded them meanwhile.
+    async fn upload_under_lock(
         &self,
         remote: &Remote,
         leased: &Arc<LeasedArtifact>,
@@ -163,41 +170,45 @@ impl Cache {
     ) -> Result<Published> {
         let key = &leased.manifest.key;
         if let Some(refusal) = remote.refusal() {
-            tell(remote, &refusal, false);
+            log_failure(remote, &refusal, false);
             return Ok(Published::default());
         }
+        // Step 1: take the backfill lock.
         let started = Instant::now();
-        let _turn = loop {
+        let _lock = loop {
             match self.backfill_lock(key).await? {
-                Some(turn) => break turn,
-                None if started.elapsed() > OTHER_MAX => {
-                    tracing::info!(artifact = %key, "another process is bringing this to the remote");
+                Some(lock) => break lock,
+                None if started.elapsed() > WAIT_MAX => {
+                    tracing::info!(artifact = %key, "another process is uploading this artifact to the remote");
                     return Ok(Published::default());
                 }
                 None => {
-                    // Whoever is at it needs the claim that was taken to send early.
-                    drop(to.sent.take());
+                    // Release the claim of the streaming upload: the process that holds the lock needs it.
+                    drop(to.streaming.take());
                     tokio::time::sleep(POLL_INTERVAL).await;
                 }
             }
         };
-        if to.is_noted && self.pending_upload(remote, key).await?.is_none() {
-            return Ok(Published::default()); // Whoever had the turn before did it.
+        // Step 2: check the record. The process that held the lock before may have uploaded the files.
+        if to.is_recorded && self.pending_upload(remote, key).await?.is_none() {
+            return Ok(Published::default());
         }
-        let begun = match to.sent {
+        // Step 3: complete the streaming upload, upload the other files and publish them.
+        let pending = match to.streaming {
             Some((streaming_upload, proven)) => streaming_upload.finish(proven).await,
             None => None,
         };
-        self.send(remote, leased, &to.missing, begun, progress).await
+        self.send(remote, leased, &to.missing, pending, progress).await
     }
 
-    /// Sends files that are lent, and takes back that the remote lacks them. The caller has the turn.
+    /// Uploads leased files and publishes them on the remote. Then removes them from the pending upload. The caller
+    /// holds the backfill lock.
     async fn send(
         &self,
         remote: &Remote,
         leased: &LeasedArtifact,
         missing: &Missing,
-        begun: Option<PendingPublish>,
+        pending: Option<PendingPublish>,
         progress: &Progress,
     ) -> Result<Published> {
         let key = &leased.manifest.key;
@@ -207,39 +218,40 @@ impl Cache {
         let listing = Manifest::clone(&leased.manifest).without_holdings();
         let options = PublishOptions { rewrite: missing.rewrite.clone(), ..PublishOptions::default() };
         let published =
-            remote.publish_pending(&listing, &files, options, begun, progress).await.context(key, Tier::Remote)?;
+            remote.publish_pending(&listing, &files, options, pending, progress).await.context(key, Tier::Remote)?;
+        // Only after the publish: a crash before it leaves the upload pending.
         self.settle(remote, key, &missing.files).await?;
         Ok(published)
     }
 
-    /// Drops what would fail for ever. Whether it was dropped.
-    async fn drop_hopeless(
+    /// Removes the pending upload if the error is permanent. Returns true if it is.
+    async fn drop_if_permanent(
         &self,
         remote: &Remote,
         key: &ArtifactKey,
         files: &BTreeSet<FilePath>,
         error: &Error,
     ) -> bool {
-        if !is_for_good(error) {
+        if !is_permanent(error) {
             return false;
         }
         if let Err(error) = self.settle(remote, key, files).await {
-            tracing::debug!(%error, "the intent stays");
+            tracing::debug!(%error, "cannot remove a pending upload that cannot succeed");
         }
         true
     }
 
-    /// What still has to reach any remote.
+    /// Returns the pending uploads to any remote.
     pub async fn pending_backfills(&self) -> Result<Vec<PendingBackfill>> {
         let disk = self.0.disk.clone();
         blocking(move || pending(&disk)).await
     }
 
-    /// Brings everything to the remote that still has to reach it. One that fails does not stop the others, except that
-    /// a remote which does not answer is not asked again.
+    /// Completes all pending uploads to the configured remote. If one fails, the others are still attempted, unless the
+    /// error concerns the remote as a whole: `Unavailable`, `Unauthorized` or `Invalid`.
     ///
     /// # Errors
-    /// `Invalid` where there is no remote, or it is only read.
+    /// `Invalid` if no remote is configured or it is read-only. Errors of single uploads are in the report.
     pub async fn backfill_pending(&self, progress: &Progress) -> Result<BackfillReport> {
         let Some(remote) = &self.0.remote else {
             return Err(Error::invalid("no remote is configured")
@@ -250,8 +262,8 @@ impl Cache {
         self.complete_all(remote, progress).await
     }
 
-    /// The end of a run: waits for what goes on in the background; if this process reached the remote, brings what
-    /// earlier ones left there, too. Failures are logged: the work that was asked for is done.
+    /// Waits for background uploads at the end of a run. If this process reached the remote, also completes the pending
+    /// uploads of earlier runs. Failures are logged, because the requested work is already done.
     pub async fn finish_backfills(&self, progress: &Progress) -> BackfillReport {
         self.0.backfills.tasks.finish().await;
         match self.backfill_mode() {
@@ -260,11 +272,13 @@ impl Cache {
         }
     }
 
-    /// Whether the remote answered, the last time that it was asked.
+    /// Records whether the remote answered the last request.
     pub(super) fn note_remote(&self, answers: bool) {
         self.0.backfills.remote_answers.store(answers, Ordering::Relaxed);
     }
 
+    /// Completes the pending uploads if the remote is writable and has answered. Does nothing if another task does so
+    /// already. Failures are logged.
     async fn complete(&self, progress: &Progress) -> BackfillReport {
         let answers = self.0.backfills.remote_answers.load(Ordering::Relaxed);
         let (Some(remote), true) = (self.0.remote.as_ref().filter(|remote| remote.is_writable()), answers) else {
@@ -272,15 +286,16 @@ impl Cache {
         };
         let Ok(_alone) = self.0.backfills.completing.try_lock() else { return BackfillReport::default() };
         let report = self.complete_all(remote, progress).await.unwrap_or_else(|error| {
-            tracing::debug!(%error, "what earlier runs left for the remote is left again");
+            tracing::debug!(%error, "cannot complete the pending uploads of earlier runs");
             BackfillReport::default()
         });
         self.metrics().uploaded(report.uploaded_bytes, report.copied_bytes);
-        report.failed.iter().for_each(|(_, error)| tell(remote, error, false));
-        report.dropped.iter().for_each(|(_, error)| tell(remote, error, true));
+        report.failed.iter().for_each(|(_, error)| log_failure(remote, error, false));
+        report.dropped.iter().for_each(|(_, error)| log_failure(remote, error, true));
         report
     }
 
+    /// Completes the pending uploads to `remote` one after the other.
     async fn complete_all(&self, remote: &Remote, progress: &Progress) -> Result<BackfillReport> {
         let (disk, mut report) = (self.0.disk.clone(), BackfillReport::default());
         let pending_uploads = blocking(move || disk.pending_uploads()).await?;
@@ -296,8 +311,8 @@ impl Cache {
                 Ok(Completed::Busy) => report.busy.push(key),
                 Ok(Completed::Gone(why)) => report.dropped.push((key, why)),
                 Err(error) => {
-                    let dropped = self.drop_hopeless(remote, &key, &missing.files, &error).await;
-                    // What is wrong with the remote, or with how it is set up, is wrong for all of them.
+                    let dropped = self.drop_if_permanent(remote, &key, &missing.files, &error).await;
+                    // These errors concern the remote or its configuration, so all further uploads would fail as well.
                     let stop =
                         matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Unauthorized | ErrorKind::Invalid);
                     if dropped { &mut report.dropped } else { &mut report.failed }.push((key, error));
@@ -307,32 +322,38 @@ impl Cache {
                 }
             }
         }
+        // Also abort orphaned uploads of killed processes.
         remote.sweep_uploads().await;
         Ok(report)
     }
 
-    /// Brings one artifact there.
+    /// Completes one pending upload.
     async fn complete_one(&self, remote: &Remote, key: &ArtifactKey, progress: &Progress) -> Result<Completed> {
-        let Some(_turn) = self.backfill_lock(key).await? else { return Ok(Completed::Busy) };
+        // Step 1: take the backfill lock, and read the record again under it.
+        let Some(_lock) = self.backfill_lock(key).await? else { return Ok(Completed::Busy) };
         let Some(missing) = self.pending_upload(remote, key).await? else { return Ok(Completed::Busy) };
+        // Step 2: lease the files that are on disk.
         let Some((leased, held)) = self.acquire_held(key, &missing).await? else {
             let gone = self.drop_absent(remote, key, &missing).await?;
             return Ok(gone.map_or(Completed::Busy, Completed::Gone));
         };
+        // Step 3: upload them.
         let rewrite = missing.rewrite.intersection(&held).cloned().collect();
         let published = self
             .send(remote, &leased, &Missing { files: held.clone(), rewrite, ..Missing::default() }, None, progress)
             .await?;
+        // Step 4: drop the files that are no longer on disk from the pending upload.
         let absent: BTreeSet<_> = missing.files.difference(&held).cloned().collect();
         if !absent.is_empty()
             && let Some(why) = self.drop_absent(remote, key, &missing.only(&absent)).await?
         {
-            tracing::debug!(error = %why, "the rest of it is not here");
+            tracing::debug!(error = %why, "some files of the pending upload are no longer on this disk");
         }
         Ok(Completed::Done(published))
     }
 
-    /// Lends those of `files` that are here; `None` if none is.
+    /// Leases the missing files that are on disk with the recorded digests, and returns which they are; `None` if there
+    /// are none.
     async fn acquire_held(
         &self,
         key: &ArtifactKey,
@@ -348,7 +369,7 @@ impl Cache {
                     return Ok(None);
                 }
                 let outcome = disk.acquire(&of, &Selection::files(held.iter().cloned()))?;
-                // The manifest may have been replaced since: the leased one counts.
+                // The manifest may have been replaced since it was read. The one under the lease counts.
                 let is_same = |leased: &LeasedArtifact| missing.held_by(&leased.manifest) == held;
                 Ok(match outcome {
                     AcquireOutcome::Leased(leased) if !is_same(&leased) => Some((AcquireOutcome::Absent, held)),
@@ -358,74 +379,87 @@ impl Cache {
             match leased.await? {
                 None => return Ok(None),
                 Some((AcquireOutcome::Leased(leased), held)) => return Ok(Some((*leased, held))),
-                // Damage was found, and what is damaged is held no more; or an eviction is at work.
-                Some(_) if started.elapsed() < OTHER_MAX => tokio::time::sleep(POLL_INTERVAL).await,
-                Some(_) => return Err(Error::unavailable("it cannot be lent").artifact(key).tier(Tier::Disk)),
+                // An eviction is running, or a damaged file was found, which the manifest then no longer holds.
+                Some(_) if started.elapsed() < WAIT_MAX => tokio::time::sleep(POLL_INTERVAL).await,
+                Some(_) => {
+                    let error = Error::unavailable("the lease on its files cannot be acquired");
+                    return Err(error.artifact(key).tier(Tier::Disk));
+                }
             }
         }
     }
 
-    /// Drops an intent for files that are not here, unless a fill may be about to bring them.
-    ///
-    /// # Errors
-    /// `NotFound`, to say so; nothing where a fill is at work.
+    /// Removes files that are not on disk from the pending upload, and returns the error that reports this. If a fill
+    /// may be about to publish them, keeps them and returns `None`.
     async fn drop_absent(&self, remote: &Remote, key: &ArtifactKey, missing: &Missing) -> Result<Option<Error>> {
+        // While another process fills the artifact, or has just published it, the files are not lost.
         let (disk, of) = (self.0.disk.clone(), key.clone());
         let leadership = blocking(move || disk.try_lead(&of, &mut Watch::default())).await?;
         let Leadership::Ours(_lead) = leadership else { return Ok(None) };
         if self.acquire_held(key, missing).await?.is_some() {
-            return Ok(None); // The fill before us just published it; the next run uploads it.
+            return Ok(None); // A fill has just published them. The next run uploads them.
         }
         self.settle(remote, key, &missing.files).await?;
         let error = Error::not_found("it left this disk before the remote had it").artifact(key).tier(Tier::Disk);
-        Ok(Some(error.hint("the next get of it brings it to the remote")))
+        Ok(Some(error.hint("the next get of the artifact uploads it to the remote")))
     }
 
+    /// Tries to take the backfill lock of `key`.
     async fn backfill_lock(&self, key: &ArtifactKey) -> Result<Option<FileLock>> {
         let (disk, key) = (self.0.disk.clone(), key.clone());
         blocking(move || disk.try_backfill(&key)).await
     }
 
+    /// Returns the files of `key` in the pending upload to `remote`.
     async fn pending_upload(&self, remote: &Remote, key: &ArtifactKey) -> Result<Option<Missing>> {
         let (disk, key, url) = (self.0.disk.clone(), key.clone(), remote.url().to_owned());
         blocking(move || disk.pending_upload(&key, &url)).await
     }
 
+    /// Removes `files` from the pending upload of `key` to `remote`.
     async fn settle(&self, remote: &Remote, key: &ArtifactKey, files: &BTreeSet<FilePath>) -> Result<()> {
         let (disk, key, url, files) = (self.0.disk.clone(), key.clone(), remote.url().to_owned(), files.clone());
         blocking(move || disk.settle(&key, &url, &files)).await
     }
 }
 
-/// What came of one pending backfill.
+/// Result of [`Cache::complete_one`].
 enum Completed {
+    /// The files were uploaded.
     Done(Published),
-    /// Somebody else is at it.
+    /// Another process uploads or fills the artifact.
     Busy,
-    /// It is not here any more, and was dropped.
+    /// The files are no longer on this disk, and the pending upload was removed.
     Gone(Error),
 }
 
-/// Says that the remote did not get something. Of a remote that refuses to be written it is said once.
-fn tell(remote: &Remote, error: &Error, dropped: bool) {
+/// Logs a failed upload. A remote that refuses writes is reported only once.
+fn log_failure(remote: &Remote, error: &Error, dropped: bool) {
     let hint = error.hint_text();
     if remote.refuses_writes() {
         if remote.is_first_refusal() {
-            tracing::warn!(%error, hint, "the remote refuses to be written; it is local all the same, and the remote is only read until this process ends");
+            tracing::warn!(
+                %error, hint,
+                "the remote refuses writes; the artifact is available locally, and this process only reads the remote \
+                 from now on"
+            );
         }
     } else if dropped {
-        tracing::warn!(%error, hint, "this will not reach the remote from here");
+        tracing::warn!(%error, hint, "could not be written to the remote; the upload is not tried again");
     } else {
-        tracing::warn!(%error, hint, "could not be written to the remote; it is local all the same, and a later run tries again");
+        tracing::warn!(
+            %error, hint,
+            "could not be written to the remote; the artifact is available locally, and a later run tries again"
+        );
     }
 }
 
-/// Whether the same upload would fail every time, however the remote is set up.
-fn is_for_good(error: &Error) -> bool {
+/// Returns true if every further attempt of this upload would fail, independent of the configuration of the remote.
+fn is_permanent(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Corrupt)
 }
 
-/// What still has to reach any remote. Blocks.
+/// Returns the pending uploads to any remote. Blocks.
 pub(super) fn pending(disk: &Disk) -> Result<Vec<PendingBackfill>> {
     let one = |PendingUpload { key, remote, missing }: PendingUpload| {
         let manifest = disk.manifest(&key).ok().flatten();

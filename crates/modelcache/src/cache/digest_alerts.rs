@@ -10,9 +10,9 @@ use crate::key::{ArtifactKey, Version};
 
 /// Reports that a version has other content than when it was tagged. The content on the remote takes precedence, so
 /// the get continues with it.
-pub(super) fn retagged(key: &ArtifactKey, tag: &Version, tag_record: Digest, found: Digest) {
+pub(super) fn retagged(key: &ArtifactKey, tag: &Version, tagged: Digest, found: Digest) {
     tracing::error!(
-        %key, %tag, %tag_record, %found,
+        %key, %tag, %tagged, %found,
         "the content of a version changed after it was tagged: it was replaced (put --force) or tampered with; \
          `modelcache tag {key} {tag}` accepts the present content, tagging another version rolls back"
     );
@@ -20,13 +20,13 @@ pub(super) fn retagged(key: &ArtifactKey, tag: &Version, tag_record: Digest, fou
 
 /// Reports that the disk has other content under the key than the tag records and the remote has. Returns the error of
 /// the get.
-pub(super) fn outdated_here(key: &ArtifactKey, tag: &Version, tag_record: Digest, found: Digest) -> Error {
+pub(super) fn outdated_here(key: &ArtifactKey, tag: &Version, tagged: Digest, found: Digest) -> Error {
     let hint = format!("`modelcache evict {key} --tier disk` removes this disk's copy; then get it again");
     tracing::error!(
-        %key, %tag, %tag_record, %found, hint,
+        %key, %tag, %tagged, %found, hint,
         "this disk has other content under a version than the tag means: the version was replaced, or tampered with"
     );
-    Error::corrupt(format!("this disk has sha256 {found}, but the tag {tag} means {tag_record}"))
+    Error::corrupt(format!("this disk has sha256 {found}, but the tag {tag} means {tagged}"))
         .tier(Tier::Disk)
         .hint(hint)
 }

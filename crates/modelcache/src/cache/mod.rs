@@ -1,8 +1,8 @@
-//! The cache: what doors call. Policy only; input and output happen in the floors below.
+//! [`Cache`], the interface of the library for front ends. It contains the policy; `disk`, `remote`, `origin` and
+//! `transfer` do the I/O.
 //!
-//! [`get`](Cache::get) is the main path and reads as its seven steps in `get.rs`. What a failing tier means is decided in
-//! `plan.rs`, once. Nothing here is asked of the network before it is needed: opening a cache and a warm get touch the
-//! local directory only.
+//! [`get`](Cache::get) is the main path: `get.rs` shows its seven steps. `plan.rs` decides how a failing tier affects a
+//! get. Opening a cache and a get of a local artifact send no request over the network.
 
 mod backfill;
 mod counters;
@@ -60,7 +60,9 @@ use fill::InFlightFills;
 use start_jitter::StartJitter;
 use std::sync::Arc;
 
-/// A tiered cache over one local directory. Cheap to clone; clones share everything.
+/// A tiered cache of model artifacts: a local directory, an optional remote, and origins.
+///
+/// Cheap to clone. Clones share all state: in-flight fills, background uploads, pending syncs and metrics.
 #[derive(Debug, Clone)]
 pub struct Cache(Arc<Inner>);
 
@@ -79,20 +81,25 @@ struct Inner {
 }
 
 impl Cache {
-    /// Opens the local directory, making it if need be. Asks no network.
+    /// Opens the cache. Creates the local directory if it does not exist. Sends no request over the network.
+    ///
+    /// # Errors
+    /// `Directory` if the local directory cannot be used; `Invalid` if the configuration of the remote is wrong.
     pub fn open(config: Config) -> Result<Self> {
         let disk = Disk::open(&config.dir, config.max_bytes, config.min_free_bytes, config.shared)?;
         Self::over(disk, config)
     }
 
-    /// The same cache for a caller with another token for the Hub, or with none: directory and counters are shared,
-    /// fills are not, so that nobody gets by waiting what he may not read.
+    /// Returns a cache for a caller with another Hub token, or with none. It shares the local directory and the metrics
+    /// with this cache. It does not share in-flight fills, so that joining a fill gives no access to an artifact that
+    /// the caller's own token cannot read.
     pub fn with_hub_token(&self, token: Option<Secret>) -> Result<Self> {
         let mut config = self.0.config.clone();
         config.hub.token = token;
         Self::over(self.0.disk.clone(), config)
     }
 
+    /// Creates a cache over an opened directory.
     fn over(disk: Disk, config: Config) -> Result<Self> {
         let retry = Retry::new(config.retry);
         let downloader = Downloader::new(retry.clone(), config.write_mode);
@@ -120,7 +127,7 @@ impl Cache {
         })))
     }
 
-    /// The configuration it was opened with.
+    /// Returns the configuration of this cache.
     pub fn config(&self) -> &Config {
         &self.0.config
     }
@@ -133,8 +140,8 @@ mod tests {
     use crate::reference::Reference;
     use std::path::Path;
 
-    /// Doors spawn these calls. Compiling is the test: streams must be made of collected futures, because a lazy `map`
-    /// over borrowed items makes the whole call not `Send`.
+    /// Front ends spawn these calls, so their futures must be `Send`. Compiling is the test. A stream must be built
+    /// from collected futures: a lazy `map` over borrowed items makes the whole future not `Send`.
     #[allow(dead_code)]
     fn calls_can_be_spawned(cache: &Cache, reference: &Reference, key: &crate::ArtifactKey, progress: &Progress) {
         fn spawnable(_: impl Future + Send) {}

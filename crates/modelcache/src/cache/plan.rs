@@ -493,7 +493,7 @@ pub(super) async fn manifest_of(asked: Result<Arc<RemoteSource>>) -> Result<(Arc
 fn unmanaged_objects_changed(request: &FetchRequest, error: &Error) -> Error {
     let what = format!("the files on the remote are no longer those that this disk knows: {}", error.message());
     let hint = format!(
-        "put changed files under another version; `modelcache evict --tier disk {}` removes the old ones from this disk",
+        "put changed files under another version; `modelcache evict --tier disk {}` removes the old ones here",
         request.key
     );
     Error::new(ErrorKind::Conflict, what).tier(Tier::Remote).hint(hint)

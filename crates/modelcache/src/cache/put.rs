@@ -1,12 +1,11 @@
-//! Putting: a file or folder becomes an artifact on the remote and on disk.
+//! Publishing a file or folder as an artifact, on the remote and on disk.
 //!
-//! The source is read once: a file is copied into staging, hashed, and, if it is large and new on the remote, sent, all in
-//! the same pass. What was sent shows as nothing until the whole is proven and nothing stands against it. The remote is
-//! written first and disk last, so that what this machine lends as published is published. Other content under the same
-//! key is refused before anything is visible; `force` replaces it.
+//! Each input file is read once: it is copied into staging and hashed, and, if it is large and new on the remote,
+//! uploaded in the same pass. The uploads become visible when all files are hashed and no other content exists under
+//! the key. The remote is published first and the disk last: an artifact that this machine serves is on the remote too.
 //!
-//! To the remote alone nothing is copied: what is not sent in the first pass is sent in a second, hashed again on the way,
-//! and refused if it is not what it was.
+//! With [`PutTier::Remote`] nothing is copied. Files that are not uploaded in the first pass are read again, and the
+//! put fails if a file has changed since.
 
 use super::{Cache, PutOptions, PutReport, PutTier};
 use crate::disk::{
@@ -24,16 +23,16 @@ use futures::{StreamExt, TryStreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// Files copied and hashed at once.
+/// Number of files that are copied and hashed concurrently.
 const COPIES_AT_ONCE: usize = 4;
 
 impl Cache {
-    /// Publishes a file or folder on disk and, where there is one, the remote; or on the remote only.
+    /// Publishes a file or folder under `key`, on disk and, if one is configured, on the remote; or on the remote only.
     ///
     /// # Errors
-    /// `Corrupt` for what is not of the format expected; `Invalid` for what cannot be an artifact; `Conflict` where the
-    /// key has other content (unless forced); `Full`, `Directory`, `Unavailable`, `Unauthorized` as for
-    /// [`get`](Self::get). Nothing is visible then.
+    /// `Corrupt` if a file does not have the expected format; `Invalid` if the path or the key cannot be an artifact;
+    /// `Conflict` if the key has other content, unless `force` is set; `Full`, `Directory`, `Unavailable` and
+    /// `Unauthorized` as for [`get`](Self::get). If a check or the publish on the remote fails, nothing is visible.
     pub async fn put(
         &self,
         key: &ArtifactKey,
@@ -53,17 +52,18 @@ impl Cache {
         options: &PutOptions,
         progress: &Progress,
     ) -> Result<PutReport> {
+        // Checks that need no bytes of the files come first.
         let remote = self.remote_to_put(options)?;
         let (source, expected) = (path.to_owned(), options.expect);
-        let (shape, given) = blocking(move || {
-            let (shape, given) = list_input(&source)?;
-            expected.map_or(Ok(()), |expected| expect(expected, shape, &given)).map(|()| (shape, given))
+        let (shape, inputs) = blocking(move || {
+            let (shape, inputs) = list_input(&source)?;
+            expected.map_or(Ok(()), |expected| expect(expected, shape, &inputs)).map(|()| (shape, inputs))
         })
         .await?;
         self.refuse_tag(key).await?;
         let (manifest, published, path) = match options.tier {
-            PutTier::All => self.put_everywhere(key, shape, &given, options, progress).await?,
-            PutTier::Remote => self.put_remotely(key, shape, given, options, progress).await?,
+            PutTier::All => self.put_everywhere(key, shape, &inputs, options, progress).await?,
+            PutTier::Remote => self.put_remotely(key, shape, inputs, options, progress).await?,
         };
         let sha256 = match shape {
             Shape::File => manifest.files.values().next().and_then(|entry| entry.sha256),
@@ -82,11 +82,14 @@ impl Cache {
         })
     }
 
-    /// The remote, if there is one; refused before a byte is read where it cannot be what is asked for.
+    /// Returns the remote, if one is configured.
+    ///
+    /// # Errors
+    /// `Invalid` if the options require a remote and there is none, or if the remote is read-only.
     fn remote_to_put(&self, options: &PutOptions) -> Result<Option<&Remote>> {
         let remote = self.0.remote.as_ref();
         if remote.is_none() && (options.tier == PutTier::Remote || options.sidecars) {
-            let what = if options.sidecars { "a sidecar lies on the remote" } else { "this goes to the remote only" };
+            let what = if options.sidecars { "sidecars go to the remote" } else { "this put is for the remote only" };
             return Err(Error::invalid(format!("{what}, and no remote is configured"))
                 .hint("set MODEL_CACHE_REMOTE, for instance s3://bucket/prefix"));
         }
@@ -94,24 +97,30 @@ impl Cache {
         Ok(remote)
     }
 
+    /// Publishes on the remote, if one is configured, and then on disk.
     async fn put_everywhere(
         &self,
         key: &ArtifactKey,
         shape: Shape,
-        given: &[InputFile],
+        inputs: &[InputFile],
         options: &PutOptions,
         progress: &Progress,
     ) -> Result<(Manifest, Published, Option<PathBuf>)> {
+        // No fill of the same key may run at the same time.
         let lead = self.lead_alone(key, progress).await?;
-        let mut begun = self.begin_put_upload(key, shape, given, options).await;
-        let (staging, manifest, files) = self.state(key, shape, given, &mut begun, progress).await?;
+        // Step 1: read the inputs. Copy them into staging, hash them, and upload the large ones.
+        let mut pending = self.begin_put_upload(key, shape, inputs, options).await;
+        let (staging, manifest, files) = self.copy_and_hash(key, shape, inputs, &mut pending, progress).await?;
+        // Step 2: check for other content under the key on disk.
         let replaces = self.refuse_other_content(&manifest, options).await?;
+        // Step 3: publish on the remote.
         let staged =
             files.iter().map(|(path, file)| (path.clone(), LocalFile::from(staging.file(&file.name)))).collect();
-        let published = self.put_on_remote(&manifest, &staged, options, begun, progress).await?;
+        let published = self.put_on_remote(&manifest, &staged, options, pending, progress).await?;
         if replaces {
             self.evict_replaced(key).await?;
         }
+        // Step 4: publish on disk, and wait until the files are durable.
         let leased = {
             let _phase = progress.enter(Phase::Publish, 0);
             let (disk, manifest) = (self.0.disk.clone(), manifest.clone());
@@ -123,40 +132,43 @@ impl Cache {
         Ok((manifest, published, Some(leased.path(&crate::Selection::all()))))
     }
 
-    /// Publishes on the remote from where the files lie.
+    /// Publishes on the remote only. The files are uploaded from their own paths.
     async fn put_remotely(
         &self,
         key: &ArtifactKey,
         shape: Shape,
-        given: Vec<InputFile>,
+        inputs: Vec<InputFile>,
         options: &PutOptions,
         progress: &Progress,
     ) -> Result<(Manifest, Published, Option<PathBuf>)> {
-        let mut begun = self.begin_put_upload(key, shape, &given, options).await;
-        let hash = |given: InputFile| {
-            let (sending, progress) = (begun.as_mut().and_then(|begun| begun.take(&given.path)), progress.clone());
+        // Step 1: read the inputs. Hash them, and upload the large ones.
+        let mut pending = self.begin_put_upload(key, shape, &inputs, options).await;
+        let hash = |input: InputFile| {
+            let (upload, progress) = (pending.as_mut().and_then(|pending| pending.take(&input.path)), progress.clone());
             async move {
-                match sending {
-                    Some(sending) => read_and_send(given, None, sending, &progress).await,
+                match upload {
+                    Some(upload) => read_and_upload(input, None, upload, &progress).await,
                     None => {
-                        let hashed = blocking(move || Ok((hash_input(&given, &progress)?, given.path))).await;
-                        hashed.map(|(entry, path)| InputRead { path, entry, copy: None, sending: None })
+                        let hashed = blocking(move || Ok((hash_input(&input, &progress)?, input.path))).await;
+                        hashed.map(|(entry, path)| InputRead { path, entry, copy: None, upload: None })
                     }
                 }
             }
         };
         let mut manifest = Manifest::new(key.clone(), shape);
         let read: Vec<InputRead> = {
-            let _phase = progress.enter(Phase::Read, given.iter().map(|given| given.size).sum());
-            let hashes: Vec<_> = given.iter().cloned().map(hash).collect();
+            let _phase = progress.enter(Phase::Read, inputs.iter().map(|input| input.size).sum());
+            let hashes: Vec<_> = inputs.iter().cloned().map(hash).collect();
             stream::iter(hashes).buffer_unordered(COPIES_AT_ONCE).try_collect().await?
         };
         manifest.files =
-            read.into_iter().map(|read| read.sent(&mut begun)).map(|read| (read.path, read.entry)).collect();
+            read.into_iter().map(|read| read.attach_upload(&mut pending)).map(|read| (read.path, read.entry)).collect();
         manifest.check().map_err(|error| Error::invalid(error.message().to_owned()))?;
+        // Step 2: check for other content under the key on disk.
         let replaces = self.refuse_other_content(&manifest, options).await?;
-        let files = given.into_iter().map(|given| (given.path, LocalFile::from(given.from))).collect();
-        let published = self.put_on_remote(&manifest, &files, options, begun, progress).await;
+        // Step 3: publish on the remote. This reads the small files again, and fails if one has changed.
+        let files = inputs.into_iter().map(|input| (input.path, LocalFile::from(input.from))).collect();
+        let published = self.put_on_remote(&manifest, &files, options, pending, progress).await;
         let published = published.map_err(|error| match error.kind() {
             ErrorKind::Corrupt => error.hint("put it again when nothing writes to it"),
             _ => error,
@@ -168,48 +180,51 @@ impl Cache {
         Ok((manifest, published, None))
     }
 
-    /// Begins to publish on the remote, so that large files can be sent while they are read for the first time.
+    /// Starts the publish on the remote, so that large files can be uploaded while they are read for the first time.
     async fn begin_put_upload(
         &self,
         key: &ArtifactKey,
         shape: Shape,
-        given: &[InputFile],
+        inputs: &[InputFile],
         options: &PutOptions,
     ) -> Option<PendingPublish> {
         let remote = self.0.remote.as_ref()?;
         let mut listing = Manifest::new(key.clone(), shape);
-        let entry = |given: &InputFile| FileEntry::of(given.size);
-        listing.files = given.iter().map(|given| (given.path.clone(), entry(given))).collect();
+        let entry = |input: &InputFile| FileEntry::of(input.size);
+        listing.files = inputs.iter().map(|input| (input.path.clone(), entry(input))).collect();
         let paths = listing.files.keys().cloned().collect();
-        let files = given.iter().map(|given| (given.path.clone(), LocalFile::from(given.from.clone()))).collect();
+        let files = inputs.iter().map(|input| (input.path.clone(), LocalFile::from(input.from.clone()))).collect();
         remote.begin(&listing, &paths, &files, options.sidecars).await
     }
 
-    /// Copies the given files into staging, hashes them on the way, and sends those that can be sent.
-    async fn state(
+    /// Copies the input files into staging and hashes them in the same pass. Uploads the files for which `pending` has
+    /// a multipart upload.
+    async fn copy_and_hash(
         &self,
         key: &ArtifactKey,
         shape: Shape,
-        given: &[InputFile],
-        begun: &mut Option<PendingPublish>,
+        inputs: &[InputFile],
+        pending: &mut Option<PendingPublish>,
         progress: &Progress,
     ) -> Result<(Staging, Manifest, BTreeMap<FilePath, StagedFile>)> {
-        let entry = |given: &InputFile| FileEntry::of(given.size);
-        let request: Vec<_> = given.iter().map(|given| (given.path.clone(), entry(given))).collect();
+        let entry = |input: &InputFile| FileEntry::of(input.size);
+        let wanted: Vec<_> = inputs.iter().map(|input| (input.path.clone(), entry(input))).collect();
         let (disk, fill_key) = (self.0.disk.clone(), key.clone());
-        let staging = blocking(move || disk.begin_fill(&fill_key, &request)).await?;
-        let _phase = progress.enter(Phase::Read, given.iter().map(|given| given.size).sum());
-        let copies = given.iter().cloned().map(|given| {
-            let (name, progress) = (staged_name(&given.path, &entry(&given)), progress.clone());
-            let (target, sending) = (staging.file(&name), begun.as_mut().and_then(|begun| begun.take(&given.path)));
+        // Reserves room for the copies, evicting other artifacts if necessary.
+        let staging = blocking(move || disk.begin_fill(&fill_key, &wanted)).await?;
+        let _phase = progress.enter(Phase::Read, inputs.iter().map(|input| input.size).sum());
+        let copies = inputs.iter().cloned().map(|input| {
+            let (name, progress) = (staged_name(&input.path, &entry(&input)), progress.clone());
+            let upload = pending.as_mut().and_then(|pending| pending.take(&input.path));
+            let target = staging.file(&name);
             async move {
-                let read = match sending {
-                    Some(sending) => read_and_send(given, Some(target), sending, &progress).await?,
+                let read = match upload {
+                    Some(upload) => read_and_upload(input, Some(target), upload, &progress).await?,
                     None => {
                         let copied =
-                            blocking(move || Ok((copy_input(&given, &target, &progress)?, given.path))).await?;
+                            blocking(move || Ok((copy_input(&input, &target, &progress)?, input.path))).await?;
                         let (StagedFile { entry, identity, .. }, path) = copied;
-                        InputRead { path, entry, copy: Some(identity), sending: None }
+                        InputRead { path, entry, copy: Some(identity), upload: None }
                     }
                 };
                 Ok::<_, Error>((name, read))
@@ -218,7 +233,7 @@ impl Cache {
         let copies: Vec<(String, InputRead)> =
             stream::iter(copies.collect::<Vec<_>>()).buffer_unordered(COPIES_AT_ONCE).try_collect().await?;
         let staged = |(name, read): (String, InputRead)| {
-            let InputRead { path, entry, copy, .. } = read.sent(begun);
+            let InputRead { path, entry, copy, .. } = read.attach_upload(pending);
             copy.map(|identity| (path, StagedFile { name, entry, identity }))
         };
         let files: BTreeMap<_, _> = copies.into_iter().filter_map(staged).collect();
@@ -228,11 +243,14 @@ impl Cache {
         Ok((staging, manifest, files))
     }
 
-    /// Other content under the key on disk: refused; when forced, only where somebody holds it. Whether there is some to
-    /// be replaced. Before the remote loses anything, so that what somebody is reading here is not replaced.
+    /// Checks the content under the key on disk. Returns true if there is other content that has to be replaced.
+    ///
+    /// # Errors
+    /// `Conflict` if there is other content and `force` is not set, or if the other content is leased or pinned.
     async fn refuse_other_content(&self, manifest: &Manifest, options: &PutOptions) -> Result<bool> {
         let (disk, manifest, force) = (self.0.disk.clone(), manifest.clone(), options.force);
         blocking(move || match disk.manifest(&manifest.key)?.map(|present| present.agrees_with(&manifest)) {
+            // Checked before the remote is changed: if the local content cannot be replaced, nothing is.
             Some(Err(_)) if force => disk.refuse_kept(&manifest.key).map(|()| true),
             Some(agreed) => agreed.context(&manifest.key, Tier::Disk).map(|()| false),
             None => Ok(false),
@@ -240,27 +258,29 @@ impl Cache {
         .await
     }
 
-    /// Removes the other content, once the remote has the new: a remote that refuses costs nobody the old.
+    /// Evicts the old content from disk. Called after the publish on the remote, so that the old content stays if that
+    /// fails.
     async fn evict_replaced(&self, key: &ArtifactKey) -> Result<()> {
         let (disk, key) = (self.0.disk.clone(), key.clone());
         blocking(move || disk.evict(&key).map(|_| ())).await
     }
 
+    /// Uploads the remaining files, and publishes the manifest on the remote.
     async fn put_on_remote(
         &self,
         manifest: &Manifest,
         files: &BTreeMap<FilePath, LocalFile>,
         options: &PutOptions,
-        begun: Option<PendingPublish>,
+        pending: Option<PendingPublish>,
         progress: &Progress,
     ) -> Result<Published> {
         let Some(remote) = &self.0.remote else { return Ok(Published::default()) };
         let _phase = progress.enter(Phase::Backfill, manifest.bytes());
-        // An object can be damaged and look sound; forcing sends equal content, too.
+        // With `force`, files with equal content are uploaded as well: a damaged object can look sound.
         let rewrite = if options.force { files.keys().cloned().collect() } else { BTreeSet::new() };
         let options = PublishOptions { force: options.force, rewrite, sidecars: options.sidecars };
         let published = remote
-            .publish_pending(manifest, files, options, begun, progress)
+            .publish_pending(manifest, files, options, pending, progress)
             .await
             .context(&manifest.key, Tier::Remote);
         self.metrics().asked(Tier::Remote, &published);
@@ -270,51 +290,53 @@ impl Cache {
     }
 }
 
-/// A given file that was read.
+/// An input file after its first pass.
 struct InputRead {
     path: FilePath,
     entry: FileEntry,
+    /// The identity of the copy in staging, if there is one.
     copy: Option<FileIdentity>,
-    /// Where all its bytes are on their way to.
-    sending: Option<Multipart>,
+    /// The multipart upload to which all parts were sent.
+    upload: Option<Multipart>,
 }
 
 impl InputRead {
-    /// Hands what was sent to what has begun, with the proof.
-    fn sent(mut self, begun: &mut Option<PendingPublish>) -> Self {
-        if let (Some(sending), Some(begun), Some(sha256)) = (self.sending.take(), begun, self.entry.sha256) {
-            begun.put_back(self.path.clone(), sending, sha256);
+    /// Attaches the upload and the digest of the file to the pending publish, which completes the upload later.
+    fn attach_upload(mut self, pending: &mut Option<PendingPublish>) -> Self {
+        if let (Some(upload), Some(pending), Some(sha256)) = (self.upload.take(), pending, self.entry.sha256) {
+            pending.put_back(self.path.clone(), upload, sha256);
         }
         self
     }
 }
 
-/// Reads a file once: hashed, copied to `target`, and sent part by part.
-async fn read_and_send(
-    given: InputFile,
+/// Reads a file once: hashes it, copies it to `target`, and uploads it part by part.
+async fn read_and_upload(
+    input: InputFile,
     target: Option<RootedPath>,
-    mut sending: Multipart,
+    mut upload: Multipart,
     progress: &Progress,
 ) -> Result<InputRead> {
-    let path = given.path.clone();
-    let mut copying = blocking(move || Copying::open(&given, target.as_ref())).await?;
-    for index in 0..sending.parts() {
-        let mut part = sending.room(index).await?;
+    let path = input.path.clone();
+    let mut copying = blocking(move || Copying::open(&input, target.as_ref())).await?;
+    for index in 0..upload.parts() {
+        // Waits for memory of the upload budget.
+        let mut part = upload.room(index).await?;
         (copying, part) = blocking(move || {
             part.fill(|buffer, beside| copying.fill(buffer, beside))?;
             Ok((copying, part))
         })
         .await?;
         let bytes = part.range();
-        sending.send(part, None)?;
+        upload.send(part, None)?;
         progress.done(bytes.end - bytes.start);
     }
     let (entry, copy) = blocking(move || copying.finish()).await?;
-    Ok(InputRead { path, entry, copy, sending: Some(sending) })
+    Ok(InputRead { path, entry, copy, upload: Some(upload) })
 }
 
-/// Refuses files that are not of the format expected.
-fn expect(expected: Format, shape: Shape, given: &[InputFile]) -> Result<()> {
-    let formats: Vec<_> = given.iter().map(|given| format_of(&given.from)).collect::<Result<_>>()?;
-    format::expect(expected, shape == Shape::Tree, given.iter().map(|given| &given.path).zip(formats))
+/// Fails if the files do not have the expected format.
+fn expect(expected: Format, shape: Shape, inputs: &[InputFile]) -> Result<()> {
+    let formats: Vec<_> = inputs.iter().map(|input| format_of(&input.from)).collect::<Result<_>>()?;
+    format::expect(expected, shape == Shape::Tree, inputs.iter().map(|input| &input.path).zip(formats))
 }

@@ -1,4 +1,4 @@
-//! Looking: what is cached, what one artifact consists of, how full the directory is. Changes nothing.
+//! Queries: list artifacts, inspect one artifact, and report disk usage. They change nothing.
 
 use super::backfill::pending;
 use super::plan::manifest_of;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 impl Cache {
-    /// The artifacts in the local directory, by name.
+    /// Lists the artifacts in the local directory, sorted by key.
     pub async fn list(&self) -> Result<Vec<Listed>> {
         let disk = self.0.disk.clone();
         blocking(move || {
@@ -30,10 +30,10 @@ impl Cache {
         .await
     }
 
-    /// The artifacts on the remote, by name.
+    /// Lists the artifacts on the remote with their tags, sorted by key.
     ///
     /// # Errors
-    /// `Invalid` where no remote is configured.
+    /// `Invalid` if no remote is configured.
     pub async fn list_remote(&self) -> Result<Vec<Listed>> {
         let Some(remote) = &self.0.remote else {
             return Err(Error::invalid("no remote is configured")
@@ -50,7 +50,11 @@ impl Cache {
         Ok(rows)
     }
 
-    /// Everything known of one artifact. A remote that cannot be asked is reported, not failed on.
+    /// Returns the records of one artifact on disk, in the lower directory and on the remote. An error of the remote is
+    /// in the result, unless no other tier has the artifact.
+    ///
+    /// # Errors
+    /// `NotFound` if no tier has a manifest of the artifact.
     pub async fn inspect(&self, reference: &Reference) -> Result<Inspection> {
         let (key, asked) = match &reference.target {
             Target::Bare(_) => {
@@ -83,9 +87,10 @@ impl Cache {
             (Shape::File, Some(file)) => dir.view(file).full(),
             _ => dir.files().full(),
         };
-        let lends = |manifest: &&Manifest| manifest.held_bytes() > 0 || manifest.holds(&Selection::all());
-        let own = disk.as_ref().filter(lends).map(|manifest| path_in(&dir, manifest));
-        let below = lower.as_ref().filter(lends).zip(lower_dir).map(|(manifest, dir)| path_in(&dir, manifest));
+        // An artifact of which some files are on disk has a path. So has a complete one whose files are all empty.
+        let has_path = |manifest: &&Manifest| manifest.held_bytes() > 0 || manifest.holds(&Selection::all());
+        let own = disk.as_ref().filter(has_path).map(|manifest| path_in(&dir, manifest));
+        let below = lower.as_ref().filter(has_path).zip(lower_dir).map(|(manifest, dir)| path_in(&dir, manifest));
         let path = own.or(below);
         Ok(Inspection {
             shape: known.shape,
@@ -103,7 +108,7 @@ impl Cache {
         })
     }
 
-    /// The state of the local directory.
+    /// Returns content and disk usage of the local directory.
     pub async fn stats(&self) -> Result<Stats> {
         let lower = self.0.lower.clone();
         let (disk, remote) = (self.0.disk.clone(), self.0.remote.as_ref().map(|remote| remote.url().to_owned()));
@@ -139,6 +144,7 @@ impl Cache {
     }
 }
 
+/// Returns the list entry of an artifact, without lease, pin and tags.
 fn listed(manifest: &Manifest, last_used: Option<SystemTime>) -> Listed {
     Listed {
         key: manifest.key.clone(),

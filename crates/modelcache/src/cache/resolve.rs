@@ -139,7 +139,7 @@ impl Cache {
                 let answer = self.resolve_pointer(reference, &pointer, policy).await?;
                 (ArtifactKey::new(pointer.name, answer.version.clone()), Some(answer))
             }
-            // For example a local folder: its version depends on its present content, which must be read.
+            // A local folder or a web page, for instance: the version depends on the present content.
             (None, None) => return self.resolve_at_origin(reference, policy).await,
         };
         let origin = self.0.origins.source(reference, &key).filter(|_| policy.max_tier == Tier::Origin);

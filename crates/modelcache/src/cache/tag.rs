@@ -1,7 +1,7 @@
-//! Tags: movable names of versions, kept on the remote. Moving one is a rollout, moving it back a rollback.
+//! Tags: movable names of versions, stored on the remote. Moving a tag is a rollout, moving it back a rollback.
 //!
-//! Whoever gets `name@tag` follows within the time that answers are fresh (`ref_ttl`). A tag is no version: it is
-//! refused where a version has that name, and goes when its version is evicted from the remote.
+//! A get of `name@tag` follows a move within `ref_ttl`. A tag cannot have the name of a version. It is removed when its
+//! version is evicted from the remote.
 
 use super::pointer::FALLBACK_TIMEOUT;
 use super::{Cache, TagReport};
@@ -12,11 +12,11 @@ use crate::source::Source;
 use crate::transfer::within;
 
 impl Cache {
-    /// Makes `tag` mean the version of `key`, whatever it meant before.
+    /// Points `tag` to the version of `key`. Creates the tag, or moves it.
     ///
     /// # Errors
-    /// `Invalid` without a remote, for a name from a URI, and for a tag that is a version; `NotFound` where the remote
-    /// does not have the version.
+    /// `Invalid` if no remote is configured, if the name comes from a URI, or if `tag` is the name of a version;
+    /// `NotFound` if the remote does not have the version of `key`.
     pub async fn tag(&self, key: &ArtifactKey, tag: &Version) -> Result<TagReport> {
         self.tag_unnamed(key, tag).await.map_err(|error| error.artifact(key))
     }
@@ -29,7 +29,7 @@ impl Cache {
         self.check_tag(key, tag).await?;
         let record = RemoteRef::now(tag.as_str(), &key.version, RefKind::Tag, manifest.content_digest());
         let before = remote.set_tag(&key.name, &record).await?;
-        // This machine follows at once, not when what it remembers is old.
+        // Drop the remembered version, so that this machine follows at once and not only after `ref_ttl`.
         self.forget(&ArtifactKey::new(key.name.clone(), tag.clone())).await;
         Ok(TagReport {
             name: key.name.clone(),
@@ -40,16 +40,17 @@ impl Cache {
         })
     }
 
-    /// Whether `tag` can be set for a version of that name: asked before a put that ends with it.
+    /// Checks that `tag` can be set for versions of the name of `key`. Call this before a put that is followed by a
+    /// tag.
     ///
     /// # Errors
     /// As for [`tag`](Self::tag).
     pub async fn check_tag(&self, key: &ArtifactKey, tag: &Version) -> Result<()> {
         let remote = self.remote_for_tags(&key.name)?;
-        let of_that_name = ArtifactKey::new(key.name.clone(), tag.clone());
+        let as_version = ArtifactKey::new(key.name.clone(), tag.clone());
         let is_version = *tag == key.version
-            || self.0.disk.manifest(&of_that_name)?.is_some()
-            || remote.source(&of_that_name).manifest().await?.is_some();
+            || self.0.disk.manifest(&as_version)?.is_some()
+            || remote.source(&as_version).manifest().await?.is_some();
         if is_version {
             return Err(Error::invalid(format!("{tag} is a version of {}, and a version never moves", key.name))
                 .hint("choose another word for the tag, for instance prod"));
@@ -57,19 +58,19 @@ impl Cache {
         Ok(())
     }
 
-    /// Removes the tag that `name@tag` names.
+    /// Removes the tag `name@tag`. The version that it points to stays.
     ///
     /// # Errors
-    /// `NotFound` where there is none.
-    pub async fn untag(&self, tag_record: &ArtifactKey) -> Result<TagReport> {
-        self.untag_unnamed(tag_record).await.map_err(|error| error.artifact(tag_record))
+    /// `NotFound` if there is no such tag; `Invalid` if no remote is configured, or if the name comes from a URI.
+    pub async fn untag(&self, key: &ArtifactKey) -> Result<TagReport> {
+        self.untag_unnamed(key).await.map_err(|error| error.artifact(key))
     }
 
-    async fn untag_unnamed(&self, tag_record: &ArtifactKey) -> Result<TagReport> {
-        let ArtifactKey { name, version: tag } = tag_record;
+    async fn untag_unnamed(&self, key: &ArtifactKey) -> Result<TagReport> {
+        let ArtifactKey { name, version: tag } = key;
         let remote = self.remote_for_tags(name)?;
         let removed = remote.remove_tag(name, tag.as_str(), None).await?;
-        self.forget(tag_record).await;
+        self.forget(key).await;
         let Some(before) = removed else {
             return Err(Error::not_found(format!("{name} has no tag {tag}"))
                 .tier(Tier::Remote)
@@ -78,7 +79,7 @@ impl Cache {
         Ok(TagReport { name: name.clone(), tag: tag.clone(), from: Some(before.version), to: None, sha256: None })
     }
 
-    /// What on the remote means the version of `key`: tags, and what an origin once answered.
+    /// Returns the refs on the remote that point to the version of `key`: tags, and shared answers of an origin.
     pub(super) async fn refs_to(&self, key: &ArtifactKey) -> Result<Vec<RemoteRef>> {
         let Some(remote) = &self.0.remote else { return Ok(Vec::new()) };
         let Some(refs) = remote.refs_of(&key.name).await? else {
@@ -90,7 +91,7 @@ impl Cache {
         Ok(refs.into_iter().filter(|found| found.version == key.version).collect())
     }
 
-    /// Removes those of `refs` that still mean the version of `key`.
+    /// Removes those of `refs` that still point to the version of `key`.
     pub(super) async fn remove_refs(&self, key: &ArtifactKey, refs: &[RemoteRef]) -> Result<()> {
         let Some(remote) = &self.0.remote else { return Ok(()) };
         for RemoteRef { revision, kind, .. } in refs {
@@ -102,7 +103,10 @@ impl Cache {
         Ok(())
     }
 
-    /// Refuses `name@tag` where a version is meant. A remote that cannot be asked refuses nothing.
+    /// Fails if `key` is a tag, for operations that need a version. If the remote cannot be reached, returns `Ok`.
+    ///
+    /// # Errors
+    /// `Invalid` if `key` is a tag.
     pub(super) async fn refuse_tag(&self, key: &ArtifactKey) -> Result<()> {
         let Some(remote) = self.0.remote.as_ref().filter(|_| key.name.scheme().is_none()) else { return Ok(()) };
         match within(FALLBACK_TIMEOUT, remote.tag(&key.name, key.version.as_str())).await {
@@ -116,10 +120,14 @@ impl Cache {
         }
     }
 
+    /// Returns the remote on which tags of `name` are stored.
+    ///
+    /// # Errors
+    /// `Invalid` for a name from a URI, without a remote, or with a read-only one.
     fn remote_for_tags(&self, name: &ArtifactName) -> Result<&Remote> {
         if let Some(word) = name.scheme() {
-            return Err(Error::invalid(format!("names that begin with {word:?} have no tags of ours"))
-                .hint("what a revision means there, its origin decides; tags are for NAME@VERSION"));
+            return Err(Error::invalid(format!("a name that begins with {word:?} cannot have tags"))
+                .hint("its revisions are resolved by the origin; tags are for NAME@VERSION"));
         }
         let remote = self.0.remote.as_ref().ok_or_else(|| {
             Error::invalid("tags are kept on the remote, and none is configured")
@@ -129,7 +137,7 @@ impl Cache {
         Ok(remote)
     }
 
-    /// Why a version cannot be tagged that the remote does not have.
+    /// Returns the error for a version that cannot be tagged because the remote does not have it.
     async fn nothing_to_tag(&self, remote: &Remote, key: &ArtifactKey, tag: &Version) -> Error {
         let ArtifactKey { name, version } = key;
         if let Ok(Some(other)) = remote.tag(name, version.as_str()).await {
@@ -143,6 +151,8 @@ impl Cache {
             }
             _ => "publish it first with `modelcache put`; `modelcache ls --remote` lists what is there".to_owned(),
         };
-        Error::not_found("the remote does not have this version, so no tag can mean it").tier(Tier::Remote).hint(hint)
+        Error::not_found("the remote does not have this version, so a tag cannot point to it")
+            .tier(Tier::Remote)
+            .hint(hint)
     }
 }

@@ -1,8 +1,8 @@
-//! Verifying: what is kept is read in full and compared with its digests, on disk and on the remote; and mended.
+//! Verification and repair: stored files are read in full and compared with their digests, on disk and on the remote.
 //!
-//! On disk a bad copy is withdrawn as soon as it is found, whoever asked: what fails a check is not lent any more. Repair
-//! then fetches it from the next source like any get. On the remote nothing is changed unless repair is asked for: then
-//! the bad objects are written anew, from disk where it has the right bytes, else from the origin.
+//! On disk, a file that fails verification is withdrawn at once, with or without repair, and is not leased any more.
+//! Repair then downloads it from the next source, like a get. On the remote, nothing is changed without repair. Repair
+//! uploads the bad objects again, from the disk if it has the right bytes, otherwise from the origin.
 
 use super::resolve::{FetchRequest, LookupPolicy, Resolution};
 use super::{Cache, GetOptions};
@@ -20,18 +20,18 @@ use crate::transfer::blocking;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// What to verify, and what to do about it.
+/// Options of [`Cache::verification`].
 #[derive(Debug, Clone, Copy, Default)]
 pub struct VerifyOptions {
-    /// Where.
+    /// The tiers to verify.
     pub tier: VerifyTier,
-    /// Whether what is found is repaired.
+    /// Repair the files that fail verification.
     pub repair: bool,
-    /// Most bytes read in a second.
+    /// Maximum read rate in bytes per second; `None` for no limit.
     pub bytes_per_second: Option<u64>,
 }
 
-/// Where to verify.
+/// The tiers to verify.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum VerifyTier {
     /// The local directory.
@@ -43,24 +43,30 @@ pub enum VerifyTier {
     All,
 }
 
-/// One thing to verify in one tier.
+/// One unit of a [`Verification`]: an artifact in one tier, or other files on disk.
 #[derive(Debug, Clone)]
 pub struct VerifyTarget {
-    /// What it is called.
+    /// The reference of the artifact, or a name of the target for messages.
     pub reference: String,
-    /// Where.
+    /// The tier in which it is verified.
     pub tier: Tier,
-    what: What,
+    subject: Subject,
 }
 
+/// The files of a [`VerifyTarget`].
 #[derive(Debug, Clone)]
-enum What {
-    Artifact { key: ArtifactKey, reference: Option<Reference> },
+enum Subject {
+    Artifact {
+        key: ArtifactKey,
+        reference: Option<Reference>,
+    },
+    /// A folder with a damaged manifest whose key is unknown.
     Nameless(RootedPath),
+    /// The blobs that were not read as a file of an artifact: leftovers, and blobs whose views are copies.
     Blobs,
 }
 
-/// A verification under way. What it found right it does not read again; dropping it ends what is being read.
+/// A verification in progress. A file that several artifacts share is read once. Dropping this value stops all reads.
 #[derive(Debug)]
 pub struct Verification {
     cache: Cache,
@@ -74,7 +80,7 @@ impl Drop for Verification {
     }
 }
 
-/// Ends the reading of a call that is dropped.
+/// Stops the reads of a call that is cancelled.
 struct StopOnDrop(Arc<VerifyRun>);
 
 impl Drop for StopOnDrop {
@@ -84,25 +90,30 @@ impl Drop for StopOnDrop {
 }
 
 impl Cache {
-    /// Begins a verification.
+    /// Starts a verification. Nothing is read until [`Verification::verify`] is called.
     pub fn verification(&self, options: VerifyOptions) -> Verification {
         Verification { cache: self.clone(), options, reader: Arc::new(VerifyRun::new(options.bytes_per_second, true)) }
     }
 
-    /// Goes once through everything on disk at a low rate, telling what each artifact came to. Bad copies are withdrawn.
-    pub async fn scrub(&self, bytes_per_second: u64, mut tell: impl FnMut(Verified) + Send) -> Result<()> {
+    /// Verifies everything on disk once, at most at `bytes_per_second`, and calls `report` with the result of each
+    /// target. Files that fail verification are withdrawn, and not repaired.
+    pub async fn scrub(&self, bytes_per_second: u64, mut report: impl FnMut(Verified) + Send) -> Result<()> {
         let options = VerifyOptions { bytes_per_second: Some(bytes_per_second), ..VerifyOptions::default() };
         let verification = self.verification(options);
         for target in verification.targets(&[]).await? {
             match verification.verify(&target, &Progress::new()).await? {
-                Some(verified) => tell(verified),
+                Some(verified) => report(verified),
                 None => tracing::debug!(target = target.reference, "gone before it was verified"),
             }
         }
         Ok(())
     }
 
-    /// Reads what a get is about to lend, so that whatever is wrong is withdrawn before.
+    /// Verifies the local files of a get before they are leased. Withdraws the bad ones, so that the get downloads
+    /// them.
+    ///
+    /// # Errors
+    /// `Corrupt` if a bad file cannot be withdrawn, because the directory is read-only.
     pub(super) async fn verify_hit(&self, request: &FetchRequest, progress: &Progress) -> Result<()> {
         let reader = Arc::new(VerifyRun::new(None, false));
         let _stop = StopOnDrop(reader.clone());
@@ -114,14 +125,13 @@ impl Cache {
         let bad = found.iter().flat_map(|verified| &verified.findings).find(|finding| !finding.withdrawn);
         match bad {
             None => Ok(()),
-            Some(finding) => {
-                Err(Error::corrupt(format!("{}: {}", shown(finding), finding.problem)).tier(Tier::Disk).hint(
-                    "nothing can be written in this directory: mount it writable, or point MODEL_CACHE_DIR elsewhere",
-                ))
-            }
+            Some(finding) => Err(Error::corrupt(format!("{}: {}", subject(finding), finding.problem))
+                .tier(Tier::Disk)
+                .hint("this directory is read-only: mount it writable, or point MODEL_CACHE_DIR to another directory")),
         }
     }
 
+    /// Verifies the selected files of `key` on disk; `None` if the artifact is not there.
     async fn verify_disk(
         &self,
         key: &ArtifactKey,
@@ -137,7 +147,7 @@ impl Cache {
         blocking(move || disk.verify(&key, &selection, &reader, &progress)).await
     }
 
-    /// Where the exact `key` comes from, if an origin may have it.
+    /// Returns an origin for exactly this `key`, if there is one.
     async fn origin_of(&self, key: &ArtifactKey, reference: Option<&Reference>) -> Option<Arc<dyn Source>> {
         let parsed = Reference::parse(&key.to_string()).ok();
         for reference in reference.into_iter().chain(&parsed) {
@@ -153,10 +163,11 @@ impl Cache {
 }
 
 impl Verification {
-    /// What there is to verify: of `references`, or everything. Revisions mean what they last meant here.
+    /// Returns the targets for `references`, or for all artifacts of the selected tiers if there are none. A revision
+    /// stands for the version that it last resolved to on this machine.
     ///
     /// # Errors
-    /// `Invalid` where the remote is meant and none is configured.
+    /// `Invalid` if the remote is to be verified and none is configured, or if it is to be repaired and is read-only.
     pub async fn targets(&self, references: &[Reference]) -> Result<Vec<VerifyTarget>> {
         let on_disk = self.options.tier != VerifyTier::Remote;
         let remote = match self.options.tier {
@@ -187,33 +198,36 @@ impl Verification {
         Ok(targets)
     }
 
+    /// Returns one target for each artifact on disk, and one for the remaining blobs.
     async fn all_on_disk(&self) -> Result<Vec<VerifyTarget>> {
         let disk = self.cache.0.disk.clone();
         let stored = blocking(move || disk.stored()).await?;
         let target = |stored| match stored {
             VerifyItem::Artifact(key) => artifact(key, None, Tier::Disk),
             VerifyItem::Nameless(dir) => {
-                VerifyTarget { reference: dir.to_string(), tier: Tier::Disk, what: What::Nameless(dir) }
+                VerifyTarget { reference: dir.to_string(), tier: Tier::Disk, subject: Subject::Nameless(dir) }
             }
         };
-        let blobs = VerifyTarget { reference: "blobs".into(), tier: Tier::Disk, what: What::Blobs };
+        // Last, so that blobs which artifacts share are already read.
+        let blobs = VerifyTarget { reference: "blobs".into(), tier: Tier::Disk, subject: Subject::Blobs };
         Ok(stored.into_iter().map(target).chain([blobs]).collect())
     }
 
-    /// Reads one target and repairs it if that was asked for; `None` if it is not there (any more).
+    /// Verifies one target, and repairs it if the options require it. Returns `None` if the target no longer exists, or
+    /// if it has no files.
     pub async fn verify(&self, target: &VerifyTarget, progress: &Progress) -> Result<Option<Verified>> {
         let disk = self.cache.0.disk.clone();
-        match &target.what {
-            What::Nameless(dir) => Ok(Some(disk.verify_nameless(dir))),
-            What::Blobs => {
+        match &target.subject {
+            Subject::Nameless(dir) => Ok(Some(disk.verify_nameless(dir))),
+            Subject::Blobs => {
                 let (reader, progress) = (self.reader.clone(), progress.clone());
                 let verified = blocking(move || disk.verify_blobs(&reader, &progress)).await?;
                 let is_news = verified.files > 0 || !verified.findings.is_empty();
                 Ok(is_news.then_some(verified))
             }
-            What::Artifact { key, reference } => match target.tier {
-                Tier::Remote => self.on_remote(key, reference.as_ref(), progress).await,
-                _ => self.on_disk(key, reference.as_ref(), progress).await.context(key, Tier::Disk),
+            Subject::Artifact { key, reference } => match target.tier {
+                Tier::Remote => self.verify_on_remote(key, reference.as_ref(), progress).await,
+                _ => self.verify_on_disk(key, reference.as_ref(), progress).await.context(key, Tier::Disk),
             },
         }
     }
@@ -224,7 +238,8 @@ impl Verification {
         })
     }
 
-    async fn on_disk(
+    /// Verifies an artifact on disk. Repair gets the withdrawn files again.
+    async fn verify_on_disk(
         &self,
         key: &ArtifactKey,
         reference: Option<&Reference>,
@@ -234,7 +249,7 @@ impl Verification {
         let Some(mut verified) = verified else { return Ok(None) };
         if self.options.repair && !verified.is_right() {
             let outcome = self.fetch(key, reference, &verified.findings).await;
-            settle(&mut verified.findings, |_| true, outcome);
+            record_repair(&mut verified.findings, |_| true, outcome);
         } else {
             verified.findings.iter_mut().for_each(|finding| {
                 finding.remedy.get_or_insert_with(|| {
@@ -245,7 +260,8 @@ impl Verification {
         Ok(Some(verified))
     }
 
-    async fn on_remote(
+    /// Verifies an artifact on the remote. Repair uploads the bad objects again.
+    async fn verify_on_remote(
         &self,
         key: &ArtifactKey,
         reference: Option<&Reference>,
@@ -261,14 +277,15 @@ impl Verification {
             verified.findings.iter_mut().for_each(|finding| {
                 finding
                     .remedy
-                    .get_or_insert_with(|| "`modelcache verify --tier remote --repair` writes it anew".into());
+                    .get_or_insert_with(|| "`modelcache verify --tier remote --repair` uploads it again".into());
             });
             return Ok(Some(verified));
         }
+        // A damaged manifest affects all files, otherwise only those with a finding.
         let whole = verified.findings.iter().any(|finding| finding.problem == Problem::DamagedManifest);
         let bad: BTreeSet<FilePath> = verified.findings.iter().filter_map(|finding| finding.path.clone()).collect();
-        let request = |path: &FilePath| whole || bad.contains(path);
-        // From disk what disk has right, and from the origin first what it has not.
+        let is_affected = |path: &FilePath| whole || bad.contains(path);
+        // Step 1: verify the local copies, and download those that the disk does not have with the right bytes.
         self.cache.verify_disk(key, &selection(&verified.findings), &self.reader, progress).await?;
         let mut from = Tier::Disk;
         let mut failure = None;
@@ -278,37 +295,40 @@ impl Verification {
                 Err(error) => failure = Some(error),
             }
         }
-        let published = self.publish_from_disk(remote, key, &request, progress).await;
+        // Step 2: upload the files that are on disk now. Even if a download failed, other files can be repaired.
+        let published = self.publish_from_disk(remote, key, &is_affected, progress).await;
         let repaired = match (published, failure) {
             (Ok(repaired), None) => Ok(repaired),
             (Ok(repaired), Some(_)) if !repaired.is_empty() => Ok(repaired),
             (_, Some(error)) | (Err(error), None) => Err(error),
         };
+        // Step 3: record the result in the findings.
         match repaired {
             Ok(repaired) => {
                 let is_repaired = |finding: &Finding| match &finding.path {
                     Some(path) => repaired.contains(path),
                     None => !repaired.is_empty(),
                 };
-                settle(&mut verified.findings, is_repaired, Ok(from));
+                record_repair(&mut verified.findings, is_repaired, Ok(from));
             }
-            Err(error) => settle(&mut verified.findings, |_| true, Err(error)),
+            Err(error) => record_repair(&mut verified.findings, |_| true, Err(error)),
         }
         Ok(Some(verified))
     }
 
+    /// Returns true if the disk holds all files in `bad`, or all files of the artifact if `whole` is set.
     async fn disk_has(&self, key: &ArtifactKey, bad: &BTreeSet<FilePath>, whole: bool) -> Result<bool> {
         let (disk, key) = (self.cache.0.disk.clone(), key.clone());
         let manifest = blocking(move || disk.manifest(&key)).await?;
         let holds = |manifest: &Manifest| {
-            let mut request = manifest.files.iter().filter(|(path, _)| whole || bad.contains(*path));
+            let mut affected = manifest.files.iter().filter(|(path, _)| whole || bad.contains(*path));
             let lists_all = bad.iter().all(|path| manifest.files.contains_key(path));
-            lists_all && request.all(|(_, entry)| entry.held.is_some())
+            lists_all && affected.all(|(_, entry)| entry.held.is_some())
         };
         Ok(manifest.as_ref().is_some_and(holds))
     }
 
-    /// Brings what `findings` are about to disk, from wherever it is right. The farthest tier that gave bytes.
+    /// Downloads the files of `findings` to disk. Returns the farthest tier that supplied bytes.
     async fn fetch(&self, key: &ArtifactKey, reference: Option<&Reference>, findings: &[Finding]) -> Result<Tier> {
         self.cache.0.disk.ensure_writable()?;
         let origin = self.cache.origin_of(key, reference).await;
@@ -318,27 +338,27 @@ impl Verification {
         let (tag_record, remote) = (None, None);
         let request =
             FetchRequest { key, selection, digest: None, origin, max_tier, purpose, durable, tag_record, remote };
-        // A progress of its own: the tiers that bytes came from are told by what it received.
+        // Not the caller's progress: the report derives the tier from the bytes that its progress has received.
         let fresh = Progress::new();
         let artifact = self.cache.get_resolved(&request, &fresh).await?;
         Ok(artifact.report.from)
     }
 
-    /// Writes the files that `wanted` takes to the remote anew, as far as disk holds them. Which those are.
+    /// Uploads the affected files that the disk holds, and overwrites their objects. Returns the paths of these files.
     async fn publish_from_disk(
         &self,
         remote: &Remote,
         key: &ArtifactKey,
-        request: &(dyn Fn(&FilePath) -> bool + Sync),
+        is_affected: &(dyn Fn(&FilePath) -> bool + Sync),
         progress: &Progress,
     ) -> Result<BTreeSet<FilePath>> {
         let (disk, of) = (self.cache.0.disk.clone(), key.clone());
         let held = blocking(move || disk.hold(&of)).await?;
-        let Some((manifest, dir, _lease)) = held else { return Err(nowhere()) };
-        let entries = manifest.files.iter().filter(|(path, entry)| entry.held.is_some() && request(path));
+        let Some((manifest, dir, _lease)) = held else { return Err(no_right_copy()) };
+        let entries = manifest.files.iter().filter(|(path, entry)| entry.held.is_some() && is_affected(path));
         let files: BTreeMap<_, _> = entries.map(|(path, _)| (path.clone(), LocalFile::from(dir.view(path)))).collect();
         if files.is_empty() {
-            return Err(nowhere());
+            return Err(no_right_copy());
         }
         let bytes = files.keys().filter_map(|path| manifest.files.get(path)).map(|entry| entry.size).sum();
         let _phase = progress.enter(Phase::Backfill, bytes);
@@ -350,33 +370,36 @@ impl Verification {
 }
 
 fn artifact(key: ArtifactKey, reference: Option<&Reference>, tier: Tier) -> VerifyTarget {
-    VerifyTarget { reference: key.to_string(), tier, what: What::Artifact { key, reference: reference.cloned() } }
+    let reference = reference.cloned();
+    VerifyTarget { reference: key.to_string(), tier, subject: Subject::Artifact { key, reference } }
 }
 
-fn shown(finding: &Finding) -> String {
+/// Returns the file of a finding, for a message.
+fn subject(finding: &Finding) -> String {
     finding.path.as_ref().map_or_else(|| "the artifact".into(), ToString::to_string)
 }
 
-fn nowhere() -> Error {
+/// Returns the error for files of which no tier has the right bytes.
+fn no_right_copy() -> Error {
     Error::not_found("neither this disk nor an origin has the right bytes")
         .hint("put the artifact again: modelcache put NAME@VERSION PATH")
 }
 
-/// The files that findings are about; everything where one is about the whole.
+/// Returns the selection of the files of all findings; all files if a finding concerns the whole artifact.
 fn selection(findings: &[Finding]) -> Selection {
     let paths: Option<Vec<FilePath>> = findings.iter().map(|finding| finding.path.clone()).collect();
     paths.map_or_else(Selection::all, Selection::files)
 }
 
-/// Puts down what came of a repair.
-fn settle(findings: &mut [Finding], concerns: impl Fn(&Finding) -> bool, outcome: Result<Tier>) {
+/// Records the outcome of a repair in the findings. `concerns` selects the findings that a success has repaired.
+fn record_repair(findings: &mut [Finding], concerns: impl Fn(&Finding) -> bool, outcome: Result<Tier>) {
     for finding in findings.iter_mut().filter(|finding| finding.remains()) {
         match &outcome {
             Ok(tier) if concerns(finding) => {
                 finding.repaired_from = Some(*tier);
                 finding.remedy = None;
             }
-            Ok(_) => finding.remedy = Some(with_hint(&nowhere())),
+            Ok(_) => finding.remedy = Some(with_hint(&no_right_copy())),
             Err(error) => finding.remedy = Some(format!("cannot be repaired: {}", with_hint(error))),
         }
     }

@@ -28,7 +28,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 /// How long to wait for the budget lock. It is normally held for milliseconds.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -36,9 +36,6 @@ const LOCK_WAIT_MAX: Duration = Duration::from_secs(30);
 const RECORD_BYTES: usize = 256;
 /// Minimum time without a change before an artifact or a leftover may be removed where locks do not exclude.
 const IDLE_MIN: Duration = Duration::from_secs(3600);
-/// How long the change log is ignored after an older release, which writes no lines to it, was last seen. That release
-/// may still be changing a manifest.
-const MIXED_MAX: Duration = Duration::from_secs(600);
 /// Interval at which a process that is short of room sweeps the whole directory for leftovers.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(6 * 3600);
 /// Assumed size of a filesystem block; the allocated bytes of a file are a multiple of it.
@@ -54,12 +51,8 @@ struct Record {
     boot_id: String,
     /// The last holder of the lock, for messages.
     pid: u32,
-    /// End of the change log. Older releases leave it out.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    changes: Option<Position>,
-    /// When an older release was last seen to write the record, in seconds since the Unix epoch.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    mixed_unix: Option<u64>,
+    /// End of the change log.
+    changes: Position,
 }
 
 /// State of the sweeps by this process.
@@ -86,8 +79,6 @@ pub(crate) struct BudgetHold<'disk> {
     began_at: Position,
     /// End of the change log now.
     at: Position,
-    /// When an older release was last seen, in seconds since the Unix epoch; `None` if not in the last [`MIXED_MAX`].
-    mixed_unix: Option<u64>,
     /// True if the index includes all changes up to `began_at`.
     index_is_current: bool,
     /// Artifacts that this hold is changing. The index reads their manifests again at each use.
@@ -139,7 +130,8 @@ impl Disk {
             }
         };
         let record = read_record(lock.file());
-        let (at, mixed_unix) = log_state(record.as_ref());
+        // Without a record, changes may have been missed: start a new log.
+        let at = record.as_ref().map_or_else(Position::fresh, |record| record.changes);
         let mut hold = BudgetHold {
             disk: self,
             lock,
@@ -148,7 +140,6 @@ impl Disk {
             distrusted: false,
             began_at: at,
             at,
-            mixed_unix,
             index_is_current: false,
             announced: Vec::new(),
             private_links: None,
@@ -244,9 +235,9 @@ impl BudgetHold<'_> {
     /// Returns the index as of now. Drop the guard before the next call of this hold, which may lock the index again.
     pub(super) fn index(&mut self) -> Result<MutexGuard<'_, Index>> {
         let mut index = lock(&self.disk.0.index);
-        // The log is incomplete if an older release, or two holders at once, may have changed manifests.
-        let is_logged = self.disk.locks_are_honest() && self.mixed_unix.is_none();
-        let is_current = self.index_is_current || is_logged && index.catch_up(self.disk, self.began_at)?;
+        // The log is incomplete where two processes may hold the lock at once.
+        let is_current =
+            self.index_is_current || self.disk.locks_are_honest() && index.catch_up(self.disk, self.began_at)?;
         if !is_current {
             *index = Index::read(self.disk, self.began_at)?;
         }
@@ -290,9 +281,7 @@ impl BudgetHold<'_> {
     fn write_record(&self) -> Result<()> {
         // Where two processes may hold the lock at once, the total is not reliable: the next holder counts.
         let dirty = self.dirty || !self.disk.locks_are_honest();
-        let (changes, mixed_unix) = (Some(self.at), self.mixed_unix);
-        let record =
-            Record { total: self.total, dirty, boot_id: boot_id(), pid: std::process::id(), changes, mixed_unix };
+        let record = Record { total: self.total, dirty, boot_id: boot_id(), pid: std::process::id(), changes: self.at };
         let mut bytes = with_checksum(&serde_json::to_string(&record).unwrap_or_default()).into_bytes();
         bytes.resize(RECORD_BYTES, b' ');
         self.lock.file().write_all_at(&bytes, 0).at("write", &self.disk.layout().budget_lock())
@@ -824,23 +813,6 @@ struct Search {
     obstacles: Obstacles,
 }
 
-/// Returns the end of the change log according to the record, and when an older release was last seen.
-fn log_state(record: Option<&Record>) -> (Position, Option<u64>) {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    match record {
-        // The directory is new, or the record is damaged and changes may have been missed. Start a new log.
-        None => (Position::fresh(), None),
-        // An older release wrote the record last.
-        Some(Record { changes: None, .. }) => (Position::fresh(), Some(now)),
-        Some(Record { changes: Some(at), mixed_unix, .. }) => match mixed_unix {
-            None => (*at, None),
-            Some(seen) if now.abs_diff(*seen) <= MIXED_MAX.as_secs() => (*at, Some(*seen)),
-            // An index read meanwhile may lack changes of the older release. A new log makes all processes read again.
-            Some(_) => (Position::fresh(), None),
-        },
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -850,8 +822,7 @@ fn read_record(file: &std::fs::File) -> Option<Record> {
     let mut bytes = [0; RECORD_BYTES];
     let read = file.read_at(&mut bytes, 0).ok()?;
     let text = std::str::from_utf8(&bytes[..read]).ok()?.trim_end_matches(' ');
-    // Older releases write no checksum.
-    let is_right = text.rsplit_once(CHECKSUM).is_none_or(|(record, _)| with_checksum(&format!("{record}}}")) == text);
+    let is_right = text.rsplit_once(CHECKSUM).is_some_and(|(record, _)| with_checksum(&format!("{record}}}")) == text);
     if is_right { serde_json::from_str(text).ok() } else { None }
 }
 

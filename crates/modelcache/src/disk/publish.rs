@@ -259,9 +259,6 @@ impl Disk {
 impl BudgetHold<'_> {
     /// Returns true if the bytes of the file with `identity` are known to have `digest`: a committed manifest records
     /// it, durably or by a writer that lives, or it was hashed before this critical section began.
-    ///
-    /// The index may lag behind a manifest that an older release changed without a line in the change log. Its answer
-    /// is valid nevertheless: bytes that were once found right under an identity stay right under it.
     pub(super) fn is_vouched(&mut self, digest: &Digest, identity: FileIdentity) -> Result<bool> {
         if self.found_right.contains(&(*digest, identity)) {
             return Ok(true);

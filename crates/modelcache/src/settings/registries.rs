@@ -35,20 +35,22 @@ pub(super) fn take_logins(
     read_secret: impl Fn(&Path) -> std::io::Result<Option<String>>,
     draft: &mut Draft,
 ) {
-    draft.mlflow.environment = environment.clone();
-    draft.mlflow.token = environment.get("MLFLOW_TRACKING_TOKEN").map(|token| Secret::new(token.trim()));
+    draft.config.mlflow.environment = environment.clone();
+    draft.config.mlflow.token = environment.get("MLFLOW_TRACKING_TOKEN").map(|token| Secret::new(token.trim()));
     let password = environment.get("MLFLOW_TRACKING_PASSWORD").map(Secret::new);
     let user = environment.get("MLFLOW_TRACKING_USERNAME").map(str::to_owned);
-    draft.mlflow.login = user.zip(password);
+    draft.config.mlflow.login = user.zip(password);
     let Some(path) = docker_file(environment) else { return };
     let read = read_secret(&path).map_err(|error| error.to_string());
     let logins = read.and_then(|text| text.map_or(Ok(Docker::default()), |text| Docker::parse(&text)));
     match logins {
         Ok(docker) => {
-            draft.oci.logins = docker.logins();
-            draft.oci.helper = docker.creds_store.filter(|helper| !helper.is_empty());
+            draft.config.oci.logins = docker.logins();
+            draft.config.oci.helper = docker.creds_store.filter(|helper| !helper.is_empty());
         }
-        Err(error) => draft.oci.trouble = Some(format!("docker's file {} cannot be read: {error}", path.display())),
+        Err(error) => {
+            draft.config.oci.trouble = Some(format!("docker's file {} cannot be read: {error}", path.display()))
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::common::weather::Weather;
 use crate::common::{assert_same, get};
 use modelcache::cache::{GetOptions, Purpose};
-use modelcache::config::{Config, WriteMode};
+use modelcache::config::WriteMode;
 use modelcache::progress::Progress;
 use modelcache::{Cache, Reference};
 use modelcache_testkit::Content;
@@ -72,7 +72,11 @@ async fn every_write_mode_stores_the_same_bytes() {
     let modes = [WriteMode::Auto, WriteMode::Buffered, WriteMode::Direct];
     for (mode, purpose) in modes.into_iter().flat_map(|mode| [(mode, Purpose::Read), (mode, Purpose::Keep)]) {
         let dir = format!("{mode:?}-{purpose:?}");
-        let config = Config { write_mode: mode, ..weather.config(&dir, &weather.s3.endpoint()) };
+        let config = {
+            let mut config = weather.config(&dir, &weather.s3.endpoint());
+            config.write_mode = mode;
+            config
+        };
         let options = GetOptions { purpose, ..GetOptions::default() };
         let reference = Reference::parse("model.bin@1").unwrap();
         let got = Cache::open(config).unwrap().get(&reference, &options, &Progress::new()).await.unwrap();

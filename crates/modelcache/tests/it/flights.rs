@@ -2,7 +2,7 @@
 
 use crate::common::{House, assert_same, get, get_some};
 use modelcache::cache::GetOptions;
-use modelcache::config::{ByteBound, Config, RetryConfig};
+use modelcache::config::{ByteBound, RetryConfig};
 use modelcache::progress::{Phase, Progress};
 use modelcache::{Cache, ErrorKind, Reference};
 use modelcache_testkit::Content;
@@ -27,7 +27,12 @@ async fn house(pause: Duration) -> House {
 
 fn patient(house: &House) -> Cache {
     let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
-    Cache::open(Config { retry, ..house.config("a") }).unwrap()
+    Cache::open({
+        let mut config = house.config("a");
+        config.retry = retry;
+        config
+    })
+    .unwrap()
 }
 
 async fn until(mut condition: impl FnMut() -> bool) {
@@ -148,7 +153,12 @@ async fn a_get_waits_briefly_for_leased_space_and_then_names_the_lease_holder() 
     for (seed, name) in ["one", "two"].into_iter().enumerate() {
         house.hub.repo(name).commit().generated("model.bin", seed as u64, 6 * MIB).publish().unwrap();
     }
-    let cache = Cache::open(Config { max_bytes: ByteBound::Bytes(9 * MIB), ..house.config("a") }).unwrap();
+    let cache = Cache::open({
+        let mut config = house.config("a");
+        config.max_bytes = ByteBound::Bytes(9 * MIB);
+        config
+    })
+    .unwrap();
     let one = get(&cache, "hf://one").await.unwrap();
     let refused = get(&cache, "hf://two").await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Full);

@@ -1,7 +1,7 @@
 //! `Cache::get` with a real directory and the Hub stand-in.
 
 use crate::common::{House, assert_same, get, get_some};
-use modelcache::config::{ByteBound, Config};
+use modelcache::config::ByteBound;
 use modelcache::{Cache, ErrorKind, Tier};
 use modelcache_testkit::Content;
 use modelcache_testkit::hub::HubFault;
@@ -232,7 +232,9 @@ async fn a_removed_file_and_a_damaged_manifest_are_filled_again() {
 }
 
 fn bounded(house: &House, bytes: u64) -> Cache {
-    Cache::open(Config { max_bytes: ByteBound::Bytes(bytes), ..house.config("a") }).unwrap()
+    let mut config = house.config("a");
+    config.max_bytes = ByteBound::Bytes(bytes);
+    Cache::open(config).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -300,7 +302,11 @@ async fn a_demanded_digest_is_compared_before_anything_is_published() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revision_keeps_its_last_known_commit_while_the_origin_is_down() {
     let house = house_with_model().await;
-    let config = || Config { ref_ttl: Duration::ZERO, ..house.config("a") };
+    let config = || {
+        let mut config = house.config("a");
+        config.ref_ttl = Duration::ZERO;
+        config
+    };
     let cold = get(&Cache::open(config()).unwrap(), "hf://org/model@main").await.unwrap();
     tokio::time::sleep(Duration::from_millis(1100)).await;
     house.hub.down(true);
@@ -338,7 +344,9 @@ async fn a_bare_key_has_no_origin_unless_one_is_configured() {
 
     let origins = ["hf://nowhere/{name}@{version}", "file:///no/such/{name}/{version}", "hf://{name}@{version}"]
         .map(|text| modelcache::config::OriginTemplate::new(text).unwrap());
-    let cache = Cache::open(Config { origins: origins.to_vec(), ..house.config("a") }).unwrap();
+    let mut config = house.config("a");
+    config.origins = origins.to_vec();
+    let cache = Cache::open(config).unwrap();
     let got = get(&cache, "org/model@main").await.unwrap();
     assert_eq!(got.key.to_string(), "org/model@main");
     assert_same(&got.path.join("model.safetensors"), &big(1));

@@ -92,7 +92,12 @@ async fn in_a_bucket(kind: Bucket, content: &[u8]) -> Subject {
             let file = house.path("model.bin");
             std::fs::write(&file, content).unwrap();
             let honest = Environment(s3.env().into_iter().collect());
-            let cache = Cache::open(Config { remote: Some(remote(honest)), ..house.config("publisher") }).unwrap();
+            let cache = Cache::open({
+                let mut config = house.config("publisher");
+                config.remote = Some(remote(honest));
+                config
+            })
+            .unwrap();
             let key = ArtifactKey::bare("m@1").unwrap();
             cache.put(&key, &file, &PutOptions::default(), &Progress::new()).await.unwrap();
         }
@@ -103,11 +108,12 @@ async fn in_a_bucket(kind: Bucket, content: &[u8]) -> Subject {
     }
     let environment = at(&gate, &s3);
     let is_origin = matches!(kind, Bucket::Origin);
-    let config: Box<dyn Fn(&str) -> Config> = Box::new(move |dir| Config {
-        dir: dir.into(),
-        remote: (!is_origin).then(|| remote(environment.clone())),
-        buckets: BucketConfig { environment: environment.clone(), ..BucketConfig::default() },
-        ..base.clone()
+    let config: Box<dyn Fn(&str) -> Config> = Box::new(move |dir| {
+        let mut config = base.clone();
+        config.dir = dir.into();
+        config.remote = (!is_origin).then(|| remote(environment.clone()));
+        config.buckets = BucketConfig { environment: environment.clone(), ..BucketConfig::default() };
+        config
     });
     let (name, has_digest, metadata) = match kind {
         Bucket::Published => ("published on S3", true, vec!["manifest.json"]),
@@ -142,7 +148,11 @@ async fn on_the_web(page: Page, has_digest: bool, has_ranges: bool) -> Subject {
         house,
         reference: format!("{}/model.bin", gate.url()),
         gate,
-        config: Box::new(move |dir| Config { dir: dir.into(), ..base.clone() }),
+        config: Box::new(move |dir| {
+            let mut config = base.clone();
+            config.dir = dir.into();
+            config
+        }),
         has_digest,
         aim: "model.bin?",
         metadata: vec![".sha256"],
@@ -158,12 +168,20 @@ async fn on_the_hub(content: &[u8]) -> Subject {
     house.hub.repo("org/model").commit().plain("model.bin", content.to_vec()).publish().unwrap();
     let gate = Gate::start(house.hub.url().strip_prefix("http://").unwrap().parse().unwrap()).unwrap();
     let hub = HubConfig { endpoint: gate.url(), token: None };
-    let base = Config { hub, ..house.config("base") };
+    let base = {
+        let mut config = house.config("base");
+        config.hub = hub;
+        config
+    };
     Subject {
         name: "Hub",
         house,
         gate,
-        config: Box::new(move |dir| Config { dir: dir.into(), ..base.clone() }),
+        config: Box::new(move |dir| {
+            let mut config = base.clone();
+            config.dir = dir.into();
+            config
+        }),
         reference: "hf://org/model".into(),
         has_digest: true,
         aim: "/resolve/",
@@ -193,7 +211,11 @@ async fn in_a_registry(content: &[u8]) -> Subject {
         house,
         reference: format!("oci://{}/m:1", gate.addr()),
         gate,
-        config: Box::new(move |dir| Config { dir: dir.into(), ..base.clone() }),
+        config: Box::new(move |dir| {
+            let mut config = base.clone();
+            config.dir = dir.into();
+            config
+        }),
         has_digest: true,
         aim: "/blobs/",
         metadata: vec!["/manifests/"],
@@ -214,12 +236,17 @@ async fn at_mlflow(content: &[u8]) -> Subject {
     web.put("/api/2.0/mlflow-artifacts/artifacts/1/a/model.bin", Page::of(content.to_vec()));
     let gate = Gate::start(web.addr()).unwrap();
     let tracking_uri = Some(Secret::new(gate.url()));
-    let base = Config { mlflow: MlflowConfig { tracking_uri, ..MlflowConfig::default() }, ..house.config("base") };
+    let mut base = house.config("base");
+    base.mlflow = MlflowConfig { tracking_uri, ..MlflowConfig::default() };
     Subject {
         name: "MLflow",
         house,
         gate,
-        config: Box::new(move |dir| Config { dir: dir.into(), ..base.clone() }),
+        config: Box::new(move |dir| {
+            let mut config = base.clone();
+            config.dir = dir.into();
+            config
+        }),
         reference: "models:/m/1".into(),
         has_digest: false,
         aim: "model.bin?",

@@ -107,7 +107,12 @@ fn edit(weather: &Weather, change: impl FnOnce(&mut FileEntry)) {
 /// A cache with a long read timeout, for tests that stall the server.
 fn patient(weather: &Weather, dir: &str) -> Cache {
     let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
-    Cache::open(Config { retry, ..weather.config(dir, &weather.proxy.url()) }).unwrap()
+    Cache::open({
+        let mut config = weather.config(dir, &weather.proxy.url());
+        config.retry = retry;
+        config
+    })
+    .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -187,13 +192,22 @@ fn stall() -> HubFault {
 /// A cache with a short read timeout, which retries a stalled request after two seconds.
 fn impatient(config: Config) -> Cache {
     let retry = RetryConfig { deadline: Duration::from_secs(30), read_timeout: Duration::from_secs(2) };
-    Cache::open(Config { retry, ..config }).unwrap()
+    Cache::open({
+        let mut config = config;
+        config.retry = retry;
+        config
+    })
+    .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_a_list_from_the_origin_the_ladder_of_the_remote_releases_nothing_early() {
     let (house, content) = house_with_model().await;
-    let config = |dir: &str| Config { remote: house.folder_remote(), ..house.config(dir) };
+    let config = |dir: &str| {
+        let mut config = house.config(dir);
+        config.remote = house.folder_remote();
+        config
+    };
     drop(get(&Cache::open(config("first")).unwrap(), HUB).await.unwrap());
     // The manifest on the remote has a ladder, but the remote has lost the object.
     let folder = fs::read_dir(house.path("remote/hf/org/model")).unwrap().map(|entry| entry.unwrap().path());
@@ -210,7 +224,12 @@ async fn with_a_list_from_the_origin_the_ladder_of_the_remote_releases_nothing_e
 async fn a_ladder_verified_on_this_disk_releases_bytes_early_from_any_source() {
     let (house, content) = house_with_model().await;
     let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
-    let cache = Cache::open(Config { retry, ..house.config("a") }).unwrap();
+    let cache = Cache::open({
+        let mut config = house.config("a");
+        config.retry = retry;
+        config
+    })
+    .unwrap();
     let path = get(&cache, HUB).await.unwrap().path;
     // Damages the local copy, so that the file is downloaded again.
     let bad = house.path("bad");
@@ -313,7 +332,12 @@ async fn a_file_is_readable_before_the_other_files_of_its_fill_are_complete() {
     house.hub.repo("org/model").commit().lfs("other.bin", Content::generated(1, 9 * MIB)).publish().unwrap();
     house.hub.faults().add(HubFault::stall(MIB, Duration::from_secs(2)).on("other.bin").once());
     let retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(600) };
-    let cache = Cache::open(Config { retry, ..house.config("a") }).unwrap();
+    let cache = Cache::open({
+        let mut config = house.config("a");
+        config.retry = retry;
+        config
+    })
+    .unwrap();
     let getting = tokio::spawn({
         let cache = cache.clone();
         async move { get(&cache, "hf://org/model").await.unwrap().path }

@@ -95,7 +95,7 @@ fn no_document_takes_four_times_its_bytes_to_read() {
         ("held", r#""held":{"inode":1,"bytes":0,"mtime_ns":0,"z":[Z]}"#),
         ("held in each", r#""held":{"etag":null,"object_bytes":0}"#),
         ("an entity tag", r#""held":{"etag":"Z","object_bytes":0}"#),
-        ("a writer", r#""held":{"inode":1,"bytes":0,"mtime_ns":0,"unsynced":{"mtime_ns":0,"writer":"Z"}}"#),
+        ("a writer", r#""held":{"inode":1,"bytes":0,"mtime_ns":0,"unsynced_by":"Z"}"#),
         ("ladder", r#""ladder":{"part_size":64,"states":"","z":[Z]}"#),
         ("ladder of text", r#""ladder":"Z""#),
         ("states", r#""ladder":{"part_size":64,"states":"Z"}"#),

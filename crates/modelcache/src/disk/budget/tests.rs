@@ -1,5 +1,5 @@
-//! Tests of the budget and the index. After random operations of two processes and an older release, the total is that
-//! of a full count, and the index selects the same candidates for eviction as a scan of the whole directory.
+//! Tests of the budget and the index. After random operations of two processes, the total is that of a full count, and
+//! the index selects the same candidates for eviction as a scan of the whole directory.
 //!
 //! `INDEX_SEED` repeats a run. `INDEX_ROUNDS` is the number of runs. `INDEX_ARTIFACTS` is the number of artifacts in
 //! the test that an eviction reads only the evicted artifacts.
@@ -51,11 +51,10 @@ fn is_alone(view: &RootedPath) -> bool {
     view.metadata().is_ok_and(|metadata| metadata.nlink() == 1)
 }
 
-/// One directory, opened by two processes of this release and by an older release.
+/// One directory, opened by two processes.
 struct Fixture {
     folder: tempfile::TempDir,
     ours: [Disk; 2],
-    older: Disk,
     leased: Vec<LeasedArtifact>,
 }
 
@@ -66,10 +65,8 @@ impl Fixture {
             let (most, least) = (ByteBound::Bytes(BUDGET_BYTES), ByteBound::Bytes(0));
             Disk::open(&folder.path().join("cache"), most, least, Sharing::Off).expect("opens")
         };
-        let (ours, older) = ([open(), open()], open());
-        // The first holder of the budget lock writes the record.
-        older.hold_budget().and_then(BudgetHold::release).expect("holds");
-        Self { folder, ours, older, leased: Vec::new() }
+        let ours = [open(), open()];
+        Self { folder, ours, leased: Vec::new() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -77,21 +74,7 @@ impl Fixture {
     }
 
     fn record(&self) -> Option<Record> {
-        read_record(&self.older.layout().budget_lock().open(false).ok()?)
-    }
-
-    fn set_record(&self, record: &Record) {
-        let file = OpenOptions::new().write(true).open(self.older.layout().budget_lock().full()).expect("opens");
-        let mut bytes = serde_json::to_vec(record).expect("encodes");
-        bytes.resize(RECORD_BYTES, b' ');
-        file.write_all_at(&bytes, 0).expect("writes");
-    }
-
-    /// Writes the record as an older release does: without the change log.
-    fn forget_log(&self) {
-        if let Some(record) = self.record() {
-            self.set_record(&Record { changes: None, mixed_unix: None, ..record });
-        }
+        read_record(&self.ours[0].layout().budget_lock().open(false).ok()?)
     }
 
     /// Runs a random operation by a random process. Returns its name.
@@ -100,58 +83,35 @@ impl Fixture {
         let key = key(dice.below(KEYS));
         let (content, source) = (format!("content {}", dice.below(CONTENTS)), self.path("source"));
         let dir = ours.layout().artifact(&key);
-        match dice.below(22) {
+        match dice.below(19) {
             0..=6 => {
                 let _ = put(&ours, &key, &content, &source);
                 "put"
             }
-            7 => {
-                let _ = put(&self.older, &key, &content, &source);
-                self.forget_log();
-                "put by the older release"
-            }
-            8 => {
-                // The older release publishes the blobs. Then a process of this release writes the record and reads the
-                // directory. Then the older release publishes the manifest, without a line in the change log.
-                self.forget_log();
-                let other = self::key(dice.below(KEYS));
-                let _ = put(&ours, &other, &content, &source);
-                ours.hold_budget().and_then(|mut hold| hold.index().map(drop)).expect("reads");
-                let before = self.record();
-                let _ = put(&self.older, &key, &content, &source);
-                let (after, before) = (self.record().expect("a record"), before.expect("a record"));
-                self.set_record(&Record { changes: before.changes, mixed_unix: before.mixed_unix, ..after });
-                "put by the older release, the manifest late"
-            }
-            9 | 10 => {
+            7 | 8 => {
                 let _ = ours.acquire(&key, &Selection::all());
                 "acquire"
             }
-            11 => match ours.try_acquire_fast(&key, &Selection::all()) {
+            9 => match ours.try_acquire_fast(&key, &Selection::all()) {
                 Some(leased) => {
                     self.leased.push(leased);
                     "acquired and kept"
                 }
                 None => "not acquired by the fast path",
             },
-            12 => {
+            10 => {
                 self.leased.clear();
                 "all leases released"
             }
-            13 => {
+            11 => {
                 let _ = ours.evict(&key);
                 "evict"
             }
-            14 => {
-                let _ = self.older.evict(&key);
-                self.forget_log();
-                "evict by the older release"
-            }
-            15 => {
+            12 => {
                 let _ = if dice.percent(50) { ours.pin(&key, &Pin::default()) } else { ours.unpin(&key).map(drop) };
                 "pin or unpin"
             }
-            16 => {
+            13 => {
                 let outside = self.path(&format!("outside-{}", dice.below(3)));
                 let _ = fs::remove_file(&outside);
                 if !is_alone(&dir.files().join("f")) {
@@ -159,7 +119,7 @@ impl Fixture {
                 }
                 "link outside"
             }
-            17 => {
+            14 => {
                 let view = dir.files().join("f");
                 if !is_alone(&view) && view.unlink().is_ok() && dice.percent(50) {
                     fs::write(view.full(), "CONTENT 1").expect("writes");
@@ -167,7 +127,7 @@ impl Fixture {
                 let _ = ours.acquire(&key, &Selection::all());
                 "a view was removed or replaced"
             }
-            18 => {
+            15 => {
                 let log = ours.layout().changes();
                 let length = log.metadata().map_or(0, |metadata| metadata.len());
                 match (dice.below(3), OpenOptions::new().write(true).open(log.full())) {
@@ -177,13 +137,13 @@ impl Fixture {
                 }
                 "the log was truncated, overwritten or removed"
             }
-            19 => {
+            16 => {
                 let hold = ours.hold_budget().expect("holds");
                 let folder = below_artifacts(&ours, &dir).expect("a folder");
                 hold.at.append(&ours.layout().changes(), &folder);
                 "killed between log and record"
             }
-            20 => {
+            17 => {
                 ours.hold_budget().expect("holds").begin_change_of(&dir).expect("announces");
                 "killed between record and manifest"
             }
@@ -354,14 +314,7 @@ fn leftovers_of_a_dead_fill_are_removed_before_any_artifact() {
 }
 
 #[test]
-fn each_release_can_read_the_record_of_the_others() {
-    #[derive(Deserialize)]
-    struct Older {
-        total: u64,
-        dirty: bool,
-        boot_id: String,
-        pid: u32,
-    }
+fn the_longest_record_fits() {
     let most = r#"{"log":18446744073709551615,"bytes":18446744073709551615}"#;
     let record = Record {
         total: u64::MAX,
@@ -369,29 +322,9 @@ fn each_release_can_read_the_record_of_the_others() {
         boot_id: boot_id(),
         pid: u32::MAX,
         changes: serde_json::from_str(most).expect("a position"),
-        mixed_unix: Some(u64::MAX),
     };
     let bytes = with_checksum(&serde_json::to_string(&record).expect("encodes")).into_bytes();
     assert!(bytes.len() <= RECORD_BYTES, "{}", String::from_utf8_lossy(&bytes));
-    let Older { total, dirty, boot_id, pid } = serde_json::from_slice(&bytes).expect("reads");
-    assert_eq!((total, dirty, boot_id, pid), (u64::MAX, false, super::boot_id(), u32::MAX));
-    let older = format!(r#"{{"total":1,"dirty":false,"boot_id":"{boot_id}","pid":1}}"#, boot_id = super::boot_id());
-    let older: Record = serde_json::from_str(&older).expect("reads");
-    let (_, seen) = log_state(Some(&older));
-    assert!(seen.is_some(), "the older release was noticed");
-}
-
-#[test]
-fn the_change_log_is_ignored_for_ten_minutes_after_an_older_release_was_seen() {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after the epoch").as_secs();
-    let seen = |ago: u64| {
-        let (changes, mixed_unix) = (Some(Position::fresh()), Some(now - ago));
-        let record = Record { total: 0, dirty: false, boot_id: String::new(), pid: 1, changes, mixed_unix };
-        let (at, mixed) = log_state(Some(&record));
-        (Some(at) == changes, mixed.is_some())
-    };
-    assert_eq!(seen(1), (true, true));
-    assert_eq!(seen(MIXED_MAX.as_secs() + 5), (false, false), "then a new log is started");
 }
 
 #[test]

@@ -4,10 +4,7 @@
 pub mod weather;
 
 use modelcache::cache::{Artifact, GetOptions};
-use modelcache::config::{
-    BucketConfig, ByteBound, Config, Durable, Environment, HubConfig, MlflowConfig, OciConfig, OnRemoteDown,
-    RemoteConfig, RemoteMode, RetryConfig, Sharing,
-};
+use modelcache::config::{ByteBound, Config, Durable, Environment, HubConfig, RemoteConfig, RetryConfig};
 use modelcache::progress::Progress;
 use modelcache::{Cache, Reference, Result, Selection};
 use modelcache_testkit::{Content, Hub};
@@ -28,30 +25,13 @@ impl House {
 
     /// A configuration with the cache directory `name` and without a remote.
     pub fn config(&self, name: &str) -> Config {
-        Config {
-            dir: self.folder.path().join(name),
-            max_bytes: ByteBound::Bytes(1 << 30),
-            min_free_bytes: ByteBound::Bytes(0),
-            durable: Durable::Wait,
-            shared: Sharing::Off,
-            lower_dir: None,
-            write_mode: Default::default(),
-            remote: None,
-            buckets: BucketConfig::default(),
-            require_checksum: false,
-            on_remote_down: OnRemoteDown::Origin,
-            remote_mode: RemoteMode::ReadWrite,
-            backfill: None,
-            origins: Vec::new(),
-            hub: HubConfig { endpoint: self.hub.url().to_owned(), token: None },
-            credentials: Default::default(),
-            mlflow: MlflowConfig::default(),
-            oci: OciConfig::default(),
-            ref_ttl: Duration::from_secs(60),
-            offline: false,
-            start_jitter: Duration::ZERO,
-            retry: RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(1) },
-        }
+        let mut config = Config::new(self.folder.path().join(name));
+        config.max_bytes = ByteBound::Bytes(1 << 30);
+        config.min_free_bytes = ByteBound::Bytes(0);
+        config.durable = Durable::Wait;
+        config.hub = HubConfig { endpoint: self.hub.url().to_owned(), token: None };
+        config.retry = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(1) };
+        config
     }
 
     /// A remote in a folder of the environment.
@@ -68,7 +48,9 @@ impl House {
     }
 
     pub fn cache_with_remote(&self, name: &str) -> Cache {
-        Cache::open(Config { remote: self.folder_remote(), ..self.config(name) }).unwrap()
+        let mut config = self.config(name);
+        config.remote = self.folder_remote();
+        Cache::open(config).unwrap()
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

@@ -36,7 +36,9 @@ impl Weather {
                 self.s3.env().into_iter().filter(|(name, _)| !name.contains("ENDPOINT")).collect(),
             ),
         };
-        Config { remote: Some(remote), ..self.house.config(dir) }
+        let mut config = self.house.config(dir);
+        config.remote = Some(remote);
+        config
     }
 
     /// A cache that reaches the bucket through the proxy.
