@@ -161,7 +161,7 @@ impl Cache {
                     Some(dir) => Some(cache.destination(dir).await?),
                     None => None,
                 };
-                let artifact = in_time(timeout_seconds, cache.get(&reference, &options, &progress)).await?;
+                let artifact = in_time(timeout_seconds, cache.get_with(&reference, &options, &progress)).await?;
                 if let Some(destination) = destination {
                     let made = artifact.materialize(&destination, LinkMode::Auto, &progress).await?;
                     return Ok(Answer::Path(made.path));
@@ -236,7 +236,7 @@ impl Cache {
                 if let Some(tag) = &tag {
                     cache.check_tag(&key, tag).await.map_err(|error| error.artifact(&key))?;
                 }
-                let report = cache.put(&key, &path, &options, &progress).await?;
+                let report = cache.put_with(&key, &path, &options, &progress).await?;
                 if let Some(tag) = &tag {
                     cache.tag(&key, tag).await?;
                 }
@@ -605,7 +605,7 @@ impl Open {
     async fn renew_leases(&self, wanted: Vec<(Vec<String>, Reference, Selection)>) {
         for (patterns, pinned, selection) in wanted {
             let options = GetOptions { selection: selection.clone(), max_tier: Tier::Disk, ..GetOptions::default() };
-            match self.cache.get(&pinned, &options, &Progress::new()).await {
+            match self.cache.get_with(&pinned, &options, &Progress::new()).await {
                 Ok(artifact) => {
                     lock(&self.leases).insert((artifact.key.clone(), patterns), (pinned, selection, artifact));
                 }
@@ -665,7 +665,7 @@ async fn fill(
 ) -> (usize, Result<Artifact>) {
     let progress = Progress::new();
     lock(shown).push(progress.clone());
-    (at, open.cache.get(reference, options, &progress).await)
+    (at, open.cache.get_with(reference, options, &progress).await)
 }
 
 /// Returns the row for a failed artifact of a list, from which the package makes an exception.

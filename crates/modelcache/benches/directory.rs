@@ -81,7 +81,7 @@ fn evict(runtime: &Runtime, folder: &Path, count: usize, evictions: usize) {
             let reference = Reference::parse(&format!("file://{}", file.display())).unwrap();
             let started = Instant::now();
             let options = GetOptions::default();
-            runtime.block_on(cache.get(&reference, &options, &Progress::new())).unwrap();
+            let _ = runtime.block_on(cache.get_with(&reference, &options, &Progress::new())).unwrap();
             started.elapsed()
         })
         .collect();
@@ -110,7 +110,7 @@ fn resident_mib() -> u64 {
 
 async fn get(cache: &Cache, number: usize) {
     let reference = Reference::parse(&format!("bench/model-{number}@1")).unwrap();
-    let artifact = cache.get(&reference, &GetOptions::default(), &Progress::new()).await.unwrap();
+    let artifact = cache.get_with(&reference, &GetOptions::default(), &Progress::new()).await.unwrap();
     assert!(artifact.path.is_absolute());
 }
 

@@ -1,33 +1,33 @@
-//! Digests, and where they came from.
+//! Digests and their provenance.
 //!
-//! SHA-256 is the only digest that names bytes in this cache. Git's SHA-1 blob identity appears for small Hub
-//! files until their bytes were seen once; it never names a blob.
+//! SHA-256 is the only digest that identifies content in this cache. For a small file on the Hub only the SHA-1 of Git
+//! is known before the first download; it never names a blob.
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
 
-/// The SHA-256 of a file's bytes: 32 bytes, written as 64 lower-case hex digits.
+/// The SHA-256 of the content of a file: 32 bytes, written as 64 lower-case hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest([u8; 32]);
 
-/// Git's blob identity: SHA-1 over `"blob <length>\0"` and the bytes; written as 40 lower-case hex digits.
+/// The object id of a Git blob: SHA-1 of `"blob <length>\0"` and the content, written as 40 lower-case hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GitOid([u8; 20]);
 
-/// Characters that are quoted of a text that is no digest.
+/// Maximum number of characters of an invalid digest that the error message quotes.
 const QUOTED_CHARS_MAX: usize = 100;
 
 macro_rules! hex_words {
     ($type:ident, $len:literal, $what:literal) => {
         impl $type {
-            /// From raw bytes.
+            /// Creates the digest from raw bytes.
             pub const fn from_bytes(bytes: [u8; $len]) -> Self {
                 Self(bytes)
             }
 
-            /// The raw bytes.
+            /// Returns the raw bytes.
             pub const fn as_bytes(&self) -> &[u8; $len] {
                 &self.0
             }
@@ -52,7 +52,7 @@ macro_rules! hex_words {
             fn from_str(text: &str) -> Result<Self> {
                 let mut bytes = [0; $len];
                 hex::decode_to_slice(text, &mut bytes).map_err(|_| {
-                    // Not all of it: what a server sends here may be long.
+                    // Cut, because a server may send a long text here.
                     let quoted: String = text.chars().take(QUOTED_CHARS_MAX).collect();
                     Error::invalid(format!(concat!("not a ", $what, ": {:?}"), quoted))
                 })?;
@@ -79,13 +79,13 @@ hex_words!(Digest, 32, "SHA-256 (64 hex digits)");
 hex_words!(GitOid, 20, "git object id (40 hex digits)");
 
 impl Digest {
-    /// The digest of `bytes`.
+    /// Computes the digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         use sha2::Digest as _;
         Self(sha2::Sha256::digest(bytes).into())
     }
 
-    /// The first 12 hex digits, for messages.
+    /// Returns the first 12 hex digits, for messages.
     pub fn short(&self) -> String {
         let mut text = self.to_string();
         text.truncate(12);
@@ -93,19 +93,19 @@ impl Digest {
     }
 }
 
-/// Where a digest came from, ranked: the smaller the more trusted.
+/// The provenance of a digest, in descending order of trust: the smallest value is trusted most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Provenance {
     /// The caller demanded it (`#sha256=…`).
     Caller,
-    /// Computed here when the artifact was put.
+    /// Computed by `put`, when the artifact was published.
     Put,
-    /// Stated by the origin.
+    /// Published by the origin.
     Origin,
     /// Read from a checksum file or metadata beside the object.
     Sidecar,
-    /// Nobody stated one: computed when the bytes were first seen.
+    /// Computed at the first download, because no checksum was available (trust on first use).
     FirstSeen,
 }
 
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn provenance_ranks_as_designed() {
+    fn provenance_is_ordered_by_trust() {
         use Provenance::*;
         let mut ranks = [FirstSeen, Sidecar, Origin, Put, Caller];
         ranks.sort();

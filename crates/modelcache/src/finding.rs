@@ -1,4 +1,4 @@
-//! What a check of stored bytes found: words that disk and remote share.
+//! Results of a verification, shared by disk and remote.
 
 use crate::digest::Digest;
 use crate::error::Tier;
@@ -7,19 +7,19 @@ use crate::ladder::Ladder;
 use serde::Serialize;
 use std::fmt;
 
-/// What is wrong.
+/// A way in which stored bytes can fail verification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Problem {
     /// The manifest cannot be read, or does not match its own checksum.
     DamagedManifest,
-    /// A file that the manifest calls held is not there.
+    /// A file that the manifest lists as held does not exist.
     Missing,
-    /// It has another size.
+    /// The file has another size.
     WrongSize,
-    /// It has the right size and another digest.
+    /// The file has the right size, but another digest.
     WrongBytes,
-    /// Reading it fails.
+    /// The file cannot be read.
     Unreadable,
 }
 
@@ -35,25 +35,27 @@ impl fmt::Display for Problem {
     }
 }
 
-/// A part of a file whose bytes are wrong.
+/// A part of a file that has wrong bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct BadPart {
-    /// Its number, from 0.
+    /// The number of the part, starting at 0.
     pub index: u64,
     /// Offset of its first byte.
     pub start: u64,
-    /// Offset behind its last byte.
+    /// Offset after its last byte.
     pub end: u64,
 }
 
 impl BadPart {
-    /// Part `index` of a file of `size` bytes in parts of `part_size`.
+    /// Returns part `index` of a file of `size` bytes with parts of `part_size` bytes.
     pub fn new(index: u64, part_size: u64, size: u64) -> Self {
         let start = index * part_size;
         Self { index, start, end: (start + part_size).min(size) }
     }
 
-    /// The first part at which two ladders of a file of `size` bytes differ; the last one where none does.
+    /// Returns the first part at which two ladders of a file of `size` bytes differ. A ladder has no checkpoint after
+    /// the last part, so that part is returned if no checkpoint differs. Returns `None` if the file has only one part,
+    /// or if the part sizes differ.
     pub fn first_between(expected: &Ladder, found: &Ladder, size: u64) -> Option<Self> {
         let parts = size.div_ceil(expected.part_size().max(1));
         if parts < 2 || expected.part_size() != found.part_size() {
@@ -65,31 +67,31 @@ impl BadPart {
     }
 }
 
-/// One thing that is wrong with an artifact in one tier.
+/// One problem of an artifact in one tier.
 #[derive(Debug, Clone, Serialize)]
 pub struct Finding {
-    /// The file; `None` where it is the whole artifact, or a blob that no artifact names.
+    /// The path of the file in the artifact; `None` for the whole artifact, or for a blob that belongs to no artifact.
     pub path: Option<FilePath>,
-    /// What is wrong.
+    /// The problem.
     pub problem: Problem,
-    /// The digest that it has to have.
+    /// The digest that the file should have, if it is known.
     pub expected: Option<Digest>,
-    /// The digest that it has, where it could be read.
+    /// The digest that the file has, if it could be read.
     pub found: Option<Digest>,
-    /// The parts that are wrong, where a ladder tells. On the remote, the first of them.
+    /// The parts with wrong bytes, if a ladder shows them. On the remote, only the first of them.
     pub bad_parts: Vec<BadPart>,
-    /// More about it, for a person.
+    /// Details for the user.
     pub detail: Option<String>,
-    /// Whether the bad copy was taken out of service: it is not lent any more.
+    /// True if the bad file was withdrawn: it is not leased any more.
     pub withdrawn: bool,
-    /// Where the right bytes were taken from, once it is repaired.
+    /// The tier that supplied the right bytes; `None` if the problem is not repaired.
     pub repaired_from: Option<Tier>,
-    /// Why it could not be repaired, or what to do about it.
+    /// The reason why the problem could not be repaired, or the next step for the user.
     pub remedy: Option<String>,
 }
 
 impl Finding {
-    /// `problem` with nothing more known.
+    /// Returns a finding with `path` and `problem`, and no other details.
     pub fn new(path: Option<FilePath>, problem: Problem) -> Self {
         Self {
             path,
@@ -104,36 +106,36 @@ impl Finding {
         }
     }
 
-    /// Whether it is still so.
+    /// Returns true if the problem is not repaired.
     pub fn remains(&self) -> bool {
         self.repaired_from.is_none()
     }
 }
 
-/// What a check of one artifact in one tier came to.
+/// Result of the verification of one artifact in one tier.
 #[derive(Debug, Clone, Serialize)]
 pub struct Verified {
-    /// Which artifact; `None` for what belongs to none that can be named.
+    /// The key of the artifact; `None` for files of an unknown artifact or of none.
     pub key: Option<ArtifactKey>,
-    /// The reference that leads to it, or the place where it lies.
+    /// The reference of the artifact, or the path of its files.
     pub reference: String,
-    /// Where it was checked.
+    /// The tier.
     pub tier: Tier,
-    /// Files that were looked at.
+    /// Number of files that were checked.
     pub files: usize,
-    /// Bytes that were read and compared. What several artifacts share is read once.
+    /// Bytes that were read and compared. A file that several artifacts share is read once.
     pub bytes: u64,
-    /// What is wrong; empty if nothing is.
+    /// The problems found.
     pub findings: Vec<Finding>,
 }
 
 impl Verified {
-    /// Nothing looked at yet.
+    /// Returns a result without checked files.
     pub fn new(key: Option<ArtifactKey>, reference: String, tier: Tier) -> Self {
         Self { key, reference, tier, files: 0, bytes: 0, findings: Vec::new() }
     }
 
-    /// Whether nothing is wrong, or nothing any more.
+    /// Returns true if no problem was found, or all were repaired.
     pub fn is_right(&self) -> bool {
         !self.findings.iter().any(Finding::remains)
     }
@@ -145,7 +147,7 @@ mod tests {
     use crate::ladder::LadderHasher;
 
     #[test]
-    fn the_first_bad_part_is_where_two_ladders_part_ways() {
+    fn the_first_bad_part_is_the_first_at_which_two_ladders_differ() {
         let ladder = |content: &[u8]| {
             let mut hasher = LadderHasher::new(64);
             hasher.update(content);

@@ -1,9 +1,10 @@
-//! What a file is, told by its content: the formats that model files come in, and what people put by mistake.
+//! Detection of file formats by content: formats of model files, and of files that are published by mistake.
 //!
-//! A look at the first bytes, never at the name, and nothing is deserialized: of a pickle two opcodes are read, of a
-//! gzip file what its first 512 bytes inflate to. The work is bounded by [`HEAD_BYTES`], whatever the file claims.
+//! Only the first [`HEAD_BYTES`] of a file are examined, never its name, and nothing is deserialized. Of a pickle two
+//! opcodes are read; of a gzip file the first 512 bytes are decompressed.
 //!
-//! Surprise: without its end a file may still be cut short. This tells a kind of file, it does not validate one.
+//! The end of a file is not examined, so a truncated file is not detected. This identifies a format, and does not
+//! validate a file.
 
 use crate::error::{Error, Result};
 use crate::key::FilePath;
@@ -12,14 +13,14 @@ use serde_json::value::RawValue;
 use std::fmt;
 use std::io::Read;
 
-/// How much of a file's beginning is looked at.
+/// Number of bytes at the beginning of a file that are examined.
 pub const HEAD_BYTES: usize = 64 * 1024;
-/// Bytes of a block of a tar archive.
+/// Size of a block of a tar archive, in bytes.
 const TAR_BLOCK: usize = 512;
-/// Newest version of ONNX' intermediate representation that is taken for one; today there are 13.
+/// Highest accepted version of ONNX's intermediate representation. The present version is 13.
 const ONNX_VERSION_MAX: u64 = 64;
 
-/// A kind of file.
+/// A file format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Format {
@@ -27,13 +28,13 @@ pub enum Format {
     TarGz,
     /// A tar archive.
     Tar,
-    /// Compressed by gzip, and no tar archive inside.
+    /// A gzip file that contains no tar archive.
     Gzip,
-    /// Compressed by Zstandard.
+    /// A Zstandard file.
     Zstd,
     /// A zip archive.
     Zip,
-    /// A zip archive as `torch.save` writes it.
+    /// A zip archive written by `torch.save`.
     PyTorch,
     /// Safetensors.
     Safetensors,
@@ -43,46 +44,48 @@ pub enum Format {
     Onnx,
     /// A Python pickle.
     Pickle,
-    /// HDF5, as Keras writes it.
+    /// An HDF5 file, for instance from Keras.
     Hdf5,
     /// A NumPy array.
     Numpy,
-    /// Compressed by xz.
+    /// An xz file.
     Xz,
-    /// Compressed by bzip2.
+    /// A bzip2 file.
     Bzip2,
     /// A 7z archive.
     SevenZip,
-    /// Parquet.
+    /// A Parquet file.
     Parquet,
-    /// What Git keeps in the place of a large file.
+    /// A Git LFS pointer, which a clone without LFS contains instead of a large file.
     LfsPointer,
-    /// A web page.
+    /// An HTML page.
     Html,
-    /// XML, an error of an object store for instance.
+    /// An XML document, for instance an error response of an object store.
     Xml,
-    /// JSON.
+    /// A JSON document.
     Json,
-    /// Other text.
+    /// Any other text.
     Text,
-    /// No bytes.
+    /// An empty file.
     Empty,
-    /// Something else.
+    /// Any other content.
     Unknown,
 }
 
 use Format::*;
 
-/// Formats that may be expected, by the names of the command line.
+/// The formats that [`Format::parse`] accepts, for `--expect`.
 pub const EXPECTABLE: [Format; 9] = [TarGz, Tar, Zstd, Zip, Safetensors, Gguf, Onnx, Pickle, PyTorch];
 
 impl Format {
-    /// The format of a file of `size` bytes that begins with `head`: [`HEAD_BYTES`] of it, or all.
+    /// Detects the format of a file of `size` bytes. `head` contains its first [`HEAD_BYTES`], or the whole file if it
+    /// is shorter.
     pub fn of(head: &[u8], size: u64) -> Self {
         let head = &head[..head.len().min(HEAD_BYTES)];
         if size == 0 {
             return Empty;
         }
+        // From the most specific test to the least specific one.
         by_magic(head)
             .or_else(|| is_tar(head).then_some(Tar))
             .or_else(|| is_safetensors(head, size).then_some(Safetensors))
@@ -92,7 +95,7 @@ impl Format {
             .unwrap_or(Unknown)
     }
 
-    /// Its name on the command line and in manifests; `None` for what is no format of model files.
+    /// Returns the name on the command line and in manifests; `None` if it is not a format of model files.
     pub fn name(self) -> Option<&'static str> {
         Some(match self {
             TarGz => "tar.gz",
@@ -115,10 +118,10 @@ impl Format {
         })
     }
 
-    /// The format that may be expected under this name.
+    /// Returns the format of [`EXPECTABLE`] with this name.
     ///
     /// # Errors
-    /// `Invalid` for any other, naming those there are.
+    /// `Invalid` for any other name. The hint lists the valid ones.
     pub fn parse(name: &str) -> Result<Self> {
         let known = || EXPECTABLE.into_iter().filter_map(|format| Some((format, format.name()?)));
         known().find(|(_, known)| *known == name).map(|(format, _)| format).ok_or_else(|| {
@@ -127,12 +130,12 @@ impl Format {
         })
     }
 
-    /// Whether a file of this format is what was expected. What `torch.save` writes is a zip archive, too.
+    /// Returns true if a file of this format counts as `expected`. A PyTorch file is also a zip archive.
     pub fn meets(self, expected: Self) -> bool {
         self == expected || (self == PyTorch && expected == Zip)
     }
 
-    /// Whether a file of this name is meant to be of this format.
+    /// Returns true if the name of the file has an extension of this format.
     pub fn is_named(self, path: &FilePath) -> bool {
         let name = path.file_name().to_ascii_lowercase();
         let endings: &[&str] = match self {
@@ -150,27 +153,27 @@ impl Format {
         endings.iter().any(|ending| name.ends_with(ending))
     }
 
-    /// What to do about a file that should have been `expected` and is this.
+    /// Returns the hint for a file of this format that should have the format `expected`.
     fn remedy(self, expected: Self) -> String {
         match self {
             LfsPointer => {
                 "the repository was cloned without its large files: run `git lfs pull`, then put it again".into()
             }
             Html | Xml => {
-                "a download probably got a login or error page in the place of the file: fetch it anew".into()
+                "the download probably returned a login or error page instead of the file: download it again".into()
             }
-            Empty => "whatever writes it has not, or failed: write it again, then put it".into(),
+            Empty => "the program that writes it has not run, or failed: write the file again, then put it".into(),
             Gzip if expected == TarGz => "only a file was compressed, not a folder: make it with `tar -czf`".into(),
             Tar if expected == TarGz => "compress it with gzip, or put it with --expect tar".into(),
             format if EXPECTABLE.contains(&format) => {
-                format!("put the right file, or say --expect {}", format.name().unwrap_or_default())
+                format!("put the right file, or use --expect {}", format.name().unwrap_or_default())
             }
-            _ => "put the right file, or leave --expect away".into(),
+            _ => "put the right file, or omit --expect".into(),
         }
     }
 }
 
-/// What it is, with its article: `a zip archive`.
+/// Formats a description with its article, such as `a zip archive`.
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -190,22 +193,22 @@ impl fmt::Display for Format {
             Bzip2 => "a bzip2 file",
             SevenZip => "a 7z archive",
             Parquet => "a Parquet file",
-            LfsPointer => "a Git LFS pointer, not the file that it stands for",
+            LfsPointer => "a Git LFS pointer instead of the file itself",
             Html => "an HTML page",
             Xml => "an XML document",
             Json => "JSON",
             Text => "text",
             Empty => "empty",
-            Unknown => "of a format that is not known here",
+            Unknown => "of an unknown format",
         })
     }
 }
 
-/// Refuses an artifact that is not what was expected: its one file; of a tree at least one file, and every file whose
-/// name says so.
+/// Checks that an artifact has the expected format. A single file must have it. In a tree, at least one file must have
+/// it, and so must every file with an extension of that format.
 ///
 /// # Errors
-/// `Corrupt`, naming the file, what it is and what to do.
+/// `Corrupt`, with the file, its format and a remedy.
 pub fn expect<'a>(
     expected: Format,
     is_tree: bool,
@@ -225,10 +228,10 @@ pub fn expect<'a>(
     if met {
         return Ok(());
     }
-    Err(Error::corrupt(format!("no file in the folder is {wanted}"))
-        .hint("put the right folder, or leave --expect away"))
+    Err(Error::corrupt(format!("no file in the folder is {wanted}")).hint("put the right folder, or omit --expect"))
 }
 
+/// Detects the formats that begin with a fixed sequence of bytes.
 fn by_magic(head: &[u8]) -> Option<Format> {
     const MAGICS: &[(&[u8], Format)] = &[
         (b"\x28\xb5\x2f\xfd", Zstd),
@@ -243,6 +246,7 @@ fn by_magic(head: &[u8]) -> Option<Format> {
     if head.starts_with(b"\x1f\x8b\x08") {
         return Some(if is_tar(&inflated(head)) { TarGz } else { Gzip });
     }
+    // The second one is the magic of an empty archive.
     if head.starts_with(b"PK\x03\x04") || head.starts_with(b"PK\x05\x06") {
         return Some(if is_pytorch(head) { PyTorch } else { Zip });
     }
@@ -252,27 +256,29 @@ fn by_magic(head: &[u8]) -> Option<Format> {
     MAGICS.iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, format)| *format)
 }
 
-/// The first block of what a gzip file holds, or as much of it as the head gives.
+/// Decompresses the first [`TAR_BLOCK`] bytes of a gzip file, or fewer if `head` does not contain them.
 fn inflated(head: &[u8]) -> Vec<u8> {
     let mut block = Vec::with_capacity(TAR_BLOCK);
-    // A head that ends, or goes wrong, after the first block has given what is looked at.
+    // An error is ignored: the bytes decompressed before it are examined.
     let _ = flate2::read::GzDecoder::new(head).take(TAR_BLOCK as u64).read_to_end(&mut block);
     block
 }
 
-/// Whether the first block is a tar header: its checksum is right, and it names something. Archives of zeros only have
-/// no header; nobody puts them.
+/// Returns true if the first block is a tar header with a name and a correct checksum. An archive without files
+/// consists of zeros and is not detected.
 fn is_tar(head: &[u8]) -> bool {
     const CHECKSUM: std::ops::Range<usize> = 148..156;
     let Some(block) = head.get(..TAR_BLOCK).filter(|block| block[0] != 0) else { return false };
     let digits: String = block[CHECKSUM].iter().map(|byte| char::from(*byte)).collect();
     let Ok(stated) = u64::from_str_radix(digits.trim_matches([' ', '\0']), 8) else { return false };
+    // The checksum is the sum of all bytes, with its own field taken as spaces.
     let byte = |(at, byte): (usize, &u8)| if CHECKSUM.contains(&at) { u64::from(b' ') } else { u64::from(*byte) };
     block.iter().enumerate().map(byte).sum::<u64>() == stated
 }
 
-/// Whether the first entry of a zip archive is one of those that `torch.save` writes.
+/// Returns true if the first entry of a zip archive has a name that `torch.save` writes.
 fn is_pytorch(head: &[u8]) -> bool {
+    // Offsets 26 and 30 of the local file header: length of the name, and the name.
     let Some(length) = head.get(26..28).map(|bytes| usize::from(u16::from_le_bytes([bytes[0], bytes[1]]))) else {
         return false;
     };
@@ -280,7 +286,8 @@ fn is_pytorch(head: &[u8]) -> bool {
     name.ends_with(b"/data.pkl") || name.ends_with(b"/.format_version")
 }
 
-/// A header of so many bytes that is an object of objects, and room for it in the file.
+/// Returns true if the file begins with the length of a header that fits into the file, and the header is a JSON object
+/// of objects.
 fn is_safetensors(head: &[u8], size: u64) -> bool {
     let Some(length) = head.get(..8).and_then(|bytes| Some(u64::from_le_bytes(bytes.try_into().ok()?))) else {
         return false;
@@ -291,12 +298,12 @@ fn is_safetensors(head: &[u8], size: u64) -> bool {
     let text = &head[8..];
     match usize::try_from(length).ok().and_then(|length| text.get(..length)) {
         Some(whole) => serde_json::from_slice::<ObjectOfObjects>(whole).is_ok(),
-        // Larger than what is looked at: it begins like one.
+        // The header is longer than `head`: check only its beginning.
         None => text.starts_with(b"{\"") && !text.contains(&0),
     }
 }
 
-/// A JSON object whose values are objects; nothing of it is kept.
+/// A JSON object whose values are objects. Its content is not kept.
 struct ObjectOfObjects;
 
 impl<'de> Deserialize<'de> for ObjectOfObjects {
@@ -322,10 +329,10 @@ impl<'de> Deserialize<'de> for ObjectOfObjects {
     }
 }
 
-/// `PROTO` 2 to 5, then an opcode that a pickle may go on with.
+/// Returns true if the file begins with opcode `PROTO`, a protocol from 2 to 5, and an opcode that can follow.
 fn is_pickle(head: &[u8]) -> bool {
     let [0x80, protocol @ 2..=5, opcode, ..] = head else { return false };
-    // Protocol 4 begins with a frame; before it, anything that pushes.
+    // From protocol 4 on, usually a frame. Otherwise any opcode that pushes a value.
     matches!((protocol, opcode), (4.., 0x95))
         || matches!(
             opcode,
@@ -350,11 +357,11 @@ fn is_pickle(head: &[u8]) -> bool {
         )
 }
 
-/// Text of some kind, as far as the head tells.
+/// Detects text formats: valid UTF-8 without control characters other than white space and escape.
 fn text(head: &[u8], size: u64) -> Option<Format> {
     let text = match std::str::from_utf8(head) {
         Ok(text) => text,
-        // Only the last character is cut off, because the file goes on.
+        // The head ends within a character, because the file is longer.
         Err(error) if error.error_len().is_none() && size > head.len() as u64 => {
             std::str::from_utf8(&head[..error.valid_up_to()]).ok()?
         }
@@ -373,15 +380,17 @@ fn text(head: &[u8], size: u64) -> Option<Format> {
     })
 }
 
-/// A protobuf message of the fields that ONNX' `ModelProto` has, with its version and a graph or operator sets
-/// (<https://github.com/onnx/onnx/blob/main/onnx/onnx.proto>).
+/// Returns true if the file is a protobuf message that has only fields of ONNX's `ModelProto`, among them its version
+/// and a graph or operator sets (<https://github.com/onnx/onnx/blob/main/onnx/onnx.proto>).
 fn is_onnx(head: &[u8], size: u64) -> bool {
     const STRINGS: [u64; 5] = [2, 3, 4, 6, 14];
     const GRAPH: u64 = 7;
     const OPERATOR_SETS: u64 = 8;
     let (mut at, mut has_version, mut has_body) = (0, false, false);
     while let Some((tag, next)) = varint(head, at) {
+        // Number and wire type of the field.
         match (tag >> 3, tag & 7) {
+            // Integers: `ir_version` and `model_version`.
             (field @ (1 | 5), 0) => {
                 let Some((value, next)) = varint(head, next) else { return false };
                 if field == 1 && !(1..=ONNX_VERSION_MAX).contains(&value) {
@@ -390,6 +399,7 @@ fn is_onnx(head: &[u8], size: u64) -> bool {
                 has_version |= field == 1;
                 at = next;
             }
+            // Strings and messages. Their content is skipped.
             (field, 2) if STRINGS.contains(&field) || matches!(field, GRAPH | OPERATOR_SETS | 20 | 25 | 26) => {
                 let Some((length, next)) = varint(head, next) else { return false };
                 let Some(end) = (next as u64).checked_add(length).filter(|end| *end <= size) else { return false };
@@ -406,7 +416,7 @@ fn is_onnx(head: &[u8], size: u64) -> bool {
     has_version && has_body
 }
 
-/// The variable-length number at `at`, and where it ends.
+/// Returns the variable-length integer at offset `at`, and the offset after it.
 fn varint(bytes: &[u8], at: usize) -> Option<(u64, usize)> {
     let mut value = 0;
     for (index, byte) in bytes.get(at..)?.iter().take(10).enumerate() {
@@ -433,7 +443,7 @@ mod tests {
         Format::of(bytes, bytes.len() as u64)
     }
 
-    /// A tar archive of one file, as `tar` writes it, old or new.
+    /// Returns a tar archive with one empty file. `magic` selects the old or the new format.
     fn tar(magic: &[u8]) -> Vec<u8> {
         let mut block = vec![0; TAR_BLOCK];
         block[..7].copy_from_slice(b"a/model");
@@ -471,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn every_format_is_told_by_its_content() {
+    fn every_format_is_detected_by_its_content() {
         let tensors = r#"{"__metadata__":{"format":"pt"},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
         let rows: Vec<(Vec<u8>, Format)> = vec![
             (gzip(&tar(b"ustar")), TarGz),
@@ -525,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_says_what_it_is_and_what_to_do() {
+    fn a_refusal_names_the_format_and_the_remedy() {
         let path = |text| FilePath::new(text).expect("path");
         let refused = |expected, is_tree, files: &[(&FilePath, Format)]| {
             let error = expect(expected, is_tree, files.iter().copied()).expect_err("refused");
@@ -536,7 +546,7 @@ mod tests {
         let text = refused(Safetensors, false, &[(&other, LfsPointer)]);
         assert!(text.starts_with("other.bin should be safetensors and is a Git LFS pointer"), "{text}");
         assert!(text.contains("git lfs pull"), "{text}");
-        assert!(refused(TarGz, false, &[(&other, Zip)]).ends_with("or say --expect zip"));
+        assert!(refused(TarGz, false, &[(&other, Zip)]).ends_with("or use --expect zip"));
         assert!(refused(Safetensors, true, &[(&other, Safetensors), (&model, Html)]).contains("an HTML page"));
         assert!(refused(Safetensors, true, &[(&other, Json)]).starts_with("no file in the folder is safetensors"));
         expect(Safetensors, true, [(&other, Json), (&model, Safetensors)]).expect("one is, and its name says so");
@@ -559,7 +569,8 @@ mod tests {
 
         #[test]
         fn no_damage_makes_it_panic(which in 0usize..6, at in any::<u16>(), byte in any::<u8>(), cut in any::<u16>()) {
-            let whole = [gzip(&tar(b"ustar")), tar(b"ustar"), zip("a/data.pkl"), safetensors("{}"), onnx(), b"\x80\x04\x95".to_vec()];
+            let pickle = b"\x80\x04\x95".to_vec();
+            let whole = [gzip(&tar(b"ustar")), tar(b"ustar"), zip("a/data.pkl"), safetensors("{}"), onnx(), pickle];
             let mut bytes = whole[which].clone();
             let at = usize::from(at) % bytes.len();
             bytes[at] = byte;

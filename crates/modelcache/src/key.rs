@@ -1,8 +1,8 @@
-//! Names: which artifact ([`ArtifactKey`]) and which file within it ([`FilePath`]).
+//! Validated names: the key of an artifact ([`ArtifactKey`]), and the path of a file within it ([`FilePath`]).
 //!
-//! A value of these types has been checked, so that nothing below ever meets a name that climbs, and
-//! [`escape`] turns any of them into one folder name, without clash. Names that came from a URI carry scheme
-//! and authority in front (`hf/org/model`), so that what was put and what was fetched never share a key.
+//! No value of these types can leave its folder (`..`, absolute paths). [`escape`] maps each of them to one folder
+//! name, without collisions. A name from a URI begins with the scheme and the authority (`hf/org/model`), so that
+//! artifacts from `put` and artifacts from an origin never share a key.
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -12,28 +12,28 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// First segments that belong to URIs: a bare name may not begin with one of them.
+/// First segments that are reserved for names from URIs. A bare name must not begin with one of them.
 pub const SCHEME_WORDS: [&str; 8] = ["hf", "http", "https", "s3", "file", "models", "mlflow", "oci"];
 
-/// The folder of our own records, in every place where an artifact lies. No name or path enters it.
+/// The folder of the cache's own records beside the files of an artifact. No name or path can refer to it.
 pub const OWN_FOLDER: &str = ".modelcache";
 
-/// An artifact's name: segments split by `/`, the first of them a scheme word if it came from a URI.
+/// The name of an artifact: segments separated by `/`. If it comes from a URI, the first one is a scheme word.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ArtifactName(String);
 
-/// An artifact's version: one segment; immutable once published.
+/// The version of an artifact: one segment. Its content is immutable once it is published.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Version(String);
 
-/// The path of a file within an artifact: relative, `/`-separated, never climbing.
+/// The path of a file within an artifact: relative, `/`-separated, without `.` and `..`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct FilePath(Box<str>);
 
-/// Where an artifact lives: its name and version.
+/// The key of an artifact: its name and version.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ArtifactKey {
     /// The name.
@@ -42,7 +42,7 @@ pub struct ArtifactKey {
     pub version: Version,
 }
 
-/// What is wrong with one segment of a name, if anything.
+/// Returns the reason why `segment` is invalid, as the end of a message; `None` if it is valid.
 fn segment_fault(segment: &str, forbidden: &[char]) -> Option<String> {
     if segment.is_empty() {
         return Some("has an empty segment".into());
@@ -60,15 +60,19 @@ fn segment_fault(segment: &str, forbidden: &[char]) -> Option<String> {
     Some(format!("contains {bad:?}"))
 }
 
-/// Characters that mean something in a reference, and the backslash, which climbs on other systems.
+/// Characters with a meaning in a reference, and the backslash, which separates paths on other systems.
 const NAME_FORBIDDEN: [char; 4] = ['@', '#', '?', '\\'];
 
-/// What to write instead of a name or version that cannot be.
+/// Hint for an invalid name or version.
 const NAME_HINT: &str =
     "write NAME@VERSION: segments split by '/', a version of one segment, none with any of @ # ? \\ in it";
 
 impl ArtifactName {
-    /// A bare name as a person gives it to `put`: one to eight segments, the first no scheme word.
+    /// Parses a bare name, as used with `put`: up to [`limits::NAME_SEGMENTS_MAX`] segments, the first of which is not
+    /// a scheme word.
+    ///
+    /// # Errors
+    /// `Invalid` for any other text.
     pub fn bare(text: &str) -> Result<Self> {
         let name = Self::checked(text)?;
         let segments = text.split('/').count();
@@ -85,8 +89,11 @@ impl ArtifactName {
         Ok(name)
     }
 
-    /// A name built from a URI: `scheme/part/part…`. Characters that a name or one part may not have are
+    /// Builds a name from a URI: `scheme/part/part…`. Characters that are invalid in a name or a part are
     /// percent-encoded.
+    ///
+    /// # Errors
+    /// `Invalid` if the name is too long, or if a part is empty, too long, `.` or `..`.
     pub fn from_uri<'a>(scheme: &str, parts: impl IntoIterator<Item = &'a str>) -> Result<Self> {
         let mut text = scheme.to_owned();
         for part in parts {
@@ -103,7 +110,7 @@ impl ArtifactName {
         Self::checked(&text)
     }
 
-    /// Any well-formed name, bare or from a URI.
+    /// Parses any valid name, bare or from a URI.
     fn checked(text: &str) -> Result<Self> {
         if text.len() > limits::NAME_BYTES_MAX {
             return Err(Error::invalid(format!(
@@ -118,20 +125,24 @@ impl ArtifactName {
         }
     }
 
-    /// The scheme word in front, if the name came from a URI.
+    /// Returns the scheme word if the name comes from a URI.
     pub fn scheme(&self) -> Option<&'static str> {
         let first = self.0.split('/').next()?;
         SCHEME_WORDS.into_iter().find(|word| *word == first)
     }
 
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
 impl Version {
-    /// A version: one segment without `@ # ? \`, control characters or a reserved beginning.
+    /// Parses a version: one segment without `@ # ? \` and control characters, which does not begin with
+    /// [`OWN_FOLDER`].
+    ///
+    /// # Errors
+    /// `Invalid` for any other text.
     pub fn new(text: &str) -> Result<Self> {
         if let Some(fault) = segment_fault(text, &NAME_FORBIDDEN) {
             return Err(Error::invalid(format!("the version {text:?} {fault}")).hint(NAME_HINT));
@@ -142,14 +153,18 @@ impl Version {
         Ok(Self(text.to_owned()))
     }
 
-    /// The version as text.
+    /// Returns the version as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
 impl FilePath {
-    /// A path within an artifact. Refuses what climbs, what is absolute, backslashes and control characters.
+    /// Parses a path within an artifact.
+    ///
+    /// # Errors
+    /// `Invalid` for an absolute path, for a segment that is empty, `.` or `..` or begins with [`OWN_FOLDER`], for
+    /// backslashes and control characters, and for a path that is too long.
     pub fn new(text: &str) -> Result<Self> {
         if text.len() > limits::PATH_BYTES_MAX {
             return Err(Error::invalid(format!(
@@ -164,24 +179,27 @@ impl FilePath {
         }
     }
 
-    /// The path as text.
+    /// Returns the path as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The last segment.
+    /// Returns the last segment.
     pub fn file_name(&self) -> &str {
         self.0.rsplit('/').next().unwrap_or(&self.0)
     }
 }
 
 impl ArtifactKey {
-    /// A key from its two parts.
+    /// Creates a key from a name and a version.
     pub fn new(name: ArtifactName, version: Version) -> Self {
         Self { name, version }
     }
 
-    /// The key a person gives to `put`: a bare `name@version`.
+    /// Parses a bare `name@version`, as used with `put`.
+    ///
+    /// # Errors
+    /// `Invalid` for any other text.
     pub fn bare(text: &str) -> Result<Self> {
         let parse = || {
             let (name, version) = text.rsplit_once('@').ok_or_else(|| {
@@ -193,8 +211,8 @@ impl ArtifactKey {
         parse().map_err(|error| redact::refusal(text, error))
     }
 
-    /// The key as it is listed: a bare one, or that of something that its URI names only as it is now: a folder as it
-    /// once was (`file/models/m@4451…`), a web page's earlier content.
+    /// Parses a key as `ls` prints it: a bare key, or a name from a URI with the version. The second form denotes
+    /// earlier content of a folder (`file/models/m@4451…`) or a web page, whose URI denotes only the present content.
     pub(crate) fn listed(text: &str) -> Result<Self> {
         match text.rsplit_once('@') {
             Some((name, version)) if Self::is_listed_alone(name) => {
@@ -204,22 +222,23 @@ impl ArtifactKey {
         }
     }
 
-    /// Schemes whose URI says all of a key: a commit at the Hub, a manifest's digest in a registry.
+    /// Schemes with URIs that contain the version: the commit of a Hub repository, the digest of an OCI manifest.
     const URIS: [&str; 2] = ["hf", "oci"];
 
-    /// Whether names that begin so are typed as they are listed. Those whose URI says all of it never are.
+    /// Returns true if a key with this name is written as name and version. Keys of the schemes in `URIS` are written
+    /// as a URI.
     fn is_listed_alone(name: &str) -> bool {
         let scheme = name.split_once('/').map(|(scheme, _)| scheme);
         scheme.is_some_and(|scheme| !Self::URIS.contains(&scheme) && SCHEME_WORDS.contains(&scheme))
     }
 
-    /// 32 hex digits that stand for this key where a short name without structure is needed (locks, staging). Derived
-    /// from the escaped folder names, so that it can be told from an artifact's folder alone.
+    /// Returns 32 hex digits that identify this key in the names of locks and staging folders. They are derived from
+    /// the escaped folder names, so that they can be computed from the folder of an artifact.
     pub fn hash(&self) -> String {
         Self::hash_of_folders(&escape(self.name.as_str()), &escape(self.version.as_str()))
     }
 
-    /// [`hash`](Self::hash) from the two folder names.
+    /// Computes [`hash`](Self::hash) from the two folder names.
     pub(crate) fn hash_of_folders(name: &str, version: &str) -> String {
         let mut text = Digest::of(format!("{name}/{version}").as_bytes()).to_string();
         text.truncate(32);
@@ -227,8 +246,25 @@ impl ArtifactKey {
     }
 }
 
+impl TryFrom<&str> for ArtifactKey {
+    type Error = Error;
+
+    /// Parses `name@version`.
+    fn try_from(text: &str) -> Result<Self> {
+        Self::bare(text)
+    }
+}
+
+impl TryFrom<&ArtifactKey> for ArtifactKey {
+    type Error = Error;
+
+    fn try_from(key: &ArtifactKey) -> Result<Self> {
+        Ok(key.clone())
+    }
+}
+
 impl fmt::Display for ArtifactKey {
-    /// `name@version`, or the URI that leads to this key when it came from the Hub or an OCI registry.
+    /// Formats the key as `name@version`, or as a URI if it belongs to the Hub or an OCI registry.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.name.0.split_once('/') {
             Some((scheme, rest)) if Self::URIS.contains(&scheme) => write!(f, "{scheme}://{rest}@{}", self.version),
@@ -273,6 +309,7 @@ text_type!(ArtifactName, ArtifactName::checked);
 text_type!(Version, Version::new);
 text_type!(FilePath, FilePath::new);
 
+/// Appends `c` percent-encoded.
 fn encode_char(c: char, out: &mut String) {
     let mut bytes = [0; 4];
     for byte in c.encode_utf8(&mut bytes).bytes() {
@@ -280,9 +317,11 @@ fn encode_char(c: char, out: &mut String) {
     }
 }
 
-/// One folder name for any text: `/`, `%`, control characters and a leading dot are percent-encoded; what
-/// is then longer than [`limits::ESCAPED_BYTES_MAX`] is cut and closed with `%~` and a hash of the whole.
-/// Two texts never share a folder name: an escape is always `%` and two hex digits, so `%~` marks a cut only.
+/// Returns a folder name for any text. `/`, `%`, control characters and a leading dot are percent-encoded. If the
+/// result is longer than [`limits::ESCAPED_BYTES_MAX`], it is cut, and `%~` and a hash of the whole text are appended.
+///
+/// Two texts never have the same folder name: an escape is always `%` and two hex digits, so `%~` occurs only in cut
+/// names.
 pub fn escape(text: &str) -> String {
     const HASH_DIGITS: usize = 32;
     let mut escaped = String::with_capacity(text.len());
@@ -293,6 +332,7 @@ pub fn escape(text: &str) -> String {
         } else {
             escaped.push(c);
         }
+        // The last position between two characters at which `%~` and the hash fit.
         if escaped.len() <= limits::ESCAPED_BYTES_MAX - HASH_DIGITS - 2 {
             cut_at = escaped.len();
         }
@@ -305,8 +345,9 @@ pub fn escape(text: &str) -> String {
     escaped
 }
 
-/// The text that [`escape`] was given, or `None` if the name was cut or is no escaped name.
+/// Returns the text from which [`escape`] made this name; `None` if the name was cut, or if it is not an escaped name.
 pub fn unescape(escaped: &str) -> Option<String> {
+    // Comparing with the escaped form rejects cut names and names that `escape` never returns.
     let text = percent_encoding::percent_decode_str(escaped).decode_utf8().ok()?.into_owned();
     (escape(&text) == escaped).then_some(text)
 }
@@ -317,7 +358,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn names_that_climb_or_confuse_are_refused() {
+    fn invalid_and_ambiguous_names_are_refused() {
         for bad in [
             "",
             "/",
@@ -357,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn file_paths_never_climb() {
+    fn file_paths_never_leave_the_artifact() {
         for bad in
             ["", "..", "../x", "a/../x", "/etc/passwd", "a//b", "a/", "a\\..\\b", "a\0", ".modelcache/manifest.json"]
         {
@@ -369,18 +410,18 @@ mod tests {
     }
 
     #[test]
-    fn names_from_uris_encode_what_names_may_not_have() {
+    fn names_from_uris_encode_invalid_characters() {
         let name = ArtifactName::from_uri("file", ["a@b", "c%d", ".modelcache"]).expect("encodes");
         assert_eq!(name.as_str(), "file/a%40b/c%25d/%2Emodelcache");
         assert!(ArtifactName::from_uri("file", [".."]).is_err());
     }
 
     #[test]
-    fn long_names_are_cut_without_clash() {
+    fn long_names_are_cut_without_collisions() {
         let (a, b) = ("x".repeat(400) + "a", "x".repeat(400) + "b");
         assert_ne!(escape(&a), escape(&b));
         assert!(escape(&a).len() <= limits::ESCAPED_BYTES_MAX);
-        assert_ne!(escape(&escape(&a)), escape(&a), "an escaped name given as a name is another name");
+        assert_ne!(escape(&escape(&a)), escape(&a), "escaping an escaped name changes it");
     }
 
     proptest! {

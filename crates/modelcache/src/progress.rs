@@ -19,9 +19,9 @@ pub enum Phase {
     Acquire,
     /// Waiting for another fill of the same artifact.
     Join,
-    /// Reading manifests, and selecting missing files and sources.
+    /// Reading manifests, selecting missing files and their sources, and reserving room.
     Plan,
-    /// Reserving room, and downloading ranges from the sources into staging.
+    /// Downloading ranges from the sources into staging.
     Download,
     /// Reading and hashing the input files of `put`.
     Read,

@@ -1,13 +1,12 @@
-//! The async runtime, sized to the limits that the process runs under.
+//! The async runtime, sized to the resource limits of the process.
 //!
 //! Batch systems and containers limit threads (`ulimit -u`, the control group's `pids.max`) and address space
-//! (`ulimit -v`). [`start`] tries how many threads can be had and makes do with fewer: in the extreme, the caller's own
-//! thread runs all tasks, and one more does the disk work. Where not even one can be had, or too little memory, the error
+//! (`ulimit -v`). [`start`] finds out how many threads can be started, and uses fewer if necessary. In the extreme case
+//! the caller's thread runs all tasks, and one more thread does the disk work. If not even that is possible, the error
 //! names the limit.
 //!
-//! A tokio runtime panics, or hangs, when a thread that it needs cannot be started. So where a limit is near, the threads
-//! are tried before it is built. One blocking thread is started at once and kept: work that finds no thread then waits for
-//! that one.
+//! A tokio runtime panics or hangs if a thread that it needs cannot be started. If a limit may be near, the threads are
+//! therefore tried before the runtime is built.
 
 use crate::error::{Error, ErrorKind, Result};
 use rustix::process::{Resource, getrlimit};
@@ -17,50 +16,55 @@ use std::time::{Duration, Instant};
 use std::{fs, io, thread};
 use tokio::runtime::{Builder, Runtime};
 
-/// Most threads that run tasks: more do not help a process that waits for the network, and each costs start-up time.
+/// Maximum number of threads that run tasks. More do not help a process that waits for the network, and each costs
+/// start-up time.
 const WORKERS_MAX: usize = 32;
-/// A limit on the threads of a user that is not taken for near.
-const USER_THREADS_FAR: u64 = 4096;
-/// Threads left to a control group whose limit is not taken for near.
-const GROUP_THREADS_FAR: u64 = 256;
-/// Most threads for disk work and hashing (tokio's default).
+/// From this limit on the threads of a user, the limit is not considered near.
+const USER_THREADS_AMPLE: u64 = 4096;
+/// From this number of threads left to a control group, its limit is not considered near.
+const GROUP_THREADS_AMPLE: u64 = 256;
+/// Maximum number of threads for disk work and hashing (tokio's default).
 const BLOCKING_MAX: usize = 512;
-/// Stack of each thread.
+/// Stack size of each thread, in bytes.
 const STACK_BYTES: usize = 1 << 20;
-/// Address space that must be left when the runtime starts: stacks, buffers, requests on their way, a small manifest.
+/// Address space that must be free when the runtime starts, in bytes: for stacks, buffers, concurrent requests and a
+/// small manifest.
 const ADDRESS_SPACE_MIN: u64 = 96 << 20;
-/// Address space that glibc reserves for a thread's allocations (`HEAP_MAX_SIZE`).
+/// Address space that glibc reserves for the allocations of a thread, in bytes (`HEAP_MAX_SIZE`).
 const ARENA_BYTES: u64 = 64 << 20;
-/// Idle threads stay: where the limit is reached meanwhile, another could not be started.
+/// Time after which an idle thread ends: never. If the limit is reached meanwhile, no other could be started.
 const KEEP_ALIVE: Duration = Duration::from_secs(u32::MAX as u64);
-/// How long threads that were tried may take to be gone.
-const GONE_WITHIN: Duration = Duration::from_millis(200);
+/// Longest wait for the kernel to release the threads that were tried.
+const THREAD_EXIT_MAX: Duration = Duration::from_millis(200);
 
-/// Starts the runtime that a program drives the cache with. `has_arenas`: whether the allocator may reserve address space
-/// for each thread, as glibc's does unless `MALLOC_ARENA_MAX` is set.
+/// Starts the runtime for a program that uses the cache. `has_arenas`: true if the allocator may reserve address space
+/// for each thread, as glibc does unless `MALLOC_ARENA_MAX` is set.
 ///
 /// # Errors
-/// [`ErrorKind::Limits`] where no thread can be started or too little address space is left; the hint names the limit.
+/// [`ErrorKind::Limits`] if no thread can be started, or if too little address space is left. The hint names the limit.
 pub fn start(has_arenas: bool) -> Result<Runtime> {
     let workers = thread::available_parallelism().map_or(2, usize::from).clamp(2, WORKERS_MAX);
+    // The number of threads for which there is address space.
     let fitting = match address_space_left() {
         None => WORKERS_MAX + BLOCKING_MAX,
         Some(left) if left < ADDRESS_SPACE_MIN => return Err(too_little_memory(left)),
         Some(left) => threads_within(left, has_arenas),
     };
-    // One of them for disk work.
+    // The workers, and one thread for disk work.
     let wanted = fitting.min(workers + 1);
-    let (had, refusal) = if is_limited() { startable(wanted) } else { (wanted, None) };
-    let built = match had {
+    let (startable, refusal) = if is_limited() { startable_threads(wanted) } else { (wanted, None) };
+    let built = match startable {
         0 => return Err(no_thread(refusal)),
+        // The only thread is for disk work. The caller's thread runs the tasks.
         1 => Builder::new_current_thread().max_blocking_threads(1).build_with_common_settings(),
         _ => {
-            let blocking = (fitting - (had - 1)).clamp(1, BLOCKING_MAX);
+            let blocking = (fitting - (startable - 1)).clamp(1, BLOCKING_MAX);
             let mut builder = Builder::new_multi_thread();
-            builder.worker_threads(had - 1).max_blocking_threads(blocking).build_with_common_settings()
+            builder.worker_threads(startable - 1).max_blocking_threads(blocking).build_with_common_settings()
         }
     };
     let runtime = built.map_err(|cause| no_thread(Some(cause)))?;
+    // Start one blocking thread now; it is never stopped. If no other can be started later, work waits for this one.
     drop(runtime.spawn_blocking(|| ()));
     Ok(runtime)
 }
@@ -75,58 +79,61 @@ impl CommonSettings for Builder {
     }
 }
 
-/// Whether a limit on threads or address space may be near.
+/// Returns true if a limit on threads or address space may be near.
 fn is_limited() -> bool {
     getrlimit(Resource::As).current.is_some()
-        || getrlimit(Resource::Nproc).current.is_some_and(|most| most < USER_THREADS_FAR)
-        || group_threads().is_some_and(|(_, left)| left < GROUP_THREADS_FAR)
+        || getrlimit(Resource::Nproc).current.is_some_and(|most| most < USER_THREADS_AMPLE)
+        || group_threads().is_some_and(|(_, left)| left < GROUP_THREADS_AMPLE)
 }
 
-/// How many of `wanted` threads can run at once, and why no more.
-fn startable(wanted: usize) -> (usize, Option<io::Error>) {
+/// Starts up to `wanted` threads at the same time, and ends them. Returns their number, and the error if there were
+/// fewer.
+fn startable_threads(wanted: usize) -> (usize, Option<io::Error>) {
     let gate = Mutex::new(());
     let before = thread_count();
     let tried = thread::scope(|scope| {
+        // The threads wait for this lock, so that all of them exist at the same time.
         let closed = gate.lock();
         let start = || {
             let thread = thread::Builder::new().stack_size(STACK_BYTES);
             thread.spawn_scoped(scope, || drop(gate.lock().unwrap_or_else(PoisonError::into_inner))).map(drop)
         };
         let mut refusal = None;
-        let had = (0..wanted).take_while(|_| start().map_err(|error| refusal = Some(error)).is_ok()).count();
+        let started = (0..wanted).take_while(|_| start().map_err(|error| refusal = Some(error)).is_ok()).count();
         drop(closed);
-        (had, refusal)
+        (started, refusal)
     });
-    // A thread that was joined counts against the limits until the kernel has released it.
-    let end = Instant::now() + GONE_WITHIN;
+    // A joined thread counts against the limits until the kernel has released it.
+    let end = Instant::now() + THREAD_EXIT_MAX;
     while thread_count() > before && Instant::now() < end {
         thread::sleep(Duration::from_micros(50));
     }
     tried
 }
 
-/// The threads of this process; `None` where `/proc` is not mounted.
+/// Returns the number of threads of this process; `None` if `/proc` is not mounted.
 fn thread_count() -> Option<u64> {
     status_field("Threads:")
 }
 
-/// A number of `/proc/self/status`.
+/// Returns a numeric field of `/proc/self/status`.
 fn status_field(name: &str) -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let value = status.lines().find_map(|line| line.strip_prefix(name))?;
     value.trim().trim_end_matches(" kB").parse().ok()
 }
 
-/// Address space that this process may still take; `None` without a limit.
+/// Returns the free address space of this process in bytes; `None` if it is not limited.
 pub(crate) fn address_space_left() -> Option<u64> {
     let limit = getrlimit(Resource::As).current?;
     Some(limit.saturating_sub(status_field("VmSize:").unwrap_or(0) << 10))
 }
 
-/// How many threads fit into `left` bytes of address space, which leaves half of it to everything else.
+/// Returns the number of threads that fit into half of `left` bytes of address space. The other half is for buffers and
+/// all other memory.
 fn threads_within(left: u64, has_arenas: bool) -> usize {
     let each = STACK_BYTES as u64 + if has_arenas { ARENA_BYTES } else { 0 };
-    // glibc takes no arena where less than twice its size is left: two threads always fit.
+    // Two threads always fit: glibc reserves no arena if less than twice its size is free.
     usize::try_from(left / 2 / each).unwrap_or(usize::MAX).max(2)
 }
 
@@ -137,7 +144,7 @@ fn too_little_memory(left: u64) -> Error {
         .hint(format!("raise the limit by at least {} KiB (ulimit -v, RLIMIT_AS)", (ADDRESS_SPACE_MIN - left) >> 10))
 }
 
-/// The error for a thread that cannot be started: it names the limits.
+/// Returns the error for a thread that cannot be started. The hint lists the limits in effect.
 pub fn no_thread(refusal: Option<io::Error>) -> Error {
     let user = getrlimit(Resource::Nproc)
         .current
@@ -155,18 +162,20 @@ pub fn no_thread(refusal: Option<io::Error>) -> Error {
     }
 }
 
-/// Of the control groups that this process is in, the one that may start fewest threads: its `pids.max`, and what is left
-/// of it.
+/// Returns `pids.max` and the number of threads left, of the control group of this process that has the fewest left.
 fn group_threads() -> Option<(u64, u64)> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     let limit_of = |line: &str| {
         let mut fields = line.splitn(3, ':').skip(1);
         let root = match fields.next()? {
+            // cgroup v2.
             "" => Path::new("/sys/fs/cgroup"),
+            // cgroup v1.
             "pids" => Path::new("/sys/fs/cgroup/pids"),
             _ => return None,
         };
         let group = root.join(fields.next()?.trim_start_matches('/'));
+        // The limit of every ancestor applies as well.
         let groups = group.ancestors().take_while(|folder| folder.starts_with(root));
         let number = |path: PathBuf| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
         let limits = groups.filter_map(|folder| {
@@ -184,8 +193,8 @@ mod tests {
 
     #[test]
     fn a_runtime_starts_and_the_threads_that_were_tried_are_gone() {
-        let (had, refusal) = startable(3);
-        assert_eq!((had, refusal.map(|error| error.kind())), (3, None));
+        let (startable, refusal) = startable_threads(3);
+        assert_eq!((startable, refusal.map(|error| error.kind())), (3, None));
         let runtime = start(true).expect("there are threads");
         let done = runtime.block_on(async { tokio::task::spawn_blocking(|| 7).await });
         assert_eq!(done.expect("runs"), 7);

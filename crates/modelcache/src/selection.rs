@@ -1,8 +1,8 @@
-//! Which files of an artifact a caller wants.
+//! [`Selection`]: the files of an artifact that a call requests.
 //!
-//! Patterns are those of Python's `fnmatch`, as `huggingface_hub` applies them: `*` crosses `/`, `?` is one
-//! character, `[…]` a set, a pattern that ends in `/` means everything below. A file is selected when it matches
-//! any include pattern (or there is none) and no exclude pattern.
+//! Patterns are those of Python's `fnmatch`, as `huggingface_hub` applies them: `*` matches any characters, also `/`;
+//! `?` matches one character; `[…]` is a set of characters; a pattern that ends in `/` matches all files below that
+//! folder. A file is selected if it matches any include pattern, or if there is none, and no exclude pattern.
 
 use crate::error::{Error, Result};
 use crate::key::FilePath;
@@ -10,7 +10,7 @@ use regex::Regex;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-/// A choice among the files of an artifact.
+/// A selection of files of an artifact.
 #[derive(Debug, Clone, Default)]
 pub struct Selection {
     file: Option<FilePath>,
@@ -21,22 +21,25 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// Every file.
+    /// Selects all files.
     pub fn all() -> Self {
         Self::default()
     }
 
-    /// Exactly one file.
+    /// Selects exactly one file. A get then returns the path of this file.
     pub fn file(path: FilePath) -> Self {
         Self { patterns: vec![path.to_string()], file: Some(path), ..Self::default() }
     }
 
-    /// Exactly these files.
+    /// Selects exactly these files. Their names are not patterns.
     pub fn files(paths: impl IntoIterator<Item = FilePath>) -> Self {
         Self { among: Some(Arc::new(paths.into_iter().collect())), ..Self::default() }
     }
 
-    /// What the patterns choose.
+    /// Selects files by patterns.
+    ///
+    /// # Errors
+    /// `Invalid` for a pattern that cannot be compiled.
     pub fn globs<S: AsRef<str>>(include: &[S], exclude: &[S]) -> Result<Self> {
         let compile =
             |patterns: &[S]| patterns.iter().map(|pattern| fnmatch(pattern.as_ref())).collect::<Result<Vec<_>>>();
@@ -49,7 +52,7 @@ impl Selection {
         })
     }
 
-    /// Whether `path` is chosen.
+    /// Returns true if `path` is selected.
     pub fn matches(&self, path: &FilePath) -> bool {
         if let Some(file) = &self.file {
             return file == path;
@@ -61,18 +64,19 @@ impl Selection {
         (self.include.is_empty() || any(&self.include)) && !any(&self.exclude)
     }
 
-    /// The one file it names, if it was made by [`file`](Self::file).
+    /// Returns the selected file, if the selection was created by [`file`](Self::file).
     pub fn one_file(&self) -> Option<&FilePath> {
         self.file.as_ref()
     }
 
-    /// Whether it chooses every file of any artifact.
+    /// Returns true if all files of any artifact are selected.
     pub fn is_all(&self) -> bool {
         self.file.is_none() && self.among.is_none() && self.include.is_empty() && self.exclude.is_empty()
     }
 
-    /// A text that two selections share only if they choose the same of any artifact.
+    /// Returns a text that is equal for two selections only if they select the same files of any artifact.
     pub(crate) fn identity(&self) -> String {
+        // Separated by NUL bytes, which no path contains.
         let list = |patterns: &[Regex]| patterns.iter().map(Regex::as_str).collect::<Vec<_>>().join("\0");
         let file = self.file.as_ref().map_or_else(String::new, |file| format!("{file}\0"));
         let among =
@@ -80,13 +84,13 @@ impl Selection {
         format!("{file}\0\0{}\0\0{}\0\0{among}", list(&self.include), list(&self.exclude))
     }
 
-    /// The patterns as given, for messages.
+    /// Returns the patterns as they were passed, for messages.
     pub fn patterns(&self) -> &[String] {
         &self.patterns
     }
 }
 
-/// A pattern of Python's `fnmatch` as a regular expression that must match the whole text.
+/// Translates a pattern of Python's `fnmatch` to a regular expression that must match the whole text.
 fn fnmatch(pattern: &str) -> Result<Regex> {
     let mut regex = String::from("(?s)^");
     let mut rest = pattern;
@@ -100,6 +104,7 @@ fn fnmatch(pattern: &str) -> Result<Regex> {
                     push_set(&rest[..end], &mut regex);
                     rest = &rest[end + 1..];
                 }
+                // A set that is not closed is a literal bracket.
                 None => regex.push_str("\\["),
             },
             literal => regex.push_str(&regex::escape(literal.encode_utf8(&mut [0; 4]))),
@@ -112,13 +117,15 @@ fn fnmatch(pattern: &str) -> Result<Regex> {
     Regex::new(&regex).map_err(|cause| Error::invalid(format!("the pattern {pattern:?} cannot be used")).cause(cause))
 }
 
-/// Where the set that begins before `rest` is closed; a `]` in first place (after `!`) is a member.
+/// Returns the offset of the bracket that closes the set before `rest`. A `]` in first place, or after `!`, is a member
+/// of the set.
 fn set_end(rest: &str) -> Option<usize> {
     let first = usize::from(rest.starts_with('!'));
     let skip = first + usize::from(rest[first..].starts_with(']'));
     rest[skip..].find(']').map(|at| at + skip)
 }
 
+/// Appends a set of `fnmatch` as a character class.
 fn push_set(set: &str, regex: &mut String) {
     let (open, members) = match set.strip_prefix('!') {
         Some(members) => ("[^", members),
@@ -126,6 +133,7 @@ fn push_set(set: &str, regex: &mut String) {
     };
     regex.push_str(open);
     for c in members.chars() {
+        // These have a meaning in a character class of `regex`.
         if matches!(c, '\\' | '[' | ']' | '^' | '&' | '~') {
             regex.push('\\');
         }
@@ -149,7 +157,7 @@ mod tests {
         assert!(two.matches(&path("b/c")) && one.matches(&path("a*")), "a star is a star");
         assert!(!one.matches(&path("ab")) && !one.matches(&path("b/c")));
         assert!(!one.is_all() && one.identity() != two.identity() && one.identity() != Selection::all().identity());
-        assert_eq!(two.one_file(), None, "what is lent is the folder");
+        assert_eq!(two.one_file(), None, "a get returns the folder");
     }
 
     #[test]

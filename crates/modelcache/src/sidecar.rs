@@ -1,27 +1,27 @@
 //! Checksum files: `model.bin.sha256`, `SHA256SUMS`.
 //!
-//! Three forms are read, as the tools that write them print them: the digest alone, `sha256sum`'s `<hex>  <name>` (with
-//! ` *` for binary, and a backslash in front where the name is escaped), and the BSD form `SHA256 (<name>) = <hex>`. A
-//! line that is none of these is passed over: such files carry comments, signatures and digests of other kinds.
+//! Three forms are accepted: the digest alone; `sha256sum`'s `<hex>  <name>` (with ` *` for binary, and a backslash in
+//! front if the name is escaped); and the BSD form `SHA256 (<name>) = <hex>`. Other lines are ignored, because such
+//! files also contain comments, signatures and digests of other algorithms.
 
 use crate::digest::Digest;
 
 /// One line of a checksum file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
-    /// The file that it is about; `None` where the digest stands alone.
+    /// The name of the file; `None` if the line has only a digest.
     pub name: Option<String>,
-    /// The digest of its bytes.
+    /// The digest of the file.
     pub digest: Digest,
 }
 
-/// Every line that states a SHA-256, in order.
+/// Returns all lines that contain a SHA-256, in order.
 pub fn lines(text: &str) -> impl Iterator<Item = Line> {
     text.trim_start_matches('\u{feff}').lines().filter_map(line)
 }
 
-/// The digest that `text` states for the file called `name` (its last path segment, or its path as listed): the line
-/// that names it, else a digest that stands alone.
+/// Returns the digest of the file `name`, from the line with exactly this name, else from a line with the same last
+/// path segment, else from a line without a name.
 pub fn digest_of(text: &str, name: &str) -> Option<Digest> {
     let stated: Vec<Line> = lines(text).collect();
     let last = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
@@ -36,13 +36,16 @@ fn line(text: &str) -> Option<Line> {
     bsd(text).or_else(|| coreutils(text))
 }
 
+/// Parses the form `SHA256 (<name>) = <hex>`.
 fn bsd(text: &str) -> Option<Line> {
     let (name, hex) = text.strip_prefix("SHA256 (")?.rsplit_once(") = ")?;
     Some(Line { name: Some(name.to_owned()), digest: hex.trim().parse().ok()? })
 }
 
+/// Parses the form `<hex>  <name>`, or a digest alone.
 fn coreutils(text: &str) -> Option<Line> {
     let text = text.trim_start();
+    // A leading backslash marks a name with escaped newlines and backslashes.
     let (escaped, text) = text.strip_prefix('\\').map_or((false, text), |rest| (true, rest));
     let digest = text.get(..64)?.parse().ok()?;
     let rest = &text[64..];

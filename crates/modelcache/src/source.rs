@@ -1,18 +1,7 @@
-//! Sources: what a fill can read an artifact from. The remote is one, every origin is one.
+//! [`Source`], the trait of the remote and of every origin: a manifest and byte ranges of one artifact.
 //!
-//! # Contract
-//! A source is bound to one artifact. [`Source::manifest`] lists **all** its files, whether or not this source holds
-//! them all; `Ok(None)` means that the artifact is not there, which is no failure. [`Source::read`] streams bytes of
-//! one file and promises nothing about them: whoever reads counts and checks.
-//!
-//! - Requests for manifests are retried inside, under [`Retry`](crate::transfer::Retry). `read` is one attempt: the
-//!   pour retries, part by part, and knows what it already has.
-//! - An error says what it means by kind: `NotFound` (this file is gone), `Unauthorized`, `Unavailable` (transient or
-//!   not), `Corrupt` (the server contradicts itself). A failure worth trying again is marked transient.
-//! - A server that ignores ranges is allowed: [`Body::start`] tells where the stream really begins.
-//! - No answer and no error ever carries a token or a signed address.
-//!
-//! One conformance suite runs over every implementation (`tests/it/source_conformance.rs`).
+//! The contract is in the documentation of the trait. One conformance suite runs over every implementation
+//! (`tests/it/source_conformance.rs`).
 
 use crate::error::{Error, Result, Tier};
 use crate::key::FilePath;
@@ -24,29 +13,41 @@ use futures::stream::BoxStream;
 use std::fmt;
 use std::ops::Range;
 
-/// One artifact in one place.
+/// One artifact in one tier.
+///
+/// # Contract
+/// - A source belongs to one artifact. Its manifest lists **all** files of the artifact, whether or not this source
+///   holds them.
+/// - Requests for manifests are retried by the source, under [`Retry`](crate::transfer::Retry). A `read` is a single
+///   attempt: the download retries part by part, and requests only the missing bytes.
+/// - The source does not verify the bytes of a `read`. The caller counts and verifies them.
+/// - An error has one of these kinds: `NotFound` (the file no longer exists), `Unauthorized`, `Unavailable`, `Corrupt`
+///   (the server contradicts itself). An error is marked transient if a retry may succeed.
+/// - A server may ignore ranges. [`Body::start`] is the offset at which the stream really begins.
+/// - Neither results nor errors contain a token or a signed URL.
 #[async_trait]
 pub trait Source: fmt::Debug + Send + Sync {
-    /// What kind of place it is.
+    /// Returns the tier of the source.
     fn tier(&self) -> Tier;
 
-    /// The list of the artifact's files, or `None` if it is not there.
+    /// Returns the manifest of the artifact, or `None` if the source does not have the artifact.
     ///
-    /// From the remote, `held` tells which files can be read there; an origin can serve every file it lists and
-    /// leaves `held` empty. The answer is remembered: asking twice costs one request.
+    /// On the remote, `held` marks the files that can be read there. An origin can serve every file that it lists, and
+    /// leaves `held` empty. The result is cached: a second call sends no request.
     async fn manifest(&self) -> Result<Option<Manifest>>;
 
-    /// The bytes of `path` in `range` (bytes, end exclusive, not empty, inside the file).
+    /// Streams the bytes of `path` in `range` (in bytes, end exclusive, not empty, inside the file).
     async fn read(&self, path: &FilePath, range: Range<u64>) -> Result<Body>;
 
-    /// What states the digest of `path` where that is a file or header beside it, as far as it was asked for; for the
-    /// message when the bytes have another.
+    /// Returns the checksum file or header that contains the digest of `path`, if that is known. It is named in the
+    /// message of a digest mismatch.
     fn stated_by(&self, _path: &FilePath) -> Option<String> {
         None
     }
 
-    /// Whether a range is cut from an answer that has the whole file, as far as it is known. The end of such an answer is
-    /// not seen, so that bytes too many stay unnoticed: whoever wants the whole file asks for it in one stream.
+    /// Returns true if the server is known to answer a range request with the whole file. The source cuts the range
+    /// from that answer and does not see its end, so surplus bytes are not detected. A caller that needs the whole file
+    /// should therefore read it in one stream.
     fn ignores_ranges(&self) -> bool {
         false
     }
@@ -54,17 +55,19 @@ pub trait Source: fmt::Debug + Send + Sync {
 
 /// A stream of bytes of one file.
 pub struct Body {
-    /// Offset in the file of the first byte streamed: what was asked for, or 0 if the server ignores ranges.
+    /// Offset in the file of the first byte in the stream: the start of the requested range, or 0 if the server ignores
+    /// ranges.
     pub start: u64,
-    /// The bytes. May end early or late, or fail; the reader counts.
+    /// The bytes. The stream may fail, and it may be shorter or longer than the requested range.
     pub stream: BoxStream<'static, Result<Bytes>>,
 }
 
 impl Body {
-    /// The answer to a read of `range` where it needs no request: an empty one. `size` is the file's, if it is known.
+    /// Returns an empty body if `range` is empty, so that no request is needed; otherwise `None`. `size` is the size of
+    /// the file, if it is known.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`](crate::error::ErrorKind::Invalid) where the file has no such range.
+    /// [`ErrorKind::Invalid`](crate::error::ErrorKind::Invalid) if the range is outside the file.
     pub(crate) fn unasked(path: &FilePath, range: &Range<u64>, size: Option<u64>) -> Result<Option<Self>> {
         if range.end < range.start || size.is_some_and(|size| range.end > size) {
             return Err(Error::invalid(format!("{path} has no bytes {}..{}", range.start, range.end)));

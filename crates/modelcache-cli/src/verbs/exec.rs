@@ -74,7 +74,8 @@ impl Exec {
         for text in &self.references {
             let (progress, started) = (Progress::new(), Instant::now());
             let reference = self.choice.reference(text)?;
-            let artifact = progress::show(output, text, &progress, cache.get(&reference, &options, &progress)).await?;
+            let artifact =
+                progress::show(output, text, &progress, cache.get_with(&reference, &options, &progress)).await?;
             session.got(&artifact, started.elapsed());
             artifacts.push(artifact);
         }

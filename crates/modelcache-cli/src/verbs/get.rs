@@ -97,7 +97,7 @@ impl Get {
         }
         let progress = Progress::new();
         let started = Instant::now();
-        let artifact = progress::show(output, text, &progress, cache.get(&reference, options, &progress)).await?;
+        let artifact = progress::show(output, text, &progress, cache.get_with(&reference, options, &progress)).await?;
         let took = started.elapsed();
         session.got(&artifact, took);
         let made = match destination {

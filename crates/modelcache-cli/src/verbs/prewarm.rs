@@ -125,7 +125,7 @@ async fn one<'a>(
 ) -> (&'a str, Result<Artifact>) {
     let output = session.output;
     let (text, progress, started) = (wanted.text.as_str(), Progress::new(), Instant::now());
-    let got = progress::show(output, text, &progress, cache.get(&wanted.reference, options, &progress)).await;
+    let got = progress::show(output, text, &progress, cache.get_with(&wanted.reference, options, &progress)).await;
     let outcome = got.and_then(|artifact| {
         let (took, report) = (started.elapsed(), &artifact.report);
         if output.is_json() {

@@ -69,7 +69,8 @@ impl Put {
             cache.check_tag(&key, tag).await.map_err(|error| error.artifact(&key))?;
         }
         let (options, progress, started) = (self.options(), Progress::new(), Instant::now());
-        let report = progress::show(output, &self.key, &progress, cache.put(&key, &path, &options, &progress)).await?;
+        let report =
+            progress::show(output, &self.key, &progress, cache.put_with(&key, &path, &options, &progress)).await?;
         let took = started.elapsed();
         session.run.put(&report);
         let tagged = match &tag {

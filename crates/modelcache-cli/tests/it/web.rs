@@ -191,7 +191,7 @@ fn answers_other_than_the_file_are_refused() {
         ("http://ann:canary-secret@127.0.0.1:1/x", "netrc"),
         ("http://127.0.0.1:1/x?sig=canary-signature", "query"),
         ("http://127.0.0.1:1/x?sig=canary-signature#y", "sha256="),
-        ("ftp://ann:canary-secret@h/x", "no origin"),
+        ("ftp://ann:canary-secret@h/x", "unknown scheme"),
     ] {
         house.on_local("c").run(["get", address]).failed(2, &[says]);
         house.on_local("c").env("MODEL_CACHE_ORIGIN", format!("{address}{{name}}")).run(["get", "a@1"]).failed(2, &[]);

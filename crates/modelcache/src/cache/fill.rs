@@ -27,7 +27,7 @@ use tokio::time;
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// Longest time between two attempts to take the fill lock.
 const POLL_INTERVAL_MAX: Duration = Duration::from_millis(200);
-/// Number of attempts to start a fill whose task ended without a result.
+/// Number of attempts to start a fill, if its task ends without a result each time.
 const STARTS_MAX: usize = 3;
 
 /// The in-flight fills of this process.
@@ -135,6 +135,7 @@ impl Cache {
     ) -> (Arc<InFlightFill>, bool) {
         let id = (request.key.clone(), request.selection.identity(), request.digest, request.max_tier);
         let mut in_flight = self.0.in_flight.lock();
+        // Remove the fills that no caller holds any more.
         in_flight.retain(|_, fill| fill.strong_count() > 0);
         let running = |fill: &Weak<InFlightFill>| fill.upgrade().filter(|fill| fill.is_running());
         // A demanded digest is that of the selected file or of the file list, so the selections must be equal then.
@@ -152,6 +153,7 @@ impl Cache {
             FillPublisher { state: state_sender, partial_files: partial_files_sender, first_read: first_read.cloned() };
         let (cache, request, fill_progress) = (self.clone(), request.clone(), progress.clone());
         let selection = request.selection.clone();
+        // A task of its own: the fill continues if the caller that started it is cancelled, but others wait for it.
         let task = tokio::spawn(async move {
             let ended = cache.fill(&request, &fill_progress, &publisher).await;
             publisher.state.send_replace(FillState::Ended(ended));
@@ -166,6 +168,7 @@ impl Cache {
             task: Some(task),
             finishing: self.0.in_flight.finishing.clone(),
         });
+        // A weak reference, so that only callers keep the fill running.
         in_flight.insert(id, Arc::downgrade(&fill));
         (fill, true)
     }
@@ -299,6 +302,7 @@ impl InFlightFill {
                         FillState::Running => None,
                     };
                 }
+                // Between changes of the state, show the progress of the fill.
                 () = time::sleep(POLL_INTERVAL_MAX) => {
                     let (done, total) = self.progress.download_bytes();
                     progress.watch(done, total);
@@ -310,6 +314,7 @@ impl InFlightFill {
 
 impl Drop for InFlightFill {
     fn drop(&mut self) {
+        // Dropping a `JoinHandle` does not stop its task, so either keep it or abort it.
         let Some(task) = self.task.take() else { return };
         // All bytes are verified: publish them. The reader of an open file does not wait for the backfill, so that is
         // finished as well.
@@ -323,7 +328,7 @@ impl Drop for InFlightFill {
     }
 }
 
-/// Returns the error for a fill whose task ended without a result.
+/// Returns the error for a fill task that ended without a result.
 pub(super) fn task_lost() -> Error {
     Error::new(ErrorKind::Other, "the fill ended unexpectedly")
 }

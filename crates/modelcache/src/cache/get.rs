@@ -52,7 +52,7 @@ impl Cache {
     /// # Errors
     /// `NotFound` if no tier has the artifact; `Unauthorized`, `Unavailable` or `Corrupt` if a tier that might have it
     /// failed; `Full` or `Directory` if it cannot be stored in the local directory.
-    pub async fn get(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
+    pub async fn get_with(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
         let outcome = match self.get_once(reference, options, progress).await {
             Err(error) if error.is_superseded() => {
                 tracing::warn!(%error, "starting over");
@@ -85,7 +85,7 @@ impl Cache {
         // Step 2: acquire a lease if all selected files are on disk.
         let outcome = match self.acquire(request, progress).await? {
             Some(leased) => FillOutcome::local(leased),
-            // Step 3: join the in-flight fill of these files, or start one. It calls `fill`.
+            // Step 3: join the in-flight fill of these files, or start one (`fill` below).
             None => self.fill_single_flight(request, progress).await?,
         };
         // Also for files that were downloaded under a less strict configuration.
@@ -189,7 +189,8 @@ impl Cache {
         // Reuses local blobs and the staged files of an earlier fill. Reserves room for the rest.
         let staging = blocking(move || disk.begin_fill(&key, &selected)).await?;
         let (partial_files, to_download) = files_to_download(&staging, plan)?;
-        // Callers of `open_file` can read from here on. The first one is registered until the download ends.
+        // Callers of `open_file` can read from here on. The one that started this fill stays registered as a reader
+        // during the download.
         let _first_reader = publisher.set_partial_files(partial_files);
         let (downloaded, streaming_upload) =
             match self.download_missing(to_download, plan, self.purpose_of(request), progress).await {
@@ -324,7 +325,7 @@ fn files_to_download(staging: &Staging, plan: &FillPlan) -> Result<(PartialFiles
     Ok((partial_files, to_download))
 }
 
-/// Detects the format of the files whose format is not known yet, from their first bytes.
+/// Detects the missing formats of files from their first bytes.
 async fn detect_formats(
     staging: &Staging,
     mut files: BTreeMap<FilePath, StagedFile>,

@@ -5,6 +5,7 @@
 //! get. Opening a cache and a get of a local artifact send no request over the network.
 
 mod backfill;
+mod builder;
 mod counters;
 mod digest_alerts;
 mod durable;
@@ -25,6 +26,7 @@ mod prune;
 mod put;
 mod queries;
 mod report;
+mod request;
 mod resolve;
 mod start_jitter;
 mod tag;
@@ -37,9 +39,11 @@ pub use report::{
     Stats, TagReport,
 };
 
+pub use builder::CacheBuilder;
 pub use durable::make_durable_for;
 
 pub use open::{OpenFile, OpenOptions};
+pub use request::{GetRequest, PutRequest};
 
 pub use verify::{Verification, VerifyOptions, VerifyTarget, VerifyTier};
 
@@ -145,10 +149,10 @@ mod tests {
     #[allow(dead_code)]
     fn calls_can_be_spawned(cache: &Cache, reference: &Reference, key: &crate::ArtifactKey, progress: &Progress) {
         fn spawnable(_: impl Future + Send) {}
-        spawnable(cache.get(reference, &GetOptions::default(), progress));
+        spawnable(cache.get_with(reference, &GetOptions::default(), progress));
         spawnable(cache.open_file(reference, &OpenOptions::default(), progress));
         spawnable(cache.plan(reference, &GetOptions::default()));
-        spawnable(cache.put(key, Path::new(""), &PutOptions::default(), progress));
+        spawnable(cache.put_with(key, Path::new(""), &PutOptions::default(), progress));
         spawnable(cache.backfill_pending(progress));
         spawnable(cache.finish_backfills(progress));
         spawnable(cache.wait_for_fills());

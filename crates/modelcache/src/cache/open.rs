@@ -53,6 +53,7 @@ impl Default for OpenOptions {
 /// Dropping it earlier has the effect of cancelling a [`get`](Cache::get): downloaded bytes are kept for the next fill,
 /// and a fill whose bytes are all downloaded is still published.
 #[derive(Debug)]
+#[must_use = "the fill of the file goes on only while this value lives"]
 pub struct OpenFile {
     /// The key of the artifact.
     pub key: ArtifactKey,
@@ -451,7 +452,7 @@ fn partial_file_of(files: &PartialFiles, file: &FilePath) -> Result<Arc<PartialF
     files.get(file).cloned().ok_or_else(|| Error::not_found(format!("it has no file {file}")))
 }
 
-/// Returns the error for an open file whose generation failed verification.
+/// Returns the error for an open file, after the generation that it is bound to failed verification.
 fn replaced(path: &FilePath) -> Error {
     Error::corrupt(format!(
         "{path} failed verification while it was read, and is downloaded again: the bytes read so far may be wrong"

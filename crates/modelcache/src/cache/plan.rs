@@ -250,11 +250,14 @@ impl Cache {
             }
             (disk, origin) => disk.or_else(|| origin.cloned()),
         };
-        // The lower directory only adds to that. Its contradictions are ignored.
+        // The lower directory only adds to that. If it contradicts, this is logged, and it is ignored.
         let local = match (local, &tier_manifests.lower) {
             (Some(mut listing), Some(lower)) => {
                 if let Err(error) = listing.learn(lower) {
-                    tracing::warn!(%error, "the lower directory contradicts this disk or the origin; its list is not used");
+                    tracing::warn!(
+                        %error,
+                        "the lower directory contradicts this disk or the origin; its list of files is not used"
+                    );
                 }
                 Some(listing)
             }
@@ -312,7 +315,8 @@ impl Cache {
         });
         let hint = match (&self.0.remote, &request.origin) {
             (None, None) => {
-                "no remote and no origin is configured: set MODEL_CACHE_REMOTE or MODEL_CACHE_ORIGIN, or write a URI (hf://org/model)"
+                "no remote and no origin is configured: set MODEL_CACHE_REMOTE or MODEL_CACHE_ORIGIN, or write a URI \
+                 (hf://org/model)"
             }
             (_, Some(_)) if request.key.name.scheme() == Some("hf") => {
                 "check the commit; hf://org/model without @revision is main"

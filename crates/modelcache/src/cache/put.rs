@@ -2,7 +2,8 @@
 //!
 //! Each input file is read once: it is copied into staging and hashed, and, if it is large and new on the remote,
 //! uploaded in the same pass. The uploads become visible when all files are hashed and no other content exists under
-//! the key. The remote is published first and the disk last: an artifact that this machine serves is on the remote too.
+//! the key. The remote is published first and the disk last, so that an artifact published on disk is on the remote
+//! too.
 //!
 //! With [`PutTier::Remote`] nothing is copied. Files that are not uploaded in the first pass are read again, and the
 //! put fails if a file has changed since.
@@ -33,7 +34,7 @@ impl Cache {
     /// `Corrupt` if a file does not have the expected format; `Invalid` if the path or the key cannot be an artifact;
     /// `Conflict` if the key has other content, unless `force` is set; `Full`, `Directory`, `Unavailable` and
     /// `Unauthorized` as for [`get`](Self::get). If a check or the publish on the remote fails, nothing is visible.
-    pub async fn put(
+    pub async fn put_with(
         &self,
         key: &ArtifactKey,
         path: &Path,
@@ -52,7 +53,7 @@ impl Cache {
         options: &PutOptions,
         progress: &Progress,
     ) -> Result<PutReport> {
-        // Checks that need no bytes of the files come first.
+        // Checks that do not read whole files come first.
         let remote = self.remote_to_put(options)?;
         let (source, expected) = (path.to_owned(), options.expect);
         let (shape, inputs) = blocking(move || {

@@ -87,7 +87,8 @@ impl Cache {
             (Shape::File, Some(file)) => dir.view(file).full(),
             _ => dir.files().full(),
         };
-        // An artifact of which some files are on disk has a path. So has a complete one whose files are all empty.
+        // An artifact has a path if some of its files are on disk, or if it is complete because all its files are
+        // empty.
         let has_path = |manifest: &&Manifest| manifest.held_bytes() > 0 || manifest.holds(&Selection::all());
         let own = disk.as_ref().filter(has_path).map(|manifest| path_in(&dir, manifest));
         let below = lower.as_ref().filter(has_path).zip(lower_dir).map(|(manifest, dir)| path_in(&dir, manifest));

@@ -51,6 +51,7 @@ impl Default for GetOptions {
 
 /// A leased artifact. Its files are not evicted, and `path` stays valid, until this value is dropped.
 #[derive(Debug)]
+#[must_use = "the artifact is leased only while this value lives"]
 pub struct Artifact {
     /// The key of the artifact.
     pub key: ArtifactKey,
@@ -212,9 +213,9 @@ pub struct BackfillReport {
     pub copied_bytes: u64,
     /// Artifacts that another process is uploading or still filling.
     pub busy: Vec<ArtifactKey>,
-    /// Artifacts whose upload can never succeed, with the reason. Their pending uploads were removed.
+    /// Artifacts that can never be uploaded, with the reason. Their pending uploads were removed.
     pub dropped: Vec<(ArtifactKey, crate::Error)>,
-    /// Artifacts whose upload failed, with the reason. A later run tries again.
+    /// Artifacts that could not be uploaded this time, with the reason. A later run tries again.
     pub failed: Vec<(ArtifactKey, crate::Error)>,
 }
 
@@ -304,7 +305,7 @@ pub struct Listed {
     pub held_bytes: u64,
     /// Total size in bytes of all files of the artifact.
     pub bytes: u64,
-    /// The formats of the files whose format was detected.
+    /// The detected formats of the files.
     pub formats: BTreeSet<String>,
     /// Time of last use (disk only).
     pub last_used: Option<SystemTime>,

@@ -107,12 +107,13 @@ impl Cache {
                 return Err(Error::invalid(format!(
                     "{reference} names one file, {file}; --include and --exclude choose among many"
                 ))
-                .hint("leave either out"));
+                .hint("omit the file in the reference, or omit the patterns"));
             }
             Some(file) => Selection::file(file.clone()),
             None => options.selection.clone(),
         };
         let Resolution { key, origin, tag_record, remote, .. } = self.resolution(reference, policy).await?;
+        // The content of a tagged version must still be the content that was tagged.
         if let Some(tag_record) = &tag_record {
             self.check_tagged(&key, tag_record).await?;
         }
@@ -187,6 +188,7 @@ impl Cache {
     /// Returns the source for a bare key from the configured origin templates, if there are any. It is not contacted
     /// yet.
     pub(super) fn template_origin(&self, key: &ArtifactKey, policy: LookupPolicy) -> Option<Arc<dyn Source>> {
+        // In offline mode, only templates of local folders are left.
         let may_ask = |template: &&OriginTemplate| {
             policy.max_tier == Tier::Origin || template.apply(key).is_ok_and(|reference| reference.is_local())
         };
@@ -271,6 +273,7 @@ impl TemplateOrigin {
             Ok(manifest.map(|manifest| (resolved.source, Manifest { key: self.key.clone(), ..manifest })))
         };
         match asked.await {
+            // The next template is tried. Any other error ends the search: this location may have the artifact.
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             answer => answer,
         }

@@ -1,7 +1,7 @@
 //! Start jitter: a random delay before the first request, so that machines that start together do not send their
 //! requests together.
 //!
-//! All calls of a process share one delay. A get whose artifact is on disk is not delayed.
+//! All calls of a process share one delay. A get of a local artifact is not delayed.
 
 use super::Cache;
 use std::time::Duration;

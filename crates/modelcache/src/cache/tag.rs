@@ -84,7 +84,10 @@ impl Cache {
         let Some(remote) = &self.0.remote else { return Ok(Vec::new()) };
         let Some(refs) = remote.refs_of(&key.name).await? else {
             if key.name.scheme().is_none() {
-                tracing::warn!(%key, "which tags point to it cannot be seen: listing the remote is not permitted (s3:ListBucket)");
+                tracing::warn!(
+                    %key,
+                    "cannot find the tags that point to it: listing the remote is not permitted (s3:ListBucket)"
+                );
             }
             return Ok(Vec::new());
         };

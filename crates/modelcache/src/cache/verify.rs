@@ -60,9 +60,9 @@ enum Subject {
         key: ArtifactKey,
         reference: Option<Reference>,
     },
-    /// A folder with a damaged manifest whose key is unknown.
+    /// A folder with a damaged manifest and an unknown key.
     Nameless(RootedPath),
-    /// The blobs that were not read as a file of an artifact: leftovers, and blobs whose views are copies.
+    /// The blobs that were not read as a file of an artifact: leftovers, and blobs with copied views.
     Blobs,
 }
 
@@ -118,10 +118,12 @@ impl Cache {
         let reader = Arc::new(VerifyRun::new(None, false));
         let _stop = StopOnDrop(reader.clone());
         let found = self.verify_disk(&request.key, &request.selection, &reader, progress).await?;
+        // The get may also lease from the lower directory.
         if let Some(lower) = self.0.lower.clone() {
             let (key, selection, reader) = (request.key.clone(), request.selection.clone(), reader.clone());
             blocking(move || lower.verify(&key, &selection, &reader)).await?;
         }
+        // Withdrawn files are downloaded again. A bad file that could not be withdrawn must not be leased.
         let bad = found.iter().flat_map(|verified| &verified.findings).find(|finding| !finding.withdrawn);
         match bad {
             None => Ok(()),
@@ -149,10 +151,12 @@ impl Cache {
 
     /// Returns an origin for exactly this `key`, if there is one.
     async fn origin_of(&self, key: &ArtifactKey, reference: Option<&Reference>) -> Option<Arc<dyn Source>> {
+        // The caller's reference first, because it may contain a URI; then the key as text.
         let parsed = Reference::parse(&key.to_string()).ok();
         for reference in reference.into_iter().chain(&parsed) {
             let policy = LookupPolicy { share_answers: false, ..self.policy(&GetOptions::default()) };
             if let Ok(Resolution { key: found, origin: Some(origin), .. }) = self.resolution(reference, policy).await
+                // A revision may have moved since: only an origin of this version can repair it.
                 && found == *key
             {
                 return Some(origin);
@@ -177,6 +181,7 @@ impl Verification {
         if let Some(remote) = remote.as_ref().filter(|_| self.options.repair) {
             remote.ensure_read_write("leave out --repair")?;
         }
+        // Without references: everything in the selected tiers.
         if references.is_empty() {
             let mut targets = if on_disk { self.all_on_disk().await? } else { Vec::new() };
             if let Some(remote) = remote {
@@ -399,12 +404,14 @@ fn record_repair(findings: &mut [Finding], concerns: impl Fn(&Finding) -> bool, 
                 finding.repaired_from = Some(*tier);
                 finding.remedy = None;
             }
+            // The repair succeeded for other files, but not for this one.
             Ok(_) => finding.remedy = Some(with_hint(&no_right_copy())),
             Err(error) => finding.remedy = Some(format!("cannot be repaired: {}", with_hint(error))),
         }
     }
 }
 
+/// Formats an error with its hint.
 fn with_hint(error: &Error) -> String {
     error.hint_text().map_or_else(|| error.to_string(), |hint| format!("{error}; {hint}"))
 }
@@ -414,7 +421,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_with_odd_names_are_chosen_and_no_others() {
+    fn names_that_look_like_patterns_are_selected_literally() {
         let finding = |path| Finding::new(Some(FilePath::new(path).expect("path")), Problem::Missing);
         let chosen = selection(&[finding("a[b]*.bin"), finding("c?d")]);
         for (path, is_chosen) in [("a[b]*.bin", true), ("c?d", true), ("ab.bin", false), ("cxd", false)] {

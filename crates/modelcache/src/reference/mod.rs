@@ -234,6 +234,30 @@ fn split_digest(text: &str) -> Result<(&str, Option<Digest>)> {
     }
 }
 
+impl TryFrom<&str> for Reference {
+    type Error = Error;
+
+    fn try_from(text: &str) -> Result<Self> {
+        Self::parse(text)
+    }
+}
+
+impl TryFrom<String> for Reference {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        Self::parse(&text)
+    }
+}
+
+impl TryFrom<&Reference> for Reference {
+    type Error = Error;
+
+    fn try_from(reference: &Reference) -> Result<Self> {
+        Ok(reference.clone())
+    }
+}
+
 impl FromStr for Reference {
     type Err = Error;
 

@@ -46,7 +46,7 @@ async fn a_dropped_fill_releases_its_permits_and_buffers() {
         weather.proxy.faults().add(ProxyFault::hang(3 * MIB));
         let progress = Progress::new();
         let (reference, options) = (Reference::parse("model.bin@1").unwrap(), GetOptions::default());
-        let fill = cache.get(&reference, &options, &progress);
+        let fill = cache.get_with(&reference, &options, &progress);
         let some_came = async {
             while progress.snapshot().remote_bytes < MIB {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -79,7 +79,7 @@ async fn every_write_mode_stores_the_same_bytes() {
         };
         let options = GetOptions { purpose, ..GetOptions::default() };
         let reference = Reference::parse("model.bin@1").unwrap();
-        let got = Cache::open(config).unwrap().get(&reference, &options, &Progress::new()).await.unwrap();
+        let got = Cache::open(config).unwrap().get_with(&reference, &options, &Progress::new()).await.unwrap();
         assert_same(&got.path, &content);
         fs::remove_dir_all(weather.house.path(&dir)).unwrap();
     }

@@ -103,7 +103,7 @@ async fn waiters_see_progress_and_get_a_report() {
         let (cache, progress) = (cache.clone(), progress.clone());
         async move {
             let reference = Reference::parse(MODEL).unwrap();
-            cache.get(&reference, &GetOptions::default(), &progress).await.unwrap().report
+            cache.get_with(&reference, &GetOptions::default(), &progress).await.unwrap().report
         }
     });
     until(|| progress.snapshot().phase == Phase::Join && progress.snapshot().total_bytes == bytes_of_all()).await;

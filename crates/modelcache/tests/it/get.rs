@@ -47,8 +47,8 @@ async fn a_cold_get_fills_disk_and_a_warm_one_sends_no_request() {
 async fn clones_of_a_cache_share_their_counters() {
     let house = house_with_model().await;
     let cache = house.cache("a");
-    get(&cache, "hf://org/model").await.unwrap();
-    get(&cache.clone(), "hf://org/model").await.unwrap();
+    let _ = get(&cache, "hf://org/model").await.unwrap();
+    let _ = get(&cache.clone(), "hf://org/model").await.unwrap();
     get(&cache.with_hub_token(None).unwrap(), "absent@1").await.unwrap_err();
     let counts = cache.metrics().counts();
     assert_eq!((counts.hits.disk, counts.hits.origin, counts.misses), (1, 1, 1));
@@ -183,7 +183,7 @@ async fn an_empty_file_is_never_accepted_for_a_digest_of_other_content() {
     let given = house.path("empty");
     std::fs::write(&given, "").unwrap();
     let key = modelcache::ArtifactKey::bare("m@1").unwrap();
-    house.cache_with_remote("a").put(&key, &given, &Default::default(), &Default::default()).await.unwrap();
+    house.cache_with_remote("a").put_with(&key, &given, &Default::default(), &Default::default()).await.unwrap();
     let path = house.path("remote/m/1/.modelcache/manifest.json");
     let mut manifest = modelcache::manifest::Manifest::from_bytes(&std::fs::read(&path).unwrap()).unwrap();
     for entry in manifest.files.values_mut() {
@@ -245,11 +245,11 @@ async fn least_recently_used_goes_before_the_download_and_the_budget_holds() {
     }
     let cache = bounded(&house, 9 * MIB);
     for name in ["one", "two"] {
-        get(&cache, &format!("hf://{name}")).await.unwrap();
+        let _ = get(&cache, &format!("hf://{name}")).await.unwrap();
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    get(&cache, "hf://one").await.unwrap(); // now "two" is the least recently used
-    get(&bounded(&house, 9 * MIB), "hf://three").await.unwrap(); // as a new process: the last use is on disk
+    let _ = get(&cache, "hf://one").await.unwrap(); // now "two" is the least recently used
+    let _ = get(&bounded(&house, 9 * MIB), "hf://three").await.unwrap(); // as a new process: the last use is on disk
     let names: Vec<String> = cache.list().await.unwrap().into_iter().map(|row| row.key.name.to_string()).collect();
     assert_eq!(names, ["hf/one", "hf/three"]);
     let stats = cache.stats().await.unwrap();
@@ -262,7 +262,7 @@ async fn an_artifact_larger_than_the_budget_is_refused_before_any_download() {
     house.hub.repo("small").commit().generated("model.bin", 1, MIB).publish().unwrap();
     house.hub.repo("large").commit().generated("model.bin", 2, 8 * MIB).publish().unwrap();
     let cache = bounded(&house, 4 * MIB);
-    get(&cache, "hf://small").await.unwrap();
+    let _ = get(&cache, "hf://small").await.unwrap();
     house.hub.clear_requests();
     let error = get(&cache, "hf://large").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Full);
@@ -284,7 +284,7 @@ async fn an_artifact_in_use_is_not_evicted_and_is_named() {
     assert!(error.message().contains("hf://one") && error.message().contains("in use"), "{error}");
     assert!(leased.path.join("model.bin").exists());
     drop(leased);
-    get(&cache, "hf://two").await.unwrap();
+    let _ = get(&cache, "hf://two").await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -295,7 +295,7 @@ async fn a_demanded_digest_is_compared_before_anything_is_published() {
     let reference = |digest: &str| format!("hf://org/model@main/model.safetensors#sha256={digest}");
     assert_eq!(get(&house.cache("a"), &reference(&wrong)).await.unwrap_err().kind(), ErrorKind::Corrupt);
     assert_eq!(house.hub.body_bytes(), 0, "the Hub states the digest: no byte was fetched");
-    get(&house.cache("a"), &reference(&right)).await.unwrap();
+    let _ = get(&house.cache("a"), &reference(&right)).await.unwrap();
     assert_eq!(get(&house.cache("a"), &reference(&wrong)).await.unwrap_err().kind(), ErrorKind::Corrupt, "warm, too");
 }
 

@@ -52,7 +52,7 @@ impl Subject {
         config.retry.read_timeout = read_timeout;
         let cache = Cache::open(config).unwrap();
         let reference = Reference::parse(&self.reference).unwrap();
-        let artifact = cache.get(&reference, &GetOptions::default(), &Progress::new()).await?;
+        let artifact = cache.get_with(&reference, &GetOptions::default(), &Progress::new()).await?;
         Ok(std::fs::read(file_at(artifact.path)).unwrap())
     }
 }
@@ -99,7 +99,7 @@ async fn in_a_bucket(kind: Bucket, content: &[u8]) -> Subject {
             })
             .unwrap();
             let key = ArtifactKey::bare("m@1").unwrap();
-            cache.put(&key, &file, &PutOptions::default(), &Progress::new()).await.unwrap();
+            cache.put_with(&key, &file, &PutOptions::default(), &Progress::new()).await.unwrap();
         }
         _ => s3.put("models", "m/1/model.bin", content.to_vec()).unwrap(),
     }

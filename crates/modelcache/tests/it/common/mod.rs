@@ -64,7 +64,7 @@ pub async fn get(cache: &Cache, reference: &str) -> Result<Artifact> {
 
 pub async fn get_some(cache: &Cache, reference: &str, include: &[&str], exclude: &[&str]) -> Result<Artifact> {
     let options = GetOptions { selection: Selection::globs(include, exclude).unwrap(), ..GetOptions::default() };
-    cache.get(&Reference::parse(reference).unwrap(), &options, &Progress::new()).await
+    cache.get_with(&Reference::parse(reference).unwrap(), &options, &Progress::new()).await
 }
 
 pub fn assert_same(path: &Path, content: &Content) {

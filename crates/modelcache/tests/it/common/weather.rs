@@ -55,7 +55,7 @@ impl Weather {
         config.retry.read_timeout = Duration::from_secs(60);
         let cache = Cache::open(config).unwrap();
         let key = ArtifactKey::bare(&format!("{name}@1")).unwrap();
-        cache.put(&key, &file, &PutOptions::default(), &Progress::new()).await.unwrap();
+        cache.put_with(&key, &file, &PutOptions::default(), &Progress::new()).await.unwrap();
         fs::remove_dir_all(self.house.path("publisher")).unwrap();
         self.s3.clear_requests();
     }
