@@ -82,7 +82,7 @@ impl Subscriber for Recorder {
         let mut text = Text::default();
         event.record(&mut text);
         let metadata = event.metadata();
-        // Handlers write the text to terminals and files unescaped, so control characters are removed here.
+        // Handlers write the text to terminals and files unescaped, so control characters are escaped here.
         let text = printable::line(&(text.message + &text.fields)).into_owned();
         process.log((number(metadata.level()), metadata.target().replace("::", "."), text));
     }

@@ -21,7 +21,7 @@ use crate::manifest::Manifest;
 use crate::progress::{Phase, Progress};
 use crate::remote::{PendingPublish, Proven, PublishOptions, Published, Remote, StreamingUpload};
 use crate::selection::Selection;
-use crate::transfer::{DownloadFile, blocking};
+use crate::transfer::DownloadFile;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -92,8 +92,8 @@ impl Cache {
     /// Records the pending upload durably. If that fails, the upload is still attempted after the fill.
     pub(super) async fn record_pending_upload(&self, key: &ArtifactKey, to: Option<ToBackfill>) -> Option<ToBackfill> {
         let (Some(to), Some(remote)) = (to, &self.0.remote) else { return None };
-        let (disk, of, url, missing) = (self.0.disk.clone(), key.clone(), remote.url().to_owned(), to.missing.clone());
-        let recorded = blocking(move || disk.record_pending_upload(&of, &url, &missing)).await;
+        let (of, url, missing) = (key.clone(), remote.url().to_owned(), to.missing.clone());
+        let recorded = self.on_disk(move |disk| disk.record_pending_upload(&of, &url, &missing)).await;
         if let Err(error) = &recorded {
             tracing::warn!(%key, %error, "cannot record the pending upload; if it fails, no later run tries again");
         }
@@ -243,8 +243,7 @@ impl Cache {
 
     /// Returns the pending uploads to any remote.
     pub async fn pending_backfills(&self) -> Result<Vec<PendingBackfill>> {
-        let disk = self.0.disk.clone();
-        blocking(move || pending(&disk)).await
+        self.on_disk(move |disk| pending(&disk)).await
     }
 
     /// Completes all pending uploads to the configured remote. If one fails, the others are still attempted, unless the
@@ -297,8 +296,8 @@ impl Cache {
 
     /// Completes the pending uploads to `remote` one after the other.
     async fn complete_all(&self, remote: &Remote, progress: &Progress) -> Result<BackfillReport> {
-        let (disk, mut report) = (self.0.disk.clone(), BackfillReport::default());
-        let pending_uploads = blocking(move || disk.pending_uploads()).await?;
+        let mut report = BackfillReport::default();
+        let pending_uploads = self.on_disk(move |disk| disk.pending_uploads()).await?;
         for PendingUpload { key, missing, .. } in
             pending_uploads.into_iter().filter(|pending_upload| pending_upload.remote == remote.url())
         {
@@ -361,8 +360,8 @@ impl Cache {
     ) -> Result<Option<(LeasedArtifact, BTreeSet<FilePath>)>> {
         let started = Instant::now();
         loop {
-            let (disk, of, missing) = (self.0.disk.clone(), key.clone(), missing.clone());
-            let leased = blocking(move || {
+            let (of, missing) = (key.clone(), missing.clone());
+            let leased = self.on_disk(move |disk| {
                 let Some(manifest) = disk.manifest(&of)? else { return Ok(None) };
                 let held = missing.held_by(&manifest);
                 if held.is_empty() {
@@ -393,8 +392,8 @@ impl Cache {
     /// may be about to publish them, keeps them and returns `None`.
     async fn drop_absent(&self, remote: &Remote, key: &ArtifactKey, missing: &Missing) -> Result<Option<Error>> {
         // While another process fills the artifact, or has just published it, the files are not lost.
-        let (disk, of) = (self.0.disk.clone(), key.clone());
-        let leadership = blocking(move || disk.try_lead(&of, &mut Watch::default())).await?;
+        let of = key.clone();
+        let leadership = self.on_disk(move |disk| disk.try_lead(&of, &mut Watch::default())).await?;
         let Leadership::Ours(_lead) = leadership else { return Ok(None) };
         if self.acquire_held(key, missing).await?.is_some() {
             return Ok(None); // A fill has just published them. The next run uploads them.
@@ -406,20 +405,20 @@ impl Cache {
 
     /// Tries to take the backfill lock of `key`.
     async fn backfill_lock(&self, key: &ArtifactKey) -> Result<Option<FileLock>> {
-        let (disk, key) = (self.0.disk.clone(), key.clone());
-        blocking(move || disk.try_backfill(&key)).await
+        let key = key.clone();
+        self.on_disk(move |disk| disk.try_backfill(&key)).await
     }
 
     /// Returns the files of `key` in the pending upload to `remote`.
     async fn pending_upload(&self, remote: &Remote, key: &ArtifactKey) -> Result<Option<Missing>> {
-        let (disk, key, url) = (self.0.disk.clone(), key.clone(), remote.url().to_owned());
-        blocking(move || disk.pending_upload(&key, &url)).await
+        let (key, url) = (key.clone(), remote.url().to_owned());
+        self.on_disk(move |disk| disk.pending_upload(&key, &url)).await
     }
 
     /// Removes `files` from the pending upload of `key` to `remote`.
     async fn settle(&self, remote: &Remote, key: &ArtifactKey, files: &BTreeSet<FilePath>) -> Result<()> {
-        let (disk, key, url, files) = (self.0.disk.clone(), key.clone(), remote.url().to_owned(), files.clone());
-        blocking(move || disk.settle(&key, &url, &files)).await
+        let (key, url, files) = (key.clone(), remote.url().to_owned(), files.clone());
+        self.on_disk(move |disk| disk.settle(&key, &url, &files)).await
     }
 }
 

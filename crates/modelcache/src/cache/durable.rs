@@ -11,7 +11,6 @@ use crate::disk::{Disk, LeasedArtifact, Purpose};
 use crate::error::{Context, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::selection::Selection;
-use crate::transfer::blocking;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -31,8 +30,7 @@ impl Cache {
     /// `Directory` if the sync of a file failed. That file is quarantined, and no longer leased.
     pub async fn make_durable(&self) -> Result<()> {
         let _turn = self.0.durability.0.lock().await;
-        let disk = self.0.disk.clone();
-        blocking(move || disk.sync_dirty()).await
+        self.on_disk(move |disk| disk.sync_dirty()).await
     }
 
     /// Returns the number of bytes that this process has published and not synced yet.
@@ -87,8 +85,8 @@ impl Cache {
 
     /// Syncs the selected files of `key`, and waits until they are durable.
     pub(super) async fn sync(&self, key: &ArtifactKey, selection: &Selection) -> Result<()> {
-        let (disk, of, selection) = (self.0.disk.clone(), key.clone(), selection.clone());
-        blocking(move || disk.sync_selected(&of, &selection)).await.context(key, Tier::Disk)
+        let (of, selection) = (key.clone(), selection.clone());
+        self.on_disk(move |disk| disk.sync_selected(&of, &selection)).await.context(key, Tier::Disk)
     }
 
     /// Returns the purpose of a download. If every get waits until its files are durable, they are written with

@@ -9,7 +9,6 @@ use crate::key::ArtifactKey;
 use crate::reference::{Pointer, Reference, Target};
 use crate::remote::RefKind;
 use crate::source::Source;
-use crate::transfer::blocking;
 use std::sync::Arc;
 
 impl Cache {
@@ -79,8 +78,8 @@ impl Cache {
 
     /// Evicts `key` from disk and returns the bytes; `None` if it is not there.
     async fn evict_disk(&self, key: &ArtifactKey, dry_run: bool) -> Result<Option<u64>> {
-        let (disk, key) = (self.0.disk.clone(), key.clone());
-        blocking(move || {
+        let key = key.clone();
+        self.on_disk(move |disk| {
             if dry_run { Ok(disk.manifest(&key)?.map(|manifest| manifest.held_bytes())) } else { disk.evict(&key) }
         })
         .await

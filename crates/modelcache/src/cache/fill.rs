@@ -209,8 +209,8 @@ impl Cache {
 
     /// Tries once to become the leader of the fill of `key`.
     async fn try_lead(&self, key: &ArtifactKey, waiting: &mut Waiting<'_>) -> Result<Leadership> {
-        let (disk, key, mut watch) = (self.0.disk.clone(), key.clone(), std::mem::take(&mut waiting.watch));
-        let (leadership, watch) = blocking(move || Ok((disk.try_lead(&key, &mut watch)?, watch))).await?;
+        let (key, mut watch) = (key.clone(), std::mem::take(&mut waiting.watch));
+        let (leadership, watch) = self.on_disk(move |disk| Ok((disk.try_lead(&key, &mut watch)?, watch))).await?;
         waiting.watch = watch;
         Ok(leadership)
     }

@@ -163,8 +163,8 @@ impl Cache {
     pub(super) async fn try_acquire(&self, request: &FetchRequest) -> Result<Option<LeasedArtifact>> {
         let started = Instant::now();
         loop {
-            let (disk, key, selection) = (self.0.disk.clone(), request.key.clone(), request.selection.clone());
-            match blocking(move || disk.acquire(&key, &selection)).await? {
+            let (key, selection) = (request.key.clone(), request.selection.clone());
+            match self.on_disk(move |disk| disk.acquire(&key, &selection)).await? {
                 AcquireOutcome::Leased(leased) => return Ok(Some(*leased)),
                 AcquireOutcome::Absent => return self.acquire_lower(request).await,
                 AcquireOutcome::Evicting if started.elapsed() > EVICTION_WAIT_MAX => {
@@ -264,8 +264,7 @@ impl Cache {
     /// Step 6 of the main path.
     async fn publish(&self, staged: StagedFill, progress: &Progress) -> Result<LeasedArtifact> {
         let _phase = progress.enter(Phase::Publish, 0);
-        let disk = self.0.disk.clone();
-        blocking(move || disk.publish(staged.staging, &staged.listing, &staged.files)).await
+        self.on_disk(move |disk| disk.publish(staged.staging, &staged.listing, &staged.files)).await
     }
 
     /// Returns the files of this fill that the remote lacks or has with wrong bytes; `None` if there are none, or if

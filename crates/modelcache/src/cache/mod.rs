@@ -57,7 +57,7 @@ use crate::disk::{Disk, Lower};
 use crate::error::Result;
 use crate::origin::Origins;
 use crate::remote::Remote;
-use crate::transfer::{Downloader, Retry};
+use crate::transfer::{Downloader, Retry, blocking};
 use backfill::Backfills;
 use durable::Durability;
 use fill::InFlightFills;
@@ -129,6 +129,12 @@ impl Cache {
             backfills: Backfills::default(),
             durability: Durability::default(),
         })))
+    }
+
+    /// Runs `work` on the local directory, in a thread for blocking calls.
+    async fn on_disk<T: Send + 'static>(&self, work: impl FnOnce(&Disk) -> Result<T> + Send + 'static) -> Result<T> {
+        let disk = self.0.disk.clone();
+        blocking(move || work(&disk)).await
     }
 
     /// Returns the configuration of this cache.

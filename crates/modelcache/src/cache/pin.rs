@@ -4,7 +4,6 @@ use super::{Cache, PinReport};
 use crate::disk::Pin;
 use crate::error::{Context, Result, Tier};
 use crate::reference::Reference;
-use crate::transfer::blocking;
 
 impl Cache {
     /// Pins an artifact that is on disk, and replaces the pin that it may have. A revision stands for the version that
@@ -14,8 +13,8 @@ impl Cache {
     /// `NotFound` if the artifact is not on disk.
     pub async fn pin(&self, reference: &Reference, pin: Pin) -> Result<PinReport> {
         let (key, _) = self.key_without_network(reference).await.map_err(|error| error.artifact(reference))?;
-        let (disk, of, set) = (self.0.disk.clone(), key.clone(), pin.clone());
-        blocking(move || disk.pin(&of, &set)).await.context(&key, Tier::Disk)?;
+        let (of, set) = (key.clone(), pin.clone());
+        self.on_disk(move |disk| disk.pin(&of, &set)).await.context(&key, Tier::Disk)?;
         Ok(PinReport { key, pin: Some(pin) })
     }
 
@@ -25,8 +24,8 @@ impl Cache {
     /// `NotFound` if the artifact is not on disk.
     pub async fn unpin(&self, reference: &Reference) -> Result<PinReport> {
         let (key, _) = self.key_without_network(reference).await.map_err(|error| error.artifact(reference))?;
-        let (disk, of) = (self.0.disk.clone(), key.clone());
-        let pin = blocking(move || disk.unpin(&of)).await.context(&key, Tier::Disk)?;
+        let of = key.clone();
+        let pin = self.on_disk(move |disk| disk.unpin(&of)).await.context(&key, Tier::Disk)?;
         Ok(PinReport { key, pin })
     }
 }

@@ -7,7 +7,6 @@ use crate::manifest::Manifest;
 use crate::reference::{Reference, Target};
 use crate::selection::Selection;
 use crate::source::Source;
-use crate::transfer::blocking;
 
 impl Cache {
     /// Resolves a reference to the version that it points to now. Ignores the selection in `options`.
@@ -59,8 +58,8 @@ impl Cache {
 
     /// Returns the first manifest found on disk, in the lower directory or on the remote, with its tier.
     async fn known_list(&self, request: &FetchRequest) -> Option<(Tier, Manifest)> {
-        let (disk, key) = (self.0.disk.clone(), request.key.clone());
-        if let Ok(Some(manifest)) = blocking(move || disk.manifest(&key)).await {
+        let key = request.key.clone();
+        if let Ok(Some(manifest)) = self.on_disk(move |disk| disk.manifest(&key)).await {
             return Some((Tier::Disk, manifest));
         }
         if let Ok(Some(manifest)) = self.lower_manifest(&request.key).await {

@@ -381,8 +381,8 @@ impl Cache {
         if unknown.is_empty() {
             return Ok(());
         }
-        let (disk, name) = (self.0.disk.clone(), request.key.name.clone());
-        let known = blocking(move || disk.digests_of_git_oids(&name)).await?;
+        let name = request.key.name.clone();
+        let known = self.on_disk(move |disk| disk.digests_of_git_oids(&name)).await?;
         for (path, oid, size) in unknown {
             if let (Some(digest), Some(entry)) = (known.get(&(oid, size)), listing.files.get_mut(&path)) {
                 entry.sha256 = Some(*digest);

@@ -274,8 +274,7 @@ impl Cache {
     pub(super) async fn check_tagged(&self, key: &ArtifactKey, tag_record: &TagRecord) -> Result<()> {
         let (Some(sha256), Some(remote)) = (tag_record.sha256, &self.0.remote) else { return Ok(()) };
         let dir = self.0.disk.layout().artifact(key);
-        let disk = self.0.disk.clone();
-        let here = blocking(move || disk.shared_manifest(&dir)).await?;
+        let here = self.on_disk(move |disk| disk.shared_manifest(&dir)).await?;
         let Some(here) = here.and_then(|manifest| manifest.content_digest()).filter(|here| *here != sha256) else {
             return Ok(());
         };
@@ -323,8 +322,9 @@ impl Cache {
 
     /// Returns true if the local or the lower directory has a manifest of this version.
     async fn is_on_disk(&self, key: &ArtifactKey) -> Result<bool> {
-        let (disk, dir) = (self.0.disk.clone(), self.0.disk.layout().artifact(key));
-        Ok(blocking(move || disk.shared_manifest(&dir)).await?.is_some() || self.lower_manifest(key).await?.is_some())
+        let dir = self.0.disk.layout().artifact(key);
+        Ok(self.on_disk(move |disk| disk.shared_manifest(&dir)).await?.is_some()
+            || self.lower_manifest(key).await?.is_some())
     }
 
     /// Returns the last answer for a revision or tag that is stored on disk.
@@ -346,8 +346,8 @@ impl Cache {
 
     /// Removes the remembered version of a tag that was moved or removed.
     pub(super) async fn forget(&self, key: &ArtifactKey) {
-        let (disk, key) = (self.0.disk.clone(), key.clone());
-        let forget = blocking(move || match disk.remembered_ref(&key.name, key.version.as_str())? {
+        let key = key.clone();
+        let forget = self.on_disk(move |disk| match disk.remembered_ref(&key.name, key.version.as_str())? {
             Some(_) => disk.forget_ref(&key.name, key.version.as_str()),
             None => Ok(()),
         });

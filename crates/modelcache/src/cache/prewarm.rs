@@ -11,7 +11,6 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::FileEntry;
 use crate::progress::Progress;
 use crate::reference::Reference;
-use crate::transfer::blocking;
 use futures::{StreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -39,8 +38,7 @@ impl Cache {
         let keys: BTreeSet<_> = found().map(|planned| planned.artifact.key.clone()).collect();
         // Keyed by content name, so that equal files count once.
         let files: BTreeMap<_, _> = found().flat_map(|planned| planned.files.iter().cloned()).collect();
-        let disk = self.0.disk.clone();
-        let fit = blocking(move || disk.fit(&keys, &files)).await?;
+        let fit = self.on_disk(move |disk| disk.fit(&keys, &files)).await?;
         Ok(PrewarmPlan {
             artifacts: planned.into_iter().map(|planned| Ok(planned?.artifact)).collect(),
             list_bytes: fit.list_bytes,
@@ -52,8 +50,8 @@ impl Cache {
         let progress = Progress::new();
         let resolved = self.resolve(reference, options, &progress).await;
         let request = resolved.map_err(|error| error.artifact(reference))?;
-        let (disk, key) = (self.0.disk.clone(), request.key.clone());
-        let on_disk = blocking(move || disk.manifest(&key)).await.context(&request.key, Tier::Disk)?;
+        let key = request.key.clone();
+        let on_disk = self.on_disk(move |disk| disk.manifest(&key)).await.context(&request.key, Tier::Disk)?;
         let artifact = |is_local| PlannedPrewarm { key: request.key.clone(), is_local, shares: false };
         // Everything is on disk: use the local manifest, and contact no other tier.
         if let Some(manifest) = on_disk.filter(|manifest| manifest.holds(&request.selection)) {

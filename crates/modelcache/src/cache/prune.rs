@@ -3,7 +3,6 @@
 use super::Cache;
 use crate::disk::{PruneOptions, PruneReport};
 use crate::error::Result;
-use crate::transfer::blocking;
 
 impl Cache {
     /// Removes leftovers from disk, and the artifacts that `options` select. Leased and pinned artifacts stay, and the
@@ -12,7 +11,7 @@ impl Cache {
     /// # Errors
     /// `Directory` if the directory cannot be written.
     pub async fn prune(&self, options: &PruneOptions) -> Result<PruneReport> {
-        let (disk, options) = (self.0.disk.clone(), options.clone());
-        blocking(move || disk.prune(&options)).await
+        let options = options.clone();
+        self.on_disk(move |disk| disk.prune(&options)).await
     }
 }

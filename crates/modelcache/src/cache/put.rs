@@ -124,8 +124,8 @@ impl Cache {
         // Step 4: publish on disk, and wait until the files are durable.
         let leased = {
             let _phase = progress.enter(Phase::Publish, 0);
-            let (disk, manifest) = (self.0.disk.clone(), manifest.clone());
-            let leased = blocking(move || disk.publish(staging, &manifest, &files)).await?;
+            let manifest = manifest.clone();
+            let leased = self.on_disk(move |disk| disk.publish(staging, &manifest, &files)).await?;
             self.sync(key, &crate::Selection::all()).await?;
             leased
         };
@@ -249,8 +249,8 @@ impl Cache {
     /// # Errors
     /// `Conflict` if there is other content and `force` is not set, or if the other content is leased or pinned.
     async fn refuse_other_content(&self, manifest: &Manifest, options: &PutOptions) -> Result<bool> {
-        let (disk, manifest, force) = (self.0.disk.clone(), manifest.clone(), options.force);
-        blocking(move || match disk.manifest(&manifest.key)?.map(|present| present.agrees_with(&manifest)) {
+        let (manifest, force) = (manifest.clone(), options.force);
+        self.on_disk(move |disk| match disk.manifest(&manifest.key)?.map(|present| present.agrees_with(&manifest)) {
             // Checked before the remote is changed: if the local content cannot be replaced, nothing is.
             Some(Err(_)) if force => disk.refuse_kept(&manifest.key).map(|()| true),
             Some(agreed) => agreed.context(&manifest.key, Tier::Disk).map(|()| false),
@@ -262,8 +262,8 @@ impl Cache {
     /// Evicts the old content from disk. Called after the publish on the remote, so that the old content stays if that
     /// fails.
     async fn evict_replaced(&self, key: &ArtifactKey) -> Result<()> {
-        let (disk, key) = (self.0.disk.clone(), key.clone());
-        blocking(move || disk.evict(&key).map(|_| ())).await
+        let key = key.clone();
+        self.on_disk(move |disk| disk.evict(&key).map(|_| ())).await
     }
 
     /// Uploads the remaining files, and publishes the manifest on the remote.

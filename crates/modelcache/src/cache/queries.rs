@@ -9,15 +9,13 @@ use crate::key::ArtifactKey;
 use crate::manifest::{Manifest, Shape};
 use crate::reference::{Reference, Target};
 use crate::selection::Selection;
-use crate::transfer::blocking;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 impl Cache {
     /// Lists the artifacts in the local directory, sorted by key.
     pub async fn list(&self) -> Result<Vec<Listed>> {
-        let disk = self.0.disk.clone();
-        blocking(move || {
+        self.on_disk(move |disk| {
             let row = |artifact: ScannedArtifact| {
                 let (leased, pin) = (disk.is_leased(&artifact.dir), disk.pin_in(&artifact.dir));
                 let listed = |manifest| Ok(Listed { leased, pin: pin?, ..listed(&manifest, artifact.last_used) });
@@ -112,8 +110,8 @@ impl Cache {
     /// Returns content and disk usage of the local directory.
     pub async fn stats(&self) -> Result<Stats> {
         let lower = self.0.lower.clone();
-        let (disk, remote) = (self.0.disk.clone(), self.0.remote.as_ref().map(|remote| remote.url().to_owned()));
-        blocking(move || {
+        let remote = self.0.remote.as_ref().map(|remote| remote.url().to_owned());
+        self.on_disk(move |disk| {
             let (usage, quarantine_bytes) = disk.usage()?;
             let (space, artifacts) = (disk.space()?, disk.scan()?);
             let manifests: Vec<&Manifest> =

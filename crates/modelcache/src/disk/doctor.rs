@@ -1,8 +1,8 @@
-//! Doctor checks of the local directory: permissions, filesystem, free space, locks and links.
+//! Doctor checks of the local directory: permissions, filesystem, free space, locks, links, and misplaced entries.
 //!
-//! The checks also run if the directory cannot be opened. If it does not exist, it is not created, and the nearest
+//! Most checks also run if the directory cannot be opened. If it does not exist, it is not created, and the nearest
 //! existing parent folder is checked instead. Locks and links are tried in a temporary folder below the directory,
-//! which is removed afterwards. If the process is killed, a sweep removes it.
+//! which is removed afterwards. If the process is killed, a sweep removes it from `staging/`.
 
 use super::files::{self, TEMPORARY, random_name};
 use super::io_error::IoContext;
@@ -263,7 +263,7 @@ fn misplaced_checks(layout: &Layout) -> Vec<Check> {
     entries.into_iter().map(problem).collect()
 }
 
-/// Warns if folders of the cache are on another mount than the root: no file can be linked between mounts.
+/// Warns if folders of the cache are on a different filesystem from the root: no file can be linked between them.
 fn one_filesystem(layout: &Layout) -> Option<Check> {
     let device = |path: &RootedPath| path.metadata().ok().map(|metadata| metadata.dev());
     let root = device(layout.root());

@@ -131,15 +131,15 @@ pub(crate) fn read_small(path: &RootedPath, bytes_max: u64) -> Result<Option<Vec
 
 /// As [`read_small`], but also returns `None` if another user wrote the file.
 ///
-/// A file that is read-only or has a second name is not accepted either: it may be a blob or a view, whose content is
-/// not this user's although the file is.
+/// A file that is read-only or has a second name is not accepted either. It may be a blob or a view: this user owns the
+/// file, but its content came from elsewhere.
 pub(crate) fn read_own(path: &RootedPath, bytes_max: u64) -> Result<Option<Vec<u8>>> {
     let Some(file) = absent(path.open(false)).at("open", path)? else { return Ok(None) };
     let metadata = Metadata::of(&file).at("look at", path)?;
     let is_own =
         metadata.uid() == rustix::process::geteuid().as_raw() && metadata.nlink() == 1 && metadata.mode() & 0o200 != 0;
     if !is_own {
-        tracing::debug!(%path, owner = metadata.uid(), "a record of another user is ignored");
+        tracing::debug!(%path, owner = metadata.uid(), "a record that is not exclusively this user's is ignored");
         return Ok(None);
     }
     read_start(file, bytes_max).map(Some).at("read", path)

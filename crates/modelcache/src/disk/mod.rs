@@ -480,7 +480,7 @@ fn check_format(layout: &Layout) -> Result<()> {
         // The file does not exist yet, or another process has created it and not yet written it.
         None if text.is_empty() => Ok(()),
         None => refuse(
-            format!("{} is not a cache directory: its FORMAT file says something else", layout.root()),
+            format!("{} is not a cache directory: its FORMAT file has other content", layout.root()),
             "point MODEL_CACHE_DIR to another directory",
         ),
     }

@@ -51,6 +51,7 @@ pub(super) fn check(root: &Path, sharing: Sharing) -> Result<()> {
             "point MODEL_CACHE_DIR to a folder of your own, or set MODEL_CACHE_SHARED if you trust that user",
         ),
     };
-    let message = format!("{} is {what} that user {} made where everybody can", root.display(), found.uid());
+    let message =
+        format!("{} is {what} that user {} created in a folder that is writable for all", root.display(), found.uid());
     Err(Error::new(ErrorKind::Directory, message).tier(Tier::Disk).hint(hint))
 }

@@ -1,11 +1,11 @@
-//! Pending uploads: the files of an artifact that a remote still lacks, recorded in `backfill/<key hash>`.
+//! Pending uploads: the files of an artifact that a remote still lacks, recorded in `backfill/<key hash>-<uid>`.
 //!
 //! A fill records the pending upload before it publishes, so that a crash in between loses none. The record may
 //! therefore refer to an artifact that is not on disk yet. It is removed when the remote has the files, or when the
 //! artifact is evicted. It is changed by rename, while the budget lock is held. The uploading process holds the lock
-//! `<key hash>.backfill`. It tries this lock once, and never while it leads a fill.
+//! `<key hash>.backfill`. It does not wait for this lock, and never tries it while it leads a fill.
 //!
-//! Each user has records of their own, and uploads from no other: with the credentials of one user, another user of a
+//! Each user uploads only from their own records: with the credentials of one user, another user of a
 //! shared directory could otherwise publish to the remote. For the same reason a record has the digests of its files.
 
 use super::Disk;
@@ -210,7 +210,7 @@ fn read(path: &RootedPath) -> Result<Option<Stored>> {
     match serde_json::from_slice(&bytes) {
         Ok(stored) => Ok(Some(stored)),
         Err(error) => {
-            tracing::warn!(path = %path, %error, "a pending upload is damaged and ignored");
+            tracing::warn!(path = %path, %error, "a damaged record of a pending upload is ignored");
             Ok(None)
         }
     }

@@ -71,9 +71,11 @@ pub(super) fn open_envelope(bytes: &[u8]) -> Result<&str> {
     if super::Digest::of(list.as_bytes()) != parsed("sha256", sha256, WORD_BYTES_MAX)? {
         return Err(Error::corrupt("the manifest does not match its own checksum"));
     }
-    // Unknown fields of the envelope are ignored, but they count.
+    // Unknown fields of the envelope are ignored, but they count towards its size limit.
     match text.len() - list.len() {
-        around if around > HEAD_BYTES_MAX => Err(too_large(text.len(), "the list of files in it", list.len())),
+        around if around > HEAD_BYTES_MAX => Err(Error::corrupt(format!(
+            "the envelope around the manifest has {around} bytes; at most {HEAD_BYTES_MAX}"
+        ))),
         _ => Ok(list),
     }
 }
