@@ -52,7 +52,7 @@ fn a_working_setup_passes_and_nothing_is_left_behind() {
     let before = files_below(&house.path("a"));
     let report = doctor(house.on("a"));
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("directory", "ok", "locks exclude");
+    report.says("directory", "ok", "file locks work");
     report.says("directory", "ok", "hard links");
     report.says("credentials", "ok", "AWS_ACCESS_KEY_ID; the key's id begins with TEST");
     assert!(!report.shown.contains("TESTK"), "at most four characters are shown");
@@ -290,7 +290,7 @@ fn locks_that_do_not_exclude_are_a_warning() {
     let lies = shim.flock(&house.path("a"), modelcache_testkit::Flock::Lies);
     let report = doctor(house.on_local("a").envs(lies.envs()));
     assert_eq!(report.code, Some(0), "{}", report.shown);
-    report.says("directory", "warning", "locks do not exclude");
+    report.says("directory", "warning", "file locks have no effect");
 }
 
 /// The IAM action that a request needs.

@@ -148,7 +148,7 @@ impl Disk {
         let (mut writer_liveness, mut views) = (self.writer_liveness(), Folders::default());
         for (path, entry) in manifest.selected(selection) {
             let view = dir.view(path);
-            let Some(metadata) = views.metadata(&view).at("look at", &view)? else {
+            let Some(metadata) = views.metadata(&view).at("examine", &view)? else {
                 return Ok(Some((path.clone(), entry.clone(), Mismatch::Missing)));
             };
             // `identity` returns `None` for an unsynced file of a dead writer.
@@ -173,7 +173,7 @@ impl Disk {
             }
             Err(_) => return Ok(Mismatch::Missing),
         };
-        let before = Metadata::of(&file).at("look at", view)?;
+        let before = Metadata::of(&file).at("examine", view)?;
         if !before.is_file() {
             return Ok(Mismatch::Missing);
         }
@@ -184,7 +184,7 @@ impl Disk {
             None => false,
         };
         // A hash is of no use if the file changed meanwhile.
-        let after = Metadata::of(&file).at("look at", view)?.identity();
+        let after = Metadata::of(&file).at("examine", view)?.identity();
         if is_right && after == before.identity() { Ok(Mismatch::Right(after)) } else { Ok(Mismatch::Wrong(file)) }
     }
 
@@ -234,7 +234,7 @@ impl Disk {
         // Quarantine, step 1: change the mtime through the descriptor that was hashed. By this one call, all hard links
         // of the inode differ from every recorded identity.
         let _ = file.set_times(fs::FileTimes::new().set_modified(withdrawn_mtime()));
-        let inode = Metadata::of(file).at("look at", &dir.view(path))?.ino();
+        let inode = Metadata::of(file).at("examine", &dir.view(path))?.ino();
         // Step 2: move the blob to quarantine.
         if let Some(digest) = entry.sha256 {
             self.quarantine_inode(&digest, inode)?;

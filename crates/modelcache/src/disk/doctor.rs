@@ -60,7 +60,7 @@ fn examine_root(root: &Path, config: &Config, checks: &mut Vec<Check>) {
         }
         Ok(metadata) => checks.push(root_check(root, is_there, &metadata)),
         Err(cause) => {
-            checks.push(Check::problem(Area::Directory, &super::fault("look at", &there, cause)));
+            checks.push(Check::problem(Area::Directory, &super::fault("examine", &there, cause)));
             return;
         }
     }
@@ -116,7 +116,7 @@ fn holds_artifacts(root: &Path) -> bool {
 /// Reports type, free space and free inodes of the filesystem.
 fn filesystem_checks(there: &Path, config: &Config, layout: &Layout, is_there: bool) -> Vec<Check> {
     // outside the root
-    let stat = match rustix::fs::statvfs(there).at("look at the filesystem of", there) {
+    let stat = match rustix::fs::statvfs(there).at("examine the filesystem of", there) {
         Ok(stat) => stat,
         Err(error) => return vec![Check::problem(Area::Directory, &error)],
     };
@@ -213,10 +213,10 @@ fn trial_checks(layout: &Layout) -> Vec<Check> {
         Err(error) => return vec![Check::problem(Area::Directory, &error)],
     }
     checks.push(match lock::are_honest(&folder.0.join("lock")) {
-        Ok(true) => Check::ok(Area::Directory, "file locks exclude"),
+        Ok(true) => Check::ok(Area::Directory, "file locks work"),
         Ok(false) => Check::warning(
             Area::Directory,
-            "file locks do not exclude on this filesystem: files may be downloaded twice, and only artifacts that have long been idle are evicted",
+            "file locks have no effect on this filesystem: files may be downloaded twice, and only artifacts that have long been idle are evicted",
             "mount it with working locks (NFS: version 4; Lustre: -o flock), or point MODEL_CACHE_DIR to a local disk",
         ),
         Err(error) => Check::problem(Area::Directory, &error),

@@ -27,7 +27,7 @@ pub(crate) fn identity(file: &File) -> io::Result<FileIdentity> {
 
 /// Returns the metadata of `path` itself (symbolic links are not followed), or `None` if nothing exists there.
 pub(crate) fn stat(path: &RootedPath) -> Result<Option<Metadata>> {
-    absent(path.metadata()).at("look at", path)
+    absent(path.metadata()).at("examine", path)
 }
 
 /// Removes a file, if it exists.
@@ -135,7 +135,7 @@ pub(crate) fn read_small(path: &RootedPath, bytes_max: u64) -> Result<Option<Vec
 /// file, but its content came from elsewhere.
 pub(crate) fn read_own(path: &RootedPath, bytes_max: u64) -> Result<Option<Vec<u8>>> {
     let Some(file) = absent(path.open(false)).at("open", path)? else { return Ok(None) };
-    let metadata = Metadata::of(&file).at("look at", path)?;
+    let metadata = Metadata::of(&file).at("examine", path)?;
     let is_own =
         metadata.uid() == rustix::process::geteuid().as_raw() && metadata.nlink() == 1 && metadata.mode() & 0o200 != 0;
     if !is_own {
@@ -199,7 +199,7 @@ fn walk_down(
     let Some(depth) = depth.checked_sub(1) else { return Err(too_deep()).at("walk through", dir) };
     let mut folder = Folders::default();
     for path in entries(dir)? {
-        match folder.metadata(&path).at("look at", &path)? {
+        match folder.metadata(&path).at("examine", &path)? {
             Some(metadata) if metadata.is_dir() => accept(&path, walk_down(&path, depth, accept, visit))?,
             Some(metadata) => visit(&path, &metadata)?,
             None => {}

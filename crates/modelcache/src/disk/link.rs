@@ -70,7 +70,7 @@ pub(crate) fn reflink(from: &RootedPath, to: &RootedPath, known: FileIdentity) -
     let target = to.create_new(0o600).at("make", to)?;
     // Compare after cloning: a change during the call would be in the clone.
     let cloned = rustix::fs::ioctl_ficlone(&target, &source).is_ok()
-        && Metadata::of(&source).at("look at", from)?.identity() == known;
+        && Metadata::of(&source).at("examine", from)?.identity() == known;
     if cloned { seal(target, to).map(Some) } else { files::remove_file(to).map(|()| None) }
 }
 
@@ -78,7 +78,7 @@ pub(crate) fn reflink(from: &RootedPath, to: &RootedPath, known: FileIdentity) -
 pub(crate) fn copy(from: &RootedPath, to: &RootedPath) -> Result<(Digest, FileIdentity)> {
     let mut source = from.open(false).at("open", from)?;
     let mut target = to.create_new(0o600).at("make", to)?;
-    let mut hasher = LadderHasher::new(part_size(Metadata::of(&source).at("look at", from)?.len()));
+    let mut hasher = LadderHasher::new(part_size(Metadata::of(&source).at("examine", from)?.len()));
     let mut buffer = vec![0; COPY_BYTES];
     loop {
         let read = source.read(&mut buffer).at("read", from)?;
@@ -94,5 +94,5 @@ pub(crate) fn copy(from: &RootedPath, to: &RootedPath) -> Result<(Digest, FileId
 fn seal(file: File, path: &RootedPath) -> Result<FileIdentity> {
     file.set_permissions(Permissions::from_mode(0o444)).at("make read-only", path)?;
     file.sync_all().at("make durable", path)?;
-    Ok(Metadata::of(&file).at("look at", path)?.identity())
+    Ok(Metadata::of(&file).at("examine", path)?.identity())
 }

@@ -56,7 +56,7 @@ impl FileLock {
         let Some(file) = opened else { return Ok(None) };
         let Some(held) = Self::locked(file.try_lock(), file).at("lock", path)? else { return Ok(Some(None)) };
         // The last holder may have removed the file under its lock: check that the path still names the locked file.
-        let locked = Metadata::of(&held.file).at("look at", path)?.ino();
+        let locked = Metadata::of(&held.file).at("examine", path)?.ino();
         let is_there = files::stat(path)?.is_some_and(|there| there.ino() == locked);
         Ok(is_there.then_some(Some(held)))
     }

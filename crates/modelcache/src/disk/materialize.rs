@@ -382,7 +382,7 @@ fn write_marker(dir: &RootedPath, tree: &Tree) -> Result<()> {
     let mut put = BTreeMap::new();
     for (path, _) in &tree.files {
         let target = dir.join(path.as_str());
-        let metadata = target.metadata().map_err(|cause| destination_error("look at", &target, cause))?;
+        let metadata = target.metadata().map_err(|cause| destination_error("examine", &target, cause))?;
         put.insert(path.clone(), metadata.identity());
     }
     let marker = Marker {

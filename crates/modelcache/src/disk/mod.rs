@@ -191,7 +191,7 @@ impl Disk {
                 found => found?,
             };
         if !locks_are_honest {
-            tracing::warn!(path = %layout.root(), "file locks do not exclude on this filesystem: bytes may be downloaded twice, and only artifacts that have long been idle are evicted for space");
+            tracing::warn!(path = %layout.root(), "file locks have no effect on this filesystem: bytes may be downloaded twice, and only artifacts that have long been idle are evicted for space");
         }
         let is_local = fast_acquire::is_local(&root);
         Ok(Self(Arc::new(Inner {
@@ -272,7 +272,7 @@ impl Disk {
 
     fn filesystem(&self) -> Result<rustix::fs::StatVfs> {
         let root = self.layout().root();
-        root.filesystem().at("look at the filesystem of", root)
+        root.filesystem().at("examine the filesystem of", root)
     }
 
     /// Returns the manifest of `key`, whether its files are held or not.

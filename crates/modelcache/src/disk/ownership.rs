@@ -19,8 +19,8 @@ const OPEN_TO_ALL: u32 = 0o1002;
 ///
 /// `real` is the folder that they led to. If `root` itself is not a link, it must be that folder.
 pub(super) fn check_same(root: &Path, real: &RootedPath) -> Result<()> {
-    let named = fs::symlink_metadata(root).at("look at", root)?;
-    let real = real.metadata().at("look at", root)?;
+    let named = fs::symlink_metadata(root).at("examine", root)?;
+    let real = real.metadata().at("examine", root)?;
     if named.is_symlink() || (named.dev(), named.ino()) == real.device_and_inode() {
         return Ok(());
     }
@@ -30,12 +30,12 @@ pub(super) fn check_same(root: &Path, real: &RootedPath) -> Result<()> {
 
 /// Refuses a root that an untrusted user created in a sticky folder that all users can write.
 pub(super) fn check(root: &Path, sharing: Sharing) -> Result<()> {
-    let Some(found) = super::rooted::absent(std::fs::symlink_metadata(root)).at("look at", root)? else {
+    let Some(found) = super::rooted::absent(std::fs::symlink_metadata(root)).at("examine", root)? else {
         return Ok(());
     };
     // `/` has no folder above it in which another user could have planted it.
     let Some(above) = root.parent() else { return Ok(()) };
-    let above = fs::metadata(above).at("look at", above)?;
+    let above = fs::metadata(above).at("examine", above)?;
     if above.mode() & OPEN_TO_ALL != OPEN_TO_ALL {
         return Ok(());
     }

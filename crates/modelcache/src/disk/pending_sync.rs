@@ -242,7 +242,7 @@ impl Disk {
         let path = self.layout().unsynced().join(writer);
         let gone = || Error::new(ErrorKind::Directory, format!("{} is not the file that was handed over", path));
         // The descriptor must be that of the file under this name, because other processes test the lock of that file.
-        let ours = Metadata::of(&lock).at("look at", &path)?.device_and_inode();
+        let ours = Metadata::of(&lock).at("examine", &path)?.device_and_inode();
         if files::stat(&path)?.map(|there| there.device_and_inode()) != Some(ours) {
             return Err(gone().tier(Tier::Disk));
         }
@@ -337,7 +337,7 @@ impl Writer {
         }
         // A sweep may have removed the file before it was locked.
         let is_there =
-            files::stat(&path)?.map(|found| found.ino()) == Some(Metadata::of(&file).at("look at", &path)?.ino());
+            files::stat(&path)?.map(|found| found.ino()) == Some(Metadata::of(&file).at("examine", &path)?.ino());
         Ok(is_there.then_some(Self { name, path, file }))
     }
 
@@ -345,7 +345,7 @@ impl Writer {
     fn append(&mut self, line: &DirtyEntry) -> Result<()> {
         let mut bytes = serde_json::to_vec(line).unwrap_or_default();
         bytes.push(b'\n');
-        let end = self.file.metadata().at("look at", &self.path)?.len();
+        let end = self.file.metadata().at("examine", &self.path)?.len();
         self.file.write_all_at(&bytes, end).at("write", &self.path)
     }
 }

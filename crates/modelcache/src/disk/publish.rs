@@ -246,12 +246,12 @@ impl Disk {
         let Some(mut file) = files::absent(path.open(false)).at("open", path)? else {
             return Ok(None);
         };
-        let before = Metadata::of(&file).at("look at", path)?;
+        let before = Metadata::of(&file).at("examine", path)?;
         if !before.is_file() {
             return Ok(None);
         }
         let (digest, _) = files::hash(&mut file, path, part_size(before.len()))?;
-        let after = Metadata::of(&file).at("look at", path)?.identity();
+        let after = Metadata::of(&file).at("examine", path)?.identity();
         Ok((after == before.identity()).then_some((digest, after)))
     }
 }
@@ -291,7 +291,7 @@ impl BudgetHold<'_> {
         digest: &Digest,
         checked: FileIdentity,
     ) -> Result<Option<FileIdentity>> {
-        let metadata = staged.metadata().at("look at", staged)?;
+        let metadata = staged.metadata().at("examine", staged)?;
         // The staged file must still be the one that was verified.
         if metadata.identity() != checked {
             return Err(Error::corrupt("a staged file changed after it was checked")
@@ -355,13 +355,13 @@ impl BudgetHold<'_> {
         if let Some(known) = blob
             && self.link_view(&self.disk().layout().blob(&digest), dir, &view)?
         {
-            let linked = view.metadata().at("look at", &view)?.identity();
+            let linked = view.metadata().at("examine", &view)?.identity();
             return if linked == known { Ok((linked, Link::Hard)) } else { Err(changed().tier(Tier::Disk)) };
         }
         // Second choice: a hard link to the staged file.
         let before = files::stat(&view)?.map(|metadata| metadata.ino());
         if self.link_view(&staged, dir, &view)? {
-            let metadata = view.metadata().at("look at", &view)?;
+            let metadata = view.metadata().at("examine", &view)?;
             if metadata.identity() != file.identity {
                 return Err(changed().tier(Tier::Disk));
             }

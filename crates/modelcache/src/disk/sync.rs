@@ -218,7 +218,7 @@ impl Disk {
         }
         for folder in [dir.files(), self.layout().blobs()] {
             let Some(open) = files::absent(folder.open_dir()).at("open", &folder)? else { continue };
-            let device = Metadata::of(&open).at("look at", &folder)?.dev();
+            let device = Metadata::of(&open).at("examine", &folder)?.dev();
             // `files/` and `blobs/` may be on one filesystem or on two.
             if done.insert(device) && rustix::fs::syncfs(&open).is_err() {
                 has_failed.store(true, Ordering::Relaxed);

@@ -277,7 +277,7 @@ impl Disk {
             return Ok(());
         };
         let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(()) };
-        let metadata = Metadata::of(&file).at("look at", path)?;
+        let metadata = Metadata::of(&file).at("examine", path)?;
         // Skip files that this run has already read through a view.
         let is_reported = lock(&reading.bad).contains(&metadata.device_and_inode());
         if is_reported || reading.was_right(metadata.dev(), metadata.identity(), expected) {
@@ -309,7 +309,7 @@ impl Disk {
     /// Hashes a file within the rate limit; `None` if it is missing, or if the run was stopped.
     pub(crate) fn hash_rate_limited(&self, path: &RootedPath, reading: &VerifyRun) -> Result<Option<Digest>> {
         let Some(file) = files::absent(path.open(false)).at("open", path)? else { return Ok(None) };
-        let size = Metadata::of(&file).at("look at", path)?.len();
+        let size = Metadata::of(&file).at("examine", path)?.len();
         let digest = reading.in_order(&file, size, &Progress::new()).at("read", path)?;
         Ok((!reading.is_stopped()).then_some(digest))
     }
@@ -542,7 +542,7 @@ impl ArtifactWork<'_> {
                 return Ok(None);
             }
         };
-        let metadata = Metadata::of(&file).at("look at", &view)?;
+        let metadata = Metadata::of(&file).at("examine", &view)?;
         let (device, identity) = (metadata.dev(), metadata.identity());
         // Another artifact shares the file, and its bytes were found right already.
         if entry.on_disk() == Some(identity)
@@ -573,7 +573,7 @@ impl ArtifactWork<'_> {
     fn finish_file(&self, open: &HashingFile) -> Result<()> {
         let (path, entry) = (&open.path, &open.entry);
         let view = self.dir.view(path);
-        let now = Metadata::of(&open.file).at("look at", &view)?.identity();
+        let now = Metadata::of(&open.file).at("examine", &view)?.identity();
         lock(&self.done).bytes += open.identity.bytes;
         let mut seen = std::mem::take(&mut *lock(&open.seen));
         if !seen.bad.is_empty() && seen.found.is_none() && seen.trouble.is_none() {
@@ -605,7 +605,7 @@ impl ArtifactWork<'_> {
         }
         lock(&self.reading.bad).insert((open.device, open.identity.inode));
         // Record the finding under a lease, if the file is still held.
-        let file = open.file.try_clone().at("look at", &view)?;
+        let file = open.file.try_clone().at("examine", &view)?;
         let Some(_lease) = self.disk.lease_for_reading(self.dir)? else { return Ok(()) };
         if self.is_still_held(path, entry)? {
             self.record(path, entry, Mismatch::Wrong(file), finding)?;

@@ -362,12 +362,12 @@ impl StagedWriter {
         self.buffered
             .set_permissions(Permissions::from_mode(0o444))
             .map_err(|cause| fault("make read-only", &path, cause))?;
-        let written = Metadata::of(&self.buffered).map_err(|cause| fault("look at", &path, cause))?;
+        let written = Metadata::of(&self.buffered).map_err(|cause| fault("examine", &path, cause))?;
         drop((self.buffered, self.direct, self.parts));
         // A read-only file counts as complete, so its journal is no longer needed.
         super::files::remove_file(&super::parts_journal::journal_of(&path))?;
         // After the close, the name must still lead to the file that was written.
-        let metadata = path.metadata().map_err(|cause| fault("look at", &path, cause))?;
+        let metadata = path.metadata().map_err(|cause| fault("examine", &path, cause))?;
         match metadata.identity() == written.identity() {
             true => Ok(metadata.identity()),
             false => Err(Error::corrupt(format!("{path} was replaced while it was being filled"))),
