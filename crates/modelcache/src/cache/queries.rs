@@ -117,7 +117,7 @@ impl Cache {
             let manifests: Vec<&Manifest> =
                 artifacts.iter().filter_map(|artifact| artifact.manifest.as_ref()).collect();
             let pinned = |artifact: &&ScannedArtifact| matches!(disk.pin_in(&artifact.dir), Ok(Some(_)));
-            let pending = pending(&disk)?;
+            let pending = pending(disk)?;
             let held = |manifest: &&Manifest| manifest.files.values().filter(|entry| entry.held.is_some()).count();
             Ok(Stats {
                 dir: disk.layout().root().full(),

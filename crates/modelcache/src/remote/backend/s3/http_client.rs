@@ -8,6 +8,7 @@
 //! are never ours. They are removed from the answer and passed on in [`LeftOut`].
 
 use super::settings::{Options, S3Settings};
+use super::xml;
 use crate::error::{Error, Result, Tier};
 use crate::limits;
 use crate::printable;
@@ -26,19 +27,19 @@ const UPLOAD_BYTES_PER_S_MIN: u64 = 64 * 1024;
 
 /// An error answer of the server. Never contains request headers or signatures.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Refusal {
+pub(in crate::remote) struct Refusal {
     /// HTTP status.
-    pub(super) status: u16,
+    pub(in crate::remote) status: u16,
     /// S3's error code, if the body has one (answers to HEAD have no body).
-    pub(super) code: Option<String>,
+    pub(in crate::remote) code: Option<String>,
     /// S3's message, at most 200 characters.
-    pub(super) message: Option<String>,
+    pub(in crate::remote) message: Option<String>,
     /// The bucket's region, if the server states it.
-    pub(super) region: Option<String>,
+    pub(in crate::remote) region: Option<String>,
     /// The time to wait before a retry, if the server states it.
-    pub(super) retry_after: Option<Duration>,
+    pub(in crate::remote) retry_after: Option<Duration>,
     /// The `Date` header, the server's clock.
-    pub(super) date: Option<String>,
+    pub(in crate::remote) date: Option<String>,
 }
 
 impl fmt::Display for Refusal {
@@ -58,11 +59,11 @@ impl std::error::Error for Refusal {}
 
 /// Request extension that adds this time to the timeout, for requests that take the server long.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct LongerTimeout(pub(super) Duration);
+pub(in crate::remote) struct LongerTimeout(pub(in crate::remote) Duration);
 
 /// Passes one shared client to `object_store`.
 #[derive(Debug, Clone)]
-pub(super) struct Connector(ObjectStoreHttp);
+pub(in crate::remote) struct Connector(ObjectStoreHttp);
 
 /// Implements `object_store`'s HTTP service with the timeouts and errors of this module.
 #[derive(Debug, Clone)]
@@ -73,11 +74,11 @@ struct ObjectStoreHttp {
 
 /// Response extension with the keys that were removed from a page of a listing.
 #[derive(Debug, Clone, Default)]
-pub(super) struct LeftOut(pub(super) Vec<String>);
+pub(in crate::remote) struct LeftOut(pub(in crate::remote) Vec<String>);
 
 impl Connector {
     /// Builds the client. Blocks while it loads root certificates.
-    pub(super) fn new(settings: &S3Settings, options: &Options, read_timeout: Duration) -> Result<Self> {
+    pub(in crate::remote) fn new(settings: &S3Settings, options: &Options, read_timeout: Duration) -> Result<Self> {
         let failed = |cause| {
             Error::invalid("cannot set up the HTTP client of the remote")
                 .tier(Tier::Remote)
@@ -108,12 +109,12 @@ impl Connector {
     }
 
     /// Returns the plain client, without the timeouts and errors of this module.
-    pub(super) fn client(&self) -> &reqwest::Client {
+    pub(in crate::remote) fn client(&self) -> &reqwest::Client {
         &self.0.client
     }
 
     /// Returns a client with the timeouts and errors of this module, as `object_store` uses it.
-    pub(super) fn http(&self) -> HttpClient {
+    pub(in crate::remote) fn http(&self) -> HttpClient {
         HttpClient::new(self.0.clone())
     }
 }
@@ -188,51 +189,19 @@ fn refusal(status: u16, headers: &reqwest::header::HeaderMap, body: &[u8]) -> Re
     let body = String::from_utf8_lossy(body);
     Refusal {
         status,
-        code: element(&body, "Code").or_else(|| header("x-minio-error-code")),
-        message: element(&body, "Message").map(|message| message.chars().take(200).collect()),
-        region: header("x-amz-bucket-region").or_else(|| element(&body, "Region")),
+        code: xml::text(&body, "Code").or_else(|| header("x-minio-error-code")),
+        message: xml::text(&body, "Message").map(|message| message.chars().take(200).collect()),
+        region: header("x-amz-bucket-region").or_else(|| xml::text(&body, "Region")),
         retry_after: header("retry-after").and_then(|seconds| seconds.trim().parse().ok()).map(Duration::from_secs),
         date: header("date"),
     }
 }
 
-/// Returns the unescaped text of the first element `<name>` in `xml`.
-pub(super) fn element(xml: &str, name: &str) -> Option<String> {
-    let (_, rest) = xml.split_once(&format!("<{name}>"))?;
-    let (text, _) = rest.split_once(&format!("</{name}>"))?;
-    Some(unescape_xml(text))
-}
-
-fn unescape_xml(text: &str) -> String {
-    let mut plain = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find('&') {
-        plain.push_str(&rest[..at]);
-        rest = &rest[at..];
-        let Some(end) = rest.find(';') else { break };
-        let character = match &rest[1..end] {
-            "amp" => Some('&'),
-            "lt" => Some('<'),
-            "gt" => Some('>'),
-            "quot" => Some('"'),
-            "apos" => Some('\''),
-            number => number.strip_prefix('#').and_then(|digits| match digits.strip_prefix(['x', 'X']) {
-                Some(hex) => u32::from_str_radix(hex, 16).ok().and_then(char::from_u32),
-                None => digits.parse().ok().and_then(char::from_u32),
-            }),
-        };
-        plain.push_str(&character.map_or_else(|| rest[..=end].to_owned(), String::from));
-        rest = &rest[end + 1..];
-    }
-    plain.push_str(rest);
-    plain
-}
-
 /// Refuses a page that is truncated and names no next page: `object_store` would take it for the last one.
 fn check_listing(xml: &str) -> Result<()> {
-    let is_true = |name: &str| element(xml, name).is_some_and(|text| text.trim() == "true");
-    let names_next = element(xml, "NextContinuationToken").is_some_and(|token| !token.is_empty());
-    match is_true("IsTruncated") && !names_next {
+    let is_truncated = || xml::text(xml, "IsTruncated").is_some_and(|text| text.trim() == "true");
+    let names_next = || xml::text(xml, "NextContinuationToken").is_some_and(|token| !token.is_empty());
+    match is_truncated() && !names_next() {
         true => Err(Error::corrupt("the server's listing is incomplete: a truncated page names no next page")),
         false => Ok(()),
     }
@@ -241,22 +210,18 @@ fn check_listing(xml: &str) -> Result<()> {
 /// Removes the keys that `object_store` cannot represent and folder markers (`a/`) from a listing. Returns the listing
 /// and the removed keys.
 fn without_odd_keys(xml: &str) -> (String, Vec<String>) {
-    const OPEN: &str = "<Contents>";
-    const CLOSE: &str = "</Contents>";
     let (mut kept, mut left_out) = (String::with_capacity(xml.len()), Vec::new());
-    let mut rest = xml;
-    while let Some(start) = rest.find(OPEN) {
-        let Some(length) = rest[start..].find(CLOSE) else { break };
-        let end = start + length + CLOSE.len();
-        let key = element(&rest[start..end], "Key").unwrap_or_default();
+    let mut copied = 0;
+    for entry in xml::elements(xml, "Contents") {
+        let key = xml::text(&xml[entry.clone()], "Key").unwrap_or_default();
         let usable = !key.is_empty() && !key.ends_with('/') && !key.starts_with('/') && Path::parse(&key).is_ok();
-        kept.push_str(if usable { &rest[..end] } else { &rest[..start] });
         if !usable {
+            kept.push_str(&xml[copied..entry.start]);
+            copied = entry.end;
             left_out.push(key);
         }
-        rest = &rest[end..];
     }
-    kept.push_str(rest);
+    kept.push_str(&xml[copied..]);
     (kept, left_out)
 }
 
@@ -264,8 +229,8 @@ fn without_odd_keys(xml: &str) -> (String, Vec<String>) {
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(xml: &str) {
     let (kept, left_out) = without_odd_keys(xml);
-    assert!(kept.len() <= xml.len() && left_out.len() <= xml.matches("<Contents>").count());
-    let _ = element(xml, "Code");
+    assert!(kept.len() <= xml.len() && left_out.len() <= xml.matches("Contents").count());
+    let _ = (xml::text(xml, "Code"), check_listing(xml));
 }
 
 #[cfg(test)]

@@ -1,0 +1,242 @@
+//! Signed S3 requests that `object_store` does not offer: checksums of an object, lists of multipart uploads, conditional
+//! copies, and parts with a known digest.
+//!
+//! [`RawClient`] is the only place that builds and signs such requests. `copy.rs` and `orphaned_uploads.rs` use it.
+
+use super::credentials::Credentials;
+use super::http_client::{Connector, LongerTimeout};
+use super::settings::{Options, S3Settings, is_on};
+use crate::digest::Digest;
+use crate::error::Result;
+use crate::remote::store::Store;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use http::request::Builder;
+use http::{HeaderMap, Method};
+use object_store::CredentialProvider as _;
+use object_store::aws::{AmazonS3ConfigKey, AwsAuthorizer};
+use object_store::client::{HttpClient, HttpRequestBody, HttpResponse};
+use object_store::multipart::PartId;
+use object_store::path::Path;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Encodes everything but the unreserved characters of RFC 3986 and the slash, as SigV4 requires for a path.
+const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
+/// Metadata header with the digest of the object, set by upload tools.
+const METADATA: &str = "x-amz-meta-sha256";
+/// Header with the SHA-256 that S3 verified at upload.
+const CHECKSUM: &str = "x-amz-checksum-sha256";
+/// Header with the type of that checksum: `FULL_OBJECT` or `COMPOSITE`.
+const CHECKSUM_TYPE: &str = "x-amz-checksum-type";
+
+/// Sends signed requests to one bucket.
+pub(in crate::remote) struct RawClient {
+    client: HttpClient,
+    credentials: Arc<Credentials>,
+    bucket: String,
+    /// URL of the bucket, without a slash at its end.
+    url: String,
+    region: String,
+    signs_payload: bool,
+    request_payer: bool,
+}
+
+/// Checksums of an object, as stated by the store.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(in crate::remote) struct StoredChecksums {
+    /// The ETag of the object that the checksum belongs to.
+    pub(in crate::remote) etag: Option<String>,
+    /// The digest and the header that contains it.
+    pub(in crate::remote) sha256: Option<(Digest, &'static str)>,
+    /// A header that should contain a digest, but has an invalid value.
+    pub(in crate::remote) garbage: Option<&'static str>,
+}
+
+/// Returns false if an option changes how requests that read are signed or encrypted. Objects then count as having no
+/// checksum, and uploads cannot be listed.
+pub(in crate::remote) fn supports_reads(options: &Options) -> bool {
+    use AmazonS3ConfigKey as Key;
+    let changes = |key: &Key| {
+        let is_read_with_a_key = key.as_ref() == "aws_sse_customer_key_base64";
+        is_read_with_a_key || matches!(key, Key::SkipSignature | Key::RequestPayer | Key::S3Express)
+    };
+    !options.passed_on.iter().any(|(key, _)| changes(key))
+}
+
+impl RawClient {
+    pub(in crate::remote) fn new(
+        bucket: &str,
+        settings: &S3Settings,
+        options: &Options,
+        connector: &Connector,
+        credentials: &Arc<Credentials>,
+    ) -> Self {
+        let mut passed_on = options.passed_on.iter();
+        Self {
+            client: connector.http(),
+            credentials: credentials.clone(),
+            bucket: bucket.to_owned(),
+            url: settings.bucket_url(bucket),
+            region: settings.region.clone(),
+            signs_payload: settings.signs_payload(options),
+            request_payer: passed_on
+                .any(|(key, value)| matches!(key, AmazonS3ConfigKey::RequestPayer) && is_on(value.expose())),
+        }
+    }
+
+    /// Returns true if the signature of a request covers the digest of its body.
+    pub(in crate::remote) fn signs_payload(&self) -> bool {
+        self.signs_payload
+    }
+
+    /// Returns a request for an object, or for the bucket itself. `query` must be encoded.
+    fn request(&self, method: Method, key: Option<&Path>, query: &str) -> Builder {
+        let path = key.map(|key| format!("/{}", utf8_percent_encode(key.as_ref(), PATH))).unwrap_or_default();
+        let separator = if query.is_empty() { "" } else { "?" };
+        http::Request::builder().method(method).uri(format!("{}{path}{separator}{query}", self.url))
+    }
+
+    /// Signs and sends a request. `sha256` is the digest of `body`; without it, the digest is computed if needed.
+    async fn send(&self, request: Builder, body: Bytes, sha256: Option<Digest>) -> object_store::Result<HttpResponse> {
+        let mut request = request.body(HttpRequestBody::from(body)).map_err(generic)?;
+        let credential = self.credentials.get_credential().await?;
+        AwsAuthorizer::new(&credential, "s3", &self.region)
+            .with_sign_payload(self.signs_payload)
+            .with_request_payer(self.request_payer)
+            .try_authorize(&mut request, sha256.as_ref().map(|digest| digest.as_bytes().as_slice()))?;
+        self.client.execute(request).await.map_err(generic)
+    }
+
+    /// Sends a GET request with `query` for the bucket itself. Returns the body of the answer.
+    pub(in crate::remote) async fn get(&self, query: &str) -> object_store::Result<String> {
+        text(self.send(self.request(Method::GET, None, query), Bytes::new(), None).await?).await
+    }
+
+    /// Sends a HEAD request with checksum mode for an object. Returns the headers of the answer.
+    async fn head(&self, key: &Path) -> object_store::Result<HeaderMap> {
+        let request = self.request(Method::HEAD, Some(key), "").header("x-amz-checksum-mode", "ENABLED");
+        Ok(self.send(request, Bytes::new(), None).await?.headers().clone())
+    }
+
+    /// Uploads the part at `index` (from 0) of a multipart upload.
+    pub(in crate::remote) async fn put_part(
+        &self,
+        key: &Path,
+        upload: &str,
+        index: usize,
+        bytes: Bytes,
+        sha256: Digest,
+    ) -> object_store::Result<PartId> {
+        let request = self.request(Method::PUT, Some(key), &part_query(upload, index as u64));
+        let request = request.header(http::header::CONTENT_LENGTH, bytes.len());
+        let answer = self.send(request, bytes, Some(sha256)).await?;
+        let etag = answer.headers().get(http::header::ETAG).and_then(|etag| etag.to_str().ok());
+        let nameless = || generic("the answer to a part names no ETag");
+        etag.map(|etag| PartId { content_id: etag.to_owned() }).ok_or_else(nameless)
+    }
+
+    /// Copies `from` to `to`, or to the part of an upload that `query` names. Returns the body of the answer.
+    /// `longer` is added to the timeout, because the server answers when the copy is complete.
+    pub(in crate::remote) async fn copy(
+        &self,
+        from: &Path,
+        to: &Path,
+        query: &str,
+        headers: &HeaderMap,
+        longer: Duration,
+    ) -> object_store::Result<String> {
+        let source = format!("{}/{}", self.bucket, utf8_percent_encode(from.as_ref(), PATH));
+        let mut request = self.request(Method::PUT, Some(to), query).header("x-amz-copy-source", source);
+        if let Some(present) = request.headers_mut() {
+            present.extend(headers.clone());
+        }
+        text(self.send(request.extension(LongerTimeout(longer)), Bytes::new(), None).await?).await
+    }
+}
+
+/// Returns the query that names the part at `index` (from 0) of a multipart upload.
+pub(in crate::remote) fn part_query(upload: &str, index: u64) -> String {
+    format!("partNumber={}&uploadId={}", index + 1, utf8_percent_encode(upload, NON_ALPHANUMERIC))
+}
+
+async fn text(answer: HttpResponse) -> object_store::Result<String> {
+    let body = answer.into_body().bytes().await.map_err(generic)?;
+    Ok(String::from_utf8_lossy(&body).into_owned())
+}
+
+fn generic(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> object_store::Error {
+    object_store::Error::Generic { store: "S3", source: source.into() }
+}
+
+impl Store {
+    /// Returns the checksums of an object, or `None` if it does not exist or the store has no [`RawClient`].
+    pub(in crate::remote) async fn stored_checksums(&self, key: &Path) -> Result<Option<StoredChecksums>> {
+        let Some(raw_client) = self.raw_client() else { return Ok(None) };
+        let doing = format!("cannot look at {key}");
+        let ask = || async {
+            Ok(self.present(raw_client.head(key).await, &doing).await?.map(|headers| checksums_in(&headers)))
+        };
+        self.retry().run(ask).await
+    }
+}
+
+/// Extracts the checksum of the whole object from the headers. The metadata header takes precedence over S3's checksum,
+/// because the tool that set it computed the digest of the file.
+fn checksums_in(headers: &HeaderMap) -> StoredChecksums {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
+    let etag = text("etag").map(str::to_owned);
+    let metadata = text(METADATA).map(|hex| hex.parse::<Digest>());
+    let garbage = metadata.as_ref().is_some_and(Result::is_err).then_some(METADATA);
+    let sha256 = match metadata {
+        Some(Ok(digest)) => Some((digest, METADATA)),
+        // The SHA-256 of a multipart object is a checksum of part checksums.
+        _ if is_multipart(etag.as_deref()) || text(CHECKSUM_TYPE) == Some("COMPOSITE") => None,
+        _ => text(CHECKSUM).and_then(whole_object_digest).map(|digest| (digest, CHECKSUM)),
+    };
+    StoredChecksums { etag, sha256, garbage }
+}
+
+/// Returns true if the ETag is that of a multipart upload (`"<hex>-<parts>"`). Not every store reports the type of its
+/// checksum, so the ETag is checked, too.
+fn is_multipart(etag: Option<&str>) -> bool {
+    let parts = etag.and_then(|etag| etag.trim_matches('"').rsplit_once('-'));
+    parts.is_some_and(|(_, parts)| !parts.is_empty() && parts.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// Returns the digest, or `None` for a checksum of part checksums (`<base64>-<parts>`) and for an invalid value.
+fn whole_object_digest(checksum: &str) -> Option<Digest> {
+    let bytes = STANDARD.decode(checksum).ok()?;
+    Some(Digest::from_bytes(bytes.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn digest_in(rows: &[(&'static str, String)]) -> Option<(Digest, &'static str)> {
+        let row = |(name, value): &(&'static str, String)| {
+            (http::HeaderName::from_static(name), value.parse().expect("value"))
+        };
+        checksums_in(&rows.iter().map(row).collect()).sha256
+    }
+
+    #[test]
+    fn metadata_and_checksums_of_whole_objects_yield_a_digest() {
+        let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+        let base64 = STANDARD.encode(b.as_bytes());
+        assert_eq!(digest_in(&[(METADATA, a.to_string().to_uppercase())]), Some((a, METADATA)));
+        assert_eq!(digest_in(&[(CHECKSUM, base64.clone())]), Some((b, CHECKSUM)));
+        assert_eq!(digest_in(&[(METADATA, a.to_string()), (CHECKSUM, base64.clone())]), Some((a, METADATA)));
+        assert_eq!(digest_in(&[(METADATA, "unknown".into()), (CHECKSUM, base64.clone())]), Some((b, CHECKSUM)));
+        assert_eq!(digest_in(&[(CHECKSUM, format!("{base64}-2"))]), None, "a checksum of checksums");
+        assert_eq!(digest_in(&[(CHECKSUM, STANDARD.encode(b"short"))]), None);
+        let typed = |kind: &str| digest_in(&[(CHECKSUM, base64.clone()), (CHECKSUM_TYPE, kind.into())]);
+        assert_eq!((typed("FULL_OBJECT"), typed("COMPOSITE")), (Some((b, CHECKSUM)), None));
+        let tag_record = |etag: &str| digest_in(&[(CHECKSUM, base64.clone()), ("etag", etag.into())]);
+        assert_eq!((tag_record("\"9b2c-d\""), tag_record("\"9b2cd-2\"")), (Some((b, CHECKSUM)), None));
+        assert_eq!(digest_in(&[]), None);
+    }
+}
