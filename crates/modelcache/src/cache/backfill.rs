@@ -243,7 +243,7 @@ impl Cache {
 
     /// Returns the pending uploads to any remote.
     pub async fn pending_backfills(&self) -> Result<Vec<PendingBackfill>> {
-        self.on_disk(move |disk| pending(disk)).await
+        self.on_disk(pending).await
     }
 
     /// Completes all pending uploads to the configured remote. If one fails, the others are still attempted, unless the
