@@ -1,29 +1,22 @@
 //! Server-side copies within a bucket or folder, on the condition that the source is unchanged.
 //!
-//! `object_store` has no conditional copy and no copy above 5 GiB, so the requests `CopyObject` and `UploadPartCopy`
-//! are built and signed here. Large objects are copied as a multipart upload. In a folder, a copy is a hard link.
-//!
-//! The module also uploads parts with a known digest, because `object_store` would hash them again.
+//! `object_store` has no conditional copy and no copy above 5 GiB, so the requests `CopyObject` and `UploadPartCopy` go
+//! through the [`RawClient`]. Large objects are copied as a multipart upload. In a folder, a copy is a hard link.
 
 use super::failure;
-use super::http_client::{Connector, LongerTimeout, element};
+use super::http_client::element;
 use super::multipart::AbortGuard;
-use super::settings::{Options, S3Settings};
+use super::raw_client::{RawClient, part_query};
+use super::settings::Options;
 use super::store::Store;
 use super::upload::{UNFINISHED, rename_durably};
-use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::manifest::ObjectIdentity;
-use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
-use object_store::CredentialProvider;
-use object_store::aws::{AmazonS3ConfigKey, AwsAuthorizer, AwsCredential};
-use object_store::client::{HttpClient, HttpConnector, HttpRequest, HttpRequestBody};
+use object_store::aws::AmazonS3ConfigKey;
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use std::fmt;
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,57 +30,25 @@ const PARTS_MAX: u64 = 9_000;
 const PARTS_IN_FLIGHT: usize = 4;
 /// Slowest copy that does not time out, in bytes per second.
 const BYTES_PER_S_MIN: u64 = 4 * 1024 * 1024;
-/// Encodes every character of a key except those that S3 leaves unencoded.
-const KEY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
 
 /// Sends copy and part requests for one bucket.
 pub(super) struct Copier {
-    client: HttpClient,
-    credentials: Arc<dyn CredentialProvider<Credential = AwsCredential>>,
-    /// URL prefix of every key, with a slash at the end.
-    address: String,
-    bucket: String,
-    region: String,
-    /// Encryption of the copy and other options sent as headers.
+    client: Arc<RawClient>,
+    /// Encryption of the copy.
     headers: HeaderMap,
-    sign_payload: bool,
-    request_payer: bool,
-}
-
-impl fmt::Debug for Copier {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Copier({})", self.address)
-    }
 }
 
 impl Copier {
     /// Returns `None` if the remote's options contain one that copies do not support. All files are uploaded then.
-    pub(super) fn new(
-        bucket: &str,
-        settings: &S3Settings,
-        options: &Options,
-        connector: &Connector,
-        credentials: Arc<dyn CredentialProvider<Credential = AwsCredential>>,
-    ) -> Option<Self> {
-        let endpoint =
-            settings.endpoint.clone().unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", settings.region));
-        let address = match settings.path_style {
-            true => format!("{endpoint}/{bucket}/"),
-            false => format!("{}/", endpoint.replacen("://", &format!("://{bucket}."), 1)),
-        };
-        let client = connector.connect(&Default::default()).ok()?;
-        let mut copier = Self {
-            client,
-            credentials,
-            address,
-            bucket: bucket.to_owned(),
-            region: settings.region.clone(),
-            headers: HeaderMap::new(),
-            sign_payload: settings.signs_payload(options),
-            request_payer: false,
-        };
+    pub(super) fn new(client: &Arc<RawClient>, options: &Options) -> Option<Self> {
+        let mut copier = Self { client: client.clone(), headers: HeaderMap::new() };
         options.passed_on.iter().try_for_each(|(key, value)| copier.apply_option(key, value.expose())).ok()?;
         Some(copier)
+    }
+
+    /// Returns the client that uploads parts with a known digest.
+    pub(super) fn client(&self) -> &RawClient {
+        &self.client
     }
 
     /// Translates one option into a header. Fails for an option that copies do not support.
@@ -96,52 +57,13 @@ impl Copier {
             "aws_server_side_encryption" => "x-amz-server-side-encryption",
             "aws_sse_kms_key_id" => "x-amz-server-side-encryption-aws-kms-key-id",
             "aws_sse_bucket_key_enabled" => "x-amz-server-side-encryption-bucket-key-enabled",
-            "aws_request_payer" => {
-                self.request_payer = is_on(value);
-                return Ok(());
-            }
-            // No effect on a copy.
-            "aws_unsigned_payload" | "aws_disable_tagging" => return Ok(()),
+            // Applied by the `RawClient`, or without effect on a copy.
+            "aws_request_payer" | "aws_unsigned_payload" | "aws_disable_tagging" => return Ok(()),
             _ => return Err(()),
         };
         let value = HeaderValue::from_str(value).map_err(|_| ())?;
         self.headers.insert(HeaderName::from_static(header), value);
         Ok(())
-    }
-
-    /// Returns true if the signature of a request covers the digest of its body.
-    pub(super) fn signs_payload(&self) -> bool {
-        self.sign_payload
-    }
-
-    /// Uploads the part at `index` (from 0) of a multipart upload.
-    pub(super) async fn put_part(
-        &self,
-        key: &Path,
-        upload: &str,
-        index: usize,
-        bytes: Bytes,
-        sha256: Digest,
-    ) -> object_store::Result<PartId> {
-        let generic = |source| object_store::Error::Generic { store: "S3", source };
-        let id = utf8_percent_encode(upload, NON_ALPHANUMERIC);
-        let key = utf8_percent_encode(key.as_ref(), KEY);
-        let url = format!("{}{key}?partNumber={}&uploadId={id}", self.address, index + 1);
-        let request = http::Request::put(url).header(http::header::CONTENT_LENGTH, bytes.len());
-        let mut request = request.body(bytes.into()).map_err(|error| generic(Box::new(error)))?;
-        self.sign(&mut request, Some(sha256)).await?;
-        let answer = self.client.execute(request).await.map_err(|error| generic(Box::new(error)))?;
-        let etag = answer.headers().get(http::header::ETAG).and_then(|etag| etag.to_str().ok());
-        let nameless = || generic("the answer to a part names no ETag".into());
-        etag.map(|etag| PartId { content_id: etag.to_owned() }).ok_or_else(nameless)
-    }
-
-    async fn sign(&self, request: &mut HttpRequest, body: Option<Digest>) -> object_store::Result<()> {
-        let credential = self.credentials.get_credential().await?;
-        AwsAuthorizer::new(&credential, "s3", &self.region)
-            .with_sign_payload(self.sign_payload)
-            .with_request_payer(self.request_payer)
-            .try_authorize(request, body.as_ref().map(|digest| digest.as_bytes().as_slice()))
     }
 
     /// Sends a copy request for `bytes` bytes and returns the body of the answer.
@@ -151,41 +73,25 @@ impl Copier {
         copy: &Copy<'_>,
         query: &str,
         bytes: u64,
-        headers: &HeaderMap,
+        mut headers: HeaderMap,
     ) -> Result<String> {
         let doing = format!("cannot copy {} to {}", copy.from, copy.to);
-        let failed = |error: object_store::Error| failure::translate(error, &doing, store.at());
-        let unfit = |cause: http::Error| Error::new(ErrorKind::Other, doing.clone()).tier(Tier::Remote).cause(cause);
-        let url = format!("{}{}{query}", self.address, utf8_percent_encode(copy.to.as_ref(), KEY));
-        let source = format!("{}/{}", self.bucket, utf8_percent_encode(copy.from.as_ref(), KEY));
-        let mut request = http::Request::put(url).body(HttpRequestBody::empty()).map_err(unfit)?;
-        request.headers_mut().extend(headers.clone());
-        let mut set = |name: &'static str, value: &str| match HeaderValue::from_str(value) {
-            Ok(value) => drop(request.headers_mut().insert(HeaderName::from_static(name), value)),
-            Err(cause) => tracing::debug!(name, %cause, "a header cannot be sent"),
-        };
-        set("x-amz-copy-source", &source);
         // The store refuses the copy if the source was replaced since its manifest was written.
         if let Some(etag) = &copy.recorded.etag {
-            set("x-amz-copy-source-if-match", etag);
+            match HeaderValue::from_str(etag) {
+                Ok(etag) => drop(headers.insert("x-amz-copy-source-if-match", etag)),
+                Err(cause) => tracing::debug!(%cause, "an ETag cannot be sent"),
+            }
         }
-        self.sign(&mut request, None).await.map_err(failed)?;
-        // The server answers when the copy is complete, so the timeout grows with the size.
-        request.extensions_mut().insert(LongerTimeout(Duration::from_secs(bytes / BYTES_PER_S_MIN)));
-        let wire = |source| object_store::Error::Generic { store: "S3", source: Box::new(source) };
-        let answer = self.client.execute(request).await.map_err(|error| failed(wire(error)))?;
-        let body = answer.into_body().bytes().await.map_err(|error| failed(wire(error)))?;
-        let body = String::from_utf8_lossy(&body).into_owned();
+        let longer = Duration::from_secs(bytes / BYTES_PER_S_MIN);
+        let answer = self.client.copy(copy.from, copy.to, query, &headers, longer).await;
+        let body = answer.map_err(|error| failure::translate(error, &doing, store.at()))?;
         // S3 may answer 200 and report the failure of a copy in the body.
         match element(&body, "Code").filter(|_| body.contains("<Error>")) {
             Some(code) => Err(Error::unavailable(format!("{doing}: the server answered {code}")).tier(Tier::Remote)),
             None => Ok(body),
         }
     }
-}
-
-pub(super) fn is_on(value: &str) -> bool {
-    matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on")
 }
 
 /// Source and target of one copy. `recorded` is the identity that the source must have.
@@ -249,7 +155,7 @@ async fn link(store: &Arc<Store>, source: &FsPath, target: &FsPath, staging: Pat
 
 /// Copies an object in one request. Returns the ETag of the copy.
 async fn copy_whole(store: &Store, copier: &Copier, copy: &Copy<'_>) -> Result<String> {
-    let body = copier.request(store, copy, "", copy.recorded.object_bytes, &copier.headers).await?;
+    let body = copier.request(store, copy, "", copy.recorded.object_bytes, copier.headers.clone()).await?;
     etag_in(&body)
 }
 
@@ -274,9 +180,7 @@ async fn copy_in_parts(
             if let Ok(range) = HeaderValue::from_str(&format!("bytes={start}-{}", end - 1)) {
                 headers.insert(HeaderName::from_static("x-amz-copy-source-range"), range);
             }
-            let id = utf8_percent_encode(&id, NON_ALPHANUMERIC);
-            let query = format!("?partNumber={}&uploadId={id}", index + 1);
-            let body = copier.request(store, copy, &query, end - start, &headers).await?;
+            let body = copier.request(store, copy, &part_query(&id, index), end - start, headers).await?;
             Ok(PartId { content_id: etag_in(&body)? })
         }
     });

@@ -104,7 +104,7 @@ async fn settings(remote: &Remote) -> Result<(S3Settings, Connector)> {
 /// Returns one line that describes address, region and options of the bucket.
 fn place(remote: &Remote, settings: &S3Settings) -> String {
     let style = if settings.path_style { "path style" } else { "virtual-hosted style" };
-    let mut text = format!("{} at {}, region {}, {style}", remote.url(), endpoint(settings), settings.region);
+    let mut text = format!("{} at {}, region {}, {style}", remote.url(), settings.endpoint_url(), settings.region);
     let option = |key: AmazonS3ConfigKey| remote.0.options.passed_on.iter().find(|(name, _)| *name == key);
     let encrypts =
         remote.0.config.options.iter().find(|(name, _)| name.ends_with("sse") || name.contains("encryption"));
@@ -117,15 +117,10 @@ fn place(remote: &Remote, settings: &S3Settings) -> String {
     text
 }
 
-fn endpoint(settings: &S3Settings) -> String {
-    let usual = || format!("https://s3.{}.amazonaws.com", settings.region);
-    settings.endpoint.clone().unwrap_or_else(usual)
-}
-
 /// Compares the local clock with the endpoint's `Date` header, which a refusal has, too. Ignores connection errors,
 /// because the other checks report them.
 async fn query_clock(settings: &S3Settings, connector: &Connector, clock: &Clock) {
-    let endpoint = endpoint(settings);
+    let endpoint = settings.endpoint_url();
     let request = connector.client().get(&endpoint).timeout(RETRY.read_timeout);
     if let Ok(answer) = request.send().await {
         let date = answer.headers().get("date").and_then(|value| value.to_str().ok());

@@ -308,7 +308,7 @@ async fn send_part(
     let send = || async {
         let sent = match (sha256, store.copier()) {
             // The digest is known. `object_store` would compute it again to sign the request.
-            (Some(sha256), Some(copier)) => copier.put_part(key, &id, index, bytes.clone(), sha256).await,
+            (Some(sha256), Some(copier)) => copier.client().put_part(key, &id, index, bytes.clone(), sha256).await,
             _ => s3.put_part(key, &id, index, bytes.clone().into()).await,
         };
         match sent {

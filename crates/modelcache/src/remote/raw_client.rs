@@ -1,23 +1,27 @@
-//! Signed S3 requests that `object_store` does not offer: checksums of an object, and lists of multipart uploads.
+//! Signed S3 requests that `object_store` does not offer: checksums of an object, lists of multipart uploads, conditional
+//! copies, and parts with a known digest.
 //!
-//! If the remote's options change how requests are signed or encrypted (`skip_signature`, a customer key and others),
-//! these requests are not sent, and objects count as having no checksum.
+//! [`RawClient`] is the only place that builds and signs such requests. `copy.rs` and `orphaned_uploads.rs` use it.
 
 use super::credentials::Credentials;
-use super::http_client::Connector;
-use super::settings::{Options, S3Settings};
+use super::http_client::{Connector, LongerTimeout};
+use super::settings::{Options, S3Settings, is_on};
 use super::store::Store;
 use crate::digest::Digest;
 use crate::error::Result;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use http::HeaderMap;
+use bytes::Bytes;
+use http::request::Builder;
+use http::{HeaderMap, Method};
 use object_store::CredentialProvider as _;
 use object_store::aws::{AmazonS3ConfigKey, AwsAuthorizer};
-use object_store::client::{HttpClient, HttpRequestBody};
+use object_store::client::{HttpClient, HttpRequestBody, HttpResponse};
+use object_store::multipart::PartId;
 use object_store::path::Path;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Encodes everything but the unreserved characters of RFC 3986 and the slash, as SigV4 requires for a path.
 const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/');
@@ -32,9 +36,12 @@ const CHECKSUM_TYPE: &str = "x-amz-checksum-type";
 pub(super) struct RawClient {
     client: HttpClient,
     credentials: Arc<Credentials>,
-    /// Scheme, host and, in path style, the bucket.
-    base: String,
+    bucket: String,
+    /// URL of the bucket, without a slash at its end.
+    url: String,
     region: String,
+    signs_payload: bool,
+    request_payer: bool,
 }
 
 /// Checksums of an object, as stated by the store.
@@ -48,55 +55,120 @@ pub(super) struct StoredChecksums {
     pub(super) garbage: Option<&'static str>,
 }
 
+/// Returns false if an option changes how requests that read are signed or encrypted. Objects then count as having no
+/// checksum, and uploads cannot be listed.
+pub(super) fn supports_reads(options: &Options) -> bool {
+    use AmazonS3ConfigKey as Key;
+    let changes = |key: &Key| {
+        let is_read_with_a_key = key.as_ref() == "aws_sse_customer_key_base64";
+        is_read_with_a_key || matches!(key, Key::SkipSignature | Key::RequestPayer | Key::S3Express)
+    };
+    !options.passed_on.iter().any(|(key, _)| changes(key))
+}
+
 impl RawClient {
-    /// Returns `None` if the options change how requests are signed or encrypted.
     pub(super) fn new(
         bucket: &str,
         settings: &S3Settings,
         options: &Options,
         connector: &Connector,
         credentials: &Arc<Credentials>,
-    ) -> Option<Self> {
-        use AmazonS3ConfigKey as Key;
-        let changes = |key: &Key| {
-            let is_read_with_a_key = key.as_ref() == "aws_sse_customer_key_base64";
-            is_read_with_a_key || matches!(key, Key::SkipSignature | Key::RequestPayer | Key::S3Express)
-        };
-        if options.passed_on.iter().any(|(key, _)| changes(key)) {
-            return None;
+    ) -> Self {
+        let mut passed_on = options.passed_on.iter();
+        Self {
+            client: connector.http(),
+            credentials: credentials.clone(),
+            bucket: bucket.to_owned(),
+            url: settings.bucket_url(bucket),
+            region: settings.region.clone(),
+            signs_payload: settings.signs_payload(options),
+            request_payer: passed_on
+                .any(|(key, value)| matches!(key, AmazonS3ConfigKey::RequestPayer) && is_on(value.expose())),
         }
-        let region = settings.region.clone();
-        let endpoint = settings.endpoint.clone().unwrap_or_else(|| format!("https://s3.{region}.amazonaws.com"));
-        let base = match settings.path_style {
-            true => format!("{endpoint}/{bucket}"),
-            false => endpoint.replacen("://", &format!("://{bucket}."), 1),
-        };
-        Some(Self { client: connector.http(), credentials: credentials.clone(), base, region })
+    }
+
+    /// Returns true if the signature of a request covers the digest of its body.
+    pub(super) fn signs_payload(&self) -> bool {
+        self.signs_payload
+    }
+
+    /// Returns a request for an object, or for the bucket itself. `query` must be encoded.
+    fn request(&self, method: Method, key: Option<&Path>, query: &str) -> Builder {
+        let path = key.map(|key| format!("/{}", utf8_percent_encode(key.as_ref(), PATH))).unwrap_or_default();
+        let separator = if query.is_empty() { "" } else { "?" };
+        http::Request::builder().method(method).uri(format!("{}{path}{separator}{query}", self.url))
+    }
+
+    /// Signs and sends a request. `sha256` is the digest of `body`; without it, the digest is computed if needed.
+    async fn send(&self, request: Builder, body: Bytes, sha256: Option<Digest>) -> object_store::Result<HttpResponse> {
+        let mut request = request.body(HttpRequestBody::from(body)).map_err(generic)?;
+        let credential = self.credentials.get_credential().await?;
+        AwsAuthorizer::new(&credential, "s3", &self.region)
+            .with_sign_payload(self.signs_payload)
+            .with_request_payer(self.request_payer)
+            .try_authorize(&mut request, sha256.as_ref().map(|digest| digest.as_bytes().as_slice()))?;
+        self.client.execute(request).await.map_err(generic)
     }
 
     /// Sends a GET request with `query` for the bucket itself. Returns the body of the answer.
     pub(super) async fn get(&self, query: &str) -> object_store::Result<String> {
-        let generic = |source| object_store::Error::Generic { store: "S3", source };
-        let request = http::Request::get(format!("{}?{query}", self.base)).body(HttpRequestBody::empty());
-        let mut request = request.map_err(|error| generic(Box::new(error)))?;
-        let credential = self.credentials.get_credential().await?;
-        AwsAuthorizer::new(&credential, "s3", &self.region).try_authorize(&mut request, None)?;
-        let response = self.client.execute(request).await.map_err(|error| generic(Box::new(error)))?;
-        let body = response.into_body().bytes().await.map_err(|error| generic(Box::new(error)))?;
-        Ok(String::from_utf8_lossy(&body).into_owned())
+        text(self.send(self.request(Method::GET, None, query), Bytes::new(), None).await?).await
     }
 
     /// Sends a HEAD request with checksum mode for an object. Returns the headers of the answer.
     async fn head(&self, key: &Path) -> object_store::Result<HeaderMap> {
-        let generic = |source| object_store::Error::Generic { store: "S3", source };
-        let address = format!("{}/{}", self.base, utf8_percent_encode(key.as_ref(), PATH));
-        let request = http::Request::head(address).header("x-amz-checksum-mode", "ENABLED");
-        let mut request = request.body(HttpRequestBody::empty()).map_err(|error| generic(Box::new(error)))?;
-        let credential = self.credentials.get_credential().await?;
-        AwsAuthorizer::new(&credential, "s3", &self.region).try_authorize(&mut request, None)?;
-        let response = self.client.execute(request).await.map_err(|error| generic(Box::new(error)))?;
-        Ok(response.headers().clone())
+        let request = self.request(Method::HEAD, Some(key), "").header("x-amz-checksum-mode", "ENABLED");
+        Ok(self.send(request, Bytes::new(), None).await?.headers().clone())
     }
+
+    /// Uploads the part at `index` (from 0) of a multipart upload.
+    pub(super) async fn put_part(
+        &self,
+        key: &Path,
+        upload: &str,
+        index: usize,
+        bytes: Bytes,
+        sha256: Digest,
+    ) -> object_store::Result<PartId> {
+        let request = self.request(Method::PUT, Some(key), &part_query(upload, index as u64));
+        let request = request.header(http::header::CONTENT_LENGTH, bytes.len());
+        let answer = self.send(request, bytes, Some(sha256)).await?;
+        let etag = answer.headers().get(http::header::ETAG).and_then(|etag| etag.to_str().ok());
+        let nameless = || generic("the answer to a part names no ETag");
+        etag.map(|etag| PartId { content_id: etag.to_owned() }).ok_or_else(nameless)
+    }
+
+    /// Copies `from` to `to`, or to the part of an upload that `query` names. Returns the body of the answer.
+    /// `longer` is added to the timeout, because the server answers when the copy is complete.
+    pub(super) async fn copy(
+        &self,
+        from: &Path,
+        to: &Path,
+        query: &str,
+        headers: &HeaderMap,
+        longer: Duration,
+    ) -> object_store::Result<String> {
+        let source = format!("{}/{}", self.bucket, utf8_percent_encode(from.as_ref(), PATH));
+        let mut request = self.request(Method::PUT, Some(to), query).header("x-amz-copy-source", source);
+        if let Some(present) = request.headers_mut() {
+            present.extend(headers.clone());
+        }
+        text(self.send(request.extension(LongerTimeout(longer)), Bytes::new(), None).await?).await
+    }
+}
+
+/// Returns the query that names the part at `index` (from 0) of a multipart upload.
+pub(super) fn part_query(upload: &str, index: u64) -> String {
+    format!("partNumber={}&uploadId={}", index + 1, utf8_percent_encode(upload, NON_ALPHANUMERIC))
+}
+
+async fn text(answer: HttpResponse) -> object_store::Result<String> {
+    let body = answer.into_body().bytes().await.map_err(generic)?;
+    Ok(String::from_utf8_lossy(&body).into_owned())
+}
+
+fn generic(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> object_store::Error {
+    object_store::Error::Generic { store: "S3", source: source.into() }
 }
 
 impl Store {

@@ -3,7 +3,6 @@
 //! Parsing sends no request. Environment variables come from the configuration, never from the process's own
 //! environment. The shared AWS configuration files are read when the store is first used.
 
-use super::copy::is_on;
 use super::profile::Profiles;
 use crate::config::{Environment, RemoteConfig, Secret};
 use crate::error::{Error, Result, Tier};
@@ -193,6 +192,11 @@ fn flag(name: &str, value: &str) -> Result<bool> {
     }
 }
 
+/// Returns true for an option value that `object_store` takes for true.
+pub(super) fn is_on(value: &str) -> bool {
+    matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on")
+}
+
 fn seconds(name: &str, value: &str) -> Result<Duration> {
     let number = value.trim().trim_end_matches('s').trim();
     match number.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
@@ -271,6 +275,20 @@ impl S3Settings {
         };
         settings.check()?;
         Ok(settings)
+    }
+
+    /// Returns the configured endpoint, or the one of AWS for the region.
+    pub(super) fn endpoint_url(&self) -> String {
+        self.endpoint.clone().unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", self.region))
+    }
+
+    /// Returns the URL of a bucket, without a slash at its end.
+    pub(super) fn bucket_url(&self, bucket: &str) -> String {
+        let endpoint = self.endpoint_url();
+        match self.path_style {
+            true => format!("{endpoint}/{bucket}"),
+            false => endpoint.replacen("://", &format!("://{bucket}."), 1),
+        }
     }
 
     /// Returns true if requests sign the digest of their body. Without the option `unsigned_payload`, bodies are signed

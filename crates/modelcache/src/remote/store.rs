@@ -12,7 +12,7 @@ use super::credentials::Credentials;
 use super::failure::{self, EndpointContext};
 use super::http_client::{Connector, LeftOut};
 use super::profile::Profiles;
-use super::raw_client::RawClient;
+use super::raw_client::{self, RawClient};
 use super::settings::{Options, RemoteLocation, S3Settings};
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -60,7 +60,7 @@ pub(super) struct Store {
 }
 
 enum Kind {
-    Bucket { s3: AmazonS3, credentials: Arc<Credentials>, raw_client: Option<RawClient>, copier: Option<Box<Copier>> },
+    Bucket { s3: AmazonS3, credentials: Arc<Credentials>, raw_client: Option<Arc<RawClient>>, copier: Option<Copier> },
     Folder { root: PathBuf },
 }
 
@@ -144,8 +144,9 @@ impl Store {
             &settings.region,
             connector.client().clone(),
         ));
-        let raw_client = RawClient::new(bucket, &settings, options, &connector, &credentials);
-        let copier = Copier::new(bucket, &settings, options, &connector, credentials.clone()).map(Box::new);
+        let raw_client = Arc::new(RawClient::new(bucket, &settings, options, &connector, &credentials));
+        let copier = Copier::new(&raw_client, options);
+        let raw_client = raw_client::supports_reads(options).then_some(raw_client);
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(bucket)
             .with_region(&settings.region)
@@ -157,8 +158,8 @@ impl Store {
             .with_credentials(credentials.clone())
             .with_http_connector(connector);
         if let Some(endpoint) = &settings.endpoint {
-            // In virtual-hosted style, `object_store` uses the endpoint unchanged, so the bucket is added here.
-            let virtual_host = || endpoint.replacen("://", &format!("://{bucket}."), 1);
+            // In virtual-hosted style, `object_store` uses the endpoint unchanged, so it must contain the bucket.
+            let virtual_host = || settings.bucket_url(bucket);
             builder = builder.with_endpoint(if settings.path_style { endpoint.clone() } else { virtual_host() });
         }
         // Options of the user override the settings above.
@@ -172,8 +173,7 @@ impl Store {
                 .tier(Tier::Remote)
                 .hint("check [remote.options]")
         })?;
-        let endpoint =
-            settings.endpoint.clone().unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", settings.region));
+        let endpoint = settings.endpoint_url();
         Ok(Self {
             objects: Arc::new(s3.clone()),
             kind: Kind::Bucket { s3, credentials, raw_client, copier },
@@ -244,7 +244,7 @@ impl Store {
     /// Returns the client for requests that `object_store` lacks, if the store is a bucket and its options allow it.
     pub(super) fn raw_client(&self) -> Option<&RawClient> {
         match &self.kind {
-            Kind::Bucket { raw_client, .. } => raw_client.as_ref(),
+            Kind::Bucket { raw_client, .. } => raw_client.as_deref(),
             Kind::Folder { .. } => None,
         }
     }
@@ -252,7 +252,7 @@ impl Store {
     /// Returns the client for server-side copies, if the store is a bucket and its options allow it.
     pub(super) fn copier(&self) -> Option<&Copier> {
         match &self.kind {
-            Kind::Bucket { copier, .. } => copier.as_deref(),
+            Kind::Bucket { copier, .. } => copier.as_ref(),
             Kind::Folder { .. } => None,
         }
     }
@@ -260,7 +260,7 @@ impl Store {
     /// Returns true if the requests of parts sign the part's digest, so that the caller should compute it while
     /// reading.
     pub(super) fn signs_digests(&self) -> bool {
-        self.copier().is_some_and(Copier::signs_payload)
+        self.copier().is_some_and(|copier| copier.client().signs_payload())
     }
 
     /// Returns the first refusal of a write because of a missing permission.
