@@ -4,12 +4,12 @@
 //! through the [`RawClient`]. Large objects are copied as a multipart upload. In a folder, a copy is a hard link.
 
 use super::failure;
-use super::http_client::element;
 use super::multipart::AbortGuard;
 use super::raw_client::{RawClient, part_query};
 use super::settings::Options;
 use super::store::Store;
 use super::upload::{UNFINISHED, rename_durably};
+use super::xml;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::manifest::ObjectIdentity;
 use futures::{StreamExt, TryStreamExt};
@@ -87,7 +87,7 @@ impl Copier {
         let answer = self.client.copy(copy.from, copy.to, query, &headers, longer).await;
         let body = answer.map_err(|error| failure::translate(error, &doing, store.at()))?;
         // S3 may answer 200 and report the failure of a copy in the body.
-        match element(&body, "Code").filter(|_| body.contains("<Error>")) {
+        match xml::text(&body, "Code").filter(|_| xml::elements(&body, "Error").next().is_some()) {
             Some(code) => Err(Error::unavailable(format!("{doing}: the server answered {code}")).tier(Tier::Remote)),
             None => Ok(body),
         }
@@ -202,7 +202,7 @@ async fn copy_in_parts(
 }
 
 fn etag_in(body: &str) -> Result<String> {
-    element(body, "ETag")
+    xml::text(body, "ETag")
         .ok_or_else(|| Error::unavailable("the answer to a copy names no ETag").tier(Tier::Remote).transient(false))
 }
 

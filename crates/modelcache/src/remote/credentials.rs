@@ -3,9 +3,9 @@
 //! Providers are tried in order; the first that has credentials wins. If none has, the error lists every provider and
 //! the reason why it had none. Variables are read from the configured environment, never from the process's own.
 
-use super::http_client::element;
 use super::profile::{Profiles, home};
 use super::settings::Options;
+use super::xml;
 use crate::config::{Environment, Secret};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::transfer::{BodyLimits, Cut, read_body};
@@ -345,14 +345,14 @@ impl Credentials {
         let answer = self.http.send(request.map(|_| Bytes::new())).await?;
         let body = String::from_utf8_lossy(answer.body());
         if !answer.status().is_success() {
-            let code = element(&body, "Code").unwrap_or_default();
+            let code = xml::text(&body, "Code").unwrap_or_default();
             return Err(format!(
                 "STS answered {} {code}: {}",
                 answer.status().as_u16(),
-                element(&body, "Message").unwrap_or_default()
+                xml::text(&body, "Message").unwrap_or_default()
             ));
         }
-        let field = |name: &str| element(&body, name).ok_or(format!("the answer of STS has no {name}"));
+        let field = |name: &str| xml::text(&body, name).ok_or(format!("the answer of STS has no {name}"));
         Ok(Credential {
             access_key_id: field("AccessKeyId")?,
             secret_access_key: field("SecretAccessKey")?,

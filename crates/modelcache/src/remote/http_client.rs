@@ -8,6 +8,7 @@
 //! are never ours. They are removed from the answer and passed on in [`LeftOut`].
 
 use super::settings::{Options, S3Settings};
+use super::xml;
 use crate::error::{Error, Result, Tier};
 use crate::limits;
 use crate::printable;
@@ -188,51 +189,19 @@ fn refusal(status: u16, headers: &reqwest::header::HeaderMap, body: &[u8]) -> Re
     let body = String::from_utf8_lossy(body);
     Refusal {
         status,
-        code: element(&body, "Code").or_else(|| header("x-minio-error-code")),
-        message: element(&body, "Message").map(|message| message.chars().take(200).collect()),
-        region: header("x-amz-bucket-region").or_else(|| element(&body, "Region")),
+        code: xml::text(&body, "Code").or_else(|| header("x-minio-error-code")),
+        message: xml::text(&body, "Message").map(|message| message.chars().take(200).collect()),
+        region: header("x-amz-bucket-region").or_else(|| xml::text(&body, "Region")),
         retry_after: header("retry-after").and_then(|seconds| seconds.trim().parse().ok()).map(Duration::from_secs),
         date: header("date"),
     }
 }
 
-/// Returns the unescaped text of the first element `<name>` in `xml`.
-pub(super) fn element(xml: &str, name: &str) -> Option<String> {
-    let (_, rest) = xml.split_once(&format!("<{name}>"))?;
-    let (text, _) = rest.split_once(&format!("</{name}>"))?;
-    Some(unescape_xml(text))
-}
-
-fn unescape_xml(text: &str) -> String {
-    let mut plain = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find('&') {
-        plain.push_str(&rest[..at]);
-        rest = &rest[at..];
-        let Some(end) = rest.find(';') else { break };
-        let character = match &rest[1..end] {
-            "amp" => Some('&'),
-            "lt" => Some('<'),
-            "gt" => Some('>'),
-            "quot" => Some('"'),
-            "apos" => Some('\''),
-            number => number.strip_prefix('#').and_then(|digits| match digits.strip_prefix(['x', 'X']) {
-                Some(hex) => u32::from_str_radix(hex, 16).ok().and_then(char::from_u32),
-                None => digits.parse().ok().and_then(char::from_u32),
-            }),
-        };
-        plain.push_str(&character.map_or_else(|| rest[..=end].to_owned(), String::from));
-        rest = &rest[end + 1..];
-    }
-    plain.push_str(rest);
-    plain
-}
-
 /// Refuses a page that is truncated and names no next page: `object_store` would take it for the last one.
 fn check_listing(xml: &str) -> Result<()> {
-    let is_true = |name: &str| element(xml, name).is_some_and(|text| text.trim() == "true");
-    let names_next = element(xml, "NextContinuationToken").is_some_and(|token| !token.is_empty());
-    match is_true("IsTruncated") && !names_next {
+    let is_truncated = || xml::text(xml, "IsTruncated").is_some_and(|text| text.trim() == "true");
+    let names_next = || xml::text(xml, "NextContinuationToken").is_some_and(|token| !token.is_empty());
+    match is_truncated() && !names_next() {
         true => Err(Error::corrupt("the server's listing is incomplete: a truncated page names no next page")),
         false => Ok(()),
     }
@@ -241,22 +210,18 @@ fn check_listing(xml: &str) -> Result<()> {
 /// Removes the keys that `object_store` cannot represent and folder markers (`a/`) from a listing. Returns the listing
 /// and the removed keys.
 fn without_odd_keys(xml: &str) -> (String, Vec<String>) {
-    const OPEN: &str = "<Contents>";
-    const CLOSE: &str = "</Contents>";
     let (mut kept, mut left_out) = (String::with_capacity(xml.len()), Vec::new());
-    let mut rest = xml;
-    while let Some(start) = rest.find(OPEN) {
-        let Some(length) = rest[start..].find(CLOSE) else { break };
-        let end = start + length + CLOSE.len();
-        let key = element(&rest[start..end], "Key").unwrap_or_default();
+    let mut copied = 0;
+    for entry in xml::elements(xml, "Contents") {
+        let key = xml::text(&xml[entry.clone()], "Key").unwrap_or_default();
         let usable = !key.is_empty() && !key.ends_with('/') && !key.starts_with('/') && Path::parse(&key).is_ok();
-        kept.push_str(if usable { &rest[..end] } else { &rest[..start] });
         if !usable {
+            kept.push_str(&xml[copied..entry.start]);
+            copied = entry.end;
             left_out.push(key);
         }
-        rest = &rest[end..];
     }
-    kept.push_str(rest);
+    kept.push_str(&xml[copied..]);
     (kept, left_out)
 }
 
@@ -264,8 +229,8 @@ fn without_odd_keys(xml: &str) -> (String, Vec<String>) {
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(xml: &str) {
     let (kept, left_out) = without_odd_keys(xml);
-    assert!(kept.len() <= xml.len() && left_out.len() <= xml.matches("<Contents>").count());
-    let _ = element(xml, "Code");
+    assert!(kept.len() <= xml.len() && left_out.len() <= xml.matches("Contents").count());
+    let _ = (xml::text(xml, "Code"), check_listing(xml));
 }
 
 #[cfg(test)]

@@ -31,6 +31,7 @@ mod streaming_upload;
 mod unmanaged;
 mod upload;
 mod verify;
+mod xml;
 
 pub use crate::disk::LocalFile;
 pub(crate) use doctor::examine;

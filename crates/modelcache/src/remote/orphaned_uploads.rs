@@ -8,11 +8,10 @@
 //! uploads, only the uploads listed in claims are aborted.
 
 use super::claim::{self, Claim, Uploads};
-use super::http_client::element;
 use super::multipart::abort;
 use super::publish::LOOKS_IN_FLIGHT;
 use super::store::Store;
-use super::{Folder, MANIFEST, Remote};
+use super::{Folder, MANIFEST, Remote, xml};
 use crate::error::Result;
 use crate::key::OWN_FOLDER;
 use futures::StreamExt;
@@ -148,8 +147,8 @@ async fn list(store: &Store, prefix: &str) -> Vec<OrphanedUpload> {
         };
         // Some stores ignore the prefix.
         uploads.extend(uploads_in(&page).into_iter().filter(|upload| upload.key.starts_with(prefix)));
-        match (element(&page, "NextKeyMarker"), element(&page, "NextUploadIdMarker")) {
-            (Some(key), id) if element(&page, "IsTruncated").as_deref() == Some("true") => {
+        match (xml::text(&page, "NextKeyMarker"), xml::text(&page, "NextUploadIdMarker")) {
+            (Some(key), id) if xml::text(&page, "IsTruncated").as_deref() == Some("true") => {
                 let id = id.map(|id| format!("&upload-id-marker={}", encoded(&id))).unwrap_or_default();
                 let next = format!("&key-marker={}{id}", encoded(&key));
                 // A store that ignores the markers would return the same page forever.
@@ -170,12 +169,11 @@ fn encoded(text: &str) -> String {
 
 /// Parses a `ListMultipartUploadsResult`. Entries without key or id are skipped.
 fn uploads_in(page: &str) -> Vec<OrphanedUpload> {
-    let rows = page.split("<Upload>").skip(1).filter_map(|rest| rest.split_once("</Upload>").map(|(row, _)| row));
     let upload = |row: &str| {
-        let begun_at = element(row, "Initiated").and_then(|time| humantime::parse_rfc3339(&time).ok());
-        Some(OrphanedUpload { key: element(row, "Key")?, id: element(row, "UploadId")?, begun_at })
+        let begun_at = xml::text(row, "Initiated").and_then(|time| humantime::parse_rfc3339(&time).ok());
+        Some(OrphanedUpload { key: xml::text(row, "Key")?, id: xml::text(row, "UploadId")?, begun_at })
     };
-    rows.filter_map(upload).collect()
+    xml::elements(page, "Upload").filter_map(|at| upload(&page[at])).collect()
 }
 
 #[cfg(test)]
