@@ -4,9 +4,10 @@
 //! Sources are found by SHA-256 in the manifests of the newest versions. The digest of the source object is not
 //! verified before the copy; readers check digests. Every failure in this module falls back to an upload.
 
+use super::Folder;
+use super::backend::s3::copy;
 use super::publish::{LOOKS_IN_FLIGHT, same_object};
 use super::store::Store;
-use super::{Folder, copy};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::key::{ArtifactKey, FilePath, Version};

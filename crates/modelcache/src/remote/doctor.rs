@@ -4,10 +4,10 @@
 //! have. The object is removed afterwards, also if the checks fail or are cancelled.
 
 use super::Remote;
-use super::credentials::CredentialSource;
-use super::http_client::Connector;
-use super::profile::Profiles;
-use super::settings::{RemoteLocation, S3Settings};
+use super::backend::s3::credentials::CredentialSource;
+use super::backend::s3::http_client::Connector;
+use super::backend::s3::profile::Profiles;
+use super::backend::s3::settings::{RemoteLocation, S3Settings};
 use super::store::{Condition, Store, Written};
 use crate::config::{Config, RemoteConfig, RetryConfig};
 use crate::doctor::{Area, Check, Clock, DoctorOptions, in_time};

@@ -7,9 +7,10 @@
 //! takes precedence over objects below it, unless it is empty, because some tools create empty objects as folder
 //! markers.
 
-use super::http_client::LeftOut;
+use super::MANIFEST;
+use super::backend::failure;
+use super::backend::s3::http_client::LeftOut;
 use super::store::{self, Store};
-use super::{MANIFEST, failure};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{FilePath, OWN_FOLDER};

@@ -4,41 +4,33 @@
 //! `evict.rs` and `refs.rs`; `unmanaged.rs` reads objects that another tool uploaded. `store.rs` is the layer over
 //! `object_store` that all of them use.
 
+mod backend;
 mod claim;
-mod copy;
-mod credentials;
 mod dedup_source;
 mod doctor;
 mod evict;
-mod failure;
-mod http_client;
 mod list;
 mod listing;
 mod multipart;
 mod orphaned_uploads;
 mod pending_publish;
-mod policy;
 mod prefix;
 mod process;
-mod profile;
 mod publish;
-mod raw_client;
 mod refs;
-mod settings;
 mod source;
 mod store;
 mod streaming_upload;
 mod unmanaged;
 mod upload;
 mod verify;
-mod xml;
 
 pub use crate::disk::LocalFile;
+pub use backend::s3::policy::{Policy, Role};
 pub(crate) use doctor::examine;
 pub(crate) use listing::Address;
 pub(crate) use multipart::Multipart;
 pub(crate) use pending_publish::PendingPublish;
-pub use policy::{Policy, Role};
 pub(crate) use prefix::PrefixSource;
 pub use refs::{RefKind, RemoteRef};
 pub use source::RemoteSource;
@@ -47,7 +39,8 @@ pub(crate) use unmanaged::{AddressContents, REMEDY, UnmanagedObjects, some, unst
 
 #[cfg(fuzzing)]
 pub(crate) use {
-    claim::fuzz as fuzz_claim, http_client::fuzz as fuzz_listing, profile::fuzz as fuzz_profile, refs::fuzz as fuzz_ref,
+    backend::s3::http_client::fuzz as fuzz_listing, backend::s3::profile::fuzz as fuzz_profile,
+    claim::fuzz as fuzz_claim, refs::fuzz as fuzz_ref,
 };
 
 use crate::config::RemoteConfig;
@@ -58,8 +51,8 @@ use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity};
 use crate::progress::Progress;
 use crate::transfer::{RateLimiter, Retry};
+use backend::s3::settings::{Options, RemoteLocation};
 use object_store::path::Path;
-use settings::{Options, RemoteLocation};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;

@@ -7,11 +7,12 @@
 //! Listing uploads needs the permission `s3:ListBucketMultipartUploads`. Without it, or on a store that cannot list
 //! uploads, only the uploads listed in claims are aborted.
 
+use super::backend::s3::xml;
 use super::claim::{self, Claim, Uploads};
 use super::multipart::abort;
 use super::publish::LOOKS_IN_FLIGHT;
 use super::store::Store;
-use super::{Folder, MANIFEST, Remote, xml};
+use super::{Folder, MANIFEST, Remote};
 use crate::error::Result;
 use crate::key::OWN_FOLDER;
 use futures::StreamExt;

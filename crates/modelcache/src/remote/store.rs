@@ -7,13 +7,13 @@
 //! A create-only write may be refused because its own first attempt arrived without an answer. The caller must be able
 //! to recognise its own object.
 
-use super::copy::Copier;
-use super::credentials::Credentials;
-use super::failure::{self, EndpointContext};
-use super::http_client::{Connector, LeftOut};
-use super::profile::Profiles;
-use super::raw_client::{self, RawClient};
-use super::settings::{Options, RemoteLocation, S3Settings};
+use super::backend::failure::{self, EndpointContext};
+use super::backend::s3::copy::Copier;
+use super::backend::s3::credentials::Credentials;
+use super::backend::s3::http_client::{Connector, LeftOut};
+use super::backend::s3::profile::Profiles;
+use super::backend::s3::raw_client::{self, RawClient};
+use super::backend::s3::settings::{Options, RemoteLocation, S3Settings};
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::limits;

@@ -4,8 +4,8 @@
 //! request, a large one before its multipart upload is completed. Multipart uploads are recorded in the claim, so that
 //! the next writer can abort those of a killed process. One memory budget bounds all uploads together.
 
+use super::backend::failure;
 use super::claim::UploadRegistry;
-use super::failure;
 use super::multipart::{Multipart, PartMemory, SINGLE_BYTES_MAX, UploadMemory};
 use super::store::{Condition, Store, Written};
 use crate::digest::Digest;

@@ -20,7 +20,7 @@ const DEFAULT_REGION: &str = "us-east-1";
 
 /// The parsed address of the remote.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum RemoteLocation {
+pub(in crate::remote) enum RemoteLocation {
     /// A bucket, and the prefix of all keys in it (empty, or without slashes at its ends).
     Bucket {
         /// The name of the bucket.
@@ -34,31 +34,31 @@ pub(super) enum RemoteLocation {
 
 /// The options of `[remote.options]`, checked.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Options {
+pub(in crate::remote) struct Options {
     /// Region, if configured.
-    pub(super) region: Option<String>,
+    pub(in crate::remote) region: Option<String>,
     /// Endpoint, if configured.
-    pub(super) endpoint: Option<String>,
+    pub(in crate::remote) endpoint: Option<String>,
     /// True to put the bucket into the path of the URL instead of the host name.
-    pub(super) path_style: Option<bool>,
+    pub(in crate::remote) path_style: Option<bool>,
     /// True to allow plain HTTP.
-    pub(super) allow_http: Option<bool>,
+    pub(in crate::remote) allow_http: Option<bool>,
     /// True to accept invalid TLS certificates.
-    pub(super) allow_invalid_certificates: bool,
+    pub(in crate::remote) allow_invalid_certificates: bool,
     /// Longest wait for a connection.
-    pub(super) connect_timeout: Option<Duration>,
+    pub(in crate::remote) connect_timeout: Option<Duration>,
     /// The proxy for all requests.
-    pub(super) proxy_url: Option<Secret>,
+    pub(in crate::remote) proxy_url: Option<Secret>,
     /// Hosts for which the proxy is not used.
-    pub(super) proxy_excludes: Option<String>,
+    pub(in crate::remote) proxy_excludes: Option<String>,
     /// Access key id.
-    pub(super) access_key: Option<Secret>,
+    pub(in crate::remote) access_key: Option<Secret>,
     /// Secret access key.
-    pub(super) secret_key: Option<Secret>,
+    pub(in crate::remote) secret_key: Option<Secret>,
     /// Session token of temporary credentials.
-    pub(super) session_token: Option<Secret>,
+    pub(in crate::remote) session_token: Option<Secret>,
     /// Options passed on to the builder of the `object_store` client.
-    pub(super) passed_on: Vec<(AmazonS3ConfigKey, Secret)>,
+    pub(in crate::remote) passed_on: Vec<(AmazonS3ConfigKey, Secret)>,
 }
 
 /// The documented option names, suggested for a misspelt one.
@@ -93,7 +93,7 @@ fn invalid(message: String) -> Error {
 
 impl RemoteLocation {
     /// Parses `s3://bucket/prefix` and `file:///folder`.
-    pub(super) fn parse(address: &str) -> Result<Self> {
+    pub(in crate::remote) fn parse(address: &str) -> Result<Self> {
         let hint = "write s3://BUCKET/PREFIX or file:///FOLDER";
         // No message repeats the address before it is known to contain no password.
         let url = Url::parse(address)
@@ -132,7 +132,7 @@ impl Options {
     ///
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) for an unknown name or an invalid value.
-    pub(super) fn parse(config: &RemoteConfig) -> Result<Self> {
+    pub(in crate::remote) fn parse(config: &RemoteConfig) -> Result<Self> {
         let mut options = Self::default();
         for (name, value) in &config.options {
             options.set(name, value)?;
@@ -193,7 +193,7 @@ fn flag(name: &str, value: &str) -> Result<bool> {
 }
 
 /// Returns true for an option value that `object_store` takes for true.
-pub(super) fn is_on(value: &str) -> bool {
+pub(in crate::remote) fn is_on(value: &str) -> bool {
     matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on")
 }
 
@@ -229,14 +229,14 @@ fn distance(a: &str, b: &str) -> usize {
 
 /// The settings of the S3 client, merged from options, environment variables and AWS profile.
 #[derive(Debug, Clone)]
-pub(super) struct S3Settings {
-    pub(super) region: String,
-    pub(super) endpoint: Option<String>,
-    pub(super) path_style: bool,
-    pub(super) allow_http: bool,
-    pub(super) connect_timeout: Duration,
+pub(in crate::remote) struct S3Settings {
+    pub(in crate::remote) region: String,
+    pub(in crate::remote) endpoint: Option<String>,
+    pub(in crate::remote) path_style: bool,
+    pub(in crate::remote) allow_http: bool,
+    pub(in crate::remote) connect_timeout: Duration,
     /// A file of root certificates to trust in addition to the system's.
-    pub(super) ca_file: Option<PathBuf>,
+    pub(in crate::remote) ca_file: Option<PathBuf>,
 }
 
 impl S3Settings {
@@ -245,7 +245,7 @@ impl S3Settings {
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) for an invalid endpoint or region. The message repeats neither with parts
     /// that may be credentials.
-    pub(super) fn gather(options: &Options, environment: &Environment, profiles: &Profiles) -> Result<Self> {
+    pub(in crate::remote) fn gather(options: &Options, environment: &Environment, profiles: &Profiles) -> Result<Self> {
         let variable = |name: &str| environment.get(name).map(str::to_owned);
         let setting = |name: &str| profiles.current(name).map(str::to_owned);
         let endpoint = options
@@ -278,12 +278,12 @@ impl S3Settings {
     }
 
     /// Returns the configured endpoint, or the one of AWS for the region.
-    pub(super) fn endpoint_url(&self) -> String {
+    pub(in crate::remote) fn endpoint_url(&self) -> String {
         self.endpoint.clone().unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", self.region))
     }
 
     /// Returns the URL of a bucket, without a slash at its end.
-    pub(super) fn bucket_url(&self, bucket: &str) -> String {
+    pub(in crate::remote) fn bucket_url(&self, bucket: &str) -> String {
         let endpoint = self.endpoint_url();
         match self.path_style {
             true => format!("{endpoint}/{bucket}"),
@@ -293,7 +293,7 @@ impl S3Settings {
 
     /// Returns true if requests sign the digest of their body. Without the option `unsigned_payload`, bodies are signed
     /// over plain HTTP only, because TLS protects their integrity.
-    pub(super) fn signs_payload(&self, options: &Options) -> bool {
+    pub(in crate::remote) fn signs_payload(&self, options: &Options) -> bool {
         let is_unsigned = |(key, _): &&(AmazonS3ConfigKey, Secret)| matches!(key, AmazonS3ConfigKey::UnsignedPayload);
         match options.passed_on.iter().find(is_unsigned) {
             Some((_, value)) => !is_on(value.expose()),

@@ -5,7 +5,7 @@
 //! 403 without a specific code is ambiguous, because S3 answers 403 for a missing key without `s3:ListBucket`. The
 //! caller decides with [`is_ambiguous`].
 
-use super::http_client::Refusal;
+use super::s3::http_client::Refusal;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
 use crate::printable;
 use object_store::client::{HttpError, HttpErrorKind};
@@ -13,13 +13,13 @@ use std::error::Error as StdError;
 
 /// The target of a request, for messages.
 #[derive(Debug, Clone)]
-pub(super) struct EndpointContext {
+pub(in crate::remote) struct EndpointContext {
     /// The bucket or folder.
-    pub(super) container: String,
+    pub(in crate::remote) container: String,
     /// The endpoint or host.
-    pub(super) endpoint: String,
+    pub(in crate::remote) endpoint: String,
     /// The region that requests are signed for.
-    pub(super) region: String,
+    pub(in crate::remote) region: String,
 }
 
 /// Returns the first error of type `T` in the source chain of `error`.
@@ -35,12 +35,12 @@ fn find<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Optio
 }
 
 /// Returns the server's error answer, if the server answered.
-pub(super) fn refusal(error: &object_store::Error) -> Option<&Refusal> {
+pub(in crate::remote) fn refusal(error: &object_store::Error) -> Option<&Refusal> {
     find(error)
 }
 
 /// Returns true if a condition of the request (create-only, `If-Match`) was not met.
-pub(super) fn condition_failed(error: &object_store::Error) -> bool {
+pub(in crate::remote) fn condition_failed(error: &object_store::Error) -> bool {
     match refusal(error) {
         Some(refusal) => matches!(refusal.status, 412 | 304),
         None => matches!(error, object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }),
@@ -48,34 +48,34 @@ pub(super) fn condition_failed(error: &object_store::Error) -> bool {
 }
 
 /// Returns true if the store answered that it does not support the condition.
-pub(super) fn condition_unknown(error: &object_store::Error) -> bool {
+pub(in crate::remote) fn condition_unknown(error: &object_store::Error) -> bool {
     let refused = refusal(error)
         .is_some_and(|refusal| refusal.status == 501 || refusal.code.as_deref() == Some("NotImplemented"));
     refused || matches!(error, object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. })
 }
 
 /// Returns true if the object may be missing: a 403 with no code that names a fault of the request.
-pub(super) fn is_ambiguous(error: &object_store::Error) -> bool {
+pub(in crate::remote) fn is_ambiguous(error: &object_store::Error) -> bool {
     refusal(error).is_some_and(|refusal| refusal.status == 403 && !refusal.code.as_deref().is_some_and(is_specific))
 }
 
 /// Returns true if a write failed because writes are not permitted, so that every other write would fail, too: a 403
 /// that does not blame access key, signature or clock, or a folder that cannot be written.
-pub(super) fn refuses_write(error: &object_store::Error) -> bool {
+pub(in crate::remote) fn refuses_write(error: &object_store::Error) -> bool {
     use std::io::ErrorKind as Io;
     let denied = |io: &std::io::Error| matches!(io.kind(), Io::PermissionDenied | Io::ReadOnlyFilesystem);
     is_ambiguous(error) || find(error).is_some_and(denied)
 }
 
 /// Returns true if the credentials have expired, so that a retry with renewed ones may succeed.
-pub(super) fn is_expired(error: &object_store::Error) -> bool {
+pub(in crate::remote) fn is_expired(error: &object_store::Error) -> bool {
     let code = refusal(error).and_then(|refusal| refusal.code.as_deref());
     matches!(code, Some("ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired" | "RequestExpired"))
 }
 
 /// Returns true if the server ignored the `Range` header and sent the whole object. `object_store` reports this only in
 /// the text of its error.
-pub(super) fn ignores_range(error: &object_store::Error) -> bool {
+pub(in crate::remote) fn ignores_range(error: &object_store::Error) -> bool {
     refusal(error).is_none() && innermost(error).contains("non-partial response")
 }
 
@@ -85,7 +85,7 @@ fn is_specific(code: &str) -> bool {
 }
 
 /// Translates `error`. `doing` is the failed operation and begins the message (`"cannot read x/manifest.json"`).
-pub(super) fn translate(error: object_store::Error, doing: &str, at: &EndpointContext) -> Error {
+pub(in crate::remote) fn translate(error: object_store::Error, doing: &str, at: &EndpointContext) -> Error {
     let error = match error {
         // An error of the credential chain is complete: it names the providers and the remedy.
         object_store::Error::Generic { store, source } => match source.downcast::<Error>() {
@@ -216,7 +216,7 @@ fn from_local(error: &object_store::Error, doing: &str, at: &EndpointContext) ->
 }
 
 /// Translates an I/O error of a remote that is a folder.
-pub(super) fn from_io(io: &std::io::Error, doing: &str, at: &EndpointContext) -> Error {
+pub(in crate::remote) fn from_io(io: &std::io::Error, doing: &str, at: &EndpointContext) -> Error {
     use std::io::ErrorKind as Io;
     let error = |kind| Error::new(kind, format!("{doing}: {io}")).tier(Tier::Remote);
     match io.kind() {

@@ -27,19 +27,19 @@ const UPLOAD_BYTES_PER_S_MIN: u64 = 64 * 1024;
 
 /// An error answer of the server. Never contains request headers or signatures.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Refusal {
+pub(in crate::remote) struct Refusal {
     /// HTTP status.
-    pub(super) status: u16,
+    pub(in crate::remote) status: u16,
     /// S3's error code, if the body has one (answers to HEAD have no body).
-    pub(super) code: Option<String>,
+    pub(in crate::remote) code: Option<String>,
     /// S3's message, at most 200 characters.
-    pub(super) message: Option<String>,
+    pub(in crate::remote) message: Option<String>,
     /// The bucket's region, if the server states it.
-    pub(super) region: Option<String>,
+    pub(in crate::remote) region: Option<String>,
     /// The time to wait before a retry, if the server states it.
-    pub(super) retry_after: Option<Duration>,
+    pub(in crate::remote) retry_after: Option<Duration>,
     /// The `Date` header, the server's clock.
-    pub(super) date: Option<String>,
+    pub(in crate::remote) date: Option<String>,
 }
 
 impl fmt::Display for Refusal {
@@ -59,11 +59,11 @@ impl std::error::Error for Refusal {}
 
 /// Request extension that adds this time to the timeout, for requests that take the server long.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct LongerTimeout(pub(super) Duration);
+pub(in crate::remote) struct LongerTimeout(pub(in crate::remote) Duration);
 
 /// Passes one shared client to `object_store`.
 #[derive(Debug, Clone)]
-pub(super) struct Connector(ObjectStoreHttp);
+pub(in crate::remote) struct Connector(ObjectStoreHttp);
 
 /// Implements `object_store`'s HTTP service with the timeouts and errors of this module.
 #[derive(Debug, Clone)]
@@ -74,11 +74,11 @@ struct ObjectStoreHttp {
 
 /// Response extension with the keys that were removed from a page of a listing.
 #[derive(Debug, Clone, Default)]
-pub(super) struct LeftOut(pub(super) Vec<String>);
+pub(in crate::remote) struct LeftOut(pub(in crate::remote) Vec<String>);
 
 impl Connector {
     /// Builds the client. Blocks while it loads root certificates.
-    pub(super) fn new(settings: &S3Settings, options: &Options, read_timeout: Duration) -> Result<Self> {
+    pub(in crate::remote) fn new(settings: &S3Settings, options: &Options, read_timeout: Duration) -> Result<Self> {
         let failed = |cause| {
             Error::invalid("cannot set up the HTTP client of the remote")
                 .tier(Tier::Remote)
@@ -109,12 +109,12 @@ impl Connector {
     }
 
     /// Returns the plain client, without the timeouts and errors of this module.
-    pub(super) fn client(&self) -> &reqwest::Client {
+    pub(in crate::remote) fn client(&self) -> &reqwest::Client {
         &self.0.client
     }
 
     /// Returns a client with the timeouts and errors of this module, as `object_store` uses it.
-    pub(super) fn http(&self) -> HttpClient {
+    pub(in crate::remote) fn http(&self) -> HttpClient {
         HttpClient::new(self.0.clone())
     }
 }

@@ -6,9 +6,9 @@
 use super::credentials::Credentials;
 use super::http_client::{Connector, LongerTimeout};
 use super::settings::{Options, S3Settings, is_on};
-use super::store::Store;
 use crate::digest::Digest;
 use crate::error::Result;
+use crate::remote::store::Store;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
@@ -33,7 +33,7 @@ const CHECKSUM: &str = "x-amz-checksum-sha256";
 const CHECKSUM_TYPE: &str = "x-amz-checksum-type";
 
 /// Sends signed requests to one bucket.
-pub(super) struct RawClient {
+pub(in crate::remote) struct RawClient {
     client: HttpClient,
     credentials: Arc<Credentials>,
     bucket: String,
@@ -46,18 +46,18 @@ pub(super) struct RawClient {
 
 /// Checksums of an object, as stated by the store.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct StoredChecksums {
+pub(in crate::remote) struct StoredChecksums {
     /// The ETag of the object that the checksum belongs to.
-    pub(super) etag: Option<String>,
+    pub(in crate::remote) etag: Option<String>,
     /// The digest and the header that contains it.
-    pub(super) sha256: Option<(Digest, &'static str)>,
+    pub(in crate::remote) sha256: Option<(Digest, &'static str)>,
     /// A header that should contain a digest, but has an invalid value.
-    pub(super) garbage: Option<&'static str>,
+    pub(in crate::remote) garbage: Option<&'static str>,
 }
 
 /// Returns false if an option changes how requests that read are signed or encrypted. Objects then count as having no
 /// checksum, and uploads cannot be listed.
-pub(super) fn supports_reads(options: &Options) -> bool {
+pub(in crate::remote) fn supports_reads(options: &Options) -> bool {
     use AmazonS3ConfigKey as Key;
     let changes = |key: &Key| {
         let is_read_with_a_key = key.as_ref() == "aws_sse_customer_key_base64";
@@ -67,7 +67,7 @@ pub(super) fn supports_reads(options: &Options) -> bool {
 }
 
 impl RawClient {
-    pub(super) fn new(
+    pub(in crate::remote) fn new(
         bucket: &str,
         settings: &S3Settings,
         options: &Options,
@@ -88,7 +88,7 @@ impl RawClient {
     }
 
     /// Returns true if the signature of a request covers the digest of its body.
-    pub(super) fn signs_payload(&self) -> bool {
+    pub(in crate::remote) fn signs_payload(&self) -> bool {
         self.signs_payload
     }
 
@@ -111,7 +111,7 @@ impl RawClient {
     }
 
     /// Sends a GET request with `query` for the bucket itself. Returns the body of the answer.
-    pub(super) async fn get(&self, query: &str) -> object_store::Result<String> {
+    pub(in crate::remote) async fn get(&self, query: &str) -> object_store::Result<String> {
         text(self.send(self.request(Method::GET, None, query), Bytes::new(), None).await?).await
     }
 
@@ -122,7 +122,7 @@ impl RawClient {
     }
 
     /// Uploads the part at `index` (from 0) of a multipart upload.
-    pub(super) async fn put_part(
+    pub(in crate::remote) async fn put_part(
         &self,
         key: &Path,
         upload: &str,
@@ -140,7 +140,7 @@ impl RawClient {
 
     /// Copies `from` to `to`, or to the part of an upload that `query` names. Returns the body of the answer.
     /// `longer` is added to the timeout, because the server answers when the copy is complete.
-    pub(super) async fn copy(
+    pub(in crate::remote) async fn copy(
         &self,
         from: &Path,
         to: &Path,
@@ -158,7 +158,7 @@ impl RawClient {
 }
 
 /// Returns the query that names the part at `index` (from 0) of a multipart upload.
-pub(super) fn part_query(upload: &str, index: u64) -> String {
+pub(in crate::remote) fn part_query(upload: &str, index: u64) -> String {
     format!("partNumber={}&uploadId={}", index + 1, utf8_percent_encode(upload, NON_ALPHANUMERIC))
 }
 
@@ -173,7 +173,7 @@ fn generic(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> objec
 
 impl Store {
     /// Returns the checksums of an object, or `None` if it does not exist or the store has no [`RawClient`].
-    pub(super) async fn stored_checksums(&self, key: &Path) -> Result<Option<StoredChecksums>> {
+    pub(in crate::remote) async fn stored_checksums(&self, key: &Path) -> Result<Option<StoredChecksums>> {
         let Some(raw_client) = self.raw_client() else { return Ok(None) };
         let doing = format!("cannot look at {key}");
         let ask = || async {

@@ -3,15 +3,15 @@
 //! `object_store` has no conditional copy and no copy above 5 GiB, so the requests `CopyObject` and `UploadPartCopy` go
 //! through the [`RawClient`]. Large objects are copied as a multipart upload. In a folder, a copy is a hard link.
 
-use super::failure;
-use super::multipart::AbortGuard;
 use super::raw_client::{RawClient, part_query};
 use super::settings::Options;
-use super::store::Store;
-use super::upload::{UNFINISHED, rename_durably};
 use super::xml;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::manifest::ObjectIdentity;
+use crate::remote::backend::failure;
+use crate::remote::multipart::AbortGuard;
+use crate::remote::store::Store;
+use crate::remote::upload::{UNFINISHED, rename_durably};
 use futures::{StreamExt, TryStreamExt};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use object_store::aws::AmazonS3ConfigKey;
@@ -32,7 +32,7 @@ const PARTS_IN_FLIGHT: usize = 4;
 const BYTES_PER_S_MIN: u64 = 4 * 1024 * 1024;
 
 /// Sends copy and part requests for one bucket.
-pub(super) struct Copier {
+pub(in crate::remote) struct Copier {
     client: Arc<RawClient>,
     /// Encryption of the copy.
     headers: HeaderMap,
@@ -40,14 +40,14 @@ pub(super) struct Copier {
 
 impl Copier {
     /// Returns `None` if the remote's options contain one that copies do not support. All files are uploaded then.
-    pub(super) fn new(client: &Arc<RawClient>, options: &Options) -> Option<Self> {
+    pub(in crate::remote) fn new(client: &Arc<RawClient>, options: &Options) -> Option<Self> {
         let mut copier = Self { client: client.clone(), headers: HeaderMap::new() };
         options.passed_on.iter().try_for_each(|(key, value)| copier.apply_option(key, value.expose())).ok()?;
         Some(copier)
     }
 
     /// Returns the client that uploads parts with a known digest.
-    pub(super) fn client(&self) -> &RawClient {
+    pub(in crate::remote) fn client(&self) -> &RawClient {
         &self.client
     }
 
@@ -104,7 +104,7 @@ struct Copy<'a> {
 /// Copies the object `from` to `to` if it still is `recorded`. Returns `None` if this store does not support copies.
 ///
 /// `staging` is the folder for temporary files of a remote that is a folder.
-pub(super) async fn copy(
+pub(in crate::remote) async fn copy(
     store: &Arc<Store>,
     from: &Path,
     recorded: &ObjectIdentity,
@@ -210,7 +210,7 @@ fn etag_in(body: &str) -> Result<String> {
 mod tests {
     use super::*;
     use crate::config::{Environment, RemoteConfig, RetryConfig};
-    use crate::remote::settings::RemoteLocation;
+    use crate::remote::backend::s3::settings::RemoteLocation;
     use crate::transfer::Retry;
     use modelcache_testkit::{Content, S3};
 
