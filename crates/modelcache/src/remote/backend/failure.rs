@@ -5,7 +5,7 @@
 //! 403 without a specific code is ambiguous, because S3 answers 403 for a missing key without `s3:ListBucket`. The
 //! caller decides with [`is_ambiguous`].
 
-use super::s3::http_client::Refusal;
+use super::s3::Refusal;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
 use crate::printable;
 use object_store::client::{HttpError, HttpErrorKind};
