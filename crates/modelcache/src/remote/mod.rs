@@ -1,8 +1,8 @@
 //! The remote tier: an S3 bucket, or a local folder with the same layout.
 //!
 //! [`Remote`] states the contract, `Folder` the layout of the objects. The protocols are in `publish.rs`, `claim.rs`,
-//! `evict.rs` and `refs.rs`; `unmanaged.rs` reads objects that another tool uploaded. `store.rs` is the layer over
-//! `object_store` that all of them use.
+//! `evict.rs` and `refs.rs`; `unmanaged.rs` reads objects that another tool uploaded. All of them use `store.rs`, which
+//! retries and translates errors. Below it, `backend/` keeps the objects in a bucket or in a folder.
 
 mod backend;
 mod claim;

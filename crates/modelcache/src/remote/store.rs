@@ -7,7 +7,9 @@
 //! A create-only write may be refused because its own first attempt arrived without an answer. The caller must be able
 //! to recognise its own object.
 
-use super::backend::{self, Backend, EndpointContext, LeftOut, Options, RemoteLocation, StoredChecksums, Uploads};
+use super::backend::{
+    self, Backend, EndpointContext, LeftOut, MultipartUploads, Options, RemoteLocation, StoredChecksums,
+};
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::limits;
@@ -99,7 +101,7 @@ impl Store {
     ///
     /// # Errors
     /// [`ErrorKind::Other`] if the backend has none.
-    pub(super) fn uploads(&self) -> Result<&dyn Uploads> {
+    pub(super) fn uploads(&self) -> Result<&dyn MultipartUploads> {
         self.backend.uploads().ok_or_else(|| Error::new(ErrorKind::Other, "the remote has no multipart uploads"))
     }
 

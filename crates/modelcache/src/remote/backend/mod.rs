@@ -82,7 +82,7 @@ pub(super) trait Backend: Send + Sync {
     async fn copy(&self, store: &Arc<Store>, copy: &Copy<'_>) -> Result<Copied>;
 
     /// Returns the multipart uploads. A backend without them implements [`put_file`](Self::put_file).
-    fn uploads(&self) -> Option<&dyn Uploads> {
+    fn uploads(&self) -> Option<&dyn MultipartUploads> {
         None
     }
 
@@ -132,7 +132,7 @@ pub(super) trait Backend: Send + Sync {
 
 /// Multipart uploads: parts are sent in any order, and the object appears when the upload is completed.
 #[async_trait]
-pub(super) trait Uploads: Send + Sync {
+pub(super) trait MultipartUploads: Send + Sync {
     /// Begins an upload and returns its id.
     async fn create(&self, key: &Path) -> object_store::Result<String>;
 

@@ -7,7 +7,7 @@ use super::raw_client::{RawClient, part_query};
 use super::settings::Options;
 use super::xml;
 use crate::error::{Error, Result, Tier};
-use crate::remote::backend::{Copied, Copy, Uploads, failure};
+use crate::remote::backend::{Copied, Copy, MultipartUploads, failure};
 use crate::remote::multipart::AbortGuard;
 use crate::remote::store::Store;
 use futures::{StreamExt, TryStreamExt};
@@ -94,7 +94,7 @@ impl Copier {
 pub(super) async fn copy(
     store: &Arc<Store>,
     copier: &Copier,
-    uploads: &dyn Uploads,
+    uploads: &dyn MultipartUploads,
     copy: &Copy<'_>,
 ) -> Result<Copied> {
     let bytes = copy.recorded.object_bytes;
@@ -118,7 +118,7 @@ async fn copy_whole(store: &Store, copier: &Copier, copy: &Copy<'_>) -> Result<S
 async fn copy_in_parts(
     store: &Arc<Store>,
     copier: &Copier,
-    uploads: &dyn Uploads,
+    uploads: &dyn MultipartUploads,
     copy: &Copy<'_>,
     part_bytes: u64,
 ) -> Result<Option<String>> {

@@ -7,11 +7,11 @@
 //! Listings are edited: one key with an empty segment (`a//b`) makes `object_store` fail for the whole page. Such keys
 //! are never ours. They are removed from the answer and passed on in [`LeftOut`].
 
+use super::refusal::Refusal;
 use super::settings::{Options, S3Settings};
 use super::xml;
 use crate::error::{Error, Result, Tier};
 use crate::limits;
-use crate::printable;
 use crate::remote::backend::LeftOut;
 use crate::transfer::{BodyLimits, Cut, check_headers, read_body};
 use async_trait::async_trait;
@@ -20,43 +20,10 @@ use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpResponseBody, HttpService,
 };
 use object_store::path::Path;
-use std::fmt;
 use std::time::Duration;
 
 /// Slowest upload that does not time out, in bytes per second. Its time is added to the read timeout.
 const UPLOAD_BYTES_PER_S_MIN: u64 = 64 * 1024;
-
-/// An error answer of the server. Never contains request headers or signatures.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(in crate::remote::backend) struct Refusal {
-    /// HTTP status.
-    pub(in crate::remote::backend) status: u16,
-    /// S3's error code, if the body has one (answers to HEAD have no body).
-    pub(in crate::remote::backend) code: Option<String>,
-    /// S3's message, at most 200 characters.
-    pub(in crate::remote::backend) message: Option<String>,
-    /// The bucket's region, if the server states it.
-    pub(in crate::remote::backend) region: Option<String>,
-    /// The time to wait before a retry, if the server states it.
-    pub(in crate::remote::backend) retry_after: Option<Duration>,
-    /// The `Date` header, the server's clock.
-    pub(in crate::remote::backend) date: Option<String>,
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "HTTP {}", self.status)?;
-        if let Some(code) = &self.code {
-            write!(f, " {}", printable::quote(code))?;
-        }
-        if let Some(message) = &self.message {
-            write!(f, ": {}", printable::quote(message))?;
-        }
-        Ok(())
-    }
-}
-
-impl std::error::Error for Refusal {}
 
 /// Request extension that adds this time to the timeout, for requests that take the server long.
 #[derive(Debug, Clone, Copy)]

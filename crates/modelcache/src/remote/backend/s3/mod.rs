@@ -7,17 +7,18 @@ mod http_client;
 mod policy;
 mod profile;
 mod raw_client;
+mod refusal;
 mod settings;
 mod uploads;
 mod xml;
 
-pub(super) use http_client::Refusal;
 pub use policy::{Policy, Role};
+pub(super) use refusal::Refusal;
 pub(in crate::remote) use settings::Options;
 #[cfg(fuzzing)]
 pub(crate) use {http_client::fuzz as fuzz_listing, profile::fuzz as fuzz_profile};
 
-use super::{Backend, Copied, Copy, EndpointContext, StoredChecksums, Uploads, failure};
+use super::{Backend, Copied, Copy, EndpointContext, MultipartUploads, StoredChecksums, failure};
 use crate::config::RemoteConfig;
 use crate::doctor::{Check, Clock};
 use crate::error::{Error, Result, Tier};
@@ -172,7 +173,7 @@ impl Backend for S3Backend {
         }
     }
 
-    fn uploads(&self) -> Option<&dyn Uploads> {
+    fn uploads(&self) -> Option<&dyn MultipartUploads> {
         Some(self)
     }
 

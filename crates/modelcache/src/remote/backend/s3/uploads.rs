@@ -4,7 +4,7 @@
 
 use super::{S3Backend, xml};
 use crate::digest::Digest;
-use crate::remote::backend::{Backend as _, UnfinishedUpload, Uploads};
+use crate::remote::backend::{Backend as _, MultipartUploads, UnfinishedUpload};
 use async_trait::async_trait;
 use bytes::Bytes;
 use object_store::multipart::{MultipartStore as _, PartId};
@@ -15,7 +15,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 const PAGES_MAX: usize = 10;
 
 #[async_trait]
-impl Uploads for S3Backend {
+impl MultipartUploads for S3Backend {
     async fn create(&self, key: &Path) -> object_store::Result<String> {
         self.s3.create_multipart(key).await
     }
