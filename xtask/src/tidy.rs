@@ -2,7 +2,7 @@
 //!
 //! Rust modules start with a header. No code is left unfinished. No file names a path of the development machine, or a
 //! package mirror that only this machine reaches. Below the root of a cache directory, only one module calls the
-//! filesystem by path.
+//! filesystem by path. Imports of the library point down its layers.
 
 use crate::repository::root;
 use anyhow::{Context, Result, ensure};
@@ -40,6 +40,26 @@ fn tracked() -> Result<Vec<String>> {
 struct Rules {
     lines: Vec<(Regex, &'static str)>,
     filesystem_call: Regex,
+    import: Regex,
+}
+
+/// The layers of the library, from the top down. A module imports only from its own layer and from those below.
+const LAYERS: [&[&str]; 7] = [
+    &["cache", "doctor"],
+    &["origin"],
+    &["remote"],
+    &["transfer"],
+    &["disk"],
+    &["check", "config", "credentials", "metrics", "progress", "rate_limiter", "runtime", "settings"],
+    &[
+        "digest", "error", "finding", "format", "human", "key", "ladder", "limits", "manifest", "printable", "redact",
+        "reference", "selection", "sidecar", "source",
+    ],
+];
+
+/// Returns the layer of a module of the library; 0 is the top.
+fn layer(module: &str) -> Option<usize> {
+    LAYERS.iter().position(|modules| modules.contains(&module))
 }
 
 /// Folders with code that works on the files of a cache directory.
@@ -74,7 +94,16 @@ impl Rules {
             "|open|mkdir|unlink|link|stat|lstat|chmod|utimens|access|mknod)",
             "|OpenOptions::|File::(open|create|options)|[.](exists|canonicalize|read_dir)[(][)]|full[(][)][.])"
         ))?;
-        Ok(Self { lines: lines.into_iter().map(compile).collect::<Result<_>>()?, filesystem_call })
+        let import = Regex::new("crate::([a-z_]+)")?;
+        Ok(Self { lines: lines.into_iter().map(compile).collect::<Result<_>>()?, filesystem_call, import })
+    }
+
+    /// Returns the module that a line imports from a higher layer.
+    fn upward_import<'l>(&self, path: &str, line: &'l str) -> Option<&'l str> {
+        let own = path.strip_prefix("crates/modelcache/src/")?.split('/').next()?.trim_end_matches(".rs");
+        let own = layer(own).filter(|_| !line.trim_start().starts_with("//"))?;
+        let names = self.import.captures_iter(line).filter_map(|found| found.get(1));
+        names.map(|name| name.as_str()).find(|name| layer(name).is_some_and(|other| other < own))
     }
 
     /// Returns true if a line calls the filesystem by a path although only `rooted.rs` may.
@@ -105,6 +134,9 @@ impl Rules {
                     line.trim()
                 ));
             }
+            if let Some(module) = self.upward_import(path, line).filter(|_| !is_test) {
+                breaches.push(format!(":{number}: imports {module}, which is in a higher layer"));
+            }
             above = line;
             for (rule, why) in &self.lines {
                 if rule.is_match(line) {
@@ -125,6 +157,15 @@ mod tests {
 
     fn breaches(path: &str, text: &str) -> usize {
         Rules::new().expect("patterns").breaches(path, text).len()
+    }
+
+    #[test]
+    fn imports_point_down() {
+        let line = "//! M.\nuse crate::cache::Cache;\n";
+        assert_eq!(breaches("crates/modelcache/src/disk/mod.rs", line), 1);
+        assert_eq!(breaches("crates/modelcache/src/doctor/mod.rs", line), 0);
+        assert_eq!(breaches("crates/modelcache/src/cache/get.rs", "//! M.\nuse crate::disk::Disk;\n"), 0);
+        assert_eq!(breaches("crates/modelcache/src/key.rs", "//! M.\n// see crate::cache\n"), 0);
     }
 
     #[test]

@@ -5,17 +5,16 @@
 //! verified before the copy; readers check digests. Every failure in this module falls back to an upload.
 
 use super::Folder;
-use super::backend::s3::copy;
+use super::backend::{Copied, Copy};
 use super::publish::{LOOKS_IN_FLIGHT, same_object};
 use super::store::Store;
 use crate::digest::Digest;
-use crate::error::Result;
+use crate::error::{Error, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
 use crate::manifest::{FileEntry, Manifest, ObjectIdentity};
 use futures::StreamExt;
 use object_store::path::Path;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Smallest file that is deduplicated, in bytes. A smaller one is uploaded as fast as a source is found.
@@ -137,7 +136,7 @@ pub(super) async fn try_copy(
     dedup_source: &DedupSource,
     path: &FilePath,
     target: &Path,
-    staging: Option<PathBuf>,
+    staging: &Path,
 ) -> Option<ObjectIdentity> {
     let copy = async {
         // The source must still be the object that its manifest records.
@@ -145,7 +144,16 @@ pub(super) async fn try_copy(
             Some(now) if same_object(&dedup_source.recorded, &now) => {}
             _ => return Ok(None),
         }
-        copy::copy(store, &dedup_source.object, &dedup_source.recorded, target, staging).await
+        let recorded = &dedup_source.recorded;
+        let copy = Copy { from: &dedup_source.object, recorded, to: target, staging };
+        let Copied::Done(etag) = store.backend().copy(store, &copy).await? else { return Ok(None) };
+        // Check the result: the target must have the size of the source and the ETag that the copy reported.
+        match store.head(target).await? {
+            Some(now) if now.object_bytes == recorded.object_bytes && (etag.is_none() || now.etag == etag) => {
+                Ok(Some(now))
+            }
+            _ => Err(Error::unavailable(format!("the copy {target} differs from its source")).tier(Tier::Remote)),
+        }
     };
     match copy.await {
         Ok(copied) => copied,

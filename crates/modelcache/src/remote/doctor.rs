@@ -4,27 +4,21 @@
 //! have. The object is removed afterwards, also if the checks fail or are cancelled.
 
 use super::Remote;
-use super::backend::s3::credentials::CredentialSource;
-use super::backend::s3::http_client::Connector;
-use super::backend::s3::profile::Profiles;
-use super::backend::s3::settings::{RemoteLocation, S3Settings};
 use super::store::{Condition, Store, Written};
 use crate::config::{Config, RemoteConfig, RetryConfig};
 use crate::doctor::{Area, Check, Clock, DoctorOptions, in_time};
 use crate::error::{Error, ErrorKind, Result};
 use crate::transfer::Retry;
 use bytes::Bytes;
-use object_store::aws::AmazonS3ConfigKey;
 use object_store::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 /// Folder of the probe object, below the remote's prefix.
 const FOLDER: &str = ".modelcache-doctor";
 /// Short retries and timeouts, because a user waits for the report.
-const RETRY: RetryConfig = RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(5) };
-/// Credentials with less time left than this give a warning.
-const ENDS_SOON: Duration = Duration::from_secs(900);
+pub(super) const RETRY: RetryConfig =
+    RetryConfig { deadline: Duration::from_secs(3), read_timeout: Duration::from_secs(5) };
 /// Content of the probe object.
 const CONTENT: &[u8] = b"written by `modelcache doctor` to test permissions; safe to remove\n";
 
@@ -48,29 +42,8 @@ async fn run_checks(
 ) -> Result<()> {
     let remote = Remote::open(config, Retry::new(RETRY))?;
     let store = remote.store().await?;
-    match &remote.0.place {
-        RemoteLocation::Folder(folder) => {
-            checks.push(Check::ok(Area::Remote, format!("the folder {}", folder.display())));
-            if !folder.is_dir() {
-                let says = format!("{} does not exist; the first put makes it", folder.display());
-                let fix = "check whether a mount is missing; otherwise no action is needed";
-                checks.push(Check::warning(Area::Remote, says, fix));
-                return Ok(());
-            }
-        }
-        RemoteLocation::Bucket { .. } => {
-            let (settings, connector) = settings(&remote).await?;
-            checks.push(Check::ok(Area::Remote, place(&remote, &settings)));
-            query_clock(&settings, &connector, clock).await;
-            match credentials(&remote, store).await {
-                Ok(check) => checks.push(check),
-                Err(error) => {
-                    // Without credentials every further request fails.
-                    checks.push(Check::problem(Area::Credentials, &error));
-                    return Ok(());
-                }
-            }
-        }
+    if !store.backend().examine(config, clock, checks).await? {
+        return Ok(());
     }
     let listed = rights_to_read(store, checks).await?;
     let written = if options.read_only {
@@ -85,71 +58,6 @@ async fn run_checks(
         return Err(error.hint("`modelcache doctor --iam-policy writer` (or reader) prints the required permissions"));
     }
     Ok(())
-}
-
-/// Returns the settings that the store uses, and an HTTP client with the same settings.
-async fn settings(remote: &Remote) -> Result<(S3Settings, Connector)> {
-    let inner = remote.0.clone();
-    let gathered = tokio::task::spawn_blocking(move || {
-        let environment = &inner.config.environment;
-        let settings = S3Settings::gather(&inner.options, environment, &Profiles::load(environment))?;
-        let connector = Connector::new(&settings, &inner.options, RETRY.read_timeout)?;
-        Ok((settings, connector))
-    });
-    gathered
-        .await
-        .map_err(|cause| Error::new(ErrorKind::Other, "reading the S3 settings was cut short").cause(cause))?
-}
-
-/// Returns one line that describes address, region and options of the bucket.
-fn place(remote: &Remote, settings: &S3Settings) -> String {
-    let style = if settings.path_style { "path style" } else { "virtual-hosted style" };
-    let mut text = format!("{} at {}, region {}, {style}", remote.url(), settings.endpoint_url(), settings.region);
-    let option = |key: AmazonS3ConfigKey| remote.0.options.passed_on.iter().find(|(name, _)| *name == key);
-    let encrypts =
-        remote.0.config.options.iter().find(|(name, _)| name.ends_with("sse") || name.contains("encryption"));
-    if let Some((_, how)) = encrypts {
-        text.push_str(&format!(", encryption {how}"));
-    }
-    if option(AmazonS3ConfigKey::RequestPayer).is_some() {
-        text.push_str(", requester pays");
-    }
-    text
-}
-
-/// Compares the local clock with the endpoint's `Date` header, which a refusal has, too. Ignores connection errors,
-/// because the other checks report them.
-async fn query_clock(settings: &S3Settings, connector: &Connector, clock: &Clock) {
-    let endpoint = settings.endpoint_url();
-    let request = connector.client().get(&endpoint).timeout(RETRY.read_timeout);
-    if let Ok(answer) = request.send().await {
-        let date = answer.headers().get("date").and_then(|value| value.to_str().ok());
-        clock.learn(&endpoint, date);
-    }
-}
-
-/// Reports the provider of the credential chain that is used.
-async fn credentials(remote: &Remote, store: &Store) -> Result<Check> {
-    let skips = |(key, value): &(AmazonS3ConfigKey, crate::config::Secret)| {
-        *key == AmazonS3ConfigKey::SkipSignature && !matches!(value.expose(), "false" | "0")
-    };
-    let chain = store.credentials().filter(|_| !remote.0.options.passed_on.iter().any(skips));
-    let Some(chain) = chain else {
-        return Ok(Check::ok(Area::Credentials, "requests are not signed (skip_signature)"));
-    };
-    let CredentialSource { place, key_begins, ends } = in_time(chain.credential_source()).await?;
-    let mut says = format!("from {place}; the key's id begins with {key_begins}");
-    let left = ends.map(|ends| ends.duration_since(SystemTime::now()).unwrap_or_default());
-    if let Some(left) = left {
-        says.push_str(&format!("; they expire in {} min", left.as_secs() / 60));
-    }
-    Ok(match left {
-        Some(left) if left < ENDS_SOON => {
-            let fix = "no action is needed if they are renewed automatically; else log in again (`aws sso login`)";
-            Check::warning(Area::Credentials, says, fix)
-        }
-        _ => Check::ok(Area::Credentials, says),
-    })
 }
 
 /// Checks that the bucket exists in the configured region. Returns true if listing is permitted.
@@ -277,9 +185,7 @@ impl Drop for ProbeObject {
 /// Removes the object and, if the remote is a folder, the folder that was created for it.
 async fn remove(store: &Store, key: &Path) -> Result<()> {
     let removed = store.delete(key).await;
-    if let Some(folder) = store.file(key).as_deref().and_then(std::path::Path::parent) {
-        // Fails if another `doctor` is running, which then removes the folder.
-        let _ = std::fs::remove_dir(folder);
-    }
+    // Fails if another `doctor` is running, which then removes the folder.
+    store.backend().remove_empty_folders(&store.key(FOLDER)?, 0).await;
     removed
 }

@@ -6,12 +6,11 @@
 use super::claim::{self, Claim, ListedFiles};
 use super::publish::{LOOKS_IN_FLIGHT, sidecar_of};
 use super::store::Store;
-use super::{Folder, Remote, orphaned_uploads, upload};
+use super::{Folder, Remote, orphaned_uploads};
 use crate::error::{ErrorKind, Result};
 use crate::key::ArtifactKey;
 use crate::manifest::Manifest;
 use futures::{StreamExt, TryStreamExt};
-use std::path::Path;
 use std::sync::Arc;
 
 /// Returns the files of `manifest` that are on the remote, and their sidecars.
@@ -75,9 +74,8 @@ async fn under_claim(remote: &Remote, store: &Arc<Store>, folder: &Folder, liste
         tracing::warn!(artifact = %folder.key, %error, "evicted, but the claim could not be removed; it expires by itself");
     }
     // Step 5: in a remote that is a folder, remove folders that are empty now.
-    if let Some(root) = store.folder() {
-        let (root, version) = (root.to_path_buf(), root.join(&folder.base));
-        let _ = tokio::task::spawn_blocking(move || remove_empty(&version, &root)).await;
+    if let Ok(version) = store.key(&folder.base) {
+        store.backend().remove_empty_folders(&version, usize::MAX).await;
     }
     Ok(done)
 }
@@ -98,9 +96,7 @@ pub(super) async fn remove(store: &Arc<Store>, folder: &Folder, listed: ListedFi
     // The manifest is the commit point: without it readers see no artifact, however many objects are left.
     store.delete(&folder.manifest(store)?).await?;
     remove_objects(store, folder, &listed).await?;
-    if let Some(staging) = store.file(&folder.own(store, "")?) {
-        let _ = tokio::task::spawn_blocking(move || upload::sweep_unfinished(&staging)).await;
-    }
+    store.backend().sweep_unfinished(&folder.own(store, "")?).await;
     Ok(())
 }
 
@@ -109,23 +105,4 @@ pub(super) async fn remove_objects(store: &Arc<Store>, folder: &Folder, listed: 
     let removals = listed.keys().map(|path| async move { store.delete(&folder.object(store, path)?).await });
     let removals: Vec<_> = removals.collect();
     futures::stream::iter(removals).buffer_unordered(LOOKS_IN_FLIGHT).try_collect().await
-}
-
-/// Removes the empty folders of a version and the empty folders above it, up to `root`, which stays.
-fn remove_empty(version: &Path, root: &Path) {
-    fn below(folder: &Path) {
-        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                below(&entry.path());
-            }
-        }
-        // Fails for a folder that is not empty, which stays.
-        let _ = std::fs::remove_dir(folder);
-    }
-    below(version);
-    for folder in version.ancestors().skip(1).take_while(|folder| *folder != root && folder.starts_with(root)) {
-        if std::fs::remove_dir(folder).is_err() {
-            break;
-        }
-    }
 }

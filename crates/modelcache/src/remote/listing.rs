@@ -8,8 +8,7 @@
 //! markers.
 
 use super::MANIFEST;
-use super::backend::failure;
-use super::backend::s3::http_client::LeftOut;
+use super::backend::{LeftOut, WalkedFiles};
 use super::store::{self, Store};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result, Tier};
@@ -18,7 +17,7 @@ use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity, Shape};
 use sha2::Digest as _;
 use std::collections::{BTreeMap, HashSet};
-use std::{fmt, io};
+use std::fmt;
 
 /// Most skipped keys that are kept for a message.
 const OMITTED_SHOWN: usize = 8;
@@ -168,7 +167,7 @@ impl Listing {
 /// warning names the permission.
 pub(super) async fn look_up(store: &Store, address: &Address) -> Result<AddressLookup> {
     let single = async {
-        if address.folder || address.base.is_empty() || is_outside_root(store, address).await {
+        if address.folder || address.base.is_empty() || store.backend().leads_outside(&address.base).await {
             return Ok(None);
         }
         store.head(&store.key(&address.base)?).await
@@ -190,8 +189,8 @@ pub(super) async fn look_up(store: &Store, address: &Address) -> Result<AddressL
 }
 
 async fn below(store: &Store, address: &Address) -> Result<AddressLookup> {
-    match store.folder() {
-        Some(_) => below_folder(store, address).await,
+    match store.backend().walk(&address.base).await? {
+        Some(walked) => below_folder(store, address, walked).await,
         None => below_prefix(store, address).await,
     }
 }
@@ -230,7 +229,7 @@ async fn below_prefix(store: &Store, address: &Address) -> Result<AddressLookup>
             }
             listing.add(store, path, store::identity(&object))?;
         }
-        // Keys that `http_client.rs` removed from the page.
+        // Keys that the backend removed from the page.
         let odd = page.extensions.get::<LeftOut>().map(|LeftOut(keys)| keys.as_slice()).unwrap_or_default();
         odd.iter().filter_map(|key| key.strip_prefix(&prefix)).for_each(|key| listing.left_out.add(key.to_owned()));
         listing.check_size().map(|()| true)
@@ -246,37 +245,9 @@ async fn below_prefix(store: &Store, address: &Address) -> Result<AddressLookup>
     Ok(if listing.objects.is_empty() { AddressLookup::Nothing } else { AddressLookup::UnmanagedObjects(listing) })
 }
 
-/// Returns true if the address is a symbolic link to a place outside the remote's folder. Such links are not followed.
-/// Otherwise a user with write access to a shared folder could use another user's process to read files that they have
-/// no permission to read.
-async fn is_outside_root(store: &Store, address: &Address) -> bool {
-    let Some(root) = store.folder().map(std::path::Path::to_owned) else { return false };
-    let place = root.join(&address.base);
-    // A path that does not exist is not outside; the lookup finds nothing there.
-    let is_outside_root = move || match (root.canonicalize(), place.canonicalize()) {
-        (Ok(root), Ok(place)) => !place.starts_with(root),
-        _ => false,
-    };
-    tokio::task::spawn_blocking(is_outside_root).await.unwrap_or(true)
-}
-
-/// Lists the files below an address of a remote that is a folder. Follows symbolic links inside the remote's folder.
-async fn below_folder(store: &Store, address: &Address) -> Result<AddressLookup> {
-    let Some(root) = store.folder() else { return Ok(AddressLookup::Nothing) };
-    if is_outside_root(store, address).await {
-        tracing::warn!(place = address.base, "a link leads out of the remote's folder; its target is skipped");
-        return Ok(AddressLookup::Nothing);
-    }
-    let (root, folder) = (root.to_owned(), root.join(&address.base));
-    let walked = tokio::task::spawn_blocking(move || walk(&root, &folder)).await;
-    let cut_short = |cause| Error::new(ErrorKind::Other, "listing the remote was cut short").cause(cause);
-    let (mut paths, left_out) = match walked.map_err(cut_short)? {
-        Ok(walked) => walked,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-            return Ok(AddressLookup::Nothing);
-        }
-        Err(error) => return Err(failure::from_io(&error, &format!("cannot list {:?}", address.base), store.at())),
-    };
+/// Returns the result of a lookup from the files that were found below the address.
+async fn below_folder(store: &Store, address: &Address, walked: WalkedFiles) -> Result<AddressLookup> {
+    let WalkedFiles { mut paths, left_out } = walked;
     paths.retain(|path| !is_ref(path));
     if let Some(ours) = paths.iter().find_map(|path| own_record(address, path)) {
         return Ok(ours);
@@ -295,36 +266,6 @@ async fn below_folder(store: &Store, address: &Address) -> Result<AddressLookup>
     }
     let listing = listing.without_folders();
     Ok(if listing.objects.is_empty() { AddressLookup::Nothing } else { AddressLookup::UnmanagedObjects(listing) })
-}
-
-/// Returns the paths of all files below `top`, and of all other entries: names that are not UTF-8, pipes and other
-/// special files, and links to targets outside `root`.
-fn walk(root: &std::path::Path, top: &std::path::Path) -> io::Result<(Vec<String>, Vec<String>)> {
-    let (mut paths, mut left_out) = (Vec::new(), Vec::new());
-    let root = root.canonicalize()?;
-    // Each entry: folder, path below `top`, real paths of the folders above it to detect cycles of links.
-    let mut folders = vec![(top.to_owned(), String::new(), Vec::new())];
-    while let Some((folder, inside, mut above)) = folders.pop() {
-        above.push(folder.canonicalize()?);
-        for entry in std::fs::read_dir(&folder)? {
-            let path = entry?.path();
-            let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
-                left_out.push(path.strip_prefix(top).unwrap_or(&path).to_string_lossy().into_owned());
-                continue;
-            };
-            let inside = if inside.is_empty() { name.to_owned() } else { format!("{inside}/{name}") };
-            // A dangling link is ignored.
-            let (Ok(metadata), Ok(real)) = (path.metadata(), path.canonicalize()) else { continue };
-            match () {
-                () if !real.starts_with(&root) => left_out.push(inside),
-                () if metadata.is_file() => paths.push(inside),
-                () if !metadata.is_dir() => left_out.push(inside),
-                () if !above.contains(&real) => folders.push((path, inside, above.clone())),
-                () => {}
-            }
-        }
-    }
-    Ok((paths, left_out))
 }
 
 /// Returns the manifest published at `address`, or `None`. Does not compare the key in the manifest with the address.

@@ -1,8 +1,8 @@
 //! The remote tier: an S3 bucket, or a local folder with the same layout.
 //!
 //! [`Remote`] states the contract, `Folder` the layout of the objects. The protocols are in `publish.rs`, `claim.rs`,
-//! `evict.rs` and `refs.rs`; `unmanaged.rs` reads objects that another tool uploaded. `store.rs` is the layer over
-//! `object_store` that all of them use.
+//! `evict.rs` and `refs.rs`; `unmanaged.rs` reads objects that another tool uploaded. All of them use `store.rs`, which
+//! retries and translates errors. Below it, `backend/` keeps the objects in a bucket or in a folder.
 
 mod backend;
 mod claim;
@@ -26,7 +26,7 @@ mod upload;
 mod verify;
 
 pub use crate::disk::LocalFile;
-pub use backend::s3::policy::{Policy, Role};
+pub use backend::{Policy, Role};
 pub(crate) use doctor::examine;
 pub(crate) use listing::Address;
 pub(crate) use multipart::Multipart;
@@ -39,8 +39,9 @@ pub(crate) use unmanaged::{AddressContents, REMEDY, UnmanagedObjects, some, unst
 
 #[cfg(fuzzing)]
 pub(crate) use {
-    backend::s3::http_client::fuzz as fuzz_listing, backend::s3::profile::fuzz as fuzz_profile,
-    claim::fuzz as fuzz_claim, refs::fuzz as fuzz_ref,
+    backend::{fuzz_listing, fuzz_profile},
+    claim::fuzz as fuzz_claim,
+    refs::fuzz as fuzz_ref,
 };
 
 use crate::config::RemoteConfig;
@@ -51,7 +52,7 @@ use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity};
 use crate::progress::Progress;
 use crate::transfer::{RateLimiter, Retry};
-use backend::s3::settings::{Options, RemoteLocation};
+use backend::{Options, RemoteLocation};
 use object_store::path::Path;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -13,8 +13,7 @@ use crate::progress::Progress;
 use crate::runtime::address_space_left;
 use crate::transfer::spawn_cleanup;
 use bytes::{Bytes, BytesMut};
-use object_store::aws::AmazonS3;
-use object_store::multipart::{MultipartStore, PartId};
+use object_store::multipart::PartId;
 use object_store::path::Path;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -116,7 +115,6 @@ enum PartState {
 /// A multipart upload in progress.
 pub(crate) struct Multipart {
     store: Arc<Store>,
-    s3: AmazonS3,
     key: Path,
     id: String,
     size: u64,
@@ -128,12 +126,12 @@ pub(crate) struct Multipart {
 }
 
 impl Multipart {
-    /// Creates a multipart upload of `size` bytes to `key` of a bucket.
+    /// Creates a multipart upload of `size` bytes to `key`.
     pub(super) async fn begin(store: &Arc<Store>, memory: &UploadMemory, key: &Path, size: u64) -> Result<Self> {
         let doing = format!("cannot begin to write {key}");
-        let s3 = store.bucket().ok_or_else(|| Error::new(ErrorKind::Other, "the remote is no bucket"))?;
+        let uploads = store.uploads()?;
         let begin = || async {
-            match s3.create_multipart(key).await {
+            match uploads.create(key).await {
                 Ok(id) => Ok(id),
                 Err(error) => Err(store.failed_write(error, &doing).await),
             }
@@ -142,7 +140,6 @@ impl Multipart {
         let part_bytes = part_bytes(size);
         Ok(Self {
             store: store.clone(),
-            s3: s3.clone(),
             key: key.clone(),
             guard: AbortGuard::new(store.clone(), key.clone(), id.clone()),
             id,
@@ -181,7 +178,14 @@ impl Multipart {
         let permit = self.memory.reserve(bytes).await?;
         let mut buffer = self.memory.spares.take();
         buffer.resize(usize::try_from(bytes).unwrap_or_default(), 0);
-        Ok(PartMemory { index, start, buffer, wants_digest: self.store.signs_digests(), sha256: None, permit })
+        Ok(PartMemory {
+            index,
+            start,
+            buffer,
+            wants_digest: self.store.uploads()?.signs_digests(),
+            sha256: None,
+            permit,
+        })
     }
 
     /// Starts to upload a part in the background, and collects the results of earlier parts. `progress` counts the
@@ -194,11 +198,11 @@ impl Multipart {
             self.record_uploaded(ended)?;
         }
         let PartMemory { index, buffer, sha256, permit, .. } = part;
-        let (store, s3, key, id) = (self.store.clone(), self.s3.clone(), self.key.clone(), self.id.clone());
+        let (store, key, id) = (self.store.clone(), self.key.clone(), self.id.clone());
         self.sent[index] = PartState::InFlight;
         let (bytes, spares, progress) = (buffer.freeze(), self.memory.spares.clone(), progress.cloned());
         self.sending.spawn(async move {
-            let part = send_part(&store, &s3, &key, &id, index, bytes.clone(), sha256).await?;
+            let part = send_part(&store, &key, &id, index, bytes.clone(), sha256).await?;
             progress.inspect(|progress| progress.done(bytes.len() as u64));
             // Return the buffer before the permit: the next part then reuses it instead of allocating.
             spares.put(bytes);
@@ -257,12 +261,13 @@ impl Multipart {
         };
         let parts: Option<Vec<_>> = std::mem::take(&mut self.sent).into_iter().map(part).collect();
         let parts = parts.ok_or_else(|| Error::new(ErrorKind::Other, "a part was not sent"))?;
+        let uploads = self.store.uploads()?;
         // A failed attempt may have completed the upload without an answer. A later attempt then gets 404 for the
         // upload id, and the object is checked below.
         let was_tried = AtomicBool::new(false);
         let put = || async {
-            match self.s3.complete_multipart(key, id, parts.clone()).await {
-                Ok(put) => Ok(Some(put.e_tag)),
+            match uploads.complete(key, id, parts.clone()).await {
+                Ok(etag) => Ok(Some(etag)),
                 Err(error) => match self.store.failed_write(error, &doing).await {
                     error if error.kind() == ErrorKind::NotFound && was_tried.load(Ordering::Relaxed) => Ok(None),
                     error => {
@@ -296,7 +301,6 @@ pub(super) fn part_bytes(size: u64) -> u64 {
 
 async fn send_part(
     store: &Store,
-    s3: &AmazonS3,
     key: &Path,
     id: &str,
     index: usize,
@@ -304,14 +308,9 @@ async fn send_part(
     sha256: Option<Digest>,
 ) -> Result<PartId> {
     let doing = format!("cannot write part {} of {key}", index + 1);
-    let id = id.to_owned();
+    let uploads = store.uploads()?;
     let send = || async {
-        let sent = match (sha256, store.copier()) {
-            // The digest is known. `object_store` would compute it again to sign the request.
-            (Some(sha256), Some(copier)) => copier.client().put_part(key, &id, index, bytes.clone(), sha256).await,
-            _ => s3.put_part(key, &id, index, bytes.clone().into()).await,
-        };
-        match sent {
+        match uploads.put_part(key, id, index, bytes.clone(), sha256).await {
             Ok(part) => Ok(part),
             Err(error) => Err(store.failed_write(error, &doing).await),
         }
@@ -358,8 +357,8 @@ impl Drop for AbortGuard {
 
 /// Aborts an upload, which may be gone already. Returns true if the store confirmed that it is gone.
 pub(super) async fn abort(store: &Store, key: &Path, id: &str) -> bool {
-    let Some(s3) = store.bucket() else { return true };
-    let Err(error) = s3.abort_multipart(key, &id.to_owned()).await else { return true };
+    let Some(uploads) = store.backend().uploads() else { return true };
+    let Err(error) = uploads.abort(key, id).await else { return true };
     let error = store.failed(error, "cannot abort an upload").await;
     if error.kind() == ErrorKind::NotFound {
         return true;

@@ -7,7 +7,7 @@
 //! Listing uploads needs the permission `s3:ListBucketMultipartUploads`. Without it, or on a store that cannot list
 //! uploads, only the uploads listed in claims are aborted.
 
-use super::backend::s3::xml;
+use super::backend::UnfinishedUpload;
 use super::claim::{self, Claim, Uploads};
 use super::multipart::abort;
 use super::publish::LOOKS_IN_FLIGHT;
@@ -17,32 +17,21 @@ use crate::error::Result;
 use crate::key::OWN_FOLDER;
 use futures::StreamExt;
 use object_store::path::Path;
-use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 /// Age from which an upload counts as orphaned. A younger one may be in progress.
 const AGE_MIN: Duration = Duration::from_secs(24 * 3600);
-/// Most pages of a listing, of 1,000 uploads each.
-const PAGES_MAX: usize = 10;
 /// Most version folders checked in one sweep.
 const FOLDERS_MAX: usize = 64;
-
-/// An upload that was neither completed nor aborted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct OrphanedUpload {
-    key: String,
-    id: String,
-    begun_at: Option<SystemTime>,
-}
 
 /// If an expired claim was taken over, aborts the uploads of its writer. Must run before the new writer creates its own
 /// uploads, because all uploads in the version folder are aborted.
 pub(super) async fn abort_abandoned(store: &Arc<Store>, folder: &Folder, claim: &Claim) {
     // Nothing to do unless a claim was taken over.
     let Some(named) = &claim.abandoned_uploads else { return };
-    if store.bucket().is_none() {
+    if store.backend().uploads().is_none() {
         return;
     }
     let mut left = match named_keys(store, folder, named) {
@@ -86,7 +75,7 @@ pub(super) async fn sweep(remote: &Remote) -> Result<usize> {
     let store = remote.store().await?;
     let root = store.root().map(|root| format!("{root}/")).unwrap_or_default();
     // An upload without a readable time is kept.
-    let is_old = |upload: &OrphanedUpload| {
+    let is_old = |upload: &UnfinishedUpload| {
         let age = upload.begun_at.and_then(|begun_at| SystemTime::now().duration_since(begun_at).ok());
         age.is_some_and(|age| age > AGE_MIN)
     };
@@ -132,64 +121,10 @@ async fn is_idle_version(store: &Store, key: &Path, known: &mut BTreeMap<String,
     Ok(false)
 }
 
-/// Returns the uploads to keys with this `prefix`, or none if they cannot be listed.
-async fn list(store: &Store, prefix: &str) -> Vec<OrphanedUpload> {
-    let Some(raw_client) = store.raw_client() else { return Vec::new() };
-    let (mut uploads, mut after) = (Vec::new(), String::new());
-    for _ in 0..PAGES_MAX {
-        let query = format!("uploads=&prefix={}{after}", encoded(prefix));
-        let page = match raw_client.get(&query).await {
-            Ok(page) => page,
-            Err(error) => {
-                let error = store.failed(error, "cannot list multipart uploads").await;
-                tracing::debug!(%error, "skipping the search for orphaned multipart uploads");
-                break;
-            }
-        };
-        // Some stores ignore the prefix.
-        uploads.extend(uploads_in(&page).into_iter().filter(|upload| upload.key.starts_with(prefix)));
-        match (xml::text(&page, "NextKeyMarker"), xml::text(&page, "NextUploadIdMarker")) {
-            (Some(key), id) if xml::text(&page, "IsTruncated").as_deref() == Some("true") => {
-                let id = id.map(|id| format!("&upload-id-marker={}", encoded(&id))).unwrap_or_default();
-                let next = format!("&key-marker={}{id}", encoded(&key));
-                // A store that ignores the markers would return the same page forever.
-                if next == after {
-                    break;
-                }
-                after = next;
-            }
-            _ => break,
-        }
-    }
-    uploads
-}
-
-fn encoded(text: &str) -> String {
-    utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
-}
-
-/// Parses a `ListMultipartUploadsResult`. Entries without key or id are skipped.
-fn uploads_in(page: &str) -> Vec<OrphanedUpload> {
-    let upload = |row: &str| {
-        let begun_at = xml::text(row, "Initiated").and_then(|time| humantime::parse_rfc3339(&time).ok());
-        Some(OrphanedUpload { key: xml::text(row, "Key")?, id: xml::text(row, "UploadId")?, begun_at })
-    };
-    xml::elements(page, "Upload").filter_map(|at| upload(&page[at])).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_listing_of_uploads_is_parsed() {
-        let page = "<ListMultipartUploadsResult><Prefix>a</Prefix><NextKeyMarker></NextKeyMarker>\
-                    <Upload><Key>a/&amp;b</Key><UploadId>1</UploadId><Initiated>1970-01-02T00:00:00.000Z</Initiated>\
-                    </Upload><Upload><UploadId>2</UploadId></Upload><Upload><Key>c</Key><UploadId>3</UploadId>\
-                    <Initiated>soon</Initiated></Upload></ListMultipartUploadsResult>";
-        let day = SystemTime::UNIX_EPOCH + Duration::from_secs(24 * 3600);
-        let row = |key: &str, id: &str, begun_at| OrphanedUpload { key: key.into(), id: id.into(), begun_at };
-        assert_eq!(uploads_in(page), [row("a/&b", "1", Some(day)), row("c", "3", None)]);
-        assert_eq!(uploads_in("<Upload>"), []);
+/// Returns the unfinished uploads to keys with this `prefix`, or none if they cannot be listed.
+async fn list(store: &Store, prefix: &str) -> Vec<UnfinishedUpload> {
+    match store.backend().uploads() {
+        Some(uploads) => uploads.list(prefix).await,
+        None => Vec::new(),
     }
 }

@@ -94,7 +94,7 @@ async fn begin(
     let large = |(path, entry): &(&FilePath, &FileEntry)| paths.contains(*path) && entry.size > SINGLE_BYTES_MAX;
     let large: BTreeMap<_, _> = manifest.files.iter().filter(large).collect();
     let store = remote.store().await?;
-    if large.is_empty() || store.bucket().is_none() {
+    if large.is_empty() || store.backend().uploads().is_none() {
         return Ok(None);
     }
     let (folder, rewrite, progress) = (Folder::new(&manifest.key), BTreeSet::new(), Progress::new());

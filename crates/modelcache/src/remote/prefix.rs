@@ -3,7 +3,7 @@
 //! The listing serves as the manifest; a single object is an artifact of one file. Objects are read with `If-Match` and
 //! the listed ETag, so that an object replaced since the listing is detected.
 
-use super::backend::s3::settings::{Options, RemoteLocation};
+use super::backend::{Options, RemoteLocation};
 use super::store::{ReadBody, Store};
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};

@@ -13,7 +13,7 @@ use super::orphaned_uploads;
 use super::pending_publish::{Opened, PendingPublish, abort_all};
 use super::refs;
 use super::store::{Condition, Store, Written};
-use super::upload::{self, FILES_IN_FLIGHT, Upload, Uploader};
+use super::upload::{FILES_IN_FLIGHT, Upload, Uploader};
 use super::{Conditions, Folder, MANIFEST, PublishOptions, Published, Remote};
 use crate::digest::Digest;
 use crate::disk::LocalFile;
@@ -23,8 +23,8 @@ use crate::manifest::{Held, Manifest, ObjectIdentity};
 use crate::progress::Progress;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -353,11 +353,9 @@ impl PublishJob<'_> {
         checked: bool,
         uploaded: BTreeMap<FilePath, (Multipart, Digest)>,
     ) -> Result<Published> {
-        let staging = self.store.file(&self.folder.own(self.store, "")?);
-        // In a remote that is a folder, remove the temporary files of killed writers.
-        if let Some(staging) = staging.clone() {
-            let _ = tokio::task::spawn_blocking(move || upload::sweep_unfinished(&staging)).await;
-        }
+        // Remove the temporary objects of killed writers.
+        let staging = self.folder.own(self.store, "")?;
+        self.store.backend().sweep_unfinished(&staging).await;
         // Read the manifest again: the previous holder of the claim may have published.
         let base = match self.read_manifest().await? {
             RemoteManifest::Same(there) => Some(there),
@@ -409,7 +407,7 @@ impl PublishJob<'_> {
     async fn send(
         &self,
         claim: &mut Claim,
-        staging: Option<PathBuf>,
+        staging: Path,
         uploads: BTreeMap<FilePath, Upload>,
         missing: &BTreeSet<FilePath>,
         mut uploaded: BTreeMap<FilePath, (Multipart, Digest)>,
@@ -445,7 +443,7 @@ impl PublishJob<'_> {
             let dedup_source = dedup_sources.get(&upload.sha256).filter(|_| !self.rewrite.contains(&path));
             if let Some(dedup_source) = dedup_source
                 && let Some(identity) =
-                    dedup_source::try_copy(self.store, dedup_source, &path, &upload.object, staging.clone()).await
+                    dedup_source::try_copy(self.store, dedup_source, &path, &upload.object, staging).await
             {
                 self.progress.done(upload.size);
                 return Ok((path, SentObject { identity, is_copy: true }));

@@ -288,13 +288,8 @@ pub(super) async fn remove_tag(
         }
         None => return Ok(None),
     }
-    if let Some(refs) = store.file(&folder(store, name)?) {
-        // Remove the folders `refs` and `.modelcache` if they are empty. `remove_dir` fails for one that is not.
-        let _ = tokio::task::spawn_blocking(move || {
-            refs.ancestors().take(2).take_while(|folder| std::fs::remove_dir(folder).is_ok()).count()
-        })
-        .await;
-    }
+    // Remove the folders `refs` and `.modelcache` if they are empty.
+    store.backend().remove_empty_folders(&folder(store, name)?, 1).await;
     Ok(there)
 }
 

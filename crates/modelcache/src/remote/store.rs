@@ -1,4 +1,4 @@
-//! The storage layer over `object_store`: a bucket or a local folder, with retries and translated errors.
+//! The storage layer over a [`Backend`]: retries, translated errors, and absence as a value.
 //!
 //! Every operation is retried under the process's shared [`Retry`], except [`Store::read`], which the caller retries.
 //! `object_store`'s own retries are off, so that retries do not multiply. Absence is `None`. An unmet condition is the
@@ -7,66 +7,43 @@
 //! A create-only write may be refused because its own first attempt arrived without an answer. The caller must be able
 //! to recognise its own object.
 
-use super::backend::failure::{self, EndpointContext};
-use super::backend::s3::copy::Copier;
-use super::backend::s3::credentials::Credentials;
-use super::backend::s3::http_client::{Connector, LeftOut};
-use super::backend::s3::profile::Profiles;
-use super::backend::s3::raw_client::{self, RawClient};
-use super::backend::s3::settings::{Options, RemoteLocation, S3Settings};
+use super::backend::{
+    self, Backend, EndpointContext, LeftOut, MultipartUploads, Options, RemoteLocation, StoredChecksums,
+};
 use crate::config::RemoteConfig;
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::limits;
 use crate::manifest::ObjectIdentity;
-use crate::reference::is_bucket_name;
 use crate::transfer::{BodyLimits, Paging, Retry, StallDetector, read_body};
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
-use object_store::aws::{AmazonS3, AmazonS3Builder};
-use object_store::list::{PaginatedListOptions, PaginatedListResult, PaginatedListStore as _};
-use object_store::local::LocalFileSystem;
+use object_store::list::PaginatedListResult;
 use object_store::path::Path;
 use object_store::{
-    GetOptions, GetRange, GetResultPayload, ListResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
-    UpdateVersion,
+    GetOptions, GetRange, GetResultPayload, ListResult, ObjectMeta, ObjectStoreExt, PutMode, PutOptions, UpdateVersion,
 };
-use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Longest key, in bytes (<https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html>).
-const KEY_BYTES_MAX: usize = 1024;
 /// Size of one read of a local file, in bytes.
 const FILE_CHUNK_BYTES: usize = 1024 * 1024;
 
 /// An opened bucket or folder.
 pub(super) struct Store {
-    objects: Arc<dyn ObjectStore>,
-    kind: Kind,
-    /// Prefix of every key; empty, or without slashes at its ends.
-    prefix: String,
-    /// Names of bucket, endpoint and region, for messages.
-    at: EndpointContext,
-    /// The bucket's region as reported by the server, if it differs from the region that requests are signed for.
-    reported_region: Mutex<Option<String>>,
+    backend: Arc<dyn Backend>,
     retry: Retry,
     /// The first refusal of a write because of a missing permission.
     refusal: OnceLock<Error>,
 }
 
-enum Kind {
-    Bucket { s3: AmazonS3, credentials: Arc<Credentials>, raw_client: Option<Arc<RawClient>>, copier: Option<Copier> },
-    Folder { root: PathBuf },
-}
-
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Store").field("at", &self.at).field("prefix", &self.prefix).finish_non_exhaustive()
+        let (at, prefix) = (self.backend.at(), self.backend.prefix());
+        f.debug_struct("Store").field("at", at).field("prefix", &prefix).finish_non_exhaustive()
     }
 }
 
@@ -108,81 +85,24 @@ pub(super) enum ReadBody {
 impl Store {
     /// Sets up the clients without sending a request. Blocks while it reads AWS files and root certificates.
     pub(super) fn open(config: &RemoteConfig, place: &RemoteLocation, options: &Options, retry: Retry) -> Result<Self> {
-        match place {
-            RemoteLocation::Folder(folder) => Self::open_folder(folder, retry),
-            RemoteLocation::Bucket { bucket, prefix } => Self::open_bucket(config, bucket, prefix, options, retry),
-        }
+        Ok(Self::new(backend::open(config, place, options, retry.read_timeout())?, retry))
     }
 
-    fn open_folder(folder: &std::path::Path, retry: Retry) -> Result<Self> {
-        let unusable = || Error::invalid(format!("the remote's folder {folder:?} cannot be used")).tier(Tier::Remote);
-        let root = folder.to_path_buf();
-        let prefix = Path::from_absolute_path(folder).map_err(|cause| unusable().cause(cause))?.as_ref().to_owned();
-        let shown = folder.display().to_string();
-        Ok(Self {
-            objects: Arc::new(LocalFileSystem::new().with_fsync(true)),
-            kind: Kind::Folder { root },
-            prefix,
-            at: EndpointContext { container: shown.clone(), endpoint: shown, region: String::new() },
-            reported_region: Mutex::default(),
-            retry,
-            refusal: OnceLock::new(),
-        })
+    pub(super) fn new(backend: Arc<dyn Backend>, retry: Retry) -> Self {
+        Self { backend, retry, refusal: OnceLock::new() }
     }
 
-    fn open_bucket(config: &RemoteConfig, bucket: &str, prefix: &str, options: &Options, retry: Retry) -> Result<Self> {
-        if !is_bucket_name(bucket) {
-            return Err(Error::invalid("the address names no bucket").tier(Tier::Remote));
-        }
-        let profiles = Profiles::load(&config.environment);
-        let settings = S3Settings::gather(options, &config.environment, &profiles)?;
-        let connector = Connector::new(&settings, options, retry.read_timeout())?;
-        let credentials = Arc::new(Credentials::new(
-            &config.environment,
-            options,
-            profiles,
-            &settings.region,
-            connector.client().clone(),
-        ));
-        let raw_client = Arc::new(RawClient::new(bucket, &settings, options, &connector, &credentials));
-        let copier = Copier::new(&raw_client, options);
-        let raw_client = raw_client::supports_reads(options).then_some(raw_client);
-        let mut builder = AmazonS3Builder::new()
-            .with_bucket_name(bucket)
-            .with_region(&settings.region)
-            .with_virtual_hosted_style_request(!settings.path_style)
-            .with_allow_http(settings.allow_http)
-            .with_disable_bulk_delete(true)
-            .with_unsigned_payload(!settings.signs_payload(options))
-            .with_retry(object_store::RetryConfig { max_retries: 0, ..Default::default() })
-            .with_credentials(credentials.clone())
-            .with_http_connector(connector);
-        if let Some(endpoint) = &settings.endpoint {
-            // In virtual-hosted style, `object_store` uses the endpoint unchanged, so it must contain the bucket.
-            let virtual_host = || settings.bucket_url(bucket);
-            builder = builder.with_endpoint(if settings.path_style { endpoint.clone() } else { virtual_host() });
-        }
-        // Options of the user override the settings above.
-        for (key, value) in &options.passed_on {
-            builder = builder.with_config(*key, value.expose());
-        }
-        let s3 = builder.build().map_err(|error| {
-            // The text may contain the value of an option, so it is not part of the message.
-            tracing::debug!(%error, "the S3 client refused its options");
-            Error::invalid("the options of the remote are inconsistent")
-                .tier(Tier::Remote)
-                .hint("check [remote.options]")
-        })?;
-        let endpoint = settings.endpoint_url();
-        Ok(Self {
-            objects: Arc::new(s3.clone()),
-            kind: Kind::Bucket { s3, credentials, raw_client, copier },
-            prefix: prefix.to_owned(),
-            at: EndpointContext { container: bucket.to_owned(), endpoint, region: settings.region },
-            reported_region: Mutex::default(),
-            retry,
-            refusal: OnceLock::new(),
-        })
+    /// Returns the backend, for the operations that need neither retries nor translated errors.
+    pub(super) fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    /// Returns the multipart uploads.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Other`] if the backend has none.
+    pub(super) fn uploads(&self) -> Result<&dyn MultipartUploads> {
+        self.backend.uploads().ok_or_else(|| Error::new(ErrorKind::Other, "the remote has no multipart uploads"))
     }
 
     /// Returns the key of `relative`, a path below the remote's prefix.
@@ -190,77 +110,33 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::Invalid`] if the path cannot be a key of this store.
     pub(super) fn key(&self, relative: &str) -> Result<Path> {
-        let text = match self.prefix.as_str() {
+        let text = match self.backend.prefix() {
             "" => relative.to_owned(),
             prefix => format!("{prefix}/{relative}"),
         };
         let unusable = |why: String| {
             Error::invalid(format!("{relative:?} cannot be a key of the remote: {why}")).tier(Tier::Remote)
         };
-        if matches!(self.kind, Kind::Bucket { .. }) && text.len() > KEY_BYTES_MAX {
-            return Err(unusable(format!("{} bytes with the prefix; at most {KEY_BYTES_MAX}", text.len())));
-        }
         // `Path::parse` keeps the text unchanged. `Path::from` would escape characters such as `+` and `é`.
         let key = Path::parse(&text).map_err(|error| unusable(error.to_string()))?;
-        // `LocalFileSystem` writes to `name#1` before it renames to `name`, and hides such names in listings.
-        let numbered = |name: &str| {
-            name.split_once('#').is_some_and(|(_, n)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
-        };
-        if matches!(self.kind, Kind::Folder { .. }) && key.filename().is_some_and(numbered) {
-            return Err(unusable("in a folder, names that end in # and digits stand for uploads in progress".into()));
+        if let Some(reason) = self.backend.unusable_key(&key) {
+            return Err(unusable(reason));
         }
         Ok(key)
     }
 
     /// Returns the prefix of all keys, or `None` if it is empty.
     pub(super) fn root(&self) -> Option<Path> {
-        (!self.prefix.is_empty()).then(|| Path::parse(&self.prefix).ok()).flatten()
+        let prefix = self.backend.prefix();
+        (!prefix.is_empty()).then(|| Path::parse(prefix).ok()).flatten()
     }
 
     /// Returns `key` without the remote's prefix.
     pub(super) fn relative<'a>(&self, key: &'a Path) -> Option<&'a str> {
-        match self.prefix.as_str() {
+        match self.backend.prefix() {
             "" => Some(key.as_ref()),
             prefix => key.as_ref().strip_prefix(prefix)?.strip_prefix('/'),
         }
-    }
-
-    /// Returns the S3 client if the store is a bucket.
-    pub(super) fn bucket(&self) -> Option<&AmazonS3> {
-        match &self.kind {
-            Kind::Bucket { s3, .. } => Some(s3),
-            Kind::Folder { .. } => None,
-        }
-    }
-
-    /// Returns the credential chain if the store is a bucket.
-    pub(super) fn credentials(&self) -> Option<&Credentials> {
-        match &self.kind {
-            Kind::Bucket { credentials, .. } => Some(credentials),
-            Kind::Folder { .. } => None,
-        }
-    }
-
-    /// Returns the client for requests that `object_store` lacks, if the store is a bucket and its options allow it.
-    pub(super) fn raw_client(&self) -> Option<&RawClient> {
-        match &self.kind {
-            Kind::Bucket { raw_client, .. } => raw_client.as_deref(),
-            Kind::Folder { .. } => None,
-        }
-    }
-
-    /// Returns the client for server-side copies, if the store is a bucket and its options allow it.
-    pub(super) fn copier(&self) -> Option<&Copier> {
-        match &self.kind {
-            Kind::Bucket { copier, .. } => copier.as_ref(),
-            Kind::Folder { .. } => None,
-        }
-    }
-
-    /// Returns true if the requests of parts sign the part's digest, so that the caller should compute it while
-    /// reading.
-    pub(super) fn signs_digests(&self) -> bool {
-        self.copier().is_some_and(|copier| copier.client().signs_payload())
     }
 
     /// Returns the first refusal of a write because of a missing permission.
@@ -271,23 +147,7 @@ impl Store {
     /// Returns the bucket's region as reported by the server, if it differs from the region that requests are signed
     /// for.
     pub(super) fn reported_region(&self) -> Option<String> {
-        self.reported_region.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Returns the path of the file of object `key` if the store is a folder.
-    pub(super) fn file(&self, key: &Path) -> Option<PathBuf> {
-        match &self.kind {
-            Kind::Folder { root } => Some(root.join(self.relative(key)?)),
-            Kind::Bucket { .. } => None,
-        }
-    }
-
-    /// Returns the folder if the store is one.
-    pub(super) fn folder(&self) -> Option<&std::path::Path> {
-        match &self.kind {
-            Kind::Folder { root } => Some(root),
-            Kind::Bucket { .. } => None,
-        }
+        self.backend.reported_region()
     }
 
     /// Returns the retry policy.
@@ -297,40 +157,26 @@ impl Store {
 
     /// Returns the names of bucket, endpoint and region, for messages.
     pub(super) fn at(&self) -> &EndpointContext {
-        &self.at
+        self.backend.at()
     }
 
-    /// Translates an error of `object_store`. `doing` is the failed operation. Remembers a region that the server
-    /// reports and drops expired credentials.
+    /// Translates an error of `object_store`. `doing` is the failed operation.
     pub(super) async fn failed(&self, error: object_store::Error, doing: &str) -> Error {
-        let expired = failure::is_expired(&error);
-        let region = failure::refusal(&error).and_then(|refusal| refusal.region.clone());
-        if let Some(region) = region.filter(|region| *region != self.at.region) {
-            *self.reported_region.lock().unwrap_or_else(PoisonError::into_inner) = Some(region);
-        }
-        let error = failure::translate(error, doing, &self.at);
-        match &self.kind {
-            // A retry helps only if the credentials can be renewed.
-            Kind::Bucket { credentials, .. } if expired => error.transient(credentials.expired().await),
-            _ => error,
-        }
+        self.backend.explain(error, doing).await
     }
 
     /// Translates an error of a write as [`failed`](Self::failed) does. Remembers a refusal because of a missing
     /// permission, so that further writes are skipped.
     pub(super) async fn failed_write(&self, error: object_store::Error, doing: &str) -> Error {
-        let refused = failure::refuses_write(&error);
+        let refused = backend::refuses_write(&error);
         let error = self.failed(error, doing).await;
         if !refused {
             return error;
         }
-        let right = match &self.kind {
-            Kind::Bucket { .. } => format!("grant s3:PutObject on the bucket {:?}", self.at.container),
-            Kind::Folder { .. } => format!("check owner and mode of the folder {}", self.at.container),
-        };
-        let refusal = Error::new(ErrorKind::Unauthorized, error.message())
-            .tier(Tier::Remote)
-            .hint(format!("{right}, or make the remote read-only: MODEL_CACHE_REMOTE_MODE=ro"));
+        let refusal = Error::new(ErrorKind::Unauthorized, error.message()).tier(Tier::Remote).hint(format!(
+            "{}, or make the remote read-only: MODEL_CACHE_REMOTE_MODE=ro",
+            self.backend.write_permission_hint()
+        ));
         self.refusal.get_or_init(|| refusal.clone());
         refusal
     }
@@ -339,8 +185,8 @@ impl Store {
     pub(super) async fn present<T>(&self, answer: object_store::Result<T>, doing: &str) -> Result<Option<T>> {
         match answer {
             Ok(value) => Ok(Some(value)),
-            Err(error) if failure::is_ambiguous(&error) => {
-                warn_ambiguous(&self.at);
+            Err(error) if backend::is_ambiguous(&error) => {
+                warn_ambiguous(self.at());
                 Ok(None)
             }
             Err(error) => match self.failed(error, doing).await {
@@ -358,7 +204,9 @@ impl Store {
         let doing = format!("cannot read {key}");
         self.retry
             .run(|| async {
-                let Some(answer) = self.present(self.objects.get(key).await, &doing).await? else { return Ok(None) };
+                let Some(answer) = self.present(self.backend.objects().get(key).await, &doing).await? else {
+                    return Ok(None);
+                };
                 let identity = identity(&answer.meta);
                 let too_big = || Error::corrupt(format!("{key} has more than {bytes_max} bytes")).tier(Tier::Remote);
                 if identity.object_bytes > bytes_max {
@@ -383,7 +231,7 @@ impl Store {
         let doing = format!("cannot look at {key}");
         self.retry
             .run(|| async {
-                let answer = self.present(self.objects.head(key).await, &doing).await?;
+                let answer = self.present(self.backend.objects().head(key).await, &doing).await?;
                 Ok(answer.map(|meta| identity(&meta)))
             })
             .await
@@ -393,7 +241,7 @@ impl Store {
     /// if the object does not exist. Not retried.
     pub(super) async fn written_at_ms(&self, key: &Path) -> Result<Option<i64>> {
         let doing = format!("cannot look at {key}");
-        let answer = self.present(self.objects.head(key).await, &doing).await?;
+        let answer = self.present(self.backend.objects().head(key).await, &doing).await?;
         Ok(answer.map(|meta| meta.last_modified.timestamp_millis()))
     }
 
@@ -440,8 +288,8 @@ impl Store {
         };
         // A server without range support sends the whole object, which `object_store` refuses: request it without a
         // range.
-        let answer = match self.objects.get_opts(key, options(true)).await {
-            Err(error) if failure::ignores_range(&error) => self.objects.get_opts(key, options(false)).await,
+        let answer = match self.backend.objects().get_opts(key, options(true)).await {
+            Err(error) if backend::ignores_range(&error) => self.backend.objects().get_opts(key, options(false)).await,
             answer => answer,
         };
         match answer {
@@ -453,25 +301,32 @@ impl Store {
                 Ok(ReadBody::Changed)
             }
             Ok(answer) => Ok(ReadBody::Stream { start: answer.range.start, stream: self.stream(answer, doing) }),
-            Err(error) if etag.is_some() && failure::condition_failed(&error) => Ok(ReadBody::Changed),
+            Err(error) if etag.is_some() && backend::condition_failed(&error) => Ok(ReadBody::Changed),
             Err(error) => Err(self.failed(error, &doing).await),
         }
     }
 
     /// Returns the body of an answer. Fails if the connection is silent for the read timeout or has nearly stalled.
     fn stream(&self, answer: object_store::GetResult, doing: String) -> BoxStream<'static, Result<Bytes>> {
-        let at = self.at.clone();
+        let at = self.at().clone();
         let silence = self.retry.read_timeout();
         match answer.payload {
             GetResultPayload::File(file, _) => file_stream(file, answer.range, doing, at),
             GetResultPayload::Stream(stream) => {
                 let stream = stream.map_err({
                     let doing = doing.clone();
-                    move |error| failure::translate(error, &doing, &at)
+                    move |error| backend::translate(error, &doing, &at)
                 });
                 with_idle_limit(stream.boxed(), silence, doing)
             }
         }
+    }
+
+    /// Returns the checksums of an object, or `None` if it does not exist or the backend states none.
+    pub(super) async fn stored_checksums(&self, key: &Path) -> Result<Option<StoredChecksums>> {
+        let doing = format!("cannot look at {key}");
+        let ask = || async { self.present(self.backend.stored_checksums(key).await, &doing).await };
+        self.retry.run(ask).await.map(Option::flatten)
     }
 
     /// Writes a small object in one request.
@@ -485,13 +340,13 @@ impl Store {
         self.retry
             .run(|| async {
                 let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
-                match self.objects.put_opts(key, bytes.clone().into(), options).await {
+                match self.backend.objects().put_opts(key, bytes.clone().into(), options).await {
                     Ok(put) => Ok(Written::Done(ObjectIdentity { etag: put.e_tag, object_bytes: bytes.len() as u64 })),
                     // 412. A 409 (concurrent conditional write) is transient and retried.
-                    Err(error) if !matches!(condition, Condition::Always) && failure::condition_failed(&error) => {
+                    Err(error) if !matches!(condition, Condition::Always) && backend::condition_failed(&error) => {
                         Ok(Written::Refused)
                     }
-                    Err(error) if !matches!(condition, Condition::Always) && failure::condition_unknown(&error) => {
+                    Err(error) if !matches!(condition, Condition::Always) && backend::condition_unknown(&error) => {
                         Ok(Written::Unsupported)
                     }
                     Err(error) => Err(self.failed_write(error, &doing).await),
@@ -505,7 +360,7 @@ impl Store {
         let doing = format!("cannot remove {key}");
         self.retry
             .run(|| async {
-                match self.objects.delete(key).await {
+                match self.backend.objects().delete(key).await {
                     Ok(()) => Ok(()),
                     Err(error) => match self.failed(error, &doing).await {
                         error if error.kind() == ErrorKind::NotFound => Ok(()),
@@ -555,34 +410,12 @@ impl Store {
         mut take: impl FnMut(ListResult) -> Result<bool>,
     ) -> Result<bool> {
         let doing = "cannot list the remote";
-        // A folder is listed in one page.
-        let Kind::Bucket { s3, .. } = &self.kind else {
-            let listed = self.retry.run(|| async {
-                let listed = match flat {
-                    true => self.objects.list_with_delimiter(prefix).await,
-                    false => self.objects.list(prefix).try_collect::<Vec<_>>().await.map(|objects| ListResult {
-                        objects,
-                        common_prefixes: Vec::new(),
-                        extensions: Default::default(),
-                    }),
-                };
-                match listed {
-                    Ok(listed) => Ok(listed),
-                    Err(error) => Err(self.failed(error, doing).await),
-                }
-            });
-            return take(listed.await?).map(|_| true);
-        };
-        let prefix = prefix.map(|prefix| format!("{prefix}/"));
         let (mut paging, mut token) = (Paging::default(), None);
         loop {
             let page = self.retry.run(|| async {
-                let delimiter = flat.then_some(Cow::Borrowed("/"));
-                let options =
-                    PaginatedListOptions { page_token: token.clone(), delimiter, ..PaginatedListOptions::default() };
-                match s3.list_paginated(prefix.as_deref(), options).await {
+                match self.backend.list_page(prefix, flat, token.clone()).await {
                     Ok(page) => Ok(Some(page)),
-                    Err(error) if failure::is_ambiguous(&error) => Ok(None),
+                    Err(error) if backend::is_ambiguous(&error) => Ok(None),
                     Err(error) => Err(self.failed(error, doing).await),
                 }
             });
@@ -696,7 +529,7 @@ fn file_stream(
                     let next = offset + bytes.len() as u64;
                     Ok(Some((bytes, next)))
                 }
-                Ok(Err(io)) => Err(failure::from_io(&io, &doing, &at)),
+                Ok(Err(io)) => Err(backend::from_io(&io, &doing, &at)),
                 Err(_) => Err(Error::unavailable(format!("{doing}: cancelled")).tier(Tier::Remote)),
             }
         }

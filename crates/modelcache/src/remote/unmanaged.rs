@@ -354,9 +354,6 @@ async fn query_store_checksums(
     files: &BTreeSet<FilePath>,
     digests: &mut DigestsByFile,
 ) -> Result<Vec<String>> {
-    if store.raw_client().is_none() {
-        return Ok(Vec::new());
-    }
     let unknown = files.iter().filter(|path| !digests.contains_key(*path));
     let asked = unknown.map(|path| async move {
         let stated = store.stored_checksums(&store.key(&listing.key_of(path.as_str()))?).await?;

@@ -4,7 +4,6 @@
 //! request, a large one before its multipart upload is completed. Multipart uploads are recorded in the claim, so that
 //! the next writer can abort those of a killed process. One memory budget bounds all uploads together.
 
-use super::backend::failure;
 use super::claim::UploadRegistry;
 use super::multipart::{Multipart, PartMemory, SINGLE_BYTES_MAX, UploadMemory};
 use super::store::{Condition, Store, Written};
@@ -18,14 +17,11 @@ use crate::progress::Progress;
 use bytes::Bytes;
 use object_store::path::Path;
 use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::path::{Path as FsPath, PathBuf};
+use std::io::Read as _;
 use std::sync::Arc;
 
 /// Size of one read, in bytes.
-const SLICE_BYTES: usize = 1 << 20;
-/// Name prefix of temporary files in a remote that is a folder.
-pub(super) const UNFINISHED: &str = "upload-";
+pub(super) const SLICE_BYTES: usize = 1 << 20;
 /// Concurrent uploads of files.
 pub(super) const FILES_IN_FLIGHT: usize = 32;
 
@@ -47,8 +43,8 @@ pub(super) struct Upload {
 /// Uploads the files of one publish within the memory budget.
 pub(super) struct Uploader {
     store: Arc<Store>,
-    /// Folder for temporary files, if the store is a folder.
-    staging: Option<PathBuf>,
+    /// Key below which temporary objects may be created.
+    staging: Path,
     memory: UploadMemory,
     /// Records multipart uploads in the claim.
     registry: UploadRegistry,
@@ -59,7 +55,7 @@ impl Uploader {
     /// Returns an uploader. `registry` belongs to the claim of the version folder.
     pub(super) fn new(
         store: Arc<Store>,
-        staging: Option<PathBuf>,
+        staging: Path,
         memory: UploadMemory,
         registry: UploadRegistry,
         progress: Progress,
@@ -72,8 +68,8 @@ impl Uploader {
     /// # Errors
     /// [`ErrorKind::Corrupt`] if size or digest of the file differ from the expected ones. No object appears then.
     pub(super) async fn send(&self, upload: Upload) -> Result<ObjectIdentity> {
-        let identity = match self.store.bucket() {
-            None => self.copy(&upload).await?,
+        let identity = match self.store.backend().uploads() {
+            None => self.whole_file(&upload).await?,
             Some(_) if upload.size <= SINGLE_BYTES_MAX => self.single(&upload).await?,
             Some(_) => self.multipart(&upload).await?,
         };
@@ -127,14 +123,9 @@ impl Uploader {
         reader.finish(upload).await
     }
 
-    /// Copies the file into a remote that is a folder: written to a temporary file, synced and renamed into place.
-    async fn copy(&self, upload: &Upload) -> Result<ObjectIdentity> {
-        let (Some(target), Some(staging)) = (self.store.file(&upload.object), self.staging.clone()) else {
-            return Err(Error::new(ErrorKind::Other, "the remote is no folder"));
-        };
-        let (upload_clone, store) = (upload.clone(), self.store.clone());
-        let copied = tokio::task::spawn_blocking(move || copy_into(&upload_clone, &target, &staging, &store));
-        copied.await.map_err(|cause| Error::new(ErrorKind::Other, "copying was cut short").cause(cause))??;
+    /// Uploads a file as a whole, to a remote without multipart uploads.
+    async fn whole_file(&self, upload: &Upload) -> Result<ObjectIdentity> {
+        self.store.backend().put_file(upload, &self.staging).await?;
         self.progress.done(upload.size);
         let gone = || Error::unavailable(format!("{} is gone from the remote", upload.object));
         self.store.head(&upload.object).await?.ok_or_else(gone)
@@ -213,96 +204,21 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     done.map_err(|cause| Error::new(ErrorKind::Other, "reading a file was cut short").cause(cause))?
 }
 
-fn open(path: &LocalFile) -> Result<File> {
+pub(super) fn open(path: &LocalFile) -> Result<File> {
     path.open().map_err(|cause| unreadable(path, cause))
 }
 
-fn unreadable(path: &LocalFile, cause: std::io::Error) -> Error {
+pub(super) fn unreadable(path: &LocalFile, cause: std::io::Error) -> Error {
     Error::new(ErrorKind::Other, format!("cannot read {path}")).cause(cause)
 }
 
-fn changed(path: &LocalFile, how: &str) -> Error {
+pub(super) fn changed(path: &LocalFile, how: &str) -> Error {
     Error::corrupt(format!("{path} changed before it was sent: {how}"))
 }
 
-fn ensure_digest(expected: Digest, found: Digest, path: &LocalFile) -> Result<()> {
+pub(super) fn ensure_digest(expected: Digest, found: Digest, path: &LocalFile) -> Result<()> {
     if found != expected {
         return Err(changed(path, &format!("sha256 {}, expected {}", found.short(), expected.short())));
     }
     Ok(())
-}
-
-/// Copies `upload` to `target` through a temporary file in `staging`. The temporary file is not beside the target,
-/// because its name could exceed the limit if the name of the target has the maximum length.
-fn copy_into(upload: &Upload, target: &FsPath, staging: &FsPath, store: &Store) -> Result<()> {
-    let doing = format!("cannot write {}", upload.object);
-    let failed = |io: std::io::Error| failure::from_io(&io, &doing, store.at());
-    let mut source = open(&upload.file)?;
-    std::fs::create_dir_all(staging).map_err(failed)?;
-    let temporary = staging.join(format!("{UNFINISHED}{:016x}", rand::random::<u64>()));
-    let mut copy = File::create_new(&temporary).map_err(failed)?;
-    // Verify, sync, rename: the target appears complete and durable, or not at all.
-    let copied = copy_checked(&mut source, &mut copy, upload, failed)
-        .and_then(|()| copy.sync_all().map_err(failed))
-        .and_then(|()| rename_durably(&temporary, target, store.folder()).map_err(failed));
-    if copied.is_err() {
-        let _ = std::fs::remove_file(&temporary);
-    }
-    copied
-}
-
-/// Copies the file and verifies size and digest of the copied bytes.
-fn copy_checked(
-    source: &mut File,
-    copy: &mut File,
-    upload: &Upload,
-    failed: impl Fn(std::io::Error) -> Error,
-) -> Result<()> {
-    let mut hasher = PartHasher::new();
-    let mut buffer = vec![0; SLICE_BYTES];
-    let mut size = 0;
-    loop {
-        let got = source.read(&mut buffer).map_err(|cause| unreadable(&upload.file, cause))?;
-        if got == 0 {
-            break;
-        }
-        hasher.update(&buffer[..got]);
-        copy.write_all(&buffer[..got]).map_err(&failed)?;
-        size += got as u64;
-    }
-    if size != upload.size {
-        return Err(changed(&upload.file, &format!("{size} bytes, expected {}", upload.size)));
-    }
-    ensure_digest(upload.sha256, hasher.finish(), &upload.file)
-}
-
-/// Renames `temporary` to `target` and syncs the folders from `target` up to `root`, the remote's folder.
-pub(super) fn rename_durably(temporary: &FsPath, target: &FsPath, root: Option<&FsPath>) -> std::io::Result<()> {
-    let folder = target.parent().unwrap_or(target);
-    let mut tries = 0;
-    loop {
-        let made = std::fs::create_dir_all(folder).and_then(|()| std::fs::rename(temporary, target));
-        match made {
-            // A concurrent evict of another artifact may have removed the new folder while it was empty: try again.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && tries < 10 => tries += 1,
-            made => break made?,
-        }
-    }
-    // A new folder is durable only after its parent is synced.
-    for changed in folder.ancestors() {
-        File::open(changed)?.sync_all()?;
-        if Some(changed) == root {
-            break;
-        }
-    }
-    Ok(())
-}
-
-/// Removes the temporary files of killed writers from `staging`. The caller must hold the claim.
-pub(super) fn sweep_unfinished(staging: &FsPath) {
-    for entry in std::fs::read_dir(staging).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
-            let _ = std::fs::remove_file(entry.path());
-        }
-    }
 }

@@ -1,13 +1,12 @@
-//! Translation of store failures into [`Error`]: the only place that maps statuses, S3 codes and transport errors to an
-//! [`ErrorKind`].
+//! Translation of store failures into [`Error`]: the only place that maps transport and file errors to an
+//! [`ErrorKind`]. `s3/refusal.rs` does so for error answers of a server.
 //!
 //! A missing bucket or a wrong region is never a missing artifact: only a 404 for the object itself is `NotFound`. A
 //! 403 without a specific code is ambiguous, because S3 answers 403 for a missing key without `s3:ListBucket`. The
 //! caller decides with [`is_ambiguous`].
 
-use super::s3::http_client::Refusal;
+use super::s3::Refusal;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
-use crate::printable;
 use object_store::client::{HttpError, HttpErrorKind};
 use std::error::Error as StdError;
 
@@ -56,7 +55,7 @@ pub(in crate::remote) fn condition_unknown(error: &object_store::Error) -> bool 
 
 /// Returns true if the object may be missing: a 403 with no code that names a fault of the request.
 pub(in crate::remote) fn is_ambiguous(error: &object_store::Error) -> bool {
-    refusal(error).is_some_and(|refusal| refusal.status == 403 && !refusal.code.as_deref().is_some_and(is_specific))
+    refusal(error).is_some_and(Refusal::is_ambiguous)
 }
 
 /// Returns true if a write failed because writes are not permitted, so that every other write would fail, too: a 403
@@ -69,19 +68,13 @@ pub(in crate::remote) fn refuses_write(error: &object_store::Error) -> bool {
 
 /// Returns true if the credentials have expired, so that a retry with renewed ones may succeed.
 pub(in crate::remote) fn is_expired(error: &object_store::Error) -> bool {
-    let code = refusal(error).and_then(|refusal| refusal.code.as_deref());
-    matches!(code, Some("ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired" | "RequestExpired"))
+    refusal(error).is_some_and(Refusal::is_expired)
 }
 
 /// Returns true if the server ignored the `Range` header and sent the whole object. `object_store` reports this only in
 /// the text of its error.
 pub(in crate::remote) fn ignores_range(error: &object_store::Error) -> bool {
     refusal(error).is_none() && innermost(error).contains("non-partial response")
-}
-
-/// Returns true for an S3 code that names a fault of the request, independent of the object.
-fn is_specific(code: &str) -> bool {
-    !matches!(code, "AccessDenied" | "Forbidden" | "403" | "")
 }
 
 /// Translates `error`. `doing` is the failed operation and begins the message (`"cannot read x/manifest.json"`).
@@ -102,80 +95,13 @@ pub(in crate::remote) fn translate(error: object_store::Error, doing: &str, at: 
             .tier(Tier::Remote);
     }
     let translated = if let Some(refusal) = refusal(&error) {
-        from_refusal(refusal, doing, at)
+        refusal.explain(doing, at)
     } else if let Some(http) = find::<HttpError>(&error) {
         from_transport(http, doing, at)
     } else {
         from_local(&error, doing, at)
     };
     translated.tier(Tier::Remote)
-}
-
-fn from_refusal(refusal: &Refusal, doing: &str, at: &EndpointContext) -> Error {
-    let message = || format!("{doing}: {} answered {refusal}", at.endpoint);
-    let error = |kind| Error::new(kind, message());
-    let code = refusal.code.as_deref().unwrap_or_default();
-    match (code, refusal.status) {
-        ("NoSuchBucket", _) => Error::invalid(format!("the bucket {:?} does not exist at {}", at.container, at.endpoint))
-            .hint("check the remote's address (s3://BUCKET/PREFIX), its endpoint and its region; modelcache creates no buckets"),
-        ("InvalidBucketName", _) => Error::invalid(format!("{:?} is not a valid bucket name at {}", at.container, at.endpoint))
-            .hint("names have 3 to 63 lower-case letters, digits, dots and hyphens: check MODEL_CACHE_REMOTE or MODEL_CACHE_S3_BUCKET"),
-        // Redirects are not followed, because the signature covers host and region.
-        ("PermanentRedirect" | "AuthorizationHeaderMalformed" | "IllegalLocationConstraintException" | "IncorrectEndpoint", _) | ("", 301 | 307 | 308) => {
-            wrong_region(refusal, at)
-        }
-        ("RequestTimeTooSkewed" | "RequestInTheFuture", _) => Error::new(
-            ErrorKind::Unauthorized,
-            format!("{doing}: the clock of this machine differs too much from the server's ({})", refusal.date.as_deref().map_or_else(|| "time unknown".into(), printable::quote)),
-        )
-        .hint("set the clock (NTP); requests are signed with the time"),
-        ("ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired" | "RequestExpired", _) => {
-            error(ErrorKind::Unauthorized).hint("the credentials have expired: log in again (`aws sso login`) or renew the session token")
-        }
-        ("InvalidAccessKeyId" | "InvalidToken" | "InvalidClientTokenId", _) => {
-            error(ErrorKind::Unauthorized).hint("the access key is not known there: check AWS_ACCESS_KEY_ID, AWS_PROFILE and the endpoint")
-        }
-        ("SignatureDoesNotMatch", _) => error(ErrorKind::Unauthorized).hint("check AWS_SECRET_ACCESS_KEY, and that no proxy rewrites requests"),
-        // Transient, whatever status comes with the code. 409 ConditionalRequestConflict asks for a retry.
-        ("SlowDown" | "InternalError" | "ServiceUnavailable" | "RequestTimeout" | "OperationAborted" | "ConditionalRequestConflict" | "TooManyRequests", _) => {
-            with_retry_after(Error::unavailable(message()), refusal)
-        }
-        // From here on without a known code: the status decides.
-        (_, 401 | 403) => error(ErrorKind::Unauthorized).hint(format!(
-            "the credentials lack a right on {:?}: reading needs s3:GetObject and s3:ListBucket, publishing s3:PutObject, evicting s3:DeleteObject",
-            at.container
-        )),
-        (_, 404) => error(ErrorKind::NotFound),
-        (_, 409 | 412) => error(ErrorKind::Conflict).transient(refusal.status == 409),
-        (_, 416) => error(ErrorKind::Corrupt).hint("the object is shorter than recorded; publish the artifact again to repair it"),
-        (_, 501) => error(ErrorKind::Unavailable).transient(false),
-        (_, 408 | 425 | 429 | 500..) => with_retry_after(Error::unavailable(message()), refusal),
-        _ => error(ErrorKind::Unavailable).transient(false),
-    }
-}
-
-/// Adds throttling and the server's `Retry-After` to a transient error.
-fn with_retry_after(error: Error, refusal: &Refusal) -> Error {
-    let error = if matches!(refusal.status, 429 | 503) { error.throttled() } else { error };
-    match refusal.retry_after {
-        Some(wait) => error.retry_after(wait),
-        None => error,
-    }
-}
-
-fn wrong_region(refusal: &Refusal, at: &EndpointContext) -> Error {
-    match &refusal.region {
-        Some(region) => {
-            let region = printable::quote(region);
-            Error::invalid(format!("the bucket {:?} is in the region {region}, not {}", at.container, at.region))
-                .hint(format!("set AWS_REGION={region}, or region = {region:?} under [remote.options]"))
-        }
-        None => Error::invalid(format!(
-            "the bucket {:?} is not in the region {}, or not at {}",
-            at.container, at.region, at.endpoint
-        ))
-        .hint("set AWS_REGION (or region under [remote.options]) to the bucket's region"),
-    }
 }
 
 fn from_transport(http: &HttpError, doing: &str, at: &EndpointContext) -> Error {

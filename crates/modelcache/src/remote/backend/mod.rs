@@ -1,4 +1,210 @@
 //! Where a remote keeps its objects: an S3 bucket, or a local folder with the same layout.
+//!
+//! The protocols of the remote use [`Store`], which retries and translates errors, and a [`Backend`] below it. Which
+//! backend a remote has is decided by [`open`] and known nowhere else.
 
-pub(in crate::remote) mod failure;
-pub(in crate::remote) mod s3;
+mod failure;
+mod folder;
+mod location;
+mod s3;
+
+pub(super) use failure::{
+    EndpointContext, condition_failed, condition_unknown, from_io, ignores_range, is_ambiguous, refuses_write,
+    translate,
+};
+pub(super) use location::RemoteLocation;
+pub(super) use s3::Options;
+pub use s3::{Policy, Role};
+#[cfg(fuzzing)]
+pub(crate) use s3::{fuzz_listing, fuzz_profile};
+
+use super::store::Store;
+use super::upload::Upload;
+use crate::config::RemoteConfig;
+use crate::digest::Digest;
+use crate::doctor::{Check, Clock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::ObjectIdentity;
+use async_trait::async_trait;
+use bytes::Bytes;
+use object_store::ObjectStore;
+use object_store::list::PaginatedListResult;
+use object_store::multipart::PartId;
+use object_store::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+/// Sets up the backend of `place` without sending a request. Blocks while it reads AWS files and root certificates.
+pub(super) fn open(
+    config: &RemoteConfig,
+    place: &RemoteLocation,
+    options: &Options,
+    read_timeout: Duration,
+) -> Result<Arc<dyn Backend>> {
+    Ok(match place {
+        RemoteLocation::Folder(folder) => Arc::new(folder::FolderBackend::open(folder)?),
+        RemoteLocation::Bucket { bucket, prefix } => {
+            Arc::new(s3::S3Backend::open(config, bucket, prefix, options, read_timeout)?)
+        }
+    })
+}
+
+/// The operations that differ between the places where objects are kept.
+///
+/// # Contract
+/// - Nothing is retried here. Methods that return an `object_store` error leave its translation to the caller, which
+///   calls [`explain`](Self::explain).
+/// - Keys begin with [`prefix`](Self::prefix).
+/// - Methods with a default body are optional.
+#[async_trait]
+pub(super) trait Backend: Send + Sync {
+    /// Returns the client that reads ranges, asks about, writes (also if absent or unchanged) and deletes objects.
+    fn objects(&self) -> &dyn ObjectStore;
+
+    /// Returns the prefix of every key; empty, or without slashes at its ends.
+    fn prefix(&self) -> &str;
+
+    /// Returns the names of container, endpoint and region, for messages.
+    fn at(&self) -> &EndpointContext;
+
+    /// Returns the reason if `key` cannot be the key of an object.
+    fn unusable_key(&self, key: &Path) -> Option<String>;
+
+    /// Lists one page of the objects below `prefix`. With `flat`, lists only objects and folders directly in it.
+    async fn list_page(
+        &self,
+        prefix: Option<&Path>,
+        flat: bool,
+        token: Option<String>,
+    ) -> object_store::Result<PaginatedListResult>;
+
+    /// Copies an object within the backend if it is unchanged.
+    async fn copy(&self, store: &Arc<Store>, copy: &Copy<'_>) -> Result<Copied>;
+
+    /// Returns the multipart uploads. A backend without them implements [`put_file`](Self::put_file).
+    fn uploads(&self) -> Option<&dyn MultipartUploads> {
+        None
+    }
+
+    /// Writes a local file. The object appears complete and verified, or not at all. `staging` is a key below which
+    /// temporary objects may be created.
+    async fn put_file(&self, _upload: &Upload, _staging: &Path) -> Result<()> {
+        Err(Error::new(ErrorKind::Other, "the remote takes no whole files"))
+    }
+
+    /// Removes the temporary objects of killed writers below `staging`. The caller must hold the claim.
+    async fn sweep_unfinished(&self, _staging: &Path) {}
+
+    /// Removes `folder` and the folders in it as far as they are empty, then up to `above` empty folders above it.
+    async fn remove_empty_folders(&self, _folder: &Path, _above: usize) {}
+
+    /// Returns the checksums of an object that the backend states, or `None` if it states none.
+    async fn stored_checksums(&self, _key: &Path) -> object_store::Result<Option<StoredChecksums>> {
+        Ok(None)
+    }
+
+    /// Returns the files below `base`, a path below the prefix, if symbolic links have to be followed. Returns `None`
+    /// if [`list_page`](Self::list_page) finds all objects.
+    async fn walk(&self, _base: &str) -> Result<Option<WalkedFiles>> {
+        Ok(None)
+    }
+
+    /// Returns true if `base`, a path below the prefix, is a symbolic link to a place outside the remote.
+    async fn leads_outside(&self, _base: &str) -> bool {
+        false
+    }
+
+    /// Translates an error. `doing` is the failed operation.
+    async fn explain(&self, error: object_store::Error, doing: &str) -> Error;
+
+    /// Returns how to get the missing permission to write.
+    fn write_permission_hint(&self) -> String;
+
+    /// Returns the region that the server reported, if it differs from the region that requests are signed for.
+    fn reported_region(&self) -> Option<String> {
+        None
+    }
+
+    /// Adds the checks that `modelcache doctor` makes before it tries any object. Returns false if no further check can
+    /// succeed.
+    async fn examine(&self, config: &RemoteConfig, clock: &Clock, checks: &mut Vec<Check>) -> Result<bool>;
+}
+
+/// Multipart uploads: parts are sent in any order, and the object appears when the upload is completed.
+#[async_trait]
+pub(super) trait MultipartUploads: Send + Sync {
+    /// Begins an upload and returns its id.
+    async fn create(&self, key: &Path) -> object_store::Result<String>;
+
+    /// Returns true if requests sign the part's digest, so that the caller should compute it while reading.
+    fn signs_digests(&self) -> bool;
+
+    /// Uploads the part at `index` (from 0). `sha256` is its digest if the caller computed it.
+    async fn put_part(
+        &self,
+        key: &Path,
+        id: &str,
+        index: usize,
+        bytes: Bytes,
+        sha256: Option<Digest>,
+    ) -> object_store::Result<PartId>;
+
+    /// Completes an upload. Returns the ETag of the object if the answer names it.
+    async fn complete(&self, key: &Path, id: &str, parts: Vec<PartId>) -> object_store::Result<Option<String>>;
+
+    /// Aborts an upload.
+    async fn abort(&self, key: &Path, id: &str) -> object_store::Result<()>;
+
+    /// Returns the unfinished uploads to keys with this `prefix`, or none if they cannot be listed.
+    async fn list(&self, prefix: &str) -> Vec<UnfinishedUpload>;
+}
+
+/// Source and target of a copy.
+pub(super) struct Copy<'a> {
+    pub(super) from: &'a Path,
+    /// The identity that the source must have.
+    pub(super) recorded: &'a ObjectIdentity,
+    pub(super) to: &'a Path,
+    /// A key below which temporary objects may be created.
+    pub(super) staging: &'a Path,
+}
+
+/// Result of a copy.
+pub(super) enum Copied {
+    /// The object was copied. Contains its ETag if the backend named it.
+    Done(Option<String>),
+    /// This backend copies nothing.
+    Unsupported,
+}
+
+/// An upload that was neither completed nor aborted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct UnfinishedUpload {
+    pub(super) key: String,
+    pub(super) id: String,
+    pub(super) begun_at: Option<SystemTime>,
+}
+
+/// Paths of files, relative to the folder that was walked.
+#[derive(Debug, Default)]
+pub(super) struct WalkedFiles {
+    pub(super) paths: Vec<String>,
+    /// Other entries: names that are not UTF-8, special files, and links to targets outside the remote.
+    pub(super) left_out: Vec<String>,
+}
+
+/// Keys that the backend removed from a page of a listing, because `object_store` cannot represent them. An extension
+/// of the page.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LeftOut(pub(super) Vec<String>);
+
+/// Checksums of an object, as stated by the backend.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct StoredChecksums {
+    /// The ETag of the object that the checksum belongs to.
+    pub(super) etag: Option<String>,
+    /// The digest and the header that contains it.
+    pub(super) sha256: Option<(Digest, &'static str)>,
+    /// A header that should contain a digest, but has an invalid value.
+    pub(super) garbage: Option<&'static str>,
+}

@@ -1,23 +1,19 @@
-//! Server-side copies within a bucket or folder, on the condition that the source is unchanged.
+//! Server-side copies within a bucket, on the condition that the source is unchanged.
 //!
 //! `object_store` has no conditional copy and no copy above 5 GiB, so the requests `CopyObject` and `UploadPartCopy` go
-//! through the [`RawClient`]. Large objects are copied as a multipart upload. In a folder, a copy is a hard link.
+//! through the [`RawClient`]. Large objects are copied as a multipart upload.
 
 use super::raw_client::{RawClient, part_query};
 use super::settings::Options;
 use super::xml;
-use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::manifest::ObjectIdentity;
-use crate::remote::backend::failure;
+use crate::error::{Error, Result, Tier};
+use crate::remote::backend::{Copied, Copy, MultipartUploads, failure};
 use crate::remote::multipart::AbortGuard;
 use crate::remote::store::Store;
-use crate::remote::upload::{UNFINISHED, rename_durably};
 use futures::{StreamExt, TryStreamExt};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use object_store::aws::AmazonS3ConfigKey;
-use object_store::multipart::{MultipartStore, PartId};
-use object_store::path::Path;
-use std::path::{Path as FsPath, PathBuf};
+use object_store::multipart::PartId;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,7 +28,7 @@ const PARTS_IN_FLIGHT: usize = 4;
 const BYTES_PER_S_MIN: u64 = 4 * 1024 * 1024;
 
 /// Sends copy and part requests for one bucket.
-pub(in crate::remote) struct Copier {
+pub(super) struct Copier {
     client: Arc<RawClient>,
     /// Encryption of the copy.
     headers: HeaderMap,
@@ -40,14 +36,14 @@ pub(in crate::remote) struct Copier {
 
 impl Copier {
     /// Returns `None` if the remote's options contain one that copies do not support. All files are uploaded then.
-    pub(in crate::remote) fn new(client: &Arc<RawClient>, options: &Options) -> Option<Self> {
+    pub(super) fn new(client: &Arc<RawClient>, options: &Options) -> Option<Self> {
         let mut copier = Self { client: client.clone(), headers: HeaderMap::new() };
         options.passed_on.iter().try_for_each(|(key, value)| copier.apply_option(key, value.expose())).ok()?;
         Some(copier)
     }
 
     /// Returns the client that uploads parts with a known digest.
-    pub(in crate::remote) fn client(&self) -> &RawClient {
+    pub(super) fn client(&self) -> &RawClient {
         &self.client
     }
 
@@ -94,63 +90,22 @@ impl Copier {
     }
 }
 
-/// Source and target of one copy. `recorded` is the identity that the source must have.
-struct Copy<'a> {
-    from: &'a Path,
-    recorded: &'a ObjectIdentity,
-    to: &'a Path,
-}
-
-/// Copies the object `from` to `to` if it still is `recorded`. Returns `None` if this store does not support copies.
-///
-/// `staging` is the folder for temporary files of a remote that is a folder.
-pub(in crate::remote) async fn copy(
+/// Copies `copy.from` to `copy.to` if it still is `copy.recorded`.
+pub(super) async fn copy(
     store: &Arc<Store>,
-    from: &Path,
-    recorded: &ObjectIdentity,
-    to: &Path,
-    staging: Option<PathBuf>,
-) -> Result<Option<ObjectIdentity>> {
-    let copy = Copy { from, recorded, to };
-    let etag = match (store.file(from), store.file(to), staging) {
-        // A remote that is a folder.
-        (Some(source), Some(target), Some(staging)) => {
-            link(store, &source, &target, staging).await?;
-            None
+    copier: &Copier,
+    uploads: &dyn MultipartUploads,
+    copy: &Copy<'_>,
+) -> Result<Copied> {
+    let bytes = copy.recorded.object_bytes;
+    let etag = match bytes <= SINGLE_COPY_BYTES_MAX {
+        true => Some(copy_whole(store, copier, copy).await?),
+        false => {
+            let part_bytes = bytes.div_ceil(PARTS_MAX).max(SINGLE_COPY_BYTES_MAX);
+            copy_in_parts(store, copier, uploads, copy, part_bytes).await?
         }
-        _ => match store.copier() {
-            Some(copier) if recorded.object_bytes <= SINGLE_COPY_BYTES_MAX => {
-                Some(copy_whole(store, copier, &copy).await?)
-            }
-            Some(copier) => {
-                let part_bytes = recorded.object_bytes.div_ceil(PARTS_MAX).max(SINGLE_COPY_BYTES_MAX);
-                copy_in_parts(store, copier, &copy, part_bytes).await?
-            }
-            None => return Ok(None),
-        },
     };
-    // Check the result: the target must have the size of the source and the ETag that the copy reported.
-    match store.head(to).await? {
-        Some(now) if now.object_bytes == recorded.object_bytes && (etag.is_none() || now.etag == etag) => Ok(Some(now)),
-        _ => Err(Error::unavailable(format!("the copy {to} differs from its source")).tier(Tier::Remote)),
-    }
-}
-
-/// Hard-links `source` to `target` in a remote that is a folder, and makes the new name durable.
-async fn link(store: &Arc<Store>, source: &FsPath, target: &FsPath, staging: PathBuf) -> Result<()> {
-    let (source, target, store) = (source.to_owned(), target.to_owned(), store.clone());
-    let linked = tokio::task::spawn_blocking(move || {
-        std::fs::create_dir_all(&staging)?;
-        // `hard_link` does not replace an existing target, so link to a temporary name and rename it.
-        let temporary = staging.join(format!("{UNFINISHED}{:016x}", rand::random::<u64>()));
-        std::fs::hard_link(&source, &temporary)?;
-        let placed = rename_durably(&temporary, &target, store.folder());
-        // If both names are links to the same file, `rename` does nothing and the temporary name stays.
-        let _ = std::fs::remove_file(&temporary);
-        placed
-    });
-    let cut_short = |cause| Error::new(ErrorKind::Other, "linking was cut short").cause(cause);
-    linked.await.map_err(cut_short)?.map_err(|cause| Error::new(ErrorKind::Other, "cannot link").cause(cause))
+    Ok(Copied::Done(etag))
 }
 
 /// Copies an object in one request. Returns the ETag of the copy.
@@ -163,13 +118,13 @@ async fn copy_whole(store: &Store, copier: &Copier, copy: &Copy<'_>) -> Result<S
 async fn copy_in_parts(
     store: &Arc<Store>,
     copier: &Copier,
+    uploads: &dyn MultipartUploads,
     copy: &Copy<'_>,
     part_bytes: u64,
 ) -> Result<Option<String>> {
-    let Some(s3) = store.bucket() else { return Ok(None) };
     let doing = format!("cannot copy {} to {}", copy.from, copy.to);
     let failed = |error| failure::translate(error, &doing, store.at());
-    let id = s3.create_multipart(copy.to).await.map_err(failed)?;
+    let id = uploads.create(copy.to).await.map_err(failed)?;
     // The upload is recorded in no claim: abort it in every case but success, also when this future is dropped.
     let mut guard = AbortGuard::new(store.clone(), copy.to.clone(), id.clone());
     let parts = (0..copy.recorded.object_bytes.div_ceil(part_bytes)).map(|index| {
@@ -186,13 +141,13 @@ async fn copy_in_parts(
     });
     let parts = futures::stream::iter(parts.collect::<Vec<_>>()).buffered(PARTS_IN_FLIGHT);
     let copied = match parts.try_collect::<Vec<_>>().await {
-        Ok(parts) => s3.complete_multipart(copy.to, &id, parts).await.map_err(failed),
+        Ok(parts) => uploads.complete(copy.to, &id, parts).await.map_err(failed),
         Err(error) => Err(error),
     };
     match copied {
-        Ok(put) => {
+        Ok(etag) => {
             guard.done();
-            Ok(put.e_tag)
+            Ok(etag)
         }
         Err(error) => {
             guard.abort().await;
@@ -210,13 +165,15 @@ fn etag_in(body: &str) -> Result<String> {
 mod tests {
     use super::*;
     use crate::config::{Environment, RemoteConfig, RetryConfig};
-    use crate::remote::backend::s3::settings::RemoteLocation;
+    use crate::manifest::ObjectIdentity;
+    use crate::remote::backend::s3::S3Backend;
     use crate::transfer::Retry;
     use modelcache_testkit::{Content, S3};
+    use object_store::path::Path;
 
     const MIB: u64 = 1024 * 1024;
 
-    async fn bucket(options: &[(&str, &str)]) -> (S3, Arc<Store>) {
+    async fn bucket(options: &[(&str, &str)]) -> (S3, Arc<Store>, Arc<S3Backend>) {
         let s3 = S3::start().await.expect("starts");
         s3.bucket("models").expect("bucket");
         let config = RemoteConfig {
@@ -224,12 +181,11 @@ mod tests {
             options: options.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
             environment: Environment(s3.env().into_iter().collect()),
         };
-        let (place, options) =
-            (RemoteLocation::parse(&config.url).expect("place"), Options::parse(&config).expect("options"));
-        let store = tokio::task::spawn_blocking(move || {
-            Store::open(&config, &place, &options, Retry::new(RetryConfig::default())).expect("opens")
-        });
-        (s3, Arc::new(store.await.expect("opens")))
+        let (options, retry) = (Options::parse(&config).expect("options"), Retry::new(RetryConfig::default()));
+        let timeout = retry.read_timeout();
+        let opened = tokio::task::spawn_blocking(move || S3Backend::open(&config, "models", "p q", &options, timeout));
+        let backend = Arc::new(opened.await.expect("ends").expect("opens"));
+        (s3, Arc::new(Store::new(backend.clone(), retry)), backend)
     }
 
     async fn recorded(store: &Store, key: &Path) -> ObjectIdentity {
@@ -238,14 +194,14 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_large_object_is_copied_in_parts() {
-        let (s3, store) = bucket(&[]).await;
+        let (s3, store, backend) = bucket(&[]).await;
         let content = Content::generated(5, 13 * MIB + 7);
         s3.put("models", "p q/a/ü+%.bin", content.clone()).expect("puts");
         let (from, to) = (store.key("a/ü+%.bin").expect("key"), store.key("b/ü+%.bin").expect("key"));
         let recorded = recorded(&store, &from).await;
-        let copy = Copy { from: &from, recorded: &recorded, to: &to };
-        let copier = store.copier().expect("copies");
-        copy_in_parts(&store, copier, &copy, 5 * MIB).await.expect("copies");
+        let copy = Copy { from: &from, recorded: &recorded, to: &to, staging: &to };
+        let copier = backend.copier().expect("copies");
+        copy_in_parts(&store, copier, &*backend, &copy, 5 * MIB).await.expect("copies");
         assert!(s3.object("models", "p q/b/ü+%.bin") == Some(content.to_vec().expect("content")));
         let parts = s3.requests().iter().filter(|seen| seen.query.contains("partNumber")).count();
         assert_eq!(parts, 3);
@@ -254,13 +210,14 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_refused_part_copy_leaves_no_upload_behind() {
         use modelcache_testkit::s3::S3Fault;
-        let (s3, store) = bucket(&[]).await;
+        let (s3, store, backend) = bucket(&[]).await;
         s3.put("models", "p q/a", Content::generated(5, 11 * MIB)).expect("puts");
         let (from, to) = (store.key("a").expect("key"), store.key("b").expect("key"));
         let recorded = recorded(&store, &from).await;
         s3.faults().add(S3Fault::internal_error().on("partNumber=2"));
-        let copy = Copy { from: &from, recorded: &recorded, to: &to };
-        copy_in_parts(&store, store.copier().expect("copies"), &copy, 5 * MIB).await.expect_err("refused");
+        let copy = Copy { from: &from, recorded: &recorded, to: &to, staging: &to };
+        let copier = backend.copier().expect("copies");
+        copy_in_parts(&store, copier, &*backend, &copy, 5 * MIB).await.expect_err("refused");
         assert_eq!(s3.keys("models"), ["p q/a"]);
         let aborted = |seen: &modelcache_testkit::log::Seen| seen.method == "DELETE" && seen.query.contains("uploadId");
         assert!(s3.requests().iter().any(aborted), "the upload is aborted");
@@ -270,9 +227,9 @@ mod tests {
     async fn unsupported_options_disable_server_side_copies() {
         let key = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, [7; 32]);
         for options in [&[("sse_customer_key_base64", key.as_str())][..], &[("checksum_algorithm", "sha256")]] {
-            assert!(bucket(options).await.1.copier().is_none(), "{options:?}");
+            assert!(bucket(options).await.2.copier().is_none(), "{options:?}");
         }
-        let (_s3, store) = bucket(&[("sse", "aws:kms"), ("sse_kms_key_id", "k")]).await;
-        assert_eq!(store.copier().expect("copies").headers.len(), 2);
+        let (_s3, _store, backend) = bucket(&[("sse", "aws:kms"), ("sse_kms_key_id", "k")]).await;
+        assert_eq!(backend.copier().expect("copies").headers.len(), 2);
     }
 }

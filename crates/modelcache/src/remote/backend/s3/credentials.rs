@@ -48,17 +48,17 @@ const SOURCE_PROFILES_MAX: usize = 5;
 const KEY_CHARS_SHOWN: usize = 4;
 
 /// Origin of the credentials, for display.
-pub(in crate::remote) struct CredentialSource {
+pub(super) struct CredentialSource {
     /// The provider that returned the credentials.
-    pub(in crate::remote) place: String,
+    pub(super) place: String,
     /// The first characters of the access key id.
-    pub(in crate::remote) key_begins: String,
+    pub(super) key_begins: String,
     /// Expiry time of temporary credentials.
-    pub(in crate::remote) ends: Option<SystemTime>,
+    pub(super) ends: Option<SystemTime>,
 }
 
 /// The provider chain, with the credentials found last.
-pub(in crate::remote) struct Credentials {
+pub(super) struct Credentials {
     environment: Environment,
     fixed: Option<Credential>,
     region: String,
@@ -93,7 +93,7 @@ impl fmt::Debug for Credentials {
 
 impl Credentials {
     /// Returns the chain for `environment`. `service` is the HTTP client for STS and SSO.
-    pub(in crate::remote) fn new(
+    pub(super) fn new(
         environment: &Environment,
         options: &Options,
         profiles: Profiles,
@@ -135,7 +135,7 @@ impl Credentials {
     }
 
     /// Drops the cached credentials after the store reported them as expired. Returns true if a retry may succeed.
-    pub(in crate::remote) async fn expired(&self) -> bool {
+    pub(super) async fn expired(&self) -> bool {
         let mut cache = self.cache.lock().await;
         let stale = cache.found.as_ref().is_some_and(|found| found.since.elapsed() > FRESH_AGE_MAX);
         if stale {
@@ -182,7 +182,7 @@ impl Credentials {
     }
 
     /// Searches the chain and returns the origin of the credentials. Does not use the cache.
-    pub(in crate::remote) async fn credential_source(&self) -> Result<CredentialSource> {
+    pub(super) async fn credential_source(&self) -> Result<CredentialSource> {
         let (place, found) = self.search().await.map_err(|looked_at| self.nothing_found(&looked_at))?;
         let key_begins = found.credential.key_id.chars().take(KEY_CHARS_SHOWN).collect();
         Ok(CredentialSource { place, key_begins, ends: found.ends })

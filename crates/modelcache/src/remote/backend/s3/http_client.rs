@@ -7,11 +7,12 @@
 //! Listings are edited: one key with an empty segment (`a//b`) makes `object_store` fail for the whole page. Such keys
 //! are never ours. They are removed from the answer and passed on in [`LeftOut`].
 
+use super::refusal::Refusal;
 use super::settings::{Options, S3Settings};
 use super::xml;
 use crate::error::{Error, Result, Tier};
 use crate::limits;
-use crate::printable;
+use crate::remote::backend::LeftOut;
 use crate::transfer::{BodyLimits, Cut, check_headers, read_body};
 use async_trait::async_trait;
 use object_store::ClientOptions;
@@ -19,51 +20,18 @@ use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpResponseBody, HttpService,
 };
 use object_store::path::Path;
-use std::fmt;
 use std::time::Duration;
 
 /// Slowest upload that does not time out, in bytes per second. Its time is added to the read timeout.
 const UPLOAD_BYTES_PER_S_MIN: u64 = 64 * 1024;
 
-/// An error answer of the server. Never contains request headers or signatures.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(in crate::remote) struct Refusal {
-    /// HTTP status.
-    pub(in crate::remote) status: u16,
-    /// S3's error code, if the body has one (answers to HEAD have no body).
-    pub(in crate::remote) code: Option<String>,
-    /// S3's message, at most 200 characters.
-    pub(in crate::remote) message: Option<String>,
-    /// The bucket's region, if the server states it.
-    pub(in crate::remote) region: Option<String>,
-    /// The time to wait before a retry, if the server states it.
-    pub(in crate::remote) retry_after: Option<Duration>,
-    /// The `Date` header, the server's clock.
-    pub(in crate::remote) date: Option<String>,
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "HTTP {}", self.status)?;
-        if let Some(code) = &self.code {
-            write!(f, " {}", printable::quote(code))?;
-        }
-        if let Some(message) = &self.message {
-            write!(f, ": {}", printable::quote(message))?;
-        }
-        Ok(())
-    }
-}
-
-impl std::error::Error for Refusal {}
-
 /// Request extension that adds this time to the timeout, for requests that take the server long.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::remote) struct LongerTimeout(pub(in crate::remote) Duration);
+pub(super) struct LongerTimeout(pub(super) Duration);
 
 /// Passes one shared client to `object_store`.
 #[derive(Debug, Clone)]
-pub(in crate::remote) struct Connector(ObjectStoreHttp);
+pub(super) struct Connector(ObjectStoreHttp);
 
 /// Implements `object_store`'s HTTP service with the timeouts and errors of this module.
 #[derive(Debug, Clone)]
@@ -72,13 +40,9 @@ struct ObjectStoreHttp {
     read_timeout: Duration,
 }
 
-/// Response extension with the keys that were removed from a page of a listing.
-#[derive(Debug, Clone, Default)]
-pub(in crate::remote) struct LeftOut(pub(in crate::remote) Vec<String>);
-
 impl Connector {
     /// Builds the client. Blocks while it loads root certificates.
-    pub(in crate::remote) fn new(settings: &S3Settings, options: &Options, read_timeout: Duration) -> Result<Self> {
+    pub(super) fn new(settings: &S3Settings, options: &Options, read_timeout: Duration) -> Result<Self> {
         let failed = |cause| {
             Error::invalid("cannot set up the HTTP client of the remote")
                 .tier(Tier::Remote)
@@ -109,12 +73,12 @@ impl Connector {
     }
 
     /// Returns the plain client, without the timeouts and errors of this module.
-    pub(in crate::remote) fn client(&self) -> &reqwest::Client {
+    pub(super) fn client(&self) -> &reqwest::Client {
         &self.0.client
     }
 
     /// Returns a client with the timeouts and errors of this module, as `object_store` uses it.
-    pub(in crate::remote) fn http(&self) -> HttpClient {
+    pub(super) fn http(&self) -> HttpClient {
         HttpClient::new(self.0.clone())
     }
 }

@@ -1,10 +1,210 @@
 //! Everything particular to S3: requests and their signatures, credentials, settings, and the quirks of listings.
 
-pub(in crate::remote) mod copy;
-pub(in crate::remote) mod credentials;
-pub(in crate::remote) mod http_client;
-pub(in crate::remote) mod policy;
-pub(in crate::remote) mod profile;
-pub(in crate::remote) mod raw_client;
-pub(in crate::remote) mod settings;
-pub(in crate::remote) mod xml;
+mod copy;
+mod credentials;
+mod doctor;
+mod http_client;
+mod policy;
+mod profile;
+mod raw_client;
+mod refusal;
+mod settings;
+mod uploads;
+mod xml;
+
+pub use policy::{Policy, Role};
+pub(super) use refusal::Refusal;
+pub(in crate::remote) use settings::Options;
+#[cfg(fuzzing)]
+pub(crate) use {http_client::fuzz as fuzz_listing, profile::fuzz as fuzz_profile};
+
+use super::{Backend, Copied, Copy, EndpointContext, MultipartUploads, StoredChecksums, failure};
+use crate::config::RemoteConfig;
+use crate::doctor::{Check, Clock};
+use crate::error::{Error, Result, Tier};
+use crate::reference::is_bucket_name;
+use crate::remote::store::Store;
+use async_trait::async_trait;
+use copy::Copier;
+use credentials::Credentials;
+use http_client::Connector;
+use object_store::ObjectStore;
+use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::list::{PaginatedListOptions, PaginatedListResult, PaginatedListStore as _};
+use object_store::path::Path;
+use profile::Profiles;
+use raw_client::RawClient;
+use settings::S3Settings;
+use std::borrow::Cow;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Longest key, in bytes (<https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html>).
+const KEY_BYTES_MAX: usize = 1024;
+
+/// An opened bucket.
+pub(super) struct S3Backend {
+    s3: AmazonS3,
+    credentials: Arc<Credentials>,
+    raw_client: Option<Arc<RawClient>>,
+    copier: Option<Copier>,
+    /// The HTTP client without the timeouts and errors of `http_client.rs`.
+    plain_client: reqwest::Client,
+    settings: S3Settings,
+    options: Options,
+    prefix: String,
+    at: EndpointContext,
+    /// The bucket's region as reported by the server, if it differs from the region that requests are signed for.
+    reported_region: Mutex<Option<String>>,
+}
+
+impl S3Backend {
+    /// Sets up the clients without sending a request. Blocks while it reads AWS files and root certificates.
+    pub(super) fn open(
+        config: &RemoteConfig,
+        bucket: &str,
+        prefix: &str,
+        options: &Options,
+        read_timeout: Duration,
+    ) -> Result<Self> {
+        if !is_bucket_name(bucket) {
+            return Err(Error::invalid("the address names no bucket").tier(Tier::Remote));
+        }
+        let profiles = Profiles::load(&config.environment);
+        let settings = S3Settings::gather(options, &config.environment, &profiles)?;
+        let connector = Connector::new(&settings, options, read_timeout)?;
+        let plain_client = connector.client().clone();
+        let credentials =
+            Arc::new(Credentials::new(&config.environment, options, profiles, &settings.region, plain_client.clone()));
+        let raw_client = Arc::new(RawClient::new(bucket, &settings, options, &connector, &credentials));
+        let copier = Copier::new(&raw_client, options);
+        let raw_client = raw_client::supports_reads(options).then_some(raw_client);
+        let mut builder = AmazonS3Builder::new()
+            .with_bucket_name(bucket)
+            .with_region(&settings.region)
+            .with_virtual_hosted_style_request(!settings.path_style)
+            .with_allow_http(settings.allow_http)
+            .with_disable_bulk_delete(true)
+            .with_unsigned_payload(!settings.signs_payload(options))
+            .with_retry(object_store::RetryConfig { max_retries: 0, ..Default::default() })
+            .with_credentials(credentials.clone())
+            .with_http_connector(connector);
+        if let Some(endpoint) = &settings.endpoint {
+            // In virtual-hosted style, `object_store` uses the endpoint unchanged, so it must contain the bucket.
+            let virtual_host = || settings.bucket_url(bucket);
+            builder = builder.with_endpoint(if settings.path_style { endpoint.clone() } else { virtual_host() });
+        }
+        // Options of the user override the settings above.
+        for (key, value) in &options.passed_on {
+            builder = builder.with_config(*key, value.expose());
+        }
+        let s3 = builder.build().map_err(|error| {
+            // The text may contain the value of an option, so it is not part of the message.
+            tracing::debug!(%error, "the S3 client refused its options");
+            Error::invalid("the options of the remote are inconsistent")
+                .tier(Tier::Remote)
+                .hint("check [remote.options]")
+        })?;
+        let at = EndpointContext {
+            container: bucket.to_owned(),
+            endpoint: settings.endpoint_url(),
+            region: settings.region.clone(),
+        };
+        Ok(Self {
+            s3,
+            credentials,
+            raw_client,
+            copier,
+            plain_client,
+            settings,
+            options: options.clone(),
+            prefix: prefix.to_owned(),
+            at,
+            reported_region: Mutex::default(),
+        })
+    }
+
+    /// Returns the client for requests that `object_store` lacks, if the options allow it.
+    fn raw_client(&self) -> Option<&RawClient> {
+        self.raw_client.as_deref()
+    }
+
+    /// Returns the client for copies and for parts with a known digest, if the options allow it.
+    fn copier(&self) -> Option<&Copier> {
+        self.copier.as_ref()
+    }
+}
+
+#[async_trait]
+impl Backend for S3Backend {
+    fn objects(&self) -> &dyn ObjectStore {
+        &self.s3
+    }
+
+    fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    fn at(&self) -> &EndpointContext {
+        &self.at
+    }
+
+    fn unusable_key(&self, key: &Path) -> Option<String> {
+        let bytes = key.as_ref().len();
+        (bytes > KEY_BYTES_MAX).then(|| format!("{bytes} bytes with the prefix; at most {KEY_BYTES_MAX}"))
+    }
+
+    async fn list_page(
+        &self,
+        prefix: Option<&Path>,
+        flat: bool,
+        token: Option<String>,
+    ) -> object_store::Result<PaginatedListResult> {
+        let prefix = prefix.map(|prefix| format!("{prefix}/"));
+        let delimiter = flat.then_some(Cow::Borrowed("/"));
+        let options = PaginatedListOptions { page_token: token, delimiter, ..PaginatedListOptions::default() };
+        self.s3.list_paginated(prefix.as_deref(), options).await
+    }
+
+    async fn copy(&self, store: &Arc<Store>, copy: &Copy<'_>) -> Result<Copied> {
+        match self.copier() {
+            Some(copier) => copy::copy(store, copier, self, copy).await,
+            None => Ok(Copied::Unsupported),
+        }
+    }
+
+    fn uploads(&self) -> Option<&dyn MultipartUploads> {
+        Some(self)
+    }
+
+    async fn stored_checksums(&self, key: &Path) -> object_store::Result<Option<StoredChecksums>> {
+        match self.raw_client() {
+            Some(raw_client) => raw_client.checksums(key).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Remembers a region that the server reports, and drops expired credentials.
+    async fn explain(&self, error: object_store::Error, doing: &str) -> Error {
+        let expired = failure::is_expired(&error);
+        let region = failure::refusal(&error).and_then(|refusal| refusal.region.clone());
+        if let Some(region) = region.filter(|region| *region != self.at.region) {
+            *self.reported_region.lock().unwrap_or_else(PoisonError::into_inner) = Some(region);
+        }
+        let error = failure::translate(error, doing, &self.at);
+        // A retry helps only if the credentials can be renewed.
+        if expired { error.transient(self.credentials.expired().await) } else { error }
+    }
+
+    fn write_permission_hint(&self) -> String {
+        format!("grant s3:PutObject on the bucket {:?}", self.at.container)
+    }
+
+    fn reported_region(&self) -> Option<String> {
+        self.reported_region.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    async fn examine(&self, config: &RemoteConfig, clock: &Clock, checks: &mut Vec<Check>) -> Result<bool> {
+        Ok(self.examine_bucket(config, clock, checks).await)
+    }
+}

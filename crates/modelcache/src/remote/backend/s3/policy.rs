@@ -5,9 +5,10 @@
 //! of 403. Tests compare the policy with the requests that a test server received.
 
 use super::profile::Profiles;
-use super::settings::{Options, RemoteLocation, S3Settings};
+use super::settings::{Options, S3Settings};
 use crate::config::RemoteConfig;
 use crate::error::{Error, Result, Tier};
+use crate::remote::backend::RemoteLocation;
 use serde_json::{Value, json};
 
 /// Use of the remote by a machine.

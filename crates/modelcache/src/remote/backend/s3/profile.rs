@@ -10,7 +10,7 @@ type Sections = HashMap<String, HashMap<String, String>>;
 
 /// The sections of both files, and the name of the chosen profile.
 #[derive(Clone, Default)]
-pub(in crate::remote) struct Profiles {
+pub(super) struct Profiles {
     name: String,
     sections: Sections,
 }
@@ -23,7 +23,7 @@ impl std::fmt::Debug for Profiles {
 }
 
 /// Returns the home directory according to `environment`.
-pub(in crate::remote) fn home(environment: &Environment) -> Option<PathBuf> {
+pub(super) fn home(environment: &Environment) -> Option<PathBuf> {
     environment.get("HOME").or_else(|| environment.get("USERPROFILE")).map(PathBuf::from)
 }
 
@@ -40,19 +40,19 @@ fn file(environment: &Environment, variable: &str, usual: &str) -> Option<PathBu
 
 impl Profiles {
     /// Returns the name of the profile that `environment` selects.
-    pub(in crate::remote) fn chosen(environment: &Environment) -> &str {
+    pub(super) fn chosen(environment: &Environment) -> &str {
         environment.get("AWS_PROFILE").or_else(|| environment.get("AWS_DEFAULT_PROFILE")).unwrap_or("default")
     }
 
     /// Returns the paths of the credentials file and the configuration file, in this order.
-    pub(in crate::remote) fn files(environment: &Environment) -> Vec<PathBuf> {
+    pub(super) fn files(environment: &Environment) -> Vec<PathBuf> {
         let credentials = file(environment, "AWS_SHARED_CREDENTIALS_FILE", ".aws/credentials");
         let config = file(environment, "AWS_CONFIG_FILE", ".aws/config");
         credentials.into_iter().chain(config).collect()
     }
 
     /// Reads both files. A missing file counts as empty. Blocks.
-    pub(in crate::remote) fn load(environment: &Environment) -> Self {
+    pub(super) fn load(environment: &Environment) -> Self {
         let read = |path: Option<PathBuf>| path.map(|path: PathBuf| read_text(&path)).unwrap_or_default();
         Self::from_texts(
             Self::chosen(environment),
@@ -62,7 +62,7 @@ impl Profiles {
     }
 
     /// Parses the texts of both files. The credentials file takes precedence.
-    pub(in crate::remote) fn from_texts(name: &str, credentials: &str, config: &str) -> Self {
+    pub(super) fn from_texts(name: &str, credentials: &str, config: &str) -> Self {
         let mut sections = Sections::new();
         // The configuration file names sections `profile NAME`, the credentials file only `NAME`.
         for (section, values) in parse(config) {
@@ -79,22 +79,22 @@ impl Profiles {
     }
 
     /// Returns the name of the chosen profile.
-    pub(in crate::remote) fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         &self.name
     }
 
     /// Returns true if the chosen profile exists.
-    pub(in crate::remote) fn exists(&self) -> bool {
+    pub(super) fn exists(&self) -> bool {
         self.sections.contains_key(&self.name)
     }
 
     /// Returns a setting of the chosen profile.
-    pub(in crate::remote) fn current(&self, setting: &str) -> Option<&str> {
+    pub(super) fn current(&self, setting: &str) -> Option<&str> {
         self.get(&self.name, setting)
     }
 
     /// Returns a setting of any profile, or of a section such as `sso-session NAME`. An empty value counts as unset.
-    pub(in crate::remote) fn get(&self, section: &str, setting: &str) -> Option<&str> {
+    pub(super) fn get(&self, section: &str, setting: &str) -> Option<&str> {
         self.sections.get(section)?.get(setting).map(String::as_str).filter(|value| !value.is_empty())
     }
 }

@@ -1,14 +1,13 @@
 //! Signed S3 requests that `object_store` does not offer: checksums of an object, lists of multipart uploads, conditional
 //! copies, and parts with a known digest.
 //!
-//! [`RawClient`] is the only place that builds and signs such requests. `copy.rs` and `orphaned_uploads.rs` use it.
+//! [`RawClient`] is the only place that builds and signs such requests. `copy.rs` and `uploads.rs` use it.
 
 use super::credentials::Credentials;
 use super::http_client::{Connector, LongerTimeout};
 use super::settings::{Options, S3Settings, is_on};
 use crate::digest::Digest;
-use crate::error::Result;
-use crate::remote::store::Store;
+use crate::remote::backend::StoredChecksums;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
@@ -33,7 +32,7 @@ const CHECKSUM: &str = "x-amz-checksum-sha256";
 const CHECKSUM_TYPE: &str = "x-amz-checksum-type";
 
 /// Sends signed requests to one bucket.
-pub(in crate::remote) struct RawClient {
+pub(super) struct RawClient {
     client: HttpClient,
     credentials: Arc<Credentials>,
     bucket: String,
@@ -44,20 +43,9 @@ pub(in crate::remote) struct RawClient {
     request_payer: bool,
 }
 
-/// Checksums of an object, as stated by the store.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(in crate::remote) struct StoredChecksums {
-    /// The ETag of the object that the checksum belongs to.
-    pub(in crate::remote) etag: Option<String>,
-    /// The digest and the header that contains it.
-    pub(in crate::remote) sha256: Option<(Digest, &'static str)>,
-    /// A header that should contain a digest, but has an invalid value.
-    pub(in crate::remote) garbage: Option<&'static str>,
-}
-
 /// Returns false if an option changes how requests that read are signed or encrypted. Objects then count as having no
 /// checksum, and uploads cannot be listed.
-pub(in crate::remote) fn supports_reads(options: &Options) -> bool {
+pub(super) fn supports_reads(options: &Options) -> bool {
     use AmazonS3ConfigKey as Key;
     let changes = |key: &Key| {
         let is_read_with_a_key = key.as_ref() == "aws_sse_customer_key_base64";
@@ -67,7 +55,7 @@ pub(in crate::remote) fn supports_reads(options: &Options) -> bool {
 }
 
 impl RawClient {
-    pub(in crate::remote) fn new(
+    pub(super) fn new(
         bucket: &str,
         settings: &S3Settings,
         options: &Options,
@@ -88,7 +76,7 @@ impl RawClient {
     }
 
     /// Returns true if the signature of a request covers the digest of its body.
-    pub(in crate::remote) fn signs_payload(&self) -> bool {
+    pub(super) fn signs_payload(&self) -> bool {
         self.signs_payload
     }
 
@@ -111,18 +99,18 @@ impl RawClient {
     }
 
     /// Sends a GET request with `query` for the bucket itself. Returns the body of the answer.
-    pub(in crate::remote) async fn get(&self, query: &str) -> object_store::Result<String> {
+    pub(super) async fn get(&self, query: &str) -> object_store::Result<String> {
         text(self.send(self.request(Method::GET, None, query), Bytes::new(), None).await?).await
     }
 
-    /// Sends a HEAD request with checksum mode for an object. Returns the headers of the answer.
-    async fn head(&self, key: &Path) -> object_store::Result<HeaderMap> {
+    /// Sends a HEAD request with checksum mode for an object. Returns the checksums in the headers of the answer.
+    pub(super) async fn checksums(&self, key: &Path) -> object_store::Result<StoredChecksums> {
         let request = self.request(Method::HEAD, Some(key), "").header("x-amz-checksum-mode", "ENABLED");
-        Ok(self.send(request, Bytes::new(), None).await?.headers().clone())
+        Ok(checksums_in(self.send(request, Bytes::new(), None).await?.headers()))
     }
 
     /// Uploads the part at `index` (from 0) of a multipart upload.
-    pub(in crate::remote) async fn put_part(
+    pub(super) async fn put_part(
         &self,
         key: &Path,
         upload: &str,
@@ -140,7 +128,7 @@ impl RawClient {
 
     /// Copies `from` to `to`, or to the part of an upload that `query` names. Returns the body of the answer.
     /// `longer` is added to the timeout, because the server answers when the copy is complete.
-    pub(in crate::remote) async fn copy(
+    pub(super) async fn copy(
         &self,
         from: &Path,
         to: &Path,
@@ -158,7 +146,7 @@ impl RawClient {
 }
 
 /// Returns the query that names the part at `index` (from 0) of a multipart upload.
-pub(in crate::remote) fn part_query(upload: &str, index: u64) -> String {
+pub(super) fn part_query(upload: &str, index: u64) -> String {
     format!("partNumber={}&uploadId={}", index + 1, utf8_percent_encode(upload, NON_ALPHANUMERIC))
 }
 
@@ -169,18 +157,6 @@ async fn text(answer: HttpResponse) -> object_store::Result<String> {
 
 fn generic(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> object_store::Error {
     object_store::Error::Generic { store: "S3", source: source.into() }
-}
-
-impl Store {
-    /// Returns the checksums of an object, or `None` if it does not exist or the store has no [`RawClient`].
-    pub(in crate::remote) async fn stored_checksums(&self, key: &Path) -> Result<Option<StoredChecksums>> {
-        let Some(raw_client) = self.raw_client() else { return Ok(None) };
-        let doing = format!("cannot look at {key}");
-        let ask = || async {
-            Ok(self.present(raw_client.head(key).await, &doing).await?.map(|headers| checksums_in(&headers)))
-        };
-        self.retry().run(ask).await
-    }
 }
 
 /// Extracts the checksum of the whole object from the headers. The metadata header takes precedence over S3's checksum,

@@ -1,4 +1,4 @@
-//! Settings of the remote: its address, the options of `[remote.options]`, and the AWS settings.
+//! Settings of a bucket: the options of `[remote.options]`, and the AWS settings.
 //!
 //! Parsing sends no request. Environment variables come from the configuration, never from the process's own
 //! environment. The shared AWS configuration files are read when the store is first used.
@@ -18,47 +18,33 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The region that requests are signed for if none is configured.
 const DEFAULT_REGION: &str = "us-east-1";
 
-/// The parsed address of the remote.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::remote) enum RemoteLocation {
-    /// A bucket, and the prefix of all keys in it (empty, or without slashes at its ends).
-    Bucket {
-        /// The name of the bucket.
-        bucket: String,
-        /// The prefix of every key.
-        prefix: String,
-    },
-    /// A local folder.
-    Folder(PathBuf),
-}
-
 /// The options of `[remote.options]`, checked.
 #[derive(Debug, Clone, Default)]
 pub(in crate::remote) struct Options {
     /// Region, if configured.
-    pub(in crate::remote) region: Option<String>,
+    pub(super) region: Option<String>,
     /// Endpoint, if configured.
-    pub(in crate::remote) endpoint: Option<String>,
+    pub(super) endpoint: Option<String>,
     /// True to put the bucket into the path of the URL instead of the host name.
-    pub(in crate::remote) path_style: Option<bool>,
+    pub(super) path_style: Option<bool>,
     /// True to allow plain HTTP.
-    pub(in crate::remote) allow_http: Option<bool>,
+    pub(super) allow_http: Option<bool>,
     /// True to accept invalid TLS certificates.
-    pub(in crate::remote) allow_invalid_certificates: bool,
+    pub(super) allow_invalid_certificates: bool,
     /// Longest wait for a connection.
-    pub(in crate::remote) connect_timeout: Option<Duration>,
+    pub(super) connect_timeout: Option<Duration>,
     /// The proxy for all requests.
-    pub(in crate::remote) proxy_url: Option<Secret>,
+    pub(super) proxy_url: Option<Secret>,
     /// Hosts for which the proxy is not used.
-    pub(in crate::remote) proxy_excludes: Option<String>,
+    pub(super) proxy_excludes: Option<String>,
     /// Access key id.
-    pub(in crate::remote) access_key: Option<Secret>,
+    pub(super) access_key: Option<Secret>,
     /// Secret access key.
-    pub(in crate::remote) secret_key: Option<Secret>,
+    pub(super) secret_key: Option<Secret>,
     /// Session token of temporary credentials.
-    pub(in crate::remote) session_token: Option<Secret>,
+    pub(super) session_token: Option<Secret>,
     /// Options passed on to the builder of the `object_store` client.
-    pub(in crate::remote) passed_on: Vec<(AmazonS3ConfigKey, Secret)>,
+    pub(super) passed_on: Vec<(AmazonS3ConfigKey, Secret)>,
 }
 
 /// The documented option names, suggested for a misspelt one.
@@ -89,42 +75,6 @@ const NAMES: [&str; 22] = [
 
 fn invalid(message: String) -> Error {
     Error::invalid(message).tier(Tier::Remote)
-}
-
-impl RemoteLocation {
-    /// Parses `s3://bucket/prefix` and `file:///folder`.
-    pub(in crate::remote) fn parse(address: &str) -> Result<Self> {
-        let hint = "write s3://BUCKET/PREFIX or file:///FOLDER";
-        // No message repeats the address before it is known to contain no password.
-        let url = Url::parse(address)
-            .map_err(|cause| invalid("the remote's address is not a URL".into()).cause(cause).hint(hint))?;
-        if !url.username().is_empty() || url.password().is_some() {
-            return Err(invalid("the remote's address carries credentials".into())
-                .hint("leave them out; keys come from the environment or from `aws configure`"));
-        }
-        if url.query().is_some() || url.fragment().is_some() {
-            return Err(invalid(format!("the remote's address {address:?} has a query or fragment")).hint(hint));
-        }
-        match url.scheme() {
-            "s3" => {
-                let bucket = url.host_str().unwrap_or_default();
-                if bucket.is_empty() || url.port().is_some() {
-                    return Err(invalid(format!("the remote's address {address:?} names no bucket")).hint(hint));
-                }
-                let prefix = percent_encoding::percent_decode_str(url.path()).decode_utf8_lossy();
-                let prefix = prefix.trim_matches('/').to_owned();
-                object_store::path::Path::parse(&prefix).map_err(|cause| {
-                    invalid(format!("the prefix of the remote's address {address:?} cannot be a key")).cause(cause)
-                })?;
-                Ok(Self::Bucket { bucket: bucket.to_owned(), prefix })
-            }
-            "file" => match url.to_file_path() {
-                Ok(folder) if folder.is_absolute() && folder.parent().is_some() => Ok(Self::Folder(folder)),
-                _ => Err(invalid(format!("the remote's address {address:?} names no folder")).hint(hint)),
-            },
-            other => Err(invalid(format!("the remote's address has the unsupported scheme {other:?}")).hint(hint)),
-        }
-    }
 }
 
 impl Options {
@@ -193,7 +143,7 @@ fn flag(name: &str, value: &str) -> Result<bool> {
 }
 
 /// Returns true for an option value that `object_store` takes for true.
-pub(in crate::remote) fn is_on(value: &str) -> bool {
+pub(super) fn is_on(value: &str) -> bool {
     matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on")
 }
 
@@ -229,14 +179,14 @@ fn distance(a: &str, b: &str) -> usize {
 
 /// The settings of the S3 client, merged from options, environment variables and AWS profile.
 #[derive(Debug, Clone)]
-pub(in crate::remote) struct S3Settings {
-    pub(in crate::remote) region: String,
-    pub(in crate::remote) endpoint: Option<String>,
-    pub(in crate::remote) path_style: bool,
-    pub(in crate::remote) allow_http: bool,
-    pub(in crate::remote) connect_timeout: Duration,
+pub(super) struct S3Settings {
+    pub(super) region: String,
+    pub(super) endpoint: Option<String>,
+    pub(super) path_style: bool,
+    pub(super) allow_http: bool,
+    pub(super) connect_timeout: Duration,
     /// A file of root certificates to trust in addition to the system's.
-    pub(in crate::remote) ca_file: Option<PathBuf>,
+    pub(super) ca_file: Option<PathBuf>,
 }
 
 impl S3Settings {
@@ -245,7 +195,7 @@ impl S3Settings {
     /// # Errors
     /// [`Invalid`](crate::ErrorKind::Invalid) for an invalid endpoint or region. The message repeats neither with parts
     /// that may be credentials.
-    pub(in crate::remote) fn gather(options: &Options, environment: &Environment, profiles: &Profiles) -> Result<Self> {
+    pub(super) fn gather(options: &Options, environment: &Environment, profiles: &Profiles) -> Result<Self> {
         let variable = |name: &str| environment.get(name).map(str::to_owned);
         let setting = |name: &str| profiles.current(name).map(str::to_owned);
         let endpoint = options
@@ -278,12 +228,12 @@ impl S3Settings {
     }
 
     /// Returns the configured endpoint, or the one of AWS for the region.
-    pub(in crate::remote) fn endpoint_url(&self) -> String {
+    pub(super) fn endpoint_url(&self) -> String {
         self.endpoint.clone().unwrap_or_else(|| format!("https://s3.{}.amazonaws.com", self.region))
     }
 
     /// Returns the URL of a bucket, without a slash at its end.
-    pub(in crate::remote) fn bucket_url(&self, bucket: &str) -> String {
+    pub(super) fn bucket_url(&self, bucket: &str) -> String {
         let endpoint = self.endpoint_url();
         match self.path_style {
             true => format!("{endpoint}/{bucket}"),
@@ -293,7 +243,7 @@ impl S3Settings {
 
     /// Returns true if requests sign the digest of their body. Without the option `unsigned_payload`, bodies are signed
     /// over plain HTTP only, because TLS protects their integrity.
-    pub(in crate::remote) fn signs_payload(&self, options: &Options) -> bool {
+    pub(super) fn signs_payload(&self, options: &Options) -> bool {
         let is_unsigned = |(key, _): &&(AmazonS3ConfigKey, Secret)| matches!(key, AmazonS3ConfigKey::UnsignedPayload);
         match options.passed_on.iter().find(is_unsigned) {
             Some((_, value)) => !is_on(value.expose()),
@@ -334,21 +284,6 @@ mod tests {
     fn options(pairs: &[(&str, &str)]) -> Result<Options> {
         let options = pairs.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
         Options::parse(&RemoteConfig { url: String::new(), options, environment: Environment::default() })
-    }
-
-    #[test]
-    fn addresses_name_a_bucket_or_a_folder() {
-        let bucket =
-            |bucket: &str, prefix: &str| RemoteLocation::Bucket { bucket: bucket.into(), prefix: prefix.into() };
-        assert_eq!(RemoteLocation::parse("s3://b").expect("parses"), bucket("b", ""));
-        assert_eq!(RemoteLocation::parse("s3://b/x/y/").expect("parses"), bucket("b", "x/y"));
-        assert_eq!(RemoteLocation::parse("s3://my_b.ucket/a b").expect("parses"), bucket("my_b.ucket", "a b"));
-        assert_eq!(RemoteLocation::parse("file:///srv/m").expect("parses"), RemoteLocation::Folder("/srv/m".into()));
-        for bad in ["", "gs://b", "s3:///x", "/srv/models", "file:///", "s3://b/a//b", "s3://b/x?y"] {
-            assert_eq!(RemoteLocation::parse(bad).expect_err(bad).kind(), ErrorKind::Invalid, "{bad}");
-        }
-        let error = RemoteLocation::parse("s3://AKIA:canary@bucket/x").expect_err("credentials");
-        assert!(!format!("{error:?} {error}").contains("canary"));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::ops::Range;
 const DEPTH_MAX: usize = 32;
 
 /// Returns the text of the first element with this local name, or `None` if it is absent or has no end tag.
-pub(in crate::remote) fn text(xml: &str, name: &str) -> Option<String> {
+pub(super) fn text(xml: &str, name: &str) -> Option<String> {
     let element = elements(xml, name).next()?;
     let (mut reader, mut text) = (reader(xml.get(element)?), String::new());
     loop {
@@ -39,7 +39,7 @@ fn push_reference(text: &mut String, reference: &BytesRef<'_>) -> Option<()> {
 
 /// Returns the position of every element with this local name, from start tag to end tag. Elements inside such an
 /// element are not returned. Ends before the first mistake in the document.
-pub(in crate::remote) fn elements<'a>(xml: &'a str, name: &'a str) -> impl Iterator<Item = Range<usize>> + 'a {
+pub(super) fn elements<'a>(xml: &'a str, name: &'a str) -> impl Iterator<Item = Range<usize>> + 'a {
     // The parser does not count a byte order mark, so it is skipped here.
     let content = xml.trim_start_matches('\u{feff}');
     let skipped = xml.len() - content.len();

@@ -1,0 +1,308 @@
+//! A local folder, for instance on a shared file system, with the same layout as a bucket.
+//!
+//! A file appears by a rename, after it is complete, verified and synced. Copies are hard links. Symbolic links are
+//! followed inside the folder only.
+
+use super::{Backend, Copied, Copy, EndpointContext, WalkedFiles, failure};
+use crate::config::RemoteConfig;
+use crate::doctor::{Area, Check, Clock};
+use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::ladder::PartHasher;
+use crate::remote::upload::{SLICE_BYTES, Upload, changed, ensure_digest, open, unreadable};
+use async_trait::async_trait;
+use futures::TryStreamExt;
+use object_store::list::PaginatedListResult;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{ListResult, ObjectStore};
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::path::{Path as FsPath, PathBuf};
+use std::sync::Arc;
+
+/// Name prefix of temporary files.
+const UNFINISHED: &str = "upload-";
+
+/// An opened folder.
+pub(super) struct FolderBackend {
+    objects: LocalFileSystem,
+    root: PathBuf,
+    prefix: String,
+    at: EndpointContext,
+}
+
+impl FolderBackend {
+    pub(super) fn open(folder: &FsPath) -> Result<Self> {
+        let unusable = || Error::invalid(format!("the remote's folder {folder:?} cannot be used")).tier(Tier::Remote);
+        let prefix = Path::from_absolute_path(folder).map_err(|cause| unusable().cause(cause))?.as_ref().to_owned();
+        let shown = folder.display().to_string();
+        Ok(Self {
+            objects: LocalFileSystem::new().with_fsync(true),
+            root: folder.to_path_buf(),
+            prefix,
+            at: EndpointContext { container: shown.clone(), endpoint: shown, region: String::new() },
+        })
+    }
+
+    /// Returns the path of the file of an object.
+    fn file(&self, key: &Path) -> Result<PathBuf> {
+        let relative = key.as_ref().strip_prefix(&self.prefix).and_then(|rest| rest.strip_prefix('/'));
+        let foreign = || Error::new(ErrorKind::Other, format!("{key} is outside the remote"));
+        Ok(self.root.join(relative.ok_or_else(foreign)?))
+    }
+
+    /// Hard-links an object to `copy.to`, and makes the new name durable.
+    async fn link(&self, copy: &Copy<'_>) -> Result<()> {
+        let (source, target) = (self.file(copy.from)?, self.file(copy.to)?);
+        let (staging, root) = (self.file(copy.staging)?, self.root.clone());
+        let linked = tokio::task::spawn_blocking(move || {
+            std::fs::create_dir_all(&staging)?;
+            // `hard_link` does not replace an existing target, so link to a temporary name and rename it.
+            let temporary = staging.join(format!("{UNFINISHED}{:016x}", rand::random::<u64>()));
+            std::fs::hard_link(&source, &temporary)?;
+            let placed = rename_durably(&temporary, &target, &root);
+            // If both names are links to the same file, `rename` does nothing and the temporary name stays.
+            let _ = std::fs::remove_file(&temporary);
+            placed
+        });
+        let cut_short = |cause| Error::new(ErrorKind::Other, "linking was cut short").cause(cause);
+        linked.await.map_err(cut_short)?.map_err(|cause| Error::new(ErrorKind::Other, "cannot link").cause(cause))
+    }
+}
+
+#[async_trait]
+impl Backend for FolderBackend {
+    fn objects(&self) -> &dyn ObjectStore {
+        &self.objects
+    }
+
+    fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    fn at(&self) -> &EndpointContext {
+        &self.at
+    }
+
+    fn unusable_key(&self, key: &Path) -> Option<String> {
+        // `LocalFileSystem` writes to `name#1` before it renames to `name`, and hides such names in listings.
+        let numbered = |name: &str| {
+            name.split_once('#').is_some_and(|(_, n)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+        };
+        let is_numbered = key.filename().is_some_and(numbered);
+        is_numbered.then(|| "in a folder, names that end in # and digits stand for uploads in progress".to_owned())
+    }
+
+    /// Lists all objects as one page.
+    async fn list_page(
+        &self,
+        prefix: Option<&Path>,
+        flat: bool,
+        _token: Option<String>,
+    ) -> object_store::Result<PaginatedListResult> {
+        let result = match flat {
+            true => self.objects.list_with_delimiter(prefix).await?,
+            false => ListResult {
+                objects: self.objects.list(prefix).try_collect().await?,
+                common_prefixes: Vec::new(),
+                extensions: Default::default(),
+            },
+        };
+        Ok(PaginatedListResult { result, page_token: None })
+    }
+
+    async fn copy(&self, _store: &Arc<crate::remote::store::Store>, copy: &Copy<'_>) -> Result<Copied> {
+        self.link(copy).await.map(|()| Copied::Done(None))
+    }
+
+    async fn put_file(&self, upload: &Upload, staging: &Path) -> Result<()> {
+        let (target, staging) = (self.file(&upload.object)?, self.file(staging)?);
+        let (upload, root, at) = (upload.clone(), self.root.clone(), self.at.clone());
+        let copied = tokio::task::spawn_blocking(move || copy_into(&upload, &target, &staging, &root, &at));
+        copied.await.map_err(|cause| Error::new(ErrorKind::Other, "copying was cut short").cause(cause))?
+    }
+
+    async fn sweep_unfinished(&self, staging: &Path) {
+        let Ok(staging) = self.file(staging) else { return };
+        let _ = tokio::task::spawn_blocking(move || sweep_unfinished(&staging)).await;
+    }
+
+    async fn remove_empty_folders(&self, folder: &Path, above: usize) {
+        let Ok(folder) = self.file(folder) else { return };
+        let root = self.root.clone();
+        let _ = tokio::task::spawn_blocking(move || remove_empty(&folder, &root, above)).await;
+    }
+
+    async fn walk(&self, base: &str) -> Result<Option<WalkedFiles>> {
+        if self.leads_outside(base).await {
+            tracing::warn!(place = base, "a link leads out of the remote's folder; its target is skipped");
+            return Ok(Some(WalkedFiles::default()));
+        }
+        let (root, folder) = (self.root.clone(), self.root.join(base));
+        let walked = tokio::task::spawn_blocking(move || walk(&root, &folder)).await;
+        let cut_short = |cause| Error::new(ErrorKind::Other, "listing the remote was cut short").cause(cause);
+        match walked.map_err(cut_short)? {
+            Ok(walked) => Ok(Some(walked)),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                Ok(Some(WalkedFiles::default()))
+            }
+            Err(error) => Err(failure::from_io(&error, &format!("cannot list {base:?}"), &self.at)),
+        }
+    }
+
+    /// Such links are not followed. Otherwise a user with write access to a shared folder could use another user's
+    /// process to read files that they have no permission to read.
+    async fn leads_outside(&self, base: &str) -> bool {
+        let (root, place) = (self.root.clone(), self.root.join(base));
+        // A path that does not exist is not outside; the lookup finds nothing there.
+        let leads_outside = move || match (root.canonicalize(), place.canonicalize()) {
+            (Ok(root), Ok(place)) => !place.starts_with(root),
+            _ => false,
+        };
+        tokio::task::spawn_blocking(leads_outside).await.unwrap_or(true)
+    }
+
+    async fn explain(&self, error: object_store::Error, doing: &str) -> Error {
+        failure::translate(error, doing, &self.at)
+    }
+
+    fn write_permission_hint(&self) -> String {
+        format!("check owner and mode of the folder {}", self.at.container)
+    }
+
+    async fn examine(&self, _config: &RemoteConfig, _clock: &Clock, checks: &mut Vec<Check>) -> Result<bool> {
+        checks.push(Check::ok(Area::Remote, format!("the folder {}", self.root.display())));
+        if self.root.is_dir() {
+            return Ok(true);
+        }
+        let says = format!("{} does not exist; the first put makes it", self.root.display());
+        let fix = "check whether a mount is missing; otherwise no action is needed";
+        checks.push(Check::warning(Area::Remote, says, fix));
+        Ok(false)
+    }
+}
+
+/// Copies `upload` to `target` through a temporary file in `staging`. The temporary file is not beside the target,
+/// because its name could exceed the limit if the name of the target has the maximum length.
+fn copy_into(upload: &Upload, target: &FsPath, staging: &FsPath, root: &FsPath, at: &EndpointContext) -> Result<()> {
+    let doing = format!("cannot write {}", upload.object);
+    let failed = |io: std::io::Error| failure::from_io(&io, &doing, at);
+    let mut source = open(&upload.file)?;
+    std::fs::create_dir_all(staging).map_err(failed)?;
+    let temporary = staging.join(format!("{UNFINISHED}{:016x}", rand::random::<u64>()));
+    let mut copy = File::create_new(&temporary).map_err(failed)?;
+    // Verify, sync, rename: the target appears complete and durable, or not at all.
+    let copied = copy_checked(&mut source, &mut copy, upload, failed)
+        .and_then(|()| copy.sync_all().map_err(failed))
+        .and_then(|()| rename_durably(&temporary, target, root).map_err(failed));
+    if copied.is_err() {
+        let _ = std::fs::remove_file(&temporary);
+    }
+    copied
+}
+
+/// Copies the file and verifies size and digest of the copied bytes.
+fn copy_checked(
+    source: &mut File,
+    copy: &mut File,
+    upload: &Upload,
+    failed: impl Fn(std::io::Error) -> Error,
+) -> Result<()> {
+    let mut hasher = PartHasher::new();
+    let mut buffer = vec![0; SLICE_BYTES];
+    let mut size = 0;
+    loop {
+        let got = source.read(&mut buffer).map_err(|cause| unreadable(&upload.file, cause))?;
+        if got == 0 {
+            break;
+        }
+        hasher.update(&buffer[..got]);
+        copy.write_all(&buffer[..got]).map_err(&failed)?;
+        size += got as u64;
+    }
+    if size != upload.size {
+        return Err(changed(&upload.file, &format!("{size} bytes, expected {}", upload.size)));
+    }
+    ensure_digest(upload.sha256, hasher.finish(), &upload.file)
+}
+
+/// Renames `temporary` to `target` and syncs the folders from `target` up to `root`, the remote's folder.
+fn rename_durably(temporary: &FsPath, target: &FsPath, root: &FsPath) -> std::io::Result<()> {
+    let folder = target.parent().unwrap_or(target);
+    let mut tries = 0;
+    loop {
+        let made = std::fs::create_dir_all(folder).and_then(|()| std::fs::rename(temporary, target));
+        match made {
+            // A concurrent evict of another artifact may have removed the new folder while it was empty: try again.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && tries < 10 => tries += 1,
+            made => break made?,
+        }
+    }
+    // A new folder is durable only after its parent is synced.
+    for changed in folder.ancestors() {
+        File::open(changed)?.sync_all()?;
+        if changed == root {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Removes the temporary files of killed writers from `staging`.
+fn sweep_unfinished(staging: &FsPath) {
+    for entry in std::fs::read_dir(staging).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Removes the empty folders in `folder`, `folder` itself, and up to `above` empty folders above it. `root` stays.
+fn remove_empty(folder: &FsPath, root: &FsPath, above: usize) {
+    fn below(folder: &FsPath) {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                below(&entry.path());
+            }
+        }
+        // Fails for a folder that is not empty, which stays.
+        let _ = std::fs::remove_dir(folder);
+    }
+    below(folder);
+    let above = folder.ancestors().skip(1).take(above);
+    for folder in above.take_while(|folder| *folder != root && folder.starts_with(root)) {
+        if std::fs::remove_dir(folder).is_err() {
+            break;
+        }
+    }
+}
+
+/// Returns the paths of all files below `top`, and of all other entries: names that are not UTF-8, pipes and other
+/// special files, and links to targets outside `root`.
+fn walk(root: &FsPath, top: &FsPath) -> io::Result<WalkedFiles> {
+    let (mut paths, mut left_out) = (Vec::new(), Vec::new());
+    let root = root.canonicalize()?;
+    // Each entry: folder, path below `top`, real paths of the folders above it to detect cycles of links.
+    let mut folders = vec![(top.to_owned(), String::new(), Vec::new())];
+    while let Some((folder, inside, mut above)) = folders.pop() {
+        above.push(folder.canonicalize()?);
+        for entry in std::fs::read_dir(&folder)? {
+            let path = entry?.path();
+            let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+                left_out.push(path.strip_prefix(top).unwrap_or(&path).to_string_lossy().into_owned());
+                continue;
+            };
+            let inside = if inside.is_empty() { name.to_owned() } else { format!("{inside}/{name}") };
+            // A dangling link is ignored.
+            let (Ok(metadata), Ok(real)) = (path.metadata(), path.canonicalize()) else { continue };
+            match () {
+                () if !real.starts_with(&root) => left_out.push(inside),
+                () if metadata.is_file() => paths.push(inside),
+                () if !metadata.is_dir() => left_out.push(inside),
+                () if !above.contains(&real) => folders.push((path, inside, above.clone())),
+                () => {}
+            }
+        }
+    }
+    Ok(WalkedFiles { paths, left_out })
+}
