@@ -52,8 +52,21 @@ const LAYERS: [&[&str]; 7] = [
     &["disk"],
     &["check", "config", "credentials", "metrics", "progress", "rate_limiter", "runtime", "settings"],
     &[
-        "digest", "error", "finding", "format", "human", "key", "ladder", "limits", "manifest", "printable", "redact",
-        "reference", "selection", "sidecar", "source",
+        "digest",
+        "error",
+        "finding",
+        "format",
+        "human",
+        "key",
+        "ladder",
+        "limits",
+        "manifest",
+        "printable",
+        "redact",
+        "reference",
+        "selection",
+        "sidecar",
+        "source",
     ],
 ];
 
