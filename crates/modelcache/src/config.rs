@@ -6,12 +6,14 @@
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::key::ArtifactKey;
-use crate::redact;
-use crate::reference::{Reference, Target};
+use crate::origin::Origin;
+use crate::reference::Reference;
+use crate::{origin, redact};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The configuration of a [`Cache`](crate::Cache). [`Config::new`] has the defaults.
@@ -63,6 +65,8 @@ pub struct Config {
     pub mlflow: MlflowConfig,
     /// OCI registries.
     pub oci: OciConfig,
+    /// The application's own origins, beside the built-in ones. See [`origin`](crate::origin) for an example.
+    pub own_origins: Vec<Arc<dyn Origin>>,
     /// How long a resolved revision or tag is considered current.
     pub ref_ttl: Duration,
     /// Never contact an origin over the network. A single call can also exclude the remote.
@@ -96,6 +100,7 @@ impl Config {
             credentials: Credentials::default(),
             mlflow: MlflowConfig::default(),
             oci: OciConfig::default(),
+            own_origins: Vec::new(),
             ref_ttl: Duration::from_secs(60),
             offline: false,
             start_jitter: Duration::ZERO,
@@ -374,17 +379,15 @@ impl OriginTemplate {
     pub fn apply(&self, key: &ArtifactKey) -> Result<Reference> {
         // These parsers decode percent escapes, so the values are encoded: a version with a slash stays one segment,
         // and a question mark does not begin a query.
-        let decoded = ["https://", "http://", "file://"].iter().any(|scheme| self.0.starts_with(scheme));
+        let scheme = origin::schemes().find(|scheme| scheme.split(&self.0).is_some());
+        let decoded = scheme.is_some_and(|scheme| scheme.decodes_escapes);
         let text = |text: &str| if decoded { one_segment(text) } else { text.to_owned() };
         let name = key.name.as_str().split('/').map(text).collect::<Vec<_>>().join("/");
         let filled = self.0.replace("{name}", &name).replace("{version}", &text(key.version.as_str()));
-        let mut reference = Reference::parse(&filled)?;
         // The version comes from the key, so the server's validators are not needed to derive one.
-        if let Target::Web(file) = &mut reference.target {
-            file.version = Some(key.version.clone());
-        }
-        match reference.target {
-            Target::Bare(_) => Err(Error::invalid(format!("the origin {:?} is not a URI", redact::reference(&self.0)))),
+        let reference = Reference::parse(&filled)?.with_given_version(&key.version);
+        match reference.scheme() {
+            None => Err(Error::invalid(format!("the origin {:?} is not a URI", redact::reference(&self.0)))),
             _ if reference.file.is_some() => Err(Error::invalid(format!(
                 "the origin {:?} names one file of a repository",
                 redact::reference(&self.0)

@@ -6,14 +6,11 @@
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::limits;
-use crate::redact;
+use crate::reference::OWN_ORIGIN;
+use crate::{limits, origin, redact};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
-
-/// First segments that are reserved for names from URIs. A bare name must not begin with one of them.
-pub const SCHEME_WORDS: [&str; 8] = ["hf", "http", "https", "s3", "file", "models", "mlflow", "oci"];
 
 /// The folder of the cache's own records beside the files of an artifact. No name or path can refer to it.
 pub const OWN_FOLDER: &str = ".modelcache";
@@ -84,7 +81,10 @@ impl ArtifactName {
         }
         if let Some(word) = name.scheme() {
             return Err(Error::invalid(format!("the name {text:?} begins with {word:?}, which stands for a URI"))
-                .hint(format!("write the URI itself ({word}://…), or choose another first segment")));
+                .hint(format!(
+                    "write the URI itself ({}://…), or choose another first segment",
+                    word.trim_start_matches(OWN_ORIGIN)
+                )));
         }
         Ok(name)
     }
@@ -125,10 +125,11 @@ impl ArtifactName {
         }
     }
 
-    /// Returns the scheme word if the name comes from a URI.
-    pub fn scheme(&self) -> Option<&'static str> {
+    /// Returns the scheme word if the name comes from a URI: a word of a built-in scheme, or `origin+word` for an
+    /// application's scheme. No bare name begins with one.
+    pub fn scheme(&self) -> Option<&str> {
         let first = self.0.split('/').next()?;
-        SCHEME_WORDS.into_iter().find(|word| *word == first)
+        (first.starts_with(OWN_ORIGIN) || origin::scheme_of_word(first).is_some()).then_some(first)
     }
 
     /// Returns the name as text.
@@ -222,14 +223,14 @@ impl ArtifactKey {
         }
     }
 
-    /// Schemes with URIs that contain the version: the commit of a Hub repository, the digest of an OCI manifest.
-    const URIS: [&str; 2] = ["hf", "oci"];
-
-    /// Returns true if a key with this name is written as name and version. Keys of the schemes in `URIS` are written
-    /// as a URI.
+    /// Returns true if a key with this name is written as name and version. Keys of schemes whose URIs contain the
+    /// version are written as a URI.
     fn is_listed_alone(name: &str) -> bool {
-        let scheme = name.split_once('/').map(|(scheme, _)| scheme);
-        scheme.is_some_and(|scheme| !Self::URIS.contains(&scheme) && SCHEME_WORDS.contains(&scheme))
+        let first = name.split_once('/').map(|(first, _)| first);
+        first.is_some_and(|first| {
+            first.starts_with(OWN_ORIGIN)
+                || origin::scheme_of_word(first).is_some_and(|scheme| !scheme.prints_keys_as_uri)
+        })
     }
 
     /// Returns 32 hex digits that identify this key in the names of locks and staging folders. They are derived from
@@ -266,8 +267,9 @@ impl TryFrom<&ArtifactKey> for ArtifactKey {
 impl fmt::Display for ArtifactKey {
     /// Formats the key as `name@version`, or as a URI if it belongs to the Hub or an OCI registry.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let is_uri = |first| origin::scheme_of_word(first).is_some_and(|scheme| scheme.prints_keys_as_uri);
         match self.name.0.split_once('/') {
-            Some((scheme, rest)) if Self::URIS.contains(&scheme) => write!(f, "{scheme}://{rest}@{}", self.version),
+            Some((scheme, rest)) if is_uri(scheme) => write!(f, "{scheme}://{rest}@{}", self.version),
             _ => write!(f, "{}@{}", self.name, self.version),
         }
     }

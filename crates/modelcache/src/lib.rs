@@ -84,6 +84,11 @@
 //!
 //! [`Cache::open_file`] returns before the file is complete. Reads return verified bytes only.
 //!
+//! # Add an origin of your own
+//!
+//! See [`origin`]: an application implements [`Origin`](origin::Origin) for a scheme, and passes it to
+//! [`CacheBuilder::own_origin`](cache::CacheBuilder::own_origin).
+//!
 //! # Export metrics
 //!
 //! ```
@@ -107,6 +112,7 @@ pub mod format;
 pub mod key;
 pub mod manifest;
 pub mod metrics;
+pub mod origin;
 pub mod progress;
 pub mod reference;
 pub mod selection;
@@ -128,8 +134,6 @@ pub mod human;
 pub mod ladder;
 #[doc(hidden)]
 pub mod limits;
-#[doc(hidden)]
-pub mod origin;
 #[doc(hidden)]
 pub mod printable;
 #[doc(hidden)]

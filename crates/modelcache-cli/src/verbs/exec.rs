@@ -4,7 +4,7 @@
 //! releases the leases when the command ends, however it ends. `exec` prints nothing to standard output.
 
 use super::choice::Choice;
-use super::{Session, sync};
+use super::{Session, reference_forms, sync};
 use crate::{exit, progress, small_memory};
 use clap::Args;
 use modelcache::cache::Artifact;
@@ -29,9 +29,7 @@ use std::time::Instant;
 /// Example: modelcache exec hf://org/model -- vllm serve {}
 #[derive(Debug, Args)]
 pub(crate) struct Exec {
-    /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
-    /// oci://host/repository[:tag], https://host/file, file:///folder-or-file
-    #[arg(required = true, value_name = "REF")]
+    #[arg(required = true, value_name = "REF", help = reference_forms())]
     pub(crate) references: Vec<String>,
     #[command(flatten)]
     pub(crate) choice: Choice,

@@ -7,7 +7,7 @@
 use super::backfill::{finish, to_remote};
 use super::choice::Choice;
 use super::into::IntoFolder;
-use super::{Session, extend, key_object, path_text, phase_list, seconds, sync};
+use super::{Session, extend, key_object, path_text, phase_list, reference_forms, seconds, sync};
 use crate::output::{Lines, table};
 use crate::{exit, human, progress};
 use clap::Args;
@@ -25,9 +25,7 @@ use std::time::{Duration, Instant};
 /// keep a copy. Every downloaded byte is verified.
 #[derive(Debug, Args)]
 pub(crate) struct Get {
-    /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
-    /// oci://host/repository[:tag], https://host/file, file:///folder-or-file
-    #[arg(required = true, value_name = "REF")]
+    #[arg(required = true, value_name = "REF", help = reference_forms())]
     pub(crate) references: Vec<String>,
     #[command(flatten)]
     pub(crate) choice: Choice,

@@ -170,6 +170,11 @@ impl Verb {
     }
 }
 
+/// Returns the help text of an argument that is a reference: every form, those of URIs from the registry of origins.
+fn reference_forms() -> String {
+    format!("NAME@VERSION, NAME@TAG, {}", modelcache::reference::forms())
+}
+
 /// Returns the JSON form of phases: seconds by name.
 fn seconds(phases: &BTreeMap<Phase, Duration>) -> Value {
     phases.iter().map(|(phase, spent)| (phase.name().to_owned(), json!(spent.as_secs_f64()))).collect()

@@ -6,7 +6,7 @@
 
 use super::backfill::finish;
 use super::choice::Choice;
-use super::{Session, get};
+use super::{Session, get, reference_forms};
 use crate::{exit, human, progress};
 use clap::Args;
 use futures::{StreamExt, stream};
@@ -26,9 +26,7 @@ const LIST_BYTES_MAX: u64 = 16 << 20;
 /// the others are still downloaded.
 #[derive(Debug, Args)]
 pub(crate) struct Prewarm {
-    /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
-    /// oci://host/repository[:tag], https://host/file, file:///folder-or-file
-    #[arg(required_unless_present = "file", value_name = "REF")]
+    #[arg(required_unless_present = "file", value_name = "REF", help = reference_forms())]
     references: Vec<String>,
     /// Also the references in this file, one per line; lines that begin with # are comments; `-` is standard input
     #[arg(long, value_name = "LIST")]

@@ -3,7 +3,7 @@
 //! Standard output carries one line, so that `$(modelcache resolve …)` is a reference.
 
 use super::choice::Reach;
-use super::{Session, extend, key_object};
+use super::{Session, extend, key_object, reference_forms};
 use crate::human;
 use clap::Args;
 use modelcache::cache::{GetOptions, Pinned};
@@ -17,9 +17,7 @@ use std::time::Duration;
 /// the digest and the source of the answer to standard error.
 #[derive(Debug, Args)]
 pub(crate) struct Resolve {
-    /// NAME@VERSION, NAME@TAG, hf://org/model[@revision[/file]], s3://bucket/prefix-or-object, models:/NAME/VERSION,
-    /// oci://host/repository[:tag], https://host/file, file:///folder-or-file
-    #[arg(value_name = "REF")]
+    #[arg(value_name = "REF", help = reference_forms())]
     pub(crate) reference: String,
     /// Branch, tag or commit to use instead of the one in the reference
     #[arg(long, value_name = "REVISION")]

@@ -3,8 +3,10 @@
 use super::Cache;
 use crate::config::{BucketConfig, ByteBound, Config, Environment, OriginTemplate, RemoteConfig, Secret, Sharing};
 use crate::error::Result;
+use crate::origin::Origin;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 impl Cache {
     /// Returns a builder for a cache in the local directory `dir`.
@@ -84,6 +86,12 @@ impl CacheBuilder {
     /// Adds an origin of bare names: a reference with the placeholders `{name}` and `{version}`.
     pub fn origin(mut self, template: impl Into<String>) -> Self {
         self.origins.push(template.into());
+        self
+    }
+
+    /// Adds an origin of the application. [`Cache::reference`] parses references to it.
+    pub fn own_origin(mut self, origin: Arc<dyn Origin>) -> Self {
+        self.config.own_origins.push(origin);
         self
     }
 

@@ -6,6 +6,7 @@ use super::resolve::LookupPolicy;
 use super::{Cache, EvictReport, EvictTier, GetOptions};
 use crate::error::{Context, ErrorKind, Result, Tier};
 use crate::key::ArtifactKey;
+use crate::origin;
 use crate::reference::{Pointer, Reference, Target};
 use crate::remote::RefKind;
 use crate::source::Source;
@@ -68,7 +69,7 @@ impl Cache {
         let origin_can_give_back = match origin {
             _ if remote_stays => true,
             // A commit or a digest can be fetched again. Objects in a bucket may have been replaced.
-            Some(_) if key.name.scheme().is_some_and(|scheme| scheme != "s3") => true,
+            Some(_) if key.name.scheme().is_some_and(origin::keeps_versions) => true,
             Some(origin) if dry_run && tier != EvictTier::Disk => matches!(origin.manifest().await, Ok(Some(_))),
             _ => false,
         };

@@ -56,6 +56,7 @@ use crate::config::{Config, RemoteMode, Secret};
 use crate::disk::{Disk, Lower};
 use crate::error::Result;
 use crate::origin::Origins;
+use crate::reference::Reference;
 use crate::remote::Remote;
 use crate::transfer::{Downloader, Retry, blocking};
 use backfill::Backfills;
@@ -113,10 +114,7 @@ impl Cache {
             RemoteMode::ReadWrite => remote,
             RemoteMode::ReadOnly => remote.map(Remote::read_only),
         };
-        let origins = Origins::new(config.hub.clone(), config.buckets.clone(), retry)
-            .with_credentials(config.credentials.clone())
-            .with_mlflow(config.mlflow.clone())
-            .with_oci(config.oci.clone());
+        let origins = Origins::new(&config, retry)?;
         Ok(Self(Arc::new(Inner {
             config,
             disk,
@@ -137,6 +135,12 @@ impl Cache {
         blocking(move || work(&disk)).await
     }
 
+    /// Parses a reference, which may be one to the application's own origins. For all others it does what
+    /// [`Reference::parse`] does.
+    pub fn reference(&self, text: &str) -> Result<Reference> {
+        self.0.origins.parse(text)
+    }
+
     /// Returns the configuration of this cache.
     pub fn config(&self) -> &Config {
         &self.0.config
@@ -147,7 +151,6 @@ impl Cache {
 mod tests {
     use super::*;
     use crate::progress::Progress;
-    use crate::reference::Reference;
     use std::path::Path;
 
     /// Front ends spawn these calls, so their futures must be `Send`. Compiling is the test. A stream must be built

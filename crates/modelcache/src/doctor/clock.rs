@@ -14,11 +14,11 @@ const PROBLEM_ABOVE: Duration = Duration::from_secs(300);
 
 /// The servers that sent a date, and the number of seconds that the local clock is ahead of each.
 #[derive(Debug, Default)]
-pub(crate) struct Clock(Mutex<Vec<(String, i64)>>);
+pub struct Clock(Mutex<Vec<(String, i64)>>);
 
 impl Clock {
     /// Compares the `Date` header of a response that was just received with the local clock.
-    pub(crate) fn learn(&self, server: &str, date: Option<&str>) {
+    pub fn learn(&self, server: &str, date: Option<&str>) {
         let Some(theirs) = date.and_then(http_date) else { return };
         let ours = SystemTime::now();
         let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);

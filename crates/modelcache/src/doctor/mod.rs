@@ -12,7 +12,7 @@
 mod clock;
 mod network;
 
-pub(crate) use clock::Clock;
+pub use clock::Clock;
 
 use crate::config::{Config, Environment, RemoteMode};
 use crate::error::{Error, ErrorKind};

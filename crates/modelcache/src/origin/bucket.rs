@@ -7,12 +7,12 @@
 //! A source is valid only for the version that it was created for. If the location holds other objects later, the old
 //! ones are gone, and the source fails with `Conflict`.
 
-use super::Resolved;
+use super::{BuiltIn, Origin, Resolved};
 use crate::config::{BucketConfig, RemoteConfig};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
 use crate::manifest::Manifest;
-use crate::reference::BucketPlace;
+use crate::reference::{BucketPlace, Reference, Scheme, Target, bucket};
 use crate::remote::{Address, AddressContents, Remote, UnmanagedObjects};
 use crate::source::{Body, Source};
 use crate::transfer::Retry;
@@ -86,28 +86,41 @@ impl Buckets {
     }
 }
 
-/// Resolves `place` to the version of its present contents.
-pub(super) async fn resolve(buckets: &Arc<Buckets>, place: &BucketPlace) -> Result<Resolved> {
-    let Some((remote, found)) = buckets.find(place).await.map_err(as_origin_error)? else {
-        return Err(Error::not_found("there is no such object, and nothing below it")
-            .tier(Tier::Origin)
-            .hint("check bucket and key; `aws s3 ls` shows what is there. Keys are taken as they are written"));
-    };
-    // The listing is kept in the source, so that reading the manifest does not list again.
-    let key = ArtifactKey::new(place.name()?, version(&found)?);
-    let source = BucketSource::new(buckets, place, &key);
-    let source = Arc::new(BucketSource { found: OnceCell::new_with(Some(Some((remote, found)))), ..source });
-    *buckets.last_resolved.lock().unwrap_or_else(PoisonError::into_inner) = Some(source.clone());
-    Ok(Resolved { key, source })
-}
+/// The registration of buckets.
+pub(super) const BUILT_IN: BuiltIn = BuiltIn {
+    scheme: &bucket::SCHEME,
+    open: |config, retry| Arc::new(Arc::new(Buckets::new(config.buckets.clone(), retry))),
+};
 
-/// Returns a source for `key`, a version of `place` that was resolved before. Sends no request.
-pub(super) fn source(buckets: &Arc<Buckets>, place: &BucketPlace, key: &ArtifactKey) -> Arc<dyn Source> {
-    let last_resolved = buckets.last_resolved.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    // Reuse the listing of the resolved source if it is of this very version.
-    match last_resolved.filter(|last_resolved| last_resolved.key == *key && last_resolved.place == *place) {
-        Some(last_resolved) => last_resolved,
-        None => Arc::new(BucketSource::new(buckets, place, key)),
+#[async_trait]
+impl Origin for Arc<Buckets> {
+    fn scheme(&self) -> &'static Scheme {
+        &bucket::SCHEME
+    }
+
+    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+        let Target::Bucket(place) = &reference.target else { return Ok(None) };
+        let Some((remote, found)) = self.find(place).await.map_err(as_origin_error)? else {
+            return Err(Error::not_found("there is no such object, and nothing below it")
+                .tier(Tier::Origin)
+                .hint("check bucket and key; `aws s3 ls` shows what is there. Keys are taken as they are written"));
+        };
+        // The listing is kept in the source, so that reading the manifest does not list again.
+        let key = ArtifactKey::new(place.name()?, version(&found)?);
+        let source = BucketSource::new(self, place, &key);
+        let source = Arc::new(BucketSource { found: OnceCell::new_with(Some(Some((remote, found)))), ..source });
+        *self.last_resolved.lock().unwrap_or_else(PoisonError::into_inner) = Some(source.clone());
+        Ok(Some(Resolved { key, source }))
+    }
+
+    fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        let Target::Bucket(place) = &reference.target else { return None };
+        let last_resolved = self.last_resolved.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // Reuse the listing of the resolved source if it is of this very version.
+        match last_resolved.filter(|last_resolved| last_resolved.key == *key && last_resolved.place == *place) {
+            Some(last_resolved) => Some(last_resolved),
+            None => Some(Arc::new(BucketSource::new(self, place, key))),
+        }
     }
 }
 

@@ -7,13 +7,13 @@
 //! Symbolic links are followed wherever they lead, because the cache of the Hub consists of them. Only a folder that
 //! contains itself is rejected.
 
-use super::{Resolved, no_files};
+use super::{BuiltIn, Origin, Resolved, no_files};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
 use crate::limits;
 use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
-use crate::reference::folder_name;
+use crate::reference::{Reference, Scheme, Target, folder, folder_name};
 use crate::source::{Body, Source};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -31,6 +31,30 @@ use std::sync::Arc;
 const CHUNK_BYTES: u64 = 1024 * 1024;
 /// Nanoseconds in a second.
 const NS_PER_S: i64 = 1_000_000_000;
+
+/// The registration of local files and folders.
+pub(super) const BUILT_IN: BuiltIn = BuiltIn { scheme: &folder::SCHEME, open: |_, _| Arc::new(Folders) };
+
+/// The local filesystem.
+#[derive(Debug)]
+struct Folders;
+
+#[async_trait]
+impl Origin for Folders {
+    fn scheme(&self) -> &'static Scheme {
+        &folder::SCHEME
+    }
+
+    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+        let Target::Folder(path) = &reference.target else { return Ok(None) };
+        resolve(path.as_str()).await
+    }
+
+    /// A folder must be resolved again to find out whether it still has that version.
+    fn source(&self, _reference: &Reference, _key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        None
+    }
+}
 
 /// Lists the file or folder at `path` and returns its key with a source bound to it; `None` if it does not exist.
 pub(super) async fn resolve(path: &str) -> Result<Option<Resolved>> {

@@ -7,19 +7,20 @@
 
 use super::authorization::bearer;
 use super::http::{self, Answer, ErrorResponse, Http, Request, Server};
-use super::{Resolved, no_files};
+use super::{BuiltIn, Origin, Resolved, no_files};
 use crate::config::HubConfig;
 use crate::digest::{GitOid, Provenance};
+use crate::doctor::{Area, Check, Clock};
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
-use crate::reference::HubRepo;
+use crate::reference::{HubRepo, Reference, Scheme, Target, hub};
 use crate::source::{Body, Source};
 use crate::transfer::{Paging, Retry};
 use async_trait::async_trait;
 use reqwest::StatusCode;
-use reqwest::header::{ETAG, HeaderMap, HeaderValue, IF_MATCH, RANGE};
+use reqwest::header::{AUTHORIZATION, ETAG, HeaderMap, HeaderValue, IF_MATCH, RANGE};
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::fmt;
@@ -30,37 +31,111 @@ use url::Url;
 
 /// A client for one endpoint of the Hub API.
 #[derive(Debug)]
-pub(super) struct Hub {
+struct Hub {
     config: HubConfig,
     http: Http,
     retry: Retry,
 }
 
 /// The name of the Hub's token in error messages.
-pub(super) const HUB_TOKEN: &str = "the Hub token (HF_TOKEN)";
+const HUB_TOKEN: &str = "the Hub token (HF_TOKEN)";
 
-/// Resolves the revision of `repo` to a commit and returns the key with a source bound to it.
-pub(super) async fn resolve(hub: &Arc<Hub>, repo: &HubRepo) -> Result<Resolved> {
-    let commit = match repo.is_commit() {
-        // A full commit id needs no request.
-        true => repo.revision.clone(),
-        false => hub.retry.run(|| hub.commit(repo)).await?,
-    };
-    let key = repo.key_at(&commit)?;
-    let repo = HubRepo { revision: commit, ..repo.clone() };
-    Ok(Resolved { source: Arc::new(HubSource::new(hub, repo, key.clone())), key })
-}
+/// The registration of the Hub.
+pub(super) const BUILT_IN: BuiltIn =
+    BuiltIn { scheme: &hub::SCHEME, open: |config, retry| Arc::new(Arc::new(Hub::new(config.hub.clone(), retry))) };
 
-/// Returns a source for `key`, which is `repo` at a commit. Sends no request.
-pub(super) fn source(hub: &Arc<Hub>, repo: &HubRepo, key: &ArtifactKey) -> Arc<dyn Source> {
-    let repo = HubRepo { revision: key.version.as_str().to_owned(), ..repo.clone() };
-    Arc::new(HubSource::new(hub, repo, key.clone()))
+#[async_trait]
+impl Origin for Arc<Hub> {
+    fn scheme(&self) -> &'static Scheme {
+        &hub::SCHEME
+    }
+
+    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+        let Target::Hub(repo) = &reference.target else { return Ok(None) };
+        let commit = match repo.is_commit() {
+            // A full commit id needs no request.
+            true => repo.revision.clone(),
+            false => self.retry.run(|| self.commit(repo)).await?,
+        };
+        let key = repo.key_at(&commit)?;
+        let repo = HubRepo { revision: commit, ..repo.clone() };
+        Ok(Some(Resolved { source: Arc::new(HubSource::new(self, repo, key.clone())), key }))
+    }
+
+    fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        let Target::Hub(repo) = &reference.target else { return None };
+        let repo = HubRepo { revision: key.version.as_str().to_owned(), ..repo.clone() };
+        Some(Arc::new(HubSource::new(self, repo, key.clone())))
+    }
+
+    async fn check(&self, clock: &Clock) -> Result<Option<Check>> {
+        self.account_check(clock).await.map(Some)
+    }
 }
 
 impl Hub {
     /// Creates a client. Sends no request.
-    pub(super) fn new(config: HubConfig, retry: Retry) -> Self {
+    fn new(config: HubConfig, retry: Retry) -> Self {
         Self { config, http: Http::new(retry.read_timeout()), retry }
+    }
+
+    /// Requests the account of the token. The endpoint answers with and without a token.
+    async fn account_check(&self, clock: &Clock) -> Result<Check> {
+        let url = self.url_for("api/whoami-v2")?;
+        let mut headers = HeaderMap::new();
+        if let Some(token) = &self.config.token {
+            let value = bearer(token.expose(), HUB_TOKEN)?;
+            headers.insert(AUTHORIZATION, value);
+        }
+        let response = self.http.get(&url, headers).await?;
+        let server = Server(&url).to_string();
+        // The date of the response also serves the check of the clock.
+        clock.learn(&server, http::header(response.headers(), "date"));
+        let (status, has_token) = (response.status(), self.config.token.is_some());
+        // The body only serves to name the account, so a failure to read it is ignored.
+        let body = self.http.body(response, &url, limits::ANSWER_BYTES_MAX).await.unwrap_or_default();
+        Ok(match status {
+            StatusCode::OK if has_token => {
+                #[derive(serde::Deserialize)]
+                struct Account {
+                    name: String,
+                }
+                let name = serde_json::from_slice::<Account>(&body).ok().map(|account| account.name);
+                let account = name.map_or_else(|| "an unnamed account".into(), |name| format!("{name:?}"));
+                Check::ok(Area::Origin, format!("{server} answers; the token is that of {account}"))
+            }
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if has_token => Check::problem(
+                Area::Origin,
+                &Error::new(
+                    ErrorKind::Unauthorized,
+                    format!("{server} does not know the token: it is wrong or has expired"),
+                )
+                .hint("set HF_TOKEN to a token that is valid (huggingface.co/settings/tokens), or unset it"),
+            ),
+            StatusCode::TOO_MANY_REQUESTS => Check::warning(
+                Area::Origin,
+                format!("{server} answers, and limits how often it is asked"),
+                if has_token {
+                    "ask less often, or use a plan with higher limits"
+                } else {
+                    "set HF_TOKEN: requests with a token have higher limits"
+                },
+            ),
+            // The Hub is down. The caller decides whether that is a problem or a warning.
+            status if status.is_server_error() => {
+                return Err(Error::unavailable(format!("{server} answered {}", status.as_u16()))
+                    .hint("try again later; see status.huggingface.co, or check HF_ENDPOINT"));
+            }
+            _ if has_token => Check::warning(
+                Area::Origin,
+                format!("{server} answers, but does not name the account of the token ({})", status.as_u16()),
+                "ignore this for a mirror; otherwise check that HF_ENDPOINT is the address of a Hub",
+            ),
+            _ => Check::ok(
+                Area::Origin,
+                format!("{server} answers; no token is set, so only public repositories are seen"),
+            ),
+        })
     }
 
     /// Returns the configured endpoint as a URL.
@@ -513,8 +588,9 @@ mod tests {
     fn sources_and_hubs_do_not_print_their_secrets() {
         let hub = hub("https://h");
         let repo = HubRepo { kind: RepoKind::Model, id: "a/b".into(), revision: "ab".repeat(20) };
-        let source = source(&hub, &repo, &repo.key_at(&repo.revision).expect("key"));
-        assert!(!format!("{hub:?}{source:?}").contains("canary"));
+        let key = repo.key_at(&repo.revision).expect("key");
+        let source = hub.source(&Reference { target: Target::Hub(repo), file: None, digest: None }, &key);
+        assert!(source.is_some() && !format!("{hub:?}{source:?}").contains("canary"));
         assert!(bearer("a\nb", HUB_TOKEN).is_err());
     }
 }

@@ -1,5 +1,8 @@
 //! Origins: the authoritative services that resolve references and serve files. Read-only.
 //!
+//! Every origin is an [`Origin`]. `BUILT_IN` is the registry of those that come with the library: parsing, reserved
+//! names, help texts and the doctor follow from it. An application adds its own with [`Config::own_origins`].
+//!
 //! # Contract
 //! [`Origins::resolve`] requests the version that a reference points to now, and returns its key with a [`Source`]
 //! bound to it. [`Origins::source`] returns a source for a known key and sends no request. Every source fulfils the
@@ -8,6 +11,13 @@
 //! - An origin that lists no files has no artifact: `NotFound`, and nothing is stored.
 //! - Credentials are sent only to the scheme, host and port that they were configured for, not to redirect targets.
 //! - No connection is made and no certificate is read before the first request.
+//!
+//! # An application's own origin
+//! The whole program, `examples/own_origin.rs`. The conformance suite of sources runs over it, too.
+//!
+#![doc = "```"]
+#![doc = include_str!("../../examples/own_origin.rs")]
+#![doc = "```"]
 
 mod authorization;
 mod bucket;
@@ -23,25 +33,79 @@ pub(crate) use doctor::examine;
 #[cfg(fuzzing)]
 pub(crate) use {hub::fuzz as fuzz_hub, oci::fuzz as fuzz_oci};
 
-use crate::config::{BucketConfig, HubConfig, MlflowConfig, OciConfig};
-use crate::credentials::Credentials;
+use crate::config::Config;
+use crate::doctor::{Check, Clock};
 use crate::error::{Context as _, Error, Result, Tier};
 use crate::key::ArtifactKey;
-use crate::reference::{Reference, Target};
+use crate::reference::{Place, Reference, Scheme, Target};
 use crate::source::Source;
 use crate::transfer::Retry;
+use async_trait::async_trait;
+use std::fmt;
 use std::sync::Arc;
+
+/// The registry of built-in origins, in the order of help texts.
+static BUILT_IN: [BuiltIn; 6] =
+    [hub::BUILT_IN, bucket::BUILT_IN, mlflow::BUILT_IN, oci::BUILT_IN, web::BUILT_IN, folder::BUILT_IN];
+
+/// A built-in origin.
+struct BuiltIn {
+    scheme: &'static Scheme,
+    /// Creates the origin. Sends no request.
+    open: fn(&Config, Retry) -> Arc<dyn Origin>,
+}
+
+/// Returns the schemes of the built-in origins.
+pub(crate) fn schemes() -> impl Iterator<Item = &'static Scheme> {
+    BUILT_IN.iter().map(|origin| origin.scheme)
+}
+
+/// Returns the built-in scheme to which names belong that begin with the segment `word`.
+pub(crate) fn scheme_of_word(word: &str) -> Option<&'static Scheme> {
+    schemes().find(|scheme| scheme.words.contains(&word))
+}
+
+/// Returns true if the origin of names that begin with the segment `word` can serve a version again later.
+pub(crate) fn keeps_versions(word: &str) -> bool {
+    scheme_of_word(word).is_none_or(|scheme| scheme.keeps_versions)
+}
+
+/// A service that resolves references of one scheme and serves files.
+#[async_trait]
+pub trait Origin: fmt::Debug + Send + Sync {
+    /// Returns the scheme of its references.
+    fn scheme(&self) -> &'static Scheme;
+
+    /// Resolves `reference`, which is of its scheme, to the version that it points to now. Returns `None` if there is
+    /// no such file or folder.
+    ///
+    /// # Errors
+    /// As for [`Origins::resolve`].
+    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>>;
+
+    /// Returns a source for `reference`, which resolved to `key` before. Sends no request. Returns `None` if only
+    /// resolving again tells whether the origin still has that version.
+    fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>>;
+
+    /// Returns a source for a key that is given as it is listed, if it belongs to this origin. Sends no request.
+    fn listed_source(&self, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        let place = Place::of_key(self.scheme(), key)?;
+        self.source(&Reference { target: Target::Own(place), file: None, digest: None }, key)
+    }
+
+    /// Completes a reference of its scheme from the configuration, before its key is needed.
+    fn complete(&self, _target: &mut Target) {}
+
+    /// Checks for the doctor whether the origin can be reached. Reports the dates of servers to `clock`. By default
+    /// there is no such check.
+    async fn check(&self, _clock: &Clock) -> Result<Option<Check>> {
+        Ok(None)
+    }
+}
 
 /// All origins of a cache. There is one per cache; cloning is cheap.
 #[derive(Debug, Clone)]
-pub struct Origins {
-    hub: Arc<hub::Hub>,
-    buckets: Arc<bucket::Buckets>,
-    web: Arc<web::Web>,
-    mlflow: Arc<mlflow::Mlflow>,
-    registries: Arc<oci::Registries>,
-    retry: Retry,
-}
+pub struct Origins(Arc<[Arc<dyn Origin>]>);
 
 /// Returns the error for an artifact without files. Nothing is stored for it, because a faulty origin (a broken proxy,
 /// a folder that is not mounted) looks the same.
@@ -59,42 +123,42 @@ pub struct Resolved {
 }
 
 impl Origins {
-    /// Creates the origins of a configuration. Sends no request.
-    pub fn new(hub: HubConfig, buckets: BucketConfig, retry: Retry) -> Self {
-        Self {
-            hub: Arc::new(hub::Hub::new(hub, retry.clone())),
-            buckets: Arc::new(bucket::Buckets::new(buckets, retry.clone())),
-            web: Arc::new(web::Web::new(Credentials::default(), retry.clone())),
-            mlflow: Arc::new(mlflow::Mlflow::new(MlflowConfig::default(), retry.clone())),
-            registries: Arc::new(oci::Registries::new(OciConfig::default(), retry.clone())),
-            retry,
+    /// Creates the origins of a configuration: the built-in ones, and the application's own. Sends no request.
+    ///
+    /// # Errors
+    /// `Invalid` if two origins have the same scheme, or if the prefix of a scheme is not a word and `://`.
+    pub fn new(config: &Config, retry: Retry) -> Result<Self> {
+        let built_in = BUILT_IN.iter().map(|origin| (origin.open)(config, retry.clone()));
+        for (at, origin) in config.own_origins.iter().enumerate() {
+            let scheme = origin.scheme();
+            let others = config.own_origins[..at].iter().map(|origin| origin.scheme());
+            let is_taken = schemes().chain(others).any(|other| other.split(scheme.prefix).is_some());
+            if is_taken || !scheme.is_well_formed() {
+                return Err(Error::invalid(format!("{:?} cannot be the prefix of an origin", scheme.prefix))
+                    .hint("use a lower-case word and ://, which no other origin has"));
+            }
         }
+        Ok(Self(built_in.chain(config.own_origins.iter().cloned()).collect()))
     }
 
-    /// Sets the credentials for web servers.
-    #[must_use]
-    pub fn with_credentials(self, credentials: Credentials) -> Self {
-        Self { web: Arc::new(web::Web::new(credentials, self.retry.clone())), ..self }
+    /// Parses a reference of any of these origins, or a bare key.
+    pub fn parse(&self, text: &str) -> Result<Reference> {
+        let schemes: Vec<_> = self.0.iter().map(|origin| origin.scheme()).collect();
+        Reference::parse_with(text, &schemes)
     }
 
-    /// Sets the MLflow servers.
-    #[must_use]
-    pub fn with_mlflow(self, config: MlflowConfig) -> Self {
-        Self { mlflow: Arc::new(mlflow::Mlflow::new(config, self.retry.clone())), ..self }
-    }
-
-    /// Sets the configuration for OCI registries. Registries can be used without it, too, anonymously.
-    #[must_use]
-    pub fn with_oci(self, config: OciConfig) -> Self {
-        Self { registries: Arc::new(oci::Registries::new(config, self.retry.clone())), ..self }
+    /// Returns the origin of `reference`; `None` for a bare key, and if there is no origin for its scheme.
+    fn of(&self, reference: &Reference) -> Option<&dyn Origin> {
+        let scheme = reference.scheme()?;
+        self.0.iter().map(AsRef::as_ref).find(|origin| origin.scheme() == scheme)
     }
 
     /// Returns `reference` completed from the configuration: an MLflow reference gets its server, which is part of its
     /// key.
     pub fn placed(&self, reference: &Reference) -> Reference {
         let mut reference = reference.clone();
-        if let Target::Mlflow(model) = &mut reference.target {
-            model.server = self.mlflow.server();
+        if let Some(origin) = self.of(&reference) {
+            origin.complete(&mut reference.target);
         }
         reference
     }
@@ -110,21 +174,9 @@ impl Origins {
     /// refused and for gated repositories, `Unavailable` after retries, `Invalid` for a folder that cannot be an
     /// artifact, `Corrupt` for a response that contradicts itself.
     pub async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
-        match &reference.target {
-            Target::Bare(_) => Ok(None),
-            Target::Hub(repo) => hub::resolve(&self.hub, repo).await.context(reference, Tier::Origin).map(Some),
-            Target::Folder(path) => folder::resolve(path).await.context(reference, Tier::Origin),
-            Target::Bucket(place) => {
-                bucket::resolve(&self.buckets, place).await.context(reference, Tier::Origin).map(Some)
-            }
-            Target::Web(file) => {
-                let demanded = reference.digest.is_some();
-                web::resolve(&self.web, file, demanded).await.context(reference, Tier::Origin).map(Some)
-            }
-            Target::Mlflow(model) => {
-                mlflow::resolve(&self.mlflow, model).await.context(reference, Tier::Origin).map(Some)
-            }
-            Target::Oci(repo) => oci::resolve(&self.registries, repo).await.context(reference, Tier::Origin).map(Some),
+        match self.of(reference) {
+            Some(origin) => origin.resolve(reference).await.context(reference, Tier::Origin),
+            None => Ok(None),
         }
     }
 
@@ -133,14 +185,25 @@ impl Origins {
     /// Returns `None` if the key belongs to no origin, and for local files and folders: they must be resolved again to
     /// find out whether they still have that version.
     pub fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
-        match &reference.target {
-            Target::Hub(repo) => Some(hub::source(&self.hub, repo, key)),
-            Target::Bucket(place) => Some(bucket::source(&self.buckets, place, key)),
-            Target::Web(file) => web::source(&self.web, file, key, reference.digest.is_some()),
-            Target::Mlflow(model) => Some(mlflow::source(&self.mlflow, &model.name, key)),
-            Target::Oci(repo) => oci::source(&self.registries, repo, key),
-            Target::Bare(_) => mlflow::listed_source(&self.mlflow, key),
-            Target::Folder(_) => None,
+        match self.of(reference) {
+            Some(origin) => origin.source(reference, key),
+            None => self.0.iter().find_map(|origin| origin.listed_source(key)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_in_schemes_do_not_overlap() {
+        for (at, scheme) in schemes().enumerate() {
+            for other in schemes().skip(at + 1) {
+                assert!(scheme.split(other.prefix).is_none() && other.split(scheme.prefix).is_none(), "{scheme:?}");
+                assert!(scheme.words.iter().all(|word| !other.words.contains(word)), "{scheme:?} {other:?}");
+            }
+            assert!(!scheme.words.is_empty() && scheme.split(scheme.form).is_some(), "{scheme:?}");
         }
     }
 }

@@ -8,16 +8,16 @@
 //! Digests come from `Repr-Digest`, `Digest`, `Content-Digest` and `X-Checksum-Sha256`, and from a `.sha256` file
 //! beside the file. Credentials are sent only to the scheme, host and port of the reference's URL.
 
-use super::Resolved;
 use super::authorization;
 use super::http::{self, Answer, ErrorResponse, Http, Request, Server};
+use super::{BuiltIn, Origin, Resolved};
 use crate::credentials::{Choice, Credential, Credentials};
 use crate::digest::{Digest, Provenance};
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath, Version};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
-use crate::reference::{WebFile, is_derived};
+use crate::reference::{Reference, Scheme, Target, WebFile, is_derived, web};
 use crate::sidecar;
 use crate::source::{Body, Source};
 use crate::transfer::{Retry, StallDetector, check_headers, content_range};
@@ -75,27 +75,43 @@ struct FileInfo {
     computed: Option<Digest>,
 }
 
-/// Resolves the URL of `file` to the version that is there now. `demanded`: the caller demands a digest of its own.
-pub(super) async fn resolve(web: &Arc<Web>, file: &WebFile, demanded: bool) -> Result<Resolved> {
-    // A given version is trusted without a request.
-    if let Some(version) = &file.version {
-        let key = file.key_at(version.clone())?;
-        return Ok(Resolved { source: Arc::new(WebSource::new(web, file, key.clone(), demanded)?), key });
-    }
-    let info = web.retry.run(|| web.probe(&file.url, true, demanded)).await?;
-    let key = file.key_at(info.version()?)?;
-    let source = WebSource::new(web, file, key.clone(), demanded)?;
-    let source = Arc::new(WebSource { info: OnceCell::new_with(Some(info)), ..source });
-    web.keep_recent(&source);
-    Ok(Resolved { source, key })
-}
+/// The registration of web servers.
+pub(super) const BUILT_IN: BuiltIn = BuiltIn {
+    scheme: &web::SCHEME,
+    open: |config, retry| Arc::new(Arc::new(Web::new(config.credentials.clone(), retry))),
+};
 
-/// Returns a source for `key`, which is `file` at a version. Sends no request.
-pub(super) fn source(web: &Arc<Web>, file: &WebFile, key: &ArtifactKey, demanded: bool) -> Option<Arc<dyn Source>> {
-    if let Some(source) = web.take_recent(key) {
-        return Some(source);
+#[async_trait]
+impl Origin for Arc<Web> {
+    fn scheme(&self) -> &'static Scheme {
+        &web::SCHEME
     }
-    Some(Arc::new(WebSource::new(web, file, key.clone(), demanded).ok()?))
+
+    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+        let Target::Web(file) = &reference.target else { return Ok(None) };
+        // The caller may demand a digest of its own.
+        let demanded = reference.digest.is_some();
+        // A given version is trusted without a request.
+        if let Some(version) = &file.version {
+            let key = file.key_at(version.clone())?;
+            let source = Arc::new(WebSource::new(self, file, key.clone(), demanded)?);
+            return Ok(Some(Resolved { source, key }));
+        }
+        let info = self.retry.run(|| self.probe(&file.url, true, demanded)).await?;
+        let key = file.key_at(info.version()?)?;
+        let source = WebSource::new(self, file, key.clone(), demanded)?;
+        let source = Arc::new(WebSource { info: OnceCell::new_with(Some(info)), ..source });
+        self.keep_recent(&source);
+        Ok(Some(Resolved { source, key }))
+    }
+
+    fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        let Target::Web(file) = &reference.target else { return None };
+        if let Some(source) = self.take_recent(key) {
+            return Some(source);
+        }
+        Some(Arc::new(WebSource::new(self, file, key.clone(), reference.digest.is_some()).ok()?))
+    }
 }
 
 impl Web {

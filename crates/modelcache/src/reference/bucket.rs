@@ -3,11 +3,17 @@
 //! No character of a key is special: keys are not percent-decoded and not split at `@`. A key with a slash at the end
 //! is a prefix: it means the objects below it, not an object with this key.
 
-use super::{Reference, Target};
+use super::location::Location;
+use super::{Pointer, Reference, Scheme, Target};
+use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::key::ArtifactName;
+use crate::key::{ArtifactKey, ArtifactName, Version};
 use crate::redact;
 use std::fmt;
+
+/// The scheme of buckets.
+pub(crate) static SCHEME: Scheme =
+    Scheme { keeps_versions: false, ..Scheme::built_in("s3://", &["s3"], "s3://bucket/prefix-or-object", parse) };
 
 /// One object, or everything below a prefix, in a bucket.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -27,7 +33,7 @@ pub(crate) fn is_bucket_name(bucket: &str) -> bool {
 }
 
 /// Parses the text after `s3://`.
-pub(super) fn parse(rest: &str) -> Result<Reference> {
+fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     let text = redact::reference(&format!("s3://{rest}"));
     let refuse = |why: &str| Error::invalid(format!("{text}: {why}")).hint("write s3://bucket/prefix-or-object");
     let (bucket, key) = rest.split_once('/').unwrap_or((rest, ""));
@@ -53,8 +59,26 @@ impl BucketPlace {
 
     /// Returns the revision under which its resolution is recorded. A bucket has no revisions, only the current
     /// content. An object and a prefix with one name have separate records.
-    pub(super) fn revision(&self) -> &'static str {
+    fn revision(&self) -> &'static str {
         if self.folder { "current-folder" } else { "current" }
+    }
+}
+
+impl Location for BucketPlace {
+    fn scheme(&self) -> Option<&'static Scheme> {
+        Some(&SCHEME)
+    }
+
+    fn exact_key(&self) -> Option<ArtifactKey> {
+        None
+    }
+
+    fn pointer(&self) -> Option<Pointer> {
+        Some(Pointer { name: self.name().ok()?, revision: self.revision().to_owned() })
+    }
+
+    fn may_mean(&self, version: &Version) -> bool {
+        version.as_str().parse::<Digest>().is_ok_and(|hash| hash.to_string() == version.as_str())
     }
 }
 

@@ -1,12 +1,52 @@
 //! References to local folders and files: `file:///path`.
 
+use super::location::Location;
+use super::{Pointer, Reference, Scheme, Target, encoded};
 use crate::error::{Error, Result};
-use crate::key::ArtifactName;
+use crate::key::{ArtifactKey, ArtifactName};
 use crate::redact;
 use percent_encoding::percent_decode_str;
+use std::fmt;
 
-/// Parses the text after `file://`. Returns the absolute path.
-pub(super) fn parse(rest: &str) -> Result<String> {
+/// The scheme of local folders and files.
+pub(crate) static SCHEME: Scheme =
+    Scheme { decodes_escapes: true, ..Scheme::built_in("file://", &["file"], "file:///folder-or-file", parse) };
+
+/// The absolute path of a local file or folder.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct FolderPath(String);
+
+impl FolderPath {
+    /// Returns the path as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// A folder has neither an exact key nor a pointer: it is read each time.
+impl Location for FolderPath {
+    fn scheme(&self) -> Option<&'static Scheme> {
+        Some(&SCHEME)
+    }
+
+    fn exact_key(&self) -> Option<ArtifactKey> {
+        None
+    }
+
+    fn pointer(&self) -> Option<Pointer> {
+        None
+    }
+}
+
+/// Formats as a reference.
+impl fmt::Display for FolderPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "file://{}", encoded(&self.0))
+    }
+}
+
+/// Parses the text after `file://`.
+fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     let path = rest.strip_prefix("localhost").unwrap_or(rest);
     let text = redact::reference(&format!("file://{rest}"));
     let refuse = |why: &str| Error::invalid(format!("{text}: {why}")).hint("write file:///absolute/path");
@@ -21,7 +61,8 @@ pub(super) fn parse(rest: &str) -> Result<String> {
     if parts.is_empty() {
         return Err(refuse("the root folder cannot be an artifact"));
     }
-    Ok(format!("/{}", parts.join("/")))
+    let path = FolderPath(format!("/{}", parts.join("/")));
+    Ok(Reference { target: Target::Folder(path), file: None, digest: None })
 }
 
 /// Returns the artifact name of the folder or file at the absolute `path`.

@@ -1,12 +1,20 @@
 //! References to the Hugging Face Hub: `hf://[datasets/|spaces/]org/name[@revision[/file]]`.
 
-use super::{Reference, Target};
+use super::location::Location;
+use super::{Pointer, Reference, Scheme, Target};
 use crate::digest::GitOid;
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
 use crate::redact;
 use percent_encoding::percent_decode_str;
 use std::fmt;
+
+/// The scheme of the Hub.
+pub(crate) static SCHEME: Scheme = Scheme {
+    has_revisions: true,
+    prints_keys_as_uri: true,
+    ..Scheme::built_in("hf://", &["hf"], "hf://org/model[@revision[/file]]", parse)
+};
 
 /// The kinds of repositories on the Hub. Each has a namespace of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -70,6 +78,33 @@ impl HubRepo {
     }
 }
 
+impl Location for HubRepo {
+    fn scheme(&self) -> Option<&'static Scheme> {
+        Some(&SCHEME)
+    }
+
+    fn exact_key(&self) -> Option<ArtifactKey> {
+        self.key_at(&self.revision).ok()
+    }
+
+    fn pointer(&self) -> Option<Pointer> {
+        let name = self.name().ok()?;
+        (!self.is_commit()).then(|| Pointer { name, revision: self.revision.clone() })
+    }
+
+    fn at_revision(&self, revision: &str) -> Result<Option<Target>> {
+        Ok(Some(Target::Hub(Self { revision: checked_revision(revision)?, ..self.clone() })))
+    }
+
+    fn pinned(&self, key: &ArtifactKey) -> Target {
+        Target::Hub(Self { revision: key.version.as_str().to_owned(), ..self.clone() })
+    }
+
+    fn may_mean(&self, version: &Version) -> bool {
+        self.key_at(version.as_str()).is_ok()
+    }
+}
+
 /// Formats as a reference. A slash in the revision becomes `%2F`, unless it belongs to `refs/pr/N` or `refs/convert/X`.
 impl fmt::Display for HubRepo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -83,7 +118,7 @@ impl fmt::Display for HubRepo {
 }
 
 /// Parses the text after `hf://`: `[datasets/|spaces/]org/name`, then `@rev[/file]` or `:rev`.
-pub(super) fn parse(rest: &str) -> Result<Reference> {
+fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     let refuse = |why: &str| {
         Error::invalid(format!("{}: {why}", redact::reference(&format!("hf://{rest}"))))
             .hint("write hf://org/model@revision or hf://org/model@revision/file")
@@ -138,7 +173,7 @@ fn split_revision(after: &str) -> (&str, Option<&str>) {
 }
 
 /// Checks a revision and decodes `%2F` in it. Refuses names that git refuses for refs.
-pub(super) fn checked_revision(text: &str) -> Result<String> {
+fn checked_revision(text: &str) -> Result<String> {
     let revision = percent_decode_str(text).decode_utf8_lossy().into_owned();
     let bad = |c: char| c.is_control() || matches!(c, ' ' | '~' | '^' | ':' | '?' | '*' | '[' | '\\' | '@' | '#');
     if revision.is_empty()

@@ -4,11 +4,16 @@
 //! `:`. Nothing is percent-decoded. The reference does not name the server; [`MlflowModel::server`] is filled in from
 //! the configuration before the reference can have a key.
 
-use super::{Reference, Target};
+use super::location::Location;
+use super::{Pointer, Reference, Scheme, Target};
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, Version};
 use crate::redact;
 use std::fmt;
+
+/// The scheme of MLflow.
+pub(crate) static SCHEME: Scheme =
+    Scheme { has_revisions: true, ..Scheme::built_in("models:", &["mlflow", "models"], "models:/NAME/VERSION", parse) };
 
 /// The stages of model versions, which MLflow has deprecated in favour of aliases.
 const STAGES: [&str; 4] = ["Production", "Staging", "Archived", "None"];
@@ -62,6 +67,39 @@ impl MlflowModel {
     }
 }
 
+impl Location for MlflowModel {
+    fn scheme(&self) -> Option<&'static Scheme> {
+        Some(&SCHEME)
+    }
+
+    fn exact_key(&self) -> Option<ArtifactKey> {
+        match self.version {
+            MlflowVersion::Number(number) => self.key_at(number)?.ok(),
+            _ => None,
+        }
+    }
+
+    fn pointer(&self) -> Option<Pointer> {
+        let revision = self.revision()?;
+        Some(Pointer { name: self.artifact_name()?.ok()?, revision })
+    }
+
+    fn at_revision(&self, revision: &str) -> Result<Option<Target>> {
+        Ok(Some(Target::Mlflow(Self { version: version(revision)?, ..self.clone() })))
+    }
+
+    fn pinned(&self, key: &ArtifactKey) -> Target {
+        match key.version.as_str().parse() {
+            Ok(number) => Target::Mlflow(Self { version: MlflowVersion::Number(number), ..self.clone() }),
+            Err(_) => Target::Bare(key.clone()),
+        }
+    }
+
+    fn may_mean(&self, version: &Version) -> bool {
+        version.as_str().parse::<u64>().is_ok_and(|number| number.to_string() == version.as_str())
+    }
+}
+
 /// Formats as a reference.
 impl fmt::Display for MlflowModel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -76,7 +114,7 @@ impl fmt::Display for MlflowModel {
 }
 
 /// Parses the text after `models:`.
-pub(super) fn parse(rest: &str) -> Result<Reference> {
+fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     let refuse = |why: &str| {
         Error::invalid(format!("{}: {why}", redact::reference(&format!("models:{rest}"))))
             .hint("write models:/name/version, models:/name@alias or models:/name/latest")
@@ -107,7 +145,7 @@ pub(super) fn parse(rest: &str) -> Result<Reference> {
 }
 
 /// Parses the argument of `--revision`: a version number, `latest`, a stage, or an alias.
-pub(super) fn version(text: &str) -> Result<MlflowVersion> {
+fn version(text: &str) -> Result<MlflowVersion> {
     let known = numbered(text).or_else(|_| staged(text)).or_else(|_| aliased(text));
     known.map_err(|why| Error::invalid(format!("{text:?}: {why}")).hint("use a version number, latest or an alias"))
 }

@@ -1,28 +1,36 @@
 //! References: the names of artifacts on the command line and in the API.
 //!
-//! This module parses every form; each scheme has a file of its own. A bare `name@version` never refers to a public
-//! server, unless an origin is configured for it.
+//! Each kind of location has a file of its own, with its [`Scheme`]: how it is parsed, printed and pinned. The registry
+//! of schemes is that of the origins ([`origin::schemes`]). A bare `name@version` never refers to a public server,
+//! unless an origin is configured for it.
 
-mod bucket;
-mod folder;
-mod hub;
-mod mlflow;
+pub(crate) mod bucket;
+pub(crate) mod folder;
+pub(crate) mod hub;
+mod location;
+pub(crate) mod mlflow;
 pub(crate) mod oci;
-mod web;
+mod place;
+mod scheme;
+pub(crate) mod web;
 
 pub use bucket::BucketPlace;
 pub(crate) use bucket::is_bucket_name;
-pub use folder::folder_name;
+pub use folder::{FolderPath, folder_name};
 pub use hub::{HubRepo, RepoKind};
 pub use mlflow::{MlflowModel, MlflowVersion};
 pub use oci::{OciAt, OciRepo};
+pub use place::Place;
+pub(crate) use scheme::OWN_ORIGIN;
+pub use scheme::Scheme;
 pub use web::WebFile;
 pub(crate) use web::is_derived;
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
-use crate::redact;
+use crate::{origin, redact};
+use location::Location;
 use std::fmt;
 use std::str::FromStr;
 
@@ -34,7 +42,7 @@ pub enum Target {
     /// A repository at the Hugging Face Hub.
     Hub(HubRepo),
     /// A local file or folder, by absolute path.
-    Folder(String),
+    Folder(FolderPath),
     /// An object in a bucket, or everything below a prefix.
     Bucket(BucketPlace),
     /// One file on a web server.
@@ -43,6 +51,24 @@ pub enum Target {
     Mlflow(MlflowModel),
     /// A repository in an OCI registry.
     Oci(OciRepo),
+    /// A location at an application's own origin.
+    Own(Place),
+}
+
+impl Target {
+    /// Returns what the location tells about itself.
+    fn location(&self) -> &dyn Location {
+        match self {
+            Self::Bare(key) => key,
+            Self::Hub(repo) => repo,
+            Self::Folder(path) => path,
+            Self::Bucket(place) => place,
+            Self::Web(file) => file,
+            Self::Mlflow(model) => model,
+            Self::Oci(repo) => repo,
+            Self::Own(place) => place,
+        }
+    }
 }
 
 /// A movable name, such as a branch or tag. It has to be resolved to a version, and may point to another version later.
@@ -53,9 +79,6 @@ pub struct Pointer {
     /// The revision: a branch, a tag, an alias.
     pub revision: String,
 }
-
-/// The revision of a URL without a version: the server's current content.
-const WEB_REVISION: &str = "current";
 
 /// A parsed reference.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -69,15 +92,24 @@ pub struct Reference {
 }
 
 impl Reference {
-    /// Parses `text`. An error never quotes a password, signature or token in it.
+    /// Parses `text`, a bare key or a reference of a built-in scheme. An error never quotes a password, signature or
+    /// token in it.
     pub fn parse(text: &str) -> Result<Self> {
+        Self::parse_with(text, &[])
+    }
+
+    /// Parses `text` as [`parse`](Self::parse) does. It may also be a reference of one of the `own` schemes.
+    pub(crate) fn parse_with(text: &str, own: &[&'static Scheme]) -> Result<Self> {
         // The secret would become a part of names, listings and logs.
         if redact::has_secret_query(text) && !text.starts_with("http") {
             return Err(Error::invalid(format!("{:?} carries a signature or a token", redact::reference(text)))
                 .hint(redact::HINT));
         }
-        Self::parse_unredacted(text)
-            .map_err(|error| if redacts_its_errors(text) { error } else { redact::refusal(text, error) })
+        let scheme = origin::schemes().chain(own.iter().copied()).find(|scheme| scheme.split(text).is_some());
+        Self::parse_unredacted(text, scheme).map_err(|error| match scheme {
+            Some(scheme) if scheme.redacts_errors => error,
+            _ => redact::refusal(text, error),
+        })
     }
 
     /// Returns a reference as typed, in a form that may be shown: a valid reference unchanged, any other text with
@@ -86,26 +118,16 @@ impl Reference {
         if Self::parse(text).is_ok() { text.to_owned() } else { redact::reference(text) }
     }
 
-    /// Parses `text`. The error may quote secrets in it.
-    fn parse_unredacted(text: &str) -> Result<Self> {
+    /// Parses `text`, a reference of `scheme` or a bare key. The error may quote secrets in it.
+    fn parse_unredacted(text: &str, scheme: Option<&'static Scheme>) -> Result<Self> {
         let (body, digest) = split_digest(text)?;
-        let reference = match body.split_once("://") {
-            Some(("hf", rest)) => hub::parse(rest)?,
-            Some(("file", rest)) => Self { target: Target::Folder(folder::parse(rest)?), file: None, digest: None },
-            Some(("s3", rest)) => bucket::parse(rest)?,
-            Some((scheme @ ("https" | "http"), rest)) => {
-                Self { target: Target::Web(web::parse(scheme, rest)?), file: None, digest: None }
+        let reference = match (scheme.and_then(|scheme| Some((scheme, scheme.split(body)?))), body.split_once("://")) {
+            (Some((scheme, (prefix, rest))), _) => scheme.parse(prefix, rest)?,
+            (None, Some((unknown, _))) => {
+                let message = format!("{:?}: unknown scheme {unknown:?}", redact::reference(text));
+                return Err(Error::invalid(message).hint(format!("write name@version, {}", forms())));
             }
-            Some(("oci", rest)) => oci::parse(rest)?,
-            Some(("models", rest)) => mlflow::parse(&format!("//{rest}"))?,
-            None if body.starts_with("models:") => mlflow::parse(&body["models:".len()..])?,
-            Some((scheme, _)) => {
-                return Err(Error::invalid(format!("{:?}: unknown scheme {scheme:?}", redact::reference(text))).hint(
-                    "write name@version, hf://org/model@revision, s3://bucket/prefix, https://host/file or \
-                     file:///path",
-                ));
-            }
-            None => Self { target: Target::Bare(ArtifactKey::listed(body)?), file: None, digest: None },
+            (None, None) => Self { target: Target::Bare(ArtifactKey::listed(body)?), file: None, digest: None },
         };
         Ok(Self { digest, ..reference })
     }
@@ -113,94 +135,55 @@ impl Reference {
     /// Returns the reference at another revision, for `--revision`. Fails if references of this scheme have no
     /// revisions.
     pub fn at_revision(mut self, revision: &str) -> Result<Self> {
-        match &mut self.target {
-            Target::Hub(repo) => repo.revision = hub::checked_revision(revision)?,
-            Target::Mlflow(model) => model.version = mlflow::version(revision)?,
-            Target::Oci(repo) => repo.at = oci::at(revision)?,
-            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) | Target::Web(_) => {
-                return Err(Error::invalid(format!("{self} has no revisions"))
-                    .hint("only hf://, models:/ and oci:// references take --revision"));
-            }
-        }
+        let Some(target) = self.target.location().at_revision(revision)? else {
+            let prefixes: Vec<_> =
+                origin::schemes().filter(|scheme| scheme.has_revisions).map(|scheme| scheme.prefix).collect();
+            return Err(Error::invalid(format!("{self} has no revisions"))
+                .hint(format!("only {} references take --revision", prefixes.join(", "))));
+        };
+        self.target = target;
         Ok(self)
+    }
+
+    /// Returns the scheme, or `None` for a bare key.
+    pub fn scheme(&self) -> Option<&'static Scheme> {
+        self.target.location().scheme()
+    }
+
+    /// Returns the location at an application's own origin, or `None` if the reference points elsewhere.
+    pub fn place(&self) -> Option<&Place> {
+        match &self.target {
+            Target::Own(place) => Some(place),
+            _ => None,
+        }
     }
 
     /// Returns the key if the reference alone determines it, for example for a bare key or a commit on the Hub.
     pub fn exact_key(&self) -> Option<ArtifactKey> {
-        match &self.target {
-            Target::Bare(key) => Some(key.clone()),
-            Target::Hub(repo) if repo.is_commit() => repo.key_at(&repo.revision).ok(),
-            Target::Web(file) => file.key_at(file.version.clone()?).ok(),
-            Target::Mlflow(model) => match model.version {
-                MlflowVersion::Number(number) => model.key_at(number)?.ok(),
-                _ => None,
-            },
-            Target::Oci(repo) => match &repo.at {
-                OciAt::Digest(digest) => repo.key_at(digest).ok(),
-                OciAt::Tag(_) => None,
-            },
-            Target::Hub(_) | Target::Folder(_) | Target::Bucket(_) => None,
-        }
+        self.target.location().exact_key()
     }
 
     /// Returns the movable name of the reference, or `None` if the reference is exact. A folder has no pointer either:
     /// it is read each time.
     pub fn pointer(&self) -> Option<Pointer> {
-        match &self.target {
-            Target::Hub(repo) if !repo.is_commit() => {
-                Some(Pointer { name: repo.name().ok()?, revision: repo.revision.clone() })
-            }
-            Target::Bucket(place) => Some(Pointer { name: place.name().ok()?, revision: place.revision().to_owned() }),
-            Target::Web(file) if file.version.is_none() => {
-                Some(Pointer { name: file.name().ok()?, revision: WEB_REVISION.to_owned() })
-            }
-            Target::Mlflow(model) => {
-                let revision = model.revision()?;
-                Some(Pointer { name: model.artifact_name()?.ok()?, revision })
-            }
-            Target::Oci(repo) => match &repo.at {
-                OciAt::Tag(tag) => Some(Pointer { name: repo.name().ok()?, revision: tag.clone() }),
-                OciAt::Digest(_) => None,
-            },
-            Target::Hub(_) | Target::Bare(_) | Target::Folder(_) | Target::Web(_) => None,
-        }
+        self.target.location().pointer()
     }
-}
 
-impl Reference {
     /// Returns the reference pinned to `key`, the version that it resolved to.
     pub fn pinned(&self, key: &ArtifactKey) -> Self {
-        let target = match &self.target {
-            Target::Hub(repo) => Target::Hub(HubRepo { revision: key.version.as_str().to_owned(), ..repo.clone() }),
-            // The current content of these locations has no reference but the bare key.
-            Target::Bare(_) | Target::Folder(_) | Target::Bucket(_) | Target::Web(_) => Target::Bare(key.clone()),
-            Target::Mlflow(model) => match key.version.as_str().parse() {
-                Ok(number) => Target::Mlflow(MlflowModel { version: MlflowVersion::Number(number), ..model.clone() }),
-                Err(_) => Target::Bare(key.clone()),
-            },
-            Target::Oci(repo) => match oci::at(key.version.as_str()) {
-                Ok(at) => Target::Oci(OciRepo { at, ..repo.clone() }),
-                Err(_) => Target::Bare(key.clone()),
-            },
-        };
-        Self { target, ..self.clone() }
+        Self { target: self.target.location().pinned(key), ..self.clone() }
+    }
+
+    /// Returns the reference with a version that the caller gives, where its origin would derive one from what a server
+    /// states.
+    pub(crate) fn with_given_version(self, version: &Version) -> Self {
+        Self { target: self.target.location().with_given_version(version).unwrap_or(self.target), ..self }
     }
 
     /// Returns true if this reference can resolve to `version`. Recorded resolutions are checked with this before use,
     /// because other users can write to the record.
     pub fn may_mean(&self, version: &Version) -> bool {
-        match &self.target {
-            Target::Hub(repo) => repo.key_at(version.as_str()).is_ok(),
-            Target::Mlflow(_) => {
-                version.as_str().parse::<u64>().is_ok_and(|number| number.to_string() == version.as_str())
-            }
-            Target::Oci(_) => matches!(oci::at(version.as_str()), Ok(OciAt::Digest(_))),
-            Target::Web(_) => is_derived(version),
-            Target::Bucket(_) => {
-                version.as_str().parse::<Digest>().is_ok_and(|hash| hash.to_string() == version.as_str())
-            }
-            Target::Bare(_) | Target::Folder(_) => true,
-        }
+        self.target.location().may_mean(version)
     }
 
     /// Returns true if the reference points into the local filesystem, so that resolving it needs no network.
@@ -209,9 +192,9 @@ impl Reference {
     }
 }
 
-/// Returns true if the parser of the scheme redacts its own error messages, with more specific hints.
-fn redacts_its_errors(text: &str) -> bool {
-    ["http://", "https://", "oci://"].iter().any(|scheme| text.starts_with(scheme))
+/// Returns the forms of references of the built-in schemes, for help texts and hints.
+pub fn forms() -> String {
+    origin::schemes().map(|scheme| scheme.form).collect::<Vec<_>>().join(", ")
 }
 
 const DIGEST_HINT: &str = "append #sha256= and the 64 hex digits of the expected digest, or leave it out";
@@ -268,15 +251,7 @@ impl FromStr for Reference {
 
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.target {
-            Target::Bare(key) => write!(f, "{key}")?,
-            Target::Hub(repo) => write!(f, "{repo}")?,
-            Target::Folder(path) => write!(f, "file://{}", encoded(path))?,
-            Target::Bucket(place) => write!(f, "{place}")?,
-            Target::Web(file) => write!(f, "{file}")?,
-            Target::Mlflow(model) => write!(f, "{model}")?,
-            Target::Oci(repo) => write!(f, "{repo}")?,
-        }
+        self.target.location().fmt(f)?;
         if let Some(file) = &self.file {
             write!(f, "/{}", encoded(file.as_str()))?;
         }
@@ -357,10 +332,8 @@ mod tests {
 
     #[test]
     fn folders_are_absolute_and_have_no_parent_segments() {
-        assert_eq!(
-            Reference::parse("file:///models//a/./b/").expect("parses").target,
-            Target::Folder("/models/a/b".into())
-        );
+        let target = Reference::parse("file:///models//a/./b/").expect("parses").target;
+        assert!(matches!(&target, Target::Folder(path) if path.as_str() == "/models/a/b"), "{target:?}");
         for bad in ["file://relative", "file:///", "file:///a/../b", "file:///a/%2e%2e/b"] {
             assert!(Reference::parse(bad).is_err(), "{bad} was accepted");
         }

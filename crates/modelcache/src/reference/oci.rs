@@ -3,7 +3,8 @@
 //! Parsed as docker does: the default tag is `latest`, and a digest overrides a tag. Nothing is percent-decoded,
 //! because no part may contain a character that needs encoding.
 
-use super::{Reference, Target};
+use super::location::Location;
+use super::{Pointer, Reference, Scheme, Target};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, Version};
@@ -15,6 +16,14 @@ const DOCKER_HUB: &str = "docker.io";
 const DOCKER_HUB_NAMES: [&str; 2] = ["index.docker.io", "registry-1.docker.io"];
 /// Longest tag (<https://github.com/opencontainers/distribution-spec/blob/main/spec.md#pulling-manifests>).
 const TAG_BYTES_MAX: usize = 128;
+
+/// The scheme of OCI registries.
+pub(crate) static SCHEME: Scheme = Scheme {
+    has_revisions: true,
+    redacts_errors: true,
+    prints_keys_as_uri: true,
+    ..Scheme::built_in("oci://", &["oci"], "oci://host/repository[:tag]", parse)
+};
 
 /// A repository in a registry, at a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -48,6 +57,41 @@ impl OciRepo {
     }
 }
 
+impl Location for OciRepo {
+    fn scheme(&self) -> Option<&'static Scheme> {
+        Some(&SCHEME)
+    }
+
+    fn exact_key(&self) -> Option<ArtifactKey> {
+        match &self.at {
+            OciAt::Digest(digest) => self.key_at(digest).ok(),
+            OciAt::Tag(_) => None,
+        }
+    }
+
+    fn pointer(&self) -> Option<Pointer> {
+        match &self.at {
+            OciAt::Tag(tag) => Some(Pointer { name: self.name().ok()?, revision: tag.clone() }),
+            OciAt::Digest(_) => None,
+        }
+    }
+
+    fn at_revision(&self, revision: &str) -> Result<Option<Target>> {
+        Ok(Some(Target::Oci(Self { at: at(revision)?, ..self.clone() })))
+    }
+
+    fn pinned(&self, key: &ArtifactKey) -> Target {
+        match at(key.version.as_str()) {
+            Ok(at) => Target::Oci(Self { at, ..self.clone() }),
+            Err(_) => Target::Bare(key.clone()),
+        }
+    }
+
+    fn may_mean(&self, version: &Version) -> bool {
+        matches!(at(version.as_str()), Ok(OciAt::Digest(_)))
+    }
+}
+
 /// Formats as a reference.
 impl fmt::Display for OciRepo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -66,7 +110,7 @@ impl fmt::Display for OciAt {
 }
 
 /// Parses the text after `oci://`: `registry[:port]/repository[:tag][@sha256:hex]`.
-pub(super) fn parse(rest: &str) -> Result<Reference> {
+fn parse(_prefix: &str, rest: &str) -> Result<Reference> {
     let refuse = |why: &str| {
         Error::invalid(format!("{}: {why}", redact::reference(&format!("oci://{rest}"))))
             .hint("write oci://registry/repository:tag or oci://registry/repository@sha256:<hex>")
@@ -97,7 +141,7 @@ pub(super) fn parse(rest: &str) -> Result<Reference> {
 }
 
 /// Parses the argument of `--revision`: a tag, or `sha256:<hex>`.
-pub(super) fn at(text: &str) -> Result<OciAt> {
+fn at(text: &str) -> Result<OciAt> {
     if text.contains(':') { parse_digest(text).map(OciAt::Digest) } else { checked_tag(text).map(OciAt::Tag) }
 }
 

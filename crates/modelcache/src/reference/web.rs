@@ -6,6 +6,8 @@
 //! A URL with a query is refused. A query is often a signature, which would become a part of names, listings and logs,
 //! and which changes over time.
 
+use super::location::Location;
+use super::{Pointer, Reference, Scheme, Target};
 use crate::error::{Error, Result};
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
 use crate::redact;
@@ -15,6 +17,17 @@ use url::Url;
 
 /// The hint for an invalid reference.
 const FORM: &str = "write https://host/path/file or https://host/path/file@version";
+
+/// The scheme of web servers.
+pub(crate) static SCHEME: Scheme = Scheme {
+    alias: Some("http://"),
+    decodes_escapes: true,
+    redacts_errors: true,
+    ..Scheme::built_in("https://", &["https", "http"], "https://host/file", parse)
+};
+
+/// The revision of a URL without a version: the server's current content.
+const REVISION: &str = "current";
 
 /// One file on a web server.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -63,6 +76,29 @@ impl WebFile {
     }
 }
 
+impl Location for WebFile {
+    fn scheme(&self) -> Option<&'static Scheme> {
+        Some(&SCHEME)
+    }
+
+    fn exact_key(&self) -> Option<ArtifactKey> {
+        self.key_at(self.version.clone()?).ok()
+    }
+
+    fn pointer(&self) -> Option<Pointer> {
+        let name = self.name().ok()?;
+        self.version.is_none().then(|| Pointer { name, revision: REVISION.to_owned() })
+    }
+
+    fn with_given_version(&self, version: &Version) -> Option<Target> {
+        Some(Target::Web(Self { version: Some(version.clone()), ..self.clone() }))
+    }
+
+    fn may_mean(&self, version: &Version) -> bool {
+        is_derived(version)
+    }
+}
+
 /// Formats as a reference.
 impl fmt::Display for WebFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -72,7 +108,12 @@ impl fmt::Display for WebFile {
 }
 
 /// Parses the text after `https://` or `http://`: `host/path/file[@version]`.
-pub(super) fn parse(scheme: &str, rest: &str) -> Result<WebFile> {
+fn parse(prefix: &str, rest: &str) -> Result<Reference> {
+    let file = parse_file(prefix.trim_end_matches("://"), rest)?;
+    Ok(Reference { target: Target::Web(file), file: None, digest: None })
+}
+
+fn parse_file(scheme: &str, rest: &str) -> Result<WebFile> {
     let (server, path) = rest.split_once('/').unwrap_or((rest, ""));
     // URL parsers skip extra slashes and would take the next segment, with user and password, as the server.
     if server.is_empty() {
@@ -122,7 +163,7 @@ mod tests {
 
     fn web(text: &str) -> Result<WebFile> {
         let (scheme, rest) = text.split_once("://").expect("a scheme");
-        parse(scheme, rest)
+        parse_file(scheme, rest)
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! here carries a token. Every failure goes through [`failure`], which searches the printed error for the token.
 
 use futures::StreamExt as _;
-use modelcache::config::{HubConfig, RetryConfig, Secret};
+use modelcache::config::{Config, HubConfig, RetryConfig, Secret};
 use modelcache::digest::Provenance;
 use modelcache::key::FilePath;
 use modelcache::origin::{Origins, Resolved};
@@ -24,8 +24,9 @@ const BIG: u64 = 3 * 1024 * 1024;
 
 fn origins(endpoint: &str, token: Option<&str>) -> Origins {
     let retry = RetryConfig { deadline: Duration::from_secs(4), read_timeout: Duration::from_millis(900) };
-    let hub = HubConfig { endpoint: endpoint.to_owned(), token: token.map(Secret::new) };
-    Origins::new(hub, Default::default(), Retry::new(retry))
+    let mut config = Config::new("unused");
+    config.hub = HubConfig { endpoint: endpoint.to_owned(), token: token.map(Secret::new) };
+    Origins::new(&config, Retry::new(retry)).unwrap()
 }
 
 async fn resolve(hub: &Hub, reference: &str) -> Result<Resolved> {

@@ -3,8 +3,12 @@
 //! A [`Subject`] is a source with content that the suite knows. To add an implementation, build a subject in a test of
 //! its own and pass it to [`obeys_the_contract`].
 
+#[path = "../../examples/own_origin.rs"]
+#[allow(dead_code)]
+mod own_origin;
+
 use futures::StreamExt as _;
-use modelcache::config::{BucketConfig, Environment, HubConfig, MlflowConfig, RemoteConfig, RetryConfig, Secret};
+use modelcache::config::{BucketConfig, Config, Environment, MlflowConfig, RemoteConfig, RetryConfig, Secret};
 use modelcache::key::FilePath;
 use modelcache::manifest::Shape;
 use modelcache::origin::Origins;
@@ -184,9 +188,16 @@ fn files() -> BTreeMap<FilePath, Vec<u8>> {
     rows.into_iter().map(|(path, content)| (FilePath::new(path).unwrap(), content)).collect()
 }
 
+/// Returns the origins of the default configuration after `change`. Nothing here reaches the public Hub.
+fn origins_with(change: impl FnOnce(&mut Config)) -> Origins {
+    let mut config = Config::new("unused");
+    config.hub.endpoint = "http://127.0.0.1:9".into();
+    change(&mut config);
+    Origins::new(&config, Retry::new(config.retry)).unwrap()
+}
+
 fn origins(endpoint: String) -> Origins {
-    let retry = Retry::new(RetryConfig::default());
-    Origins::new(HubConfig { endpoint, ..HubConfig::default() }, BucketConfig::default(), retry)
+    origins_with(|config| config.hub.endpoint = endpoint)
 }
 
 async fn on_the_hub(hub: &Arc<Hub>, repo: &str) -> Subject {
@@ -322,7 +333,7 @@ fn requests(s3: &Arc<S3>) -> Box<dyn Fn() -> usize> {
 
 async fn at(s3: &Arc<S3>, reference: &str, shape: Shape, files: BTreeMap<FilePath, Vec<u8>>) -> Subject {
     let buckets = BucketConfig { environment: environment(s3), ..BucketConfig::default() };
-    let origins = || Origins::new(HubConfig::default(), buckets.clone(), Retry::new(RetryConfig::default()));
+    let origins = || origins_with(|config| config.buckets = buckets.clone());
     let reference = Reference::parse(reference).unwrap();
     let key = origins().resolve(&reference).await.unwrap().expect("it is there").key;
     // Another process knows only the key, and has not listed anything.
@@ -452,8 +463,23 @@ client.create_model_version('m 1', run.info.artifact_uri + '/model', run.info.ru
     server.python(log, &[&folder.path().join("model").display().to_string()], &[]).unwrap();
     let gate = Arc::new(Gate::start(server.addr()).unwrap());
     let config = MlflowConfig { tracking_uri: Some(Secret::new(gate.url())), ..MlflowConfig::default() };
-    let origins = origins("http://127.0.0.1:9".into()).with_mlflow(config);
+    let origins = origins_with(|changed| changed.mlflow = config);
     let subject = behind(&gate, &origins, "models:/m 1/latest", files).await;
+    obeys_the_contract(&subject).await;
+    obeys_the_contract(&again(&origins, subject).await).await;
+}
+
+#[tokio::test]
+async fn an_applications_own_origin_is_a_source() {
+    let pages = files().into_iter().map(|(path, content)| (path, content.into())).collect();
+    let books = BTreeMap::from([("novels/emma".to_owned(), BTreeMap::from([(2, pages)]))]);
+    let origins = origins_with(|config| config.own_origins = vec![Arc::new(own_origin::Shelf { books })]);
+    let reference = origins.parse("shelf://novels/emma").unwrap();
+    let resolved = origins.resolve(&reference).await.unwrap().expect("it is there");
+    let absent = ArtifactKey { version: "3".parse().unwrap(), ..resolved.key.clone() };
+    let absent = origins.source(&reference, &absent);
+    let (tier, shape, requests) = (Tier::Origin, Shape::Tree, Box::new(|| 0));
+    let subject = Subject { source: resolved.source, absent, tier, shape, files: files(), requests };
     obeys_the_contract(&subject).await;
     obeys_the_contract(&again(&origins, subject).await).await;
 }

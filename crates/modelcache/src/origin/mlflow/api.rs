@@ -30,7 +30,7 @@ const PROXY_DISABLED_MARKER: &str = "--serve-artifacts";
 
 /// A client for the configured tracking and registry servers.
 #[derive(Debug)]
-pub(in crate::origin) struct Mlflow {
+pub(super) struct Mlflow {
     pub(super) config: MlflowConfig,
     pub(super) http: Http,
     pub(super) retry: Retry,
@@ -58,12 +58,12 @@ pub(super) fn authority(url: &Url) -> String {
 
 impl Mlflow {
     /// Creates a client. Sends no request.
-    pub(in crate::origin) fn new(config: MlflowConfig, retry: Retry) -> Self {
+    pub(super) fn new(config: MlflowConfig, retry: Retry) -> Self {
         Self { config, http: Http::new(retry.read_timeout()), retry }
     }
 
     /// Returns the name of the registry in keys; `None` if no usable one is configured.
-    pub(in crate::origin) fn server(&self) -> Option<String> {
+    pub(super) fn server(&self) -> Option<String> {
         Some(authority(&self.registry().ok()?.url))
     }
 

@@ -9,19 +9,17 @@
 
 mod api;
 
-pub(super) use api::Mlflow;
-
 use super::http::{self, Request};
-use super::{Resolved, folder, no_files};
+use super::{BuiltIn, Origin, Resolved, folder, no_files};
 use crate::config::RemoteConfig;
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
 use crate::printable;
-use crate::reference::{MlflowModel, MlflowVersion, is_bucket_name};
+use crate::reference::{MlflowModel, MlflowVersion, Reference, Scheme, Target, is_bucket_name, mlflow};
 use crate::remote::PrefixSource;
 use crate::source::{Body, Source};
-use api::{ARTIFACTS, MlflowServer, authority};
+use api::{ARTIFACTS, Mlflow, MlflowServer, authority};
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -35,35 +33,53 @@ use std::sync::Arc;
 use tokio::sync::OnceCell;
 use url::Url;
 
-/// Resolves `model` to a version number and returns its key with a source bound to it.
-pub(super) async fn resolve(mlflow: &Arc<Mlflow>, model: &MlflowModel) -> Result<Resolved> {
-    let registry = mlflow.registry()?;
-    let number = match model.version {
-        // A number needs no request.
-        MlflowVersion::Number(number) => number,
-        _ => mlflow.version(&registry, model).await?,
-    };
-    let model = MlflowModel { server: Some(authority(&registry.url)), ..model.clone() };
-    let key = model.key_at(number).unwrap_or_else(|| Err(Error::invalid("the server has no name")))?;
-    Ok(Resolved { source: source(mlflow, &model.name, &key), key })
-}
+/// The registration of MLflow.
+pub(super) const BUILT_IN: BuiltIn = BuiltIn {
+    scheme: &mlflow::SCHEME,
+    open: |config, retry| Arc::new(Arc::new(Mlflow::new(config.mlflow.clone(), retry))),
+};
 
-/// Returns a source for `key`, which is a version of the model `name`. Sends no request.
-pub(super) fn source(mlflow: &Arc<Mlflow>, name: &str, key: &ArtifactKey) -> Arc<dyn Source> {
-    let (mlflow, name, key) = (mlflow.clone(), name.to_owned(), key.clone());
-    Arc::new(MlflowSource { mlflow, name, key, found: OnceCell::new() })
-}
+#[async_trait]
+impl Origin for Arc<Mlflow> {
+    fn scheme(&self) -> &'static Scheme {
+        &mlflow::SCHEME
+    }
 
-/// Returns a source for a key in its listed form (`mlflow/<server>/<model>@<number>`), if it belongs to the configured
-/// registry.
-pub(super) fn listed_source(mlflow: &Arc<Mlflow>, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
-    let (server, model) = key.name.as_str().strip_prefix("mlflow/")?.rsplit_once('/')?;
-    let number = key.version.as_str().parse().ok()?;
-    let name = percent_decode_str(model).decode_utf8().ok()?.into_owned();
-    let model = MlflowModel { server: mlflow.server(), name, version: MlflowVersion::Number(number) };
-    // The key must be exactly the one that this model would get here.
-    let ours = model.server.as_deref() == Some(server) && model.key_at(number)?.ok()? == *key;
-    ours.then(|| source(mlflow, &model.name, key))
+    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+        let Target::Mlflow(model) = &reference.target else { return Ok(None) };
+        let registry = self.registry()?;
+        let number = match model.version {
+            // A number needs no request.
+            MlflowVersion::Number(number) => number,
+            _ => self.version(&registry, model).await?,
+        };
+        let model = MlflowModel { server: Some(authority(&registry.url)), ..model.clone() };
+        let key = model.key_at(number).unwrap_or_else(|| Err(Error::invalid("the server has no name")))?;
+        Ok(Some(Resolved { source: MlflowSource::of_key(self, &model.name, &key), key }))
+    }
+
+    fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        let Target::Mlflow(model) = &reference.target else { return None };
+        Some(MlflowSource::of_key(self, &model.name, key))
+    }
+
+    /// The listed form is `mlflow/<server>/<model>@<number>`.
+    fn listed_source(&self, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        let (server, model) = key.name.as_str().strip_prefix("mlflow/")?.rsplit_once('/')?;
+        let number = key.version.as_str().parse().ok()?;
+        let name = percent_decode_str(model).decode_utf8().ok()?.into_owned();
+        let model = MlflowModel { server: self.server(), name, version: MlflowVersion::Number(number) };
+        // The key must be exactly the one that this model would get here.
+        let ours = model.server.as_deref() == Some(server) && model.key_at(number)?.ok()? == *key;
+        ours.then(|| MlflowSource::of_key(self, &model.name, key))
+    }
+
+    /// Adds the server, which is part of the key.
+    fn complete(&self, target: &mut Target) {
+        if let Target::Mlflow(model) = target {
+            model.server = self.server();
+        }
+    }
 }
 
 /// The source for one version of a model.
@@ -115,6 +131,12 @@ impl Source for MlflowSource {
 }
 
 impl MlflowSource {
+    /// Returns a source for `key`, which is a version of the model `name`.
+    fn of_key(mlflow: &Arc<Mlflow>, name: &str, key: &ArtifactKey) -> Arc<dyn Source> {
+        let (mlflow, name, key) = (mlflow.clone(), name.to_owned(), key.clone());
+        Arc::new(Self { mlflow, name, key, found: OnceCell::new() })
+    }
+
     async fn found(&self) -> Result<&ModelFiles> {
         self.found.get_or_try_init(|| self.find()).await
     }

@@ -7,16 +7,15 @@
 mod layers;
 mod registry;
 
-pub(super) use registry::Registries;
+use registry::Registries;
 
-use super::Resolved;
 use super::http::{self, Answer, Request};
+use super::{BuiltIn, Origin, Resolved};
 use crate::digest::Digest;
 use crate::error::{Context as _, Error, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::Manifest;
-use crate::reference::oci::parse_digest;
-use crate::reference::{OciAt, OciRepo};
+use crate::reference::{OciAt, OciRepo, Reference, Scheme, Target, oci};
 use crate::source::{Body, Source};
 use async_trait::async_trait;
 use layers::{Document, Layers, only_choice};
@@ -29,32 +28,45 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::OnceCell;
 use url::Url;
 
-/// Resolves `repo` to the digest of its manifest and returns the key with a source bound to it.
-pub(super) async fn resolve(registries: &Arc<Registries>, repo: &OciRepo) -> Result<Resolved> {
-    let (digest, bytes) = match &repo.at {
-        // A digest needs no request.
-        OciAt::Digest(digest) => (*digest, None),
-        OciAt::Tag(_) => {
-            let bytes = registries.retry.run(|| registries.manifest(repo, &repo.at)).await?;
-            (Digest::of(&bytes), Some(bytes))
-        }
-    };
-    let key = repo.key_at(&digest)?;
-    // The caller stores the digest of a tag, so a manifest without files must fail before that.
-    if let Some(Document::Layers(layers)) = bytes.as_deref().and_then(|bytes| Document::parse(bytes).ok())
-        && let Ok(layers) = Layers::new(&key, layers)
-    {
-        layers.require_files(&digest)?;
-    }
-    let repo = OciRepo { at: OciAt::Digest(digest), ..repo.clone() };
-    Ok(Resolved { source: Arc::new(OciSource::new(registries, repo, key.clone(), digest, bytes)), key })
-}
+/// The registration of OCI registries. Registries can be used without configuration, too, anonymously.
+pub(super) const BUILT_IN: BuiltIn = BuiltIn {
+    scheme: &oci::SCHEME,
+    open: |config, retry| Arc::new(Arc::new(Registries::new(config.oci.clone(), retry))),
+};
 
-/// Returns a source for `key`, which is `repo` at a digest; `None` if the version is not a digest. Sends no request.
-pub(super) fn source(registries: &Arc<Registries>, repo: &OciRepo, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
-    let digest = parse_digest(key.version.as_str()).ok()?;
-    let repo = OciRepo { at: OciAt::Digest(digest), ..repo.clone() };
-    Some(Arc::new(OciSource::new(registries, repo, key.clone(), digest, None)))
+#[async_trait]
+impl Origin for Arc<Registries> {
+    fn scheme(&self) -> &'static Scheme {
+        &oci::SCHEME
+    }
+
+    async fn resolve(&self, reference: &Reference) -> Result<Option<Resolved>> {
+        let Target::Oci(repo) = &reference.target else { return Ok(None) };
+        let (digest, bytes) = match &repo.at {
+            // A digest needs no request.
+            OciAt::Digest(digest) => (*digest, None),
+            OciAt::Tag(_) => {
+                let bytes = self.retry.run(|| self.manifest(repo, &repo.at)).await?;
+                (Digest::of(&bytes), Some(bytes))
+            }
+        };
+        let key = repo.key_at(&digest)?;
+        // The caller stores the digest of a tag, so a manifest without files must fail before that.
+        if let Some(Document::Layers(layers)) = bytes.as_deref().and_then(|bytes| Document::parse(bytes).ok())
+            && let Ok(layers) = Layers::new(&key, layers)
+        {
+            layers.require_files(&digest)?;
+        }
+        let repo = OciRepo { at: OciAt::Digest(digest), ..repo.clone() };
+        Ok(Some(Resolved { source: Arc::new(OciSource::new(self, repo, key.clone(), digest, bytes)), key }))
+    }
+
+    fn source(&self, reference: &Reference, key: &ArtifactKey) -> Option<Arc<dyn Source>> {
+        let Target::Oci(repo) = &reference.target else { return None };
+        let digest = oci::parse_digest(key.version.as_str()).ok()?;
+        let repo = OciRepo { at: OciAt::Digest(digest), ..repo.clone() };
+        Some(Arc::new(OciSource::new(self, repo, key.clone(), digest, None)))
+    }
 }
 
 /// The source for one artifact: a repository at the digest of a manifest.

@@ -31,7 +31,7 @@ const MANIFESTS: &str = "application/vnd.oci.image.manifest.v1+json, application
 const DOCKER_HUB_HOST: &str = "registry-1.docker.io";
 
 /// A client for all registries, with the credentials that each has accepted.
-pub(in crate::origin) struct Registries {
+pub(super) struct Registries {
     config: OciConfig,
     pub(super) http: Http,
     pub(super) retry: Retry,
@@ -48,7 +48,7 @@ impl fmt::Debug for Registries {
 
 impl Registries {
     /// Creates a client. Sends no request.
-    pub(in crate::origin) fn new(config: OciConfig, retry: Retry) -> Self {
+    pub(super) fn new(config: OciConfig, retry: Retry) -> Self {
         Self { config, http: Http::new(retry.read_timeout()), retry, authorizations: Default::default() }
     }
 

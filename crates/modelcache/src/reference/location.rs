@@ -1,0 +1,54 @@
+//! What a location tells about itself without contacting its origin. Each kind of location implements it once.
+
+use super::{Pointer, Scheme, Target};
+use crate::error::Result;
+use crate::key::{ArtifactKey, Version};
+use std::fmt;
+
+/// The location of a reference. It prints as the reference, without file and digest.
+pub(super) trait Location: fmt::Display {
+    /// Returns its scheme; `None` for a bare key.
+    fn scheme(&self) -> Option<&'static Scheme>;
+
+    /// Returns the key if the location alone determines it.
+    fn exact_key(&self) -> Option<ArtifactKey>;
+
+    /// Returns the movable name, or `None` if the location is exact or must be read each time.
+    fn pointer(&self) -> Option<Pointer>;
+
+    /// Returns the location at another revision, or `None` if locations of this kind have no revisions.
+    fn at_revision(&self, _revision: &str) -> Result<Option<Target>> {
+        Ok(None)
+    }
+
+    /// Returns the location pinned to `key`, the version that it resolved to. By default the bare key, because the
+    /// current content of a location has no reference but that.
+    fn pinned(&self, key: &ArtifactKey) -> Target {
+        Target::Bare(key.clone())
+    }
+
+    /// Returns the location with a version that the caller gives, or `None` if its origin determines the version.
+    fn with_given_version(&self, _version: &Version) -> Option<Target> {
+        None
+    }
+
+    /// Returns true if the location can resolve to `version`.
+    fn may_mean(&self, _version: &Version) -> bool {
+        true
+    }
+}
+
+/// A bare key.
+impl Location for ArtifactKey {
+    fn scheme(&self) -> Option<&'static Scheme> {
+        None
+    }
+
+    fn exact_key(&self) -> Option<ArtifactKey> {
+        Some(self.clone())
+    }
+
+    fn pointer(&self) -> Option<Pointer> {
+        None
+    }
+}
