@@ -4,8 +4,7 @@
 //! path stay leased until the cache is closed. A forked child opens the cache again on its first use, and leases the
 //! artifacts that its parent holds.
 
-use crate::answers;
-use crate::call::{Answer, Call, Shown};
+use crate::call::{self, Answer, Call, Shown};
 use crate::process::{self, Inside, Owned};
 use crate::{failure, logs};
 use futures::{StreamExt, stream};
@@ -21,6 +20,7 @@ use modelcache::reference::Target;
 use modelcache::settings::{self, Argument, ConfigFiles, SETTINGS, Settings};
 use modelcache::{ArtifactKey, Config, Error, Reference, Result, Selection, Tier, metrics, redact};
 use pyo3::prelude::*;
+use serde::Serialize;
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
@@ -226,21 +226,13 @@ impl Cache {
                 other => return Err(no_such_tier(other, "all, remote")),
             };
             let expect = expect.map(Format::parse).transpose()?;
-            let options = PutOptions { force, tier, expect, sidecars: sidecar };
+            let options = PutOptions { force, tier, expect, sidecars: sidecar, tag };
             let (cache, progress) = (open.cache.clone(), Progress::new());
             let shown = vec![progress.clone()];
             let work = async move {
                 let path = std::path::absolute(&path)
                     .map_err(|cause| Error::invalid(format!("{} is not a valid path", path.display())).cause(cause))?;
-                // Refuse a tag that cannot be set before the upload, not after it.
-                if let Some(tag) = &tag {
-                    cache.check_tag(&key, tag).await.map_err(|error| error.artifact(&key))?;
-                }
-                let report = cache.put_with(&key, &path, &options, &progress).await?;
-                if let Some(tag) = &tag {
-                    cache.tag(&key, tag).await?;
-                }
-                Ok(Answer::Json(answers::put(&report)))
+                call::json(&cache.put_with(&key, &path, &options, &progress).await?).map(Answer::Json)
             };
             Ok((shown, work))
         })
@@ -269,7 +261,7 @@ impl Cache {
                 lock(&open.leases).retain(|(key, _), _| !is_same(key));
             }
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::evicted(&cache.evict(&reference, tier, dry_run).await?)) })
+            Ok(async move { cache.evict(&reference, tier, dry_run).await })
         })
     }
 
@@ -277,7 +269,7 @@ impl Cache {
     fn stats(&self, py: Python<'_>) -> PyResult<Call> {
         self.json_call(py, |open| {
             let cache = open.cache.clone();
-            Ok(async move { answers::plain(&cache.stats().await?) })
+            Ok(async move { cache.stats().await })
         })
     }
 
@@ -285,10 +277,7 @@ impl Cache {
     fn artifacts(&self, py: Python<'_>, remote: bool) -> PyResult<Call> {
         self.json_call(py, |open| {
             let cache = open.cache.clone();
-            Ok(async move {
-                let rows = if remote { cache.list_remote().await? } else { cache.list().await? };
-                Ok(rows.iter().map(answers::listed).collect())
-            })
+            Ok(async move { if remote { cache.list_remote().await } else { cache.list().await } })
         })
     }
 
@@ -296,7 +285,7 @@ impl Cache {
     fn metrics(&self, py: Python<'_>) -> PyResult<String> {
         self.with_open(py, |open| {
             let counts = open.cache.metrics().counts();
-            let mut object = answers::plain(&counts)?;
+            let mut object = call::json(&counts)?;
             object["hit_rate"] = json!(counts.hit_rate());
             Ok(object.to_string())
         })
@@ -310,7 +299,7 @@ impl Cache {
             Ok(async move {
                 let mut families = cache.metrics().counts().families();
                 families.extend(cache.stats().await?.families());
-                if text { Ok(json!(metrics::text(&families))) } else { answers::plain(&families) }
+                if text { Ok(json!(metrics::text(&families))) } else { call::json(&families) }
             })
         })
     }
@@ -336,7 +325,7 @@ impl Cache {
                 reason,
             };
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::pin(&cache.pin(&reference, pin).await?)) })
+            Ok(async move { cache.pin(&reference, pin).await })
         })
     }
 
@@ -345,7 +334,7 @@ impl Cache {
         self.json_call(py, |open| {
             let reference = self::reference(reference, version, None)?;
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::pin(&cache.unpin(&reference).await?)) })
+            Ok(async move { cache.unpin(&reference).await })
         })
     }
 
@@ -364,7 +353,7 @@ impl Cache {
             let max_tier = max_tier(local_files_only);
             let options = GetOptions { refresh, max_tier, ..GetOptions::default() };
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::resolved(&cache.pinned(&reference, &options).await?)) })
+            Ok(async move { cache.pinned(&reference, &options).await })
         })
     }
 
@@ -373,7 +362,7 @@ impl Cache {
         self.json_call(py, |open| {
             let (key, tag) = (ArtifactKey::bare(&format!("{name}@{version}"))?, Version::new(tag)?);
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::tagged(&cache.tag(&key, &tag).await?)) })
+            Ok(async move { cache.tag(&key, &tag).await })
         })
     }
 
@@ -382,7 +371,7 @@ impl Cache {
         self.json_call(py, |open| {
             let tagged = ArtifactKey::bare(&format!("{name}@{tag}"))?;
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::tagged(&cache.untag(&tagged).await?)) })
+            Ok(async move { cache.untag(&tagged).await })
         })
     }
 
@@ -409,10 +398,9 @@ impl Cache {
             let work = async move {
                 let mut rows = Vec::new();
                 for target in verification.targets(&references).await? {
-                    let verified = verification.verify(&target, &progress).await?;
-                    rows.extend(verified.iter().map(answers::verified));
+                    rows.extend(verification.verify(&target, &progress).await?);
                 }
-                Ok(Answer::Json(rows.into()))
+                call::json(&rows).map(Answer::Json)
             };
             Ok((shown, work))
         })
@@ -554,13 +542,14 @@ impl Cache {
     }
 
     /// Returns a call with a JSON answer and without progress.
-    fn json_call<W>(&self, py: Python<'_>, make: impl FnOnce(&Open) -> Result<W>) -> PyResult<Call>
+    fn json_call<W, R>(&self, py: Python<'_>, make: impl FnOnce(&Open) -> Result<W>) -> PyResult<Call>
     where
-        W: Future<Output = Result<serde_json::Value>> + Send + 'static,
+        W: Future<Output = Result<R>> + Send + 'static,
+        R: Serialize,
     {
         self.call(py, |open| {
             let work = make(open)?;
-            Ok((Vec::new(), async move { work.await.map(Answer::Json) }))
+            Ok((Vec::new(), async move { call::json(&work.await?).map(Answer::Json) }))
         })
     }
 }
@@ -636,7 +625,7 @@ async fn prewarm(open: Arc<Open>, references: Vec<Reference>, jobs: usize, shown
         while let Some((at, filled)) = fills.next().await {
             rows[at] = match filled {
                 Ok(artifact) => {
-                    let row = json!({"path": artifact.path, "report": answers::got(&artifact)});
+                    let row = call::json(&artifact.answer())?;
                     leased.push((references[at].pinned(&artifact.key), artifact));
                     row
                 }

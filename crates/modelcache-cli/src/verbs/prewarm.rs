@@ -6,7 +6,8 @@
 
 use super::backfill::finish;
 use super::choice::Choice;
-use super::{Session, get};
+use super::Session;
+use crate::output::Asked;
 use crate::{exit, human, progress};
 use clap::Args;
 use futures::{StreamExt, stream};
@@ -124,14 +125,13 @@ async fn one<'a>(
     options: &GetOptions,
 ) -> (&'a str, Result<Artifact>) {
     let output = session.output;
-    let (text, progress, started) = (wanted.text.as_str(), Progress::new(), Instant::now());
+    let (text, progress) = (wanted.text.as_str(), Progress::new());
     let got = progress::show(output, text, &progress, cache.get_with(&wanted.reference, options, &progress)).await;
     let outcome = got.and_then(|artifact| {
-        let (took, report) = (started.elapsed(), &artifact.report);
         if output.is_json() {
-            output.answer_json(&get::artifact_object(text, &artifact.key, &artifact.path, report, took))?;
+            output.answer_json(&Asked { reference: text, report: artifact.answer() })?;
         }
-        session.got(&artifact, took);
+        session.got(&artifact);
         Ok(artifact)
     });
     (text, outcome)

@@ -34,8 +34,8 @@ mod tasks;
 mod verify;
 
 pub use report::{
-    Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed,
-    PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, PutTier,
+    Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, GetAnswer, GetOptions, GetPlan, GetReport,
+    InspectedFile, Inspection, Listed, PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, PutTier,
     Stats, TagReport,
 };
 
