@@ -1,7 +1,7 @@
 //! `pin` and `unpin`: protect an artifact on this disk from eviction until it is unpinned.
 
-use super::choice::duration;
 use super::Session;
+use super::choice::duration;
 use crate::environment;
 use clap::Args;
 use modelcache::cache::{self, PinReport};

@@ -4,9 +4,9 @@
 //! disk are marked as just used; the others are downloaded, several at once. All artifacts are leased until the end, so
 //! that the list does not evict its own artifacts.
 
+use super::Session;
 use super::backfill::finish;
 use super::choice::Choice;
-use super::Session;
 use crate::output::Asked;
 use crate::{exit, human, progress};
 use clap::Args;

@@ -2,8 +2,8 @@
 //!
 //! Standard output carries one line, so that `$(modelcache resolve …)` is a reference.
 
-use super::choice::Reach;
 use super::Session;
+use super::choice::Reach;
 use crate::human;
 use crate::output::Asked;
 use clap::Args;

@@ -14,11 +14,7 @@ impl Stats {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
         let output = session.output;
         let stats = session.cache()?.stats().await?;
-        if output.is_json() {
-            output.answer_json(&stats)
-        } else {
-            output.answer(&stats_text(&stats))
-        }
+        if output.is_json() { output.answer_json(&stats) } else { output.answer(&stats_text(&stats)) }
     }
 }
 

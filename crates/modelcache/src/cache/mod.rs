@@ -35,8 +35,8 @@ mod verify;
 
 pub use report::{
     Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, GetAnswer, GetOptions, GetPlan, GetReport,
-    InspectedFile, Inspection, Listed, PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, PutTier,
-    Stats, TagReport,
+    InspectedFile, Inspection, Listed, PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan,
+    PutOptions, PutReport, PutTier, Stats, TagReport,
 };
 
 pub use builder::CacheBuilder;

@@ -3,17 +3,17 @@
 //! Sizes are in bytes, and digests are SHA-256. The serialized form of a report is what `modelcache --json` prints and what
 //! the Python package parses. `docs/json.md` is generated from the field names, types and comments here.
 
+use crate::digest::{Digest, GitOid, Provenance};
+use crate::disk::Materialized;
 use crate::disk::{Holder, LeasedArtifact, Link, Pin, Purpose};
 use crate::error::Tier;
 use crate::format::Format;
-use crate::digest::{Digest, GitOid, Provenance};
-use crate::disk::Materialized;
 use crate::json;
 use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
 use crate::manifest::Shape;
 use crate::progress::Phase;
-use crate::selection::Selection;
 use crate::reference::Reference;
+use crate::selection::Selection;
 use serde::{Serialize, Serializer};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
