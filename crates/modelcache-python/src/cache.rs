@@ -7,7 +7,7 @@
 use crate::call::{self, Answer, Call, Shown};
 use crate::process::{self, Inside, Owned};
 use crate::{failure, logs};
-use futures::{StreamExt, stream};
+use futures::StreamExt;
 use modelcache::cache::{
     Artifact, EvictTier, GetOptions, LinkMode, OpenOptions, Pin, Purpose, PutOptions, PutTier, VerifyOptions,
     VerifyTier,
@@ -27,6 +27,7 @@ use std::ffi::OsString;
 use std::future::Future;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -604,34 +605,24 @@ impl Open {
     }
 }
 
-/// Downloads `references` in three waves and leases them. The answer has one row for each reference, in their order.
+/// Downloads `references` and leases them. The answer has one row for each reference, in their order.
 async fn prewarm(open: Arc<Open>, references: Vec<Reference>, jobs: usize, shown: Shown) -> Result<Answer> {
     let options = GetOptions { purpose: Purpose::Keep, durable: true, ..GetOptions::default() };
     let plan = open.cache.plan_prewarm(&references, &options).await?;
-    let (mut rows, mut waves) = (vec![json!(null); references.len()], [Vec::new(), Vec::new(), Vec::new()]);
-    for (at, planned) in plan.artifacts.into_iter().enumerate() {
-        match planned {
-            // Wave 0: artifacts on disk. Their leases keep the later waves from evicting them.
-            // Wave 1: downloads. Wave 2: artifacts that share files with earlier ones. They run one at a time, so that
-            // each finds the shared files on disk.
-            Ok(planned) => waves[if planned.is_local { 0 } else { 1 + usize::from(planned.shares) }].push(at),
-            Err(error) => rows[at] = failure_row(&error),
-        }
-    }
+    // A row is replaced once its artifact is there.
+    let row = |planned: &Result<_>| planned.as_ref().map_or_else(failure_row, |_| json!(null));
+    let mut rows: Vec<_> = plan.artifacts.iter().map(row).collect();
     let mut leased = Vec::new();
-    for (wave, jobs) in waves.into_iter().zip([jobs, jobs, 1]) {
-        let fills: Vec<_> = wave.into_iter().map(|at| fill(&open, &references[at], at, &options, &shown)).collect();
-        let mut fills = stream::iter(fills).buffer_unordered(jobs);
-        while let Some((at, filled)) = fills.next().await {
-            rows[at] = match filled {
-                Ok(artifact) => {
-                    let row = call::json(&artifact.answer())?;
-                    leased.push((references[at].pinned(&artifact.key), artifact));
-                    row
-                }
-                Err(error) => failure_row(&error),
-            };
-        }
+    let mut gets = pin!(plan.gets(jobs, |at| fill(&open, &references[at], at, &options, &shown)));
+    while let Some((at, filled)) = gets.next().await {
+        rows[at] = match filled {
+            Ok(artifact) => {
+                let row = call::json(&artifact.answer())?;
+                leased.push((references[at].pinned(&artifact.key), artifact));
+                row
+            }
+            Err(error) => failure_row(&error),
+        };
     }
     let leases = open.leases.clone();
     // Stored with the interpreter's lock held, see `leases_to_renew`. If the call is cancelled, the leases are dropped.
