@@ -1,4 +1,6 @@
-//! `cargo xtask docs`: writes the pages that are generated from tables in the code.
+//! `cargo xtask docs`: writes the pages that are generated from tables and comments in the code.
+
+mod json;
 
 use crate::repository::root;
 use anyhow::{Context, Result, bail};
@@ -16,7 +18,9 @@ pub(crate) struct Docs {
 impl Docs {
     pub(crate) fn run(&self) -> Result<()> {
         let mut stale = Vec::new();
-        for (page, text) in modelcache_cli::docs::pages() {
+        let mut pages = modelcache_cli::docs::pages();
+        pages.push(("docs/json.md", json::page()?));
+        for (page, text) in pages {
             let path = root().join(page);
             if fs::read_to_string(&path).is_ok_and(|present| present == text) {
                 println!("{page}: up to date");

@@ -2,6 +2,10 @@
 //!
 //! `cargo xtask docs` writes the pages, and CI compares them with this output. Do not edit the pages by hand.
 
+mod json;
+
+pub use json::{Report, reports};
+
 use crate::arguments::Arguments;
 use crate::exit::EXITS;
 use clap::CommandFactory;

@@ -38,11 +38,6 @@ pub(crate) fn ago(then: SystemTime, now: SystemTime) -> String {
     }
 }
 
-/// Formats a time for machines: RFC 3339 in UTC, to the second.
-pub(crate) fn timestamp(time: SystemTime) -> String {
-    humantime::format_rfc3339_seconds(time).to_string()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,6 +73,5 @@ mod tests {
         assert_eq!(ago(7200), "2 hours ago");
         assert_eq!(ago(86_400 * 3), "3 days ago");
         assert_eq!(super::ago(now + Duration::from_secs(9), now), "just now");
-        assert_eq!(timestamp(now), "1970-01-12T13:46:40Z");
     }
 }

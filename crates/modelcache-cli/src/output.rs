@@ -9,8 +9,8 @@
 use crate::arguments::Global;
 use crate::signals::Signal;
 use indicatif::{MultiProgress, ProgressDrawTarget};
-use modelcache::{Error, ErrorKind, Reference, Result, printable};
-use serde_json::{Value, json};
+use modelcache::{Error, ErrorKind, Reference, Result, Tier, printable};
+use serde::Serialize;
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
@@ -111,8 +111,10 @@ impl Output {
         }
     }
 
-    /// Prints one object of a JSON answer on a line.
-    pub(crate) fn answer_json(&self, value: &Value) -> Result<()> {
+    /// Prints one report as a JSON object on a line, with its fields in alphabetical order.
+    pub(crate) fn answer_json(&self, report: &impl Serialize) -> Result<()> {
+        let value = serde_json::to_value(report)
+            .map_err(|cause| Error::new(ErrorKind::Other, "cannot write the answer").cause(cause))?;
         self.write(printable::json(&value.to_string()).as_bytes())
     }
 
@@ -137,12 +139,9 @@ impl Output {
         }
         self.write_error(&text);
         if self.json {
-            let mut object = json!({"error": error_object(error)});
-            if let Some(reference) = reference {
-                object["reference"] = Reference::shown(reference).into();
-            }
+            let reference = reference.map(Reference::shown);
             // The original error matters more than a failure to print it.
-            let _ = self.answer_json(&object);
+            let _ = self.answer_json(&Failure { reference, error: ErrorForm::of(error) });
         }
     }
 
@@ -152,9 +151,8 @@ impl Output {
         let error = Error::new(ErrorKind::Other, signal.name()).hint(hint);
         self.write_error(&format!("modelcache: {}; {hint}\n", signal.name()));
         if self.json {
-            let mut object = json!({"error": error_object(&error)});
-            object["error"]["code"] = signal.name().into();
-            let _ = self.answer_json(&object);
+            let error = ErrorForm { code: signal.name(), ..ErrorForm::of(&error) };
+            let _ = self.answer_json(&Failure { reference: None, error });
         }
     }
 
@@ -180,15 +178,50 @@ pub(crate) fn report_panic(info: &PanicHookInfo<'_>) {
     let _ = io::stderr().lock().write_all(format!("error: {}\n{backtrace}", printable::panic(info)).as_bytes());
 }
 
-/// Returns the JSON form of an error.
-fn error_object(error: &Error) -> Value {
-    json!({
-        "code": error.kind().name(),
-        "message": error.message_with_causes(),
-        "hint": error.hint_text(),
-        "artifact": error.artifact_name(),
-        "tier": error.failed_tier(),
-    })
+/// A report with the reference that it answers.
+#[derive(Debug, Serialize)]
+pub(crate) struct Asked<'a, T> {
+    /// The reference, as it was given to the command.
+    pub(crate) reference: &'a str,
+    #[serde(flatten)]
+    pub(crate) report: T,
+}
+
+/// The serialized form of a failure.
+#[derive(Debug, Serialize)]
+pub(crate) struct Failure<'a> {
+    /// The reference that failed. Absent if the command as a whole failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reference: Option<String>,
+    /// The error.
+    pub(crate) error: ErrorForm<'a>,
+}
+
+/// The serialized form of an error.
+#[derive(Debug, Serialize)]
+pub(crate) struct ErrorForm<'a> {
+    /// The kind of error, for example `not_found`; or the name of the signal that ended the command.
+    code: &'a str,
+    /// The error and its causes, in words.
+    message: String,
+    /// The suggested remedy.
+    hint: Option<&'a str>,
+    /// The artifact that the error is about.
+    artifact: Option<&'a str>,
+    /// The tier that failed.
+    tier: Option<Tier>,
+}
+
+impl<'a> ErrorForm<'a> {
+    pub(crate) fn of(error: &'a Error) -> Self {
+        Self {
+            code: error.kind().name(),
+            message: error.message_with_causes(),
+            hint: error.hint_text(),
+            artifact: error.artifact_name(),
+            tier: error.failed_tier(),
+        }
+    }
 }
 
 /// A writer to standard error that hides the progress bar while it writes.
@@ -269,7 +302,7 @@ impl std::ops::AddAssign<Lines> for Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use modelcache::Tier;
+    use serde_json::json;
 
     #[test]
     fn tables_align_their_columns() {
@@ -296,6 +329,6 @@ mod tests {
             "code": "corrupt", "message": "sha256 mismatch: short", "hint": "try again",
             "artifact": "a@1", "tier": "remote",
         });
-        assert_eq!(error_object(&error), expected);
+        assert_eq!(json!(ErrorForm::of(&error)), expected);
     }
 }

@@ -4,11 +4,10 @@
 //! path stay leased until the cache is closed. A forked child opens the cache again on its first use, and leases the
 //! artifacts that its parent holds.
 
-use crate::answers;
-use crate::call::{Answer, Call, Shown};
+use crate::call::{self, Answer, Call, Shown};
 use crate::process::{self, Inside, Owned};
 use crate::{failure, logs};
-use futures::{StreamExt, stream};
+use futures::StreamExt;
 use modelcache::cache::{
     Artifact, EvictTier, GetOptions, LinkMode, OpenOptions, Pin, Purpose, PutOptions, PutTier, VerifyOptions,
     VerifyTier,
@@ -21,12 +20,14 @@ use modelcache::reference::Target;
 use modelcache::settings::{self, Argument, ConfigFiles, SETTINGS, Settings};
 use modelcache::{ArtifactKey, Config, Error, Reference, Result, Selection, Tier, metrics, redact};
 use pyo3::prelude::*;
+use serde::Serialize;
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::future::Future;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -226,21 +227,13 @@ impl Cache {
                 other => return Err(no_such_tier(other, "all, remote")),
             };
             let expect = expect.map(Format::parse).transpose()?;
-            let options = PutOptions { force, tier, expect, sidecars: sidecar };
+            let options = PutOptions { force, tier, expect, sidecars: sidecar, tag };
             let (cache, progress) = (open.cache.clone(), Progress::new());
             let shown = vec![progress.clone()];
             let work = async move {
                 let path = std::path::absolute(&path)
                     .map_err(|cause| Error::invalid(format!("{} is not a valid path", path.display())).cause(cause))?;
-                // Refuse a tag that cannot be set before the upload, not after it.
-                if let Some(tag) = &tag {
-                    cache.check_tag(&key, tag).await.map_err(|error| error.artifact(&key))?;
-                }
-                let report = cache.put_with(&key, &path, &options, &progress).await?;
-                if let Some(tag) = &tag {
-                    cache.tag(&key, tag).await?;
-                }
-                Ok(Answer::Json(answers::put(&report)))
+                call::json(&cache.put_with(&key, &path, &options, &progress).await?).map(Answer::Json)
             };
             Ok((shown, work))
         })
@@ -269,7 +262,7 @@ impl Cache {
                 lock(&open.leases).retain(|(key, _), _| !is_same(key));
             }
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::evicted(&cache.evict(&reference, tier, dry_run).await?)) })
+            Ok(async move { cache.evict(&reference, tier, dry_run).await })
         })
     }
 
@@ -277,7 +270,7 @@ impl Cache {
     fn stats(&self, py: Python<'_>) -> PyResult<Call> {
         self.json_call(py, |open| {
             let cache = open.cache.clone();
-            Ok(async move { answers::plain(&cache.stats().await?) })
+            Ok(async move { cache.stats().await })
         })
     }
 
@@ -285,10 +278,7 @@ impl Cache {
     fn artifacts(&self, py: Python<'_>, remote: bool) -> PyResult<Call> {
         self.json_call(py, |open| {
             let cache = open.cache.clone();
-            Ok(async move {
-                let rows = if remote { cache.list_remote().await? } else { cache.list().await? };
-                Ok(rows.iter().map(answers::listed).collect())
-            })
+            Ok(async move { if remote { cache.list_remote().await } else { cache.list().await } })
         })
     }
 
@@ -296,7 +286,7 @@ impl Cache {
     fn metrics(&self, py: Python<'_>) -> PyResult<String> {
         self.with_open(py, |open| {
             let counts = open.cache.metrics().counts();
-            let mut object = answers::plain(&counts)?;
+            let mut object = call::json(&counts)?;
             object["hit_rate"] = json!(counts.hit_rate());
             Ok(object.to_string())
         })
@@ -310,7 +300,7 @@ impl Cache {
             Ok(async move {
                 let mut families = cache.metrics().counts().families();
                 families.extend(cache.stats().await?.families());
-                if text { Ok(json!(metrics::text(&families))) } else { answers::plain(&families) }
+                if text { Ok(json!(metrics::text(&families))) } else { call::json(&families) }
             })
         })
     }
@@ -336,7 +326,7 @@ impl Cache {
                 reason,
             };
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::pin(&cache.pin(&reference, pin).await?)) })
+            Ok(async move { cache.pin(&reference, pin).await })
         })
     }
 
@@ -345,7 +335,7 @@ impl Cache {
         self.json_call(py, |open| {
             let reference = self::reference(reference, version, None)?;
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::pin(&cache.unpin(&reference).await?)) })
+            Ok(async move { cache.unpin(&reference).await })
         })
     }
 
@@ -364,7 +354,7 @@ impl Cache {
             let max_tier = max_tier(local_files_only);
             let options = GetOptions { refresh, max_tier, ..GetOptions::default() };
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::resolved(&cache.pinned(&reference, &options).await?)) })
+            Ok(async move { cache.pinned(&reference, &options).await })
         })
     }
 
@@ -373,7 +363,7 @@ impl Cache {
         self.json_call(py, |open| {
             let (key, tag) = (ArtifactKey::bare(&format!("{name}@{version}"))?, Version::new(tag)?);
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::tagged(&cache.tag(&key, &tag).await?)) })
+            Ok(async move { cache.tag(&key, &tag).await })
         })
     }
 
@@ -382,7 +372,7 @@ impl Cache {
         self.json_call(py, |open| {
             let tagged = ArtifactKey::bare(&format!("{name}@{tag}"))?;
             let cache = open.cache.clone();
-            Ok(async move { Ok(answers::tagged(&cache.untag(&tagged).await?)) })
+            Ok(async move { cache.untag(&tagged).await })
         })
     }
 
@@ -409,10 +399,9 @@ impl Cache {
             let work = async move {
                 let mut rows = Vec::new();
                 for target in verification.targets(&references).await? {
-                    let verified = verification.verify(&target, &progress).await?;
-                    rows.extend(verified.iter().map(answers::verified));
+                    rows.extend(verification.verify(&target, &progress).await?);
                 }
-                Ok(Answer::Json(rows.into()))
+                call::json(&rows).map(Answer::Json)
             };
             Ok((shown, work))
         })
@@ -554,13 +543,14 @@ impl Cache {
     }
 
     /// Returns a call with a JSON answer and without progress.
-    fn json_call<W>(&self, py: Python<'_>, make: impl FnOnce(&Open) -> Result<W>) -> PyResult<Call>
+    fn json_call<W, R>(&self, py: Python<'_>, make: impl FnOnce(&Open) -> Result<W>) -> PyResult<Call>
     where
-        W: Future<Output = Result<serde_json::Value>> + Send + 'static,
+        W: Future<Output = Result<R>> + Send + 'static,
+        R: Serialize,
     {
         self.call(py, |open| {
             let work = make(open)?;
-            Ok((Vec::new(), async move { work.await.map(Answer::Json) }))
+            Ok((Vec::new(), async move { call::json(&work.await?).map(Answer::Json) }))
         })
     }
 }
@@ -615,34 +605,24 @@ impl Open {
     }
 }
 
-/// Downloads `references` in three waves and leases them. The answer has one row for each reference, in their order.
+/// Downloads `references` and leases them. The answer has one row for each reference, in their order.
 async fn prewarm(open: Arc<Open>, references: Vec<Reference>, jobs: usize, shown: Shown) -> Result<Answer> {
     let options = GetOptions { purpose: Purpose::Keep, durable: true, ..GetOptions::default() };
     let plan = open.cache.plan_prewarm(&references, &options).await?;
-    let (mut rows, mut waves) = (vec![json!(null); references.len()], [Vec::new(), Vec::new(), Vec::new()]);
-    for (at, planned) in plan.artifacts.into_iter().enumerate() {
-        match planned {
-            // Wave 0: artifacts on disk. Their leases keep the later waves from evicting them.
-            // Wave 1: downloads. Wave 2: artifacts that share files with earlier ones. They run one at a time, so that
-            // each finds the shared files on disk.
-            Ok(planned) => waves[if planned.is_local { 0 } else { 1 + usize::from(planned.shares) }].push(at),
-            Err(error) => rows[at] = failure_row(&error),
-        }
-    }
+    // A row is replaced once its artifact is there.
+    let row = |planned: &Result<_>| planned.as_ref().map_or_else(failure_row, |_| json!(null));
+    let mut rows: Vec<_> = plan.artifacts.iter().map(row).collect();
     let mut leased = Vec::new();
-    for (wave, jobs) in waves.into_iter().zip([jobs, jobs, 1]) {
-        let fills: Vec<_> = wave.into_iter().map(|at| fill(&open, &references[at], at, &options, &shown)).collect();
-        let mut fills = stream::iter(fills).buffer_unordered(jobs);
-        while let Some((at, filled)) = fills.next().await {
-            rows[at] = match filled {
-                Ok(artifact) => {
-                    let row = json!({"path": artifact.path, "report": answers::got(&artifact)});
-                    leased.push((references[at].pinned(&artifact.key), artifact));
-                    row
-                }
-                Err(error) => failure_row(&error),
-            };
-        }
+    let mut gets = pin!(plan.gets(jobs, |at| fill(&open, &references[at], at, &options, &shown)));
+    while let Some((at, filled)) = gets.next().await {
+        rows[at] = match filled {
+            Ok(artifact) => {
+                let row = call::json(&artifact.answer())?;
+                leased.push((references[at].pinned(&artifact.key), artifact));
+                row
+            }
+            Err(error) => failure_row(&error),
+        };
     }
     let leases = open.leases.clone();
     // Stored with the interpreter's lock held, see `leases_to_renew`. If the call is cancelled, the leases are dropped.

@@ -16,6 +16,7 @@ use modelcache::progress::Progress;
 use modelcache::{Error, ErrorKind, Result};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
+use serde::Serialize;
 use serde_json::Value;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -44,8 +45,13 @@ pub(crate) enum Answer {
     Lent(Box<Artifact>),
     /// An open file, and the longest time in seconds that one read may wait.
     Opened(Box<OpenFile>, Option<f64>),
-    /// Any other answer, as JSON.
+    /// Any other answer, in the form that `modelcache --json` prints.
     Json(Value),
+}
+
+/// Serializes a report. The Python package parses it into the classes of `_reports.py`.
+pub(crate) fn json(report: &impl Serialize) -> Result<Value> {
+    serde_json::to_value(report).map_err(|cause| Error::new(ErrorKind::Other, "cannot write the answer").cause(cause))
 }
 
 impl Answer {
@@ -59,8 +65,7 @@ impl Answer {
                 answer.into_python(py)
             }
             Self::Lent(artifact) => {
-                let path = artifact.path.clone();
-                Lease::new(*artifact, path).into_py_any(py)
+                Lease::new(*artifact).map_err(|error| failure::exception(py, &error))?.into_py_any(py)
             }
             Self::Opened(file, timeout) => File::new(*file, timeout).into_py_any(py),
             Self::Json(value) => value.to_string().into_py_any(py),

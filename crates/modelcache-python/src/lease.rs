@@ -1,7 +1,8 @@
 //! `Lease`: the native object behind `modelcache.Lease`.
 
-use crate::answers;
+use crate::call;
 use crate::process::{self, Owned};
+use modelcache::Result;
 use modelcache::cache::Artifact;
 use pyo3::prelude::*;
 use std::ffi::OsString;
@@ -21,14 +22,14 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
-    pub(crate) fn new(artifact: Artifact, path: PathBuf) -> Self {
-        Self {
-            path,
+    pub(crate) fn new(artifact: Artifact) -> Result<Self> {
+        Ok(Self {
+            path: artifact.path.clone(),
             name: artifact.key.name.to_string(),
             version: artifact.key.version.to_string(),
-            report: answers::got(&artifact).to_string(),
+            report: call::json(&artifact.answer())?.to_string(),
             artifact: Mutex::new(Owned::new(artifact)),
-        }
+        })
     }
 }
 
@@ -50,7 +51,7 @@ impl Lease {
         &self.version
     }
 
-    /// The report of the get as JSON: source tier, bytes by tier, seconds by phase.
+    /// The report of the get, as `modelcache get --json` prints it.
     #[getter]
     fn report(&self) -> &str {
         &self.report

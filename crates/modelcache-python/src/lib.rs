@@ -5,7 +5,6 @@
 //! holds the interpreter's lock. `failure` converts errors and panics to the exceptions of the package. `process` keeps
 //! the state of a process apart from that of its forked children.
 
-mod answers;
 mod cache;
 mod call;
 mod failure;

@@ -2,7 +2,7 @@
 
 use crate::digest::Digest;
 use crate::error::Tier;
-use crate::key::{ArtifactKey, FilePath};
+use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
 use crate::ladder::Ladder;
 use serde::Serialize;
 use std::fmt;
@@ -114,6 +114,7 @@ impl Finding {
 
 /// Result of the verification of one artifact in one tier.
 #[derive(Debug, Clone, Serialize)]
+#[serde(into = "VerifiedForm")]
 pub struct Verified {
     /// The key of the artifact; `None` for files of an unknown artifact or of none.
     pub key: Option<ArtifactKey>,
@@ -138,6 +139,36 @@ impl Verified {
     /// Returns true if no problem was found, or all were repaired.
     pub fn is_right(&self) -> bool {
         !self.findings.iter().any(Finding::remains)
+    }
+}
+
+/// The serialized form of [`Verified`].
+#[derive(Serialize)]
+struct VerifiedForm {
+    /// The name of the artifact; `None` if the data belongs to no known artifact.
+    name: Option<ArtifactName>,
+    /// The version of the artifact; `None` if the data belongs to no known artifact.
+    version: Option<Version>,
+    /// The reference of the artifact, or the place of data that belongs to no known artifact.
+    reference: String,
+    /// The tier that was verified.
+    tier: Tier,
+    /// True if no problem was found or all problems were repaired.
+    ok: bool,
+    /// Number of files verified.
+    files: usize,
+    /// Bytes read and compared. Content that several artifacts share is read once.
+    bytes: u64,
+    /// The problems.
+    findings: Vec<Finding>,
+}
+
+impl From<Verified> for VerifiedForm {
+    fn from(verified: Verified) -> Self {
+        let ok = verified.is_right();
+        let (name, version) = verified.key.map(|key| (key.name, key.version)).unzip();
+        let Verified { reference, tier, files, bytes, findings, .. } = verified;
+        Self { name, version, reference, tier, ok, files, bytes, findings }
     }
 }
 

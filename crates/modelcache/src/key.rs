@@ -33,9 +33,9 @@ pub struct FilePath(Box<str>);
 /// The key of an artifact: its name and version.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ArtifactKey {
-    /// The name.
+    /// The name of the artifact.
     pub name: ArtifactName,
-    /// The version.
+    /// The version of the artifact.
     pub version: Version,
 }
 

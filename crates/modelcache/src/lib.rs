@@ -109,6 +109,7 @@ pub mod digest;
 pub mod error;
 pub mod finding;
 pub mod format;
+mod json;
 pub mod key;
 pub mod manifest;
 pub mod metrics;

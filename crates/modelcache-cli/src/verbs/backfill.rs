@@ -3,14 +3,14 @@
 //! Artifacts are uploaded one after the other. Artifacts that another process is uploading are skipped. Commands that
 //! get or put artifacts complete pending uploads, too, before they end: see [`finish`].
 
-use super::{Session, extend, key_object};
+use super::Session;
 use crate::output::{Lines, table};
 use crate::{exit, human, progress};
 use clap::Args;
 use modelcache::cache::{BackfillReport, PendingBackfill};
 use modelcache::progress::Progress;
 use modelcache::{ArtifactKey, Cache, Result};
-use serde_json::{Value, json};
+use serde::Serialize;
 
 /// Upload artifacts that earlier runs left pending
 ///
@@ -29,7 +29,7 @@ impl Backfill {
         if self.dry_run {
             let pending = cache.pending_backfills().await?;
             if output.is_json() {
-                pending.iter().try_for_each(|pending| output.answer_json(&pending_object(pending)))?;
+                pending.iter().try_for_each(|pending| output.answer_json(pending))?;
             } else {
                 output.answer(&listing(&pending))?;
             }
@@ -39,13 +39,13 @@ impl Backfill {
         let report = progress::show(output, "backfill", &progress, cache.backfill_pending(&progress)).await?;
         for key in &report.done {
             if output.is_json() {
-                output.answer_json(&outcome_object(key, "done"))?;
+                output.answer_json(&Outcome::new(key, "done"))?;
             }
         }
         for key in &report.busy {
             output.remark(&format!("{key}: another process is uploading it"));
             if output.is_json() {
-                output.answer_json(&outcome_object(key, "busy"))?;
+                output.answer_json(&Outcome::new(key, "busy"))?;
             }
         }
         let mut code = exit::DONE;
@@ -119,18 +119,21 @@ fn listing(pending: &[PendingBackfill]) -> Lines {
     table(&["NAME@VERSION", "SIZE", "FILES", "REMOTE"], &[1, 2], pending.iter().map(row))
 }
 
-fn pending_object(pending: &PendingBackfill) -> Value {
-    let about = json!({
-        "reference": pending.key.to_string(),
-        "remote": pending.remote,
-        "files": pending.files,
-        "size": pending.bytes,
-    });
-    extend(key_object(&pending.key), about)
+/// The outcome for one artifact.
+#[derive(Debug, Serialize)]
+pub(crate) struct Outcome<'a> {
+    #[serde(flatten)]
+    key: &'a ArtifactKey,
+    /// The reference to the artifact.
+    reference: String,
+    /// `done`, or `busy` if another process is uploading the artifact.
+    outcome: &'static str,
 }
 
-fn outcome_object(key: &ArtifactKey, outcome: &str) -> Value {
-    extend(key_object(key), json!({"reference": key.to_string(), "outcome": outcome}))
+impl<'a> Outcome<'a> {
+    pub(crate) fn new(key: &'a ArtifactKey, outcome: &'static str) -> Self {
+        Self { key, reference: key.to_string(), outcome }
+    }
 }
 
 #[cfg(test)]

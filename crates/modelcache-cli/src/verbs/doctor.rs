@@ -13,7 +13,7 @@ use modelcache::doctor::{self, Area, Check, DoctorOptions, Gravity};
 use modelcache::remote::{Policy, Role};
 use modelcache::settings::Settings;
 use modelcache::{Config, Error, ErrorKind, Result};
-use serde_json::json;
+use serde::Serialize;
 
 /// Find problems with settings, directory, credentials, remote, and origins
 ///
@@ -138,6 +138,19 @@ fn print_policy(config: &Config, role: Role, output: &Output) -> Result<()> {
     Ok(())
 }
 
+/// All checks, with their result.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report<'a> {
+    /// The checks, sorted by area.
+    pub(crate) checks: &'a [Check],
+    /// Number of problems.
+    pub(crate) problems: usize,
+    /// Number of warnings.
+    pub(crate) warnings: usize,
+    /// The exit code of the command.
+    pub(crate) exit: u8,
+}
+
 /// Prints the checks. Returns the exit code of the first problem.
 fn report(checks: &[Check], output: &Output) -> Result<u8> {
     let count = |gravity| checks.iter().filter(|check| check.gravity == gravity).count();
@@ -145,8 +158,7 @@ fn report(checks: &[Check], output: &Output) -> Result<u8> {
     let first = checks.iter().find_map(|check| check.kind.filter(|_| check.gravity == Gravity::Problem));
     let code = first.map_or(exit::DONE, exit::code);
     if output.is_json() {
-        let object = json!({"checks": checks, "problems": problems, "warnings": warnings, "exit": code});
-        output.answer_json(&object)?;
+        output.answer_json(&Report { checks, problems, warnings, exit: code })?;
     } else {
         output.answer(&text(checks, output.is_quiet()))?;
     }

@@ -3,13 +3,12 @@
 //! If no origin has a copy, or if tags point to the artifact, the user has to confirm, or to pass `--yes`. A dry run
 //! determines this before anything is removed.
 
-use super::{Session, extend, key_object};
+use super::Session;
 use crate::output::Lines;
 use crate::{exit, human};
 use clap::{Args, ValueEnum};
 use modelcache::cache::{EvictReport, EvictTier};
 use modelcache::{Error, Reference, Result};
-use serde_json::{Value, json};
 use std::io::{self, BufRead, IsTerminal};
 
 /// Remove an artifact from the local disk and the remote
@@ -63,7 +62,7 @@ impl Evict {
         let found = self.found(cache.evict(&reference, tier, true).await?)?;
         if self.dry_run {
             if output.is_json() {
-                output.answer_json(&report_object(&found, true))?;
+                output.answer_json(&found)?;
             } else {
                 let also = if found.tags.is_empty() { String::new() } else { format!(", and {}", tags(&found)) };
                 output.answer(&Lines::one(&format!("{}: would remove {}{also}", found.key, sizes_by_tier(&found))))?;
@@ -89,7 +88,7 @@ impl Evict {
         }
         let removed = self.found(cache.evict(&reference, tier, false).await?)?;
         if output.is_json() {
-            output.answer_json(&report_object(&removed, false))?;
+            output.answer_json(&removed)?;
         }
         output.remark(&format!("{}: removed {}", removed.key, sizes_by_tier(&removed)));
         if !removed.tags.is_empty() {
@@ -154,17 +153,6 @@ fn tags(report: &EvictReport) -> String {
     format!("the tag{} {}", if report.tags.len() == 1 { "" } else { "s" }, report.tags.join(", "))
 }
 
-fn report_object(report: &EvictReport, dry_run: bool) -> Value {
-    let about = json!({
-        "disk_bytes": report.disk_bytes,
-        "remote_bytes": report.remote_bytes,
-        "origin_can_give_back": report.origin_can_give_back,
-        "tags": report.tags,
-        "dry_run": dry_run,
-    });
-    extend(key_object(&report.key), about)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,7 +164,7 @@ mod tests {
 
     fn report(disk_bytes: Option<u64>, remote_bytes: Option<u64>, origin_can_give_back: bool) -> EvictReport {
         let key = ArtifactKey::bare("a@1").expect("key");
-        EvictReport { key, disk_bytes, remote_bytes, origin_can_give_back, tags: Vec::new() }
+        EvictReport { key, dry_run: false, disk_bytes, remote_bytes, origin_can_give_back, tags: Vec::new() }
     }
 
     #[test]

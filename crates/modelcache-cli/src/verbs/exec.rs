@@ -17,7 +17,6 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Instant;
 
 /// Download artifacts, then run a command that uses them
 ///
@@ -70,11 +69,11 @@ impl Exec {
         let (output, options) = (session.output, self.choice.options()?);
         let mut artifacts = Vec::new();
         for text in &self.references {
-            let (progress, started) = (Progress::new(), Instant::now());
+            let progress = Progress::new();
             let reference = self.choice.reference(text)?;
             let artifact =
                 progress::show(output, text, &progress, cache.get_with(&reference, &options, &progress)).await?;
-            session.got(&artifact, started.elapsed());
+            session.got(&artifact);
             artifacts.push(artifact);
         }
         Ok(artifacts)

@@ -7,16 +7,13 @@
 use super::backfill::{finish, to_remote};
 use super::choice::Choice;
 use super::into::IntoFolder;
-use super::{Session, extend, key_object, path_text, phase_list, reference_forms, seconds, sync};
-use crate::output::{Lines, table};
+use super::{Session, phase_list, reference_forms, sync};
+use crate::output::{Asked, Lines, table};
 use crate::{exit, human, progress};
 use clap::Args;
-use modelcache::cache::{Artifact, BytesByTier, Destination, GetOptions, GetPlan, GetReport};
+use modelcache::cache::{Artifact, BytesByTier, Destination, GetAnswer, GetOptions, GetPlan, GetReport};
 use modelcache::progress::Progress;
 use modelcache::{ArtifactKey, Cache, Result, Tier};
-use serde_json::{Value, json};
-use std::path::Path;
-use std::time::{Duration, Instant};
 
 /// Download artifacts that are not on disk yet, and print the local paths
 ///
@@ -87,28 +84,23 @@ impl Get {
         if self.dry_run {
             let plan = cache.plan(&reference, options).await?;
             if output.is_json() {
-                output.answer_json(&plan_object(text, &plan))?;
+                output.answer_json(&Asked { reference: text, report: &plan })?;
             } else {
                 output.answer(&plan_text(&plan))?;
             }
             return Ok(None);
         }
         let progress = Progress::new();
-        let started = Instant::now();
         let artifact = progress::show(output, text, &progress, cache.get_with(&reference, options, &progress)).await?;
-        let took = started.elapsed();
-        session.got(&artifact, took);
+        session.got(&artifact);
         let made = match destination {
             Some(destination) => Some(self.into.put(output, &artifact, destination).await?),
             None => None,
         };
         let path = made.as_ref().map_or(&artifact.path, |made| &made.path);
         if output.is_json() {
-            let object = artifact_object(text, &artifact.key, path, &artifact.report, took);
-            output.answer_json(&match &made {
-                Some(made) => extend(object, json!({"into": {"dir": path_text(&made.dir), "links": made.links}})),
-                None => object,
-            })?;
+            let report = GetAnswer { path, into: made.as_ref(), ..artifact.answer() };
+            output.answer_json(&Asked { reference: text, report })?;
         } else {
             output.answer_path(path)?;
         }
@@ -116,33 +108,9 @@ impl Get {
     }
 }
 
-/// Returns the JSON form of a completed get.
-pub(super) fn artifact_object(
-    reference: &str,
-    key: &ArtifactKey,
-    path: &Path,
-    report: &GetReport,
-    took: Duration,
-) -> Value {
-    let about = json!({
-        "reference": reference,
-        "path": path_text(path),
-        "from": report.from,
-        "files": report.files,
-        "size": report.selected_bytes,
-        "bytes": report.bytes,
-        "backfilled_bytes": report.backfilled_bytes,
-        "copied_bytes": report.copied_bytes,
-        "link": report.link,
-        "seconds": seconds(&report.phases),
-        "total_seconds": took.as_secs_f64(),
-    });
-    extend(key_object(key), about)
-}
-
 /// Formats the summary line of a get: source, duration by phase, bytes by tier.
-pub(super) fn summary(key: &ArtifactKey, report: &GetReport, took: Duration) -> String {
-    let took = human::duration(took);
+pub(super) fn summary(key: &ArtifactKey, report: &GetReport) -> String {
+    let took = human::duration(report.took);
     if report.from == Tier::Disk {
         return format!("{key}: on disk, {took}");
     }
@@ -158,29 +126,12 @@ fn by_tier(bytes: &BytesByTier) -> String {
     format!("disk {disk}, remote {remote}, origin {origin}")
 }
 
-fn planned_bytes(plan: &GetPlan) -> BytesByTier {
-    let mut bytes = BytesByTier::default();
-    for file in &plan.files {
-        *match file.from {
-            Tier::Disk => &mut bytes.disk,
-            Tier::Remote => &mut bytes.remote,
-            Tier::Origin => &mut bytes.origin,
-        } += file.size;
-    }
-    bytes
-}
-
-fn plan_object(reference: &str, plan: &GetPlan) -> Value {
-    let about = json!({"reference": reference, "files": plan.files, "bytes": planned_bytes(plan)});
-    extend(key_object(&plan.key), about)
-}
-
 fn plan_text(plan: &GetPlan) -> Lines {
     let rows =
         plan.files.iter().map(|file| vec![file.path.to_string(), human::bytes(file.size), file.from.to_string()]);
     let mut lines = Lines::one(&plan.key.to_string());
     lines += table(&["FILE", "SIZE", "FROM"], &[1], rows);
-    lines.and(&format!("{}: {}", human::counted(plan.files.len(), "file"), by_tier(&planned_bytes(plan))))
+    lines.and(&format!("{}: {}", human::counted(plan.files.len(), "file"), by_tier(&plan.bytes)))
 }
 
 #[cfg(test)]
@@ -189,13 +140,16 @@ mod tests {
     use modelcache::cache::{Link, PlannedFile};
     use modelcache::key::FilePath;
     use modelcache::progress::Phase;
+    use serde_json::json;
     use std::collections::BTreeMap;
+    use std::path::Path;
+    use std::time::Duration;
 
     fn key() -> ArtifactKey {
         ArtifactKey::bare("team/model@3").expect("key")
     }
 
-    fn report(from: Tier) -> GetReport {
+    fn report(from: Tier, took: Duration) -> GetReport {
         GetReport {
             from,
             bytes: BytesByTier { disk: 0, remote: 0, origin: 1_200_000_000 },
@@ -209,28 +163,33 @@ mod tests {
                 (Phase::Download, Duration::from_secs(3)),
                 (Phase::Publish, Duration::from_millis(200)),
             ]),
+            took,
         }
     }
 
     #[test]
     fn the_summary_has_tier_bytes_and_phases() {
         assert_eq!(
-            summary(&key(), &report(Tier::Origin), Duration::from_millis(3400)),
+            summary(&key(), &report(Tier::Origin, Duration::from_millis(3400))),
             "team/model@3: 1.2 GB from origin in 3.4 s \
              (resolve 0.1 s, download 3.0 s, publish 0.2 s; disk 0 B, remote 0 B, origin 1.2 GB)"
         );
-        let backfilled = GetReport { backfilled_bytes: 5_000_000, phases: BTreeMap::new(), ..report(Tier::Origin) };
+        let second = Duration::from_secs(1);
+        let backfilled =
+            GetReport { backfilled_bytes: 5_000_000, phases: BTreeMap::new(), ..report(Tier::Origin, second) };
         assert!(
-            summary(&key(), &backfilled, Duration::from_secs(1)).ends_with("origin 1.2 GB; 5.0 MB to remote)"),
+            summary(&key(), &backfilled).ends_with("origin 1.2 GB; 5.0 MB to remote)"),
             "the summary has the upload"
         );
-        assert_eq!(summary(&key(), &report(Tier::Disk), Duration::from_micros(400)), "team/model@3: on disk, 0.4 ms");
+        let hit = report(Tier::Disk, Duration::from_micros(400));
+        assert_eq!(summary(&key(), &hit), "team/model@3: on disk, 0.4 ms");
     }
 
     #[test]
     fn the_json_object_has_flat_fields() {
-        let took = Duration::from_secs(4);
-        let object = artifact_object("team/model@3", &key(), Path::new("/c/x"), &report(Tier::Origin), took);
+        let (key, report) = (key(), report(Tier::Origin, Duration::from_secs(4)));
+        let answer = GetAnswer { key: &key, path: Path::new("/c/x"), report: &report, into: None };
+        let object = json!(Asked { reference: "team/model@3", report: answer });
         assert_eq!(object["reference"], "team/model@3");
         assert_eq!((&object["name"], &object["version"]), (&json!("team/model"), &json!("3")));
         assert_eq!((&object["path"], &object["from"]), (&json!("/c/x"), &json!("origin")));
@@ -243,8 +202,8 @@ mod tests {
     fn a_plan_sums_bytes_by_tier() {
         let file = |path, size, from| PlannedFile { path: FilePath::new(path).expect("path"), size, from };
         let files = vec![file("a", 1, Tier::Disk), file("b", 2_000, Tier::Origin), file("c", 3_000, Tier::Origin)];
-        let plan = GetPlan { key: key(), files };
-        assert_eq!(plan_object("r", &plan)["bytes"], json!({"disk": 1, "remote": 0, "origin": 5000}));
+        let plan = GetPlan::new(key(), files);
+        assert_eq!(json!(plan)["bytes"], json!({"disk": 1, "remote": 0, "origin": 5000}));
         let text = plan_text(&plan).to_string();
         assert!(text.starts_with("team/model@3\nFILE") && text.contains("b     2.0 kB  origin"), "{text}");
         assert!(text.ends_with("3 files: disk 1 B, remote 0 B, origin 5.0 kB"), "{text}");

@@ -1,13 +1,11 @@
 //! `ls`: lists the artifacts on the local disk or on the remote.
 
-use super::pin::pin_object;
-use super::{Session, extend, key_object};
+use super::Session;
 use crate::human;
 use crate::output::{Lines, table};
 use clap::Args;
 use modelcache::Result;
 use modelcache::cache::Listed;
-use serde_json::{Value, json};
 use std::time::SystemTime;
 
 /// List the artifacts on the local disk, or on the remote
@@ -34,7 +32,7 @@ impl Ls {
         let cache = session.cache()?;
         let listed = if self.of_remote() { cache.list_remote().await? } else { cache.list().await? };
         if output.is_json() {
-            return listed.iter().try_for_each(|listed| output.answer_json(&listed_object(listed)));
+            return listed.iter().try_for_each(|listed| output.answer_json(listed));
         }
         output.answer(&listing(&listed, self.of_remote(), SystemTime::now()))
     }
@@ -65,23 +63,6 @@ fn listing(listed: &[Listed], of_remote: bool, now: SystemTime) -> Lines {
 fn formats(listed: &Listed) -> String {
     let formats: Vec<_> = listed.formats.iter().map(String::as_str).collect();
     if formats.is_empty() { "-".into() } else { formats.join(", ") }
-}
-
-fn listed_object(listed: &Listed) -> Value {
-    let about = json!({
-        "reference": listed.reference,
-        "shape": listed.shape,
-        "held_files": listed.held_files,
-        "files": listed.files,
-        "held_bytes": listed.held_bytes,
-        "size": listed.bytes,
-        "formats": listed.formats,
-        "last_used": listed.last_used.map(human::timestamp),
-        "leased": listed.leased,
-        "pin": pin_object(listed.pin.as_ref()),
-        "tags": listed.tags,
-    });
-    extend(key_object(&listed.key), about)
 }
 
 #[cfg(test)]
@@ -122,6 +103,6 @@ a@1                     4.0 GB    1/2  gguf, tar  in use, pinned";
             !remote.contains("LAST USED") && remote.contains("prod"),
             "the remote has tags and no time of last use"
         );
-        assert_eq!(listed_object(&rows[0])["last_used"], "1970-01-01T00:01:00Z");
+        assert_eq!(serde_json::json!(rows[0])["last_used"], "1970-01-01T00:01:00Z");
     }
 }

@@ -29,8 +29,7 @@ use clap::Subcommand;
 use modelcache::cache::Artifact;
 use modelcache::config::Durable;
 use modelcache::progress::Phase;
-use modelcache::{ArtifactKey, Cache, Config, Error, Result};
-use serde_json::{Value, json};
+use modelcache::{Cache, Config, Error, Result};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -72,9 +71,9 @@ pub(crate) struct Session<'a> {
 
 impl Session<'_> {
     /// Records a completed get and prints its summary line.
-    pub(crate) fn got(&self, artifact: &Artifact, took: Duration) {
+    pub(crate) fn got(&self, artifact: &Artifact) {
         self.run.got(&artifact.report);
-        self.output.remark(&get::summary(&artifact.key, &artifact.report, took));
+        self.output.remark(&get::summary(&artifact.key, &artifact.report));
     }
 
     /// Records and prints a failure. `reference` names the reference that failed, if the command has several.
@@ -175,21 +174,11 @@ fn reference_forms() -> String {
     format!("NAME@VERSION, NAME@TAG, {}", modelcache::reference::forms())
 }
 
-/// Returns the JSON form of phases: seconds by name.
-fn seconds(phases: &BTreeMap<Phase, Duration>) -> Value {
-    phases.iter().map(|(phase, spent)| (phase.name().to_owned(), json!(spent.as_secs_f64()))).collect()
-}
-
 /// Formats the phases that took at least 0.05 s: `resolve 0.1 s, download 3.0 s`. Returns `None` if there are none.
 fn phase_list(phases: &BTreeMap<Phase, Duration>) -> Option<String> {
     let shown = phases.iter().filter(|(_, spent)| spent.as_secs_f64() >= 0.05);
     let shown: Vec<_> = shown.map(|(phase, spent)| format!("{} {:.1} s", phase.name(), spent.as_secs_f64())).collect();
     (!shown.is_empty()).then(|| shown.join(", "))
-}
-
-/// Returns the fields that every JSON object about an artifact begins with.
-fn key_object(key: &ArtifactKey) -> Value {
-    json!({"name": key.name, "version": key.version})
 }
 
 /// Returns the path as text.
@@ -201,14 +190,6 @@ fn path_text(path: &Path) -> String {
 fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path)
         .map_err(|cause| modelcache::Error::invalid(format!("{} is not a path", path.display())).cause(cause))
-}
-
-/// Adds the fields of `more` to `object`.
-fn extend(mut object: Value, more: Value) -> Value {
-    if let (Value::Object(object), Value::Object(more)) = (&mut object, more) {
-        object.extend(more);
-    }
-    object
 }
 
 #[cfg(test)]
@@ -224,6 +205,5 @@ mod tests {
         ]);
         assert_eq!(phase_list(&phases).as_deref(), Some("resolve 0.1 s, download 3.0 s"));
         assert_eq!(phase_list(&BTreeMap::new()), None);
-        assert_eq!(seconds(&phases)["download"], json!(3.0));
     }
 }

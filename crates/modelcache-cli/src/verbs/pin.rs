@@ -1,12 +1,12 @@
 //! `pin` and `unpin`: protect an artifact on this disk from eviction until it is unpinned.
 
+use super::Session;
 use super::choice::duration;
-use super::{Session, extend, key_object};
-use crate::{environment, human};
+use crate::environment;
 use clap::Args;
-use modelcache::cache;
+use modelcache::cache::{self, PinReport};
 use modelcache::{Reference, Result};
-use serde_json::{Value, json};
+use serde::Serialize;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Protect an artifact on disk from eviction
@@ -45,7 +45,7 @@ impl Pin {
         };
         let report = session.cache()?.pin(&reference, pin.clone()).await?;
         if output.is_json() {
-            output.answer_json(&extend(key_object(&report.key), json!({"pin": pin_object(Some(&pin))})))?;
+            output.answer_json(&report)?;
         }
         output.remark(&format!("{}: {pin}", report.key));
         Ok(())
@@ -57,8 +57,7 @@ impl Unpin {
         let (output, reference) = (session.output, Reference::parse(&self.reference)?);
         let report = session.cache()?.unpin(&reference).await?;
         if output.is_json() {
-            let about = json!({"was_pinned": report.pin.is_some(), "pin": pin_object(report.pin.as_ref())});
-            output.answer_json(&extend(key_object(&report.key), about))?;
+            output.answer_json(&Unpinned { report: &report, was_pinned: report.pin.is_some() })?;
         }
         output.remark(&match report.pin {
             Some(pin) => format!("{}: unpinned; it was {pin}", report.key),
@@ -68,13 +67,11 @@ impl Unpin {
     }
 }
 
-/// Returns the JSON form of a pin.
-pub(super) fn pin_object(pin: Option<&cache::Pin>) -> Value {
-    let Some(pin) = pin else { return Value::Null };
-    json!({
-        "since": pin.since().map(human::timestamp),
-        "until": pin.until().map(human::timestamp),
-        "by": pin.by,
-        "reason": pin.reason,
-    })
+/// A removed pin.
+#[derive(Debug, Serialize)]
+pub(crate) struct Unpinned<'a> {
+    #[serde(flatten)]
+    pub(crate) report: &'a PinReport,
+    /// True if there was a pin.
+    pub(crate) was_pinned: bool,
 }

@@ -6,15 +6,17 @@
 
 use super::backfill::finish;
 use super::choice::Choice;
-use super::{Session, get, reference_forms};
+use super::{Session, reference_forms};
+use crate::output::Asked;
 use crate::{exit, human, progress};
 use clap::Args;
-use futures::{StreamExt, stream};
+use futures::StreamExt;
 use modelcache::cache::{Artifact, GetOptions, Purpose};
 use modelcache::progress::Progress;
 use modelcache::{Cache, Error, Reference, Result, Tier};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::time::Instant;
 
 /// The largest list file, in bytes; the rest is not read.
@@ -65,29 +67,20 @@ impl Prewarm {
             human::bytes(plan.missing_bytes)
         ));
         let mut tally = Tally::default();
-        let (mut here, mut missing, mut sharing) = (Vec::new(), Vec::new(), Vec::new());
-        for (wanted, planned) in wanted.iter().zip(plan.artifacts) {
-            match planned {
-                Ok(planned) if planned.is_local => here.push(wanted),
-                Ok(planned) if planned.shares => sharing.push(wanted),
-                Ok(_) => missing.push(wanted),
-                Err(error) => tally.failed(session, &wanted.text, &error),
+        for (wanted, planned) in wanted.iter().zip(&plan.artifacts) {
+            if let Err(error) = planned {
+                tally.failed(session, &wanted.text, error);
             }
         }
-        // Local artifacts come first: from then on they are leased, so that no download of this list evicts them.
-        // Artifacts that share files with others come last, one by one, so that the shared files are already on disk.
         let mut held = Vec::new();
-        for (wanted, jobs) in [(here, self.jobs), (missing, self.jobs), (sharing, 1)] {
-            let fills: Vec<_> = wanted.into_iter().map(|wanted| one(session, cache, wanted, &options)).collect();
-            let mut fills = stream::iter(fills).buffer_unordered(jobs.into());
-            while let Some((text, outcome)) = fills.next().await {
-                match outcome {
-                    Ok(artifact) => {
-                        tally.done(&artifact);
-                        held.push(artifact);
-                    }
-                    Err(error) => tally.failed(session, text, &error),
+        let mut gets = pin!(plan.gets(self.jobs.into(), |at| one(session, cache, &wanted[at], &options)));
+        while let Some((text, outcome)) = gets.next().await {
+            match outcome {
+                Ok(artifact) => {
+                    tally.done(&artifact);
+                    held.push(artifact);
                 }
+                Err(error) => tally.failed(session, text, &error),
             }
         }
         output.remark(&tally.text(&human::duration(started.elapsed())));
@@ -122,14 +115,13 @@ async fn one<'a>(
     options: &GetOptions,
 ) -> (&'a str, Result<Artifact>) {
     let output = session.output;
-    let (text, progress, started) = (wanted.text.as_str(), Progress::new(), Instant::now());
+    let (text, progress) = (wanted.text.as_str(), Progress::new());
     let got = progress::show(output, text, &progress, cache.get_with(&wanted.reference, options, &progress)).await;
     let outcome = got.and_then(|artifact| {
-        let (took, report) = (started.elapsed(), &artifact.report);
         if output.is_json() {
-            output.answer_json(&get::artifact_object(text, &artifact.key, &artifact.path, report, took))?;
+            output.answer_json(&Asked { reference: text, report: artifact.answer() })?;
         }
-        session.got(&artifact, took);
+        session.got(&artifact);
         Ok(artifact)
     });
     (text, outcome)

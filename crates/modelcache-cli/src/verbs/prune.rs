@@ -8,7 +8,6 @@ use clap::Args;
 use modelcache::cache::{Leftovers, PruneOptions, PruneReport};
 use modelcache::config::ByteBound;
 use modelcache::{Error, ErrorKind, Result, Tier, settings};
-use serde_json::{Value, json};
 use std::time::{Duration, SystemTime};
 
 /// Free disk space: remove leftovers and artifacts that are no longer used
@@ -38,16 +37,16 @@ impl Prune {
         let output = session.output;
         let options = PruneOptions { older_than: self.older_than, to: self.to, dry_run: self.dry_run };
         let report = session.cache()?.prune(&options).await?;
-        let text = report_text(&report, self.dry_run, SystemTime::now());
+        let text = report_text(&report, SystemTime::now());
         if output.is_json() {
-            output.answer_json(&report_object(&report, self.dry_run))?;
+            output.answer_json(&report)?;
         } else if self.dry_run {
             output.answer(&text)?;
         }
         if !self.dry_run {
             text.iter().for_each(|line| output.remark(line));
         }
-        if report.reached() || self.dry_run {
+        if report.reached || self.dry_run {
             return Ok(exit::DONE);
         }
         let error = not_reached(&report);
@@ -66,29 +65,7 @@ fn not_reached(report: &PruneReport) -> Error {
         .hint("unpin the kept artifacts, or prune again when the processes that use them have ended")
 }
 
-fn report_object(report: &PruneReport, dry_run: bool) -> Value {
-    let evicted = report.evicted.iter().map(|gone| {
-        json!({
-            "reference": gone.reference,
-            "last_used": gone.last_used.map(human::timestamp),
-            "freed_bytes": gone.freed_bytes,
-        })
-    });
-    json!({
-        "dry_run": dry_run,
-        "used_before_bytes": report.used_before_bytes,
-        "used_bytes": report.used_bytes,
-        "freed_bytes": report.freed_bytes,
-        "to_bytes": report.to_bytes,
-        "reached": report.reached(),
-        "leftovers": report.leftovers,
-        "evicted": evicted.collect::<Vec<_>>(),
-        "kept": report.kept,
-        "set_aside": report.set_aside,
-    })
-}
-
-fn report_text(report: &PruneReport, dry_run: bool, now: SystemTime) -> Lines {
+fn report_text(report: &PruneReport, now: SystemTime) -> Lines {
     let mut text = Lines::default();
     if !report.evicted.is_empty() {
         let rows = report.evicted.iter().map(|gone| {
@@ -101,12 +78,12 @@ fn report_text(report: &PruneReport, dry_run: bool, now: SystemTime) -> Lines {
         text.push(&format!("kept {}: it is {}", kept.reference, kept.why));
     }
     for entry in &report.set_aside {
-        let verb = if dry_run { "would move" } else { "moved" };
+        let verb = if report.dry_run { "would move" } else { "moved" };
         text.push(&format!("{verb} to quarantine: {}, a {} that does not belong there", entry.path, entry.is));
     }
     leftovers_text(&report.leftovers).iter().for_each(|line| text.push(line));
     let [freed, used] = [report.freed_bytes, report.used_bytes].map(human::bytes);
-    text.push(&match dry_run {
+    text.push(&match report.dry_run {
         _ if report.freed_bytes == 0 && report.evicted.is_empty() => format!("nothing to remove; {used} used"),
         true => format!("would free {freed}, and leave {used} used"),
         false => format!("freed {freed}; {used} used"),
@@ -156,11 +133,10 @@ a@1           1.2 GB  2 hours ago
 kept b@1: it is in use
 leftovers: 1 interrupted download 1.0 MB
 freed 1.2 GB; 5.0 GB used";
-        assert_eq!(report_text(&report, false, now).to_string(), expected);
-        assert_eq!(report_object(&report, false)["kept"][0]["why"], "leased");
+        assert_eq!(report_text(&report, now).to_string(), expected);
+        assert_eq!(serde_json::json!(report)["kept"][0]["why"], "leased");
         report.to_bytes = Some(4_000_000_000);
-        assert!(!report.reached());
         assert_eq!(exit::code(not_reached(&report).kind()), 6);
-        assert_eq!(report_text(&PruneReport::default(), false, now).to_string(), "nothing to remove; 0 B used");
+        assert_eq!(report_text(&PruneReport::default(), now).to_string(), "nothing to remove; 0 B used");
     }
 }

@@ -2,16 +2,14 @@
 
 use super::backfill::{finish, to_remote};
 use super::choice::message_with_hint;
-use super::{Session, absolute, extend, key_object, path_text, phase_list, seconds, tag};
+use super::{Session, absolute, phase_list, tag};
 use crate::{human, progress};
 use clap::{Args, ValueEnum};
 use modelcache::cache::{PutOptions, PutReport, PutTier};
 use modelcache::format::Format;
 use modelcache::progress::Progress;
 use modelcache::{ArtifactKey, Result};
-use serde_json::{Value, json};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 /// Publish a file or folder under a name and version
 ///
@@ -63,56 +61,31 @@ impl Put {
         let key = ArtifactKey::bare(&self.key)?;
         let path = absolute(&self.path)?;
         let cache = session.cache()?;
-        let tag = self.tag.as_deref().map(tag::tag_of).transpose()?;
-        // Check the tag first, so that an invalid tag does not leave a published version without it.
-        if let Some(tag) = &tag {
-            cache.check_tag(&key, tag).await.map_err(|error| error.artifact(&key))?;
-        }
-        let (options, progress, started) = (self.options(), Progress::new(), Instant::now());
+        let (options, progress) = (self.options()?, Progress::new());
         let report =
             progress::show(output, &self.key, &progress, cache.put_with(&key, &path, &options, &progress)).await?;
-        let took = started.elapsed();
         session.run.put(&report);
-        let tagged = match &tag {
-            Some(tag) => Some(cache.tag(&key, tag).await?),
-            None => None,
-        };
         if output.is_json() {
-            let tag = tagged.as_ref().map(|tagged| &tagged.tag);
-            output.answer_json(&extend(report_object(&report, took), json!({"tag": tag})))?;
+            output.answer_json(&report)?;
         }
-        output.remark(&summary(&report, took));
-        tagged.iter().for_each(|tagged| output.remark(&tag::summary(tagged)));
+        output.remark(&summary(&report));
+        report.tag.iter().for_each(|tagged| output.remark(&tag::summary(tagged)));
         finish(session, &cache).await;
         Ok(())
     }
 
-    fn options(&self) -> PutOptions {
-        PutOptions {
+    fn options(&self) -> Result<PutOptions> {
+        Ok(PutOptions {
             force: self.force,
             tier: if self.tier == PutTierArgument::Remote { PutTier::Remote } else { PutTier::All },
             expect: self.expect,
             sidecars: self.sidecar,
-        }
+            tag: self.tag.as_deref().map(tag::tag_of).transpose()?,
+        })
     }
 }
 
-fn report_object(report: &PutReport, took: Duration) -> Value {
-    let about = json!({
-        "path": report.path.as_deref().map(path_text),
-        "files": report.files,
-        "size": report.bytes,
-        "sha256": report.sha256,
-        "on_remote": report.on_remote,
-        "uploaded_bytes": report.uploaded_bytes,
-        "copied_bytes": report.copied_bytes,
-        "seconds": seconds(&report.phases),
-        "total_seconds": took.as_secs_f64(),
-    });
-    extend(key_object(&report.key), about)
-}
-
-fn summary(report: &PutReport, took: Duration) -> String {
+fn summary(report: &PutReport) -> String {
     let files = if report.files == 1 { "1 file".into() } else { format!("{} files", report.files) };
     let remote = match to_remote(report.uploaded_bytes, report.copied_bytes) {
         _ if !report.on_remote => "no remote".into(),
@@ -124,7 +97,7 @@ fn summary(report: &PutReport, took: Duration) -> String {
         "{}: put {files}, {} in {} ({phases}{remote}), sha256 {}",
         report.key,
         human::bytes(report.bytes),
-        human::duration(took),
+        human::duration(report.took),
         report.sha256
     )
 }
@@ -133,7 +106,9 @@ fn summary(report: &PutReport, took: Duration) -> String {
 mod tests {
     use super::*;
     use modelcache::digest::Digest;
+    use serde_json::json;
     use std::collections::BTreeMap;
+    use std::time::Duration;
 
     #[test]
     fn the_summary_has_size_upload_and_digest() {
@@ -147,14 +122,15 @@ mod tests {
             on_remote: true,
             sha256: Digest::of(b"x"),
             phases: BTreeMap::new(),
+            took: Duration::from_secs(2),
+            tag: None,
         };
-        let took = Duration::from_secs(2);
         let digest = Digest::of(b"x");
-        assert_eq!(summary(&report, took), format!("a@1: put 1 file, 5 B in 2.0 s (5 B to remote), sha256 {digest}"));
+        assert_eq!(summary(&report), format!("a@1: put 1 file, 5 B in 2.0 s (5 B to remote), sha256 {digest}"));
         report.uploaded_bytes = 0;
-        assert!(summary(&report, took).contains("(already on the remote)"));
+        assert!(summary(&report).contains("(already on the remote)"));
         report.on_remote = false;
-        assert!(summary(&report, took).contains("(no remote)"));
-        assert_eq!(report_object(&report, took)["sha256"], json!(digest.to_string()));
+        assert!(summary(&report).contains("(no remote)"));
+        assert_eq!(json!(report)["sha256"], json!(digest.to_string()));
     }
 }

@@ -3,12 +3,12 @@
 //! Standard output carries one line, so that `$(modelcache resolve …)` is a reference.
 
 use super::choice::Reach;
-use super::{Session, extend, key_object, reference_forms};
+use super::{Session, reference_forms};
 use crate::human;
+use crate::output::Asked;
 use clap::Args;
 use modelcache::cache::{GetOptions, Pinned};
 use modelcache::{Error, Reference, Result};
-use serde_json::{Value, json};
 use std::time::Duration;
 
 /// Print the exact version that a reference resolves to now
@@ -39,20 +39,16 @@ impl Resolve {
         };
         let pinned = session.cache()?.pinned(&reference, &self.reach.apply(GetOptions::default())).await?;
         if output.is_json() {
-            output.answer_json(&pinned_object(&self.reference, &pinned))?;
+            output.answer_json(&Asked { reference: &self.reference, report: &pinned })?;
         } else if self.digest {
-            output.answer_reference(&with_digest(&pinned).ok_or_else(|| unknown_digest(&pinned))?)?;
+            let reference = pinned.with_digest().ok_or_else(|| unknown_digest(&pinned))?;
+            output.answer_reference(&reference.to_string())?;
         } else {
             output.answer_reference(&pinned.reference.to_string())?;
         }
         output.remark(&summary(&self.reference, &pinned));
         Ok(())
     }
-}
-
-/// Returns the reference with its digest, if that is known.
-fn with_digest(pinned: &Pinned) -> Option<String> {
-    pinned.sha256.map(|sha256| Reference { digest: Some(sha256), ..pinned.reference.clone() }.to_string())
 }
 
 fn unknown_digest(pinned: &Pinned) -> Error {
@@ -76,25 +72,12 @@ fn age_text(age: Duration) -> String {
     if age == Duration::MAX { "an unknown time".into() } else { human::duration(age) }
 }
 
-fn pinned_object(asked: &str, pinned: &Pinned) -> Value {
-    let about = json!({
-        "reference": asked,
-        "pinned": pinned.reference.to_string(),
-        "pinned_with_digest": with_digest(pinned),
-        "key": pinned.key.to_string(),
-        "revision": pinned.revision,
-        "sha256": pinned.sha256,
-        "from": pinned.from,
-        "age_seconds": pinned.age.filter(|age| *age < Duration::MAX).map(|age| age.as_secs()),
-    });
-    extend(key_object(&pinned.key), about)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use modelcache::digest::Digest;
     use modelcache::{ArtifactKey, Tier};
+    use serde_json::json;
 
     #[test]
     fn the_summary_has_digest_tier_and_age() {
@@ -108,7 +91,7 @@ mod tests {
             age: Some(Duration::ZERO),
         };
         assert_eq!(summary("m@prod", &pinned), format!("m@prod resolves to m@4 (sha256 {digest}, answered by remote)"));
-        let object = pinned_object("m@prod", &pinned);
+        let object = json!(pinned);
         assert_eq!(object["pinned_with_digest"], format!("m@4#sha256={digest}"));
         assert_eq!(
             (&object["revision"], &object["from"], &object["age_seconds"]),
@@ -119,6 +102,6 @@ mod tests {
             summary("m@prod", &pinned),
             "m@prod resolves to m@4 (sha256 not known yet, answered by disk 2 h 0 min ago)"
         );
-        assert_eq!(with_digest(&pinned), None);
+        assert_eq!(pinned.with_digest(), None);
     }
 }

@@ -4,7 +4,7 @@ use super::{Session, path_text};
 use crate::human;
 use crate::output::Lines;
 use clap::Args;
-use modelcache::{Error, ErrorKind, Result, cache};
+use modelcache::{Result, cache};
 
 /// Show the disk budget, the space in use, and the free space
 #[derive(Debug, Args)]
@@ -14,12 +14,7 @@ impl Stats {
     pub(crate) async fn run(&self, session: &Session<'_>) -> Result<()> {
         let output = session.output;
         let stats = session.cache()?.stats().await?;
-        if output.is_json() {
-            let encode = |cause| Error::new(ErrorKind::Other, "cannot write the answer").cause(cause);
-            output.answer_json(&serde_json::to_value(&stats).map_err(encode)?)
-        } else {
-            output.answer(&stats_text(&stats))
-        }
+        if output.is_json() { output.answer_json(&stats) } else { output.answer(&stats_text(&stats)) }
     }
 }
 

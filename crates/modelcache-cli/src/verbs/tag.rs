@@ -1,11 +1,10 @@
 //! `tag`: points a movable name to a version. Tags are stored on the remote.
 
-use super::{Session, extend};
+use super::Session;
 use clap::Args;
 use modelcache::cache::TagReport;
 use modelcache::key::Version;
 use modelcache::{ArtifactKey, Error, Result};
-use serde_json::{Value, json};
 
 /// Point a tag to a version, for a rollout or a rollback
 ///
@@ -33,7 +32,7 @@ impl Tag {
             None => cache.untag(&key).await?,
         };
         if output.is_json() {
-            output.answer_json(&report_object(&report))?;
+            output.answer_json(&report)?;
         }
         output.remark(&summary(&report));
         Ok(())
@@ -60,11 +59,6 @@ pub(super) fn summary(report: &TagReport) -> String {
     }
 }
 
-fn report_object(report: &TagReport) -> Value {
-    let about = json!({"tag": report.tag, "from": report.from, "to": report.to, "sha256": report.sha256});
-    extend(json!({"name": report.name}), about)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,7 +77,7 @@ mod tests {
         assert_eq!(summary(&report(Some("3"), Some("4"))), "team/m@prod now points to version 4 (was 3)");
         assert_eq!(summary(&report(Some("4"), Some("4"))), "team/m@prod already points to version 4");
         assert_eq!(summary(&report(Some("4"), None)), "team/m@prod: tag removed (was 4)");
-        assert_eq!(report_object(&report(Some("3"), Some("4")))["from"], "3");
+        assert_eq!(serde_json::json!(report(Some("3"), Some("4")))["from"], "3");
     }
 
     #[test]

@@ -12,7 +12,6 @@ use modelcache::config::ByteBound;
 use modelcache::finding::{BadPart, Finding, Verified};
 use modelcache::progress::Progress;
 use modelcache::{Error, Reference, Result, Tier, settings};
-use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
@@ -169,23 +168,9 @@ fn not_there(target: &VerifyTarget, both: bool) -> Error {
 
 fn show(output: &Output, verified: &Verified) -> Result<()> {
     if output.is_json() {
-        return output.answer_json(&object(verified));
+        return output.answer_json(verified);
     }
     output.answer(&text(verified))
-}
-
-fn object(verified: &Verified) -> Value {
-    let (name, version) = verified.key.as_ref().map(|key| (key.name.clone(), key.version.clone())).unzip();
-    json!({
-        "name": name,
-        "version": version,
-        "reference": verified.reference,
-        "tier": verified.tier,
-        "ok": verified.is_right(),
-        "files": verified.files,
-        "bytes": verified.bytes,
-        "findings": verified.findings,
-    })
 }
 
 fn text(verified: &Verified) -> Lines {
@@ -250,6 +235,7 @@ mod tests {
     use modelcache::digest::Digest;
     use modelcache::finding::Problem;
     use modelcache::key::FilePath;
+    use serde_json::json;
 
     #[test]
     fn a_finding_names_the_file_the_part_and_both_digests() {
@@ -274,7 +260,7 @@ mod tests {
         );
         assert!(shown.ends_with(&expected), "{shown}");
         assert!(shown.starts_with("bad       team/model@3"), "{shown}");
-        assert_eq!(object(&verified)["ok"], json!(false));
+        assert_eq!(json!(verified)["ok"], json!(false));
         verified.findings[0].repaired_from = Some(Tier::Origin);
         let shown = text(&verified).to_string();
         assert!(shown.starts_with("repaired  ") && shown.contains("; repaired from origin"), "{shown}");

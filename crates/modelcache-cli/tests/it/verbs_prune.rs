@@ -118,6 +118,8 @@ fn artifacts_in_use_or_pinned_stay_and_a_shortfall_is_a_failure() {
     let running = house.on_local("d").start(["exec", "b@1", "--", "sleep", "600"]);
     running.wait_until_it_is("sleep");
     let planned = house.on_local("d").run(["prune", "--to", "0", "--dry-run"]).ok();
+    let plan = house.on_local("d").run(["prune", "--to", "0", "--dry-run", "--json"]).object();
+    assert_eq!((&plan["to_bytes"], &plan["reached"]), (&json!(0), &json!(false)));
     let pid = running.pid();
     let in_use = format!("kept b@1: it is in use by process {pid} (sleep)");
     let pinned = ["kept a@1: it is pinned by ops@", ": canary"];

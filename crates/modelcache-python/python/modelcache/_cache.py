@@ -58,8 +58,8 @@ class Lease:
     def report(self) -> dict[str, Any]:
         """The report of the get.
 
-        Its keys include ``from`` (farthest tier that bytes came from: ``disk``, ``remote``, ``origin``), ``bytes`` by
-        tier and ``seconds`` by phase.
+        Its keys are those of ``modelcache get --json``, see docs/json.md. They include ``from`` (farthest tier that bytes
+        came from: ``disk``, ``remote``, ``origin``), ``bytes`` by tier and ``seconds`` by phase.
         """
         report: dict[str, Any] = json.loads(self._native.report)
         return report

@@ -1,14 +1,24 @@
-"""The results of calls: immutable data classes. Sizes are in bytes, times in seconds."""
+"""The results of calls: immutable data classes. Sizes are in bytes, times in seconds.
+
+The native module sends the objects that ``modelcache --json`` prints (docs/json.md). The ``_from`` methods convert them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 _ReportT = TypeVar("_ReportT", bound="_Report")
+
+
+def _unix(time: str | None) -> int | None:
+    """Convert a time in RFC 3339 to seconds since the Unix epoch."""
+    # Python 3.10 does not parse the suffix ``Z``.
+    return None if time is None else round(datetime.fromisoformat(time.replace("Z", "+00:00")).timestamp())
 
 
 class _Report:
@@ -62,6 +72,10 @@ class PinRecord(_Report):
     """``user@host`` of the process that set the pin."""
     reason: str | None
 
+    @classmethod
+    def _from(cls, values: dict[str, Any]) -> PinRecord:
+        return super()._from({**values, "since": _unix(values["since"]), "until": _unix(values["until"])})
+
 
 @dataclass(frozen=True)
 class CachedArtifact(_Report):
@@ -93,8 +107,12 @@ class CachedArtifact(_Report):
 
     @classmethod
     def _from(cls, values: dict[str, Any]) -> CachedArtifact:
-        pin = values.get("pin")
-        return super()._from({**values, "pin": None if pin is None else PinRecord._from(pin)})
+        pin, last_used = values["pin"], _unix(values["last_used"])
+        converted = {
+            "pin": None if pin is None else PinRecord._from(pin),
+            "last_used": None if last_used is None else float(last_used),
+        }
+        return super()._from({**values, **converted})
 
 
 @dataclass(frozen=True)
@@ -188,6 +206,10 @@ class TagReport(_Report):
     sha256: str | None
     """Digest of that version, if known: of the file, or of the file list of a tree."""
 
+    @classmethod
+    def _from(cls, values: dict[str, Any]) -> TagReport:
+        return super()._from({**values, "before": values["from"], "after": values["to"]})
+
 
 @dataclass(frozen=True)
 class Resolved(_Report):
@@ -207,7 +229,14 @@ class Resolved(_Report):
     """The tier that resolved the reference: ``"disk"``, ``"remote"`` or ``"origin"``; ``None`` if no lookup was
     needed."""
     age_seconds: float | None
-    """Age of the resolution; ``None`` if it is unknown or cannot become outdated."""
+    """Age of the resolution, in whole seconds; ``None`` if it is unknown or cannot become outdated."""
+
+    @classmethod
+    def _from(cls, values: dict[str, Any]) -> Resolved:
+        age = values["age_seconds"]
+        return super()._from(
+            {**values, "origin": values["from"], "age_seconds": None if age is None else float(age)}
+        )
 
 
 @dataclass(frozen=True)

@@ -465,7 +465,7 @@ pub(super) fn pending(disk: &Disk) -> Result<Vec<PendingBackfill>> {
         let entries = manifest.iter().flat_map(|manifest| &manifest.files);
         let held = entries.filter(|(path, entry)| missing.files.contains(*path) && entry.held.is_some());
         let bytes = held.map(|(_, entry)| entry.size).sum();
-        PendingBackfill { key, remote, files: missing.files.len(), bytes }
+        PendingBackfill { reference: key.to_string(), key, remote, files: missing.files.len(), bytes }
     };
     Ok(disk.pending_uploads()?.into_iter().map(one).collect())
 }

@@ -74,7 +74,7 @@ impl Cache {
             _ => false,
         };
         let tags = refs.into_iter().filter(|found| found.kind == RefKind::Tag).map(|tag| tag.revision).collect();
-        Ok(EvictReport { key, disk_bytes, remote_bytes, origin_can_give_back, tags })
+        Ok(EvictReport { key, dry_run, disk_bytes, remote_bytes, origin_can_give_back, tags })
     }
 
     /// Evicts `key` from disk and returns the bytes; `None` if it is not there.

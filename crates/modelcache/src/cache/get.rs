@@ -53,7 +53,8 @@ impl Cache {
     /// `NotFound` if no tier has the artifact; `Unauthorized`, `Unavailable` or `Corrupt` if a tier that might have it
     /// failed; `Full` or `Directory` if it cannot be stored in the local directory.
     pub async fn get_with(&self, reference: &Reference, options: &GetOptions, progress: &Progress) -> Result<Artifact> {
-        let outcome = match self.get_once(reference, options, progress).await {
+        let started = Instant::now();
+        let mut outcome = match self.get_once(reference, options, progress).await {
             Err(error) if error.is_superseded() => {
                 tracing::warn!(%error, "starting over");
                 // Remembered answers point to the replaced version, so ask the authority again.
@@ -62,6 +63,9 @@ impl Cache {
             }
             outcome => outcome,
         };
+        if let Ok(artifact) = &mut outcome {
+            artifact.report.took = started.elapsed();
+        }
         self.count_get(&outcome);
         outcome
     }
@@ -385,7 +389,9 @@ pub(super) fn artifact(request: &FetchRequest, outcome: FillOutcome, progress: &
         origin: received.origin_bytes,
     };
     let (link, phases) = (leased.link, progress.phases());
-    let report = GetReport { from, bytes, backfilled_bytes, copied_bytes, files, selected_bytes, link, phases };
+    // `get` measures its duration.
+    let took = Duration::ZERO;
+    let report = GetReport { from, bytes, backfilled_bytes, copied_bytes, files, selected_bytes, link, phases, took };
     let (path, selection) = (leased.path(&request.selection), request.selection.clone());
     Ok(Artifact { key: request.key.clone(), path, report, selection, lease: leased })
 }

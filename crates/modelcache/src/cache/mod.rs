@@ -34,9 +34,9 @@ mod tasks;
 mod verify;
 
 pub use report::{
-    Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, GetOptions, GetPlan, GetReport, Inspection, Listed,
-    PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan, PutOptions, PutReport, PutTier,
-    Stats, TagReport,
+    Artifact, BackfillReport, BytesByTier, EvictReport, EvictTier, GetAnswer, GetOptions, GetPlan, GetReport,
+    InspectedFile, Inspection, Listed, PendingBackfill, PinReport, Pinned, PlannedFile, PlannedPrewarm, PrewarmPlan,
+    PutOptions, PutReport, PutTier, Stats, TagReport,
 };
 
 pub use builder::CacheBuilder;

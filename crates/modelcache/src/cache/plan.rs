@@ -125,7 +125,7 @@ impl Cache {
             size: entry.size,
             from: from(path),
         });
-        Ok(GetPlan { key: request.key, files: files.collect() })
+        Ok(GetPlan::new(request.key, files.collect()))
     }
 
     /// Step 4 of the main path: plans a fill.

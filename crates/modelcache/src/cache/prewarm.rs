@@ -1,8 +1,8 @@
 //! Prewarming: planning the fill of a list of artifacts. A list that does not fit on disk is refused as a whole, before
 //! any download.
 //!
-//! The caller then calls [`get`](Cache::get) for each artifact. It should keep all leases until the last get has
-//! returned, so that the fill of one artifact does not evict another one of the list.
+//! The caller then gets each artifact, in the order of [`PrewarmPlan::gets`]. It should keep all leases until the last
+//! get has returned, so that the fill of one artifact does not evict another one of the list.
 
 use super::{Cache, GetOptions, PlannedPrewarm, PrewarmPlan};
 use crate::disk::content_name;
@@ -11,7 +11,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::FileEntry;
 use crate::progress::Progress;
 use crate::reference::Reference;
-use futures::{StreamExt, stream};
+use futures::{Stream, StreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Number of artifacts that are planned concurrently.
@@ -63,6 +63,23 @@ impl Cache {
         let plan = self.plan_fill(&request, &progress).await.map_err(|error| error.artifact(&request.key))?;
         let files = by_content(&request.key, plan.selected.iter().map(|(path, entry)| (path, entry)));
         Ok(Planned { artifact: artifact(false), files })
+    }
+}
+
+impl PrewarmPlan {
+    /// Runs the futures that `get` returns for the index of each planned artifact, at most `jobs` at the same time, and
+    /// yields their outputs as they complete.
+    pub fn gets<F: Future>(&self, jobs: usize, get: impl Fn(usize) -> F) -> impl Stream<Item = F::Output> {
+        // Wave 0: artifacts on disk. Their leases keep the later waves from evicting them. Wave 1: downloads. Wave 2:
+        // artifacts that share files with earlier ones, one at a time, so that each finds the shared files on disk.
+        let mut waves = [(Vec::new(), jobs), (Vec::new(), jobs), (Vec::new(), 1)];
+        for (at, planned) in self.artifacts.iter().enumerate() {
+            if let Ok(planned) = planned {
+                let wave = if planned.is_local { 0 } else { 1 + usize::from(planned.shares) };
+                waves[wave].0.push(get(at));
+            }
+        }
+        stream::iter(waves).flat_map(|(gets, jobs)| stream::iter(gets).buffer_unordered(jobs))
     }
 }
 

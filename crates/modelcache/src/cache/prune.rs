@@ -6,7 +6,7 @@ use crate::error::Result;
 
 impl Cache {
     /// Removes leftovers from disk, and the artifacts that `options` select. Leased and pinned artifacts stay, and the
-    /// report lists them. It is not an error if the requested size is not reached, see [`PruneReport::reached`].
+    /// report lists them. It is not an error if the requested size is not reached, see `reached` of [`PruneReport`].
     ///
     /// # Errors
     /// `Directory` if the directory cannot be written.

@@ -23,12 +23,14 @@ use crate::transfer::blocking;
 use futures::{StreamExt, TryStreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// Number of files that are copied and hashed concurrently.
 const COPIES_AT_ONCE: usize = 4;
 
 impl Cache {
     /// Publishes a file or folder under `key`, on disk and, if one is configured, on the remote; or on the remote only.
+    /// Then sets the tag of `options`, if there is one.
     ///
     /// # Errors
     /// `Corrupt` if a file does not have the expected format; `Invalid` if the path or the key cannot be an artifact;
@@ -41,9 +43,17 @@ impl Cache {
         options: &PutOptions,
         progress: &Progress,
     ) -> Result<PutReport> {
+        // A tag that cannot be set is refused before the upload, so that no version is published without it.
+        if let Some(tag) = &options.tag {
+            self.check_tag(key, tag).await.map_err(|error| error.artifact(key))?;
+        }
         let outcome = self.put_unnamed(key, path, options, progress).await.map_err(|error| error.artifact(key));
         self.count_put(&outcome);
-        outcome
+        let mut report = outcome?;
+        if let Some(tag) = &options.tag {
+            report.tag = Some(self.tag(key, tag).await?);
+        }
+        Ok(report)
     }
 
     async fn put_unnamed(
@@ -53,6 +63,7 @@ impl Cache {
         options: &PutOptions,
         progress: &Progress,
     ) -> Result<PutReport> {
+        let started = Instant::now();
         // Checks that do not read whole files come first.
         let remote = self.remote_to_put(options)?;
         let (source, expected) = (path.to_owned(), options.expect);
@@ -80,6 +91,8 @@ impl Cache {
             on_remote: remote.is_some(),
             sha256: sha256.ok_or_else(|| Error::new(ErrorKind::Other, "a digest is missing after hashing"))?,
             phases: progress.phases(),
+            took: started.elapsed(),
+            tag: None,
         })
     }
 

@@ -2,13 +2,14 @@
 
 use super::backfill::pending;
 use super::plan::manifest_of;
-use super::{Cache, GetOptions, Inspection, Listed, Stats};
+use super::{Cache, GetOptions, InspectedFile, Inspection, Listed, Stats};
 use crate::disk::{ArtifactDir, Lower, ScannedArtifact};
 use crate::error::{Error, ErrorKind, Result, Tier};
-use crate::key::ArtifactKey;
-use crate::manifest::{Manifest, Shape};
+use crate::key::{ArtifactKey, FilePath};
+use crate::manifest::{FileEntry, Manifest, Shape};
 use crate::reference::{Reference, Target};
 use crate::selection::Selection;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -92,16 +93,18 @@ impl Cache {
         let below = lower.as_ref().filter(has_path).zip(lower_dir).map(|(manifest, dir)| path_in(&dir, manifest));
         let path = own.or(below);
         Ok(Inspection {
+            reference: key.to_string(),
             shape: known.shape,
             sha256: known.content_digest(),
             path,
+            known_on_disk: disk.is_some(),
+            known_in_lower: lower.is_some(),
+            known_on_remote: remote.is_some(),
             last_used: self.0.disk.last_used(&dir)?,
             leased: self.0.disk.is_leased(&dir),
             holders: self.0.disk.lease_holders(&dir),
             pin: self.0.disk.pin_in(&dir)?,
-            disk: disk.map(|manifest| manifest.files),
-            remote: remote.map(|manifest| manifest.files),
-            lower: lower.map(|manifest| manifest.files),
+            files: inspected([disk.as_ref(), lower.as_ref(), remote.as_ref()]),
             remote_error: remote_error.map(|error| error.to_string()),
             key,
         })
@@ -141,6 +144,32 @@ impl Cache {
         .await
         .map_err(|error: Error| if error.kind() == ErrorKind::Directory { error.tier(Tier::Disk) } else { error })
     }
+}
+
+/// Merges the files of the manifests on disk, in the lower directory and on the remote by path.
+fn inspected(manifests: [Option<&Manifest>; 3]) -> Vec<InspectedFile> {
+    let mut files: BTreeMap<&FilePath, [Option<&FileEntry>; 3]> = BTreeMap::new();
+    for (tier, manifest) in manifests.into_iter().enumerate() {
+        for (path, entry) in manifest.into_iter().flat_map(|manifest| &manifest.files) {
+            files.entry(path).or_default()[tier] = Some(entry);
+        }
+    }
+    let file = |(path, entries): (&FilePath, [Option<&FileEntry>; 3])| {
+        let known = || entries.into_iter().flatten();
+        let [on_disk, in_lower, on_remote] = entries.map(|entry| entry.is_some_and(|entry| entry.held.is_some()));
+        InspectedFile {
+            path: path.clone(),
+            size: known().next().map_or(0, |entry| entry.size),
+            sha256: known().find_map(|entry| entry.sha256),
+            git_oid: known().find_map(|entry| entry.git_oid),
+            provenance: known().find_map(|entry| entry.provenance),
+            format: known().find_map(|entry| entry.format.clone()),
+            on_disk,
+            in_lower,
+            on_remote,
+        }
+    };
+    files.into_iter().map(file).collect()
 }
 
 /// Returns the list entry of an artifact, without lease, pin and tags.

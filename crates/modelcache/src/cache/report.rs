@@ -1,17 +1,22 @@
 //! Options and reports of the operations of [`Cache`](super::Cache).
 //!
-//! Sizes are in bytes, and digests are SHA-256.
+//! Sizes are in bytes, and digests are SHA-256. The serialized form of a report is what `modelcache --json` prints and what
+//! the Python package parses. `docs/json.md` is generated from the field names, types and comments here.
 
+use crate::digest::{Digest, GitOid, Provenance};
+use crate::disk::Materialized;
 use crate::disk::{Holder, LeasedArtifact, Link, Pin, Purpose};
 use crate::error::Tier;
 use crate::format::Format;
-use crate::key::{ArtifactKey, FilePath, Version};
-use crate::manifest::{Files, Shape};
+use crate::json;
+use crate::key::{ArtifactKey, ArtifactName, FilePath, Version};
+use crate::manifest::Shape;
 use crate::progress::Phase;
+use crate::reference::Reference;
 use crate::selection::Selection;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -65,10 +70,34 @@ pub struct Artifact {
     pub(super) lease: Arc<LeasedArtifact>,
 }
 
+impl Artifact {
+    /// Returns the report with the key and the path of the artifact, to be serialized.
+    pub fn answer(&self) -> GetAnswer<'_> {
+        GetAnswer { key: &self.key, path: &self.path, report: &self.report, into: None }
+    }
+}
+
+/// The serialized form of a completed get.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct GetAnswer<'a> {
+    /// The key of the artifact.
+    #[serde(flatten)]
+    pub key: &'a ArtifactKey,
+    /// The path of the file, if the artifact or the selection is a single file; otherwise the path of the folder.
+    #[serde(serialize_with = "json::path")]
+    pub path: &'a Path,
+    /// The sources of the bytes, and the time spent.
+    #[serde(flatten)]
+    pub report: &'a GetReport,
+    /// The folder that the files were also put into. Absent if none was requested.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub into: Option<&'a Materialized>,
+}
+
 /// Report of [`Cache::get`](super::Cache::get).
 #[derive(Debug, Clone, Serialize)]
 pub struct GetReport {
-    /// The farthest tier that supplied bytes; [`Tier::Disk`] for a hit.
+    /// The farthest tier that supplied bytes; `disk` for a hit.
     pub from: Tier,
     /// Bytes by tier: reused from disk, received from the remote, received from an origin.
     pub bytes: BytesByTier,
@@ -79,12 +108,17 @@ pub struct GetReport {
     /// Number of selected files.
     pub files: usize,
     /// Total size of the selected files in bytes.
+    #[serde(rename = "size")]
     pub selected_bytes: u64,
     /// How the files share disk space with the blobs of the cache; if files differ, the most expensive way. `None` for
     /// a hit.
     pub link: Option<Link>,
     /// Time spent in each phase.
+    #[serde(rename = "seconds", serialize_with = "phases")]
     pub phases: BTreeMap<Phase, Duration>,
+    /// The duration of the whole get.
+    #[serde(rename = "total_seconds", serialize_with = "json::seconds")]
+    pub took: Duration,
 }
 
 /// Number of bytes by the tier that supplied them.
@@ -102,9 +136,27 @@ pub struct BytesByTier {
 #[derive(Debug, Clone, Serialize)]
 pub struct GetPlan {
     /// The key of the artifact.
+    #[serde(flatten)]
     pub key: ArtifactKey,
     /// The selected files.
     pub files: Vec<PlannedFile>,
+    /// Bytes of the selected files by the tier that would supply them.
+    pub bytes: BytesByTier,
+}
+
+impl GetPlan {
+    /// Returns a plan with the sum of the sizes by tier.
+    pub fn new(key: ArtifactKey, files: Vec<PlannedFile>) -> Self {
+        let mut bytes = BytesByTier::default();
+        for file in &files {
+            *match file.from {
+                Tier::Disk => &mut bytes.disk,
+                Tier::Remote => &mut bytes.remote,
+                Tier::Origin => &mut bytes.origin,
+            } += file.size;
+        }
+        Self { key, files, bytes }
+    }
 }
 
 /// One file of a [`GetPlan`].
@@ -163,18 +215,24 @@ pub struct PutOptions {
     pub expect: Option<Format>,
     /// Write `<file>.sha256` beside every object on the remote.
     pub sidecars: bool,
+    /// Then point this tag to the version, as [`Cache::tag`](super::Cache::tag) does. A tag that cannot be set is refused
+    /// before anything is published.
+    pub tag: Option<Version>,
 }
 
 /// Report of [`Cache::put`](super::Cache::put).
 #[derive(Debug, Clone, Serialize)]
 pub struct PutReport {
     /// The key of the artifact.
+    #[serde(flatten)]
     pub key: ArtifactKey,
     /// The file or folder in the local directory; `None` if it was published on the remote only.
+    #[serde(serialize_with = "json::optional_path")]
     pub path: Option<PathBuf>,
     /// Number of published files.
     pub files: usize,
     /// Total size of the published files in bytes.
+    #[serde(rename = "size")]
     pub bytes: u64,
     /// Bytes uploaded to the remote. 0 if it already had them, or if no remote is configured.
     pub uploaded_bytes: u64,
@@ -183,21 +241,32 @@ pub struct PutReport {
     /// True if a remote is configured, which now has the artifact.
     pub on_remote: bool,
     /// SHA-256 of the file, or of the file list of a tree.
-    pub sha256: crate::digest::Digest,
+    pub sha256: Digest,
     /// Time spent in each phase.
+    #[serde(rename = "seconds", serialize_with = "phases")]
     pub phases: BTreeMap<Phase, Duration>,
+    /// The duration of the whole put.
+    #[serde(rename = "total_seconds", serialize_with = "json::seconds")]
+    pub took: Duration,
+    /// The tag that was set, if one was requested.
+    #[serde(serialize_with = "tag_name")]
+    pub tag: Option<TagReport>,
 }
 
 /// A pending upload: files of one artifact that one remote still lacks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PendingBackfill {
     /// The key of the artifact.
+    #[serde(flatten)]
     pub key: ArtifactKey,
+    /// The reference to the artifact.
+    pub reference: String,
     /// The address of the remote.
     pub remote: String,
     /// Number of missing files.
     pub files: usize,
     /// Total size in bytes of those that are on this disk.
+    #[serde(rename = "size")]
     pub bytes: u64,
 }
 
@@ -231,11 +300,14 @@ pub enum EvictTier {
     Remote,
 }
 
-/// Report of [`Cache::evict`](super::Cache::evict). Of a dry run, it states what would be removed.
+/// Report of [`Cache::evict`](super::Cache::evict).
 #[derive(Debug, Clone, Serialize)]
 pub struct EvictReport {
     /// The key of the artifact.
+    #[serde(flatten)]
     pub key: ArtifactKey,
+    /// True if nothing was removed: the report states what would be.
+    pub dry_run: bool,
     /// Bytes removed from the disk; `None` if the artifact was not there or the disk was not selected.
     pub disk_bytes: Option<u64>,
     /// Bytes removed from the remote; `None` if the artifact was not there or the remote was not selected.
@@ -248,27 +320,73 @@ pub struct EvictReport {
 }
 
 /// Result of [`Cache::pinned`](super::Cache::pinned): a reference resolved to an immutable version.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
+#[serde(into = "PinnedForm")]
 pub struct Pinned {
     /// The reference to exactly this version. It does not change its meaning.
-    pub reference: crate::Reference,
+    pub reference: Reference,
     /// The key of the artifact.
     pub key: ArtifactKey,
     /// The revision or tag that was resolved; `None` if the reference names a version.
     pub revision: Option<String>,
     /// SHA-256 of the file, or of the file list of a tree, if the disk or the remote knows it.
-    pub sha256: Option<crate::digest::Digest>,
+    pub sha256: Option<Digest>,
     /// The tier that resolved the reference; `None` if no tier had to be consulted.
     pub from: Option<Tier>,
     /// The age of the answer; `None` if it cannot become outdated.
     pub age: Option<Duration>,
 }
 
+impl Pinned {
+    /// Returns the reference with its digest, if that is known.
+    pub fn with_digest(&self) -> Option<Reference> {
+        self.sha256.map(|sha256| Reference { digest: Some(sha256), ..self.reference.clone() })
+    }
+}
+
+/// The serialized form of [`Pinned`].
+#[derive(Serialize)]
+struct PinnedForm {
+    /// The key of the artifact.
+    #[serde(flatten)]
+    artifact: ArtifactKey,
+    /// `NAME@VERSION` of the artifact.
+    key: String,
+    /// A reference to exactly this version. It does not change its meaning.
+    pinned: String,
+    /// `pinned` with `#sha256=…` appended; `None` if the digest is unknown.
+    pinned_with_digest: Option<String>,
+    /// The revision or tag that was resolved; `None` if the reference names a version.
+    revision: Option<String>,
+    /// SHA-256 of the file, or of the file list of a tree, if the disk or the remote knows it.
+    sha256: Option<Digest>,
+    /// The tier that resolved the reference; `None` if no tier had to be consulted.
+    from: Option<Tier>,
+    /// The age of the answer in whole seconds; `None` if it is unknown or cannot become outdated.
+    age_seconds: Option<u64>,
+}
+
+impl From<Pinned> for PinnedForm {
+    fn from(pinned: Pinned) -> Self {
+        Self {
+            key: pinned.key.to_string(),
+            pinned: pinned.reference.to_string(),
+            pinned_with_digest: pinned.with_digest().map(|reference| reference.to_string()),
+            revision: pinned.revision,
+            sha256: pinned.sha256,
+            from: pinned.from,
+            // `Duration::MAX` stands for an answer of unknown age.
+            age_seconds: pinned.age.filter(|age| *age < Duration::MAX).map(|age| age.as_secs()),
+            artifact: pinned.key,
+        }
+    }
+}
+
 /// Report of [`Cache::tag`](super::Cache::tag) and [`Cache::untag`](super::Cache::untag).
 #[derive(Debug, Clone, Serialize)]
 pub struct TagReport {
     /// The artifact name that the tag belongs to.
-    pub name: crate::key::ArtifactName,
+    pub name: ArtifactName,
     /// The tag.
     pub tag: Version,
     /// The version that the tag pointed to before; `None` if the tag is new.
@@ -276,15 +394,17 @@ pub struct TagReport {
     /// The version that the tag points to now; `None` if the tag was removed.
     pub to: Option<Version>,
     /// SHA-256 of the file, or of the file list of a tree, in version `to`, if it is known.
-    pub sha256: Option<crate::digest::Digest>,
+    pub sha256: Option<Digest>,
 }
 
 /// Report of [`Cache::pin`](super::Cache::pin) and [`Cache::unpin`](super::Cache::unpin).
 #[derive(Debug, Clone, Serialize)]
 pub struct PinReport {
     /// The key of the artifact.
+    #[serde(flatten)]
     pub key: ArtifactKey,
     /// The pin that was set or removed; `None` if there was none to remove.
+    #[serde(serialize_with = "pin")]
     pub pin: Option<Pin>,
 }
 
@@ -292,6 +412,7 @@ pub struct PinReport {
 #[derive(Debug, Clone, Serialize)]
 pub struct Listed {
     /// The key of the artifact.
+    #[serde(flatten)]
     pub key: ArtifactKey,
     /// The reference to the artifact.
     pub reference: String,
@@ -304,14 +425,17 @@ pub struct Listed {
     /// Total size in bytes of the files that the listed tier holds.
     pub held_bytes: u64,
     /// Total size in bytes of all files of the artifact.
+    #[serde(rename = "size")]
     pub bytes: u64,
     /// The detected formats of the files.
     pub formats: BTreeSet<String>,
     /// Time of last use (disk only).
+    #[serde(serialize_with = "json::time")]
     pub last_used: Option<SystemTime>,
     /// True if a process holds a lease on the artifact (disk only).
     pub leased: bool,
     /// The pin on the artifact (disk only).
+    #[serde(serialize_with = "pin")]
     pub pin: Option<Pin>,
     /// The tags that point to the artifact (remote only).
     pub tags: Vec<String>,
@@ -322,37 +446,71 @@ pub struct Listed {
 #[derive(Debug, Clone, Serialize)]
 pub struct Inspection {
     /// The key of the artifact.
+    #[serde(flatten)]
     pub key: ArtifactKey,
+    /// The reference to the artifact.
+    pub reference: String,
     /// Whether the artifact is one file or a tree.
     pub shape: Shape,
     /// The path that a get would return; `None` if no file of the artifact is on disk.
+    #[serde(serialize_with = "json::optional_path")]
     pub path: Option<PathBuf>,
     /// SHA-256 of the file, or of the file list of a tree; `None` until all digests are known.
-    pub sha256: Option<crate::digest::Digest>,
-    /// The files in the manifest on disk; `None` if there is no manifest.
-    pub disk: Option<Files>,
-    /// The files in the manifest on the remote; `None` if there is no manifest, or if it could not be read.
-    pub remote: Option<Files>,
+    pub sha256: Option<Digest>,
+    /// True if there is a manifest on disk.
+    pub known_on_disk: bool,
+    /// True if there is a manifest in the lower directory.
+    pub known_in_lower: bool,
+    /// True if there is a manifest on the remote, and it could be read.
+    pub known_on_remote: bool,
     /// The reason why the manifest on the remote could not be read; `None` if it could.
     pub remote_error: Option<String>,
-    /// The files in the manifest in the lower directory; `None` if there is no manifest or no lower directory.
-    pub lower: Option<Files>,
     /// Time of last use.
+    #[serde(serialize_with = "json::time")]
     pub last_used: Option<SystemTime>,
     /// True if a process holds a lease on the artifact.
     pub leased: bool,
     /// The processes that hold a lease, as far as this process can see them.
     pub holders: Vec<Holder>,
     /// The pin on the artifact.
+    #[serde(serialize_with = "pin")]
     pub pin: Option<Pin>,
+    /// The files that any of the manifests lists, by path.
+    pub files: Vec<InspectedFile>,
+}
+
+/// One file of an [`Inspection`]: what the manifests on disk, in the lower directory and on the remote, in this order,
+/// know about it.
+#[derive(Debug, Clone, Serialize)]
+pub struct InspectedFile {
+    /// The path of the file in the artifact.
+    pub path: FilePath,
+    /// The size of the file in bytes.
+    pub size: u64,
+    /// SHA-256 of the file, if it is known.
+    pub sha256: Option<Digest>,
+    /// The git object id of the file, which the Hub publishes for small files.
+    pub git_oid: Option<GitOid>,
+    /// The source of the digest.
+    pub provenance: Option<Provenance>,
+    /// The format, if it was detected.
+    pub format: Option<String>,
+    /// True if the file is on disk.
+    pub on_disk: bool,
+    /// True if the file is in the lower directory.
+    pub in_lower: bool,
+    /// True if the file is on the remote.
+    pub on_remote: bool,
 }
 
 /// Result of [`Cache::stats`](super::Cache::stats): content and disk usage of the local directory.
 #[derive(Debug, Clone, Serialize)]
 pub struct Stats {
     /// The local directory.
+    #[serde(serialize_with = "json::path")]
     pub dir: PathBuf,
     /// The read-only lower directory, if one is configured.
+    #[serde(serialize_with = "json::optional_path")]
     pub lower_dir: Option<PathBuf>,
     /// Number of artifacts in the lower directory; 0 without one.
     pub lower_artifacts: usize,
@@ -382,4 +540,40 @@ pub struct Stats {
     pub pending_backfill_bytes: u64,
     /// The address of the remote, if one is configured.
     pub remote: Option<String>,
+}
+
+/// The serialized form of a [`Pin`].
+#[derive(Serialize)]
+struct PinForm<'a> {
+    /// When the pin was set, if that was recorded.
+    #[serde(serialize_with = "json::time")]
+    since: Option<SystemTime>,
+    /// When the pin expires; `None` if it does not expire.
+    #[serde(serialize_with = "json::time")]
+    until: Option<SystemTime>,
+    /// The user and host that set the pin, if they were recorded.
+    by: Option<&'a str>,
+    /// The reason, in free text.
+    reason: Option<&'a str>,
+}
+
+/// Serializes a pin with its times as RFC 3339. The derived form of [`Pin`] is that of the pin file.
+fn pin<S: Serializer>(pin: &Option<Pin>, serializer: S) -> Result<S::Ok, S::Error> {
+    let form = pin.as_ref().map(|pin| PinForm {
+        since: pin.since(),
+        until: pin.until(),
+        by: pin.by.as_deref(),
+        reason: pin.reason.as_deref(),
+    });
+    form.serialize(serializer)
+}
+
+/// Serializes the time of each phase as a number of seconds.
+fn phases<S: Serializer>(phases: &BTreeMap<Phase, Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(phases.iter().map(|(phase, spent)| (phase.name(), spent.as_secs_f64())))
+}
+
+/// Serializes the name of the tag.
+fn tag_name<S: Serializer>(tagged: &Option<TagReport>, serializer: S) -> Result<S::Ok, S::Error> {
+    tagged.as_ref().map(|tagged| &tagged.tag).serialize(serializer)
 }

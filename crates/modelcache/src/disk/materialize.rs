@@ -14,6 +14,7 @@ use super::lock::FileLock;
 use super::rooted::{Metadata, RootedPath};
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Result, Tier};
+use crate::json;
 use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity};
 use crate::progress::Progress;
@@ -57,8 +58,10 @@ pub struct Destination {
 #[derive(Debug, Clone, Serialize)]
 pub struct Materialized {
     /// The folder.
+    #[serde(serialize_with = "json::path")]
     pub dir: PathBuf,
-    /// The file, if the artifact or the selection is a single file; otherwise the folder.
+    /// The file, if the artifact or the selection is a single file; otherwise the folder. The report of the get has it.
+    #[serde(skip)]
     pub path: PathBuf,
     /// Number of files by the way they were created.
     pub links: BTreeMap<Link, usize>,

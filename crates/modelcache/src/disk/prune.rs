@@ -11,6 +11,7 @@ use super::rooted::RootedPath;
 use super::{ArtifactDir, Disk, Misplaced, ScannedArtifact};
 use crate::config::ByteBound;
 use crate::error::Result;
+use crate::json;
 use crate::key::ArtifactKey;
 use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
@@ -30,6 +31,8 @@ pub struct PruneOptions {
 /// The result of `prune`: the removals made, or those that a dry run would make.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct PruneReport {
+    /// True if nothing was removed: the report states what would be.
+    pub dry_run: bool,
     /// Bytes that counted against the budget before, from a fresh count.
     pub used_before_bytes: u64,
     /// Bytes that count against the budget afterwards.
@@ -38,6 +41,8 @@ pub struct PruneReport {
     pub freed_bytes: u64,
     /// The requested size.
     pub to_bytes: Option<u64>,
+    /// True if at most the requested size is used, or no size was requested.
+    pub reached: bool,
     /// Leftovers removed.
     pub leftovers: Leftovers,
     /// Artifacts removed, least recently used first.
@@ -46,13 +51,6 @@ pub struct PruneReport {
     pub kept: Vec<KeptArtifact>,
     /// Entries of the wrong type that were moved to `quarantine/`.
     pub set_aside: Vec<Misplaced>,
-}
-
-impl PruneReport {
-    /// Returns true if at most the requested size is used, or no size was requested.
-    pub fn reached(&self) -> bool {
-        self.to_bytes.is_none_or(|to| self.used_bytes <= to)
-    }
 }
 
 /// Files that no artifact and no running fill uses, in bytes freed.
@@ -83,13 +81,15 @@ pub struct PrunedArtifact {
     /// The reference of the artifact.
     pub reference: String,
     /// When it was last used.
+    #[serde(serialize_with = "json::time")]
     pub last_used: Option<SystemTime>,
     /// Bytes freed: those of files that no other artifact shares.
     pub freed_bytes: u64,
 }
 
 /// An artifact that was kept.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
+#[serde(into = "KeptForm")]
 pub struct KeptArtifact {
     /// The reference of the artifact.
     pub reference: String,
@@ -97,14 +97,20 @@ pub struct KeptArtifact {
     pub why: InTheWay,
 }
 
-impl Serialize for KeptArtifact {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        use serde::ser::SerializeStruct;
-        let mut fields = serializer.serialize_struct("KeptArtifact", 3)?;
-        fields.serialize_field("reference", &self.reference)?;
-        fields.serialize_field("why", self.why.name())?;
-        fields.serialize_field("detail", &self.why.to_string())?;
-        fields.end()
+/// The serialized form of a [`KeptArtifact`].
+#[derive(Serialize)]
+struct KeptForm {
+    /// The reference of the artifact.
+    reference: String,
+    /// The kind of reason.
+    why: &'static str,
+    /// The reason in words.
+    detail: String,
+}
+
+impl From<KeptArtifact> for KeptForm {
+    fn from(kept: KeptArtifact) -> Self {
+        Self { why: kept.why.name(), detail: kept.why.to_string(), reference: kept.reference }
     }
 }
 
@@ -133,7 +139,8 @@ impl Disk {
         let to_bytes = options.to.map(|to| self.bound_bytes(to)).transpose()?;
         // Step 2: count the bytes in use.
         let used_before_bytes = actions.count()?;
-        let mut report = PruneReport { to_bytes, used_before_bytes, set_aside, ..PruneReport::default() };
+        let dry_run = options.dry_run;
+        let mut report = PruneReport { dry_run, to_bytes, used_before_bytes, set_aside, ..PruneReport::default() };
         // Step 3: remove leftovers.
         report.leftovers = actions.sweep()?;
         // Step 4: evict artifacts, least recently used first. Stop at the first that is neither old nor needed to reach
@@ -154,6 +161,7 @@ impl Disk {
         }
         // Step 5: count again, because other processes may have added or removed files in the meantime.
         report.used_bytes = actions.count()?;
+        report.reached = to_bytes.is_none_or(|to| report.used_bytes <= to);
         report.freed_bytes = report.leftovers.bytes() + report.evicted.iter().map(|gone| gone.freed_bytes).sum::<u64>();
         Ok(report)
     }
