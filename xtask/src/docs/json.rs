@@ -117,7 +117,7 @@ impl Types {
     fn read() -> Result<Self> {
         let mut definitions = BTreeMap::new();
         for source in SOURCES.iter().chain([&DOCTOR]) {
-            let text = fs::read_to_string(root().join("crates").join(source)).with_context(|| format!("{source}"))?;
+            let text = fs::read_to_string(root().join("crates").join(source)).with_context(|| source.to_string())?;
             definitions.extend(definitions_in(&text)?);
         }
         Ok(Self { definitions, mentioned: BTreeSet::new() })
