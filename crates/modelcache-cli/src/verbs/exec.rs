@@ -73,7 +73,8 @@ impl Exec {
         for text in &self.references {
             let progress = Progress::new();
             let reference = self.choice.reference(text)?;
-            let artifact = progress::show(output, text, &progress, cache.get_with(&reference, &options, &progress)).await?;
+            let artifact =
+                progress::show(output, text, &progress, cache.get_with(&reference, &options, &progress)).await?;
             session.got(&artifact);
             artifacts.push(artifact);
         }

@@ -62,7 +62,8 @@ impl Put {
         let path = absolute(&self.path)?;
         let cache = session.cache()?;
         let (options, progress) = (self.options()?, Progress::new());
-        let report = progress::show(output, &self.key, &progress, cache.put_with(&key, &path, &options, &progress)).await?;
+        let report =
+            progress::show(output, &self.key, &progress, cache.put_with(&key, &path, &options, &progress)).await?;
         session.run.put(&report);
         if output.is_json() {
             output.answer_json(&report)?;
