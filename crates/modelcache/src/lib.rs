@@ -109,7 +109,6 @@ pub mod digest;
 pub mod error;
 pub mod finding;
 pub mod format;
-mod json;
 pub mod key;
 pub mod manifest;
 pub mod metrics;
@@ -147,6 +146,8 @@ pub mod runtime;
 pub mod sidecar;
 #[doc(hidden)]
 pub mod transfer;
+
+mod json;
 
 pub use cache::{Artifact, Cache};
 pub use config::Config;

@@ -1,7 +1,7 @@
 //! docs/json.md: the objects that `modelcache --json` prints.
 //!
-//! Field names, types and meanings come from the serde attributes and the comments at the types, which are read from the
-//! sources. The examples are serialized values, and their keys are compared with the fields that were read.
+//! Field names, types and meanings come from the serde attributes and the comments at the types, which are read from
+//! the sources. The examples are serialized values, and their keys are compared with the fields that were read.
 
 use crate::repository::root;
 use anyhow::{Context, Result, bail, ensure};
@@ -302,7 +302,7 @@ mod tests {
 
     #[test]
     fn fields_are_read_with_their_serialized_names() {
-        let text = "/// A report.\n#[derive(Serialize)]\npub struct A<'a> {\n    /// The size, or\n    /// `None`.\n    \
+        let text = "/// A report.\npub struct A<'a> {\n    /// The size, or\n    /// `None`.\n    \
                     #[serde(rename = \"size\")]\n    pub bytes: Option<u64>,\n    pub(crate) name: &'a str,\n}\n\n\
                     #[serde(rename_all = \"kebab-case\")]\nenum B {\n    OneTwo,\n}\n";
         let mut types = Types { definitions: definitions_in(text).unwrap(), mentioned: BTreeSet::new() };

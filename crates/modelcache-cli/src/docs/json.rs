@@ -210,8 +210,8 @@ pub fn reports() -> Result<Vec<Report>> {
     Ok(vec![
         report(
             "get REF…",
-            "One object for each reference, in their order. `prewarm REF…` prints the same objects, in the order in which \
-             the artifacts are complete.",
+            "One object for each reference, in their order. `prewarm REF…` prints the same objects, in the order in \
+             which the artifacts are complete.",
             &["Asked", "GetAnswer"],
             &Asked { reference, report: answer },
         )?,
@@ -282,7 +282,8 @@ mod tests {
             "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c", "tag": "prod", "to": "3"},
         "resolve REF": {"age_seconds": 0, "from": "remote", "key": "team/model@3", "name": "team/model",
             "pinned": "team/model@3",
-            "pinned_with_digest": "team/model@3#sha256=9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",
+            "pinned_with_digest":
+                "team/model@3#sha256=9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",
             "reference": "team/model@prod", "revision": "prod",
             "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c", "version": "3"},
         "backfill": {"name": "team/model", "outcome": "done", "reference": "team/model@3", "version": "3"},

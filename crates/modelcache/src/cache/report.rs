@@ -1,7 +1,7 @@
 //! Options and reports of the operations of [`Cache`](super::Cache).
 //!
-//! Sizes are in bytes, and digests are SHA-256. The serialized form of a report is what `modelcache --json` prints and what
-//! the Python package parses. `docs/json.md` is generated from the field names, types and comments here.
+//! Sizes are in bytes, and digests are SHA-256. The serialized form of a report is what `modelcache --json` prints
+//! and what the Python package parses. `docs/json.md` is generated from the field names, types and comments here.
 
 use crate::digest::{Digest, GitOid, Provenance};
 use crate::disk::Materialized;
@@ -215,8 +215,8 @@ pub struct PutOptions {
     pub expect: Option<Format>,
     /// Write `<file>.sha256` beside every object on the remote.
     pub sidecars: bool,
-    /// Then point this tag to the version, as [`Cache::tag`](super::Cache::tag) does. A tag that cannot be set is refused
-    /// before anything is published.
+    /// Then point this tag to the version, as [`Cache::tag`](super::Cache::tag) does. A tag that cannot be set is
+    /// refused before anything is published.
     pub tag: Option<Version>,
 }
 
