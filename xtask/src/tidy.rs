@@ -71,13 +71,15 @@ const LAYERS: [&[&str]; 7] = [
 ];
 
 /// Imports that point up and are allowed, by the beginning of the path and the module: the types of doctor checks are
-/// declared beside the doctor, the configuration holds an application's own origins, and two helpers of `transfer` are
-/// not specific to it.
-const ALLOWED_IMPORTS: [(&str, &str); 6] = [
+/// declared beside the doctor, the configuration holds an application's own origins, keys and references look up schemes
+/// in the constant registry of origins, and two helpers of `transfer` are not specific to it.
+const ALLOWED_IMPORTS: [(&str, &str); 8] = [
     ("disk/", "doctor"),
     ("remote/", "doctor"),
     ("origin/", "doctor"),
     ("config.rs", "origin"),
+    ("key.rs", "origin"),
+    ("reference/", "origin"),
     ("disk/source.rs", "transfer"),
     ("disk/verify.rs", "transfer"),
 ];
@@ -119,7 +121,7 @@ impl Rules {
             "|open|mkdir|unlink|link|stat|lstat|chmod|utimens|access|mknod)",
             "|OpenOptions::|File::(open|create|options)|[.](exists|canonicalize|read_dir)[(][)]|full[(][)][.])"
         ))?;
-        let import = Regex::new("crate::([a-z_]+)")?;
+        let import = Regex::new(r"crate::(?:([a-z_]+)|\{([^}]*))")?;
         Ok(Self { lines: lines.into_iter().map(compile).collect::<Result<_>>()?, filesystem_call, import })
     }
 
@@ -129,8 +131,10 @@ impl Rules {
         let own = path.split('/').next()?.trim_end_matches(".rs");
         let own = layer(own).filter(|_| !line.trim_start().starts_with("//"))?;
         let is_allowed = |name: &str| ALLOWED_IMPORTS.iter().any(|(from, to)| path.starts_with(from) && name == *to);
-        let names = self.import.captures_iter(line).filter_map(|found| found.get(1)).map(|name| name.as_str());
-        names.into_iter().find(|name| layer(name).is_some_and(|other| other < own) && !is_allowed(name))
+        let groups = self.import.captures_iter(line).filter_map(|found| found.get(1).or(found.get(2)));
+        let mut names =
+            groups.flat_map(|group| group.as_str().split(", ")).map(|name| name.split("::").next().unwrap_or(name));
+        names.find(|name| layer(name).is_some_and(|other| other < own) && !is_allowed(name))
     }
 
     /// Returns true if a line calls the filesystem by a path although only `rooted.rs` may.
@@ -190,6 +194,7 @@ mod tests {
     fn imports_point_down() {
         let line = "//! M.\nuse crate::cache::Cache;\n";
         assert_eq!(breaches("crates/modelcache/src/disk/mod.rs", line), 1);
+        assert_eq!(breaches("crates/modelcache/src/disk/mod.rs", "//! M.\nuse crate::{cache, key};\n"), 1);
         assert_eq!(breaches("crates/modelcache/src/doctor/mod.rs", line), 0);
         assert_eq!(breaches("crates/modelcache/src/cache/get.rs", "//! M.\nuse crate::disk::Disk;\n"), 0);
         assert_eq!(breaches("crates/modelcache/src/key.rs", "//! M.\n// see crate::cache\n"), 0);

@@ -305,15 +305,15 @@ mod tests {
         let text = "/// A report.\npub struct A<'a> {\n    /// The size, or\n    /// `None`.\n    \
                     #[serde(rename = \"size\")]\n    pub bytes: Option<u64>,\n    pub(crate) name: &'a str,\n}\n\n\
                     #[serde(rename_all = \"kebab-case\")]\nenum B {\n    OneTwo,\n}\n";
-        let mut types = Types { definitions: definitions_in(text).unwrap(), mentioned: BTreeSet::new() };
-        let rows = types.rows("A").unwrap();
+        let mut types = Types { definitions: definitions_in(text).expect("definitions"), mentioned: BTreeSet::new() };
+        let rows = types.rows("A").expect("rows");
         assert_eq!(
             table(&rows).lines().skip(2).collect::<Vec<_>>(),
             ["| `size` | integer or null | The size, or `null`. |", "| `name` | string |  |"]
         );
-        assert_eq!(types.shape("Vec<B>", false).unwrap().0, "array of `\"one-two\"`");
+        assert_eq!(types.shape("Vec<B>", false).expect("a shape").0, "array of `\"one-two\"`");
         let example = serde_json::json!({"size": 1, "name": "a", "other": 2});
-        let error = types.compare(&example, &rows).unwrap_err().to_string();
+        let error = types.compare(&example, &rows).expect_err("a difference").to_string();
         assert_eq!(error, "it has the field other, which was not found in the types");
     }
 }
