@@ -3,6 +3,7 @@
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt as _;
+use modelcache::config::ByteBound;
 use modelcache::key::FilePath;
 use modelcache::manifest::{FileEntry, Manifest, Shape};
 use modelcache::origin::{Origin, Resolved};
@@ -93,7 +94,8 @@ async fn main() -> Result<()> {
     let pages = Files::from([(FilePath::new("page-1.txt")?, Bytes::from_static(b"Emma Woodhouse, handsome, clever"))]);
     let shelf = Shelf { books: BTreeMap::from([("novels/emma".to_owned(), BTreeMap::from([(2, pages)]))]) };
 
-    let cache = Cache::builder(folder.path()).own_origin(Arc::new(shelf)).open()?;
+    let builder = Cache::builder(folder.path()).min_free(ByteBound::Bytes(0));
+    let cache = builder.own_origin(Arc::new(shelf)).open()?;
     let book = cache.get(&cache.reference("shelf://novels/emma")?).await?;
     assert_eq!(book.key.to_string(), "origin+shelf/novels/emma@2");
     assert!(book.path.join("page-1.txt").is_file());
