@@ -65,7 +65,7 @@ pub struct Config {
     pub mlflow: MlflowConfig,
     /// OCI registries.
     pub oci: OciConfig,
-    /// The application's own origins, beside the built-in ones. See [`origin`](crate::origin) for an example.
+    /// The application's own origins, beside the built-in ones. See [`crate::origin`] for an example.
     pub own_origins: Vec<Arc<dyn Origin>>,
     /// How long a resolved revision or tag is considered current.
     pub ref_ttl: Duration,

@@ -1,7 +1,7 @@
 //! References: the names of artifacts on the command line and in the API.
 //!
 //! Each kind of location has a file of its own, with its [`Scheme`]: how it is parsed, printed and pinned. The registry
-//! of schemes is that of the origins ([`origin::schemes`]). A bare `name@version` never refers to a public server,
+//! of schemes is that of the origins (`origin::schemes`). A bare `name@version` never refers to a public server,
 //! unless an origin is configured for it.
 
 pub(crate) mod bucket;
