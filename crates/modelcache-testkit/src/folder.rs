@@ -11,6 +11,11 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+/// Longest wait for the command line of a process that has just called `exec`, in milliseconds.
+const EXEC_WAIT_MS: u32 = 200;
 
 /// Result of one walk through a cache directory.
 #[derive(Debug, Default)]
@@ -106,12 +111,20 @@ fn present<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Returns the processes that sync files a `get` left in the cache directory `folder` or in one below it. A process has
-/// no command line just after it starts and after it ended, so it is missed then.
+/// Returns the processes that sync files a `get` left in the cache directory `folder` or in one below it.
 pub fn syncing(folder: &Path) -> io::Result<Vec<u32>> {
     let is_one = |pid: &u32| {
-        // The process may have ended; its command line is then unreadable or empty.
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let read = || fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let runs_a_program = || fs::read_link(format!("/proc/{pid}/exe")).is_ok();
+        let mut line = read();
+        // For a moment after `exec`, the command line of a process is empty. That of a dead process stays empty.
+        for _ in 0..EXEC_WAIT_MS {
+            if !line.is_empty() || !runs_a_program() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(1));
+            line = read();
+        }
         let mut words = line.split(|byte| *byte == 0);
         let is_ours = words.next() == Some(b"modelcache") && words.next() == Some(b"sync");
         is_ours && words.any(|word| Path::new(OsStr::from_bytes(word)).starts_with(folder))

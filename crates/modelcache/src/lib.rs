@@ -35,7 +35,9 @@
 //! # let folder = tempfile::tempdir().unwrap();
 //! # let weights = folder.path().join("weights.bin");
 //! # std::fs::write(&weights, "weights").unwrap();
-//! let cache = Cache::builder(folder.path().join("cache")).open()?;
+//! # let cache = Cache::builder(folder.path().join("cache"))
+//! #     .min_free(modelcache::config::ByteBound::Bytes(0))
+//! #     .open()?;
 //! let report = cache.put("fraud-detector@3", &weights).await?;
 //! println!("{} bytes, sha256 {}", report.bytes, report.sha256);
 //!
@@ -52,7 +54,9 @@
 //! # let folder = tempfile::tempdir().unwrap();
 //! # let file = folder.path().join("f");
 //! # std::fs::write(&file, "content").unwrap();
-//! # let cache = Cache::builder(folder.path().join("cache")).open()?;
+//! # let cache = Cache::builder(folder.path().join("cache"))
+//! #     .min_free(modelcache::config::ByteBound::Bytes(0))
+//! #     .open()?;
 //! use modelcache::{ErrorKind, cache::EvictTier};
 //!
 //! cache.put("m@1", &file).await?;
