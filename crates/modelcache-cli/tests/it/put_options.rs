@@ -229,7 +229,7 @@ fn a_file_of_another_format_than_expected_is_refused_and_its_format_named() {
         "zip",
         &["model.zip should be zip and is a tar archive compressed by gzip", "--expect tar.gz"],
     );
-    refused(&house.write("page.tar.gz", "<!DOCTYPE html>"), "tar.gz", &["an HTML page", "fetch it anew"]);
+    refused(&house.write("page.tar.gz", "<!DOCTYPE html>"), "tar.gz", &["an HTML page", "download it again"]);
     refused(&house.write("one.tar.gz", gzipped(b"no archive")), "tar.gz", &["a gzip file without a tar archive"]);
     refused(&house.write("empty.onnx", ""), "onnx", &["is empty"]);
     refused(&house.path("wrong"), "safetensors", &["model.safetensors", "a Git LFS pointer", "git lfs pull"]);
