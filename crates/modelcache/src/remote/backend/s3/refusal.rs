@@ -80,7 +80,7 @@ const CODES: &[(&[&str], Meaning)] = &[
             false,
             |answer| format!("the bucket {:?} does not exist at {}", answer.at.container, answer.at.endpoint),
             Some(|_| {
-                "check the remote's address (s3://BUCKET/PREFIX), its endpoint and its region; modelcache creates no                  buckets"
+                "check the remote's address (s3://BUCKET/PREFIX), its endpoint and its region; modelcache creates no buckets"
                     .into()
             }),
         ),
@@ -191,7 +191,7 @@ const MISSING_RIGHT: Meaning = meaning(
     ANSWERED,
     Some(|answer| {
         format!(
-            "the credentials lack a right on {:?}: reading needs s3:GetObject and s3:ListBucket, publishing              s3:PutObject, evicting s3:DeleteObject",
+            "the credentials lack a right on {:?}: reading needs s3:GetObject and s3:ListBucket, publishing s3:PutObject, evicting s3:DeleteObject",
             answer.at.container
         )
     }),
