@@ -92,7 +92,7 @@ const CODES: &[(&[&str], Meaning)] = &[
             false,
             |answer| format!("{:?} is not a valid bucket name at {}", answer.at.container, answer.at.endpoint),
             Some(|_| {
-                "names have 3 to 63 lower-case letters, digits, dots and hyphens: check MODEL_CACHE_REMOTE or                  MODEL_CACHE_S3_BUCKET"
+                "names have 3 to 63 lower-case letters, digits, dots and hyphens: check MODEL_CACHE_REMOTE or MODEL_CACHE_S3_BUCKET"
                     .into()
             }),
         ),
@@ -263,6 +263,17 @@ impl Refusal {
 mod tests {
     use super::*;
     use std::collections::BTreeSet;
+
+    #[test]
+    fn remedies_have_no_gaps_from_broken_lines() {
+        let (refusal, doing) = (Refusal::default(), "cannot read");
+        let at = EndpointContext { container: "b".into(), endpoint: "e".into(), region: "r".into() };
+        let answer = Answer { refusal: &refusal, doing, at: &at };
+        let meanings = CODES.iter().map(|(_, meaning)| meaning).chain(STATUSES.iter().map(|(_, meaning)| meaning));
+        for remedy in meanings.filter_map(|meaning| meaning.remedy) {
+            assert!(!remedy(&answer).contains("  "), "{:?}", remedy(&answer));
+        }
+    }
 
     #[test]
     fn each_code_has_one_meaning() {
