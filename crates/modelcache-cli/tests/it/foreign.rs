@@ -348,7 +348,7 @@ fn odd_keys_metadata_and_checksums_of_a_real_tool_are_read() {
     assert_eq!(fs::read(path.join("parts")).unwrap().len() as u64, 5 * MIB + 1);
     let inspection = run("a").run(["inspect", "stated@1", "--json"]).object();
     assert_eq!(provenances(&inspection), ["sidecar", "sidecar", "first-seen"], "checksum, meta, parts");
-    run("a").run(["get", "lying@1"]).failed(5, &["as x-amz-meta-sha256 says"]);
+    run("a").run(["get", "lying@1"]).failed(5, &["from x-amz-meta-sha256"]);
 }
 
 /// An environment with a second bucket that holds a tree.

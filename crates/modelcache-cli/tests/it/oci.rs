@@ -220,7 +220,7 @@ fn missing_and_ambiguous_manifests_are_reported_with_a_remedy() {
     get("org/text:9").failed(3, &["there is no manifest :9", "check the tag"]);
     get(&format!("org/text@sha256:{}", "0".repeat(64))).failed(3, &["there is no manifest"]);
     get("org/text@sha512:00").failed(2, &["sha512", "sha256"]);
-    get("Org/Text:1").failed(2, &["small letters"]);
+    get("Org/Text:1").failed(2, &["lower-case letters"]);
 
     let entry = |digest: &str, os: &str| {
         let size = fs::metadata(blob_file(&house, digest)).unwrap().len();

@@ -64,7 +64,7 @@ async fn until(mut condition: impl FnMut() -> bool) {
 async fn trickle<T>(weather: &Weather, work: impl Future<Output = T>) -> T {
     let line = async {
         loop {
-            weather.proxy.let_through(MIB / 4);
+            weather.proxy.let_through(32 * KIB);
             sleep(Duration::from_millis(5)).await;
         }
     };
@@ -256,7 +256,7 @@ async fn a_wrong_ladder_is_detected_and_never_mixes_two_files() {
     weather.proxy.let_through(SIZE / 4);
     let cache = patient(&weather, "a");
     let (early, late) = (open(&cache, "m@1").await, open(&cache, "m@1").await);
-    read(&early, &CONTENT, 0..100).await;
+    trickle(&weather, read(&early, &CONTENT, 0..100)).await;
     weather.proxy.let_through(WIDE);
     let error = soon(early.wait(last())).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
@@ -292,7 +292,7 @@ async fn a_fill_that_fails_half_way_fails_its_readers() {
     weather.proxy.let_through(SIZE / 4);
     let cache = Cache::open(weather.config("a", &weather.proxy.url())).unwrap();
     let file = open(&cache, "m@1").await;
-    read(&file, &CONTENT, 0..100).await;
+    trickle(&weather, read(&file, &CONTENT, 0..100)).await;
     weather.s3.down(true);
     weather.proxy.sever();
     weather.proxy.let_through(WIDE);
@@ -356,7 +356,7 @@ async fn dropping_the_only_reader_ends_its_fill_and_the_next_fill_resumes_it() {
     weather.proxy.let_through(SIZE / 4);
     let cache = patient(&weather, "a");
     let file = open(&cache, "m@1").await;
-    read(&file, &CONTENT, 0..100).await;
+    trickle(&weather, read(&file, &CONTENT, 0..100)).await;
     drop(file);
     weather.proxy.sever();
     let before = weather.proxy.bytes_down();
@@ -405,7 +405,7 @@ async fn opening_a_file_that_another_process_fills_waits_for_the_fill() {
     weather.proxy.let_through(SIZE / 4);
     let (one, other) = (patient(&weather, "a"), patient(&weather, "a"));
     let first = open(&one, "m@1").await;
-    read(&first, &CONTENT, 0..100).await;
+    trickle(&weather, read(&first, &CONTENT, 0..100)).await;
     let second = tokio::spawn(async move { open(&other, "m@1").await });
     until(|| weather.s3.object_gets("m/1/.modelcache/manifest.json").len() >= 2).await;
     assert!(!second.is_finished());
