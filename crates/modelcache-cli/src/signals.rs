@@ -73,8 +73,9 @@ async fn received(awaited: Signal) -> Signal {
 
 /// Returns true if enough descriptors are free for the first signal handler. Without them, `tokio` panics.
 fn can_register() -> bool {
+    static HAS_DESCRIPTORS: OnceLock<bool> = OnceLock::new();
     let pair = std::os::unix::net::UnixStream::pair;
-    matches!((pair(), pair()), (Ok(_), Ok(_)))
+    *HAS_DESCRIPTORS.get_or_init(|| matches!((pair(), pair()), (Ok(_), Ok(_))))
 }
 
 /// Makes a write beyond `ulimit -f` fail with EFBIG, which is reported like a full disk. Without a handler for SIGXFSZ

@@ -18,6 +18,7 @@ use crate::config::{
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::redact;
+use crate::reference::is_bucket_name;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -796,9 +797,7 @@ impl Draft {
 fn checked_remote(text: &str) -> Result<String> {
     let url = text.trim_end_matches('/');
     if let Some(place) = url.strip_prefix("s3://") {
-        let bucket = place.split('/').next().unwrap_or_default();
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
-        if bucket.is_empty() || !bucket.chars().all(plain) {
+        if !is_bucket_name(place.split('/').next().unwrap_or_default()) {
             return Err(Error::invalid("names no bucket"));
         }
         return Ok(url.to_owned());

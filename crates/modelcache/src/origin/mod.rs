@@ -143,8 +143,7 @@ impl Origins {
 
     /// Parses a reference of any of these origins, or a bare key.
     pub fn parse(&self, text: &str) -> Result<Reference> {
-        let schemes: Vec<_> = self.0.iter().map(|origin| origin.scheme()).collect();
-        Reference::parse_with(text, &schemes)
+        Reference::parse_with(text, self.0.iter().map(|origin| origin.scheme()))
     }
 
     /// Returns the origin of `reference`; `None` for a bare key, and if there is no origin for its scheme.

@@ -95,17 +95,17 @@ impl Reference {
     /// Parses `text`, a bare key or a reference of a built-in scheme. An error never quotes a password, signature or
     /// token in it.
     pub fn parse(text: &str) -> Result<Self> {
-        Self::parse_with(text, &[])
+        Self::parse_with(text, origin::schemes())
     }
 
-    /// Parses `text` as [`parse`](Self::parse) does. It may also be a reference of one of the `own` schemes.
-    pub(crate) fn parse_with(text: &str, own: &[&'static Scheme]) -> Result<Self> {
+    /// Parses `text`, a bare key or a reference of one of `schemes`.
+    pub(crate) fn parse_with(text: &str, mut schemes: impl Iterator<Item = &'static Scheme>) -> Result<Self> {
         // The secret would become a part of names, listings and logs.
         if redact::has_secret_query(text) && !text.starts_with("http") {
             return Err(Error::invalid(format!("{:?} carries a signature or a token", redact::reference(text)))
                 .hint(redact::HINT));
         }
-        let scheme = origin::schemes().chain(own.iter().copied()).find(|scheme| scheme.split(text).is_some());
+        let scheme = schemes.find(|scheme| scheme.split(text).is_some());
         Self::parse_unredacted(text, scheme).map_err(|error| match scheme {
             Some(scheme) if scheme.redacts_errors => error,
             _ => redact::refusal(text, error),

@@ -136,8 +136,9 @@ impl HttpService for ObjectStoreHttp {
             return Err(HttpError::new(HttpErrorKind::Unknown, refusal(parts.status.as_u16(), &parts.headers, &body)));
         }
         let body = if listing {
-            check_listing(&String::from_utf8_lossy(&body)).map_err(failed)?;
-            let (kept, left_out) = without_odd_keys(&String::from_utf8_lossy(&body));
+            let page = String::from_utf8_lossy(&body);
+            check_listing(&page).map_err(failed)?;
+            let (kept, left_out) = without_odd_keys(&page);
             parts.extensions.insert(LeftOut(left_out));
             HttpResponseBody::from(kept)
         } else {
