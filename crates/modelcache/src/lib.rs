@@ -108,6 +108,7 @@
 //! share a directory. The repository's `docs/reliability.md` lists the guarantees with the test of each.
 
 pub mod cache;
+pub mod check;
 pub mod config;
 pub mod digest;
 pub mod error;
@@ -140,6 +141,7 @@ pub mod ladder;
 pub mod limits;
 #[doc(hidden)]
 pub mod printable;
+mod rate_limiter;
 #[doc(hidden)]
 pub mod redact;
 #[doc(hidden)]

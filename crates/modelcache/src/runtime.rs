@@ -37,6 +37,14 @@ const KEEP_ALIVE: Duration = Duration::from_secs(u32::MAX as u64);
 /// Longest wait for the kernel to release the threads that were tried.
 const THREAD_EXIT_MAX: Duration = Duration::from_millis(200);
 
+/// Runs disk work or hashing off the async threads.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome,
+        Err(cause) => Err(Error::new(ErrorKind::Other, "background work ended unexpectedly").cause(cause)),
+    }
+}
+
 /// Starts the runtime for a program that uses the cache. `has_arenas`: true if the allocator may reserve address space
 /// for each thread, as glibc does unless `MALLOC_ARENA_MAX` is set.
 ///

@@ -20,7 +20,7 @@ const SOURCES: [&str; 15] = [
     "modelcache/src/disk/misplaced.rs",
     "modelcache/src/disk/pin.rs",
     "modelcache/src/disk/prune.rs",
-    "modelcache/src/doctor/mod.rs",
+    "modelcache/src/check/mod.rs",
     "modelcache/src/error.rs",
     "modelcache/src/finding.rs",
     "modelcache/src/key.rs",

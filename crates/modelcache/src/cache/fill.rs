@@ -14,8 +14,9 @@ use crate::disk::{HEARTBEAT_INTERVAL, Leader, Leadership, LeasedArtifact, Watch}
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::progress::{Phase, PhaseGuard, Progress};
+use crate::runtime::blocking;
 use crate::selection::Selection;
-use crate::transfer::{PartialFiles, PartialReader, blocking};
+use crate::transfer::{PartialFiles, PartialReader};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;

@@ -7,7 +7,7 @@ use crate::disk::{LeasedArtifact, RememberedRef};
 use crate::error::Result;
 use crate::key::{ArtifactKey, ArtifactName};
 use crate::manifest::Manifest;
-use crate::transfer::blocking;
+use crate::runtime::blocking;
 
 impl Cache {
     /// Acquires a lease in the lower directory, if it holds all selected files.

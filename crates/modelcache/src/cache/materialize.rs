@@ -4,7 +4,7 @@ use super::{Artifact, Cache};
 use crate::disk::{Destination, LinkMode, Materialized, Tree};
 use crate::error::Result;
 use crate::progress::{Phase, Progress};
-use crate::transfer::blocking;
+use crate::runtime::blocking;
 use std::path::Path;
 
 impl Cache {

@@ -20,8 +20,9 @@ use crate::manifest::{FileEntry, Manifest};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{self, RemoteSource};
+use crate::runtime::blocking;
 use crate::source::Source;
-use crate::transfer::{ReadGate, blocking};
+use crate::transfer::ReadGate;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

@@ -18,8 +18,9 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, ArtifactName, Version};
 use crate::reference::{Pointer, Reference};
 use crate::remote::{RefKind, Remote, RemoteRef, RemoteSource};
+use crate::runtime::blocking;
 use crate::source::Source;
-use crate::transfer::{blocking, within};
+use crate::transfer::within;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 

@@ -19,7 +19,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
 use crate::progress::{Phase, Progress};
 use crate::remote::{Multipart, PendingPublish, PublishOptions, Published, Remote};
-use crate::transfer::blocking;
+use crate::runtime::blocking;
 use futures::{StreamExt, TryStreamExt, stream};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

@@ -14,9 +14,9 @@ use crate::manifest::Manifest;
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
 use crate::remote::{PublishOptions, Remote};
+use crate::runtime::blocking;
 use crate::selection::Selection;
 use crate::source::Source;
-use crate::transfer::blocking;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 

@@ -6,7 +6,7 @@
 //! of a folder counts as an empty folder: lookups find nothing, and creating an entry fails with `NotADirectory`.
 //!
 //! A [`RootedPath`] is not a `std::path::Path`; only [`RootedPath::full`] converts it, for messages and for callers.
-//! `cargo xtask tidy` refuses calls of `std::fs` in the other modules that work below a root.
+//! `cargo xtask test` refuses calls of `std::fs` in the other modules that work below a root.
 
 use crate::manifest::FileIdentity;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags, Stat, Timespec, Timestamps};

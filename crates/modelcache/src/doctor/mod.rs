@@ -9,133 +9,11 @@
 //!
 //! The checks of a tier are in the tier's own folder (`disk/doctor.rs`, `remote/doctor.rs`, `origin/doctor.rs`).
 
-mod clock;
 mod network;
 
-pub use clock::Clock;
+pub use crate::check::{Area, Check, Clock, DoctorOptions, Gravity};
 
 use crate::config::{Config, Environment, RemoteMode};
-use crate::error::{Error, ErrorKind};
-use crate::printable;
-use serde::Serialize;
-use std::fmt;
-use std::time::Duration;
-
-/// Timeout of a single network request.
-pub(crate) const QUESTION_MAX: Duration = Duration::from_secs(10);
-
-/// The subject of a check, in the order of the report.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Area {
-    /// Files, variables and flags.
-    Configuration,
-    /// The local directory.
-    Directory,
-    /// The lower directory, a second, read-only cache.
-    Lower,
-    /// The credentials for the remote, and their source.
-    Credentials,
-    /// The object store.
-    Remote,
-    /// The origins.
-    Origin,
-    /// The local clock, compared with the servers' clocks.
-    Clock,
-    /// Proxies and certificates.
-    Network,
-}
-
-impl fmt::Display for Area {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Configuration => "configuration",
-            Self::Directory => "directory",
-            Self::Lower => "lower directory",
-            Self::Credentials => "credentials",
-            Self::Remote => "remote",
-            Self::Origin => "origin",
-            Self::Clock => "clock",
-            Self::Network => "network",
-        })
-    }
-}
-
-/// The severity of a check.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Gravity {
-    /// The check passed.
-    Ok,
-    /// It works, but could be better, or may fail soon.
-    Warning,
-    /// Something will fail.
-    Problem,
-}
-
-/// The result of one check.
-#[derive(Debug, Clone, Serialize)]
-pub struct Check {
-    /// The subject.
-    pub area: Area,
-    /// The severity.
-    pub gravity: Gravity,
-    /// The result in words, in one line.
-    pub says: String,
-    /// The fix, unless the check passed.
-    pub fix: Option<String>,
-    /// The kind of error that a problem causes. It determines the exit code.
-    #[serde(skip)]
-    pub kind: Option<ErrorKind>,
-}
-
-impl Check {
-    /// Creates a check that passed.
-    pub fn ok(area: Area, says: impl Into<String>) -> Self {
-        Self { area, gravity: Gravity::Ok, says: printable::line(&says.into()).into_owned(), fix: None, kind: None }
-    }
-
-    /// Creates a warning.
-    pub fn warning(area: Area, says: impl Into<String>, fix: impl Into<String>) -> Self {
-        let [says, fix] = [says.into(), fix.into()].map(|text| printable::line(&text).into_owned());
-        Self { area, gravity: Gravity::Warning, says, fix: Some(fix), kind: None }
-    }
-
-    /// Creates a problem from an error.
-    pub fn problem(area: Area, error: &Error) -> Self {
-        let fix = error.hint_text().unwrap_or("see the rest of this report").to_owned();
-        Self {
-            area,
-            gravity: Gravity::Problem,
-            says: error.message_with_causes(),
-            fix: Some(fix),
-            kind: Some(error.kind()),
-        }
-    }
-
-    /// Creates a warning from an error.
-    pub(crate) fn warning_of(area: Area, error: &Error) -> Self {
-        Self { gravity: Gravity::Warning, kind: None, ..Self::problem(area, error) }
-    }
-
-    /// Appends a detail in parentheses.
-    pub(crate) fn with_detail(mut self, detail: &str) -> Self {
-        self.says.push_str(&format!(" ({})", printable::line(detail)));
-        self
-    }
-
-    /// Returns the kind of error, if this is a problem.
-    pub(crate) fn error_kind(&self) -> Option<ErrorKind> {
-        self.kind
-    }
-}
-
-/// Options of the doctor.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct DoctorOptions {
-    /// Write nothing to the remote, not even a temporary object.
-    pub read_only: bool,
-}
 
 /// Runs all checks. Returns the results, sorted by area.
 pub async fn examine(config: &Config, environment: &Environment, options: DoctorOptions) -> Vec<Check> {
@@ -155,10 +33,4 @@ pub async fn examine(config: &Config, environment: &Environment, options: Doctor
     checks.extend(clock.check());
     checks.sort_by_key(|check| check.area);
     checks
-}
-
-/// Runs a network request. Fails if it takes longer than [`QUESTION_MAX`].
-pub(crate) async fn in_time<T>(question: impl Future<Output = crate::Result<T>>) -> crate::Result<T> {
-    let too_late = || Error::unavailable(format!("no answer within {} s", QUESTION_MAX.as_secs()));
-    tokio::time::timeout(QUESTION_MAX, question).await.unwrap_or_else(|_| Err(too_late()))
 }

@@ -1,8 +1,8 @@
 //! Checks of the origins: where bare names come from, and what each origin checks itself.
 
 use super::Origins;
+use crate::check::{Area, Check, Clock, in_time};
 use crate::config::{Config, Environment};
-use crate::doctor::{Area, Check, Clock, in_time};
 use crate::error::ErrorKind;
 use crate::transfer::Retry;
 

@@ -14,6 +14,7 @@ use crate::key::{ArtifactKey, FilePath, Version};
 use crate::limits;
 use crate::manifest::{FileEntry, FileIdentity, Manifest, Shape};
 use crate::reference::{Reference, Scheme, Target, folder, folder_name};
+use crate::runtime::blocking;
 use crate::source::{Body, Source};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -295,12 +296,6 @@ fn unreadable(path: &Path, error: io::Error) -> Error {
         _ => Error::new(ErrorKind::Other, what),
     }
     .cause(error)
-}
-
-/// Runs file I/O on a blocking thread.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let joined = tokio::task::spawn_blocking(work).await;
-    joined.map_err(|cause| Error::new(ErrorKind::Other, "a file read ended unexpectedly").cause(cause))?
 }
 
 #[cfg(test)]

@@ -8,9 +8,9 @@
 use super::authorization::bearer;
 use super::http::{self, Answer, ErrorResponse, Http, Request, Server};
 use super::{BuiltIn, Origin, Resolved, no_files};
+use crate::check::{Area, Check, Clock};
 use crate::config::HubConfig;
 use crate::digest::{GitOid, Provenance};
-use crate::doctor::{Area, Check, Clock};
 use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;

@@ -33,8 +33,8 @@ pub(crate) use doctor::examine;
 #[cfg(fuzzing)]
 pub(crate) use {hub::fuzz as fuzz_hub, oci::fuzz as fuzz_oci};
 
+use crate::check::{Check, Clock};
 use crate::config::Config;
-use crate::doctor::{Check, Clock};
 use crate::error::{Context as _, Error, Result, Tier};
 use crate::key::ArtifactKey;
 use crate::reference::{Place, Reference, Scheme, Target};

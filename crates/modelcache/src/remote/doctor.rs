@@ -5,8 +5,8 @@
 
 use super::Remote;
 use super::store::{Condition, Store, Written};
+use crate::check::{Area, Check, Clock, DoctorOptions, in_time};
 use crate::config::{Config, RemoteConfig, RetryConfig};
-use crate::doctor::{Area, Check, Clock, DoctorOptions, in_time};
 use crate::error::{Error, ErrorKind, Result};
 use crate::transfer::Retry;
 use bytes::Bytes;

@@ -11,10 +11,11 @@ use super::MANIFEST;
 use super::backend::{LeftOut, WalkedFiles};
 use super::store::{self, Store};
 use crate::digest::Digest;
-use crate::error::{Error, ErrorKind, Result, Tier};
+use crate::error::{Error, Result, Tier};
 use crate::key::{FilePath, OWN_FOLDER};
 use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity, Shape};
+use crate::runtime::blocking;
 use sha2::Digest as _;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -272,9 +273,7 @@ async fn below_folder(store: &Store, address: &Address, walked: WalkedFiles) -> 
 pub(super) async fn published(store: &Store, address: &Address) -> Result<Option<Manifest>> {
     let key = store.key(&address.below(&format!("{OWN_FOLDER}/{MANIFEST}")))?;
     let Some((bytes, _)) = store.get(&key, limits::MANIFEST_BYTES_MAX).await? else { return Ok(None) };
-    let read = tokio::task::spawn_blocking(move || Manifest::from_bytes(&bytes)).await;
-    let cut_short = |cause| Error::new(ErrorKind::Other, "reading a manifest was cut short").cause(cause);
-    read.map_err(cut_short)?.map(Some).map_err(|error| error.tier(Tier::Remote))
+    blocking(move || Manifest::from_bytes(&bytes)).await.map(Some).map_err(|error| error.tier(Tier::Remote))
 }
 
 #[cfg(test)]

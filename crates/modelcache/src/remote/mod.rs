@@ -51,7 +51,9 @@ use crate::key::{ArtifactKey, ArtifactName, FilePath, OWN_FOLDER, Version};
 use crate::limits;
 use crate::manifest::{Manifest, ObjectIdentity};
 use crate::progress::Progress;
-use crate::transfer::{RateLimiter, Retry};
+use crate::rate_limiter::RateLimiter;
+use crate::runtime::blocking;
+use crate::transfer::Retry;
 use backend::{Options, RemoteLocation};
 use object_store::path::Path;
 use std::collections::{BTreeMap, BTreeSet};
@@ -416,10 +418,7 @@ impl Folder {
             return Ok(None);
         };
         // Parsing a manifest of many files takes long enough to block an async thread.
-        let manifest = tokio::task::spawn_blocking(move || Manifest::from_bytes(&bytes)).await;
-        let manifest =
-            manifest.map_err(|cause| Error::new(ErrorKind::Other, "reading a manifest was cut short").cause(cause))?;
-        let manifest = manifest.map_err(|error| error.hint(REPAIR))?;
+        let manifest = blocking(move || Manifest::from_bytes(&bytes)).await.map_err(|error| error.hint(REPAIR))?;
         // A copied folder carries the manifest of its original.
         if manifest.key != self.key {
             return Err(Error::corrupt(format!("the manifest belongs to {}", manifest.key)).hint(REPAIR));

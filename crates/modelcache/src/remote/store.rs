@@ -228,7 +228,7 @@ impl Store {
 
     /// Returns ETag and size of an object, or `None` if it does not exist.
     pub(super) async fn head(&self, key: &Path) -> Result<Option<ObjectIdentity>> {
-        let doing = format!("cannot look at {key}");
+        let doing = format!("cannot examine {key}");
         self.retry
             .run(|| async {
                 let answer = self.present(self.backend.objects().head(key).await, &doing).await?;
@@ -240,7 +240,7 @@ impl Store {
     /// Returns the modification time of an object in milliseconds since the Unix epoch by the store's clock, or `None`
     /// if the object does not exist. Not retried.
     pub(super) async fn written_at_ms(&self, key: &Path) -> Result<Option<i64>> {
-        let doing = format!("cannot look at {key}");
+        let doing = format!("cannot examine {key}");
         let answer = self.present(self.backend.objects().head(key).await, &doing).await?;
         Ok(answer.map(|meta| meta.last_modified.timestamp_millis()))
     }
@@ -324,7 +324,7 @@ impl Store {
 
     /// Returns the checksums of an object, or `None` if it does not exist or the backend states none.
     pub(super) async fn stored_checksums(&self, key: &Path) -> Result<Option<StoredChecksums>> {
-        let doing = format!("cannot look at {key}");
+        let doing = format!("cannot examine {key}");
         let ask = || async { self.present(self.backend.stored_checksums(key).await, &doing).await };
         self.retry.run(ask).await.map(Option::flatten)
     }

@@ -14,6 +14,7 @@ use crate::key::FilePath;
 use crate::ladder::PartHasher;
 use crate::manifest::ObjectIdentity;
 use crate::progress::Progress;
+use crate::runtime::blocking;
 use bytes::Bytes;
 use object_store::path::Path;
 use std::fs::File;
@@ -197,11 +198,6 @@ impl Reader {
         }
         ensure_digest(expected, self.hasher.finish(), &self.path)
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|cause| Error::new(ErrorKind::Other, "reading a file was cut short").cause(cause))?
 }
 
 pub(super) fn open(path: &LocalFile) -> Result<File> {

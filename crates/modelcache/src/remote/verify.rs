@@ -12,7 +12,7 @@ use crate::key::{ArtifactKey, FilePath};
 use crate::ladder::{LadderHasher, part_size};
 use crate::manifest::{FileEntry, ObjectIdentity};
 use crate::progress::{Phase, Progress};
-use crate::transfer::RateLimiter;
+use crate::rate_limiter::RateLimiter;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 

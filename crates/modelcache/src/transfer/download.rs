@@ -20,6 +20,7 @@ use crate::key::FilePath;
 use crate::ladder::{Ladder, part_size};
 use crate::manifest::{FileEntry, FileIdentity};
 use crate::progress::Progress;
+use crate::runtime::blocking;
 use crate::source::Source;
 use futures::{StreamExt, TryStreamExt, stream};
 use rand::seq::SliceRandom;
@@ -461,14 +462,6 @@ fn next_part(task: &PartTask, queue: &mut PartQueue, request_bytes: u64, is_idle
 /// Converts the outcome of a part's task, which may have panicked.
 fn part_result(ended: Result<Result<(), PartFailure>, tokio::task::JoinError>) -> Result<(), PartFailure> {
     ended.map_err(|cause| Error::new(ErrorKind::Other, "a part's task ended unexpectedly").cause(cause))?
-}
-
-/// Runs disk work or hashing off the async threads.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(outcome) => outcome,
-        Err(cause) => Err(Error::new(ErrorKind::Other, "background work ended unexpectedly").cause(cause)),
-    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,6 @@
 //! second connection (`hedge.rs`).
 
 use super::answer::StallDetector;
-use super::blocking;
 use super::buffer::{Buffer, SLICE_BYTES};
 use super::download::{DownloadFile, Failures, LocalBytes, PartFailure};
 use super::engine::Engine;
@@ -19,6 +18,7 @@ use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::key::FilePath;
 use crate::ladder::{Ladder, PartHasher};
 use crate::progress::Progress;
+use crate::runtime::blocking;
 use crate::source::Source;
 use bytes::Bytes;
 use futures::stream::BoxStream;

@@ -4,11 +4,12 @@
 //! followed inside the folder only.
 
 use super::{Backend, Copied, Copy, EndpointContext, WalkedFiles, failure};
+use crate::check::{Area, Check, Clock};
 use crate::config::RemoteConfig;
-use crate::doctor::{Area, Check, Clock};
 use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::ladder::PartHasher;
 use crate::remote::upload::{SLICE_BYTES, Upload, changed, ensure_digest, open, unreadable};
+use crate::runtime::blocking;
 use async_trait::async_trait;
 use futures::TryStreamExt;
 use object_store::list::PaginatedListResult;
@@ -55,18 +56,17 @@ impl FolderBackend {
     async fn link(&self, copy: &Copy<'_>) -> Result<()> {
         let (source, target) = (self.file(copy.from)?, self.file(copy.to)?);
         let (staging, root) = (self.file(copy.staging)?, self.root.clone());
-        let linked = tokio::task::spawn_blocking(move || {
+        let link = move || {
             std::fs::create_dir_all(&staging)?;
             // `hard_link` does not replace an existing target, so link to a temporary name and rename it.
-            let temporary = staging.join(format!("{UNFINISHED}{:016x}", rand::random::<u64>()));
+            let temporary = temporary_in(&staging);
             std::fs::hard_link(&source, &temporary)?;
             let placed = rename_durably(&temporary, &target, &root);
             // If both names are links to the same file, `rename` does nothing and the temporary name stays.
             let _ = std::fs::remove_file(&temporary);
             placed
-        });
-        let cut_short = |cause| Error::new(ErrorKind::Other, "linking was cut short").cause(cause);
-        linked.await.map_err(cut_short)?.map_err(|cause| Error::new(ErrorKind::Other, "cannot link").cause(cause))
+        };
+        blocking(move || link().map_err(|cause| Error::new(ErrorKind::Other, "cannot link").cause(cause))).await
     }
 }
 
@@ -118,8 +118,7 @@ impl Backend for FolderBackend {
     async fn put_file(&self, upload: &Upload, staging: &Path) -> Result<()> {
         let (target, staging) = (self.file(&upload.object)?, self.file(staging)?);
         let (upload, root, at) = (upload.clone(), self.root.clone(), self.at.clone());
-        let copied = tokio::task::spawn_blocking(move || copy_into(&upload, &target, &staging, &root, &at));
-        copied.await.map_err(|cause| Error::new(ErrorKind::Other, "copying was cut short").cause(cause))?
+        blocking(move || copy_into(&upload, &target, &staging, &root, &at)).await
     }
 
     async fn sweep_unfinished(&self, staging: &Path) {
@@ -139,9 +138,7 @@ impl Backend for FolderBackend {
             return Ok(Some(WalkedFiles::default()));
         }
         let (root, folder) = (self.root.clone(), self.root.join(base));
-        let walked = tokio::task::spawn_blocking(move || walk(&root, &folder)).await;
-        let cut_short = |cause| Error::new(ErrorKind::Other, "listing the remote was cut short").cause(cause);
-        match walked.map_err(cut_short)? {
+        match blocking(move || Ok(walk(&root, &folder))).await? {
             Ok(walked) => Ok(Some(walked)),
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 Ok(Some(WalkedFiles::default()))
@@ -182,6 +179,11 @@ impl Backend for FolderBackend {
     }
 }
 
+/// Returns a new name for a temporary file in `staging`.
+fn temporary_in(staging: &FsPath) -> PathBuf {
+    staging.join(format!("{UNFINISHED}{:016x}", rand::random::<u64>()))
+}
+
 /// Copies `upload` to `target` through a temporary file in `staging`. The temporary file is not beside the target,
 /// because its name could exceed the limit if the name of the target has the maximum length.
 fn copy_into(upload: &Upload, target: &FsPath, staging: &FsPath, root: &FsPath, at: &EndpointContext) -> Result<()> {
@@ -189,7 +191,7 @@ fn copy_into(upload: &Upload, target: &FsPath, staging: &FsPath, root: &FsPath, 
     let failed = |io: std::io::Error| failure::from_io(&io, &doing, at);
     let mut source = open(&upload.file)?;
     std::fs::create_dir_all(staging).map_err(failed)?;
-    let temporary = staging.join(format!("{UNFINISHED}{:016x}", rand::random::<u64>()));
+    let temporary = temporary_in(staging);
     let mut copy = File::create_new(&temporary).map_err(failed)?;
     // Verify, sync, rename: the target appears complete and durable, or not at all.
     let copied = copy_checked(&mut source, &mut copy, upload, failed)

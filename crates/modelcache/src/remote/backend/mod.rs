@@ -20,9 +20,9 @@ pub(crate) use s3::{fuzz_listing, fuzz_profile};
 
 use super::store::Store;
 use super::upload::Upload;
+use crate::check::{Check, Clock};
 use crate::config::RemoteConfig;
 use crate::digest::Digest;
-use crate::doctor::{Check, Clock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::ObjectIdentity;
 use async_trait::async_trait;

@@ -2,8 +2,8 @@
 
 use super::S3Backend;
 use super::credentials::CredentialSource;
+use crate::check::{Area, Check, Clock, in_time};
 use crate::config::{RemoteConfig, Secret};
-use crate::doctor::{Area, Check, Clock, in_time};
 use crate::error::Result;
 use crate::remote::doctor::RETRY;
 use object_store::aws::AmazonS3ConfigKey;

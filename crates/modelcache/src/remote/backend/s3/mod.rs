@@ -19,8 +19,8 @@ pub(in crate::remote) use settings::Options;
 pub(crate) use {http_client::fuzz as fuzz_listing, profile::fuzz as fuzz_profile};
 
 use super::{Backend, Copied, Copy, EndpointContext, MultipartUploads, StoredChecksums, failure};
+use crate::check::{Check, Clock};
 use crate::config::RemoteConfig;
-use crate::doctor::{Check, Clock};
 use crate::error::{Error, Result, Tier};
 use crate::reference::is_bucket_name;
 use crate::remote::store::Store;

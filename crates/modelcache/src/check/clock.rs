@@ -30,7 +30,7 @@ impl Clock {
     }
 
     /// Returns the check of the largest difference, or `None` if no server sent a date.
-    pub(super) fn check(&self) -> Option<Check> {
+    pub(crate) fn check(&self) -> Option<Check> {
         let differences = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (server, ahead) = differences.iter().max_by_key(|(_, ahead)| ahead.unsigned_abs())?;
         let off = Duration::from_secs(ahead.unsigned_abs());
@@ -59,7 +59,7 @@ fn http_date(text: &str) -> Option<SystemTime> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Gravity;
+    use crate::check::Gravity;
 
     #[test]
     fn http_dates_are_parsed() {
