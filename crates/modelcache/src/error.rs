@@ -118,8 +118,10 @@ struct Inner {
     hint: Option<String>,
     retry_after: Option<Duration>,
     transient: bool,
+    retry_within: Option<Duration>,
     superseded: bool,
-    throttled: bool,
+    /// The host that throttled the request.
+    throttled_by: Option<String>,
     cause: Option<Arc<dyn std::error::Error + Send + Sync + 'static>>,
 }
 
@@ -134,8 +136,9 @@ impl Error {
             hint: None,
             retry_after: None,
             transient: false,
+            retry_within: None,
             superseded: false,
-            throttled: false,
+            throttled_by: None,
             cause: None,
         }))
     }
@@ -212,16 +215,28 @@ impl Error {
         self
     }
 
-    /// Marks the error as throttling by the server.
+    /// Limits the time in which retries are worth while, counted from the first failure.
     #[must_use]
-    pub(crate) fn throttled(mut self) -> Self {
-        self.0.throttled = true;
+    pub(crate) fn retry_within(mut self, limit: Duration) -> Self {
+        self.0.retry_within = Some(limit);
         self
     }
 
-    /// Returns true if the server throttled the request, so that fewer concurrent requests would help.
-    pub(crate) fn is_throttled(&self) -> bool {
-        self.0.throttled
+    /// Returns the time in which retries are worth while, if it is limited.
+    pub(crate) fn retry_limit(&self) -> Option<Duration> {
+        self.0.retry_within
+    }
+
+    /// Marks the error as throttling by `host`.
+    #[must_use]
+    pub(crate) fn throttled(mut self, host: impl Into<String>) -> Self {
+        self.0.throttled_by = Some(host.into());
+        self
+    }
+
+    /// Returns the host that throttled the request. Fewer concurrent requests to it would help.
+    pub(crate) fn throttled_by(&self) -> Option<&str> {
+        self.0.throttled_by.as_deref()
     }
 
     /// Marks the error as caused by changed content at the source. Resolving the reference again may help; retrying the

@@ -111,6 +111,97 @@ fn a_lasting_failure_of_s3_is_reported_and_the_origin_serves() {
     });
 }
 
+/// Each definite answer of a store ends a put with its own exit code, the server's message and a remedy. It is not
+/// retried.
+#[test]
+fn a_definite_answer_of_s3_ends_a_put_at_once() {
+    let house = house();
+    let rows = [
+        (403, "QuotaExceeded", "the quota of the user is used up", 6, "raise its quota"),
+        (507, "XMinioStorageFull", "minimum free drive threshold", 6, "free space"),
+        (507, "", "", 6, "free space"),
+        (403, "SecondLevelDomainForbidden", "use virtual hosted style", 2, "path_style = false"),
+        (400, "InvalidRequest", "Content-MD5 OR x-amz-checksum- header is required", 2, "checksum_algorithm"),
+        (400, "KeyTooLongError", "too long", 7, "refuses the request itself"),
+        (405, "MethodNotAllowed", "not here", 7, "refuses the request itself"),
+        (403, "AccessDenied", "not authorized to perform: kms:GenerateDataKey", 4, "kms:GenerateDataKey to write"),
+        (403, "AccessDenied", "denied by policy", 4, "s3:PutObject"),
+        (403, "AccountSuspended", "unpaid", 4, "owner of the account"),
+    ];
+    for (at, (status, code, message, exit, remedy)) in rows.into_iter().enumerate() {
+        house.s3.faults().clear();
+        let hits = house.s3.faults().add(S3Fault::error(status, code, message).method("PUT"));
+        house.on(&format!("d{at}")).run(["put", "p@1", "mine"]).failed(exit, &["p@1", code, message, remedy]);
+        // The claim is tried, and then withdrawn in case the request had arrived.
+        assert!(hits.count() <= 2, "{code}: tried {} times", hits.count());
+    }
+}
+
+/// An object that a listing names is there. A 403 to its GET is reported with the server's message, and no copy of it is
+/// taken for missing or for the work of another tool.
+#[test]
+fn an_object_that_is_listed_and_cannot_be_read_is_not_missing() {
+    let house = house();
+    house.on("b").run(["get", "hf://org/model"]).path_saying(&["to remote"]);
+    let keys = house.s3.keys(BUCKET);
+    for (status, code, message, exit) in [
+        (403, "AccessDenied", "not authorized to perform: kms:Decrypt", 4),
+        (403, "AccessDenied", "download cap exceeded", 4),
+        (403, "InvalidObjectState", "the operation is not valid for the object's storage class", 7),
+        (400, "InvalidRequest", "stored using a form of Server Side Encryption", 4),
+    ] {
+        house.s3.faults().clear();
+        house.s3.faults().add(S3Fault::error(status, code, message).on("manifest.json").method("GET"));
+        house.on("c").run(["get", "m@1"]).failed(exit, &["m@1", code, message]);
+        let served = house.on("c").run(["get", "hf://org/model"]);
+        assert!(!served.stderr.contains("remove"), "{served}");
+        assert_model(&served.path_saying(&["the remote", message, "from origin"]));
+        assert_eq!(house.s3.keys(BUCKET), keys, "nothing is written over what cannot be read");
+        fs::remove_dir_all(house.path("c")).unwrap();
+    }
+}
+
+/// One stated wait pauses all requests to a host, and costs one retry: the usual budget has 32.
+#[test]
+fn a_rate_limit_is_waited_out_once_for_all_files() {
+    let house = House::new();
+    let names: Vec<_> = (0..120).map(|at| format!("d/{at:03}.json")).collect();
+    let commit = house.hub.repo("org/many").commit();
+    names.iter().fold(commit, |commit, name| commit.plain(name, name.as_str())).publish().unwrap();
+    let hits = house.hub.faults().add(HubFault::rate_limit(2).on("/resolve/").after_skipping(40).times(4));
+    house.on_local("a").run(["get", "hf://org/many"]).path_saying(&["from origin"]);
+    assert!(hits.count() > 0);
+    let sent = house.hub.body_gets();
+    assert_eq!(sent.len(), names.len(), "each file was sent once");
+}
+
+/// Small files whose bytes arrived before the failure are resumed with.
+#[test]
+fn a_failed_get_of_many_small_files_keeps_what_arrived() {
+    let house = House::new();
+    let names: Vec<_> = (0..120).map(|at| format!("d/{at:03}.json")).collect();
+    let commit = house.hub.repo("org/many").commit();
+    names.iter().fold(commit, |commit, name| commit.plain(name, name.as_str())).publish().unwrap();
+    house.hub.faults().add(HubFault::status(403).on("/resolve/").after_skipping(60));
+    house.on_local("a").run(["get", "hf://org/many"]).failed(4, &["hf://org/many"]);
+    house.hub.faults().clear();
+    house.on_local("a").run(["get", "hf://org/many"]).path();
+    assert_eq!(house.hub.body_gets().len(), names.len(), "no file was sent twice");
+}
+
+#[test]
+fn credentials_with_a_line_break_are_trimmed_or_refused_by_name() {
+    let house = house();
+    let (key, secret) = (house.s3.access_key(), house.s3.secret_key());
+    let trimmed = house
+        .on("a")
+        .env("AWS_ACCESS_KEY_ID", format!("{key}\n"))
+        .env("AWS_SECRET_ACCESS_KEY", format!("{secret}\r\n"));
+    assert_model(&trimmed.run(["get", "m@1"]).path_saying(&["from remote"]));
+    let broken = house.on("b").env("AWS_SESSION_TOKEN", "a\nb");
+    broken.run(["get", "m@1"]).failed(4, &["AWS_ACCESS_KEY_ID", "session token", "line break"]);
+}
+
 /// Without `s3:ListBucket`, S3 answers 403 for a missing object. A get therefore takes 403 for a miss, with a warning.
 #[test]
 fn access_denied_is_a_miss_with_a_warning_for_a_get_and_an_error_for_a_put() {

@@ -9,7 +9,9 @@ pub(super) use crate::config::one_segment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::printable;
-use crate::transfer::{BodyLimits, check_headers, content_range, read_body};
+use crate::transfer::{
+    BodyLimits, Pauses, Retry, check_headers, content_range, read_body, tls_error, with_lookup_deadline,
+};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
@@ -31,18 +33,20 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(24 * 3600);
 pub(super) struct Http {
     client: OnceCell<Client>,
     read_timeout: Duration,
+    pauses: Pauses,
 }
 
 impl Http {
-    /// Creates a client that waits for at most `read_timeout` for the first byte of a response and between bytes.
-    pub(super) fn new(read_timeout: Duration) -> Self {
-        Self { client: OnceCell::new(), read_timeout }
+    /// Creates a client with the timeouts of `retry`. It sends nothing to a host that asked for a pause.
+    pub(super) fn new(retry: &Retry) -> Self {
+        Self { client: OnceCell::new(), read_timeout: retry.read_timeout(), pauses: retry.pauses().clone() }
     }
 
     /// Sends one GET without following redirects. Requests the body as stored, without compression.
     pub(super) async fn get(&self, url: &Url, mut headers: HeaderMap) -> Result<Response> {
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         let request = self.client().await?.get(url.clone()).headers(headers);
+        self.pauses.wait(&Server(url).to_string()).await;
         let response = request.send().await.map_err(|error| transport_error(error, url))?;
         tracing::debug!(server = %Server(url), path = url.path(), status = response.status().as_u16(), "GET");
         Ok(response)
@@ -52,7 +56,7 @@ impl Http {
     pub(super) async fn follow(&self, mut url: Url, request: Request<'_>) -> Result<Answer> {
         let mut home_headers = HeaderMap::new();
         for _ in 0..=limits::REDIRECTS_MAX {
-            let at_home = same_origin(&url, request.home);
+            let at_home = same_origin(&url, request.home) || is_upgrade(request.home, &url);
             // Checked for every hop, before anything is sent to it.
             if request.same_origin_only && !at_home {
                 return Err(cross_origin_error("redirects a request for metadata", request.home, &url));
@@ -134,7 +138,8 @@ pub(super) struct Answer {
 /// be sent.
 pub(super) fn cross_origin_error(what: &str, home: &Url, url: &Url) -> Error {
     let (from, to) = (Server(home), Server(url));
-    Error::corrupt(format!("{from} {what} to {to}; not followed"))
+    Error::invalid(format!("{from} {what} to {to}; not followed"))
+        .hint(format!("if {to} is the right server, set it as the endpoint (for the Hub: HF_ENDPOINT={to})"))
 }
 
 /// Returns the `Range` header for `range`, which must not be empty.
@@ -174,6 +179,13 @@ pub(super) fn same_origin(a: &Url, b: &Url) -> bool {
     a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
 }
 
+/// Returns true if `url` is on the host of `home`, with TLS where `home` has none. The credential is safer there.
+fn is_upgrade(home: &Url, url: &Url) -> bool {
+    (home.scheme(), url.scheme()) == ("http", "https")
+        && home.host() == url.host()
+        && (url.port() == home.port() || url.port().is_none())
+}
+
 /// Returns the target of a redirect: `location`, resolved against `from`.
 ///
 /// # Errors
@@ -204,11 +216,10 @@ pub(super) fn transport_error(error: reqwest::Error, url: &Url) -> Error {
     // The client's own message ("error sending request") adds nothing to its cause.
     let server = Server(url);
     let why = std::error::Error::source(&error).map_or_else(|| error.to_string(), error_chain);
-    // The TLS library reports certificate problems only as text.
-    if why.contains("certificate") {
-        return Error::unavailable(format!("{server} is not trusted")).transient(false).cause(why).hint(
-            "install the system's root certificates (ca-certificates), or set SSL_CERT_FILE to a file with them",
-        );
+    const ROOTS: &str =
+        "install the system's root certificates (ca-certificates), or set SSL_CERT_FILE to a file with them";
+    if let Some(untrusted) = tls_error(&server.to_string(), &why, ROOTS) {
+        return untrusted;
     }
     if error.is_builder() {
         // The address was parsed before, or came from a redirect.
@@ -225,7 +236,7 @@ pub(super) fn transport_error(error: reqwest::Error, url: &Url) -> Error {
         _ => format!("the connection to {server} broke"),
     };
     let wants_password = why.contains("authorization required");
-    let failed = Error::unavailable(what).cause(why);
+    let failed = with_lookup_deadline(Error::unavailable(what).cause(why.clone()), &why);
     match proxy {
         Some(_) if wants_password => failed
             .transient(false)
@@ -419,7 +430,7 @@ impl ErrorResponse {
             _ => Error::unavailable(what).transient(false),
         };
         // Both statuses make the limiter send fewer concurrent requests.
-        let error = if matches!(self.status.as_u16(), 429 | 503) { error.throttled() } else { error };
+        let error = if matches!(self.status.as_u16(), 429 | 503) { error.throttled(server.to_string()) } else { error };
         match self.wait {
             Some(wait) if error.is_transient() => error.retry_after(wait),
             _ => error,

@@ -76,7 +76,7 @@ impl Origin for Arc<Hub> {
 impl Hub {
     /// Creates a client. Sends no request.
     fn new(config: HubConfig, retry: Retry) -> Self {
-        Self { config, http: Http::new(retry.read_timeout()), retry }
+        Self { config, http: Http::new(&retry), retry }
     }
 
     /// Requests the account of the token. The endpoint answers with and without a token.

@@ -119,7 +119,7 @@ impl Web {
     pub(super) fn new(credentials: Credentials, retry: Retry) -> Self {
         Self {
             credentials,
-            http: Http::new(retry.read_timeout()),
+            http: Http::new(&retry),
             retry,
             recent: Mutex::default(),
             netrc_warning_logged: AtomicBool::new(false),

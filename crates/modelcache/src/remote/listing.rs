@@ -236,7 +236,7 @@ async fn below_prefix(store: &Store, address: &Address) -> Result<AddressLookup>
         listing.check_size().map(|()| true)
     });
     if !permitted.await? {
-        store::warn_ambiguous(store.at());
+        store::warn_ambiguous(store.at(), None);
         return Ok(AddressLookup::Nothing);
     }
     if let Some(record) = record {

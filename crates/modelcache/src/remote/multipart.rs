@@ -6,7 +6,7 @@
 
 use super::store::Store;
 use crate::digest::Digest;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, Tier};
 use crate::ladder::PartHasher;
 use crate::manifest::ObjectIdentity;
 use crate::progress::Progress;
@@ -262,28 +262,33 @@ impl Multipart {
         let parts: Option<Vec<_>> = std::mem::take(&mut self.sent).into_iter().map(part).collect();
         let parts = parts.ok_or_else(|| Error::new(ErrorKind::Other, "a part was not sent"))?;
         let uploads = self.store.uploads()?;
-        // A failed attempt may have completed the upload without an answer. A later attempt then gets 404 for the
-        // upload id, and the object is checked below.
+        // A failed attempt may have completed the upload without an answer. A later attempt is then refused (404 for the
+        // upload id; some stores answer 403), and the object is checked below.
         let was_tried = AtomicBool::new(false);
         let put = || async {
             match uploads.complete(key, id, parts.clone()).await {
-                Ok(etag) => Ok(Some(etag)),
-                Err(error) => match self.store.failed_write(error, &doing).await {
-                    error if error.kind() == ErrorKind::NotFound && was_tried.load(Ordering::Relaxed) => Ok(None),
-                    error => {
-                        was_tried.store(true, Ordering::Relaxed);
-                        Err(error)
-                    }
-                },
+                Ok(etag) => Ok(Ok(etag)),
+                Err(error) => {
+                    let error = self.store.failed(error, &doing).await;
+                    let is_refused = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Unauthorized);
+                    let was_tried = was_tried.swap(true, Ordering::Relaxed);
+                    if is_refused && was_tried { Ok(Err(error)) } else { Err(error) }
+                }
             }
         };
-        if let Some(etag @ Some(_)) = self.store.retry().run(put).await? {
-            return Ok(ObjectIdentity { etag, object_bytes: self.size });
-        }
-        // No ETag in the answer, or completed by an earlier attempt: read the object's identity.
+        let refusal = match self.store.retry().run(put).await? {
+            Ok(etag @ Some(_)) => return Ok(ObjectIdentity { etag, object_bytes: self.size }),
+            // No ETag in the answer: read the object's identity.
+            Ok(None) => None,
+            Err(refusal) => Some(refusal),
+        };
         match self.store.head(key).await? {
             Some(identity) if identity.object_bytes == self.size => Ok(identity),
-            _ => Err(Error::unavailable(format!("{doing}: the multipart upload no longer exists"))),
+            _ => {
+                let gone =
+                    Error::unavailable(format!("{doing}: the multipart upload no longer exists")).tier(Tier::Remote);
+                Err(refusal.map_or_else(|| gone.clone(), |refusal| gone.clone().cause(refusal)))
+            }
         }
     }
 

@@ -38,6 +38,8 @@ pub(super) struct Store {
     retry: Retry,
     /// The first refusal of a write because of a missing permission.
     refusal: OnceLock<Error>,
+    /// Set once the store has refused to list.
+    listing_is_denied: AtomicBool,
 }
 
 impl fmt::Debug for Store {
@@ -85,11 +87,11 @@ pub(super) enum ReadBody {
 impl Store {
     /// Sets up the clients without sending a request. Blocks while it reads AWS files and root certificates.
     pub(super) fn open(config: &RemoteConfig, place: &RemoteLocation, options: &Options, retry: Retry) -> Result<Self> {
-        Ok(Self::new(backend::open(config, place, options, retry.read_timeout())?, retry))
+        Ok(Self::new(backend::open(config, place, options, &retry)?, retry))
     }
 
     pub(super) fn new(backend: Arc<dyn Backend>, retry: Retry) -> Self {
-        Self { backend, retry, refusal: OnceLock::new() }
+        Self { backend, retry, refusal: OnceLock::new(), listing_is_denied: AtomicBool::new(false) }
     }
 
     /// Returns the backend, for the operations that need neither retries nor translated errors.
@@ -175,24 +177,55 @@ impl Store {
         }
         let refusal = Error::new(ErrorKind::Unauthorized, error.message()).tier(Tier::Remote).hint(format!(
             "{}, or make the remote read-only: MODEL_CACHE_REMOTE_MODE=ro",
-            self.backend.write_permission_hint()
+            self.backend.write_permission_hint(&error)
         ));
         self.refusal.get_or_init(|| refusal.clone());
         refusal
     }
 
-    /// Returns `None` if the object does not exist, or if the answer is a 403 that S3 also sends for a missing object.
-    pub(super) async fn present<T>(&self, answer: object_store::Result<T>, doing: &str) -> Result<Option<T>> {
+    /// Returns `None` if the object does not exist, or if that cannot be told from a missing permission: without
+    /// `s3:ListBucket`, S3 answers 403 for a missing object, too.
+    ///
+    /// # Errors
+    /// `Unauthorized` with the server's answer if the object is listed and may not be read.
+    pub(super) async fn present<T>(
+        &self,
+        answer: object_store::Result<T>,
+        key: &Path,
+        doing: &str,
+    ) -> Result<Option<T>> {
         match answer {
             Ok(value) => Ok(Some(value)),
-            Err(error) if backend::is_ambiguous(&error) => {
-                warn_ambiguous(self.at());
-                Ok(None)
-            }
+            Err(error) if backend::is_ambiguous(&error) => match self.is_listed(key).await? {
+                Some(true) => Err(self.failed(error, doing).await),
+                Some(false) => Ok(None),
+                None => {
+                    warn_ambiguous(self.at(), Some(&self.failed(error, doing).await));
+                    Ok(None)
+                }
+            },
             Err(error) => match self.failed(error, doing).await {
                 error if error.kind() == ErrorKind::NotFound => Ok(None),
                 error => Err(error),
             },
+        }
+    }
+
+    /// Returns whether a listing names `key`, or `None` if listing is not permitted. Reads one page of the folder of
+    /// the object; `None` if the folder has more pages and the first one does not name it. Not retried.
+    async fn is_listed(&self, key: &Path) -> Result<Option<bool>> {
+        if self.listing_is_denied.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let folder = key.as_ref().rsplit_once('/').and_then(|(folder, _)| Path::parse(folder).ok());
+        match self.backend.list_page(folder.as_ref(), true, None).await {
+            Ok(page) if page.result.objects.iter().any(|object| object.location == *key) => Ok(Some(true)),
+            Ok(page) => Ok(page.page_token.is_none().then_some(false)),
+            Err(error) if backend::is_ambiguous(&error) => {
+                self.listing_is_denied.store(true, Ordering::Relaxed);
+                Ok(None)
+            }
+            Err(error) => Err(self.failed(error, "cannot list the remote").await),
         }
     }
 
@@ -204,7 +237,7 @@ impl Store {
         let doing = format!("cannot read {key}");
         self.retry
             .run(|| async {
-                let Some(answer) = self.present(self.backend.objects().get(key).await, &doing).await? else {
+                let Some(answer) = self.present(self.backend.objects().get(key).await, key, &doing).await? else {
                     return Ok(None);
                 };
                 let identity = identity(&answer.meta);
@@ -231,7 +264,7 @@ impl Store {
         let doing = format!("cannot examine {key}");
         self.retry
             .run(|| async {
-                let answer = self.present(self.backend.objects().head(key).await, &doing).await?;
+                let answer = self.present(self.backend.objects().head(key).await, key, &doing).await?;
                 Ok(answer.map(|meta| identity(&meta)))
             })
             .await
@@ -241,7 +274,7 @@ impl Store {
     /// if the object does not exist. Not retried.
     pub(super) async fn written_at_ms(&self, key: &Path) -> Result<Option<i64>> {
         let doing = format!("cannot examine {key}");
-        let answer = self.present(self.backend.objects().head(key).await, &doing).await?;
+        let answer = self.present(self.backend.objects().head(key).await, key, &doing).await?;
         Ok(answer.map(|meta| meta.last_modified.timestamp_millis()))
     }
 
@@ -325,7 +358,7 @@ impl Store {
     /// Returns the checksums of an object, or `None` if it does not exist or the backend states none.
     pub(super) async fn stored_checksums(&self, key: &Path) -> Result<Option<StoredChecksums>> {
         let doing = format!("cannot examine {key}");
-        let ask = || async { self.present(self.backend.stored_checksums(key).await, &doing).await };
+        let ask = || async { self.present(self.backend.stored_checksums(key).await, key, &doing).await };
         self.retry.run(ask).await.map(Option::flatten)
     }
 
@@ -461,13 +494,15 @@ pub(super) fn identity(meta: &ObjectMeta) -> ObjectIdentity {
     ObjectIdentity { etag: meta.e_tag.clone(), object_bytes: meta.size }
 }
 
-/// Warns about ambiguous 403 answers. Once per process, because the bucket answers so for every missing object.
-pub(super) fn warn_ambiguous(at: &EndpointContext) {
+/// Warns about ambiguous 403 answers, and quotes the answer. Once per process, because the bucket answers so for every
+/// missing object.
+pub(super) fn warn_ambiguous(at: &EndpointContext, answer: Option<&Error>) {
     static WARNED: AtomicBool = AtomicBool::new(false);
     if !WARNED.swap(true, Ordering::Relaxed) {
         tracing::warn!(
             bucket = at.container,
-            "the remote answers 403 where an object may just be missing; treating it as missing. The credentials may lack s3:ListBucket or s3:GetObject; objects of other tools are found with s3:ListBucket only"
+            answer = answer.map(Error::message),
+            "the remote answers 403 for an object that may just be missing, and listing is not permitted; the object is treated as missing. Grant s3:ListBucket, and s3:GetObject if the object exists"
         );
     }
 }

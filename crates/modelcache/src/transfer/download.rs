@@ -22,13 +22,15 @@ use crate::manifest::{FileEntry, FileIdentity};
 use crate::progress::Progress;
 use crate::runtime::blocking;
 use crate::source::Source;
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use rand::seq::SliceRandom;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 /// Maximum number of parts between the in-order hash and the part to request next. Parts that arrive early are read
 /// back for hashing, and the bound makes it likely that they are still in the page cache.
@@ -36,6 +38,9 @@ const HASH_LAG_PARTS_MAX: u64 = 64;
 /// Maximum number of received parts that may wait for the in-order hash if hashing is slower than the network. Does not
 /// apply to a resumed file: its parts were received long ago.
 const UNHASHED_PARTS_MAX: usize = 8;
+/// How long a failed download waits for the files whose bytes are on the way. A file of one part is kept for the next
+/// fill only if it is complete.
+const SEAL_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Interval for checking whether the in-order hash has caught up.
 const HASH_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
@@ -139,8 +144,26 @@ impl Downloader {
         let run = DownloadRun { purpose, bytes, is_alone: files.len() == 1 };
         // In a random order, so that not all nodes of a fleet begin with the same file.
         files.shuffle(&mut rand::rng());
-        let downloads: Vec<_> = files.into_iter().map(|file| self.download_file(file, run, progress)).collect();
-        stream::iter(downloads).buffer_unordered(self.engine.limiter.concurrent_files_max()).try_collect().await
+        let (mut waiting, mut running) = (files.into_iter(), FuturesUnordered::new());
+        let files_max = self.engine.limiter.concurrent_files_max();
+        let (mut downloaded, mut failure) = (Vec::new(), None);
+        loop {
+            while failure.is_none() && running.len() < files_max {
+                let Some(file) = waiting.next() else { break };
+                running.push(self.download_file(file, run, progress));
+            }
+            // After a failure, files whose bytes have arrived are still sealed, so that the next fill resumes with them.
+            let ended = match &failure {
+                None => running.next().await,
+                Some((_, end)) => tokio::time::timeout_at(*end, running.next()).await.ok().flatten(),
+            };
+            match ended {
+                Some(Ok(file)) => downloaded.push(file),
+                Some(Err(error)) if failure.is_none() => failure = Some((error, Instant::now() + SEAL_WAIT_MAX)),
+                Some(Err(_)) => {}
+                None => return failure.map_or(Ok(downloaded), |(error, _)| Err(error)),
+            }
+        }
     }
 
     /// Downloads one file and records the outcome for its readers.
@@ -473,6 +496,7 @@ mod tests {
     use crate::source::Body;
     use async_trait::async_trait;
     use bytes::Bytes;
+    use futures::stream;
     use std::collections::VecDeque;
     use std::ops::Range;
 

@@ -3,7 +3,7 @@
 //! `Downloader` is the entry point. `download.rs` runs the files of one fill, `part.rs` one range of a file, and
 //! `workers.rs` hashes and writes slices. `limiter.rs`, `hedge.rs` and `order.rs` decide how many requests run, which
 //! one gets a second connection, and in which order parts are requested; they do no I/O. `retry.rs` holds the only
-//! retry policy. `partial_file.rs` connects a download with the readers of a file that is not complete yet.
+//! retry policy, and `pauses.rs` the waits that servers ask for. `partial_file.rs` connects a download with the readers of a file that is not complete yet.
 
 mod answer;
 mod buffer;
@@ -12,11 +12,13 @@ mod download;
 mod engine;
 mod hedge;
 mod limiter;
+mod network_failure;
 mod order;
 mod paging;
 mod part;
 mod part_sink;
 mod partial_file;
+mod pauses;
 mod retry;
 mod workers;
 
@@ -24,8 +26,10 @@ pub(crate) use answer::{BodyLimits, Cut, StallDetector, check_headers, content_r
 pub(crate) use cleanup::spawn_cleanup;
 pub use cleanup::wait_for_cleanup;
 pub(crate) use download::{DownloadFile, DownloadedFile, Downloader};
+pub(crate) use network_failure::{tls_error, with_lookup_deadline};
 pub(crate) use paging::Paging;
 pub(crate) use part_sink::{CompletedPart, PartSink};
 pub(crate) use partial_file::{PartialFile, PartialFiles, PartialReader, ReadGate};
+pub(crate) use pauses::Pauses;
 pub(crate) use retry::within;
 pub use retry::{Attempts, Retry};

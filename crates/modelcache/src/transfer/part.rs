@@ -140,7 +140,7 @@ impl PartTask {
                     Err(PartFailure::Failed(error)) => error,
                     Err(other) => return Err(other),
                 };
-                if error.is_throttled() {
+                if error.throttled_by().is_some() {
                     self.engine.limiter.record_throttled();
                 }
                 // Wrong bytes are fetched once more from the same source, without a pause. A copy that is too short is
@@ -332,9 +332,18 @@ impl<'a> ResponseReader<'a> {
         Error::unavailable(format!("no bytes for {seconds} s")).tier(self.source.tier())
     }
 
-    /// Waits for the beginning of the response, for at most the read timeout.
+    /// Waits for the beginning of the response, for at most the read timeout. The timeout does not count while the
+    /// request is held back because its host asked for a pause.
     async fn first<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
-        tokio::time::timeout(self.task.retry.read_timeout(), answer).await.map_err(|_| self.silence_error())?
+        let (timeout, pauses) = (self.task.retry.read_timeout(), self.task.retry.pauses());
+        let mut answer = std::pin::pin!(answer);
+        loop {
+            match tokio::time::timeout(timeout, &mut answer).await {
+                Ok(answer) => return answer,
+                Err(_) if pauses.any_within(timeout) => {}
+                Err(_) => return Err(self.silence_error()),
+            }
+        }
     }
 
     /// Returns the next bytes, which belong at offset `position`; `None` at the end.

@@ -4,6 +4,7 @@
 //! may be a tenth of all requests, plus an initial allowance so that an idle process can retry at all. Retry loops are
 //! never nested: a source does not retry the reads that the downloader retries.
 
+use super::pauses::Pauses;
 use crate::config::RetryConfig;
 use crate::error::{Error, Result};
 use std::future::Future;
@@ -22,6 +23,9 @@ const REQUEST_EARNS: i64 = 1;
 const RETRY_COST: i64 = 10;
 /// Initial and maximum number of tokens: an idle process may spend them at once (32 retries).
 const TOKENS_MAX: i64 = 320;
+/// The time in which waits that a server states are waited out, in deadlines. The Hub limits requests in windows of five
+/// minutes, and the usual deadline is one minute.
+const STATED_WAITS_DEADLINES: u32 = 6;
 /// Time since the first failure after which a wait is reported at log level info.
 const REPORT_AFTER: Duration = Duration::from_secs(2);
 /// Minimum time between two such reports.
@@ -41,11 +45,12 @@ pub(crate) async fn within<T>(limit: Duration, work: impl Future<Output = T>) ->
     tokio::time::timeout_at(end, RETRY_DEADLINE.scope(end - limit / 8, work)).await.ok()
 }
 
-/// The retry policy. Clones share one budget.
+/// The retry policy. Clones share one budget, and the pauses that servers ask for.
 #[derive(Debug, Clone)]
 pub struct Retry {
     config: RetryConfig,
     tokens: Arc<AtomicI64>,
+    pauses: Pauses,
     /// Time of the last report of a wait at log level info.
     last_report: Arc<Mutex<Option<Instant>>>,
 }
@@ -61,12 +66,22 @@ pub struct Attempts {
 impl Retry {
     /// Creates a policy with a full budget.
     pub fn new(config: RetryConfig) -> Self {
-        Self { config, tokens: Arc::new(AtomicI64::new(TOKENS_MAX)), last_report: Arc::default() }
+        Self {
+            config,
+            tokens: Arc::new(AtomicI64::new(TOKENS_MAX)),
+            pauses: Pauses::default(),
+            last_report: Arc::default(),
+        }
     }
 
     /// Returns the longest wait for the next bytes of a silent server.
     pub fn read_timeout(&self) -> Duration {
         self.config.read_timeout
+    }
+
+    /// Returns the pauses, for clients that send requests.
+    pub(crate) fn pauses(&self) -> &Pauses {
+        &self.pauses
     }
 
     /// Starts counting the attempts of one request.
@@ -138,7 +153,12 @@ impl Attempts {
         if !error.is_transient() {
             return None;
         }
-        let deadline = *self.first_failure.get_or_insert(now) + self.retry.config.deadline;
+        let usual = self.retry.config.deadline;
+        let limit = match (error.wait(), error.retry_limit()) {
+            (Some(_), _) => usual.saturating_mul(STATED_WAITS_DEADLINES),
+            (None, limit) => limit.map_or(usual, |limit| limit.min(usual)),
+        };
+        let deadline = *self.first_failure.get_or_insert(now) + limit;
         let deadline = RETRY_DEADLINE.try_with(|end| deadline.min(*end)).unwrap_or(deadline);
         let backoff = FIRST_BACKOFF.saturating_mul(1 << self.failures.min(16)).min(BACKOFF_MAX);
         // Full jitter: clients that failed together must not retry together.
@@ -151,7 +171,10 @@ impl Attempts {
             return None;
         }
         self.failures += 1;
-        self.retry.pay().then_some(wait)
+        // A wait that the host has stated to another request, too, is paid once.
+        let is_new =
+            error.throttled_by().zip(error.wait()).is_none_or(|(host, wait)| self.retry.pauses.begin(host, wait));
+        (!is_new || self.retry.pay()).then_some(wait)
     }
 }
 

@@ -59,7 +59,7 @@ pub(super) fn authority(url: &Url) -> String {
 impl Mlflow {
     /// Creates a client. Sends no request.
     pub(super) fn new(config: MlflowConfig, retry: Retry) -> Self {
-        Self { config, http: Http::new(retry.read_timeout()), retry }
+        Self { config, http: Http::new(&retry), retry }
     }
 
     /// Returns the name of the registry in keys; `None` if no usable one is configured.

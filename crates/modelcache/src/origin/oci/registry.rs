@@ -49,7 +49,7 @@ impl fmt::Debug for Registries {
 impl Registries {
     /// Creates a client. Sends no request.
     pub(super) fn new(config: OciConfig, retry: Retry) -> Self {
-        Self { config, http: Http::new(retry.read_timeout()), retry, authorizations: Default::default() }
+        Self { config, http: Http::new(&retry), retry, authorizations: Default::default() }
     }
 
     /// Returns the base URL of a registry: https, or plain http if configured or if the host is this machine.

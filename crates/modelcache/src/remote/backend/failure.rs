@@ -7,6 +7,7 @@
 
 use super::s3::Refusal;
 use crate::error::{Error, ErrorKind, FILE_SIZE_HINT, Tier};
+use crate::transfer::{tls_error, with_lookup_deadline};
 use object_store::client::{HttpError, HttpErrorKind};
 use std::error::Error as StdError;
 
@@ -106,16 +107,15 @@ pub(in crate::remote) fn translate(error: object_store::Error, doing: &str, at: 
 
 fn from_transport(http: &HttpError, doing: &str, at: &EndpointContext) -> Error {
     let reason = innermost(http);
-    if reason.contains("certificate") {
-        return Error::new(
-            ErrorKind::Unavailable,
-            format!("{doing}: {} cannot prove who it is: {reason}", at.endpoint),
-        )
-        .hint("name your own root certificates with AWS_CA_BUNDLE");
+    let roots = "name your own root certificates with AWS_CA_BUNDLE";
+    if let Some(untrusted) = tls_error(&format!("{doing}: {}", at.endpoint), &reason, roots) {
+        return untrusted;
     }
     match http.kind() {
-        HttpErrorKind::Connect => Error::unavailable(format!("{doing}: cannot connect to {}: {reason}", at.endpoint))
-            .hint("check the endpoint, the network and any proxy"),
+        HttpErrorKind::Connect => {
+            let failed = Error::unavailable(format!("{doing}: cannot connect to {}: {reason}", at.endpoint));
+            with_lookup_deadline(failed, &reason).hint("check the endpoint, the network and any proxy")
+        }
         _ => Error::unavailable(format!("{doing}: the connection to {} broke: {reason}", at.endpoint)),
     }
 }

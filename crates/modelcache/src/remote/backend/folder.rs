@@ -163,7 +163,7 @@ impl Backend for FolderBackend {
         failure::translate(error, doing, &self.at)
     }
 
-    fn write_permission_hint(&self) -> String {
+    fn write_permission_hint(&self, _error: &Error) -> String {
         format!("check owner and mode of the folder {}", self.at.container)
     }
 

@@ -25,6 +25,7 @@ use crate::config::RemoteConfig;
 use crate::digest::Digest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::ObjectIdentity;
+use crate::transfer::Retry;
 use async_trait::async_trait;
 use bytes::Bytes;
 use object_store::ObjectStore;
@@ -32,19 +33,19 @@ use object_store::list::PaginatedListResult;
 use object_store::multipart::PartId;
 use object_store::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 /// Sets up the backend of `place` without sending a request. Blocks while it reads AWS files and root certificates.
 pub(super) fn open(
     config: &RemoteConfig,
     place: &RemoteLocation,
     options: &Options,
-    read_timeout: Duration,
+    retry: &Retry,
 ) -> Result<Arc<dyn Backend>> {
     Ok(match place {
         RemoteLocation::Folder(folder) => Arc::new(folder::FolderBackend::open(folder)?),
         RemoteLocation::Bucket { bucket, prefix } => {
-            Arc::new(s3::S3Backend::open(config, bucket, prefix, options, read_timeout)?)
+            Arc::new(s3::S3Backend::open(config, bucket, prefix, options, retry)?)
         }
     })
 }
@@ -118,7 +119,7 @@ pub(super) trait Backend: Send + Sync {
     async fn explain(&self, error: object_store::Error, doing: &str) -> Error;
 
     /// Returns how to get the missing permission to write.
-    fn write_permission_hint(&self) -> String;
+    fn write_permission_hint(&self, error: &Error) -> String;
 
     /// Returns the region that the server reported, if it differs from the region that requests are signed for.
     fn reported_region(&self) -> Option<String> {

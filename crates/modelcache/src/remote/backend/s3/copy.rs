@@ -182,8 +182,8 @@ mod tests {
             environment: Environment(s3.env().into_iter().collect()),
         };
         let (options, retry) = (Options::parse(&config).expect("options"), Retry::new(RetryConfig::default()));
-        let timeout = retry.read_timeout();
-        let opened = tokio::task::spawn_blocking(move || S3Backend::open(&config, "models", "p q", &options, timeout));
+        let policy = retry.clone();
+        let opened = tokio::task::spawn_blocking(move || S3Backend::open(&config, "models", "p q", &options, &policy));
         let backend = Arc::new(opened.await.expect("ends").expect("opens"));
         (s3, Arc::new(Store::new(backend.clone(), retry)), backend)
     }

@@ -20,6 +20,7 @@ use reqsign_aws_core::{
     IMDSv2CredentialProvider, ProcessCredentialProvider, ProfileCredentialProvider, SSOCredentialProvider,
 };
 use reqsign_core::{CommandExecute, CommandOutput, Context, FileRead, HttpSend, ProvideCredential, StaticEnv};
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
@@ -101,9 +102,9 @@ impl Credentials {
         service: reqwest::Client,
     ) -> Self {
         let http = Http { service, metadata: Arc::default() };
-        let mut variables = environment.0.clone();
         // An empty variable counts as unset, as in the AWS tools.
-        variables.retain(|_, value| !value.is_empty());
+        let set = environment.0.keys().filter_map(|name| Some((name.clone(), environment.get(name)?.to_owned())));
+        let mut variables: HashMap<String, String> = set.collect();
         variables.insert("AWS_PROFILE".into(), profiles.name().to_owned());
         variables.entry("AWS_REGION".into()).or_insert_with(|| region.to_owned());
         // As the AWS tools do. The global endpoint of STS does not exist in some partitions.
@@ -241,6 +242,11 @@ impl Credentials {
 
     /// Returns the credentials of one provider, or `None` if it is not configured.
     async fn ask(&self, link: Link) -> std::result::Result<Option<Credential>, String> {
+        self.provided(link).await?.map(usable).transpose()
+    }
+
+    /// Returns the credentials of one provider as it states them.
+    async fn provided(&self, link: Link) -> std::result::Result<Option<Credential>, String> {
         let context = &self.context;
         let answer = match link {
             Link::Options => return Ok(self.fixed.clone()),
@@ -442,6 +448,23 @@ impl FoundCredentials {
         });
         Self { credential: Arc::new(to_store(&credential)), ends, renew_at, since: Instant::now() }
     }
+}
+
+/// Returns the credential without white space around its parts.
+///
+/// # Errors
+/// The reason if a part has a character that no credential has. It could not be sent in a header.
+fn usable(credential: Credential) -> std::result::Result<Credential, String> {
+    let checked = |part: &str, name: &str| match part.trim() {
+        trimmed if trimmed.chars().all(|c| c.is_ascii_graphic()) => Ok(trimmed.to_owned()),
+        _ => Err(format!("its {name} has a space, a line break or another character that no credential has")),
+    };
+    Ok(Credential {
+        access_key_id: checked(&credential.access_key_id, "access key id")?,
+        secret_access_key: checked(&credential.secret_access_key, "secret access key")?,
+        session_token: credential.session_token.map(|token| checked(&token, "session token")).transpose()?,
+        expires_in: credential.expires_in,
+    })
 }
 
 /// Converts a credential for `object_store`, and registers its secrets for redaction.

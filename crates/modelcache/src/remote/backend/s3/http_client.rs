@@ -13,7 +13,7 @@ use super::xml;
 use crate::error::{Error, Result, Tier};
 use crate::limits;
 use crate::remote::backend::LeftOut;
-use crate::transfer::{BodyLimits, Cut, check_headers, read_body};
+use crate::transfer::{BodyLimits, Cut, Pauses, Retry, check_headers, read_body};
 use async_trait::async_trait;
 use object_store::ClientOptions;
 use object_store::client::{
@@ -24,6 +24,10 @@ use std::time::Duration;
 
 /// Slowest upload that does not time out, in bytes per second. Its time is added to the read timeout.
 const UPLOAD_BYTES_PER_S_MIN: u64 = 64 * 1024;
+
+/// Added to the timeout of a request that completes a multipart upload. S3 states that it may take several minutes
+/// (<https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html>).
+const COMPLETION_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Request extension that adds this time to the timeout, for requests that take the server long.
 #[derive(Debug, Clone, Copy)]
@@ -38,11 +42,14 @@ pub(super) struct Connector(ObjectStoreHttp);
 struct ObjectStoreHttp {
     client: reqwest::Client,
     read_timeout: Duration,
+    pauses: Pauses,
+    /// The host of [`Pauses`].
+    endpoint: String,
 }
 
 impl Connector {
     /// Builds the client. Blocks while it loads root certificates.
-    pub(super) fn new(settings: &S3Settings, options: &Options, read_timeout: Duration) -> Result<Self> {
+    pub(super) fn new(settings: &S3Settings, options: &Options, retry: &Retry) -> Result<Self> {
         let failed = |cause| {
             Error::invalid("cannot set up the HTTP client of the remote")
                 .tier(Tier::Remote)
@@ -69,7 +76,12 @@ impl Connector {
             let excludes = options.proxy_excludes.as_deref().and_then(reqwest::NoProxy::from_string);
             builder = builder.proxy(reqwest::Proxy::all(address.expose()).map_err(failed)?.no_proxy(excludes));
         }
-        Ok(Self(ObjectStoreHttp { client: builder.build().map_err(failed)?, read_timeout }))
+        Ok(Self(ObjectStoreHttp {
+            client: builder.build().map_err(failed)?,
+            read_timeout: retry.read_timeout(),
+            pauses: retry.pauses().clone(),
+            endpoint: settings.endpoint_url(),
+        }))
     }
 
     /// Returns the plain client, without the timeouts and errors of this module.
@@ -104,9 +116,13 @@ impl HttpService for ObjectStoreHttp {
         let listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
         // The body of an object is streamed; it is the only GET without a query. Every other body is read into memory.
         let streams = request.method() == reqwest::Method::GET && request.uri().query().is_none();
-        let extra = request.extensions().get::<LongerTimeout>().map_or(Duration::ZERO, |patience| patience.0);
+        let completes = request.method() == reqwest::Method::POST
+            && request.uri().query().is_some_and(|query| query.contains("uploadId="));
+        let longer = request.extensions().get::<LongerTimeout>().map(|LongerTimeout(longer)| *longer);
+        let extra = longer.unwrap_or(if completes { COMPLETION_TIMEOUT } else { Duration::ZERO });
         // The timeout for the headers of the answer covers sending the request body.
         let upload = Duration::from_secs(request.body().content_length() as u64 / UPLOAD_BYTES_PER_S_MIN);
+        self.pauses.wait(&self.endpoint).await;
         let patience = self.read_timeout + upload + extra;
         let response = tokio::time::timeout(patience, self.client.call(request)).await.map_err(timed_out)??;
         let (mut parts, body) = response.into_parts();

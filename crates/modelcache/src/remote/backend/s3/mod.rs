@@ -24,6 +24,7 @@ use crate::config::RemoteConfig;
 use crate::error::{Error, Result, Tier};
 use crate::reference::is_bucket_name;
 use crate::remote::store::Store;
+use crate::transfer::Retry;
 use async_trait::async_trait;
 use copy::Copier;
 use credentials::Credentials;
@@ -37,7 +38,6 @@ use raw_client::RawClient;
 use settings::S3Settings;
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 /// Longest key, in bytes (<https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html>).
 const KEY_BYTES_MAX: usize = 1024;
@@ -65,14 +65,14 @@ impl S3Backend {
         bucket: &str,
         prefix: &str,
         options: &Options,
-        read_timeout: Duration,
+        retry: &Retry,
     ) -> Result<Self> {
         if !is_bucket_name(bucket) {
             return Err(Error::invalid("the address names no bucket").tier(Tier::Remote));
         }
         let profiles = Profiles::load(&config.environment);
         let settings = S3Settings::gather(options, &config.environment, &profiles)?;
-        let connector = Connector::new(&settings, options, read_timeout)?;
+        let connector = Connector::new(&settings, options, retry)?;
         let plain_client = connector.client().clone();
         let credentials =
             Arc::new(Credentials::new(&config.environment, options, profiles, &settings.region, plain_client.clone()));
@@ -196,8 +196,11 @@ impl Backend for S3Backend {
         if expired { error.transient(self.credentials.expired().await) } else { error }
     }
 
-    fn write_permission_hint(&self) -> String {
-        format!("grant s3:PutObject on the bucket {:?}", self.at.container)
+    fn write_permission_hint(&self, error: &Error) -> String {
+        match (refusal::names_key_permission(error.message()), error.hint_text()) {
+            (true, Some(hint)) => hint.to_owned(),
+            _ => format!("grant s3:PutObject on the bucket {:?}", self.at.container),
+        }
     }
 
     fn reported_region(&self) -> Option<String> {

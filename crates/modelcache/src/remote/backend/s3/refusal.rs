@@ -141,6 +141,105 @@ const CODES: &[(&[&str], Meaning)] = &[
             Some(|_| "check AWS_SECRET_ACCESS_KEY, and that no proxy rewrites requests".into()),
         ),
     ),
+    // Codes of MinIO, Ceph, and stores with a quota per bucket or user.
+    (
+        &[
+            "QuotaExceeded",
+            "XMinioAdminBucketQuotaExceeded",
+            "XMinioStorageFull",
+            "InsufficientStorage",
+            "InsufficientCapacity",
+            "StorageFull",
+            "NoSpaceLeft",
+        ],
+        FULL,
+    ),
+    // Aliyun OSS, Tencent COS and Volcengine TOS accept the bucket in the host name only.
+    (
+        &["SecondLevelDomainForbidden", "PathStyleDomainForbidden", "InvalidPathAccess"],
+        meaning(
+            ErrorKind::Invalid,
+            false,
+            ANSWERED,
+            Some(|_| {
+                "this store wants the bucket in the host name: set path_style = false under [remote.options]".into()
+            }),
+        ),
+    ),
+    (
+        &["InvalidObjectState"],
+        meaning(
+            ErrorKind::Unavailable,
+            false,
+            |answer| format!("{}: the object is archived and cannot be read: {}", answer.doing, answer.refusal),
+            Some(|_| {
+                "restore it (`aws s3api restore-object`), or exclude the prefix from the bucket's archive rules".into()
+            }),
+        ),
+    ),
+    (
+        &["NotSignedUp", "AccountProblem", "AllAccessDisabled", "InvalidPayer", "AccountSuspended", "UserSuspended"],
+        meaning(
+            ErrorKind::Unauthorized,
+            false,
+            ANSWERED,
+            Some(|_| "the account of the bucket is suspended or not paid for: ask the owner of the account".into()),
+        ),
+    ),
+    (
+        &[
+            "KMS.DisabledException",
+            "KMS.InvalidStateException",
+            "KMS.KMSInvalidStateException",
+            "KMS.NotFoundException",
+        ],
+        meaning(
+            ErrorKind::Unauthorized,
+            false,
+            ANSWERED,
+            Some(|_| {
+                "the KMS key of the bucket is disabled or deleted: enable it, or set another key under [remote.options]"
+                    .into()
+            }),
+        ),
+    ),
+    // Not codes of S3: `Refusal::demand` derives them from the message.
+    (
+        &[CHECKSUM_REQUIRED],
+        meaning(
+            ErrorKind::Invalid,
+            false,
+            ANSWERED,
+            Some(|_| {
+                "the bucket wants a checksum with each write (Object Lock): set checksum_algorithm = \"SHA256\" under [remote.options]"
+                    .into()
+            }),
+        ),
+    ),
+    (
+        &[CUSTOMER_KEY_REQUIRED],
+        meaning(
+            ErrorKind::Unauthorized,
+            false,
+            ANSWERED,
+            Some(|_| {
+                "the object is encrypted with a key of its owner: set sse_customer_key_base64 under [remote.options]"
+                    .into()
+            }),
+        ),
+    ),
+    (
+        &[
+            "InvalidRequest",
+            "InvalidArgument",
+            "MethodNotAllowed",
+            "MalformedXML",
+            "EntityTooLarge",
+            "KeyTooLongError",
+            "UnexpectedContent",
+        ],
+        REFUSED,
+    ),
     // Transient, whatever status comes with the code. 409 ConditionalRequestConflict asks for a retry.
     (
         &[
@@ -158,6 +257,10 @@ const CODES: &[(&[&str], Meaning)] = &[
 
 /// Code of a redirect to another region. An answer without a code and with one of [`REDIRECTS`] means the same.
 const REDIRECT: &str = "PermanentRedirect";
+/// Derived code of a bucket that refuses writes without a checksum.
+const CHECKSUM_REQUIRED: &str = "checksum required";
+/// Derived code of an object that is encrypted with a key that the caller has to send.
+const CUSTOMER_KEY_REQUIRED: &str = "customer key required";
 /// Statuses of redirects.
 const REDIRECTS: &[u16] = &[301, 307, 308];
 
@@ -177,27 +280,54 @@ const STATUSES: &[(RangeInclusive<u16>, Meaning)] = &[
             Some(|_| "the object is shorter than recorded; publish the artifact again to repair it".into()),
         ),
     ),
-    (501..=501, OTHER),
+    (501..=501, REFUSED),
+    (507..=507, FULL),
     (408..=408, OVERLOADED),
     (425..=425, OVERLOADED),
     (429..=429, OVERLOADED),
     (500..=u16::MAX, OVERLOADED),
+    (400..=499, REFUSED),
     (0..=u16::MAX, OTHER),
 ];
 
-const MISSING_RIGHT: Meaning = meaning(
-    ErrorKind::Unauthorized,
+const MISSING_RIGHT: Meaning = meaning(ErrorKind::Unauthorized, false, ANSWERED, Some(missing_right));
+/// The store has no room, or its quota is used up. A retry would fail, too.
+const FULL: Meaning = meaning(
+    ErrorKind::Full,
     false,
     ANSWERED,
     Some(|answer| {
         format!(
-            "the credentials lack a right on {:?}: reading needs s3:GetObject and s3:ListBucket, publishing s3:PutObject, evicting s3:DeleteObject",
+            "free space in {:?} (`modelcache evict NAME@VERSION --tier remote`) or raise its quota",
             answer.at.container
         )
     }),
 );
+/// The store understood the request and refuses it.
+const REFUSED: Meaning = meaning(
+    ErrorKind::Unavailable,
+    false,
+    ANSWERED,
+    Some(|_| "the store refuses the request itself: check the endpoint and [remote.options] against its manual".into()),
+);
 const OVERLOADED: Meaning = meaning(ErrorKind::Unavailable, true, ANSWERED, None);
 const OTHER: Meaning = meaning(ErrorKind::Unavailable, false, ANSWERED, None);
+
+/// Returns true if the server blames a permission on an encryption key. It names it in its message only.
+pub(super) fn names_key_permission(message: &str) -> bool {
+    message.contains("kms:")
+}
+
+fn missing_right(answer: &Answer<'_>) -> String {
+    if answer.refusal.message.as_deref().is_some_and(names_key_permission) {
+        return "grant the permission on the key that the answer names: kms:Decrypt to read, kms:GenerateDataKey to write"
+            .into();
+    }
+    format!(
+        "the server's answer may say more; reading {:?} needs s3:GetObject and s3:ListBucket, publishing s3:PutObject, evicting s3:DeleteObject",
+        answer.at.container
+    )
+}
 
 fn wrong_region(answer: &Answer<'_>) -> String {
     let at = answer.at;
@@ -221,6 +351,16 @@ impl Refusal {
         self.code.as_deref().unwrap_or_default()
     }
 
+    /// Returns the derived code if the message states what a write or read lacks. S3 has no code of its own for it.
+    fn demand(&self) -> Option<&'static str> {
+        let message = self.message.as_deref()?.to_ascii_lowercase();
+        let is = |words: &[&str]| words.iter().any(|word| message.contains(word));
+        if is(&["checksum", "content-md5"]) {
+            return Some(CHECKSUM_REQUIRED);
+        }
+        is(&["server side encryption", "customer-key", "customer-provided"]).then_some(CUSTOMER_KEY_REQUIRED)
+    }
+
     /// Returns true if the credentials have expired.
     pub(in crate::remote::backend) fn is_expired(&self) -> bool {
         EXPIRED.contains(&self.code())
@@ -235,6 +375,7 @@ impl Refusal {
     pub(in crate::remote::backend) fn explain(&self, doing: &str, at: &EndpointContext) -> Error {
         let code = match self.code() {
             "" if REDIRECTS.contains(&self.status) => REDIRECT,
+            code @ ("InvalidRequest" | "MissingContentMD5" | "InvalidArgument") => self.demand().unwrap_or(code),
             code => code,
         };
         let by_code = CODES.iter().find(|(codes, _)| codes.contains(&code)).map(|(_, meaning)| meaning);
@@ -250,7 +391,7 @@ impl Refusal {
             return error;
         }
         if matches!(self.status, 429 | 503) {
-            error = error.throttled();
+            error = error.throttled(at.endpoint.clone());
         }
         match self.retry_after {
             Some(wait) => error.retry_after(wait),
@@ -288,7 +429,7 @@ mod tests {
             let refusal = Refusal { status, code: Some(code.to_owned()), retry_after, ..Refusal::default() };
             let at = EndpointContext { container: "b".into(), endpoint: "e".into(), region: "r".into() };
             let error = refusal.explain("cannot read", &at);
-            (error.is_transient(), error.is_throttled())
+            (error.is_transient(), error.throttled_by().is_some())
         };
         assert_eq!((explained(503, "SlowDown"), explained(429, "unknown")), ((true, true), (true, true)));
         assert_eq!((explained(500, "InternalError"), explained(501, "unknown")), ((true, false), (false, false)));

@@ -91,6 +91,11 @@ impl Options {
     }
 
     fn set(&mut self, name: &str, value: &str) -> Result<()> {
+        let value = value.trim();
+        // Most options become headers, which cannot have such characters.
+        if value.chars().any(char::is_control) {
+            return Err(invalid(format!("the remote option {name:?} has a line break or another control character")));
+        }
         let plain = name.strip_prefix("aws_").unwrap_or(name);
         match plain {
             "region" | "default_region" => self.region = Some(value.to_owned()),
