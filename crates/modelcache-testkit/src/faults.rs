@@ -43,7 +43,7 @@ impl<K> Fault<K> {
         self
     }
 
-    /// Applies the fault only if the decoded path contains `part`.
+    /// Applies the fault only if the decoded path, with the query at the Hub, contains `part`.
     pub fn on(mut self, part: impl Into<String>) -> Self {
         self.on = Some(part.into());
         self

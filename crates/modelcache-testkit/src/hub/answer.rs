@@ -47,7 +47,10 @@ async fn answered(shared: &Arc<Shared>, seen: &mut Seen, request: Request<Incomi
     };
     let subject = match &object {
         Some(Ok(object)) => object.subject.clone(),
-        _ => route::decode(&seen.path).unwrap_or_else(|| seen.path.clone()),
+        _ => {
+            let path = route::decode(&seen.path).unwrap_or_else(|| seen.path.clone());
+            if seen.query.is_empty() { path } else { format!("{path}?{}", seen.query) }
+        }
     };
     // Faults that replace the answer apply before routing and authorization.
     if let Some(kind) = shared.faults.strike(&seen.method, &subject, Kind::replaces_answer)

@@ -15,10 +15,12 @@ use crate::error::{Context as _, Error, ErrorKind, Result, Tier};
 use crate::key::{ArtifactKey, FilePath};
 use crate::limits;
 use crate::manifest::{FileEntry, Manifest, Shape};
+use crate::printable;
 use crate::reference::{HubRepo, Reference, Scheme, Target, hub};
 use crate::source::{Body, Source};
-use crate::transfer::{Paging, Retry};
+use crate::transfer::{Paging, Retry, content_range};
 use async_trait::async_trait;
+use futures::{StreamExt as _, TryStreamExt as _};
 use reqwest::StatusCode;
 use reqwest::header::{AUTHORIZATION, ETAG, HeaderMap, HeaderValue, IF_MATCH, RANGE};
 use serde::Deserialize;
@@ -37,6 +39,21 @@ struct Hub {
     retry: Retry,
 }
 
+/// An answer of the API.
+enum ApiAnswer {
+    Found {
+        body: Vec<u8>,
+        headers: HeaderMap,
+    },
+    NoRevision,
+    /// The server does not know the call, or is no Hub. The error says so.
+    UnknownCall(Error),
+}
+
+/// Concurrent requests for the sizes of files, where the list of files has none.
+const FILE_REQUESTS_MAX: usize = 8;
+/// Number of left out files that a warning names.
+const LEFT_OUT_NAMED: usize = 3;
 /// The name of the Hub's token in error messages.
 const HUB_TOKEN: &str = "the Hub token (HF_TOKEN)";
 
@@ -159,31 +176,45 @@ impl Hub {
 
     /// Returns the commit that `repo.revision` points to now.
     async fn commit(&self, repo: &HubRepo) -> Result<String> {
-        // Without `expand` the answer lists every file, which for a large dataset is many megabytes.
-        let revision = http::one_segment(&repo.revision);
-        let url =
-            self.url_for(&format!("api/{}/{}/revision/{revision}?expand=sha", repo.kind.api_segment(), repo.id))?;
         #[derive(Deserialize)]
         struct Info {
             sha: GitOid,
         }
-        let Some((body, _)) = self.api(url, repo).await? else { return Err(no_revision(repo)) };
+        // Without `expand` the answer lists every file, which for a large dataset is many megabytes.
+        let body = self.revision(repo, &["?expand=sha", ""]).await?.ok_or_else(|| no_revision(repo))?;
         let info: Info = parse(&body, "a revision without a commit")?;
         Ok(info.sha.to_string())
     }
 
-    /// Sends a request to the API and returns body and headers, or `None` if the revision does not exist. Fails if the
-    /// endpoint redirects elsewhere.
-    async fn api(&self, url: Url, repo: &HubRepo) -> Result<Option<(Vec<u8>, HeaderMap)>> {
-        let answer = self.follow(url, HeaderMap::new(), true).await?;
-        let headers = answer.response.headers().clone();
-        if answer.response.status().is_success() {
-            let body = self.http.body(answer.response, &answer.url, limits::ANSWER_BYTES_MAX).await?;
-            return Ok(Some((body, headers)));
+    /// Requests the description of a revision with the first of `queries` that the server knows: some proxies know
+    /// only the call without a query. Returns `None` if the revision does not exist.
+    async fn revision(&self, repo: &HubRepo, queries: &[&str]) -> Result<Option<Vec<u8>>> {
+        let path =
+            format!("api/{}/{}/revision/{}", repo.kind.api_segment(), repo.id, http::one_segment(&repo.revision));
+        let mut unknown = None;
+        for query in queries {
+            match self.api(self.url_for(&format!("{path}{query}"))?, repo).await? {
+                ApiAnswer::Found { body, .. } => return Ok(Some(body)),
+                ApiAnswer::NoRevision => return Ok(None),
+                ApiAnswer::UnknownCall(error) => unknown = Some(error),
+            }
         }
-        match http::header(&headers, "x-error-code") {
+        unknown.map_or(Ok(None), Err)
+    }
+
+    /// Sends a request to the API. Fails if the endpoint redirects to another server.
+    async fn api(&self, url: Url, repo: &HubRepo) -> Result<ApiAnswer> {
+        let answer = self.follow(url, HeaderMap::new(), true).await?;
+        let (status, headers) = (answer.response.status(), answer.response.headers().clone());
+        if status.is_success() {
+            let body = self.http.body(answer.response, &answer.url, limits::ANSWER_BYTES_MAX).await?;
+            return Ok(ApiAnswer::Found { body, headers });
+        }
+        match (http::header(&headers, "x-error-code"), status.as_u16()) {
             // The caller knows best how to report a missing revision.
-            Some("RevisionNotFound") => Ok(None),
+            (Some("RevisionNotFound"), _) => Ok(ApiAnswer::NoRevision),
+            // A Hub names the missing thing in a code. A server without the code does not know the call.
+            (None, 404 | 405 | 410 | 501) => Ok(ApiAnswer::UnknownCall(self.error_of(answer, repo, None).await)),
             _ => Err(self.error_of(answer, repo, None).await),
         }
     }
@@ -304,6 +335,22 @@ struct Lfs {
     oid: String,
 }
 
+/// A file in the description of a revision. The sizes and digests are stated only if they were asked for.
+#[derive(Deserialize)]
+struct Sibling {
+    #[serde(rename = "rfilename")]
+    name: String,
+    size: Option<u64>,
+    #[serde(rename = "blobId")]
+    oid: Option<String>,
+    lfs: Option<SiblingLfs>,
+}
+
+#[derive(Deserialize)]
+struct SiblingLfs {
+    sha256: String,
+}
+
 /// Prints no signed URLs.
 impl fmt::Debug for HubSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -333,18 +380,42 @@ impl HubSource {
         Self { hub: hub.clone(), repo, key, manifest: OnceCell::new(), locations: Mutex::default() }
     }
 
-    /// Lists the whole tree, page by page.
+    /// Lists all files of the commit. Returns `None` if the commit does not exist.
     async fn list(&self) -> Result<Option<Manifest>> {
+        let mut files = FileList::new(self.key.clone());
+        let is_found = match self.list_tree(&mut files).await? {
+            Listed::All => true,
+            Listed::NoRevision => false,
+            Listed::UnknownCall(error) => self.list_siblings(&mut files, error).await?,
+        };
+        if !is_found {
+            return Ok(None);
+        }
+        let manifest = files.finish()?;
+        if manifest.files.is_empty() {
+            let (endpoint, HubRepo { id, revision, .. }) = (self.hub.endpoint()?, &self.repo);
+            let what = format!("{} lists no files of {id} at {revision}", Server(&endpoint));
+            return Err(no_files(what).hint(
+                "open the repository in a browser: if it is not empty, check HF_ENDPOINT and any proxy on the way",
+            ));
+        }
+        Ok(Some(manifest))
+    }
+
+    /// Lists the whole tree, page by page.
+    async fn list_tree(&self, files: &mut FileList) -> Result<Listed> {
         let endpoint = self.hub.endpoint()?;
         let HubRepo { kind, id, revision } = &self.repo;
         let path = format!("api/{}/{id}/tree/{revision}?recursive=true&expand=false", kind.api_segment());
-        let mut manifest = Manifest::new(self.key.clone(), Shape::Tree);
         let mut next = Some(self.hub.url_for(&path)?);
         let (mut entries, mut paging) = (0, Paging::default());
         while let Some(url) = next {
-            let page = self.hub.retry.run(|| self.hub.api(url.clone(), &self.repo)).await?;
-            // The commit does not exist.
-            let Some((page, headers)) = page else { return Ok(None) };
+            let (page, headers) = match self.hub.retry.run(|| self.hub.api(url.clone(), &self.repo)).await? {
+                ApiAnswer::Found { body, headers } => (body, headers),
+                ApiAnswer::NoRevision => return Ok(Listed::NoRevision),
+                ApiAnswer::UnknownCall(error) if entries == 0 => return Ok(Listed::UnknownCall(error)),
+                ApiAnswer::UnknownCall(error) => return Err(error),
+            };
             let page: Vec<TreeEntry> = parse(&page, "a tree that is no list of entries")?;
             // The next page is in the `Link` header; the real Hub has 1,000 entries per page.
             next = http::next_link(&headers).map(|link| next_page(&endpoint, &url, link)).transpose()?;
@@ -354,16 +425,78 @@ impl HubSource {
             if (page.is_empty() && next.is_some()) || entries > 2 * limits::FILES_MAX {
                 return Err(Error::corrupt(format!("the list of files does not end ({entries} entries so far)")));
             }
-            page.into_iter().try_for_each(|entry| add_entry(&mut manifest, entry))?;
+            page.into_iter().try_for_each(|entry| files.add_entry(entry))?;
         }
-        manifest.check()?;
-        if manifest.files.is_empty() {
-            let what = format!("{} lists no files of {id} at {revision}", Server(&endpoint));
-            return Err(no_files(what).hint(
-                "open the repository in a browser: if it is not empty, check HF_ENDPOINT and any proxy on the way",
-            ));
+        Ok(Listed::All)
+    }
+
+    /// Lists the files with the older call that every mirror and proxy knows: the names in the description of the
+    /// revision. Where it states no sizes, each file is asked for its own. Returns false if the commit does not exist.
+    ///
+    /// # Errors
+    /// `unknown_tree`, the error of the newer call, if the server knows neither.
+    async fn list_siblings(&self, files: &mut FileList, unknown_tree: Error) -> Result<bool> {
+        let found = self.hub.retry.run(|| self.hub.revision(&self.repo, &["?blobs=true", ""])).await;
+        let body = match found {
+            Ok(Some(body)) => body,
+            Ok(None) => return Ok(false),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Err(unknown_tree),
+            Err(error) => return Err(error),
+        };
+        #[derive(Deserialize)]
+        struct Siblings {
+            siblings: Vec<Sibling>,
         }
-        Ok(Some(manifest))
+        tracing::debug!(repository = self.repo.id, "the server does not list trees; using the names in the revision");
+        let Siblings { siblings } = parse(&body, "a revision without a list of files")?;
+        if siblings.len() > limits::FILES_MAX {
+            return Err(Error::corrupt(format!("the revision lists {} files", siblings.len())));
+        }
+        let siblings: Vec<_> = siblings.into_iter().filter(|sibling| files.accepts(&sibling.name)).collect();
+        let entries = siblings.into_iter().map(|sibling| self.entry_of(sibling));
+        let mut entries = futures::stream::iter(entries).buffered(FILE_REQUESTS_MAX);
+        while let Some(entry) = entries.try_next().await? {
+            files.add_entry(entry)?;
+        }
+        Ok(true)
+    }
+
+    /// Returns the tree entry of a file in a description of the revision.
+    async fn entry_of(&self, sibling: Sibling) -> Result<TreeEntry> {
+        let Sibling { name: path, size, oid, lfs } = sibling;
+        if size.is_some() && (oid.is_some() || lfs.is_some()) {
+            let lfs = lfs.map(|lfs| Lfs { oid: lfs.sha256 });
+            return Ok(TreeEntry { kind: "file".into(), path, size, oid, lfs });
+        }
+        self.hub.retry.run(|| self.describe(&path)).await
+    }
+
+    /// Requests the first byte of a file, and takes its size and digest from the headers of the answer.
+    async fn describe(&self, path: &str) -> Result<TreeEntry> {
+        let answer = self.request_range(self.file_url(path)?, &(0..1), None).await?;
+        let (status, headers) = (answer.response.status(), answer.response.headers());
+        let size = match status {
+            StatusCode::OK => http::content_length(headers),
+            StatusCode::PARTIAL_CONTENT => {
+                http::header(headers, "content-range").and_then(content_range).and_then(|range| range.total)
+            }
+            // An empty file has no first byte.
+            StatusCode::RANGE_NOT_SATISFIABLE => Some(0),
+            _ => return Err(self.hub.error_of(answer, &self.repo, FilePath::new(path).ok().as_ref()).await),
+        };
+        let tag =
+            http::header(&answer.home_headers, "x-linked-etag").or_else(|| http::header(&answer.home_headers, "etag"));
+        let tag = tag.map(|tag| tag.trim_start_matches("W/").trim_matches('"').to_owned());
+        // The Hub's entity tag is the SHA-256 of a large file, or the git object id of another.
+        let of_length = |length: usize| tag.clone().filter(|tag| tag.len() == length);
+        let (lfs, oid) = (of_length(64).map(|oid| Lfs { oid }), of_length(40));
+        Ok(TreeEntry { kind: "file".into(), path: path.to_owned(), size, oid, lfs })
+    }
+
+    /// Returns the URL of a file at the endpoint.
+    fn file_url(&self, path: &str) -> Result<Url> {
+        let HubRepo { kind, id, revision } = &self.repo;
+        self.hub.url_for(&format!("{}{id}/resolve/{revision}/{}", kind.prefix(), http::segments(path)))
     }
 
     /// Makes one attempt to read `range`: from the last known location, else by way of the endpoint.
@@ -384,10 +517,8 @@ impl HubSource {
             self.locations().remove(path);
             http::drain(answer.response).await;
         }
-        let HubRepo { kind, id, revision } = &self.repo;
         // 3. Request the file from the endpoint.
-        let url = format!("{}{id}/resolve/{revision}/{}", kind.prefix(), http::segments(path.as_str()));
-        let answer = self.request_range(self.hub.url_for(&url)?, &range, None).await?;
+        let answer = self.request_range(self.file_url(path.as_str())?, &range, None).await?;
         self.body(path, &range, size, answer).await
     }
 
@@ -448,46 +579,110 @@ impl HubSource {
     }
 }
 
-/// Returns the URL of the next page. It must be on the endpoint, because the token is sent with the request.
+/// Returns the URL of the next page, always at the endpoint: mirrors pass on links of the Hub that they mirror, and the
+/// token must not be sent there.
 fn next_page(endpoint: &Url, page: &Url, link: &str) -> Result<Url> {
     let next =
         page.join(link).map_err(|cause| Error::corrupt("the link to the next page is no address").cause(cause))?;
-    match http::same_origin(&next, endpoint) {
-        true => Ok(next),
-        false => Err(http::cross_origin_error("links the next page of a tree", endpoint, &next)),
+    if http::same_origin(&next, endpoint) {
+        return Ok(next);
     }
+    let mut here = endpoint.clone();
+    here.set_path(&format!("{}{}", endpoint.path().trim_end_matches('/'), next.path()));
+    here.set_query(next.query());
+    Ok(here)
 }
 
-/// Adds one entry of a tree to the manifest. Folders are skipped, because their files are listed separately.
-fn add_entry(manifest: &mut Manifest, entry: TreeEntry) -> Result<()> {
-    match entry.kind.as_str() {
-        "file" => {}
-        "directory" => return Ok(()),
-        kind => {
-            tracing::warn!(kind, path = entry.path, "the tree lists an entry that is neither file nor folder; skipped");
+/// The result of listing a tree.
+enum Listed {
+    All,
+    NoRevision,
+    UnknownCall(Error),
+}
+
+/// The files of a commit, while they are listed.
+struct FileList {
+    manifest: Manifest,
+    /// The number of files with a name that cannot be kept, and the first few names.
+    left_out: (usize, Vec<String>),
+}
+
+impl FileList {
+    fn new(key: ArtifactKey) -> Self {
+        Self { manifest: Manifest::new(key, Shape::Tree), left_out: (0, Vec::new()) }
+    }
+
+    /// Returns true unless the name cannot be a file path and is harmless, for instance `onnx\\model.onnx`. Such a file
+    /// is left out.
+    fn accepts(&mut self, name: &str) -> bool {
+        let leaves_folder = name.starts_with('/') || name.split('/').any(|segment| matches!(segment, "" | "." | ".."));
+        if leaves_folder || FilePath::new(name).is_ok() {
+            return true;
+        }
+        let (count, first) = &mut self.left_out;
+        *count += 1;
+        if first.len() < LEFT_OUT_NAMED {
+            first.push(printable::quote(name));
+        }
+        false
+    }
+
+    /// Adds one entry of a tree. Folders are skipped, because their files are listed separately.
+    ///
+    /// # Errors
+    /// `Corrupt` for a name that leaves the folder of the repository, for a file without a size, and for a file that is
+    /// listed twice.
+    fn add_entry(&mut self, entry: TreeEntry) -> Result<()> {
+        match entry.kind.as_str() {
+            "file" => {}
+            "directory" => return Ok(()),
+            kind => {
+                tracing::warn!(
+                    kind,
+                    path = entry.path,
+                    "the tree lists an entry that is neither file nor folder; skipped"
+                );
+                return Ok(());
+            }
+        }
+        if !self.accepts(&entry.path) {
             return Ok(());
         }
-    }
-    let refuse = |why: &dyn fmt::Display| Error::corrupt(format!("the tree lists {:?}: {why}", entry.path));
-    let path = FilePath::new(&entry.path).map_err(|error| {
-        refuse(&error.message()).hint("nothing of this repository was fetched; such a name is refused as a whole")
-    })?;
-    let Some(size) = entry.size else { return Err(refuse(&"no size")) };
-    let mut file = FileEntry::of(size);
-    match (&entry.lfs, &entry.oid) {
-        (Some(lfs), _) => {
-            // The `oid` of an LFS file itself is that of its pointer; the content has a SHA-256.
-            let digest = lfs.oid.strip_prefix("sha256:").unwrap_or(&lfs.oid);
-            file.sha256 = Some(digest.parse().map_err(|error: Error| refuse(&error.message()))?);
+        let refuse = |why: &dyn fmt::Display| Error::corrupt(format!("the tree lists {:?}: {why}", entry.path));
+        let path = FilePath::new(&entry.path).map_err(|error| {
+            refuse(&error.message()).hint("nothing of this repository was fetched; such a name is refused as a whole")
+        })?;
+        let Some(size) = entry.size else { return Err(refuse(&"no size")) };
+        let mut file = FileEntry::of(size);
+        match (&entry.lfs, &entry.oid) {
+            (Some(lfs), _) => {
+                // The `oid` of an LFS file itself is that of its pointer; the content has a SHA-256.
+                let digest = lfs.oid.strip_prefix("sha256:").unwrap_or(&lfs.oid);
+                file.sha256 = Some(digest.parse().map_err(|error: Error| refuse(&error.message()))?);
+            }
+            // Other files are verified by the git object id.
+            (None, Some(oid)) => file.git_oid = Some(oid.parse().map_err(|error: Error| refuse(&error.message()))?),
+            (None, None) => {}
         }
-        // Other files are verified by the git object id.
-        (None, Some(oid)) => file.git_oid = Some(oid.parse().map_err(|error: Error| refuse(&error.message()))?),
-        (None, None) => {}
+        file.provenance = (file.sha256.is_some() || file.git_oid.is_some()).then_some(Provenance::Origin);
+        match self.manifest.files.insert(path, file) {
+            None => Ok(()),
+            Some(_) => Err(refuse(&"listed twice")),
+        }
     }
-    file.provenance = (file.sha256.is_some() || file.git_oid.is_some()).then_some(Provenance::Origin);
-    match manifest.files.insert(path, file) {
-        None => Ok(()),
-        Some(_) => Err(refuse(&"listed twice")),
+
+    /// Returns the manifest, and warns about the files that were left out.
+    fn finish(self) -> Result<Manifest> {
+        let (count, first) = &self.left_out;
+        if *count > 0 {
+            tracing::warn!(
+                artifact = %self.manifest.key,
+                "{count} files are left out because their names cannot be kept: {}",
+                first.join(", ")
+            );
+        }
+        self.manifest.check()?;
+        Ok(self.manifest)
     }
 }
 
@@ -497,9 +692,9 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     let _ = http::json_error(bytes);
     let Ok(page) = parse::<Vec<TreeEntry>>(bytes, "") else { return };
     let Ok(key) = ArtifactKey::bare("fuzz@1") else { return };
-    let mut manifest = Manifest::new(key, Shape::Tree);
-    if page.into_iter().try_for_each(|entry| add_entry(&mut manifest, entry)).is_ok() {
-        for path in manifest.files.keys() {
+    let mut files = FileList::new(key);
+    if page.into_iter().try_for_each(|entry| files.add_entry(entry)).is_ok() {
+        for path in files.manifest.files.keys() {
             let climbs = path.as_str().split('/').any(|segment| matches!(segment, "" | "." | ".."));
             assert!(!climbs && !path.as_str().contains('\\'), "{path}");
         }
@@ -536,7 +731,7 @@ mod tests {
 
     #[test]
     fn tree_entries_become_files_with_their_digests() {
-        let mut manifest = Manifest::new(ArtifactKey::bare("x@1").expect("key"), Shape::Tree);
+        let mut files = FileList::new(ArtifactKey::bare("x@1").expect("key"));
         let (sha, oid) = ("ab".repeat(32), "cd".repeat(20));
         let rows = [
             format!(r#"{{"type":"directory","path":"d","oid":"{oid}","size":0}}"#),
@@ -546,7 +741,8 @@ mod tests {
             ),
             r#"{"type":"portal","path":"../p"}"#.to_owned(),
         ];
-        rows.iter().try_for_each(|row| add_entry(&mut manifest, entry(row))).expect("added");
+        rows.iter().try_for_each(|row| files.add_entry(entry(row))).expect("added");
+        let manifest = files.finish().expect("sound");
         let file = |path: &str| &manifest.files[&FilePath::new(path).expect("path")];
         assert_eq!(manifest.files.len(), 2);
         assert_eq!((file("d/s").size, file("d/s").sha256, file("d/s").git_oid.is_some()), (3, None, true));
@@ -559,29 +755,53 @@ mod tests {
         for row in [
             r#"{"type":"file","path":"../x","size":1}"#,
             r#"{"type":"file","path":"/etc/passwd","size":1}"#,
-            r#"{"type":"file","path":"a\\b","size":1}"#,
-            r#"{"type":"file","path":"a\u0000","size":1}"#,
-            r#"{"type":"file","path":".modelcache/manifest.json","size":1}"#,
+            r#"{"type":"file","path":"a/../b","size":1}"#,
             r#"{"type":"file","path":"taken","size":1}"#,
             r#"{"type":"file","path":"x"}"#,
             r#"{"type":"file","path":"x","size":1,"oid":"zz"}"#,
             r#"{"type":"file","path":"x","size":1,"lfs":{"oid":"00"}}"#,
         ] {
-            let mut manifest = Manifest::new(ArtifactKey::bare("x@1").expect("key"), Shape::Tree);
-            add_entry(&mut manifest, entry(r#"{"type":"file","path":"taken","size":1}"#)).expect("first");
-            assert_eq!(add_entry(&mut manifest, entry(row)).expect_err(row).kind(), ErrorKind::Corrupt, "{row}");
+            let mut files = FileList::new(ArtifactKey::bare("x@1").expect("key"));
+            files.add_entry(entry(r#"{"type":"file","path":"taken","size":1}"#)).expect("first");
+            assert_eq!(files.add_entry(entry(row)).expect_err(row).kind(), ErrorKind::Corrupt, "{row}");
         }
     }
 
     #[test]
-    fn the_next_page_must_stay_at_the_endpoint() {
-        let (endpoint, page) = (Url::parse("http://h:1").expect("url"), Url::parse("http://h:1/t?a=b").expect("url"));
-        assert!(next_page(&endpoint, &page, "http://h:1/t?cursor=2").is_ok());
-        assert!(next_page(&endpoint, &page, "?cursor=2").is_ok());
-        for bad in ["http://h:2/t", "https://h:1/t", "http://evil/t?canary", "//evil/t", "http://h:1@evil/"] {
-            let error = next_page(&endpoint, &page, bad).expect_err(bad);
-            assert!(!error.to_string().contains("canary"), "{error}");
+    fn files_with_names_that_cannot_be_kept_are_left_out() {
+        let mut files = FileList::new(ArtifactKey::bare("x@1").expect("key"));
+        for path in [
+            r"onnx\\model.onnx",
+            r"..\\evil",
+            r"a\u0000",
+            ".modelcache.json",
+            ".modelcache/manifest.json",
+            "model.onnx",
+        ] {
+            files.add_entry(entry(&format!(r#"{{"type":"file","path":"{path}","size":1}}"#))).expect(path);
         }
+        assert_eq!(files.left_out.0, 5);
+        assert_eq!(files.left_out.1.len(), LEFT_OUT_NAMED);
+        let manifest = files.finish().expect("sound");
+        assert!(manifest.files.keys().map(FilePath::as_str).eq(["model.onnx"]));
+    }
+
+    #[test]
+    fn the_next_page_is_always_requested_from_the_endpoint() {
+        let (endpoint, page) = (Url::parse("http://h:1").expect("url"), Url::parse("http://h:1/t?a=b").expect("url"));
+        let next = |link: &str| next_page(&endpoint, &page, link).expect("an address").to_string();
+        assert_eq!(
+            (next("http://h:1/t?cursor=2"), next("?cursor=2")),
+            ("http://h:1/t?cursor=2".into(), "http://h:1/t?cursor=2".into())
+        );
+        for other in
+            ["http://h:2/t?c=2", "https://h:1/t?c=2", "http://evil/t?c=2", "//evil/t?c=2", "http://h:1@evil/t?c=2"]
+        {
+            assert_eq!(next(other), "http://h:1/t?c=2", "{other}");
+        }
+        let mirror = Url::parse("http://h:1/hf/").expect("url");
+        let there = next_page(&mirror, &page, "https://huggingface.co/api/t?c=2").expect("an address");
+        assert_eq!(there.as_str(), "http://h:1/hf/api/t?c=2");
     }
 
     #[test]
